@@ -1,0 +1,43 @@
+# Every target makes .venv when it is missing; a second run reinstalls nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
+
+.PHONY: quickstart test slow check bench docs clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/llmworks run recipes/quickstart.yaml
+
+test: $(DEVELOPED)
+	$(BIN)/python -m pytest
+
+slow: $(DEVELOPED)
+	$(BIN)/python -m pytest -m slow
+
+check: $(DEVELOPED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+bench: $(DEVELOPED)
+	$(BIN)/python benchmarks/engines.py
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""Write docs/stages.md from the stage table and the configs: run `make docs` after changing a stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmworks.artifact import Config
+from llmworks.stages import STAGES, config_help, resolve
+
+
+def rows(config: type[Config], prefix: str = "") -> list[str]:
+    """Table rows of a config's fields, nested configs spelled out."""
+    out = []
+    for name, kind, what in config_help(config):
+        annotation = config.model_fields[name].annotation
+        if isinstance(annotation, type) and issubclass(annotation, Config):
+            out += rows(annotation, f"{prefix}{name}.")
+        else:
+            out.append(f"| `{prefix}{name}` | {kind.replace('|', 'or')} | {what} |")
+    return out
+
+
+def main() -> None:
+    """Write the page."""
+    parts = ["# Stages\n\nMade by `make docs` from the code. A stage is a function; a recipe step names it, or the command line runs it alone.\n"]
+    for name in sorted(STAGES):
+        stage = resolve(name)
+        inputs = "\n".join(f"- `{i.name}`: {i.describe()}" for i in stage.inputs.values())
+        fields = rows(stage.config)
+        table = "| config | type | what |\n|---|---|---|\n" + "\n".join(fields) if fields else "No config fields."
+        flags = " ".join(f"--{i.name.replace('_', '-')} {'KEY=REF' if i.shape == 'dict' else 'REF'}" for i in stage.inputs.values() if i.required)
+        parts.append(
+            f"## {name}\n\n{stage.help}\n\nMakes a {stage.output.kind}. Revision {stage.stage.revision}, {stage.stage.derivation}.\n\n"
+            f"```\nllmworks {name.replace('.', ' ')} {flags} --out DIR\n```\n\n{inputs}\n\n{table}\n"
+        )
+    (Path(__file__).parent / "stages.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""llmworks: one workshop for the whole life of a language model."""

@@ -1,0 +1,281 @@
+"""The command line: an argument shell. Parsers are built only for the command that was typed; nothing heavy is imported for help."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+HELP = """\
+llmworks: one workshop for the whole life of a language model
+
+usage: llmworks COMMAND ...
+
+recipes
+  run RECIPE          run a recipe; what is up to date is skipped, what was interrupted goes on
+  plan RECIPE         what would run, why, and its time, memory and disk
+  stages [NAME]       the stage table, or one stage with its inputs and fields
+
+artifacts
+  show ARTIFACT       where an artifact came from and what was measured
+  tree [ARTIFACT]     the family tree of the workspace, or of one artifact
+  verify ARTIFACT     check its files and its ancestors', derive exact steps again, byte for byte
+  diff A B            which fields, parents and metrics differ
+  gc                  remove what no name and no descendant needs
+  assets list|fetch|path   named real models and data
+
+models
+  chat MODEL          talk to a model in the terminal
+  serve MODEL         answer the OpenAI API over HTTP
+
+single stages: llmworks GROUP STAGE --INPUT REF ... [--config FILE] [--set key=value] --out DIR
+{stages}
+
+A MODEL or ARTIFACT is a path, a name in the workspace (quickstart/merged), asset:NAME, hf:ORG/NAME, gguf:FILE
+or http://HOST:PORT/v1#MODEL. `llmworks COMMAND --help` tells more. Exit codes: 0 done, 1 a check failed,
+2 a mistake in what was given, 3 the machine lacks something, 130 interrupted.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and leave with exit code 2."""
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    from llmworks.errors import LlmworksError
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(words)
+    except LlmworksError as error:
+        print(f"llmworks: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("llmworks: interrupted; the same command again goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        if error.errno in (28, 122):  # no space left, quota
+            print(
+                f"llmworks: {error.filename or 'the disk'}: no space left; free some (llmworks gc) and run the same command again",
+                file=sys.stderr,
+            )
+            return 3
+        raise
+
+
+def dispatch(words: list[str]) -> int:
+    """Find the command and call it."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP.format(stages=_stage_lines()))
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"llmworks {version('llmworks')}")
+        return 0
+    build = COMMANDS.get(words[0])
+    if build is not None:
+        args = build().parse_args(words[1:])
+        from llmworks import commands
+
+        handler: str = args.handler
+        getattr(commands, handler)(args)
+        return 0
+    return _stage_command(words)
+
+
+def _stage_lines() -> str:
+    from llmworks.stages import STAGES
+
+    return "\n".join(f"  {name.replace('.', ' '):<20}{stage.summary}" for name, stage in sorted(STAGES.items()))
+
+
+def _parser(name: str, handler: str, what: str, *, workspace: bool = True, json: bool = True) -> Parser:
+    parser = Parser(prog=f"llmworks {name}", description=what, allow_abbrev=False)
+    parser.set_defaults(handler=handler)
+    if workspace:
+        parser.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print the result for programs")
+    return parser
+
+
+def _run() -> Parser:
+    parser = _parser("run", "run", "Run a recipe: skip what is up to date, go on from what was interrupted.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step")
+    parser.add_argument("--explain", action="store_true", help="say why each step runs or is skipped")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def _plan() -> Parser:
+    parser = _parser("plan", "plan", "What would run, why, and its time, memory and disk. Runs and fetches nothing.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step")
+    return parser
+
+
+def _stages() -> Parser:
+    parser = _parser("stages", "stages", "The stage table, or one stage with its inputs and fields.", workspace=False)
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--schema", action="store_true", help="a JSON schema of recipes, for editors")
+    return parser
+
+
+def _show() -> Parser:
+    parser = _parser("show", "show", "Where an artifact came from and what was measured.")
+    parser.add_argument("artifact")
+    return parser
+
+
+def _tree() -> Parser:
+    parser = _parser("tree", "tree", "The family tree of the workspace, or of one artifact and its ancestors.")
+    parser.add_argument("artifact", nargs="?")
+    parser.add_argument("--svg", metavar="FILE", help="also write it as an SVG drawing")
+    parser.add_argument("--html", metavar="FILE", help="also write it as a page")
+    return parser
+
+
+def _verify() -> Parser:
+    parser = _parser("verify", "verify", "Check files of an artifact and its ancestors, and derive exact steps again.")
+    parser.add_argument("artifact")
+    return parser
+
+
+def _diff() -> Parser:
+    parser = _parser("diff", "diff", "Which config fields, parents, files and metrics differ.")
+    parser.add_argument("a")
+    parser.add_argument("b")
+    return parser
+
+
+def _gc() -> Parser:
+    parser = _parser("gc", "gc", "Remove artifacts that no name and no descendant of a name needs.")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would go")
+    parser.add_argument("--scratch", action="store_true", help="also remove checkpoints of interrupted steps")
+    return parser
+
+
+def _assets() -> Parser:
+    parser = _parser("assets", "assets_list", "Named real models and data.", workspace=False, json=False)
+    below = parser.add_subparsers(required=True, metavar="list|fetch|path")
+    listing = below.add_parser("list", help="all assets, with licence and source")
+    listing.add_argument("--json", action="store_true", help="print the result for programs")
+    listing.set_defaults(handler="assets_list")
+    fetch = below.add_parser("fetch", help="download and verify")
+    fetch.add_argument("names", nargs="+", metavar="NAME")
+    fetch.set_defaults(handler="assets_fetch")
+    path = below.add_parser("path", help="where a fetched asset lies")
+    path.add_argument("name", metavar="NAME")
+    path.set_defaults(handler="assets_path")
+    return parser
+
+
+def _chat() -> Parser:
+    parser = _parser("chat", "chat", "Talk to a model. Without a message, a conversation; with one, a single answer.", json=False)
+    parser.add_argument("model")
+    parser.add_argument("message", nargs="?", help="ask once and print the answer")
+    parser.add_argument("--system", default="", help="system message")
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of functions shown to the model")
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=None)
+    return parser
+
+
+def _serve() -> Parser:
+    parser = _parser("serve", "serve", "Answer the OpenAI API over HTTP: /v1/models, /v1/chat/completions, /health.", json=False)
+    parser.add_argument("model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--name", default="", help="the model's name in the API; default: the artifact's")
+    return parser
+
+
+COMMANDS = {
+    "run": _run,
+    "plan": _plan,
+    "stages": _stages,
+    "show": _show,
+    "tree": _tree,
+    "verify": _verify,
+    "diff": _diff,
+    "gc": _gc,
+    "assets": _assets,
+    "chat": _chat,
+    "serve": _serve,
+}
+
+
+def _stage_command(words: list[str]) -> int:
+    """`llmworks GROUP STAGE ...`: the stage named by the first two words, or by the first alone."""
+    import difflib
+
+    from llmworks import commands
+    from llmworks.stages import config_help, resolve, table
+
+    known = table()
+    name, rest = (".".join(words[:2]), words[2:]) if ".".join(words[:2]) in known else (words[0], words[1:])
+    if name not in known:
+        group = sorted(s for s in known if s.split(".")[0] == words[0])
+        typed = " ".join(w for w in words[:2] if not w.startswith("-"))
+        spaced = [s.replace(".", " ") for s in known]
+        near = difflib.get_close_matches(typed, [*spaced, *COMMANDS], n=1)
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"the group has {', '.join(s.replace('.', ' ') for s in group)}"
+            if group
+            else "see llmworks --help"
+        )
+        print(f"llmworks: unknown command {typed!r}, {hint}", file=sys.stderr)
+        return 2
+    stage = resolve(name)
+    fields = "\n".join(f"  {field:<18} {what} ({kind})" for field, kind, what in config_help(stage.config))
+    parser = Parser(
+        prog=f"llmworks {name.replace('.', ' ')}",
+        description=stage.help,
+        epilog=f"config fields (--set or --config):\n{fields}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for item in stage.inputs.values():
+        parser.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            dest=f"input_{item.name}",
+            action="append",
+            default=[],
+            metavar="KEY=REF" if item.shape == "dict" else "REF",
+            help=item.describe(),
+        )
+    parser.add_argument("--config", type=Path, help="YAML file of config fields")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config field")
+    parser.add_argument("--out", type=Path, required=True, help="name of the result: a link to it in the workspace's store")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print the result for programs")
+    args = parser.parse_args(rest)
+    args.stage = stage
+    commands.stage(args)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

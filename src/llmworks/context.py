@@ -1,0 +1,24 @@
+"""What a stage is given besides its config and inputs. Knows no stage, no recipe and no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmworks.artifact import Artifact
+from llmworks.progress import Progress
+from llmworks.report import ReportBuilder
+from llmworks.types import Engine
+
+
+@dataclass(frozen=True)
+class Context:
+    """`out` is an empty directory to write the result into; `scratch` survives a kill and holds what resuming needs."""
+
+    out: Path
+    scratch: Path
+    seed: int
+    progress: Progress
+    report: ReportBuilder
+    open_engine: Callable[[Artifact], Engine]

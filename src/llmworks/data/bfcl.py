@@ -1,0 +1,63 @@
+"""Rows of the Berkeley function calling leaderboard: its type names to JSON schema, its accepted answers to one right call.
+
+Pure functions on one row. Source: the BFCL v4 data files (`question`, `function`, `ground_truth`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmworks.types import Json, Message, ToolCall, messages_from_json
+
+_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
+OMITTED = ""  # among the accepted values of an argument, this says that it may be left out
+
+
+def json_schema(spec: Any) -> Any:
+    """A BFCL parameter description as JSON schema: dict, float, tuple and any are Python's names there."""
+    if not isinstance(spec, dict):
+        return spec
+    out: Json = {}
+    for key, value in spec.items():
+        if key == "type" and isinstance(value, str):
+            if value != "any":
+                out[key] = _TYPES.get(value, value)
+        elif key == "properties":
+            out[key] = {name: json_schema(inner) for name, inner in value.items()}
+        elif key == "items":
+            out[key] = json_schema(value)
+        else:
+            out[key] = value
+    return out
+
+
+def right_call(accepted: Json, function: Json) -> ToolCall:
+    """One call out of the accepted ones: the first listed value of every argument, optional ones left out."""
+    ((name, arguments),) = accepted.items()
+    required = function["parameters"].get("required", [])
+    chosen: Json = {}
+    for argument, values in arguments.items():
+        real = [v for v in values if v != OMITTED]
+        if real and (OMITTED not in values or argument in required):
+            chosen[argument] = _plain(real[0])
+        elif not real and argument in required:
+            chosen[argument] = OMITTED
+    return ToolCall(name, chosen)
+
+
+def _plain(value: Any) -> Any:
+    """Inside objects, BFCL lists the accepted values of every key: take the first, leave optional keys out."""
+    if isinstance(value, dict):
+        return {k: _plain(v[0]) if isinstance(v, list) and v else v for k, v in value.items() if not (isinstance(v, list) and OMITTED in v)}
+    if isinstance(value, list):
+        return [_plain(v) if isinstance(v, dict) else v for v in value]
+    return value
+
+
+def chat_row(question: Json, answer: Json) -> tuple[tuple[Message, ...], list[Json], ToolCall, Json]:
+    """(messages without the answer, functions as JSON schema, the right call, accepted calls) of one question."""
+    functions = [{**f, "parameters": json_schema(f["parameters"])} for f in question["function"]]
+    messages = messages_from_json([turn for turns in question["question"] for turn in turns])
+    accepted = answer["ground_truth"][0]
+    function = next(f for f in functions if f["name"] == next(iter(accepted)))
+    return messages, functions, right_call(accepted, function), accepted

@@ -1,0 +1,179 @@
+"""Stage `evaluate`: a task on a model through any engine, sample by sample, with a confidence interval.
+
+Answers are kept in scratch as they come, so that a killed run asks nothing twice. Knows tasks and the Engine protocol, no model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Dataset, Model, Report
+from llmworks.context import Context
+from llmworks.data.rows import Row, read_chat
+from llmworks.errors import DataError, UserError
+from llmworks.evaluate.bootstrap import mean_interval
+from llmworks.evaluate.task import load_task
+from llmworks.score import score_function
+from llmworks.types import Message, Request, Sampling, messages_from_json
+
+CHUNK = 64  # answers asked for between two writes to scratch
+
+
+class EvaluateConfig(Config):
+    """What is asked."""
+
+    task: str = Field(description="name of a built-in task")
+    shots: int = Field(0, ge=0, le=8, description="worked examples in front of every question, drawn from `examples` by the run's seed")
+    limit: int | None = Field(None, gt=0, description="only the first rows")
+    max_tokens: int | None = Field(None, gt=0, description="longest answer, in place of the task's")
+
+
+def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx: Context, examples: Dataset | None = None) -> Report:
+    """Ask every row, greedily, and score the answers; report the mean with its 95% bootstrap interval and every sample.
+
+    Errors: UserError for an unknown task, or shots without examples; DataError for rows without an answer.
+    """
+    task = load_task(config.task)
+    score = score_function(task.score)
+    rows = read_chat(data)[: config.limit]
+    shots = draw_shots(config.shots, examples, ctx.seed)
+    prompts = [question(row, shots) for row in rows]
+    sampling = Sampling(max_tokens=config.max_tokens or task.max_tokens)
+    answers, seconds = answer(prompts, rows, sampling, model, ctx)
+    samples: list[dict[str, Any]] = []
+    for row, prompt, said in zip(rows, prompts, answers, strict=True):
+        judged = score(prompt, said["text"], row)
+        samples.append(
+            {
+                **said,
+                "question": prompt[-1].content,
+                "reference": row["messages"][-1]["content"],
+                "score": judged.value,
+                "reason": judged.reason,
+            }
+        )
+    return write_report(config, model, task.what, samples, seconds, ctx)
+
+
+def question(row: Row, shots: Sequence[Message]) -> tuple[Message, ...]:
+    """The worked examples, then the row's conversation up to its last assistant turn."""
+    messages = messages_from_json(row["messages"])
+    if len(messages) < 2 or messages[-1].role != "assistant":
+        raise DataError(f"row {row['id']!r} does not end with an assistant turn, so it has no reference answer")
+    return (*shots, *messages[:-1])
+
+
+def draw_shots(count: int, examples: Dataset | None, seed: int) -> tuple[Message, ...]:
+    """Whole conversations to put in front of every question."""
+    if not count:
+        return ()
+    if examples is None:
+        raise UserError(f"config.shots is {count}, but the step has no input `examples` to draw them from")
+    rows = read_chat(examples)
+    if len(rows) < count:
+        raise UserError(f"config.shots is {count}, but {examples.name} has {len(rows)} rows")
+    return tuple(m for row in random.Random(seed).sample(rows, count) for m in messages_from_json(row["messages"]))
+
+
+def answer(
+    prompts: Sequence[tuple[Message, ...]], rows: Sequence[Row], sampling: Sampling, model: Model | Adapter, ctx: Context
+) -> tuple[list[dict[str, Any]], float]:
+    """(one record per prompt, seconds spent answering); records that scratch already holds are not asked again."""
+    file = ctx.scratch / "answers.jsonl"
+    known = read_answers(file)
+    todo = [i for i, row in enumerate(rows) if row["id"] not in known]
+    todo.sort(key=lambda i: sum(len(m.content) for m in prompts[i]))  # alike lengths together: less padding
+    if todo:
+        engine = ctx.open_engine(model)
+        try:
+            with ctx.progress.bar(f"ask {model.name}", len(rows), "answers") as bar, file.open("a", encoding="utf-8") as stream:
+                bar.resume(len(rows) - len(todo))
+                for start in range(0, len(todo), CHUNK):
+                    chunk = todo[start : start + CHUNK]
+                    began = time.monotonic()
+                    done = engine.generate([Request(prompts[i], sampling=sampling) for i in chunk])
+                    spent = (time.monotonic() - began) / len(chunk)
+                    for i, c in zip(chunk, done, strict=True):
+                        record = {
+                            "id": rows[i]["id"],
+                            "text": c.text,
+                            "finish": c.finish,
+                            "prompt_tokens": c.prompt_tokens,
+                            "completion_tokens": c.completion_tokens,
+                            "seconds": spent,
+                        }
+                        known[rows[i]["id"]] = record
+                        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    stream.flush()
+                    bar.advance(len(chunk))
+        finally:
+            engine.close()
+    answers = [known[row["id"]] for row in rows]
+    return answers, sum(a["seconds"] for a in answers)
+
+
+def read_answers(file: Path) -> dict[str, dict[str, Any]]:
+    """Answers of an earlier, interrupted run; a last line cut short is dropped from the file too."""
+    if not file.exists():
+        return {}
+    good: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            good.append(json.loads(line))
+        except ValueError:
+            break
+    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in good), encoding="utf-8")
+    return {record["id"]: record for record in good}
+
+
+def write_report(
+    config: EvaluateConfig, model: Model | Adapter, what: str, samples: list[dict[str, Any]], seconds: float, ctx: Context
+) -> Report:
+    """Fill the report and make the artifact's metrics."""
+    interval = mean_interval([s["score"] for s in samples], seed=0)
+    tokens = sum(s["completion_tokens"] for s in samples)
+    metrics: dict[str, Any] = {
+        "score": interval.value, "low": interval.low, "high": interval.high, "samples": len(samples), "seconds": round(seconds, 2),
+        "answer_tokens": tokens, "answer_tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0, "cut_off": sum(s["finish"] == "length" for s in samples),
+    }  # fmt: skip
+    shots = f", {config.shots} worked example{'s' if config.shots > 1 else ''} in the prompt" if config.shots else ""
+    report = ctx.report
+    report.title = f"{config.task} on {model.name}{shots}"
+    report.lead = f"{what}: {interval.value:.1%} (95% interval {interval.low:.1%} to {interval.high:.1%}) of {len(samples)} samples."
+    report.data = {
+        "task": config.task,
+        "model": model.name,
+        "shots": config.shots,
+        "metrics": metrics,
+        "samples": [_public(s) for s in samples],
+    }
+    report.table("Figures", ("what", "value"), list(metrics.items()))
+    reasons: dict[str, int] = {}
+    for s in samples:
+        key = (s["reason"].split(":")[0].split(",")[0] or "right") if s["score"] < 1 else "right"
+        reasons[key] = reasons.get(key, 0) + 1
+    report.table("Why answers were wrong", ("reason", "samples"), sorted(reasons.items(), key=lambda r: -r[1])[:20])
+    report.samples(
+        "Samples",
+        [
+            {
+                "": f"{'✓' if s['score'] == 1 else '✗'} {s['question'][:110]}",
+                "answer": s["text"],
+                "reference": s["reference"],
+                "why": s["reason"] or "right",
+            }
+            for s in samples[:40]
+        ],
+    )
+    return Report(ctx.out, metrics=metrics, about={"task": config.task, "shots": config.shots, "model": model.digest})
+
+
+def _public(sample: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in sample.items() if k != "seconds"}

@@ -1,0 +1,198 @@
+"""Run one stage: compute its key, take its lock, reuse what is there, else make it in a draft and publish.
+
+The one place where stages are called. Knows the workspace and the stage table; knows no recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llmworks.artifact import Artifact, Config, FileEntry, Manifest, Parent, artifact_digest, canonical_json, digest_files
+from llmworks.context import Context
+from llmworks.errors import ArtifactError, UserError
+from llmworks.progress import Progress
+from llmworks.report import ReportBuilder
+from llmworks.stages import ResolvedStage, code_digest
+from llmworks.types import Engine
+from llmworks.workspace import Workspace
+
+Inputs = Mapping[str, "Artifact | Sequence[Artifact] | Mapping[str, Artifact]"]
+OpenEngine = Callable[[Artifact], Engine]
+LIBRARIES = ("llmworks", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "gguf", "xllamacpp", "cyllama")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The artifact, and whether it was made now."""
+
+    artifact: Artifact
+    made: bool
+    seconds: float = 0.0
+
+
+def threads() -> int:
+    """Threads for tensor operations: `$LLMWORKS_THREADS`, else all cores."""
+    value = os.environ.get("LLMWORKS_THREADS", "")
+    if value and not value.isdigit():
+        raise UserError(f"LLMWORKS_THREADS is {value!r}, it must be a number")
+    return int(value) if value else os.cpu_count() or 1
+
+
+def flat_inputs(inputs: Inputs) -> list[tuple[str, Artifact]]:
+    """(role, artifact) with list and mapping inputs spelled out: `reports[0]`, `data[train]`."""
+    flat: list[tuple[str, Artifact]] = []
+    for role, value in inputs.items():
+        if isinstance(value, Artifact):
+            flat.append((role, value))
+        elif isinstance(value, Mapping):
+            flat += [(f"{role}[{key}]", item) for key, item in value.items()]
+        else:
+            flat += [(f"{role}[{i}]", item) for i, item in enumerate(value)]
+    return flat
+
+
+def step_key(stage: ResolvedStage, config: Config, inputs: Inputs, seed: int) -> str:
+    """What decides whether a result can be reused: stage, revision, config, seed, and the parents' digests by role."""
+    parents = {role: artifact.digest for role, artifact in flat_inputs(inputs)}
+    return hashlib.sha256(
+        canonical_json([stage.name, stage.stage.revision, config.model_dump(mode="json"), seed, parents]).encode()
+    ).hexdigest()
+
+
+def execute(
+    stage: ResolvedStage,
+    config: Config,
+    inputs: Inputs,
+    workspace: Workspace,
+    *,
+    seed: int,
+    open_engine: OpenEngine,
+    quiet: bool = False,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Make the stage's artifact in the workspace, or find it there. Safe against other processes and against being killed."""
+    key = step_key(stage, config, inputs, seed)
+    found = workspace.find(key)
+    if found is not None:
+        return Outcome(found, made=False)
+    with workspace.lock(key) as waited:
+        if waited:
+            found = workspace.find(key)
+            if found is not None:
+                announce("another run made it meanwhile")
+                return Outcome(found, made=False)
+        began = time.monotonic()
+        draft = workspace.draft(key)
+        scratch = workspace.scratch(key)
+        manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, quiet)
+        artifact = workspace.publish(draft, manifest)
+        workspace.drop_scratch(key)
+        return Outcome(artifact, made=True, seconds=time.monotonic() - began)
+
+
+def _call(
+    stage: ResolvedStage,
+    config: Config,
+    inputs: Inputs,
+    draft: Path,
+    scratch: Path,
+    key: str,
+    seed: int,
+    open_engine: OpenEngine,
+    quiet: bool,
+) -> Manifest:
+    """Call the stage function and describe what it made."""
+    use_threads(threads())
+    started = datetime.now(UTC)
+    report = ReportBuilder()
+    context = Context(draft, scratch, seed, Progress(scratch / "metrics.jsonl", quiet=quiet), report, open_engine)
+    with peak_memory() as memory:
+        made = stage.function(config, **inputs, ctx=context)
+    if type(made).kind != stage.output.kind:
+        raise ArtifactError(f"stage {stage.name} is declared to make a {stage.output.kind}, it made a {type(made).kind}")
+    if report.blocks or report.data:
+        report.write(draft if made.kind == "report" else draft / "report")
+    files = digest_files(draft)
+    finished = datetime.now(UTC)
+    resources = {"wall_seconds": round((finished - started).total_seconds(), 2), "peak_memory_bytes": memory.peak}
+    return Manifest(
+        kind=made.kind, digest=artifact_digest(made.kind, key, files), key=key, stage=stage.name, revision=stage.stage.revision, derivation=stage.stage.derivation,
+        config=config.model_dump(mode="json"), parents=[Parent(role=r, name=a.name, kind=a.kind, digest=a.digest, ref=a.ref) for r, a in flat_inputs(inputs)], files=files,
+        code=code_digest(stage.name), versions=versions(), platform=machine(), threads=threads(), seed=seed, started=started.isoformat(timespec="seconds"),
+        finished=finished.isoformat(timespec="milliseconds"), metrics={**made.metrics, **resources}, about=made.about, golden=made.golden,
+    )  # fmt: skip
+
+
+def derive_again(
+    stage: ResolvedStage, artifact: Artifact, inputs: Inputs, draft: Path, scratch: Path, open_engine: OpenEngine
+) -> dict[str, FileEntry]:
+    """Make an artifact's files again in `draft`, with the recorded config, seed and threads; returns their digests."""
+    recorded = artifact.manifest
+    assert recorded is not None
+    use_threads(recorded.threads)
+    report = ReportBuilder()
+    context = Context(draft, scratch, recorded.seed, Progress(scratch / "metrics.jsonl", quiet=True), report, open_engine)
+    made = stage.function(stage.config.model_validate(recorded.config), **inputs, ctx=context)
+    if report.blocks or report.data:
+        report.write(draft if made.kind == "report" else draft / "report")
+    return digest_files(draft)
+
+
+def use_threads(count: int) -> None:
+    """Set torch's threads, when torch is there already or will be imported later."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide results, of those that are installed."""
+    found: dict[str, str] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def machine() -> dict[str, str]:
+    """System, architecture and processor."""
+    processor = platform.processor()
+    with contextlib.suppress(OSError):
+        line = next((text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name")), "")
+        processor = line.partition(":")[2].strip() or processor
+    return {"system": platform.system(), "machine": platform.machine(), "processor": processor}
+
+
+@dataclass
+class Memory:
+    """The largest resident memory seen, in bytes; 0 where the system does not tell."""
+
+    peak: int = 0
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[Memory]:
+    """Measure the process's peak resident memory over a block (Linux: VmHWM, reset before)."""
+    memory = Memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    yield memory
+    with contextlib.suppress(OSError):
+        line = next((text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")), "VmHWM: 0 kB")
+        memory.peak = int(line.split()[1]) * 1024
+
+
+def missing_inputs(stage: ResolvedStage, given: Mapping[str, Any]) -> list[str]:
+    """Names of required inputs that are not given."""
+    return [name for name, wanted in stage.inputs.items() if wanted.required and name not in given]

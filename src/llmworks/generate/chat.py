@@ -1,0 +1,79 @@
+"""A conversation in the terminal: streams answers of any engine, keeps the turns, cancels on Ctrl-C. Knows only the Engine protocol."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+from llmworks.errors import RequestError
+from llmworks.types import Engine, Json, Message, Request, Sampling
+
+HELP = "/reset starts anew, /system TEXT sets the system message, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+
+
+class Conversation:
+    """Turns so far and how to go on."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, system: str = "", tools: tuple[Json, ...] = ()) -> None:
+        self.engine, self.sampling, self.system, self.tools = engine, sampling, system, tools
+        self.turns: list[Message] = []
+
+    def say(self, text: str) -> Iterator[str]:
+        """Add a user turn and stream the answer; the answer becomes a turn when it is complete."""
+        head = (Message("system", self.system),) if self.system else ()
+        request = Request((*head, *self.turns, Message("user", text)), tools=self.tools, sampling=self.sampling)
+        answer = ""
+        for delta in self.engine.stream(request):
+            answer += delta.text
+            yield delta.text
+        self.turns += [Message("user", text), Message("assistant", answer)]
+
+
+def converse(conversation: Conversation, message: str | None, source: TextIO | None = None, target: TextIO | None = None) -> None:
+    """One answer to `message`, or a dialogue over `source` (default: standard input) until it ends."""
+    source, target = source or sys.stdin, target or sys.stdout
+    if message is not None:
+        _answer(conversation, message, target)
+        return
+    interactive = source.isatty()
+    if interactive:
+        print(f"{conversation.engine.name}. {HELP}", file=target)
+    while True:
+        line = _read(source, target, interactive)
+        if line is None or line.strip() in ("/exit", "/quit"):
+            return
+        text = line.strip()
+        if not text:
+            continue
+        if text == "/reset":
+            conversation.turns.clear()
+        elif text.startswith("/system"):
+            conversation.system = text.removeprefix("/system").strip()
+        elif text.startswith("/"):
+            print(HELP, file=target)
+        else:
+            try:
+                _answer(conversation, text, target)
+            except RequestError as error:
+                print(f"llmworks: {error}", file=target)
+
+
+def _read(source: TextIO, target: TextIO, interactive: bool) -> str | None:
+    if interactive:
+        try:
+            return input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print(file=target)
+            return None
+    return source.readline() or None
+
+
+def _answer(conversation: Conversation, text: str, target: TextIO) -> None:
+    stream = conversation.say(text)
+    try:
+        for piece in stream:
+            print(piece, end="", file=target, flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="", file=target)
+    print(file=target, flush=True)

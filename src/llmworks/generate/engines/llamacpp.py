@@ -1,0 +1,228 @@
+"""The llama.cpp engine: a GGUF file. xllamacpp generates (parallel slots, continuous batching), cyllama scores given text.
+
+Prompts are rendered by the file's own template and tokenizer, read from its metadata, and passed as ids: the same path as the
+torch engine, so that the same conversation is the same ids in both.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmworks.errors import EngineError, ModelError, RequestError
+from llmworks.generate.stopping import cut_at_stop
+from llmworks.model.from_gguf import metadata, open_reader, tokenizer_of
+from llmworks.tokenize.templates import render_prompt, renders_tools
+from llmworks.types import Completion, Delta, FinishReason, Request
+
+SLOTS = 4
+SLOT_TOKENS = 2048
+SCORE_TOKENS = 2048
+
+
+class LlamaCppEngine:
+    """Engine over one GGUF file. The scoring context is opened only when it is asked for."""
+
+    def __init__(self, path: Path, *, name: str = "", threads: int | None = None, slots: int = SLOTS) -> None:
+        meta = metadata(open_reader(path))  # says what is wrong with a broken file before native code sees it
+        self.path, self.name = path, name or path.stem
+        self.threads = threads or int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)
+        self.slots = slots
+        self.tokenizer = tokenizer_of(meta)
+        self.stops = stop_ids_of(meta)
+        trained = int(meta.get(f"{meta.get('general.architecture')}.context_length", SLOT_TOKENS))
+        self.context = min(trained, SLOT_TOKENS)
+        tools = {"tools"} if self.tokenizer.chat_template and renders_tools(self.tokenizer) else set()
+        self.can = frozenset({"score", "logits", "ids", *tools})
+        self._server: Any = None
+        self._scorer: Any = None
+        self._lock = threading.Lock()
+
+    def _generator(self) -> Any:
+        with self._lock:
+            if self._server is None:
+                import xllamacpp
+
+                p = xllamacpp.CommonParams()
+                p.model.path = str(self.path)
+                p.n_ctx, p.n_parallel, p.warmup, p.verbosity = self.context * self.slots, self.slots, False, -1
+                p.cpuparams.n_threads = p.cpuparams_batch.n_threads = self.threads
+                p.cpuparams.poll = p.cpuparams_batch.poll = 0  # never spin: a busy core elsewhere would stall every token
+                p.n_gpu_layers, p.port, p.ctx_shift = 0, 0, False
+                with _silence():
+                    self._server = xllamacpp.Server(p)
+            return self._server
+
+    def prompt_ids(self, request: Request) -> list[int]:
+        """The request's prompt as ids. RequestError for tools the template drops, or a prompt that leaves no room."""
+        if request.tools and "tools" not in self.can:
+            raise RequestError(
+                f"the chat template of {self.name} ignores tools; use a model with a tool-aware template, or put the functions into the system message"
+            )
+        ids = list(request.ids) or list(render_prompt(self.tokenizer, request.messages, tools=request.tools))
+        if not ids:
+            raise RequestError("the request is empty: it has neither messages nor ids")
+        if len(ids) >= self.context:
+            raise RequestError(f"the prompt has {len(ids)} tokens, {self.name} reads {self.context} at most here")
+        return ids
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer all requests, `slots` at a time, in their order."""
+        prompts = [self.prompt_ids(request) for request in requests]
+        server = self._generator()
+        with ThreadPoolExecutor(self.slots) as pool:
+            return list(pool.map(lambda pair: self._answer(server, *pair), zip(prompts, requests, strict=True)))
+
+    def _answer(self, server: Any, prompt: list[int], request: Request) -> Completion:
+        reply = server.handle_completions(self._body(prompt, request))
+        choice = _choice(reply, self.name)
+        ids, logprobs = _sampled(choice)
+        return self._completion(ids, logprobs, choice["finish_reason"], request, len(prompt))
+
+    def _completion(self, ids: list[int], logprobs: list[float], reason: str | None, request: Request, prompt_tokens: int) -> Completion:
+        while ids and ids[-1] in self.stops:
+            ids, logprobs = ids[:-1], logprobs[:-1]
+        text = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), request.sampling.stop)[0]
+        finish: FinishReason = "length" if reason == "length" else "stop"
+        return Completion(text, finish, tuple(ids), tuple(logprobs), prompt_tokens, len(ids))
+
+    def _body(self, prompt: list[int], request: Request) -> dict[str, Any]:
+        s = request.sampling
+        body: dict[str, Any] = {
+            "prompt": prompt, "n_predict": min(s.max_tokens, self.context - len(prompt)), "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k,
+            "min_p": 0.0, "typical_p": 1.0, "repeat_penalty": 1.0, "stop": list(s.stop), "n_probs": 1, "post_sampling_probs": False, "cache_prompt": True,
+            "samplers": ["top_k", "top_p", "temperature"],
+        }  # fmt: skip
+        if s.seed is not None:
+            body["seed"] = s.seed
+        return body
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """Answer one request as it is decoded; closing the iterator stops it at the next token."""
+        prompt = self.prompt_ids(request)
+        server = self._generator()
+        pieces: queue.Queue[Any] = queue.Queue()
+        cancelled = threading.Event()
+
+        def receive(piece: Any) -> bool:
+            pieces.put(piece)
+            return cancelled.is_set()
+
+        def run() -> None:
+            try:
+                server.handle_completions({**self._body(prompt, request), "stream": True}, receive)
+                pieces.put(None)
+            except Exception as error:  # reaches the reader below
+                pieces.put(error)
+
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        ids: list[int] = []
+        logprobs: list[float] = []
+        shown, reason = "", None
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, Exception):
+                    raise EngineError(f"{self.name}: llama.cpp failed: {piece}") from None
+                choice = _choice(piece, self.name)
+                new_ids, new_logprobs = _sampled(choice)
+                ids, logprobs = ids + new_ids, logprobs + new_logprobs
+                reason = choice["finish_reason"] or reason
+                if choice.get("text"):
+                    shown += choice["text"]
+                    yield Delta(choice["text"])
+            done = self._completion(ids, logprobs, reason, request, len(prompt))
+            yield Delta(done.text[len(shown) :] if done.text.startswith(shown) else "", done)
+        finally:
+            cancelled.set()
+
+    def score(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities in nats of every token after the first, one sequence at a time."""
+        import numpy as np
+
+        out: list[list[float]] = []
+        for sequence in ids:
+            logits = self.logits(sequence).astype(np.float64)
+            shifted = logits - logits.max(axis=1, keepdims=True)
+            logprobs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+            out.append([float(logprobs[i, token]) for i, token in enumerate(sequence[1:])])
+        return out
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """Next-token logits after every position: numpy [len(ids), vocabulary]. At most 2048 ids."""
+        import numpy as np
+
+        if len(ids) > SCORE_TOKENS:
+            raise RequestError(f"{len(ids)} tokens to score, {self.name} scores {SCORE_TOKENS} at once")
+        from cyllama.llama import llama_cpp as cy
+
+        with self._lock, _silence():
+            if self._scorer is None:
+                model_params = cy.LlamaModelParams()
+                model_params.n_gpu_layers = 0
+                self._scorer = cy.LlamaModel(str(self.path), model_params)
+            context_params = cy.LlamaContextParams()
+            context_params.n_ctx = context_params.n_batch = SCORE_TOKENS
+            context_params.n_threads = context_params.n_threads_batch = self.threads
+            context = cy.LlamaContext(self._scorer, context_params)
+            batch = cy.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+            for position, token in enumerate(ids):
+                batch.add(int(token), position, [0], True)
+            context.decode(batch)
+            values = np.array(context.get_logits(), dtype=np.float32).reshape(len(ids), -1)
+            context.close()
+        return values
+
+    def close(self) -> None:
+        """Stop the server and free the model."""
+        with _silence():
+            self._server = None
+            self._scorer = None
+
+
+def stop_ids_of(meta: dict[str, Any]) -> list[int]:
+    """Ids that end a turn, from GGUF metadata."""
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    ids = sorted({int(meta[key]) for key in keys if key in meta})
+    if not ids:
+        raise ModelError("the GGUF file names no end-of-sequence token")
+    return ids
+
+
+def _choice(reply: Any, name: str) -> dict[str, Any]:
+    if not isinstance(reply, dict) or not reply.get("choices"):
+        message = reply.get("error", reply.get("message", reply)) if isinstance(reply, dict) else reply
+        raise EngineError(f"{name}: llama.cpp answered {str(message)[:200]}")
+    choice: dict[str, Any] = reply["choices"][0]
+    return choice
+
+
+def _sampled(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
+    content = (choice.get("logprobs") or {}).get("content") or []
+    return [int(t["id"]) for t in content], [float(t["logprob"]) for t in content]
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep native code from writing to standard output and error while it loads."""
+    import sys
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for descriptor in (*saved, null):
+            os.close(descriptor)

@@ -1,0 +1,207 @@
+"""The torch engine: a Hugging Face model, batched with a key-value cache, the prompts' common beginning computed once.
+
+Rows are sorted by length and left-padded; rows that are done leave the batch. Knows no HTTP and no file format.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.errors import RequestError
+from llmworks.generate.cache import growing_cache
+from llmworks.generate.sampling import choose
+from llmworks.generate.stopping import cut_at_stop, safe_length
+from llmworks.model.load import load_model, load_tokenizer, stop_ids
+from llmworks.tokenize.templates import render_prompt, renders_tools
+from llmworks.types import Completion, Delta, FinishReason, Request
+
+BATCH_ROWS = 64
+SHARED_PREFIX_MIN = 16
+IDLE_SHARE = 0.25  # finished rows stay in the batch until they are this share of it: leaving copies the cache
+
+
+class TorchEngine:
+    """Engine over a causal model and its tokenizer, both loaded."""
+
+    def __init__(self, model: Any, tokenizer: Any, stops: Sequence[int], name: str) -> None:
+        self.model, self.tokenizer, self.stops, self.name = model, tokenizer, frozenset(stops), name
+        tools = {"tools"} if tokenizer.chat_template and renders_tools(tokenizer) else set()
+        self.can = frozenset({"score", "logits", "ids", *tools})
+
+    @classmethod
+    def open(cls, path: Path, *, adapter: Path | None = None, name: str = "") -> TorchEngine:
+        """Load a Hugging Face directory; an adapter is folded into the weights, its tokenizer and template are used."""
+        model = load_model(path)
+        source = path
+        if adapter is not None:
+            from llmworks.model.fold import fold_into, weights_of
+
+            fold_into(weights_of(model), adapter)
+            source = adapter if (adapter / "tokenizer.json").exists() else path
+        tokenizer = load_tokenizer(source)
+        return cls(model, tokenizer, stop_ids(path, tokenizer), name or path.name)
+
+    @property
+    def context(self) -> int:
+        """How many tokens prompt and answer may have together."""
+        return int(self.model.config.max_position_embeddings)
+
+    def prompt_ids(self, request: Request) -> list[int]:
+        """The request's prompt as ids. RequestError for tools the template drops, or a prompt that leaves no room."""
+        if request.tools and "tools" not in self.can:
+            raise RequestError(
+                f"the chat template of {self.name} ignores tools; use a model with a tool-aware template, or put the functions into the system message"
+            )
+        ids = list(request.ids) or list(render_prompt(self.tokenizer, request.messages, tools=request.tools))
+        if not ids:
+            raise RequestError("the request is empty: it has neither messages nor ids")
+        if len(ids) >= self.context:
+            raise RequestError(f"the prompt has {len(ids)} tokens, {self.name} reads {self.context} at most")
+        return ids
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer all requests, in their order; batches of similar length."""
+        prompts = [self.prompt_ids(request) for request in requests]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        done: dict[int, Completion] = {}
+        for start in range(0, len(order), BATCH_ROWS):
+            chunk = order[start : start + BATCH_ROWS]
+            for i, completion in zip(chunk, self._batch([prompts[i] for i in chunk], [requests[i] for i in chunk]), strict=True):
+                done[i] = completion
+        return [done[i] for i in range(len(requests))]
+
+    def _batch(self, prompts: list[list[int]], requests: list[Request]) -> list[Completion]:
+        rows = [_Row(self, prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
+        active = list(range(len(rows)))
+        with torch.inference_mode():
+            logits, cache, attention, positions = self._prefill(prompts)
+            while True:
+                tokens = [rows[r].take(logits[i]) if rows[r].finish is None else 0 for i, r in enumerate(active)]
+                keep = [i for i, r in enumerate(active) if rows[r].finish is None]
+                if not keep:
+                    break
+                if len(keep) <= len(active) * (1 - IDLE_SHARE):
+                    index = torch.tensor(keep)
+                    cache.batch_select_indices(index)
+                    attention, positions = attention[index], positions[index]
+                    active, tokens = [active[i] for i in keep], [tokens[i] for i in keep]
+                attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
+                positions = positions + 1
+                logits = self._forward(torch.tensor(tokens)[:, None], cache, positions[:, None], attention)
+        return [row.completion() for row in rows]
+
+    def _forward(self, ids: Tensor, cache: Any, positions: Tensor | None, attention: Tensor | None) -> Tensor:
+        """Logits [rows, vocabulary] after the last of `ids` [rows, length]; the cache takes in their keys and values."""
+        out = self.model(
+            input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Read the prompts: (logits [rows, vocabulary], cache, attention mask, position of the last token)."""
+        cache = growing_cache()
+        shared = 0
+        if len(prompts) > 1:
+            shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+            shared = shared if shared >= SHARED_PREFIX_MIN else 0
+        if shared:
+            self._forward(torch.tensor([prompts[0][:shared]]), cache, None, None)
+            cache.batch_repeat_interleave(len(prompts))
+        rest = [prompt[shared:] for prompt in prompts]
+        width = max(map(len, rest))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rest])
+        mask = torch.tensor([[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rest])
+        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
+        padded = bool((mask == 0).any())
+        logits = self._forward(ids, cache, position_ids, mask if padded or shared else None)
+        return logits, cache, mask, position_ids[:, -1]
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """Answer one request token by token; closing the iterator stops the work."""
+        prompt = self.prompt_ids(request)
+        row = _Row(self, prompt, request)
+        shown = 0
+        with torch.inference_mode():
+            logits, cache, _, position = self._prefill([prompt])
+        while True:
+            token = row.take(logits[0])
+            text = row.text()
+            end = len(text) if row.finish else max(shown, safe_length(text, request.sampling.stop))
+            if row.finish:
+                yield Delta(text[shown:], row.completion())
+                return
+            if end > shown:
+                yield Delta(text[shown:end])
+                shown = end
+            position = position + 1
+            with torch.inference_mode():
+                logits = self._forward(torch.tensor([[token]]), cache, position[:, None], None)
+
+    def score(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities in nats of every token after the first, one sequence at a time."""
+        out: list[list[float]] = []
+        for sequence in ids:
+            logits = torch.from_numpy(self.logits(sequence))
+            logprobs = logits[:-1].log_softmax(dim=-1)
+            out.append(logprobs.gather(1, torch.tensor(list(sequence[1:]))[:, None])[:, 0].tolist())
+        return out
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """Next-token logits after every position: numpy [len(ids), vocabulary]."""
+        with torch.inference_mode():
+            return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy()
+
+    def close(self) -> None:
+        """Drop the model."""
+        self.model = None
+
+
+class _Row:
+    """One answer in the making: takes logits, keeps ids, knows when it ends."""
+
+    def __init__(self, engine: TorchEngine, prompt: list[int], request: Request) -> None:
+        self.engine, self.prompt_tokens, self.sampling = engine, len(prompt), request.sampling
+        self.limit = min(request.sampling.max_tokens, engine.context - len(prompt))
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish: FinishReason | None = None
+        self.generator: torch.Generator | None = None
+        if self.sampling.temperature > 0:
+            self.generator = torch.Generator()
+            if self.sampling.seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(self.sampling.seed)
+
+    def take(self, logits: Tensor) -> int:
+        """Sample the next token from logits [vocabulary] and note whether the answer ends with it."""
+        s = self.sampling
+        token, logprob = choose(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=self.generator)
+        if token in self.engine.stops:
+            self.finish = "stop"
+            return token
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if s.stop and cut_at_stop(self._decoded(), s.stop)[1]:
+            self.finish = "stop"
+        elif len(self.ids) >= self.limit:
+            self.finish = "length"
+        return token
+
+    def _decoded(self) -> str:
+        return str(self.engine.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+    def text(self) -> str:
+        """The answer so far, cut at a stop string."""
+        return cut_at_stop(self._decoded(), self.sampling.stop)[0]
+
+    def completion(self) -> Completion:
+        """The finished answer."""
+        return Completion(self.text(), self.finish or "cancelled", tuple(self.ids), tuple(self.logprobs), self.prompt_tokens, len(self.ids))

@@ -1,0 +1,47 @@
+"""What differs between two artifacts: stage, config fields, parents, files, metrics. Compares manifests only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmworks.artifact import Artifact
+
+Row = tuple[str, str, Any, Any]  # (section, field, left, right)
+
+
+def diff(a: Artifact, b: Artifact) -> list[Row]:
+    """Rows for every difference, in the order a reader asks: how it was made, from what, what came out, how well."""
+    left, right = a.manifest, b.manifest
+    assert left is not None
+    assert right is not None
+    rows: list[Row] = [
+        ("made by", name, getattr(left, name), getattr(right, name))
+        for name in ("kind", "stage", "revision", "code", "seed", "threads")
+        if getattr(left, name) != getattr(right, name)
+    ]
+    rows += _mapping("config", _flat(left.config), _flat(right.config))
+    rows += _mapping(
+        "parent", {p.role: f"{p.name} {p.digest[:12]}" for p in left.parents}, {p.role: f"{p.name} {p.digest[:12]}" for p in right.parents}
+    )
+    rows += _mapping("version", left.versions, right.versions)
+    rows += _mapping("platform", left.platform, right.platform)
+    rows += _mapping("file", {n: f.sha256[:12] for n, f in left.files.items()}, {n: f.sha256[:12] for n, f in right.files.items()})
+    rows += _mapping("about", _flat(left.about), _flat(right.about))
+    rows += _mapping("metric", _flat(left.metrics), _flat(right.metrics))
+    return rows
+
+
+def _mapping(section: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Row]:
+    names = list(dict.fromkeys([*left, *right]))
+    return [(section, n, left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            out |= _flat(item, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = item
+    return out

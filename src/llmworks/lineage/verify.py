@@ -1,0 +1,68 @@
+"""Verify an artifact and its ancestors: file digests, and exact edges derived again and compared byte for byte.
+
+How to derive is passed in, since running stages is a higher row's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from llmworks.artifact import Artifact, FileEntry, changed_files
+from llmworks.lineage.family import Family, Node
+
+Verdict = Literal[
+    "derived again, same bytes", "declared", "from outside", "not here", "not comparable", "files unchanged", "DAMAGED", "DIFFERS"
+]
+# Derive an artifact again: the files of the result, or the reason why a comparison would say nothing.
+Derive = Callable[[Artifact], dict[str, FileEntry] | str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What verification says of one node."""
+
+    node: Node
+    verdict: Verdict
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.verdict not in ("DAMAGED", "DIFFERS")
+
+
+def verify(family: Family, digest: str, derive: Derive) -> list[Finding]:
+    """Findings for the node and all its ancestors, parents first. A node whose parents are damaged is not derived from them."""
+    findings: list[Finding] = []
+    damaged: set[str] = set()
+    for node in family.ancestors(digest):
+        finding = _verify_node(node, damaged, derive)
+        if not finding.ok:
+            damaged.add(node.digest)
+        findings.append(finding)
+    return findings
+
+
+def _verify_node(node: Node, damaged: set[str], derive: Derive) -> Finding:
+    artifact = node.artifact
+    if artifact is None or artifact.manifest is None:
+        return Finding(node, "not here", "known by digest only")
+    problems = changed_files(artifact)
+    if problems:
+        return Finding(node, "DAMAGED", f"{artifact.path}: " + "; ".join(problems))
+    if not node.stage:
+        return Finding(node, "from outside", "files unchanged")
+    if node.derivation == "declared":
+        return Finding(node, "declared", "files unchanged; this stage cannot be derived again")
+    if any(parent in damaged for _, parent in node.parents):
+        return Finding(node, "files unchanged", "not derived again, since a parent is damaged")
+    derived = derive(artifact)
+    if isinstance(derived, str):
+        return Finding(node, "not comparable", derived)
+    recorded = artifact.manifest.files
+    different = [name for name in sorted(set(derived) | set(recorded)) if derived.get(name) != recorded.get(name)]
+    if different:
+        return Finding(node, "DIFFERS", f"derived again, other bytes in: {', '.join(different)}")
+    return Finding(node, "derived again, same bytes", f"{len(recorded)} files")

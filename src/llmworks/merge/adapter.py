@@ -1,0 +1,78 @@
+"""Stage `merge.adapter`: fold a LoRA adapter into its model, so that what is left is one ordinary Hugging Face directory.
+
+The merged model must replay the adapter's golden tokens: folding preserves the function. Everything but the adapted weights is
+copied as it is; tokenizer and template come from the adapter, which was trained with them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Model
+from llmworks.context import Context
+from llmworks.errors import ArtifactError, ModelError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class AdapterConfig(Config):
+    """Folding needs no choice; the bound says when to refuse."""
+
+    logits_within: float = Field(1e-3, gt=0, description="how far golden logits may move on average before the merge is refused")
+
+
+def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Model:
+    """Fold `adapter` into `model`, in fp32, keeping the model's number format.
+
+    Errors: ArtifactError when the adapter belongs to another model; GoldenMismatch when the result computes something else.
+    """
+    from llmworks.model.golden import require
+
+    base = adapter.about.get("base")
+    if base and base != model.digest:
+        raise ArtifactError(
+            f"the adapter {adapter.name} was trained on the model {str(base)[:12]}, not on {model.name} ({model.digest[:12]}); give it its own model"
+        )
+    if model.format != "hf":
+        raise ModelError(f"{model.path}: an adapter is folded into a Hugging Face directory, not into {model.format}")
+    for file in sorted(model.path.glob("*.json")):
+        if file.name not in (*TOKENIZER_FILES, "manifest.json"):
+            shutil.copyfile(file, ctx.out / file.name)
+    for name in TOKENIZER_FILES:
+        source = adapter.path / name if (adapter.path / "tokenizer.json").exists() else model.path / name
+        if source.exists():
+            shutil.copyfile(source, ctx.out / name)
+    layers = fold_files(model.path, adapter.path, ctx.out)
+    golden = adapter.golden
+    if golden is None:
+        from llmworks.model.golden import record
+
+        golden = record(ctx.out)
+        return Model(ctx.out, golden=golden, metrics={"layers": layers}, about={"format": "hf"})
+    gap = require(golden, ctx.out, mean_within=config.logits_within, step="merge.adapter")
+    assert gap is not None
+    return Model(
+        ctx.out,
+        golden=golden,
+        metrics={"layers": layers, "golden_gap_mean": round(gap.mean, 7), "golden_gap_largest": round(gap.largest, 7)},
+        about={"format": "hf"},
+    )
+
+
+def fold_files(source: Path, adapter_path: Path, out: Path) -> int:
+    """Copy the safetensors of `source` to `out` with the adapter folded in; returns the number of changed layers."""
+    from safetensors.torch import load_file, save_file
+
+    from llmworks.model.fold import fold_into
+    from llmworks.model.load import check_weights
+
+    check_weights(source)
+    shards = {file.name: load_file(file) for file in sorted(source.glob("*.safetensors"))}
+    weights = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+    layers = fold_into(lambda layer: weights.get(f"{layer}.weight"), adapter_path)
+    for name, tensors in shards.items():
+        save_file(tensors, out / name, metadata={"format": "pt"})
+    return layers

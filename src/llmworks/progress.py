@@ -1,0 +1,126 @@
+"""Progress for people (a bar with rate and time left, or plain lines) and metrics for programs (a JSONL stream).
+
+One `Progress` per step. A bar appears on a terminal; anywhere else a line is printed every few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Bar:
+    """One counted loop: `advance` it as units are done, with the figures worth seeing."""
+
+    def __init__(self, label: str, total: int, unit: str, stream: TextIO) -> None:
+        self.label, self.total, self.unit, self.stream = label, total, unit, stream
+        self.done = 0
+        self.counted = 0  # since this process started, for the rate
+        self.facts = ""
+        self.started = time.monotonic()
+        self._shown = self.started
+        self._rich: Any = None
+        self._task: Any = None
+        if stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (
+                TextColumn("  {task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+            )
+            self._rich = RichProgress(*columns, console=Console(file=stream), transient=True)
+            self._task = self._rich.add_task(label, total=total, facts="")
+            self._rich.start()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+
+    def resume(self, done: int) -> None:
+        """Start at `done` units that an earlier process did."""
+        self.done = done
+        if self._rich is not None:
+            self._rich.update(self._task, completed=done)
+
+    def advance(self, n: int = 1, **facts: float | str) -> None:
+        """Count `n` more units; `facts` are shown beside the bar."""
+        self.done += n
+        self.counted += n
+        if facts:
+            self.facts = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
+        if self._rich is not None:
+            self._rich.update(self._task, completed=self.done, facts=f"{self.rate():.3g} {self.unit}/s  {self.facts}")
+        elif time.monotonic() - self._shown >= PLAIN_INTERVAL_S:
+            self._shown = time.monotonic()
+            left = (self.total - self.done) / self.rate() if self.rate() else 0.0
+            print(
+                f"  {self.label}: {self.done}/{self.total} {self.unit}  {self.rate():.3g}/s  {left:.0f} s left  {self.facts}",
+                file=self.stream,
+                flush=True,
+            )
+
+    def rate(self) -> float:
+        """Units per second in this process."""
+        elapsed = time.monotonic() - self.started
+        return self.counted / elapsed if elapsed > 0 else 0.0
+
+
+class Progress:
+    """Progress of one step. `metrics` is the file that `metric` appends to, if any."""
+
+    def __init__(self, metrics: Path | None = None, stream: TextIO | None = None, quiet: bool = False) -> None:
+        self.metrics = metrics
+        self.stream = stream or sys.stderr
+        self.quiet = quiet
+
+    @contextmanager
+    def bar(self, label: str, total: int, unit: str = "rows") -> Iterator[Bar]:
+        """A bar over a loop of `total` units."""
+        import io
+
+        with Bar(label, total, unit, io.StringIO() if self.quiet else self.stream) as bar:
+            yield bar
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+        if not self.quiet:
+            print(f"  {line}", file=self.stream, flush=True)
+
+    def metric(self, **values: Any) -> None:
+        """Append one JSON object to the metric stream."""
+        if self.metrics is not None:
+            with self.metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All objects of the metric stream; a last line that a kill cut short is left out."""
+        if self.metrics is None or not self.metrics.exists():
+            return []
+        rows: list[dict[str, Any]] = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the stream: a resumed loop drops what was written after its checkpoint."""
+        if self.metrics is not None:
+            self.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,187 @@
+"""References to what comes from outside: a path, `asset:NAME`, `hf:ORG/NAME`, `gguf:FILE`, `http://HOST:PORT/v1#MODEL`.
+
+Resolves them to artifacts (digested once, cached), and opens an engine over any model or adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llmworks import assets
+from llmworks.artifact import KINDS, MANIFEST, Adapter, Artifact, FileEntry, Manifest, Model, artifact_digest, files_of, load, sha256_file
+from llmworks.errors import ArtifactError, UserError
+from llmworks.execute import execute
+from llmworks.stages import resolve as resolve_stage
+from llmworks.types import Engine
+from llmworks.workspace import Workspace, cache_directory
+
+
+def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> Artifact:
+    """The artifact behind a reference. UserError or ArtifactError in one line when there is none."""
+    scheme, _, rest = ref.partition(":")
+    if scheme == "asset":
+        return _asset(rest, name or rest)
+    if scheme == "hf":
+        return _foreign(_hub(rest), name or rest, ref)
+    if scheme in ("http", "https"):
+        return _remote(ref, name)
+    path = Path(rest if scheme in ("path", "gguf") else ref).expanduser()
+    if not path.exists() and workspace is not None and (workspace.root / path).exists():
+        path = workspace.root / path
+    if not path.exists():
+        near = f"; did you mean asset:{ref}?" if ref in assets.CATALOGUE else ""
+        raise UserError(f"{path}: no such file or directory{near}")
+    if (path / MANIFEST).exists():
+        return load(path.resolve(), name=name or path.name)
+    return _foreign(path.resolve(), name or path.name, f"path:{path.resolve()}")
+
+
+def _asset(asset_name: str, name: str) -> Artifact:
+    """A catalogue entry; a GGUF model of a convertible architecture is converted once, in the cache's own workspace."""
+    artifact = asset_files(asset_name, name)
+    if isinstance(artifact, Model) and artifact.format == "gguf":
+        stage = resolve_stage("model.from_gguf")
+        done = execute(
+            stage, stage.config(), {"source": artifact}, Workspace(cache_directory() / "converted"), seed=0, open_engine=open_engine
+        )
+        return load(done.artifact.path, name=name, ref=f"asset:{asset_name}")
+    return artifact
+
+
+def _hub(repository: str) -> Path:
+    """A Hub repository at the commit that its name resolves to, in huggingface_hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, ignore_patterns=["*.bin", "*.pth", "*.onnx", "*.msgpack", "*.h5"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(f"hf:{repository}: cannot be fetched ({str(error).strip().splitlines()[0][:160]})") from None
+
+
+def _remote(ref: str, name: str) -> Model:
+    """A model behind an OpenAI-compatible server: declared, since nobody can digest it."""
+    url, _, model = ref.partition("#")
+    if not model:
+        raise UserError(f"{ref}: name the model behind the URL, as in {url}#MODEL")
+    manifest = _foreign_manifest("model", {}, {"format": "http"}, digest=hashlib.sha256(ref.encode()).hexdigest())
+    return Model(Path(), manifest=manifest, name=name or model, ref=ref)
+
+
+def kind_of(path: Path) -> str:
+    """What a foreign file or directory is, by what it holds. UserError when it is nothing that llmworks knows."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "model"
+        if path.suffix in (".jsonl", ".parquet"):
+            return "dataset"
+        raise UserError(f"{path}: is no model (.gguf) and no data (.jsonl, .parquet)")
+    names = {p.name for p in path.iterdir()}
+    suffixes = {Path(n).suffix for n in names}
+    if "adapter_config.json" in names:
+        return "adapter"
+    if "config.json" in names or ".gguf" in suffixes:
+        return "model"
+    if suffixes & {".parquet", ".jsonl"}:
+        return "dataset"
+    if "tokenizer.json" in names:
+        return "tokenizer"
+    raise UserError(f"{path}: holds no model, adapter, tokenizer or data that llmworks knows")
+
+
+def _foreign(path: Path, name: str, ref: str, *, kind: str = "", about: dict[str, Any] | None = None) -> Artifact:
+    kind = kind or kind_of(path)
+    files = digest_cached(path)
+    files.pop(assets.COMPLETE, None)
+    return KINDS[kind](path, manifest=_foreign_manifest(kind, files, about or {}), name=name, ref=ref)
+
+
+def _foreign_manifest(kind: str, files: dict[str, FileEntry], about: dict[str, Any], digest: str = "") -> Manifest:
+    digest = digest or artifact_digest(kind, "", files)
+    return Manifest(
+        kind=kind, digest=digest, key="", stage="", revision=0, derivation="declared", config={}, parents=[], files=files, about=about
+    )  # type: ignore[call-arg]
+
+
+def digest_cached(path: Path) -> dict[str, FileEntry]:
+    """Digests of foreign files, remembered by (device, inode, size, modification time)."""
+    store = cache_directory() / "digests.json"
+    try:
+        known: dict[str, str] = json.loads(store.read_text())
+    except (OSError, ValueError):
+        known = {}
+    root = path.parent if path.is_file() else path
+    out: dict[str, FileEntry] = {}
+    fresh: dict[str, str] = {}
+    for file in files_of(path):
+        stat = file.stat()
+        identity = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
+        digest = known.get(identity) or fresh.setdefault(identity, sha256_file(file))
+        out[file.relative_to(root).as_posix()] = FileEntry(sha256=digest, bytes=stat.st_size)
+    if fresh:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=store.parent, delete=False) as stream:
+            json.dump({**known, **fresh}, stream)
+        Path(stream.name).replace(store)
+    return out
+
+
+def find_digest(digest: str, workspace: Workspace | None) -> Artifact | None:
+    """An artifact by digest: in the workspace, behind its names, or among converted assets."""
+    for place in (workspace, Workspace(cache_directory() / "converted")):
+        found = place.find_digest(digest) if place is not None else None
+        if found is not None:
+            return found
+    return None
+
+
+def base_of(adapter: Adapter, workspace: Workspace | None) -> Model:
+    """The model that an adapter was trained on, found by digest, else by the reference that was recorded."""
+    base = str(adapter.about.get("base", ""))
+    found = find_digest(base, workspace) if base else None
+    if found is None and adapter.manifest is not None:
+        ref = next((p.ref for p in adapter.manifest.parents if p.digest == base and p.ref), "")
+        found = resolve(ref) if ref else None
+    if found is None:
+        config = json.loads((adapter.path / "adapter_config.json").read_text(encoding="utf-8"))
+        named = str(config.get("base_model_name_or_path", ""))
+        found = resolve(named if ":" in named or Path(named).exists() else f"hf:{named}") if named else None
+    if not isinstance(found, Model) or (base and found.digest != base):
+        raise ArtifactError(
+            f"{adapter.path}: the model {base[:12] or '(not named)'} that this adapter belongs to is not here; merge it first, or run in its workspace"
+        )
+    return found
+
+
+def open_engine(artifact: Artifact, workspace: Workspace | None = None) -> Engine:
+    """An engine over a model (Hugging Face directory, GGUF file, HTTP) or over an adapter with its base."""
+    if isinstance(artifact, Adapter):
+        from llmworks.generate.engines.torch import TorchEngine
+
+        return TorchEngine.open(base_of(artifact, workspace).path, adapter=artifact.path, name=artifact.name)
+    if not isinstance(artifact, Model):
+        raise UserError(f"{artifact.path}: is a {artifact.kind}, not a model")
+    if artifact.format == "http":
+        from llmworks.generate.engines.openai import OpenAIEngine
+
+        url, _, model = artifact.ref.partition("#")
+        return OpenAIEngine(url, model)
+    if artifact.format == "gguf":
+        from llmworks.generate.engines.llamacpp import LlamaCppEngine
+
+        return LlamaCppEngine(artifact.gguf_path, name=artifact.name)
+    from llmworks.generate.engines.torch import TorchEngine
+
+    return TorchEngine.open(artifact.path, name=artifact.name)
+
+
+def asset_files(asset_name: str, name: str) -> Artifact:
+    """The files of a cached asset as they were fetched, before any conversion."""
+    asset = assets.get(asset_name)
+    return _foreign(
+        assets.fetch(asset_name), name, f"asset:{asset_name}", kind=asset.kind, about={"schema": asset.schema, "licence": asset.licence}
+    )

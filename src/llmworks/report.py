@@ -1,0 +1,209 @@
+"""Reports: the same blocks as JSON, Markdown and one self-contained HTML page. Every report of the project is made here.
+
+A `ReportBuilder` collects blocks (text, tables, curves, intervals, samples, drawings) and writes them. Plots are SVG drawn by
+matplotlib, inlined, without dates, so that equal data gives an equal page. Knows no stage.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Series = Mapping[str, Sequence[tuple[float, float]]]
+ACCENTS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#5b6572;--line:#d9dee4;--paper:#fff;--card:#f6f8fa;--accent:#2563eb}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#9aa5b1;--line:#333b45;--paper:#14181d;--card:#1c2229;--accent:#7aa7ff}}
+*{box-sizing:border-box}body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1000px;margin:0 auto;padding:2rem 1.2rem}
+h1{font-size:1.7rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}
+p{margin:.4rem 0;max-width:75ch}.note{color:var(--soft);font-size:.9rem}.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.35rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
+th{color:var(--soft);font-weight:600}td.n{text-align:right;font-variant-numeric:tabular-nums}
+figure{margin:.6rem 0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:.6rem;overflow-x:auto}figure svg{max-width:100%;height:auto}
+details{border:1px solid var(--line);border-radius:8px;margin:.5rem 0;background:var(--card)}summary{cursor:pointer;padding:.5rem .8rem}
+dl{margin:0;padding:0 .8rem .6rem}dt{color:var(--soft);font-size:.8rem;margin-top:.5rem}dd{margin:0}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,monospace;margin:.1rem 0}.good{color:#059669}.bad{color:#dc2626}
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One part of a report. `kind` decides which of the other fields are read."""
+
+    kind: str
+    heading: str = ""
+    text: str = ""
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[Any, ...], ...] = ()
+    svg: str = ""
+    data: Any = None
+
+
+@dataclass
+class ReportBuilder:
+    """Collects blocks, then writes `report.json`, `report.md` and `report.html`."""
+
+    title: str = ""
+    lead: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
+
+    def text(self, heading: str, text: str) -> None:
+        """A heading with a paragraph."""
+        self.blocks.append(Block("text", heading, text))
+
+    def table(self, heading: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
+        """A table; numbers are set right-aligned with four significant digits."""
+        self.blocks.append(Block("table", heading, note, tuple(columns), tuple(tuple(r) for r in rows)))
+
+    def curves(self, heading: str, series: Series, *, x: str, y: str, note: str = "") -> None:
+        """Lines over a shared axis; each series is (x, y) points."""
+        self.blocks.append(Block("plot", heading, note, svg=draw_curves(series, x, y), data={k: list(v) for k, v in series.items()}))
+
+    def intervals(self, heading: str, rows: Sequence[tuple[str, float, float, float]], *, x: str, note: str = "") -> None:
+        """Values with confidence intervals: (name, value, low, high), drawn one below the other."""
+        self.blocks.append(Block("plot", heading, note, svg=draw_intervals(rows, x), data=[list(r) for r in rows]))
+
+    def samples(self, heading: str, items: Sequence[Mapping[str, str]], note: str = "") -> None:
+        """Examples to read: each item maps a label to text; its first entry is the line that opens it."""
+        self.blocks.append(Block("samples", heading, note, data=[dict(i) for i in items]))
+
+    def drawing(self, heading: str, svg: str, text: str = "", plain: str = "") -> None:
+        """A ready SVG drawing; `plain` stands for it in Markdown."""
+        self.blocks.append(Block("drawing", heading, text, svg=svg, data=plain))
+
+    def write(self, out: Path) -> None:
+        """Write the three files into `out`."""
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json").write_text(
+            json.dumps({"title": self.title, **self.data}, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        (out / "report.md").write_text(self.markdown(), encoding="utf-8")
+        (out / "report.html").write_text(self.html(), encoding="utf-8")
+
+    def markdown(self) -> str:
+        """The report as Markdown; plots become tables of their data or are left to the page."""
+        parts = [f"# {self.title}", self.lead]
+        for block in self.blocks:
+            parts.append(f"## {block.heading}")
+            if block.text:
+                parts.append(block.text)
+            if block.kind == "table":
+                lines = ["| " + " | ".join(block.columns) + " |", "|" + "---|" * len(block.columns)]
+                lines += ["| " + " | ".join(_cell(v).replace("|", "\\|").replace("\n", " ") for v in row) + " |" for row in block.rows]
+                parts.append("\n".join(lines))
+            elif block.kind == "samples":
+                parts += ["\n".join(f"- {k}: `{' '.join(v.split())}`" for k, v in item.items()) for item in block.data]
+            elif block.kind == "drawing" and block.data:
+                parts.append("```\n" + block.data + "\n```")
+            elif block.kind == "plot":
+                parts.append("(plot: see report.html)")
+        return "\n\n".join(p for p in parts if p) + "\n"
+
+    def html(self) -> str:
+        """The report as one page that needs nothing from outside."""
+        body = "".join(_block_html(block) for block in self.blocks)
+        lead = f"<p>{html.escape(self.lead)}</p>" if self.lead else ""
+        title = html.escape(self.title)
+        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title><style>{_STYLE}</style>'
+        return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{lead}{body}</body></html>\n'
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _block_html(block: Block) -> str:
+    out = f"<h2>{html.escape(block.heading)}</h2>" if block.heading else ""
+    if block.kind == "text":
+        return out + "".join(f"<p>{html.escape(p)}</p>" for p in block.text.split("\n\n"))
+    note = f'<p class="note">{html.escape(block.text)}</p>' if block.text else ""
+    if block.kind == "table":
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in block.columns)
+        rows = "".join("<tr>" + "".join(_td(v) for v in row) + "</tr>" for row in block.rows)
+        return f'{out}{note}<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+    if block.kind == "samples":
+        items = ""
+        for number, item in enumerate(block.data):
+            first, *rest = item.items()
+            fields = "".join(f"<dt>{html.escape(k)}</dt><dd><pre>{html.escape(v)}</pre></dd>" for k, v in rest)
+            items += f"<details{' open' if number == 0 else ''}><summary>{html.escape(first[1])}</summary><dl>{fields}</dl></details>"
+        return out + note + items
+    return f"{out}{note}<figure>{block.svg}</figure>"
+
+
+def _td(value: Any) -> str:
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"<td{' class=n' if numeric else ''}>{html.escape(_cell(value))}</td>"
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "llmworks", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def draw_curves(series: Series, x: str, y: str) -> str:
+    """Lines as SVG."""
+    figure, axes = _figure(8.6, 3.2)
+    for color, (name, points) in zip(ACCENTS * 3, series.items(), strict=False):
+        axes.plot(
+            [p[0] for p in points],
+            [p[1] for p in points],
+            label=name,
+            color=color,
+            linewidth=1.5,
+            marker="o" if len(points) < 12 else None,
+            markersize=4,
+        )
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def draw_intervals(rows: Sequence[tuple[str, float, float, float]], x: str) -> str:
+    """Points with error bars as SVG, the first row on top."""
+    figure, axes = _figure(8.6, 0.9 + 0.42 * len(rows))
+    for i, (_, value, low, high) in enumerate(rows):
+        axes.plot([low, high], [i, i], color=ACCENTS[0], linewidth=2, alpha=0.5)
+        axes.plot([value], [i], "o", color=ACCENTS[0], markersize=6)
+        axes.annotate(
+            f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}",
+            (value, i),
+            textcoords="offset points",
+            xytext=(0, 7),
+            ha="center",
+            fontsize=9,
+        )
+    axes.set_yticks(range(len(rows)), [r[0] for r in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.8)
+    axes.set_xlabel(x)
+    axes.grid(axis="x", alpha=0.25)
+    return _svg(figure)

@@ -1,0 +1,113 @@
+"""Score a function call against accepted values: the rules of the Berkeley function calling leaderboard (BFCL v4, AST check, Python).
+
+One call, the right name, all required arguments, none unknown; every value of the declared type and among the accepted ones. Text
+is compared without case, spaces and the punctuation `, . / - _ * ^`. An integer is accepted for a number, never the reverse.
+Its decisions agree with BFCL's own checker on the recorded cases in the tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmworks.tokenize.templates import parse_calls
+from llmworks.types import Message, Score
+
+_PYTHON_TYPE: dict[str, type] = {"integer": int, "number": float, "boolean": bool, "array": list, "string": str, "object": dict}
+OMITTED = ""
+
+
+def function_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+    """1 when the completion is exactly one accepted call. `row` has `tools` (JSON schema) and `answer` ({name: {argument: accepted values}})."""
+    _, calls = parse_calls(completion)
+    if len(calls) != 1:
+        return Score(0.0, f"{len(calls)} calls, wanted one")
+    call = calls[0]
+    ((name, accepted),) = row["answer"].items()
+    if call.name != name:
+        return Score(0.0, f"called {call.name!r}, wanted {name!r}")
+    function = next(f for f in row["tools"] if f["name"] == name)
+    problem = check_arguments(call.arguments, accepted, function["parameters"])
+    return Score(0.0, problem) if problem else Score(1.0)
+
+
+def check_arguments(given: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> str:
+    """What is wrong with the arguments, or an empty string."""
+    properties = parameters.get("properties", {})
+    for name in parameters.get("required", []):
+        if name not in given:
+            return f"argument {name!r} is missing"
+    for name, value in given.items():
+        if name not in properties or name not in accepted:
+            return f"argument {name!r} is unknown"
+        problem = check_value(value, accepted[name], properties[name])
+        if problem:
+            return f"argument {name!r}: {problem}"
+    for name, values in accepted.items():
+        if name not in given and OMITTED not in values:
+            return f"argument {name!r} is missing"
+    return ""
+
+
+def check_value(value: Any, accepted: Sequence[Any], spec: Mapping[str, Any]) -> str:
+    """What is wrong with one value, or an empty string."""
+    kind = _PYTHON_TYPE.get(spec.get("type", "string"), str)
+    if kind is float and type(value) is int:
+        value = float(value)
+    example = next((v for v in accepted if v != OMITTED), None)
+    # An accepted value of another type than declared stands for a variable: then its type counts.
+    as_variable = example is not None and type(example) is not kind
+    if type(value) is kind:
+        if (
+            kind is list
+            and "items" in spec
+            and not _items_typed(value, accepted, _PYTHON_TYPE.get(spec["items"].get("type", "string"), str))
+        ):
+            return f"an item has the wrong type in {value!r}"
+    elif example is None or type(value) is not type(example):
+        return f"{value!r} is not of type {spec.get('type', 'any')}"
+    else:
+        as_variable = True
+    if as_variable and not isinstance(value, str):
+        return "" if value in accepted else f"{value!r} is not among {list(accepted)}"
+    if not as_variable and isinstance(value, dict):
+        return "" if any(_object_fits(value, a) for a in accepted if isinstance(a, dict)) else f"{value!r} is not among {list(accepted)}"
+    if not as_variable and isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        fits = any(
+            len(value) == len(a) and all(_object_fits(v, w) for v, w in zip(value, a, strict=True)) for a in accepted if isinstance(a, list)
+        )
+        return "" if fits else f"{value!r} is not among {list(accepted)}"
+    if any(same(value, a) for a in accepted):
+        return ""
+    return f"{value!r} is not among {list(accepted)}"
+
+
+def _items_typed(value: Sequence[Any], accepted: Sequence[Any], kind: type) -> bool:
+    """Whether every item has the declared type, or for some accepted list the type of its items."""
+    for candidate in accepted:
+        if not isinstance(candidate, list):
+            return True
+        example = next((v for v in candidate if v != OMITTED), None)
+        if all(type(v) is kind or (example is not None and type(v) is type(example)) for v in value):
+            return True
+    return False
+
+
+def _object_fits(value: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]]) -> bool:
+    """An object: no unknown key, every value accepted, no required key left out."""
+    if any(key not in accepted or not any(same(item, a) for a in accepted[key]) for key, item in value.items()):
+        return False
+    return all(key in value or OMITTED in values for key, values in accepted.items())
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal after normalising text, one level into lists."""
+    if isinstance(a, list) and isinstance(b, list):
+        return [normal(v) for v in a] == [normal(v) for v in b]
+    return bool(normal(a) == normal(b))
+
+
+def normal(value: Any) -> Any:
+    """Text without case, spaces and light punctuation, single quotes as double ones; anything else as it is."""
+    return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if isinstance(value, str) else value

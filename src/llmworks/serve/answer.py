@@ -1,0 +1,96 @@
+"""Completions as OpenAI API objects: whole, as chunks of a stream, and with the tool calls that the answer's text holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from llmworks.generate.stopping import safe_length
+from llmworks.tokenize.templates import CALL_OPEN, parse_calls
+from llmworks.types import Completion, Delta
+
+DONE = "data: [DONE]\n\n"
+
+
+def usage(completion: Completion) -> dict[str, int]:
+    """Token counts."""
+    return {
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+        "total_tokens": completion.prompt_tokens + completion.completion_tokens,
+    }
+
+
+def tool_calls(identity: str, text: str) -> tuple[str, list[dict[str, Any]]]:
+    """(text without calls, calls in the API's form) of an answer."""
+    plain, calls = parse_calls(text)
+    return plain, [
+        {
+            "id": f"call_{identity[-12:]}_{i}",
+            "type": "function",
+            "function": {"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)},
+        }
+        for i, c in enumerate(calls)
+    ]
+
+
+def whole(identity: str, created: int, model: str, completion: Completion, with_tools: bool) -> dict[str, Any]:
+    """A `chat.completion` object."""
+    text, calls = tool_calls(identity, completion.text) if with_tools else (completion.text, [])
+    message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    if calls:
+        message["tool_calls"] = calls
+    reason = "tool_calls" if calls else completion.finish
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+    return {
+        "id": identity,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [choice],
+        "usage": usage(completion),
+    }
+
+
+def chunks(identity: str, created: int, model: str, deltas: Iterator[Delta], with_tools: bool, include_usage: bool) -> Iterator[str]:
+    """Server-sent events of `chat.completion.chunk` objects. With tools, text from the beginning of a call on is held until it is parsed."""
+
+    def event(delta: dict[str, Any], reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        body: dict[str, Any] = {"id": identity, "object": "chat.completion.chunk", "created": created, "model": model, "choices": [choice]}
+        if include_usage:
+            body["usage"] = None
+        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+    yield event({"role": "assistant", "content": ""})
+    text, shown = "", 0
+    completion = Completion("", "stop")
+    for delta in deltas:
+        text += delta.text
+        completion = delta.done or completion
+        end = len(text)
+        if with_tools:
+            end = text.find(CALL_OPEN) if CALL_OPEN in text else safe_length(text, [CALL_OPEN])
+        if end > shown:
+            yield event({"content": text[shown:end]})
+            shown = end
+    plain, calls = tool_calls(identity, text) if with_tools else (text, [])
+    if calls:
+        if len(plain) > shown:
+            yield event({"content": plain[shown:]})
+        yield event({"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
+    elif len(text) > shown:
+        yield event({"content": text[shown:]})
+    yield event({}, "tool_calls" if calls else completion.finish)
+    if include_usage:
+        body = {
+            "id": identity,
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": model,
+            "choices": [],
+            "usage": usage(completion),
+        }
+        yield f"data: {json.dumps(body)}\n\n"
+    yield DONE

@@ -1,0 +1,161 @@
+"""The only stage table, and how an entry is resolved: its function, its config class, the inputs it takes and what it makes.
+
+Entries are strings, so that listing stages imports nothing. Third parties add stages by the entry point group `llmworks.stages`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmworks.errors import UserError
+
+if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
+    from llmworks.artifact import Artifact, Config, Derivation
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: where the function is, the revision of its behaviour, whether its bytes can be derived again."""
+
+    target: str
+    revision: int
+    derivation: Derivation
+    summary: str
+
+
+STAGES: dict[str, Stage] = {
+    "data.chat": Stage("llmworks.data.chat:chat", 1, "exact", "raw rows to conversations with tools and answers"),
+    "data.split": Stage("llmworks.data.split:split", 1, "exact", "one side of a seeded split, groups kept together"),
+    "data.overlap": Stage("llmworks.data.overlap:overlap", 1, "exact", "count what two data sets share"),
+    "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 1, "exact", "a GGUF file to a Hugging Face directory"),
+    "train.sft": Stage("llmworks.train.sft:sft", 1, "declared", "supervised fine-tuning with LoRA, loss on assistant turns"),
+    "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),
+    "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 1, "exact", "a Hugging Face directory to one GGUF file"),
+    "evaluate": Stage("llmworks.evaluate.run:evaluate", 1, "declared", "a task on a model, sample by sample"),
+    "evaluate.compare": Stage("llmworks.evaluate.compare:compare", 1, "exact", "paired test of two evaluations"),
+    "lineage.report": Stage("llmworks.lineage.story:report", 1, "declared", "one page: family tree, curves, scores, samples, sizes"),
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a stage: the kinds it accepts, whether it takes one, a list or a mapping, and whether it may be left out."""
+
+    name: str
+    kinds: tuple[type[Artifact], ...]
+    shape: str  # "one", "list", "dict"
+    required: bool
+
+    def describe(self) -> str:
+        """For help: `model or adapter`, `list of report`."""
+        kinds = " or ".join(k.kind for k in self.kinds)
+        text = kinds if self.shape == "one" else f"{self.shape} of {kinds}"
+        return text if self.required else f"{text}, optional"
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage with its function imported and its signature read."""
+
+    name: str
+    stage: Stage
+    function: Callable[..., Artifact]
+    config: type[Config]
+    inputs: dict[str, Input]
+    output: type[Artifact]
+
+    @property
+    def help(self) -> str:
+        """The function's docstring."""
+        return inspect.getdoc(self.function) or ""
+
+
+@functools.cache
+def table() -> dict[str, Stage]:
+    """The built-in stages and those of installed packages. An entry point names a `Stage` object; built-in names win."""
+    from importlib.metadata import entry_points
+
+    return {**{point.name: point.load() for point in entry_points(group="llmworks.stages")}, **STAGES}
+
+
+@functools.cache
+def resolve(name: str) -> ResolvedStage:
+    """Import a stage and read its signature. UserError for an unknown name, with the nearest one."""
+    import difflib
+
+    from llmworks.context import Context
+
+    if name not in table():
+        near = difflib.get_close_matches(name, table(), n=1)
+        raise UserError(f"unknown stage {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks stages` lists them")
+    stage = table()[name]
+    module, _, attribute = stage.target.partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    hints = typing.get_type_hints(function)
+    inputs: dict[str, Input] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if hints[parameter.name] is Context or parameter.name == "config":
+            continue
+        inputs[parameter.name] = _input(parameter.name, hints[parameter.name], parameter.default is inspect.Parameter.empty)
+    return ResolvedStage(name, stage, function, hints["config"], inputs, hints["return"])
+
+
+def _input(name: str, hint: Any, required: bool) -> Input:
+    shape = "one"
+    if typing.get_origin(hint) in (list, dict):
+        shape = typing.get_origin(hint).__name__
+        hint = typing.get_args(hint)[-1]
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = tuple(k for k in typing.get_args(hint) if k is not type(None)) if union else (hint,)
+    return Input(name, kinds, shape, required)
+
+
+def config_help(config: type[Config]) -> list[tuple[str, str, str]]:
+    """(field, type and default, description) of every field of a config class."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in config.model_fields.items():
+        hint = str(field.annotation.__name__ if isinstance(field.annotation, type) else field.annotation).replace("typing.", "")
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        rows.append((name, f"{hint}, {default}", field.description or ""))
+    return rows
+
+
+@functools.cache
+def code_digest(name: str) -> str:
+    """Digest of the source of a stage's module and of every llmworks module that it imports, directly or not."""
+    todo = [table()[name].target.partition(":")[0]]
+    seen: dict[str, str] = {}
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        file = _source(module)
+        if file is None:
+            continue
+        text = file.read_text(encoding="utf-8")
+        seen[module] = hashlib.sha256(text.encode()).hexdigest()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmworks"):
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names if alias.name.startswith("llmworks")]
+    return hashlib.sha256("".join(f"{m}{d}" for m, d in sorted(seen.items())).encode()).hexdigest()
+
+
+def _source(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None

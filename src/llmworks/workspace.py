@@ -1,0 +1,194 @@
+"""A workspace: the immutable store of artifacts, the names that point into it, scratch space and locks.
+
+    store/KIND-DIGEST12/      immutable artifacts
+    NAME/STEP -> ../store/..  names, swapped atomically
+    scratch/KEY12/            what resuming a step needs
+    locks/KEY12               one flock per step
+    roots/ID -> OUT           `--out` links elsewhere that keep artifacts alive
+
+Knows no stage and no recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmworks.artifact import MANIFEST, Artifact, Manifest, load, move_into_place, seal
+from llmworks.errors import ArtifactError, UserError
+
+RESERVED = ("store", "scratch", "locks", "roots")
+
+
+def default_workspace() -> Path:
+    """`$LLMWORKS_WORKSPACE`, else `workspace` in the current directory."""
+    return Path(os.environ.get("LLMWORKS_WORKSPACE") or "workspace")
+
+
+def cache_directory() -> Path:
+    """Where fetched assets and converted models are kept: `$LLMWORKS_CACHE`, else `~/.cache/llmworks`."""
+    return Path(os.environ.get("LLMWORKS_CACHE") or Path.home() / ".cache" / "llmworks")
+
+
+class Workspace:
+    """The directory tree described above. Safe for several processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+
+    @property
+    def store(self) -> Path:
+        """The directory of immutable artifacts."""
+        return self.root / "store"
+
+    def artifacts(self) -> list[Artifact]:
+        """Every complete artifact in the store, oldest first."""
+        found = [load(p.parent) for p in self.store.glob(f"*/{MANIFEST}")] if self.store.is_dir() else []
+        return sorted(found, key=lambda a: (a.manifest.finished if a.manifest else "", a.path.name))
+
+    def find(self, key: str) -> Artifact | None:
+        """The newest artifact that was made under this step key."""
+        for artifact in reversed(self.artifacts()):
+            if artifact.manifest is not None and artifact.manifest.key == key:
+                return artifact
+        return None
+
+    def find_digest(self, digest: str) -> Artifact | None:
+        """The artifact with this digest, in the store or behind a name."""
+        for artifact in [*self.artifacts(), *self.names().values()]:
+            if artifact.digest == digest:
+                return artifact
+        return None
+
+    @contextlib.contextmanager
+    def lock(self, key: str) -> Iterator[bool]:
+        """Hold the step's lock; yields whether it had to be waited for. The kernel releases it when the process dies."""
+        directory = self.root / "locks"
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / key[:12]).open("w") as stream:
+            waited = False
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waited = True
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            yield waited
+
+    def draft(self, key: str) -> Path:
+        """A new empty directory to write an artifact into; drafts that a killed run left for this key are removed first."""
+        self.store.mkdir(parents=True, exist_ok=True)
+        for old in self.store.glob(f".draft-{key[:12]}*"):
+            shutil.rmtree(old)
+        path = self.store / f".draft-{key[:12]}"
+        path.mkdir()
+        return path
+
+    def scratch(self, key: str) -> Path:
+        """The step's scratch directory, made when missing."""
+        path = self.root / "scratch" / key[:12]
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def drop_scratch(self, key: str) -> None:
+        """Remove the scratch directory of a finished step."""
+        shutil.rmtree(self.root / "scratch" / key[:12], ignore_errors=True)
+
+    def publish(self, draft: Path, manifest: Manifest) -> Artifact:
+        """Seal a draft and move it into the store under its kind and digest."""
+        seal(draft, manifest)
+        target = self.store / f"{manifest.kind}-{manifest.digest[:12]}"
+        move_into_place(draft, target)
+        return load(target)
+
+    def bind(self, group: str, name: str, artifact: Artifact) -> Path:
+        """Let `group/name` point to an artifact, atomically."""
+        link = self.root / group / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        target = artifact.path.absolute()
+        point(link, Path(os.path.relpath(target, link.parent)) if target.is_relative_to(self.root) else target)
+        return link
+
+    def link_out(self, out: Path, artifact: Artifact) -> None:
+        """Let a path outside the workspace point to an artifact, and remember it as a root that keeps the artifact alive."""
+        out = out.absolute()
+        if out.exists() and not out.is_symlink():
+            raise UserError(f"{out}: exists already and is not a result of llmworks; choose another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        point(out, artifact.path)
+        roots = self.root / "roots"
+        roots.mkdir(parents=True, exist_ok=True)
+        point(roots / hashlib.sha256(str(out).encode()).hexdigest()[:12], out)
+
+    def names(self) -> dict[str, Artifact]:
+        """Every name (`group/step`) and the artifact it points to; dangling names are left out."""
+        found: dict[str, Artifact] = {}
+        for link in sorted(self.root.glob("*/*")):
+            if link.parent.name in RESERVED or not link.is_symlink():
+                continue
+            with contextlib.suppress(ArtifactError):
+                found[f"{link.parent.name}/{link.name}"] = load(link.resolve(), name=link.name)
+        return found
+
+    def collect(self, *, scratch: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:
+        """Remove what no name and no descendant of a name needs, and with `scratch` the checkpoints of interrupted steps.
+
+        Returns the removed paths and their bytes. What a running step has locked is left alone.
+        """
+        busy = self._busy_keys()
+        artifacts = {a.digest: a for a in self.artifacts()}
+        alive: set[str] = set()
+        todo = [a.digest for a in self.names().values()]
+        for root in (self.root / "roots").glob("*"):
+            target = root.resolve()
+            if target.parent == self.store.resolve() and (target / MANIFEST).exists():
+                todo.append(load(target).digest)
+            elif not dry_run:
+                root.unlink()
+        while todo:
+            digest = todo.pop()
+            if digest in alive:
+                continue
+            alive.add(digest)
+            artifact = artifacts.get(digest)
+            if artifact is not None and artifact.manifest is not None:
+                todo += [parent.digest for parent in artifact.manifest.parents]
+        dead = [a for digest, a in artifacts.items() if digest not in alive and a.manifest is not None and a.manifest.key[:12] not in busy]
+        removed = [(a.path, size_of(a.path)) for a in dead]
+        for leftover in [*self.store.glob(".draft-*"), *((self.root / "scratch").glob("*") if scratch else ())]:
+            if leftover.name.removeprefix(".draft-")[:12] not in busy:
+                removed.append((leftover, size_of(leftover)))
+        if not dry_run:
+            for path, _ in removed:
+                shutil.rmtree(path, ignore_errors=True)
+        return removed
+
+    def _busy_keys(self) -> set[str]:
+        """Keys (12 digits) whose lock some process holds now."""
+        busy: set[str] = set()
+        for file in (self.root / "locks").glob("*"):
+            with file.open("r") as stream:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    busy.add(file.name)
+        return busy
+
+
+def point(link: Path, target: Path) -> None:
+    """Make or swap a symbolic link atomically."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.rename(link)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of all files below a directory."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -1,0 +1,129 @@
+"""Session fixtures: a pico Llama with a byte-level tokenizer and a chat template, its GGUF file, small conversations, a workspace."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("LLMWORKS_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(template: str | None = TEMPLATE) -> Any:
+    """A small byte-level BPE with SmolLM's pre-tokenizer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(t, special=True, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    corpus = ["the quick brown fox", "user assistant system", '{"name": "get_weather", "arguments": {"city": "Oslo"}}', "what is the weather in"] * 20
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>",
+        chat_template=template, model_max_length=512, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def make_pico(out: Path, seed: int = 0, template: str | None = TEMPLATE) -> Path:
+    """A Llama of two layers with random weights, grouped-query attention and tied embeddings."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer(template)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the pico model."""
+    return make_pico(tmp_path_factory.mktemp("pico") / "model")
+
+
+@pytest.fixture(scope="session")
+def pico_gguf(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pico model as an F32 GGUF file."""
+    from llmworks.progress import Progress
+    from llmworks.quantize.gguf_file import write_gguf
+
+    target = tmp_path_factory.mktemp("gguf") / "pico.gguf"
+    write_gguf(pico, target, "f32", Progress(quiet=True))
+    return target
+
+
+@pytest.fixture(scope="session")
+def bfcl_rows() -> list[dict[str, Any]]:
+    """The 400 BFCL questions with answers, from the registry package."""
+    from llmworks import assets
+    from llmworks.data.chat import bfcl_rows as read
+    from llmworks.data.jsonl import Rejected
+
+    rejected = Rejected()
+    rows = read(assets.fetch("bfcl-simple"), rejected)
+    assert not rejected.rows
+    return rows
+
+
+@pytest.fixture
+def chat_file(tmp_path: Path) -> Path:
+    """JSONL of twelve small conversations in six groups."""
+    cities = ["Oslo", "Rome", "Lima", "Bern", "Kyiv", "Cairo"]
+    rows = [
+        {"id": f"r{i}", "group": cities[i % 6], "messages": [{"role": "user", "content": f"weather in {cities[i % 6]} {i}"}, {"role": "assistant", "content": f"rain {cities[i % 6]}"}]}
+        for i in range(12)
+    ]  # fmt: skip
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, pico: Path, chat_file: Path) -> Callable[..., Path]:
+    """Write a recipe that trains the pico model on the small conversations; `sft` are its config fields."""
+
+    def write(**sft: Any) -> Path:
+        config = {"epochs": 4, "batch_size": 2, "checkpoint_every": 1, "samples": 1, **sft}
+        text = f"""\
+name: small
+steps:
+  base: {{use: "path:{pico}"}}
+  raw: {{use: "path:{chat_file}"}}
+  chats: {{stage: data.chat, inputs: {{data: raw}}}}
+  train: {{stage: data.split, inputs: {{data: chats}}, config: {{part: train, folds: 3}}}}
+  test: {{stage: data.split, inputs: {{data: chats}}, config: {{part: test, folds: 3}}}}
+  tuned:
+    stage: train.sft
+    inputs: {{model: base, data: train, held_out: test}}
+    config: {json.dumps(config)}
+  merged: {{stage: merge.adapter, inputs: {{adapter: tuned, model: base}}}}
+  small: {{stage: quantize.gguf, inputs: {{model: merged}}, config: {{type: f16}}}}
+"""
+        file = tmp_path / "small.yaml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write

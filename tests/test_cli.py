@@ -1,0 +1,90 @@
+"""Bad input ends in one line that says what, where and what to do, with exit code 2; nothing is half written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "llmworks.cli", *map(str, words)], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rnu"], "did you mean 'run'"),
+        (["data", "caht", "--out", "x"], "did you mean 'data chat'"),
+        (["run"], "recipe"),
+        (["run", "none.yaml"], "no such recipe file"),
+        (["show", "nothing"], "no such file or directory"),
+        (["show", "smollm2-135m-instruct"], "did you mean asset:smollm2-135m-instruct"),
+        (["show", "asset:smolm2"], "unknown asset 'smolm2'"),
+        (["tree"], "no artifacts here yet"),
+        (["assets", "fetch", "nope"], "unknown asset 'nope'"),
+        (["assets", "path", "nope"], "unknown asset 'nope'"),
+        (["stages", "train.sfd"], "did you mean 'train.sft'"),
+        (["chat", "http://127.0.0.1:1/v1"], "name the model"),
+        (["data", "chat", "--data", "none.jsonl", "--out", "o"], "no such file or directory"),
+        (["data", "chat", "--out", "o"], "--data"),
+        (["data", "chat", "--data", "empty.jsonl", "--out", "o"], "is empty"),
+        (["data", "chat", "--data", "broken.jsonl", "--out", "o"], "line 1"),
+        (["data", "chat", "--data", "good.jsonl", "--set", "fromat=bfcl", "--out", "o"], "fromat"),
+        (["data", "chat", "--data", "good.jsonl", "--set", "format", "--out", "o"], "key=value"),
+        (["data", "chat", "--data", "good.jsonl", "--config", "none.yaml", "--out", "o"], "cannot be read"),
+        (["data", "chat", "--data", "good.jsonl", "--out", "mine"], "exists already"),
+        (["data", "chat", "--data", "notes.txt", "--out", "o"], "is no model"),
+        (["data", "split", "--data", "good.jsonl", "--set", "part=test", "--out", "o"], "has no Parquet files"),
+        (["train", "sft", "--model", "good.jsonl", "--data", "good.jsonl", "--out", "o"], "is a dataset, wanted is model"),
+        (["quantize", "gguf", "--model", "cut", "--out", "o"], "truncated"),
+        (["quantize", "gguf", "--model", "bad.gguf", "--out", "o"], "is gguf already"),
+        (["model", "from_gguf", "--source", "bad.gguf", "--out", "o"], "not a readable GGUF file"),
+        (["chat", "bad.gguf", "hi"], "not a readable GGUF file"),
+    ],
+)
+def test_one_line_and_exit_code_2(tmp_path: Path, pico: Path, words: list[str], said: str) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    (tmp_path / "good.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF no")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_bytes((pico / "config.json").read_bytes())
+    (tmp_path / "cut" / "model.safetensors").write_bytes((pico / "model.safetensors").read_bytes()[:5000])
+    done = call(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+    assert not list(tmp_path.glob("workspace/store/[!.]*"))
+
+
+def test_broken_line_is_kept_aside_and_counted(tmp_path: Path, chat_file: Path) -> None:
+    chat_file.write_text(chat_file.read_text() + "{broken\n")
+    done = call("data", "chat", "--data", chat_file, "--out", "o", "--json", cwd=tmp_path)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["metrics"]["rejected"] == 1
+    assert "line 13: not JSON" in done.stderr
+    kept = json.loads((tmp_path / "o" / "rejected.jsonl").read_text())
+    assert (kept["line"], kept["text"]) == (13, "{broken\n")
+
+
+def test_listings(tmp_path: Path) -> None:
+    assert "train.sft" in call("stages", cwd=tmp_path).stdout
+    assert "learning_rate" in call("stages", "train.sft", cwd=tmp_path).stdout or "optimizer" in call("stages", "train.sft", cwd=tmp_path).stdout
+    assert "Apache-2.0" in call("assets", "list", cwd=tmp_path).stdout
+    assert json.loads(call("assets", "list", "--json", cwd=tmp_path).stdout)["bfcl-simple"]["kind"] == "dataset"
+    assert json.loads(call("stages", "--schema", cwd=tmp_path).stdout)["title"] == "llmworks recipe"
+    assert call("--version", cwd=tmp_path).stdout.startswith("llmworks 0.")
+
+
+def test_chat_in_the_terminal(tmp_path: Path, pico: Path, pico_gguf: Path) -> None:
+    answers = [call("chat", ref, "hi there", "--max-tokens", "8", cwd=tmp_path) for ref in (pico, f"gguf:{pico_gguf}")]
+    assert [a.returncode for a in answers] == [0, 0], answers
+    assert answers[0].stdout == answers[1].stdout != "\n"

@@ -1,0 +1,75 @@
+"""Golden tokens notice what is otherwise silent: another template, a lost stop id, other merges, other weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import TEMPLATE, make_pico, make_tokenizer
+
+from llmworks.artifact import Golden
+from llmworks.errors import GoldenMismatch
+from llmworks.model.golden import record, torch_logits
+from llmworks.model.load import load_model, load_tokenizer
+from llmworks.tokenize import golden
+from llmworks.tokenize.templates import tool_aware
+
+
+@pytest.fixture(scope="module")
+def recorded(pico: Path) -> Golden:
+    return record(pico)
+
+
+def test_record_covers_conversations_and_positions(recorded: Golden) -> None:
+    assert len(recorded.conversations) == 3
+    assert sum(len(c.positions) for c in recorded.conversations) >= 8
+    assert all(len(t) == golden.TOP for c in recorded.conversations for t in c.top_ids)
+    assert recorded.stop_ids == [2]
+
+
+def test_replays_on_itself(recorded: Golden, pico: Path) -> None:
+    tokenizer = load_tokenizer(pico)
+    gap = golden.require(recorded, tokenizer, [2], torch_logits(load_model(pico)), mean_within=1e-4, step="test")
+    assert gap is not None
+    assert gap.same_greedy == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (TEMPLATE.replace("'<|im_end|>' + '\n'", "'\n'"), "conversation 1"),  # the end-of-turn token is lost
+        (TEMPLATE.replace("+ '\n' + message['content']", "+ message['content']"), "conversation 1"),  # a new line is lost
+        (TEMPLATE.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant' }}"), "another loss mask"),  # the prompt ends early
+    ],
+)
+def test_changed_template_is_noticed(recorded: Golden, template: str, words: str) -> None:
+    problems = golden.replay_tokens(recorded, make_tokenizer(template), [2])
+    assert problems
+    assert words in "; ".join(problems)
+
+
+def test_lost_stop_id_is_noticed(recorded: Golden, pico: Path) -> None:
+    assert "stop ids" in golden.replay_tokens(recorded, load_tokenizer(pico), [0, 2])[0]
+
+
+def test_tool_aware_template_replays(recorded: Golden) -> None:
+    assert golden.replay_tokens(recorded, make_tokenizer(tool_aware(TEMPLATE)), [2]) == []
+
+
+def test_other_weights_are_refused(recorded: Golden, tmp_path: Path) -> None:
+    other = make_pico(tmp_path / "other", seed=1)
+    with pytest.raises(GoldenMismatch, match="nothing was published"):
+        golden.require(recorded, load_tokenizer(other), [2], torch_logits(load_model(other)), mean_within=0.1, step="test")
+
+
+def test_base_model_without_template_uses_text(tmp_path: Path) -> None:
+    made = record(make_pico(tmp_path / "base", template=None))
+    assert all(c.text and not c.messages for c in made.conversations)
+
+
+def test_dates_are_frozen() -> None:
+    dated = make_tokenizer("{{ strftime_now('%Y') }}" + TEMPLATE)
+    logits: Any = lambda ids: [[0.0] * 400] * len(ids)  # noqa: E731
+    made = golden.record(dated, [2], logits)
+    assert "2024" in dated.decode(made.conversations[0].ids)

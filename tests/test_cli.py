@@ -49,7 +49,9 @@ def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_one_line_and_exit_code_2(tmp_path: Path, pico: Path, words: list[str], said: str) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text("{\n")
-    (tmp_path / "good.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n")
+    (tmp_path / "good.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
+    )
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF no")
     (tmp_path / "mine").mkdir()
@@ -77,7 +79,10 @@ def test_broken_line_is_kept_aside_and_counted(tmp_path: Path, chat_file: Path) 
 
 def test_listings(tmp_path: Path) -> None:
     assert "train.sft" in call("stages", cwd=tmp_path).stdout
-    assert "learning_rate" in call("stages", "train.sft", cwd=tmp_path).stdout or "optimizer" in call("stages", "train.sft", cwd=tmp_path).stdout
+    assert (
+        "learning_rate" in call("stages", "train.sft", cwd=tmp_path).stdout
+        or "optimizer" in call("stages", "train.sft", cwd=tmp_path).stdout
+    )
     assert "Apache-2.0" in call("assets", "list", cwd=tmp_path).stdout
     assert json.loads(call("assets", "list", "--json", cwd=tmp_path).stdout)["bfcl-simple"]["kind"] == "dataset"
     assert json.loads(call("stages", "--schema", cwd=tmp_path).stdout)["title"] == "llmworks recipe"

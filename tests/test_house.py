@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,9 @@ def test_help_is_instant_and_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("words", [["run", "--help"], ["train", "sft", "--help"], ["evaluate", "--help"], ["evaluate", "compare", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["run", "--help"], ["train", "sft", "--help"], ["evaluate", "--help"], ["evaluate", "compare", "--help"]]
+)
 def test_command_help(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "llmworks.cli", *words], capture_output=True, text=True, check=True)
     assert "usage: llmworks" in done.stdout
@@ -141,12 +142,12 @@ def test_rooms_are_small() -> None:
 
 
 def test_project_names_no_place_or_host() -> None:
-    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     for name in files:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".txt") or path.name == "Makefile":
             text = path.read_text(encoding="utf-8")
             for word in ("/ro" + "ot/", "files.python" + "hosted", "pypi" + ".org"):
                 assert word not in text, f"{name} names {word}"
-
-

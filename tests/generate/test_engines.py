@@ -37,7 +37,9 @@ def cpp(pico_gguf: Path) -> Iterator[LlamaCppEngine]:
 def greedy_reference(pico: Path, prompt: list[int], n: int) -> list[int]:
     """transformers' own greedy generation."""
     model = load_model(pico)
-    out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=n, do_sample=False)
+    out = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=n, do_sample=False
+    )
     ids = out[0, len(prompt) :].tolist()
     return ids[: ids.index(2)] if 2 in ids else ids
 

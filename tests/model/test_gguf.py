@@ -54,8 +54,8 @@ def test_llama_cpp_tokenizes_the_same(pico_gguf: Path) -> None:
     from cyllama.llama import llama_cpp as cy
 
     params = cy.LlamaModelParams()
-    params.vocab_only = True
-    vocabulary = cy.LlamaModel(str(pico_gguf), params).get_vocab()
+    model = cy.LlamaModel(str(pico_gguf), params)  # owns the vocabulary's memory
+    vocabulary = model.get_vocab()
     ours = tokenizer_of(metadata(open_reader(pico_gguf)))
     for text in TEXTS:
         assert ours(text)["input_ids"] == list(vocabulary.tokenize(text, False, True)), text
@@ -76,7 +76,7 @@ def test_q8_0_is_byte_identical_to_llama_cpp(pico_gguf: Path, pico: Path, tmp_pa
     params = cy.LlamaModelQuantizeParams()
     params.ftype = 7  # LLAMA_FTYPE_MOSTLY_Q8_0
     params.nthread = 1
-    cy.llama_model_quantize(str(pico_gguf), str(tmp_path / "theirs.gguf"), params)
+    cy.model_quantize(str(pico_gguf), str(tmp_path / "theirs.gguf"), params)
     write_gguf(pico, tmp_path / "ours.gguf", "q8_0", Progress(quiet=True))
     theirs = {t.name: t for t in open_reader(tmp_path / "theirs.gguf").tensors}
     ours = {t.name: t for t in open_reader(tmp_path / "ours.gguf").tensors}

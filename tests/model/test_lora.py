@@ -13,6 +13,7 @@ from llmworks.model import lora
 from llmworks.model.fold import fold_into, weights_of
 from llmworks.model.load import check_weights, load_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft reads a name that transformers renamed
 IDS = torch.tensor([[1, 5, 9, 200, 17, 3]])
 
 
@@ -69,7 +70,9 @@ def test_peft_adapter_with_rank_stabilised_scale_folds(pico: Path, tmp_path: Pat
     from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(2)
-    model = get_peft_model(load_model(pico), LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        load_model(pico), LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
     model.save_pretrained(tmp_path / "theirs")
     ours = load_model(pico)
     fold_into(weights_of(ours), tmp_path / "theirs")

@@ -96,10 +96,22 @@ def main() -> None:
         answer = answers[question["id"]]
         _, _, call, _ = chat_row(question, answer)
         optional = {k: next((v for v in vs if v != ""), None) for k, vs in answer["ground_truth"][0][call.name].items()}
-        tried = [call.arguments, {k: v for k, v in optional.items() if v is not None}, mutate(call.arguments, rng), mutate(call.arguments, rng)]
+        tried = [
+            call.arguments,
+            {k: v for k, v in optional.items() if v is not None},
+            mutate(call.arguments, rng),
+            mutate(call.arguments, rng),
+        ]
         for arguments in tried:
             try:
-                verdict = ast_checker(question["function"], [{call.name: copy.deepcopy(arguments)}], answer["ground_truth"], Language.PYTHON, "simple_python", "m")["valid"]
+                verdict = ast_checker(
+                    question["function"],
+                    [{call.name: copy.deepcopy(arguments)}],
+                    answer["ground_truth"],
+                    Language.PYTHON,
+                    "simple_python",
+                    "m",
+                )["valid"]
             except Exception:  # the checker itself fails on some malformed values: no verdict to agree with
                 continue
             cases.append({"id": question["id"], "name": call.name, "arguments": arguments, "valid": verdict})

@@ -63,7 +63,10 @@ def test_chat_with_usage(live: Live) -> None:
     assert done.usage is not None
     assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
     assert 0 < done.usage.completion_tokens <= 8
-    assert done.choices[0].message.content == live.engine.generate([Request((Message("user", "hi there"),), sampling=Sampling(max_tokens=8))])[0].text
+    assert (
+        done.choices[0].message.content
+        == live.engine.generate([Request((Message("user", "hi there"),), sampling=Sampling(max_tokens=8))])[0].text
+    )
 
 
 def test_stream_is_the_same_answer_with_usage(live: Live) -> None:
@@ -182,7 +185,11 @@ def test_calls_in_the_answer_become_tool_calls() -> None:
 
 def test_a_call_that_never_closes_is_text() -> None:
     text = '<tool_call>{"name": "f", "argu'
-    events = [json.loads(e.removeprefix("data: ")) for e in chunks("i", 0, "m", iter([Delta(text, Completion(text, "length"))]), True, False) if "[DONE]" not in e]
+    events = [
+        json.loads(e.removeprefix("data: "))
+        for e in chunks("i", 0, "m", iter([Delta(text, Completion(text, "length"))]), True, False)
+        if "[DONE]" not in e
+    ]
     assert "".join(e["choices"][0]["delta"].get("content") or "" for e in events) == text
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 

@@ -40,7 +40,10 @@ def test_replays_on_itself(recorded: Golden, pico: Path) -> None:
     [
         (TEMPLATE.replace("'<|im_end|>' + '\n'", "'\n'"), "conversation 1"),  # the end-of-turn token is lost
         (TEMPLATE.replace("+ '\n' + message['content']", "+ message['content']"), "conversation 1"),  # a new line is lost
-        (TEMPLATE.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant' }}"), "another loss mask"),  # the prompt ends early
+        (
+            TEMPLATE.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant' }}"),
+            "another loss mask",
+        ),  # the prompt ends early
     ],
 )
 def test_changed_template_is_noticed(recorded: Golden, template: str, words: str) -> None:

@@ -8,10 +8,26 @@ import pytest
 from tests.conftest import TEMPLATE, make_tokenizer
 
 from llmworks.errors import ModelError, RequestError
-from llmworks.tokenize.templates import encode, flatten_tools, parse_calls, render_call, render_masked, render_prompt, render_text, renders_tools, tool_aware
+from llmworks.tokenize.templates import (
+    encode,
+    flatten_tools,
+    parse_calls,
+    render_call,
+    render_masked,
+    render_prompt,
+    render_text,
+    renders_tools,
+    tool_aware,
+)
 from llmworks.types import Message, ToolCall, messages_from_json, messages_to_json
 
-TURNS = (Message("system", "be brief"), Message("user", "hi 12"), Message("assistant", "yo"), Message("user", "again"), Message("assistant", "ok 谢谢"))
+TURNS = (
+    Message("system", "be brief"),
+    Message("user", "hi 12"),
+    Message("assistant", "yo"),
+    Message("user", "again"),
+    Message("assistant", "ok 谢谢"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +113,11 @@ def test_calls_are_parsed_back() -> None:
 
 
 def test_messages_survive_storage() -> None:
-    messages = (Message("user", "u"), Message("assistant", "", (ToolCall("f", {"a": 1}, "id1"),)), Message("tool", "42", tool_call_id="id1"))
+    messages = (
+        Message("user", "u"),
+        Message("assistant", "", (ToolCall("f", {"a": 1}, "id1"),)),
+        Message("tool", "42", tool_call_id="id1"),
+    )
     assert messages_from_json(messages_to_json(messages)) == messages
 
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 ROOM = 64  # tokens reserved ahead
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values: views [rows, heads, length, dim] into a buffer with room behind them."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -34,10 +34,10 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     @staticmethod
-    def _reserve(old: Tensor, new: Tensor, length: int) -> Tensor:
+    def _reserve(old: Tensor | None, new: Tensor, length: int) -> Tensor:
         rows, heads, added, dim = new.shape
         buffer = torch.empty(rows, heads, length + added + ROOM, dim, dtype=new.dtype, device=new.device)
-        if length:
+        if length and old is not None:
             buffer[:, :, :length] = old
         return buffer
 

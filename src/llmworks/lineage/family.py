@@ -82,7 +82,10 @@ def _sorted(nodes: dict[str, Node]) -> dict[str, Node]:
     graph = networkx.DiGraph()
     graph.add_nodes_from(nodes)
     graph.add_edges_from((parent, node.digest) for node in nodes.values() for _, parent in node.parents if parent in nodes)
-    order = networkx.lexicographical_topological_sort(
-        graph, key=lambda d: (nodes[d].artifact.manifest.finished if nodes[d].artifact and nodes[d].artifact.manifest else "", d)
-    )  # type: ignore[union-attr]
+
+    def age(digest: str) -> tuple[str, str]:
+        artifact = nodes[digest].artifact
+        return (artifact.manifest.finished if artifact is not None and artifact.manifest is not None else "", digest)
+
+    order = networkx.lexicographical_topological_sort(graph, key=age)
     return {digest: nodes[digest] for digest in order}

@@ -117,7 +117,8 @@ def tokenizer_of(meta: dict[str, Any]) -> Any:
     """The transformers tokenizer that GGUF metadata describe, template included, without writing a file."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(meta), **tokenizer_options(meta))
+    make: Any = PreTrainedTokenizerFast
+    return make(tokenizer_object=build_tokenizer(meta), **tokenizer_options(meta))
 
 
 def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:

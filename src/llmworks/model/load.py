@@ -18,8 +18,8 @@ def quiet_transformers() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -44,16 +44,17 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
     quiet_transformers()
     check_weights(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
         )
     except Exception as error:
         raise ModelError(f"{path}: the model cannot be loaded ({_first_line(error)})") from None
-    missing = [name for name in info["missing_keys"] if not name.endswith("lm_head.weight") or not model.config.tie_word_embeddings]
+    model: Any = loaded[0]
+    missing = [name for name in loaded[1]["missing_keys"] if not name.endswith("lm_head.weight") or not model.config.tie_word_embeddings]
     if missing:
         raise ModelError(f"{path}: weights are missing for {len(missing)} parameters, the first is {sorted(missing)[0]}")
-    model.eval()
-    return model
+    evaluating: PreTrainedModel = model.eval()
+    return evaluating
 
 
 def check_weights(path: Path) -> None:

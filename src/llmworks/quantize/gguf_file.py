@@ -110,7 +110,7 @@ def add_tensors(writer: Any, source: Path, config: dict[str, Any], kind: str, pr
     formats = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    files = [safe_open(file, framework="pt") for file in sorted(source.glob("*.safetensors"))]
+    files: list[Any] = [safe_open(file, framework="pt") for file in sorted(source.glob("*.safetensors"))]
     names = [(file, name) for file in files for name in sorted(file.keys())]
     tied = bool(config.get("tie_word_embeddings"))
     with progress.bar("write gguf", len(names), "tensors") as bar:

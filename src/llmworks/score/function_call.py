@@ -52,7 +52,7 @@ def check_arguments(given: Mapping[str, Any], accepted: Mapping[str, Sequence[An
 
 def check_value(value: Any, accepted: Sequence[Any], spec: Mapping[str, Any]) -> str:
     """What is wrong with one value, or an empty string."""
-    kind = _PYTHON_TYPE.get(spec.get("type", "string"), str)
+    kind: type = _PYTHON_TYPE.get(spec.get("type", "string"), str)
     if kind is float and type(value) is int:
         value = float(value)
     example = next((v for v in accepted if v != OMITTED), None)
@@ -83,7 +83,7 @@ def check_value(value: Any, accepted: Sequence[Any], spec: Mapping[str, Any]) ->
     return f"{value!r} is not among {list(accepted)}"
 
 
-def _items_typed(value: Sequence[Any], accepted: Sequence[Any], kind: type) -> bool:
+def _items_typed(value: Any, accepted: Sequence[Any], kind: type) -> bool:
     """Whether every item has the declared type, or for some accepted list the type of its items."""
     for candidate in accepted:
         if not isinstance(candidate, list):

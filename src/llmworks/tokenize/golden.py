@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmworks.artifact import Golden, GoldenConversation
-from llmworks.errors import GoldenMismatch
+from llmworks.errors import GoldenMismatch, ModelError, RequestError
 from llmworks.tokenize.templates import encode, render_masked, renders_tools
 from llmworks.types import Json, Message, ToolCall, messages_from_json, messages_to_json
 
@@ -89,7 +89,11 @@ def replay_tokens(golden: Golden, tokenizer: Any, stop_ids: Sequence[int]) -> li
             ids: Sequence[int] = encode(tokenizer, conversation.text)
             mask: Sequence[int] = [1] * len(ids)
         else:
-            rendered = render_masked(tokenizer, messages_from_json(conversation.messages), tools=conversation.tools, frozen=True)
+            try:
+                rendered = render_masked(tokenizer, messages_from_json(conversation.messages), tools=conversation.tools, frozen=True)
+            except (ModelError, RequestError) as error:
+                problems.append(f"conversation {number}: {error}")
+                continue
             ids, mask = rendered.ids, rendered.mask
         if list(ids) != conversation.ids:
             at = next(

@@ -14,7 +14,8 @@ from typing import Any
 from llmworks.errors import ModelError, RequestError
 from llmworks.types import Json, Message, ToolCall
 
-FROZEN_DATE = "26 Jul 2024"
+# Put in front of a template: the date that some templates insert becomes a constant.
+_FROZEN = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}{%- set date_string = '26 Jul 2024' -%}"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 TOOL_PREAMBLE = f'Answer by calling a function: {CALL_OPEN}{{"name": NAME, "arguments": {{...}}}}{CALL_CLOSE}\nFunctions:'
 
@@ -149,7 +150,8 @@ def render_text(
     """
     import jinja2
 
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if not template:
         raise ModelError("this model has no chat template; give it one (tokenizer_config.json: chat_template) or use a base-model task")
     turns: list[Json] = []
     for m in messages:
@@ -158,9 +160,12 @@ def render_text(
             turn["tool_calls"] = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in m.tool_calls]
         turns.append(turn)
     try:
-        dates = {"strftime_now": lambda _: FROZEN_DATE, "date_string": FROZEN_DATE} if frozen else {}
         text = tokenizer.apply_chat_template(
-            turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=generation_prompt, **dates
+            turns,
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            chat_template=_FROZEN + template if frozen else template,
         )
     except jinja2.TemplateError as error:
         raise RequestError(f"the model's chat template refuses this conversation: {error}") from None

@@ -49,10 +49,10 @@ class SftConfig(Config):
         pattern=r"^(keep|renew: .+)$",
         description="keep: the base's golden tokens must replay; 'renew: REASON' when the template or vocabulary changes",
     )
-    lora: LoraConfig = Field(LoraConfig(), description="the adapter")  # type: ignore[call-arg]
+    lora: LoraConfig = Field(LoraConfig(), description="the adapter")
     checkpoint_every: int = Field(20, gt=0, description="steps between two checkpoints")
     samples: int = Field(4, ge=0, description="held-out questions answered before and after")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="learning rate schedule and AdamW")  # type: ignore[call-arg]
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="learning rate schedule and AdamW")
 
 
 def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Adapter:

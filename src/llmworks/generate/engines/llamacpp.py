@@ -160,24 +160,12 @@ class LlamaCppEngine:
 
         if len(ids) > SCORE_TOKENS:
             raise RequestError(f"{len(ids)} tokens to score, {self.name} scores {SCORE_TOKENS} at once")
-        from cyllama.llama import llama_cpp as cy
+        from llmworks.generate.engines.llamacpp_scorer import Scorer
 
         with self._lock, _silence():
             if self._scorer is None:
-                model_params = cy.LlamaModelParams()
-                model_params.n_gpu_layers = 0
-                self._scorer = cy.LlamaModel(str(self.path), model_params)
-            context_params = cy.LlamaContextParams()
-            context_params.n_ctx = context_params.n_batch = SCORE_TOKENS
-            context_params.n_threads = context_params.n_threads_batch = self.threads
-            context = cy.LlamaContext(self._scorer, context_params)
-            batch = cy.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
-            for position, token in enumerate(ids):
-                batch.add(int(token), position, [0], True)
-            context.decode(batch)
-            values = np.array(context.get_logits(), dtype=np.float32).reshape(len(ids), -1)
-            context.close()
-        return values
+                self._scorer = Scorer(self.path, SCORE_TOKENS, self.threads)
+            return np.stack(self._scorer.rows(ids))
 
     def close(self) -> None:
         """Stop the server and free the model."""

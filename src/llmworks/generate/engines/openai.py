@@ -75,7 +75,8 @@ class OpenAIEngine:
 
     def stream(self, request: Request) -> Iterator[Delta]:
         """Answer one request piece by piece; closing the iterator closes the connection."""
-        text, finish, usage = "", "stop", {}
+        text, finish = "", "stop"
+        usage: dict[str, int] = {}
         try:
             with self.client.stream("POST", f"{self.url}/chat/completions", json=self._body(request, stream=True)) as reply:
                 if reply.status_code >= 400:

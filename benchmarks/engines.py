@@ -1,0 +1,113 @@
+"""Speed side by side: our torch decoding against transformers' generate, our loop against peft under the same loop, llama.cpp beside both.
+
+    make bench            prints one table; copy it with the machine's name into benchmarks/README.md
+Peers run in the same process, one after the other, on the same prompts and weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmworks.data.chat import bfcl_rows
+from llmworks.data.jsonl import Rejected
+from llmworks.execute import machine, threads
+from llmworks.generate.engines.llamacpp import LlamaCppEngine
+from llmworks.generate.engines.torch import TorchEngine
+from llmworks.model import lora
+from llmworks.model.load import load_model
+from llmworks.references import asset_files, resolve
+from llmworks.train.examples import collate, make_example
+from llmworks.train.loss import next_token_loss
+from llmworks.types import Request, Sampling, messages_from_json
+
+ROWS, NEW = 16, 48
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result)."""
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+def decode(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Answer tokens per second over a batch of prompts."""
+    model = resolve("asset:smollm2-135m-instruct")
+    engine = TorchEngine.open(model.path)
+    requests = [Request(messages_from_json(r["messages"])[:-1], sampling=Sampling(max_tokens=NEW)) for r in rows[:ROWS]]
+    prompts = [engine.prompt_ids(r) for r in requests]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[2] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    engine.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)  # warm up
+    peer, out = timed(lambda: engine.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False))
+    peer_tokens = sum(int((row[width:] != 2).sum()) for row in out)
+    ours, done = timed(lambda: engine.generate(requests))
+    our_tokens = sum(c.completion_tokens for c in done)
+    engine.close()
+    cpp = LlamaCppEngine(asset_files("smollm2-135m-instruct", "q4_1").gguf_path)  # type: ignore[attr-defined]
+    cpp.generate(requests[:1])
+    native, answers = timed(lambda: cpp.generate(requests))
+    native_tokens = sum(c.completion_tokens for c in answers)
+    cpp.close()
+    return [
+        ("answer 16 prompts: transformers generate, fp32", peer_tokens / peer),
+        ("answer 16 prompts: llmworks torch engine, fp32", our_tokens / ours),
+        ("answer 16 prompts: llama.cpp engine, Q4_1", native_tokens / native),
+    ]
+
+
+def training(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Training tokens per second: five steps of four conversations."""
+    from peft import LoraConfig, get_peft_model
+
+    model = resolve("asset:smollm2-135m-instruct")
+    tokenizer = TorchEngine.open(model.path).tokenizer
+    examples = [e for e in (make_example(tokenizer, r, 2048) for r in rows[:20]) if not isinstance(e, str)]
+    batches = [collate(examples[i : i + 4]) for i in range(0, 20, 4)]
+
+    def steps(network: Any, loss: Callable[[Any, Any], torch.Tensor]) -> float:
+        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
+
+        def one(batch: Any) -> None:
+            (loss(network, batch) / batch.labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+
+        one(batches[0])
+        seconds, _ = timed(lambda: [one(b) for b in batches])
+        return sum(b.tokens for b in batches) / seconds
+
+    def full_head(network: Any, batch: Any) -> torch.Tensor:
+        labels = torch.full_like(batch.ids, -100)
+        labels[batch.rows, batch.columns] = batch.ids[batch.rows, batch.columns]
+        result: torch.Tensor = network(input_ids=batch.ids, labels=labels).loss * batch.labels
+        return result
+
+    peer = get_peft_model(load_model(model.path), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    theirs = steps(peer, full_head)
+    del peer
+    network = load_model(model.path)
+    lora.attach(network, "all-linear", 16, 32.0)
+    return [("train LoRA r16: peft with the model's own loss", theirs), ("train LoRA r16: llmworks", steps(network, next_token_loss))]
+
+
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(threads())
+    rows = bfcl_rows(asset_files("bfcl-simple", "bfcl").path, Rejected())
+    results = decode(rows) + training(rows)
+    print(f"{machine()['processor']}, {threads()} threads, torch {torch.__version__}\n")
+    base: dict[str, float] = {}
+    for name, speed in results:
+        group = name.split(":")[0]
+        base.setdefault(group, speed)
+        print(f"{name:<52} {speed:8.1f} tokens/s   {speed / base[group]:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

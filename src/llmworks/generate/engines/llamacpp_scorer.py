@@ -1,0 +1,42 @@
+"""Logits of given text from llama.cpp, through cyllama: what the generating binding cannot do. Knows no request and no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cyllama.llama import llama_cpp as cy
+
+
+class _Model(cy.LlamaModel):  # type: ignore[misc]
+    """cyllama reads a model's `n_vocab` when logits are asked for, and does not define it."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Size of the vocabulary."""
+        return int(self.get_vocab().n_vocab)
+
+
+class Scorer:
+    """One GGUF file, ready to read up to `tokens` ids at once."""
+
+    def __init__(self, path: Path, tokens: int, threads: int) -> None:
+        model_params = cy.LlamaModelParams()
+        model_params.n_gpu_layers = 0
+        self.model = _Model(str(path), model_params)
+        self.params = cy.LlamaContextParams()
+        self.params.n_ctx = self.params.n_batch = tokens
+        self.params.n_threads = self.params.n_threads_batch = threads
+
+    def rows(self, ids: Sequence[int]) -> list[Any]:
+        """Next-token logits after every position: one fp32 array [vocabulary] each."""
+        context = cy.LlamaContext(self.model, self.params)
+        batch = cy.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
+        for position, token in enumerate(ids):
+            batch.add(int(token), position, [0], True)
+        context.decode(batch)
+        rows = [np.asarray(context.get_logits_ith(i), dtype=np.float32) for i in range(len(ids))]
+        context.close()
+        return rows

@@ -59,6 +59,11 @@ def make_pico(out: Path, seed: int = 0, template: str | None = TEMPLATE) -> Path
         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.3,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
+    with torch.no_grad():  # say printable text: other tokens get the logit 0, which is never the largest
+        for token, index in tokenizer.get_vocab().items():
+            text = tokenizer.convert_tokens_to_string([token])
+            if token == "<|endoftext|>" or not (text.isascii() and text.isprintable()):
+                model.model.embed_tokens.weight[index] = 0
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -90,6 +90,6 @@ def test_listings(tmp_path: Path) -> None:
 
 
 def test_chat_in_the_terminal(tmp_path: Path, pico: Path, pico_gguf: Path) -> None:
-    answers = [call("chat", ref, "hi there", "--max-tokens", "8", cwd=tmp_path) for ref in (pico, f"gguf:{pico_gguf}")]
+    answers = [call("chat", ref, "--max-tokens", "8", "hi there", cwd=tmp_path) for ref in (pico, f"gguf:{pico_gguf}")]
     assert [a.returncode for a in answers] == [0, 0], answers
     assert answers[0].stdout == answers[1].stdout != "\n"

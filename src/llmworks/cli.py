@@ -89,7 +89,9 @@ def dispatch(words: list[str]) -> int:
         return 0
     build = COMMANDS.get(words[0])
     if build is not None:
-        args = build().parse_args(words[1:])
+        parser = build()
+        # options may stand between words; argparse does not allow that together with subcommands
+        args = parser.parse_args(words[1:]) if words[0] == "assets" else parser.parse_intermixed_args(words[1:])
         from llmworks import commands
 
         handler: str = args.handler

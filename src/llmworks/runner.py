@@ -114,8 +114,9 @@ class Run:
 
     def _why(self, step: StageStep, inputs: Inputs, key: str) -> str:
         """Why a step has to run: what differs from what its name points to now."""
-        if (self.workspace.root / "scratch" / key[:12]).exists():
-            return "was interrupted; goes on from what it kept"
+        scratch = self.workspace.root / "scratch" / key[:12]
+        if scratch.is_dir():
+            return "was interrupted" + ("; goes on from what it kept" if any(scratch.iterdir()) else "")
         last = self.bound(step.name)
         if last is None or last.manifest is None:
             return "was never made here"

@@ -80,7 +80,7 @@ class Delta:
 
 
 class Engine(Protocol):
-    """Answers requests. Batch first; `can` names what else it offers: "score", "logits", "ids", "tools".
+    """Answers requests. Batch first; `can` names what else it offers: score, logits, ids, tools, parallel.
 
     Errors: RequestError for a request that cannot be answered as asked, EngineError when answering failed.
     """

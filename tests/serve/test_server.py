@@ -96,9 +96,11 @@ def test_terminal_over_http_and_dialogue(live: Live) -> None:
     assert remote.generate([Request((Message("user", "hi"),), sampling=Sampling(max_tokens=6))])[0].text == conversation.turns[1].content
     with pytest.raises(RequestError, match="not token ids"):
         remote.generate([Request(ids=(1, 2))])
-    with pytest.raises(RequestError, match=r"404: The model 'other' does not exist"):
-        OpenAIEngine(live.url, "other").generate([Request((Message("user", "hi"),))])
     remote.close()
+    other = OpenAIEngine(live.url, "other")
+    with pytest.raises(RequestError, match=r"404: The model 'other' does not exist"):
+        other.generate([Request((Message("user", "hi"),))])
+    other.close()
 
 
 def test_seed_and_stop(live: Live) -> None:
@@ -155,6 +157,19 @@ def test_a_client_that_goes_away_frees_the_server(live: Live) -> None:
     assert live.client.chat.completions.create(model="pico", messages=HI, max_tokens=4).choices
 
 
+def test_requests_at_the_same_time_get_their_own_answers(live: Live) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(text: str) -> str | None:
+        asked: list[Any] = [{"role": "user", "content": text}]
+        return live.client.chat.completions.create(model="pico", messages=asked, max_tokens=12, temperature=0).choices[0].message.content
+
+    texts = ["hi", "what is the weather", "12345", "fox", "hi", "the quick brown fox"]
+    alone = [ask(text) for text in texts]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, texts)) == alone
+
+
 def test_tools_reach_a_model_whose_template_shows_them(tmp_path: Path) -> None:
     server = Live(TorchEngine.open(make_pico(tmp_path / "aware", template=tool_aware(TEMPLATE))))
     tool: Any = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
@@ -203,5 +218,7 @@ def test_port_in_use_and_dead_server() -> None:
             check_port("127.0.0.1", port)
     with pytest.raises(UserError, match="99999"):
         check_port("127.0.0.1", 99999)
+    dead = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "m")
     with pytest.raises(EngineError, match="is the server running"):
-        OpenAIEngine(f"http://127.0.0.1:{port}/v1", "m").generate([Request((Message("user", "x"),))])
+        dead.generate([Request((Message("user", "x"),))])
+    dead.close()

@@ -18,7 +18,7 @@ def draw_text(family: Family) -> str:
     def visit(node: Node, prefix: str, last: bool, top: bool) -> None:
         others = [family.nodes[p].label for _, p in node.parents if p != primary[node.digest] and p in family.nodes]
         joint = "" if top else ("└─ " if last else "├─ ")
-        made = f"  [{node.stage}]" if node.stage else "  [from outside]"
+        made = f"  [{node.stage}]" if node.stage else f"  [from outside{f': {node.ref}' if node.ref else ''}]"
         extra = f"  + {', '.join(dict.fromkeys(others))}" if others else ""
         lines.append(f"{prefix}{joint}{node.label}  {node.kind} {node.digest[:12]}{made}{extra}{_facts(node)}")
         below = [child for child in family.nodes.values() if primary[child.digest] == node.digest]
@@ -77,7 +77,7 @@ def draw_svg(family: Family) -> str:
     for digest, (x, y) in place.items():
         node = family.nodes[digest]
         color = COLORS.get(node.kind, "#64748b")
-        lines = (_short(node.label, 25), _short(node.stage or "from outside", 28), f"{node.kind} {digest[:8]}")
+        lines = (_short(node.label, 25), _short(node.stage or node.ref or "from outside", 28), f"{node.kind} {digest[:8]}")
         parts.append(
             f'<g><title>{html.escape(f"{node.label}: {node.kind} {digest}")}</title><rect x="{x:.0f}" y="{y:.0f}" width="{BOX_W}" height="{BOX_H}" rx="7" fill="#fff" stroke="{color}" stroke-width="1.6"/>'
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmworks.artifact import Artifact
 
@@ -19,7 +19,7 @@ class Node:
     derivation: str
     parents: tuple[tuple[str, str], ...]  # (role, digest)
     artifact: Artifact | None = None
-    bytes: int = 0
+    ref: str = ""
 
 
 @dataclass
@@ -61,18 +61,13 @@ def family_of(artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | Non
     for artifact in every.values():
         m = artifact.manifest
         assert m is not None
-        size = sum(entry.bytes for entry in m.files.values())
-        nodes[m.digest] = Node(
-            m.digest, m.kind, labels.get(m.digest, ""), m.stage, m.derivation, tuple((p.role, p.digest) for p in m.parents), artifact, size
-        )
+        parents = tuple((p.role, p.digest) for p in m.parents)
+        nodes[m.digest] = Node(m.digest, m.kind, labels.get(m.digest, ""), m.stage, m.derivation, parents, artifact, artifact.ref)
         for p in m.parents:
             labels.setdefault(p.digest, p.name)
             if p.digest not in every and p.digest not in nodes:
-                nodes[p.digest] = Node(p.digest, p.kind, p.ref or p.name, "", "declared", ())
-    named = {
-        d: Node(n.digest, n.kind, n.label or labels.get(d, "") or d[:12], n.stage, n.derivation, n.parents, n.artifact, n.bytes)
-        for d, n in nodes.items()
-    }
+                nodes[p.digest] = Node(p.digest, p.kind, p.name, "", "declared", (), None, p.ref)
+    named = {d: replace(n, label=n.label or labels.get(d, "") or d[:12]) for d, n in nodes.items()}
     return Family(_sorted(named))
 
 

@@ -10,18 +10,21 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from llmworks.errors import LlmworksError, RequestError, UserError
 from llmworks.serve.answer import chunks, whole
 from llmworks.serve.schema import ChatRequest
-from llmworks.types import Delta, Engine
+from llmworks.types import Completion, Delta, Engine
 from llmworks.types import Request as EngineRequest
 
 DEFAULT_MAX_TOKENS = 512
@@ -33,19 +36,20 @@ def error_body(message: str, kind: str = "invalid_request_error", code: str | No
 
 
 class Turns:
-    """Lets one request at a time use an engine that cannot answer several at once."""
+    """Lets one request at a time use an engine, or all at once where it can answer in parallel."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.lock = engine, threading.Lock()
+        self.engine = engine
+        self.turn: AbstractContextManager[Any] = nullcontext() if "parallel" in engine.can else threading.Lock()
 
-    def answer(self, request: EngineRequest) -> Any:
+    def answer(self, request: EngineRequest) -> Completion:
         """A whole answer."""
-        with self.lock:
+        with self.turn:
             return self.engine.generate([request])[0]
 
     def stream(self, request: EngineRequest) -> Iterator[Delta]:
-        """A streamed answer; the lock is held until it ends or the client goes away."""
-        with self.lock:
+        """A streamed answer; the turn lasts until it ends or the client goes away."""
+        with self.turn:
             yield from self.engine.stream(request)
 
 
@@ -76,8 +80,6 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def completions(http: Request) -> Any:
-        from starlette.concurrency import run_in_threadpool
-
         try:
             body = ChatRequest.model_validate(json.loads(await http.body()))
         except ValidationError as error:
@@ -95,16 +97,10 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         if not body.stream:
             return whole(identity, created, name, await run_in_threadpool(turns.answer, request), bool(request.tools))
         deltas = turns.stream(request)
-        first_delta = await run_in_threadpool(next, deltas)  # what cannot be answered is refused before the stream begins
-        events = chunks(
-            identity,
-            created,
-            name,
-            _chain(first_delta, deltas),
-            bool(request.tools),
-            bool(body.stream_options and body.stream_options.include_usage),
-        )
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        first = await run_in_threadpool(lambda: next(deltas))  # what cannot be answered is refused before the stream begins
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        lines = chunks(identity, created, name, chain([first], deltas), bool(request.tools), with_usage)
+        return StreamingResponse(_until_gone(lines, deltas), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     @app.exception_handler(RequestError)
     async def refused(http: Request, error: RequestError) -> JSONResponse:
@@ -121,14 +117,13 @@ def build_app(engine: Engine, name: str) -> FastAPI:
     return app
 
 
-def _chain(first: Delta, rest: Iterator[Delta]) -> Iterator[Delta]:
+async def _until_gone(lines: Iterator[str], deltas: Iterator[Delta]) -> AsyncIterator[str]:
+    """Lines of a stream; when the client goes away the engine stops and the next request gets its turn."""
     try:
-        yield first
-        yield from rest
+        async for line in iterate_in_threadpool(lines):
+            yield line
     finally:
-        close = getattr(rest, "close", None)
-        if close is not None:
-            close()
+        deltas.close()  # type: ignore[attr-defined]
 
 
 def check_port(host: str, port: int) -> None:

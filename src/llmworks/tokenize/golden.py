@@ -41,7 +41,10 @@ TEXTS = ("The quick brown fox jumps over the lazy dog.\n", "def add(a, b):\n    
 
 @dataclass(frozen=True)
 class LogitGap:
-    """How far replayed logits are from the recorded ones: over the recorded top 32 at every position."""
+    """How far replayed logits are from the recorded ones, over the recorded top 32 at every position.
+
+    A shift common to all of them is taken out first, since softmax does not see it.
+    """
 
     largest: float
     mean: float
@@ -115,7 +118,8 @@ def replay_logits(golden: Golden, logits: Logits) -> LogitGap:
     for conversation in golden.conversations:
         values = np.asarray(logits(conversation.ids))
         for position, ids, recorded in zip(conversation.positions, conversation.top_ids, conversation.top_logits, strict=True):
-            gap = np.abs(values[position][ids] - np.asarray(recorded))
+            difference = values[position][ids] - np.asarray(recorded)
+            gap = np.abs(difference - difference.mean())
             largest, total, count = max(largest, float(gap.max())), total + float(gap.mean()), count + 1
             same += int(values[position].argmax()) == ids[0]
     return LogitGap(largest, total / max(count, 1), same / max(count, 1))

@@ -30,7 +30,7 @@ _TOOL_PREFIX = """\
 {%- set flat.text = flat.text + '\\n' + tool['name'] + ': ' + (tool['description'] or '') %}
 {%- for name, spec in (parameters['properties'] or {}).items() %}
 {%- set type = spec['type'] if spec['type'] is string else 'any' %}
-{%- set flat.text = flat.text + '\\n- ' + name + ' (' + type + ('' if name in (parameters['required'] or []) else ', optional') %}
+{%- set flat.text = flat.text + '\\n- ' + name + ' (' + type + (', required' if name in (parameters['required'] or []) else '') %}
 {%- for key, value in spec.items() if key != 'description' and not (key == 'type' and value is string) %}
 {%- set flat.text = flat.text + ', ' + key + ': ' + (value | tojson) %}
 {%- endfor %}
@@ -101,7 +101,7 @@ def describe_tool(tool: Json) -> str:
     lines = [f"{tool['name']}: {tool.get('description') or ''}"]
     for name, spec in (parameters.get("properties") or {}).items():
         kind = spec["type"] if isinstance(spec.get("type"), str) else "any"
-        facts = [kind] if name in (parameters.get("required") or []) else [kind, "optional"]
+        facts = [kind, "required"] if name in (parameters.get("required") or []) else [kind]
         facts += [
             f"{key}: {json.dumps(value, ensure_ascii=False)}"
             for key, value in spec.items()

@@ -39,7 +39,7 @@ class LlamaCppEngine:
         trained = int(meta.get(f"{meta.get('general.architecture')}.context_length", SLOT_TOKENS))
         self.context = min(trained, SLOT_TOKENS)
         tools = {"tools"} if self.tokenizer.chat_template and renders_tools(self.tokenizer) else set()
-        self.can = frozenset({"score", "logits", "ids", *tools})
+        self.can = frozenset({"score", "logits", "ids", "parallel", *tools})
         self._server: Any = None
         self._scorer: Any = None
         self._lock = threading.Lock()
@@ -54,6 +54,8 @@ class LlamaCppEngine:
                 p.n_ctx, p.n_parallel, p.warmup, p.verbosity = self.context * self.slots, self.slots, False, -1
                 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = self.threads
                 p.cpuparams.poll = p.cpuparams_batch.poll = 0  # never spin: a busy core elsewhere would stall every token
+                p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as torch computes, and as the scorer does
+                p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
                 p.n_gpu_layers, p.port, p.ctx_shift = 0, 0, False
                 with _silence():
                     self._server = xllamacpp.Server(p)
@@ -65,9 +67,9 @@ class LlamaCppEngine:
             raise RequestError(
                 f"the chat template of {self.name} ignores tools; use a model with a tool-aware template, or put the functions into the system message"
             )
-        ids = list(request.ids) or list(render_prompt(self.tokenizer, request.messages, tools=request.tools))
-        if not ids:
+        if not request.ids and not request.messages:
             raise RequestError("the request is empty: it has neither messages nor ids")
+        ids = list(request.ids) or list(render_prompt(self.tokenizer, request.messages, tools=request.tools))
         if len(ids) >= self.context:
             raise RequestError(f"the prompt has {len(ids)} tokens, {self.name} reads {self.context} at most here")
         return ids
@@ -82,22 +84,27 @@ class LlamaCppEngine:
     def _answer(self, server: Any, prompt: list[int], request: Request) -> Completion:
         reply = server.handle_completions(self._body(prompt, request))
         choice = _choice(reply, self.name)
-        ids, logprobs = _sampled(choice)
-        return self._completion(ids, logprobs, choice["finish_reason"], request, len(prompt))
+        told, logprobs = _sampled(choice)
+        ids = self._without_stop([int(i) for i in reply["__verbose"]["tokens"]])
+        logprobs = logprobs[: len(ids)] if told[: len(ids)] == ids else self._logprobs(prompt, ids)
+        text, stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), request.sampling.stop)
+        return Completion(text, _finish(choice, stopped), tuple(ids), tuple(logprobs), len(prompt), len(ids))
 
-    def _completion(self, ids: list[int], logprobs: list[float], reason: str | None, request: Request, prompt_tokens: int) -> Completion:
+    def _without_stop(self, ids: list[int]) -> list[int]:
         while ids and ids[-1] in self.stops:
-            ids, logprobs = ids[:-1], logprobs[:-1]
-        text = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), request.sampling.stop)[0]
-        finish: FinishReason = "length" if reason == "length" else "stop"
-        return Completion(text, finish, tuple(ids), tuple(logprobs), prompt_tokens, len(ids))
+            ids = ids[:-1]
+        return ids
+
+    def _logprobs(self, prompt: list[int], ids: list[int]) -> list[float]:
+        """llama.cpp reports tokens that share a character as one: then their log-probabilities are taken from the scorer."""
+        return self.score([[*prompt, *ids]])[0][len(prompt) - 1 :] if ids else []
 
     def _body(self, prompt: list[int], request: Request) -> dict[str, Any]:
         s = request.sampling
         body: dict[str, Any] = {
             "prompt": prompt, "n_predict": min(s.max_tokens, self.context - len(prompt)), "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k,
             "min_p": 0.0, "typical_p": 1.0, "repeat_penalty": 1.0, "stop": list(s.stop), "n_probs": 1, "post_sampling_probs": False, "cache_prompt": True,
-            "samplers": ["top_k", "top_p", "temperature"],
+            "samplers": ["top_k", "top_p", "temperature"], "return_tokens": True, "verbose": True,
         }  # fmt: skip
         if s.seed is not None:
             body["seed"] = s.seed
@@ -125,7 +132,7 @@ class LlamaCppEngine:
         worker.start()
         ids: list[int] = []
         logprobs: list[float] = []
-        shown, reason = "", None
+        text, count = "", 0
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, Exception):
@@ -133,14 +140,20 @@ class LlamaCppEngine:
                 choice = _choice(piece, self.name)
                 new_ids, new_logprobs = _sampled(choice)
                 ids, logprobs = ids + new_ids, logprobs + new_logprobs
-                reason = choice["finish_reason"] or reason
                 if choice.get("text"):
-                    shown += choice["text"]
+                    text += choice["text"]
                     yield Delta(choice["text"])
-            done = self._completion(ids, logprobs, reason, request, len(prompt))
-            yield Delta(done.text[len(shown) :] if done.text.startswith(shown) else "", done)
+                if choice["finish_reason"]:
+                    count = int((piece.get("usage") or {}).get("completion_tokens", len(ids)))
+                    whole = count == len(ids)  # else some characters took several tokens, of which only the last is told
+                    kept = self._without_stop(ids) if whole else []
+                    count -= len(ids) - len(kept) if whole else 0
+                    done = Completion(text, _finish(choice, False), tuple(kept), tuple(logprobs[: len(kept)]), len(prompt), count)
+                    yield Delta("", done)
+                    return
         finally:
             cancelled.set()
+            worker.join()  # native code must not outlive the process that waits for it
 
     def score(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities in nats of every token after the first, one sequence at a time."""
@@ -189,6 +202,10 @@ def _choice(reply: Any, name: str) -> dict[str, Any]:
         raise EngineError(f"{name}: llama.cpp answered {str(message)[:200]}")
     choice: dict[str, Any] = reply["choices"][0]
     return choice
+
+
+def _finish(choice: dict[str, Any], stopped: bool) -> FinishReason:
+    return "length" if choice["finish_reason"] == "length" and not stopped else "stop"
 
 
 def _sampled(choice: dict[str, Any]) -> tuple[list[int], list[float]]:

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from cyllama.llama import llama_cpp as cy
 
+F32 = 0  # ggml_type: keys and values are kept as they are computed
+PLAIN = 0  # llama_flash_attn_type: the fused kernel rounds to fp16
+
 
 class _Model(cy.LlamaModel):  # type: ignore[misc]
     """cyllama reads a model's `n_vocab` when logits are asked for, and does not define it."""
@@ -28,6 +31,8 @@ class Scorer:
         self.model = _Model(str(path), model_params)
         self.params = cy.LlamaContextParams()
         self.params.n_ctx = self.params.n_batch = tokens
+        self.params.type_k = self.params.type_v = F32
+        self.params.flash_attn_type = PLAIN
         self.params.n_threads = self.params.n_threads_batch = threads
 
     def rows(self, ids: Sequence[int]) -> list[Any]:

@@ -58,9 +58,9 @@ class TorchEngine:
             raise RequestError(
                 f"the chat template of {self.name} ignores tools; use a model with a tool-aware template, or put the functions into the system message"
             )
-        ids = list(request.ids) or list(render_prompt(self.tokenizer, request.messages, tools=request.tools))
-        if not ids:
+        if not request.ids and not request.messages:
             raise RequestError("the request is empty: it has neither messages nor ids")
+        ids = list(request.ids) or list(render_prompt(self.tokenizer, request.messages, tools=request.tools))
         if len(ids) >= self.context:
             raise RequestError(f"the prompt has {len(ids)} tokens, {self.name} reads {self.context} at most")
         return ids

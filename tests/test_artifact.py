@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 import subprocess
 import sys
 import time
@@ -88,14 +90,30 @@ def test_lock_excludes_another_process_and_dies_with_it(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
-    workspace = Workspace(tmp_path)
-    assert workspace._busy_keys() == {"k"}
+    lock = tmp_path / "locks" / "k"
+    with lock.open("w") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     child.kill()
     child.wait()
     child.stdout.close()
-    with workspace.lock("k"):
-        assert workspace._busy_keys() == {"k"}
-    assert workspace._busy_keys() == set()
+    with Workspace(tmp_path).lock("k"):
+        pass
+
+
+def test_gc_waits_for_no_run(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    with workspace.in_use(), pytest.raises(UserError, match="a run is going on"):
+        workspace.collect()
+    assert workspace.collect() == []
+
+
+def test_a_sealed_draft_is_no_artifact_yet_and_a_broken_one_blocks_nothing(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    good, broken = publish(workspace, "a" * 64, "a"), publish(workspace, "b" * 64, "b")
+    sealed = workspace.store / ".draft-cccccccccccc"
+    shutil.copytree(good.path, sealed)
+    (broken.path / MANIFEST).write_text("{")
+    assert [a.digest for a in workspace.artifacts()] == [good.digest]
 
 
 def test_gc_keeps_names_their_ancestors_and_outside_links(tmp_path: Path) -> None:

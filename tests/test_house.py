@@ -24,7 +24,7 @@ ROWS: list[list[str]] = [
     ["align", "evaluate", "retrieve", "synthesize"],
     ["agent", "tune"],
     ["serve", "studio"],
-    ["stages", "execute", "references", "relatives", "recipe", "runner", "commands", "cli"],
+    ["stages", "execute", "references", "relatives", "recipe", "recipe_schema", "runner", "commands", "cli"],
 ]
 ORDERED = (0, 8)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llmworks.errors import RecipeError
-from llmworks.recipe import StageStep, load_recipe, recipe_schema
+from llmworks.recipe import StageStep, load_recipe
+from llmworks.recipe_schema import recipe_schema
 
 GOOD = """\
 name: try
@@ -72,6 +73,10 @@ def test_steps_are_ordered_by_need(tmp_path: Path) -> None:
         ("name: try", "seed: x", 1, ["seed"]),
         ("part: train", "part: train, part: test", 11, ["stands here twice"]),
         ("steps:", "steps: [", 2, ["not YAML"]),
+        ("name: try", "name: ..", 1, ["cannot name a folder"]),
+        ("stage: data.split", "stage: [a]", 9, ["unknown stage"]),
+        ("name: try", "name: 2024-31-12", 1, ["cannot be read as a recipe"]),
+        ("name: try", "? [a]\n: 1", 1, ["cannot be read as a recipe"]),
     ],
 )
 def test_mistakes_are_named_with_their_line(tmp_path: Path, old: str, new: str, line: int, words: list[str]) -> None:
@@ -94,13 +99,15 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     assert len(problems(tmp_path, text)) == 3
 
 
-@pytest.mark.parametrize("override", ["train.fold", "fold=1", "trian.fold=1", "train.fodl=1"])
+@pytest.mark.parametrize("override", ["train.fold", "fold=1", "trian.fold=1", "train.fodl=1", "train.part.x=1", "train.fold=[q"])
 def test_bad_overrides(tmp_path: Path, override: str) -> None:
     assert len(problems(tmp_path, GOOD, (override,))) == 1
 
 
 def test_gate_needs_a_bound_and_a_step(tmp_path: Path) -> None:
     assert "at least one of above" in problems(tmp_path, GOOD + "  g: {gate: chats, metric: rows}\n")[0]
+    gates = "  g: {gate: chats, metric: rows, above: 1}\n  h: {gate: g, metric: rows, above: 1}\n"
+    assert "'g' is a gate itself" in problems(tmp_path, GOOD + gates)[0]
     assert "unknown step 'chat'" in problems(tmp_path, GOOD + "  g: {gate: chat, metric: rows, above: 1}\n")[0]
 
 

@@ -209,7 +209,7 @@ def files_of(path: Path) -> list[Path]:
     """All files of an artifact directory except its manifest, sorted by relative path."""
     if path.is_file():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() != MANIFEST)
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in (MANIFEST, ".complete.json"))
 
 
 def digest_files(path: Path) -> dict[str, FileEntry]:

@@ -153,6 +153,11 @@ def fetch(name: str) -> Path:
     return target
 
 
+def cached_url(url: str, sha256: str) -> Path:
+    """Where the file behind a URL lies in the cache, fetched or not."""
+    return cache_directory() / "urls" / sha256[:16] / (url.rstrip("/").rpartition("/")[2].partition("?")[0] or "file")
+
+
 def fetch_url(url: str, sha256: str) -> Path:
     """The file behind a URL, downloaded once into the cache and kept only when its digest is `sha256` (hexadecimal).
 
@@ -162,13 +167,12 @@ def fetch_url(url: str, sha256: str) -> Path:
 
     if len(sha256) != 64:
         raise AssetError(f"{url}: add the file's digest, as in url:{url.partition('#')[0]}#sha256=HEX")
-    name = url.rstrip("/").rpartition("/")[2].partition("?")[0] or "file"
-    target = cache_directory() / "urls" / sha256[:16] / name
+    target = cached_url(url, sha256)
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        draft = Path(temporary) / name
+        draft = Path(temporary) / target.name
         try:
             with httpx.stream("GET", url, follow_redirects=True, timeout=60.0) as reply, draft.open("wb") as out:
                 reply.raise_for_status()

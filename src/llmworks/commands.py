@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.errors import GateFailed, UserError
-from llmworks.workspace import Workspace, default_workspace
+from llmworks.workspace import Workspace, check_out, default_workspace
 
 
 def out(text: str = "") -> None:
@@ -111,7 +111,7 @@ def stages(args: argparse.Namespace) -> None:
     from llmworks.stages import table as stage_table
 
     if args.schema:
-        from llmworks.recipe import recipe_schema
+        from llmworks.recipe_schema import recipe_schema
 
         as_json(recipe_schema())
         return
@@ -363,6 +363,7 @@ def stage(args: argparse.Namespace) -> None:
     from pydantic import ValidationError
 
     from llmworks.execute import execute, missing_inputs
+    from llmworks.recipe import assign
     from llmworks.references import open_engine, resolve
     from llmworks.runner import facts
 
@@ -373,14 +374,13 @@ def stage(args: argparse.Namespace) -> None:
             values = yaml.safe_load(args.config.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{args.config}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{args.config}: must be a mapping of config fields")
     for override in args.set:
         name, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--set {override}: write it as key=value")
-        place = values
-        for part in name.split(".")[:-1]:
-            place = place.setdefault(part, {})
-        place[name.split(".")[-1]] = yaml.safe_load(text)
+        assign(values, name.split("."), text)
     try:
         config = stage.config.model_validate(values)
     except ValidationError as error:
@@ -404,8 +404,7 @@ def stage(args: argparse.Namespace) -> None:
     missing = missing_inputs(stage, given)
     if missing:
         raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")
-    if args.out.exists() and not args.out.is_symlink():
-        raise UserError(f"{args.out}: exists already and is not a result of llmworks; choose another --out")
+    check_out(args.out)
     outcome = execute(
         stage, config, given, workspace, seed=args.seed, open_engine=partial(open_engine, workspace=workspace), quiet=args.quiet
     )

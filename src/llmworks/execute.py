@@ -86,12 +86,11 @@ def execute(
     found = workspace.find(key)
     if found is not None:
         return Outcome(found, made=False)
-    with workspace.lock(key) as waited:
-        if waited:
-            found = workspace.find(key)
-            if found is not None:
-                announce("another run made it meanwhile")
-                return Outcome(found, made=False)
+    with workspace.in_use(), workspace.lock(key):
+        found = workspace.find(key)
+        if found is not None:
+            announce("another run made it meanwhile")
+            return Outcome(found, made=False)
         began = time.monotonic()
         draft = workspace.draft(key)
         scratch = workspace.scratch(key)

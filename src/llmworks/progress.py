@@ -123,4 +123,11 @@ class Progress:
     def keep_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replace the stream: a resumed loop drops what was written after its checkpoint."""
         if self.metrics is not None:
-            self.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file's text at once: a kill or a full disk leaves the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

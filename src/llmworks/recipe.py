@@ -102,6 +102,20 @@ def referenced(inputs: Mapping[str, InputNames]) -> list[str]:
     ]
 
 
+def assign(config: dict[str, Any], names: Sequence[str], text: str) -> None:
+    """Put the YAML value `text` at a dotted place of a config. UserError when the place is inside a plain value, or the text is no YAML."""
+    place = config
+    for name in names[:-1]:
+        inner = place.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{name} is {inner!r}, it has no fields")
+        place = inner
+    try:
+        place[names[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{text!r} is not a YAML value; quote it") from None
+
+
 class _Checker:
     """Collects problems with their line numbers."""
 
@@ -143,7 +157,7 @@ class _Checker:
         if not isinstance(following, list) or not all(isinstance(line, str) for line in following):
             self.problem(("next",), "next: must be a list of commands")
         name = data.get("name", self.path.stem)
-        if not isinstance(name, str) or name in RESERVED or "/" in name or not name:
+        if not isinstance(name, str) or name in RESERVED or "/" in name or not name or name.startswith("."):
             self.problem(("name",), f"name: {name!r} cannot name a folder of the workspace")
         if self.problems:
             raise self.fail()
@@ -165,6 +179,8 @@ class _Checker:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise RecipeError([f"{self.path}:{line}: not YAML: {error.problem}"]) from None
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise RecipeError([f"{self.path}:1: cannot be read as a recipe ({str(error).splitlines()[0]})"]) from None
         if not isinstance(value, dict):
             raise RecipeError([f"{self.path}:1: a recipe is a mapping with `steps`"])
         return value
@@ -176,6 +192,8 @@ class _Checker:
             out: dict[Any, Any] = {}
             for key_node, value_node in node.value:
                 key = self.value(key_node, (*at, "?"))
+                if not isinstance(key, str):
+                    raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be a word, not {key!r}")
                 self.lines[(*at, key)] = key_node.start_mark.line + 1
                 if key in out:
                     self.problem((*at, key), f"{key}: stands here twice")
@@ -201,10 +219,11 @@ class _Checker:
             if not isinstance(body, dict) or "stage" not in body:
                 self.problem((), f"--set {override}: {self.unknown('step with a config', names[0], list(map(str, raw)))}")
                 continue
-            place = body.setdefault("config", {})
-            for name in names[1:-1]:
-                place = place.setdefault(name, {}) if isinstance(place, dict) else {}
-            place[names[-1]] = yaml.safe_load(text)
+            body["config"] = body.get("config") or {}
+            try:
+                assign(body["config"], names[1:], text)
+            except UserError as error:
+                self.problem((), f"--set {override}: {error}")
 
     @staticmethod
     def unknown(what: str, name: object, known: Sequence[str]) -> str:
@@ -258,7 +277,7 @@ class _Checker:
 
     def stage(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
         """A `stage:` step: the stage exists, its config is valid, its inputs are named as the function has them."""
-        if body["stage"] not in table():
+        if not isinstance(body["stage"], str) or body["stage"] not in table():
             self.problem((*at, "stage"), f"{name}.stage: {self.unknown('stage', body['stage'], list(table()))}")
             return None
         stage = resolve(body["stage"])
@@ -280,6 +299,11 @@ class _Checker:
                     f"{name}.inputs.{key}: must be {'a step name' if stage.inputs[key].shape == 'one' else 'a ' + stage.inputs[key].shape + ' of step names'}",
                 )
                 return None
+        given = {k: [v] if isinstance(v, str) else v if isinstance(v, list) else list(v.values()) for k, v in inputs.items()}
+        wrong = next((k for k, names in given.items() if not all(isinstance(n, str) for n in names)), None)
+        if wrong is not None:
+            self.problem((*at, "inputs", wrong), f"{name}.inputs.{wrong}: must hold names of steps only")
+            return None
         if config is None or not isinstance(expect, Expect):
             return None
         return StageStep(name, stage, config, {k: v for k, v in inputs.items() if k in stage.inputs}, expect)
@@ -324,6 +348,10 @@ class _Checker:
         for step in steps.values():
             if isinstance(step, GateStep) and step.of not in names:
                 self.problem(("steps", step.name, "gate"), f"{step.name}.gate: {self.unknown('step', step.of, sorted(names))}")
+            if isinstance(step, GateStep) and isinstance(steps.get(step.of), GateStep):
+                self.problem(
+                    ("steps", step.name, "gate"), f"{step.name}.gate: {step.of!r} is a gate itself; name the step whose metric is meant"
+                )
             if not isinstance(step, StageStep):
                 continue
             for role, value in step.inputs.items():
@@ -382,52 +410,6 @@ def _fields(model: type[Config], path: Sequence[str | int]) -> list[str]:
             return []
         model = annotation
     return list(model.model_fields)
-
-
-def recipe_schema() -> dict[str, Any]:
-    """A JSON schema of recipes, so that editors complete and check them."""
-    names = {"type": "string", "description": "name of another step"}
-    variants: list[dict[str, Any]] = [
-        {"type": "object", "required": ["use"], "additionalProperties": False, "properties": {"use": {"type": "string", "description": "asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL"}}},
-        {
-            "type": "object", "required": ["gate", "metric"], "additionalProperties": False,
-            "properties": {"gate": names, "metric": {"type": "string"}, "because": {"type": "string"}, **{b: {"type": "number"} for b in BOUNDS}},
-        },
-    ]  # fmt: skip
-    definitions: dict[str, Any] = {}
-    for name in table():
-        stage = resolve(name)
-        shapes: dict[str, dict[str, Any]] = {
-            "one": names,
-            "list": {"type": "array", "items": names},
-            "dict": {"type": "object", "additionalProperties": names},
-        }
-        inputs = {i.name: {**shapes[i.shape], "description": i.describe()} for i in stage.inputs.values()}
-        schema = stage.config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
-        definitions |= {f"{name}.{key}": value for key, value in schema.pop("$defs", {}).items()}
-        variants.append({
-            "type": "object", "required": ["stage"], "additionalProperties": False, "description": stage.stage.summary,
-            "properties": {
-                "stage": {"const": name}, "config": schema, "expect": Expect.model_json_schema(),
-                "inputs": {"type": "object", "properties": inputs, "additionalProperties": False, "required": [i.name for i in stage.inputs.values() if i.required]},
-            },
-        })  # fmt: skip
-    top = {
-        "name": {"type": "string"},
-        "about": {"type": "string"},
-        "seed": {"type": "integer"},
-        "next": {"type": "array", "items": {"type": "string"}},
-        "steps": {"type": "object", "additionalProperties": {"oneOf": variants}},
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "llmworks recipe",
-        "type": "object",
-        "required": ["steps"],
-        "additionalProperties": False,
-        "properties": top,
-        "$defs": definitions,
-    }
 
 
 def check_gate(gate: GateStep, artifact: Artifact) -> tuple[bool, str]:

@@ -14,7 +14,7 @@ from typing import Any
 from llmworks import assets
 from llmworks.artifact import KINDS, MANIFEST, Adapter, Artifact, FileEntry, Manifest, Model, artifact_digest, files_of, load, sha256_file
 from llmworks.errors import ArtifactError, UserError
-from llmworks.execute import execute
+from llmworks.execute import execute, step_key
 from llmworks.stages import resolve as resolve_stage
 from llmworks.types import Engine
 from llmworks.workspace import Workspace, cache_directory
@@ -41,6 +41,23 @@ def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> 
     if (path / MANIFEST).exists():
         return load(path.resolve(), name=name or path.name)
     return _foreign(path.resolve(), name or path.name, f"path:{path.resolve()}")
+
+
+def is_here(ref: str) -> bool:
+    """Whether a reference can be resolved without fetching or converting anything."""
+    scheme, _, rest = ref.partition(":")
+    if scheme == "asset":
+        asset = assets.get(rest)
+        return assets.is_cached(asset) and (not asset.convert or _conversion(asset_files(rest, rest)) is not None)
+    if scheme == "url":
+        return assets.cached_url(rest.partition("#")[0], rest.partition("#sha256=")[2]).exists()
+    return scheme != "hf"
+
+
+def _conversion(source: Artifact) -> Artifact | None:
+    """The converted form of a GGUF asset, if it was made already."""
+    stage = resolve_stage("model.from_gguf")
+    return Workspace(cache_directory() / "converted").find(step_key(stage, stage.config(), {"source": source}, 0))
 
 
 def _asset(asset_name: str, name: str) -> Artifact:
@@ -99,7 +116,6 @@ def kind_of(path: Path) -> str:
 def _foreign(path: Path, name: str, ref: str, *, kind: str = "", about: dict[str, Any] | None = None) -> Artifact:
     kind = kind or kind_of(path)
     files = digest_cached(path)
-    files.pop(assets.COMPLETE, None)
     return KINDS[kind](path, manifest=_foreign_manifest(kind, files, about or {}), name=name, ref=ref)
 
 
@@ -150,7 +166,9 @@ def base_of(adapter: Adapter, workspace: Workspace | None) -> Model:
         ref = next((p.ref for p in adapter.manifest.parents if p.digest == base and p.ref), "")
         found = resolve(ref) if ref else None
     if found is None:
-        config = json.loads((adapter.path / "adapter_config.json").read_text(encoding="utf-8"))
+        from llmworks.model.load import read_json
+
+        config = read_json(adapter.path / "adapter_config.json")
         named = str(config.get("base_model_name_or_path", ""))
         found = resolve(named if ":" in named or Path(named).exists() else f"hf:{named}") if named else None
     if not isinstance(found, Model) or (base and found.digest != base):

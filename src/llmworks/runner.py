@@ -110,6 +110,8 @@ class Run:
                 expect=Expect(disk_mb=asset.bytes / 1e6),
                 expect_from="catalogue",
             )
+        if not references.is_here(step.ref):
+            return Judgement(step.name, "to run", f"{step.ref} has to be fetched or converted")
         return Judgement(step.name, "from outside", step.ref)
 
     def _why(self, step: StageStep, inputs: Inputs, key: str) -> str:
@@ -164,6 +166,10 @@ class Run:
 
     def run(self, explain: bool = False) -> list[Judgement]:
         """Run every step in order. GateFailed when a gate does not hold; what was made before stays."""
+        with self.workspace.in_use():
+            return self._run(explain)
+
+    def _run(self, explain: bool) -> list[Judgement]:
         done: list[Judgement] = []
         width = max(map(len, self.recipe.steps))
         for name, step in self.recipe.steps.items():
@@ -179,7 +185,7 @@ class Run:
             elif isinstance(step, GateStep):
                 self.say(f"{'✓' if judgement.state == 'gate holds' else '✗'} {label}  {judgement.state}: {judgement.why}")
                 done.append(judgement)
-                if judgement.state == "gate fails":
+                if judgement.state != "gate holds":
                     raise GateFailed(
                         f"gate {name}: {judgement.why}{f' ({step.because})' if step.because else ''}; the run stops here, what was made is kept"
                     )

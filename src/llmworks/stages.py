@@ -144,6 +144,8 @@ def code_digest(name: str) -> str:
         if file is None:
             continue
         text = file.read_text(encoding="utf-8")
+        for data in sorted(file.parent.glob("tasks/*.yaml")):  # tasks decide what a stage does, as code does
+            seen[data.name] = hashlib.sha256(data.read_bytes()).hexdigest()
         seen[module] = hashlib.sha256(text.encode()).hexdigest()
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmworks"):
@@ -154,8 +156,9 @@ def code_digest(name: str) -> str:
 
 
 def _source(module: str) -> Path | None:
-    try:
+    """The file of a module, found without importing its package."""
+    if module.split(".")[0] != "llmworks":  # a stage of another package
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+        return Path(spec.origin) if spec is not None and spec.origin else None
+    path = Path(__file__).parent.joinpath(*module.split(".")[1:])
+    return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None)

@@ -132,6 +132,7 @@ def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...
     out: list[Message] = []
     for turn, item in enumerate(items, 1):
         role, content = item.get("role"), item.get("content")
+        role = "system" if role == "developer" else role  # OpenAI's newer name
         if role not in ROLES:
             raise ValueError(f"message {turn} has the unknown role {role!r}; known: {', '.join(ROLES)}")
         calls: list[ToolCall] = []

@@ -48,7 +48,10 @@ class Workspace:
 
     def artifacts(self) -> list[Artifact]:
         """Every complete artifact in the store, oldest first."""
-        found = [load(p.parent) for p in self.store.glob(f"*/{MANIFEST}")] if self.store.is_dir() else []
+        found: list[Artifact] = []
+        for path in self.store.glob(f"[!.]*/{MANIFEST}"):
+            with contextlib.suppress(ArtifactError):  # one that is broken, or was collected meanwhile, is as if it were not there
+                found.append(load(path.parent))
         return sorted(found, key=lambda a: (a.manifest.finished if a.manifest else "", a.path.name))
 
     def find(self, key: str) -> Artifact | None:
@@ -66,18 +69,22 @@ class Workspace:
         return None
 
     @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[bool]:
-        """Hold the step's lock; yields whether it had to be waited for. The kernel releases it when the process dies."""
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold the step's lock, waiting for it. The kernel releases it when the process dies."""
         directory = self.root / "locks"
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / key[:12]).open("w") as stream:
-            waited = False
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waited = True
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            yield waited
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold off `collect` while a run reads and makes artifacts here."""
+        directory = self.root / "locks"
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "in-use").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            yield
 
     def draft(self, key: str) -> Path:
         """A new empty directory to write an artifact into; drafts that a killed run left for this key are removed first."""
@@ -116,13 +123,12 @@ class Workspace:
     def link_out(self, out: Path, artifact: Artifact) -> None:
         """Let a path outside the workspace point to an artifact, and remember it as a root that keeps the artifact alive."""
         out = out.absolute()
-        if out.exists() and not out.is_symlink():
-            raise UserError(f"{out}: exists already and is not a result of llmworks; choose another --out")
+        check_out(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        point(out, artifact.path)
         roots = self.root / "roots"
         roots.mkdir(parents=True, exist_ok=True)
         point(roots / hashlib.sha256(str(out).encode()).hexdigest()[:12], out)
+        point(out, artifact.path)
 
     def names(self) -> dict[str, Artifact]:
         """Every name (`group/step`) and the artifact it points to; dangling names are left out."""
@@ -137,9 +143,17 @@ class Workspace:
     def collect(self, *, scratch: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:
         """Remove what no name and no descendant of a name needs, and with `scratch` the checkpoints of interrupted steps.
 
-        Returns the removed paths and their bytes. What a running step has locked is left alone.
+        Returns the removed paths and their bytes. UserError while a run is going on here.
         """
-        busy = self._busy_keys()
+        (self.root / "locks").mkdir(parents=True, exist_ok=True)
+        with (self.root / "locks" / "in-use").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.root}: a run is going on in this workspace; collect when it is done") from None
+            return self._collect(scratch, dry_run)
+
+    def _collect(self, scratch: bool, dry_run: bool) -> list[tuple[Path, int]]:
         artifacts = {a.digest: a for a in self.artifacts()}
         alive: set[str] = set()
         todo = [a.digest for a in self.names().values()]
@@ -157,26 +171,22 @@ class Workspace:
             artifact = artifacts.get(digest)
             if artifact is not None and artifact.manifest is not None:
                 todo += [parent.digest for parent in artifact.manifest.parents]
-        dead = [a for digest, a in artifacts.items() if digest not in alive and a.manifest is not None and a.manifest.key[:12] not in busy]
-        removed = [(a.path, size_of(a.path)) for a in dead]
-        for leftover in [*self.store.glob(".draft-*"), *((self.root / "scratch").glob("*") if scratch else ())]:
-            if leftover.name.removeprefix(".draft-")[:12] not in busy:
-                removed.append((leftover, size_of(leftover)))
+        removed = [(a.path, size_of(a.path)) for digest, a in artifacts.items() if digest not in alive]
+        leftovers = [*self.store.glob(".draft-*"), *((self.root / "scratch").glob("*") if scratch else ())]
+        removed += [(path, size_of(path)) for path in leftovers]
         if not dry_run:
             for path, _ in removed:
-                shutil.rmtree(path, ignore_errors=True)
+                doomed = path.with_name(f".draft-gone-{path.name.removeprefix('.')}")
+                path.rename(doomed)  # from here on it is no artifact, whenever the removal is cut short
+                shutil.rmtree(doomed, ignore_errors=True)
         return removed
 
-    def _busy_keys(self) -> set[str]:
-        """Keys (12 digits) whose lock some process holds now."""
-        busy: set[str] = set()
-        for file in (self.root / "locks").glob("*"):
-            with file.open("r") as stream:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    busy.add(file.name)
-        return busy
+
+def check_out(out: Path) -> None:
+    """UserError when `--out` is taken by something that is not a link to a published artifact."""
+    ours = out.is_symlink() and (not out.exists() or (out.resolve().parent.name == "store" and (out.resolve() / MANIFEST).exists()))
+    if (out.exists() or out.is_symlink()) and not ours:
+        raise UserError(f"{out}: exists already and is not a result of llmworks; choose another --out")
 
 
 def point(link: Path, target: Path) -> None:

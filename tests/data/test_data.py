@@ -53,11 +53,15 @@ def test_rows_that_are_no_conversation(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "a"}]},
         {"text": "x"},
         {"messages": ["x"]},
+        {"id": "x-1", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]},
+        {"tools": [{"function": {}}], "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rejected = Rejected()
     assert len(message_rows(tmp_path / "x.jsonl", rejected)) == 1
-    assert [r["line"] for r in rejected.rows] == [2, 3, 4, 5]
+    assert [r["line"] for r in rejected.rows] == [2, 3, 4, 5, 6, 7, 8]
+    assert "stands twice" in rejected.rows[4]["reason"]
     assert "unknown role 'robot'" in rejected.rows[0]["reason"]
 
 

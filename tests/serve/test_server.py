@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.conftest import TEMPLATE, make_pico
 from llmworks.errors import EngineError, RequestError, UserError
 from llmworks.generate.chat import Conversation, converse
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
-from llmworks.generate.engines.openai import OpenAIEngine
+from llmworks.generate.engines.openai import OpenAIEngine, collect_calls
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.serve.answer import chunks, whole
 from llmworks.serve.server import build_app, check_port
@@ -183,6 +184,19 @@ def test_tools_reach_a_model_whose_template_shows_them(tmp_path: Path) -> None:
         server.stop()
 
 
+def events_of(pieces: list[Delta]) -> list[str]:
+    """The server-sent events of a streamed answer."""
+
+    async def rest() -> AsyncIterator[Delta]:
+        for piece in pieces[1:]:
+            yield piece
+
+    async def collect() -> list[str]:
+        return [event async for event in chunks("chatcmpl-1", 0, "m", pieces[0], rest(), True, False)]
+
+    return asyncio.run(collect())
+
+
 def test_calls_in_the_answer_become_tool_calls() -> None:
     text = "Let me see. " + render_call(ToolCall("get_weather", {"city": "Oslo"}))
     done = Completion(text, "stop", prompt_tokens=3, completion_tokens=4)
@@ -191,20 +205,24 @@ def test_calls_in_the_answer_become_tool_calls() -> None:
     assert answer["message"]["content"] == "Let me see."
     assert json.loads(answer["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "Oslo"}
     pieces = [Delta(c) for c in text[:-1]] + [Delta(text[-1], done)]
-    events = [json.loads(e.removeprefix("data: ")) for e in chunks("chatcmpl-1", 0, "m", iter(pieces), True, False) if "[DONE]" not in e]
+    events = [json.loads(e.removeprefix("data: ")) for e in events_of(pieces) if "[DONE]" not in e]
     deltas = [e["choices"][0]["delta"] for e in events]
     assert "".join(d.get("content") or "" for d in deltas).strip() == "Let me see."
     assert [d["tool_calls"][0]["function"]["name"] for d in deltas if "tool_calls" in d] == ["get_weather"]
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_fragments_of_streamed_calls_are_joined() -> None:
+    calls: dict[int, dict[str, str]] = {}
+    collect_calls(calls, [{"index": 0, "id": "x", "function": {"name": "f", "arguments": ""}}])
+    collect_calls(calls, [{"index": 0, "function": {"arguments": '{"a"'}}, {"index": 1, "function": {"name": "g", "arguments": "{}"}}])
+    collect_calls(calls, [{"index": 0, "function": {"arguments": ": 1}"}}])
+    assert calls == {0: {"name": "f", "arguments": '{"a": 1}'}, 1: {"name": "g", "arguments": "{}"}}
+
+
 def test_a_call_that_never_closes_is_text() -> None:
     text = '<tool_call>{"name": "f", "argu'
-    events = [
-        json.loads(e.removeprefix("data: "))
-        for e in chunks("i", 0, "m", iter([Delta(text, Completion(text, "length"))]), True, False)
-        if "[DONE]" not in e
-    ]
+    events = [json.loads(e.removeprefix("data: ")) for e in events_of([Delta(text, Completion(text, "length"))]) if "[DONE]" not in e]
     assert "".join(e["choices"][0]["delta"].get("content") or "" for e in events) == text
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from llmworks.data.jsonl import Rejected, read_jsonl
 from llmworks.data.rows import Row, write_chat
 from llmworks.errors import DataError
 from llmworks.tokenize.templates import flatten_tools
-from llmworks.types import Message, messages_from_json, messages_to_json
+from llmworks.types import Json, Message, messages_from_json, messages_to_json
 
 
 class ChatConfig(Config):
@@ -49,6 +50,7 @@ def bfcl_rows(folder: Path, rejected: Rejected) -> list[Row]:
     """Chat rows of a BFCL category: a system turn listing the functions, the question, the right call."""
     answers = {answer.get("id"): answer for _, answer in read_jsonl(folder / "answers.jsonl", rejected)}
     rows: list[Row] = []
+    seen: set[str] = set()
     for line, question in read_jsonl(folder / "questions.jsonl", rejected):
         try:
             messages, functions, call, accepted = chat_row(question, answers[question.get("id")])
@@ -56,6 +58,10 @@ def bfcl_rows(folder: Path, rejected: Rejected) -> list[Row]:
             rejected.add("questions.jsonl", line, f"not a BFCL question with an answer ({type(error).__name__}: {error})", str(question))
             continue
         full = flatten_tools((*messages, Message("assistant", "", (call,))), functions)
+        if question["id"] in seen:
+            rejected.add("questions.jsonl", line, f"the id {question['id']!r} stands twice", str(question))
+            continue
+        seen.add(question["id"])
         rows.append({"id": question["id"], "group": call.name, "messages": messages_to_json(full), "tools": functions, "answer": accepted})
     return rows
 
@@ -66,26 +72,34 @@ def message_rows(path: Path, rejected: Rejected) -> list[Row]:
     if not files:
         raise DataError(f"{path}: has no .jsonl file")
     rows: list[Row] = []
+    seen: set[str] = set()
     for file in files:
-        for line, row in read_jsonl(file, rejected):
-            identity = str(row.get("id") or f"{file.stem}-{line}")
+        for line, raw in read_jsonl(file, rejected):
             try:
-                if not isinstance(row.get("messages"), list) or not row["messages"]:
-                    raise ValueError("has no list `messages`")
-                messages = messages_from_json(row["messages"])
-                if not any(m.role == "assistant" for m in messages):
-                    raise ValueError("has no assistant turn")
+                row = message_row(raw, f"{file.stem}-{line}")
+                if row["id"] in seen:
+                    raise ValueError(f"the id {row['id']!r} stands twice")
             except (ValueError, AttributeError, KeyError, TypeError) as error:
-                rejected.add(file.name, line, str(error), str(row))
+                rejected.add(file.name, line, str(error) or type(error).__name__, str(raw))
                 continue
-            tools = row.get("tools") or []
-            rows.append(
-                {
-                    "id": identity,
-                    "group": str(row.get("group") or identity),
-                    "messages": messages_to_json(flatten_tools(messages, tools)),
-                    "tools": tools,
-                    "answer": row.get("answer"),
-                }
-            )
+            seen.add(row["id"])
+            rows.append(row)
     return rows
+
+
+def message_row(raw: Json, default_id: str) -> Row:
+    """One row with `messages` as a chat row. ValueError, AttributeError, KeyError or TypeError when it is none."""
+    if not isinstance(raw.get("messages"), list) or not raw["messages"]:
+        raise ValueError("has no list `messages`")
+    messages = messages_from_json(raw["messages"])
+    if not any(m.role == "assistant" for m in messages):
+        raise ValueError("has no assistant turn")
+    tools = raw.get("tools") or []
+    tools = [tool.get("function", tool) for tool in (json.loads(tools) if isinstance(tools, str) else tools)]
+    identity = str(raw.get("id") or default_id)
+    row = {
+        "id": identity, "group": str(raw.get("group") or identity), "messages": messages_to_json(flatten_tools(messages, tools)), "tools": tools,
+        "answer": raw.get("answer"),
+    }  # fmt: skip
+    json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is no text
+    return row

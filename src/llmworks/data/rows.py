@@ -66,4 +66,8 @@ def read_chat(dataset: Dataset) -> list[Row]:
             rows.append(
                 {**row, "messages": messages, "tools": json.loads(row["tools"] or "[]"), "answer": json.loads(row["answer"] or "null")}
             )
+    ids = [row["id"] for row in rows]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise DataError(f"{dataset.path}: the id {twice!r} stands twice; answers could not be told apart")
     return rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 RESAMPLES = 10_000
 
@@ -20,12 +21,22 @@ class Interval:
     high: float
 
 
+def resampled_means(data: Any, seed: int, resamples: int) -> Any:
+    """Means of `resamples` draws with replacement from `data` [n]; a few draws at a time, so memory stays small."""
+    import numpy as np
+
+    rng, n = np.random.default_rng(seed), len(data)
+    at_once = max(1, 4_000_000 // n)
+    parts = [data[rng.integers(0, n, (min(at_once, resamples - done), n))].mean(axis=1) for done in range(0, resamples, at_once)]
+    return np.concatenate(parts)
+
+
 def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """The mean of per-sample scores and its 95% bootstrap interval."""
     import numpy as np
 
     data = np.asarray(values, dtype=float)
-    drawn = data[np.random.default_rng(seed).integers(0, len(data), (resamples, len(data)))].mean(axis=1)
+    drawn = resampled_means(data, seed, resamples)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Interval(float(data.mean()), float(low), float(high))
 
@@ -44,6 +55,6 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0, 
     import numpy as np
 
     delta = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
-    drawn = delta[np.random.default_rng(seed).integers(0, len(delta), (resamples, len(delta)))].mean(axis=1)
+    drawn = resampled_means(delta, seed, resamples)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Paired(Interval(float(delta.mean()), float(low), float(high)), float((drawn <= 0).mean()), float((drawn >= 0).mean()))

@@ -31,6 +31,9 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
             f"{before.name} and {after.name} are not of the same task and samples ({a['task']}: {len(left)}, {b['task']}: {len(right)}), so they cannot be paired"
         )
     ids = sorted(left)
+    other = next((i for i in ids if left[i]["question"] != right[i]["question"]), None)
+    if other is not None:
+        raise DataError(f"{before.name} and {after.name} ask different questions under the id {other!r}, so they cannot be paired")
     paired = paired_difference(
         [left[i]["score"] for i in ids], [right[i]["score"] for i in ids], seed=config.seed, resamples=config.resamples
     )

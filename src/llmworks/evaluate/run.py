@@ -20,6 +20,7 @@ from llmworks.data.rows import Row, read_chat
 from llmworks.errors import DataError, UserError
 from llmworks.evaluate.bootstrap import mean_interval
 from llmworks.evaluate.task import load_task
+from llmworks.progress import write_whole
 from llmworks.score import score_function
 from llmworks.types import Message, Request, Sampling, messages_from_json
 
@@ -44,7 +45,11 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
     score = score_function(task.score)
     rows = read_chat(data)[: config.limit]
     shots = draw_shots(config.shots, examples, ctx.seed)
+    if not rows:
+        raise DataError(f"{data.name}: has no rows")
     prompts = [question(row, shots) for row in rows]
+    for row, prompt in zip(rows, prompts, strict=True):
+        score(prompt, row["messages"][-1]["content"], row)  # a row that cannot be scored is refused before anything is asked
     sampling = Sampling(max_tokens=config.max_tokens or task.max_tokens)
     answers, seconds = answer(prompts, rows, sampling, model, ctx)
     samples: list[dict[str, Any]] = []
@@ -64,7 +69,10 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
 
 def question(row: Row, shots: Sequence[Message]) -> tuple[Message, ...]:
     """The worked examples, then the row's conversation up to its last assistant turn."""
-    messages = messages_from_json(row["messages"])
+    try:
+        messages = messages_from_json(row["messages"])
+    except ValueError as error:
+        raise DataError(f"row {row['id']!r}: {error}") from None
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise DataError(f"row {row['id']!r} does not end with an assistant turn, so it has no reference answer")
     return (*shots, *messages[:-1])
@@ -129,7 +137,7 @@ def read_answers(file: Path) -> dict[str, dict[str, Any]]:
             good.append(json.loads(line))
         except ValueError:
             break
-    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in good), encoding="utf-8")
+    write_whole(file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in good))
     return {record["id"]: record for record in good}
 
 

@@ -49,6 +49,8 @@ def _verify_node(node: Node, damaged: set[str], derive: Derive) -> Finding:
     artifact = node.artifact
     if artifact is None or artifact.manifest is None:
         return Finding(node, "not here", "known by digest only")
+    if artifact.ref.startswith(("http://", "https://")):
+        return Finding(node, "declared", "behind a server, nothing to check")
     problems = changed_files(artifact)
     if problems:
         return Finding(node, "DAMAGED", f"{artifact.path}: " + "; ".join(problems))

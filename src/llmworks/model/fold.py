@@ -34,7 +34,9 @@ def fold_into(weight_of: Callable[[str], Tensor | None], adapter: Path) -> int:
                 raise ModelError(f"{adapter}: the tensor {name} is no part of a plain LoRA")
             continue
         layer = name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
-        b = tensors[name.replace("lora_A", "lora_B")]
+        b = tensors.get(name.replace("lora_A", "lora_B"))
+        if b is None:
+            raise ModelError(f"{adapter}: {layer} has an A and no B matrix; copy the adapter again")
         weight = weight_of(layer)
         if weight is None:
             raise ModelError(f"{adapter}: belongs to another model: this one has no layer {layer}")

@@ -139,8 +139,8 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if pre == "smollm" else byte_level
     tokenizer.decoder = decoders.ByteLevel()
     types = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token, kind in types if kind in (CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens(
+        [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in types if kind in (CONTROL, USER_DEFINED)]
     )
     return tokenizer
 

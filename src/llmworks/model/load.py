@@ -90,12 +90,25 @@ def read_header(file: Path) -> dict[str, Any]:
     return header
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object beside a model. ModelError, in one line, when the file is missing or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent}: has no {path.name}") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return value
+
+
 def stop_ids(path: Path, tokenizer: Any) -> list[int]:
     """Ids that end a turn: those of generation_config.json and the tokenizer's own end token."""
     ids: set[int] = set()
     file = path / "generation_config.json"
     if file.exists():
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        eos = read_json(file).get("eos_token_id")
         ids.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))

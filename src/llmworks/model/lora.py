@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmworks.errors import ModelError
+from llmworks.model.load import read_json
 
 PEFT_PREFIX = "base_model.model."
 
@@ -103,13 +104,15 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of a peft LoRA directory. ModelError for another method, or an option that folding does not know."""
     from safetensors.torch import load_file
 
+    config = read_json(path / "adapter_config.json")
     try:
-        config: dict[str, Any] = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "adapter_model.safetensors")
     except FileNotFoundError as error:
         raise ModelError(f"{path}: not a peft adapter directory (no {Path(str(error.filename)).name})") from None
     except Exception as error:  # safetensors raises its own kind for a truncated file
         raise ModelError(f"{path}: the adapter cannot be read ({error}); copy it again") from None
+    if not (isinstance(config.get("r"), int) and config["r"] > 0 and isinstance(config.get("lora_alpha"), (int, float))):
+        raise ModelError(f"{path}/adapter_config.json: needs a rank `r` above zero and `lora_alpha`")
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is known here")
     unknown = [

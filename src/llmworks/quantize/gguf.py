@@ -6,7 +6,6 @@ anything is published llama.cpp itself replays the golden tokens on the file.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from pydantic import Field
 from llmworks.artifact import Config, Model
 from llmworks.context import Context
 from llmworks.errors import ModelError
+from llmworks.model.load import read_json
 
 # How far golden logits may move on average. SmolLM2-135M moves by less than 0.001, by 0.003 and by 0.13.
 BOUNDS = {"f32": 0.02, "f16": 0.05, "q8_0": 0.3}
@@ -59,7 +59,7 @@ def gguf(config: GgufConfig, model: Model, ctx: Context) -> Model:
 
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json`, checked to be of the Llama layout that GGUF writing covers."""
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     if config.get("architectures") != ["LlamaForCausalLM"]:
         raise ModelError(f"{path}: architecture {config.get('architectures')} cannot be written as GGUF, only LlamaForCausalLM")
     scaling = config.get("rope_scaling") or (config.get("rope_parameters") or {})

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmworks.errors import DataError
 from llmworks.tokenize.templates import parse_calls
 from llmworks.types import Message, Score
 
@@ -24,12 +25,22 @@ def function_call(prompt: Sequence[Message], completion: str, row: Mapping[str, 
     if len(calls) != 1:
         return Score(0.0, f"{len(calls)} calls, wanted one")
     call = calls[0]
-    ((name, accepted),) = row["answer"].items()
+    ((name, accepted),) = accepted_call(row).items()
     if call.name != name:
         return Score(0.0, f"called {call.name!r}, wanted {name!r}")
-    function = next(f for f in row["tools"] if f["name"] == name)
+    function = next(f for f in (tool.get("function", tool) for tool in row["tools"]) if f["name"] == name)
     problem = check_arguments(call.arguments, accepted, function["parameters"])
     return Score(0.0, problem) if problem else Score(1.0)
+
+
+def accepted_call(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row's accepted call. DataError when its `answer` is not one call of one of its `tools`."""
+    answer, tools = row.get("answer"), row.get("tools") or []
+    if not isinstance(answer, Mapping) or len(answer) != 1 or next(iter(answer)) not in [t.get("function", t).get("name") for t in tools]:
+        raise DataError(
+            f"row {row.get('id')!r}: `answer` must be {{NAME: {{ARGUMENT: [accepted values]}}}} with NAME among the row's `tools`"
+        )
+    return answer
 
 
 def check_arguments(given: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> str:
@@ -52,7 +63,8 @@ def check_arguments(given: Mapping[str, Any], accepted: Mapping[str, Sequence[An
 
 def check_value(value: Any, accepted: Sequence[Any], spec: Mapping[str, Any]) -> str:
     """What is wrong with one value, or an empty string."""
-    kind: type = _PYTHON_TYPE.get(spec.get("type", "string"), str)
+    declared = spec.get("type", "string")
+    kind: type = _PYTHON_TYPE.get(declared, str) if isinstance(declared, str) else type(value)
     if kind is float and type(value) is int:
         value = float(value)
     example = next((v for v in accepted if v != OMITTED), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 from llmworks.generate.stopping import safe_length
@@ -53,7 +53,9 @@ def whole(identity: str, created: int, model: str, completion: Completion, with_
     }
 
 
-def chunks(identity: str, created: int, model: str, deltas: Iterator[Delta], with_tools: bool, include_usage: bool) -> Iterator[str]:
+async def chunks(
+    identity: str, created: int, model: str, first: Delta, rest: AsyncIterator[Delta], with_tools: bool, include_usage: bool
+) -> AsyncIterator[str]:
     """Server-sent events of `chat.completion.chunk` objects. With tools, text from the beginning of a call on is held until it is parsed."""
 
     def event(delta: dict[str, Any], reason: str | None = None) -> str:
@@ -66,7 +68,7 @@ def chunks(identity: str, created: int, model: str, deltas: Iterator[Delta], wit
     yield event({"role": "assistant", "content": ""})
     text, shown = "", 0
     completion = Completion("", "stop")
-    for delta in deltas:
+    async for delta in _with_first(first, rest):
         text += delta.text
         completion = delta.done or completion
         end = len(text)
@@ -75,13 +77,12 @@ def chunks(identity: str, created: int, model: str, deltas: Iterator[Delta], wit
         if end > shown:
             yield event({"content": text[shown:end]})
             shown = end
-    plain, calls = tool_calls(identity, text) if with_tools else (text, [])
+    _, calls = tool_calls(identity, text) if with_tools else ("", [])
+    tail = without_calls(text[shown:]) if calls else text[shown:]
+    if tail:
+        yield event({"content": tail})
     if calls:
-        if len(plain) > shown:
-            yield event({"content": plain[shown:]})
         yield event({"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
-    elif len(text) > shown:
-        yield event({"content": text[shown:]})
     yield event({}, "tool_calls" if calls else completion.finish)
     if include_usage:
         body = {
@@ -94,3 +95,14 @@ def chunks(identity: str, created: int, model: str, deltas: Iterator[Delta], wit
         }
         yield f"data: {json.dumps(body)}\n\n"
     yield DONE
+
+
+async def _with_first(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+    yield first
+    async for delta in rest:
+        yield delta
+
+
+def without_calls(text: str) -> str:
+    """What an answer says outside its calls, white space kept."""
+    return parse_calls(text, strip=False)[0]

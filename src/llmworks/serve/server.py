@@ -5,20 +5,19 @@ Requests that cannot be answered as asked get the API's error body, never a sile
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from llmworks.errors import LlmworksError, RequestError, UserError
@@ -28,6 +27,7 @@ from llmworks.types import Completion, Delta, Engine
 from llmworks.types import Request as EngineRequest
 
 DEFAULT_MAX_TOKENS = 512
+PARALLEL = 4
 
 
 def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None) -> dict[str, Any]:
@@ -36,21 +36,46 @@ def error_body(message: str, kind: str = "invalid_request_error", code: str | No
 
 
 class Turns:
-    """Lets one request at a time use an engine, or all at once where it can answer in parallel."""
+    """Works on requests in threads of its own: one for an engine that answers one at a time, several where it can do more."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.turn: AbstractContextManager[Any] = nullcontext() if "parallel" in engine.can else threading.Lock()
+        self.threads = ThreadPoolExecutor(PARALLEL if "parallel" in engine.can else 1, thread_name_prefix="engine")
 
-    def answer(self, request: EngineRequest) -> Completion:
+    async def answer(self, request: EngineRequest) -> Completion:
         """A whole answer."""
-        with self.turn:
-            return self.engine.generate([request])[0]
+        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: self.engine.generate([request])[0])
 
-    def stream(self, request: EngineRequest) -> Iterator[Delta]:
-        """A streamed answer; the turn lasts until it ends or the client goes away."""
-        with self.turn:
-            yield from self.engine.stream(request)
+    def stream(self, request: EngineRequest) -> AsyncIterator[Delta]:
+        """A streamed answer. The work starts now; it stops when the iterator is closed."""
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+        gone = threading.Event()
+
+        def work() -> None:
+            end: Exception | None = None
+            try:
+                stream = self.engine.stream(request)
+                for delta in stream:
+                    loop.call_soon_threadsafe(pieces.put_nowait, delta)
+                    if gone.is_set():
+                        stream.close()  # type: ignore[attr-defined]
+                        return
+            except Exception as error:  # reaches the reader below
+                end = error
+            loop.call_soon_threadsafe(pieces.put_nowait, end)
+
+        async def read() -> AsyncIterator[Delta]:
+            try:
+                while (piece := await pieces.get()) is not None:
+                    if isinstance(piece, Exception):
+                        raise piece
+                    yield piece
+            finally:
+                gone.set()
+
+        self.threads.submit(work)
+        return read()
 
 
 def build_app(engine: Engine, name: str) -> FastAPI:
@@ -95,12 +120,12 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         request = body.request(DEFAULT_MAX_TOKENS)
         identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if not body.stream:
-            return whole(identity, created, name, await run_in_threadpool(turns.answer, request), bool(request.tools))
+            return whole(identity, created, name, await turns.answer(request), bool(request.tools))
         deltas = turns.stream(request)
-        first = await run_in_threadpool(lambda: next(deltas))  # what cannot be answered is refused before the stream begins
+        first: Delta = await deltas.__anext__()  # what cannot be answered is refused before the stream begins
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        lines = chunks(identity, created, name, chain([first], deltas), bool(request.tools), with_usage)
-        return StreamingResponse(_until_gone(lines, deltas), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        lines = chunks(identity, created, name, first, deltas, bool(request.tools), with_usage)
+        return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     @app.exception_handler(RequestError)
     async def refused(http: Request, error: RequestError) -> JSONResponse:
@@ -115,15 +140,6 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         return JSONResponse(error_body(f"{http.method} {http.url.path}: {error.detail}"), error.status_code)
 
     return app
-
-
-async def _until_gone(lines: Iterator[str], deltas: Iterator[Delta]) -> AsyncIterator[str]:
-    """Lines of a stream; when the client goes away the engine stops and the next request gets its turn."""
-    try:
-        async for line in iterate_in_threadpool(lines):
-            yield line
-    finally:
-        deltas.close()  # type: ignore[attr-defined]
 
 
 def check_port(host: str, port: int) -> None:

@@ -6,13 +6,14 @@ that one record serves torch, llama.cpp and any other engine. Knows no model wei
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmworks.artifact import Golden, GoldenConversation
 from llmworks.errors import GoldenMismatch, ModelError, RequestError
-from llmworks.tokenize.templates import encode, render_masked, renders_tools
+from llmworks.tokenize.templates import Rendered, encode, render_masked, renders_tools
 from llmworks.types import Json, Message, ToolCall, messages_from_json, messages_to_json
 
 TOP = 32
@@ -53,19 +54,22 @@ class LogitGap:
 
 def record(tokenizer: Any, stop_ids: Sequence[int], logits: Logits) -> Golden:
     """Make the golden record of a model: with its template where it has one, else on plain text."""
-    made: list[GoldenConversation] = []
-    if tokenizer.chat_template:
-        with_tools = renders_tools(tokenizer)
-        for messages, tools in CONVERSATIONS:
-            if tools and not with_tools:
-                continue
-            rendered = render_masked(tokenizer, messages, tools=tools, frozen=True)
-            made.append(_conversation(messages_to_json(messages), list(tools), "", rendered.ids, rendered.mask, logits))
-    else:
-        for text in TEXTS:
-            ids = encode(tokenizer, text)
-            made.append(_conversation([], [], text, ids, [1] * len(ids), logits))
+    made = [_conversation(messages_to_json(m), list(t), "", r.ids, r.mask, logits) for m, t, r in renderable(tokenizer)]
+    for text in () if made else TEXTS:
+        ids = encode(tokenizer, text)
+        made.append(_conversation([], [], text, ids, [1] * len(ids), logits))
     return Golden(conversations=made, stop_ids=sorted(stop_ids))
+
+
+def renderable(tokenizer: Any) -> list[tuple[tuple[Message, ...], tuple[Json, ...], Rendered]]:
+    """The conversations that this tokenizer's template accepts: many refuse a system turn, or drop tools; without a template none."""
+    found = []
+    for messages, tools in CONVERSATIONS if tokenizer.chat_template else ():
+        if tools and not renders_tools(tokenizer):
+            continue
+        with contextlib.suppress(RequestError, ModelError):
+            found.append((messages, tools, render_masked(tokenizer, messages, tools=tools, frozen=True)))
+    return found
 
 
 def _conversation(

@@ -30,7 +30,7 @@ _TOOL_PREFIX = """\
 {%- set flat.text = flat.text + '\\n' + tool['name'] + ': ' + (tool['description'] or '') %}
 {%- for name, spec in (parameters['properties'] or {}).items() %}
 {%- set type = spec['type'] if spec['type'] is string else 'any' %}
-{%- set flat.text = flat.text + '\\n- ' + name + ' (' + type + (', required' if name in (parameters['required'] or []) else '') %}
+{%- set flat.text = flat.text + '\\n- ' + name + ' (' + type + ('' if name in (parameters['required'] or []) else ', optional') %}
 {%- for key, value in spec.items() if key != 'description' and not (key == 'type' and value is string) %}
 {%- set flat.text = flat.text + ', ' + key + ': ' + (value | tojson) %}
 {%- endfor %}
@@ -42,6 +42,7 @@ _TOOL_PREFIX = """\
 {%- else %}
 {%- set messages = [{'role': 'system', 'content': flat.text}] + messages %}
 {%- endif %}
+{%- set tools = none %}
 {%- endif %}
 {%- set turns = namespace(all=[], text='') %}
 {%- for message in messages %}
@@ -101,7 +102,7 @@ def describe_tool(tool: Json) -> str:
     lines = [f"{tool['name']}: {tool.get('description') or ''}"]
     for name, spec in (parameters.get("properties") or {}).items():
         kind = spec["type"] if isinstance(spec.get("type"), str) else "any"
-        facts = [kind, "required"] if name in (parameters.get("required") or []) else [kind]
+        facts = [kind] if name in (parameters.get("required") or []) else [kind, "optional"]
         facts += [
             f"{key}: {json.dumps(value, ensure_ascii=False)}"
             for key, value in spec.items()
@@ -116,7 +117,7 @@ def render_call(call: ToolCall) -> str:
     return f'{CALL_OPEN}{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {json.dumps(call.arguments, ensure_ascii=False)}}}{CALL_CLOSE}'
 
 
-def parse_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+def parse_calls(text: str, *, strip: bool = True) -> tuple[str, tuple[ToolCall, ...]]:
     """Split an answer into its plain text and the tool calls in it. A call that is not valid JSON stays in the text."""
     plain, calls, at = "", [], 0
     while (start := text.find(CALL_OPEN, at)) >= 0:
@@ -128,7 +129,8 @@ def parse_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
         if call:
             calls.append(call)
         at = stop
-    return (plain + text[at:]).strip() if calls else text, tuple(calls)
+    said = plain + text[at:]
+    return (said.strip() if strip else said) if calls else text, tuple(calls)
 
 
 def _call_from_json(body: str) -> ToolCall | None:
@@ -157,7 +159,11 @@ def render_text(
     for m in messages:
         turn: Json = {"role": m.role, "content": m.content}
         if m.tool_calls:
-            turn["tool_calls"] = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in m.tool_calls]
+            turn["tool_calls"] = [
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in m.tool_calls
+            ]
+        if m.tool_call_id:
+            turn["tool_call_id"] = m.tool_call_id
         turns.append(turn)
     try:
         text = tokenizer.apply_chat_template(
@@ -167,7 +173,7 @@ def render_text(
             add_generation_prompt=generation_prompt,
             chat_template=_FROZEN + template if frozen else template,
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise RequestError(f"the model's chat template refuses this conversation: {error}") from None
     return str(text)
 
@@ -176,7 +182,10 @@ def renders_tools(tokenizer: Any) -> bool:
     """Whether the model's template shows tools at all; many drop them silently."""
     probe = (Message("user", "?"),)
     tool = {"type": "function", "function": {"name": "probe_4f1c", "description": "", "parameters": {"type": "object", "properties": {}}}}
-    return "probe_4f1c" in render_text(tokenizer, probe, tools=(tool,))
+    try:
+        return "probe_4f1c" in render_text(tokenizer, probe, tools=(tool,))
+    except RequestError:
+        return False
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmworks.data.rows import Row
+from llmworks.errors import ModelError, RequestError
 from llmworks.tokenize.templates import render_masked
 from llmworks.types import messages_from_json
 
@@ -47,7 +48,10 @@ class Batch:
 
 def make_example(tokenizer: Any, row: Row, max_tokens: int) -> Example | str:
     """The example of one conversation, or the reason why it cannot be trained on. Nothing is cut: a cut answer teaches no end."""
-    rendered = render_masked(tokenizer, messages_from_json(row["messages"]))
+    try:
+        rendered = render_masked(tokenizer, messages_from_json(row["messages"]))
+    except (RequestError, ModelError, ValueError) as error:
+        return str(error)
     last = max((i for i, m in enumerate(rendered.mask) if m), default=0)
     ids, mask = rendered.ids[: last + 1], rendered.mask[: last + 1]  # what follows the last label teaches nothing
     if not any(mask[1:]):

@@ -16,6 +16,7 @@ from llmworks.artifact import Adapter, Config, Dataset, Model
 from llmworks.context import Context
 from llmworks.data.rows import Row, read_chat
 from llmworks.errors import DataError, ModelError
+from llmworks.progress import write_whole
 from llmworks.train.schedule import OptimizerConfig
 from llmworks.types import Engine, Request, Sampling, messages_from_json
 
@@ -87,7 +88,10 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
     )
     network = load_model(model.path)
     engine = TorchEngine(network, tokenizer, stops, model.name)
-    questions = read_chat(held_out)[: config.samples] if held_out is not None else []
+    answerable = (
+        [row for row in read_chat(held_out) if row["messages"][-1]["role"] == "assistant" and len(row["messages"]) > 1] if held_out else []
+    )
+    questions = answerable[: config.samples]
     before = _answers(engine, questions, ctx.scratch / "before.json")
     torch.manual_seed(ctx.seed)
     lora.attach(network, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout)
@@ -179,7 +183,7 @@ def _answers(engine: Engine, questions: Sequence[Row], kept: Path | None) -> lis
     done = engine.generate([Request(messages_from_json(row["messages"])[:-1], sampling=Sampling(max_tokens=96)) for row in questions])
     texts = [completion.text for completion in done]
     if kept is not None:
-        kept.write_text(json.dumps(texts), encoding="utf-8")
+        write_whole(kept, json.dumps(texts))
     return texts
 
 

@@ -54,6 +54,7 @@ class LlamaCppEngine:
                 p.n_ctx, p.n_parallel, p.warmup, p.verbosity = self.context * self.slots, self.slots, False, -1
                 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = self.threads
                 p.cpuparams.poll = p.cpuparams_batch.poll = 0  # never spin: a busy core elsewhere would stall every token
+                p.cache_ram_mib = 0  # saving every prompt's state costs more than it gives here
                 p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as torch computes, and as the scorer does
                 p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
                 p.n_gpu_layers, p.port, p.ctx_shift = 0, 0, False

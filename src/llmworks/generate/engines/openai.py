@@ -77,32 +77,35 @@ class OpenAIEngine:
         """Answer one request piece by piece; closing the iterator closes the connection."""
         text, finish = "", "stop"
         usage: dict[str, int] = {}
+        calls: dict[int, dict[str, str]] = {}
         try:
             with self.client.stream("POST", f"{self.url}/chat/completions", json=self._body(request, stream=True)) as reply:
                 if reply.status_code >= 400:
                     reply.read()
                 self._check(reply)
                 for line in reply.iter_lines():
-                    if not line.startswith("data:") or line == "data: [DONE]":
+                    event = line.removeprefix("data:").strip()
+                    if not line.startswith("data:") or event == "[DONE]":
                         continue
-                    data = json.loads(line.removeprefix("data:"))
+                    data = json.loads(event)
+                    if "error" in data:
+                        raise EngineError(f"{self.url}: {str(data['error'])[:200]}")
                     usage = data.get("usage") or usage
                     for choice in data.get("choices", []):
                         finish = choice.get("finish_reason") or finish
-                        piece = _text(choice.get("delta") or {})
+                        delta = choice.get("delta") or {}
+                        collect_calls(calls, delta.get("tool_calls") or [])
+                        piece = str(delta.get("content") or "")
                         if piece:
                             text += piece
                             yield Delta(piece)
+            written = _text({"tool_calls": [{"function": call} for _, call in sorted(calls.items())]})
         except httpx.HTTPError as error:
             raise EngineError(f"{self.url}: {type(error).__name__}: {error}; is the server running?") from None
-        except ValueError as error:
-            raise EngineError(f"{self.url}: the stream holds a line that is not JSON ({error})") from None
-        yield Delta(
-            "",
-            Completion(
-                text, _finish(finish), prompt_tokens=usage.get("prompt_tokens", 0), completion_tokens=usage.get("completion_tokens", 0)
-            ),
-        )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EngineError(f"{self.url}: the stream is no chat completion ({error!r})") from None
+        counts = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+        yield Delta(written, Completion(text + written, _finish(finish), prompt_tokens=counts[0], completion_tokens=counts[1]))
 
     def _check(self, reply: httpx.Response) -> None:
         if reply.status_code < 400:
@@ -125,6 +128,15 @@ class OpenAIEngine:
     def close(self) -> None:
         """Close the connections."""
         self.client.close()
+
+
+def collect_calls(calls: dict[int, dict[str, str]], fragments: Sequence[dict[str, Any]]) -> None:
+    """Add a stream's fragments of tool calls, told apart by index, to what came before."""
+    for fragment in fragments:
+        call = calls.setdefault(int(fragment.get("index", 0)), {"name": "", "arguments": ""})
+        for key, piece in (fragment.get("function") or {}).items():
+            if key in call:
+                call[key] += piece or ""
 
 
 def _text(message: dict[str, Any]) -> str:

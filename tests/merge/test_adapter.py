@@ -1,0 +1,92 @@
+"""Merging refuses what is not the same function: another base, changed weights, a changed template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from llmworks.artifact import Adapter, Model
+from llmworks.errors import ArtifactError, GoldenMismatch
+from llmworks.execute import Outcome, execute
+from llmworks.recipe import load_recipe
+from llmworks.references import open_engine, resolve
+from llmworks.runner import Run
+from llmworks.stages import resolve as resolve_stage
+from llmworks.workspace import Workspace
+
+
+@pytest.fixture
+def tuned(recipe_file: Callable[..., Path], tmp_path: Path) -> tuple[Adapter, Model, Workspace]:
+    """A trained adapter, its model, and their workspace."""
+    workspace = Workspace(tmp_path / "w")
+    recipe = recipe_file(epochs=1, template="tools")
+    text = recipe.read_text()
+    recipe.write_text(text[: text.index("  merged:")])
+    job = Run(load_recipe(recipe), workspace, quiet=True)
+    job.run()
+    adapter, model = job.found["tuned"], job.found["base"]
+    assert isinstance(adapter, Adapter)
+    assert isinstance(model, Model)
+    return adapter, model, workspace
+
+
+def merge(adapter: Adapter, model: Model, workspace: Workspace) -> Outcome:
+    stage = resolve_stage("merge.adapter")
+    return execute(stage, stage.config(), {"adapter": adapter, "model": model}, workspace, seed=0, open_engine=open_engine, quiet=True)
+
+
+def test_merged_model_carries_the_adapters_template_and_golden_tokens(tuned: tuple[Adapter, Model, Workspace]) -> None:
+    adapter, model, workspace = tuned
+    merged = merge(adapter, model, workspace).artifact
+    assert merged.golden == adapter.golden
+    assert merged.golden is not None
+    assert any(c.tools for c in merged.golden.conversations)  # the tool-aware template is part of what replays
+    assert (merged.path / "tokenizer.json").read_bytes() == (adapter.path / "tokenizer.json").read_bytes()
+    assert merged.metrics["golden_gap_mean"] < 1e-3
+
+
+def changed(adapter: Adapter, to: Path, change: Callable[[Path], None]) -> Adapter:
+    """A copy of the adapter whose files, but not whose golden tokens, were changed."""
+    shutil.copytree(adapter.path, to)
+    change(to)
+    return Adapter(to, manifest=adapter.manifest, name="changed")
+
+
+def scale_up(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 20}))
+
+
+def other_weights(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v + 0.1 for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+def other_template(folder: Path) -> None:
+    for file in folder.glob("*"):
+        if file.name in ("chat_template.jinja", "tokenizer_config.json") and "<|im_end|>" in file.read_text():
+            file.write_text(file.read_text().replace("+ '<|im_end|>' +", "+"))
+
+
+@pytest.mark.parametrize("change", [scale_up, other_weights, other_template])
+def test_silent_damage_publishes_nothing(tuned: tuple[Adapter, Model, Workspace], tmp_path: Path, change: Callable[[Path], None]) -> None:
+    adapter, model, workspace = tuned
+    before = len(workspace.artifacts())
+    with pytest.raises(GoldenMismatch, match=r"merge\.adapter: golden .*nothing was published"):
+        merge(changed(adapter, tmp_path / "changed", change), model, workspace)
+    assert len(workspace.artifacts()) == before
+
+
+def test_adapter_of_another_model_is_refused(tuned: tuple[Adapter, Model, Workspace], tmp_path: Path) -> None:
+    from tests.conftest import make_pico
+
+    adapter, _, workspace = tuned
+    other = resolve(str(make_pico(tmp_path / "other", seed=5)))
+    assert isinstance(other, Model)
+    with pytest.raises(ArtifactError, match="was trained on the model"):
+        merge(adapter, other, workspace)

@@ -122,9 +122,9 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         if not body.stream:
             return whole(identity, created, name, await turns.answer(request), bool(request.tools))
         deltas = turns.stream(request)
-        first: Delta = await deltas.__anext__()  # what cannot be answered is refused before the stream begins
+        opening = await deltas.__anext__()  # what cannot be answered is refused before the stream begins
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        lines = chunks(identity, created, name, first, deltas, bool(request.tools), with_usage)
+        lines = chunks(identity, created, name, opening, deltas, bool(request.tools), with_usage)
         return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     @app.exception_handler(RequestError)

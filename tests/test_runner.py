@@ -116,6 +116,7 @@ def test_show_tree_verify_diff_on_the_workspace(finished: tuple[Path, Path]) -> 
     verdicts = {f["name"]: f["verdict"] for f in found}
     assert verdicts["small"] == verdicts["merged"] == verdicts["chats"] == "derived again, same bytes"
     assert verdicts["tuned"] == "declared"
+    assert verdicts["raw"] == "from outside"
     assert "config" in call("diff", "small/train", "small/test")
 
 
@@ -193,6 +194,31 @@ def test_killed_while_making_a_step(recipe_file: WriteRecipe, tmp_path: Path, st
     assert {"chats", "train", "test", "tuned", "merged", "small"} <= set(after)
     assert all(after[name] == stamp for name, stamp in before.items())
     assert not list(workspace.glob("store/.draft-*"))
+
+
+def test_a_full_disk_is_told_and_the_next_run_goes_on(
+    recipe_file: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint is really written to a device without space."""
+    from llmworks.cli import main
+
+    recipe, workspace = recipe_file(), tmp_path / "w"
+    real, links = Workspace.scratch, []
+
+    def scratch(self: Workspace, key: str) -> Path:
+        folder = real(self, key)
+        links.append(folder / "checkpoint.pt.tmp")
+        links[-1].symlink_to("/dev/full")
+        return folder
+
+    with monkeypatch.context() as full:
+        full.setattr(Workspace, "scratch", scratch)
+        assert main(["run", str(recipe), "--workspace", str(workspace), "--quiet"]) == 3
+    assert f"llmworks: {workspace}: no space left; free some" in capsys.readouterr().err
+    assert not list(workspace.glob("store/.draft-*"))
+    links[-1].unlink()
+    assert main(["run", str(recipe), "--workspace", str(workspace), "--quiet"]) == 0
+    assert "small" in steps_made(workspace)
 
 
 def test_two_runs_at_once_share_the_work(recipe_file: WriteRecipe, tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ The one place where stages are called. Knows the workspace and the stage table; 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,11 +95,23 @@ def execute(
             return Outcome(found, made=False)
         began = time.monotonic()
         draft = workspace.draft(key)
-        scratch = workspace.scratch(key)
-        manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, quiet)
-        artifact = workspace.publish(draft, manifest)
+        try:
+            scratch = workspace.scratch(key)
+            manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, quiet)
+            artifact = workspace.publish(draft, manifest)
+        except Exception as error:
+            if disk_full(error):
+                raise OSError(errno.ENOSPC, "no space left", str(workspace.root)) from error
+            raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # moved away when published
         workspace.drop_scratch(key)
         return Outcome(artifact, made=True, seconds=time.monotonic() - began)
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether a step failed for want of space; safetensors and pyarrow raise errors of their own for it."""
+    return getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def _call(

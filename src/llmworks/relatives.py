@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmworks import assets
-from llmworks.artifact import Artifact, FileEntry
+from llmworks.artifact import Artifact, FileEntry, Parent
 from llmworks.execute import derive_again, machine, versions
 from llmworks.lineage.family import Family, family_of
 from llmworks.references import asset_files, find_digest, open_engine, resolve
@@ -22,20 +22,31 @@ from llmworks.workspace import Workspace
 
 
 def family_with(workspace: Workspace, *more: Artifact) -> Family:
-    """The family of the workspace, converted assets that its artifacts came from, and more artifacts."""
+    """The family of the workspace, what its artifacts came from as far as it is on this machine, and more artifacts."""
     every = [*workspace.artifacts(), *more]
     known = {a.digest for a in every}
-    todo = [p.digest for a in [*every, *workspace.names().values()] if a.manifest for p in a.manifest.parents]
+    todo = [p for a in [*every, *workspace.names().values()] if a.manifest for p in a.manifest.parents]
     while todo:
-        digest = todo.pop()
-        if digest in known:
+        parent = todo.pop()
+        if parent.digest in known:
             continue
-        found = find_digest(digest, workspace)
+        found = find_digest(parent.digest, workspace) or _from_outside(parent)
         if found is not None and found.manifest is not None:
-            known.add(digest)
+            known.add(parent.digest)
             every.append(found)
-            todo += [p.digest for p in found.manifest.parents]
+            todo += found.manifest.parents
     return family_of(every, workspace.names())
+
+
+def _from_outside(parent: Parent) -> Artifact | None:
+    """A foreign parent, where its reference still leads to the same bytes without fetching."""
+    scheme, _, rest = parent.ref.partition(":")
+    found = None
+    if scheme == "asset" and rest in assets.CATALOGUE and assets.is_cached(assets.get(rest)):
+        found = asset_files(rest, parent.name)
+    elif scheme == "path" and Path(rest).exists():
+        found = resolve(parent.ref, name=parent.name)
+    return found if found is not None and found.digest == parent.digest else None
 
 
 def derive(workspace: Workspace, family: Family, artifact: Artifact) -> dict[str, FileEntry] | str:
@@ -72,12 +83,7 @@ def _parents(stage: ResolvedStage, family: Family, artifact: Artifact) -> dict[s
     for parent in artifact.manifest.parents:
         node = family.nodes.get(parent.digest)
         found = node.artifact if node else None
-        scheme, _, rest = parent.ref.partition(":")
-        if found is None and scheme == "asset" and assets.is_cached(assets.get(rest)):
-            found = asset_files(rest, parent.name)
-        elif found is None and scheme == "path" and Path(rest).exists():
-            found = resolve(parent.ref)
-        if found is None or found.digest != parent.digest:
+        if found is None:
             return f"its parent {parent.name} ({parent.digest[:12]}) is not here"
         found.name = parent.name
         role, bracket, key = parent.role.partition("[")

@@ -105,3 +105,19 @@ def test_bfcl_types_become_json_schema() -> None:
 def test_right_call_leaves_optional_arguments_out() -> None:
     call = right_call({"f": {"a": [1, 2], "b": ["x", ""], "c": [{"k": [5], "o": ["y", ""]}]}}, {"parameters": {"required": ["a"]}})
     assert call.arguments == {"a": 1, "c": {"k": 5}}
+
+
+@pytest.mark.parametrize(
+    ("question", "values", "given"),
+    [
+        ("the area in CM of a square", ["cm", ""], "cm"),  # stated, in another case
+        ("a king from 52 cards", [2, ""], None),  # a part of a number states nothing
+        ("at 2.5 percent", [5, ""], None),
+        ("over 5 years.", ["", 5], 5),
+        ("is it true?", [True, ""], None),
+        ("two values", [["two"], ""], None),
+    ],
+)
+def test_right_call_gives_an_optional_argument_that_the_question_states(question: str, values: list[Any], given: Any) -> None:
+    call = right_call({"f": {"a": values}}, {"parameters": {"required": []}}, question)
+    assert call.arguments == ({} if given is None else {"a": given})

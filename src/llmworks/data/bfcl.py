@@ -5,6 +5,7 @@ Pure functions on one row. Source: the BFCL v4 data files (`question`, `function
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from llmworks.types import Json, Message, ToolCall, messages_from_json
@@ -31,18 +32,31 @@ def json_schema(spec: Any) -> Any:
     return out
 
 
-def right_call(accepted: Json, function: Json) -> ToolCall:
-    """One call out of the accepted ones: the first listed value of every argument, optional ones left out."""
+def right_call(accepted: Json, function: Json, question: str = "") -> ToolCall:
+    """One call out of the accepted ones: the first listed value of every argument; one that may be left out is, unless the question states it.
+
+    To leave out what the question states would teach that a stated value may be dropped, which is wrong where the answer needs it.
+    """
     ((name, arguments),) = accepted.items()
     required = function["parameters"].get("required", [])
     chosen: Json = {}
     for argument, values in arguments.items():
         real = [v for v in values if v != OMITTED]
+        said = [v for v in real if _states(question, v)]
         if real and (OMITTED not in values or argument in required):
             chosen[argument] = _plain(real[0])
+        elif said:
+            chosen[argument] = said[0]
         elif not real and argument in required:
             chosen[argument] = OMITTED
     return ToolCall(name, chosen)
+
+
+def _states(question: str, value: Any) -> bool:
+    """Whether a text or number stands in the question as a word of its own."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return False
+    return re.search(rf"(?<![\w.]){re.escape(str(value))}(?!\w|\.\d)", question, re.IGNORECASE) is not None
 
 
 def _plain(value: Any) -> Any:
@@ -60,4 +74,5 @@ def chat_row(question: Json, answer: Json) -> tuple[tuple[Message, ...], list[Js
     messages = messages_from_json([turn for turns in question["question"] for turn in turns])
     accepted = answer["ground_truth"][0]
     function = next(f for f in functions if f["name"] == next(iter(accepted)))
-    return messages, functions, right_call(accepted, function), accepted
+    asked = next((m.content for m in reversed(messages) if m.role == "user"), "")
+    return messages, functions, right_call(accepted, function, asked), accepted

@@ -7,6 +7,7 @@ decides the next step, so that a resumed run is the uninterrupted run, bit for b
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,7 +87,10 @@ def save(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, 
         "rng": torch.get_rng_state(),
     }
     temporary = scratch / (CHECKPOINT + ".tmp")
-    torch.save(state, temporary)
+    with temporary.open("wb") as stream:  # given a path, torch may take a full disk for a success
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(scratch / CHECKPOINT)
 
 

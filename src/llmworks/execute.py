@@ -100,7 +100,7 @@ def execute(
             manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, quiet)
             artifact = workspace.publish(draft, manifest)
         except Exception as error:
-            if disk_full(error):
+            if disk_full(error, workspace.root):
                 raise OSError(errno.ENOSPC, "no space left", str(workspace.root)) from error
             raise
         finally:
@@ -109,9 +109,14 @@ def execute(
         return Outcome(artifact, made=True, seconds=time.monotonic() - began)
 
 
-def disk_full(error: Exception) -> bool:
-    """Whether a step failed for want of space; safetensors and pyarrow raise errors of their own for it."""
-    return getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+def disk_full(error: Exception, path: Path) -> bool:
+    """Whether a step failed for want of space; safetensors and pyarrow raise errors of their own for it, numpy one without a number."""
+    number = getattr(error, "errno", 0)
+    return (
+        number in (errno.ENOSPC, errno.EDQUOT)
+        or "No space left on device" in str(error)
+        or (isinstance(error, OSError) and number is None and shutil.disk_usage(path).free < 1 << 20)
+    )
 
 
 def _call(

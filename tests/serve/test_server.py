@@ -227,6 +227,26 @@ def test_a_call_that_never_closes_is_text() -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
+def test_an_engine_that_fails_in_the_middle_ends_the_stream_with_an_error(pico: Path) -> None:
+    class Failing(TorchEngine):
+        def stream(self, request: Request) -> Iterator[Delta]:
+            yield Delta("so far")
+            raise EngineError("the other side went away")
+
+    server = Live(Failing.open(pico))
+    try:
+        events = iter(server.client.chat.completions.create(model="pico", messages=HI, stream=True))
+        assert next(events).choices[0].delta.role == "assistant"
+        assert next(events).choices[0].delta.content == "so far"
+        with pytest.raises(openai.APIError, match="the other side went away"):
+            next(events)
+        remote = OpenAIEngine(server.url, "pico")
+        with pytest.raises(EngineError, match="the other side went away"):
+            list(remote.stream(Request((Message("user", "hi"),))))
+    finally:
+        server.stop()
+
+
 def test_port_in_use_and_dead_server() -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))

@@ -78,6 +78,15 @@ class Turns:
         return read()
 
 
+async def until_error(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The stream's lines; an engine that fails after the first of them ends the stream with the API's error object."""
+    try:
+        async for line in lines:
+            yield line
+    except LlmworksError as error:
+        yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
+
+
 def build_app(engine: Engine, name: str) -> FastAPI:
     """The application. `name` is the model's name in the API."""
     app = FastAPI(title="llmworks", docs_url=None, redoc_url=None, openapi_url=None)
@@ -125,7 +134,7 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         opening = await deltas.__anext__()  # what cannot be answered is refused before the stream begins
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         lines = chunks(identity, created, name, opening, deltas, bool(request.tools), with_usage)
-        return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return StreamingResponse(until_error(lines), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     @app.exception_handler(RequestError)
     async def refused(http: Request, error: RequestError) -> JSONResponse:

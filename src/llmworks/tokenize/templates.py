@@ -27,7 +27,11 @@ _TOOL_PREFIX = """\
 {%- for tool in tools %}
 {%- set tool = tool['function'] if 'function' in tool else tool %}
 {%- set parameters = tool['parameters'] or {} %}
-{%- set flat.text = flat.text + '\\n' + tool['name'] + ': ' + (tool['description'] or '') %}
+{%- set signature = namespace(names=[]) %}
+{%- for name in (parameters['properties'] or {}) %}
+{%- set signature.names = signature.names + [name if name in (parameters['required'] or []) else name + '?'] %}
+{%- endfor %}
+{%- set flat.text = flat.text + '\\n' + tool['name'] + '(' + (signature.names | join(', ')) + '): ' + (tool['description'] or '') %}
 {%- for name, spec in (parameters['properties'] or {}).items() %}
 {%- set type = spec['type'] if spec['type'] is string else 'any' %}
 {%- set flat.text = flat.text + '\\n- ' + name + ' (' + type + ('' if name in (parameters['required'] or []) else ', optional') %}
@@ -96,13 +100,15 @@ def flatten_tools(messages: Sequence[Message], tools: Sequence[Json] = ()) -> tu
 
 
 def describe_tool(tool: Json) -> str:
-    """A function and its parameters in a few lines; half the tokens of its JSON schema, and nothing of it left out."""
+    """A function's signature (`?` marks what is optional) and its parameters; fewer tokens than its JSON schema, nothing of it left out."""
     tool = tool.get("function", tool)
     parameters = tool.get("parameters") or {}
-    lines = [f"{tool['name']}: {tool.get('description') or ''}"]
+    required = parameters.get("required") or []
+    signature = ", ".join(name if name in required else f"{name}?" for name in (parameters.get("properties") or {}))
+    lines = [f"{tool['name']}({signature}): {tool.get('description') or ''}"]
     for name, spec in (parameters.get("properties") or {}).items():
         kind = spec["type"] if isinstance(spec.get("type"), str) else "any"
-        facts = [kind] if name in (parameters.get("required") or []) else [kind, "optional"]
+        facts = [kind] if name in required else [kind, "optional"]
         facts += [
             f"{key}: {json.dumps(value, ensure_ascii=False)}"
             for key, value in spec.items()

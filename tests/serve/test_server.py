@@ -158,6 +158,27 @@ def test_a_client_that_goes_away_frees_the_server(live: Live) -> None:
     assert live.client.chat.completions.create(model="pico", messages=HI, max_tokens=4).choices
 
 
+def test_a_client_that_waits_no_longer_for_a_whole_answer_frees_the_server(pico: Path) -> None:
+    closed = threading.Event()
+
+    class Endless(TorchEngine):
+        def stream(self, request: Request) -> Iterator[Delta]:
+            try:
+                while True:
+                    time.sleep(0.01)
+                    yield Delta("x")
+            finally:
+                closed.set()
+
+    server = Live(Endless.open(pico))
+    try:
+        with pytest.raises(openai.APITimeoutError):
+            server.client.chat.completions.create(model="pico", messages=HI, timeout=0.3)
+        assert closed.wait(10)
+    finally:
+        server.stop()
+
+
 def test_requests_at_the_same_time_get_their_own_answers(live: Live) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -11,16 +11,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from llmworks.errors import LlmworksError, RequestError, UserError
+from llmworks.errors import EngineError, LlmworksError, RequestError, UserError
 from llmworks.serve.answer import chunks, whole
 from llmworks.serve.schema import ChatRequest
 from llmworks.types import Completion, Delta, Engine
@@ -42,11 +42,20 @@ class Turns:
         self.engine = engine
         self.threads = ThreadPoolExecutor(PARALLEL if "parallel" in engine.can else 1, thread_name_prefix="engine")
 
-    async def answer(self, request: EngineRequest) -> Completion:
-        """A whole answer."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: self.engine.generate([request])[0])
+    async def answer(self, request: EngineRequest, gone: Callable[[], Awaitable[bool]]) -> Completion | None:
+        """A whole answer; None, and no more work on it, once `gone` says that nobody waits for it."""
+        deltas = self.stream(request)
+        try:
+            async for delta in deltas:
+                if delta.done is not None:
+                    return delta.done
+                if await gone():
+                    return None
+        finally:
+            await deltas.aclose()
+        raise EngineError("the engine ended without an answer")
 
-    def stream(self, request: EngineRequest) -> AsyncIterator[Delta]:
+    def stream(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         """A streamed answer. The work starts now; it stops when the iterator is closed."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
@@ -65,7 +74,7 @@ class Turns:
                 end = error
             loop.call_soon_threadsafe(pieces.put_nowait, end)
 
-        async def read() -> AsyncIterator[Delta]:
+        async def read() -> AsyncGenerator[Delta, None]:
             try:
                 while (piece := await pieces.get()) is not None:
                     if isinstance(piece, Exception):
@@ -129,7 +138,8 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         request = body.request(DEFAULT_MAX_TOKENS)
         identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if not body.stream:
-            return whole(identity, created, name, await turns.answer(request), bool(request.tools))
+            answer = await turns.answer(request, http.is_disconnected)
+            return whole(identity, created, name, answer, bool(request.tools)) if answer else Response(status_code=499)
         deltas = turns.stream(request)
         opening = await deltas.__anext__()  # what cannot be answered is refused before the stream begins
         with_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -238,8 +238,10 @@ def _stage_command(words: list[str]) -> int:
     if name not in known:
         group = sorted(s for s in known if s.split(".")[0] == words[0])
         typed = " ".join(w for w in words[:2] if not w.startswith("-"))
-        spaced = [s.replace(".", " ") for s in known]
-        near = difflib.get_close_matches(typed, [*spaced, *COMMANDS], n=1)
+        near = difflib.get_close_matches(typed, [s.replace(".", " ") for s in known], n=1, cutoff=0.75)
+        if not near and not group:
+            typed = words[0]
+            near = difflib.get_close_matches(typed, list(COMMANDS), n=1)
         hint = (
             f"did you mean {near[0]!r}?"
             if near

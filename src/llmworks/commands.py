@@ -251,7 +251,10 @@ def diff(args: argparse.Namespace) -> None:
 
 def gc(args: argparse.Namespace) -> None:
     """`llmworks gc`."""
-    removed = workspace_of(args).collect(scratch=args.scratch, dry_run=args.dry_run)
+    workspace = workspace_of(args)
+    if not workspace.store.is_dir():
+        raise UserError(f"{workspace.root}: no workspace there; name one with --workspace")
+    removed = workspace.collect(scratch=args.scratch, dry_run=args.dry_run)
     if args.json:
         as_json([{"path": str(p), "bytes": n} for p, n in removed])
         return
@@ -322,10 +325,10 @@ def chat(args: argparse.Namespace) -> None:
     from llmworks.types import Sampling
 
     workspace = workspace_of(args)
-    artifact = resolve(args.model, workspace=workspace)
-    engine = open_engine(artifact, workspace)
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     tools = _read_tools(args.tools) if args.tools else ()
+    artifact = resolve(args.model, workspace=workspace)
+    engine = open_engine(artifact, workspace)
     try:
         converse(Conversation(engine, sampling, args.system, tools), args.message)
     finally:
@@ -363,7 +366,7 @@ def stage(args: argparse.Namespace) -> None:
     from pydantic import ValidationError
 
     from llmworks.execute import execute, missing_inputs
-    from llmworks.recipe import assign
+    from llmworks.recipe import assign, config_problem
     from llmworks.references import open_engine, resolve
     from llmworks.runner import facts
 
@@ -384,7 +387,7 @@ def stage(args: argparse.Namespace) -> None:
     try:
         config = stage.config.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(f"{stage.name}: config.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+        raise UserError("; ".join(config_problem(stage.config, dict(e), f"{stage.name}.config") for e in error.errors())) from None
     given: dict[str, Any] = {}
     for name, wanted in stage.inputs.items():
         refs = getattr(args, f"input_{name}")

@@ -116,6 +116,21 @@ def assign(config: dict[str, Any], names: Sequence[str], text: str) -> None:
         raise UserError(f"{text!r} is not a YAML value; quote it") from None
 
 
+def unknown(what: str, name: object, known: Sequence[str]) -> str:
+    """`unknown step 'sfy', did you mean 'sft'?`"""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+
+
+def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> str:
+    """One validation error of a config class as a line; `label` is where the config stands."""
+    if item["type"] == "extra_forbidden":
+        inner = item["loc"][:-1]
+        return f"{'.'.join([label, *map(str, inner)])}: {unknown('key', item['loc'][-1], _fields(model, inner))}"
+    told = "" if item["type"] == "missing" else f" (is {item['input']!r})"
+    return f"{'.'.join([label, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}{told}"
+
+
 class _Checker:
     """Collects problems with their line numbers."""
 
@@ -216,8 +231,11 @@ class _Checker:
                 self.problem((), f"--set {override}: write it as step.field=value")
                 continue
             body = raw.get(names[0])
+            if names[0] not in raw:
+                self.problem((), f"--set {override}: {unknown('step', names[0], list(map(str, raw)))}")
+                continue
             if not isinstance(body, dict) or "stage" not in body:
-                self.problem((), f"--set {override}: {self.unknown('step with a config', names[0], list(map(str, raw)))}")
+                self.problem((), f"--set {override}: {names[0]} is no stage, so it has no config to set")
                 continue
             body["config"] = body.get("config") or {}
             try:
@@ -225,19 +243,11 @@ class _Checker:
             except UserError as error:
                 self.problem((), f"--set {override}: {error}")
 
-    @staticmethod
-    def unknown(what: str, name: object, known: Sequence[str]) -> str:
-        """`unknown step 'sfy', did you mean 'sft'?`"""
-        near = difflib.get_close_matches(str(name), known, n=1)
-        return f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-
     def unknown_keys(self, at: Position, value: Mapping[Any, Any], known: Sequence[str]) -> None:
         """A problem for every key that is not known."""
         for key in value:
             if key not in known:
-                self.problem(
-                    (*at, key), f"{'.'.join(map(str, at))}: {self.unknown('key', key, known)}" if at else self.unknown("key", key, known)
-                )
+                self.problem((*at, key), f"{'.'.join(map(str, at))}: {unknown('key', key, known)}" if at else unknown("key", key, known))
 
     def step(self, name: str, body: Any) -> Step | None:
         """One step, or None after noting what is wrong with it."""
@@ -278,7 +288,7 @@ class _Checker:
     def stage(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
         """A `stage:` step: the stage exists, its config is valid, its inputs are named as the function has them."""
         if not isinstance(body["stage"], str) or body["stage"] not in table():
-            self.problem((*at, "stage"), f"{name}.stage: {self.unknown('stage', body['stage'], list(table()))}")
+            self.problem((*at, "stage"), f"{name}.stage: {unknown('stage', body['stage'], list(table()))}")
             return None
         stage = resolve(body["stage"])
         config = self.model(stage.config, body.get("config") or {}, (*at, "config"), f"{name}.config")
@@ -317,19 +327,7 @@ class _Checker:
             return model.model_validate(value)
         except ValidationError as error:
             for item in error.errors():
-                where = (*at, *item["loc"])
-                field = ".".join([label, *map(str, item["loc"])])
-                if item["type"] == "extra_forbidden":
-                    self.problem(
-                        where,
-                        f"{'.'.join([label, *map(str, item['loc'][:-1])])}: {self.unknown('key', item['loc'][-1], _fields(model, item['loc'][:-1]))}",
-                    )
-                else:
-                    self.problem(
-                        where,
-                        f"{field}: {item['msg'].removeprefix('Value error, ')}"
-                        + ("" if item["type"] == "missing" else f" (is {item['input']!r})"),
-                    )
+                self.problem((*at, *item["loc"]), config_problem(model, item, label))
             return None
 
     def gate(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
@@ -347,7 +345,7 @@ class _Checker:
         """Every named step exists and is of a kind that the input accepts."""
         for step in steps.values():
             if isinstance(step, GateStep) and step.of not in names:
-                self.problem(("steps", step.name, "gate"), f"{step.name}.gate: {self.unknown('step', step.of, sorted(names))}")
+                self.problem(("steps", step.name, "gate"), f"{step.name}.gate: {unknown('step', step.of, sorted(names))}")
             if isinstance(step, GateStep) and isinstance(steps.get(step.of), GateStep):
                 self.problem(
                     ("steps", step.name, "gate"), f"{step.name}.gate: {step.of!r} is a gate itself; name the step whose metric is meant"
@@ -359,7 +357,7 @@ class _Checker:
                     if given not in names:
                         self.problem(
                             ("steps", step.name, "inputs", role),
-                            f"{step.name}.inputs.{role}: {self.unknown('step', given, sorted(names - {step.name}))}",
+                            f"{step.name}.inputs.{role}: {unknown('step', given, sorted(names - {step.name}))}",
                         )
                         continue
                     kind = _kind(steps.get(given))
@@ -377,6 +375,8 @@ class _Checker:
         while left:
             ready = next((n for n in left if all(d in done or d not in steps for d in _needs(steps[n]))), None)
             if ready is None:
+                while ends := [n for n in left if not any(n in _needs(steps[other]) for other in left)]:
+                    left = [n for n in left if n not in ends]  # waits for the circle, is no part of it
                 self.problem(("steps", left[0]), f"{left[0]}: these steps need one another in a circle: {', '.join(left)}")
                 break
             left.remove(ready)

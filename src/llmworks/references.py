@@ -5,6 +5,7 @@ Resolves them to artifacts (digested once, cached), and opens an engine over any
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import tempfile
@@ -36,11 +37,20 @@ def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> 
     if not path.exists() and workspace is not None and (workspace.root / path).exists():
         path = workspace.root / path
     if not path.exists():
-        near = f"; did you mean asset:{ref}?" if ref in assets.CATALOGUE else ""
-        raise UserError(f"{path}: no such file or directory{near}")
+        raise UserError(f"{path}: no such file or directory{_near(ref, workspace)}")
     if (path / MANIFEST).exists():
         return load(path.resolve(), name=name or path.name)
     return _foreign(path.resolve(), name or path.name, f"path:{path.resolve()}")
+
+
+def _near(ref: str, workspace: Workspace | None) -> str:
+    """What a reference that leads nowhere may have meant: an asset, or a name in the workspace."""
+    if ref in assets.CATALOGUE:
+        return f"; did you mean asset:{ref}?"
+    if workspace is None:
+        return ""
+    near = difflib.get_close_matches(ref, list(workspace.names()), n=1)
+    return f", here or in {workspace.root}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def is_here(ref: str) -> bool:

@@ -92,6 +92,13 @@ def test_folds_partition_the_groups(bfcl_rows: list[dict[str, Any]]) -> None:
     assert min(sizes) > 70
 
 
+def test_a_byte_order_mark_loses_no_row(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    rejected = Rejected()
+    assert [row["a"] for _, row in read_jsonl(tmp_path / "x.jsonl", rejected)] == [1, 2]
+    assert not rejected.rows
+
+
 def test_texts_are_normalised() -> None:
     row = {"messages": [{"role": "user", "content": " Hi  THERE\n"}, {"role": "assistant", "content": "x"}]}
     assert texts([row]) == {"hi there"}

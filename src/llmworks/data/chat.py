@@ -48,6 +48,8 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
 
 def bfcl_rows(folder: Path, rejected: Rejected) -> list[Row]:
     """Chat rows of a BFCL category: a system turn listing the functions, the question, the right call."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: format bfcl takes a directory with questions.jsonl and answers.jsonl")
     answers = {answer.get("id"): answer for _, answer in read_jsonl(folder / "answers.jsonl", rejected)}
     rows: list[Row] = []
     seen: set[str] = set()

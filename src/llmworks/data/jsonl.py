@@ -41,7 +41,7 @@ def read_jsonl(path: Path, rejected: Rejected) -> Iterator[tuple[int, dict[str, 
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw.decode("utf-8"))
+                value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors write a byte order mark
             except UnicodeDecodeError as error:
                 rejected.add(path.name, number, f"not UTF-8 (byte {error.start})", raw.decode("utf-8", "replace"))
                 continue

@@ -21,11 +21,11 @@ OMITTED = ""
 
 def function_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
     """1 when the completion is exactly one accepted call. `row` has `tools` (JSON schema) and `answer` ({name: {argument: accepted values}})."""
+    ((name, accepted),) = accepted_call(row).items()
     _, calls = parse_calls(completion)
     if len(calls) != 1:
         return Score(0.0, f"{len(calls)} calls, wanted one")
     call = calls[0]
-    ((name, accepted),) = accepted_call(row).items()
     if call.name != name:
         return Score(0.0, f"called {call.name!r}, wanted {name!r}")
     function = next(f for f in (tool.get("function", tool) for tool in row["tools"]) if f["name"] == name)

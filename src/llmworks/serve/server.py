@@ -128,7 +128,7 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            return JSONResponse(error_body(f"{field}: {first['msg']}", param=field), 400)
+            return JSONResponse(error_body(f"{field or 'the body'}: {first['msg']}", param=field or None), 400)
         except ValueError as error:
             return JSONResponse(error_body(f"the body is not JSON: {error}"), 400)
         if body.model != name:
@@ -182,4 +182,4 @@ def serve_forever(engine: Engine, name: str, host: str, port: int) -> None:
         f"{name} at {address}\nTry:\n  curl {address}/chat/completions -H 'Content-Type: application/json' -d '{json.dumps({'model': name, 'messages': [{'role': 'user', 'content': 'Hi'}]})}'\nCtrl-C stops.",
         flush=True,
     )
-    uvicorn.run(build_app(engine, name), host=host, port=port, log_level="warning")
+    uvicorn.run(build_app(engine, name), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)

@@ -6,6 +6,7 @@ Requests that cannot be answered as asked get the API's error body, never a sile
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -41,6 +43,12 @@ class Turns:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.threads = ThreadPoolExecutor(PARALLEL if "parallel" in engine.can else 1, thread_name_prefix="engine")
+        self.stopping = threading.Event()  # once set, every answer under way ends at its next token with an error
+
+    def close(self) -> None:
+        """Wait until no thread works with the engine any more."""
+        self.stopping.set()
+        self.threads.shutdown(wait=True)
 
     async def answer(self, request: EngineRequest, gone: Callable[[], Awaitable[bool]]) -> Completion | None:
         """A whole answer; None, and no more work on it, once `gone` says that nobody waits for it."""
@@ -67,12 +75,15 @@ class Turns:
                 stream = self.engine.stream(request)
                 for delta in stream:
                     loop.call_soon_threadsafe(pieces.put_nowait, delta)
-                    if gone.is_set():
+                    if gone.is_set() or self.stopping.is_set():
                         stream.close()  # type: ignore[attr-defined]
-                        return
+                        if delta.done is None:
+                            raise EngineError("the server is stopping")
+                        break
             except Exception as error:  # reaches the reader below
                 end = error
-            loop.call_soon_threadsafe(pieces.put_nowait, end)
+            with contextlib.suppress(RuntimeError):  # the loop is closed when nobody waits any more
+                loop.call_soon_threadsafe(pieces.put_nowait, end)
 
         async def read() -> AsyncGenerator[Delta, None]:
             try:
@@ -99,7 +110,7 @@ async def until_error(lines: AsyncIterator[str]) -> AsyncIterator[str]:
 def build_app(engine: Engine, name: str) -> FastAPI:
     """The application. `name` is the model's name in the API."""
     app = FastAPI(title="llmworks", docs_url=None, redoc_url=None, openapi_url=None)
-    turns = Turns(engine)
+    turns = app.state.turns = Turns(engine)
     started = int(time.time())
     model = {"id": name, "object": "model", "created": started, "owned_by": "llmworks"}
 
@@ -182,4 +193,15 @@ def serve_forever(engine: Engine, name: str, host: str, port: int) -> None:
         f"{name} at {address}\nTry:\n  curl {address}/chat/completions -H 'Content-Type: application/json' -d '{json.dumps({'model': name, 'messages': [{'role': 'user', 'content': 'Hi'}]})}'\nCtrl-C stops.",
         flush=True,
     )
-    uvicorn.run(build_app(engine, name), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
+    app = build_app(engine, name)
+
+    class Server(uvicorn.Server):
+        """Ends the answers under way as soon as it is told to stop."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.turns.stopping.set()
+            super().handle_exit(sig, frame)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=10)).run()
+    app.state.turns.close()

@@ -31,7 +31,10 @@ from llmworks.workspace import Workspace
 
 Inputs = Mapping[str, "Artifact | Sequence[Artifact] | Mapping[str, Artifact]"]
 OpenEngine = Callable[[Artifact], Engine]
-LIBRARIES = ("llmworks", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "gguf", "xllamacpp", "cyllama")
+LIBRARIES = (
+    "llmworks", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "gguf", "xllamacpp", "cyllama",
+    "trafilatura", "pypdfium2", "charset-normalizer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

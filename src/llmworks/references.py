@@ -103,24 +103,17 @@ def _remote(ref: str, name: str) -> Model:
 
 
 def kind_of(path: Path) -> str:
-    """What a foreign file or directory is, by what it holds. UserError when it is nothing that llmworks knows."""
+    """What a foreign file or directory is, by what it holds; what is nothing else is raw data. UserError for an empty directory."""
     if path.is_file():
-        if path.suffix == ".gguf":
-            return "model"
-        if path.suffix in (".jsonl", ".parquet"):
-            return "dataset"
-        raise UserError(f"{path}: is no model (.gguf) and no data (.jsonl, .parquet)")
+        return "model" if path.suffix == ".gguf" else "dataset"
     names = {p.name for p in path.iterdir()}
-    suffixes = {Path(n).suffix for n in names}
+    if not names:
+        raise UserError(f"{path}: is empty")
     if "adapter_config.json" in names:
         return "adapter"
-    if "config.json" in names or ".gguf" in suffixes:
+    if "config.json" in names or any(name.endswith(".gguf") for name in names):
         return "model"
-    if suffixes & {".parquet", ".jsonl"}:
-        return "dataset"
-    if "tokenizer.json" in names:
-        return "tokenizer"
-    raise UserError(f"{path}: holds no model, adapter, tokenizer or data that llmworks knows")
+    return "tokenizer" if "tokenizer.json" in names else "dataset"
 
 
 def _foreign(path: Path, name: str, ref: str, *, kind: str = "", about: dict[str, Any] | None = None) -> Artifact:

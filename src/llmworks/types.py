@@ -37,6 +37,16 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Document:
+    """A text to train on: `source` is the file it came from, `metadata` what else was known there (plain JSON values)."""
+
+    id: str
+    text: str
+    source: str
+    metadata: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How to decode. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` None is drawn anew."""
 

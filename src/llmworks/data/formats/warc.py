@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from llmworks.data.documents import Unusable
 from llmworks.data.formats.html import Part, page_text
@@ -11,8 +12,6 @@ from llmworks.data.formats.source import Source
 from llmworks.data.formats.text import NotText, decode, read_limited, too_long
 from llmworks.errors import MissingDependency
 from llmworks.types import Document
-
-KINDS = ("warcinfo", "response", "resource", "request", "metadata", "revisit", "conversion", "continuation")
 
 
 def read_warc(source: Source, limit: int, part: Part) -> Iterator[Document | Unusable]:
@@ -23,18 +22,18 @@ def read_warc(source: Source, limit: int, part: Part) -> Iterator[Document | Unu
     except ImportError:
         raise MissingDependency("reading WARC needs the extra: pip install 'llmworks[documents]'") from None
 
-    number = known = 0
+    number = 0
     with source.open() as stream:
+        if not cast(io.BufferedReader, stream).peek(5).startswith(b"WARC/"):  # warcio takes any text for an old ARC file
+            yield Unusable(source.name, 0, "no WARC records")
+            return
         try:
             for record in ArchiveIterator(stream):
                 number += 1
-                known += record.rec_type in KINDS
                 if record.rec_type == "response" and record.http_headers is not None and record.http_headers.get_statuscode() == "200":
                     yield from _response(record, source.name, number, limit, part)
         except ArchiveLoadFailed as error:
             yield Unusable(source.name, number + 1, f"not readable as WARC ({str(error).strip().splitlines()[0]})")
-    if not known:
-        yield Unusable(source.name, 0, "no WARC records")
 
 
 def _response(record: Any, name: str, number: int, limit: int, part: Part) -> Iterator[Document | Unusable]:

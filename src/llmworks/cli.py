@@ -93,10 +93,10 @@ def dispatch(words: list[str]) -> int:
         parser = build()
         # options may stand between words; argparse does not allow that together with subcommands
         args = parser.parse_args(words[1:]) if words[0] == "assets" else parser.parse_intermixed_args(words[1:])
-        from llmworks import commands
+        import importlib
 
-        handler: str = args.handler
-        getattr(commands, handler)(args)
+        room, _, handler = args.handler.partition(".")
+        getattr(importlib.import_module(f"llmworks.commands.{room}"), handler)(args)
         return 0
     return _stage_command(words)
 
@@ -117,37 +117,44 @@ def _parser(name: str, handler: str, what: str, *, workspace: bool = True, json:
     return parser
 
 
+def _workers(parser: Parser) -> None:
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes for stages that work in parts; changes no result")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where the workers run")
+    parser.add_argument("--address", default="", help="a Ray cluster's address; default: one started here")
+
+
 def _run() -> Parser:
-    parser = _parser("run", "run", "Run a recipe: skip what is up to date, go on from what was interrupted.")
+    parser = _parser("run", "making.run", "Run a recipe: skip what is up to date, go on from what was interrupted.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step")
+    _workers(parser)
     parser.add_argument("--explain", action="store_true", help="say why each step runs or is skipped")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
 
 def _plan() -> Parser:
-    parser = _parser("plan", "plan", "What would run, why, and its time, memory and disk. Runs and fetches nothing.")
+    parser = _parser("plan", "making.plan", "What would run, why, and its time, memory and disk. Runs and fetches nothing.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step")
     return parser
 
 
 def _stages() -> Parser:
-    parser = _parser("stages", "stages", "The stage table, or one stage with its inputs and fields.", workspace=False)
+    parser = _parser("stages", "making.stages", "The stage table, or one stage with its inputs and fields.", workspace=False)
     parser.add_argument("name", nargs="?")
     parser.add_argument("--schema", action="store_true", help="a JSON schema of recipes, for editors")
     return parser
 
 
 def _show() -> Parser:
-    parser = _parser("show", "show", "Where an artifact came from and what was measured.")
+    parser = _parser("show", "artifacts.show", "Where an artifact came from and what was measured.")
     parser.add_argument("artifact")
     return parser
 
 
 def _tree() -> Parser:
-    parser = _parser("tree", "tree", "The family tree of the workspace, or of one artifact and its ancestors.")
+    parser = _parser("tree", "artifacts.tree", "The family tree of the workspace, or of one artifact and its ancestors.")
     parser.add_argument("artifact", nargs="?")
     parser.add_argument("--svg", metavar="FILE", help="also write it as an SVG drawing")
     parser.add_argument("--html", metavar="FILE", help="also write it as a page")
@@ -155,42 +162,42 @@ def _tree() -> Parser:
 
 
 def _verify() -> Parser:
-    parser = _parser("verify", "verify", "Check files of an artifact and its ancestors, and derive exact steps again.")
+    parser = _parser("verify", "artifacts.verify", "Check files of an artifact and its ancestors, and derive exact steps again.")
     parser.add_argument("artifact")
     return parser
 
 
 def _diff() -> Parser:
-    parser = _parser("diff", "diff", "Which config fields, parents, files and metrics differ.")
+    parser = _parser("diff", "artifacts.diff", "Which config fields, parents, files and metrics differ.")
     parser.add_argument("a")
     parser.add_argument("b")
     return parser
 
 
 def _gc() -> Parser:
-    parser = _parser("gc", "gc", "Remove artifacts that no name and no descendant of a name needs.")
+    parser = _parser("gc", "artifacts.gc", "Remove artifacts that no name and no descendant of a name needs.")
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
     parser.add_argument("--scratch", action="store_true", help="also remove checkpoints of interrupted steps")
     return parser
 
 
 def _assets() -> Parser:
-    parser = _parser("assets", "assets_list", "Named real models and data.", workspace=False, json=False)
+    parser = _parser("assets", "artifacts.assets_list", "Named real models and data.", workspace=False, json=False)
     below = parser.add_subparsers(required=True, metavar="list|fetch|path")
     listing = below.add_parser("list", help="all assets, with licence and source")
     listing.add_argument("--json", action="store_true", help="print the result for programs")
-    listing.set_defaults(handler="assets_list")
+    listing.set_defaults(handler="artifacts.assets_list")
     fetch = below.add_parser("fetch", help="download and verify")
     fetch.add_argument("names", nargs="+", metavar="NAME")
-    fetch.set_defaults(handler="assets_fetch")
+    fetch.set_defaults(handler="artifacts.assets_fetch")
     path = below.add_parser("path", help="where a fetched asset lies")
     path.add_argument("name", metavar="NAME")
-    path.set_defaults(handler="assets_path")
+    path.set_defaults(handler="artifacts.assets_path")
     return parser
 
 
 def _chat() -> Parser:
-    parser = _parser("chat", "chat", "Talk to a model. Without a message, a conversation; with one, a single answer.", json=False)
+    parser = _parser("chat", "models.chat", "Talk to a model. Without a message, a conversation; with one, a single answer.", json=False)
     parser.add_argument("model")
     parser.add_argument("message", nargs="?", help="ask once and print the answer")
     parser.add_argument("--system", default="", help="system message")
@@ -203,7 +210,7 @@ def _chat() -> Parser:
 
 
 def _serve() -> Parser:
-    parser = _parser("serve", "serve", "Answer the OpenAI API over HTTP: /v1/models, /v1/chat/completions, /health.", json=False)
+    parser = _parser("serve", "models.serve", "Answer the OpenAI API over HTTP: /v1/models, /v1/chat/completions, /health.", json=False)
     parser.add_argument("model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -230,7 +237,7 @@ def _stage_command(words: list[str]) -> int:
     """`llmworks GROUP STAGE ...`: the stage named by the first two words, or by the first alone."""
     import difflib
 
-    from llmworks import commands
+    from llmworks.commands import making
     from llmworks.stages import config_help, resolve, table
 
     known = table()
@@ -273,12 +280,13 @@ def _stage_command(words: list[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config field")
     parser.add_argument("--out", type=Path, required=True, help="name of the result: a link to it in the workspace's store")
     parser.add_argument("--seed", type=int, default=0)
+    _workers(parser)
     parser.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the result for programs")
     args = parser.parse_args(rest)
     args.stage = stage
-    commands.stage(args)
+    making.stage(args)
     return 0
 
 

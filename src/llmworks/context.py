@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmworks.artifact import Artifact
+from llmworks.pool import Pool
 from llmworks.progress import Progress
 from llmworks.report import ReportBuilder
 from llmworks.types import Engine
@@ -14,7 +15,10 @@ from llmworks.types import Engine
 
 @dataclass(frozen=True)
 class Context:
-    """`out` is an empty directory to write the result into; `scratch` survives a kill and holds what resuming needs."""
+    """`out` is an empty directory to write the result into; `scratch` survives a kill and holds what resuming needs.
+
+    `pool` runs independent parts of the work; no result depends on it.
+    """
 
     out: Path
     scratch: Path
@@ -22,3 +26,4 @@ class Context:
     progress: Progress
     report: ReportBuilder
     open_engine: Callable[[Artifact], Engine]
+    pool: Pool = field(default_factory=Pool)

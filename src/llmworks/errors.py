@@ -60,6 +60,12 @@ class EngineError(LlmworksError):
     """An engine failed while answering: a server that is down, a reply that is not the protocol's. Exit code 1."""
 
 
+class WorkerLost(LlmworksError):
+    """A worker process was killed while it worked; what is done is kept. Exit code 3."""
+
+    exit_code = 3
+
+
 class MissingDependency(LlmworksError):
     """The machine lacks something; the message says what to install. Exit code 3."""
 

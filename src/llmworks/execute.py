@@ -23,6 +23,7 @@ from typing import Any
 from llmworks.artifact import Artifact, Config, FileEntry, Manifest, Parent, artifact_digest, canonical_json, digest_files
 from llmworks.context import Context
 from llmworks.errors import ArtifactError, UserError
+from llmworks.pool import Pool
 from llmworks.progress import Progress
 from llmworks.report import ReportBuilder
 from llmworks.stages import ResolvedStage, code_digest
@@ -84,6 +85,7 @@ def execute(
     seed: int,
     open_engine: OpenEngine,
     quiet: bool = False,
+    pool: Pool | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Make the stage's artifact in the workspace, or find it there. Safe against other processes and against being killed."""
@@ -100,7 +102,7 @@ def execute(
         draft = workspace.draft(key)
         try:
             scratch = workspace.scratch(key)
-            manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, quiet)
+            manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, quiet, pool or Pool())
             artifact = workspace.publish(draft, manifest)
         except Exception as error:
             if disk_full(error, workspace.root):
@@ -132,12 +134,13 @@ def _call(
     seed: int,
     open_engine: OpenEngine,
     quiet: bool,
+    pool: Pool,
 ) -> Manifest:
     """Call the stage function and describe what it made."""
     use_threads(threads())
     started = datetime.now(UTC)
     report = ReportBuilder()
-    context = Context(draft, scratch, seed, Progress(scratch / "metrics.jsonl", quiet=quiet), report, open_engine)
+    context = Context(draft, scratch, seed, Progress(scratch / "metrics.jsonl", quiet=quiet), report, open_engine, pool)
     with peak_memory() as memory:
         made = stage.function(config, **inputs, ctx=context)
     if type(made).kind != stage.output.kind:

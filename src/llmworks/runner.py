@@ -15,6 +15,7 @@ from llmworks import assets, references
 from llmworks.artifact import Artifact, load
 from llmworks.errors import ArtifactError, GateFailed, UserError
 from llmworks.execute import Inputs, execute, flat_inputs, step_key
+from llmworks.pool import Pool
 from llmworks.recipe import Expect, GateStep, Recipe, StageStep, UseStep, check_gate, referenced
 from llmworks.stages import code_digest
 from llmworks.workspace import Workspace, size_of
@@ -42,6 +43,7 @@ class Run:
     workspace: Workspace
     say: Callable[[str], None] = lambda line: None
     quiet: bool = False
+    pool: Pool = field(default_factory=Pool)
     found: dict[str, Artifact] = field(default_factory=dict)
 
     def bound(self, name: str) -> Artifact | None:
@@ -213,6 +215,7 @@ class Run:
             seed=self.recipe.seed,
             open_engine=engine,
             quiet=self.quiet,
+            pool=self.pool,
             announce=lambda line: self.say(f"  {line}"),
         )
         self._bind(step.name, outcome.artifact)

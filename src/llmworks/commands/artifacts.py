@@ -1,0 +1,197 @@
+"""What `show`, `tree`, `verify`, `diff`, `gc` and `assets` print. All logic is in the rooms below."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from llmworks.commands.output import as_json, brief, out, short, table, workspace_of
+from llmworks.errors import GateFailed, UserError
+
+
+def show(args: argparse.Namespace) -> None:
+    """`llmworks show ARTIFACT`."""
+    from llmworks.references import resolve
+
+    artifact = resolve(args.artifact, workspace=workspace_of(args))
+    m = artifact.manifest
+    assert m is not None
+    if args.json:
+        as_json(m.model_dump(mode="json"))
+        return
+    out(f"{artifact.name}: {m.kind} {m.digest[:12]}")
+    out(f"  at        {artifact.path}")
+    out(
+        f"  made by   {f'{m.stage} (revision {m.revision}, {m.derivation})' if m.stage else f'from outside: {artifact.ref or artifact.path}'}"
+    )
+    if m.started:
+        out(f"  when      {m.started} to {m.finished[:19]}, seed {m.seed}, {m.threads} threads on {m.platform.get('processor', '?')}")
+        out(f"  with      {', '.join(f'{k} {v}' for k, v in m.versions.items())}")
+    for parent in m.parents:
+        out(f"  from      {parent.role}: {parent.name} ({parent.kind} {parent.digest[:12]}{f', {parent.ref}' if parent.ref else ''})")
+    for section, values in (("config", m.config), ("about", m.about), ("metrics", m.metrics)):
+        for key, value in values.items():
+            if value not in ({}, ""):
+                out(f"  {section:<9} {key} = {round(value, 5) if isinstance(value, float) else value}")
+    for name, entry in m.files.items():
+        out(f"  file      {name}  {entry.bytes:,} bytes  {entry.sha256[:12]}")
+    if m.golden:
+        out(
+            f"  golden    {len(m.golden.conversations)} conversations, {sum(len(c.positions) for c in m.golden.conversations)} positions, stop ids {m.golden.stop_ids}"
+        )
+
+
+def tree(args: argparse.Namespace) -> None:
+    """`llmworks tree [ARTIFACT]`."""
+    from llmworks.lineage.draw import draw_svg, draw_text
+    from llmworks.references import resolve
+    from llmworks.relatives import family_with
+
+    workspace = workspace_of(args)
+    family = family_with(workspace)
+    if args.artifact:
+        chosen = resolve(args.artifact, workspace=workspace)
+        if chosen.digest not in family.nodes:
+            family = family_with(workspace, chosen)
+        family = family.restricted([chosen.digest])
+    if not family.nodes:
+        raise UserError(f"{workspace.root}: no artifacts here yet; run a recipe first (llmworks run recipes/quickstart.yaml)")
+    if args.json:
+        as_json(
+            [
+                {
+                    "digest": n.digest,
+                    "kind": n.kind,
+                    "name": n.label,
+                    "stage": n.stage,
+                    "parents": [{"role": r, "digest": d} for r, d in n.parents],
+                }
+                for n in family.nodes.values()
+            ]
+        )
+        return
+    if args.svg:
+        Path(args.svg).write_text(draw_svg(family), encoding="utf-8")
+    if args.html:
+        from llmworks.report import ReportBuilder
+
+        page = ReportBuilder(
+            title="Family tree", lead=f"{len(family.nodes)} artifacts. Dashed edges are declared, solid ones can be derived again."
+        )
+        page.drawing("Who came from whom", draw_svg(family))
+        Path(args.html).write_text(page.html(), encoding="utf-8")
+    out(draw_text(family))
+
+
+def verify(args: argparse.Namespace) -> None:
+    """`llmworks verify ARTIFACT`."""
+    from llmworks.lineage.verify import verify as check
+    from llmworks.references import resolve
+    from llmworks.relatives import derive, family_with
+
+    workspace = workspace_of(args)
+    chosen = resolve(args.artifact, workspace=workspace)
+    family = family_with(workspace, chosen)
+    findings = check(family, chosen.digest, partial(derive, workspace, family))
+    if args.json:
+        as_json(
+            [
+                {"name": f.node.label, "kind": f.node.kind, "digest": f.node.digest, "verdict": f.verdict, "detail": f.detail}
+                for f in findings
+            ]
+        )
+    else:
+        width = max(len(f.node.label) for f in findings)
+        for f in findings:
+            out(
+                f"{'✓' if f.ok else '✗'} {f.node.label.ljust(width)}  {f.node.kind:<8} {f.node.digest[:12]}  {f.verdict}{f': {f.detail}' if f.detail else ''}"
+            )
+    wrong = [f for f in findings if not f.ok]
+    if wrong:
+        raise GateFailed(f"{len(wrong)} of {len(findings)} artifacts do not verify; the first is {wrong[0].node.label}: {wrong[0].detail}")
+
+
+def diff(args: argparse.Namespace) -> None:
+    """`llmworks diff A B`."""
+    from llmworks.lineage.diff import diff as compare
+    from llmworks.references import resolve
+
+    workspace = workspace_of(args)
+    a, b = resolve(args.a, workspace=workspace), resolve(args.b, workspace=workspace)
+    rows = compare(a, b)
+    if args.json:
+        as_json([{"section": s, "field": f, "a": x, "b": y} for s, f, x, y in rows])
+    elif not rows:
+        out(f"{a.name} and {b.name} are the same")
+    else:
+        table(("", "field", a.name, b.name), [(s, f, brief(x), brief(y)) for s, f, x, y in rows])
+
+
+def gc(args: argparse.Namespace) -> None:
+    """`llmworks gc`."""
+    workspace = workspace_of(args)
+    if not workspace.store.is_dir():
+        raise UserError(f"{workspace.root}: no workspace there; name one with --workspace")
+    removed = workspace.collect(scratch=args.scratch, dry_run=args.dry_run)
+    if args.json:
+        as_json([{"path": str(p), "bytes": n} for p, n in removed])
+        return
+    for path, size in removed:
+        out(f"{'would remove' if args.dry_run else 'removed'}  {short(path)}  {size / 1e6:.1f} MB")
+    out(f"{len(removed)} items, {sum(n for _, n in removed) / 1e6:.1f} MB")
+
+
+def assets_list(args: argparse.Namespace) -> None:
+    """`llmworks assets list`."""
+    from llmworks import assets
+
+    if args.json:
+        as_json(
+            {
+                a.name: {
+                    "kind": a.kind,
+                    "what": a.what,
+                    "licence": a.licence,
+                    "bytes": a.bytes,
+                    "cached": assets.is_cached(a),
+                    "source": [w.requirement for w in a.wheels],
+                    "sha256": [w.sha256 for w in a.wheels],
+                }
+                for a in assets.CATALOGUE.values()
+            }
+        )
+        return
+    table(
+        ("asset", "kind", "MB", "licence", "here", "source", "what"),
+        [
+            (
+                a.name,
+                a.kind,
+                f"{a.bytes / 1e6:.0f}",
+                a.licence,
+                "yes" if assets.is_cached(a) else "no",
+                ", ".join(w.requirement for w in a.wheels),
+                a.what,
+            )
+            for a in assets.CATALOGUE.values()
+        ],
+    )
+
+
+def assets_fetch(args: argparse.Namespace) -> None:
+    """`llmworks assets fetch NAME`."""
+    from llmworks import assets
+
+    for name in args.names:
+        out(f"{name}  {assets.fetch(name)}")
+
+
+def assets_path(args: argparse.Namespace) -> None:
+    """`llmworks assets path NAME`."""
+    from llmworks import assets
+
+    asset = assets.get(args.name)
+    if not assets.is_cached(asset):
+        raise UserError(f"{args.name} is not in the cache; fetch it with: llmworks assets fetch {args.name}")
+    out(str(assets.directory(asset)))

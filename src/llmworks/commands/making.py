@@ -1,0 +1,195 @@
+"""What `run`, `plan`, `stages` and a single stage print. All logic is in the rooms below."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from typing import Any
+
+from llmworks.commands.output import amount, as_json, out, short, table, workspace_of
+from llmworks.errors import UserError
+from llmworks.pool import Pool
+from llmworks.workspace import check_out
+
+
+def pool_of(args: argparse.Namespace) -> Pool:
+    """Where the parts of a stage run."""
+    return Pool(args.workers, args.engine, args.address)
+
+
+def run(args: argparse.Namespace) -> None:
+    """`llmworks run RECIPE`."""
+    from llmworks.recipe import load_recipe
+    from llmworks.runner import Run
+
+    recipe = load_recipe(args.recipe, args.set)
+    workspace = workspace_of(args)
+    target = sys.stderr if args.json else sys.stdout
+
+    def say(line: str) -> None:
+        print(line, file=target, flush=True)
+
+    say(f"{recipe.name}: {len(recipe.steps)} steps in {short(workspace.root)}")
+    job = Run(recipe, workspace, say=say, quiet=args.quiet, pool=pool_of(args))
+    done = job.run(explain=args.explain)
+    made = sum(j.state == "made" for j in done)
+    if args.json:
+        as_json(
+            [
+                {
+                    "step": j.name,
+                    "state": j.state,
+                    "why": j.why,
+                    "digest": j.artifact.digest if j.artifact else None,
+                    "path": str(j.artifact.path) if j.artifact else None,
+                }
+                for j in done
+            ]
+        )
+        return
+    out(f"\n{made} steps made, {sum(j.state == 'up to date' for j in done)} up to date." if made else "\nEverything is up to date.")
+    if page := job.report_path():
+        out(f"Report: {short(page)}")
+    if recipe.next:
+        out("Next:")
+        for line in recipe.next:
+            out(f"  {line.replace('{workspace}', str(short(workspace.root)))}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    """`llmworks plan RECIPE`."""
+    from llmworks.recipe import load_recipe
+    from llmworks.runner import Run
+
+    recipe = load_recipe(args.recipe, args.set)
+    judgements = Run(recipe, workspace_of(args)).plan()
+    if args.json:
+        as_json(
+            [{"step": j.name, "state": j.state, "why": j.why, "expect": j.expect.model_dump() if j.expect else None} for j in judgements]
+        )
+        return
+    pending = [j for j in judgements if j.state in ("to run", "waits")]
+    rows = []
+    for j in judgements:
+        e = j.expect if j.state in ("to run", "waits") else None
+        rows.append(
+            (
+                j.name,
+                j.state,
+                amount(e.seconds if e else 0, "s"),
+                amount(e.memory_mb if e else 0, "MB"),
+                amount(e.disk_mb if e else 0, "MB"),
+                j.why,
+            )
+        )
+    table(("step", "state", "time", "memory", "disk", "why"), rows)
+    expected = [j.expect for j in pending if j.expect]
+    out(
+        f"\n{len(pending)} steps to run: about {sum(e.seconds for e in expected) / 60:.1f} minutes, {max((e.memory_mb for e in expected), default=0) / 1e3:.1f} GB of memory, {sum(e.disk_mb for e in expected) / 1e3:.2f} GB of disk."
+    )
+    sources = sorted({j.expect_from for j in pending if j.expect_from})
+    unknown = [j.name for j in pending if j.expect is None or not any((j.expect.seconds, j.expect.disk_mb))]
+    if sources:
+        out(f"Figures: {', '.join(sources)}." + (f" Nothing is known of {', '.join(unknown)}." if unknown else ""))
+
+
+def stages(args: argparse.Namespace) -> None:
+    """`llmworks stages [NAME] [--schema]`."""
+    from llmworks.stages import config_help, resolve
+    from llmworks.stages import table as stage_table
+
+    if args.schema:
+        from llmworks.recipe_schema import recipe_schema
+
+        as_json(recipe_schema())
+        return
+    if args.name:
+        stage = resolve(args.name)
+        out(f"{stage.name}  revision {stage.stage.revision}, {stage.stage.derivation}, makes a {stage.output.kind}\n\n{stage.help}\n")
+        table(("input", "takes"), [(i.name, i.describe()) for i in stage.inputs.values()])
+        out()
+        table(("config", "type", "what"), config_help(stage.config))
+        return
+    if args.json:
+        as_json({name: {"summary": s.summary, "revision": s.revision, "derivation": s.derivation} for name, s in stage_table().items()})
+        return
+    table(
+        ("stage", "revision", "derivation", "what"),
+        [(name, s.revision, s.derivation, s.summary) for name, s in sorted(stage_table().items())],
+    )
+
+
+def stage(args: argparse.Namespace) -> None:
+    """`llmworks GROUP STAGE --INPUT REF ... --out DIR`: one stage, outside a recipe."""
+    import yaml
+    from pydantic import ValidationError
+
+    from llmworks.execute import execute, missing_inputs
+    from llmworks.recipe import assign, config_problem
+    from llmworks.references import open_engine, resolve
+    from llmworks.runner import facts
+
+    stage, workspace = args.stage, workspace_of(args)
+    values: dict[str, Any] = {}
+    if args.config:
+        try:
+            values = yaml.safe_load(args.config.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{args.config}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{args.config}: must be a mapping of config fields")
+    for override in args.set:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override}: write it as key=value")
+        assign(values, name.split("."), text)
+    try:
+        config = stage.config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(config_problem(stage.config, dict(e), f"{stage.name}.config") for e in error.errors())) from None
+    given: dict[str, Any] = {}
+    for name, wanted in stage.inputs.items():
+        refs = getattr(args, f"input_{name}")
+        if not refs:
+            continue
+        found = [resolve(ref.partition("=")[2] if wanted.shape == "dict" else ref, workspace=workspace) for ref in refs]
+        for artifact in found:
+            if not isinstance(artifact, wanted.kinds):
+                raise UserError(f"--{name}: {artifact.name} is a {artifact.kind}, wanted is {wanted.describe()}")
+        given[name] = (
+            found[0]
+            if wanted.shape == "one"
+            else found
+            if wanted.shape == "list"
+            else {ref.partition("=")[0]: a for ref, a in zip(refs, found, strict=True)}
+        )
+    missing = missing_inputs(stage, given)
+    if missing:
+        raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")
+    check_out(args.out)
+    outcome = execute(
+        stage,
+        config,
+        given,
+        workspace,
+        seed=args.seed,
+        open_engine=partial(open_engine, workspace=workspace),
+        quiet=args.quiet,
+        pool=pool_of(args),
+    )
+    workspace.link_out(args.out, outcome.artifact)
+    if args.json:
+        as_json(
+            {
+                "path": str(outcome.artifact.path),
+                "digest": outcome.artifact.digest,
+                "made": outcome.made,
+                "metrics": outcome.artifact.metrics,
+            }
+        )
+        return
+    out(
+        f"✓ {stage.name}  {outcome.artifact.kind} {outcome.artifact.digest[:12]}  {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(outcome.artifact.metrics)}"
+    )
+    out(f"Result: {args.out}\nNext:\n  llmworks show {args.out}\n  llmworks tree {args.out}")

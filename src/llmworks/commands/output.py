@@ -1,0 +1,56 @@
+"""How results are printed: lines and tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmworks.workspace import Workspace, default_workspace
+
+
+def out(text: str = "") -> None:
+    """Print a line of result."""
+    print(text)
+
+
+def as_json(value: Any) -> None:
+    """Print a result for programs."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def workspace_of(args: argparse.Namespace) -> Workspace:
+    """The workspace that the command works in."""
+    return Workspace(args.workspace or default_workspace())
+
+
+def table(columns: tuple[str, ...], rows: list[Any]) -> None:
+    """Print a plain table; the last column takes what is left of the terminal's width."""
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(box=None, pad_edge=False, show_edge=False)
+    for i, name in enumerate(columns):
+        view.add_column(name, no_wrap=i == 0, overflow="fold")
+    for row in rows:
+        view.add_row(*(str(v).replace("[", "\\[") for v in row))
+    Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160, highlight=False).print(view)
+
+
+def short(path: Path) -> Path:
+    """A path as people would write it from here."""
+    return Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
+
+
+def brief(value: Any) -> str:
+    """A value on one line, shortened."""
+    text = "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 70 else text[:69] + "…"
+
+
+def amount(value: float, unit: str) -> str:
+    """A figure with its unit; nothing for zero."""
+    return f"{value:.0f} {unit}" if value else ""

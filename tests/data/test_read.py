@@ -23,7 +23,7 @@ import zstandard
 from llmworks.artifact import Dataset
 from llmworks.cli import main
 from llmworks.data.documents import DocumentWriter, Unusable, read_documents
-from llmworks.data.formats.source import Source, sources
+from llmworks.data.formats.source import Source, find_files, source
 from llmworks.data.formats.text import NotText, decode
 from llmworks.data.read import ReadConfig, documents
 from llmworks.errors import DataError
@@ -42,8 +42,8 @@ def found(path: Path, **config: Any) -> tuple[dict[str, Document], dict[str, str
     """(documents by id, reasons by file and line) of everything below a path."""
     good: dict[str, Document] = {}
     bad: dict[str, str] = {}
-    for file in sources(path):
-        for item in documents(file, ReadConfig(**config)):
+    for file in find_files(path):
+        for item in documents(source(path, file), ReadConfig(**config)):
             if isinstance(item, Unusable):
                 bad[f"{item.file}:{item.line}" if item.line else item.file] = item.reason
             else:

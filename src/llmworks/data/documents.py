@@ -5,6 +5,7 @@ Memory is bounded by a row group, not by the data. A shard's bytes depend on its
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from llmworks.types import Document
 GROUP_BYTES = 8 << 20  # text of one row group
 SHARD_BYTES = 256 << 20  # text of one shard
 COLUMNS = ("id", "text", "source", "metadata")
+REJECTED = "rejected.jsonl"
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,17 @@ class Unusable:
 
 
 class DocumentWriter:
-    """Writes `part-00000.parquet` and on, a row group at a time."""
+    """Writes `part-00000.parquet` and on, a row group at a time; the directory is made with the first document.
 
-    def __init__(self, out: Path, *, group_bytes: int = GROUP_BYTES, shard_bytes: int = SHARD_BYTES) -> None:
+    `reasons`: a fifth column `reason` says why a document is here, as where dropped ones are kept.
+    """
+
+    def __init__(self, out: Path, *, reasons: bool = False, group_bytes: int = GROUP_BYTES, shard_bytes: int = SHARD_BYTES) -> None:
         self.out, self.group_bytes, self.shard_bytes = out, group_bytes, shard_bytes
+        self.columns = (*COLUMNS, "reason") if reasons else COLUMNS
         self.documents = self.characters = self.shards = 0
-        self._rows: list[Document] = []
+        self._rows: list[tuple[str, ...]] = []
+        self._tables: list[Any] = []
         self._pending = self._in_shard = 0
         self._file: Any = None
 
@@ -49,36 +56,61 @@ class DocumentWriter:
         if kind is None:
             self._flush()
         if self._file is not None:
-            self._file.close()
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # the first error is the one to tell
+                self._file.close()
 
-    def add(self, document: Document) -> None:
+    def add(self, document: Document, reason: str = "") -> None:
         """Write one document, sooner or later."""
-        self._rows.append(document)
-        self._pending += len(document.text.encode())
+        metadata = json.dumps(document.metadata, ensure_ascii=False, sort_keys=True) if document.metadata else "{}"
+        row = (document.id, document.text, document.source, metadata)
+        self._rows.append((*row, reason) if len(self.columns) > len(row) else row)
         self.documents += 1
         self.characters += len(document.text)
+        self._grown(len(document.text.encode()))
+
+    def add_table(self, table: Any) -> None:
+        """Write the documents of a table that has this writer's columns."""
+        import pyarrow.compute as pc
+
+        self._rows_to_table()
+        table = table.select(list(self.columns))
+        self._tables.append(table)
+        self.documents += table.num_rows
+        self.characters += pc.sum(pc.utf8_length(table["text"])).as_py() or 0
+        self._grown(pc.sum(pc.binary_length(table["text"])).as_py() or 0)
+
+    def _grown(self, size: int) -> None:
+        self._pending += size
         if self._pending >= self.group_bytes:
             self._flush()
+
+    def _rows_to_table(self) -> None:
+        import pyarrow as pa
+
+        if self._rows:
+            self._tables.append(pa.table(list(map(list, zip(*self._rows, strict=True))), schema=self._schema()))
+            self._rows = []
+
+    def _schema(self) -> Any:
+        import pyarrow as pa
+
+        return pa.schema([(name, pa.string()) for name in self.columns])
 
     def _flush(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if not self._rows:
+        self._rows_to_table()
+        table = pa.concat_tables(self._tables) if self._tables else None
+        if table is None or not table.num_rows:
             return
-        schema = pa.schema([(name, pa.string()) for name in COLUMNS])
         if self._file is None:
-            self._file = pq.ParquetWriter(self.out / f"part-{self.shards:05d}.parquet", schema, compression="zstd")
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._file = pq.ParquetWriter(self.out / f"part-{self.shards:05d}.parquet", self._schema(), compression="zstd")
             self.shards += 1
-        columns = [
-            [d.id for d in self._rows],
-            [d.text for d in self._rows],
-            [d.source for d in self._rows],
-            [json.dumps(d.metadata, ensure_ascii=False, sort_keys=True) for d in self._rows],
-        ]
-        self._file.write_table(pa.table(columns, schema=schema))
+        self._file.write_table(table, row_group_size=table.num_rows)
         self._in_shard += self._pending
-        self._rows, self._pending = [], 0
+        self._tables, self._pending = [], 0
         if self._in_shard >= self.shard_bytes:
             self._file.close()
             self._file, self._in_shard = None, 0
@@ -88,7 +120,7 @@ class SideFile:
     """`rejected.jsonl`: what could not be used, written as it comes, and counted by reason."""
 
     def __init__(self, out: Path) -> None:
-        self.path = out / "rejected.jsonl"
+        self.path = out / REJECTED
         self.reasons: Counter[str] = Counter()
         self.first: Unusable | None = None
         self._stream: Any = None
@@ -115,22 +147,52 @@ class SideFile:
         return sum(self.reasons.values())
 
 
-def read_documents(dataset: Dataset) -> Iterator[Document]:
-    """All documents of a data set, one after the other. DataError when it is of another schema or cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def shard_files(dataset: Dataset) -> list[Path]:
+    """The Parquet files of a data set of documents. DataError when there are none."""
     files = sorted(dataset.path.glob("*.parquet")) if dataset.path.is_dir() else []
     if not files:
         raise DataError(f"{dataset.path}: has no Parquet files of documents; make them with the stage data.read")
-    for file in files:
-        try:
-            with pq.ParquetFile(file) as opened:
-                missing = [name for name in COLUMNS if name not in opened.schema_arrow.names]
-                if missing:
-                    raise DataError(f"{file}: has no column {missing[0]!r}, so it holds no documents; make them with the stage data.read")
-                for batch in opened.iter_batches(batch_size=1024, columns=list(COLUMNS)):
-                    for row in batch.to_pylist():
-                        yield Document(row["id"], row["text"], row["source"], json.loads(row["metadata"]))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    return files
+
+
+def open_shard(file: Path) -> Any:
+    """An open `ParquetFile` of documents. DataError when it is something else."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        opened = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    missing = [name for name in COLUMNS if name not in opened.schema_arrow.names]
+    if missing:
+        opened.close()
+        raise DataError(f"{file}: has no column {missing[0]!r}, so it holds no documents; make them with the stage data.read")
+    return opened
+
+
+def read_tables(file: Path, first: int = 0, last: int | None = None, columns: tuple[str, ...] = COLUMNS) -> Iterator[Any]:
+    """A shard's row groups from `first` up to `last` as tables, one at a time."""
+    import pyarrow as pa
+
+    with open_shard(file) as opened:
+        for group in range(first, opened.num_row_groups if last is None else last):
+            try:
+                yield opened.read_row_group(group, columns=list(columns))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"{file}: row group {group} cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def table_documents(table: Any) -> Iterator[Document]:
+    """A table's documents."""
+    for batch in table.to_batches(max_chunksize=1024):
+        columns = [batch.column(name).to_pylist() for name in COLUMNS]
+        for id, text, source, metadata in zip(*columns, strict=True):
+            yield Document(id, text, source, json.loads(metadata) if metadata != "{}" else {})
+
+
+def read_documents(dataset: Dataset) -> Iterator[Document]:
+    """All documents of a data set, one after the other. DataError when it is of another schema or cannot be read."""
+    for file in shard_files(dataset):
+        for table in read_tables(file):
+            yield from table_documents(table)

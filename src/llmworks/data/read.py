@@ -6,7 +6,9 @@ Formats are told by the suffix, a file without a known one is text. The readers 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,14 +17,16 @@ from pydantic import Field
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.documents import DocumentWriter, SideFile, Unusable
+from llmworks.data.parts import PART_BYTES, work
 from llmworks.errors import DataError
-from llmworks.types import Document
+from llmworks.types import Document, Json
 
 if TYPE_CHECKING:
     from llmworks.data.formats.source import Source
 
 HTML = (".html", ".htm", ".xhtml")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PART_FILES = 256
 SKIPPED = frozenset({"dataset_info.json", "dataset_dict.json", "state.json"})  # beside the .arrow files of a saved `datasets` directory
 
 
@@ -36,34 +40,68 @@ class ReadConfig(Config):
     max_expanded_mb: int = Field(20_000, gt=0, description="what one compressed file or archive may expand to")
 
 
+@dataclass(frozen=True)
+class Files:
+    """A part of the work: some files below `root`."""
+
+    root: Path
+    files: tuple[Path, ...]
+
+
 def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
     """Read every file of `data`: text, Markdown, HTML, PDF, JSON, JSONL, CSV, Parquet, Arrow, WARC; also compressed, or in zip or tar.
 
     Errors: DataError when there is no file, or none gives a document; MissingDependency for HTML, PDF or WARC without the extra.
     """
-    from llmworks.data.formats.source import sources
+    from llmworks.data.formats.source import find_files
 
-    files = list(sources(data.path, _beside_arrow))
+    files = find_files(data.path, _beside_arrow)
     if not files:
         raise DataError(f"{data.path}: holds no files")
+    done = work(ctx, "read", partial(_read_files, config), batches(data.path, files))
+    done.gather(ctx.out)
+    metrics = {
+        "files": len(files),
+        "documents": done.sum("documents"),
+        "characters": done.sum("characters"),
+        "rejected": done.total("reasons").total(),
+    }
+    first = next((s["first"] for s in done.summaries if s["first"]), "")
+    if not metrics["documents"]:
+        raise DataError(f"{data.path}: none of {len(files)} files gives a document{': ' if first else ''}{first}")
+    if first:
+        ctx.progress.say(f"{metrics['rejected']} set aside in rejected.jsonl, the first: {first}")
+    _report(ctx, data, metrics, done.total("formats"), done.total("reasons"))
+    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": metrics["documents"], "rejected": metrics["rejected"]})
+
+
+def batches(root: Path, files: Sequence[Path]) -> list[Files]:
+    """Files in their order, in parts of about PART_BYTES or PART_FILES, whichever comes first."""
+    parts: list[list[Path]] = [[]]
+    size = 0
+    for file in files:
+        if parts[-1] and (size + file.stat().st_size > PART_BYTES or len(parts[-1]) == PART_FILES):
+            parts.append([])
+            size = 0
+        parts[-1].append(file)
+        size += file.stat().st_size
+    return [Files(root, tuple(part)) for part in parts]
+
+
+def _read_files(config: ReadConfig, part: Files, folder: Path) -> Json:
+    from llmworks.data.formats.source import source
+
     formats: Counter[str] = Counter()
-    with DocumentWriter(ctx.out) as writer, SideFile(ctx.out) as aside, ctx.progress.bar("read", len(files), "files") as bar:
-        for file in files:
-            for item in documents(file, config):
+    with DocumentWriter(folder) as writer, SideFile(folder) as aside:
+        for file in part.files:
+            for item in documents(source(part.root, file), config):
                 if isinstance(item, Unusable):
                     aside.add(item)
                 else:
                     writer.add(item)
                     formats[_format(item.source)] += 1
-            bar.advance(1, documents=writer.documents)
-    if not writer.documents:
-        first = f": {aside.first.file}: {aside.first.reason}" if aside.first else ""
-        raise DataError(f"{data.path}: none of {len(files)} files gives a document{first}")
-    if aside.first:
-        ctx.progress.say(f"{aside.count} set aside in rejected.jsonl, the first: {aside.first.file}: {aside.first.reason}")
-    _report(ctx, data, writer, aside, formats)
-    metrics = {"files": len(files), "documents": writer.documents, "characters": writer.characters, "rejected": aside.count}
-    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": writer.documents, "rejected": aside.count})
+    first = f"{aside.first.file}: {aside.first.reason}" if aside.first else ""
+    return {"documents": writer.documents, "characters": writer.characters, "formats": formats, "reasons": aside.reasons, "first": first}
 
 
 def documents(file: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
@@ -140,12 +178,12 @@ def _format(source: str) -> str:
     return "text"
 
 
-def _report(ctx: Context, data: Dataset, writer: DocumentWriter, aside: SideFile, formats: Counter[str]) -> None:
+def _report(ctx: Context, data: Dataset, metrics: Mapping[str, int], formats: Counter[str], reasons: Counter[str]) -> None:
     report = ctx.report
     report.title = f"Documents of {data.name}"
-    mean = writer.characters / writer.documents
-    report.lead = f"{writer.documents:,} documents, {mean:,.0f} characters on average; {aside.count:,} set aside."
-    report.data = {"documents": writer.documents, "formats": dict(formats), "reasons": dict(aside.reasons)}
+    mean = metrics["characters"] / metrics["documents"]
+    report.lead = f"{metrics['documents']:,} documents, {mean:,.0f} characters on average; {metrics['rejected']:,} set aside."
+    report.data = {"documents": metrics["documents"], "formats": dict(formats), "reasons": dict(reasons)}
     report.table("Documents by format", ("format", "documents"), formats.most_common())
-    if aside.reasons:
-        report.table("Set aside", ("reason", "how many"), aside.reasons.most_common(), note="Each with its place in rejected.jsonl.")
+    if reasons:
+        report.table("Set aside", ("reason", "how many"), reasons.most_common(), note="Each with its place in rejected.jsonl.")

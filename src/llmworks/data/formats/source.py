@@ -87,13 +87,20 @@ class Source:
         return suffixes[-1] if suffixes else ""
 
 
-def sources(root: Path, skip: Callable[[Path], bool] = lambda path: False) -> Iterator[Source]:
+def find_files(root: Path, skip: Callable[[Path], bool] = lambda path: False) -> list[Path]:
     """Every file below a directory (or the file itself), sorted by name; hidden files and manifests are left out."""
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    for path in files:
-        relative = path.relative_to(root.parent if root.is_file() else root)
-        if not any(part.startswith(".") for part in relative.parts) and relative.as_posix() != "manifest.json" and not skip(path):
-            yield Source(relative.as_posix(), lambda path=path: path.open("rb"), path)  # type: ignore[misc]
+    return [p for p in files if not _hidden(name_of(root, p)) and name_of(root, p) != "manifest.json" and not skip(p)]
+
+
+def name_of(root: Path, path: Path) -> str:
+    """A file's name as documents carry it: its place below `root`."""
+    return path.relative_to(root.parent if root.is_file() else root).as_posix()
+
+
+def source(root: Path, path: Path) -> Source:
+    """A file below `root` as a source."""
+    return Source(name_of(root, path), lambda: path.open("rb"), path)
 
 
 def expand(source: Source, limit: int, depth: int = 0) -> Iterator[Source | Unusable]:

@@ -1,0 +1,115 @@
+"""Stage `data.query`: the rows of a SQL query become documents, as a stream. Any database that SQLAlchemy speaks to.
+
+A SQLite file is an input like any other; a server is named by a URL, whose secrets are names of environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Dataset
+from llmworks.context import Context
+from llmworks.data.documents import DocumentWriter, SideFile, Unusable
+from llmworks.errors import DataError, MissingDependency, UserError
+from llmworks.types import Document
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+ROWS = 1000  # fetched at a time
+
+
+class QueryConfig(Config):
+    """What to ask, and of whom."""
+
+    sql: str = Field(min_length=1, description="the query; its rows become documents in the order that they come")
+    url: str = Field("", description="a SQLAlchemy URL, with ${NAME} for what the environment holds; empty: the input is a SQLite file")
+    text_field: str = Field("text", description="column that holds the text")
+    id_field: str = Field("", description="column that is the document's id; default: the row's number")
+    max_document_mb: int = Field(64, gt=0, le=1024, description="longer texts are set aside")
+    as_of: str = Field("", description="a label such as a date: the same query is asked again only when it changes")
+
+
+def query(config: QueryConfig, ctx: Context, database: Dataset | None = None) -> Dataset:
+    """Ask the query and keep every row: the text column as text, the others as metadata. Nothing is written to the database.
+
+    Errors: UserError for a query or URL that does not work; DataError when no row gives a document; MissingDependency for a driver.
+    """
+    engine, name = _engine(config, database)
+    try:
+        with DocumentWriter(ctx.out) as writer, SideFile(ctx.out) as aside, ctx.progress.bar("query", 0, "rows") as bar:
+            for item in _rows(engine, name, config):
+                if isinstance(item, Unusable):
+                    aside.add(item)
+                else:
+                    writer.add(item)
+                bar.advance()
+    finally:
+        engine.dispose()
+    if not writer.documents:
+        first = f", the first row: {aside.first.reason}" if aside.first else ""
+        raise DataError(f"{name}: no row of the query gives a document{first}")
+    ctx.report.title = f"Documents of {name}"
+    ctx.report.lead = f"{writer.documents:,} documents, {writer.characters:,} characters; {aside.count:,} rows set aside."
+    ctx.report.table("Query", ("what", "value"), [("database", name), ("query", config.sql)])
+    metrics = {"documents": writer.documents, "characters": writer.characters, "rejected": aside.count}
+    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": writer.documents, "rejected": aside.count})
+
+
+def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]:
+    """The engine and what people may know of it: a file's name, or the URL with the names of its secrets."""
+    try:
+        import sqlalchemy
+    except ImportError:
+        raise MissingDependency("data.query needs SQLAlchemy; install it with: pip install 'llmworks[sql]'") from None
+    if (database is None) == (not config.url):
+        raise UserError("data.query: give either the input `database` (a SQLite file) or the field `url`")
+    if re.search(r"://[^/@]*:[^$@/][^@/]*@", config.url):  # checked here, since a config's own errors show its values
+        raise UserError("url: holds a password; put it into the environment and write ${NAME}")
+    if database is not None:
+        if not database.path.is_file():
+            raise DataError(f"{database.path}: is a directory, wanted is a SQLite file")
+        with database.path.open("rb") as stream:
+            if stream.read(16) != b"SQLite format 3\0":
+                raise DataError(f"{database.path}: is no SQLite file")
+        url = sqlalchemy.URL.create("sqlite", database=f"file:{database.path}", query={"mode": "ro", "immutable": "1", "uri": "true"})
+        return sqlalchemy.create_engine(url), database.name
+    try:
+        return sqlalchemy.create_engine(re.sub(r"\$\{(\w+)\}", _secret, config.url)), config.url
+    except sqlalchemy.exc.NoSuchModuleError:
+        raise UserError(f"url: {config.url.partition(':')[0]!r} is no database that SQLAlchemy knows") from None
+    except sqlalchemy.exc.ArgumentError:
+        raise UserError("url: cannot be understood; write it as dialect://user:${NAME}@host/database") from None
+    except ImportError as error:
+        raise MissingDependency(f"{config.url.partition(':')[0]}: its driver is missing ({error}); install it with pip") from None
+
+
+def _secret(match: re.Match[str]) -> str:
+    from urllib.parse import quote_plus
+
+    value = os.environ.get(match[1])
+    if value is None:
+        raise UserError(f"url: the environment has no {match[1]}")
+    return quote_plus(value)
+
+
+def _rows(engine: Engine, name: str, config: QueryConfig) -> Iterator[Document | Unusable]:
+    from sqlalchemy.exc import DBAPIError, ResourceClosedError
+
+    from llmworks.data.formats.tables import Fields, row_document
+
+    fields = Fields(config.text_field, config.id_field, config.max_document_mb << 20)
+    try:
+        with engine.connect().execution_options(stream_results=True) as connection:
+            result: Any = connection.exec_driver_sql(config.sql).yield_per(ROWS)
+            for number, row in enumerate(result.mappings(), 1):
+                yield row_document(row, name, number, fields)
+    except DBAPIError as error:
+        raise UserError(f"{name}: {str(error.orig).splitlines()[0]}") from None
+    except ResourceClosedError:
+        raise UserError(f"{name}: the statement returns no rows; data.query only reads") from None

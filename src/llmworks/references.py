@@ -14,6 +14,7 @@ from typing import Any
 
 from llmworks import assets
 from llmworks.artifact import KINDS, MANIFEST, Adapter, Artifact, FileEntry, Manifest, Model, artifact_digest, files_of, load, sha256_file
+from llmworks.assets.catalogue import CATALOGUE
 from llmworks.errors import ArtifactError, UserError
 from llmworks.execute import execute, step_key
 from llmworks.stages import resolve as resolve_stage
@@ -45,7 +46,7 @@ def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> 
 
 def _near(ref: str, workspace: Workspace | None) -> str:
     """What a reference that leads nowhere may have meant: an asset, or a name in the workspace."""
-    if ref in assets.CATALOGUE:
+    if ref in CATALOGUE:
         return f"; did you mean asset:{ref}?"
     if workspace is None:
         return ""

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmworks import assets
 from llmworks.artifact import Artifact, FileEntry, Parent
+from llmworks.assets.catalogue import CATALOGUE
 from llmworks.execute import derive_again, machine, versions
 from llmworks.lineage.family import Family, family_of
 from llmworks.references import asset_files, find_digest, open_engine, resolve
@@ -42,7 +43,7 @@ def _from_outside(parent: Parent) -> Artifact | None:
     """A foreign parent, where its reference still leads to the same bytes without fetching."""
     scheme, _, rest = parent.ref.partition(":")
     found = None
-    if scheme == "asset" and rest in assets.CATALOGUE and assets.is_cached(assets.get(rest)):
+    if scheme == "asset" and rest in CATALOGUE and assets.is_cached(assets.get(rest)):
         found = asset_files(rest, parent.name)
     elif scheme == "path" and Path(rest).exists():
         found = resolve(parent.ref, name=parent.name)

@@ -70,6 +70,10 @@ class ReportBuilder:
         """Values with confidence intervals: (name, value, low, high), drawn one below the other."""
         self.blocks.append(Block("plot", heading, note, svg=draw_intervals(rows, x), data=[list(r) for r in rows]))
 
+    def histograms(self, heading: str, items: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
+        """Small histograms side by side; each has `counts` in equal bins from 0 to `top`, and may have the bounds `low` and `high`."""
+        self.blocks.append(Block("plot", heading, note, svg=draw_histograms(items), data={k: dict(v) for k, v in items.items()}))
+
     def samples(self, heading: str, items: Sequence[Mapping[str, str]], note: str = "") -> None:
         """Examples to read: each item maps a label to text; its first entry is the line that opens it."""
         self.blocks.append(Block("samples", heading, note, data=[dict(i) for i in items]))
@@ -185,6 +189,26 @@ def draw_curves(series: Series, x: str, y: str) -> str:
     axes.grid(alpha=0.25)
     if len(series) > 1:
         axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def draw_histograms(items: Mapping[str, Mapping[str, Any]]) -> str:
+    """Histograms as SVG, three in a row."""
+    across = min(3, len(items))
+    down = -(-len(items) // across)
+    figure, _ = _figure(9.6, 1.75 * down)
+    figure.clear()
+    for number, (label, item) in enumerate(items.items(), 1):
+        axes = figure.add_subplot(down, across, number)
+        width = item["top"] / len(item["counts"])
+        axes.bar([width * i for i in range(len(item["counts"]))], item["counts"], width=width, align="edge", color=ACCENTS[0], alpha=0.75)
+        for bound in (item.get("low"), item.get("high")):
+            if bound is not None and bound <= item["top"]:
+                axes.axvline(bound, color="#dc2626", linewidth=1.2)
+        axes.set_title(label, fontsize=8.5)
+        axes.tick_params(labelsize=7)
+        axes.set_xlim(0, item["top"])
+        axes.locator_params(nbins=4)
     return _svg(figure)
 
 

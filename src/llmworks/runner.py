@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from llmworks import assets, references
 from llmworks.artifact import Artifact, load
+from llmworks.assets.catalogue import CATALOGUE
 from llmworks.errors import ArtifactError, GateFailed, UserError
 from llmworks.execute import Inputs, execute, flat_inputs, step_key
 from llmworks.pool import Pool
@@ -103,7 +104,7 @@ class Run:
         return Judgement(name, "to run", self._why(step, inputs, key), expect=expect, expect_from=source)
 
     def _judge_use(self, step: UseStep) -> Judgement:
-        asset = assets.CATALOGUE.get(step.ref.removeprefix("asset:")) if step.ref.startswith("asset:") else None
+        asset = CATALOGUE.get(step.ref.removeprefix("asset:")) if step.ref.startswith("asset:") else None
         if asset is not None and not assets.is_cached(asset):
             return Judgement(
                 step.name,

@@ -145,6 +145,7 @@ def gc(args: argparse.Namespace) -> None:
 def assets_list(args: argparse.Namespace) -> None:
     """`llmworks assets list`."""
     from llmworks import assets
+    from llmworks.assets.catalogue import CATALOGUE
 
     if args.json:
         as_json(
@@ -155,10 +156,10 @@ def assets_list(args: argparse.Namespace) -> None:
                     "licence": a.licence,
                     "bytes": a.bytes,
                     "cached": assets.is_cached(a),
-                    "source": [w.requirement for w in a.wheels],
-                    "sha256": [w.sha256 for w in a.wheels],
+                    "source": [w.requirement for w in a.packages],
+                    "sha256": [w.sha256 for w in a.packages],
                 }
-                for a in assets.CATALOGUE.values()
+                for a in CATALOGUE.values()
             }
         )
         return
@@ -171,10 +172,10 @@ def assets_list(args: argparse.Namespace) -> None:
                 f"{a.bytes / 1e6:.0f}",
                 a.licence,
                 "yes" if assets.is_cached(a) else "no",
-                ", ".join(w.requirement for w in a.wheels),
+                ", ".join(w.requirement for w in a.packages),
                 a.what,
             )
-            for a in assets.CATALOGUE.values()
+            for a in CATALOGUE.values()
         ],
     )
 

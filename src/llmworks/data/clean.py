@@ -1,0 +1,231 @@
+"""Stage `data.clean`: mend documents, tell their language, and drop what the published rules call bad text.
+
+What is dropped is kept beside the result, each document with the first rule that it broke. The rules live in `filters/`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Dataset
+from llmworks.context import Context
+from llmworks.data.documents import DocumentWriter
+from llmworks.data.filters.c4 import C4
+from llmworks.data.filters.fineweb import FineWeb
+from llmworks.data.filters.gopher import GopherQuality, GopherRepetition
+from llmworks.data.filters.instruction import Instruction
+from llmworks.data.filters.language import Language, check_codes
+from llmworks.data.filters.repair import Repair
+from llmworks.data.parts import Done, Span, spans, work
+from llmworks.errors import DataError
+from llmworks.types import Document, Json
+
+if TYPE_CHECKING:
+    from llmworks.data.filters.rules import Judgement
+    from llmworks.data.filters.words import Words
+
+BATCH_DOCUMENTS = 1000
+BATCH_CHARACTERS = 4 << 20
+SAMPLES = 3  # of what each rule dropped, from each part
+
+
+class CleanConfig(Config):
+    """What is applied, in this order; null leaves a rule set out. The defaults are FineWeb's, with lines mended first."""
+
+    repair: Repair | None = Field(default_factory=Repair, description="mend encoding, white space and boilerplate lines")
+    language: Language | None = Field(default_factory=Language, description="identify the language; keep some only")
+    gopher_repetition: GopherRepetition | None = Field(default_factory=GopherRepetition, description="Gopher's repetition rules")
+    gopher_quality: GopherQuality | None = Field(default_factory=GopherQuality, description="Gopher's quality rules")
+    c4: C4 | None = Field(
+        default_factory=lambda: C4(terminal_punctuation=False), description="C4's rules, as FineWeb uses them: without terminal_punctuation"
+    )
+    fineweb: FineWeb | None = Field(default_factory=FineWeb, description="FineWeb's own rules")
+    instruction: Instruction | None = Field(None, description="length and symbol rules for instruction data")
+
+
+def clean(config: CleanConfig, data: Dataset, ctx: Context) -> Dataset:
+    """Mend and filter documents; the metadata gets `language` and `language_score`, dropped ones go to `dropped/` with their reason.
+
+    Errors: UserError for an unknown language code; DataError when nothing is left; MissingDependency without the extra `corpus`.
+    """
+    if config.language:
+        check_codes(config.language.keep)
+    done = work(ctx, "clean", partial(_clean_part, config), spans(data))
+    kept, dropped = done.sum("kept"), done.total("dropped")
+    if not kept:
+        raise DataError(f"{data.name}: no document is left of {dropped.total()}; the most frequent reason: {dropped.most_common(1)[0][0]}")
+    done.gather(ctx.out)
+    _report(ctx, data, done)
+    metrics = {"documents": kept, "dropped": dropped.total(), "characters": done.sum("characters"), "changed": done.sum("changed")}
+    about = {"schema": "text", "documents": kept, "dropped": dict(dropped.most_common()), "languages": dict(done.total("languages").most_common())}
+    return Dataset(ctx.out, metrics=metrics, about=about)
+
+
+def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in batches that rules look at together: so many, or so many characters."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _clean_part(config: CleanConfig, part: Span, folder: Path) -> Json:
+    from llmworks.data.filters.words import Words
+
+    tally = Tally()
+    words = Words()
+    with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
+        for batch in batches(part.documents()):
+            tally.before += sum(len(d.text) for d in batch)
+            for document, reason in judge_batch(config, batch, words, tally):
+                if reason:
+                    dropped.add(document, reason)
+                    tally.drop(document, reason)
+                else:
+                    writer.add(document)
+    return {**vars(tally), "kept": writer.documents, "characters": writer.characters}
+
+
+class Tally:
+    """What is counted while documents are judged."""
+
+    def __init__(self) -> None:
+        self.before = 0
+        self.changed = 0
+        self.dropped: Counter[str] = Counter()
+        self.lines: Counter[str] = Counter()
+        self.languages: Counter[str] = Counter()
+        self.histograms: dict[str, Json] = {}
+        self.samples: dict[str, list[Json]] = {}
+
+    def drop(self, document: Document, reason: str) -> None:
+        """Count a dropped document, and keep the beginning of a few."""
+        self.dropped[reason] += 1
+        samples = self.samples.setdefault(reason, [])
+        if len(samples) < SAMPLES:
+            samples.append({"id": document.id, "text": document.text[:600]})
+
+    def count(self, rules: str, judged: Judgement) -> None:
+        """Add a batch's histograms to those of the part."""
+        for label, histogram in judged.histograms.items():
+            known = self.histograms.setdefault(f"{rules}: {label}", {**histogram, "counts": [0] * len(histogram["counts"])})
+            known["counts"] = [a + b for a, b in zip(known["counts"], histogram["counts"], strict=True)]
+
+
+def judge_batch(config: CleanConfig, batch: list[Document], words: Words, tally: Tally) -> Iterator[tuple[Document, str]]:
+    """Each document of a batch as it is kept (mended, with its language), or as it was when the rule that it broke looked at it."""
+    from llmworks.data.filters import c4, fineweb, gopher, instruction
+
+    documents = list(batch)
+    reasons = [""] * len(batch)
+    left = list(range(len(batch)))
+    if config.repair:
+        _repair(config.repair, documents, reasons, tally)
+        left = [i for i in left if not reasons[i]]
+    if config.language:
+        _language(config.language, documents, left, reasons, tally)
+        left = [i for i in left if not reasons[i]]
+
+    def apply(*judged: tuple[str, Judgement]) -> None:
+        """Rule sets that looked at the same texts: the first that a text broke counts."""
+        nonlocal left
+        for rules, judgement in judged:
+            tally.count(rules, judgement)
+        for i, *found in zip(left, *(judgement.reasons for _, judgement in judged), strict=True):
+            reasons[i] = next(filter(None, found), "")
+        left = [i for i in left if not reasons[i]]
+
+    if (config.gopher_repetition or config.gopher_quality) and left:
+        encoded = words.encode([documents[i].text for i in left])
+        judged = []
+        if config.gopher_repetition:
+            judged.append(("gopher", gopher.gopher_repetition(config.gopher_repetition, encoded, words)))
+        if config.gopher_quality:
+            judged.append(("gopher", gopher.gopher_quality(config.gopher_quality, encoded, words)))
+        apply(*judged)
+    if config.c4 and left:
+        texts, judgement, lines = c4.c4(config.c4, [documents[i].text for i in left], words)
+        tally.lines.update(lines)
+        for i, text, reason in zip(left, texts, judgement.reasons, strict=True):
+            if not reason and text != documents[i].text:
+                documents[i] = replace(documents[i], text=text)
+        apply(("c4", judgement))
+    if config.fineweb and left:
+        apply(("fineweb", fineweb.fineweb(config.fineweb, words.encode([documents[i].text for i in left]))))
+    if config.instruction and left:
+        apply(("instruction", instruction.instruction(config.instruction, [documents[i].text for i in left])))
+    for before, document, reason in zip(batch, documents, reasons, strict=True):
+        if not reason and not document.text.strip():
+            reason = "nothing is left"
+        tally.changed += not reason and document.text != before.text
+        yield document, reason
+
+
+def _repair(config: Repair, documents: list[Document], reasons: list[str], tally: Tally) -> None:
+    from llmworks.data.filters.repair import repair
+
+    for i, document in enumerate(documents):
+        text, lines = repair(config, document.text)
+        if lines:
+            tally.lines["boilerplate"] += lines
+        if not text:
+            reasons[i] = "nothing is left"
+        elif text != document.text:
+            documents[i] = replace(document, text=text)
+
+
+def _language(config: Language, documents: list[Document], left: list[int], reasons: list[str], tally: Tally) -> None:
+    from llmworks.data.filters.language import identify
+
+    for i in left:
+        code, score = identify(documents[i].text)
+        tally.languages[code or "?"] += 1
+        documents[i] = replace(documents[i], metadata={**documents[i].metadata, "language": code, "language_score": round(score, 3)})
+        if config.keep and not (code in config.keep and score >= config.min_score):
+            reasons[i] = f"language: {code or '?'}" if code not in config.keep else "language: not sure"
+
+
+def _report(ctx: Context, data: Dataset, done: Done) -> None:
+    kept, dropped = done.sum("kept"), done.total("dropped")
+    before, after = done.sum("before"), done.sum("characters")
+    report = ctx.report
+    report.title = f"{data.name}, cleaned"
+    report.lead = (
+        f"{kept:,} of {kept + dropped.total():,} documents stay, {after:,} of {before:,} characters ({after / max(before, 1):.1%});"
+        f" {done.sum('changed'):,} of them were mended or lost lines."
+    )
+    report.data = {"kept": kept, "dropped": dict(dropped), "lines": dict(done.total("lines")), "languages": dict(done.total("languages"))}
+    every = kept + dropped.total()
+    report.table(
+        "Dropped documents", ("first rule that was broken", "documents", "share"), [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()],
+        note="Each is kept in dropped/ with its reason. Rules are applied in their order, so a document counts once.",
+    )  # fmt: skip
+    if lines := done.total("lines"):
+        report.table("Dropped lines", ("why", "lines"), lines.most_common())
+    if languages := done.total("languages"):
+        report.table("Languages", ("code", "documents"), languages.most_common(20))
+    histograms: dict[str, Json] = {}
+    for summary in done.summaries:
+        for label, histogram in summary["histograms"].items():
+            known = histograms.setdefault(label, {**histogram, "counts": [0] * len(histogram["counts"])})
+            known["counts"] = [a + b for a, b in zip(known["counts"], histogram["counts"], strict=True)]
+    if histograms:
+        report.histograms("What the rules saw", histograms, note="Documents by value; red lines are the bounds, the last bar holds what lies beyond.")
+    samples = {reason: [s for summary in done.summaries for s in summary["samples"].get(reason, [])][:SAMPLES] for reason in dropped}
+    report.samples(
+        "What was dropped", [{"why": f"{reason} · {s['id']}", "text": s["text"]} for reason in dropped for s in samples[reason]],
+        note="The beginning of a few documents for every reason.",
+    )  # fmt: skip

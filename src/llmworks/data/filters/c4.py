@@ -1,0 +1,83 @@
+"""The rules of C4 (Raffel et al. 2020, section 2.2): lines that are no sentences go, then texts with too few sentences.
+
+Decisions are those of datatrove's C4QualityFilter, which follows c4_utils.py of tensorflow-datasets. The list of bad words is not applied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+from pydantic import Field
+
+from llmworks.artifact import Config
+from llmworks.data.filters.rules import Bound, Judgement, judge
+from llmworks.data.filters.words import Words
+
+CITATIONS = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
+ENDS = (".", "?", "!", '"', "'")
+POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+
+
+class C4(Config):
+    """C4's rules. They also change a text: only its good lines stay."""
+
+    terminal_punctuation: bool = Field(True, description="drop lines that do not end a sentence (FineWeb leaves this rule out)")
+    min_words_per_line: int = Field(3, ge=0, description="drop lines with fewer words")
+    max_word_length: int = Field(1000, gt=0, description="drop lines with a longer word")
+    citations: bool = Field(True, description="take [1], [edit] and [citation needed] out")
+    javascript: bool = Field(True, description="drop lines that speak of Javascript")
+    policies: bool = Field(True, description="drop lines about cookies, privacy and terms of use")
+    lorem_ipsum: bool = Field(True, description="drop texts with lorem ipsum")
+    curly_brackets: bool = Field(True, description="drop texts with a curly bracket")
+    min_sentences: int = Field(5, ge=0, description="drop texts that have fewer sentences left")
+
+
+def c4(config: C4, texts: list[str], words: Words) -> tuple[list[str], Judgement, Counter[str]]:
+    """(texts with their good lines, judgement, dropped lines by reason)."""
+    kept, reasons, sentences = [], [], []
+    dropped: Counter[str] = Counter()
+    for text in texts:
+        lines, reason, count = _lines(config, text, words, dropped)
+        kept.append("\n".join(lines).strip())
+        reasons.append(reason)
+        sentences.append(count)
+    judged = judge(len(texts), [Bound("c4: too few sentences", "sentences (counted up to the bound)", np.array(sentences), 12, low=config.min_sentences)])
+    judged.reasons = [first or second for first, second in zip(reasons, judged.reasons, strict=True)]
+    return kept, judged, dropped
+
+
+def _lines(config: C4, text: str, words: Words, dropped: Counter[str]) -> tuple[list[str], str, int]:
+    """(good lines, why the whole text goes or "", sentences, counted no further than needed)."""
+    kept: list[str] = []
+    sentences = 0
+    for raw in text.splitlines():
+        line = raw.strip()
+        chunks = line.split()
+        if len(line) > config.max_word_length and any(len(chunk) > config.max_word_length for chunk in chunks):
+            dropped["c4: a word too long"] += 1
+            continue
+        if config.citations and "[" in line:
+            line = CITATIONS.sub("", line)
+        if config.terminal_punctuation and (not line.endswith(ENDS) or line.endswith("...")):
+            dropped["c4: no end of a sentence"] += 1
+            continue
+        if len(chunks) < config.min_words_per_line:
+            dropped["c4: too few words"] += 1
+            continue
+        low = line.lower()
+        if config.lorem_ipsum and "lorem ipsum" in low:
+            return [], "c4: lorem ipsum", sentences
+        if config.javascript and "javascript" in low:
+            dropped["c4: javascript"] += 1
+            continue
+        if config.curly_brackets and "{" in line:
+            return [], "c4: curly bracket", sentences
+        if config.policies and any(policy in low for policy in POLICIES):
+            dropped["c4: policy"] += 1
+            continue
+        if sentences < config.min_sentences:
+            sentences += words.sentences(line)
+        kept.append(line)
+    return kept, "", sentences

@@ -1,0 +1,236 @@
+"""English words as spaCy's blank English tokenizer splits them, which is what datatrove's published filters count.
+
+A chunk between white space is split by rules: what begins it, what ends it, what divides it, and a table of exceptions. The rules are
+those of spaCy's `lang/en` and `lang/punctuation` (MIT licence), stated anew. Whole texts are counted by `words`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+
+SYMBOLS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
+CURRENCY = "$£€¥฿₽﷼₴" + "".join(map(chr, range(0x20A0, 0x20C0)))
+UNITS = ["km", "km²", "km³", "m", "m²", "m³", "dm", "dm²", "dm³", "cm", "cm²", "cm³", "mm", "mm²", "mm³", "ha", "µm", "nm", "yd", "in", "ft", "kg", "g", "mg", "µg", "t", "lb", "oz", "m/s", "km/h", "kmh", "mph", "hPa", "Pa", "mbar", "mb", "MB", "kb", "KB", "gb", "GB", "tb", "TB", "T", "G", "M", "K", "%"]
+QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
+
+ABBREVIATIONS = ["Mt.", "Ak.", "Ala.", "Apr.", "Ariz.", "Ark.", "Aug.", "Calif.", "Colo.", "Conn.", "Dec.", "Del.", "Feb.", "Fla.", "Ga.", "Ia.", "Id.", "Ill.", "Ind.", "Jan.", "Jul.", "Jun.", "Kan.", "Kans.", "Ky.", "La.", "Mar.", "Mass.", "Mich.", "Minn.", "Miss.", "N.C.", "N.D.", "N.H.", "N.J.", "N.M.", "N.Y.", "Neb.", "Nebr.", "Nev.", "Nov.", "Oct.", "Okla.", "Ore.", "Pa.", "S.C.", "Sep.", "Sept.", "Tenn.", "Va.", "Wash.", "Wis.", "a.m.", "p.m.", "Adm.", "Bros.", "co.", "Co.", "Corp.", "D.C.", "Dr.", "e.g.", "E.g.", "E.G.", "Gen.", "Gov.", "i.e.", "I.e.", "I.E.", "Inc.", "Jr.", "Ltd.", "Md.", "Messrs.", "Mo.", "Mont.", "Mr.", "Mrs.", "Ms.", "Ph.D.", "Prof.", "Rep.", "Rev.", "Sen.", "St.", "vs.", "v.s.", "and/or", "w/o", "ma'am", "Ma'am", "o'clock", "O'clock", "C++", "<space>", "''", "\\t", "\\n", "'S", "'s", "‘S", "‘s", "'re", "'d", "'em", "'ll", "'nuff", "'Cause", "'cause", "'cos", "'Cos", "'coz", "'Coz", "'cuz", "'Cuz", "'bout", "—", "'"]
+EMOTICONS = [":)", ":-)", ":))", ":-))", ":)))", ":-)))", "(:", "(-:", "=)", "(=", ":]", ":-]", "[:", "[-:", "[=", "=]", ":o)", "(o:", ":}", ":-}", "8)", "8-)", "(-8", ";)", ";-)", "(;", "(-;", ":(", ":-(", ":((", ":-((", ":(((", ":-(((", "):", ")-:", "=(", ">:(", ":')", ":'-)", ":'(", ":'-(", ":/", ":-/", "=/", "=|", ":|", ":-|", "]=", ":1", ":P", ":-P", ":p", ":-p", ":O", ":-O", ":o", ":-o", ":0", ":-0", ":()", ">:o", ":*", ":-*", ":3", ":-3", "=3", ":>", ":->", ":X", ":-X", ":x", ":-x", ":D", ":-D", ";D", ";-D", "=D", "xD", "XD", "xDD", "XDD", "8D", "8-D", "^_^", "^__^", "^___^", ">.<", ">.>", "<.<", "._.", ";_;", "-_-", "-__-", "v.v", "V.V", "v_v", "V_V", "o_o", "o_O", "O_o", "O_O", "0_o", "o_0", "0_0", "o.O", "O.o", "O.O", "o.o", "0.0", "o.0", "0.o", "@_@", "<3", "<33", "<333", "</3", "(^_^)", "(-_-)", "(._.)", "(>_<)", "(*_*)", '\\")']
+DROPPED_G = "doin goin nothin nuthin ol somethin lovin havin"
+NOT_SPLIT = frozenset(["Ill", "ill", "Its", "its", "Hell", "hell", "Shell", "shell", "Shed", "shed", "were", "Were", "Well", "well", "Whore", "whore"])
+OTHERS = (
+    "y'|all y|all how|'d|'y How|'d|'y not|'ve not|ve Not|'ve Not|ve can|not Can|not gon|na Gon|na got|ta Got|ta let|'s Let|'s c'm|on C'm|on"
+)
+
+
+def _contractions() -> dict[str, tuple[str, ...]]:
+    """Pronouns, question words and verbs with what is joined to them, with and without the apostrophe, also capitalised."""
+    found: set[tuple[str, ...]] = set()
+
+    def join(words: str, *endings: str) -> None:
+        for word in words.split():
+            for ending in endings:
+                parts = ending.split("|")
+                found.add((word, *parts))
+                found.add((word, *(p.replace("n't", "nt") if "n't" in p else p.replace("'", "") for p in parts)))
+
+    join("i", "'m", "'m|a")
+    join("i you he she it we they", "'ll", "'ll|'ve", "'d", "'d|'ve")
+    join("i you we they", "'ve")
+    join("you we they", "'re")
+    join("he she it", "'s")
+    join("who what when where why how there that this these those", "'ll", "'ll|'ve", "'d", "'d|'ve")
+    join("who what when where why how there that this", "'s")
+    join("who what when where why how there these those", "'re", "'ve")
+    join("ca could do does did had may might must need ought sha should wo would", "n't", "n't|'ve")
+    join("could might must should would", "'ve")
+    join("ai are is was were have has dare", "n't")
+    every = found | {(w.title(), *rest) for w, *rest in found}
+    return {"".join(parts): tuple(parts) for parts in every}
+
+
+@functools.cache
+def exceptions() -> dict[str, tuple[str, ...]]:
+    """Chunks that are split as the table says: whole abbreviations, contractions, times of day."""
+    table = _contractions()
+    for word in DROPPED_G.split():
+        for form in (word, word.title()):
+            table[form], table[form + "'"] = (form,), (form + "'",)
+    for hour in range(1, 13):
+        for period in ("a.m.", "am", "p.m.", "pm"):
+            table[f"{hour}{period}"] = (str(hour), period)
+    for line in OTHERS.split():
+        table[line.replace("|", "")] = tuple(line.split("|"))
+    table |= {word: (word,) for word in (*ABBREVIATIONS, *EMOTICONS, "em", "ll", "nuff")}
+    table |= {f"{letter}.": (f"{letter}.",) for letter in "abcdefghijklmnopqrstuvwxyzäöü"}
+    table |= {chunk.replace("'", "’"): tuple(p.replace("'", "’") for p in parts) for chunk, parts in table.items() if "'" in chunk}
+    return {chunk: parts for chunk, parts in table.items() if chunk not in NOT_SPLIT}
+
+
+BEGINS = frozenset("§%=—–" + SYMBOLS + CURRENCY)
+ENDS = frozenset(SYMBOLS + "—–")
+BEFORE_STOP = frozenset("0123456789%²-+|" + SYMBOLS + QUOTES)
+POSSESSIVE = ("'s", "'S", "’s", "’S")
+DOLLARS = ("US$", "C$", "A$")
+
+
+def lower(char: str) -> bool:
+    """A small letter, or one of a script without small and capital letters."""
+    return char.isalpha() and not char.isupper()
+
+
+def upper(char: str) -> bool:
+    """A capital letter, or one of a script without small and capital letters."""
+    return char.isalpha() and not char.islower()
+
+
+def icon(char: str) -> bool:
+    """A pictograph or another symbol that is neither currency nor mathematics."""
+    return char > "\x7f" and unicodedata.category(char) == "So"
+
+
+def prefix(text: str) -> int:
+    """How many characters at the beginning are a word of their own."""
+    if text.startswith("……"):
+        return 2
+    if text.startswith(".."):
+        return len(text) - len(text.lstrip("."))
+    if text[0] in BEGINS or icon(text[0]):
+        return 1
+    if text[0] == "+":
+        return 0 if text[1:2] in DIGITS and text[1:2] else 1
+    return next((len(mark) for mark in DOLLARS if text.startswith(mark)), 0)
+
+
+def suffix(text: str) -> int:
+    """How many characters at the end are a word of their own; the longest that a rule allows."""
+    last = text[-1]
+    if last == ".":
+        dots = len(text) - len(text.rstrip("."))
+        if dots > 1:
+            return dots
+        before = text[-2:-1]
+        if before and (before in BEFORE_STOP or lower(before)):
+            return 1
+        if before.upper() in "CFK" and text[-3:-2] == "°":
+            return 1
+        return 1 if len(text) > 2 and upper(before) and upper(text[-3]) else 0
+    if text.endswith(("……", *POSSESSIVE)):
+        return 2
+    for size in (4, 3, 2, 1):
+        if len(text) > size and text[-size - 1] in DIGITS and text[-size:] in AFTER_NUMBER:
+            return size
+    if last in ENDS or icon(last):
+        return 1
+    return 1 if last == "+" and text[-2:-1] in DIGITS and len(text) > 1 else 0
+
+
+DIGITS = "0123456789"
+AFTER_NUMBER = frozenset((*UNITS, *CURRENCY, *DOLLARS))
+ADDRESS = (
+    r"(?!(?:10|127)(?:\.\d{1,3}){3})(?!(?:169\.254|192\.168)(?:\.\d{1,3}){2})(?!172\.(?:1[6-9]|2\d|3[01])(?:\.\d{1,3}){2})"
+    r"(?:[1-9]\d?|1\d\d|2[01]\d|22[0-3])(?:\.(?:1?\d{1,2}|2[0-4]\d|25[0-5])){2}\.(?:[1-9]\d?|1\d\d|2[0-4]\d|25[0-4])"
+)
+HOST = r"(?:(?:[A-Za-z0-9\u00a1-\uffff][A-Za-z0-9\u00a1-\uffff_-]{0,62})?[A-Za-z0-9\u00a1-\uffff]\.)+"
+URL = re.compile(
+    rf"(?:[\w+\-.]{{2,}}://)?(?:\S+(?::\S*)?@)?(?:{ADDRESS}|{HOST}(?P<top>[^\W\d_]{{2,63}}))(?::\d{{2,5}})?(?:[/?#]\S*)?"
+)
+LETTER = r"[^\W\d_]"
+INFIX = re.compile(
+    rf"(?P<dots>\.\.+|…)|(?<=[0-9])[+\-*^](?=[0-9-])|(?P<stop>(?<={LETTER}|[{re.escape(QUOTES)}])\.(?={LETTER}|[{re.escape(QUOTES)}]))"
+    rf"|(?<={LETTER}),(?={LETTER})|(?<=[^\W_])(?:---|--|——|[-–—~])(?={LETTER})|(?<=[^\W_])[:<>=/](?={LETTER})|(?P<icon>[^\w\x00-\x7f])"
+)
+
+
+LONGEST = 6  # words of one exception
+PLAIN = re.compile(r"[A-Za-z]+[,;:!?]?")
+
+
+def split_chunk(chunk: str) -> tuple[str, ...]:
+    """The words of a chunk that holds no white space."""
+    special = exceptions()
+    if chunk in special:
+        return special[chunk]
+    if PLAIN.fullmatch(chunk):  # what most chunks are
+        word, mark = (chunk, "") if chunk[-1].isalpha() else (chunk[:-1], chunk[-1])
+        words = special.get(word, (word,))
+        return (*words, mark) if mark else words
+    before: list[str] = []
+    after: list[str] = []
+    rest, last = chunk, 0
+    while rest and len(rest) != last and rest not in special:
+        last = len(rest)
+        start = prefix(rest)
+        if start and rest[start:] in special:
+            before.append(rest[:start])
+            rest = rest[start:]
+            break
+        size = suffix(rest[start:]) if start < len(rest) else 0
+        if size and rest[:-size] in special:
+            after.append(rest[-size:])
+            rest = rest[:-size]
+            break
+        if start:
+            before.append(rest[:start])
+        if size and start + size <= len(rest):
+            after.append(rest[-size:])
+            rest = rest[start:-size]
+        else:
+            rest = rest[start:]
+    return _again((*before, *_middle(rest), *reversed(after)))
+
+
+def _again(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Exceptions among what the rules made: words that are one, neighbours that together are one. The longest wins."""
+    special = exceptions()
+    found: list[str] = []
+    at = 0
+    while at < len(words):
+        for end in range(min(len(words), at + LONGEST), at, -1):
+            joined = "".join(words[at:end])
+            if joined in special:
+                found += special[joined]
+                at = end
+                break
+        else:
+            found.append(words[at])
+            at += 1
+    return tuple(found)
+
+
+def _middle(rest: str) -> tuple[str, ...]:
+    """What is left between prefixes and suffixes, divided by infixes unless it is an address."""
+    if not rest:
+        return ()
+    if rest in exceptions():
+        return exceptions()[rest]
+    if rest.isalpha() or ("." in rest and _is_url(rest)):
+        return (rest,)
+    parts: list[str] = []
+    start = 0
+    for match in INFIX.finditer(rest):
+        if match.start() == 0 or not _divides(match, rest):
+            continue
+        if match.start() != start:
+            parts.append(rest[start : match.start()])
+        parts.append(match.group())
+        start = match.end()
+    if start < len(rest):
+        parts.append(rest[start:])
+    return tuple(parts)
+
+
+def _is_url(text: str) -> bool:
+    match = URL.fullmatch(text)
+    return match is not None and (match["top"] is None or all(map(lower, match["top"])))
+
+
+def _divides(match: re.Match[str], text: str) -> bool:
+    """What the infix pattern leaves to be looked at: a full stop divides only a small letter from a capital one."""
+    if match["icon"]:
+        return icon(match["icon"])
+    if match["stop"]:
+        before, after = text[match.start() - 1], text[match.end()]
+        return (before in QUOTES or lower(before)) and (after in QUOTES or upper(after))
+    return True

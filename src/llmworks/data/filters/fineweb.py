@@ -1,0 +1,53 @@
+"""The rules that FineWeb adds (Penedo et al. 2024, arXiv 2406.17557, section 3.5): lists, short lines and repeated lines.
+
+Decisions are those of datatrove's FineWebQualityFilter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import Field
+
+from llmworks.artifact import Config
+from llmworks.data.filters.gopher import repeats
+from llmworks.data.filters.rules import Bound, Judgement, judge, share
+from llmworks.data.filters.words import TERMINAL, Batch
+
+TERMINALS = tuple(sorted(TERMINAL))
+
+
+class FineWeb(Config):
+    """FineWeb's own rules."""
+
+    min_punctuated_lines: float = Field(0.12, ge=0, description="share of lines that end in punctuation, at least")
+    max_short_lines: float = Field(0.67, ge=0, description="share of short lines, at most")
+    short_line: int = Field(30, ge=0, description="characters of a short line, at most")
+    max_repeated_characters: float = Field(0.01, ge=0, description="share of characters in lines that occurred before, at most")
+    max_new_lines: float = Field(0.3, ge=0, description="line breaks per word, at most")
+
+
+def fineweb(config: FineWeb, batch: Batch) -> Judgement:
+    """Apply the rules to a batch."""
+    rows = [_line_shares(text, config.short_line) for text in batch.texts]
+    punctuated, short, repeated, breaks = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    judged = judge(
+        len(batch.texts),
+        [
+            Bound("fineweb: lines without punctuation", "lines that end in punctuation", punctuated, 1, low=config.min_punctuated_lines),
+            Bound("fineweb: short lines", "short lines", short, 1, high=config.max_short_lines),
+            Bound("fineweb: repeated lines", "characters in lines that occurred before", repeated, 0.1, high=config.max_repeated_characters),
+            Bound("fineweb: a list", "line breaks per word", share(breaks, batch.counts), 0.6, high=config.max_new_lines),
+        ],
+    )
+    judged.reasons = ["fineweb: empty" if not text.strip() else reason for text, reason in zip(batch.texts, judged.reasons, strict=True)]
+    return judged
+
+
+def _line_shares(text: str, short_line: int) -> tuple[float, float, float, int]:
+    """Shares of lines that end in punctuation and that are short, of characters in repeated lines; line breaks."""
+    lines = [line for line in text.split("\n") if line and not line.isspace()]
+    if not lines:
+        return 0.0, 0.0, 0.0, 0
+    breaks = text.count("\n")
+    ends = sum(line[-1] in TERMINAL for line in lines)
+    return ends / len(lines), sum(len(line) <= short_line for line in lines) / len(lines), repeats(lines)[1] / (len(text) - breaks), breaks

@@ -1,0 +1,238 @@
+"""The quality and repetition rules of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A1.1 and table A1).
+
+Decisions are those of datatrove's GopherQualityFilter and GopherRepetitionFilter. Repetition is first bounded from above for a whole batch
+with sorted n-gram hashes; only the few texts that come near a threshold are counted n-gram by n-gram.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import Field
+
+from llmworks.artifact import Config
+from llmworks.data.filters.rules import Bound, Judgement, judge, share
+from llmworks.data.filters.words import Array, Batch, Words
+
+PARAGRAPHS = re.compile(r"\n{2,}")
+LINES = re.compile(r"\n+")
+
+
+class GopherQuality(Config):
+    """Gopher's quality rules."""
+
+    min_words: int = Field(50, ge=0, description="words that are not only symbols, at least")
+    max_words: int = Field(100_000, gt=0, description="words that are not only symbols, at most")
+    min_word_length: float = Field(3, ge=0, description="mean length of those words, at least")
+    max_word_length: float = Field(10, gt=0, description="mean length of those words, at most")
+    max_symbol_ratio: float = Field(0.1, ge=0, description="hash signs per word, and ellipses per word, at most")
+    max_bullet_lines: float = Field(0.9, ge=0, description="share of lines that begin with a bullet, at most")
+    max_ellipsis_lines: float = Field(0.3, ge=0, description="share of lines that end with an ellipsis, at most")
+    min_alpha_words: float = Field(0.8, ge=0, description="share of words with a letter, at least")
+    min_stop_words: int = Field(2, ge=0, description="how many of the, be, to, of, and, that, have, with must occur")
+
+
+class GopherRepetition(Config):
+    """Gopher's repetition rules: shares of the text's lines, paragraphs and characters, at most."""
+
+    lines: float = Field(0.3, ge=0, description="lines that occurred before")
+    paragraphs: float = Field(0.3, ge=0, description="paragraphs that occurred before")
+    line_characters: float = Field(0.2, ge=0, description="characters in lines that occurred before")
+    paragraph_characters: float = Field(0.2, ge=0, description="characters in paragraphs that occurred before")
+    top_2_gram: float = Field(0.2, ge=0, description="characters in the most frequent 2-gram of words")
+    top_3_gram: float = Field(0.18, ge=0, description="characters in the most frequent 3-gram")
+    top_4_gram: float = Field(0.16, ge=0, description="characters in the most frequent 4-gram")
+    repeated_5_grams: float = Field(0.15, ge=0, description="characters in 5-grams that occurred before")
+    repeated_6_grams: float = Field(0.14, ge=0, description="characters in 6-grams that occurred before")
+    repeated_7_grams: float = Field(0.13, ge=0, description="characters in 7-grams that occurred before")
+    repeated_8_grams: float = Field(0.12, ge=0, description="characters in 8-grams that occurred before")
+    repeated_9_grams: float = Field(0.11, ge=0, description="characters in 9-grams that occurred before")
+    repeated_10_grams: float = Field(0.1, ge=0, description="characters in 10-grams that occurred before")
+
+
+def gopher_quality(config: GopherQuality, batch: Batch, words: Words) -> Judgement:
+    """Apply the quality rules to a batch."""
+    ids, count = batch.ids, batch.counts
+    real = words.symbol[ids] == 0
+    real_count = batch.sums(real)
+    length = share(batch.sums(np.where(real, words.length[ids], 0)), real_count)
+    length[real_count == 0] = np.nan  # no mean, no decision
+    stops = np.zeros(len(batch.texts))
+    flags = words.stop[ids]
+    for bit in range(8):
+        stops += batch.sums(flags & (1 << bit)) > 0
+    marks = [_marks(text) for text in batch.texts]
+    hashes, ellipses, bullets, trailing = (np.array(column, dtype=float) for column in zip(*marks, strict=True))
+    c = config
+    return judge(
+        len(batch.texts),
+        [
+            Bound("gopher: too few words", "words", real_count, 2000, low=c.min_words),
+            Bound("gopher: too many words", "words", real_count, 2000, high=c.max_words),
+            Bound("gopher: words too short", "mean word length", length, 12, low=c.min_word_length),
+            Bound("gopher: words too long", "mean word length", length, 12, high=c.max_word_length),
+            Bound("gopher: hash signs", "hash signs per word", share(hashes, count), 0.2, high=c.max_symbol_ratio),
+            Bound("gopher: ellipses", "ellipses per word", share(ellipses, count), 0.2, high=c.max_symbol_ratio),
+            Bound("gopher: bullets", "lines that begin with a bullet", bullets, 1, high=c.max_bullet_lines),
+            Bound("gopher: lines end in ellipses", "lines that end with an ellipsis", trailing, 1, high=c.max_ellipsis_lines),
+            Bound("gopher: words without letters", "words with a letter", share(batch.sums(words.alpha[ids]), count), 1, low=c.min_alpha_words),
+            Bound("gopher: few stop words", "kinds of stop words", stops, 8, low=c.min_stop_words),
+        ],
+    )  # fmt: skip
+
+
+def _marks(text: str) -> tuple[int, int, float, float]:
+    """Hash signs, ellipses, and the shares of lines that begin with a bullet and that end with an ellipsis."""
+    ellipses = text.count("...") + text.count("…")
+    bullets = trailing = 0.0
+    if ellipses or "-" in text or "•" in text:
+        lines = text.splitlines()
+        bullets = sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines)
+        trailing = sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines) if ellipses else 0.0
+    return text.count("#"), ellipses, bullets, trailing
+
+
+def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> Judgement:
+    """Apply the repetition rules to a batch. Shares of n-grams that are surely below their bound are given as upper estimates."""
+    c = config
+    total = np.array([len(text) for text in batch.texts], dtype=float)
+    parts = [_repeated_parts(text) for text in batch.texts]
+    paragraphs, paragraph_characters, lines, line_characters = (np.array(column) for column in zip(*parts, strict=True))
+    bounds = [
+        Bound("gopher: repeated paragraphs", "repeated paragraphs", paragraphs, 1, high=c.paragraphs),
+        Bound("gopher: characters in repeated paragraphs", "characters in repeated paragraphs", paragraph_characters, 1, high=c.paragraph_characters),
+        Bound("gopher: repeated lines", "repeated lines", lines, 1, high=c.lines),
+        Bound("gopher: characters in repeated lines", "characters in repeated lines", line_characters, 1, high=c.line_characters),
+    ]  # fmt: skip
+    for n, limit in ((2, c.top_2_gram), (3, c.top_3_gram), (4, c.top_4_gram)):
+        value = share(_top_bound(batch, words, n), total)
+        for i in np.flatnonzero(value > limit):
+            value[i] = top_characters(_words_of(batch, words, int(i)), n) / total[i]
+        bounds.append(Bound(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit))
+    limits = (c.repeated_5_grams, c.repeated_6_grams, c.repeated_7_grams, c.repeated_8_grams, c.repeated_9_grams, c.repeated_10_grams)
+    covered = share(_covered(batch, words, 5), total)
+    suspects = np.flatnonzero(covered > min(limits))
+    chosen = batch.select(suspects)
+    for n, limit in zip(range(5, 11), limits, strict=True):
+        value = covered.copy()
+        value[suspects] = share(repeated_characters(chosen, words, n), total[suspects])
+        bounds.append(Bound(f"gopher: repeated {n}-grams", f"characters in repeated {n}-grams", value, 0.4, high=limit))
+    judged = judge(len(batch.texts), bounds)
+    judged.reasons = ["gopher: empty" if not text else reason for text, reason in zip(batch.texts, judged.reasons, strict=True)]
+    return judged
+
+
+def _repeated_parts(text: str) -> tuple[float, float, float, float]:
+    """Shares of paragraphs, their characters, lines and their characters that occurred before in the text."""
+    size = len(text) or 1
+    paragraphs = PARAGRAPHS.split(text.strip())
+    repeated, characters = repeats(paragraphs)
+    lines = LINES.split(text)
+    repeated_lines, line_characters = repeats(lines) if len(lines) > 1 else (0, 0)
+    return repeated / len(paragraphs), characters / size, repeated_lines / len(lines), line_characters / size
+
+
+def repeats(parts: Sequence[str]) -> tuple[int, int]:
+    """How many parts occurred before, and their characters."""
+    if len(set(parts)) == len(parts):
+        return 0, 0
+    seen: set[str] = set()
+    count = characters = 0
+    for part in parts:
+        if part in seen:
+            count += 1
+            characters += len(part)
+        seen.add(part)
+    return count, characters
+
+
+def top_characters(words: Sequence[str], n: int) -> int:
+    """Characters in all occurrences of the most frequent n-gram; the first of equally frequent ones."""
+    if len(words) < n:
+        return 0
+    gram, count = Counter(zip(*(words[i:] for i in range(n)), strict=False)).most_common(1)[0]
+    return (sum(map(len, gram)) + n - 1) * count
+
+
+def repeated_characters(batch: Batch, words: Words, n: int) -> Array:
+    """Characters of each text in n-grams that occurred before, read from the left; a repeated one is stepped over whole.
+
+    Only n-grams that occur more than once in their text need to be looked at; all others change nothing.
+    """
+    result = np.zeros(len(batch.texts))
+    keys, places = _grams(batch, n)
+    if not len(keys):
+        return result
+    order = np.argsort(keys, kind="stable")
+    same = keys[order[1:]] == keys[order[:-1]]
+    often = np.zeros(len(keys), dtype=bool)
+    often[order[1:][same]] = often[order[:-1][same]] = True
+    at = places[often]
+    sums = np.concatenate(([0], np.cumsum(words.length[batch.ids], dtype=np.int64)))
+    sizes = sums[at + n] - sums[at]
+    seen: set[int] = set()
+    free = 0  # a repeated n-gram takes its words away from those that follow
+    for place, key, size, owner in zip(at.tolist(), keys[often].tolist(), sizes.tolist(), batch.owner[at].tolist(), strict=True):
+        if place < free:
+            continue
+        if key in seen:
+            result[owner] += size
+            free = place + n
+        else:
+            seen.add(key)
+    return result
+
+
+def _words_of(batch: Batch, words: Words, index: int) -> list[str]:
+    return [words.words[i] for i in batch.ids[batch.starts[index] : batch.starts[index + 1]]]
+
+
+def _grams(batch: Batch, n: int) -> tuple[Array, Array]:
+    """(hash, place) of every n-gram that lies inside one text; equal n-grams of one text have equal hashes."""
+    size = len(batch.ids) - n + 1
+    if size <= 0:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    owner = batch.owner
+    places = np.flatnonzero(owner[: size] == owner[n - 1 :])
+    with np.errstate(over="ignore"):
+        key = owner[:size].astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93)
+        for i in range(n):
+            key = (key + batch.ids[i : i + size].astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+            key ^= key >> np.uint64(29)
+    return key[places], places
+
+
+def _top_bound(batch: Batch, words: Words, n: int) -> Array:
+    """At least the characters in the most frequent n-gram of each text: its count times the longest n-gram's length."""
+    keys, places = _grams(batch, n)
+    result = np.zeros(len(batch.texts))
+    if not len(keys):
+        return result
+    owner = batch.owner[places]
+    # hashes of one text share their top bits, so that sorted runs stay within a text
+    keys = (keys >> np.uint64(20)) | (owner.astype(np.uint64) << np.uint64(44))
+    keys.sort()
+    edges = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1], [True])))
+    runs, run_owner = np.diff(edges), (keys[edges[:-1]] >> np.uint64(44)).astype(np.int64)
+    most = np.zeros(len(batch.texts), np.int64)
+    np.maximum.at(most, run_owner, runs)
+    lengths = words.length[batch.ids]
+    sums = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    longest = np.zeros(len(batch.texts), np.int64)
+    np.maximum.at(longest, owner, sums[places + n] - sums[places] + n - 1)
+    return (most * longest).astype(float)
+
+
+def _covered(batch: Batch, words: Words, n: int) -> Array:
+    """Characters of each text that lie in an n-gram which occurred before: no count of repeated n-grams or longer ones is above it."""
+    keys, places = _grams(batch, n)
+    hit = np.zeros(len(batch.ids) + 1, np.int32)
+    if len(keys):
+        order = np.argsort(keys, kind="stable")
+        again = places[order[1:]][keys[order[1:]] == keys[order[:-1]]]
+        np.add.at(hit, again, 1)
+        np.add.at(hit, again + n, -1)
+    return batch.sums(np.where(np.cumsum(hit[:-1]) > 0, words.length[batch.ids], 0)).astype(float)

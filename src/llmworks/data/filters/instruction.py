@@ -1,0 +1,45 @@
+"""Length and symbol rules for instructions and answers: what is too short to teach anything, too long, or not language."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from pydantic import Field
+
+from llmworks.artifact import Config
+from llmworks.data.filters.rules import Bound, Judgement, judge
+
+LETTERS = re.compile(r"[^\W\d_]")
+DIGITS = re.compile(r"\d")
+SPACE = re.compile(r"\s")
+RUN = re.compile(r"(.)\1{9,}", re.DOTALL)
+
+
+class Instruction(Config):
+    """Rules for short texts such as instructions and answers."""
+
+    min_characters: int = Field(10, ge=0, description="characters, at least")
+    max_characters: int = Field(20_000, gt=0, description="characters, at most")
+    max_symbols: float = Field(0.25, ge=0, description="share of characters that are neither letters, digits nor white space, at most")
+    max_digits: float = Field(0.3, ge=0, description="share of characters that are digits, at most")
+    max_run: int = Field(100, gt=0, description="the same character in a row, at most")
+
+
+def instruction(config: Instruction, texts: list[str]) -> Judgement:
+    """Apply the rules to some texts."""
+    size = np.array([len(text) for text in texts], dtype=float)
+    inked = np.maximum(1, size - [len(SPACE.findall(text)) for text in texts])
+    digits = np.array([len(DIGITS.findall(text)) for text in texts])
+    letters = np.array([len(LETTERS.findall(text)) for text in texts])
+    runs = np.array([max((len(match.group()) for match in RUN.finditer(text)), default=0) for text in texts])
+    return judge(
+        len(texts),
+        [
+            Bound("instruction: too short", "characters", size, 4000, low=config.min_characters),
+            Bound("instruction: too long", "characters", size, 4000, high=config.max_characters),
+            Bound("instruction: symbols", "share of symbols", (inked - digits - letters) / inked, 1, high=config.max_symbols),
+            Bound("instruction: digits", "share of digits", digits / inked, 1, high=config.max_digits),
+            Bound("instruction: one character repeated", "longest run of one character", runs, 200, high=config.max_run),
+        ],
+    )

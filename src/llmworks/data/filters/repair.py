@@ -1,0 +1,54 @@
+"""Text as it was meant: broken encodings mended, odd white space and control characters taken out, boilerplate lines dropped."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import Field
+
+from llmworks.artifact import Config
+from llmworks.errors import MissingDependency
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufff0-\uffff]")
+SPACES = re.compile(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+TRAILING = re.compile(r"[ \t]+\n")
+BLANK = re.compile(r"\n{3,}")
+SIGNS = re.compile(r"[^\x00-\x7f]|&[#a-zA-Z]|\x1b|\r")  # without any of these there is nothing to mend
+# short lines that pages have around their text; matched whole, case and marks at the end left aside
+BOILERPLATE = re.compile(
+    r"(?:skip to (?:main )?content|advertisement|advertise(?: with us)?|sponsored(?: content)?|read more|continue reading|learn more|click here(?: to .{1,40})?"
+    r"|share(?: this)?(?: (?:on|via|with) .{1,40})?|share this (?:page|post|article|story)|tweet|like us on facebook|follow us(?: on .{1,40})?|sign (?:in|up)|log ?in|register"
+    r"|subscribe(?: (?:now|to) ?.{0,40})?|sign up for (?:our|the) .{0,30}newsletter.{0,30}|all rights reserved|(?:copyright )?(?:©|\(c\)) ?\d{4}.{0,60}|back to (?:the )?top"
+    r"|related (?:articles|posts|stories)|you (?:may|might) also like|leave a (?:reply|comment)|post a comment|\d+ comments?|view all comments|previous|next|home|menu|search"
+    r"|(?:this|our) (?:web)?site uses cookies.{0,80}|accept (?:all )?cookies|privacy policy|terms of (?:use|service)|cookie policy|loading|print|e-?mail this)[.:!…»>| ]*",
+    re.IGNORECASE,
+)
+
+
+class Repair(Config):
+    """What is mended before any rule looks."""
+
+    encoding: bool = Field(True, description="mend text that was decoded wrongly, HTML entities and ligatures (ftfy)")
+    whitespace: bool = Field(True, description="one kind of space and line break, no control characters, at most one empty line in a row")
+    boilerplate: bool = Field(True, description="drop short lines such as 'Share this on Facebook' or 'Skip to content'")
+
+
+def repair(config: Repair, text: str) -> tuple[str, int]:
+    """(the mended text, how many boilerplate lines were dropped). MissingDependency without the extra."""
+    if config.encoding and SIGNS.search(text):
+        try:
+            import ftfy
+        except ImportError:
+            raise MissingDependency("data.clean mends text with ftfy; install it with: pip install 'llmworks[corpus]'") from None
+        text = ftfy.fix_text(text, uncurl_quotes=False, fix_character_width=False)
+    if config.whitespace:
+        text = SPACES.sub(" ", CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
+        text = BLANK.sub("\n\n", TRAILING.sub("\n", text)).strip()
+    dropped = 0
+    if config.boilerplate:
+        lines = text.split("\n")
+        kept = [line for line in lines if not (len(line) <= 100 and BOILERPLATE.fullmatch(line.strip()))]
+        dropped = len(lines) - len(kept)
+        if dropped:
+            text = BLANK.sub("\n\n", "\n".join(kept)).strip()
+    return text, dropped

@@ -1,0 +1,139 @@
+"""Texts as arrays of word numbers, and what is known of each word; so that rules count with arrays instead of loops.
+
+A chunk between white space is split once (`english.split_chunk`) and remembered. The vocabulary is dropped when it grows past a limit.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmworks.data.filters.english import split_chunk
+
+Array = npt.NDArray[Any]
+LIMIT = 400_000  # chunks that are remembered
+STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+SENTENCE_ENDS = frozenset(
+    "!.?։؟۔܀܁܂߹।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？𐩖𐩗𑁇𑁈𑂾𑂿𑃀𑃁𑅁𑅂𑅃𑇅𑇆𑇍𑇞𑇟𑈸𑈹𑈻𑈼𑊩𑑋𑑌"
+    "𑗂𑗃𑗉𑗊𑗋𑗌𑗍𑗎𑗏𑗐𑗑𑗒𑗓𑗔𑗕𑗖𑗗𑙁𑙂𑜼𑜽𑜾𑩂𑩃𑪛𑪜𑱁𑱂𖩮𖩯𖫵𖬷𖬸𖭄𛲟𝪈｡。"
+)
+# what datatrove counts as a symbol: its PUNCTUATION (with control characters) and TERMINAL_PUNCTUATION
+TERMINAL = SENTENCE_ENDS | frozenset("؞؝᠉᭽᭾⹓⹔࠷࠹࠽࠾𐽕𐽖𐽗𐽘𐽙𑥄𑥆𑻷𑻸𖺘\U00010f86\U00010f87\U00010f88\U00010f89\U00011f43\U00011f44។៕៖៙៚")
+SYMBOLS = TERMINAL | frozenset("!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|∶´[=-`*．（–？！：$～«〉,><》)?）。…@_.\"}►»") | frozenset(
+    map(chr, (*range(9), *range(11, 32), *range(127, 160)))
+)
+END, PUNCTUATION, WORD = 0, 1, 2  # what a word is to the sentence splitter
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some texts and their words: text `i` has the numbers `ids[starts[i]:starts[i + 1]]`."""
+
+    texts: list[str]
+    ids: Array
+    starts: Array
+
+    @property
+    def counts(self) -> Array:
+        """Words of each text."""
+        return np.diff(self.starts)
+
+    @property
+    def owner(self) -> Array:
+        """The text that each word belongs to."""
+        return np.repeat(np.arange(len(self.texts)), self.counts)
+
+    def select(self, chosen: Array) -> Batch:
+        """Some of the texts, by their index."""
+        parts = [self.ids[self.starts[i] : self.starts[i + 1]] for i in chosen]
+        ids = np.concatenate(parts) if parts else self.ids[:0]
+        return Batch([self.texts[i] for i in chosen], ids, np.concatenate(([0], np.cumsum([len(p) for p in parts], dtype=np.int64))).astype(np.int64))
+
+    def sums(self, values: Array) -> Array:
+        """The sum over each text of a value per word."""
+        total = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
+        return total[self.starts[1:]] - total[self.starts[:-1]]
+
+
+class Words:
+    """Splits texts and numbers their words; the arrays tell what is known of a word by its number."""
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.words: list[str] = []
+        self.chunks: dict[str, tuple[int, ...]] = {}
+        self._known = 0
+        self.length = self.symbol = self.alpha = self.stop = self.kind = np.zeros(0, np.int32)
+
+    def encode(self, texts: Sequence[str]) -> Batch:
+        """The words of some texts. Numbers hold until the next call that finds the vocabulary too large."""
+        if len(self.chunks) > LIMIT:
+            self._forget()
+        flat: list[int] = []
+        starts = [0]
+        for text in texts:
+            self._append(text, flat)
+            starts.append(len(flat))
+        self._describe()
+        return Batch(list(texts), np.array(flat, dtype=np.int32), np.array(starts, dtype=np.int64))
+
+    def _append(self, text: str, flat: list[int]) -> None:
+        known = self.chunks
+        for chunk in text.split():
+            ids = known.get(chunk)
+            if ids is None:
+                ids = self._split(chunk)
+            flat += ids
+
+    def _split(self, chunk: str) -> tuple[int, ...]:
+        ids = []
+        for word in split_chunk(chunk):
+            number = self.numbers.get(word)
+            if number is None:
+                number = self.numbers[word] = len(self.words)
+                self.words.append(word)
+            ids.append(number)
+        found = tuple(ids)
+        if len(chunk) < 100:  # longer ones do not come again
+            self.chunks[chunk] = found
+        return found
+
+    def _describe(self) -> None:
+        """Extend the arrays by the words that are new."""
+        new = self.words[self._known :]
+        if not new:
+            return
+        self._known = len(self.words)
+
+        def extended(array: Array, values: list[int]) -> Array:
+            return np.concatenate((array, np.array(values, dtype=np.int32)))
+
+        self.length = extended(self.length, [len(w) for w in new])
+        self.symbol = extended(self.symbol, [not w.isalnum() and all(c in SYMBOLS for c in w) for w in new])
+        self.alpha = extended(self.alpha, [w.isalpha() or any(c.isalpha() for c in w) for w in new])
+        self.stop = extended(self.stop, [1 << STOP_WORDS.index(w) if w in STOP_WORDS else 0 for w in new])
+        self.kind = extended(self.kind, [kind_of(w) for w in new])
+
+    def sentences(self, text: str) -> int:
+        """How many sentences a line has: a new one begins with the first word after a mark that ends one."""
+        flat: list[int] = []
+        self._append(text, flat)
+        self._describe()
+        kinds = self.kind[flat]
+        kinds = kinds[kinds != PUNCTUATION]
+        return 1 + int(np.count_nonzero((kinds[1:] == WORD) & (kinds[:-1] == END)))
+
+
+def kind_of(word: str) -> int:
+    """Whether a word ends a sentence, is other punctuation, or neither."""
+    if word in SENTENCE_ENDS:
+        return END
+    return PUNCTUATION if all(unicodedata.category(c)[0] == "P" for c in word) else WORD

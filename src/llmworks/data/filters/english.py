@@ -143,8 +143,8 @@ INFIX = re.compile(
 )
 
 
-LONGEST = 6  # words of one exception
-PLAIN = re.compile(r"[A-Za-z]+[,;:!?]?")
+LONGEST, LONGEST_JOINED = 6, 12  # words of one exception that the rules divide, and its characters
+PLAIN = re.compile(r"[A-Za-z]+[,;:!?]?|[A-Za-z]*[a-z]{2}\.")
 
 
 def split_chunk(chunk: str) -> tuple[str, ...]:
@@ -187,7 +187,11 @@ def _again(words: tuple[str, ...]) -> tuple[str, ...]:
     found: list[str] = []
     at = 0
     while at < len(words):
-        for end in range(min(len(words), at + LONGEST), at, -1):
+        longest = at + 1
+        size = len(words[at])
+        while longest < len(words) and longest < at + LONGEST and (size := size + len(words[longest])) <= LONGEST_JOINED:
+            longest += 1
+        for end in range(longest, at, -1):
             joined = "".join(words[at:end])
             if joined in special:
                 found += special[joined]

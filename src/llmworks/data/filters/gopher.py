@@ -114,11 +114,10 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
         bounds.append(Bound(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit))
     limits = (c.repeated_5_grams, c.repeated_6_grams, c.repeated_7_grams, c.repeated_8_grams, c.repeated_9_grams, c.repeated_10_grams)
     covered = share(_covered(batch, words, 5), total)
-    suspects = np.flatnonzero(covered > min(limits))
-    chosen = batch.select(suspects)
     for n, limit in zip(range(5, 11), limits, strict=True):
         value = covered.copy()
-        value[suspects] = share(repeated_characters(chosen, words, n), total[suspects])
+        suspects = np.flatnonzero(covered > limit)
+        value[suspects] = share(repeated_characters(batch.select(suspects), words, n), total[suspects])
         bounds.append(Bound(f"gopher: repeated {n}-grams", f"characters in repeated {n}-grams", value, 0.4, high=limit))
     judged = judge(len(batch.texts), bounds)
     judged.reasons = ["gopher: empty" if not text else reason for text, reason in zip(batch.texts, judged.reasons, strict=True)]
@@ -166,7 +165,7 @@ def repeated_characters(batch: Batch, words: Words, n: int) -> Array:
     keys, places = _grams(batch, n)
     if not len(keys):
         return result
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(keys)
     same = keys[order[1:]] == keys[order[:-1]]
     often = np.zeros(len(keys), dtype=bool)
     often[order[1:][same]] = often[order[:-1][same]] = True
@@ -231,8 +230,10 @@ def _covered(batch: Batch, words: Words, n: int) -> Array:
     keys, places = _grams(batch, n)
     hit = np.zeros(len(batch.ids) + 1, np.int32)
     if len(keys):
-        order = np.argsort(keys, kind="stable")
-        again = places[order[1:]][keys[order[1:]] == keys[order[:-1]]]
+        order = np.argsort(keys)
+        begins = np.flatnonzero(np.concatenate(([True], keys[order[1:]] != keys[order[:-1]])))
+        first = np.minimum.reduceat(places[order], begins)
+        again = np.setdiff1d(places, first, assume_unique=True)
         np.add.at(hit, again, 1)
         np.add.at(hit, again + n, -1)
     return batch.sums(np.where(np.cumsum(hit[:-1]) > 0, words.length[batch.ids], 0)).astype(float)

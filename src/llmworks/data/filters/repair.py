@@ -40,7 +40,9 @@ def repair(config: Repair, text: str) -> tuple[str, int]:
             import ftfy
         except ImportError:
             raise MissingDependency("data.clean mends text with ftfy; install it with: pip install 'llmworks[corpus]'") from None
-        text = ftfy.fix_text(text, uncurl_quotes=False, fix_character_width=False)
+        # as ftfy does for a whole text: entities stay where there are tags; lines are mended one by one, most need nothing
+        mend = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, unescape_html=False if "<" in text else "auto", explain=False)
+        text = "\n".join(ftfy.fix_text(line, mend) if SIGNS.search(line) else line for line in text.split("\n"))
     if config.whitespace:
         text = SPACES.sub(" ", CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
         text = BLANK.sub("\n\n", TRAILING.sub("\n", text)).strip()

@@ -28,6 +28,7 @@ th{color:var(--soft);font-weight:600}td.n{text-align:right;font-variant-numeric:
 figure{margin:.6rem 0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:.6rem;overflow-x:auto}figure svg{max-width:100%;height:auto}
 details{border:1px solid var(--line);border-radius:8px;margin:.5rem 0;background:var(--card)}summary{cursor:pointer;padding:.5rem .8rem}
 dl{margin:0;padding:0 .8rem .6rem}dt{color:var(--soft);font-size:.8rem;margin-top:.5rem}dd{margin:0}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem;padding:0 .8rem .6rem}mark{background:#f59e0b55;color:inherit;border-radius:2px}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,monospace;margin:.1rem 0}.good{color:#059669}.bad{color:#dc2626}
 """
 
@@ -78,6 +79,10 @@ class ReportBuilder:
         """Examples to read: each item maps a label to text; its first entry is the line that opens it."""
         self.blocks.append(Block("samples", heading, note, data=[dict(i) for i in items]))
 
+    def pairs(self, heading: str, items: Sequence[tuple[str, tuple[str, str], tuple[str, str]]], note: str = "") -> None:
+        """Texts side by side with their differences marked: (line that opens it, (label, text), (label, text))."""
+        self.blocks.append(Block("pairs", heading, note, data=[(title, tuple(left), tuple(right)) for title, left, right in items]))
+
     def drawing(self, heading: str, svg: str, text: str = "", plain: str = "") -> None:
         """A ready SVG drawing; `plain` stands for it in Markdown."""
         self.blocks.append(Block("drawing", heading, text, svg=svg, data=plain))
@@ -104,6 +109,8 @@ class ReportBuilder:
                 parts.append("\n".join(lines))
             elif block.kind == "samples":
                 parts += ["\n".join(f"- {k}: `{' '.join(v.split())}`" for k, v in item.items()) for item in block.data]
+            elif block.kind == "pairs":
+                parts += ["\n".join([f"- {t}", *(f"  - {label}: `{' '.join(text.split())}`" for label, text in sides)]) for t, *sides in block.data]
             elif block.kind == "drawing" and block.data:
                 parts.append("```\n" + block.data + "\n```")
             elif block.kind == "plot":
@@ -143,7 +150,24 @@ def _block_html(block: Block) -> str:
             fields = "".join(f"<dt>{html.escape(k)}</dt><dd><pre>{html.escape(v)}</pre></dd>" for k, v in rest)
             items += f"<details{' open' if number == 0 else ''}><summary>{html.escape(first[1])}</summary><dl>{fields}</dl></details>"
         return out + note + items
+    if block.kind == "pairs":
+        return out + note + "".join(_pair_html(number, *pair) for number, pair in enumerate(block.data))
     return f"{out}{note}<figure>{block.svg}</figure>"
+
+
+def _pair_html(number: int, title: str, left: tuple[str, str], right: tuple[str, str]) -> str:
+    """Two texts in columns; words that only one of them has are marked."""
+    import difflib
+    import re
+
+    a, b = (re.findall(r"\s+|\w+|[^\w\s]", text) for _, text in (left, right))
+    sides: tuple[list[str], list[str]] = ([], [])
+    for kind, a1, a2, b1, b2 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        for side, words in zip(sides, (a[a1:a2], b[b1:b2]), strict=True):
+            text = html.escape("".join(words))
+            side.append(f"<mark>{text}</mark>" if kind != "equal" and text.strip() else text)
+    columns = "".join(f"<div><dt>{html.escape(label)}</dt><pre>{''.join(side)}</pre></div>" for (label, _), side in zip((left, right), sides, strict=True))
+    return f'<details{" open" if number < 2 else ""}><summary>{html.escape(title)}</summary><div class="pair">{columns}</div></details>'
 
 
 def _td(value: Any) -> str:

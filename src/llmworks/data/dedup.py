@@ -1,0 +1,322 @@
+"""Stage `data.dedup`: one of each cluster of duplicates stays; exact, near and repeated lines, each on its own or together.
+
+First every part is hashed; then clusters are found from the hashes alone; then every part is written without what is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmworks.artifact import Config, Dataset
+from llmworks.context import Context
+from llmworks.data.documents import DocumentWriter, table_documents
+from llmworks.data.duplicates.exact import Exact
+from llmworks.data.duplicates.lines import Lines
+from llmworks.data.duplicates.near import Near
+from llmworks.data.parts import Done, Span, spans, work
+from llmworks.errors import DataError
+from llmworks.types import Document, Json
+
+if TYPE_CHECKING:
+    from llmworks.data.hashing import Array
+
+NUMBERS, SCORES = "numbers.npy", "scores.npy"
+SHOWN = 12  # pairs in the report
+SHOWN_CHARACTERS = 700
+
+
+class DedupConfig(Config):
+    """Which duplicates are looked for, and which of a cluster stays; null leaves a kind out."""
+
+    exact: Exact | None = Field(default_factory=Exact, description="the same bytes or words")
+    near: Near | None = Field(default_factory=Near, description="nearly the same words (MinHash, verified)")
+    lines: Lines | None = Field(None, description="lines that many documents share")
+    keep: Literal["longest", "first", "highest"] = Field("longest", description="which of a cluster stays; highest: by the metadata field `by`")
+    by: str = Field("quality", description="metadata field with a number, for keep: highest")
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not (self.exact or self.near or self.lines):
+            raise ValueError("exact, near and lines are all null: nothing is looked for")
+        return self
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Why a row goes: the kind of duplicate, the row that stays for it, and how similar they are."""
+
+    reason: str
+    kept: int
+    similarity: float
+
+
+def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
+    """Keep one document of every cluster; the others go to `dropped/` with the id that stands for them (`duplicate_of`) in their metadata.
+
+    Errors: DataError when a document has no number to compare by; MissingDependency without the extra `corpus`.
+    """
+    import numpy as np
+
+    parts = spans(data)
+    rows = sum(part.rows for part in parts)
+    hashed = work(ctx, "hash", partial(_hash_part, config), parts)
+    drops, sizes, facts = _decide(config, hashed, rows, ctx)
+    ids = ids_of(parts, {drop.kept for drop in drops.values()})
+    plan = ctx.scratch / "plan"
+    plan.mkdir(exist_ok=True)
+    for index, part in enumerate(parts):
+        own = {row - part.row: (drops[row].reason, ids[drops[row].kept], drops[row].similarity) for row in range(part.row, part.row + part.rows) if row in drops}
+        (plan / f"{index:06d}.json").write_text(json.dumps(own))
+    if config.lines:
+        from llmworks.data.duplicates.lines import repeated_lines
+
+        counted = work(ctx, "lines", partial(_count_lines, config.lines, plan), list(enumerate(parts)))
+        numbers, first = repeated_lines(config.lines, counted.folders)
+        np.savez(plan / "lines.npz", numbers=numbers, first=first)
+        facts["repeated_lines"] = len(numbers)
+    done = work(ctx, "write", partial(_write_part, config, plan), list(enumerate(parts)))
+    done.gather(ctx.out)
+    _report(config, ctx, data, parts, drops, sizes, facts, done)
+    dropped = done.total("dropped")
+    metrics = {"documents": done.sum("kept"), "dropped": dropped.total(), "characters": done.sum("characters"), "clusters": sizes.total(), "lines": done.sum("lines"), **facts}
+    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": done.sum("kept"), "dropped": dict(dropped.most_common())})
+
+
+def _hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
+    """Write what comparing needs: a number for exact duplicates, shingle sets and bands for near ones, a score for each document."""
+    import numpy as np
+
+    from llmworks.data import hashing
+    from llmworks.data.duplicates import exact, near
+
+    numbers: list[Array] = []
+    scores: list[Array] = []
+    signatures: list[Array] = []
+    counts: list[Array] = []
+    by_words = config.exact is not None and config.exact.by == "words"
+    with (folder / near.SHINGLES).open("wb") as shingles:
+        for table in part.tables(("text", "metadata") if config.keep == "highest" else ("text",)):
+            scores.append(_scores(config, table, part))
+            if config.exact and not by_words:
+                numbers.append(exact.hash_texts(table["text"]))
+            if not (config.near or by_words):
+                continue
+            for words in hashing.hash_words(table["text"]):
+                if by_words:
+                    numbers.append(exact.hash_sequences(words))
+                if config.near:
+                    sets = hashing.unique(hashing.shingles(words, config.near.shingle))
+                    sets.values.tofile(shingles)
+                    counts.append(sets.counts)
+                    signatures.append(near.bands(near.signatures(sets, config.near.permutations), config.near.band_rows))
+    np.save(folder / NUMBERS, np.concatenate(numbers) if numbers else np.zeros(part.rows, np.uint64))
+    np.save(folder / SCORES, np.concatenate(scores))
+    if config.near:
+        np.save(folder / near.STARTS, np.concatenate(([0], np.cumsum(np.concatenate(counts)))))
+        np.save(folder / near.BANDS, np.concatenate(signatures, axis=1))
+    return {"rows": part.rows}
+
+
+def _scores(config: DedupConfig, table: Any, part: Span) -> Array:
+    import numpy as np
+    import pyarrow.compute as pc
+
+    if config.keep == "longest":
+        return np.asarray(pc.binary_length(table["text"]).to_numpy(), dtype=np.float64)
+    if config.keep == "first":
+        return np.zeros(table.num_rows)
+    found = [json.loads(metadata).get(config.by) for metadata in table["metadata"].to_pylist()]
+    wrong = next((i for i, value in enumerate(found) if not isinstance(value, (int, float))), None)
+    if wrong is not None:
+        raise DataError(f"{part.file}: a document has no number {config.by!r} in its metadata, which keep: highest compares (by)")
+    return np.array(found, dtype=np.float64)
+
+
+def _decide(config: DedupConfig, hashed: Done, rows: int, ctx: Context) -> tuple[dict[int, Drop], Counter[int], Json]:
+    """(why each dropped row goes, cluster sizes, figures)."""
+    import numpy as np
+
+    from llmworks.data.duplicates import near
+    from llmworks.data.duplicates.clusters import Clusters, best, groups_of_equals
+
+    clusters = Clusters(rows)
+    equal = np.concatenate([np.load(folder / NUMBERS) for folder in hashed.folders])
+    for same in groups_of_equals(equal):
+        for row in same[1:].tolist():
+            clusters.join(int(same[0]), row)
+    facts: Json = {}
+    if config.near:
+        # one of each exact cluster is compared: the others would only repeat it
+        chosen = np.array([row for row in range(rows) if clusters.find(row) == row])
+        facts["compared"], facts["joined"] = near.join_near(config.near, hashed.folders, clusters, chosen)
+    scores = np.concatenate([np.load(folder / SCORES) for folder in hashed.folders])
+    drops: dict[int, Drop] = {}
+    sizes: Counter[int] = Counter()
+    sets = near.ShingleSets(hashed.folders) if config.near else None
+    for group in clusters.members():
+        kept = best(group, scores)
+        sizes[len(group)] += 1
+        for row in group:
+            if row == kept:
+                continue
+            if equal[row] and equal[row] == equal[kept]:
+                drops[row] = Drop("exact duplicate", kept, 1.0)
+            else:
+                drops[row] = Drop("near-duplicate", kept, round(sets.jaccard(row, kept), 4) if sets else 1.0)
+    if sets:
+        sets.close()
+    return drops, sizes, facts
+
+
+def ids_of(parts: Sequence[Span], rows: set[int]) -> dict[int, str]:
+    """The ids of some rows."""
+    found: dict[int, str] = {}
+    for part in parts:
+        if not any(part.row <= row < part.row + part.rows for row in rows):
+            continue
+        row = part.row
+        for table in part.tables(("id",)):
+            for id in table["id"].to_pylist():
+                if row in rows:
+                    found[row] = id
+                row += 1
+    return found
+
+
+def _count_lines(config: Lines, plan: Path, unit: tuple[int, Span], folder: Path) -> Json:
+    """Write (line number, row) of the documents that stay."""
+    import numpy as np
+
+    from llmworks.data.duplicates import lines
+
+    index, part = unit
+    drops = json.loads((plan / f"{index:06d}.json").read_text())
+    found: list[Array] = []
+    row = part.row
+    for table in part.tables(("text",)):
+        for text in table["text"].to_pylist():
+            if str(row - part.row) not in drops:
+                own = sorted(set(lines.line_numbers(config, text)) - {0})
+                found.append(np.array([(number, row) for number in own], dtype=lines.PAIR))
+            row += 1
+    np.save(folder / lines.LINES, np.concatenate(found) if found else np.zeros(0, lines.PAIR))
+    return {}
+
+
+def _write_part(config: DedupConfig, plan: Path, unit: tuple[int, Span], folder: Path) -> Json:
+    """Write a part without its duplicates and repeated lines."""
+    import numpy as np
+
+    from llmworks.data.duplicates import lines
+
+    index, part = unit
+    drops = json.loads((plan / f"{index:06d}.json").read_text())
+    repeated = dict(np.load(plan / "lines.npz")) if config.lines else {}
+    reasons: Counter[str] = Counter()
+    taken = row = 0
+    shown: Counter[str] = Counter()
+    with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
+        for table in part.tables():
+            gone = {i - row: drops[str(i)] for i in range(row, row + table.num_rows) if str(i) in drops}
+            for i, document in zip(gone, table_documents(rows_of(table, list(gone))), strict=True):
+                reason, kept, similarity = gone[i]
+                dropped.add(replace(document, metadata={**document.metadata, "duplicate_of": kept, "similarity": similarity}), reason)
+                reasons[reason] += 1
+            stay = rows_of(table, [i for i in range(table.num_rows) if i not in gone]) if gone else table
+            if not config.lines or not len(repeated["numbers"]):
+                writer.add_table(stay)
+            else:
+                places = [row + i for i in range(table.num_rows) if i not in gone]
+                for place, document in zip(places, table_documents(stay), strict=True):
+                    text, out = lines.without(config.lines, document.text, part.row + place, repeated["numbers"], repeated["first"])
+                    taken += len(out)
+                    shown.update(out)
+                    if out and len(text.strip()) < config.lines.min_left:
+                        dropped.add(document, "only repeated lines")
+                        reasons["only repeated lines"] += 1
+                    else:
+                        writer.add(replace(document, text=text.strip()) if out else document)
+            row += table.num_rows
+    return {"kept": writer.documents, "characters": writer.characters, "dropped": reasons, "lines": taken, "shown": dict(shown.most_common(200))}
+
+
+def rows_of(table: Any, rows: list[int]) -> Any:
+    """Some rows of a table."""
+    import numpy as np
+
+    return table.take(np.array(rows, dtype=np.int64))
+
+
+def texts_of(parts: Sequence[Span], rows: set[int]) -> dict[int, Document]:
+    """Some rows' documents; only the parts that hold them are read."""
+    found: dict[int, Document] = {}
+    for part in parts:
+        if not any(part.row <= row < part.row + part.rows for row in rows):
+            continue
+        row = part.row
+        for table in part.tables():
+            wanted = [i for i in range(table.num_rows) if row + i in rows]
+            for i, document in zip(wanted, table_documents(rows_of(table, wanted)), strict=True):
+                found[row + i] = document
+            row += table.num_rows
+    return found
+
+
+def _report(
+    config: DedupConfig, ctx: Context, data: Dataset, parts: Sequence[Span], drops: dict[int, Drop], sizes: Counter[int], facts: Json, done: Done
+) -> None:  # fmt: skip
+    report = ctx.report
+    kept, dropped = done.sum("kept"), done.total("dropped")
+    every = kept + dropped.total()
+    report.title = f"{data.name} without duplicates"
+    report.lead = f"{kept:,} of {every:,} documents stay ({kept / max(every, 1):.1%}); {sizes.total():,} clusters."
+    if config.near:
+        near = config.near
+        report.lead += f" {facts['compared']:,} candidate pairs were compared, {facts['joined']:,} joined (Jaccard of {near.shingle}-word shingles at least {near.threshold})."
+    report.data = {"kept": kept, "dropped": dict(dropped), "cluster_sizes": {str(k): v for k, v in sorted(sizes.items())}, **facts}
+    report.table("Dropped", ("why", "documents", "share"), [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()], note="Each is kept in dropped/ with duplicate_of and similarity.")
+    if sizes:
+        report.table("Clusters", ("documents in the cluster", "clusters"), sorted(sizes.items()))
+    if config.near:
+        near = config.near
+        curve = [(i / 50, _chance(near, i / 50)) for i in range(51)]
+        report.curves(
+            "Which pairs become candidates", {"chance": curve}, x="Jaccard similarity", y="chance",
+            note=f"{near.bands} bands of {near.band_rows} minima. Candidates below {near.threshold} are refused when compared.",
+        )  # fmt: skip
+    if config.lines:
+        common = done.total("shown").most_common(20)
+        report.table("Repeated lines", ("line", "taken out"), [(line[:200], n) for line, n in common], note=f"{done.sum('lines'):,} lines were taken out; each stays where it came first.")
+    chosen = _spread([(row, drop) for row, drop in drops.items() if drop.similarity < 1] or list(drops.items()))
+    texts = texts_of(parts, {row for row, _ in chosen} | {drop.kept for _, drop in chosen})
+    report.pairs(
+        "Pairs side by side",
+        [(f"{drop.reason}, similarity {drop.similarity:.2f}", _shown("kept", texts[drop.kept]), _shown("dropped", texts[row])) for row, drop in chosen],
+        note="From the least to the most similar; what differs is marked.",
+    )
+
+
+def _shown(label: str, document: Document) -> tuple[str, str]:
+    return f"{label}: {document.id}", document.text[:SHOWN_CHARACTERS]
+
+
+def _chance(near: Near, similarity: float) -> float:
+    from llmworks.data.duplicates.near import found
+
+    return found(similarity, near.band_rows, near.bands)
+
+
+def _spread(items: list[tuple[int, Drop]]) -> list[tuple[int, Drop]]:
+    """A few, from the least to the most similar, spread evenly."""
+    ordered = sorted(items, key=lambda item: (item[1].similarity, item[0]))
+    if len(ordered) <= SHOWN:
+        return ordered
+    return [ordered[round(i * (len(ordered) - 1) / (SHOWN - 1))] for i in range(SHOWN)]

@@ -1,0 +1,45 @@
+"""Exact duplicates: the same bytes, or the same words whatever their case, spacing and punctuation."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from llmworks.artifact import Config
+from llmworks.data.hashing import Array, Hashed, mix
+from llmworks.errors import MissingDependency
+
+
+class Exact(Config):
+    """What counts as an exact duplicate."""
+
+    by: Literal["words", "bytes"] = Field("words", description="words: case, white space and punctuation do not count; bytes: everything does")
+
+
+def hash_texts(column: Any) -> Array:
+    """A 64-bit number (xxh3) of each text's bytes, 0 for the empty text. MissingDependency without the extra."""
+    import pyarrow as pa
+
+    try:
+        from xxhash import xxh3_64_intdigest
+    except ImportError:
+        raise MissingDependency("data.dedup hashes with xxhash; install it with: pip install 'llmworks[corpus]'") from None
+    found: list[int] = []
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        _, offsets, data = chunk.cast(pa.large_string()).buffers()
+        places = np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        view = memoryview(data) if data is not None else memoryview(b"")
+        found += [xxh3_64_intdigest(view[a:b]) if b > a else 0 for a, b in pairwise(places)]
+    return np.array(found, dtype=np.uint64)
+
+
+def hash_sequences(words: Hashed) -> Array:
+    """A 64-bit number of each text's words in their order, 0 for a text without words."""
+    place = np.arange(len(words.values), dtype=np.uint64) - np.repeat(words.starts[:-1], words.counts).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        total = np.concatenate((np.zeros(1, np.uint64), np.cumsum(mix(words.values + mix(place)))))
+        values = mix(total[words.starts[1:]] - total[words.starts[:-1]] + words.counts.astype(np.uint64))
+    return np.where(words.counts > 0, values | np.uint64(1), np.uint64(0))

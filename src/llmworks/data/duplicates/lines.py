@@ -1,0 +1,66 @@
+"""Lines that many documents share, such as menus, licences and signatures: kept where they come first, taken out elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from llmworks.artifact import Config
+from llmworks.data.hashing import Array
+
+LINES = "lines.npy"
+PAIR = np.dtype([("number", np.uint64), ("row", np.int64)])
+SLICE = 20_000_000  # pairs that are sorted at once
+
+
+class Lines(Config):
+    """Which repeated lines or paragraphs are taken out."""
+
+    paragraphs: bool = Field(False, description="look at paragraphs (divided by empty lines) instead of lines")
+    min_characters: int = Field(30, ge=1, description="shorter ones stay")
+    max_documents: int = Field(3, ge=1, description="a line that more documents have is kept in the first of them only")
+    min_left: int = Field(50, ge=0, description="documents of which fewer characters are left are dropped")
+
+
+def line_numbers(config: Lines, text: str) -> list[int]:
+    """A 64-bit number for each line that is long enough, 0 for others."""
+    from xxhash import xxh3_64_intdigest
+
+    return [xxh3_64_intdigest(key.encode()) if len(key := line.strip()) >= config.min_characters else 0 for line in divided(config, text)]
+
+
+def divided(config: Lines, text: str) -> list[str]:
+    """The lines, or paragraphs, of a text."""
+    return text.split("\n\n" if config.paragraphs else "\n")
+
+
+def repeated_lines(config: Lines, folders: Sequence[Path]) -> tuple[Array, Array]:
+    """(numbers of lines that too many documents have, sorted; the first row of each), from the parts' files of (number, row)."""
+    parts = [np.load(folder / LINES, mmap_mode="r") for folder in folders]
+    slices = 1 + sum(map(len, parts)) // SLICE
+    numbers: list[Array] = []
+    rows: list[Array] = []
+    for piece in range(slices):
+        pairs = np.concatenate([part[part["number"] % slices == piece] for part in parts])
+        pairs.sort(order=("number", "row"))
+        edges = np.flatnonzero(np.concatenate(([True], pairs["number"][1:] != pairs["number"][:-1], [True])))
+        often = edges[:-1][np.diff(edges) > config.max_documents]
+        numbers.append(pairs["number"][often])
+        rows.append(pairs["row"][often])
+    found, first = np.concatenate(numbers), np.concatenate(rows)
+    order = np.argsort(found)
+    return found[order], first[order]
+
+
+def without(config: Lines, text: str, row: int, repeated: Array, first: Array) -> tuple[str, list[str]]:
+    """(the text of a row without lines that came first in another row, those lines)."""
+    numbers = line_numbers(config, text)
+    places = np.minimum(np.searchsorted(repeated, np.array(numbers, dtype=np.uint64)), len(repeated) - 1).tolist()
+    kept: list[str] = []
+    out: list[str] = []
+    for line, number, place in zip(divided(config, text), numbers, places, strict=True):
+        (out if number and repeated[place] == number and first[place] != row else kept).append(line)
+    return ("\n\n" if config.paragraphs else "\n").join(kept), out

@@ -1,0 +1,185 @@
+"""Near-duplicates by MinHash (Broder 1997) and locality-sensitive hashing, each candidate verified by its true Jaccard similarity.
+
+One permutation gives all minima (Li, Owen and Zhang 2012); empty places are filled from full ones chosen by a fixed hash (Shrivastava 2017).
+Shingles stay on disk, in memory are one band's numbers at a time; so memory grows with the documents, not with their text.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from llmworks.artifact import Config
+from llmworks.data.duplicates.clusters import Clusters, groups_of_equals
+from llmworks.data.hashing import Array, Hashed, mix
+
+SHINGLES, STARTS, BANDS = "shingles.u32", "starts.npy", "bands.npy"
+CROWD = 64  # rows of a bucket that are compared each with each; in larger ones, neighbours and the first
+RECALL = 0.8  # wanted chance that a pair at the threshold becomes a candidate
+
+
+class Near(Config):
+    """What counts as a near-duplicate."""
+
+    shingle: int = Field(5, ge=1, le=50, description="words of a shingle")
+    threshold: float = Field(
+        0.35, gt=0, le=1, description="Jaccard similarity of the shingle sets, at least; one word in ten changed gives about 0.42"
+    )
+    permutations: int = Field(128, ge=16, le=1024, description="minima of a signature; a power of two")
+    rows: int = Field(0, ge=0, description="minima of a band; 0: as many as find a pair at the threshold with a chance of 0.8")
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> Self:
+        if self.permutations & (self.permutations - 1):
+            raise ValueError(f"permutations is {self.permutations}, it must be a power of two")
+        if self.rows > self.permutations:
+            raise ValueError(f"rows is {self.rows}, permutations is {self.permutations}: rows must not be more")
+        return self
+
+    @property
+    def band_rows(self) -> int:
+        """Minima of a band."""
+        return self.rows or max((r for r in range(1, 17) if found(self.threshold, r, self.permutations // r) >= RECALL), default=1)
+
+    @property
+    def bands(self) -> int:
+        """How many bands there are."""
+        return self.permutations // self.band_rows
+
+
+def found(similarity: float, rows: int, bands: int) -> float:
+    """The chance that a pair of this similarity shares a band (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4.2)."""
+    return float(1 - (1 - similarity**rows) ** bands)
+
+
+def signatures(sets: Hashed, permutations: int) -> Array:
+    """Minima [texts, permutations] of sorted sets of 32-bit numbers; the first bits choose the place, the rest is the value.
+
+    A text without shingles has zeros only.
+    """
+    bits = permutations.bit_length() - 1
+    place = (sets.values >> np.uint32(32 - bits)).astype(np.int64)
+    key = sets.owner * permutations + place
+    first = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1]))) if len(key) else np.zeros(0, np.int64)
+    flat = np.zeros(len(sets) * permutations, dtype=np.uint32)
+    full = np.zeros(len(flat), dtype=bool)
+    flat[key[first]] = sets.values[first] & np.uint32((1 << (32 - bits)) - 1)
+    full[key[first]] = True
+    return _filled(flat.reshape(-1, permutations), full.reshape(-1, permutations))
+
+
+def _filled(minima: Array, full: Array) -> Array:
+    """Give every empty place the value of a full one, tried in an order that is fixed for the place."""
+    some: Array = np.any(full, axis=1, keepdims=True)
+    empty_row, empty_place = np.nonzero(~full & some)
+    for turn in _turns(full.shape[1]):
+        if not len(empty_row):
+            break
+        source = turn[empty_place]
+        hit = full[empty_row, source]
+        minima[empty_row[hit], empty_place[hit]] = minima[empty_row[hit], source[hit]]
+        empty_row, empty_place = empty_row[~hit], empty_place[~hit]
+    return minima
+
+
+@functools.cache
+def _turns(places: int) -> Array:
+    """For each attempt, the place that each place looks at; every place is looked at once."""
+    random = np.random.Generator(np.random.PCG64(places))
+    return np.array([random.permutation(places) for _ in range(4 * places)] + [(np.arange(places) + i) % places for i in range(1, places)])
+
+
+def bands(signature: Array, rows: int) -> Array:
+    """A number for each band [bands, texts]; 0 for texts without shingles."""
+    count = signature.shape[1] // rows
+    with np.errstate(over="ignore"):
+        value = np.arange(1, count + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) * np.ones(len(signature), np.uint64)
+        for row in range(rows):
+            value = mix(value + signature[:, row : count * rows : rows].T)
+    value[:, ~signature.any(axis=1)] = 0
+    return value
+
+
+class ShingleSets:
+    """The shingle sets of all rows, read from the parts' files as they are needed."""
+
+    def __init__(self, folders: Sequence[Path], kept: int = 4096) -> None:
+        self._starts = [np.load(folder / STARTS) for folder in folders]
+        self._first = np.cumsum([0, *(len(starts) - 1 for starts in self._starts)])
+        self._files = [os.open(folder / SHINGLES, os.O_RDONLY) for folder in folders]
+        self._kept, self._known = kept, OrderedDict[int, Array]()
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            os.close(file)
+
+    def __getitem__(self, row: int) -> Array:
+        if row in self._known:
+            self._known.move_to_end(row)
+            return self._known[row]
+        part = int(np.searchsorted(self._first, row, side="right")) - 1
+        begin, end = self._starts[part][row - self._first[part] : row - self._first[part] + 2].tolist()
+        values = np.frombuffer(os.pread(self._files[part], (end - begin) * 4, begin * 4), dtype=np.uint32)
+        self._known[row] = values
+        if len(self._known) > self._kept:
+            self._known.popitem(last=False)
+        return values
+
+    def jaccard(self, a: int, b: int) -> float:
+        """The similarity of two rows' sets."""
+        return jaccard(self[a], self[b])
+
+
+def jaccard(a: Array, b: Array) -> float:
+    """The share of common members of two sorted sets."""
+    if not len(a) or not len(b):
+        return 0.0
+    both = np.concatenate((a, b))
+    both.sort()
+    common = int(np.count_nonzero(both[1:] == both[:-1]))
+    return common / (len(both) - common)
+
+
+def join_near(config: Near, folders: Sequence[Path], clusters: Clusters, chosen: Array) -> tuple[int, int]:
+    """Join the rows whose similarity is at least the threshold; returns (pairs compared, pairs joined). Only `chosen` rows are looked at."""
+    sets = ShingleSets(folders)
+    refused: set[tuple[int, int]] = set()
+    compared = joined = 0
+    try:
+        for band in range(config.bands):
+            numbers = np.concatenate([np.load(folder / BANDS, mmap_mode="r")[band] for folder in folders])[chosen]
+            for group in groups_of_equals(numbers):
+                for a, b in pairs(chosen[group].tolist()):
+                    if (a, b) in refused or clusters.find(a) == clusters.find(b):
+                        continue
+                    compared += 1
+                    if sets.jaccard(a, b) >= config.threshold:
+                        clusters.join(a, b)
+                        joined += 1
+                    else:
+                        refused.add((a, b))
+    finally:
+        sets.close()
+    return compared, joined
+
+
+def pairs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """The pairs of a bucket that are compared."""
+    if len(rows) <= CROWD:
+        for i, a in enumerate(rows):
+            for b in rows[i + 1 :]:
+                yield a, b
+        return
+    for a, b in pairwise(rows):
+        yield a, b
+        if a != rows[0]:
+            yield rows[0], b

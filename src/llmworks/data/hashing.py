@@ -1,0 +1,167 @@
+"""Words as 64-bit numbers, for whole columns of text at once: what duplicates, overlaps and the classifier count with.
+
+A word is a run of ASCII letters, digits or characters beyond ASCII; case is folded. Its number is a polynomial of its bytes modulo 2**64,
+so that one running sum over a column gives every word's number as a difference (Karp and Rabin 1987), then mixed. The same everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+BLOCK = 1 << 20  # bytes of text that are hashed together
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """Numbers of some texts: text `i` has `values[starts[i]:starts[i + 1]]`."""
+
+    values: Array
+    starts: Array
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> Array:
+        return self.values[self.starts[index] : self.starts[index + 1]]
+
+    @property
+    def counts(self) -> Array:
+        """How many numbers each text has."""
+        return np.diff(self.starts)
+
+    @property
+    def owner(self) -> Array:
+        """The text that each number belongs to."""
+        return np.repeat(np.arange(len(self)), self.counts)
+
+
+@functools.cache
+def _tables() -> tuple[Array, Array]:
+    """(a number for each byte, 0 for what divides words; whether a byte is part of a word). Capital letters are as small ones."""
+    random = np.random.Generator(np.random.PCG64(20240601))
+    numbers = random.integers(1, 2**63, 256, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    inside = np.zeros(256, dtype=bool)
+    for first, last in ((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A), (0x80, 0xFF)):
+        inside[first : last + 1] = True
+    numbers[0x41:0x5B] = numbers[0x61:0x7B]
+    numbers[~inside] = 0
+    return numbers, inside
+
+
+@functools.cache
+def _powers(size: int) -> tuple[Array, Array]:
+    """(BASE**i, BASE**-i) modulo 2**64 for i below `size`."""
+    with np.errstate(over="ignore"):
+        ups = np.full(size, BASE, dtype=np.uint64)
+        downs = np.full(size, pow(BASE, -1, 2**64), dtype=np.uint64)
+        ups[0] = downs[0] = 1
+        return np.multiply.accumulate(ups), np.multiply.accumulate(downs)
+
+
+def mix(values: Array) -> Array:
+    """Spread 64-bit numbers over all their bits (the finalizer of MurmurHash3)."""
+    with np.errstate(over="ignore"):
+        values = values ^ (values >> np.uint64(33))
+        values *= np.uint64(0xFF51AFD7ED558CCD)
+        values ^= values >> np.uint64(33)
+        values *= np.uint64(0xC4CEB9FE1A85EC53)
+        values ^= values >> np.uint64(33)
+    return values
+
+
+def hash_words(column: Any) -> Iterator[Hashed]:
+    """The words of a string column (Arrow array or chunked array), some rows at a time, in order."""
+    import pyarrow as pa
+
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        data, offsets = _bytes(chunk)
+        first = 0
+        while first < len(chunk):
+            # as many rows as fit a block, one at least
+            last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + BLOCK, side="right")) - 1)
+            last = min(last, len(chunk))
+            yield _hash_block(data[offsets[first] : offsets[last]], offsets[first : last + 1] - offsets[first])
+            first = last
+
+
+def _bytes(chunk: Any) -> tuple[Array, Array]:
+    """(bytes, offsets) of a string array with case folded beyond ASCII; ASCII letters are folded by the table."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pc.all(pc.string_is_ascii(chunk)).as_py():
+        chunk = pc.utf8_lower(chunk)
+    chunk = chunk.cast(pa.large_string())
+    _, offsets, data = chunk.buffers()
+    view = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)
+    return view, np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+
+
+def _hash_block(data: Array, offsets: Array) -> Hashed:
+    numbers, inside = _tables()
+    size = 1 << max(20, len(data).bit_length())  # few different sizes, so that the powers are made once
+    ups, downs = _powers(size)
+    part = inside[data]
+    begins = part.copy()
+    begins[1:] &= ~part[:-1]
+    edges = offsets[:-1][offsets[:-1] < len(data)]
+    begins[edges] = part[edges]  # a word does not go on into the next text
+    ends = part.copy()
+    ends[:-1] &= ~part[1:]
+    tails = offsets[1:][offsets[1:] > 0] - 1
+    ends[tails] = part[tails]
+    first, last = np.flatnonzero(begins), np.flatnonzero(ends) + 1
+    with np.errstate(over="ignore"):
+        running = numbers[data]
+        running *= ups[: len(data)]
+        np.cumsum(running, out=running)
+        below = np.where(first > 0, running[first - 1], np.uint64(0)) if len(first) else np.zeros(0, np.uint64)
+        values = (running[last - 1] - below) * downs[first]
+    starts = np.searchsorted(first, offsets, side="left")
+    return Hashed(mix(values), starts)
+
+
+def shingles(words: Hashed, n: int) -> Hashed:
+    """Numbers of every run of `n` words inside one text; a text of fewer words has one, of all of them."""
+    counts = words.counts
+    many = np.maximum(counts - n + 1, np.minimum(counts, 1))
+    starts = np.concatenate(([0], np.cumsum(many)))
+    size = len(words.values) - n + 1
+    with np.errstate(over="ignore"):
+        full = np.zeros(max(size, 0), dtype=np.uint64)
+        for i in range(n):
+            full += words.values[i : i + max(size, 0)] * _coefficient(i)
+        values = np.zeros(starts[-1], dtype=np.uint64)
+        long = counts >= n
+        owner = words.owner
+        if size > 0:
+            places = np.flatnonzero(owner[:size] == owner[n - 1 :])
+            values[np.repeat(long, many)] = full[places]
+        for index in np.flatnonzero((counts > 0) & ~long):
+            own = words[int(index)]
+            values[starts[index]] = sum((own[i] * _coefficient(i) for i in range(len(own))), np.uint64(0))
+    return Hashed(mix(values), starts)
+
+
+@functools.cache
+def _coefficient(index: int) -> Any:
+    """An odd number for each place of a shingle, so that the order of words counts."""
+    return mix(np.array([index * 2 + 1], dtype=np.uint64))[0] | np.uint64(1)
+
+
+def unique(hashed: Hashed) -> Hashed:
+    """Each text's numbers as a sorted set of 32-bit numbers."""
+    keys = (hashed.owner.astype(np.uint64) << np.uint64(32)) | (hashed.values >> np.uint64(32))
+    keys.sort()
+    if len(keys):
+        keys = keys[np.concatenate(([True], keys[1:] != keys[:-1]))]
+    starts = np.searchsorted(keys, np.arange(len(hashed) + 1, dtype=np.uint64) << np.uint64(32))
+    return Hashed(keys.astype(np.uint32), starts)

@@ -112,7 +112,7 @@ def kind_of(path: Path) -> str:
         raise UserError(f"{path}: is empty")
     if "adapter_config.json" in names:
         return "adapter"
-    if "config.json" in names or any(name.endswith(".gguf") for name in names):
+    if names & {"config.json", "model.safetensors"} or any(name.endswith(".gguf") for name in names):
         return "model"
     return "tokenizer" if "tokenizer.json" in names else "dataset"
 

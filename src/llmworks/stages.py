@@ -39,6 +39,7 @@ STAGES: dict[str, Stage] = {
     "data.query": Stage("llmworks.data.query:query", 1, "declared", "the rows of a SQL query to documents"),
     "data.clean": Stage("llmworks.data.clean:clean", 1, "exact", "mend documents, drop bad text by the published rules"),
     "data.dedup": Stage("llmworks.data.dedup:dedup", 1, "exact", "keep one of each cluster of exact or near duplicates"),
+    "data.semdedup": Stage("llmworks.data.semdedup:semdedup", 1, "exact-on-this-platform", "keep one of each cluster of like meaning"),
     "data.chat": Stage("llmworks.data.chat:chat", 1, "exact", "raw rows to conversations with tools and answers"),
     "data.split": Stage("llmworks.data.split:split", 1, "exact", "one side of a seeded split, groups kept together"),
     "data.overlap": Stage("llmworks.data.overlap:overlap", 1, "exact", "count what two data sets share"),

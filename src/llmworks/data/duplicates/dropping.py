@@ -1,0 +1,160 @@
+"""What becomes of documents that were found to be duplicates: the plan of each part, the writing, the pairs to look at.
+
+Shared by the stages that find them. A plan is a file per part that says why a row goes, which document stays for it, and how similar they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmworks.context import Context
+from llmworks.data.documents import DocumentWriter, table_documents
+from llmworks.data.parts import Done, Span, work
+from llmworks.report import ReportBuilder
+from llmworks.types import Document, Json
+
+if TYPE_CHECKING:
+    from llmworks.data.duplicates.lines import Lines
+
+SHOWN = 12  # pairs in the report
+SHOWN_CHARACTERS = 700
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Why a row goes: the kind of duplicate, the row that stays for it, and how similar they are."""
+
+    reason: str
+    kept: int
+    similarity: float
+
+
+def save_plan(ctx: Context, parts: Sequence[Span], drops: Mapping[int, Drop]) -> Path:
+    """Write what is dropped, part by part; returns the folder."""
+    ids = ids_of(parts, {drop.kept for drop in drops.values()})
+    plan = ctx.scratch / "plan"
+    plan.mkdir(exist_ok=True)
+    for index, part in enumerate(parts):
+        own = {
+            row - part.row: (drops[row].reason, ids[drops[row].kept], drops[row].similarity)
+            for row in range(part.row, part.row + part.rows)
+            if row in drops
+        }
+        (plan / f"{index:06d}.json").write_text(json.dumps(own))
+    return plan
+
+
+def read_plan(plan: Path, index: int) -> dict[str, tuple[str, str, float]]:
+    """What goes from a part: (reason, id of what stays, similarity) by place."""
+    found: dict[str, tuple[str, str, float]] = json.loads((plan / f"{index:06d}.json").read_text())
+    return found
+
+
+def write_kept(ctx: Context, parts: Sequence[Span], plan: Path, lines: Lines | None = None) -> Done:
+    """Write every part without what its plan drops, and put the parts together."""
+    done = work(ctx, "write", partial(_write_part, lines, plan), list(enumerate(parts)))
+    done.gather(ctx.out)
+    return done
+
+
+def ids_of(parts: Sequence[Span], rows: set[int]) -> dict[int, str]:
+    """The ids of some rows."""
+    found: dict[int, str] = {}
+    for part in parts:
+        if not any(part.row <= row < part.row + part.rows for row in rows):
+            continue
+        row = part.row
+        for table in part.tables(("id",)):
+            for id in table["id"].to_pylist():
+                if row in rows:
+                    found[row] = id
+                row += 1
+    return found
+
+
+def _write_part(repeating: Lines | None, plan: Path, unit: tuple[int, Span], folder: Path) -> Json:
+    """Write a part without its duplicates and repeated lines."""
+    import numpy as np
+
+    from llmworks.data.duplicates import lines
+
+    index, part = unit
+    drops = read_plan(plan, index)
+    repeated = dict(np.load(plan / "lines.npz")) if repeating else {}
+    reasons: Counter[str] = Counter()
+    taken = row = 0
+    shown: Counter[str] = Counter()
+    with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
+        for table in part.tables():
+            gone = {i - row: drops[str(i)] for i in range(row, row + table.num_rows) if str(i) in drops}
+            for i, document in zip(gone, table_documents(rows_of(table, list(gone))), strict=True):
+                reason, kept, similarity = gone[i]
+                dropped.add(replace(document, metadata={**document.metadata, "duplicate_of": kept, "similarity": similarity}), reason)
+                reasons[reason] += 1
+            stay = rows_of(table, [i for i in range(table.num_rows) if i not in gone]) if gone else table
+            if repeating is None or not len(repeated["numbers"]):
+                writer.add_table(stay)
+            else:
+                places = [row + i for i in range(table.num_rows) if i not in gone]
+                for place, document in zip(places, table_documents(stay), strict=True):
+                    text, out = lines.without(repeating, document.text, part.row + place, repeated["numbers"], repeated["first"])
+                    taken += len(out)
+                    shown.update(out)
+                    if out and len(text.strip()) < repeating.min_left:
+                        dropped.add(document, "only repeated lines")
+                        reasons["only repeated lines"] += 1
+                    else:
+                        writer.add(replace(document, text=text.strip()) if out else document)
+            row += table.num_rows
+    return {"kept": writer.documents, "characters": writer.characters, "dropped": reasons, "lines": taken, "shown": dict(shown.most_common(200))}
+
+
+def rows_of(table: Any, rows: list[int]) -> Any:
+    """Some rows of a table."""
+    import numpy as np
+
+    return table.take(np.array(rows, dtype=np.int64))
+
+
+def texts_of(parts: Sequence[Span], rows: set[int]) -> dict[int, Document]:
+    """Some rows' documents; only the parts that hold them are read."""
+    found: dict[int, Document] = {}
+    for part in parts:
+        if not any(part.row <= row < part.row + part.rows for row in rows):
+            continue
+        row = part.row
+        for table in part.tables():
+            wanted = [i for i in range(table.num_rows) if row + i in rows]
+            for i, document in zip(wanted, table_documents(rows_of(table, wanted)), strict=True):
+                found[row + i] = document
+            row += table.num_rows
+    return found
+
+
+def side_by_side(report: ReportBuilder, parts: Sequence[Span], drops: Mapping[int, Drop]) -> None:
+    """Show a few pairs, from the least to the most similar; those that are not quite the same come first."""
+    chosen = _spread([(row, drop) for row, drop in drops.items() if drop.similarity < 1] or list(drops.items()))
+    texts = texts_of(parts, {row for row, _ in chosen} | {drop.kept for _, drop in chosen})
+    report.pairs(
+        "Pairs side by side",
+        [(f"{drop.reason}, similarity {drop.similarity:.2f}", _shown("kept", texts[drop.kept]), _shown("dropped", texts[row])) for row, drop in chosen],
+        note="From the least to the most similar; what differs is marked.",
+    )
+
+
+def _shown(label: str, document: Document) -> tuple[str, str]:
+    return f"{label}: {document.id}", document.text[:SHOWN_CHARACTERS]
+
+
+def _spread(items: list[tuple[int, Drop]]) -> list[tuple[int, Drop]]:
+    """A few, from the least to the most similar, spread evenly."""
+    ordered = sorted(items, key=lambda item: (item[1].similarity, item[0]))
+    if len(ordered) <= SHOWN:
+        return ordered
+    return [ordered[round(i * (len(ordered) - 1) / (SHOWN - 1))] for i in range(SHOWN)]

@@ -1,0 +1,58 @@
+"""Documents that mean the same: vectors near one another, found inside the cells of a k-means partition (SemDeDup, Abbas et al. 2023).
+
+Up to EXACT documents every pair is compared. Beyond, each document is compared inside the two cells whose centres are nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from llmworks.data.duplicates.clusters import Clusters
+from llmworks.data.hashing import Array
+from llmworks.errors import MissingDependency
+
+EXACT = 20_000
+CELL = 2_000  # documents of a cell, about
+BLOCK = 2_000  # rows of one matrix product
+
+
+def join_similar(vectors: Array, threshold: float, clusters: Clusters, seed: int = 0, exact: int = EXACT, cell: int = CELL) -> tuple[int, int]:
+    """Join rows whose cosine is at least `threshold`; returns (pairs compared, pairs joined). `vectors` [rows, dimensions] are of unit length."""
+    compared = joined = 0
+    for members in cells(vectors, seed, exact, cell):
+        for at in range(0, len(members), BLOCK):
+            some = members[at : at + BLOCK]
+            products = vectors[some].astype(np.float32) @ vectors[members[at:]].astype(np.float32).T
+            compared += len(some) * (len(members) - at) - len(some) * (len(some) + 1) // 2
+            for i, j in zip(*np.nonzero(np.triu(products >= threshold, 1)), strict=True):
+                a, b = int(some[i]), int(members[at + j])
+                if clusters.find(a) != clusters.find(b):
+                    clusters.join(a, b)
+                    joined += 1
+    return compared, joined
+
+
+def cells(vectors: Array, seed: int, exact: int, cell: int) -> Iterator[Array]:
+    """Rows that are compared with one another; rows of zeros are in no cell."""
+    rows = np.flatnonzero(np.any(vectors, axis=1))
+    if len(rows) <= exact:
+        yield rows
+        return
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError:
+        raise MissingDependency("data.semdedup needs scikit-learn for this many documents; install it with: pip install 'llmworks[corpus]'") from None
+    count = max(2, len(rows) // cell)
+    means = MiniBatchKMeans(count, random_state=seed, batch_size=4096, n_init=1, max_iter=20).fit(vectors[rows].astype(np.float32))
+    nearest: list[Array] = []
+    for at in range(0, len(rows), BLOCK * 10):
+        near = vectors[rows[at : at + BLOCK * 10]].astype(np.float32) @ means.cluster_centers_.T.astype(np.float32)
+        near -= 0.5 * np.square(means.cluster_centers_).sum(axis=1).astype(np.float32)  # the nearest centre by distance
+        nearest.append(np.argpartition(-near, 1, axis=1)[:, :2])
+    both = np.concatenate(nearest)
+    for number in range(count):
+        members = rows[(both == number).any(axis=1)]
+        if len(members) > 1:
+            yield members

@@ -1,0 +1,82 @@
+"""Stage `data.semdedup`: of documents that mean the same, one stays (SemDeDup, Abbas et al. 2023), judged by the vectors of an embedder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Dataset, Model
+from llmworks.context import Context
+from llmworks.data.duplicates.dropping import Drop, save_plan, side_by_side, write_kept
+from llmworks.data.parts import Span, spans, work
+from llmworks.types import Json
+
+VECTORS, SIZES = "vectors.npy", "sizes.npy"
+
+
+class SemdedupConfig(Config):
+    """What counts as meaning the same."""
+
+    threshold: float = Field(0.95, gt=0, le=1, description="cosine of two documents' vectors, at least; depends on the embedder")
+    keep: Literal["longest", "first"] = Field("longest", description="which of a cluster stays")
+    seed: int = Field(0, description="seed of the partition of large data sets")
+
+
+def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Context) -> Dataset:
+    """Keep one document of every cluster of like meaning; the others go to `dropped/` with `duplicate_of` and the cosine.
+
+    Errors: ModelError when `embedder` is none; MissingDependency without the extra `corpus` on large data.
+    """
+    import numpy as np
+
+    from llmworks.data.duplicates.clusters import Clusters, best
+    from llmworks.data.duplicates.semantic import join_similar
+
+    parts = spans(data)
+    rows = sum(part.rows for part in parts)
+    done = work(ctx, "embed", partial(_embed_part, embedder.path), parts)
+    vectors = np.concatenate([np.load(folder / VECTORS) for folder in done.folders])
+    sizes = np.concatenate([np.load(folder / SIZES) for folder in done.folders]) if config.keep == "longest" else np.zeros(rows)
+    clusters = Clusters(rows)
+    compared, joined = join_similar(vectors, config.threshold, clusters, config.seed)
+    drops: dict[int, Drop] = {}
+    counts: Counter[int] = Counter()
+    for group in clusters.members():
+        kept = best(group, sizes)
+        counts[len(group)] += 1
+        for row in group:
+            if row != kept:
+                drops[row] = Drop("like meaning", kept, round(float(vectors[row].astype(np.float32) @ vectors[kept].astype(np.float32)), 4))
+    written = write_kept(ctx, parts, save_plan(ctx, parts, drops))
+    stay = written.sum("kept")
+    report = ctx.report
+    report.title = f"{data.name} without documents of like meaning"
+    report.lead = f"{stay:,} of {rows:,} documents stay ({stay / max(rows, 1):.1%}); {joined:,} of {compared:,} pairs have a cosine of at least {config.threshold} under {embedder.name}."
+    report.data = {"kept": stay, "dropped": len(drops), "cluster_sizes": {str(k): v for k, v in sorted(counts.items())}, "compared": compared}
+    if counts:
+        report.table("Clusters", ("documents in the cluster", "clusters"), sorted(counts.items()))
+    side_by_side(report, parts, drops)
+    metrics = {"documents": stay, "dropped": len(drops), "clusters": counts.total(), "compared": compared, "joined": joined}
+    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": stay, "dropped": {"like meaning": len(drops)} if drops else {}})
+
+
+def _embed_part(path: Path, part: Span, folder: Path) -> Json:
+    """Write the vectors (fp16) and sizes of a part's documents."""
+    import numpy as np
+
+    from llmworks.embed import open_embedder
+
+    embedder = open_embedder(path)
+    vectors = []
+    sizes: list[int] = []
+    for table in part.tables(("text",)):
+        texts = table["text"].to_pylist()
+        vectors.append(embedder.encode(texts).astype(np.float16))
+        sizes += [len(text) for text in texts]
+    np.save(folder / VECTORS, np.concatenate(vectors))
+    np.save(folder / SIZES, np.array(sizes, dtype=np.float64))
+    return {"rows": part.rows}

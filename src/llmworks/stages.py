@@ -38,6 +38,7 @@ STAGES: dict[str, Stage] = {
     "data.read": Stage("llmworks.data.read:read", 1, "exact", "raw files of many formats to documents"),
     "data.query": Stage("llmworks.data.query:query", 1, "declared", "the rows of a SQL query to documents"),
     "data.clean": Stage("llmworks.data.clean:clean", 1, "exact", "mend documents, drop bad text by the published rules"),
+    "data.classify": Stage("llmworks.data.classify:classify", 1, "exact-on-this-platform", "learn what good text is, score, keep the better part"),
     "data.dedup": Stage("llmworks.data.dedup:dedup", 1, "exact", "keep one of each cluster of exact or near duplicates"),
     "data.semdedup": Stage("llmworks.data.semdedup:semdedup", 1, "exact-on-this-platform", "keep one of each cluster of like meaning"),
     "data.chat": Stage("llmworks.data.chat:chat", 1, "exact", "raw rows to conversations with tools and answers"),

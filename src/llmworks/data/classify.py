@@ -1,0 +1,192 @@
+"""Stage `data.classify`: learn from good and bad texts what good text looks like, score a corpus, keep the better part.
+
+A linear model over hashed words and word pairs, as the quality filters of GPT-3 (Brown et al. 2020, appendix A) and DCLM are. Its quality
+is measured on texts that it did not learn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from llmworks.artifact import Config, Dataset
+from llmworks.context import Context
+from llmworks.data.documents import DocumentWriter, read_documents, table_documents
+from llmworks.data.parts import Done, Span, spans, work
+from llmworks.errors import DataError, MissingDependency
+from llmworks.types import Json
+
+MODEL, SCORES = "model.npz", "scores.npy"
+PIECE = 2000  # characters: examples are cut alike, so that length teaches nothing
+SHOWN = 5
+LEAST = 10  # examples of each kind
+
+
+class ClassifyConfig(Config):
+    """How the classifier learns and what is kept. Without `threshold` and `quantile` all is kept, with its score."""
+
+    threshold: float | None = Field(None, ge=0, le=1, description="keep documents with at least this score")
+    quantile: float | None = Field(None, gt=0, lt=1, description="drop this share of the documents, those with the lowest scores")
+    examples: int = Field(20_000, ge=20, description="examples of each kind, at most")
+    held_out: float = Field(0.2, gt=0, lt=1, description="share of the examples that measure and do not teach")
+    strength: float = Field(10.0, gt=0, description="inverse strength of the L2 penalty (scikit-learn's C)")
+    field: str = Field("quality", description="metadata field that receives the score")
+    seed: int = Field(0, description="seed of the choice and split of examples")
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if self.threshold is not None and self.quantile is not None:
+            raise ValueError("threshold and quantile are both given: choose one")
+        return self
+
+
+def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], data: Dataset, ctx: Context) -> Dataset:
+    """Score every document of `data` by its likeness to `good` rather than `bad`; what is below the bound goes to `dropped/`.
+
+    Errors: DataError with fewer than 10 examples of a kind; MissingDependency without the extra `corpus`.
+    """
+    import numpy as np
+
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise MissingDependency("data.classify needs scikit-learn; install it with: pip install 'llmworks[corpus]'") from None
+    report = learn(config, good, bad, ctx)
+    parts = spans(data)
+    scored = work(ctx, "score", partial(_score_part, ctx.scratch / MODEL), parts)
+    scores = np.concatenate([np.load(folder / SCORES) for folder in scored.folders])
+    bound = config.threshold if config.threshold is not None else float(np.quantile(scores, config.quantile)) if config.quantile else 0.0
+    done = work(ctx, "write", partial(_write_part, config.field, bound), list(zip(parts, scored.folders, strict=True)))
+    if not done.sum("kept"):
+        raise DataError(f"{data.name}: no document has a score of {bound:.3g} or more; the highest is {scores.max():.3g}")
+    done.gather(ctx.out)
+    _report(ctx, data, scores, bound, done)
+    metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "bound": round(bound, 6), **report}
+    about = {"schema": "text", "documents": done.sum("kept"), "dropped": {"low quality": done.sum("dropped")} if done.sum("dropped") else {}}
+    return Dataset(ctx.out, metrics=metrics, about=about)
+
+
+def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset], ctx: Context) -> Json:
+    """Train on one part of the examples, measure on the other; writes the model into scratch and returns the figures."""
+    import numpy as np
+    import pyarrow as pa
+    from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
+
+    from llmworks.data.features import chances, features, fit, telling
+
+    texts = [examples(kind, config) for kind in (good, bad)]
+    for name, found in zip(("good", "bad"), texts, strict=True):
+        if len(found) < LEAST:
+            raise DataError(f"{name}: {len(found)} examples are too few to learn from; at least {LEAST} are needed")
+    every = texts[0] + texts[1]
+    labels = np.array([1] * len(texts[0]) + [0] * len(texts[1]))
+    test = np.zeros(len(every), dtype=bool)
+    random = np.random.default_rng(config.seed)
+    for kind in (0, 1):  # as many of each kind, proportionally
+        places = np.flatnonzero(labels == kind)
+        test[random.permutation(places)[: max(2, round(len(places) * config.held_out))]] = True
+    matrix = features(pa.array(every))
+    model = fit(matrix[~test], labels[~test], config.strength, config.seed)
+    scores = chances(model, matrix[test])
+    truth = labels[test]
+    model.save(ctx.scratch / MODEL)
+    said = scores >= 0.5
+    hits = int((said & (truth == 1)).sum())
+    precision, recall = hits / max(1, int(said.sum())), hits / int(truth.sum())
+    figures = {"auc": round(float(roc_auc_score(truth, scores)), 4), "precision": round(precision, 4), "recall": round(recall, 4)}
+    false, true, _ = roc_curve(truth, scores)
+    p, r, _ = precision_recall_curve(truth, scores)
+    report = ctx.report
+    report.table(
+        "On examples that it did not learn from", ("figure", "value"),
+        [("good examples", int(truth.sum())), ("bad examples", int((truth == 0).sum())), ("precision at 0.5", precision), ("recall at 0.5", recall), ("area under the ROC curve", figures["auc"])],
+        note=f"{int((~test).sum()):,} examples taught, {int(test.sum()):,} measured.",
+    )  # fmt: skip
+    report.curves("ROC", {"classifier": _thin(false, true), "chance": [(0, 0), (1, 1)]}, x="bad texts that pass", y="good texts that pass")
+    report.curves("Precision and recall", {"classifier": _thin(r, p)}, x="recall", y="precision")
+    plus, minus = telling(model, every[:: max(1, len(every) // 4000)], 15)
+    rows = [(a, x, b, y) for (a, x), (b, y) in zip(plus, minus, strict=False)]
+    report.table("What tells them apart", ("for good", "weight", "for bad", "weight"), rows)
+    report.data = figures
+    return figures
+
+
+def examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:
+    """Pieces of documents, as many from each data set; chosen by reservoir sampling (Vitter 1985), one piece of a document."""
+    import random
+
+    chosen: list[str] = []
+    for number, dataset in enumerate(datasets):
+        draw = random.Random(f"{config.seed}/{number}")
+        room = max(1, config.examples // len(datasets))
+        kept: list[str] = []
+        for seen, document in enumerate(read_documents(dataset)):
+            place = seen if seen < room else draw.randrange(seen + 1)
+            if place < room:
+                start = draw.randrange(max(1, len(document.text) - PIECE))
+                piece = document.text[start : start + PIECE]
+                if seen < room:
+                    kept.append(piece)
+                else:
+                    kept[place] = piece
+        chosen += kept
+    return chosen
+
+
+def _score_part(model: Path, part: Span, folder: Path) -> Json:
+    import numpy as np
+
+    from llmworks.data.features import Linear
+
+    linear = Linear.load(model)
+    np.save(folder / SCORES, np.concatenate([linear.chances(table["text"]) for table in part.tables(("text",))]))
+    return {}
+
+
+def _write_part(field: str, bound: float, unit: tuple[Span, Path], folder: Path) -> Json:
+    import numpy as np
+
+    part, scored = unit
+    scores = np.load(scored / SCORES).tolist()
+    at = 0
+    worst: list[Json] = []
+    best: list[Json] = []
+    with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
+        for table in part.tables():
+            for document in table_documents(table):
+                score = round(scores[at], 5)
+                scored_document = replace(document, metadata={**document.metadata, field: score})
+                if scores[at] >= bound:
+                    writer.add(scored_document)
+                else:
+                    dropped.add(scored_document, "low quality")
+                sample = {"score": score, "id": document.id, "text": document.text[:500]}
+                worst = sorted([*worst, sample], key=lambda s: s["score"])[:SHOWN] if len(worst) < SHOWN or score < worst[-1]["score"] else worst
+                best = sorted([*best, sample], key=lambda s: -s["score"])[:SHOWN] if len(best) < SHOWN or score > best[-1]["score"] else best
+                at += 1
+    return {"kept": writer.documents, "dropped": dropped.documents, "worst": worst, "best": best}
+
+
+def _thin(x: Any, y: Any, points: int = 200) -> list[tuple[float, float]]:
+    """At most so many points of a curve."""
+    step = max(1, len(x) // points)
+    return [(float(a), float(b)) for a, b in zip(x[::step], y[::step], strict=True)] + [(float(x[-1]), float(y[-1]))]
+
+
+def _report(ctx: Context, data: Dataset, scores: Any, bound: float, done: Done) -> None:
+    import numpy as np
+
+    report = ctx.report
+    report.title = f"{data.name}, scored"
+    report.lead = f"{done.sum('kept'):,} of {len(scores):,} documents have a score of at least {bound:.3g} and stay; the median is {np.median(scores):.3f}."
+    report.data = {**report.data, "kept": done.sum("kept"), "dropped": done.sum("dropped"), "bound": bound}
+    counts = np.histogram(scores, bins=40, range=(0, 1))[0].tolist()
+    report.histograms("Scores", {"documents": {"counts": counts, "top": 1, "low": bound or None, "high": None}})
+    for heading, key, order in (("Lowest scores", "worst", 1), ("Highest scores", "best", -1)):
+        found = sorted((s for summary in done.summaries for s in summary[key]), key=lambda s: order * s["score"])[:SHOWN]
+        report.samples(heading, [{"document": f"{s['score']:.3f} · {s['id']}", "text": s["text"]} for s in found])

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from llmworks.artifact import Dataset
 from llmworks.context import Context
-from llmworks.data.documents import COLUMNS, REJECTED, open_shard, read_tables, shard_files, table_documents
+from llmworks.data.documents import COLUMNS, open_shard, read_tables, shard_files, table_documents
 from llmworks.types import Document, Json
 
 PART_BYTES = 32 << 20
@@ -90,8 +90,8 @@ class Done:
         numbers: Counter[str] = Counter()
         for folder in self.folders:
             for file in sorted(folder.rglob("*")):
-                if file.name == REJECTED:
-                    with file.open("rb") as part, (out / REJECTED).open("ab") as whole:
+                if file.suffix == ".jsonl":
+                    with file.open("rb") as part, (out / file.name).open("ab") as whole:
                         shutil.copyfileobj(part, whole)
                 elif file.suffix == ".parquet":
                     below = file.parent.relative_to(folder)

@@ -1,0 +1,265 @@
+"""Stage `data.decontaminate`: find, and drop or flag, training documents that hold rows of evaluation sets.
+
+Shared runs of words, 13 as in GPT-3 (Brown et al. 2020, appendix C), fewer for short rows; and near-duplicates by MinHash.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmworks.artifact import Config, Dataset
+from llmworks.context import Context
+from llmworks.data.documents import DocumentWriter, table_documents
+from llmworks.data.duplicates.near import Near
+from llmworks.data.parts import Done, Span, spans, work
+from llmworks.errors import DataError
+from llmworks.types import Document, Json
+
+if TYPE_CHECKING:
+    from llmworks.data.hashing import Array, Hashed
+
+OVERLAPS, INDEX = "overlaps.jsonl", "index.npz"
+SHOWN = 40
+WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
+
+
+class DecontaminateConfig(Config):
+    """What counts as an overlap, and what is done about it."""
+
+    n: int = Field(13, ge=3, le=50, description="words in a row that a document must share with a test row; 13 or 8 are usual")
+    short_n: int = Field(8, ge=3, description="for test rows of fewer than n words; rows of fewer than this are too short to compare")
+    min_share: float = Field(0.0, ge=0, le=1, description="share of a test row's runs of words that a document must hold; 0: one run")
+    near: Near | None = Field(default_factory=lambda: Near(threshold=0.5), description="also near-duplicates of whole rows")
+    action: Literal["drop", "flag"] = Field("drop", description="drop the document, or keep it with `contaminated_by` in its metadata")
+
+    @model_validator(mode="after")
+    def _shorter(self) -> Self:
+        if self.short_n > self.n:
+            raise ValueError(f"short_n is {self.short_n}, n is {self.n}: short_n must not be larger")
+        return self
+
+
+def decontaminate(config: DecontaminateConfig, data: Dataset, tests: dict[str, Dataset], ctx: Context) -> Dataset:
+    """Compare every document with every row of `tests`; each overlap is written to overlaps.jsonl with both ids.
+
+    Errors: DataError for a test set without rows that can be compared, or when nothing is left.
+    """
+    rows = _index(config, tests, ctx.scratch / INDEX)
+    done = work(ctx, "compare", partial(_compare_part, config, ctx.scratch / INDEX, rows.names), spans(data))
+    if not done.sum("kept"):
+        raise DataError(f"{data.name}: every document overlaps with the tests; nothing is left")
+    done.gather(ctx.out)
+    touched = _report(config, ctx, data, rows, done)
+    metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "flagged": done.sum("flagged"), "touched_test_rows": touched, "test_rows": len(rows.names)}
+    dropped = {"overlaps with a test": done.sum("dropped")} if done.sum("dropped") else {}
+    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": done.sum("kept"), "dropped": dropped})
+
+
+@dataclass(frozen=True)
+class TestRows:
+    """The rows that are protected: (test set, id) of each, how many of each set there are, and how many are too short to compare."""
+
+    names: list[tuple[str, str]]
+    sizes: Counter[str]
+    short: Counter[str]
+
+
+def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path) -> TestRows:
+    """Write the runs of words of all test rows, sorted, with the row that each belongs to; and what MinHash compares."""
+    import numpy as np
+    import pyarrow as pa
+
+    from llmworks.data.duplicates import near
+    from llmworks.data.hashing import hash_words, shingles, unique
+    from llmworks.data.testsets import test_rows
+
+    names: list[tuple[str, str]] = []
+    texts: list[str] = []
+    for name, dataset in tests.items():
+        for id, text in test_rows(dataset):
+            names.append((name, id))
+            texts.append(text)
+    sizes, short = Counter(name for name, _ in names), Counter[str]()
+    runs: dict[int, list[tuple[Array, Array]]] = {config.n: [], config.short_n: []}
+    totals = np.zeros(len(names), dtype=np.int64)
+    bands: list[Array] = []
+    values: list[Array] = []
+    counts: list[Array] = []
+    first = 0
+    for words in hash_words(pa.array(texts, pa.string())):
+        own = words.counts
+        for n in {config.n, config.short_n}:
+            grams = shingles(words, n)
+            fits = own >= config.n if n == config.n else (own >= n) & (own < config.n)
+            mask = fits[grams.owner]
+            runs[n].append((grams.values[mask], grams.owner[mask] + first))
+        if config.near:
+            sets = unique(shingles(words, config.near.shingle))
+            values.append(sets.values)
+            counts.append(sets.counts)
+            bands.append(near.bands(near.signatures(sets, config.near.permutations), config.near.band_rows))
+        for i in (own < config.short_n).nonzero()[0]:
+            short[names[first + i][0]] += 1
+        first += len(words)
+    arrays: dict[str, Any] = {}
+    for n, found in runs.items():
+        keys, owners = (np.concatenate(column) for column in zip(*found, strict=True))
+        pairs = np.zeros(len(keys), dtype=[("key", np.uint64), ("owner", np.int64)])
+        pairs["key"], pairs["owner"] = keys, owners
+        pairs = np.unique(pairs)
+        np.add.at(totals, pairs["owner"], 1)
+        arrays[f"keys{n}"], arrays[f"owners{n}"] = pairs["key"], pairs["owner"]
+    if config.near:
+        arrays["bands"] = np.concatenate(bands, axis=1)
+        arrays["values"], arrays["starts"] = np.concatenate(values), np.concatenate(([0], np.cumsum(np.concatenate(counts))))
+    np.savez(path, totals=totals, **arrays)
+    return TestRows(names, sizes, short)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A document and a test row: how they overlap, the share of the row's runs or the similarity, and where the first run begins (in words)."""
+
+    row: int
+    kind: str
+    share: float
+    place: int = 0
+    n: int = 0
+
+
+def overlaps(config: DecontaminateConfig, index: Mapping[str, Array], words: Hashed) -> dict[int, list[Overlap]]:
+    """The overlaps of some documents, by their place."""
+    import numpy as np
+
+    from llmworks.data.hashing import shingles
+
+    found: dict[int, list[Overlap]] = {}
+    for n in sorted({config.n, config.short_n}, reverse=True):
+        keys, owners = index[f"keys{n}"], index[f"owners{n}"]
+        if not len(keys):
+            continue
+        grams = shingles(words, n)
+        fits = (words.counts >= n)[grams.owner]
+        at = np.minimum(np.searchsorted(keys, grams.values), len(keys) - 1)
+        hits = np.flatnonzero((keys[at] == grams.values) & fits)
+        seen: dict[tuple[int, int], tuple[set[int], int]] = {}
+        for hit in hits.tolist():
+            document, key = int(grams.owner[hit]), int(grams.values[hit])
+            place = int(np.searchsorted(keys, grams.values[hit], side="left"))
+            while place < len(keys) and int(keys[place]) == key:
+                runs, _ = seen.setdefault((document, int(owners[place])), (set(), int(hit - grams.starts[document])))
+                runs.add(key)
+                place += 1
+        for (document, row), (runs, begin) in seen.items():
+            share = len(runs) / int(index["totals"][row])
+            if share >= config.min_share:
+                found.setdefault(document, []).append(Overlap(row, f"{n} words in a row", round(share, 4), begin, n))
+    if config.near:
+        for document, row, similarity in _near(config.near, index, words):
+            found.setdefault(document, []).append(Overlap(row, "near-duplicate", round(similarity, 4)))
+    return found
+
+
+def _near(config: Near, index: Mapping[str, Array], words: Hashed) -> Iterator[tuple[int, int, float]]:
+    """(document, test row, similarity) of near-duplicates."""
+    import numpy as np
+
+    from llmworks.data.duplicates import near
+    from llmworks.data.hashing import shingles, unique
+
+    sets = unique(shingles(words, config.shingle))
+    bands = near.bands(near.signatures(sets, config.permutations), config.band_rows)
+    candidates: set[tuple[int, int]] = set()
+    for own, theirs in zip(bands, index["bands"], strict=True):
+        order = np.argsort(theirs, kind="stable")
+        ordered = theirs[order]
+        begin, end = np.searchsorted(ordered, own, side="left"), np.searchsorted(ordered, own, side="right")
+        for document in np.flatnonzero((end > begin) & (own != 0)).tolist():
+            candidates.update((document, int(row)) for row in order[begin[document] : end[document]])
+    values, starts = index["values"], index["starts"]
+    for document, row in sorted(candidates):
+        similarity = near.jaccard(sets[document], values[starts[row] : starts[row + 1]])
+        if similarity >= config.threshold:
+            yield document, row, similarity
+
+
+def _compare_part(config: DecontaminateConfig, path: Path, names: list[tuple[str, str]], part: Span, folder: Path) -> Json:
+    import numpy as np
+
+    from llmworks.data.hashing import hash_words
+
+    index = dict(np.load(path))
+    touched: dict[str, int] = {}
+    flagged = 0
+    kinds: Counter[str] = Counter()
+    shown: list[Json] = []
+    with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped, (folder / OVERLAPS).open("w", encoding="utf-8") as side:
+        for table in part.tables():
+            found: dict[int, list[Overlap]] = {}
+            first = 0
+            for words in hash_words(table["text"]):
+                found |= {first + place: items for place, items in overlaps(config, index, words).items()}
+                first += len(words)
+            if not found:
+                writer.add_table(table)
+                continue
+            for place, document in enumerate(table_documents(table)):
+                items = found.get(place)
+                if not items:
+                    writer.add(document)
+                    continue
+                for item in items:
+                    name, id = names[item.row]
+                    row = {"test": name, "row": id, "document": document.id, "kind": item.kind, "share": item.share, "text": excerpt(document, item)}
+                    side.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    touched[str(item.row)] = touched.get(str(item.row), 0) + 1
+                    kinds[item.kind] += 1
+                    if len(shown) < SHOWN:
+                        shown.append(row)
+                tests = sorted({"/".join(names[item.row]) for item in items})
+                marked = replace(document, metadata={**document.metadata, "contaminated_by": tests[:20]})
+                if config.action == "drop":
+                    dropped.add(marked, "overlaps with a test")
+                else:
+                    writer.add(marked)
+                    flagged += 1
+    return {"kept": writer.documents, "dropped": dropped.documents, "flagged": flagged, "touched": touched, "kinds": kinds, "shown": shown}
+
+
+def excerpt(document: Document, item: Overlap) -> str:
+    """The shared words where they begin, or the beginning of a near-duplicate."""
+    if not item.n:
+        return document.text[:200]
+    words = list(WORD.finditer(document.text))[item.place : item.place + item.n]
+    return document.text[words[0].start() : words[-1].end()] if words else ""
+
+
+def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: TestRows, done: Done) -> int:
+    """Describe the overlaps; returns how many test rows are touched."""
+    touched = done.total("touched")
+    by_test = Counter(rows.names[int(row)][0] for row in touched)
+    report = ctx.report
+    changed = done.sum("dropped") or done.sum("flagged")
+    report.title = f"{data.name} against {', '.join(rows.sizes)}"
+    report.lead = f"{changed:,} of {done.sum('kept') + done.sum('dropped'):,} documents overlap with a test row and were {'dropped' if config.action == 'drop' else 'flagged'}; {len(touched):,} of {len(rows.names):,} test rows are touched."
+    report.data = {"dropped": done.sum("dropped"), "flagged": done.sum("flagged"), "touched": dict(by_test), "test_rows": dict(rows.sizes), "kinds": dict(done.total("kinds"))}
+    report.table(
+        "Test sets", ("test set", "rows", "touched", "share", "too short to compare"),
+        [(name, size, by_test[name], f"{by_test[name] / size:.1%}", rows.short[name]) for name, size in rows.sizes.items()],
+        note=f"Touched: a document holds {config.n} words in a row of the test row ({config.short_n} for shorter rows)" + (f", or is a near-duplicate of it (Jaccard at least {config.near.threshold})." if config.near else "."),
+    )  # fmt: skip
+    if touched:
+        report.table("How", ("overlap", "pairs"), done.total("kinds").most_common())
+        report.table("Most touched rows", ("test row", "documents"), [("/".join(rows.names[int(row)]), n) for row, n in touched.most_common(20)])
+    shown = [s for summary in done.summaries for s in summary["shown"]][:SHOWN]
+    report.samples("What is shared", [{"pair": f"{s['test']}/{s['row']} · {s['document']} · {s['kind']}, {s['share']:.0%}", "text": s["text"]} for s in shown], note="All of them are in overlaps.jsonl.")
+    return len(touched)

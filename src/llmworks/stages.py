@@ -42,6 +42,7 @@ STAGES: dict[str, Stage] = {
     "data.dedup": Stage("llmworks.data.dedup:dedup", 1, "exact", "keep one of each cluster of exact or near duplicates"),
     "data.semdedup": Stage("llmworks.data.semdedup:semdedup", 1, "exact-on-this-platform", "keep one of each cluster of like meaning"),
     "data.decontaminate": Stage("llmworks.data.decontaminate:decontaminate", 1, "exact", "find training documents that hold test rows"),
+    "data.redact": Stage("llmworks.data.redact:redact", 1, "exact", "replace, tag or drop personal data and secrets"),
     "data.chat": Stage("llmworks.data.chat:chat", 1, "exact", "raw rows to conversations with tools and answers"),
     "data.split": Stage("llmworks.data.split:split", 1, "exact", "one side of a seeded split, groups kept together"),
     "data.overlap": Stage("llmworks.data.overlap:overlap", 1, "exact", "count what two data sets share"),

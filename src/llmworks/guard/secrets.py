@@ -56,7 +56,7 @@ def secrets(text: str, examples: bool = False) -> Iterator[Finding]:
     for match in URL_PASSWORD.finditer(text) if "://" in text and "@" in text else ():
         if examples or (not PLACEHOLDER.search(match.group(1)) and match.group(1)[0] not in "$%"):
             yield Finding("secret", match.start(1), match.end(1), match.group(1))
-    for match in ASSIGNED.finditer(text) if NAMED.search(text) else ():
+    for match in ASSIGNED.finditer(text):
         value = match.group(2)
         name = NAME.search(text[max(0, match.start() - 50) : match.start()])
         if name and NAMED.search(name.group(1)) and looks_random(value) and (examples or not PLACEHOLDER.search(value)):

@@ -208,5 +208,5 @@ def asset_files(asset_name: str, name: str) -> Artifact:
     """The files of a cached asset as they were fetched, before any conversion."""
     asset = assets.get(asset_name)
     return _foreign(
-        assets.fetch(asset_name), name, f"asset:{asset_name}", kind=asset.kind, about={"schema": asset.schema, "licence": asset.licence}
+        assets.fetch(asset_name), name, f"asset:{asset_name}", kind=asset.kind, about={"schema": asset.schema, "asset": asset_name, "what": asset.what, "licence": asset.licence}
     )

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
+from llmworks.data.card import finish
 from llmworks.data.documents import DocumentWriter, read_documents, table_documents
 from llmworks.data.parts import Done, Span, spans, work
 from llmworks.errors import DataError, MissingDependency
@@ -67,8 +68,7 @@ def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], da
     done.gather(ctx.out)
     _report(ctx, data, scores, bound, done)
     metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "bound": round(bound, 6), **report}
-    about = {"schema": "text", "documents": done.sum("kept"), "dropped": {"low quality": done.sum("dropped")} if done.sum("dropped") else {}}
-    return Dataset(ctx.out, metrics=metrics, about=about)
+    return finish(ctx, "data.classify", [data], dropped={"low quality": done.sum("dropped")} if done.sum("dropped") else {}, metrics=metrics)
 
 
 def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset], ctx: Context) -> Json:

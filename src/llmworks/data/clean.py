@@ -16,6 +16,7 @@ from pydantic import Field
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
+from llmworks.data.card import finish
 from llmworks.data.documents import DocumentWriter
 from llmworks.data.filters.c4 import C4
 from llmworks.data.filters.fineweb import FineWeb
@@ -64,8 +65,7 @@ def clean(config: CleanConfig, data: Dataset, ctx: Context) -> Dataset:
     done.gather(ctx.out)
     _report(ctx, data, done)
     metrics = {"documents": kept, "dropped": dropped.total(), "characters": done.sum("characters"), "changed": done.sum("changed")}
-    about = {"schema": "text", "documents": kept, "dropped": dict(dropped.most_common()), "languages": dict(done.total("languages").most_common())}
-    return Dataset(ctx.out, metrics=metrics, about=about)
+    return finish(ctx, "data.clean", [data], dropped=dict(dropped.most_common()), metrics=metrics)
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

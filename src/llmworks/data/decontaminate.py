@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
+from llmworks.data.card import finish
 from llmworks.data.documents import DocumentWriter, table_documents
 from llmworks.data.duplicates.near import Near
 from llmworks.data.parts import Done, Span, spans, work
@@ -61,7 +62,7 @@ def decontaminate(config: DecontaminateConfig, data: Dataset, tests: dict[str, D
     touched = _report(config, ctx, data, rows, done)
     metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "flagged": done.sum("flagged"), "touched_test_rows": touched, "test_rows": len(rows.names)}
     dropped = {"overlaps with a test": done.sum("dropped")} if done.sum("dropped") else {}
-    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": done.sum("kept"), "dropped": dropped})
+    return finish(ctx, "data.decontaminate", [data], dropped=dropped, metrics=metrics, note=f"against {', '.join(rows.sizes)}")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
+from llmworks.data.card import finish
 from llmworks.data.duplicates.dropping import Drop, read_plan, save_plan, side_by_side, write_kept
 from llmworks.data.duplicates.exact import Exact
 from llmworks.data.duplicates.lines import Lines
@@ -69,7 +70,7 @@ def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
     _report(config, ctx, data, parts, drops, sizes, facts, done)
     dropped = done.total("dropped")
     metrics = {"documents": done.sum("kept"), "dropped": dropped.total(), "characters": done.sum("characters"), "clusters": sizes.total(), "lines": done.sum("lines"), **facts}
-    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": done.sum("kept"), "dropped": dict(dropped.most_common())})
+    return finish(ctx, "data.dedup", [data], dropped=dict(dropped.most_common()), metrics=metrics)
 
 
 def _hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
+from llmworks.data.card import finish
 from llmworks.data.documents import DocumentWriter, SideFile, Unusable
 from llmworks.errors import DataError, MissingDependency, UserError
 from llmworks.types import Document
@@ -58,7 +59,8 @@ def query(config: QueryConfig, ctx: Context, database: Dataset | None = None) ->
     ctx.report.lead = f"{writer.documents:,} documents, {writer.characters:,} characters; {aside.count:,} rows set aside."
     ctx.report.table("Query", ("what", "value"), [("database", name), ("query", config.sql)])
     metrics = {"documents": writer.documents, "characters": writer.characters, "rejected": aside.count}
-    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": writer.documents, "rejected": aside.count})
+    asked = Dataset(ctx.out, about={"sources": [{"name": name, "licence": "not stated", "what": f"a query{f' as of {config.as_of}' if config.as_of else ''}"}]})
+    return finish(ctx, "data.query", [asked], metrics=metrics, extra={"rejected": aside.count})
 
 
 def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]:

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
+from llmworks.data.card import finish
 from llmworks.data.documents import DocumentWriter, SideFile, Unusable
 from llmworks.data.parts import PART_BYTES, work
 from llmworks.errors import DataError
@@ -73,7 +74,8 @@ def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
     if first:
         ctx.progress.say(f"{metrics['rejected']} set aside in rejected.jsonl, the first: {first}")
     _report(ctx, data, metrics, done.total("formats"), done.total("reasons"))
-    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": metrics["documents"], "rejected": metrics["rejected"]})
+    note = "; ".join(f"set aside: {reason} {n:,}" for reason, n in done.total("reasons").most_common())
+    return finish(ctx, "data.read", [data], metrics=metrics, note=note, extra={"rejected": metrics["rejected"]})
 
 
 def batches(root: Path, files: Sequence[Path]) -> list[Files]:

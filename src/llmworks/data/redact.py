@@ -15,6 +15,7 @@ from pydantic import Field
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
+from llmworks.data.card import finish
 from llmworks.data.documents import DocumentWriter
 from llmworks.data.parts import Span, spans, work
 from llmworks.errors import DataError
@@ -62,7 +63,8 @@ def redact(config: RedactConfig, data: Dataset, ctx: Context) -> Dataset:
     report.samples("Where they stood", samples, note="A few of each kind, taken out, with what is around them.")
     metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "touched": touched, **{f"found_{kind}": n for kind, n in sorted(found.items())}}
     dropped = {"personal data or secrets": done.sum("dropped")} if done.sum("dropped") else {}
-    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": done.sum("kept"), "dropped": dropped})
+    note = "; ".join(f"{kind} {n:,}" for kind, n in found.most_common())
+    return finish(ctx, "data.redact", [data], dropped=dropped, metrics=metrics, note=f"{what}: {note}" if note else "")
 
 
 def findings(text: str, kinds: list[Kind], examples: bool = False) -> list[Finding]:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from llmworks.artifact import Config, Dataset, Model
 from llmworks.context import Context
+from llmworks.data.card import finish
 from llmworks.data.duplicates.dropping import Drop, save_plan, side_by_side, write_kept
 from llmworks.data.parts import Span, spans, work
 from llmworks.types import Json
@@ -61,7 +62,7 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
         report.table("Clusters", ("documents in the cluster", "clusters"), sorted(counts.items()))
     side_by_side(report, parts, drops)
     metrics = {"documents": stay, "dropped": len(drops), "clusters": counts.total(), "compared": compared, "joined": joined}
-    return Dataset(ctx.out, metrics=metrics, about={"schema": "text", "documents": stay, "dropped": {"like meaning": len(drops)} if drops else {}})
+    return finish(ctx, "data.semdedup", [data], dropped={"like meaning": len(drops)} if drops else {}, metrics=metrics)
 
 
 def _embed_part(path: Path, part: Span, folder: Path) -> Json:

@@ -1,0 +1,109 @@
+"""The data card of a set of documents (README.md): sources, licences, what was dropped on the way and why, lengths, languages, examples.
+
+Facts travel from set to set in `about`, so that every card tells the whole way. Cards carry no dates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmworks.artifact import Dataset
+from llmworks.context import Context
+from llmworks.data.documents import read_tables, shard_files
+from llmworks.types import Json
+
+EXAMPLES = 3
+EXAMPLE_CHARACTERS = 500
+SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def finish(
+    ctx: Context, stage: str, parents: Sequence[Dataset], *, dropped: Mapping[str, int] | None = None, metrics: Mapping[str, Any] | None = None,
+    note: str = "", extra: Mapping[str, Any] | None = None,
+) -> Dataset:  # fmt: skip
+    """The data set that a stage wrote into `ctx.out`, with its card."""
+    facts = measure(ctx)
+    sources = {s["name"]: s for parent in parents for s in sources_of(parent)}
+    history = _joined([parent.about.get("history", []) for parent in parents])
+    entry: Json = {"stage": stage, "documents": facts["documents"], "dropped": dict(dropped or {})}
+    if note:
+        entry["note"] = note
+    history.append(entry)
+    about = {
+        "schema": "text", "documents": facts["documents"], "characters": facts["characters"], "dropped": dict(dropped or {}),
+        "languages": facts["languages"], "sources": list(sources.values()), "history": history, **(extra or {}),
+    }  # fmt: skip
+    (ctx.out / "README.md").write_text(card(about, facts), encoding="utf-8")
+    return Dataset(ctx.out, metrics={"documents": facts["documents"], "characters": facts["characters"], **(metrics or {})}, about=about)
+
+
+def sources_of(dataset: Dataset) -> list[Json]:
+    """Where a data set's texts come from: what its own card says, the asset that it is, or files from outside."""
+    known: list[Json] | None = dataset.about.get("sources")
+    if known is not None:
+        return known
+    if "asset" in dataset.about:
+        return [{"name": dataset.about["asset"], "licence": dataset.about["licence"], "what": dataset.about.get("what", "")}]
+    return [{"name": dataset.name, "licence": "not stated", "what": "from outside"}]
+
+
+def _joined(histories: Sequence[list[Json]]) -> list[Json]:
+    """Histories one after the other; steps that several parents share are told once."""
+    found: list[Json] = []
+    for history in histories:
+        found += [entry for entry in history if entry not in found]
+    return found
+
+
+def measure(ctx: Context) -> Json:
+    """Counts, lengths, languages and first examples of the documents in `ctx.out`."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    lengths: list[Any] = []
+    languages: Counter[str] = Counter()
+    examples: list[Json] = []
+    for file in shard_files(Dataset(ctx.out)):
+        for table in read_tables(file):
+            lengths.append(pc.utf8_length(table["text"]).to_numpy())
+            found = pc.extract_regex(table["metadata"], r'"language": "(?P<code>[a-z]+)"')
+            languages.update(code["code"] for code in found.to_pylist() if code)
+            if len(examples) < EXAMPLES:
+                for row in table.slice(0, EXAMPLES - len(examples)).to_pylist():
+                    examples.append({"id": row["id"], "text": row["text"][:EXAMPLE_CHARACTERS], "metadata": json.loads(row["metadata"])})
+    sizes = np.concatenate(lengths)
+    return {
+        "documents": len(sizes), "characters": int(sizes.sum()), "languages": dict(languages.most_common()), "examples": examples,
+        "lengths": {f"{share:.0%}": int(np.quantile(sizes, share)) for share in SHARES},
+    }  # fmt: skip
+
+
+def card(about: Json, facts: Json) -> str:
+    """The card as Markdown."""
+    lines = ["# Data card", "", f"{facts['documents']:,} documents, {facts['characters']:,} characters; about {facts['characters'] // 4:,} tokens at 4 characters each.", ""]
+    lines += ["## Sources", "", "| source | licence | what |", "|---|---|---|"]
+    lines += [f"| {_cell(s['name'])} | {_cell(s['licence'])} | {_cell(s['what'])} |" for s in about["sources"]]
+    lines += ["", "## How it was made", "", "| step | documents left | dropped | why |", "|---|---|---|---|"]
+    for entry in about["history"]:
+        why = "; ".join(f"{reason} {n:,}" for reason, n in sorted(entry["dropped"].items(), key=lambda item: -item[1])[:12])
+        lines.append(f"| {entry['stage']} | {entry['documents']:,} | {sum(entry['dropped'].values()):,} | {_cell('; '.join(filter(None, (why, entry.get('note', '')))))} |")
+    near = sum(entry["dropped"].get("near-duplicate", 0) for entry in about["history"])
+    compared = [e for e in about["history"] if e["stage"] == "data.dedup"]
+    if compared:
+        before = sum(e["documents"] + sum(e["dropped"].values()) for e in compared)
+        lines += ["", f"Near-duplicate rate before they were dropped: {near / max(1, before):.2%}."]
+    lines += ["", "## Lengths", "", "| share of the documents | characters, at most |", "|---|---|", *(f"| {share} | {size:,} |" for share, size in facts["lengths"].items())]
+    if facts["languages"]:
+        lines += ["", "## Languages", "", "| code | documents |", "|---|---|", *(f"| {code} | {n:,} |" for code, n in list(facts["languages"].items())[:20])]
+    lines += ["", "## Examples"]
+    for example in facts["examples"]:
+        shown = example["text"].replace("~~~", "~ ~ ~")
+        lines += ["", f"`{example['id']}`", "", "~~~text", shown, "~~~"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,17 +1,27 @@
-"""Stage `data.split`: one side of a seeded k-fold split in which rows of one group stay on one side."""
+"""Stage `data.split`: one side of a seeded k-fold split in which rows of one group stay on one side.
+
+Conversations are split in memory; documents in parts, of which only the groups' names are held.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
+from llmworks.data.card import finish
+from llmworks.data.documents import DocumentWriter
+from llmworks.data.parts import Span, spans, work
 from llmworks.data.rows import Row, read_chat, write_chat
-from llmworks.errors import DataError
+from llmworks.errors import DataError, UserError
+from llmworks.types import Document, Json
 
 
 class SplitConfig(Config):
@@ -21,6 +31,8 @@ class SplitConfig(Config):
     folds: int = Field(5, ge=2, description="number of folds; one of them is the test side")
     fold: int = Field(0, ge=0, description="index of the test fold")
     seed: int = Field(0, description="seed of the shuffle of groups")
+    group_by: str = Field("", description="what is kept together: source, or a metadata field; default: the group of a conversation, each document alone")
+    stratify_by: str = Field("", description="source or a metadata field whose values have equal shares in every fold; a group counts with its first document")
 
     @model_validator(mode="after")
     def _fold_exists(self) -> Self:
@@ -30,10 +42,14 @@ class SplitConfig(Config):
 
 
 def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Keep the rows of one side, in their order. Groups, not rows, are dealt to the folds.
+    """Keep the conversations or documents of one side, in their order. Groups, not rows, are dealt to the folds.
 
     Errors: DataError when a side would be empty.
     """
+    if data.schema != "chat" and any(data.path.glob("*.parquet")) and not _is_chat(data):
+        return _split_documents(config, data, ctx)
+    if config.group_by or config.stratify_by:
+        raise UserError("group_by and stratify_by are for documents; conversations are kept together by their group")
     rows = read_chat(data)
     held_out = test_groups([row["group"] for row in rows], config)
     kept = [row for row in rows if (row["group"] in held_out) == (config.part == "test")]
@@ -50,6 +66,59 @@ def test_groups(groups: Sequence[str], config: SplitConfig) -> set[str]:
     names = sorted(set(groups))
     random.Random(config.seed).shuffle(names)
     return set(names[config.fold :: config.folds])
+
+
+def _is_chat(data: Dataset) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return "messages" in pq.read_schema(min(data.path.glob("*.parquet"))).names
+    except (pa.ArrowInvalid, OSError):
+        return False  # told when it is read
+
+
+def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
+    parts = spans(data)
+    strata: dict[str, str] = {}  # group -> stratum
+    for part in parts:
+        for document in part.documents():
+            strata.setdefault(value_of(document, config.group_by or "id"), value_of(document, config.stratify_by) if config.stratify_by else "")
+    held_out: set[str] = set()
+    first = config.fold
+    for stratum in sorted(set(strata.values())):
+        names = sorted(group for group, own in strata.items() if own == stratum)
+        random.Random(f"{config.seed}/{stratum}").shuffle(names)
+        held_out.update(names[first :: config.folds])
+        first = (first - len(names)) % config.folds  # small strata begin at different folds, so that folds are of one size
+    side = ctx.scratch / "test-groups.json"
+    side.write_text(json.dumps(sorted(held_out)))
+    done = work(ctx, "split", partial(_split_part, config, side), parts)
+    kept = done.sum("documents")
+    if not kept:
+        raise DataError(f"{data.name}: the {config.part} side of {config.folds} folds is empty; {len(strata)} groups are too few")
+    done.gather(ctx.out)
+    groups = len(held_out) if config.part == "test" else len(strata) - len(held_out)
+    note = f"{config.part} side of fold {config.fold} of {config.folds}, {groups:,} of {len(strata):,} groups"
+    return finish(ctx, "data.split", [data], metrics={"groups": groups}, note=note)
+
+
+def _split_part(config: SplitConfig, side: Path, part: Span, folder: Path) -> Json:
+    held_out = set(json.loads(side.read_text()))
+    with DocumentWriter(folder) as writer:
+        for document in part.documents():
+            if (value_of(document, config.group_by or "id") in held_out) == (config.part == "test"):
+                writer.add(document)
+    return {"documents": writer.documents}
+
+
+def value_of(document: Document, field: str) -> str:
+    """A document's id, source, or metadata field. DataError when it has none such."""
+    if field in ("id", "source"):
+        return str(getattr(document, field))
+    if field not in document.metadata:
+        raise DataError(f"document {document.id!r} has no {field!r} in its metadata (it has {', '.join(document.metadata) or 'none'})")
+    return str(document.metadata[field])
 
 
 def _groups(rows: Sequence[Row]) -> set[str]:

@@ -1,0 +1,163 @@
+"""Stage `data.mix`: several sets of documents become one, by weights, with a cap on how often a document is repeated, in a seeded order.
+
+Parts are dealt to buckets by a hash of the document, each bucket is then shuffled on its own; memory holds a bucket, not the mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Dataset
+from llmworks.context import Context
+from llmworks.data.card import finish
+from llmworks.data.documents import DocumentWriter, read_tables, table_documents
+from llmworks.data.parts import Span, spans, work
+from llmworks.errors import UserError
+from llmworks.types import Document, Json
+
+if TYPE_CHECKING:
+    from llmworks.data.hashing import Array
+
+BUCKET_CHARACTERS = 32 << 20
+
+
+class MixConfig(Config):
+    """How much of each set goes in."""
+
+    weights: dict[str, float] = Field(default_factory=dict, description="share of the mixture by input name, any scale; empty: all of everything, once")
+    characters: int = Field(0, ge=0, description="size of the mixture; 0: as many as the inputs have together")
+    max_repeats: float = Field(4.0, gt=0, description="how often a document may come at most; above 4 repeating teaches little (Muennighoff et al. 2023)")
+    field: str = Field("mix", description="metadata field that receives the input's name")
+    seed: int = Field(0, description="seed of the choice and the order")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is taken of one input: how often each document comes; those whose draw is below `limit` come once more, for what is left."""
+
+    name: str
+    available: int
+    wanted: int
+    repeats: float
+    limit: float = 0.0
+
+
+def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
+    """Mix sets of documents. Ids become `name/id`, of repeated documents `name/id~2` and on.
+
+    Errors: UserError for weights that name no input, or that are negative or all zero.
+    """
+    drawn = {name: _draws(config.seed, name, dataset) for name, dataset in data.items()}
+    sizes = {name: int(lengths.sum()) for name, (_, lengths) in drawn.items()}
+    shares = [replace(share, limit=_limit(share, *drawn[share.name])) for share in plan(config, sizes)]
+    total = sum(int(share.available * share.repeats) for share in shares)
+    buckets = max(1, math.ceil(total / BUCKET_CHARACTERS))
+    units = [(share, span) for share, dataset in zip(shares, data.values(), strict=True) for span in spans(dataset) if share.repeats > 0]
+    dealt = work(ctx, "deal", partial(_deal_part, config, buckets), units)
+    done = work(ctx, "shuffle", partial(_shuffle_bucket, config.seed, dealt.folders), list(range(buckets)))
+    done.gather(ctx.out)
+    taken = dealt.total("characters")
+    rows = []
+    for share in shares:
+        got = taken[share.name]
+        rows.append((share.name, share.available, got, f"{got / max(1, sum(taken.values())):.1%}", f"{share.wanted / max(1, sum(s.wanted for s in shares)):.1%}", round(share.repeats, 3)))
+        if share.wanted > 1.01 * share.available * config.max_repeats:
+            ctx.progress.say(f"{share.name}: {share.wanted:,} characters are wanted, {config.max_repeats:g} times all it has are {int(share.available * config.max_repeats):,}")
+    report = ctx.report
+    report.title = "A mixture of " + ", ".join(data)
+    report.lead = f"{dealt.sum('documents'):,} documents, {sum(taken.values()):,} characters."
+    report.data = {row[0]: {"available": row[1], "taken": row[2], "repeats": row[5]} for row in rows}
+    report.table("Shares", ("input", "characters it has", "taken", "share", "wanted share", "times"), rows, note=f"No document comes more than {config.max_repeats:g} times.")
+    note = ", ".join(f"{row[0]} {row[3]} (×{row[5]:g})" for row in rows)
+    return finish(ctx, "data.mix", list(data.values()), metrics={f"share_{r[0]}": round(r[2] / max(1, sum(taken.values())), 4) for r in rows}, note=note)
+
+
+def plan(config: MixConfig, sizes: Mapping[str, int]) -> list[Share]:
+    """How often the documents of each input come, in the inputs' order."""
+    unknown = sorted(set(config.weights) - set(sizes))
+    if unknown:
+        raise UserError(f"weights: {unknown[0]!r} is no input; the inputs are {', '.join(sizes)}")
+    weights = {name: config.weights.get(name, 0.0) for name in sizes} if config.weights else {name: float(size) for name, size in sizes.items()}
+    if min(weights.values()) < 0 or not sum(weights.values()) > 0:
+        raise UserError("weights: must not be negative, and not all zero")
+    total = config.characters or sum(sizes.values())
+    shares = []
+    for name, size in sizes.items():
+        wanted = int(total * weights[name] / sum(weights.values()))
+        shares.append(Share(name, size, wanted, min(config.max_repeats, wanted / size) if size else 0.0))
+    return shares
+
+
+def _draws(seed: int, name: str, dataset: Dataset) -> tuple[Array, Array]:
+    """(a number drawn for each document, its characters)."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    drawn: list[Array] = []
+    lengths: list[Array] = []
+    for span in spans(dataset):
+        for table in span.tables(("id", "text")):
+            drawn.append(np.array([draw(seed, "rest", name, id) for id in table["id"].to_pylist()]))
+            lengths.append(pc.utf8_length(table["text"]).to_numpy())
+    return np.concatenate(drawn), np.concatenate(lengths)
+
+
+def _limit(share: Share, drawn: Array, lengths: Array) -> float:
+    """The draw below which documents hold as many characters as whole repeats leave to be taken."""
+    import numpy as np
+
+    rest = (share.repeats - int(share.repeats)) * share.available
+    order = np.argsort(drawn, kind="stable")
+    reached = int(np.searchsorted(np.cumsum(lengths[order]), rest))
+    return float(drawn[order[reached]]) if rest > 0 and reached < len(drawn) else 0.0
+
+
+def draw(seed: int, *words: str) -> float:
+    """A number in [0, 1) that depends on the words and the seed alone."""
+    return int.from_bytes(hashlib.blake2b("\0".join((str(seed), *words)).encode(), digest_size=7).digest()) / 2**56
+
+
+def copies(config: MixConfig, share: Share, document: Document) -> Iterator[Document]:
+    """A document as often as it comes."""
+    whole = int(share.repeats)
+    count = whole + (draw(config.seed, "rest", share.name, document.id) < share.limit)
+    marked = {**document.metadata, config.field: share.name}
+    for number in range(1, count + 1):
+        yield replace(document, id=f"{share.name}/{document.id}" + (f"~{number}" if number > 1 else ""), metadata=marked)
+
+
+def _deal_part(config: MixConfig, buckets: int, unit: tuple[Share, Span], folder: Path) -> Json:
+    share, span = unit
+    characters = documents = 0
+    with ExitStack() as stack:
+        writers = [stack.enter_context(DocumentWriter(folder / f"{i:05d}", group_bytes=max(1 << 18, (32 << 20) // buckets))) for i in range(buckets)]
+        for document in span.documents():
+            for copy in copies(config, share, document):
+                writers[int(draw(config.seed, "bucket", copy.id) * buckets)].add(copy)
+                characters += len(copy.text)
+                documents += 1
+    return {"characters": {share.name: characters}, "documents": documents}
+
+
+def _shuffle_bucket(seed: int, dealt: list[Path], bucket: int, folder: Path) -> Json:
+    found = [
+        document
+        for part in dealt
+        for file in sorted((part / f"{bucket:05d}").glob("*.parquet"))
+        for table in read_tables(file)
+        for document in table_documents(table)
+    ]
+    found.sort(key=lambda document: (draw(seed, "order", document.id), document.id))
+    with DocumentWriter(folder) as writer:
+        for document in found:
+            writer.add(document)
+    return {"documents": len(found)}

@@ -87,6 +87,14 @@ class ReportBuilder:
         """A ready SVG drawing; `plain` stands for it in Markdown."""
         self.blocks.append(Block("drawing", heading, text, svg=svg, data=plain))
 
+    def picture(self, heading: str, path: Path, note: str = "") -> None:
+        """A PNG that lies beside the report, put into the page."""
+        import base64
+
+        source = base64.b64encode(path.read_bytes()).decode()
+        image = f'<img style="max-width:100%" alt="{html.escape(heading)}" src="data:image/png;base64,{source}">'
+        self.blocks.append(Block("drawing", heading, note, svg=image, data=f"see {path.name}"))
+
     def write(self, out: Path) -> None:
         """Write the three files into `out`."""
         out.mkdir(parents=True, exist_ok=True)

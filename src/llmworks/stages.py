@@ -44,6 +44,7 @@ STAGES: dict[str, Stage] = {
     "data.decontaminate": Stage("llmworks.data.decontaminate:decontaminate", 1, "exact", "find training documents that hold test rows"),
     "data.redact": Stage("llmworks.data.redact:redact", 1, "exact", "replace, tag or drop personal data and secrets"),
     "data.chat": Stage("llmworks.data.chat:chat", 1, "exact", "raw rows to conversations with tools and answers"),
+    "data.map": Stage("llmworks.data.map:map", 1, "exact-on-this-platform", "documents as points in clusters: an interactive page and a picture"),
     "data.mix": Stage("llmworks.data.mix:mix", 1, "exact", "several sets of documents as one, by weights, shuffled"),
     "data.split": Stage("llmworks.data.split:split", 1, "exact", "one side of a seeded split, groups kept together"),
     "data.overlap": Stage("llmworks.data.overlap:overlap", 1, "exact", "count what two data sets share"),

@@ -1,0 +1,202 @@
+"""Stage `data.map`: a picture of a data set: documents as points, near one another when they are alike, in clusters with their terms.
+
+Vectors are an embedder's, or TF-IDF reduced by a singular value decomposition; t-SNE (van der Maaten and Hinton 2008) or PCA lays them out.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Dataset, Model, Report
+from llmworks.context import Context
+from llmworks.data.documents import read_documents
+from llmworks.errors import DataError, MissingDependency
+from llmworks.types import Document
+
+if TYPE_CHECKING:
+    from llmworks.data.hashing import Array
+
+LEAST = 10
+DIMENSIONS = 50
+TERMS = 6
+SNIPPET = 220
+GROUPS = 12  # values of a field that have a colour of their own
+
+
+class MapConfig(Config):
+    """What is drawn and how."""
+
+    documents: int = Field(3000, ge=LEAST, description="documents on the map, a random sample of larger sets")
+    clusters: int = Field(12, ge=2, le=60, description="k-means clusters")
+    layout: Literal["tsne", "pca"] = Field("tsne", description="tsne: neighbours stay together; pca: the two widest directions")
+    perplexity: float = Field(30.0, gt=1, description="t-SNE: about how many neighbours count")
+    color_by: list[str] = Field(default_factory=lambda: ["mix", "language", "source"], description="source or metadata fields that points can be coloured by")
+    seed: int = Field(0, description="seed of sample, clusters and layout")
+
+
+def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None = None) -> Report:
+    """Write map.html (interactive, one file), map.png, points.json and a report with the clusters.
+
+    Errors: DataError with fewer than 10 documents; MissingDependency without the extra `corpus`.
+    """
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise MissingDependency("data.map needs scikit-learn; install it with: pip install 'llmworks[corpus]'") from None
+    documents, total = sample(data, config)
+    if len(documents) < LEAST:
+        raise DataError(f"{data.name}: {len(documents)} documents are too few for a map; at least {LEAST} are needed")
+    texts = [document.text[:5000] for document in documents]
+    matrix, words = tfidf(texts)
+    vectors = embed(texts, embedder) if embedder else reduced(matrix, config.seed)
+    labels = cluster(vectors, min(config.clusters, len(documents) // 2), config.seed)
+    terms = cluster_terms(matrix, words, labels)
+    points = lay_out(vectors, config)
+    groups = {"cluster": [f"{label + 1}: {', '.join(terms[label][:3])}" for label in labels], **colours(documents, config.color_by)}
+    rows = [
+        {"id": d.id, "x": round(float(x), 3), "y": round(float(y), 3), "text": " ".join(d.text[:SNIPPET].split()), **{name: values[i] for name, values in groups.items()}}
+        for i, (d, (x, y)) in enumerate(zip(documents, points, strict=True))
+    ]  # fmt: skip
+    how = f"{embedder.name} vectors" if embedder else "TF-IDF"
+    (ctx.out / "points.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    (ctx.out / "map.html").write_text(page(f"{data.name}: {len(rows):,} documents, {how}", rows, list(groups)), encoding="utf-8")
+    draw(points, labels, terms, ctx.out / "map.png", f"{data.name}: {len(rows):,} documents, {how}, {config.layout}")
+    report = ctx.report
+    report.title = f"A map of {data.name}"
+    report.lead = f"{len(rows):,} of {total:,} documents by {how}, laid out by {config.layout}; open map.html to move around and read them."
+    sizes = Counter(labels)
+    report.data = {"documents": len(rows), "clusters": [{"size": sizes[i], "terms": terms[i]} for i in sorted(terms)]}
+    report.picture("Map", ctx.out / "map.png", "Colours are the clusters of the table below.")
+    report.table("Clusters", ("cluster", "documents", "terms"), [(i + 1, sizes[i], ", ".join(terms[i])) for i in sorted(terms, key=lambda i: -sizes[i])])
+    return Report(ctx.out, metrics={"documents": len(rows), "clusters": len(sizes)})
+
+
+def sample(data: Dataset, config: MapConfig) -> tuple[list[Document], int]:
+    """(some documents in their order, how many there are): a reservoir (Vitter 1985)."""
+    choose = random.Random(config.seed)
+    kept: list[tuple[int, Document]] = []
+    total = 0
+    for place, document in enumerate(read_documents(data)):
+        total += 1
+        if place < config.documents:
+            kept.append((place, document))
+        elif (at := choose.randrange(place + 1)) < config.documents:
+            kept[at] = (place, document)
+    return [document for _, document in sorted(kept, key=lambda item: item[0])], total
+
+
+def tfidf(texts: Sequence[str]) -> tuple[Any, list[str]]:
+    """(TF-IDF matrix [texts, words], the words), without English stop words and words of one text."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    least = 2 if len(texts) >= 50 else 1
+    try:
+        vectorizer = TfidfVectorizer(max_features=20_000, min_df=least, max_df=0.5, stop_words="english", sublinear_tf=True, token_pattern=r"(?u)\b[^\W\d_]{2,}\b")
+        matrix = vectorizer.fit_transform(texts)
+    except ValueError:  # every word is a stop word or in one text only
+        vectorizer = TfidfVectorizer(analyzer="char", max_features=2000)
+        matrix = vectorizer.fit_transform(texts)
+    return matrix, list(vectorizer.get_feature_names_out())
+
+
+def reduced(matrix: Any, seed: int) -> Array:
+    """The widest directions of a sparse matrix (latent semantic analysis), rows of unit length."""
+    import numpy as np
+    from sklearn.decomposition import TruncatedSVD
+
+    size = max(2, min(DIMENSIONS, min(matrix.shape) - 1))
+    vectors = TruncatedSVD(size, random_state=seed).fit_transform(matrix)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    found: Array = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    return found
+
+
+def embed(texts: list[str], embedder: Model) -> Array:
+    """The embedder's vectors."""
+    from llmworks.embed import open_embedder
+
+    return open_embedder(embedder.path).encode(texts)
+
+
+def cluster(vectors: Array, count: int, seed: int) -> list[int]:
+    """The k-means cluster of each row; the largest is 0."""
+    from sklearn.cluster import KMeans
+
+    found = KMeans(count, random_state=seed, n_init=4).fit_predict(vectors).tolist()
+    order = [label for label, _ in sorted(Counter(found).items(), key=lambda item: (-item[1], item[0]))]
+    return [order.index(label) for label in found]
+
+
+def cluster_terms(matrix: Any, words: list[str], labels: Sequence[int]) -> dict[int, list[str]]:
+    """The words that weigh more in a cluster than in the others, most telling first."""
+    import numpy as np
+
+    own = np.array(labels)
+    overall = np.asarray(matrix.mean(axis=0)).ravel()
+    found = {}
+    for label in sorted(set(labels)):
+        lift = np.asarray(matrix[own == label].mean(axis=0)).ravel() - overall
+        found[label] = [words[i] for i in np.argsort(-lift, kind="stable")[:TERMS] if lift[i] > 0] or ["(nothing of its own)"]
+    return found
+
+
+def lay_out(vectors: Array, config: MapConfig) -> Array:
+    """Points [rows, 2]."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    narrow = PCA(min(DIMENSIONS, *vectors.shape), random_state=config.seed).fit_transform(vectors)
+    if config.layout == "pca" or narrow.shape[1] < 2:
+        points: Array = narrow[:, :2]
+        return points
+    perplexity = min(config.perplexity, (len(vectors) - 1) / 3)
+    laid: Array = TSNE(2, perplexity=perplexity, init="pca", random_state=config.seed, n_jobs=1).fit_transform(narrow)
+    return laid
+
+
+def colours(documents: Sequence[Document], fields: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each field that some documents have and that differ; rare ones are 'other'."""
+    found = {}
+    for field in fields:
+        values = [document.source if field == "source" else str(document.metadata.get(field, "none")) for document in documents]
+        common = {value for value, _ in Counter(values).most_common(GROUPS)}
+        if len(set(values)) > 1:
+            found[field] = [value if value in common else "other" for value in values]
+    return found
+
+
+def draw(points: Array, labels: Sequence[int], terms: dict[int, list[str]], path: Path, title: str) -> None:
+    """The map as a PNG, each cluster named where its middle is."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    own = np.array(labels)
+    palette = colormaps["tab20"]
+    for label in sorted(terms):
+        some = points[own == label]
+        axes.scatter(some[:, 0], some[:, 1], s=9, color=palette(label % 20), linewidths=0, alpha=0.75)
+    for label in sorted(terms):
+        x, y = np.median(points[own == label], axis=0)
+        axes.annotate(", ".join(terms[label][:3]), (x, y), ha="center", fontsize=8, bbox={"boxstyle": "round,pad=0.2", "fc": "white", "ec": "#999", "alpha": 0.8})
+    axes.set_title(title, fontsize=11)
+    axes.set_axis_off()
+    figure.savefig(path, metadata={"Software": None})
+
+
+def page(title: str, rows: list[dict[str, Any]], fields: list[str]) -> str:
+    """The interactive map: one file that needs nothing from outside."""
+    import html
+
+    data = json.dumps({"rows": rows, "fields": fields}, ensure_ascii=False).replace("</", "<\\/")
+    source = Path(__file__).with_name("map.template.html").read_text(encoding="utf-8")
+    return source.replace("{{title}}", html.escape(title)).replace("{{data}}", data)

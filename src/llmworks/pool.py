@@ -10,10 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from llmworks.errors import MissingDependency, UserError, WorkerLost
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
@@ -26,6 +29,7 @@ class Pool:
     workers: int = 1
     engine: Literal["local", "ray"] = "local"
     address: str = ""
+    _started: list[ProcessPoolExecutor] = field(default_factory=list, compare=False, repr=False)  # kept for the next call
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -67,9 +71,10 @@ class Pool:
         import multiprocessing
         from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
-        executor = ProcessPoolExecutor(
-            min(self.workers, len(units)), multiprocessing.get_context("spawn"), initializer=_follow, initargs=(os.getpid(),)
-        )
+        if not self._started:
+            spawn = multiprocessing.get_context("spawn")
+            self._started.append(ProcessPoolExecutor(self.workers, spawn, initializer=_follow, initargs=(os.getpid(),)))
+        executor = self._started[0]
         try:
             waiting = {executor.submit(function, unit): index for index, unit in units.items()}
             while waiting:
@@ -78,11 +83,11 @@ class Pool:
                 for future in sorted(done, key=lambda f: f.exception() is not None):
                     yield waiting.pop(future), future.result()
         except BaseException:
+            self._started.clear()
             for child in multiprocessing.active_children():
                 child.terminate()
             executor.shutdown(wait=False, cancel_futures=True)
             raise
-        executor.shutdown()
 
     def _ray(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
         try:

@@ -225,23 +225,26 @@ def draw_curves(series: Series, x: str, y: str) -> str:
 
 
 def draw_histograms(items: Mapping[str, Mapping[str, Any]]) -> str:
-    """Histograms as SVG, three in a row."""
-    across = min(3, len(items))
-    down = -(-len(items) // across)
-    figure, _ = _figure(9.6, 1.75 * down)
-    figure.clear()
-    for number, (label, item) in enumerate(items.items(), 1):
-        axes = figure.add_subplot(down, across, number)
-        width = item["top"] / len(item["counts"])
-        axes.bar([width * i for i in range(len(item["counts"]))], item["counts"], width=width, align="edge", color=ACCENTS[0], alpha=0.75)
+    """Histograms as SVG, four in a row; drawn by hand, since matplotlib takes seconds for dozens of small plots."""
+    width, height, across, left, top = 230, 122, min(4, len(items)), 10, 24
+    inner, tall = width - 2 * left, height - top - 22
+    parts = []
+    for number, (label, item) in enumerate(items.items()):
+        x, y = number % across * width + left, number // across * height + top
+        counts, most = item["counts"], max([1, *item["counts"]])
+        step = inner / len(counts)
+        bars = "".join(f"M{x + i * step:.1f} {y + tall}v{-tall * n / most:.1f}h{step * 0.9:.1f}V{y + tall}z" for i, n in enumerate(counts) if n)
+        parts.append(f'<text x="{x}" y="{y - 8}" font-size="11" fill="#1b1f24">{html.escape(label)}</text><path d="{bars}" fill="{ACCENTS[0]}" opacity=".75"/>')
+        parts.append(f'<path d="M{x} {y + tall}h{inner}" stroke="#5b6572"/>')
+        for value, anchor, place in ((0, "start", x), (item["top"], "end", x + inner)):
+            parts.append(f'<text x="{place}" y="{y + tall + 12}" font-size="9" fill="#5b6572" text-anchor="{anchor}">{value:g}</text>')
         for bound in (item.get("low"), item.get("high")):
             if bound is not None and bound <= item["top"]:
-                axes.axvline(bound, color="#dc2626", linewidth=1.2)
-        axes.set_title(label, fontsize=8.5)
-        axes.tick_params(labelsize=7)
-        axes.set_xlim(0, item["top"])
-        axes.locator_params(nbins=4)
-    return _svg(figure)
+                at = x + inner * bound / item["top"]
+                parts.append(f'<path d="M{at:.1f} {y - 2}V{y + tall}" stroke="#dc2626" stroke-width="1.3"/>')
+                parts.append(f'<text x="{at:.1f}" y="{y + tall + 12}" font-size="9" fill="#dc2626" text-anchor="middle">{bound:g}</text>')
+    size = f"{across * width} {-(-len(items) // across) * height}"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{size.split()[0]}" font-family="system-ui,sans-serif">{"".join(parts)}</svg>'
 
 
 def draw_intervals(rows: Sequence[tuple[str, float, float, float]], x: str) -> str:

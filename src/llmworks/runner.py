@@ -240,6 +240,10 @@ def facts(metrics: Mapping[str, Any]) -> str:
     """The figures of a step that fit on a line."""
     shown = (
         "rows",
+        "documents",
+        "dropped",
+        "touched_test_rows",
+        "auc",
         "rejected",
         "loss",
         "score",

@@ -21,7 +21,7 @@ from llmworks.context import Context
 from llmworks.data.documents import COLUMNS, open_shard, read_tables, shard_files, table_documents
 from llmworks.types import Document, Json
 
-PART_BYTES = 32 << 20
+PART_BYTES = 8 << 20
 SUMMARY = "summary.json"
 Part = TypeVar("Part")
 Work = Callable[[Part, Path], Json]

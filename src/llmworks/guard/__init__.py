@@ -16,9 +16,9 @@ class Finding:
 
 
 def apart(findings: list[Finding]) -> list[Finding]:
-    """Findings in their order without overlaps: of two that share characters the longer stays, of equals the first given."""
+    """Findings in their order without overlaps: of two that share characters the one that was given first stays."""
     chosen: list[Finding] = []
-    for finding in sorted(findings, key=lambda f: f.start - f.end):
+    for finding in findings:
         if all(finding.end <= other.start or finding.start >= other.end for other in chosen):
             chosen.append(finding)
     return sorted(chosen, key=lambda f: f.start)

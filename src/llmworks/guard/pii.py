@@ -8,18 +8,22 @@ from collections.abc import Callable, Iterator
 
 from llmworks.guard import Finding
 
-EMAIL = re.compile(r"(?<![\w.+%-])[A-Za-z0-9][\w.+%-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.)+[A-Za-z]{2,24}(?![\w@-])")
+EMAIL = re.compile(r"(?<![\w.+%-])[A-Za-z0-9](?:[\w.+%-]|'(?=\w)){0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.)+([A-Za-z]{2,24})(?![\w@-])")
+# what stands behind the last full stop of pictures, units and files, and is no top-level domain
+NO_DOMAIN = frozenset(["png", "jpg", "jpeg", "gif", "webp", "svg", "service", "socket", "timer", "localdomain", "localhost", "py", "js", "ts", "css", "html", "json", "yaml", "md", "txt"])
 IPV4 = re.compile(r"(?<![\w.-])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w-]|\.\d)")
-IPV6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f:]*:[0-9A-Fa-f]*:)[0-9A-Fa-f:]{2,39}(?:\.\d{1,3}){0,3}(?![\w:])")
+IPV6 = re.compile(r"(?:(?<![\w:.])|(?<=ip6:))(?=[0-9A-Fa-f:]*:[0-9A-Fa-f]*:)[0-9A-Fa-f:]{2,39}(?:\.\d{1,3}){0,3}(?![\w:])")
 CARD = re.compile(r"(?<![\d.-])[2-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?![\d]|[.-]\d)|(?<![\d.-])3[47]\d{2}[ -]?\d{6}[ -]?\d{5}(?![\d]|[.-]\d)")
 IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 PHONE = re.compile(
-    r"(?<![\w.+/#=-])(?:"
-    r"(?:\+|00)[1-9]\d{0,2}[ .-]?(?:\(0?\d{1,4}\)[ .-]?)?\d{1,4}(?:[ ./-]?\d{2,4}){1,5}"  # international
+    r"(?<![\w+/#-])(?<!\d\.)(?<!\d )(?:"
+    r"(?:\+|00 ?)[1-9]\d{0,2}[ .-]?(?:\(0?\d{1,4}\)[ .-]?)?\d{1,4}(?:(?:[ .-]| ?/ ?)?\d{2,4}){1,5}"  # international
     r"|(?:1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[ .-])[2-9]\d{2}[ .-]\d{4}"  # North America
-    r"|\(?0[1-9]\d{1,4}\)?(?:[ /-]\d{2,8}){1,4}"  # national, with the trunk zero
+    r"|0[1-9](?:[ .-]\d{2}){4}"  # pairs, as in France
+    r"|\(?0[1-9]\d{1,4}\)?(?:(?:[ -]| ?/ ?)\d{2,8}){1,4}"  # national, with the trunk zero
     r")(?:(?:,? ?(?:ext\.?|x) ?)\d{1,5})?(?![\w]|[.-]\d|/\d)"
 )
+VERSION = re.compile(r"(?:\bv|[Vv]ersion|[Rr]elease|[Ff]irmware|[A-Za-z]/)[\s=:\"'v]*$")
 # digits of an account number by country (ISO 13616 registry)
 IBAN_LENGTHS = {
     "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28, "CH": 21, "CR": 22, "CY": 28, "CZ": 24,
@@ -37,6 +41,7 @@ BRANDS = (
 EXAMPLE_DOMAIN = re.compile(r"@(?:.*\.)?(?:example(?:\.(?:com|net|org))?|test|invalid|localhost)$", re.IGNORECASE)  # RFC 2606
 # signs that a text may hold a finding, quickly looked for
 DOTTED, COLONS, DIGITS = re.compile(r"\d\.\d{1,3}\.\d"), re.compile(r"[0-9A-Fa-f]:[0-9A-Fa-f:]*:|::[0-9A-Fa-f]"), re.compile(r"\d{4}[ -]?\d{4}")
+NO_NUMBER = re.compile(r"\+\d\.\d+$|0\d{4}-\d{4}$|\+\d+\.\d+[+-]\d+\.\d+$")  # decimals, postal codes, coordinates
 DATE = re.compile(r"\d{4}[-./ ]\d{2}[-./ ]\d{2}|\d{2}[-./ ]\d{2}[-./ ]\d{4}")
 
 
@@ -60,7 +65,7 @@ def emails(text: str, examples: bool = False) -> Iterator[Finding]:
     """E-mail addresses; those of domains reserved for examples only with `examples`."""
     if "@" in text:
         for match in EMAIL.finditer(text):
-            if ".." not in match.group() and (examples or not EXAMPLE_DOMAIN.search(match.group())):
+            if ".." not in match.group() and match.group(1).lower() not in NO_DOMAIN and (examples or not EXAMPLE_DOMAIN.search(match.group())):
                 yield _finding("email", match)
 
 
@@ -74,9 +79,18 @@ def addresses(text: str, examples: bool = False) -> Iterator[Finding]:
                 address = ipaddress.ip_address(match.group().rstrip(":") if not match.group().endswith("::") else match.group())
             except ValueError:
                 continue
-            digits = sum(c.isalnum() for c in match.group())
-            if (address.is_global or examples) and (address.version == 4 or digits >= 6):
+            if address.version == 4 and VERSION.search(text[max(0, match.start() - 20) : match.start()]):
+                continue
+            if address.version == 6 and not _is_address(match.group()):
+                continue
+            if examples or (address.is_global and not address.is_multicast):
                 yield _finding("ip", match)
+
+
+def _is_address(value: str) -> bool:
+    """Whether six digits or more are there and it is no name in code (no digit at all) nor a hardware address (pairs only)."""
+    groups = value.split(":")
+    return sum(c.isalnum() for c in value) >= 6 and any(c.isdigit() for c in value) and not all(len(group) == 2 for group in groups)
 
 
 def cards(text: str, examples: bool = False) -> Iterator[Finding]:
@@ -103,7 +117,8 @@ def phones(text: str, examples: bool = False) -> Iterator[Finding]:
     for match in PHONE.finditer(text):
         number = re.split(r",? ?(?:ext|x)", match.group())[0]
         digits = re.sub(r"\D", "", number)
-        if re.match(r"\+\d\.\d+$", number) or not 7 <= len(digits) <= 15 or DATE.fullmatch(number) or len(set(digits)) < 3:
+        least = 9 if digits[0] == "0" and not digits.startswith("00") else 7
+        if not least <= len(digits) <= 15 or len(set(digits)) < 3 or DATE.fullmatch(number) or NO_NUMBER.match(number):
             continue
         if not examples and re.search(r"555[ .-]?01\d\d$", number):
             continue

@@ -34,8 +34,10 @@ URL_PASSWORD = re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s:/@]{0,64}:([^\s:/@]{
 NAMED = re.compile(
     r"(?:api|access|auth(?!or)|secret|private|client|encryption|signing|bearer|session)[_ -]?(?:key|token|secret|id)?|passw(?:or)?d|passwd|pwd|token|secret|credential", re.IGNORECASE
 )  # fmt: skip
-ASSIGNED = re.compile(r"""[:=]>?[ \t]{0,3}(["'`])?([^\s"'`<>{}()$;,]{8,200})(?(1)\1|(?![^\s;,]))""")
-NAME = re.compile(r"""(?<![A-Za-z0-9])([A-Za-z][\w.-]{1,40})["']?[ \t]{0,3}:?$""")
+ASSIGNED = re.compile(r"""[:=]>?[ \t]{0,3}(?:(["'`])([^\s"'`]{8,200})\1|([^\s"'`<>{}()$;,&:=]{8,200}={0,2})(?![^\s;,&"'`<>)\]}]))""")
+NAME = re.compile(r"""(?<![A-Za-z0-9])([A-Za-z][\w.-]{1,40})["'\]]{0,2}[ \t]{0,3}:?$""")
+TYPED = re.compile(r"""(?<![A-Za-z0-9])([A-Za-z]\w{1,40}):[ ]?[\w\[\]|]{1,20}[ \t]{0,3}$""")  # name: type = value
+ATTRIBUTE = re.compile(r"""\b(?:key|name)=["']([\w.-]{2,60})["']\s+value=["']([^"'\s]{8,200})["']""")
 BEARER = re.compile(r"\b[Bb]earer\s+([A-Za-z0-9._~+/-]{16,}=*)")
 PLACEHOLDER = re.compile(r"(?i)x{4,}|\*{3,}|\.{3,}|your|example|changeme|change_me|placeholder|dummy|redacted|insert|<|os\.environ|getenv|process\.env|None|null|true|false|password|secret")
 MIN_ENTROPY = 3.2  # bits per character; English words are below, random letters and digits above
@@ -57,13 +59,21 @@ def secrets(text: str, examples: bool = False) -> Iterator[Finding]:
         if examples or (not PLACEHOLDER.search(match.group(1)) and match.group(1)[0] not in "$%"):
             yield Finding("secret", match.start(1), match.end(1), match.group(1))
     for match in ASSIGNED.finditer(text):
-        value = match.group(2)
-        name = NAME.search(text[max(0, match.start() - 50) : match.start()])
-        if name and NAMED.search(name.group(1)) and looks_random(value) and (examples or not PLACEHOLDER.search(value)):
-            yield Finding("secret", match.start(2), match.end(2), value)
+        group = 2 if match.group(2) else 3
+        before = text[max(0, match.start() - 60) : match.start()]
+        names = [found.group(1) for pattern in (NAME, TYPED) if (found := pattern.search(before))]
+        if any(map(NAMED.search, names)) and _is_secret(match.group(group), examples):
+            yield Finding("secret", match.start(group), match.end(group), match.group(group))
+    for match in ATTRIBUTE.finditer(text) if "value=" in text else ():
+        if NAMED.search(match.group(1)) and _is_secret(match.group(2), examples):
+            yield Finding("secret", match.start(2), match.end(2), match.group(2))
     for match in BEARER.finditer(text) if "earer" in text else ():
-        if looks_random(match.group(1)) and (examples or not PLACEHOLDER.search(match.group(1))):
+        if _is_secret(match.group(1), examples):
             yield Finding("secret", match.start(1), match.end(1), match.group(1))
+
+
+def _is_secret(value: str, examples: bool) -> bool:
+    return looks_random(value) and "://" not in value and (examples or not PLACEHOLDER.search(value))
 
 
 def looks_random(value: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,14 +98,14 @@ class Pool:
 
         if not ray.is_initialized():
             _connect(ray, self.address, self.workers)
-        remote = ray.remote(max_retries=1)(function)
+        remote: Any = ray.remote(max_retries=1)(_call)  # Ray takes plain functions only
         todo = list(enumerate(units))[::-1]
         running: dict[Any, int] = {}
         try:
             while todo or running:
                 while todo and len(running) < self.workers:
                     index, unit = todo.pop()
-                    running[remote.remote(unit)] = index
+                    running[remote.remote(function, unit)] = index
                 done, _ = ray.wait(list(running), num_returns=1)
                 for reference in done:
                     yield running[reference], ray.get(reference)
@@ -120,15 +121,22 @@ class Pool:
                 ray.cancel(reference, force=True)
 
 
+def _call(function: Callable[[Unit], Result], unit: Unit) -> Result:
+    return function(unit)
+
+
 def _connect(ray: Any, address: str, workers: int) -> None:
     """Join the cluster at `address`, or start one here with as many slots as workers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=5).close()
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="error")
         else:
             ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from None
 
 

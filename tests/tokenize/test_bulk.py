@@ -1,0 +1,69 @@
+"""Bulk encoding gives the ids of the tokenizer that it was made from, or says that it cannot."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from llmworks import assets
+from llmworks.tokenize.bulk import PROBE, bulk_encoder
+
+TEXTS = [row[1] for row in json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]]
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+BYTES = pre_tokenizers.ByteLevel
+KINDS: dict[str, Any] = {
+    "gpt2": BYTES(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES(add_prefix_space=False)]),
+    "llama3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]),
+}
+
+
+def trained(pre: Any) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>"]  # ids of merges do not begin at 256
+    trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=special, initial_alphabet=BYTES.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([*TEXTS[:200], *PROBE], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_the_same(kind: str) -> None:
+    tokenizer = trained(KINDS[kind])
+    encoder = bulk_encoder(tokenizer)
+    assert encoder is not None
+    for text in (*TEXTS, *PROBE, "", " ", "\n", "a\0b", "x" * 5000):
+        assert encoder.encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+    assert [ids.tolist() for ids in encoder.encode_batch(TEXTS[:5])] == [e.ids for e in tokenizer.encode_batch(TEXTS[:5])]
+
+
+def test_others_are_left_to_their_own_library() -> None:
+    lower = trained(KINDS["gpt2"])
+    lower.normalizer = normalizers.Lowercase()
+    assert bulk_encoder(lower) is None
+    assert bulk_encoder(trained(BYTES(add_prefix_space=True))) is None
+    assert bulk_encoder(Tokenizer(models.WordLevel({"a": 0}))) is None
+    unknown = trained(KINDS["gpt2"])
+    unknown.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), BYTES(add_prefix_space=False)])
+    assert bulk_encoder(unknown) is None
+
+
+@pytest.mark.slow
+def test_a_real_tokenizer_on_real_text() -> None:
+    from tests.data.real_documents import real_documents
+
+    from llmworks.references import resolve
+
+    assert assets.get("smollm2-135m-instruct").convert
+    tokenizer = Tokenizer.from_file(str(resolve("asset:smollm2-135m-instruct").path / "tokenizer.json"))
+    encoder = bulk_encoder(tokenizer)
+    assert encoder is not None
+    texts = [text for _, text in real_documents()]
+    for text, expected in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+        assert encoder.encode(text).tolist() == expected.ids

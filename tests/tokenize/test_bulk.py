@@ -43,6 +43,20 @@ def test_ids_are_the_same(kind: str) -> None:
     assert [ids.tolist() for ids in encoder.encode_batch(TEXTS[:5])] == [e.ids for e in tokenizer.encode_batch(TEXTS[:5])]
 
 
+def test_bytes_without_a_token_are_left_out_alike() -> None:
+    state = json.loads(trained(KINDS["smollm"]).to_str())
+    for character in ("\u0104", "ñ"):  # the bytes 4 and 0xF1
+        state["model"]["vocab"].pop(character)
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    encoder = bulk_encoder(tokenizer)
+    assert encoder is not None
+    for text in ("a\x04b the\x04re", "x\U00040000y", "plain"):
+        assert encoder.encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+    state["model"]["vocab"].pop("¢")  # a byte that many characters have
+    state["model"]["merges"] = [m for m in state["model"]["merges"] if "¢" not in "".join(m)]
+    assert bulk_encoder(Tokenizer.from_str(json.dumps(state))) is None
+
+
 def test_others_are_left_to_their_own_library() -> None:
     lower = trained(KINDS["gpt2"])
     lower.normalizer = normalizers.Lowercase()

@@ -7,6 +7,7 @@ trusted, and gives None for all others, which are encoded by `tokenizers` itself
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,11 +36,13 @@ def byte_characters() -> dict[str, int]:
 class BulkEncoder:
     """Texts to ids without special tokens, as the tokenizer that it was made from gives them."""
 
-    def __init__(self, encoding: Any, ids: Ids) -> None:
-        self._encoding, self._ids = encoding, ids
+    def __init__(self, encoding: Any, ids: Ids, tokenizer: Any, missing: re.Pattern[str] | None) -> None:
+        self._encoding, self._ids, self._tokenizer, self._missing = encoding, ids, tokenizer, missing
 
     def encode(self, text: str) -> Ids:
         """The ids of one text."""
+        if self._missing and self._missing.search(text):  # bytes without a token, which the tokenizer leaves out as it merges
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         ids: Ids = self._ids[self._encoding.encode_to_numpy(text, disallowed_special=())]
         return ids
 
@@ -65,12 +68,14 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
         return bytes(characters[c] for c in token) if all(c in characters for c in token) else None
 
     vocab: dict[str, int] = model["vocab"]
-    singles = [token for token in vocab if len(token) == 1 and token in characters]
-    if len(singles) < 256:
+    absent = {byte for character, byte in characters.items() if character not in vocab}
+    missing = _texts_with(absent)
+    if missing is None:
         return None
     # ranks are the order of merges, whatever the ids are
-    ranks: dict[bytes, int] = {bytes([characters[token]]): i for i, token in enumerate(sorted(singles, key=lambda t: characters[t]))}
-    ids = [vocab[token] for token in sorted(singles, key=lambda t: characters[t])]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    by_byte = {byte: vocab.get(character, -1) for character, byte in characters.items()}
+    ids = [by_byte[byte] for byte in range(256)]
     for merge in model["merges"]:
         left, right = merge if isinstance(merge, list) else merge.split(" ")
         joined = as_bytes(left + right)
@@ -79,7 +84,8 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
         if joined not in ranks:
             ranks[joined] = len(ids)
             ids.append(vocab[left + right])
-    encoder = BulkEncoder(tiktoken.Encoding("llmworks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), np.array(ids, dtype=np.int32))
+    encoding = tiktoken.Encoding("llmworks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    encoder = BulkEncoder(encoding, np.array(ids, dtype=np.int32), tokenizer, missing if absent else None)
     return encoder if _agrees(encoder, lambda text: tokenizer.encode(text, add_special_tokens=False).ids) else None
 
 
@@ -100,6 +106,16 @@ def _pattern(pre: Any) -> str | None:
         found: str | None = step["pattern"].get("Regex")
         return found
     return None
+
+
+def _texts_with(absent: set[int]) -> re.Pattern[str] | None:
+    """What texts hold any of these bytes in UTF-8; None when too many would, since a byte is missing that many characters have."""
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # no byte of UTF-8
+    ascii_, beyond = {b for b in absent if b < 0x80}, {b for b in absent if 0xF1 <= b <= 0xF4}
+    if absent - never - ascii_ - beyond:
+        return None
+    found = "".join(map(re.escape, map(chr, sorted(ascii_)))) + ("\U00040000-\U0010ffff" if beyond else "")
+    return re.compile(f"[{found}]" if found else r"(?!)")
 
 
 def _agrees(encoder: BulkEncoder, reference: Callable[[str], list[int]]) -> bool:

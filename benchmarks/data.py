@@ -1,0 +1,433 @@
+"""The corpus stages beside the tools of their field, on 200 MB of real documents, in one run.
+
+    python benchmarks/data.py [--datatrove PYTHON]      (about 12 minutes on two cores)
+
+The documents are manuals and man pages of Debian 12, fetched with apt-get. Peers are installed beside llmworks: rensa, datasketch; datatrove
+lives in an environment of its own whose Python is named by --datatrove. Every measurement is a process of its own, so that CPU seconds and
+peak memory are those of the tool alone. Throughput is megabytes of UTF-8 text per CPU second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import html
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+PACKAGES = (
+    "linux-doc-6.1", "rust-doc", "libboost1.74-doc", "postgresql-doc-15", "manpages-dev", "manpages", "perl-doc", "python3.11-doc",
+    "cppreference-doc-en-html", "libreoffice-help-en-us", "qtbase5-doc-html", "openjdk-17-doc",
+)  # fmt: skip
+WANTED_BYTES = 210_000_000
+COPIES = 2000  # near-duplicates of each kind
+MB = 1e6
+
+
+def fetch(folder: Path) -> Path:
+    """Download and unpack the packages, once."""
+    target = folder / "packages"
+    if (folder / "complete").exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    for package in PACKAGES:
+        subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+    for deb in folder.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", deb, target], check=True)
+    (folder / "complete").touch()
+    return target
+
+
+def texts(root: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of every page, in a fixed shuffled order; tags and macros are taken out."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink() and p.name.endswith((".html", ".rst.txt", ".pod", ".gz")))
+    random.Random(0).shuffle(files)
+    for path in files:
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            text = raw.decode()
+        except (UnicodeDecodeError, OSError, EOFError):
+            continue
+        if path.suffix == ".html" or text.lstrip()[:9].lower() == "<!doctype":
+            text = re.sub(r"(?is)<(script|style|head|nav)\b.*?</\1>|<!--.*?-->", " ", text)
+            text = html.unescape(re.sub(r"<[^>]+>", "", text))
+        elif path.suffix == ".gz":
+            text = re.sub(r"(?m)^\.[^\n]*$|\\f[A-Z]|\\&", "", text)
+        text = re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*\n\s*", "\n\n", text)).strip()
+        if 300 <= len(text) <= 200_000:
+            yield path.relative_to(root).as_posix(), text
+
+
+def edited(text: str, share: float, rng: random.Random, words: list[str]) -> str:
+    """One word in so many is replaced, taken out, or has another behind it."""
+    out: list[str] = []
+    for word in text.split(" "):
+        kind = rng.random() / share
+        out += [word] if kind >= 1 else [rng.choice(words)] if kind < 1 / 3 else [] if kind < 2 / 3 else [word, rng.choice(words)]
+    return " ".join(out)
+
+
+def natural(documents: list[str]) -> set[int]:
+    """Documents that are near-duplicates by nature: every pair that shares a quarter of its 5-word runs, found by counting runs, not by MinHash."""
+    import numpy as np
+    import pyarrow as pa
+
+    from llmworks.data.hashing import hash_words, shingles, unique
+
+    sets: list[Any] = []
+    for words in hash_words(pa.array(documents)):
+        block = unique(shingles(words, 5))
+        sets += [block[i] for i in range(len(block))]
+    owner = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
+    values = np.concatenate(sets)
+    order = np.argsort(values, kind="stable")
+    values, owner = values[order], owner[order]
+    edges = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1], [True])))
+    sizes = np.diff(edges)
+    gone: set[int] = set()
+    counts: dict[tuple[int, int], int] = {}
+    for begin, size in zip(edges[:-1][(sizes > 1) & (sizes <= 40)].tolist(), sizes[(sizes > 1) & (sizes <= 40)].tolist(), strict=True):
+        group = owner[begin : begin + size].tolist()
+        for other in group[1:]:
+            counts[(group[0], other)] = counts.get((group[0], other), 0) + 1
+        for a, b in pairwise(group[1:]):
+            counts[(a, b)] = counts.get((a, b), 0) + 1
+    for begin, size in zip(edges[:-1][sizes > 40].tolist(), sizes[sizes > 40].tolist(), strict=True):  # boilerplate: neighbours only
+        group = owner[begin : begin + size].tolist()
+        for a, b in pairwise(group):
+            counts[(a, b)] = counts.get((a, b), 0) + 1
+    for (a, b), common in counts.items():
+        if common >= 0.2 * (len(sets[a]) + len(sets[b]) - common):
+            gone.add(b)
+    return gone
+
+
+def prepare(folder: Path) -> None:
+    """Write corpus.jsonl (all), labelled.jsonl (without natural near-duplicates, with edited copies) and the same as documents."""
+    from llmworks.data.documents import DocumentWriter
+    from llmworks.types import Document
+
+    if (folder / "labelled.jsonl").exists():
+        return
+    every: list[tuple[str, str]] = []
+    size = 0
+    for name, text in texts(fetch(folder)):
+        every.append((name, text))
+        size += len(text.encode())
+        if size >= WANTED_BYTES:
+            break
+    rng = random.Random(1)
+    gone = natural([text for _, text in every])
+    base = [item for i, item in enumerate(every) if i not in gone]
+    words = [w for _, text in rng.sample(base, 500) for w in text.split(" ") if w]
+    labelled = list(base)
+    long = [item for item in base if len(item[1].split()) >= 60]
+    for kind, share in (("e05", 0.05), ("e10", 0.10)):
+        labelled += [(f"{kind}:{name}", edited(text, share, rng, words)) for name, text in rng.sample(long, COPIES)]
+    rng.shuffle(labelled)
+    for name, rows in (("corpus", every), ("labelled", labelled)):
+        with DocumentWriter(folder / name) as writer, (folder / f"{name}.draft").open("w") as stream:
+            for id, text in rows:
+                writer.add(Document(id, text, id))
+                stream.write(json.dumps({"id": id, "text": text}) + "\n")
+        (folder / f"{name}.draft").rename(folder / f"{name}.jsonl")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a JSONL file."""
+    with path.open() as stream:
+        return [json.loads(line) for line in stream]
+
+
+def pair_scores(pairs: set[tuple[str, str]]) -> dict[str, float]:
+    """Recall by kind of edit and precision of pairs of ids."""
+    def original(id: str) -> str:
+        return id[4:] if id[:4] in ("e05:", "e10:") else id
+
+    right = {pair for pair in pairs if original(pair[0]) == original(pair[1])}
+    out = {"precision": len(right) / max(1, len(pairs))}
+    for kind in ("e05", "e10"):
+        out[f"recall {kind[1:]}%"] = len({id for pair in right for id in pair if id.startswith(kind) and any(not other.startswith("e") for other in pair)}) / COPIES
+    return out
+
+
+# each measurement below runs in a process of its own
+
+
+def near_llmworks(folder: Path) -> dict[str, Any]:
+    """Hash, compare and join, on Parquet."""
+    import numpy as np
+
+    from llmworks.artifact import Dataset
+    from llmworks.data.dedup import DedupConfig, _hash_part
+    from llmworks.data.duplicates import near
+    from llmworks.data.duplicates.clusters import Clusters
+    from llmworks.data.duplicates.dropping import ids_of
+    from llmworks.data.parts import spans
+
+    config = DedupConfig(exact=None)
+    parts = spans(Dataset(folder / "labelled"))
+    rows = sum(part.rows for part in parts)
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / str(i) for i in range(len(parts))]
+        for part, place in zip(parts, folders, strict=True):
+            place.mkdir()
+            _hash_part(config, part, place)
+        clusters = Clusters(rows)
+        assert config.near is not None
+        near.join_near(config.near, folders, clusters, np.arange(rows))
+    seconds = time.process_time() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ids = ids_of(parts, set(range(rows)))
+    groups = list(clusters.members())
+    pairs = {(ids[a], ids[b]) for group in groups for i, a in enumerate(group) for b in group[i + 1 :]}
+    return {"seconds": seconds, "peak": peak, **pair_scores(pairs)}
+
+
+def _runs(text: str) -> list[str]:
+    words = re.findall(r"\w+", text.lower())
+    return [" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))]
+
+
+def near_rensa(folder: Path) -> dict[str, Any]:
+    """Candidates of R-MinHash with 32 bands, threshold 0.5."""
+    from rensa import RMinHash, RMinHashLSH
+
+    began = time.process_time()
+    index = RMinHashLSH(threshold=0.5, num_perm=128, num_bands=32)
+    ids: list[str] = []
+    pairs: set[tuple[str, str]] = set()
+    with (folder / "labelled.jsonl").open() as stream:
+        for number, line in enumerate(stream):
+            row = json.loads(line)
+            ids.append(row["id"])
+            sketch = RMinHash(num_perm=128, seed=42)
+            sketch.update(_runs(row["text"]))
+            pairs.update((ids[other], row["id"]) for other in index.query(sketch))
+            index.insert(number, sketch)
+    return {"seconds": time.process_time() - began, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, **pair_scores(pairs)}
+
+
+def near_datasketch(folder: Path) -> dict[str, Any]:
+    """Candidates of MinHash LSH with 128 permutations, threshold 0.5."""
+    from datasketch import MinHash, MinHashLSH
+
+    began = time.process_time()
+    index = MinHashLSH(threshold=0.5, num_perm=128)
+    pairs: set[tuple[str, str]] = set()
+    with (folder / "labelled.jsonl").open() as stream:
+        for line in stream:
+            row = json.loads(line)
+            sketch = MinHash(num_perm=128)
+            sketch.update_batch([run.encode() for run in set(_runs(row["text"]))])
+            pairs.update((other, row["id"]) for other in index.query(sketch))
+            index.insert(row["id"], sketch)
+    return {"seconds": time.process_time() - began, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, **pair_scores(pairs)}
+
+
+FILTER_ROWS = 2500
+
+
+def filters_llmworks(folder: Path) -> dict[str, Any]:
+    """Four rule sets on the first documents, then on all."""
+    from llmworks.data.filters import c4, fineweb, gopher
+    from llmworks.data.filters.words import Words
+
+    every = [row["text"] for row in rows_of(folder / "corpus.jsonl")]
+
+    def run(some: list[str]) -> float:
+        began = time.process_time()
+        words = Words()
+        for at in range(0, len(some), 1000):
+            batch = words.encode(some[at : at + 1000])
+            gopher.gopher_quality(gopher.GopherQuality(), batch, words)
+            gopher.gopher_repetition(gopher.GopherRepetition(), batch, words)
+            c4.c4(c4.C4(), batch.texts, words)
+            fineweb.fineweb(fineweb.FineWeb(), batch)
+        return time.process_time() - began
+
+    size = sum(len(text.encode()) for text in every[:FILTER_ROWS])
+    whole = sum(len(text.encode()) for text in every)
+    return {"seconds": run(every[:FILTER_ROWS]), "bytes": size, "whole MB/CPU-s": round(whole / MB / run(every), 2)}
+
+
+DATATROVE = """
+import json, sys, time
+from datatrove.data import Document
+from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+rows = [json.loads(line) for _, line in zip(range(int(sys.argv[2])), open(sys.argv[1]))]
+filters = [GopherQualityFilter(), GopherRepetitionFilter(), C4QualityFilter(), FineWebQualityFilter()]
+filters[0].filter(Document(text="warm up. " * 20, id="0"))
+began = time.process_time()
+for row in rows:
+    for rule in filters:
+        rule.filter(Document(text=row["text"], id=row["id"]))
+print(json.dumps({"seconds": time.process_time() - began, "bytes": sum(len(row["text"].encode()) for row in rows)}))
+"""
+
+
+def exact(folder: Path) -> dict[str, Any]:
+    """Hash and group, beside the bare hash over the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from xxhash import xxh3_64_intdigest
+
+    from llmworks.data.duplicates.clusters import groups_of_equals
+    from llmworks.data.duplicates.exact import hash_texts
+
+    column = pa.concat_tables([pq.read_table(p, columns=["text"]) for p in sorted((folder / "corpus").glob("*.parquet"))])["text"]
+    flat = [text.encode() for text in column.to_pylist()]
+    began = time.process_time()
+    for _ in range(5):
+        for text in flat:
+            xxh3_64_intdigest(text)
+    bare = (time.process_time() - began) / 5
+    began = time.process_time()
+    for _ in range(5):
+        list(groups_of_equals(hash_texts(column)))
+    return {"seconds": (time.process_time() - began) / 5, "xxh3 seconds": bare, "bytes": sum(map(len, flat))}
+
+
+def encode(folder: Path) -> dict[str, Any]:
+    """Both encoders on the same documents."""
+    from tokenizers import Tokenizer
+
+    from llmworks.references import resolve
+    from llmworks.tokenize.bulk import bulk_encoder
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_file(str(resolve("asset:smollm2-135m-instruct").path / "tokenizer.json"))
+    encoder = bulk_encoder(tokenizer)
+    assert encoder is not None
+    some = [row["text"] for row in rows_of(folder / "corpus.jsonl")[:5000]]
+    size = sum(len(text.encode()) for text in some)
+    began = time.process_time()
+    theirs: list[Any] = []
+    for at in range(0, len(some), 500):
+        theirs += [e.ids for e in tokenizer.encode_batch(some[at : at + 500], add_special_tokens=False)]
+    slow = time.process_time() - began
+    began = time.process_time()
+    ours = encoder.encode_batch(some)
+    fast = time.process_time() - began
+    same = all(a.tolist() == b for a, b in zip(ours, theirs, strict=True))
+    return {"seconds": fast, "tokenizers seconds": slow, "bytes": size, "identical": same}
+
+
+def language(folder: Path) -> dict[str, Any]:
+    """Identify every document."""
+    from llmworks.data.filters.language import identify
+
+    every = [row["text"] for row in rows_of(folder / "corpus.jsonl")]
+    identify("warm up")
+    began = time.process_time()
+    for text in every:
+        identify(text)
+    return {"seconds": time.process_time() - began, "documents": len(every)}
+
+
+CHAIN = (
+    ("read", "data", []), ("clean", "read", []), ("redact", "clean", []), ("dedup", "redact", ["--set", "lines={}"]),
+    ("decontaminate", "dedup", []), ("split", "decontaminate", ["--set", "part=train", "--set", "folds=50"]),
+)  # fmt: skip
+
+
+def chain(folder: Path, share: float) -> dict[str, Any]:
+    """The stages of recipes/corpus.yaml one after the other on a share of the corpus, with two workers; the peak is of the largest process."""
+    lines = (folder / "corpus.jsonl").read_bytes().splitlines(keepends=True)
+    chosen = lines[: int(len(lines) * share)]
+    out: dict[str, Any] = {"documents": len(chosen), "bytes": sum(len(json.loads(line)["text"].encode()) for line in chosen)}
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch) / "raw"
+        raw.mkdir()
+        for number in range(0, len(chosen), 2000):
+            (raw / f"{number:06d}.jsonl").write_bytes(b"".join(chosen[number : number + 2000]))
+        del lines, chosen
+        config = Path(scratch) / "clean.yaml"
+        config.write_text("gopher_quality: {min_alpha_words: 0.5}\nc4: {terminal_punctuation: false, min_sentences: 2, curly_brackets: false}\n")
+        began = time.monotonic()
+        for stage, source, settings in CHAIN:
+            words = ["data", stage, "--data", str(raw if source == "data" else Path(scratch) / source), "--out", str(Path(scratch) / stage), "--workers", "2", "--quiet"]
+            if stage == "decontaminate":
+                words += ["--tests", "humaneval=asset:humaneval", "--tests", "ifbench=asset:ifbench"]
+            if stage == "clean":
+                words += ["--config", str(config)]
+            at = time.monotonic()
+            done = subprocess.run([sys.executable, "-m", "llmworks.cli", *words, *settings, "--workspace", str(Path(scratch) / "ws"), "--json"], capture_output=True, text=True, check=True)
+            out[stage] = round(time.monotonic() - at, 1)
+            out[f"{stage} documents"] = json.loads(done.stdout)["metrics"]["documents"]
+        out["seconds"] = time.monotonic() - began
+    out["peak"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return out
+
+
+MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "near_llmworks": near_llmworks, "near_rensa": near_rensa, "near_datasketch": near_datasketch, "filters_llmworks": filters_llmworks,
+    "exact": exact, "encode": encode, "language": language, "chain_half": partial(chain, share=0.5), "chain_whole": partial(chain, share=1.0),
+}  # fmt: skip
+
+
+def measured(name: str, folder: Path) -> dict[str, Any]:
+    """Run one measurement in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--measure", name, "--folder", str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def report(folder: Path, datatrove: str) -> None:
+    """Measure everything and print the tables."""
+    rows = rows_of(folder / "labelled.jsonl")
+    size = sum(len(row["text"].encode()) for row in rows) / MB
+    print(f"{len(rows):,} labelled documents, {size:.0f} MB\n\n| near-duplicates | MB/CPU-s | recall 5 % | recall 10 % | precision | peak GB |\n|---|---|---|---|---|---|", flush=True)
+    for name in ("near_llmworks", "near_rensa", "near_datasketch"):
+        m = measured(name, folder)
+        print(f"| {name[5:]} | {size / m['seconds']:.1f} | {m['recall 05%']:.3f} | {m['recall 10%']:.3f} | {m['precision']:.3f} | {m['peak'] / 1e6:.2f} |", flush=True)
+    print("\n| what | llmworks | peer | ratio |\n|---|---|---|---|")
+    ours = measured("filters_llmworks", folder)
+    own = ours["bytes"] / MB / ours["seconds"]
+    if datatrove:
+        done = subprocess.run([datatrove, "-c", DATATROVE, str(folder / "corpus.jsonl"), str(FILTER_ROWS)], stdout=subprocess.PIPE, text=True, check=True)
+        theirs = json.loads(done.stdout.splitlines()[-1])
+        other = theirs["bytes"] / MB / theirs["seconds"]
+        print(f"| four rule sets, first {FILTER_ROWS:,} documents | {own:.2f} MB/CPU-s | datatrove {other:.3f} MB/CPU-s | {own / other:.1f} |")
+    print(f"| four rule sets, all documents | {ours['whole MB/CPU-s']} MB/CPU-s | | |", flush=True)
+    m = measured("exact", folder)
+    print(f"| exact duplicates by bytes | {m['seconds']:.3f} CPU-s for {m['bytes'] / MB:.0f} MB | xxh3 alone {m['xxh3 seconds']:.3f} | {m['seconds'] / m['xxh3 seconds']:.2f} of its time |", flush=True)
+    m = measured("encode", folder)
+    print(f"| bulk encoding, ids identical: {m['identical']} | {m['bytes'] / MB / m['seconds']:.1f} MB/CPU-s | tokenizers {m['bytes'] / MB / m['tokenizers seconds']:.1f} MB/CPU-s | {m['tokenizers seconds'] / m['seconds']:.1f} |", flush=True)
+    m = measured("language", folder)
+    print(f"| languages | {m['documents'] / m['seconds']:,.0f} documents/CPU-s | | |", flush=True)
+    print("\n| chain, two workers | documents | MB | s | MB/s | largest process GB | seconds by stage |\n|---|---|---|---|---|---|---|")
+    for name in ("chain_half", "chain_whole"):
+        m = measured(name, folder)
+        stages = ", ".join(f"{stage} {m[stage]}" for stage, _, _ in CHAIN)
+        print(f"| {name[6:]} | {m['documents']:,} | {m['bytes'] / MB:.0f} | {m['seconds']:.0f} | {m['bytes'] / MB / m['seconds']:.2f} | {m['peak'] / 1e6:.2f} | {stages} |", flush=True)
+
+
+if __name__ == "__main__":
+    from llmworks.workspace import cache_directory
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datatrove", default="", metavar="PYTHON")
+    parser.add_argument("--folder", type=Path, default=cache_directory() / "benchmarks" / "data")
+    parser.add_argument("--measure", choices=MEASURES)
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(MEASURES[given.measure](given.folder)))
+    else:
+        prepare(given.folder)
+        report(given.folder, given.datatrove)

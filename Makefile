@@ -3,12 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CORPUS := $(VENV)/.corpus
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: quickstart test slow check bench docs clean
+.PHONY: quickstart corpus test slow check bench bench-data docs clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/llmworks run recipes/quickstart.yaml
+
+corpus: $(CORPUS)
+	$(BIN)/llmworks run recipes/corpus.yaml --workers 2
 
 test: $(DEVELOPED)
 	$(BIN)/python -m pytest
@@ -24,6 +28,10 @@ check: $(DEVELOPED)
 bench: $(DEVELOPED)
 	$(BIN)/python benchmarks/engines.py
 
+bench-data: $(DEVELOPED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check rensa==0.5.0 datasketch==2.0.0
+	$(BIN)/python benchmarks/data.py
+
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
 
@@ -32,6 +40,10 @@ $(VENV)/bin/python:
 
 $(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(CORPUS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[corpus]'
 	touch $@
 
 $(DEVELOPED): $(INSTALLED)

@@ -1,8 +1,8 @@
 """The corpus stages beside the tools of their field, on 200 MB of real documents, in one run.
 
-    python benchmarks/data.py [--datatrove PYTHON]      (about 12 minutes on two cores)
+    python benchmarks/data.py [--datatrove PYTHON]      (about 12 minutes on two cores, 5 GB of disk)
 
-The documents are manuals and man pages of Debian 12, fetched with apt-get. Peers are installed beside llmworks: rensa, datasketch; datatrove
+The documents are manuals, man pages and the kernel's sources of Debian 12, fetched with apt-get. Peers are installed beside llmworks: rensa, datasketch; datatrove
 lives in an environment of its own whose Python is named by --datatrove. Every measurement is a process of its own, so that CPU seconds and
 peak memory are those of the tool alone. Throughput is megabytes of UTF-8 text per CPU second.
 """
@@ -16,24 +16,25 @@ import json
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
+import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PACKAGES = (
-    "linux-doc-6.1", "rust-doc", "libboost1.74-doc", "postgresql-doc-15", "manpages-dev", "manpages", "perl-doc", "python3.11-doc",
+    "linux-source-6.1", "linux-doc-6.1", "rust-doc", "libboost1.74-doc", "postgresql-doc-15", "manpages-dev", "manpages", "perl-doc", "python3.11-doc",
     "cppreference-doc-en-html", "libreoffice-help-en-us", "qtbase5-doc-html", "openjdk-17-doc",
 )  # fmt: skip
-WANTED_BYTES = 210_000_000
+MANUALS_BYTES, SOURCES_BYTES = 110_000_000, 280_000_000
+NATURAL = 0.2  # Jaccard similarity from which documents of the base are taken for near-duplicates of one another
 COPIES = 2000  # near-duplicates of each kind
 MB = 1e6
 
@@ -52,7 +53,7 @@ def fetch(folder: Path) -> Path:
     return target
 
 
-def texts(root: Path) -> Iterator[tuple[str, str]]:
+def manuals(root: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of every page, in a fixed shuffled order; tags and macros are taken out."""
     files = sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink() and p.name.endswith((".html", ".rst.txt", ".pod", ".gz")))
     random.Random(0).shuffle(files)
@@ -67,84 +68,118 @@ def texts(root: Path) -> Iterator[tuple[str, str]]:
             text = html.unescape(re.sub(r"<[^>]+>", "", text))
         elif path.suffix == ".gz":
             text = re.sub(r"(?m)^\.[^\n]*$|\\f[A-Z]|\\&", "", text)
-        text = re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*\n\s*", "\n\n", text)).strip()
-        if 300 <= len(text) <= 200_000:
-            yield path.relative_to(root).as_posix(), text
+        yield path.relative_to(root).as_posix(), re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*\n\s*", "\n\n", text)).strip()
+
+
+def sources(root: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of the kernel's files, as the archive holds them."""
+    with tarfile.open(next(root.rglob("linux-source-*.tar.xz"))) as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith((".c", ".h", ".rst", ".txt", ".S")):
+                stream = archive.extractfile(member)
+                assert stream is not None
+                yield member.name, stream.read().decode("utf-8", "replace")
+
+
+def taken(found: Iterator[tuple[str, str]], size: int) -> list[tuple[str, str]]:
+    """Documents of ordinary length until there are so many bytes."""
+    kept: list[tuple[str, str]] = []
+    for name, text in found:
+        if 500 <= len(text) <= 40_000:
+            kept.append((name, text))
+            size -= len(text.encode())
+            if size <= 0:
+                break
+    return kept
 
 
 def edited(text: str, share: float, rng: random.Random, words: list[str]) -> str:
     """One word in so many is replaced, taken out, or has another behind it."""
     out: list[str] = []
-    for word in text.split(" "):
-        kind = rng.random() / share
-        out += [word] if kind >= 1 else [rng.choice(words)] if kind < 1 / 3 else [] if kind < 2 / 3 else [word, rng.choice(words)]
-    return " ".join(out)
+    for word in re.findall(r"\w+|\W+", text):
+        kind = rng.random() / share if word[0].isalnum() else 1
+        out.append(word if kind >= 1 else rng.choice(words) if kind < 1 / 3 else "" if kind < 2 / 3 else f"{word} {rng.choice(words)}")
+    return "".join(out)
 
 
-def natural(documents: list[str]) -> set[int]:
-    """Documents that are near-duplicates by nature: every pair that shares a quarter of its 5-word runs, found by counting runs, not by MinHash."""
+def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Documents of which no two are alike by nature: found with many more candidates and a much lower bound than what is measured."""
     import numpy as np
-    import pyarrow as pa
 
-    from llmworks.data.hashing import hash_words, shingles, unique
+    from llmworks.artifact import Dataset
+    from llmworks.data.dedup import DedupConfig, _hash_part
+    from llmworks.data.duplicates import near
+    from llmworks.data.duplicates.clusters import Clusters
+    from llmworks.data.parts import spans
 
-    sets: list[Any] = []
-    for words in hash_words(pa.array(documents)):
-        block = unique(shingles(words, 5))
-        sets += [block[i] for i in range(len(block))]
-    owner = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
-    values = np.concatenate(sets)
-    order = np.argsort(values, kind="stable")
-    values, owner = values[order], owner[order]
-    edges = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1], [True])))
-    sizes = np.diff(edges)
-    gone: set[int] = set()
-    counts: dict[tuple[int, int], int] = {}
-    for begin, size in zip(edges[:-1][(sizes > 1) & (sizes <= 40)].tolist(), sizes[(sizes > 1) & (sizes <= 40)].tolist(), strict=True):
-        group = owner[begin : begin + size].tolist()
-        for other in group[1:]:
-            counts[(group[0], other)] = counts.get((group[0], other), 0) + 1
-        for a, b in pairwise(group[1:]):
-            counts[(a, b)] = counts.get((a, b), 0) + 1
-    for begin, size in zip(edges[:-1][sizes > 40].tolist(), sizes[sizes > 40].tolist(), strict=True):  # boilerplate: neighbours only
-        group = owner[begin : begin + size].tolist()
-        for a, b in pairwise(group):
-            counts[(a, b)] = counts.get((a, b), 0) + 1
-    for (a, b), common in counts.items():
-        if common >= 0.2 * (len(sets[a]) + len(sets[b]) - common):
-            gone.add(b)
-    return gone
+    config = DedupConfig(exact=None, near=near.Near(threshold=NATURAL, rows=2))
+    clusters = Clusters(len(documents))
+    with tempfile.TemporaryDirectory() as scratch:
+        places = []
+        for number, part in enumerate(spans(Dataset(folder))):
+            places.append(Path(scratch) / str(number))
+            places[-1].mkdir()
+            _hash_part(config, part, places[-1])
+        assert config.near is not None
+        near.join_near(config.near, places, clusters, np.arange(len(documents)))
+    return [document for row, document in enumerate(documents) if clusters.find(row) == row]
 
 
-def prepare(folder: Path) -> None:
-    """Write corpus.jsonl (all), labelled.jsonl (without natural near-duplicates, with edited copies) and the same as documents."""
+def write(folder: Path, name: str, rows: list[tuple[str, str]]) -> None:
+    """Write documents as Parquet, then as JSONL."""
     from llmworks.data.documents import DocumentWriter
     from llmworks.types import Document
 
+    with DocumentWriter(folder / name) as writer, (folder / f"{name}.draft").open("w") as stream:
+        for id, text in rows:
+            writer.add(Document(id, text, id))
+            stream.write(json.dumps({"id": id, "text": text}) + "\n")
+    (folder / f"{name}.draft").rename(folder / f"{name}.jsonl")
+
+
+def prepare(folder: Path) -> None:
+    """Write `manuals`, `corpus` (manuals and sources, shuffled) and `labelled` (those unlike one another, with edited copies)."""
     if (folder / "labelled.jsonl").exists():
         return
-    every: list[tuple[str, str]] = []
-    size = 0
-    for name, text in texts(fetch(folder)):
-        every.append((name, text))
-        size += len(text.encode())
-        if size >= WANTED_BYTES:
-            break
     rng = random.Random(1)
-    gone = natural([text for _, text in every])
-    base = [item for i, item in enumerate(every) if i not in gone]
-    words = [w for _, text in rng.sample(base, 500) for w in text.split(" ") if w]
-    labelled = list(base)
+    root = fetch(folder)
+    pages = taken(manuals(root), MANUALS_BYTES)
+    write(folder, "manuals", pages)
+    every = pages + taken(sources(root), SOURCES_BYTES)
+    rng.shuffle(every)
+    write(folder, "corpus", every)
+    base = distinct(folder / "corpus", every)
+    words = [w for _, text in rng.sample(base, 500) for w in re.findall(r"\w+", text)]
     long = [item for item in base if len(item[1].split()) >= 60]
     for kind, share in (("e05", 0.05), ("e10", 0.10)):
-        labelled += [(f"{kind}:{name}", edited(text, share, rng, words)) for name, text in rng.sample(long, COPIES)]
-    rng.shuffle(labelled)
-    for name, rows in (("corpus", every), ("labelled", labelled)):
-        with DocumentWriter(folder / name) as writer, (folder / f"{name}.draft").open("w") as stream:
-            for id, text in rows:
-                writer.add(Document(id, text, id))
-                stream.write(json.dumps({"id": id, "text": text}) + "\n")
-        (folder / f"{name}.draft").rename(folder / f"{name}.jsonl")
+        base += [(f"{kind}:{name}", edited(text, share, rng, words)) for name, text in rng.sample(long, COPIES)]
+    rng.shuffle(base)
+    write(folder, "labelled", base)
+
+
+def peak_of(process: int) -> int:
+    """The largest resident memory of a process so far, in kB; 0 when it is gone."""
+    try:
+        return int(next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):
+        return 0
+
+
+def peaks_below(parent: int, stop: threading.Event, found: dict[int, int]) -> None:
+    """Keep the peaks of all processes that descend from one, until told to stop."""
+    while not stop.wait(0.1):
+        parents = {}
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+        for process in parents:
+            above = process
+            while above in parents and above != parent:
+                above = parents[above]
+            if above == parent and process != parent:
+                found[process] = max(found.get(process, 0), peak_of(process))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -192,7 +227,7 @@ def near_llmworks(folder: Path) -> dict[str, Any]:
         assert config.near is not None
         near.join_near(config.near, folders, clusters, np.arange(rows))
     seconds = time.process_time() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_of(os.getpid())
     ids = ids_of(parts, set(range(rows)))
     groups = list(clusters.members())
     pairs = {(ids[a], ids[b]) for group in groups for i, a in enumerate(group) for b in group[i + 1 :]}
@@ -220,7 +255,7 @@ def near_rensa(folder: Path) -> dict[str, Any]:
             sketch.update(_runs(row["text"]))
             pairs.update((ids[other], row["id"]) for other in index.query(sketch))
             index.insert(number, sketch)
-    return {"seconds": time.process_time() - began, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, **pair_scores(pairs)}
+    return {"seconds": time.process_time() - began, "peak": peak_of(os.getpid()), **pair_scores(pairs)}
 
 
 def near_datasketch(folder: Path) -> dict[str, Any]:
@@ -237,7 +272,7 @@ def near_datasketch(folder: Path) -> dict[str, Any]:
             sketch.update_batch([run.encode() for run in set(_runs(row["text"]))])
             pairs.update((other, row["id"]) for other in index.query(sketch))
             index.insert(row["id"], sketch)
-    return {"seconds": time.process_time() - began, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, **pair_scores(pairs)}
+    return {"seconds": time.process_time() - began, "peak": peak_of(os.getpid()), **pair_scores(pairs)}
 
 
 FILTER_ROWS = 2500
@@ -248,7 +283,7 @@ def filters_llmworks(folder: Path) -> dict[str, Any]:
     from llmworks.data.filters import c4, fineweb, gopher
     from llmworks.data.filters.words import Words
 
-    every = [row["text"] for row in rows_of(folder / "corpus.jsonl")]
+    every = [row["text"] for row in rows_of(folder / "manuals.jsonl")]
 
     def run(some: list[str]) -> float:
         began = time.process_time()
@@ -359,6 +394,9 @@ def chain(folder: Path, share: float) -> dict[str, Any]:
         del lines, chosen
         config = Path(scratch) / "clean.yaml"
         config.write_text("gopher_quality: {min_alpha_words: 0.5}\nc4: {terminal_punctuation: false, min_sentences: 2, curly_brackets: false}\n")
+        stop, peaks = threading.Event(), dict[int, int]()
+        watch = threading.Thread(target=peaks_below, args=(os.getpid(), stop, peaks), daemon=True)
+        watch.start()
         began = time.monotonic()
         for stage, source, settings in CHAIN:
             words = ["data", stage, "--data", str(raw if source == "data" else Path(scratch) / source), "--out", str(Path(scratch) / stage), "--workers", "2", "--quiet"]
@@ -371,7 +409,9 @@ def chain(folder: Path, share: float) -> dict[str, Any]:
             out[stage] = round(time.monotonic() - at, 1)
             out[f"{stage} documents"] = json.loads(done.stdout)["metrics"]["documents"]
         out["seconds"] = time.monotonic() - began
-    out["peak"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        stop.set()
+        watch.join()
+    out["peak"] = max(peaks.values())
     return out
 
 
@@ -392,7 +432,8 @@ def report(folder: Path, datatrove: str) -> None:
     """Measure everything and print the tables."""
     rows = rows_of(folder / "labelled.jsonl")
     size = sum(len(row["text"].encode()) for row in rows) / MB
-    print(f"{len(rows):,} labelled documents, {size:.0f} MB\n\n| near-duplicates | MB/CPU-s | recall 5 % | recall 10 % | precision | peak GB |\n|---|---|---|---|---|---|", flush=True)
+    corpus = rows_of(folder / "corpus.jsonl")
+    print(f"corpus: {len(corpus):,} documents, {sum(len(row['text'].encode()) for row in corpus) / MB:.0f} MB; labelled: {len(rows):,} documents, {size:.0f} MB\n\n| near-duplicates | MB/CPU-s | recall 5 % | recall 10 % | precision | peak GB |\n|---|---|---|---|---|---|", flush=True)
     for name in ("near_llmworks", "near_rensa", "near_datasketch"):
         m = measured(name, folder)
         print(f"| {name[5:]} | {size / m['seconds']:.1f} | {m['recall 05%']:.3f} | {m['recall 10%']:.3f} | {m['precision']:.3f} | {m['peak'] / 1e6:.2f} |", flush=True)
@@ -400,11 +441,11 @@ def report(folder: Path, datatrove: str) -> None:
     ours = measured("filters_llmworks", folder)
     own = ours["bytes"] / MB / ours["seconds"]
     if datatrove:
-        done = subprocess.run([datatrove, "-c", DATATROVE, str(folder / "corpus.jsonl"), str(FILTER_ROWS)], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run([datatrove, "-c", DATATROVE, str(folder / "manuals.jsonl"), str(FILTER_ROWS)], stdout=subprocess.PIPE, text=True, check=True)
         theirs = json.loads(done.stdout.splitlines()[-1])
         other = theirs["bytes"] / MB / theirs["seconds"]
-        print(f"| four rule sets, first {FILTER_ROWS:,} documents | {own:.2f} MB/CPU-s | datatrove {other:.3f} MB/CPU-s | {own / other:.1f} |")
-    print(f"| four rule sets, all documents | {ours['whole MB/CPU-s']} MB/CPU-s | | |", flush=True)
+        print(f"| four rule sets, {FILTER_ROWS:,} manuals | {own:.2f} MB/CPU-s | datatrove {other:.3f} MB/CPU-s | {own / other:.1f} |")
+    print(f"| four rule sets, all manuals | {ours['whole MB/CPU-s']} MB/CPU-s | | |", flush=True)
     m = measured("exact", folder)
     print(f"| exact duplicates by bytes | {m['seconds']:.3f} CPU-s for {m['bytes'] / MB:.0f} MB | xxh3 alone {m['xxh3 seconds']:.3f} | {m['seconds'] / m['xxh3 seconds']:.2f} of its time |", flush=True)
     m = measured("encode", folder)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -10,8 +13,8 @@ import pytest
 
 from llmworks import assets
 from llmworks.assets import packages
-from llmworks.assets.catalogue import CATALOGUE, Asset, Wheel
-from llmworks.errors import AssetError
+from llmworks.assets.catalogue import CATALOGUE, Asset, Deb, Tree, Wheel
+from llmworks.errors import AssetError, MissingDependency
 
 
 def make_wheel(folder: Path, content: bytes) -> Wheel:
@@ -82,8 +85,6 @@ def test_unknown_asset_and_missing_package(registry: Path) -> None:
 
 
 def test_terms_must_be_accepted(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
     monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(assets.get("tiny"), terms="has terms of use"))
     with pytest.raises(AssetError, match="LLMWORKS_ACCEPT=tiny"):
         assets.fetch("tiny")
@@ -129,3 +130,52 @@ def test_url_is_kept_only_with_its_digest(tmp_path: Path, monkeypatch: pytest.Mo
     assert path.read_bytes() == b"{}\n"
     assert assets.fetch_url(f"{base}/a.jsonl", good) == path  # the server is gone
     assert [p.name for p in (tmp_path / "cache" / "urls" / good[:16]).iterdir()] == ["a.jsonl"]
+
+
+def test_a_folder_of_a_package_is_kept_as_it_is(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asset = dataclasses.replace(assets.get("tiny"), files={}, trees=(Tree("tiny", ".bin"),))
+    monkeypatch.setitem(CATALOGUE, "tiny", asset)
+    folder = assets.fetch("tiny")
+    assert [p.name for p in folder.iterdir() if not p.name.startswith(".")] == ["part.bin"]
+    assert assets.check_cached("tiny") == []
+    monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(asset, trees=(Tree("tiny", ".txt"),), name="other"))
+    with pytest.raises(AssetError, match="the catalogue entry is wrong"):
+        assets.fetch("tiny")
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Debian package, an apt-get that copies it, and an asset made of it."""
+    root = tmp_path / "deb"
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "DEBIAN/control").write_text("Package: tiny-doc\nVersion: 1.0\nArchitecture: all\nMaintainer: n <n@example.org>\nDescription: d\n")
+    (root / "usr/share/doc/tiny/deep").mkdir(parents=True)
+    (root / "usr/share/doc/tiny/a.txt").write_text("alpha")
+    (root / "usr/share/doc/tiny/deep/b.txt").write_text("beta")
+    (root / "usr/share/doc/tiny/c.png").write_text("picture")
+    package = tmp_path / "tiny-doc_1.0_all.deb"
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-b", str(root), str(package)], check=True, capture_output=True)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "apt-get").write_text(f'#!/bin/sh\ncase "$*" in *tiny-doc=1.0*) cp {package} . ;; *) echo "E: Version not found" >&2; exit 100 ;; esac\n')
+    (programs / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("LLMWORKS_CACHE", str(tmp_path / "cache"))
+    digest = hashlib.sha256(package.read_bytes()).hexdigest()
+    deb = Deb("tiny-doc=1.0", digest, package.stat().st_size)
+    asset = Asset("doc", "dataset", "text", "a test", "MIT", (deb,), {"first.txt": ("usr/share/doc/tiny/a.txt",)}, trees=(Tree("usr/share/doc/tiny", ".txt"),))
+    monkeypatch.setitem(CATALOGUE, "doc", asset)
+    return package
+
+
+def test_debian_packages(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = assets.fetch("doc")
+    found = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.txt")}
+    assert found == {"first.txt": "alpha", "a.txt": "alpha", "deep/b.txt": "beta"}
+    wrong = dataclasses.replace(assets.get("doc"), name="doc2", packages=(Deb("tiny-doc=9.9", "0" * 64, 1),))
+    monkeypatch.setitem(CATALOGUE, "doc", wrong)
+    with pytest.raises(AssetError, match=r"cannot be downloaded \(Version not found\)"):
+        assets.fetch("doc")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(MissingDependency, match="needs apt-get and dpkg-deb"):
+        assets.fetch("doc")

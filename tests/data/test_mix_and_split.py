@@ -131,7 +131,7 @@ def test_the_card_tells_the_whole_way(tmp_path: Path, monkeypatch: pytest.Monkey
     assert main(["data", "dedup", "--data", str(tmp_path / "clean"), "--out", str(tmp_path / "dedup"), "--quiet"]) == 0
     assert main(["data", "split", "--data", str(tmp_path / "dedup"), "--set", "part=train", "--set", "folds=2", "--out", str(tmp_path / "train"), "--quiet"]) in (0, 2)
     card = (tmp_path / "dedup/README.md").read_text()
-    for words in ("| raw | not stated | from outside |", "| data.read | 12 | 0 |", "| data.clean | 8 | 4 | gopher: too few words 4 |", "| data.dedup | 1 | 7 | near-duplicate 7 |"):
+    for words in ("| raw | not stated | from outside |", "| data.read | raw | 12 | 0 |", "| data.clean | raw | 8 | 4 | gopher: too few words 4 |", "| data.dedup | raw | 1 | 7 | near-duplicate 7 |"):
         assert words in card
     assert "Near-duplicate rate before they were dropped: 87.50%." in card
     assert "| en | 1 |" in card

@@ -9,8 +9,10 @@ import gzip
 import io
 import json
 import lzma
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,3 +346,40 @@ def test_documents_of_another_schema_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no column 'id'"):
         list(read_documents(Dataset(tmp_path)))
     assert Source("a.JSONL.GZ", io.BytesIO).suffix == ".jsonl"
+
+
+def rdb(*objects: list[str], version: int = 3) -> bytes:
+    """An R lazy-load data base of vectors of strings, written by hand (R Internals 1.8)."""
+    out = b""
+    for strings in objects:
+        body = b"X\n" + struct.pack(">iii", version, 0x40201, 0x30500)
+        if version == 3:
+            body += struct.pack(">i", 5) + b"UTF-8"
+        body += struct.pack(">II", 16, len(strings))
+        for text in strings:
+            raw = text.encode()
+            body += struct.pack(">II", 0x40009, len(raw)) + raw
+        out += struct.pack(">I", len(body)) + zlib.compress(body)
+    return out
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_r_data(tmp_path: Path, version: int) -> None:
+    (tmp_path / "books.rdb").write_bytes(rdb(["EMMA", "", "by Jané"], ["PERSUASION"], version=version))
+    good, bad = found(tmp_path)
+    assert {k: d.text for k, d in good.items()} == {"books.rdb#1": "EMMA\n\nby Jané", "books.rdb#2": "PERSUASION"}
+    assert not bad
+    whole = (tmp_path / "books.rdb").read_bytes()
+    (tmp_path / "books.rdb").write_bytes(whole[:-5])
+    good, bad = found(tmp_path)
+    assert list(good) == ["books.rdb#1"]
+    assert "books.rdb:2" in bad
+    (tmp_path / "books.rdb").write_bytes(b"nothing of the kind")
+    assert "no R data base" in found(tmp_path)[1]["books.rdb:1"]
+
+
+def test_only_the_fields_that_are_wanted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "a": 1, "b": 2}))
+    assert found(tmp_path)[0]["a.jsonl#1"].metadata == {"a": 1, "b": 2}
+    assert found(tmp_path, keep_fields=["b", "c"])[0]["a.jsonl#1"].metadata == {"b": 2}
+    assert found(tmp_path, keep_fields=[])[0]["a.jsonl#1"].metadata == {}

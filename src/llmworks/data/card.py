@@ -28,7 +28,8 @@ def finish(
     facts = measure(ctx)
     sources = {s["name"]: s for parent in parents for s in sources_of(parent)}
     history = _joined([parent.about.get("history", []) for parent in parents])
-    entry: Json = {"stage": stage, "documents": facts["documents"], "dropped": dict(dropped or {})}
+    of = ", ".join(sources) if len(sources) < 3 else f"{len(sources)} sources"
+    entry: Json = {"stage": stage, "of": of, "documents": facts["documents"], "dropped": dict(dropped or {})}
     if note:
         entry["note"] = note
     history.append(entry)
@@ -86,10 +87,10 @@ def card(about: Json, facts: Json) -> str:
     lines = ["# Data card", "", f"{facts['documents']:,} documents, {facts['characters']:,} characters; about {facts['characters'] // 4:,} tokens at 4 characters each.", ""]
     lines += ["## Sources", "", "| source | licence | what |", "|---|---|---|"]
     lines += [f"| {_cell(s['name'])} | {_cell(s['licence'])} | {_cell(s['what'])} |" for s in about["sources"]]
-    lines += ["", "## How it was made", "", "| step | documents left | dropped | why |", "|---|---|---|---|"]
+    lines += ["", "## How it was made", "", "| step | of | documents left | dropped | why |", "|---|---|---|---|---|"]
     for entry in about["history"]:
         why = "; ".join(f"{reason} {n:,}" for reason, n in sorted(entry["dropped"].items(), key=lambda item: -item[1])[:12])
-        lines.append(f"| {entry['stage']} | {entry['documents']:,} | {sum(entry['dropped'].values()):,} | {_cell('; '.join(filter(None, (why, entry.get('note', '')))))} |")
+        lines.append(f"| {entry['stage']} | {_cell(entry['of'])} | {entry['documents']:,} | {sum(entry['dropped'].values()):,} | {_cell('; '.join(filter(None, (why, entry.get('note', '')))))} |")
     near = sum(entry["dropped"].get("near-duplicate", 0) for entry in about["history"])
     compared = [e for e in about["history"] if e["stage"] == "data.dedup"]
     if compared:

@@ -33,6 +33,9 @@ def read_rdb(source: Source, limit: int) -> Iterator[Document | Unusable]:
         except zlib.error as error:
             yield Unusable(source.name, number, f"the rest of the file is no R data base ({error})")
             return
+        if not unpack.eof:
+            yield Unusable(source.name, number, "cut short")
+            return
         at = len(data) - len(unpack.unused_data)
         try:
             lines = strings(value)

@@ -111,7 +111,7 @@ def bands(signature: Array, rows: int) -> Array:
 class ShingleSets:
     """The shingle sets of all rows, read from the parts' files as they are needed."""
 
-    def __init__(self, folders: Sequence[Path], kept: int = 4096) -> None:
+    def __init__(self, folders: Sequence[Path], kept: int = 1024) -> None:
         self._starts = [np.load(folder / STARTS) for folder in folders]
         self._first = np.cumsum([0, *(len(starts) - 1 for starts in self._starts)])
         self._files = [os.open(folder / SHINGLES, os.O_RDONLY) for folder in folders]

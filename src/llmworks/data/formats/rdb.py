@@ -34,7 +34,7 @@ def read_rdb(source: Source, limit: int) -> Iterator[Document | Unusable]:
             yield Unusable(source.name, number, f"the rest of the file is no R data base ({error})")
             return
         if not unpack.eof:
-            yield Unusable(source.name, number, "cut short")
+            yield Unusable(source.name, number, "cut short, or longer than max_document_mb")
             return
         at = len(data) - len(unpack.unused_data)
         try:

@@ -288,12 +288,12 @@ def filters_llmworks(folder: Path) -> dict[str, Any]:
     def run(some: list[str]) -> float:
         began = time.process_time()
         words = Words()
-        for at in range(0, len(some), 1000):
-            batch = words.encode(some[at : at + 1000])
+        for at in range(0, len(some), 250):
+            batch = words.encode(some[at : at + 250])
             gopher.gopher_quality(gopher.GopherQuality(), batch, words)
             gopher.gopher_repetition(gopher.GopherRepetition(), batch, words)
             c4.c4(c4.C4(), batch.texts, words)
-            fineweb.fineweb(fineweb.FineWeb(), batch)
+            fineweb.fineweb(fineweb.FineWeb(), batch.texts, batch.counts)
         return time.process_time() - began
 
     size = sum(len(text.encode()) for text in every[:FILTER_ROWS])

@@ -70,7 +70,7 @@ def decisions(texts: list[str], batch_size: int = 1000) -> dict[str, list[str]]:
         batch = words.encode(some)
         out["gopher_quality"] += gopher_quality(GopherQuality(), batch, words).reasons
         out["gopher_repetition"] += gopher_repetition(GopherRepetition(), batch, words).reasons
-        out["fineweb"] += fineweb(FineWeb(), batch).reasons
+        out["fineweb"] += fineweb(FineWeb(), some, batch.counts).reasons
         for name, terminal in (("c4", True), ("c4_without_terminal_punctuation", False)):
             kept, judged, _ = c4(C4(terminal_punctuation=terminal), some, words)
             out[name] += [reason or short(text) for text, reason in zip(kept, judged.reasons, strict=True)]
@@ -164,7 +164,8 @@ def test_repetition_counts_by_hand() -> None:
     words = Words()
     batch = words.encode(["a b c a b c a b c x", "one two three", "q " * 12])
     assert repeated_characters(batch, words, 3).tolist() == [6, 0, 9]  # worked out by the definition: greedy, from the left
-    assert top_characters(["a", "b", "c", "a", "b", "d"], 2) == 6
+    tops = top_characters(words.encode(["a b c a b d", "one", "x y x y", "ab cd ef"]), words, 2)
+    assert tops.tolist() == [6, 0, 6, 5]  # "a b" twice; none; "x y" twice; the first of three
 
 
 def test_what_is_mended() -> None:
@@ -172,6 +173,8 @@ def test_what_is_mended() -> None:
         "The café is open & warm.\n\nNext line\nend .", 1,
     )  # fmt: skip
     assert repair(Repair(encoding=False, whitespace=False, boilerplate=False), "a\r\n\x00b") == ("a\r\n\x00b", 0)
+    for line in ("Advertisement", "READ MORE »", "(c) 2019 Acme Inc.", "12 comments", "Print", "E-mail this", "© 2020 X", "you might also like:", "Menu"):
+        assert repair(Repair(), f"Text stays.\n{line}\nText too.") == ("Text stays.\nText too.", 1), line
     sentence = "Please share this story on Facebook if you liked it, and sign up."
     assert repair(Repair(), sentence) == (sentence, 0)
 

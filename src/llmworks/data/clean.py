@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from llmworks.data.filters.rules import Judgement
     from llmworks.data.filters.words import Words
 
-BATCH_DOCUMENTS = 1000
-BATCH_CHARACTERS = 4 << 20
+BATCH_DOCUMENTS = 500
+BATCH_CHARACTERS = 1 << 20
 SAMPLES = 3  # of what each rule dropped, from each part
 
 
@@ -127,6 +127,8 @@ class Tally:
 
 def judge_batch(config: CleanConfig, batch: list[Document], words: Words, tally: Tally) -> Iterator[tuple[Document, str]]:
     """Each document of a batch as it is kept (mended, with its language), or as it was when the rule that it broke looked at it."""
+    import numpy as np
+
     from llmworks.data.filters import c4, fineweb, gopher, instruction
 
     documents = list(batch)
@@ -139,6 +141,8 @@ def judge_batch(config: CleanConfig, batch: list[Document], words: Words, tally:
         _language(config.language, documents, left, reasons, tally)
         left = [i for i in left if not reasons[i]]
 
+    counted: dict[int, tuple[str, int]] = {}  # texts whose words were counted
+
     def apply(*judged: tuple[str, Judgement]) -> None:
         """Rule sets that looked at the same texts: the first that a text broke counts."""
         nonlocal left
@@ -150,6 +154,7 @@ def judge_batch(config: CleanConfig, batch: list[Document], words: Words, tally:
 
     if (config.gopher_repetition or config.gopher_quality) and left:
         encoded = words.encode([documents[i].text for i in left])
+        counted = {i: (documents[i].text, count) for i, count in zip(left, encoded.counts.tolist(), strict=True)}
         judged = []
         if config.gopher_repetition:
             judged.append(("gopher", gopher.gopher_repetition(config.gopher_repetition, encoded, words)))
@@ -164,7 +169,10 @@ def judge_batch(config: CleanConfig, batch: list[Document], words: Words, tally:
                 documents[i] = replace(documents[i], text=text)
         apply(("c4", judgement))
     if config.fineweb and left:
-        apply(("fineweb", fineweb.fineweb(config.fineweb, words.encode([documents[i].text for i in left]))))
+        changed = [i for i in left if counted.get(i, ("", 0))[0] is not documents[i].text]
+        again = words.encode([documents[i].text for i in changed]).counts.tolist()
+        counted |= {i: (documents[i].text, count) for i, count in zip(changed, again, strict=True)}
+        apply(("fineweb", fineweb.fineweb(config.fineweb, [documents[i].text for i in left], np.array([counted[i][1] for i in left]))))
     if config.instruction and left:
         apply(("instruction", instruction.instruction(config.instruction, [documents[i].text for i in left])))
     for before, document, reason in zip(batch, documents, reasons, strict=True):

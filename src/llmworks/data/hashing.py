@@ -107,7 +107,7 @@ def _bytes(chunk: Any) -> tuple[Array, Array]:
 
 def _hash_block(data: Array, offsets: Array) -> Hashed:
     numbers, inside = _tables()
-    size = 1 << max(20, len(data).bit_length())  # few different sizes, so that the powers are made once
+    size = 1 << max(17, len(data).bit_length())  # few different sizes, so that the powers are made once
     ups, downs = _powers(size)
     part = inside[data]
     begins = part.copy()

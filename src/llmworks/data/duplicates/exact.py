@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -27,13 +26,16 @@ def hash_texts(column: Any) -> Array:
         from xxhash import xxh3_64_intdigest
     except ImportError:
         raise MissingDependency("data.dedup hashes with xxhash; install it with: pip install 'llmworks[corpus]'") from None
-    found: list[int] = []
+    found: list[Array] = []
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
         _, offsets, data = chunk.cast(pa.large_string()).buffers()
-        places = np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
-        view = memoryview(data) if data is not None else memoryview(b"")
-        found += [xxh3_64_intdigest(view[a:b]) if b > a else 0 for a, b in pairwise(places)]
-    return np.array(found, dtype=np.uint64)
+        places = np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        view = memoryview(data if data is not None else b"")
+        ends = places.tolist()
+        numbers = np.fromiter(map(xxh3_64_intdigest, map(view.__getitem__, map(slice, ends, ends[1:]))), dtype=np.uint64, count=len(chunk))
+        numbers[places[1:] == places[:-1]] = 0
+        found.append(numbers)
+    return np.concatenate(found) if found else np.zeros(0, np.uint64)
 
 
 def hash_sequences(words: Hashed) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from collections.abc import Container
 
 SYMBOLS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 CURRENCY = "$£€¥฿₽﷼₴" + "".join(map(chr, range(0x20A0, 0x20C0)))
@@ -147,6 +148,10 @@ LONGEST, LONGEST_JOINED = 6, 12  # words of one exception that the rules divide,
 PLAIN = re.compile(r"[A-Za-z]+[,;:!?]?|[A-Za-z]*[a-z]{2}\.")
 
 
+# a word or name with brackets, quotes and marks around it, each of which is a word of its own
+WRAPPED = re.compile(r"([(\[{<\"'`*_#&]*)([A-Za-z]+(?:_[A-Za-z]+)*)([)\]}>\"'`*,;:!?_#&]*)")
+
+
 def split_chunk(chunk: str) -> tuple[str, ...]:
     """The words of a chunk that holds no white space."""
     special = exceptions()
@@ -156,6 +161,16 @@ def split_chunk(chunk: str) -> tuple[str, ...]:
         word, mark = (chunk, "") if chunk[-1].isalpha() else (chunk[:-1], chunk[-1])
         words = special.get(word, (word,))
         return (*words, mark) if mark else words
+    wrapped = WRAPPED.fullmatch(chunk)
+    if wrapped and not chunk.endswith(POSSESSIVE):
+        begins, core, ends = wrapped.groups()
+        return _again((*begins, *special.get(core, (core,)), *ends))
+    before, rest, after = _affixes(chunk, special)
+    return _again((*before, *_middle(rest), *after))
+
+
+def _affixes(chunk: str, special: Container[str]) -> tuple[list[str], str, list[str]]:
+    """(words at the beginning, what is left, words at the end) of a chunk; taking away stops at an exception."""
     before: list[str] = []
     after: list[str] = []
     rest, last = chunk, 0
@@ -178,19 +193,22 @@ def split_chunk(chunk: str) -> tuple[str, ...]:
             rest = rest[start:-size]
         else:
             rest = rest[start:]
-    return _again((*before, *_middle(rest), *reversed(after)))
+    return before, rest, after[::-1]
 
 
 def _again(words: tuple[str, ...]) -> tuple[str, ...]:
     """Exceptions among what the rules made: words that are one, neighbours that together are one. The longest wins."""
-    special = exceptions()
+    special, begins = exceptions(), beginnings()
+    if not any(word in special or word in begins for word in words):
+        return words
     found: list[str] = []
     at = 0
     while at < len(words):
         longest = at + 1
-        size = len(words[at])
-        while longest < len(words) and longest < at + LONGEST and (size := size + len(words[longest])) <= LONGEST_JOINED:
-            longest += 1
+        if words[at] in begins:
+            size = len(words[at])
+            while longest < len(words) and longest < at + LONGEST and (size := size + len(words[longest])) <= LONGEST_JOINED:
+                longest += 1
         for end in range(longest, at, -1):
             joined = "".join(words[at:end])
             if joined in special:
@@ -203,13 +221,32 @@ def _again(words: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(found)
 
 
+@functools.cache
+def beginnings() -> frozenset[str]:
+    """What the first word can be of an exception that the rules divide."""
+    first = set()
+    for chunk in exceptions():
+        if not chunk.isalpha():
+            before, middle, after = _affixes(chunk, frozenset())
+            words = (*before, *_divided(middle), *after)
+            if len(words) > 1:
+                first.add(words[0])
+    return frozenset(first)
+
+
 def _middle(rest: str) -> tuple[str, ...]:
     """What is left between prefixes and suffixes, divided by infixes unless it is an address."""
     if not rest:
         return ()
     if rest in exceptions():
         return exceptions()[rest]
-    if rest.isalpha() or ("." in rest and _is_url(rest)):
+    return _divided(rest)
+
+
+def _divided(rest: str) -> tuple[str, ...]:
+    if not rest:
+        return ()
+    if rest.isalnum() or ("." in rest and _is_url(rest)):
         return (rest,)
     parts: list[str] = []
     start = 0

@@ -11,7 +11,7 @@ from pydantic import Field
 from llmworks.artifact import Config
 from llmworks.data.filters.gopher import repeats
 from llmworks.data.filters.rules import Bound, Judgement, judge, share
-from llmworks.data.filters.words import TERMINAL, Batch
+from llmworks.data.filters.words import TERMINAL, Array
 
 TERMINALS = tuple(sorted(TERMINAL))
 
@@ -26,20 +26,20 @@ class FineWeb(Config):
     max_new_lines: float = Field(0.3, ge=0, description="line breaks per word, at most")
 
 
-def fineweb(config: FineWeb, batch: Batch) -> Judgement:
-    """Apply the rules to a batch."""
-    rows = [_line_shares(text, config.short_line) for text in batch.texts]
+def fineweb(config: FineWeb, texts: list[str], counts: Array) -> Judgement:
+    """Apply the rules to some texts, of which `counts` are the words."""
+    rows = [_line_shares(text, config.short_line) for text in texts]
     punctuated, short, repeated, breaks = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
     judged = judge(
-        len(batch.texts),
+        len(texts),
         [
             Bound("fineweb: lines without punctuation", "lines that end in punctuation", punctuated, 1, low=config.min_punctuated_lines),
             Bound("fineweb: short lines", "short lines", short, 1, high=config.max_short_lines),
             Bound("fineweb: repeated lines", "characters in lines that occurred before", repeated, 0.1, high=config.max_repeated_characters),
-            Bound("fineweb: a list", "line breaks per word", share(breaks, batch.counts), 0.6, high=config.max_new_lines),
+            Bound("fineweb: a list", "line breaks per word", share(breaks, counts), 0.6, high=config.max_new_lines),
         ],
     )
-    judged.reasons = ["fineweb: empty" if not text.strip() else reason for text, reason in zip(batch.texts, judged.reasons, strict=True)]
+    judged.reasons = ["fineweb: empty" if not text.strip() else reason for text, reason in zip(texts, judged.reasons, strict=True)]
     return judged
 
 

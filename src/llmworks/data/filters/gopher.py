@@ -1,13 +1,12 @@
 """The quality and repetition rules of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A1.1 and table A1).
 
 Decisions are those of datatrove's GopherQualityFilter and GopherRepetitionFilter. Repetition is first bounded from above for a whole batch
-with sorted n-gram hashes; only the few texts that come near a threshold are counted n-gram by n-gram.
+with sorted n-gram hashes; only the texts that come near a threshold are counted n-gram by n-gram.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +16,8 @@ from llmworks.artifact import Config
 from llmworks.data.filters.rules import Bound, Judgement, judge, share
 from llmworks.data.filters.words import Array, Batch, Words
 
+TABLE_BITS = 20
 PARAGRAPHS = re.compile(r"\n{2,}")
-LINES = re.compile(r"\n+")
 
 
 class GopherQuality(Config):
@@ -108,9 +107,7 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
         Bound("gopher: characters in repeated lines", "characters in repeated lines", line_characters, 1, high=c.line_characters),
     ]  # fmt: skip
     for n, limit in ((2, c.top_2_gram), (3, c.top_3_gram), (4, c.top_4_gram)):
-        value = share(_top_bound(batch, words, n), total)
-        for i in np.flatnonzero(value > limit):
-            value[i] = top_characters(_words_of(batch, words, int(i)), n) / total[i]
+        value = share(top_characters(batch, words, n), total)
         bounds.append(Bound(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit))
     limits = (c.repeated_5_grams, c.repeated_6_grams, c.repeated_7_grams, c.repeated_8_grams, c.repeated_9_grams, c.repeated_10_grams)
     covered = share(_covered(batch, words, 5), total)
@@ -127,9 +124,11 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
 def _repeated_parts(text: str) -> tuple[float, float, float, float]:
     """Shares of paragraphs, their characters, lines and their characters that occurred before in the text."""
     size = len(text) or 1
-    paragraphs = PARAGRAPHS.split(text.strip())
+    stripped = text.strip()
+    paragraphs = PARAGRAPHS.split(stripped) if "\n\n" in stripped else [stripped]
     repeated, characters = repeats(paragraphs)
-    lines = LINES.split(text)
+    lines = [line for line in text.split("\n") if line]  # as split at \n+, which leaves an empty line at each end that is one
+    lines = [""] * text.startswith("\n") + lines + [""] * text.endswith("\n") if lines else ["", ""]
     repeated_lines, line_characters = repeats(lines) if len(lines) > 1 else (0, 0)
     return repeated / len(paragraphs), characters / size, repeated_lines / len(lines), line_characters / size
 
@@ -148,12 +147,23 @@ def repeats(parts: Sequence[str]) -> tuple[int, int]:
     return count, characters
 
 
-def top_characters(words: Sequence[str], n: int) -> int:
-    """Characters in all occurrences of the most frequent n-gram; the first of equally frequent ones."""
-    if len(words) < n:
-        return 0
-    gram, count = Counter(zip(*(words[i:] for i in range(n)), strict=False)).most_common(1)[0]
-    return (sum(map(len, gram)) + n - 1) * count
+def top_characters(batch: Batch, words: Words, n: int) -> Array:
+    """Characters of each text in all occurrences of its most frequent n-gram; of equally frequent ones the first counts."""
+    result = np.zeros(len(batch.texts))
+    places, begins = _runs(batch, n)
+    counts = np.diff(np.append(begins, len(places)))
+    often = np.flatnonzero(counts > 1)
+    sums = np.concatenate(([0], np.cumsum(words.length[batch.ids], dtype=np.int64)))
+    some = np.flatnonzero(batch.counts >= n)
+    best, first = np.ones(len(batch.texts), np.int64), batch.starts[:-1].copy()  # all occur once: the first of the text
+    if len(often):
+        owner, place = batch.owner[places[begins[often]]], places[begins[often]]
+        np.maximum.at(best, owner, counts[often])
+        top = counts[often] == best[owner]
+        first[owner[top]] = len(batch.ids)
+        np.minimum.at(first, owner[top], place[top])
+    result[some] = (sums[first[some] + n] - sums[first[some]] + n - 1) * best[some]
+    return result
 
 
 def repeated_characters(batch: Batch, words: Words, n: int) -> Array:
@@ -162,19 +172,17 @@ def repeated_characters(batch: Batch, words: Words, n: int) -> Array:
     Only n-grams that occur more than once in their text need to be looked at; all others change nothing.
     """
     result = np.zeros(len(batch.texts))
-    keys, places = _grams(batch, n)
-    if not len(keys):
-        return result
-    order = np.argsort(keys)
-    same = keys[order[1:]] == keys[order[:-1]]
-    often = np.zeros(len(keys), dtype=bool)
-    often[order[1:][same]] = often[order[:-1][same]] = True
-    at = places[often]
+    places, begins = _runs(batch, n)
+    counts = np.diff(np.append(begins, len(places)))
+    often = np.repeat(counts > 1, counts)
+    at, run = places[often], np.repeat(np.arange(len(begins)), counts)[often]
+    order = np.argsort(at)
+    at, run = at[order], run[order]
     sums = np.concatenate(([0], np.cumsum(words.length[batch.ids], dtype=np.int64)))
-    sizes = sums[at + n] - sums[at]
+    sizes = sums[at + n] - sums[at] if len(at) else at
     seen: set[int] = set()
     free = 0  # a repeated n-gram takes its words away from those that follow
-    for place, key, size, owner in zip(at.tolist(), keys[often].tolist(), sizes.tolist(), batch.owner[at].tolist(), strict=True):
+    for place, key, size, owner in zip(at.tolist(), run.tolist(), sizes.tolist(), batch.owner[at].tolist(), strict=True):
         if place < free:
             continue
         if key in seen:
@@ -185,55 +193,42 @@ def repeated_characters(batch: Batch, words: Words, n: int) -> Array:
     return result
 
 
-def _words_of(batch: Batch, words: Words, index: int) -> list[str]:
-    return [words.words[i] for i in batch.ids[batch.starts[index] : batch.starts[index + 1]]]
-
-
-def _grams(batch: Batch, n: int) -> tuple[Array, Array]:
-    """(hash, place) of every n-gram that lies inside one text; equal n-grams of one text have equal hashes."""
-    size = len(batch.ids) - n + 1
-    if size <= 0:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    owner = batch.owner
-    places = np.flatnonzero(owner[: size] == owner[n - 1 :])
-    with np.errstate(over="ignore"):
-        key = owner[:size].astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93)
-        for i in range(n):
-            key = (key + batch.ids[i : i + size].astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-            key ^= key >> np.uint64(29)
-    return key[places], places
-
-
-def _top_bound(batch: Batch, words: Words, n: int) -> Array:
-    """At least the characters in the most frequent n-gram of each text: its count times the longest n-gram's length."""
-    keys, places = _grams(batch, n)
-    result = np.zeros(len(batch.texts))
-    if not len(keys):
-        return result
-    owner = batch.owner[places]
-    # hashes of one text share their top bits, so that sorted runs stay within a text
-    keys = (keys >> np.uint64(20)) | (owner.astype(np.uint64) << np.uint64(44))
-    keys.sort()
-    edges = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1], [True])))
-    runs, run_owner = np.diff(edges), (keys[edges[:-1]] >> np.uint64(44)).astype(np.int64)
-    most = np.zeros(len(batch.texts), np.int64)
-    np.maximum.at(most, run_owner, runs)
-    lengths = words.length[batch.ids]
-    sums = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    longest = np.zeros(len(batch.texts), np.int64)
-    np.maximum.at(longest, owner, sums[places + n] - sums[places] + n - 1)
-    return (most * longest).astype(float)
-
-
 def _covered(batch: Batch, words: Words, n: int) -> Array:
     """Characters of each text that lie in an n-gram which occurred before: no count of repeated n-grams or longer ones is above it."""
-    keys, places = _grams(batch, n)
-    hit = np.zeros(len(batch.ids) + 1, np.int32)
-    if len(keys):
-        order = np.argsort(keys)
-        begins = np.flatnonzero(np.concatenate(([True], keys[order[1:]] != keys[order[:-1]])))
-        first = np.minimum.reduceat(places[order], begins)
-        again = np.setdiff1d(places, first, assume_unique=True)
-        np.add.at(hit, again, 1)
-        np.add.at(hit, again + n, -1)
+    places, begins = _runs(batch, n)
+    before = np.ones(len(places), dtype=bool)
+    before[begins] = False
+    again = places[before]
+    hit = np.bincount(again, minlength=len(batch.ids) + 1) - np.bincount(again + n, minlength=len(batch.ids) + 1)
     return batch.sums(np.where(np.cumsum(hit[:-1]) > 0, words.length[batch.ids], 0)).astype(float)
+
+
+def _runs(batch: Batch, n: int) -> tuple[Array, Array]:
+    """(places of n-grams inside texts, ordered so that equal ones of one text are neighbours; where each group of equals begins).
+
+    Most n-grams that occur once are left out: a table of counts by some bits of the hash leaves few of them to sort.
+
+    The place is kept in the low bits of the hash, so that one sort orders both; groups are in the order of their places.
+    """
+    size = len(batch.ids) - n + 1
+    if size <= 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    owner = batch.owner
+    inside = np.flatnonzero(owner[:size] == owner[n - 1 :])
+    bits = np.uint64(len(batch.ids).bit_length())
+    with np.errstate(over="ignore"):
+        key = owner[:size].astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93)
+        ids = batch.ids.astype(np.uint64) + np.uint64(1)
+        for i in range(n):
+            key += ids[i : i + size]
+            key *= np.uint64(0x9E3779B97F4A7C15)
+            key ^= key >> np.uint64(29)
+    key = ((key[inside] >> bits) << bits) | inside.astype(np.uint64)
+    slot = (key >> np.uint64(64 - TABLE_BITS)).astype(np.int64)
+    key = key[np.bincount(slot, minlength=1 << TABLE_BITS)[slot] > 1]
+    key.sort()
+    places = (key & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    key >>= bits
+    own = owner[places]
+    changes = (key[1:] != key[:-1]) | (own[1:] != own[:-1])
+    return places, np.flatnonzero(np.concatenate(([True], changes))) if len(places) else places

@@ -24,6 +24,11 @@ BOILERPLATE = re.compile(
     re.IGNORECASE,
 )
 
+# how those lines begin; most lines do not
+BEGINNINGS = frozenset(
+    ["ski", "adv", "spo", "rea", "con", "lea", "cli", "sha", "twe", "lik", "fol", "sig", "log", "reg", "sub", "all", "cop", "©", "(", "bac", "rel", "you", "pos", "vie", "pre", "nex", "hom", "men", "sea", "thi", "our", "acc", "pri", "ter", "coo", "loa", "e-m", "ema"]
+)
+
 
 class Repair(Config):
     """What is mended before any rule looks."""
@@ -49,8 +54,12 @@ def repair(config: Repair, text: str) -> tuple[str, int]:
     dropped = 0
     if config.boilerplate:
         lines = text.split("\n")
-        kept = [line for line in lines if not (len(line) <= 100 and BOILERPLATE.fullmatch(line.strip()))]
+        kept = [line for line in lines if len(line) > 100 or not _is_boilerplate(line.strip())]
         dropped = len(lines) - len(kept)
         if dropped:
             text = BLANK.sub("\n\n", "\n".join(kept)).strip()
     return text, dropped
+
+
+def _is_boilerplate(line: str) -> bool:
+    return (line[:3].lower() in BEGINNINGS or line[:1] in "©(0123456789") and BOILERPLATE.fullmatch(line) is not None

@@ -87,7 +87,7 @@ class Pool:
             self._started.clear()
             for child in multiprocessing.active_children():
                 child.terminate()
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=True, cancel_futures=True)
             raise
 
     def _ray(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:

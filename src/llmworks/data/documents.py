@@ -48,16 +48,18 @@ class DocumentWriter:
         self._tables: list[Any] = []
         self._pending = self._in_shard = 0
         self._file: Any = None
+        self._stream: Any = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self._flush()
-        if self._file is not None:
-            with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # the first error is the one to tell
-                self._file.close()
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # the first error is the one to tell
+            try:
+                if kind is None:
+                    self._flush()
+            finally:
+                self._close()
 
     def add(self, document: Document, reason: str = "") -> None:
         """Write one document, sooner or later."""
@@ -106,14 +108,26 @@ class DocumentWriter:
             return
         if self._file is None:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._file = pq.ParquetWriter(self.out / f"part-{self.shards:05d}.parquet", self._schema(), compression="zstd")
+            # a stream of our own: one that Arrow opens is closed twice when the disk is full, which may hit another file
+            self._stream = (self.out / f"part-{self.shards:05d}.parquet").open("wb")
+            self._file = pq.ParquetWriter(self._stream, self._schema(), compression="zstd")
             self.shards += 1
         self._file.write_table(table, row_group_size=table.num_rows)
         self._in_shard += self._pending
         self._tables, self._pending = [], 0
         if self._in_shard >= self.shard_bytes:
-            self._file.close()
-            self._file, self._in_shard = None, 0
+            self._close()
+
+    def _close(self) -> None:
+        """End the shard that is being written, if there is one."""
+        file, stream = self._file, self._stream
+        self._file, self._stream, self._in_shard = None, None, 0
+        if file is not None:
+            try:
+                file.close()
+            finally:
+                file.is_open = False  # else it is tried again when it is collected
+                stream.close()
 
 
 class SideFile:

@@ -38,7 +38,7 @@ def test_ids_are_the_same(kind: str) -> None:
     tokenizer = trained(KINDS[kind])
     encoder = bulk_encoder(tokenizer)
     assert encoder is not None
-    for text in (*TEXTS, *PROBE, "", " ", "\n", "a\0b", "x" * 5000):
+    for text in (*TEXTS, *PROBE, "", " ", "\n", "a\0b", "x" * 5000, "a <|im_start|> b<|endoftext|>"):
         assert encoder.encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
     assert [ids.tolist() for ids in encoder.encode_batch(TEXTS[:5])] == [e.ids for e in tokenizer.encode_batch(TEXTS[:5])]
 

@@ -34,14 +34,15 @@ def byte_characters() -> dict[str, int]:
 
 
 class BulkEncoder:
-    """Texts to ids without special tokens, as the tokenizer that it was made from gives them."""
+    """Texts to ids without a beginning and an end, as the tokenizer that it was made from gives them."""
 
-    def __init__(self, encoding: Any, ids: Ids, tokenizer: Any, missing: re.Pattern[str] | None) -> None:
-        self._encoding, self._ids, self._tokenizer, self._missing = encoding, ids, tokenizer, missing
+    def __init__(self, encoding: Any, ids: Ids, tokenizer: Any, missing: re.Pattern[str] | None, added: Sequence[str]) -> None:
+        self._encoding, self._ids, self._tokenizer, self._missing, self._added = encoding, ids, tokenizer, missing, added
 
     def encode(self, text: str) -> Ids:
         """The ids of one text."""
-        if self._missing and self._missing.search(text):  # bytes without a token, which the tokenizer leaves out as it merges
+        # bytes without a token, which the tokenizer leaves out as it merges, and added tokens, which it finds in any text
+        if (self._missing and self._missing.search(text)) or any(token in text for token in self._added):
             return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         ids: Ids = self._ids[self._encoding.encode_to_numpy(text, disallowed_special=())]
         return ids
@@ -85,7 +86,7 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
             ranks[joined] = len(ids)
             ids.append(vocab[left + right])
     encoding = tiktoken.Encoding("llmworks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    encoder = BulkEncoder(encoding, np.array(ids, dtype=np.int32), tokenizer, missing if absent else None)
+    encoder = BulkEncoder(encoding, np.array(ids, dtype=np.int32), tokenizer, missing if absent else None, [token["content"] for token in state["added_tokens"]])
     return encoder if _agrees(encoder, lambda text: tokenizer.encode(text, add_special_tokens=False).ids) else None
 
 

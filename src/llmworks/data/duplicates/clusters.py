@@ -54,9 +54,9 @@ def best(group: list[int], scores: Array) -> int:
 
 def groups_of_equals(values: Array) -> Iterator[Array]:
     """Places of equal values, in ascending order, for every value that occurs more than once. Zeros are no values."""
-    order = np.argsort(values, kind="stable")
+    order = np.argsort(values)
     ordered = values[order]
     edges = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1], [True])))
     for i in np.flatnonzero(np.diff(edges) > 1):
         if ordered[edges[i]] != 0:
-            yield order[edges[i] : edges[i + 1]]
+            yield np.sort(order[edges[i] : edges[i + 1]])

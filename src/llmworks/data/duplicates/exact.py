@@ -23,7 +23,7 @@ def hash_texts(column: Any) -> Array:
     import pyarrow as pa
 
     try:
-        from xxhash import xxh3_64_intdigest
+        from xxhash import xxh3_64_digest
     except ImportError:
         raise MissingDependency("data.dedup hashes with xxhash; install it with: pip install 'llmworks[corpus]'") from None
     found: list[Array] = []
@@ -32,7 +32,8 @@ def hash_texts(column: Any) -> Array:
         places = np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
         view = memoryview(data if data is not None else b"")
         ends = places.tolist()
-        numbers = np.fromiter(map(xxh3_64_intdigest, map(view.__getitem__, map(slice, ends, ends[1:]))), dtype=np.uint64, count=len(chunk))
+        digests = b"".join(map(xxh3_64_digest, map(view.__getitem__, map(slice, ends, ends[1:]))))
+        numbers = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
         numbers[places[1:] == places[:-1]] = 0
         found.append(numbers)
     return np.concatenate(found) if found else np.zeros(0, np.uint64)

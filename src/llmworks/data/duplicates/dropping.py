@@ -144,7 +144,7 @@ def side_by_side(report: ReportBuilder, parts: Sequence[Span], drops: Mapping[in
     report.pairs(
         "Pairs side by side",
         [(f"{drop.reason}, similarity {drop.similarity:.2f}", _shown("kept", texts[drop.kept]), _shown("dropped", texts[row])) for row, drop in chosen],
-        note="From the least to the most similar; what differs is marked.",
+        note="From the least to the most similar; what differs is marked. A similarity below the bound: others of the cluster link the two.",
     )
 
 

@@ -148,8 +148,8 @@ LONGEST, LONGEST_JOINED = 6, 12  # words of one exception that the rules divide,
 PLAIN = re.compile(r"[A-Za-z]+[,;:!?]?|[A-Za-z]*[a-z]{2}\.")
 
 
-# a word or name with brackets, quotes and marks around it, each of which is a word of its own
-WRAPPED = re.compile(r"([(\[{<\"'`*_#&]*)([A-Za-z]+(?:_[A-Za-z]+)*)([)\]}>\"'`*,;:!?_#&]*)")
+# a word, name or number with brackets, quotes and marks around it, each of which is a word of its own
+WRAPPED = re.compile(r"([(\[{<\"'`*_#&]*)([A-Za-z]+(?:_[A-Za-z]+)*|\d+(?:[.,]\d+)*)([)\]}>\"'`*,;:!?_#&]*)")
 
 
 def split_chunk(chunk: str) -> tuple[str, ...]:

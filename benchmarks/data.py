@@ -107,7 +107,7 @@ def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, 
     import numpy as np
 
     from llmworks.artifact import Dataset
-    from llmworks.data.dedup import DedupConfig, _hash_part
+    from llmworks.data.dedup import DedupConfig, hash_part
     from llmworks.data.duplicates import near
     from llmworks.data.duplicates.clusters import Clusters
     from llmworks.data.parts import spans
@@ -119,7 +119,7 @@ def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, 
         for number, part in enumerate(spans(Dataset(folder))):
             places.append(Path(scratch) / str(number))
             places[-1].mkdir()
-            _hash_part(config, part, places[-1])
+            hash_part(config, part, places[-1])
         assert config.near is not None
         near.join_near(config.near, places, clusters, np.arange(len(documents)))
     return [document for row, document in enumerate(documents) if clusters.find(row) == row]
@@ -208,7 +208,7 @@ def near_llmworks(folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from llmworks.artifact import Dataset
-    from llmworks.data.dedup import DedupConfig, _hash_part
+    from llmworks.data.dedup import DedupConfig, hash_part
     from llmworks.data.duplicates import near
     from llmworks.data.duplicates.clusters import Clusters
     from llmworks.data.duplicates.dropping import ids_of
@@ -222,7 +222,7 @@ def near_llmworks(folder: Path) -> dict[str, Any]:
         folders = [Path(scratch) / str(i) for i in range(len(parts))]
         for part, place in zip(parts, folders, strict=True):
             place.mkdir()
-            _hash_part(config, part, place)
+            hash_part(config, part, place)
         clusters = Clusters(rows)
         assert config.near is not None
         near.join_near(config.near, folders, clusters, np.arange(rows))

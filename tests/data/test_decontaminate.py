@@ -17,21 +17,23 @@ from llmworks.data.documents import DocumentWriter, read_documents
 from llmworks.types import Document
 
 CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]
-TEXTS = [row[1] for row in CASES if len(row[1].split()) > 80][:120]
+COUNT = " ".join(map(str, range(60)))
+TEXTS = [row[1] + (f" {COUNT}" if i % 5 == 0 else "") for i, row in enumerate(row for row in CASES if len(row[1].split()) > 80)][:120]
 
 
 def words_of(text: str) -> list[str]:
     return re.findall(r"[0-9a-z\x80-\U0010ffff]+", text.lower())
 
 
-def grams(text: str, n: int) -> set[tuple[str, ...]]:
+def grams(text: str, n: int, numbers: bool = False) -> set[tuple[str, ...]]:
     words = words_of(text)
-    return set(zip(*(words[i:] for i in range(n)), strict=False))
+    every = set(zip(*(words[i:] for i in range(n)), strict=False))
+    return {gram for gram in every if numbers or sum(not word.isdecimal() for word in gram) * 2 > n}
 
 
 @pytest.fixture
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, list[str]]:
-    """Documents; and JSON rows of which some are runs of words from documents, some only look like it."""
+    """Documents, some with a list of numbers; and JSON rows of which some are runs of words from documents, some only look like it."""
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     with DocumentWriter(tmp_path / "docs", group_bytes=20_000) as writer:
         for i, text in enumerate(TEXTS):
@@ -44,6 +46,8 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path,
         piece = words[at : at + size]
         if i % 3 == 0:
             piece = [w for j, w in enumerate(piece) if j % 6]  # broken every six words
+        if i % 7 == 0:
+            piece = " ".join(map(str, range(i, i + 20))).split() + piece[:12]
         rows.append({"question": " ".join(piece).upper(), "meta": {"answer": ["yes"] if i % 2 else "no"}, "number": i})
     path = tmp_path / "tests.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -54,21 +58,22 @@ def run(data: Path, tests: Path, out: Path, *words: str) -> int:
     return main(["data", "decontaminate", "--data", str(data), "--tests", f"quiz={tests}", "--out", str(out), "--quiet", *words])
 
 
-@pytest.mark.parametrize("n", [13, 8])
-def test_overlaps_are_those_of_plain_python(inputs: tuple[Path, Path, list[str]], tmp_path: Path, n: int) -> None:
+@pytest.mark.parametrize(("n", "numbers"), [(13, False), (8, False), (13, True)])
+def test_overlaps_are_those_of_plain_python(inputs: tuple[Path, Path, list[str]], tmp_path: Path, n: int, numbers: bool) -> None:
     data, tests, rows = inputs
-    assert run(data, tests, tmp_path / "a", "--set", f"n={n}", "--set", "near=null") == 0
+    assert run(data, tests, tmp_path / "a", "--set", f"n={n}", "--set", "near=null", "--set", f"numbers={str(numbers).lower()}") == 0
     found = {(r["row"], r["document"], r["share"]) for r in map(json.loads, (tmp_path / "a/overlaps.jsonl").read_text().splitlines())}
     expected = set()
     for i, row in enumerate(rows, 1):
         size = n if len(words_of(row)) >= n else 8
-        own = grams(row, size)
+        own = grams(row, size, numbers)
         for j, text in enumerate(TEXTS):
-            if common := own & grams(text, size):
+            if common := own & grams(text, size, numbers):
                 expected.add((f"tests.jsonl#{i}", f"d{j}", round(len(common) / len(own), 4)))
     assert found == expected
     assert len(found) > 10
     gone = {document for _, document, _ in found}
+    assert numbers == ({f"d{i}" for i in range(0, len(TEXTS), 5)} <= gone)
     assert {d.id for d in read_documents(Dataset(tmp_path / "a"))} == {f"d{i}" for i in range(len(TEXTS))} - gone
     assert {r["id"] for r in pq.read_table(tmp_path / "a/dropped").to_pylist()} == gone
     for r in map(json.loads, (tmp_path / "a/overlaps.jsonl").read_text().splitlines()):
@@ -83,7 +88,8 @@ def test_near_duplicates_of_whole_rows(inputs: tuple[Path, Path, list[str]], tmp
     every = list(read_documents(Dataset(tmp_path / "a")))
     assert len(every) == len(TEXTS)
     flagged = {d.id for d in every if "contaminated_by" in d.metadata}
-    same = {f"d{i}" for i, text in enumerate(TEXTS) if len(grams(text, 5) & grams(broken, 5)) / len(grams(text, 5) | grams(broken, 5)) >= 0.3}
+    own = grams(broken, 5, True)
+    same = {f"d{i}" for i, text in enumerate(TEXTS) if len(grams(text, 5, True) & own) / len(grams(text, 5, True) | own) >= 0.3}
     assert "d5" in flagged <= same
 
 

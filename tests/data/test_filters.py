@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmworks.data.filters.c4 import C4, c4
@@ -16,6 +17,7 @@ from llmworks.data.filters.fineweb import FineWeb, fineweb
 from llmworks.data.filters.gopher import (
     GopherQuality,
     GopherRepetition,
+    equal_runs,
     gopher_quality,
     gopher_repetition,
     repeated_characters,
@@ -154,6 +156,17 @@ def test_the_batch_decides_nothing() -> None:
         ("x=y", "x = y"),
         ("--", "--"),
         ("日本語。", "日本語 。"),
+        ("id.:", "i d. :"),
+        ("id.", "i d."),
+        ("(rgmii-id)", "( rgmii - id )"),
+        ("0=don't", "0 = don't"),
+        ("6pm-Midnight", "6pm - Midnight"),
+        ("y、=m", "y、 = m"),
+        ("(32*4096),", "( 32 * 4096 ) ,"),
+        ("std::size(a.b).", "std::size(a.b ) ."),
+        ("(8)", "( 8)"),
+        ("US$5", "US$ 5"),
+        ("``it's``", "` ` it 's ` `"),
     ],
 )  # fmt: skip
 def test_words_are_spacys(chunk: str, words: str) -> None:
@@ -163,7 +176,7 @@ def test_words_are_spacys(chunk: str, words: str) -> None:
 def test_repetition_counts_by_hand() -> None:
     words = Words()
     batch = words.encode(["a b c a b c a b c x", "one two three", "q " * 12])
-    assert repeated_characters(batch, words, 3).tolist() == [6, 0, 9]  # worked out by the definition: greedy, from the left
+    assert repeated_characters(batch, words, 3, equal_runs(batch, 3), np.ones(3, dtype=bool)).tolist() == [6, 0, 9]  # worked out by the definition: greedy, from the left
     tops = top_characters(words.encode(["a b c a b d", "one", "x y x y", "ab cd ef"]), words, 2)
     assert tops.tolist() == [6, 0, 6, 5]  # "a b" twice; none; "x y" twice; the first of three
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 OVERLAPS, INDEX = "overlaps.jsonl", "index.npz"
 SHOWN = 40
 WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
+LETTER = re.compile(r"[A-Za-z\x80-\U0010ffff]")
 
 
 class DecontaminateConfig(Config):
@@ -39,6 +40,7 @@ class DecontaminateConfig(Config):
     n: int = Field(13, ge=3, le=50, description="words in a row that a document must share with a test row; 13 or 8 are usual")
     short_n: int = Field(8, ge=3, description="for test rows of fewer than n words; rows of fewer than this are too short to compare")
     min_share: float = Field(0.0, ge=0, le=1, description="share of a test row's runs of words that a document must hold; 0: one run")
+    numbers: bool = Field(False, description="also count runs of which half the words or more are bare numbers, such as 1 2 3 4 ...")
     near: Near | None = Field(default_factory=lambda: Near(threshold=0.5), description="also near-duplicates of whole rows")
     action: Literal["drop", "flag"] = Field("drop", description="drop the document, or keep it with `contaminated_by` in its metadata")
 
@@ -67,7 +69,7 @@ def decontaminate(config: DecontaminateConfig, data: Dataset, tests: dict[str, D
 
 @dataclass(frozen=True)
 class TestRows:
-    """The rows that are protected: (test set, id) of each, how many of each set there are, and how many are too short to compare."""
+    """The rows that are protected: (test set, id) of each, how many of each set there are, and how many have no run of words to compare."""
 
     names: list[tuple[str, str]]
     sizes: Counter[str]
@@ -89,7 +91,7 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
         for id, text in test_rows(dataset):
             names.append((name, id))
             texts.append(text)
-    sizes, short = Counter(name for name, _ in names), Counter[str]()
+    sizes = Counter(name for name, _ in names)
     runs: dict[int, list[tuple[Array, Array]]] = {config.n: [], config.short_n: []}
     totals = np.zeros(len(names), dtype=np.int64)
     bands: list[Array] = []
@@ -98,18 +100,21 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
     first = 0
     for words in hash_words(pa.array(texts, pa.string())):
         own = words.counts
+        lettered = [bool(LETTER.search(word)) for text in texts[first : first + len(words)] for word in WORD.findall(text)]
+        telling = np.concatenate(([0], np.cumsum(lettered, dtype=np.int64)))
         for n in {config.n, config.short_n}:
             grams = shingles(words, n)
             fits = own >= config.n if n == config.n else (own >= n) & (own < config.n)
             mask = fits[grams.owner]
+            if not config.numbers:
+                begin = np.arange(len(grams.values)) + (words.starts - grams.starts)[grams.owner]
+                mask &= (telling[np.minimum(begin + n, len(lettered))] - telling[begin]) * 2 > n
             runs[n].append((grams.values[mask], grams.owner[mask] + first))
         if config.near:
             sets = unique(shingles(words, config.near.shingle))
             values.append(sets.values)
             counts.append(sets.counts)
             bands.append(near.bands(near.signatures(sets, config.near.permutations), config.near.band_rows))
-        for i in (own < config.short_n).nonzero()[0]:
-            short[names[first + i][0]] += 1
         first += len(words)
     arrays: dict[str, Any] = {}
     for n, found in runs.items():
@@ -123,7 +128,7 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
         arrays["bands"] = np.concatenate(bands, axis=1)
         arrays["values"], arrays["starts"] = np.concatenate(values), np.concatenate(([0], np.cumsum(np.concatenate(counts))))
     np.savez(path, totals=totals, **arrays)
-    return TestRows(names, sizes, short)
+    return TestRows(names, sizes, Counter(names[i][0] for i in np.flatnonzero(totals == 0)))
 
 
 @dataclass(frozen=True)
@@ -254,9 +259,9 @@ def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: Test
     report.lead = f"{changed:,} of {done.sum('kept') + done.sum('dropped'):,} documents overlap with a test row and were {'dropped' if config.action == 'drop' else 'flagged'}; {len(touched):,} of {len(rows.names):,} test rows are touched."
     report.data = {"dropped": done.sum("dropped"), "flagged": done.sum("flagged"), "touched": dict(by_test), "test_rows": dict(rows.sizes), "kinds": dict(done.total("kinds"))}
     report.table(
-        "Test sets", ("test set", "rows", "touched", "share", "too short to compare"),
+        "Test sets", ("test set", "rows", "touched", "share", "without runs"),
         [(name, size, by_test[name], f"{by_test[name] / size:.1%}", rows.short[name]) for name, size in rows.sizes.items()],
-        note=f"Touched: a document holds {config.n} words in a row of the test row ({config.short_n} for shorter rows)" + (f", or is a near-duplicate of it (Jaccard at least {config.near.threshold})." if config.near else "."),
+        note=f"Touched: a document holds {config.n} words in a row of the test row ({config.short_n} for shorter rows; runs of {'numbers count too' if config.numbers else 'bare numbers do not count'})" + (f", or is a near-duplicate of it (Jaccard at least {config.near.threshold})." if config.near else "."),
     )  # fmt: skip
     if touched:
         report.table("How", ("overlap", "pairs"), done.total("kinds").most_common())

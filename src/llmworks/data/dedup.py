@@ -56,7 +56,7 @@ def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
 
     parts = spans(data)
     rows = sum(part.rows for part in parts)
-    hashed = work(ctx, "hash", partial(_hash_part, config), parts)
+    hashed = work(ctx, "hash", partial(hash_part, config), parts)
     drops, sizes, facts = _decide(config, hashed, rows, ctx)
     plan = save_plan(ctx, parts, drops)
     if config.lines:
@@ -73,7 +73,7 @@ def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
     return finish(ctx, "data.dedup", [data], dropped=dict(dropped.most_common()), metrics=metrics)
 
 
-def _hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
+def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
     """Write what comparing needs: a number for exact duplicates, shingle sets and bands for near ones, a score for each document."""
     import numpy as np
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ def hash_texts(column: Any) -> Array:
     import pyarrow as pa
 
     try:
-        from xxhash import xxh3_64_digest
+        from xxhash import xxh3_64_intdigest
     except ImportError:
         raise MissingDependency("data.dedup hashes with xxhash; install it with: pip install 'llmworks[corpus]'") from None
     found: list[Array] = []
@@ -32,8 +33,7 @@ def hash_texts(column: Any) -> Array:
         places = np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
         view = memoryview(data if data is not None else b"")
         ends = places.tolist()
-        digests = b"".join(map(xxh3_64_digest, map(view.__getitem__, map(slice, ends, ends[1:]))))
-        numbers = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+        numbers = np.array([xxh3_64_intdigest(view[begin:end]) for begin, end in pairwise(ends)], dtype=np.uint64)
         numbers[places[1:] == places[:-1]] = 0
         found.append(numbers)
     return np.concatenate(found) if found else np.zeros(0, np.uint64)

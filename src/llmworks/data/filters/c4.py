@@ -54,8 +54,9 @@ def _lines(config: C4, text: str, words: Words, dropped: Counter[str]) -> tuple[
     sentences = 0
     for raw in text.splitlines():
         line = raw.strip()
-        chunks = line.split()
-        if len(line) > config.max_word_length and any(len(chunk) > config.max_word_length for chunk in chunks):
+        if not line and (config.terminal_punctuation or config.min_words_per_line):
+            continue  # goes as well, but is no line to be counted
+        if len(line) > config.max_word_length and any(len(chunk) > config.max_word_length for chunk in line.split()):
             dropped["c4: a word too long"] += 1
             continue
         if config.citations and "[" in line:
@@ -63,7 +64,7 @@ def _lines(config: C4, text: str, words: Words, dropped: Counter[str]) -> tuple[
         if config.terminal_punctuation and (not line.endswith(ENDS) or line.endswith("...")):
             dropped["c4: no end of a sentence"] += 1
             continue
-        if len(chunks) < config.min_words_per_line:
+        if len(raw.split()) < config.min_words_per_line:
             dropped["c4: too few words"] += 1
             continue
         low = line.lower()

@@ -10,6 +10,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Container
+from itertools import pairwise
 
 SYMBOLS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 CURRENCY = "$£€¥฿₽﷼₴" + "".join(map(chr, range(0x20A0, 0x20C0)))
@@ -137,10 +138,10 @@ HOST = r"(?:(?:[A-Za-z0-9\u00a1-\uffff][A-Za-z0-9\u00a1-\uffff_-]{0,62})?[A-Za-z
 URL = re.compile(
     rf"(?:[\w+\-.]{{2,}}://)?(?:\S+(?::\S*)?@)?(?:{ADDRESS}|{HOST}(?P<top>[^\W\d_]{{2,63}}))(?::\d{{2,5}})?(?:[/?#]\S*)?"
 )
-LETTER = r"[^\W\d_]"
+LETTER = r"(?:[^\W\d_]|[\u3000-\u303f])"  # CJK marks are letters to it
 INFIX = re.compile(
     rf"(?P<dots>\.\.+|…)|(?<=[0-9])[+\-*^](?=[0-9-])|(?P<stop>(?<={LETTER}|[{re.escape(QUOTES)}])\.(?={LETTER}|[{re.escape(QUOTES)}]))"
-    rf"|(?<={LETTER}),(?={LETTER})|(?<=[^\W_])(?:---|--|——|[-–—~])(?={LETTER})|(?<=[^\W_])[:<>=/](?={LETTER})|(?P<icon>[^\w\x00-\x7f])"
+    rf"|(?<={LETTER}),(?={LETTER})|(?<=[^\W_]|[\u3000-\u303f])(?:---|--|——|[-–—~])(?={LETTER})|(?<=[^\W_]|[\u3000-\u303f])[:<>=/](?={LETTER})|(?P<icon>[^\w\x00-\x7f])"
 )
 
 
@@ -148,8 +149,12 @@ LONGEST, LONGEST_JOINED = 6, 12  # words of one exception that the rules divide,
 PLAIN = re.compile(r"[A-Za-z]+[,;:!?]?|[A-Za-z]*[a-z]{2}\.")
 
 
-# a word, name or number with brackets, quotes and marks around it, each of which is a word of its own
-WRAPPED = re.compile(r"([(\[{<\"'`*_#&]*)([A-Za-z]+(?:_[A-Za-z]+)*|\d+(?:[.,]\d+)*)([)\]}>\"'`*,;:!?_#&]*)")
+# brackets, quotes and marks, each a word of its own, around what begins and ends with an ASCII letter or digit that no rule takes away
+WRAPPED = re.compile(
+    r"([(\[{<\"'`*_#&]*)((?!US\$|[CA]\$)[A-Za-z0-9](?:\S*[A-Za-z0-9])?)(?<!['’][sS])(?<![0-9][A-Za-z])(?<![0-9][A-Za-z]{2})(?<![0-9][A-Za-z]{3})(?<!/[sh])"
+    r"([)\]}>\"'`*,;:!?_#&]*)((?<=[a-z0-9)\]}>\"'`*,;:!?_#&])\.)?"
+)
+WHOLE = re.compile(r"[\w()\[\]{}&#$%!?;'\"`@|\\]+", re.ASCII)  # holds nothing that divides
 
 
 def split_chunk(chunk: str) -> tuple[str, ...]:
@@ -159,12 +164,13 @@ def split_chunk(chunk: str) -> tuple[str, ...]:
         return special[chunk]
     if PLAIN.fullmatch(chunk):  # what most chunks are
         word, mark = (chunk, "") if chunk[-1].isalpha() else (chunk[:-1], chunk[-1])
-        words = special.get(word, (word,))
-        return (*words, mark) if mark else words
+        if word in special:
+            return _again((*special[word], *mark))
+        return (word, mark) if mark else (word,)
     wrapped = WRAPPED.fullmatch(chunk)
-    if wrapped and not chunk.endswith(POSSESSIVE):
-        begins, core, ends = wrapped.groups()
-        return _again((*begins, *special.get(core, (core,)), *ends))
+    if wrapped:
+        begins, core, ends, stop = wrapped.groups("")
+        return _again((*begins, *_middle(core), *ends, *stop))
     before, rest, after = _affixes(chunk, special)
     return _again((*before, *_middle(rest), *after))
 
@@ -197,15 +203,15 @@ def _affixes(chunk: str, special: Container[str]) -> tuple[list[str], str, list[
 
 
 def _again(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Exceptions among what the rules made: words that are one, neighbours that together are one. The longest wins."""
-    special, begins = exceptions(), beginnings()
-    if not any(word in special or word in begins for word in words):
+    """Divided exceptions among what the rules made: words that are one, neighbours that together are one. The longest wins."""
+    special, begins = divided()
+    if special.keys().isdisjoint(words) and not any(one + two[0] in begins for one, two in pairwise(words)):
         return words
     found: list[str] = []
     at = 0
     while at < len(words):
         longest = at + 1
-        if words[at] in begins:
+        if longest < len(words) and words[at] + words[longest][0] in begins:
             size = len(words[at])
             while longest < len(words) and longest < at + LONGEST and (size := size + len(words[longest])) <= LONGEST_JOINED:
                 longest += 1
@@ -222,16 +228,10 @@ def _again(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @functools.cache
-def beginnings() -> frozenset[str]:
-    """What the first word can be of an exception that the rules divide."""
-    first = set()
-    for chunk in exceptions():
-        if not chunk.isalpha():
-            before, middle, after = _affixes(chunk, frozenset())
-            words = (*before, *_divided(middle), *after)
-            if len(words) > 1:
-                first.add(words[0])
-    return frozenset(first)
+def divided() -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+    """(exceptions that the rules would divide: only these are put together again, how they begin, from two characters on)."""
+    table = {chunk: parts for chunk, parts in exceptions().items() if prefix(chunk) or suffix(chunk) or _divided(chunk) != (chunk,)}
+    return table, frozenset(chunk[:size] for chunk in table for size in range(2, len(chunk) + 1))
 
 
 def _middle(rest: str) -> tuple[str, ...]:
@@ -246,7 +246,7 @@ def _middle(rest: str) -> tuple[str, ...]:
 def _divided(rest: str) -> tuple[str, ...]:
     if not rest:
         return ()
-    if rest.isalnum() or ("." in rest and _is_url(rest)):
+    if WHOLE.fullmatch(rest) or ("." in rest and _is_url(rest)):
         return (rest,)
     parts: list[str] = []
     start = 0

@@ -16,7 +16,7 @@ from llmworks.artifact import Config
 from llmworks.data.filters.rules import Bound, Judgement, judge, share
 from llmworks.data.filters.words import Array, Batch, Words
 
-TABLE_BITS = 20
+Runs = tuple[Array, Array]
 PARAGRAPHS = re.compile(r"\n{2,}")
 
 
@@ -109,13 +109,20 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
     for n, limit in ((2, c.top_2_gram), (3, c.top_3_gram), (4, c.top_4_gram)):
         value = share(top_characters(batch, words, n), total)
         bounds.append(Bound(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit))
+    # what lies in repeated n-grams bounds their count from above, and what lies in longer ones; texts that are dropped anyway are not counted
     limits = (c.repeated_5_grams, c.repeated_6_grams, c.repeated_7_grams, c.repeated_8_grams, c.repeated_9_grams, c.repeated_10_grams)
-    covered = share(_covered(batch, words, 5), total)
+    fine = ~np.any([bound.fails() for bound in bounds], axis=0)
+    value = np.ones(len(batch.texts))
     for n, limit in zip(range(5, 11), limits, strict=True):
-        value = covered.copy()
-        suspects = np.flatnonzero(covered > limit)
-        value[suspects] = share(repeated_characters(batch.select(suspects), words, n), total[suspects])
-        bounds.append(Bound(f"gopher: repeated {n}-grams", f"characters in repeated {n}-grams", value, 0.4, high=limit))
+        suspects = np.flatnonzero(fine & (value > limit)) if n > 5 else np.arange(len(batch.texts))
+        some = batch.select(suspects) if n > 5 else batch
+        runs = equal_runs(some, n)
+        value[suspects] = share(_covered(some, words, n, runs), total[suspects])
+        above = fine[suspects] & (value[suspects] > limit)
+        counted = value.copy()
+        counted[suspects[above]] = share(repeated_characters(some, words, n, runs, above)[above], total[suspects[above]])
+        bounds.append(Bound(f"gopher: repeated {n}-grams", f"characters in repeated {n}-grams", counted, 0.4, high=limit))
+        fine &= ~bounds[-1].fails()
     judged = judge(len(batch.texts), bounds)
     judged.reasons = ["gopher: empty" if not text else reason for text, reason in zip(batch.texts, judged.reasons, strict=True)]
     return judged
@@ -150,7 +157,7 @@ def repeats(parts: Sequence[str]) -> tuple[int, int]:
 def top_characters(batch: Batch, words: Words, n: int) -> Array:
     """Characters of each text in all occurrences of its most frequent n-gram; of equally frequent ones the first counts."""
     result = np.zeros(len(batch.texts))
-    places, begins = _runs(batch, n)
+    places, begins = equal_runs(batch, n)
     counts = np.diff(np.append(begins, len(places)))
     often = np.flatnonzero(counts > 1)
     sums = np.concatenate(([0], np.cumsum(words.length[batch.ids], dtype=np.int64)))
@@ -166,15 +173,15 @@ def top_characters(batch: Batch, words: Words, n: int) -> Array:
     return result
 
 
-def repeated_characters(batch: Batch, words: Words, n: int) -> Array:
-    """Characters of each text in n-grams that occurred before, read from the left; a repeated one is stepped over whole.
+def repeated_characters(batch: Batch, words: Words, n: int, runs: Runs, chosen: Array) -> Array:
+    """Characters of each chosen text in n-grams that occurred before, read from the left; a repeated one is stepped over whole.
 
     Only n-grams that occur more than once in their text need to be looked at; all others change nothing.
     """
     result = np.zeros(len(batch.texts))
-    places, begins = _runs(batch, n)
+    places, begins = runs
     counts = np.diff(np.append(begins, len(places)))
-    often = np.repeat(counts > 1, counts)
+    often = np.repeat(counts > 1, counts) & chosen[batch.owner[places]]
     at, run = places[often], np.repeat(np.arange(len(begins)), counts)[often]
     order = np.argsort(at)
     at, run = at[order], run[order]
@@ -193,9 +200,9 @@ def repeated_characters(batch: Batch, words: Words, n: int) -> Array:
     return result
 
 
-def _covered(batch: Batch, words: Words, n: int) -> Array:
+def _covered(batch: Batch, words: Words, n: int, runs: Runs) -> Array:
     """Characters of each text that lie in an n-gram which occurred before: no count of repeated n-grams or longer ones is above it."""
-    places, begins = _runs(batch, n)
+    places, begins = runs
     before = np.ones(len(places), dtype=bool)
     before[begins] = False
     again = places[before]
@@ -203,7 +210,7 @@ def _covered(batch: Batch, words: Words, n: int) -> Array:
     return batch.sums(np.where(np.cumsum(hit[:-1]) > 0, words.length[batch.ids], 0)).astype(float)
 
 
-def _runs(batch: Batch, n: int) -> tuple[Array, Array]:
+def equal_runs(batch: Batch, n: int) -> Runs:
     """(places of n-grams inside texts, ordered so that equal ones of one text are neighbours; where each group of equals begins).
 
     Most n-grams that occur once are left out: a table of counts by some bits of the hash leaves few of them to sort.
@@ -224,8 +231,9 @@ def _runs(batch: Batch, n: int) -> tuple[Array, Array]:
             key *= np.uint64(0x9E3779B97F4A7C15)
             key ^= key >> np.uint64(29)
     key = ((key[inside] >> bits) << bits) | inside.astype(np.uint64)
-    slot = (key >> np.uint64(64 - TABLE_BITS)).astype(np.int64)
-    key = key[np.bincount(slot, minlength=1 << TABLE_BITS)[slot] > 1]
+    table = len(key).bit_length() + 1
+    slot = (key >> np.uint64(64 - table)).astype(np.int64)
+    key = key[np.bincount(slot, minlength=1 << table)[slot] > 1]
     key.sort()
     places = (key & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
     key >>= bits

@@ -6,8 +6,9 @@ A chunk between white space is split once (`english.split_chunk`) and remembered
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -60,40 +61,14 @@ class Batch:
         return total[self.starts[1:]] - total[self.starts[:-1]]
 
 
-class Words:
-    """Splits texts and numbers their words; the arrays tell what is known of a word by its number."""
+class _Chunks(dict[str, tuple[int, ...]]):
+    """The words of chunks by their numbers; a chunk that is not known is split."""
 
     def __init__(self) -> None:
-        self._forget()
-
-    def _forget(self) -> None:
         self.numbers: dict[str, int] = {}
         self.words: list[str] = []
-        self.chunks: dict[str, tuple[int, ...]] = {}
-        self._known = 0
-        self.length = self.symbol = self.alpha = self.stop = self.kind = np.zeros(0, np.int32)
 
-    def encode(self, texts: Sequence[str]) -> Batch:
-        """The words of some texts. Numbers hold until the next call that finds the vocabulary too large."""
-        if len(self.chunks) > LIMIT:
-            self._forget()
-        flat: list[int] = []
-        starts = [0]
-        for text in texts:
-            self._append(text, flat)
-            starts.append(len(flat))
-        self._describe()
-        return Batch(list(texts), np.array(flat, dtype=np.int32), np.array(starts, dtype=np.int64))
-
-    def _append(self, text: str, flat: list[int]) -> None:
-        known = self.chunks
-        for chunk in text.split():
-            ids = known.get(chunk)
-            if ids is None:
-                ids = self._split(chunk)
-            flat += ids
-
-    def _split(self, chunk: str) -> tuple[int, ...]:
+    def __missing__(self, chunk: str) -> tuple[int, ...]:
         ids = []
         for word in split_chunk(chunk):
             number = self.numbers.get(word)
@@ -103,15 +78,43 @@ class Words:
             ids.append(number)
         found = tuple(ids)
         if len(chunk) < 100:  # longer ones do not come again
-            self.chunks[chunk] = found
+            self[chunk] = found
         return found
+
+
+class Words:
+    """Splits texts and numbers their words; the arrays tell what is known of a word by its number."""
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self.chunks = _Chunks()
+        self._known = 0
+        self.length = self.symbol = self.alpha = self.stop = np.zeros(0, np.int32)
+        self.kinds = bytearray()
+
+    def encode(self, texts: Sequence[str]) -> Batch:
+        """The words of some texts. Numbers hold until the next call that finds the vocabulary too large."""
+        if len(self.chunks) > LIMIT:
+            self._forget()
+        flat: list[int] = []
+        starts = [0]
+        for text in texts:
+            flat.extend(self._ids(text))
+            starts.append(len(flat))
+        self._describe()
+        return Batch(list(texts), np.array(flat, dtype=np.int32), np.array(starts, dtype=np.int64))
+
+    def _ids(self, text: str) -> Iterable[int]:
+        return chain.from_iterable(map(self.chunks.__getitem__, text.split()))
 
     def _describe(self) -> None:
         """Extend the arrays by the words that are new."""
-        new = self.words[self._known :]
+        new = self.chunks.words[self._known :]
         if not new:
             return
-        self._known = len(self.words)
+        self._known += len(new)
 
         def extended(array: Array, values: list[int]) -> Array:
             return np.concatenate((array, np.array(values, dtype=np.int32)))
@@ -120,16 +123,14 @@ class Words:
         self.symbol = extended(self.symbol, [not w.isalnum() and all(c in SYMBOLS for c in w) for w in new])
         self.alpha = extended(self.alpha, [w.isalpha() or any(c.isalpha() for c in w) for w in new])
         self.stop = extended(self.stop, [1 << STOP_WORDS.index(w) if w in STOP_WORDS else 0 for w in new])
-        self.kind = extended(self.kind, [kind_of(w) for w in new])
+        self.kinds.extend(map(kind_of, new))
 
     def sentences(self, text: str) -> int:
         """How many sentences a line has: a new one begins with the first word after a mark that ends one."""
-        flat: list[int] = []
-        self._append(text, flat)
+        ids = list(self._ids(text))
         self._describe()
-        kinds = self.kind[flat]
-        kinds = kinds[kinds != PUNCTUATION]
-        return 1 + int(np.count_nonzero((kinds[1:] == WORD) & (kinds[:-1] == END)))
+        kinds = bytes(map(self.kinds.__getitem__, ids)).translate(None, bytes([PUNCTUATION]))
+        return 1 + kinds.count(bytes([END, WORD]))
 
 
 def kind_of(word: str) -> int:

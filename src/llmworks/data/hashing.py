@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+PIECE = 1 << 20
 BLOCK = 1 << 17  # bytes of text that are hashed together; fits a processor's cache
 
 
@@ -81,7 +82,7 @@ def hash_words(column: Any) -> Iterator[Hashed]:
     """The words of a string column (Arrow array or chunked array), some rows at a time, in order."""
     import pyarrow as pa
 
-    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+    for chunk in _pieces(column.chunks if isinstance(column, pa.ChunkedArray) else [column]):
         data, offsets = _bytes(chunk)
         first = 0
         while first < len(chunk):
@@ -90,6 +91,14 @@ def hash_words(column: Any) -> Iterator[Hashed]:
             last = min(last, len(chunk))
             yield _hash_block(data[offsets[first] : offsets[last]], offsets[first : last + 1] - offsets[first])
             first = last
+
+
+def _pieces(chunks: list[Any]) -> Iterator[Any]:
+    """Slices of about PIECE bytes, so that folding case copies no more at once."""
+    for chunk in chunks:
+        rows = max(1, PIECE * len(chunk) // max(1, chunk.nbytes))
+        for first in range(0, len(chunk), rows):
+            yield chunk.slice(first, rows)
 
 
 def _bytes(chunk: Any) -> tuple[Array, Array]:

@@ -24,7 +24,7 @@ def hash_texts(column: Any) -> Array:
     import pyarrow as pa
 
     try:
-        from xxhash import xxh3_64_intdigest
+        from xxhash import xxh3_64_digest
     except ImportError:
         raise MissingDependency("data.dedup hashes with xxhash; install it with: pip install 'llmworks[corpus]'") from None
     found: list[Array] = []
@@ -33,7 +33,8 @@ def hash_texts(column: Any) -> Array:
         places = np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
         view = memoryview(data if data is not None else b"")
         ends = places.tolist()
-        numbers = np.array([xxh3_64_intdigest(view[begin:end]) for begin, end in pairwise(ends)], dtype=np.uint64)
+        digests = b"".join([xxh3_64_digest(view[begin:end]) for begin, end in pairwise(ends)])
+        numbers = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
         numbers[places[1:] == places[:-1]] = 0
         found.append(numbers)
     return np.concatenate(found) if found else np.zeros(0, np.uint64)

@@ -17,6 +17,7 @@ from llmworks.artifact import KINDS, MANIFEST, Adapter, Artifact, FileEntry, Man
 from llmworks.assets.catalogue import CATALOGUE
 from llmworks.errors import ArtifactError, UserError
 from llmworks.execute import execute, step_key
+from llmworks.generate.remote import parse_remote
 from llmworks.stages import resolve as resolve_stage
 from llmworks.types import Engine
 from llmworks.workspace import Workspace, cache_directory
@@ -96,10 +97,8 @@ def _hub(repository: str) -> Path:
 
 def _remote(ref: str, name: str) -> Model:
     """A model behind an OpenAI-compatible server: declared, since nobody can digest it."""
-    url, _, model = ref.partition("#")
-    if not model:
-        raise UserError(f"{ref}: name the model behind the URL, as in {url}#MODEL")
-    manifest = _foreign_manifest("model", {}, {"format": "http"}, digest=hashlib.sha256(ref.encode()).hexdigest())
+    url, model, _ = parse_remote(ref)
+    manifest = _foreign_manifest("model", {}, {"format": "http"}, digest=hashlib.sha256(f"{url}#{model}".encode()).hexdigest())
     return Model(Path(), manifest=manifest, name=name or model, ref=ref)
 
 
@@ -193,8 +192,7 @@ def open_engine(artifact: Artifact, workspace: Workspace | None = None) -> Engin
     if artifact.format == "http":
         from llmworks.generate.engines.openai import OpenAIEngine
 
-        url, _, model = artifact.ref.partition("#")
-        return OpenAIEngine(url, model)
+        return OpenAIEngine(*parse_remote(artifact.ref))
     if artifact.format == "gguf":
         from llmworks.generate.engines.llamacpp import LlamaCppEngine
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from llmworks.errors import RequestError
+from llmworks.errors import LlmworksError, RequestError
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "filtered"]
 Json = dict[str, Any]
 
 
@@ -109,7 +109,11 @@ class Engine(Protocol):
     can: frozenset[str]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests, in their order."""
+        """Answer all requests, in their order. The first error is raised."""
+        ...
+
+    def each(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion | LlmworksError]]:
+        """(place, answer or the error of that request) as they are ready; closing the iterator stops the work."""
         ...
 
     def stream(self, request: Request) -> Iterator[Delta]:

@@ -22,6 +22,11 @@ def usage(completion: Completion) -> dict[str, int]:
     }
 
 
+def finish_reason(completion: Completion) -> str:
+    """Why an answer ended, in the API's words."""
+    return "content_filter" if completion.finish == "filtered" else completion.finish
+
+
 def tool_calls(identity: str, text: str) -> tuple[str, list[dict[str, Any]]]:
     """(text without calls, calls in the API's form) of an answer."""
     plain, calls = parse_calls(text)
@@ -41,7 +46,7 @@ def whole(identity: str, created: int, model: str, completion: Completion, with_
     message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
     if calls:
         message["tool_calls"] = calls
-    reason = "tool_calls" if calls else completion.finish
+    reason = "tool_calls" if calls else finish_reason(completion)
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
     return {
         "id": identity,
@@ -83,7 +88,7 @@ async def chunks(
         yield event({"content": tail})
     if calls:
         yield event({"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})
-    yield event({}, "tool_calls" if calls else completion.finish)
+    yield event({}, "tool_calls" if calls else finish_reason(completion))
     if include_usage:
         body = {
             "id": identity,

@@ -10,12 +10,12 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmworks.errors import EngineError, ModelError, RequestError
+from llmworks.generate.parallel import Answered, each_in_threads, in_order
 from llmworks.generate.stopping import cut_at_stop
 from llmworks.model.from_gguf import metadata, open_reader, tokenizer_of
 from llmworks.tokenize.templates import render_prompt, renders_tools
@@ -77,12 +77,14 @@ class LlamaCppEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, `slots` at a time, in their order."""
-        prompts = [self.prompt_ids(request) for request in requests]
-        server = self._generator()
-        with ThreadPoolExecutor(self.slots) as pool:
-            return list(pool.map(lambda pair: self._answer(server, *pair), zip(prompts, requests, strict=True)))
+        return in_order(self.each(requests), len(requests))
 
-    def _answer(self, server: Any, prompt: list[int], request: Request) -> Completion:
+    def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
+        """Answers as they come, `slots` at a time."""
+        return each_in_threads(self._answer, requests, self.slots)
+
+    def _answer(self, request: Request) -> Completion:
+        prompt, server = self.prompt_ids(request), self._generator()
         reply = server.handle_completions(self._body(prompt, request))
         choice = _choice(reply, self.name)
         told, logprobs = _sampled(choice)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmworks.errors import RequestError
 from llmworks.generate.cache import growing_cache
+from llmworks.generate.parallel import Answered, in_order
 from llmworks.generate.sampling import choose
 from llmworks.generate.stopping import cut_at_stop, safe_length
 from llmworks.model.load import load_model, load_tokenizer, stop_ids
@@ -66,15 +67,21 @@ class TorchEngine:
         return ids
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests, in their order; batches of similar length."""
-        prompts = [self.prompt_ids(request) for request in requests]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        done: dict[int, Completion] = {}
+        """Answer all requests, in their order."""
+        return in_order(self.each(requests), len(requests))
+
+    def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
+        """Answers batch by batch, prompts of similar length together."""
+        prompts: dict[int, list[int]] = {}
+        for i, request in enumerate(requests):
+            try:
+                prompts[i] = self.prompt_ids(request)
+            except RequestError as error:
+                yield i, error
+        order = sorted(prompts, key=lambda i: len(prompts[i]))
         for start in range(0, len(order), BATCH_ROWS):
             chunk = order[start : start + BATCH_ROWS]
-            for i, completion in zip(chunk, self._batch([prompts[i] for i in chunk], [requests[i] for i in chunk]), strict=True):
-                done[i] = completion
-        return [done[i] for i in range(len(requests))]
+            yield from zip(chunk, self._batch([prompts[i] for i in chunk], [requests[i] for i in chunk]), strict=True)
 
     def _batch(self, prompts: list[list[int]], requests: list[Request]) -> list[Completion]:
         rows = [_Row(self, prompt, request) for prompt, request in zip(prompts, requests, strict=True)]

@@ -1,0 +1,65 @@
+"""How a remote model is asked, as its reference says: `https://HOST/v1#MODEL?key=GROQ_API_KEY&concurrency=8&requests_per_minute=30`."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from urllib.parse import parse_qsl, urlsplit
+
+from pydantic import Field, ValidationError
+
+from llmworks.artifact import Config
+from llmworks.errors import UserError
+
+DEFAULT_KEY = "OPENAI_API_KEY"
+
+
+class RemoteOptions(Config):
+    """What stands behind the `?` of a remote reference. Nothing of it changes what a model answers."""
+
+    key: str = Field("", description="environment variable that holds the API key; default OPENAI_API_KEY, sent over https or to this machine only")
+    concurrency: int = Field(4, gt=0, le=256, description="requests at once")
+    requests_per_minute: int = Field(0, ge=0, description="at most; 0: no limit")
+    tokens_per_minute: int = Field(0, ge=0, description="prompt and answer together, at most; 0: no limit")
+    timeout: float = Field(600.0, gt=0, description="seconds without a byte after which a request is given up and sent again")
+    retries: int = Field(6, ge=0, le=50, description="attempts after the first, after 429, 5xx, timeouts, broken and senseless replies")
+    input_price: float = Field(0.0, ge=0, description="price of a million prompt tokens")
+    output_price: float = Field(0.0, ge=0, description="price of a million answer tokens")
+    budget: float = Field(0.0, ge=0, description="stop when so much is spent; 0: no bound")
+
+
+def parse_remote(ref: str) -> tuple[str, str, RemoteOptions]:
+    """(URL, model, options) of a remote reference. UserError for a missing model or an unknown option."""
+    url, _, rest = ref.partition("#")
+    model, _, query = rest.partition("?")
+    if not model:
+        raise UserError(f"{ref}: name the model behind the URL, as in {url}#MODEL")
+    if not urlsplit(url).hostname:
+        raise UserError(f"{ref}: has no host; write https://HOST/v1#MODEL")
+    try:
+        return url, model, RemoteOptions.model_validate(dict(parse_qsl(query, keep_blank_values=True)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        known = f"; known: {', '.join(RemoteOptions.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise UserError(f"{ref}: option {field!r}: {first['msg']}{known}") from None
+
+
+def api_key(url: str, options: RemoteOptions) -> str:
+    """The key to send, or "". UserError when the variable that was named is not set."""
+    if options.key:
+        if not os.environ.get(options.key):
+            raise UserError(f"{url}: the environment variable {options.key} is not set; put the API key there")
+        return os.environ[options.key]
+    return os.environ.get(DEFAULT_KEY, "") if _is_safe(url) else ""
+
+
+def _is_safe(url: str) -> bool:
+    """Whether nobody on the way can read what is sent."""
+    parts = urlsplit(url)
+    if parts.scheme == "https" or parts.hostname == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return False

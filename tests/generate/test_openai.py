@@ -1,0 +1,458 @@
+"""The HTTP engine against a server that misbehaves on purpose: what may pass is sent again, what may not is said in one line, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from llmworks.errors import EngineError, LlmworksError, RequestError, UserError
+from llmworks.generate.engines.openai import OpenAIEngine
+from llmworks.generate.pacing import Pace, back_off
+from llmworks.generate.remote import RemoteOptions, api_key, parse_remote
+from llmworks.references import resolve
+from llmworks.tokenize.templates import parse_calls
+from llmworks.types import Completion, Message, Request, Sampling
+
+Behaviour = Callable[["Handler", dict[str, Any]], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: takes the next behaviour of the server's list, `answers` when it is empty."""
+
+    protocol_version = "HTTP/1.1"
+    server: Misbehaving
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.lock:
+            self.server.seen.append((time.monotonic(), body, dict(self.headers)))
+            self.server.busy += 1
+            self.server.most = max(self.server.most, self.server.busy)
+            behaviour = self.server.behaviours.pop(0) if self.server.behaviours else answers
+        try:
+            behaviour(self, body)
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+
+    def say(self, status: int, content: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(content) if length is None else length))
+        self.end_headers()
+        self.wfile.write(content)
+        self.wfile.flush()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+class Misbehaving(ThreadingHTTPServer):
+    """A loopback server with a list of things to do wrong."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.behaviours: list[Behaviour] = []
+        self.seen: list[tuple[float, dict[str, Any], dict[str, str]]] = []
+        self.busy = self.most = 0
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[Misbehaving]:
+    server = Misbehaving()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmworks.generate.engines.openai.back_off", lambda attempt: 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def engine(server: Misbehaving) -> Iterator[OpenAIEngine]:
+    engine = OpenAIEngine(server.url, "m", RemoteOptions(timeout=0.5, concurrency=8, input_price=1.0, output_price=2.0))
+    yield engine
+    engine.close()
+
+
+def reply(text: str | None, finish: str = "stop", **message: Any) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
+    return {"id": "x", "object": "chat.completion", "choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}}
+
+
+def answers(handler: Handler, body: dict[str, Any]) -> None:
+    """A server that behaves: says what it was asked."""
+    text = "to " + body["messages"][-1]["content"]
+    if not body["stream"]:
+        handler.say(200, json.dumps(reply(text)).encode())
+        return
+    handler.say(200, events(text), {"content-type": "text/event-stream"})
+
+
+def events(text: str, finish: str | None = "stop", done: bool = True) -> bytes:
+    pieces = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}, *({"choices": [{"delta": {"content": c}}]} for c in text)]
+    pieces += [{"choices": [{"delta": {}, "finish_reason": finish}]}] if finish else []
+    pieces += [{"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}] if done else []
+    return b"".join(b"data: " + json.dumps(p).encode() + b"\n\n" for p in pieces) + (b"data: [DONE]\n\n" if done else b"")
+
+
+def says(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Behaviour:
+    content = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return lambda handler, body: handler.say(status, content, headers)
+
+
+def hangs(handler: Handler, body: dict[str, Any]) -> None:
+    time.sleep(1.0)
+    handler.close_connection = True
+
+
+def stops_half_way(handler: Handler, body: dict[str, Any]) -> None:
+    content = json.dumps(reply("a long answer")).encode()
+    handler.say(200, content[: len(content) // 2], length=len(content))
+    handler.close_connection = True
+
+
+def resets(handler: Handler, body: dict[str, Any]) -> None:
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.close_connection = True
+    handler.connection.close()
+
+
+def ask(text: str = "hi", **sampling: Any) -> Request:
+    return Request((Message("user", text),), sampling=Sampling(**{"max_tokens": 8, **sampling}))
+
+
+PASSING: dict[str, Behaviour] = {
+    "429": says({"error": {"message": "slow down"}}, 429, {"retry-after": "0.05"}),
+    "429 with a date": says({"error": "slow down"}, 429, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+    "429 in milliseconds": says({"error": "slow down"}, 429, {"retry-after-ms": "40"}),
+    "429 with nonsense": says(b"", 429, {"retry-after": "soon"}),
+    "500": says({"error": {"message": "oops"}}, 500),
+    "502 as HTML": says(b"<html>Bad Gateway</html>", 502),
+    "503 without a body": says(b"", 503),
+    "529": says({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, 529),
+    "408": says({"detail": "timeout"}, 408),
+    "a timeout": hangs,
+    "half a body": stops_half_way,
+    "a reset": resets,
+    "HTML": says(b"<html>hello</html>"),
+    "nothing": says(b""),
+    "no choices": says({"choices": []}),
+    "no message": says({"choices": [{"finish_reason": "stop"}]}),
+    "a list": says([1, 2]),
+    "a number": says(7),
+    "not UTF-8": says(b"\xff\xfe\xfa"),
+    "a string for a message": says({"choices": [{"message": "hi"}]}),
+    "usage of another kind": says({**reply("x"), "usage": [1]}),
+}
+
+
+@pytest.mark.parametrize("what", PASSING)
+def test_what_may_pass_is_sent_again(what: str, server: Misbehaving, engine: OpenAIEngine) -> None:
+    server.behaviours = [PASSING[what], PASSING[what]]
+    done = engine.generate([ask()])[0]
+    assert done == Completion("to hi", "stop", prompt_tokens=10, completion_tokens=5)
+    assert len(server.seen) == 3
+    assert engine.account.to_json() == {"requests": 1, "retries": 2, "prompt_tokens": 10, "completion_tokens": 5, "cost": 20e-6}
+
+
+def test_a_bad_day(server: Misbehaving) -> None:
+    """Many requests, most go wrong in some way: all are answered, in their order, each paid for once."""
+    engine = OpenAIEngine(server.url, "m", RemoteOptions(retries=50, concurrency=8))
+    draw = random.Random(0)
+    quick = [b for name, b in PASSING.items() if b is not hangs]
+    server.behaviours = [draw.choice([*quick, answers, answers]) for _ in range(80)]
+    done = engine.generate([ask(f"question {i}") for i in range(60)])
+    assert [c.text for c in done] == [f"to question {i}" for i in range(60)]
+    assert engine.account.requests == 60
+    assert engine.account.retries == len(server.seen) - 60
+    assert 1 < server.most <= 8
+    engine.close()
+
+
+FINAL: dict[str, tuple[Behaviour, type[LlmworksError], str]] = {
+    "400": (says({"error": {"message": "messages\n are too long"}}, 400), RequestError, "400: messages are too long"),
+    "404": (says({"detail": "no such model"}, 404), RequestError, "404: no such model"),
+    "401": (says({"error": {"message": "bad key"}}, 401), RequestError, r"401: bad key; is the key in \$OPENAI_API_KEY right\?"),
+    "402": (says({"message": "pay first"}, 402), EngineError, "402: pay first"),
+    "no money": (says({"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, 429), EngineError, "429: You exceeded"),
+    "a long pause": (says({"error": {"message": "tomorrow"}}, 429, {"retry-after": "86400"}), EngineError, "the server asks to wait 86400 s"),
+}
+
+
+@pytest.mark.parametrize("what", FINAL)
+def test_what_does_not_pass_is_said_at_once(what: str, server: Misbehaving, engine: OpenAIEngine) -> None:
+    behaviour, kind, says_so = FINAL[what]
+    server.behaviours = [behaviour]
+    with pytest.raises(kind, match=says_so) as caught:
+        engine.generate([ask()])
+    assert "\n" not in str(caught.value)
+    assert len(server.seen) == 1
+
+
+def test_attempts_end(server: Misbehaving) -> None:
+    server.behaviours = [PASSING["500"]] * 9
+    engine = OpenAIEngine(server.url, "m", RemoteOptions(retries=2))
+    with pytest.raises(EngineError, match="500: oops, tried 3 times"):
+        engine.generate([ask()])
+    assert len(server.seen) == 3
+    engine.close()
+
+
+def test_one_failure_does_not_lose_the_others(server: Misbehaving, engine: OpenAIEngine) -> None:
+    server.behaviours = [says({"error": {"message": "refused"}}, 400)]
+    found = dict(engine.each([ask(f"q{i}") for i in range(12)]))
+    errors = [answer for answer in found.values() if isinstance(answer, LlmworksError)]
+    assert len(errors) == 1
+    assert {a.text for a in found.values() if isinstance(a, Completion)} < {f"to q{i}" for i in range(12)}
+    assert len(found) == 12
+
+
+def test_all_wait_when_the_server_asks_to(server: Misbehaving, engine: OpenAIEngine) -> None:
+    server.behaviours = [says(b"", 429, {"retry-after": "0.6"}) for _ in range(8)]
+    engine.generate([ask(f"q{i}") for i in range(20)])
+    first, later = server.seen[0][0], sorted(t for t, _, _ in server.seen)[8:]
+    assert min(later) - first >= 0.6
+
+
+def test_not_more_at_once_than_allowed(server: Misbehaving) -> None:
+    def slow(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(0.05)
+        answers(handler, body)
+
+    server.behaviours = [slow] * 12
+    engine = OpenAIEngine(server.url, "m", RemoteOptions(concurrency=3))
+    engine.generate([ask(f"q{i}") for i in range(12)])
+    assert server.most == 3
+    engine.close()
+
+
+def test_the_budget_ends_asking(server: Misbehaving) -> None:
+    engine = OpenAIEngine(server.url, "m", RemoteOptions(concurrency=1, input_price=1.0, output_price=2.0, budget=50e-6))
+    found = dict(engine.each([ask(f"q{i}") for i in range(6)]))
+    assert sum(isinstance(a, Completion) for a in found.values()) == 3  # 20, 40, 60 millionths
+    assert all("the budget of 5e-05 is spent" in str(a) for a in found.values() if not isinstance(a, Completion))
+    assert len(server.seen) == 3
+    engine.close()
+
+
+def test_a_server_that_is_not_there_is_said_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    engine = OpenAIEngine(url, "m")
+    with pytest.raises(EngineError, match="is the server running"):
+        engine.generate([ask()])
+    assert engine.account.retries == 0
+    engine.close()
+
+
+def test_closing_wakes_who_waits(server: Misbehaving) -> None:
+    engine = OpenAIEngine(server.url, "m", RemoteOptions(requests_per_minute=1))
+    engine.generate([ask()])
+    began = time.monotonic()
+    threading.Timer(0.1, engine.close).start()
+    with pytest.raises(EngineError, match="closed"):
+        engine.generate([ask()])
+    assert time.monotonic() - began < 5
+
+
+# streams
+
+
+def test_a_stream_is_the_whole_answer(server: Misbehaving, engine: OpenAIEngine) -> None:
+    pieces = list(engine.stream(ask("ä")))
+    assert "".join(p.text for p in pieces) == "to ä"
+    assert pieces[-1].done == Completion("to ä", "stop", prompt_tokens=10, completion_tokens=5)
+    assert engine.account.completion_tokens == 5
+
+
+@pytest.mark.parametrize("what", ["429", "500", "a timeout", "a reset", "nothing"])
+def test_a_stream_that_has_not_begun_is_asked_again(what: str, server: Misbehaving, engine: OpenAIEngine) -> None:
+    server.behaviours = [PASSING[what]]
+    assert "".join(p.text for p in engine.stream(ask())) == "to hi"
+
+
+def cuts(content: bytes, length: int) -> Behaviour:
+    def behave(handler: Handler, body: dict[str, Any]) -> None:
+        handler.say(200, content, length=length)
+        handler.close_connection = True
+
+    return behave
+
+
+HALF = events("so far", finish=None, done=False)
+BROKEN: dict[str, tuple[Behaviour, str]] = {
+    "the connection": (cuts(HALF, 10_000), "broke off after 6 characters"),
+    "no finish": (says(HALF), "ended without a finish reason"),
+    "half an event": (says(HALF + b'data: {"choi\n\n'), "is no chat completion"),
+    "an error": (says(HALF + b'data: {"error": {"message": "out of memory"}}\n\n'), "out of memory"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_half_a_stream_is_no_answer(what: str, server: Misbehaving, engine: OpenAIEngine) -> None:
+    behaviour, message = BROKEN[what]
+    server.behaviours = [behaviour]
+    seen = []
+    with pytest.raises(EngineError, match=message):
+        seen.extend(engine.stream(ask()))
+    assert "".join(p.text for p in seen) == "so far"
+    assert all(p.done is None for p in seen)
+    assert len(server.seen) == 1
+
+
+# what is sent and what is understood
+
+
+def test_what_is_sent(server: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    engine = OpenAIEngine(server.url, "m")
+    tool = {"name": "f", "parameters": {}}
+    engine.generate([Request((Message("system", "s"), Message("user", "u")), tools=(tool,), sampling=Sampling(max_tokens=3, temperature=0.5, seed=7, stop=("x",)))])
+    _, body, headers = server.seen[0]
+    assert headers["Authorization"] == "Bearer sk-1"
+    assert body == {
+        "model": "m", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "max_tokens": 3, "temperature": 0.5, "top_p": 1.0,
+        "stream": False, "seed": 7, "stop": ["x"], "tools": [{"type": "function", "function": tool}],
+    }  # fmt: skip
+    engine.close()
+
+
+def test_a_model_that_knows_the_limit_by_its_new_name(server: Misbehaving, engine: OpenAIEngine) -> None:
+    message = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    server.behaviours = [says({"error": {"message": message}}, 400)]
+    assert [c.text for c in engine.generate([ask("a")]) + engine.generate([ask("b")])] == ["to a", "to b"]
+    assert [next(k for k in body if k.startswith("max")) for _, body, _ in server.seen] == ["max_tokens", "max_completion_tokens", "max_completion_tokens"]
+
+
+def test_answers_are_read_as_they_are(server: Misbehaving, engine: OpenAIEngine) -> None:
+    good = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    bad = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": '}}
+    server.behaviours = [
+        says(reply("cut", "length")), says(reply("", "content_filter")), says(reply(None, "tool_calls", tool_calls=[good])),
+        says(reply("x", tool_calls=[bad])), says(reply(None)), says({**reply("no usage"), "usage": None}),
+    ]  # fmt: skip
+    cut, filtered, called, broken, empty, free = (engine.generate([ask()])[0] for _ in range(6))
+    assert (cut.finish, filtered.finish, empty.text, free.completion_tokens) == ("length", "filtered", "", 0)
+    assert parse_calls(called.text)[1][0].arguments == {"a": 1}
+    assert parse_calls(broken.text) == ('x<tool_call>{"name": "f", "arguments": {"a": }</tool_call>', ())
+
+
+# references and keys
+
+
+def test_options_stand_behind_the_model() -> None:
+    url, model, options = parse_remote("https://api.groq.com/openai/v1#meta/llama-3:70b?key=GROQ_API_KEY&concurrency=16&requests_per_minute=30&input_price=0.5")
+    assert (url, model) == ("https://api.groq.com/openai/v1", "meta/llama-3:70b")
+    assert options == RemoteOptions(key="GROQ_API_KEY", concurrency=16, requests_per_minute=30, input_price=0.5)
+    same = [resolve(f"http://h/v1#m{rest}").digest for rest in ("", "?concurrency=2", "?key=A")]
+    assert len(set(same)) == 1  # how fast a model is asked makes it no other model
+    assert resolve("http://h/v1#n").digest != same[0]
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [("http://h/v1", "name the model"), ("http://h/v1#m?speed=9", "option 'speed'.*known: key, concurrency"), ("http://h/v1#m?concurrency=0", "greater than 0"), ("http:///v1#m", "no host")],
+)
+def test_mistakes_in_references(ref: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_remote(ref)
+
+
+def test_the_key_goes_nowhere_it_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    monkeypatch.setenv("OTHER", "sk-2")
+    default, named = RemoteOptions(), RemoteOptions(key="OTHER")
+    for url in ("https://api.openai.com/v1", "http://127.0.0.1:1/v1", "http://localhost/v1", "http://[::1]:1/v1"):
+        assert api_key(url, default) == "sk-1"
+    for url in ("http://example.org/v1", "http://10.0.0.7:8000/v1"):
+        assert api_key(url, default) == ""
+        assert api_key(url, named) == "sk-2"
+    with pytest.raises(UserError, match="MISSING is not set"):
+        api_key("https://h/v1", RemoteOptions(key="MISSING"))
+
+
+# pace
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def paced(monkeypatch: pytest.MonkeyPatch, **limits: int) -> tuple[Pace, Clock]:
+    clock = Clock()
+    pace = Pace(**limits, clock=clock)
+    monkeypatch.setattr(pace, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds + 1e-9))
+    return pace, clock
+
+
+def most_in_a_minute(times: list[tuple[float, float]]) -> tuple[int, float]:
+    """(requests, tokens) of the busiest minute that begins with a request."""
+    spans = [[(t, n) for t, n in times if begin <= t < begin + 60 - 1e-6] for begin, _ in times]
+    return max(map(len, spans)), max(sum(n for _, n in span) for span in spans)
+
+
+@pytest.mark.parametrize(("requests", "tokens"), [(10, 0), (0, 1000), (5, 1000)])
+def test_requests_and_tokens_stay_below_their_limits(requests: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    pace, clock = paced(monkeypatch, requests=requests, tokens=tokens)
+    times = []
+    for _ in range(200):
+        used = draw.randrange(20, 300)
+        pace.settle(pace.go(300), used)  # guessed too high, corrected after the answer
+        times.append((clock.now, used))
+        clock.now += draw.random() * 4
+    most, used = most_in_a_minute(times)
+    assert most == requests or not requests
+    assert used <= tokens or not tokens
+    assert requests or used > 0.7 * tokens
+
+
+def test_one_request_above_the_limit_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace, clock = paced(monkeypatch, tokens=100)
+    times = []
+    for tokens in (50, 500, 50):
+        pace.go(tokens)
+        times.append(clock.now)
+    assert times == pytest.approx([0, 60, 120], abs=1e-3)
+
+
+def test_delays_grow() -> None:
+    for attempt in range(12):
+        longest = min(60, 0.5 * 2**attempt)
+        assert all(longest / 2 <= back_off(attempt) <= longest for _ in range(50))

@@ -169,7 +169,7 @@ def base_of(adapter: Adapter, workspace: Workspace | None) -> Model:
         ref = next((p.ref for p in adapter.manifest.parents if p.digest == base and p.ref), "")
         found = resolve(ref) if ref else None
     if found is None:
-        from llmworks.model.load import read_json
+        from llmworks.tokenize.load import read_json
 
         config = read_json(adapter.path / "adapter_config.json")
         named = str(config.get("base_model_name_or_path", ""))

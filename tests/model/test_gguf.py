@@ -13,9 +13,10 @@ from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.from_gguf import metadata, open_reader, tokenizer_of, write_hf_directory
 from llmworks.model.gguf_layout import deinterleave_rows, interleave_rows
 from llmworks.model.golden import torch_logits
-from llmworks.model.load import load_model, load_tokenizer
+from llmworks.model.load import load_model
 from llmworks.progress import Progress
 from llmworks.quantize.gguf_file import write_gguf
+from llmworks.tokenize.load import load_tokenizer
 
 TEXTS = [
     "Hello world", "  two  spaces\n\n\ttab", "12345 3.14", "don't we'll I'm", "naïve café — Zwölf 谢谢 🙂 ﷺ", "def f(x):\n    return x**2  # ok",

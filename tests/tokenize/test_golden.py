@@ -11,8 +11,9 @@ from tests.conftest import TEMPLATE, make_pico, make_tokenizer
 from llmworks.artifact import Golden
 from llmworks.errors import GoldenMismatch
 from llmworks.model.golden import record, torch_logits
-from llmworks.model.load import load_model, load_tokenizer
+from llmworks.model.load import load_model
 from llmworks.tokenize import golden
+from llmworks.tokenize.load import load_tokenizer
 from llmworks.tokenize.templates import tool_aware
 
 

@@ -24,7 +24,8 @@ def torch_logits(model: Any) -> golden.Logits:
 
 def record(path: Path) -> Golden:
     """The golden record of a Hugging Face directory."""
-    from llmworks.model.load import load_model, load_tokenizer, stop_ids
+    from llmworks.model.load import load_model
+    from llmworks.tokenize.load import load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(path)
     return golden.record(tokenizer, stop_ids(path, tokenizer), torch_logits(load_model(path)))
@@ -32,7 +33,8 @@ def record(path: Path) -> Golden:
 
 def require(recorded: Golden, path: Path, *, mean_within: float, step: str) -> golden.LogitGap | None:
     """Replay a record on a Hugging Face directory; GoldenMismatch when it does not hold."""
-    from llmworks.model.load import load_model, load_tokenizer, stop_ids
+    from llmworks.model.load import load_model
+    from llmworks.tokenize.load import load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(path)
     return golden.require(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmworks.errors import ModelError
-from llmworks.model.load import read_json
+from llmworks.tokenize.load import read_json
 
 PEFT_PREFIX = "base_model.model."
 

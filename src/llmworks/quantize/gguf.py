@@ -14,7 +14,7 @@ from pydantic import Field
 from llmworks.artifact import Config, Model
 from llmworks.context import Context
 from llmworks.errors import ModelError
-from llmworks.model.load import read_json
+from llmworks.tokenize.load import read_json
 
 # How far golden logits may move on average. SmolLM2-135M moves by less than 0.001, by 0.003 and by 0.13.
 BOUNDS = {"f32": 0.02, "f16": 0.05, "q8_0": 0.3}

@@ -8,8 +8,9 @@ from typing import Any
 
 from llmworks.errors import ModelError
 from llmworks.model.gguf_layout import CONTROL, NORMAL, UNUSED, USER_DEFINED, heads_of, interleave_rows, to_gguf_name
-from llmworks.model.load import check_weights, load_tokenizer, stop_ids
+from llmworks.model.load import check_weights
 from llmworks.progress import Progress
+from llmworks.tokenize.load import load_tokenizer, stop_ids
 
 
 def write_gguf(source: Path, target: Path, kind: str, progress: Progress) -> None:

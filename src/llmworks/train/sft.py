@@ -66,7 +66,8 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
 
     from llmworks.generate.engines.torch import TorchEngine
     from llmworks.model import lora
-    from llmworks.model.load import load_model, load_tokenizer, stop_ids
+    from llmworks.model.load import load_model
+    from llmworks.tokenize.load import load_tokenizer, stop_ids
     from llmworks.tokenize.templates import tool_aware
     from llmworks.train.loop import train
     from llmworks.train.loss import next_token_loss

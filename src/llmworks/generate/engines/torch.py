@@ -18,7 +18,8 @@ from llmworks.generate.cache import growing_cache
 from llmworks.generate.parallel import Answered, in_order
 from llmworks.generate.sampling import choose
 from llmworks.generate.stopping import cut_at_stop, safe_length
-from llmworks.model.load import load_model, load_tokenizer, stop_ids
+from llmworks.model.load import load_model
+from llmworks.tokenize.load import load_tokenizer, stop_ids
 from llmworks.tokenize.templates import render_prompt, renders_tools
 from llmworks.types import Completion, Delta, FinishReason, Request
 

@@ -45,7 +45,7 @@ def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["data", "chat", "--data", "good.jsonl", "--set", "format", "--out", "o"], "key=value"),
         (["data", "chat", "--data", "good.jsonl", "--config", "none.yaml", "--out", "o"], "cannot be read"),
         (["data", "chat", "--data", "good.jsonl", "--out", "mine"], "exists already"),
-        (["data", "chat", "--data", "notes.txt", "--out", "o"], "no row could be read as 'messages'"),
+        (["data", "chat", "--data", "notes.txt", "--out", "o"], "conversations are read from .jsonl"),
         (["data", "split", "--data", "good.jsonl", "--set", "part=test", "--out", "o"], "has no Parquet files"),
         (["train", "sft", "--model", "good.jsonl", "--data", "good.jsonl", "--out", "o"], "is a dataset, wanted is model"),
         (["quantize", "gguf", "--model", "cut", "--out", "o"], "truncated"),

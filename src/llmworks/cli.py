@@ -32,7 +32,7 @@ models
   chat MODEL          talk to a model in the terminal
   serve MODEL         answer the OpenAI API over HTTP
 
-single stages: llmworks GROUP STAGE --INPUT REF ... [--config FILE] [--set key=value] --out DIR
+single stages: llmworks GROUP STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out DIR
 {stages}
 
 A MODEL or ARTIFACT is a path, a name in the workspace (quickstart/merged), asset:NAME, hf:ORG/NAME, gguf:FILE,
@@ -276,16 +276,22 @@ def _stage_command(words: list[str]) -> int:
             metavar="KEY=REF" if item.shape == "dict" else "REF",
             help=item.describe(),
         )
+    parser.add_argument("refs", nargs="*", metavar="REF", help="the inputs in their order, in place of their names")
     parser.add_argument("--config", type=Path, help="YAML file of config fields")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config field")
-    parser.add_argument("--out", type=Path, required=True, help="name of the result: a link to it in the workspace's store")
+    parser.add_argument("--out", type=Path, help="name of the result: a link to it in the workspace's store; a report needs none")
     parser.add_argument("--seed", type=int, default=0)
     _workers(parser)
     parser.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the result for programs")
-    args = parser.parse_args(rest)
+    args = parser.parse_intermixed_args(rest)
     args.stage = stage
+    free = [f"input_{item.name}" for item in stage.inputs.values() if item.shape == "one" and not getattr(args, f"input_{item.name}")]
+    if len(args.refs) > len(free):
+        parser.error(f"{args.refs[len(free)]!r} is one word too many; inputs: {', '.join(f'--{name}' for name in stage.inputs)}")
+    for name, ref in zip(free, args.refs, strict=False):
+        setattr(args, name, [ref])
     making.stage(args)
     return 0
 

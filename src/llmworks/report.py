@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
+TERMINAL = "report.txt"
 ACCENTS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 
 _STYLE = """
@@ -54,6 +55,7 @@ class ReportBuilder:
     lead: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
+    terminal: str = ""  # what the command line shows of it, coloured
 
     def text(self, heading: str, text: str) -> None:
         """A heading with a paragraph."""
@@ -96,13 +98,15 @@ class ReportBuilder:
         self.blocks.append(Block("drawing", heading, note, svg=image, data=f"see {path.name}"))
 
     def write(self, out: Path) -> None:
-        """Write the three files into `out`."""
+        """Write the files into `out`: JSON, Markdown, page, and what the terminal shows where there is something."""
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(
             json.dumps({"title": self.title, **self.data}, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
         )
         (out / "report.md").write_text(self.markdown(), encoding="utf-8")
         (out / "report.html").write_text(self.html(), encoding="utf-8")
+        if self.terminal:
+            (out / TERMINAL).write_text(self.terminal + "\n", encoding="utf-8")
 
     def markdown(self) -> str:
         """The report as Markdown; plots become tables of their data or are left to the page."""

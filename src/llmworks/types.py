@@ -28,12 +28,17 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `content` is text; an assistant turn may carry tool calls instead of it, or beside it."""
+    """One turn of a conversation. `content` is text; an assistant turn may carry tool calls instead of it, or beside it.
+
+    `weight` 0 says that an assistant turn is not to be learned (as in OpenAI's fine-tuning format).
+    """
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
+    name: str = ""
+    weight: int = 1
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,15 @@ def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...
             raise ValueError(f"message {turn} ({role}) has neither content nor tool calls")
         if content is not None and not isinstance(content, str):
             raise ValueError(f"message {turn} ({role}): content must be a string, not {type(content).__name__}")
-        out.append(Message(role=role, content=content or "", tool_calls=tuple(calls), tool_call_id=str(item.get("tool_call_id") or "")))
+        weight = item.get("weight")
+        if weight not in (None, 0, 1):
+            raise ValueError(f"message {turn}: weight is {weight!r}, it must be 0 or 1")
+        out.append(
+            Message(
+                role=role, content=content or "", tool_calls=tuple(calls), tool_call_id=str(item.get("tool_call_id") or ""), name=str(item.get("name") or ""),
+                weight=1 if weight is None else int(weight),
+            )
+        )  # fmt: skip
     return tuple(out)
 
 
@@ -196,5 +209,9 @@ def messages_to_json(messages: Sequence[Message]) -> list[Json]:
             ]
         if message.tool_call_id:
             item["tool_call_id"] = message.tool_call_id
+        if message.name:
+            item["name"] = message.name
+        if not message.weight:
+            item["weight"] = 0
         out.append(item)
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 
 from llmworks.artifact import Dataset
 from llmworks.data.bfcl import json_schema, right_call
-from llmworks.data.chat import message_rows
 from llmworks.data.jsonl import Rejected, read_jsonl
 from llmworks.data.overlap import texts
 from llmworks.data.rows import read_chat, write_chat
@@ -44,25 +42,6 @@ def test_missing_and_empty_files(tmp_path: Path, content: bytes | None, words: s
         file.write_bytes(content)
     with pytest.raises(DataError, match=words):
         list(read_jsonl(file, Rejected()))
-
-
-def test_rows_that_are_no_conversation(tmp_path: Path) -> None:
-    rows: list[Any] = [
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-        {"messages": [{"role": "robot", "content": "a"}]},
-        {"messages": [{"role": "user", "content": "a"}]},
-        {"text": "x"},
-        {"messages": ["x"]},
-        {"id": "x-1", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-        {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]},
-        {"tools": [{"function": {}}], "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-    ]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    rejected = Rejected()
-    assert len(message_rows(tmp_path / "x.jsonl", rejected)) == 1
-    assert [r["line"] for r in rejected.rows] == [2, 3, 4, 5, 6, 7, 8]
-    assert "stands twice" in rejected.rows[4]["reason"]
-    assert "unknown role 'robot'" in rejected.rows[0]["reason"]
 
 
 def test_chat_rows_survive_parquet(tmp_path: Path, bfcl_rows: list[dict[str, Any]]) -> None:

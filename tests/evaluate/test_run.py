@@ -11,7 +11,7 @@ import pytest
 
 from llmworks.artifact import Artifact, Dataset, Model, Report
 from llmworks.context import Context
-from llmworks.data.rows import read_chat, write_chat
+from llmworks.data.rows import flat_messages, read_chat, write_chat
 from llmworks.errors import DataError, EngineError, UserError
 from llmworks.evaluate.compare import CompareConfig, compare
 from llmworks.evaluate.run import EvaluateConfig, evaluate
@@ -77,7 +77,7 @@ def model(pico: Path) -> Model:
 
 
 def references(data: Dataset, keep: int) -> dict[str, str]:
-    return {r["messages"][-2]["content"]: r["messages"][-1]["content"] for r in read_chat(data)[:keep]}
+    return {r["messages"][-2]["content"]: flat_messages(r)[-1].content for r in read_chat(data)[:keep]}
 
 
 def test_score_is_the_share_of_right_answers(tmp_path: Path, data: Dataset, model: Model) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llmworks.data.rows import flat_messages
 from llmworks.score.function_call import check_arguments, function_call
 from llmworks.tokenize.templates import render_call
 from llmworks.types import ToolCall
@@ -29,7 +30,7 @@ def test_agrees_with_bfcl_on_every_case(bfcl_rows: list[dict[str, Any]]) -> None
 
 def test_every_reference_answer_is_right(bfcl_rows: list[dict[str, Any]]) -> None:
     for row in bfcl_rows:
-        assert function_call((), row["messages"][-1]["content"], row).value == 1.0, row["id"]
+        assert function_call((), flat_messages(row)[-1].content, row).value == 1.0, row["id"]
 
 
 ROW = {

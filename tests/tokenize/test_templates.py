@@ -80,10 +80,9 @@ def test_tool_aware_changes_nothing_without_tools(tokenizer: Any) -> None:
 def test_tool_aware_template_renders_the_training_prompt_for_all_of_bfcl(bfcl_rows: list[dict[str, Any]], tokenizer: Any) -> None:
     aware = make_tokenizer(tool_aware(TEMPLATE))
     for row in bfcl_rows:
-        stored = messages_from_json(row["messages"])
-        calls = parse_calls(stored[-1].content)[1]
-        assert len(calls) == 1
-        given = (*stored[1:-1], Message("assistant", "", calls))  # without the system turn that lists the functions
+        given = messages_from_json(row["messages"])
+        stored = flatten_tools(given, row["tools"])
+        assert parse_calls(stored[-1].content)[1] == given[-1].tool_calls
         tools = [{"type": "function", "function": f} for f in row["tools"]]
         assert render_text(aware, given, tools=tools, generation_prompt=False) == render_text(tokenizer, stored, generation_prompt=False)
 

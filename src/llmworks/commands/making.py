@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmworks.commands.output import amount, as_json, out, short, table, workspace_of
-from llmworks.errors import UserError
+from llmworks.errors import GateFailed, UserError
 from llmworks.pool import Pool
+from llmworks.report import TERMINAL
 from llmworks.workspace import check_out
+
+if TYPE_CHECKING:
+    from llmworks.execute import Outcome
 
 
 def pool_of(args: argparse.Namespace) -> Pool:
@@ -128,7 +133,6 @@ def stage(args: argparse.Namespace) -> None:
     from llmworks.execute import execute, missing_inputs
     from llmworks.recipe import assign, config_problem
     from llmworks.references import open_engine, resolve
-    from llmworks.runner import facts
 
     stage, workspace = args.stage, workspace_of(args)
     values: dict[str, Any] = {}
@@ -167,7 +171,10 @@ def stage(args: argparse.Namespace) -> None:
     missing = missing_inputs(stage, given)
     if missing:
         raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")
-    check_out(args.out)
+    if args.out is not None:
+        check_out(args.out)
+    elif stage.output.kind != "report":
+        raise UserError("--out is missing: the name of the result")
     outcome = execute(
         stage,
         config,
@@ -178,7 +185,9 @@ def stage(args: argparse.Namespace) -> None:
         quiet=args.quiet,
         pool=pool_of(args),
     )
-    workspace.link_out(args.out, outcome.artifact)
+    if args.out is not None:
+        workspace.link_out(args.out, outcome.artifact)
+    failed = str(outcome.artifact.about.get("failed", ""))
     if args.json:
         as_json(
             {
@@ -188,8 +197,25 @@ def stage(args: argparse.Namespace) -> None:
                 "metrics": outcome.artifact.metrics,
             }
         )
-        return
+    else:
+        _say_made(args, outcome)
+    if failed:
+        raise GateFailed(failed)
+
+
+def _say_made(args: argparse.Namespace, outcome: Outcome) -> None:
+    """What a stage made, where it is, and what a report wants to be seen at once."""
+    from llmworks.runner import facts
+
+    stage, artifact = args.stage, outcome.artifact
+    terminal = artifact.path / TERMINAL
+    if terminal.exists():
+        text = terminal.read_text(encoding="utf-8")
+        out((text if sys.stdout.isatty() else re.sub(r"\x1b\[[\d;]*m", "", text)).rstrip("\n") + "\n")
     out(
-        f"✓ {stage.name}  {outcome.artifact.kind} {outcome.artifact.digest[:12]}  {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(outcome.artifact.metrics)}"
+        f"✓ {stage.name}  {artifact.kind} {artifact.digest[:12]}  {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(artifact.metrics)}"
     )
-    out(f"Result: {args.out}\nNext:\n  llmworks show {args.out}\n  llmworks tree {args.out}")
+    if args.out is None:
+        out(f"Report: {short(artifact.path / 'report.html')}")
+    else:
+        out(f"Result: {args.out}\nNext:\n  llmworks show {args.out}\n  llmworks tree {args.out}")

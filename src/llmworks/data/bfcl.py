@@ -1,17 +1,43 @@
 """Rows of the Berkeley function calling leaderboard: its type names to JSON schema, its accepted answers to one right call.
 
-Pure functions on one row. Source: the BFCL v4 data files (`question`, `function`, `ground_truth`).
+Source: the BFCL v4 data files (`question`, `function`, `ground_truth`).
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
-from llmworks.types import Json, Message, ToolCall, messages_from_json
+from llmworks.data.jsonl import Rejected, read_jsonl
+from llmworks.data.rows import Row
+from llmworks.errors import DataError
+from llmworks.types import Json, Message, ToolCall, messages_from_json, messages_to_json
 
 _TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 OMITTED = ""  # among the accepted values of an argument, this says that it may be left out
+
+
+def bfcl_rows(folder: Path, rejected: Rejected) -> list[Row]:
+    """Chat rows of a BFCL category: the question, the functions, the right call."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: format bfcl takes a directory with questions.jsonl and answers.jsonl")
+    answers = {answer.get("id"): answer for _, answer in read_jsonl(folder / "answers.jsonl", rejected)}
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for line, question in read_jsonl(folder / "questions.jsonl", rejected):
+        try:
+            messages, functions, call, accepted = chat_row(question, answers[question.get("id")])
+        except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
+            rejected.add("questions.jsonl", line, f"not a BFCL question with an answer ({type(error).__name__}: {error})", str(question))
+            continue
+        if question["id"] in seen:
+            rejected.add("questions.jsonl", line, f"the id {question['id']!r} stands twice", str(question))
+            continue
+        seen.add(question["id"])
+        full = messages_to_json((*messages, Message("assistant", "", (call,))))
+        rows.append({"id": question["id"], "group": call.name, "messages": full, "tools": functions, "answer": accepted, "extra": {}})
+    return rows
 
 
 def json_schema(spec: Any) -> Any:

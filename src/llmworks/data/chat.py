@@ -1,107 +1,105 @@
-"""Stage `data.chat`: raw rows become conversations, with the functions in the system turn and the accepted answer beside them."""
+"""Stage `data.chat`: raw rows of any usual shape become conversations, or preference pairs, in one schema; each row's shape is recognised.
+
+Rows whose turns are out of order are set aside with the reason, never mended silently. Writing back: the stage `data.export`.
+"""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
-from llmworks.data.bfcl import chat_row
-from llmworks.data.jsonl import Rejected, read_jsonl
-from llmworks.data.rows import Row, write_chat
+from llmworks.data import shapes
+from llmworks.data.bfcl import bfcl_rows
+from llmworks.data.jsonl import Rejected
+from llmworks.data.rawrows import raw_rows
+from llmworks.data.rows import TURNS, Row, write_chat, write_preference
+from llmworks.data.turns import merged, problems
 from llmworks.errors import DataError
-from llmworks.tokenize.templates import flatten_tools
 from llmworks.types import Json, Message, messages_from_json, messages_to_json
 
 
 class ChatConfig(Config):
-    """What the raw rows are."""
+    """What the raw rows are, and what is asked of them."""
 
-    format: Literal["bfcl", "messages"] = Field(
-        "messages",
-        description="bfcl: questions.jsonl with answers.jsonl; messages: JSONL rows with OpenAI-style `messages`, optional `tools`, `id`, `group`, `answer`",
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "chatml", "completion", "preference", "bfcl"] = Field(
+        "auto", description="auto: each row's shape is recognised by its keys; bfcl: a directory with questions.jsonl and answers.jsonl"
     )
+    turns: Literal["strict", "any"] = Field("strict", description="strict: rows with turns out of order, empty turns or broken tool calls are set aside; any: they stay")
+    merge_turns: bool = Field(False, description="first join neighbouring turns of one role by an empty line")
 
 
 def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Convert raw rows to conversations. Rows that cannot be converted are kept in `rejected.jsonl` with their reason.
+    """Convert raw rows. Rows that cannot be used are kept in `rejected.jsonl` with their reason.
 
     Errors: DataError for a missing or empty file, or when no row is left.
     """
     rejected = Rejected()
-    rows = bfcl_rows(data.path, rejected) if config.format == "bfcl" else message_rows(data.path, rejected)
+    rows = bfcl_rows(data.path, rejected) if config.format == "bfcl" else list(_rows(config, data, rejected))
     if not rows:
         first = f": {rejected.rows[0]['file']} line {rejected.rows[0]['line']}: {rejected.rows[0]['reason']}" if rejected.rows else ""
-        raise DataError(f"{data.path}: no row could be read as {config.format!r}{first}")
-    write_chat(ctx.out, rows)
+        raise DataError(f"{data.path}: no row could be read as {'a conversation' if config.format == 'auto' else repr(config.format)}{first}")
+    pairs = "chosen" in rows[0]
+    (write_preference if pairs else write_chat)(ctx.out, rows)
     rejected.write(ctx.out, ctx.progress.say)
-    return Dataset(
-        ctx.out,
-        metrics={"rows": len(rows), "rejected": len(rejected.rows)},
-        about={"schema": "chat", "rows": len(rows), "rejected": len(rejected.rows)},
-    )
+    found = Counter(row["extra"].get("shape", config.format) for row in rows)
+    reasons = Counter(row["reason"] for row in rejected.rows)
+    ctx.report.title = f"{data.name} as {'preference pairs' if pairs else 'conversations'}"
+    ctx.report.lead = f"{len(rows):,} rows, {len(rejected.rows):,} set aside."
+    ctx.report.data = {"rows": len(rows), "shapes": dict(found), "rejected": dict(reasons)}
+    ctx.report.table("Shapes", ("shape", "rows"), found.most_common())
+    if reasons:
+        ctx.report.table("Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
+    about = {"schema": "preference" if pairs else "chat", "rows": len(rows), "rejected": len(rejected.rows), "shapes": dict(found)}
+    return Dataset(ctx.out, metrics={"rows": len(rows), "rejected": len(rejected.rows)}, about=about)
 
 
-def bfcl_rows(folder: Path, rejected: Rejected) -> list[Row]:
-    """Chat rows of a BFCL category: a system turn listing the functions, the question, the right call."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: format bfcl takes a directory with questions.jsonl and answers.jsonl")
-    answers = {answer.get("id"): answer for _, answer in read_jsonl(folder / "answers.jsonl", rejected)}
-    rows: list[Row] = []
+def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row]:
     seen: set[str] = set()
-    for line, question in read_jsonl(folder / "questions.jsonl", rejected):
+    pairs: bool | None = None
+    for file, number, raw in raw_rows(data.path, rejected):
         try:
-            messages, functions, call, accepted = chat_row(question, answers[question.get("id")])
-        except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
-            rejected.add("questions.jsonl", line, f"not a BFCL question with an answer ({type(error).__name__}: {error})", str(question))
+            row = chat_row(config, raw, f"{file.rsplit('/', 1)[-1].split('.')[0]}-{number}")
+            if row["id"] in seen:
+                raise ValueError(f"the id {row['id']!r} stands twice")
+            if pairs is not None and pairs != ("chosen" in row):
+                raise ValueError("a preference pair among conversations" if "chosen" in row else "a conversation among preference pairs")
+        except (ValueError, AttributeError, KeyError, TypeError, UnicodeEncodeError) as error:
+            rejected.add(file, number, reason_of(error), str(raw))
             continue
-        full = flatten_tools((*messages, Message("assistant", "", (call,))), functions)
-        if question["id"] in seen:
-            rejected.add("questions.jsonl", line, f"the id {question['id']!r} stands twice", str(question))
-            continue
-        seen.add(question["id"])
-        rows.append({"id": question["id"], "group": call.name, "messages": messages_to_json(full), "tools": functions, "answer": accepted})
-    return rows
+        pairs = "chosen" in row
+        seen.add(row["id"])
+        yield row
 
 
-def message_rows(path: Path, rejected: Rejected) -> list[Row]:
-    """Chat rows of JSONL files with `messages`; tools stand beside them, as given."""
-    files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
-    if not files:
-        raise DataError(f"{path}: has no .jsonl file")
-    rows: list[Row] = []
-    seen: set[str] = set()
-    for file in files:
-        for line, raw in read_jsonl(file, rejected):
-            try:
-                row = message_row(raw, f"{file.stem}-{line}")
-                if row["id"] in seen:
-                    raise ValueError(f"the id {row['id']!r} stands twice")
-            except (ValueError, AttributeError, KeyError, TypeError) as error:
-                rejected.add(file.name, line, str(error) or type(error).__name__, str(raw))
-                continue
-            seen.add(row["id"])
-            rows.append(row)
-    return rows
+def reason_of(error: Exception) -> str:
+    """An error's words; for one that Python worded, its kind too."""
+    if isinstance(error, UnicodeEncodeError):
+        return "a lone surrogate, which is no text"
+    return str(error) if type(error) is ValueError else f"not in the shape that its keys promise ({type(error).__name__}: {error})"
 
 
-def message_row(raw: Json, default_id: str) -> Row:
-    """One row with `messages` as a chat row. ValueError, AttributeError, KeyError or TypeError when it is none."""
-    if not isinstance(raw.get("messages"), list) or not raw["messages"]:
-        raise ValueError("has no list `messages`")
-    messages = messages_from_json(raw["messages"])
-    if not any(m.role == "assistant" for m in messages):
-        raise ValueError("has no assistant turn")
-    tools = raw.get("tools") or []
-    tools = [tool.get("function", tool) for tool in (json.loads(tools) if isinstance(tools, str) else tools)]
-    identity = str(raw.get("id") or default_id)
-    row = {
-        "id": identity, "group": str(raw.get("group") or identity), "messages": messages_to_json(flatten_tools(messages, tools)), "tools": tools,
-        "answer": raw.get("answer"),
-    }  # fmt: skip
-    json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is no text
+def chat_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
+    """One raw row in the schema. ValueError and its like when it is none, or its turns are wrong."""
+    row = shapes.read(raw, "" if config.format == "auto" else config.format)
+    row["id"] = row["id"] or default_id
+    row["group"] = row["group"] or row["id"]
+    if config.merge_turns:
+        for name in TURNS["preference" if "chosen" in row else "chat"]:
+            row[name] = messages_to_json(merged(messages_from_json(row[name])))
+    if config.turns == "strict":
+        for messages in conversations(row):
+            if found := problems(messages, row["tools"]):
+                raise ValueError(found[0])
     return row
+
+
+def conversations(row: Row) -> list[tuple[Message, ...]]:
+    """The whole conversations of a row: its own, or the prompt with each side."""
+    if "chosen" not in row:
+        return [messages_from_json(row["messages"])]
+    return [messages_from_json([*row["prompt"], *row[side]]) for side in ("chosen", "rejected")]

@@ -30,10 +30,10 @@ def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
     schema = dataset.manifest.about.get("schema") if dataset.manifest else None
     parquet = dataset.path.is_dir() and any(dataset.path.glob("*.parquet"))
     if parquet and schema == "chat":
-        from llmworks.data.rows import read_chat
+        from llmworks.data.rows import flat_messages, read_chat
 
         for row in read_chat(dataset):
-            yield row["id"], "\n".join([*(m["content"] for m in row["messages"] if m["content"]), *strings(row["answer"])])
+            yield row["id"], "\n".join([*(m.content for m in flat_messages(row) if m.content), *strings(row["answer"])])
     elif parquet:
         for document in read_documents(dataset):
             yield document.id, document.text

@@ -16,13 +16,13 @@ from pydantic import Field
 
 from llmworks.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.context import Context
-from llmworks.data.rows import Row, read_chat
+from llmworks.data.rows import Row, flat_messages, read_chat
 from llmworks.errors import DataError, UserError
 from llmworks.evaluate.bootstrap import mean_interval
 from llmworks.evaluate.task import load_task
 from llmworks.progress import write_whole
 from llmworks.score import score_function
-from llmworks.types import Message, Request, Sampling, messages_from_json
+from llmworks.types import Message, Request, Sampling
 
 CHUNK = 64  # answers asked for between two writes to scratch
 
@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
         raise DataError(f"{data.name}: has no rows")
     prompts = [question(row, shots) for row in rows]
     for row, prompt in zip(rows, prompts, strict=True):
-        score(prompt, row["messages"][-1]["content"], row)  # a row that cannot be scored is refused before anything is asked
+        score(prompt, flat_messages(row)[-1].content, row)  # a row that cannot be scored is refused before anything is asked
     sampling = Sampling(max_tokens=config.max_tokens or task.max_tokens)
     answers, seconds = answer(prompts, rows, sampling, model, ctx)
     samples: list[dict[str, Any]] = []
@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
             {
                 **said,
                 "question": prompt[-1].content,
-                "reference": row["messages"][-1]["content"],
+                "reference": flat_messages(row)[-1].content,
                 "score": judged.value,
                 "reason": judged.reason,
             }
@@ -70,7 +70,7 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
 def question(row: Row, shots: Sequence[Message]) -> tuple[Message, ...]:
     """The worked examples, then the row's conversation up to its last assistant turn."""
     try:
-        messages = messages_from_json(row["messages"])
+        messages = flat_messages(row)
     except ValueError as error:
         raise DataError(f"row {row['id']!r}: {error}") from None
     if len(messages) < 2 or messages[-1].role != "assistant":
@@ -87,7 +87,7 @@ def draw_shots(count: int, examples: Dataset | None, seed: int) -> tuple[Message
     rows = read_chat(examples)
     if len(rows) < count:
         raise UserError(f"config.shots is {count}, but {examples.name} has {len(rows)} rows")
-    return tuple(m for row in random.Random(seed).sample(rows, count) for m in messages_from_json(row["messages"]))
+    return tuple(m for row in random.Random(seed).sample(rows, count) for m in flat_messages(row))
 
 
 def answer(

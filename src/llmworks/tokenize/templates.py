@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmworks.errors import ModelError, RequestError
@@ -89,7 +89,7 @@ def _jinja_string(text: str) -> str:
 
 def flatten_tools(messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Message, ...]:
     """Messages with the tools written into the system turn and calls written as text, for a template that knows no tools."""
-    out = [Message(m.role, m.content + "".join(render_call(c) for c in m.tool_calls), tool_call_id=m.tool_call_id) for m in messages]
+    out = [replace(m, content=m.content + "".join(render_call(c) for c in m.tool_calls), tool_calls=()) for m in messages]
     if tools:
         text = "\n".join([TOOL_PREAMBLE, *(describe_tool(tool) for tool in tools)])
         if out and out[0].role == "system":
@@ -170,6 +170,8 @@ def render_text(
             ]
         if m.tool_call_id:
             turn["tool_call_id"] = m.tool_call_id
+        if m.name:
+            turn["name"] = m.name
         turns.append(turn)
     try:
         text = tokenizer.apply_chat_template(
@@ -194,6 +196,13 @@ def renders_tools(tokenizer: Any) -> bool:
         return False
 
 
+def for_template(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Json]) -> tuple[tuple[Message, ...], tuple[Json, ...]]:
+    """(messages, tools) as the model's template can show them: as they are, or written into the text where it would drop them."""
+    if (tools or any(m.tool_calls for m in messages)) and not renders_tools(tokenizer):
+        return flatten_tools(messages, tools), ()
+    return tuple(messages), tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+
+
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Token ids of rendered text; special tokens are recognised, none are added."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -205,7 +214,7 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], *, tools: Sequenc
 
 
 def render_masked(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = (), frozen: bool = False) -> Rendered:
-    """Token ids of a whole conversation, with mask 1 on every assistant turn including its end-of-turn token.
+    """Token ids of a whole conversation, with mask 1 on every assistant turn (but those of weight 0) including its end-of-turn token.
 
     Each assistant turn is encoded apart from what precedes it, exactly as generation will see it, so no token straddles the
     border. White space that the template writes after the end token is not learned.
@@ -230,7 +239,7 @@ def render_masked(tokenizer: Any, messages: Sequence[Message], *, tools: Sequenc
         answer = full[len(prompt) :]
         end = len(answer.rstrip())
         extend(prompt[len(done) :], 0)
-        extend(answer[:end], 1)
+        extend(answer[:end], message.weight)
         if answer[end:]:
             extend(answer[end:], 0)
         done = full

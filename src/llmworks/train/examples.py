@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmworks.data.rows import Row
 from llmworks.errors import ModelError, RequestError
-from llmworks.tokenize.templates import render_masked
+from llmworks.tokenize.templates import for_template, render_masked
 from llmworks.types import messages_from_json
 
 BUCKET = 16  # batches sorted together by length
@@ -49,7 +49,8 @@ class Batch:
 def make_example(tokenizer: Any, row: Row, max_tokens: int) -> Example | str:
     """The example of one conversation, or the reason why it cannot be trained on. Nothing is cut: a cut answer teaches no end."""
     try:
-        rendered = render_masked(tokenizer, messages_from_json(row["messages"]))
+        messages, tools = for_template(tokenizer, messages_from_json(row["messages"]), row.get("tools") or ())
+        rendered = render_masked(tokenizer, messages, tools=tools)
     except (RequestError, ModelError, ValueError) as error:
         return str(error)
     last = max((i for i, m in enumerate(rendered.mask) if m), default=0)

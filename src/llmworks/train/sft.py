@@ -14,11 +14,12 @@ from pydantic import Field
 
 from llmworks.artifact import Adapter, Config, Dataset, Model
 from llmworks.context import Context
-from llmworks.data.rows import Row, read_chat
+from llmworks.data.rows import Row, flat_messages, read_chat
 from llmworks.errors import DataError, ModelError
 from llmworks.progress import write_whole
+from llmworks.tokenize.named import CHOICES, Template, use_template
 from llmworks.train.schedule import OptimizerConfig
-from llmworks.types import Engine, Request, Sampling, messages_from_json
+from llmworks.types import Engine, Request, Sampling
 
 if TYPE_CHECKING:
     from llmworks.train.examples import Batch, Example
@@ -42,9 +43,7 @@ class SftConfig(Config):
     batch_size: int = Field(4, gt=0, description="conversations per part of a step")
     accumulation: int = Field(1, gt=0, description="parts per step; the step's loss is normalised over all their label tokens")
     max_tokens: int = Field(2048, gt=1, description="longer conversations are set aside, never cut")
-    template: Literal["keep", "tools"] = Field(
-        "keep", description="tools: save a template that also renders tools and tool calls, as the training data show them"
-    )
+    template: Template = Field("keep", description=f"the chat template that is trained with and saved. {CHOICES}")
     golden: str = Field(
         "keep",
         pattern=r"^(keep|renew: .+)$",
@@ -68,7 +67,6 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
     from llmworks.model import lora
     from llmworks.model.load import load_model
     from llmworks.tokenize.load import load_tokenizer, stop_ids
-    from llmworks.tokenize.templates import tool_aware
     from llmworks.train.loop import train
     from llmworks.train.loss import next_token_loss
 
@@ -78,10 +76,11 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
         )
     tokenizer = load_tokenizer(model.path)
     stops = stop_ids(model.path, tokenizer)
-    if config.template == "tools":
-        tokenizer.chat_template = tool_aware(str(tokenizer.chat_template))
+    use_template(tokenizer, config.template)
     _check_golden(config, model, tokenizer, stops)
-    examples, set_aside = make_examples(tokenizer, read_chat(data), config.max_tokens)
+    rows = read_chat(data)
+    _check_template(model, tokenizer, stops, rows)
+    examples, set_aside = make_examples(tokenizer, rows, config.max_tokens)
     tokens, learned = sum(len(e.ids) for e in examples), sum(e.labels for e in examples)
     ctx.progress.say(
         f"{len(examples)} conversations, {tokens} tokens, {learned} of them learned"
@@ -168,6 +167,16 @@ def _check_golden(config: SftConfig, model: Model, tokenizer: Any, stops: Sequen
         require(model.golden, tokenizer, stops, step="train.sft (golden: keep)")
 
 
+def _check_template(model: Model, tokenizer: Any, stops: Sequence[int], rows: Sequence[Row]) -> None:
+    """ModelError for a template that would teach something else than what is meant: no end, a dropped system turn, another prompt than is asked with."""
+    from llmworks.data.doctor import uses_of
+    from llmworks.tokenize.probe import probe
+
+    fault = next((f for f in probe(tokenizer, stops, uses_of(rows)) if f.level == "error"), None)
+    if fault is not None:
+        raise ModelError(f"{model.name}: {fault.what}; {fault.fix} (llmworks data doctor tells more)")
+
+
 def _record_golden(network: Any, tokenizer: Any, stops: Sequence[int]) -> Any:
     from llmworks.model.golden import torch_logits
     from llmworks.tokenize.golden import record
@@ -181,7 +190,7 @@ def _answers(engine: Engine, questions: Sequence[Row], kept: Path | None) -> lis
 
     if kept is not None and kept.exists():
         return list(json.loads(kept.read_text(encoding="utf-8")))
-    done = engine.generate([Request(messages_from_json(row["messages"])[:-1], sampling=Sampling(max_tokens=96)) for row in questions])
+    done = engine.generate([Request(flat_messages(row)[:-1], sampling=Sampling(max_tokens=96)) for row in questions])
     texts = [completion.text for completion in done]
     if kept is not None:
         write_whole(kept, json.dumps(texts))
@@ -224,7 +233,7 @@ def _report(
     if set_aside:
         report.table("Conversations set aside", ("id", "reason"), set_aside[:50])
     items = [
-        {"": row["messages"][-2]["content"][:110], "before": b, "after": a, "reference": row["messages"][-1]["content"]}
+        {"": row["messages"][-2]["content"][:110], "before": b, "after": a, "reference": flat_messages(row)[-1].content}
         for row, b, a in zip(questions, before, after, strict=True)
     ]
     if items:

@@ -29,8 +29,8 @@ def hash_texts(column: Any) -> Array:
         raise MissingDependency("data.dedup hashes with xxhash; install it with: pip install 'llmworks[corpus]'") from None
     found: list[Array] = []
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        _, offsets, data = chunk.cast(pa.large_string()).buffers()
-        places = np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        _, offsets, data = chunk.buffers()
+        places = np.frombuffer(offsets, dtype=np.int64 if pa.types.is_large_string(chunk.type) else np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
         view = memoryview(data if data is not None else b"")
         ends = places.tolist()
         digests = b"".join([xxh3_64_digest(view[begin:end]) for begin, end in pairwise(ends)])

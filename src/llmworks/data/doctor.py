@@ -1,0 +1,212 @@
+"""Stage `data.doctor`: would this model learn from these conversations what is meant? Looks at the template, then at every row.
+
+Faults of the template are found by `tokenize.probe`; faults of rows here. What is learned is shown in colour. Knows no weights.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
+from llmworks.context import Context
+from llmworks.data.chat import conversations
+from llmworks.data.rows import Row, read_chat, read_preference, schema_of
+from llmworks.data.turns import problems
+from llmworks.errors import ModelError, RequestError
+from llmworks.tokenize import view
+from llmworks.tokenize.load import load_tokenizer, read_json, stop_ids
+from llmworks.tokenize.named import CHOICES, Template, use_template
+from llmworks.tokenize.probe import Finding, Uses, probe
+from llmworks.tokenize.templates import Rendered, encode, for_template, render_masked
+from llmworks.types import Message
+
+LEVELS = ("error", "warning", "note")
+SHOWN = 5  # rows named for each finding, and rows drawn
+OTHER_TURN = re.compile(r"\n\s*(?:(?:Human|User|USER|Assistant|System): |### (?:Instruction|Response|Human|Assistant)\b)")
+
+
+class DoctorConfig(Config):
+    """How the data will be trained on."""
+
+    template: Template = Field("keep", description=CHOICES)
+    max_tokens: int | None = Field(None, gt=1, description="the longest conversation that training takes; default: what the model reads")
+    limit: int | None = Field(None, gt=0, description="only the first rows")
+
+
+@dataclass
+class Case:
+    """A finding about rows, and the ids of the rows that it is about."""
+
+    finding: Finding
+    rows: list[str] = field(default_factory=list)
+
+
+def doctor(config: DoctorConfig, model: Model | Adapter | Tokenizer, data: Dataset, ctx: Context) -> Report:
+    """Report every fault of the template and of the rows; `errors` and `warnings` are metrics for a gate.
+
+    Errors: ModelError for a model without a readable tokenizer; DataError for data that are no conversations.
+    """
+    tokenizer, stops, vocabulary, longest = load(config, model)
+    pairs = schema_of(data) == "preference"
+    rows = (read_preference(data) if pairs else read_chat(data))[: config.limit]
+    cases = {f.code: Case(f) for f in probe(tokenizer, stops, uses_of(rows), vocabulary)}
+    drawn: list[tuple[str, Rendered]] = []
+    tokens = learned = 0
+    broken = any(case.finding.code in ("no-template", "template-broken") for case in cases.values())
+    with ctx.progress.bar("look at", len(rows), "rows") as bar:
+        for row in rows:
+            for messages in conversations(row):
+                rendered = None if broken else examine(tokenizer, row, messages, config.max_tokens or longest, cases)
+                if rendered is not None:
+                    tokens, learned = tokens + len(rendered.ids), learned + sum(rendered.mask)
+                    if len(drawn) < SHOWN:
+                        drawn.append((row["id"], rendered))
+            bar.advance()
+    among(rows, pairs, cases)
+    found = sorted(cases.values(), key=lambda case: (LEVELS.index(case.finding.level), -len(case.rows), case.finding.code))
+    return write_report(ctx, model, data, tokenizer, found, drawn, {"rows": len(rows), "tokens": tokens, "learned": learned})
+
+
+def load(config: DoctorConfig, model: Model | Adapter | Tokenizer) -> tuple[Any, list[int], int | None, int | None]:
+    """(tokenizer with the template that is asked for, stop ids, rows of the embedding, longest input) of a model directory."""
+    if isinstance(model, Model) and model.format != "hf":
+        raise ModelError(f"{model.name}: the doctor needs a Hugging Face directory, this is {model.format}; convert it with the stage model.from_gguf")
+    tokenizer = load_tokenizer(model.path)
+    use_template(tokenizer, config.template)
+    known = read_json(model.path / "config.json") if (model.path / "config.json").exists() else {}
+    known = known.get("text_config") or known
+    return tokenizer, stop_ids(model.path, tokenizer), known.get("vocab_size"), known.get("max_position_embeddings")
+
+
+def uses_of(rows: Sequence[Row]) -> Uses:
+    """What the rows need of a template."""
+    turns = [row.get("messages") or [*row["prompt"], *row["chosen"]] for row in rows]
+    return Uses(
+        system=any(m["role"] == "system" for messages in turns for m in messages),
+        tools=any(row.get("tools") for row in rows) or any(m.get("tool_calls") for messages in turns for m in messages),
+        results=any(m["role"] == "tool" for messages in turns for m in messages),
+        turns=any(sum(m["role"] == "assistant" for m in messages) > 1 for messages in turns),
+    )
+
+
+def examine(tokenizer: Any, row: Row, messages: tuple[Message, ...], longest: int | None, cases: dict[str, Case]) -> Rendered | None:
+    """Add what is wrong with one conversation to `cases`; returns it as it would be trained on, None when it cannot be."""
+    for code, level, what, fix in _said(tokenizer, messages, row):
+        _add(cases, row, Finding(code, level, what, fix))
+    shown, tools = for_template(tokenizer, messages, row.get("tools") or ())
+    try:
+        rendered = render_masked(tokenizer, shown, tools=tools)
+    except (RequestError, ModelError) as error:
+        _add(cases, row, Finding("not-rendered", "error", str(error), "correct these rows, or set them aside"))
+        return None
+    if not any(rendered.mask[1:]):
+        _add(cases, row, Finding("nothing-learned", "error", "no token of the row is learned", "it needs an assistant turn of weight 1"))
+    if longest is not None and len(rendered.ids) > longest:
+        kept = sum(rendered.mask[:longest])
+        code, what = ("answer-cut-off", "no answer is left") if not kept else ("answer-cut", "answers are cut and lose their end")
+        _add(cases, row, Finding(code, "error", f"longer than {longest} tokens: cut there, {what}", "set longer rows aside (llmworks never cuts), or raise max_tokens"))
+    if (lost := _lost(tokenizer, messages)) is not None:
+        _add(cases, row, Finding("text-lost", "warning", f"the tokenizer cannot give back the text, for example {lost!r}", "the model reads something else than what is written"))
+    return rendered
+
+
+def _said(tokenizer: Any, messages: Sequence[Message], row: Row) -> Iterator[tuple[str, Literal["error", "warning", "note"], str, str]]:
+    """(code, level, what, fix) of faults in the turns themselves."""
+    found = problems(messages, row.get("tools") or ())
+    if found:
+        what = re.sub(r"^turns? \d+( and \d+)?( \((\w+)\))?", lambda m: f"a {m[3]} turn" if m[3] else "turns" if m[1] else "a turn", found[0])
+        yield "turns", "error", what, "data.chat sets such rows aside (turns: strict)"
+    special = _special_tokens(tokenizer)
+    for message in messages:
+        token = next((t for t in special if t in message.content), None)
+        if token is not None:
+            yield "special-in-text", "error", f"the text of a {message.role} turn holds {token!r}, which becomes a control token", "a user can end turns and speak for others: take it out of the text"
+    learned = [m for m in messages if m.role == "assistant" and m.weight]
+    if any(OTHER_TURN.search(m.content) for m in learned):
+        yield "other-turn-learned", "warning", "a learned answer goes on with a turn of somebody else (Human:, ### Instruction ...)", "the model learns to speak for the user: cut the answer there"
+    if any(m.content != m.content.strip() and m.content.strip() for m in learned):
+        yield "white-space", "note", "learned answers begin or end with white space", ""
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    known: list[str] | None = getattr(tokenizer, "_llmworks_special", None)
+    if known is None:
+        added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        known = tokenizer._llmworks_special = sorted({*map(str, tokenizer.all_special_tokens), *added}, key=len, reverse=True)
+    return known
+
+
+def _lost(tokenizer: Any, messages: Sequence[Message]) -> str | None:
+    """A stretch of text that is not given back after encoding, if there is one."""
+    for message in messages:
+        text = message.content
+        if text.isascii():
+            continue
+        back = tokenizer.decode(encode(tokenizer, text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if back.strip() != text.strip():
+            at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), 0)
+            return text[max(0, at - 10) : at + 10]
+    return None
+
+
+def _add(cases: dict[str, Case], row: Row, finding: Finding) -> None:
+    case = cases.setdefault(finding.code, Case(finding))
+    if not case.rows or case.rows[-1] != row["id"]:
+        case.rows.append(row["id"])
+
+
+def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
+    """Faults that show only among rows: the same conversation twice, one question with several answers, pairs of equal sides."""
+    seen: dict[str, str] = {}
+    answers: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        if pairs and row["chosen"] == row["rejected"]:
+            _add(cases, row, Finding("equal-sides", "error", "chosen and rejected are the same", "such a pair teaches nothing: take it out"))
+        turns = row.get("messages") or [*row["prompt"], *row["chosen"]]
+        whole = json.dumps([turns, row.get("rejected"), row.get("tools")], sort_keys=True)
+        if whole in seen:
+            _add(cases, row, Finding("twice", "warning", "the same row stands more than once", "llmworks data dedup, or take them out"))
+            continue
+        seen[whole] = row["id"]
+        asked, said = json.dumps([turns[:-1], row.get("tools")], sort_keys=True), json.dumps(turns[-1], sort_keys=True)
+        if not pairs and answers.setdefault(asked, (said, row["id"]))[0] != said:
+            _add(cases, row, Finding("contradiction", "note", "the same question has different answers", ""))
+
+
+def write_report(ctx: Context, model: Model | Adapter | Tokenizer, data: Dataset, tokenizer: Any, found: list[Case], drawn: list[tuple[str, Rendered]], counts: dict[str, int]) -> Report:
+    """The findings as page, terminal text and metrics."""
+    errors, warnings = (sum(case.finding.level == level for case in found) for level in ("error", "warning"))
+    report = ctx.report
+    report.title = f"{data.name} for {model.name}"
+    report.lead = f"{_count(errors, 'error')}, {_count(warnings, 'warning')} in {_count(counts['rows'], 'row')}; {counts['learned']:,} of {counts['tokens']:,} tokens are learned."
+    report.data = {
+        "errors": errors, "warnings": warnings, **counts,
+        "findings": [{"code": c.finding.code, "level": c.finding.level, "what": c.finding.what, "fix": c.finding.fix, "rows": len(c.rows), "examples": c.rows[:SHOWN]} for c in found],
+    }  # fmt: skip
+    if found:
+        rows = [(c.finding.level, c.finding.code, c.finding.what, len(c.rows) or "template", ", ".join(c.rows[:SHOWN]), c.finding.fix) for c in found]
+        report.table("Findings", ("level", "code", "what is wrong", "rows", "for example", "what to do"), rows)
+    else:
+        report.text("Findings", "None: the template renders what the rows hold, every answer ends with a learned token that generation stops at.")
+    page = view.STYLE + "".join(f"<p class=note>{html.escape(id)}</p>{view.as_html(tokenizer, r.ids, r.mask)}" for id, r in drawn)
+    plain = "\n\n".join(f"{id}\n{view.as_plain(tokenizer, r.ids, r.mask)}" for id, r in drawn)
+    if drawn:
+        report.drawing("What is learned", page, text="Green is learned, grey is only read; control tokens are red. The ids are tooltips.", plain=plain)
+    colours = {"error": "\x1b[31m", "warning": "\x1b[33m", "note": "\x1b[36m"}
+    lines = [report.lead]
+    lines += [f"{colours[c.finding.level]}{c.finding.level:<7}\x1b[0m {c.finding.code}: {c.finding.what}" + (f" [{_count(len(c.rows), 'row')}: {', '.join(c.rows[:3])}]" if c.rows else "") + (f"\n        → {c.finding.fix}" if c.finding.fix else "") for c in found]
+    lines += [f"\n{id}, learned on green:\n{view.as_ansi(tokenizer, r.ids, r.mask)}" for id, r in drawn[:2]]
+    report.terminal = "\n".join(lines)
+    about = {"failed": f"{_count(errors, 'error')}: this data would damage the model"} if errors else {}
+    return Report(ctx.out, metrics={"errors": errors, "warnings": warnings, **counts}, about=about)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,45 @@
+"""Stage `data.export`: conversations or preference pairs as JSONL, in the shape each row came in, or all in one shape."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Dataset
+from llmworks.context import Context
+from llmworks.data import shapes
+from llmworks.data.jsonl import Rejected
+from llmworks.data.rows import read_chat, read_preference, schema_of
+from llmworks.errors import DataError
+
+FILE = "data.jsonl"
+
+
+class ExportConfig(Config):
+    """What to write."""
+
+    format: Literal["as-read", "messages", "sharegpt", "alpaca", "chatml", "completion", "preference"] = Field(
+        "as-read", description="as-read: every row as it came, byte order of keys aside; else all rows in this shape"
+    )
+
+
+def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
+    """Write `data.jsonl`. Rows that the shape cannot hold are set aside in rejected.jsonl with the reason. DataError when none is left."""
+    rows = read_preference(data) if schema_of(data) == "preference" else read_chat(data)
+    rejected = Rejected()
+    count = 0
+    with (ctx.out / FILE).open("w", encoding="utf-8") as stream:
+        for number, row in enumerate(rows, 1):
+            try:
+                raw = shapes.write(row, "" if config.format == "as-read" else config.format)
+            except ValueError as error:
+                rejected.add(data.name, number, str(error), row["id"])
+                continue
+            stream.write(json.dumps(raw, ensure_ascii=False) + "\n")
+            count += 1
+    if not count:
+        raise DataError(f"{data.name}: no row can be written as {config.format!r}; the first: {rejected.rows[0]['reason']}")
+    rejected.write(ctx.out, ctx.progress.say)
+    return Dataset(ctx.out, metrics={"rows": count, "rejected": len(rejected.rows)}, about={"schema": "raw", "format": config.format, "rows": count})

@@ -1,0 +1,60 @@
+"""The shapes in which conversations and preferences are exchanged, recognised by their keys, read into one schema and written back.
+
+Each shape is one file: `matches(raw)`, `read(raw)` and `write(row)`. What the schema has no place for is kept in `extra`, so that a row is
+written back as it was. Reading and writing raise ValueError, which says what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType
+
+from llmworks.data.shapes import alpaca, chatml, completion, messages, preference, sharegpt
+from llmworks.data.shapes.fields import Row
+from llmworks.types import Json
+
+# in the order in which they are tried
+SHAPES: dict[str, ModuleType] = {
+    "preference": preference, "messages": messages, "sharegpt": sharegpt, "alpaca": alpaca, "chatml": chatml, "completion": completion,
+}  # fmt: skip
+CONTENT = ("messages", "prompt", "chosen", "rejected", "tools", "answer")
+
+
+def recognise(raw: Json) -> str:
+    """The name of a row's shape. ValueError when it has none."""
+    for name, shape in SHAPES.items():
+        if shape.matches(raw):
+            return name
+    keys = ", ".join(list(raw)[:8]) or "none"
+    raise ValueError(f"its keys ({keys}) are of no known shape; known: {', '.join(SHAPES)}")
+
+
+def read(raw: Json, name: str = "") -> Row:
+    """A raw row in the schema of conversations, or of preferences. One that its shape would not write back as it is carries itself along."""
+    shape = SHAPES[name or recognise(raw)]
+    if not shape.matches(raw):
+        raise ValueError(f"is not of the shape {name!r}; its keys are {', '.join(list(raw)[:8]) or 'none'}")
+    row: Row = shape.read(raw)
+    json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is no text
+    try:
+        same = shape.write(row) == raw
+    except ValueError:
+        same = False
+    if not same:
+        row["extra"]["raw"] = raw
+    return row
+
+
+def write(row: Row, name: str = "") -> Json:
+    """The row in a shape; without a name in the one it came in, as it was unless it was changed since."""
+    origin = (row.get("extra") or {}).get("shape", "")
+    name = name or origin or ("preference" if "chosen" in row else "messages")
+    if (name == "preference") != ("chosen" in row):
+        raise ValueError(f"a {'preference pair' if 'chosen' in row else 'conversation'} cannot be written as {name!r}")
+    raw: Json | None = (row.get("extra") or {}).get("raw") if origin == name else None
+    if raw is not None:
+        before = SHAPES[name].read(raw)
+        if all(before.get(key) == row.get(key) for key in CONTENT):
+            return raw
+    made: Json = SHAPES[name].write(row)
+    return made

@@ -1,0 +1,55 @@
+"""A prompt and what follows it, as two texts or two lists of turns, under one of the usual pairs of names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmworks.data.shapes.fields import Row, common, restored
+from llmworks.types import Json, Message, messages_from_json, messages_to_json
+
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response"), ("input", "output"))
+
+
+def matches(raw: Json) -> bool:
+    """Has one of the pairs."""
+    return any(a in raw and b in raw for a, b in PAIRS)
+
+
+def read(raw: Json) -> Row:
+    """A chat row. ValueError for sides that are neither text nor turns."""
+    first, second = next((a, b) for a, b in PAIRS if a in raw and b in raw)
+    asked, prompt_form = side(raw, first, "user")
+    answered, answer_form = side(raw, second, "assistant")
+    variant: Json = {"pair": [first, second], "forms": [prompt_form, answer_form]}
+    row = common({k: v for k, v in raw.items() if k not in (first, second)}, "completion", (), variant)
+    return {**row, "messages": messages_to_json([*asked, *answered])}
+
+
+def side(raw: Json, key: str, role: str) -> tuple[list[Message], int]:
+    """(messages, how many turns there were; -1 for a text) of a field. ValueError when it is neither."""
+    value: Any = raw[key]
+    if isinstance(value, str):
+        return [Message(role, value)], -1
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return list(messages_from_json(value)), len(value)
+    raise ValueError(f"`{key}` must be text or a list of turns, not {type(value).__name__}")
+
+
+def write(row: Row) -> Json:
+    """The raw row: texts for one user and one assistant turn, lists of turns for anything else."""
+    messages = list(messages_from_json(row["messages"]))
+    extra = row.get("extra") or {}
+    if extra.get("shape") == "completion":
+        (first, second), (asked, answered) = extra["pair"], extra["forms"]
+        turns = 1 if asked < 0 else asked
+    else:
+        first, second, turns = "prompt", "completion", len(messages) - 1
+        asked = answered = -1 if [m.role for m in messages] == ["user", "assistant"] and not messages[1].tool_calls else 0
+        if not messages or messages[-1].role != "assistant":
+            raise ValueError("does not end with an assistant turn, so there is no completion")
+    prompt, completion = messages[:turns], messages[turns:]
+    return {
+        **restored(row, "completion"),
+        first: prompt[0].content if asked < 0 else messages_to_json(prompt),
+        second: completion[0].content if answered < 0 else messages_to_json(completion),
+    }

@@ -1,0 +1,63 @@
+"""Tokens to look at: each with its text, coloured by whether it is learned, for the terminal and for a page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+LEARNED, READ = "\x1b[42;30m", "\x1b[100;37m"
+SPECIAL_LEARNED, SPECIAL_READ = "\x1b[42;1;31m", "\x1b[100;1;33m"
+RESET = "\x1b[0m"
+STYLE = (
+    "<style>.tk{font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.tk span{border-radius:3px;padding:1px 0;border-right:1px solid #fff}"
+    ".tk .l{background:#bbf7d0}.tk .r{background:#e5e7eb}.tk .s{font-weight:600;color:#b91c1c}</style>"
+)
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, bool]]:
+    """(text, whether it is a special token) of each token; bytes of one character stand with its last token."""
+    special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    out: list[tuple[str, bool]] = []
+    held: list[int] = []
+    for token in ids:
+        if token in special:
+            out.append((tokenizer.decode([*held, token], skip_special_tokens=False), True))
+            held = []
+            continue
+        held.append(token)
+        text = tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and len(held) < 8:
+            out.append(("", False))
+            continue
+        out.append((text, False))
+        held = []
+    return out
+
+
+def as_ansi(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+    """For the terminal: learned tokens on green, others on grey, special ones coloured."""
+    text = ""
+    for (piece, special), learned in zip(pieces(tokenizer, ids), mask, strict=True):
+        if piece:
+            colour = (SPECIAL_LEARNED if learned else SPECIAL_READ) if special else (LEARNED if learned else READ)
+            text += colour + piece.replace("\n", f"⏎{RESET}\n{colour}") + RESET
+    return text
+
+
+def as_plain(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+    """For Markdown and logs: learned stretches stand in «»."""
+    text, before = "", 0
+    for (piece, _), learned in zip(pieces(tokenizer, ids), mask, strict=True):
+        text += ("«" if learned and not before else "»" if before and not learned else "") + piece
+        before = learned
+    return text + ("»" if before else "")
+
+
+def as_html(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+    """For a page that has `STYLE`: a span for each token, its id as a tooltip."""
+    spans = ""
+    for token, (piece, special), learned in zip(ids, pieces(tokenizer, ids), mask, strict=True):
+        shown = html.escape(piece).replace("\n", "⏎\n")
+        spans += f'<span class="{"l" if learned else "r"}{" s" if special else ""}" title="{token}">{shown}</span>'
+    return f'<div class="tk">{spans}</div>'

@@ -1,0 +1,279 @@
+"""Every usual shape of conversations and preferences is recognised, read into one schema, and written back as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmworks.artifact import Dataset
+from llmworks.cli import main
+from llmworks.data import shapes
+from llmworks.data.rows import read_chat, read_preference, write_chat, write_preference
+from llmworks.data.turns import merged, problems
+from llmworks.types import Message, ToolCall
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
+U, A, S = ({"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello."), ("system", "Be kind.")))
+WRAPPED = {"type": "function", "function": TOOL}
+
+# name of the shape: raw rows as published data sets have them
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "messages": [
+        {"messages": [S, U, A]},
+        {"id": 7, "group": "g", "messages": [U, A], "source": "web", "score": 0.5, "answer": {"x": [1]}},
+        {"id": None, "messages": [U, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "5", "tool_call_id": "c1", "name": "f"}, A], "tools": [WRAPPED]},
+        {"messages": [U, {**A, "weight": 0}, U, {**A, "weight": 1}], "tools": []},
+        {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {**A, "refusal": None}]},
+        {"conversations": [U, A], "tools": "[]"},
+        {"messages": [U, A], "tools": json.dumps([TOOL]), "parallel_tool_calls": False},
+        {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}], "tools": [{**WRAPPED, "strict": True}]},
+    ],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+        {"id": "x", "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello.", "weight": 0}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"system": "Be kind.", "tools": json.dumps([TOOL]), "conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}, {"from": "observation", "value": "5"}, {"from": "gpt", "value": "Five."}]},
+        {"conversations": [{"from": "user", "value": "Hi", "lang": "en"}, {"from": "assistant", "value": "Hello.", "score": 3}], "system": ""},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Hello.", "weight": None}], "tools": "  "},
+    ],
+    "alpaca": [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say hi.", "input": "", "output": "hi", "text": "Below is ..."},
+        {"instruction": "Say hi.", "output": "hi"},
+        {"instruction": "", "input": "1 2", "output": "3"},
+        {"instruction": "Go on.", "input": None, "output": "ok", "system": "Be kind.", "history": [["a", "b"], ["c", "d"]]},
+        {"instruction": "x\n\ny", "input": "z\n\nw", "output": "", "history": []},
+    ],
+    "chatml": [
+        {"text": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nHi\n<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"},
+        {"text": "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\nHello.<|im_end|>", "n": 1},
+        {"text": "\n<|im_start|>user \nHi<|im_end|>\n\n<|im_start|>assistant\nHello.<|im_end|>\n"},
+    ],
+    "completion": [
+        {"prompt": "The sky is", "completion": " blue."},
+        {"prompt": [S, U], "completion": [A]},
+        {"prompt": [U], "completion": "Hello.", "label": True},
+        {"question": "1 + 1?", "answer": "2", "id": "q"},
+        {"query": "1 + 1?", "response": "2"},
+        {"input": "1 + 1?", "output": "2"},
+    ],
+    "preference": [
+        {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."},
+        {"prompt": [S, U], "chosen": [A], "rejected": [{**A, "content": "Go away."}], "score_chosen": 9.0},
+        {"chosen": [S, U, A], "rejected": [S, U, {**A, "content": "Go away."}]},
+        {"prompt": "Hi", "chosen": [U, A], "rejected": [U, {**A, "content": "Go away."}], "prompt_id": "p"},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: Go\n\naway."},
+        {"chosen": "\n\nHuman:Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman:Hi\n\nAssistant:Go."},
+        {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Hello."}, "rejected": {"from": "gpt", "value": "Go."}},
+        {"question": "Hi", "chosen": "Hello.", "rejected": "Go.", "system": "s"},
+    ],
+}  # fmt: skip
+EVERY = [(name, row) for name, rows in ROWS.items() for row in rows]
+
+
+@pytest.mark.parametrize(("name", "raw"), EVERY)
+def test_rows_are_recognised_and_written_back_as_they_were(name: str, raw: dict[str, Any], tmp_path: Path) -> None:
+    assert shapes.recognise(raw) == name
+    row = {**shapes.read(raw), "id": "r", "group": "r"}
+    (write_preference if name == "preference" else write_chat)(tmp_path, [row])
+    kept = (read_preference if name == "preference" else read_chat)(Dataset(tmp_path))[0]
+    back = shapes.write({**kept, "id": shapes.read(raw)["id"], "group": shapes.read(raw)["group"]})
+    assert back == raw
+
+
+def said(row: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(m["role"], m["content"]) for m in row["messages"]]
+
+
+def test_what_is_understood() -> None:
+    row = shapes.read(ROWS["sharegpt"][2])
+    assert said(row) == [("system", "Be kind."), ("user", "Hi"), ("assistant", ""), ("tool", "5"), ("assistant", "Five.")]
+    assert row["messages"][2]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
+    assert row["tools"] == [TOOL] == shapes.read(ROWS["messages"][2])["tools"]
+    assert said(shapes.read(ROWS["alpaca"][0])) == [("user", "Add.\n\n1 2"), ("assistant", "3")]
+    assert [t for _, t in said(shapes.read(ROWS["alpaca"][4]))] == ["Be kind.", "a", "b", "c", "d", "Go on.", "ok"]
+    assert said(shapes.read(ROWS["chatml"][0])) == [("system", "s"), ("user", "Hi\n"), ("assistant", "Hello.")]
+    for raw in ROWS["preference"]:
+        row = shapes.read(raw)
+        assert row["prompt"][-1]["content"] == "Hi"
+        assert [m["content"] for m in row["chosen"]] == ["Hello."]
+        assert row["rejected"][0]["content"].startswith("Go")
+
+
+def test_a_changed_row_is_written_as_it_is_now() -> None:
+    row = shapes.read(ROWS["sharegpt"][3])  # carries itself along
+    row["messages"][1]["content"] = "Goodbye."
+    assert shapes.write(row)["conversations"] == [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Goodbye."}]
+
+
+PLAIN = {"id": "1", "group": "1", "tools": [], "answer": None, "extra": {}, "messages": [U, A, {**U, "content": "Why?"}, {**A, "content": "So."}]}
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "alpaca", "chatml", "completion"])
+def test_one_conversation_in_every_shape(name: str) -> None:
+    raw = shapes.write(PLAIN, name)
+    assert shapes.recognise(raw) == name
+    assert shapes.read(raw)["messages"] == PLAIN["messages"]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "why"),
+    [
+        ("alpaca", [U, {**A, "tool_calls": [CALL]}], "without tools"), ("alpaca", [A, U], "in pairs only"), ("chatml", [U, {**A, "content": "<|im_end|>"}], "which would end it"),
+        ("chatml", [U, {**A, "tool_calls": [CALL]}], "no place for tools"), ("sharegpt", [U, {**A, "tool_calls": [CALL]}], "no place for both"), ("completion", [U], "no completion"),
+        ("preference", [U, A], "cannot be written as 'preference'"),
+    ],
+)  # fmt: skip
+def test_what_a_shape_cannot_hold(name: str, messages: list[Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        shapes.write({**PLAIN, "messages": messages}, name)
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        ({"a": 1, "b": 2}, r"its keys \(a, b\) are of no known shape"), ({}, "none"), ({"text": "plain"}, "no known shape"),
+        ({"messages": []}, "must be a list of turns"), ({"messages": ["x"]}, "must be a list of turns"), ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
+        ({"messages": [{"role": "user", "content": 7}]}, "must be a string"), ({"messages": [U, {**A, "weight": 2}]}, "weight is 2"),
+        ({"messages": [U, A], "tools": "{"}, "`tools` is not JSON"), ({"messages": [U, A], "tools": "7"}, "list of functions"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 is from 'alien'"), ({"conversations": [{"from": "human", "value": None}]}, "turn 1: `value` must be text"),
+        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "no JSON object with name"),
+        ({"instruction": 1, "output": "x"}, "`instruction` must be text"), ({"instruction": "a", "output": "b", "history": [["x"]]}, "pair of texts"),
+        ({"text": "<|im_start|>user\nHi"}, "a turn never ends"), ({"text": "<|im_start|>user\nHi<|im_start|>assistant\nx<|im_end|>"}, "never ends"),
+        ({"text": "<|im_start|>user\nHi<|im_end|>stray"}, "outside of turns"), ({"text": "<|im_start|>robot\nHi<|im_end|>"}, "unknown role 'robot'"),
+        ({"prompt": 1, "completion": "x"}, "text or a list of turns"), ({"chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"chosen": [U, A], "rejected": [{**U, "content": "other"}, A]}, "do not begin with the same turns"), ({"prompt": "x", "chosen": None, "rejected": "b"}, "text or a list"),
+        ({"messages": [U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "arguments of a tool call are not JSON"),
+    ],
+)  # fmt: skip
+def test_what_is_no_row(raw: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        shapes.read(raw)
+
+
+# turns
+
+
+def turns(spoken: str) -> tuple[Message, ...]:
+    """s, u, a, t (tool), c (assistant with a call), - (an empty user turn), = (an empty assistant turn), 0 (an assistant turn not learned)."""
+    call = (ToolCall("f", {"a": 1}, "c1"),)
+    made = {
+        "s": Message("system", "x"), "u": Message("user", "x"), "a": Message("assistant", "x"), "t": Message("tool", "x", tool_call_id="c1"), "c": Message("assistant", "", call),
+        "-": Message("user", " "), "=": Message("assistant", ""), "0": Message("assistant", "x", weight=0), "T": Message("tool", "x", tool_call_id="c9"), "C": Message("assistant", "", call * 2),
+    }  # fmt: skip
+    return tuple(made[c] for c in spoken)
+
+
+@pytest.mark.parametrize("spoken", ["ua", "sua", "uaua", "uc", "ucta", "uctcta", "uCtta", "u0ua", "uctua"])
+def test_good_turns(spoken: str) -> None:
+    assert problems(turns(spoken), [TOOL]) == []
+
+
+@pytest.mark.parametrize(
+    ("spoken", "why"),
+    [
+        ("", "has no turns"), ("u", "has no assistant turn"), ("uau", "ends with a user turn"), ("au", "before any user turn"), ("saua", "before any user turn"), ("usa", "turn 2 is a system turn"),
+        ("uua", "turns 1 and 2 are both user turns"), ("uaa", "turns 2 and 3 are both assistant turns"), ("-a", r"turn 1 \(user\) is empty"), ("u=", r"turn 2 \(assistant\) is empty"),
+        ("uta", "turn 2 is a tool result without a call"), ("uctta", "turn 4 is a tool result without a call"), ("ucTa", "answers the call 'c9', which was not made"),
+        ("ucua", r"turn 3 \(user\) comes before the result of 1 call"), ("uCta", "before the result of 1 call"), ("u0", "every assistant turn has weight 0"),
+    ],
+)  # fmt: skip
+def test_bad_turns(spoken: str, why: str) -> None:
+    import re
+
+    found = problems(turns(spoken), [TOOL])
+    assert any(re.search(why, line) for line in found), found
+
+
+def test_calls_are_checked_against_the_tools() -> None:
+    good = (Message("user", "x"), Message("assistant", "", (ToolCall("f", {"a": 1}),)))
+    assert problems(good, [WRAPPED]) == []
+    assert problems(good, [{"name": "g"}]) == ["turn 2 calls 'f', which is not among the tools"]
+    assert problems((good[0], Message("assistant", "", (ToolCall("f", {}),))), [TOOL]) == ["turn 2 calls 'f' without the required argument 'a'"]
+
+
+def test_neighbours_can_be_joined() -> None:
+    assert [m.role for m in merged(turns("uuaaua"))] == ["user", "assistant", "user", "assistant"]
+    assert merged(turns("uua"))[0].content == "x\n\nx"
+    assert [len(m.tool_calls) for m in merged(turns("uac"))] == [0, 1]
+    assert problems(merged(turns("uctaa"))) == []
+
+
+# the stages
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with conversations in five shapes and four kinds of files, some rows of no use."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    good = {name: [row for row in rows if name != "messages" or "tools" not in row] for name, rows in ROWS.items()}
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good["messages"]) + '{"messages": [\n{"x": 1}\n\n')
+    (folder / "b.json").write_text(json.dumps(good["sharegpt"]))
+    pq.write_table(pa.Table.from_pylist([{"instruction": "a", "input": None, "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}]), folder / "c.parquet")
+    (folder / "d.csv").write_text('prompt,completion\n"Hi, you",Hello.\n')
+    (folder / "e.jsonl").write_text(json.dumps({"messages": [U, U, A]}) + "\n" + json.dumps(ROWS["preference"][0]) + "\n" + json.dumps({**ROWS["messages"][1]}) + "\n")
+    return folder
+
+
+def run(stage: str, data: Path, out: Path, *words: str) -> int:
+    return main(["data", stage, "--data", str(data), "--out", str(out), "--quiet", *words])
+
+
+def test_many_shapes_become_one_data_set_and_go_back(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("chat", files, tmp_path / "chat") == 0
+    rows = read_chat(Dataset(tmp_path / "chat"))
+    rejected = [json.loads(line) for line in (tmp_path / "chat/rejected.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["line"], r["reason"].split(" (")[0]) for r in rejected if "JSON" not in r["reason"]] == [
+        ("a.jsonl", 5, "its keys"), ("e.jsonl", 1, "turns 1 and 2 are both user turns"), ("e.jsonl", 2, "a preference pair among conversations"), ("e.jsonl", 3, "the id '7' stands twice"),
+    ]  # fmt: skip
+    shapes_found = json.loads((tmp_path / "chat/report/report.json").read_text())["shapes"]
+    assert shapes_found == {"messages": 3, "sharegpt": 5, "alpaca": 2, "completion": 1}
+    assert run("export", tmp_path / "chat", tmp_path / "back") == 0
+    back = [json.loads(line) for line in (tmp_path / "back/data.jsonl").read_text().splitlines()]
+    originals = [*(r for r in ROWS["messages"] if "tools" not in r), *ROWS["sharegpt"]]
+    assert [{k: v for k, v in row.items() if k not in ("id", "group") or k in raw} for row, raw in zip(back, originals, strict=False)] == originals
+    assert len(back) == len(rows) == 11
+    assert run("export", tmp_path / "chat", tmp_path / "alpaca", "--set", "format=alpaca") == 0
+    assert run("chat", tmp_path / "alpaca", tmp_path / "again") == 0
+    holds = [r for r in rows if [m["role"] for m in r["messages"]][-2:] == ["user", "assistant"] and not any("tool_calls" in m for m in r["messages"])]
+    assert [said(r) for r in read_chat(Dataset(tmp_path / "again"))] == [said(r) for r in holds]
+    assert run("chat", files, tmp_path / "joined", "--set", "merge_turns=true") == 0
+    assert len(read_chat(Dataset(tmp_path / "joined"))) == 12
+
+
+def test_preference_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    raw = tmp_path / "pairs.jsonl"
+    raw.write_text("".join(json.dumps(row) + "\n" for row in ROWS["preference"]))
+    assert run("chat", raw, tmp_path / "pairs") == 0
+    manifest = json.loads((tmp_path / "pairs/manifest.json").read_text())
+    assert manifest["about"]["schema"] == "preference"
+    assert len(read_preference(Dataset(tmp_path / "pairs"))) == len(ROWS["preference"])
+    assert run("export", tmp_path / "pairs", tmp_path / "back") == 0
+    assert [json.loads(line) for line in (tmp_path / "back/data.jsonl").read_text().splitlines()] == ROWS["preference"]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words", "says"),
+    [
+        (b"", "x.jsonl", [], "is empty"), (b"{}", "x.txt", [], "conversations are read from .jsonl"), (b"[", "x.json", [], "cannot be read"), (b"PAR1", "x.parquet", [], "cannot be read"),
+        (b'{"a": 1}\n', "x.jsonl", [], "no row could be read as a conversation: x.jsonl line 1: its keys (a)"), (b'{"a": 1}\n', "x.jsonl", ["--set", "format=alpaca"], "is not of the shape 'alpaca'"),
+        (b'{"a": 1}\n', "x.jsonl", ["--set", "format=yaml"], "format"), (b"\xff\xfe\n", "x.jsonl", [], "not UTF-8"),
+    ],
+)  # fmt: skip
+def test_mistakes(content: bytes, name: str, words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    (tmp_path / name).write_bytes(content)
+    assert run("chat", tmp_path / name, tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -109,12 +109,14 @@ def test_other_architecture_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_equals_the_transformers_loader(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
+def test_real_models_equal_the_transformers_loader(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llmworks import assets
 
-    folder = assets.fetch("smollm2-135m-instruct")
+    monkeypatch.setenv("LLMWORKS_ACCEPT", name)
+    folder = assets.fetch(name)
     file = next(folder.glob("*.gguf"))
     theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     write_hf_directory(file, tmp_path / "ours")

@@ -141,12 +141,14 @@ def token_equal(tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_tokens_of_a_real_model_are_those_of_transformers() -> None:
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
+def test_tokens_of_real_models_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the model's own template, and with the named ones."""
     from llmworks import assets
     from llmworks.model.from_gguf import metadata, open_reader, tokenizer_of
 
-    tokenizer = tokenizer_of(metadata(open_reader(next(assets.fetch("smollm2-135m-instruct").glob("*.gguf")))))
+    monkeypatch.setenv("LLMWORKS_ACCEPT", name)
+    tokenizer = tokenizer_of(metadata(open_reader(next(assets.fetch(name).glob("*.gguf")))))
     token_equal(tokenizer)
     for template in NAMED:
         tokenizer.chat_template = named_template(template)

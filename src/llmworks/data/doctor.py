@@ -28,7 +28,7 @@ from llmworks.tokenize.templates import Rendered, encode, for_template, render_m
 from llmworks.types import Message
 
 LEVELS = ("error", "warning", "note")
-SHOWN = 5  # rows named for each finding, and rows drawn
+FIRST, SHOWN = 2, 5  # rows drawn from the beginning; rows named for each finding, and drawn because of one
 OTHER_TURN = re.compile(r"\n\s*(?:(?:Human|User|USER|Assistant|System): |### (?:Instruction|Response|Human|Assistant)\b)")
 
 
@@ -66,7 +66,8 @@ def doctor(config: DoctorConfig, model: Model | Adapter | Tokenizer, data: Datas
                 rendered = None if broken else examine(tokenizer, row, messages, config.max_tokens or longest, cases)
                 if rendered is not None:
                     tokens, learned = tokens + len(rendered.ids), learned + sum(rendered.mask)
-                    if len(drawn) < SHOWN:
+                    flagged = any(case.rows[-1:] == [row["id"]] for case in cases.values())
+                    if len(drawn) < FIRST or (flagged and len(drawn) < FIRST + SHOWN):
                         drawn.append((row["id"], rendered))
             bar.advance()
     among(rows, pairs, cases)
@@ -198,11 +199,11 @@ def write_report(ctx: Context, model: Model | Adapter | Tokenizer, data: Dataset
     page = view.STYLE + "".join(f"<p class=note>{html.escape(id)}</p>{view.as_html(tokenizer, r.ids, r.mask)}" for id, r in drawn)
     plain = "\n\n".join(f"{id}\n{view.as_plain(tokenizer, r.ids, r.mask)}" for id, r in drawn)
     if drawn:
-        report.drawing("What is learned", page, text="Green is learned, grey is only read; control tokens are red. The ids are tooltips.", plain=plain)
+        report.drawing("What is learned", page, text="The first rows, and some with findings. Green is learned, grey is only read; control tokens are red. The ids are tooltips.", plain=plain)
     colours = {"error": "\x1b[31m", "warning": "\x1b[33m", "note": "\x1b[36m"}
     lines = [report.lead]
     lines += [f"{colours[c.finding.level]}{c.finding.level:<7}\x1b[0m {c.finding.code}: {c.finding.what}" + (f" [{_count(len(c.rows), 'row')}: {', '.join(c.rows[:3])}]" if c.rows else "") + (f"\n        → {c.finding.fix}" if c.finding.fix else "") for c in found]
-    lines += [f"\n{id}, learned on green:\n{view.as_ansi(tokenizer, r.ids, r.mask)}" for id, r in drawn[:2]]
+    lines += [f"\n{id}, learned on green:\n{view.as_ansi(tokenizer, r.ids, r.mask)}" for id, r in drawn[:FIRST]]
     report.terminal = "\n".join(lines)
     about = {"failed": f"{_count(errors, 'error')}: this data would damage the model"} if errors else {}
     return Report(ctx.out, metrics={"errors": errors, "warnings": warnings, **counts}, about=about)

@@ -1,7 +1,7 @@
 """Stage `model.from_gguf`: a GGUF file becomes a Hugging Face directory (safetensors, tokenizer, template, golden tokens).
 
 Reads the blocks with the vectorised `gguf` reader and dequantizes to fp32, which loses nothing that the file still has.
-Knows the Llama layout only; says so for any other architecture.
+Knows the layouts of Llama and Qwen2; says so for any other architecture.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
 class FromGgufConfig(Config):
     """How to write the converted model."""
 
@@ -30,7 +34,7 @@ class FromGgufConfig(Config):
 
 
 def from_gguf(config: FromGgufConfig, source: Model, ctx: Context) -> Model:
-    """Convert a GGUF file of the Llama layout to a Hugging Face directory.
+    """Convert a GGUF file of Llama's or Qwen2's layout to a Hugging Face directory.
 
     Errors: ModelError for a truncated file or another architecture. Equality with the transformers loader is a test.
     """
@@ -61,9 +65,9 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
     reader = open_reader(path)
     meta = metadata(reader)
     architecture = meta.get("general.architecture")
-    if architecture != "llama":
+    if architecture not in CLASSES:
         raise ModelError(
-            f"{path}: architecture {architecture!r} cannot be converted, only 'llama'; it can still be run as it is (gguf:{path})"
+            f"{path}: architecture {architecture!r} cannot be converted, only {' and '.join(map(repr, CLASSES))}; it can still be run as it is (gguf:{path})"
         )
     out.mkdir(parents=True, exist_ok=True)
     tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
@@ -79,25 +83,26 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
 
 
 def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a Llama model from GGUF metadata."""
-    heads = int(meta["llama.attention.head_count"])
-    hidden = int(meta["llama.embedding_length"])
+    """The `config.json` of a Llama or Qwen2 model from GGUF metadata."""
+    kind = str(meta["general.architecture"])
+    own = {key.removeprefix(f"{kind}."): value for key, value in meta.items() if key.startswith(f"{kind}.")}
+    heads = int(own["attention.head_count"])
+    hidden = int(own["embedding_length"])
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
         "vocab_size": len(meta["tokenizer.ggml.tokens"]),
         "hidden_size": hidden,
-        "intermediate_size": int(meta["llama.feed_forward_length"]),
-        "num_hidden_layers": int(meta["llama.block_count"]),
+        "intermediate_size": int(own["feed_forward_length"]),
+        "num_hidden_layers": int(own["block_count"]),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(meta.get("llama.attention.head_count_kv", heads)),
-        "head_dim": int(meta.get("llama.attention.key_length", hidden // heads)),
-        "max_position_embeddings": int(meta["llama.context_length"]),
-        "rms_norm_eps": round(float(meta["llama.attention.layer_norm_rms_epsilon"]), 12),
-        "rope_theta": float(meta.get("llama.rope.freq_base", 10000.0)),
+        "num_key_value_heads": int(own.get("attention.head_count_kv", heads)),
+        "head_dim": int(own.get("attention.key_length", hidden // heads)),
+        "max_position_embeddings": int(own["context_length"]),
+        "rms_norm_eps": round(float(own["attention.layer_norm_rms_epsilon"]), 12),
+        "rope_theta": float(own.get("rope.freq_base", 10000.0)),
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **({"attention_bias": False, "mlp_bias": False} if kind == "llama" else {"use_sliding_window": False}),
         "tie_word_embeddings": tied,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
@@ -123,20 +128,24 @@ def tokenizer_of(meta: dict[str, Any]) -> Any:
 
 def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     """Byte-level BPE as GGUF's tokenizer model "gpt2" describes it."""
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
     from llmworks.model.gguf_layout import CONTROL, USER_DEFINED
 
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in ("smollm", "gpt-2"):
-        raise ModelError(f"the GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not known here, only 'gpt2' with 'smollm' or 'gpt-2'")
+    if kind != "gpt2" or pre not in ("smollm", "gpt-2", "qwen2"):
+        raise ModelError(f"the GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not known here, only 'gpt2' with 'smollm', 'gpt-2' or 'qwen2'")
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if pre == "smollm" else byte_level
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     types = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
     tokenizer.add_tokens(
@@ -171,18 +180,19 @@ def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: st
 
     from llmworks.model.gguf_layout import deinterleave_rows, heads_of, to_hf_name
 
-    heads = int(meta["llama.attention.head_count"])
-    kv_heads = int(meta.get("llama.attention.head_count_kv", heads))
+    kind = meta["general.architecture"]
+    heads = int(meta[f"{kind}.attention.head_count"])
+    kv_heads = int(meta.get(f"{kind}.attention.head_count_kv", heads))
     tensors: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
         name = to_hf_name(tensor.name)
         if name is None:
             if tensor.name == "rope_freqs.weight":
                 raise ModelError("this GGUF file scales its rotary frequencies (rope_freqs), which conversion does not carry over")
-            raise ModelError(f"the GGUF tensor {tensor.name!r} has no place in a Llama model")
+            raise ModelError(f"the GGUF tensor {tensor.name!r} has no place in such a model")
         shape = tuple(int(n) for n in reversed(tensor.shape))
         weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(shape)
-        interleaved = heads_of(tensor.name, heads, kv_heads)
+        interleaved = heads_of(tensor.name, heads, kv_heads) if kind == "llama" else None
         if interleaved is not None:
             weight = deinterleave_rows(weight, interleaved)
         tensors[name] = torch.from_numpy(np.array(weight, order="C")).to(getattr(torch, dtype))

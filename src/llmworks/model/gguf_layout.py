@@ -26,6 +26,9 @@ OUTER_NAMES: tuple[tuple[str, str], ...] = (
     ("output.weight", "lm_head.weight"),
 )
 
+# beside the above in Qwen2's layout, which is only read
+BIAS_NAMES: tuple[tuple[str, str], ...] = tuple((f"attn_{x}.bias", f"self_attn.{x}_proj.bias") for x in "qkv")
+
 # GGUF `tokenizer.ggml.token_type` values
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -50,7 +53,7 @@ def to_hf_name(name: str) -> str | None:
             return hf_name
     if name.startswith("blk."):
         index, _, rest = name.removeprefix("blk.").partition(".")
-        for gguf_name, hf_name in BLOCK_NAMES:
+        for gguf_name, hf_name in (*BLOCK_NAMES, *BIAS_NAMES):
             if rest == gguf_name:
                 return f"model.layers.{index}.{hf_name}"
     return None

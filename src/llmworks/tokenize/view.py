@@ -10,7 +10,7 @@ LEARNED, READ = "\x1b[42;30m", "\x1b[100;37m"
 SPECIAL_LEARNED, SPECIAL_READ = "\x1b[42;1;31m", "\x1b[100;1;33m"
 RESET = "\x1b[0m"
 STYLE = (
-    "<style>.tk{font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.tk span{border-radius:3px;padding:1px 0;border-right:1px solid #fff}"
+    "<style>.tk{color:#1b1f24;font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.tk span{border-radius:3px;padding:1px 0;border-right:1px solid #fff}"
     ".tk .l{background:#bbf7d0}.tk .r{background:#e5e7eb}.tk .s{font-weight:600;color:#b91c1c}</style>"
 )
 

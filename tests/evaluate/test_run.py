@@ -12,7 +12,7 @@ import pytest
 from llmworks.artifact import Artifact, Dataset, Model, Report
 from llmworks.context import Context
 from llmworks.data.rows import flat_messages, read_chat, write_chat
-from llmworks.errors import DataError, EngineError, UserError
+from llmworks.errors import DataError, EngineError, LlmworksError, UserError
 from llmworks.evaluate.compare import CompareConfig, compare
 from llmworks.evaluate.run import EvaluateConfig, evaluate
 from llmworks.progress import Progress
@@ -32,10 +32,15 @@ class Parrot:
         self.asked: list[str] = []
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        if len(self.asked) >= self.break_after:
-            raise EngineError("gone")
-        self.asked += [r.messages[-1].content for r in requests]
-        return [Completion(self.answers.get(r.messages[-1].content, "?"), "stop", completion_tokens=1) for r in requests]
+        raise NotImplementedError
+
+    def each(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion | LlmworksError]]:
+        for place, request in reversed(list(enumerate(requests))):  # in no particular order
+            if len(self.asked) >= self.break_after:
+                yield place, EngineError("gone")
+                continue
+            self.asked.append(request.messages[-1].content)
+            yield place, Completion(self.answers.get(request.messages[-1].content, "?"), "stop", completion_tokens=1)
 
     def stream(self, request: Request) -> Iterator[Delta]:
         return iter(())

@@ -17,9 +17,11 @@ from pydantic import Field
 from llmworks.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.context import Context
 from llmworks.data.rows import Row, flat_messages, read_chat
-from llmworks.errors import DataError, UserError
+from llmworks.errors import DataError, LlmworksError, UserError
 from llmworks.evaluate.bootstrap import mean_interval
 from llmworks.evaluate.task import load_task
+from llmworks.generate.account import Account
+from llmworks.generate.remote import parse_remote
 from llmworks.progress import write_whole
 from llmworks.score import score_function
 from llmworks.types import Message, Request, Sampling
@@ -106,9 +108,12 @@ def answer(
                 for start in range(0, len(todo), CHUNK):
                     chunk = todo[start : start + CHUNK]
                     began = time.monotonic()
-                    done = engine.generate([Request(prompts[i], sampling=sampling) for i in chunk])
-                    spent = (time.monotonic() - began) / len(chunk)
-                    for i, c in zip(chunk, done, strict=True):
+                    failed: LlmworksError | None = None
+                    for place, c in engine.each([Request(prompts[i], sampling=sampling) for i in chunk]):
+                        if isinstance(c, LlmworksError):
+                            failed = failed or c
+                            continue
+                        i, began, spent = chunk[place], time.monotonic(), time.monotonic() - began
                         record = {
                             "id": rows[i]["id"],
                             "text": c.text,
@@ -119,8 +124,10 @@ def answer(
                         }
                         known[rows[i]["id"]] = record
                         stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    stream.flush()
-                    bar.advance(len(chunk))
+                        stream.flush()  # what was paid for is kept, whatever happens next
+                        bar.advance()
+                    if failed is not None:
+                        raise failed
         finally:
             engine.close()
     answers = [known[row["id"]] for row in rows]
@@ -149,8 +156,12 @@ def write_report(
     tokens = sum(s["completion_tokens"] for s in samples)
     metrics: dict[str, Any] = {
         "score": interval.value, "low": interval.low, "high": interval.high, "samples": len(samples), "seconds": round(seconds, 2),
-        "answer_tokens": tokens, "answer_tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0, "cut_off": sum(s["finish"] == "length" for s in samples),
+        "prompt_tokens": sum(s["prompt_tokens"] for s in samples), "answer_tokens": tokens, "answer_tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0, "cut_off": sum(s["finish"] == "length" for s in samples),
     }  # fmt: skip
+    if isinstance(model, Model) and model.format == "http":
+        options = parse_remote(model.ref)[2]
+        if options.input_price or options.output_price:
+            metrics["cost"] = round(Account(options.input_price, options.output_price).price(metrics["prompt_tokens"], tokens), 6)
     shots = f", {config.shots} worked example{'s' if config.shots > 1 else ''} in the prompt" if config.shots else ""
     report = ctx.report
     report.title = f"{config.task} on {model.name}{shots}"

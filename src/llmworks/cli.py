@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llmworks.errors import LlmworksError
 
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         return dispatch(words)
     except LlmworksError as error:
@@ -76,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 3
         print(f"llmworks: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         return 2
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A polite kill ends as Ctrl-C does: workers are stopped, drafts removed."""
+    raise KeyboardInterrupt
 
 
 def dispatch(words: list[str]) -> int:

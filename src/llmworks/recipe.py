@@ -7,6 +7,7 @@ the stage table; runs nothing and resolves no reference.
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -406,9 +407,10 @@ def _fields(model: type[Config], path: Sequence[str | int]) -> list[str]:
     """Field names of a nested config class."""
     for name in path:
         annotation = model.model_fields[str(name)].annotation if str(name) in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, Config)):
+        kinds = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Config)]
+        if not kinds:
             return []
-        model = annotation
+        model = kinds[0]
     return list(model.model_fields)
 
 

@@ -25,6 +25,8 @@ from llmworks.workspace import Workspace, cache_directory
 
 def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> Artifact:
     """The artifact behind a reference. UserError or ArtifactError in one line when there is none."""
+    if not ref.strip():
+        raise UserError("an empty reference; give a path, a name in the workspace, asset:NAME or hf:ORG/NAME")
     scheme, _, rest = ref.partition(":")
     if scheme == "asset":
         return _asset(rest, name or rest)

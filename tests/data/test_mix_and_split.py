@@ -138,3 +138,13 @@ def test_the_card_tells_the_whole_way(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sentence[:60] in card
     about = json.loads((tmp_path / "dedup/manifest.json").read_text())["about"]
     assert [entry["stage"] for entry in about["history"]] == ["data.read", "data.clean", "data.dedup"]
+
+
+def test_copies_stay_on_one_side(sets: dict[str, Path], tmp_path: Path) -> None:
+    assert mix(sets, tmp_path / "m", "characters=150000", "max_repeats=4") == 0
+    sides = []
+    for part in ("train", "test"):
+        assert main(["data", "split", "--data", str(tmp_path / "m"), "--out", str(tmp_path / part), "--quiet", "--set", f"part={part}", "--set", "folds=4"]) == 0
+        sides.append({d.text for d in read_documents(Dataset(tmp_path / part))})
+    assert sum(len(side) for side in sides) == 520
+    assert not sides[0] & sides[1]

@@ -383,3 +383,48 @@ def test_only_the_fields_that_are_wanted(tmp_path: Path) -> None:
     assert found(tmp_path)[0]["a.jsonl#1"].metadata == {"a": 1, "b": 2}
     assert found(tmp_path, keep_fields=["b", "c"])[0]["a.jsonl#1"].metadata == {"b": 2}
     assert found(tmp_path, keep_fields=[])[0]["a.jsonl#1"].metadata == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Il était très fatigué après la fête, où le garçon mangeait des crêpes.", "cp1252"),
+        ("A naïve café owner said the façade was déjà vu.", "latin-1"),
+        ("El niño comió una manzana mañana. ¿Qué pasó aquí?", "cp1252"),
+        ("Não há razão para preocupação; amanhã será um dia bom.", "cp1252"),
+        ("Jag åker till Göteborg på måndag för att träffa min bror.", "cp1252"),
+        ("Příliš žluťoučký kůň úpěl ďábelské ódy. Včera jsme šli do města.", "cp1250"),
+        ("Zażółć gęślą jaźń. Wczoraj poszliśmy do miasta.", "cp1250"),
+        ("Zażółć gęślą jaźń. Wczoraj poszliśmy do miasta.", "iso8859_2"),
+        ("Árvíztűrő tükörfúrógép. Tegnap elmentünk a városba.", "cp1250"),
+        ("Pijamalı hasta yağız şoföre çabucak güvendi.", "cp1254"),
+        ("Šiandien aš einu į mokyklą, nes ten mūsų mokytoja.", "cp1257"),
+    ],
+)
+def test_kindred_encodings_are_told_apart_by_letters(text: str, encoding: str) -> None:
+    assert decode(text.encode(encoding))[0] == text
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"metadata": ["not JSON"]}, "its metadata is no JSON object"), ({"metadata": [7]}, "column 'metadata' is no text (int64)"), ({"text": [None]}, "column 'text'"),
+    ],
+)  # fmt: skip
+def test_documents_of_another_maker(columns: dict[str, list[Any]], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from llmworks.cli import main
+
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    (tmp_path / "d").mkdir()
+    pq.write_table(pa.table({"id": ["a"], "text": ["b"], "source": ["c"], "metadata": ["{}"], **columns}), tmp_path / "d" / "x.parquet")
+    for stage in ("clean", "redact", "dedup", "split", "map"):
+        words = ["--set", "part=train"] if stage == "split" else []
+        code = main(["data", stage, str(tmp_path / "d"), "--out", str(tmp_path / stage), "--quiet", *words])
+        error = capsys.readouterr().err
+        if code or columns.get("metadata") != ["not JSON"]:  # map reads texts alone
+            assert code == 2
+            assert says in error or "nothing is left" in error or "empty values" in error
+            assert error.count("\n") == 1

@@ -157,6 +157,14 @@ def stage(args: argparse.Namespace) -> None:
         refs = getattr(args, f"input_{name}")
         if not refs:
             continue
+        if wanted.shape == "one" and len(refs) > 1:
+            raise UserError(f"--{name} is given {len(refs)} times; it takes one {wanted.describe()}")
+        keys = [ref.partition("=")[0] for ref in refs] if wanted.shape == "dict" else []
+        unnamed = next((ref for ref in refs if wanted.shape == "dict" and not (ref.partition("=")[0] and ref.partition("=")[2])), None)
+        if unnamed is not None:
+            raise UserError(f"--{name} {unnamed}: give it a name, as in --{name} NAME={unnamed.strip('=') or 'REF'}")
+        if len(set(keys)) < len(keys):
+            raise UserError(f"--{name}: the name {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
         found = [resolve(ref.partition("=")[2] if wanted.shape == "dict" else ref, workspace=workspace) for ref in refs]
         for artifact in found:
             if not isinstance(artifact, wanted.kinds):

@@ -5,14 +5,13 @@ Facts travel from set to set in `about`, so that every card tells the whole way.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmworks.artifact import Dataset
 from llmworks.context import Context
-from llmworks.data.documents import read_tables, shard_files
+from llmworks.data.documents import read_tables, shard_files, table_documents
 from llmworks.types import Json
 
 EXAMPLES = 3
@@ -73,8 +72,8 @@ def measure(ctx: Context) -> Json:
             found = pc.extract_regex(table["metadata"], r'"language": "(?P<code>[a-z]+)"')
             languages.update(code["code"] for code in found.to_pylist() if code)
             if len(examples) < EXAMPLES:
-                for row in table.slice(0, EXAMPLES - len(examples)).to_pylist():
-                    examples.append({"id": row["id"], "text": row["text"][:EXAMPLE_CHARACTERS], "metadata": json.loads(row["metadata"])})
+                for document in table_documents(table.slice(0, EXAMPLES - len(examples))):
+                    examples.append({"id": document.id, "text": document.text[:EXAMPLE_CHARACTERS], "metadata": document.metadata})
     sizes = np.concatenate(lengths)
     return {
         "documents": len(sizes), "characters": int(sizes.sum()), "languages": dict(languages.most_common()), "examples": examples,

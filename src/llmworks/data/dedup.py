@@ -116,7 +116,7 @@ def _scores(config: DedupConfig, table: Any, part: Span) -> Array:
         return np.asarray(pc.binary_length(table["text"]).to_numpy(), dtype=np.float64)
     if config.keep == "first":
         return np.zeros(table.num_rows)
-    found = [json.loads(metadata).get(config.by) for metadata in table["metadata"].to_pylist()]
+    found = [json.loads(metadata).get(config.by) if metadata.startswith("{") else None for metadata in table["metadata"].to_pylist()]
     wrong = next((i for i, value in enumerate(found) if not isinstance(value, (int, float))), None)
     if wrong is not None:
         raise DataError(f"{part.file}: a document has no number {config.by!r} in its metadata, which keep: highest compares (by)")

@@ -23,6 +23,7 @@ GROUP_BYTES = 8 << 20  # text of one row group
 SHARD_BYTES = 256 << 20  # text of one shard
 COLUMNS = ("id", "text", "source", "metadata")
 REJECTED = "rejected.jsonl"
+COPY_OF = "copy_of"  # metadata of a document that stands more than once: the id of the first
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,13 @@ def open_shard(file: Path) -> Any:
         opened = pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
-    missing = [name for name in COLUMNS if name not in opened.schema_arrow.names]
-    if missing:
+    schema = opened.schema_arrow
+    missing = [name for name in COLUMNS if name not in schema.names]
+    other = [name for name in COLUMNS if name not in missing and not (pa.types.is_string(schema.field(name).type) or pa.types.is_large_string(schema.field(name).type))]
+    if missing or other:
         opened.close()
-        raise DataError(f"{file}: has no column {missing[0]!r}, so it holds no documents; make them with the stage data.read")
+        what = f"has no column {missing[0]!r}" if missing else f"column {other[0]!r} is no text ({schema.field(other[0]).type})"
+        raise DataError(f"{file}: {what}, so it holds no documents; make them with the stage data.read")
     return opened
 
 
@@ -204,9 +208,13 @@ def read_tables(file: Path, first: int = 0, last: int | None = None, columns: tu
     with open_shard(file) as opened:
         for group in range(first, opened.num_row_groups if last is None else last):
             try:
-                yield opened.read_row_group(group, columns=list(columns))
+                table = opened.read_row_group(group, columns=list(columns))
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(f"{file}: row group {group} cannot be read ({str(error).splitlines()[0]})") from None
+            empty = next((name for name in table.column_names if table[name].null_count), None)
+            if empty is not None:
+                raise DataError(f"{file}: column {empty!r} has empty values; make documents with the stage data.read")
+            yield table
 
 
 def table_documents(table: Any) -> Iterator[Document]:
@@ -214,7 +222,10 @@ def table_documents(table: Any) -> Iterator[Document]:
     for batch in table.to_batches(max_chunksize=1024):
         columns = [batch.column(name).to_pylist() for name in COLUMNS]
         for id, text, source, metadata in zip(*columns, strict=True):
-            yield Document(id, text, source, json.loads(metadata) if metadata != "{}" else {})
+            try:
+                yield Document(id, text, source, json.loads(metadata) if metadata != "{}" else {})
+            except ValueError:
+                raise DataError(f"document {id!r}: its metadata is no JSON object ({metadata[:40]!r}); make documents with the stage data.read") from None
 
 
 def read_documents(dataset: Dataset) -> Iterator[Document]:

@@ -19,7 +19,7 @@ from pydantic import Field
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish
-from llmworks.data.documents import DocumentWriter, read_tables, table_documents
+from llmworks.data.documents import COPY_OF, DocumentWriter, read_tables, table_documents
 from llmworks.data.parts import Span, spans, work
 from llmworks.errors import UserError
 from llmworks.types import Document, Json
@@ -131,8 +131,9 @@ def copies(config: MixConfig, share: Share, document: Document) -> Iterator[Docu
     whole = int(share.repeats)
     count = whole + (draw(config.seed, "rest", share.name, document.id) < share.limit)
     marked = {**document.metadata, config.field: share.name}
+    first = f"{share.name}/{document.id}"
     for number in range(1, count + 1):
-        yield replace(document, id=f"{share.name}/{document.id}" + (f"~{number}" if number > 1 else ""), metadata=marked)
+        yield replace(document, id=first + (f"~{number}" if number > 1 else ""), metadata={**marked, **({COPY_OF: first} if number > 1 else {})})
 
 
 def _deal_part(config: MixConfig, buckets: int, unit: tuple[Share, Span], folder: Path) -> Json:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish
-from llmworks.data.documents import DocumentWriter
+from llmworks.data.documents import COPY_OF, DocumentWriter
 from llmworks.data.parts import Span, spans, work
 from llmworks.data.rows import Row, read_chat, write_chat
 from llmworks.errors import DataError, UserError
@@ -114,8 +114,10 @@ def _split_part(config: SplitConfig, side: Path, part: Span, folder: Path) -> Js
 
 def value_of(document: Document, field: str) -> str:
     """A document's id, source, or metadata field. DataError when it has none such."""
-    if field in ("id", "source"):
-        return str(getattr(document, field))
+    if field == "id":  # a copy stays with what it is a copy of
+        return str(document.metadata.get(COPY_OF, document.id))
+    if field == "source":
+        return document.source
     if field not in document.metadata:
         raise DataError(f"document {document.id!r} has no {field!r} in its metadata (it has {', '.join(document.metadata) or 'none'})")
     return str(document.metadata[field])

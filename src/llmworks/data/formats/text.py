@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import unicodedata
 from collections.abc import Iterator
 from typing import IO
 
@@ -12,6 +13,13 @@ from llmworks.types import Document
 
 SAMPLE = 1 << 16
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+# 8-bit encodings of the Latin script differ in few letters, too few for a general guesser: those of each language decide, the first of equals
+LETTERS = {
+    "cp1252": "àâæçéèêëîïôœùûüÿñ äöüßéà áéíóúüñçàòï ãáâàçéêíóôõúü àèéìíòóù åäöæøéà ëïéóüèêö áéíóúýþæöð",
+    "cp1250": "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţșț čćđšž", "iso8859_2": "ąćęłńóśźż áčďéěíňóřšťúůýž áéíóöőúüű ăâîşţ",
+    "cp1254": "çğıöşüâîûi̇", "cp1257": "ąčęėįšųūž āčēģīķļņšūž äõöüšž",
+}  # fmt: skip
+MARKS = frozenset("\xa0“”„‘’‚–—…•·€£¥«»‹›§©®™°±×÷¿¡ªº½¼¾²³¹µ¶†‡‰\xad")
 _CONTROL = frozenset(range(32)) - frozenset(b"\t\n\r\f\x08\x1b")
 
 
@@ -43,10 +51,24 @@ def _guess(data: bytes) -> str:
 
     telling = b"\n".join(line for line in data.splitlines() if not line.isascii())
     first = next(i for i, byte in enumerate(telling) if byte > 127)
-    best = from_bytes(telling[max(0, first - 1000) : first + SAMPLE]).best()
+    sample = telling[max(0, first - 1000) : first + SAMPLE]
+    best = from_bytes(sample).best()
     if best is None:
         raise NotText("text in no known encoding")
-    return best.encoding
+    if not any("LATIN" in unicodedata.name(char, "") for char in str(best) if char > "\x7f"):
+        return best.encoding
+    covered = {encoding: _covered(sample, encoding) for encoding in LETTERS}
+    likeliest = max(covered, key=lambda encoding: covered[encoding])
+    return likeliest if covered[likeliest] > 0.9 else best.encoding
+
+
+def _covered(data: bytes, encoding: str) -> float:
+    """The share of a text's characters beyond ASCII that one language of an encoding can account for."""
+    try:
+        beyond = [char for char in data.decode(encoding).lower() if char > "\x7f" and char not in MARKS]
+    except UnicodeDecodeError:
+        return 0.0
+    return max((sum(char in letters for char in beyond) / len(beyond) for letters in LETTERS[encoding].split()), default=0.0) if beyond else 1.0
 
 
 def _binary(data: bytes) -> bool:

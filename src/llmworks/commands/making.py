@@ -16,6 +16,7 @@ from llmworks.workspace import check_out
 
 if TYPE_CHECKING:
     from llmworks.execute import Outcome
+    from llmworks.workspace import Workspace
 
 
 def pool_of(args: argparse.Namespace) -> Pool:
@@ -132,7 +133,7 @@ def stage(args: argparse.Namespace) -> None:
 
     from llmworks.execute import execute, missing_inputs
     from llmworks.recipe import assign, config_problem
-    from llmworks.references import open_engine, resolve
+    from llmworks.references import open_engine
 
     stage, workspace = args.stage, workspace_of(args)
     values: dict[str, Any] = {}
@@ -152,30 +153,7 @@ def stage(args: argparse.Namespace) -> None:
         config = stage.config.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(config_problem(stage.config, dict(e), f"{stage.name}.config") for e in error.errors())) from None
-    given: dict[str, Any] = {}
-    for name, wanted in stage.inputs.items():
-        refs = getattr(args, f"input_{name}")
-        if not refs:
-            continue
-        if wanted.shape == "one" and len(refs) > 1:
-            raise UserError(f"--{name} is given {len(refs)} times; it takes one {wanted.describe()}")
-        keys = [ref.partition("=")[0] for ref in refs] if wanted.shape == "dict" else []
-        unnamed = next((ref for ref in refs if wanted.shape == "dict" and not (ref.partition("=")[0] and ref.partition("=")[2])), None)
-        if unnamed is not None:
-            raise UserError(f"--{name} {unnamed}: give it a name, as in --{name} NAME={unnamed.strip('=') or 'REF'}")
-        if len(set(keys)) < len(keys):
-            raise UserError(f"--{name}: the name {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
-        found = [resolve(ref.partition("=")[2] if wanted.shape == "dict" else ref, workspace=workspace) for ref in refs]
-        for artifact in found:
-            if not isinstance(artifact, wanted.kinds):
-                raise UserError(f"--{name}: {artifact.name} is a {artifact.kind}, wanted is {wanted.describe()}")
-        given[name] = (
-            found[0]
-            if wanted.shape == "one"
-            else found
-            if wanted.shape == "list"
-            else {ref.partition("=")[0]: a for ref, a in zip(refs, found, strict=True)}
-        )
+    given = _inputs(args, workspace)
     missing = missing_inputs(stage, given)
     if missing:
         raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")
@@ -209,6 +187,37 @@ def stage(args: argparse.Namespace) -> None:
         _say_made(args, outcome)
     if failed:
         raise GateFailed(failed)
+
+
+def _inputs(args: argparse.Namespace, workspace: Workspace) -> dict[str, Any]:
+    """The artifacts behind the references that were given, by input. UserError for one of the wrong kind, without a name, or too many."""
+    from llmworks.references import resolve
+
+    given: dict[str, Any] = {}
+    for name, wanted in args.stage.inputs.items():
+        refs = getattr(args, f"input_{name}")
+        if not refs:
+            continue
+        if wanted.shape == "one" and len(refs) > 1:
+            raise UserError(f"--{name} is given {len(refs)} times; it takes one {wanted.describe()}")
+        keys = [ref.partition("=")[0] for ref in refs] if wanted.shape == "dict" else []
+        unnamed = next((ref for ref in refs if wanted.shape == "dict" and not (ref.partition("=")[0] and ref.partition("=")[2])), None)
+        if unnamed is not None:
+            raise UserError(f"--{name} {unnamed}: give it a name, as in --{name} NAME={unnamed.strip('=') or 'REF'}")
+        if len(set(keys)) < len(keys):
+            raise UserError(f"--{name}: the name {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+        found = [resolve(ref.partition("=")[2] if wanted.shape == "dict" else ref, workspace=workspace) for ref in refs]
+        for artifact in found:
+            if not isinstance(artifact, wanted.kinds):
+                raise UserError(f"--{name}: {artifact.name} is a {artifact.kind}, wanted is {wanted.describe()}")
+        given[name] = (
+            found[0]
+            if wanted.shape == "one"
+            else found
+            if wanted.shape == "list"
+            else {ref.partition("=")[0]: a for ref, a in zip(refs, found, strict=True)}
+        )
+    return given
 
 
 def _say_made(args: argparse.Namespace, outcome: Outcome) -> None:

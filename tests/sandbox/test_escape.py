@@ -42,11 +42,11 @@ WRITES = {
     "the interpreter": "import sys; open(sys.prefix + '/evil', 'w'); print('ESCAPED')",
     "the root directory": "open('/evil', 'w'); print('ESCAPED')",
     "a device directory": "open('/dev/evil', 'w'); print('ESCAPED')",
-    "the kernel's settings": "open('/proc/sys/kernel/core_pattern', 'w').write('|/work/evil'); print('ESCAPED')",
+    "the kernel's settings": "open('/proc/sys/kernel/core_pattern', 'w').write('|/box/evil'); print('ESCAPED')",
     "the kernel's trigger": "open('/proc/sysrq-trigger', 'w').write('h'); print('ESCAPED')",
     "a link to the host": "import os; os.symlink('{canary}', 'l'); open('l', 'a').write('x'); print('ESCAPED')",
-    "a hard link to the system": "import os; os.link('/usr/bin/env', '/work/env'); print('ESCAPED')",
-    "a device": "import os, stat; os.mknod('/work/mem', stat.S_IFCHR | 0o666, os.makedev(1, 1)); print('ESCAPED')",
+    "a hard link to the system": "import os; os.link('/usr/bin/env', '/box/env'); print('ESCAPED')",
+    "a device": "import os, stat; os.mknod('/box/mem', stat.S_IFCHR | 0o666, os.makedev(1, 1)); print('ESCAPED')",
 }
 POWERS = {
     "the network": "import socket; socket.create_connection(('127.0.0.1', {port}), 2); print('ESCAPED')",
@@ -143,7 +143,7 @@ def test_what_is_used_up_ends(what: str) -> None:
 def test_files_have_room_but_not_for_all() -> None:
     program = """
 import os
-for place in ("/work", "/tmp", "/dev/shm"):
+for place in ("/box", "/tmp", "/dev/shm"):
     size = 0
     try:
         for n in range(100):
@@ -153,7 +153,7 @@ for place in ("/work", "/tmp", "/dev/shm"):
         print(place, size, error.strerror)
 """
     outcome = run_python(program, limits=Limits(disk_mb=8))
-    assert [line.split(" ", 2)[0] for line in outcome.stdout.splitlines()] == ["/work", "/tmp", "/dev/shm"]
+    assert [line.split(" ", 2)[0] for line in outcome.stdout.splitlines()] == ["/box", "/tmp", "/dev/shm"]
     assert all(int(line.split()[1]) <= 8 and "No space left" in line for line in outcome.stdout.splitlines())
 
 

@@ -1,6 +1,6 @@
 """Run a command under bubblewrap: what it sees of the host, what it may use up, and how it ended.
 
-It sees the system's programs and libraries, read-only; `/work`, its own directory in memory; and nothing else: no network, no home, no
+It sees the system's programs and libraries, read-only; `/box`, its own directory in memory; and nothing else: no network, no home, no
 environment, no other process. Time, memory and processes are counted over everything it starts, by a watcher outside.
 """
 
@@ -22,7 +22,7 @@ from typing import IO, Literal
 from llmworks.errors import MissingDependency, UserError
 from llmworks.sandbox.seccomp import filter_program
 
-WORK = "/work"
+WORK = "/box"
 MB = 1 << 20
 POLL = 0.02  # seconds between two looks at what is used
 INSTALL = "install it with: apt-get install bubblewrap"
@@ -35,7 +35,7 @@ class Limits:
     seconds: float = 10.0  # of the clock
     memory_mb: int = 512  # resident; also of address space, per process
     processes: int = 32  # threads of one process count once
-    disk_mb: int = 64  # files in /work, in /tmp and in /dev/shm, each
+    disk_mb: int = 64  # files in /box, in /tmp and in /dev/shm, each
     output_bytes: int = 1 << 20  # of standard output, and of standard error
 
 
@@ -70,9 +70,9 @@ def require() -> str:
 
 
 def run(command: Sequence[str], *, files: Mapping[str, str | bytes] | None = None, stdin: str = "", limits: Limits | None = None, show: Sequence[Path] = ()) -> Outcome:
-    """Run a command in `/work`, which holds `files` (relative path: content). `show` names what else of the host it may read.
+    """Run a command in `/box`, which holds `files` (relative path: content). `show` names what else of the host it may read.
 
-    Errors: MissingDependency without bubblewrap, UserError for a file name that leaves `/work`.
+    Errors: MissingDependency without bubblewrap, UserError for a file name that leaves `/box`.
     """
     limits = limits or Limits()
     bwrap = require()

@@ -25,7 +25,7 @@ _STYLE = """
 h1{font-size:1.7rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}
 p{margin:.4rem 0;max-width:75ch}.note{color:var(--soft);font-size:.9rem}.scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.35rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
-th{color:var(--soft);font-weight:600}td.n{text-align:right;font-variant-numeric:tabular-nums}
+th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right}td.n{font-variant-numeric:tabular-nums}
 figure{margin:.6rem 0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:.6rem;overflow-x:auto}figure svg{max-width:100%;height:auto}
 details{border:1px solid var(--line);border-radius:8px;margin:.5rem 0;background:var(--card)}summary{cursor:pointer;padding:.5rem .8rem}
 dl{margin:0;padding:0 .8rem .6rem}dt{color:var(--soft);font-size:.8rem;margin-top:.5rem}dd{margin:0}
@@ -152,7 +152,8 @@ def _block_html(block: Block) -> str:
         return out + "".join(f"<p>{html.escape(p)}</p>" for p in block.text.split("\n\n"))
     note = f'<p class="note">{html.escape(block.text)}</p>' if block.text else ""
     if block.kind == "table":
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in block.columns)
+        numeric = [bool(block.rows) and all(_is_number(row[i]) for row in block.rows) for i in range(len(block.columns))]
+        head = "".join(f"<th{' class=n' if right else ''}>{html.escape(c)}</th>" for c, right in zip(block.columns, numeric, strict=True))
         rows = "".join("<tr>" + "".join(_td(v) for v in row) + "</tr>" for row in block.rows)
         return f'{out}{note}<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
     if block.kind == "samples":
@@ -182,9 +183,12 @@ def _pair_html(number: int, title: str, left: tuple[str, str], right: tuple[str,
     return f'<details{" open" if number < 2 else ""}><summary>{html.escape(title)}</summary><div class="pair">{columns}</div></details>'
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _td(value: Any) -> str:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"<td{' class=n' if numeric else ''}>{html.escape(_cell(value))}</td>"
+    return f"<td{' class=n' if _is_number(value) else ''}>{html.escape(_cell(value))}</td>"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -76,7 +76,7 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
     report.title = "A mixture of " + ", ".join(data)
     report.lead = f"{dealt.sum('documents'):,} documents, {sum(taken.values()):,} characters."
     report.data = {row[0]: {"available": row[1], "taken": row[2], "repeats": row[5]} for row in rows}
-    report.table("Shares", ("input", "characters it has", "taken", "share", "wanted share", "times"), rows, note=f"No document comes more than {config.max_repeats:g} times.")
+    report.table("Shares", ("input", "characters it has", "taken", "share", "wanted share", "times"), rows, note=f"No document comes more than {'once' if config.max_repeats == 1 else f'{config.max_repeats:g} times'}.")
     note = ", ".join(f"{row[0]} {row[3]} (×{row[5]:g})" for row in rows)
     return finish(ctx, "data.mix", list(data.values()), metrics={f"share_{r[0]}": round(r[2] / max(1, sum(taken.values())), 4) for r in rows}, note=note)
 

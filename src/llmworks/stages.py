@@ -46,6 +46,7 @@ STAGES: dict[str, Stage] = {
     "data.chat": Stage("llmworks.data.chat:chat", 2, "exact", "raw rows of any usual shape to conversations or preference pairs"),
     "data.doctor": Stage("llmworks.data.doctor:doctor", 1, "exact", "would this model learn from these conversations what is meant?"),
     "data.export": Stage("llmworks.data.export:export", 1, "exact", "conversations or preference pairs back to JSONL, in any shape"),
+    "data.pack": Stage("llmworks.data.pack:pack", 1, "exact", "conversations or documents as full rows of tokens, in shards that training maps"),
     "data.map": Stage("llmworks.data.map:map", 1, "exact-on-this-platform", "documents as points in clusters: an interactive page and a picture"),
     "data.mix": Stage("llmworks.data.mix:mix", 1, "exact", "several sets of documents as one, by weights, shuffled"),
     "data.split": Stage("llmworks.data.split:split", 1, "exact", "one side of a seeded split, groups kept together"),

@@ -86,6 +86,13 @@ def load(config: DoctorConfig, model: Model | Adapter | Tokenizer) -> tuple[Any,
     return tokenizer, stop_ids(model.path, tokenizer), known.get("vocab_size"), known.get("max_position_embeddings")
 
 
+def require_template(name: str, tokenizer: Any, stops: Sequence[int], uses: Uses) -> None:
+    """ModelError for a template that would teach something else than what is meant: no end, a dropped system turn, another prompt than is asked with."""
+    fault = next((f for f in probe(tokenizer, stops, uses) if f.level == "error"), None)
+    if fault is not None:
+        raise ModelError(f"{name}: {fault.what}; {fault.fix} (llmworks data doctor tells more)")
+
+
 def uses_of(rows: Sequence[Row]) -> Uses:
     """What the rows need of a template."""
     turns = [row.get("messages") or [*row["prompt"], *row["chosen"]] for row in rows]

@@ -49,10 +49,15 @@ class Span:
 
 def spans(dataset: Dataset, part_bytes: int = PART_BYTES) -> list[Span]:
     """A data set of documents as parts of about `part_bytes`. DataError when it is none."""
+    return file_spans(shard_files(dataset), open_shard, part_bytes)
+
+
+def file_spans(files: Sequence[Path], open_file: Callable[[Path], Any], part_bytes: int = PART_BYTES) -> list[Span]:
+    """Parquet files as parts of about `part_bytes`."""
     found: list[Span] = []
     row = 0
-    for file in shard_files(dataset):
-        with open_shard(file) as opened:
+    for file in files:
+        with open_file(file) as opened:
             groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
         first = size = rows = 0
         for index, group in enumerate(groups, 1):

@@ -7,7 +7,7 @@ answer and extra are kept as JSON text, since every row has its own shape; extra
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from llmworks.tokenize.templates import flatten_tools
 from llmworks.types import Message, messages_from_json
 
 Row = dict[str, Any]
+GROUP_ROWS = 4096  # of one row group, which is what work in parts divides
 TURNS = {"chat": ("messages",), "preference": ("prompt", "chosen", "rejected")}
+WHAT = {"chat": "conversations", "preference": "preference pairs"}
 
 
 def _schema(kind: str) -> Any:
@@ -51,17 +53,17 @@ def _write(out: Path, rows: Sequence[Row], kind: str) -> None:
 
     stored = [{**row, "tools": text(row.get("tools") or []), "answer": text(row.get("answer")), "extra": text(row.get("extra") or {})} for row in rows]
     out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(stored, schema=_schema(kind)), out / "part-00000.parquet", compression="zstd")
+    pq.write_table(pa.Table.from_pylist(stored, schema=_schema(kind)), out / "part-00000.parquet", compression="zstd", row_group_size=GROUP_ROWS)
 
 
 def read_chat(dataset: Dataset) -> list[Row]:
     """All chat rows of a dataset. DataError when it is of another schema or cannot be read."""
-    return _read(dataset, "chat", "conversations")
+    return _read(dataset, "chat")
 
 
 def read_preference(dataset: Dataset) -> list[Row]:
     """All preference rows of a dataset. DataError when it is of another schema or cannot be read."""
-    return _read(dataset, "preference", "preference pairs")
+    return _read(dataset, "preference")
 
 
 def flat_messages(row: Row) -> tuple[Message, ...]:
@@ -82,27 +84,53 @@ def schema_of(dataset: Dataset) -> str:
     return next((kind for kind, turns in TURNS.items() if set(turns) <= set(names)), "")
 
 
-def _read(dataset: Dataset, kind: str, what: str) -> list[Row]:
+def row_files(dataset: Dataset, kind: str) -> list[Path]:
+    """The Parquet files of a data set of "chat" or "preference" rows. DataError when there are none."""
+    files = sorted(dataset.path.glob("*.parquet")) if dataset.path.is_dir() else []
+    if not files:
+        raise DataError(f"{dataset.path}: has no Parquet files of {WHAT[kind]}; make them with the stage data.chat")
+    return files
+
+
+def open_rows(file: Path, kind: str) -> Any:
+    """An open `ParquetFile` of "chat" or "preference" rows. DataError when it is something else."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = sorted(dataset.path.glob("*.parquet")) if dataset.path.is_dir() else []
-    if not files:
-        raise DataError(f"{dataset.path}: has no Parquet files of {what}; make them with the stage data.chat")
-    wanted = [name for name in _schema(kind).names if name != "extra"]
-    rows: list[Row] = []
-    for file in files:
-        try:
-            table = pq.read_table(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
-        missing = [name for name in wanted if name not in table.column_names]
-        if missing:
-            raise DataError(f"{file}: has no column {missing[0]!r}, so it holds no {what}; make them with the stage data.chat")
-        for row in table.to_pylist():
-            turns = {name: [{k: v for k, v in turn.items() if v is not None} for turn in row[name]] for name in TURNS[kind]}
-            loaded = {"tools": json.loads(row["tools"] or "[]"), "answer": json.loads(row["answer"] or "null"), "extra": json.loads(row.get("extra") or "{}")}
-            rows.append({**row, **turns, **loaded})
+    try:
+        opened = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    names = opened.schema_arrow.names
+    missing = [name for name in _schema(kind).names if name not in names and name != "extra"]
+    if missing:
+        opened.close()
+        raise DataError(f"{file}: has no column {missing[0]!r}, so it holds no {WHAT[kind]}; make them with the stage data.chat")
+    return opened
+
+
+def row_tables(file: Path, kind: str, first: int = 0, last: int | None = None) -> Iterator[Any]:
+    """A file's row groups from `first` up to `last` as tables, one at a time."""
+    import pyarrow as pa
+
+    with open_rows(file, kind) as opened:
+        for group in range(first, opened.num_row_groups if last is None else last):
+            try:
+                yield opened.read_row_group(group)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"{file}: row group {group} cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def table_rows(table: Any, kind: str) -> Iterator[Row]:
+    """A table's rows."""
+    for row in table.to_pylist():
+        turns = {name: [{k: v for k, v in turn.items() if v is not None} for turn in row[name]] for name in TURNS[kind]}
+        loaded = {"tools": json.loads(row["tools"] or "[]"), "answer": json.loads(row["answer"] or "null"), "extra": json.loads(row.get("extra") or "{}")}
+        yield {**row, **turns, **loaded}
+
+
+def _read(dataset: Dataset, kind: str) -> list[Row]:
+    rows = [row for file in row_files(dataset, kind) for table in row_tables(file, kind) for row in table_rows(table, kind)]
     ids = [row["id"] for row in rows]
     if len(set(ids)) < len(ids):
         seen: set[str] = set()

@@ -7,7 +7,7 @@ holds for every template that only appends, and a template that does not is refu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,9 @@ _TOOL_PREFIX = """\
 {%- endfor %}
 {%- set messages = turns.all %}
 """
+
+
+Segment = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -213,37 +216,41 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], *, tools: Sequenc
     return encode(tokenizer, render_text(tokenizer, messages, tools=tools))
 
 
-def render_masked(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = (), frozen: bool = False) -> Rendered:
-    """Token ids of a whole conversation, with mask 1 on every assistant turn (but those of weight 0) including its end-of-turn token.
+def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) -> list[Segment]:
+    """A conversation's text in pieces, each with 1 where it is learned: every assistant turn (but those of weight 0) with its end-of-turn token.
 
-    Each assistant turn is encoded apart from what precedes it, exactly as generation will see it, so no token straddles the
-    border. White space that the template writes after the end token is not learned.
+    `render(count, prompt)` gives the text of the first turns, with a generation prompt or without. White space that the template writes
+    after the end token is not learned.
     Errors: ModelError when rendering a longer conversation changes the text of a shorter one.
     """
-    ids: list[int] = []
-    mask: list[int] = []
+    found: list[Segment] = []
     done = ""
-
-    def extend(text: str, learned: int) -> None:
-        new = encode(tokenizer, text)
-        ids.extend(new)
-        mask.extend([learned] * len(new))
-
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        prompt = render_text(tokenizer, messages[:i], tools=tools, frozen=frozen)
-        full = render_text(tokenizer, messages[: i + 1], tools=tools, generation_prompt=False, frozen=frozen)
+        prompt, full = render(i, True), render(i + 1, False)
         if not prompt.startswith(done) or not full.startswith(prompt):
             raise ModelError("the chat template rewrites earlier turns when the conversation goes on, so no loss mask can be made for it")
         answer = full[len(prompt) :]
         end = len(answer.rstrip())
-        extend(prompt[len(done) :], 0)
-        extend(answer[:end], message.weight)
-        if answer[end:]:
-            extend(answer[end:], 0)
+        found += [(prompt[len(done) :], 0), (answer[:end], message.weight), (answer[end:], 0)]
         done = full
-    tail = render_text(tokenizer, messages, tools=tools, generation_prompt=False, frozen=frozen)
-    if tail.startswith(done) and len(tail) > len(done):
-        extend(tail[len(done) :], 0)
+    whole = done if messages and messages[-1].role == "assistant" else render(len(messages), False)
+    if whole.startswith(done):
+        found.append((whole[len(done) :], 0))
+    return [segment for segment in found if segment[0]]
+
+
+def render_masked(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = (), frozen: bool = False) -> Rendered:
+    """Token ids of a whole conversation, with mask 1 on every assistant turn (but those of weight 0) including its end-of-turn token.
+
+    Each assistant turn is encoded apart from what precedes it, exactly as generation will see it, so no token straddles the border.
+    Errors: ModelError when rendering a longer conversation changes the text of a shorter one.
+    """
+    ids: list[int] = []
+    mask: list[int] = []
+    for text, learned in segments(lambda count, prompt: render_text(tokenizer, messages[:count], tools=tools, generation_prompt=prompt, frozen=frozen), messages):
+        new = encode(tokenizer, text)
+        ids.extend(new)
+        mask.extend([learned] * len(new))
     return Rendered(tuple(ids), tuple(mask))

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from llmworks.artifact import Adapter, Config, Dataset, Model
 from llmworks.context import Context
+from llmworks.data.doctor import require_template, uses_of
 from llmworks.data.rows import Row, flat_messages, read_chat
 from llmworks.errors import DataError, ModelError
 from llmworks.progress import write_whole
@@ -79,7 +80,7 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
     use_template(tokenizer, config.template)
     _check_golden(config, model, tokenizer, stops)
     rows = read_chat(data)
-    _check_template(model, tokenizer, stops, rows)
+    require_template(model.name, tokenizer, stops, uses_of(rows))
     examples, set_aside = make_examples(tokenizer, rows, config.max_tokens)
     tokens, learned = sum(len(e.ids) for e in examples), sum(e.labels for e in examples)
     ctx.progress.say(
@@ -165,16 +166,6 @@ def _check_golden(config: SftConfig, model: Model, tokenizer: Any, stops: Sequen
 
     if model.golden is not None and config.golden == "keep":
         require(model.golden, tokenizer, stops, step="train.sft (golden: keep)")
-
-
-def _check_template(model: Model, tokenizer: Any, stops: Sequence[int], rows: Sequence[Row]) -> None:
-    """ModelError for a template that would teach something else than what is meant: no end, a dropped system turn, another prompt than is asked with."""
-    from llmworks.data.doctor import uses_of
-    from llmworks.tokenize.probe import probe
-
-    fault = next((f for f in probe(tokenizer, stops, uses_of(rows)) if f.level == "error"), None)
-    if fault is not None:
-        raise ModelError(f"{model.name}: {fault.what}; {fault.fix} (llmworks data doctor tells more)")
 
 
 def _record_golden(network: Any, tokenizer: Any, stops: Sequence[int]) -> Any:

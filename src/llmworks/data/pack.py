@@ -1,0 +1,188 @@
+"""Stage `data.pack`: conversations or documents as rows of tokens of one length, so full that nothing is wasted, none running into another.
+
+Text becomes tokens in parts, `packing.fit` says which pieces share a row, and the rows are written as shards that training maps
+(`data.tokens`). A conversation is never cut; one that is too long is set aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Dataset, Model, Tokenizer
+from llmworks.context import Context
+from llmworks.data.doctor import require_template
+from llmworks.data.packing.fit import best_fit
+from llmworks.data.packing.pieces import How, encode_chats, encode_documents
+from llmworks.data.parts import Done, file_spans, spans, work
+from llmworks.data.rows import open_rows, row_files, schema_of
+from llmworks.errors import DataError, ModelError
+from llmworks.tokenize.load import load_tokenizer, stop_ids
+from llmworks.tokenize.named import CHOICES, Template, use_template
+from llmworks.tokenize.probe import Uses
+from llmworks.types import Json
+
+SHARD_TOKENS = 1 << 25
+BINS = 40
+
+
+class PackConfig(Config):
+    """The rows, and what text becomes."""
+
+    length: int = Field(2048, gt=1, description="tokens of a row; longer conversations are set aside, longer documents divided")
+    template: Template = Field("keep", description=CHOICES)
+    document_end: str = Field("", description="the token that ends a document; default: the tokenizer's end token")
+    seed: int = Field(0, description="seed of the order")
+
+
+def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, ctx: Context) -> Dataset:
+    """Write `shard-00000.safetensors` and on. The bytes depend on data, tokenizer and config alone, not on the number of workers.
+
+    Errors: ModelError for a tokenizer or a template that would damage; DataError for data of another kind, or when nothing is left.
+    """
+    tokenizer = load_tokenizer(model.path)
+    use_template(tokenizer, config.template)
+    chats = schema_of(data)
+    if chats == "preference":
+        raise DataError(f"{data.name}: holds preference pairs; what is packed are conversations or documents")
+    if chats:
+        how = How(model.path, config.template, config.length)
+        done = work(ctx, "tokens", partial(encode_chats, how), file_spans(row_files(data, "chat"), partial(open_rows, kind="chat")))
+        uses = done.total("uses")
+        require_template(model.name, tokenizer, stop_ids(model.path, tokenizer), Uses(**{name: uses[name] > 0 for name in ("system", "tools", "results", "turns")}))
+    else:
+        how = How(model.path, config.template, config.length, *_around(config, tokenizer))
+        done = work(ctx, "tokens", partial(encode_documents, how), spans(data))
+    if not done.sum("pieces"):
+        raise DataError(f"{data.name}: nothing is left to pack, all {done.sum('rejected'):,} rows were set aside ({_reasons(done).most_common(1)[0][0]})")
+    lengths, order, ends = _arrange(config, done, ctx.scratch)
+    shards = work(ctx, "shards", partial(_write_shard, ctx.scratch, done.folders, bool(chats), len(tokenizer)), _plan(lengths, order, ends))
+    for i, folder in enumerate(shards.folders):
+        target = ctx.out / f"shard-{i:05d}.safetensors"
+        target.hardlink_to(folder / "shard.safetensors")
+    _gather_rejected(done, ctx.out)
+    return _finish(config, data, model, tokenizer, ctx, lengths, ends, shards.sum("learned"), _reasons(done))
+
+
+def _around(config: PackConfig, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(ids in front of a document: those that the tokenizer itself puts there, ids behind it)."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    before = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
+    end = tokenizer.convert_tokens_to_ids(config.document_end) if config.document_end else tokenizer.eos_token_id
+    if config.document_end and (end is None or tokenizer.convert_ids_to_tokens(end) != config.document_end):
+        raise ModelError(f"config.document_end: {config.document_end!r} is no token of this tokenizer")
+    if end is None:
+        raise ModelError("the tokenizer has no end token, so documents would run into one another; name one (document_end)")
+    if len(before) + 1 >= config.length:
+        raise ModelError(f"config.length is {config.length}, which leaves no room for text")
+    return tuple(before), (int(end),)
+
+
+def _arrange(config: PackConfig, done: Done, scratch: Path) -> tuple[Any, Any, Any]:
+    """(lengths of all pieces, `best_fit`'s order and ends); the order is kept in scratch, where the writers of shards read it."""
+    import numpy as np
+
+    lengths = np.concatenate([np.load(folder / "lengths.npy") for folder in done.folders])
+    order, ends = best_fit(lengths, config.length, config.seed)
+    np.save(scratch / "order.npy", order)
+    return lengths, order, ends
+
+
+def _plan(lengths: Any, order: Any, ends: Any) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Shards of about SHARD_TOKENS tokens: (first and last place in the order, and where its rows end)."""
+    import numpy as np
+
+    tokens = np.cumsum(lengths[order])[ends - 1]
+    bounds = [0, *(int(np.searchsorted(tokens, at, side="left")) + 1 for at in range(SHARD_TOKENS, int(tokens[-1]), SHARD_TOKENS)), len(ends)]
+    found = []
+    for low, high in pairwise(bounds):
+        if low < high:
+            first = int(ends[low - 1]) if low else 0
+            found.append((first, int(ends[high - 1]), tuple((ends[low:high] - first).tolist())))
+    return found
+
+
+def _write_shard(scratch: Path, folders: list[Path], chats: bool, vocabulary: int, part: tuple[int, int, tuple[int, ...]], folder: Path) -> Json:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    first, last, ends = part
+    order = np.load(scratch / "order.npy", mmap_mode="r")[first:last]
+    parts = [{name: np.load(f / f"{name}.npy", mmap_mode="r") for name in ("tokens", "lengths", "origins", "learned")} for f in folders]
+    firsts = np.cumsum([0, *(len(p["lengths"]) for p in parts)])
+    starts = [np.concatenate([[0], np.cumsum(p["lengths"])]) for p in parts]
+    of = np.searchsorted(firsts, order, side="right") - 1
+    within = order - firsts[of]
+    begins = np.array([starts[p][i] for p, i in zip(of, within, strict=True)], dtype=np.int64)
+    lengths = np.array([parts[p]["lengths"][i] for p, i in zip(of, within, strict=True)], dtype=np.int64)
+    pieces = np.concatenate([[0], np.cumsum(lengths)])
+    tensors: dict[str, Any] = {
+        "tokens": np.empty(pieces[-1], np.uint16 if vocabulary <= 1 << 16 else np.uint32), "pieces": pieces, "rows": pieces[[0, *ends]],
+        "origins": np.array([parts[p]["origins"][i] for p, i in zip(of, within, strict=True)], dtype=np.int64),
+    }  # fmt: skip
+    if chats:
+        tensors["learned"] = np.empty(pieces[-1], np.uint8)
+    for name in ("tokens", "learned") if chats else ("tokens",):
+        sources, target = [p[name] for p in parts], tensors[name]
+        for p, begin, at, length in zip(of.tolist(), begins.tolist(), pieces.tolist(), lengths.tolist(), strict=False):
+            target[at : at + length] = sources[p][begin : begin + length]
+    save_file(tensors, folder / "shard.safetensors")
+    (folder / "shard.safetensors").chmod(0o644)
+    return {"learned": int(tensors["learned"].sum()) if chats else int(pieces[-1]) - len(order)}
+
+
+def _gather_rejected(done: Done, out: Path) -> None:
+    files = [folder / "rejected.jsonl" for folder in done.folders if (folder / "rejected.jsonl").exists()]
+    if files:
+        with (out / "rejected.jsonl").open("wb") as whole:
+            whole.writelines(file.read_bytes() for file in files)
+
+
+def _reasons(done: Done) -> Counter[str]:
+    """How many rows were set aside, by reason without its details."""
+    import json
+
+    found: Counter[str] = Counter()
+    for folder in done.folders:
+        file = folder / "rejected.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            found[json.loads(line)["reason"].partition(" (")[0]] += 1
+    return found
+
+
+def _finish(config: PackConfig, data: Dataset, model: Model | Adapter | Tokenizer, tokenizer: Any, ctx: Context, lengths: Any, ends: Any, learned: int, reasons: Counter[str]) -> Dataset:
+    """The data set with its report."""
+    import numpy as np
+
+    rows, pieces, tokens = len(ends), len(lengths), int(lengths.sum())
+    figures: Json = {
+        "rows": rows, "pieces": pieces, "tokens": tokens, "learned": learned, "set_aside": sum(reasons.values()),
+        "fill": round(tokens / (rows * config.length), 5), "pieces_per_row": round(pieces / rows, 2),
+    }  # fmt: skip
+    report = ctx.report
+    report.title = f"{data.name} packed for {model.name}"
+    report.lead = f"{pieces:,} pieces in {rows:,} rows of {config.length:,} tokens; {figures['fill']:.2%} of the room is filled."
+    report.data = {**figures, "length": config.length, "rejected": dict(reasons)}
+    report.table("Figures", ("what", "value"), list(figures.items()))
+    counts = np.bincount(np.minimum((lengths * BINS) // (config.length + 1), BINS - 1), minlength=BINS)
+    per_row = np.diff(np.concatenate([[0], ends]))
+    most = int(per_row.max())
+    report.histograms("Sizes", {
+        "tokens of a piece": {"counts": counts.tolist(), "top": config.length},
+        "pieces of a row": {"counts": np.bincount(np.minimum(per_row * BINS // (most + 1), BINS - 1), minlength=BINS).tolist(), "top": most},
+    })  # fmt: skip
+    if reasons:
+        report.table("Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
+    ctx.progress.say(report.lead + (f" {figures['set_aside']:,} rows were set aside (rejected.jsonl)." if reasons else ""))
+    about = {
+        "schema": "tokens", "length": config.length, "vocabulary": len(tokenizer), "rows": rows, "tokens": tokens,
+        "tokenizer": hashlib.sha256(tokenizer._tokenizer.to_str().encode()).hexdigest() if hasattr(tokenizer, "_tokenizer") else "",
+        "template": hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
+    }  # fmt: skip
+    return Dataset(ctx.out, metrics=figures, about=about)

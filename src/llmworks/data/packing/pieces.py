@@ -1,0 +1,158 @@
+"""Conversations and documents as pieces of tokens: one part of the input at a time, written to files that are mapped again to be packed."""
+
+from __future__ import annotations
+
+import functools
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmworks.data.parts import Span
+from llmworks.data.rows import row_tables, table_rows
+from llmworks.errors import ModelError, RequestError
+from llmworks.tokenize.conversations import ConversationEncoder
+from llmworks.tokenize.load import load_tokenizer
+from llmworks.tokenize.named import Template, use_template
+from llmworks.types import Json, messages_from_json
+
+NOTHING = "no assistant token to learn"
+
+
+@dataclass(frozen=True)
+class How:
+    """How text becomes tokens: the tokenizer's directory and template, the longest piece, and what stands around a document."""
+
+    tokenizer: Path
+    template: Template
+    longest: int
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+
+@dataclass
+class Pieces:
+    """What is collected of one part. `learned` stays empty for documents, of which everything is learned."""
+
+    tokens: array[int] = field(default_factory=lambda: array("I"))
+    learned: bytearray = field(default_factory=bytearray)
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    origins: array[int] = field(default_factory=lambda: array("q"))
+    rejected: list[Json] = field(default_factory=list)
+
+    def add(self, origin: int, ids: Sequence[int], mask: Sequence[int] = ()) -> None:
+        """One piece; its first token is never learned, since nothing of its own predicts it."""
+        self.tokens.extend(ids)
+        self.lengths.append(len(ids))
+        self.origins.append(origin)
+        if mask:
+            self.learned.append(0)
+            self.learned += bytes(mask[1:])
+
+    def reject(self, origin: int, id: str, reason: str) -> None:
+        """Set a row aside."""
+        self.rejected.append({"row": origin, "id": id, "reason": reason})
+
+    def write(self, folder: Path) -> None:
+        """Write the arrays, and what was set aside."""
+        import numpy as np
+
+        for name, values, kind in (("tokens", self.tokens, np.uint32), ("lengths", self.lengths, np.int64), ("origins", self.origins, np.int64), ("learned", self.learned, np.uint8)):
+            np.save(folder / f"{name}.npy", np.frombuffer(values, dtype=kind) if len(values) else np.zeros(0, dtype=kind))
+        if self.rejected:
+            (folder / "rejected.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rejected), encoding="utf-8")
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(how: How) -> ConversationEncoder:
+    """Made once in each worker."""
+    tokenizer = load_tokenizer(how.tokenizer)
+    use_template(tokenizer, how.template)
+    return ConversationEncoder(tokenizer)
+
+
+def encode_chats(how: How, part: Span, folder: Path) -> Json:
+    """One part of a data set of conversations. A row that is too long, teaches nothing or is refused by the template is set aside, never cut."""
+    encoder = _encoder(how)
+    pieces = Pieces()
+    uses: set[str] = set()
+    origin = part.row
+    for table in row_tables(part.file, "chat", part.first, part.last):
+        for row in _rows(table):
+            try:
+                if isinstance(row, Plain):
+                    uses |= row.uses
+                    ids, mask = encoder.encode_plain(row.roles, row.contents)
+                else:
+                    messages = messages_from_json(row["messages"])
+                    uses |= _uses(tuple(m.role for m in messages)) | ({"tools"} if row["tools"] or any(m.tool_calls for m in messages) else set())
+                    ids, mask = encoder.encode(messages, row["tools"])
+                reason = f"longer than length ({len(ids)} tokens)" if len(ids) > how.longest else NOTHING if 1 not in mask[1:] else ""
+            except (RequestError, ModelError, ValueError) as error:
+                ids, mask, reason = [], [], str(error)
+            if reason:
+                pieces.reject(origin, row.id if isinstance(row, Plain) else row["id"], reason)
+            else:
+                pieces.add(origin, ids, mask)
+            origin += 1
+    pieces.write(folder)
+    return {"pieces": len(pieces.lengths), "tokens": len(pieces.tokens), "rejected": len(pieces.rejected), "uses": dict.fromkeys(sorted(uses), 1)}
+
+
+def encode_documents(how: How, part: Span, folder: Path) -> Json:
+    """One part of a data set of documents; longer ones are divided. Control tokens that stand in the text are encoded as text."""
+    encoder = _encoder(how)
+    pieces = Pieces()
+    for origin, document in enumerate(part.documents(), part.row):
+        ids = [*how.before, *encoder.text(document.text), *how.after]
+        if len(ids) == len(how.before) + len(how.after):
+            pieces.reject(origin, document.id, "empty")
+            continue
+        for start in range(0, len(ids), how.longest):
+            pieces.add(origin, ids[start : start + how.longest])
+    pieces.write(folder)
+    return {"pieces": len(pieces.lengths), "tokens": len(pieces.tokens), "rejected": len(pieces.rejected)}
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A conversation of roles and contents only."""
+
+    id: str
+    roles: tuple[str, ...]
+    contents: list[str]
+
+    @property
+    def uses(self) -> set[str]:
+        """What it needs of a template."""
+        return _uses(self.roles)
+
+
+def _uses(roles: tuple[str, ...]) -> set[str]:
+    return ({"system"} if "system" in roles else set()) | ({"results"} if "tool" in roles else set()) | ({"turns"} if roles.count("assistant") > 1 else set())
+
+
+def _rows(table: Any) -> Iterator[Plain | Json]:
+    """A table's rows; those without tools, calls, names and weights by columns, which is much faster."""
+    import numpy as np
+
+    for batch in table.to_batches():
+        column = batch.column("messages")
+        offsets = column.offsets.to_numpy()
+        turns = column.values
+        odd = np.zeros(len(turns) + 1, dtype=np.int64)
+        for name in ("tool_calls", "tool_call_id", "name", "weight"):
+            if name in [turns.type.field(i).name for i in range(turns.type.num_fields)]:
+                odd[1:] |= turns.field(name).is_valid().to_numpy(zero_copy_only=False)
+        odd[1:] |= turns.field("content").is_null().to_numpy(zero_copy_only=False) | turns.field("role").is_null().to_numpy(zero_copy_only=False)
+        before = np.cumsum(odd)
+        plain = (before[offsets[1:]] == before[offsets[:-1]]) & (batch.column("tools").to_numpy(zero_copy_only=False) == "[]") & (offsets[1:] > offsets[:-1])
+        roles, contents, ids = turns.field("role").to_pylist(), turns.field("content").to_pylist(), batch.column("id").to_pylist()
+        bounds = offsets.tolist()
+        for i, simple in enumerate(plain.tolist()):
+            if simple:
+                yield Plain(ids[i], tuple(roles[bounds[i] : bounds[i + 1]]), contents[bounds[i] : bounds[i + 1]])
+            else:
+                yield next(table_rows(batch.slice(i, 1), "chat"))

@@ -1,0 +1,275 @@
+"""Packing: every piece is what the template makes of its row, nothing runs into another, the bytes are the same for any number of workers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.conftest import TEMPLATE, make_pico, make_tokenizer
+from tests.data.test_parts import context
+
+from llmworks.artifact import Dataset, Model
+from llmworks.cli import main
+from llmworks.data import pack as stage
+from llmworks.data import rows as rows_module
+from llmworks.data.documents import DocumentWriter
+from llmworks.data.pack import PackConfig, pack
+from llmworks.data.packing.fit import best_fit
+from llmworks.data.parts import file_spans
+from llmworks.data.rows import read_chat, write_chat, write_preference
+from llmworks.data.tokens import Packed, PackedRow, Place, map_shard, read, stack
+from llmworks.errors import DataError, LlmworksError, ModelError
+from llmworks.pool import Pool
+from llmworks.tokenize.templates import for_template, render_masked
+from llmworks.types import Document, Json, messages_from_json
+
+TOOL: Json = {"name": "f", "description": "Does f.", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+
+
+def conversation(draw: random.Random, number: int) -> Json:
+    words = ["the", "quick", "brown fox", "12", "é", "\n\n", "weather", "in Oslo.", "谢谢"]
+    messages: list[Json] = [{"role": "system", "content": "Be kind."}] if draw.random() < 0.3 else []
+    for _ in range(draw.randint(1, 3)):
+        messages.append({"role": "user", "content": " ".join(draw.choices(words, k=draw.randint(1, 8)))})
+        messages.append({"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(1, 8)))})
+    if number % 10 == 3:
+        messages[-1]["weight"] = 0
+    if number % 10 == 5:
+        messages[-1] |= {"content": "", "tool_calls": [{"id": "", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]}
+    if number == 7:
+        messages[-1]["content"] = "x" * 2000
+    if number == 8:
+        messages = messages[:-1]
+    return {"id": f"c{number}", "group": str(number), "messages": messages, "tools": [TOOL] if number % 10 == 5 else [], "answer": None, "extra": {}}
+
+
+@pytest.fixture
+def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    monkeypatch.setattr(rows_module, "GROUP_ROWS", 30)
+    draw = random.Random(1)
+    write_chat(tmp_path / "chats", [conversation(draw, i) for i in range(200)])
+    return Dataset(tmp_path / "chats")
+
+
+def packed(folder: Path, model: Path, data: Dataset, workers: int = 1, **config: Any) -> Dataset:
+    ctx = context(folder, Pool(workers))
+    return pack(PackConfig(**{"length": 256, **config}), Model(model), data, ctx)
+
+
+def pieces(row: PackedRow) -> list[tuple[int, list[int], list[int]]]:
+    """(origin, ids, mask) of each piece of a row."""
+    found = []
+    for number, origin in enumerate(row.origins.tolist()):
+        here = row.segments == number
+        assert row.positions[here].tolist() == list(range(int(here.sum())))
+        found.append((origin, row.ids[here].tolist(), row.learned[here].astype(int).tolist()))
+    return found
+
+
+def test_pieces_are_what_the_template_makes(tmp_path: Path, pico: Path, chats: Dataset) -> None:
+    result = packed(tmp_path / "p", pico, chats)
+    assert result.about["schema"] == "tokens"
+    rows = Packed(result)
+    tokenizer = make_tokenizer(TEMPLATE)
+    source = read_chat(chats)
+    seen: set[int] = set()
+    for row in (rows[i] for i in range(len(rows))):
+        assert len(row.ids) <= 256
+        for origin, ids, mask in pieces(row):
+            messages, tools = for_template(tokenizer, messages_from_json(source[origin]["messages"]), source[origin]["tools"])
+            expected = render_masked(tokenizer, messages, tools=tools)
+            assert (ids, mask) == (list(expected.ids), list(expected.mask))
+            assert origin not in seen
+            seen.add(origin)
+    rejected = [json.loads(line) for line in (tmp_path / "p" / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert {r["row"] for r in rejected} | seen == set(range(200))
+    reasons = {r["id"]: r["reason"] for r in rejected}
+    assert reasons["c7"].startswith("longer than length (")
+    lone = [i for i, row in enumerate(source) if sum(m["role"] == "assistant" and m.get("weight", 1) for m in row["messages"]) == 0]
+    assert {i for i, reason in reasons.items() if reason == "no assistant token to learn"} == {f"c{i}" for i in lone}
+    assert result.metrics["fill"] > 0.97
+    assert result.metrics["learned"] == sum(int(rows[i].learned.sum()) for i in range(len(rows)))
+    assert result.metrics["tokens"] == sum(len(rows[i].ids) for i in range(len(rows)))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "out").iterdir())}
+
+
+def test_the_bytes_do_not_depend_on_workers(tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "file_spans", functools.partial(file_spans, part_bytes=1))
+    monkeypatch.setattr(stage, "SHARD_TOKENS", 4000)
+    packed(tmp_path / "one", pico, chats, 1)
+    packed(tmp_path / "two", pico, chats, 2)
+    one = digests(tmp_path / "one")
+    assert len(one) > 4
+    assert "rejected.jsonl" in one
+    assert one == digests(tmp_path / "two")
+    packed(tmp_path / "other", pico, chats, 1, seed=1)
+    assert one["shard-00000.safetensors"] != digests(tmp_path / "other")["shard-00000.safetensors"]
+    first, other = (sorted(p for i in range(len(rows)) for p in pieces(rows[i])) for rows in (Packed(Dataset(tmp_path / n / "out")) for n in ("two", "other")))
+    assert first == other
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "file_spans", functools.partial(file_spans, part_bytes=1))
+    packed(tmp_path / "whole", pico, chats)
+    ctx = context(tmp_path / "cut", Pool())
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(PackConfig(length=256), Model(pico), chats, ctx)
+    monkeypatch.setattr(stage, "encode_chats", lambda *_: pytest.fail("done before"))
+    packed(tmp_path / "cut", pico, chats)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+
+
+def naive(lengths: list[int], capacity: int) -> int:
+    """Rows that best-fit decreasing needs, by looking at every row."""
+    free: list[int] = []
+    for size in sorted(lengths, reverse=True):
+        fitting = [i for i, left in enumerate(free) if left >= size]
+        if fitting:
+            free[min(fitting, key=lambda i: free[i])] -= size
+        else:
+            free.append(capacity - size)
+    return len(free)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_best_fit(seed: int) -> None:
+    draw = random.Random(seed)
+    capacity = draw.choice([10, 64, 1000])
+    lengths = [draw.randint(1, capacity if draw.random() < 0.2 else max(1, capacity // 3)) for _ in range(400)]
+    order, ends = best_fit(lengths, capacity, seed)
+    assert sorted(order.tolist()) == list(range(400))
+    rows = [[lengths[i] for i in row] for row in np.split(order, ends)[:-1]]
+    assert all(0 < sum(row) <= capacity for row in rows)
+    assert len(rows) == naive(lengths, capacity)
+    again, _ = best_fit(lengths, capacity, seed)
+    assert (order == again).all()
+    assert not np.array_equal(order, best_fit(lengths, capacity, seed + 1)[0])
+
+
+def test_a_worked_example() -> None:
+    """Sizes 7, 5, 4, 3, 2, 2, 1 in tens: 7+3, 5+4+1, 2+2."""
+    order, ends = best_fit([4, 2, 7, 1, 5, 3, 2], 10, 0)
+    rows = sorted(sorted([4, 2, 7, 1, 5, 3, 2][i] for i in row) for row in np.split(order, ends)[:-1])
+    assert rows == [[1, 4, 5], [2, 2], [3, 7]]
+
+
+def test_reading_goes_on_where_it_stopped(tmp_path: Path, pico: Path, chats: Dataset) -> None:
+    rows = Packed(packed(tmp_path / "p", pico, chats))
+    whole = [(place, row.origins.tolist()) for place, row in read(rows, 5, epochs=2)]
+    assert len(whole) == 2 * len(rows)
+    first, second = ([o for _, o in half] for half in (whole[: len(rows)], whole[len(rows) :]))
+    assert first != second
+    assert sorted(first) == sorted(second) == sorted(rows[i].origins.tolist() for i in range(len(rows)))
+    for stop in (1, len(rows), len(rows) + 3):
+        assert [(place, row.origins.tolist()) for place, row in read(rows, 5, start=whole[stop - 1][0], epochs=2)] == whole[stop:]
+    by_two = [[row.origins.tolist() for _, row in read(rows, 5, epochs=1, reader=r, readers=2)] for r in range(2)]
+    assert [o for pair in zip(*by_two, strict=True) for o in pair] == first[: len(rows) // 2 * 2]
+    resumed = [row.origins.tolist() for _, row in read(rows, 5, start=Place(0, 4), epochs=1, reader=1, readers=2)]
+    assert resumed == by_two[1][2:]
+
+
+def gaps(model_path: Path, data: Dataset, folder: Path, rows: int) -> tuple[float, float]:
+    """(largest gap between packed and unpacked logits, the same when the row is one text without positions)."""
+    import torch
+
+    from llmworks.model.load import load_model
+
+    network = load_model(model_path)
+    whole = Packed(packed(folder, model_path, data))
+    batch = stack([whole[i] for i in range(min(rows, len(whole)))], 256)
+    ids, positions = torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["position_ids"])
+    with torch.no_grad():
+        together = network(input_ids=ids, position_ids=positions, use_cache=False).logits
+        leaking = network(input_ids=ids, use_cache=False).logits
+        apart = leak = 0.0
+        for i in range(len(ids)):
+            for number in range(int(batch["segment_ids"][i].max()) + 1):
+                here = torch.from_numpy(batch["segment_ids"][i] == number)
+                alone = network(input_ids=ids[i][here][None], use_cache=False).logits[0]
+                apart = max(apart, float((together[i][here] - alone).abs().max()))
+                leak = max(leak, float((leaking[i][here] - alone).abs().max()))
+    return apart, leak
+
+
+def test_packed_rows_give_the_logits_of_unpacked_ones(tmp_path: Path, pico: Path, chats: Dataset) -> None:
+    apart, leak = gaps(pico, chats, tmp_path / "p", 4)
+    assert apart < 1e-4
+    assert leak > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asset", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
+def test_packed_rows_give_the_logits_of_unpacked_ones_with_real_models(asset: str, tmp_path: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmworks.references import resolve
+
+    monkeypatch.setenv("LLMWORKS_ACCEPT", asset)
+    apart, leak = gaps(resolve(f"asset:{asset}").path, chats, tmp_path / "p", 2)
+    assert apart < 1e-4
+    assert leak > 0.1
+
+
+def documents(folder: Path, texts: list[str]) -> Dataset:
+    with DocumentWriter(folder) as writer:
+        for i, text in enumerate(texts):
+            writer.add(Document(f"d{i}", text, "s"))
+    return Dataset(folder)
+
+
+def test_documents_end_and_are_divided(tmp_path: Path, pico: Path) -> None:
+    tokenizer = make_tokenizer(TEMPLATE)
+    texts = ["the quick brown fox " * 40, "weather", "", "a <|im_end|> b <|endoftext|>"]
+    result = packed(tmp_path / "p", pico, documents(tmp_path / "d", texts), length=50)
+    rows = Packed(result)
+    found = [p for i in range(len(rows)) for p in pieces(rows[i])]
+    by_origin: dict[int, list[list[int]]] = {}
+    for origin, ids, mask in found:
+        assert mask == [0] + [1] * (len(ids) - 1)
+        by_origin.setdefault(origin, []).append(ids)
+    assert set(by_origin) == {0, 1, 3}
+    assert by_origin[1] == [[*tokenizer("weather")["input_ids"], 2]]
+    assert sorted(map(len, by_origin[0]))[1:] == [50] * (len(by_origin[0]) - 1)
+    whole = [*tokenizer(texts[0])["input_ids"], 2]
+    assert sorted(by_origin[0]) == sorted(whole[i : i + 50] for i in range(0, len(whole), 50))
+    assert by_origin[3][0].count(2) == 1
+    assert tokenizer.decode(by_origin[3][0]) == texts[3] + "<|im_end|>"
+    assert result.metrics["learned"] == sum(len(ids) - 1 for _, ids, _ in found)
+    other = packed(tmp_path / "q", pico, documents(tmp_path / "e", texts), length=50, document_end="<|endoftext|>")
+    assert sum(int((Packed(other)[i].ids == 0).sum()) for i in range(len(Packed(other)))) == 3
+
+
+def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(match: str, kind: type[LlmworksError], data: Dataset, model: Path = pico, **config: Any) -> None:
+        with pytest.raises(kind, match=match):
+            packed(tmp_path / hashlib.md5(match.encode()).hexdigest(), model, data, **config)
+
+    turn = [{"role": "user", "content": "a"}]
+    pair = {"id": "p", "group": "p", "prompt": turn, "chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}]}
+    write_preference(tmp_path / "pairs", [pair])
+    told("holds preference pairs", DataError, Dataset(tmp_path / "pairs"))
+    told("is no token of this tokenizer", ModelError, documents(tmp_path / "d", ["a"]), document_end="<end>")
+    told("all 200 rows were set aside .longer than length", DataError, chats, length=8)
+    endless = make_pico(tmp_path / "endless", template=TEMPLATE.replace("<|im_end|>", ""))
+    told("without an end token|ends without", ModelError, chats, model=endless)
+    result = packed(tmp_path / "fine", pico, chats)
+    shard = result.path / "shard-00000.safetensors"
+    data = shard.read_bytes()
+    shard.unlink()
+    for broken in (data[:-10], data[:5], b"", b"\xff" * 100, data[:8] + b"[" + data[9:]):
+        shard.write_bytes(broken)
+        with pytest.raises(DataError, match=r"is no shard of packed tokens .*data\.pack"):
+            map_shard(shard)
+    with pytest.raises(DataError, match="has no shards of tokens"):
+        Packed(chats)
+    assert main(["data", "pack", "--model", str(pico), "--data", str(tmp_path / "none"), "--out", str(tmp_path / "o")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,13 @@ COPIES = 2000  # near-duplicates of each kind
 MB = 1e6
 
 
-def fetch(folder: Path) -> Path:
+def fetch(folder: Path, packages: Sequence[str] = PACKAGES) -> Path:
     """Download and unpack the packages, once."""
     target = folder / "packages"
     if (folder / "complete").exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    for package in PACKAGES:
+    for package in packages:
         subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True, stderr=subprocess.DEVNULL)
     for deb in folder.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", deb, target], check=True)

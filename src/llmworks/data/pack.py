@@ -151,7 +151,7 @@ def _reasons(done: Done) -> Counter[str]:
     found: Counter[str] = Counter()
     for folder in done.folders:
         file = folder / "rejected.jsonl"
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else ():
             found[json.loads(line)["reason"].partition(" (")[0]] += 1
     return found
 

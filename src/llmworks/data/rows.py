@@ -48,10 +48,11 @@ def _write(out: Path, rows: Sequence[Row], kind: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def text(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False)
-
-    stored = [{**row, "tools": text(row.get("tools") or []), "answer": text(row.get("answer")), "extra": text(row.get("extra") or {})} for row in rows]
+    text = json.JSONEncoder(ensure_ascii=False).encode
+    stored = [
+        {**row, "tools": text(row["tools"]) if row.get("tools") else "[]", "answer": text(row.get("answer")), "extra": text(row["extra"]) if row.get("extra") else "{}"}
+        for row in rows
+    ]
     out.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(stored, schema=_schema(kind)), out / "part-00000.parquet", compression="zstd", row_group_size=GROUP_ROWS)
 

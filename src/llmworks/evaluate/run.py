@@ -5,11 +5,9 @@ Answers are kept in scratch as they come, so that a killed run asks nothing twic
 
 from __future__ import annotations
 
-import json
 import random
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import Field
@@ -17,16 +15,14 @@ from pydantic import Field
 from llmworks.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.context import Context
 from llmworks.data.rows import Row, flat_messages, read_chat
-from llmworks.errors import DataError, LlmworksError, UserError
+from llmworks.errors import DataError, RequestError, UserError
 from llmworks.evaluate.bootstrap import mean_interval
 from llmworks.evaluate.task import load_task
 from llmworks.generate.account import Account
+from llmworks.generate.journal import Journal
 from llmworks.generate.remote import parse_remote
-from llmworks.progress import write_whole
 from llmworks.score import score_function
 from llmworks.types import Message, Request, Sampling
-
-CHUNK = 64  # answers asked for between two writes to scratch
 
 
 class EvaluateConfig(Config):
@@ -92,60 +88,18 @@ def draw_shots(count: int, examples: Dataset | None, seed: int) -> tuple[Message
     return tuple(m for row in random.Random(seed).sample(rows, count) for m in flat_messages(row))
 
 
-def answer(
-    prompts: Sequence[tuple[Message, ...]], rows: Sequence[Row], sampling: Sampling, model: Model | Adapter, ctx: Context
-) -> tuple[list[dict[str, Any]], float]:
+def answer(prompts: Sequence[tuple[Message, ...]], rows: Sequence[Row], sampling: Sampling, model: Model | Adapter, ctx: Context) -> tuple[list[dict[str, Any]], float]:
     """(one record per prompt, seconds spent answering); records that scratch already holds are not asked again."""
-    file = ctx.scratch / "answers.jsonl"
-    known = read_answers(file)
-    todo = [i for i, row in enumerate(rows) if row["id"] not in known]
-    todo.sort(key=lambda i: sum(len(m.content) for m in prompts[i]))  # alike lengths together: less padding
-    if todo:
-        engine = ctx.open_engine(model)
-        try:
-            with ctx.progress.bar(f"ask {model.name}", len(rows), "answers") as bar, file.open("a", encoding="utf-8") as stream:
-                bar.resume(len(rows) - len(todo))
-                for start in range(0, len(todo), CHUNK):
-                    chunk = todo[start : start + CHUNK]
-                    began = time.monotonic()
-                    failed: LlmworksError | None = None
-                    for place, c in engine.each([Request(prompts[i], sampling=sampling) for i in chunk]):
-                        if isinstance(c, LlmworksError):
-                            failed = failed or c
-                            continue
-                        i, began, spent = chunk[place], time.monotonic(), time.monotonic() - began
-                        record = {
-                            "id": rows[i]["id"],
-                            "text": c.text,
-                            "finish": c.finish,
-                            "prompt_tokens": c.prompt_tokens,
-                            "completion_tokens": c.completion_tokens,
-                            "seconds": spent,
-                        }
-                        known[rows[i]["id"]] = record
-                        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-                        stream.flush()  # what was paid for is kept, whatever happens next
-                        bar.advance()
-                    if failed is not None:
-                        raise failed
-        finally:
-            engine.close()
-    answers = [known[row["id"]] for row in rows]
-    return answers, sum(a["seconds"] for a in answers)
-
-
-def read_answers(file: Path) -> dict[str, dict[str, Any]]:
-    """Answers of an earlier, interrupted run; a last line cut short is dropped from the file too."""
-    if not file.exists():
-        return {}
-    good: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            good.append(json.loads(line))
-        except ValueError:
-            break
-    write_whole(file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in good))
-    return {record["id"]: record for record in good}
+    requests = {row["id"]: Request(prompt, sampling=sampling) for row, prompt in zip(rows, prompts, strict=True)}
+    with Journal(ctx.scratch / "answers.jsonl", lambda: ctx.open_engine(model)) as journal, ctx.progress.bar(f"ask {model.name}", len(rows), "answers") as bar:
+        answers = journal.ask(requests, bar)
+    records: list[dict[str, Any]] = []
+    for id in requests:
+        found = answers[id]
+        if isinstance(found, RequestError):
+            raise found
+        records.append(asdict(found))
+    return records, sum(record["seconds"] for record in records)
 
 
 def write_report(

@@ -81,25 +81,35 @@ class BulkEncoder:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
+        return self._by_library(text) if self.holds_added(text) else self.encode_ordinary(text)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The ids of a text that holds no added token."""
         try:
-            if not self.holds_added(text):
-                return self._divide(text)
+            if self._split is None:
+                return self._merge(text)
+            return list(chain.from_iterable(map(self._known, self._split(text))))
+        except _Uncertain:
+            return self._merge_whole(text)
         except _Absent:
-            pass
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+            return self._by_library(text)
 
     def holds_added(self, text: str) -> bool:
         """Whether the text holds an added token."""
-        return any(first in text for first in self._first) and self._added.search(text) is not None
+        for first in self._first:
+            if first in text:
+                return self._added.search(text) is not None
+        return False
 
-    def _divide(self, text: str) -> list[int]:
-        if self._split is None:
-            return self._merge(text)
+    def _merge_whole(self, text: str) -> list[int]:
         try:
-            return list(chain.from_iterable(map(self._known, self._split(text))))
-        except _Uncertain:
             return self._merge(text)
+        except _Absent:
+            return self._by_library(text)
+
+    def _by_library(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _merge(self, text: str) -> list[int]:
         ids = [self._ids[rank] for rank in self._encoding.encode_ordinary(text)]

@@ -18,14 +18,15 @@ from llmworks.tokenize.templates import encode, flatten_tools, render_masked, re
 from llmworks.types import Json, Message
 
 Ids = list[int]
+Mask = bytearray | bytes  # 1 where a token is learned
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Ids that stand in every conversation of a pattern."""
+    """Ids that stand in every conversation of a pattern, and their mask."""
 
     ids: Ids
-    learned: int
+    mask: bytes
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Filled:
     """A text around contents: pieces that are text, or (turn, what trims its content)."""
 
     pieces: tuple[str | tuple[int, Callable[[str], str]], ...]
-    learned: int
+    mask: bytes  # of one token
 
     def text(self, contents: Sequence[str]) -> str:
         """The text with these contents."""
@@ -51,7 +52,7 @@ class ConversationEncoder:
         self._apart = _apart(tokenizer)
         self._plans: dict[Pattern, list[Fixed | Filled] | None] = {}
 
-    def encode(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Ids, Ids]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Ids, Mask]:
         """(ids, mask). Tools are written into the text where the template would drop them. ModelError, RequestError as `render_masked`."""
         if tools or any(m.tool_calls for m in messages):
             if self._shows_tools is None:
@@ -63,9 +64,9 @@ class ConversationEncoder:
         if plan is not None and (done := self._filled(plan, [m.content for m in messages])) is not None:
             return done
         rendered = render_masked(self._tokenizer, messages, tools=[tool if "function" in tool else {"type": "function", "function": tool} for tool in tools])
-        return list(rendered.ids), list(rendered.mask)
+        return list(rendered.ids), bytes(rendered.mask)
 
-    def encode_plain(self, roles: Sequence[str], contents: Sequence[str]) -> tuple[Ids, Ids]:
+    def encode_plain(self, roles: Sequence[str], contents: Sequence[str]) -> tuple[Ids, Mask]:
         """The same for turns that have a role and a content only, all answers learned."""
         if self._skeletons is not None:
             pattern = tuple([(role, 1, content != "", bool(content.strip())) for role, content in zip(roles, contents, strict=True)])
@@ -77,25 +78,26 @@ class ConversationEncoder:
     def text(self, text: str) -> Ids:
         """The ids of a document: none are added, and control tokens that stand in it are encoded as the text that they are."""
         if self._bulk is not None and not self._bulk.holds_added(text):
-            return self._bulk.encode(text)
+            return self._bulk.encode_ordinary(text)
         return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def _rendered(self, text: str) -> Ids:
-        return self._bulk.encode(text) if self._bulk else list(encode(self._tokenizer, text))
-
-    def _filled(self, plan: Sequence[Fixed | Filled], contents: Sequence[str]) -> tuple[Ids, Ids] | None:
+    def _filled(self, plan: Sequence[Fixed | Filled], contents: Sequence[str]) -> tuple[Ids, Mask] | None:
         ids: Ids = []
-        mask: Ids = []
+        mask = bytearray()
         for piece in plan:
             if isinstance(piece, Fixed):
-                new = piece.ids
+                ids += piece.ids
+                mask += piece.mask
+                continue
+            text = piece.text(contents)
+            if self._bulk is None:
+                new = list(encode(self._tokenizer, text))
+            elif self._bulk.holds_added(text):
+                return None  # it may reach over what was encoded apart
             else:
-                text = piece.text(contents)
-                if self._bulk is not None and self._bulk.holds_added(text):
-                    return None  # it may reach over what was encoded apart
-                new = self._rendered(text)
+                new = self._bulk.encode_ordinary(text)
             ids += new
-            mask += [piece.learned] * len(new)
+            mask += piece.mask * len(new)
         return ids, mask
 
     def _plan(self, pattern: Pattern, messages: Sequence[Message]) -> list[Fixed | Filled] | None:
@@ -111,13 +113,14 @@ class ConversationEncoder:
         found: list[Fixed | Filled] = []
         for part in filter(None, parts):
             if HOLE.search(part) is None:
-                found.append(Fixed(list(encode(self._tokenizer, part)), learned))
+                ids = list(encode(self._tokenizer, part))
+                found.append(Fixed(ids, bytes([learned]) * len(ids)))
             else:
                 text_turn_trim = HOLE.split(part)
                 pieces: list[str | tuple[int, Callable[[str], str]]] = []
                 for at in range(0, len(text_turn_trim), 3):
                     pieces += [text_turn_trim[at], *([(int(text_turn_trim[at + 1]), TRIM[text_turn_trim[at + 2]])] if at + 1 < len(text_turn_trim) else [])]
-                found.append(Filled(tuple(p for p in pieces if p != ""), learned))
+                found.append(Filled(tuple(p for p in pieces if p != ""), bytes([learned])))
         return found
 
 

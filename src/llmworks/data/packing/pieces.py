@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmworks.data.parts import Span
 from llmworks.data.rows import row_tables, table_rows
@@ -42,14 +42,14 @@ class Pieces:
     origins: array[int] = field(default_factory=lambda: array("q"))
     rejected: list[Json] = field(default_factory=list)
 
-    def add(self, origin: int, ids: Sequence[int], mask: Sequence[int] = ()) -> None:
+    def add(self, origin: int, ids: Sequence[int], mask: bytes | bytearray = b"") -> None:
         """One piece; its first token is never learned, since nothing of its own predicts it."""
         self.tokens.extend(ids)
         self.lengths.append(len(ids))
         self.origins.append(origin)
         if mask:
-            self.learned.append(0)
-            self.learned += bytes(mask[1:])
+            self.learned += mask
+            self.learned[-len(mask)] = 0
 
     def reject(self, origin: int, id: str, reason: str) -> None:
         """Set a row aside."""
@@ -83,15 +83,15 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
         for row in _rows(table):
             try:
                 if isinstance(row, Plain):
-                    uses |= row.uses
+                    uses |= _uses(row.roles)
                     ids, mask = encoder.encode_plain(row.roles, row.contents)
                 else:
                     messages = messages_from_json(row["messages"])
                     uses |= _uses(tuple(m.role for m in messages)) | ({"tools"} if row["tools"] or any(m.tool_calls for m in messages) else set())
                     ids, mask = encoder.encode(messages, row["tools"])
-                reason = f"longer than length ({len(ids)} tokens)" if len(ids) > how.longest else NOTHING if 1 not in mask[1:] else ""
+                reason = f"longer than length ({len(ids)} tokens)" if len(ids) > how.longest else NOTHING if mask.find(1, 1) < 0 else ""
             except (RequestError, ModelError, ValueError) as error:
-                ids, mask, reason = [], [], str(error)
+                ids, mask, reason = [], b"", str(error)
             if reason:
                 pieces.reject(origin, row.id if isinstance(row, Plain) else row["id"], reason)
             else:
@@ -116,20 +116,14 @@ def encode_documents(how: How, part: Span, folder: Path) -> Json:
     return {"pieces": len(pieces.lengths), "tokens": len(pieces.tokens), "rejected": len(pieces.rejected)}
 
 
-@dataclass(frozen=True)
-class Plain:
+class Plain(NamedTuple):
     """A conversation of roles and contents only."""
 
     id: str
     roles: tuple[str, ...]
     contents: list[str]
 
-    @property
-    def uses(self) -> set[str]:
-        """What it needs of a template."""
-        return _uses(self.roles)
-
-
+@functools.cache
 def _uses(roles: tuple[str, ...]) -> set[str]:
     return ({"system"} if "system" in roles else set()) | ({"results"} if "tool" in roles else set()) | ({"turns"} if roles.count("assistant") > 1 else set())
 

@@ -1,0 +1,39 @@
+"""Score a Python program by unit tests, in the sandbox."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmworks.errors import DataError
+from llmworks.sandbox import Limits, Outcome, run_python
+from llmworks.score.extract import code_block
+from llmworks.types import Message, Score
+
+LIMITS = Limits(seconds=10, memory_mb=512)
+
+
+def code(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+    """1 when the answer's last block of Python passes `answer.tests`, which run behind it. `answer.setup` stands in front of both.
+
+    A program that ends before the tests are through has not passed. Errors: DataError for a row without tests; MissingDependency without
+    bubblewrap.
+    """
+    answer = row.get("answer")
+    tests = answer.get("tests") if isinstance(answer, Mapping) else None
+    if not isinstance(answer, Mapping) or not isinstance(tests, str) or not tests.strip():
+        raise DataError(f'row {row.get("id")!r}: `answer` must be {{"tests": PYTHON, "setup": PYTHON}}')
+    program = "\n".join((str(answer.get("setup") or ""), code_block(completion, "python", "py", "python3"), tests))
+    through = hashlib.sha256(program.encode("utf-8", "replace")).hexdigest()
+    outcome = run_python(f"{program}\nprint('\\n{through}')\n", limits=LIMITS)
+    if outcome.ok and outcome.stdout.endswith(f"\n{through}\n"):
+        return Score(1.0)
+    return Score(0.0, _why(outcome))
+
+
+def _why(outcome: Outcome) -> str:
+    if outcome.ended != "exit":
+        return f"reached the limit of {outcome.ended}"
+    last = next((line for line in reversed(outcome.stderr.splitlines()) if line.strip()), "")
+    return last[:160] or ("ended before the tests were through" if outcome.code == 0 else f"exit code {outcome.code}")

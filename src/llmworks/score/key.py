@@ -1,0 +1,62 @@
+"""Score an answer against its key: a number, a word, the letter of an option, or any of several. Numbers are compared as numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from llmworks.errors import DataError
+from llmworks.score.extract import final_answer
+from llmworks.types import Message, Score
+
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+OPTION = re.compile(r"^\W*([A-Za-z])(?:[).:,]|\W*$)")
+UNITS = " \t$€£%°"
+
+
+def key(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+    """1 when the final answer is the row's `answer` (or `answer.key`), or one of it where it is a list. DataError for a row without one."""
+    accepted = accepted_keys(row)
+    said = final_answer(completion)
+    if any(same(said, wanted) for wanted in accepted):
+        return Score(1.0)
+    return Score(0.0, f"answered {said[:80]!r}, wanted {' or '.join(map(repr, accepted))[:120]}")
+
+
+def accepted_keys(row: Mapping[str, Any]) -> list[str]:
+    """The keys of a row."""
+    answer = row.get("answer")
+    answer = answer.get("key") if isinstance(answer, Mapping) else answer
+    found = answer if isinstance(answer, list) else [answer]
+    if not found or any(not isinstance(a, (str, int, float)) or isinstance(a, bool) or not str(a).strip() for a in found):
+        raise DataError(f"row {row.get('id')!r}: `answer` must be the key (text or a number), a list of them, or {{\"key\": ...}}")
+    return [str(a) for a in found]
+
+
+def same(said: str, wanted: str) -> bool:
+    """Whether an answer is the key."""
+    if len(wanted.strip("()")) == 1 and wanted.strip("()").isalpha():
+        option = OPTION.match(said)
+        return option is not None and option[1].lower() == wanted.strip("()").lower()
+    number = _number(wanted)
+    if number is not None:
+        found = [n for n in (_number(part) for part in _numbers(said)) if n is not None]
+        return bool(found) and found[-1] == number
+    return _plain(said) == _plain(wanted)
+
+
+def _numbers(text: str) -> list[str]:
+    return [m[0] for m in NUMBER.finditer(text) if any(c.isdigit() for c in m[0])]
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        return Decimal(text.strip(UNITS + ".").replace(",", "")) if any(c.isdigit() for c in text) else None
+    except InvalidOperation:
+        return None
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())

@@ -1,0 +1,67 @@
+"""Score a SQL query by what it gives: the same rows as the reference query on the same database, in SQLite in memory.
+
+Queries can only read; time and the number of rows are bounded. Rows are compared as a bag, in their order where the reference orders them
+(the execution accuracy of Spider, Yu et al. 2018). Without any data every query gives the same, so rows need `answer.setup`.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmworks.errors import DataError
+from llmworks.score.extract import code_block
+from llmworks.types import Message, Score
+
+SECONDS, ROWS, STEPS, BYTES = 5.0, 20_000, 10_000, 1 << 20  # time and rows of a query, steps between two looks, bytes of a value
+READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, 33}  # 33: SQLITE_RECURSIVE
+
+
+def sql(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+    """1 when the answer's query gives what `answer.sql` gives on `answer.setup`. DataError for a row whose own query cannot be run."""
+    answer = row.get("answer")
+    if not isinstance(answer, Mapping) or not isinstance(answer.get("sql"), str) or not isinstance(answer.get("setup"), str):
+        raise DataError(f'row {row.get("id")!r}: `answer` must be {{"sql": QUERY, "setup": SQL THAT MAKES THE DATABASE}}')
+    database = sqlite3.connect(":memory:")
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, BYTES)
+    try:
+        database.executescript(answer["setup"])
+        wanted = run(database, answer["sql"])
+    except (sqlite3.Error, sqlite3.Warning) as error:
+        database.close()
+        raise DataError(f"row {row.get('id')!r}: its own database or query fails ({error})") from None
+    try:
+        given = run(database, query_of(completion))
+    except (sqlite3.Error, sqlite3.Warning, UnicodeEncodeError) as error:
+        return Score(0.0, f"the query fails: {error}"[:160])
+    finally:
+        database.close()
+    ordered = re.search(r"\border\s+by\b", answer["sql"], re.IGNORECASE) is not None
+    equal = given == wanted if ordered else Counter(given) == Counter(wanted)
+    return Score(1.0) if equal else Score(0.0, f"other rows: {len(given)} given, {len(wanted)} wanted")
+
+
+def query_of(completion: str) -> str:
+    """The query in an answer."""
+    text = code_block(completion, "sql", "sqlite")
+    found = re.search(r"\b(?:select|with)\b.*", text, re.IGNORECASE | re.DOTALL)
+    return (found[0] if found else text).split(";")[0].strip()
+
+
+def run(database: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
+    """The rows of a query that only reads. sqlite3.Error for anything else, or when it takes too long or gives too much."""
+    deadline = time.monotonic() + SECONDS
+    database.set_progress_handler(lambda: int(time.monotonic() > deadline), STEPS)
+    database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
+    try:
+        rows = database.execute(query).fetchmany(ROWS + 1)
+    finally:
+        database.set_authorizer(None)
+        database.set_progress_handler(None, 0)
+    if len(rows) > ROWS:
+        raise sqlite3.OperationalError(f"more than {ROWS:,} rows")
+    return [tuple(round(v, 6) if isinstance(v, float) else v for v in row) for row in rows]

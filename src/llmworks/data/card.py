@@ -1,10 +1,11 @@
-"""The data card of a set of documents (README.md): sources, licences, what was dropped on the way and why, lengths, languages, examples.
+"""The data card of a set of documents or of conversations (README.md): sources, licences, what was dropped on the way and why, lengths, languages, examples.
 
 Facts travel from set to set in `about`, so that every card tells the whole way. Cards carry no dates.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from llmworks.artifact import Dataset
 from llmworks.context import Context
 from llmworks.data.documents import read_tables, shard_files, table_documents
+from llmworks.data.rows import Row, write_chat, write_preference
 from llmworks.types import Json
 
 EXAMPLES = 3
@@ -38,6 +40,35 @@ def finish(
     }  # fmt: skip
     (ctx.out / "README.md").write_text(card(about, facts), encoding="utf-8")
     return Dataset(ctx.out, metrics={"documents": facts["documents"], "characters": facts["characters"], **(metrics or {})}, about=about)
+
+
+def finish_rows(
+    ctx: Context, stage: str, parents: Sequence[Dataset], rows: Sequence[Row], *, dropped: Mapping[str, int] | None = None,
+    metrics: Mapping[str, Any] | None = None, note: str = "", extra: Mapping[str, Any] | None = None,
+) -> Dataset:  # fmt: skip
+    """Write conversations or preference pairs into `ctx.out`, with their card; at least one row."""
+    pairs = "chosen" in rows[0]
+    (write_preference if pairs else write_chat)(ctx.out, rows)
+    sources = {s["name"]: s for parent in parents for s in sources_of(parent)}
+    history = _joined([parent.about.get("history", []) for parent in parents])
+    of = ", ".join(sources) if len(sources) < 3 else f"{len(sources)} sources"
+    history.append({"stage": stage, "of": of, "documents": len(rows), "dropped": dict(dropped or {}), **({"note": note} if note else {})})
+    about = {"schema": "preference" if pairs else "chat", "rows": len(rows), "dropped": dict(dropped or {}), "sources": list(sources.values()), "history": history, **(extra or {})}
+    (ctx.out / "README.md").write_text(card(about, measure_rows(rows), "preference pairs" if pairs else "conversations"), encoding="utf-8")
+    return Dataset(ctx.out, metrics={"rows": len(rows), **(metrics or {})}, about=about)
+
+
+def measure_rows(rows: Sequence[Row]) -> Json:
+    """Counts, lengths and first examples of conversations or pairs."""
+    import numpy as np
+
+    turns = [row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"], *row["rejected"]] for row in rows]
+    sizes = np.array([sum(len(m.get("content") or "") for m in messages) for messages in turns])
+    examples = [
+        {"id": row["id"], "text": "\n\n".join(f"{m['role']}: {m.get('content') or json.dumps(m.get('tool_calls'), ensure_ascii=False)}" for m in messages)[:EXAMPLE_CHARACTERS]}
+        for row, messages in zip(rows[:EXAMPLES], turns, strict=False)
+    ]
+    return {"documents": len(rows), "characters": int(sizes.sum()), "languages": {}, "examples": examples, "lengths": {f"{share:.0%}": int(np.quantile(sizes, share)) for share in SHARES}}
 
 
 def sources_of(dataset: Dataset) -> list[Json]:
@@ -81,12 +112,12 @@ def measure(ctx: Context) -> Json:
     }  # fmt: skip
 
 
-def card(about: Json, facts: Json) -> str:
-    """The card as Markdown."""
-    lines = ["# Data card", "", f"{facts['documents']:,} documents, {facts['characters']:,} characters; about {facts['characters'] // 4:,} tokens at 4 characters each.", ""]
+def card(about: Json, facts: Json, what: str = "documents") -> str:
+    """The card as Markdown; `what` names the rows."""
+    lines = ["# Data card", "", f"{facts['documents']:,} {what}, {facts['characters']:,} characters; about {facts['characters'] // 4:,} tokens at 4 characters each.", ""]
     lines += ["## Sources", "", "| source | licence | what |", "|---|---|---|"]
     lines += [f"| {_cell(s['name'])} | {_cell(s['licence'])} | {_cell(s['what'])} |" for s in about["sources"]]
-    lines += ["", "## How it was made", "", "| step | of | documents left | dropped | why |", "|---|---|---|---|---|"]
+    lines += ["", "## How it was made", "", f"| step | of | {what} left | dropped | why |", "|---|---|---|---|---|"]
     for entry in about["history"]:
         why = "; ".join(f"{reason} {n:,}" for reason, n in sorted(entry["dropped"].items(), key=lambda item: -item[1])[:12])
         lines.append(f"| {entry['stage']} | {_cell(entry['of'])} | {entry['documents']:,} | {sum(entry['dropped'].values()):,} | {_cell('; '.join(filter(None, (why, entry.get('note', '')))))} |")
@@ -95,7 +126,7 @@ def card(about: Json, facts: Json) -> str:
     if compared:
         before = sum(e["documents"] + sum(e["dropped"].values()) for e in compared)
         lines += ["", f"Near-duplicate rate before they were dropped: {near / max(1, before):.2%}."]
-    lines += ["", "## Lengths", "", "| share of the documents | characters, at most |", "|---|---|", *(f"| {share} | {size:,} |" for share, size in facts["lengths"].items())]
+    lines += ["", "## Lengths", "", f"| share of the {what} | characters, at most |", "|---|---|", *(f"| {share} | {size:,} |" for share, size in facts["lengths"].items())]
     if facts["languages"]:
         lines += ["", "## Languages", "", "| code | documents |", "|---|---|", *(f"| {code} | {n:,} |" for code, n in list(facts["languages"].items())[:20])]
     lines += ["", "## Examples"]

@@ -5,8 +5,9 @@ Rows whose turns are out of order are set aside with the reason, never mended si
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -15,9 +16,10 @@ from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data import shapes
 from llmworks.data.bfcl import bfcl_rows
+from llmworks.data.card import finish_rows
 from llmworks.data.jsonl import Rejected
 from llmworks.data.rawrows import raw_rows
-from llmworks.data.rows import TURNS, Row, write_chat, write_preference
+from llmworks.data.rows import TURNS, Row
 from llmworks.data.turns import merged, problems
 from llmworks.errors import DataError
 from llmworks.types import Json, Message, messages_from_json, messages_to_json
@@ -44,7 +46,6 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
         first = f": {rejected.rows[0]['file']} line {rejected.rows[0]['line']}: {rejected.rows[0]['reason']}" if rejected.rows else ""
         raise DataError(f"{data.path}: no row could be read as {'a conversation' if config.format == 'auto' else repr(config.format)}{first}")
     pairs = "chosen" in rows[0]
-    (write_preference if pairs else write_chat)(ctx.out, rows)
     rejected.write(ctx.out, ctx.progress.say)
     found = Counter(row["extra"].get("shape", config.format) for row in rows)
     reasons = Counter(row["reason"] for row in rejected.rows)
@@ -54,8 +55,16 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
     ctx.report.table("Shapes", ("shape", "rows"), found.most_common())
     if reasons:
         ctx.report.table("Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
-    about = {"schema": "preference" if pairs else "chat", "rows": len(rows), "rejected": len(rejected.rows), "shapes": dict(found)}
-    return Dataset(ctx.out, metrics={"rows": len(rows), "rejected": len(rejected.rows)}, about=about)
+    extra = {"rejected": len(rejected.rows), "shapes": dict(found)}
+    return finish_rows(ctx, "data.chat", [data], rows, dropped=plain_reasons(reasons), metrics={"rejected": len(rejected.rows)}, extra=extra)
+
+
+def plain_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
+    """Reasons without what is told of one row only: numbers of turns, names, details in brackets."""
+    found: Counter[str] = Counter()
+    for reason, count in reasons.items():
+        found[re.sub(r"turns? \d+( and \d+)?", "a turn", re.sub(r"'[^']*'", "...", reason.partition(" (")[0]))] += count
+    return dict(found)
 
 
 def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row]:

@@ -18,9 +18,10 @@ from pydantic import Field
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
-from llmworks.data.card import finish
+from llmworks.data.card import finish, finish_rows
 from llmworks.data.documents import COPY_OF, DocumentWriter, read_tables, table_documents
 from llmworks.data.parts import Span, spans, work
+from llmworks.data.rows import WHAT, Row, read_chat, read_preference, schema_of
 from llmworks.errors import UserError
 from llmworks.types import Document, Json
 
@@ -34,7 +35,8 @@ class MixConfig(Config):
     """How much of each set goes in."""
 
     weights: dict[str, float] = Field(default_factory=dict, description="share of the mixture by input name, any scale; empty: all of everything, once")
-    characters: int = Field(0, ge=0, description="size of the mixture; 0: as many as the inputs have together")
+    characters: int = Field(0, ge=0, description="size of a mixture of documents; 0: as many as the inputs have together")
+    rows: int = Field(0, ge=0, description="size of a mixture of conversations or of preference pairs; 0: as many as the inputs have together")
     max_repeats: float = Field(4.0, gt=0, description="how often a document may come at most; above 4 repeating teaches little (Muennighoff et al. 2023)")
     field: str = Field("mix", description="metadata field that receives the input's name")
     seed: int = Field(0, description="seed of the choice and the order")
@@ -52,10 +54,16 @@ class Share:
 
 
 def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
-    """Mix sets of documents. Ids become `name/id`, of repeated documents `name/id~2` and on.
+    """Mix sets of documents, of conversations, or of preference pairs. Ids become `name/id`, of what is repeated `name/id~2` and on.
 
-    Errors: UserError for weights that name no input, or that are negative or all zero.
+    Weights are shares of characters, for conversations and pairs of rows.
+    Errors: UserError for weights that name no input, or that are negative or all zero, and for sets of different kinds.
     """
+    kinds = {name: schema_of(dataset) for name, dataset in data.items()}
+    if any(kinds.values()):
+        return _mix_rows(config, data, kinds, ctx)
+    if config.rows:
+        raise UserError("rows is for conversations and preference pairs; the size of a mixture of documents is `characters`")
     drawn = {name: _draws(config.seed, name, dataset) for name, dataset in data.items()}
     sizes = {name: int(lengths.sum()) for name, (_, lengths) in drawn.items()}
     shares = [replace(share, limit=_limit(share, *drawn[share.name])) for share in plan(config, sizes)]
@@ -81,7 +89,38 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
     return finish(ctx, "data.mix", list(data.values()), metrics={f"share_{r[0]}": round(r[2] / max(1, sum(taken.values())), 4) for r in rows}, note=note)
 
 
-def plan(config: MixConfig, sizes: Mapping[str, int]) -> list[Share]:
+def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, str], ctx: Context) -> Dataset:
+    if len(set(kinds.values())) > 1:
+        raise UserError("mixed can be sets of one kind only: " + ", ".join(f"{name} holds {WHAT.get(kind, 'documents')}" for name, kind in kinds.items()))
+    if config.characters:
+        raise UserError("characters is for documents; the size of a mixture of conversations or pairs is `rows`")
+    read = read_preference if "preference" in kinds.values() else read_chat
+    every = {name: read(dataset) for name, dataset in data.items()}
+    shares = plan(config, {name: len(rows) for name, rows in every.items()}, config.rows)
+    found: list[Row] = []
+    table = []
+    for share in shares:
+        rows, before = every[share.name], len(found)
+        wanted = round(share.repeats * len(rows))
+        order = sorted(rows, key=lambda row: draw(config.seed, "rest", share.name, row["id"]))
+        for number in range(wanted):
+            row, turn = order[number % len(rows)], number // len(rows)
+            fields = {**row["extra"].get("fields", {}), config.field: share.name}
+            found.append({**row, "id": f"{share.name}/{row['id']}" + (f"~{turn + 1}" if turn else ""), "group": f"{share.name}/{row['group']}", "extra": {**row["extra"], "fields": fields}})
+        table.append((share.name, len(rows), len(found) - before, round(share.repeats, 3)))
+    if not found:
+        raise UserError("the mixture is empty; raise the weights or rows")
+    found.sort(key=lambda row: (draw(config.seed, "order", row["id"]), row["id"]))
+    report = ctx.report
+    report.title = "A mixture of " + ", ".join(data)
+    report.lead = f"{len(found):,} rows."
+    report.data = {name: {"available": available, "taken": taken, "repeats": repeats} for name, available, taken, repeats in table}
+    report.table("Shares", ("input", "rows it has", "rows taken", "times"), table)
+    note = ", ".join(f"{name} {taken:,} (×{repeats:g})" for name, _, taken, repeats in table)
+    return finish_rows(ctx, "data.mix", list(data.values()), found, metrics={f"share_{name}": round(taken / len(found), 4) for name, _, taken, _ in table}, note=note)
+
+
+def plan(config: MixConfig, sizes: Mapping[str, int], total: int = 0) -> list[Share]:
     """How often the documents of each input come, in the inputs' order."""
     unknown = sorted(set(config.weights) - set(sizes))
     if unknown:
@@ -89,7 +128,7 @@ def plan(config: MixConfig, sizes: Mapping[str, int]) -> list[Share]:
     weights = {name: config.weights.get(name, 0.0) for name in sizes} if config.weights else {name: float(size) for name, size in sizes.items()}
     if min(weights.values()) < 0 or not sum(weights.values()) > 0:
         raise UserError("weights: must not be negative, and not all zero")
-    total = config.characters or sum(sizes.values())
+    total = total or config.characters or sum(sizes.values())
     shares = []
     for name, size in sizes.items():
         wanted = int(total * weights[name] / sum(weights.values()))

@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
-from llmworks.data.card import finish
+from llmworks.data.card import finish, finish_rows
 from llmworks.data.documents import COPY_OF, DocumentWriter
 from llmworks.data.parts import Span, spans, work
-from llmworks.data.rows import Row, read_chat, write_chat
+from llmworks.data.rows import Row, read_chat
 from llmworks.errors import DataError, UserError
 from llmworks.types import Document, Json
 
@@ -57,8 +57,9 @@ def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
         raise DataError(
             f"{data.name}: the {config.part} side of {config.folds} folds is empty; {len({r['group'] for r in rows})} groups are too few"
         )
-    write_chat(ctx.out, kept)
-    return Dataset(ctx.out, metrics={"rows": len(kept), "groups": len(_groups(kept))}, about={"schema": "chat", "rows": len(kept)})
+    groups = len(_groups(kept))
+    note = f"{config.part} side of fold {config.fold} of {config.folds}, {groups:,} of {len(_groups(rows)):,} groups"
+    return finish_rows(ctx, "data.split", [data], kept, metrics={"groups": groups}, note=note)
 
 
 def test_groups(groups: Sequence[str], config: SplitConfig) -> set[str]:

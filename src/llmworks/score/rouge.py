@@ -1,0 +1,29 @@
+"""ROUGE-L (Lin 2004): how alike two texts are by their longest common subsequence of words. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without case and punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a bit of an integer for each element of `a` (Hyyro 2004)."""
+    where: dict[str, int] = {}
+    for i, word in enumerate(a):
+        where[word] = where.get(word, 0) | 1 << i
+    full = (1 << len(a)) - 1
+    row = full
+    for word in b:
+        match = row & where.get(word, 0)
+        row = (row + match | row - match) & full
+    return len(a) - row.bit_count()
+
+
+def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
+    """F-measure of ROUGE-L of two sequences of words, from 0 to 1."""
+    return 2 * longest_common(a, b) / (len(a) + len(b)) if a and b else 0.0

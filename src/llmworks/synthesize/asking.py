@@ -1,0 +1,197 @@
+"""Ask a model and keep what came of it: rows with their origin, what was set aside and why, what it cost. Shared by all recipes.
+
+Answers stay in scratch as they come, so that a killed run asks nothing twice. Knows no recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Dataset, Model
+from llmworks.context import Context
+from llmworks.data.card import finish_rows
+from llmworks.data.documents import REJECTED
+from llmworks.data.rows import Row, flat_messages, read_chat
+from llmworks.errors import DataError, RequestError
+from llmworks.generate.account import Account
+from llmworks.generate.journal import Journal, request_id
+from llmworks.generate.remote import parse_remote
+from llmworks.types import Json, Message, Request, Sampling, messages_from_json, messages_to_json
+
+SHOWN = 12
+
+
+class Decoding(Config):
+    """How answers are drawn."""
+
+    max_tokens: int = Field(512, gt=0, description="longest answer; one that is cut off there is set aside")
+    temperature: float = Field(0.7, ge=0, description="0: the likeliest token, always")
+    top_p: float = Field(0.95, gt=0, le=1, description="share of the likeliest tokens that is drawn from")
+
+
+class Answer(NamedTuple):
+    """A model's answer, or why there is none that could be used."""
+
+    text: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked; `turn` tells repetitions of one question apart."""
+
+    messages: tuple[Message, ...]
+    turn: int = 0
+
+
+@dataclass
+class Maker:
+    """One run of a recipe over one model."""
+
+    ctx: Context
+    model: Model | Adapter
+    decoding: Decoding
+    stage: str
+    rows: list[Row] = field(default_factory=list)
+    rejected: list[Json] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._journal = Journal(self.ctx.scratch / "answers.jsonl", lambda: self.ctx.open_engine(self.model))
+        self._asked: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._journal.__exit__(kind, error, trace)
+
+    def ask(self, what: str, prompts: Sequence[Prompt | str], *, max_tokens: int = 0, temperature: float | None = None) -> list[Answer]:
+        """The answers, in the order of the prompts; a text alone is a user's turn. What the model refuses gives a problem, never an end."""
+        ids: list[str] = []
+        requests: dict[str, Request] = {}
+        for prompt in prompts:
+            asked = prompt if isinstance(prompt, Prompt) else Prompt((Message("user", prompt),))
+            request = self._request(asked, max_tokens, temperature)
+            ids.append(request_id(request, asked.turn))
+            requests[ids[-1]] = request
+        with self.ctx.progress.bar(what, len(requests), "answers") as bar:
+            answers = self._journal.ask(requests, bar)
+        self._asked.update(requests)
+        return [self._usable(answers[id]) for id in ids]
+
+    def _request(self, prompt: Prompt, max_tokens: int, temperature: float | None) -> Request:
+        heat = self.decoding.temperature if temperature is None else temperature
+        plain = Request(prompt.messages, sampling=Sampling(max_tokens or self.decoding.max_tokens, heat, self.decoding.top_p if heat else 1.0))
+        if not heat:
+            return plain
+        # of the prompt and the run's seed alone, so that the same run asks the same
+        seed = (int(request_id(plain, prompt.turn), 16) + self.ctx.seed) % (1 << 31)
+        return Request(prompt.messages, sampling=Sampling(plain.sampling.max_tokens, heat, plain.sampling.top_p, seed=seed))
+
+    @staticmethod
+    def _usable(answer: Any) -> Answer:
+        if isinstance(answer, RequestError):
+            return Answer("", f"refused ({answer})")
+        text = answer.text.strip()
+        problem = {"length": "cut off at max_tokens", "filtered": "filtered by the provider", "cancelled": "cancelled"}.get(answer.finish, "")
+        return Answer(text, problem or ("" if text else "empty answer"))
+
+    def keep(
+        self, id: str, messages: Sequence[Message], asked: Sequence[Prompt | str], *, group: str = "", tools: Sequence[Json] = (), answer: Any = None, **origin: Any
+    ) -> None:  # fmt: skip
+        """Keep a conversation that came of these prompts. `origin` is what else is known of how it was made."""
+        self.rows.append(self.row(id, asked, group=group, tools=tools, answer=answer, messages=messages_to_json(messages), **origin))
+
+    def row(self, id: str, asked: Sequence[Prompt | str], *, group: str = "", tools: Sequence[Json] = (), answer: Any = None, source: Row | None = None, **parts: Any) -> Row:
+        """A row with `made_by` among its own fields: stage, model, prompts, and whatever of `parts` is no part of a row; beside the fields of `source`."""
+        turns: Json = {name: parts.pop(name) for name in ("messages", "prompt", "chosen", "rejected") if name in parts}
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else messages_to_json(p.messages) for p in asked]
+        made = {"stage": self.stage, "model": self.model.ref.partition("?")[0] or self.model.name, "digest": self.model.digest[:12], "prompts": prompts, **parts}
+        return {"id": id, "group": group or id, **turns, "tools": list(tools), "answer": answer, "extra": {"fields": {**fields_of(source), "made_by": made}}}
+
+    def drop(self, origin: str, reason: str, text: str = "") -> None:
+        """Set something aside. A reason's part in brackets is detail, and not counted apart."""
+        self.rejected.append({"from": origin, "reason": reason, "text": text[:2000]})
+        self.reasons[reason.partition(" (")[0]] += 1
+
+    def finish(self, parents: Sequence[Dataset], *, lead: str = "", metrics: Mapping[str, Any] | None = None, note: str = "") -> Dataset:
+        """Write everything. DataError when nothing could be kept."""
+        if not self.rows:
+            first = f"; the first: {self.rejected[0]['reason']}" if self.rejected else ""
+            raise DataError(f"nothing that {self.model.name} answered could be kept ({len(self.rejected):,} set aside{first}); the answers stay in scratch, try another model or weaker conditions")
+        if self.rejected:
+            (self.ctx.out / REJECTED).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rejected), encoding="utf-8", errors="backslashreplace")
+            self.ctx.progress.say(f"{len(self.rejected):,} set aside in {REJECTED}: " + ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4)))
+        figures = {**self.account(), "rejected": len(self.rejected), **(metrics or {})}
+        report = self.ctx.report
+        report.title = f"{self.stage} by {self.model.name}"
+        report.lead = lead or f"{len(self.rows):,} rows kept, {len(self.rejected):,} set aside."
+        report.data = {"rows": len(self.rows), **figures, "reasons": dict(self.reasons)}
+        report.table("Figures", ("what", "value"), [("rows", len(self.rows)), *figures.items()])
+        if self.reasons:
+            report.table("Set aside", ("reason", "times"), self.reasons.most_common(40), note=f"The texts are in {REJECTED}.")
+        report.samples("Rows", [_shown(row) for row in self.rows[:SHOWN]])
+        return finish_rows(self.ctx, self.stage, parents, self.rows, dropped=self.reasons, metrics=figures, note=f"by {self.model.name}" + (f"; {note}" if note else ""), extra={"made_by": self.model.name})
+
+    def account(self) -> Json:
+        """What all answers took, those of an interrupted run too; the cost where the reference names prices."""
+        records = [self._journal.known[id] for id in self._asked if id in self._journal.known]
+        prompt_tokens, completion_tokens = sum(r.prompt_tokens for r in records), sum(r.completion_tokens for r in records)
+        found: Json = {"requests": len(records), "prompt_tokens": prompt_tokens, "answer_tokens": completion_tokens}
+        if self.model.ref.startswith(("http://", "https://")):
+            options = parse_remote(self.model.ref)[2]
+            if options.input_price or options.output_price:
+                found["cost"] = round(Account(options.input_price, options.output_price).price(prompt_tokens, completion_tokens), 6)
+        return found
+
+
+def answered(row: Row, *turns: Message) -> list[Json]:
+    """A row's conversation up to its last answer, with these turns in the answer's place."""
+    before = list(row["messages"])
+    while before and before[-1]["role"] == "assistant":
+        before.pop()
+    return [*before, *messages_to_json(turns)]
+
+
+def fields_of(row: Row | None) -> Json:
+    """The fields that a row has beside those of the schema; how it was made before is kept as `made_from`."""
+    fields = dict(((row or {}).get("extra") or {}).get("fields", {}))
+    if "made_by" in fields:
+        fields["made_from"] = fields.pop("made_by")
+    return fields
+
+
+def questions(data: Dataset, limit: int | None = None) -> list[tuple[Row, tuple[Message, ...]]]:
+    """(row, its conversation up to the last answer) of a set of conversations, tools written into the text. DataError when no row asks anything."""
+    found = []
+    for row in read_chat(data):
+        turns = flat_messages(row) if row["messages"] else ()
+        while turns and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        if turns and turns[-1].role in ("user", "tool"):
+            found.append((row, turns))
+    if not found:
+        raise DataError(f"{data.name}: no row asks anything")
+    return found[:limit]
+
+
+def instruction_of(row: Row) -> str:
+    """The text of a row's first user turn."""
+    return next((m.content for m in messages_from_json(row["messages"]) if m.role == "user"), "")
+
+
+def _shown(row: Row) -> dict[str, str]:
+    turns = row.get("messages") or [*row["prompt"], *row["chosen"]]
+    head = next((m["content"] for m in turns if m["role"] == "user"), row["id"])
+    shown = {"": " ".join(head.split())[:120], **{f"{i} {m['role']}": m.get("content") or json.dumps(m.get("tool_calls"), ensure_ascii=False) for i, m in enumerate(turns, 1)}}
+    if "rejected" in row:
+        shown["rejected"] = row["rejected"][-1]["content"]
+    return shown

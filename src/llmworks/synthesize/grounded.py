@@ -1,0 +1,148 @@
+"""Stage `synthesize.grounded`: questions that a passage answers, and answers that stand in it; what does not is set aside.
+
+A passage is asked about, each question is answered from the passage alone, and an answer is kept when its words, and all its numbers and
+names, are in the passage. So a small model cannot put its own knowledge, or its errors, into the set.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import NamedTuple
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Dataset, Model
+from llmworks.context import Context
+from llmworks.data.documents import read_documents
+from llmworks.errors import DataError
+from llmworks.score.rouge import words
+from llmworks.synthesize.asking import Decoding, Maker
+from llmworks.synthesize.pool import Pool
+from llmworks.synthesize.text import bare, numbered, refuses
+from llmworks.types import Document, Message
+
+POINTS = re.compile(r"\b(?:this|the|these|above|following|given|provided|according to)\s+(?:\w+\s+)?(?:passage|text|document|excerpt|section|paragraph|article|context|documentation|chapter|example|code)s?\b", re.IGNORECASE)
+UNKNOWN = re.compile(r"\b(?:not (?:mentioned|stated|specified|given|provided|answered)|does(?: not|n't) (?:say|mention|state|specify|provide|answer)|no information)\b", re.IGNORECASE)
+# words that carry nothing of their own, which an answer may add
+COMMON = frozenset(["a", "about", "all", "also", "an", "and", "any", "are", "as", "at", "be", "been", "both", "but", "by", "can", "could", "do", "does", "each", "for", "from", "had", "has", "have", "how", "if", "in", "into", "is", "it", "its", "may", "more", "most", "must", "no", "not", "of", "on", "one", "only", "or", "other", "should", "so", "some", "such", "than", "that", "the", "their", "them", "then", "there", "these", "they", "this", "those", "to", "two", "up", "use", "used", "uses", "using", "was", "were", "what", "when", "where", "which", "while", "who", "why", "will", "with", "would", "you", "your", "yes"])  # fmt: skip
+
+
+class Passage(NamedTuple):
+    """A part of a document, and where it begins there."""
+
+    document: str
+    start: int
+    text: str
+
+
+class GroundedConfig(Config):
+    """Passages, questions and what an answer needs."""
+
+    passages: int = Field(100, gt=0, description="passages asked about, drawn by the run's seed")
+    characters: int = Field(1500, ge=100, description="longest passage; cut between paragraphs")
+    least: int = Field(300, ge=20, description="shortest passage")
+    questions: int = Field(2, ge=1, le=10, description="questions of a passage")
+    support: float = Field(0.8, ge=0, le=1, description="share of an answer's telling words that must stand in the passage; its numbers must all")
+    alike: float = Field(0.8, gt=0, le=1, description="ROUGE-L from which on a question is refused as like one that is there")
+    with_passage: bool = Field(False, description="show the passage in the user's turn, to train reading rather than knowing")
+    decoding: Decoding = Field(Decoding(max_tokens=256), description="how questions are drawn")
+    answers: Decoding = Field(Decoding(temperature=0.0, max_tokens=200), description="how they are answered")
+
+
+def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
+    """Make conversations of one question and one answer from a set of documents; `made_by.passage` says where each answer stands.
+
+    Errors: DataError without a passage long enough, or when nothing can be kept.
+    """
+    every = [p for document in read_documents(data) for p in passages_of(document, config)]
+    if not every:
+        raise DataError(f"{data.name}: has no passage of {config.least} to {config.characters} characters")
+    chosen = random.Random(ctx.seed).sample(every, min(config.passages, len(every)))
+    pool = Pool(config.alike)
+    found: list[tuple[Passage, str, str, str]] = []  # (passage, id, prompt, question)
+    with Maker(ctx, model, config.decoding, "synthesize.grounded") as maker:
+        prompts = [_prompt(config, p) for p in chosen]
+        for passage, prompt, answer in zip(chosen, prompts, maker.ask("questions", prompts), strict=True):
+            id = f"{passage.document}@{passage.start}"
+            asked = numbered(answer.text) or [line.strip() for line in answer.text.splitlines() if line.strip().endswith("?")]
+            asked = asked[: config.questions] if not answer.problem.startswith("cut off") else asked[:-1][: config.questions]
+            if not asked:
+                maker.drop(id, answer.problem or "no question", answer.text)
+            for number, question in enumerate(map(bare, asked), 1):
+                if reason := problem_of(question) or ("" if pool.add(question) else "like another question"):
+                    maker.drop(f"{id}?{number}", reason, question)
+                else:
+                    found.append((passage, f"{id}?{number}", prompt, question))
+        asks = [_answer_prompt(passage, question) for passage, _, _, question in found]
+        answers = maker.ask("answers", asks, max_tokens=config.answers.max_tokens, temperature=config.answers.temperature)
+        for (passage, id, prompt, question), ask, answer in zip(found, asks, answers, strict=True):
+            share, missing = support_of(answer.text, passage.text, question)
+            reason = answer.problem or unsupported(answer.text) or (f"not in the passage ({missing})" if missing or share < config.support else "")
+            if reason:
+                maker.drop(id, reason, f"{question}\n\n{answer.text}")
+                continue
+            shown = f"{passage.text}\n\n{question}" if config.with_passage else question
+            where = {"document": passage.document, "start": passage.start, "end": passage.start + len(passage.text)}
+            maker.keep(id, (Message("user", shown), Message("assistant", answer.text)), [prompt, ask], group=passage.document, passage=where, support=round(share, 3))
+        return maker.finish([data], note=f"{len(chosen):,} of {len(every):,} passages")
+
+
+def passages_of(document: Document, config: GroundedConfig) -> list[Passage]:
+    """Whole paragraphs of a document, joined up to the longest passage."""
+    found: list[Passage] = []
+    start, text = 0, ""
+    for match in re.finditer(r"(?:(?!\n[ \t]*\n).)+", document.text, re.DOTALL):
+        paragraph = match[0].strip("\n")
+        if not paragraph.strip():
+            continue
+        if text and len(text) + 2 + len(paragraph) > config.characters:
+            found.append(Passage(document.id, start, text))
+            text = ""
+        begin = match.start() + len(match[0]) - len(match[0].lstrip("\n"))
+        start = start if text else begin
+        text = document.text[start : begin + len(paragraph)]
+    found.append(Passage(document.id, start, text))
+    return [p for p in found if config.least <= len(p.text) <= config.characters]
+
+
+def _prompt(config: GroundedConfig, passage: Passage) -> str:
+    count = f"{config.questions} questions" if config.questions > 1 else "one question"
+    return (
+        f"{passage.text}\n\n---\nWrite {count} that the passage above answers. Each must make sense to somebody who does not see the passage, so name what it is about. "
+        "Write a numbered list of questions, one a line, and nothing else."
+    )
+
+
+def _answer_prompt(passage: Passage, question: str) -> str:
+    return f"{passage.text}\n\n---\nAnswer this question from the passage above alone, in one to three sentences and with its words. If it does not say, write: not stated.\n\nQuestion: {question}"
+
+
+def problem_of(question: str) -> str:
+    """Why a question cannot be taken, or an empty string."""
+    if not question.endswith("?"):
+        return "no question"
+    if len(question.split()) < 4:
+        return "too short"
+    return "points at the passage" if POINTS.search(question) else ""
+
+
+def unsupported(answer: str) -> str:
+    """Why an answer is none, or an empty string."""
+    return "not stated" if UNKNOWN.search(answer) else "refuses to answer" if refuses(answer) else "points at the passage" if POINTS.search(answer) else ""
+
+
+def support_of(answer: str, passage: str, question: str) -> tuple[float, str]:
+    """(share of the answer's telling words that stand in passage or question, a number that stands in neither, if there is one)."""
+    there = {_stem(word) for word in words(passage)} | {_stem(word) for word in words(question)}
+    telling = [word for word in words(answer) if word not in COMMON]
+    number = next((word for word in telling if any(c.isdigit() for c in word) and _stem(word) not in there), "")
+    return (sum(_stem(word) in there for word in telling) / len(telling) if telling else 0.0), number
+
+
+def _stem(word: str) -> str:
+    """A word without the usual endings, so that `returns` is `return`; identifiers stay as they are."""
+    for ending in ("ing", "ed", "es", "s"):
+        if len(word) > len(ending) + 3 and word.endswith(ending) and "_" not in word:
+            return word[: -len(ending)].rstrip("e")
+    return word.rstrip("e") if len(word) > 4 else word

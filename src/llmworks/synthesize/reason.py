@@ -1,0 +1,77 @@
+"""Stage `synthesize.reason`: answers with their reasoning, kept where it ends at the known answer (STaR, Zelikman et al. 2022).
+
+A question that is never answered right is asked once more with the answer as a hint; the reasoning then is kept as if there had been none.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Dataset, Model
+from llmworks.context import Context
+from llmworks.data.rows import Row
+from llmworks.errors import DataError
+from llmworks.score.key import accepted_keys, key
+from llmworks.synthesize.asking import Decoding, Maker, Prompt, answered, questions
+from llmworks.types import Message
+
+HOW = "\n\nThink step by step. End with a line that says `Answer:` and the answer alone."
+HINT = "\n\nThe right answer is: {0}. Explain step by step how one gets there, as if you had not been told. End with a line that says `Answer:` and the answer alone."
+TOLD = re.compile(r"\b(?:hint|was told|were told|as given|given that the (?:right |correct )?answer|we (?:already )?know (?:that )?the answer|the right answer is (?:given|said))\b", re.IGNORECASE)
+
+
+class ReasonConfig(Config):
+    """How often each question is tried."""
+
+    tries: int = Field(2, ge=1, le=64, description="answers drawn of each question until one is right")
+    hint: bool = Field(True, description="after that once more with the answer as a hint")
+    least_words: int = Field(12, ge=0, description="shortest reasoning; shorter ones only name the answer")
+    limit: int | None = Field(None, gt=0, description="only the first rows")
+    decoding: Decoding = Field(Decoding(), description="how answers are drawn")
+
+
+def reason(config: ReasonConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
+    """Give conversations whose `answer` is a key an answer with reasoning. The row's own question is kept, without the words that ask for reasoning.
+
+    Errors: DataError for rows without a key, or when nothing can be kept.
+    """
+    todo = questions(data, config.limit)
+    for row, _ in todo:
+        accepted_keys(row)
+    last: dict[str, str] = {}
+    with Maker(ctx, model, config.decoding, "synthesize.reason") as maker:
+        for turn in range(config.tries + config.hint):
+            if not todo:
+                break
+            hinted = turn == config.tries
+            prompts = [Prompt(_with(turns, HINT.format(accepted_keys(row)[0]) if hinted else HOW), turn) for row, turns in todo]
+            left: list[tuple[Row, tuple[Message, ...]]] = []
+            for (row, turns), prompt, answer in zip(todo, prompts, maker.ask("with the answer as a hint" if hinted else f"try {turn + 1}", prompts), strict=True):
+                why = answer.problem or problem_of(config, answer.text, hinted) or key(turns, answer.text, row).reason
+                if why:
+                    last[row["id"]] = f"{why}\n{answer.text}"
+                    left.append((row, turns))
+                    continue
+                maker.rows.append(maker.row(row["id"], [prompt], group=row["group"], answer=row["answer"], source=row, messages=answered(row, Message("assistant", answer.text)), tries=turn + 1, hinted=hinted))
+            todo = left
+        for row, _ in todo:
+            why, _, text = last[row["id"]].partition("\n")
+            maker.drop(row["id"], "wrong in every try" if why.startswith("answered") else why, text)
+        if not maker.rows:
+            raise DataError(f"{data.name}: {model.name} never came to a known answer")
+        hinted_rows = sum(row["extra"]["fields"]["made_by"]["hinted"] for row in maker.rows)
+        return maker.finish([data], metrics={"hinted": hinted_rows}, note=f"{hinted_rows:,} with a hint")
+
+
+def _with(turns: tuple[Message, ...], words: str) -> tuple[Message, ...]:
+    """The conversation with words added to its last turn."""
+    return (*turns[:-1], Message("user", turns[-1].content + words))
+
+
+def problem_of(config: ReasonConfig, text: str, hinted: bool) -> str:
+    """Why a reasoning cannot be taken, or an empty string."""
+    if len(text.split()) < config.least_words:
+        return "no reasoning"
+    return "speaks of the hint" if hinted and TOLD.search(text) else ""

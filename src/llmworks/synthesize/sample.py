@@ -1,0 +1,80 @@
+"""Stage `synthesize.sample`: several answers to each question, those that a verifier accepts are kept (rejection sampling, as in Yuan et al. 2023).
+
+The verifier is that of the row's `answer`: a key, a regular expression, a JSON schema, unit tests, a SQL query, a function call.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Dataset, Model
+from llmworks.context import Context
+from llmworks.score import score_function
+from llmworks.synthesize.asking import Decoding, Maker, Prompt, answered, questions
+from llmworks.tokenize.templates import parse_calls
+from llmworks.types import Message, Score, ToolCall
+
+
+class SampleConfig(Config):
+    """How many answers, by whom they are accepted, and which are kept."""
+
+    answers: int = Field(4, ge=1, le=256, description="answers drawn of each question")
+    score: str = Field("verified", description="score function; verified: by the kind of the row's answer")
+    accept: float = Field(1.0, gt=0, le=1, description="least score")
+    keep: Literal["first", "shortest", "all"] = Field("first", description="of the accepted answers to one question; all: those that differ")
+    stop: bool = Field(True, description="ask no more of a question once an answer is accepted (with keep: all, never)")
+    limit: int | None = Field(None, gt=0, description="only the first rows")
+    decoding: Decoding = Field(Decoding(), description="how answers are drawn")
+
+
+def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
+    """Answer the question of every conversation (its turns before the last answer) and keep what is verified.
+
+    Errors: DataError for rows that cannot be verified, or when nothing is accepted; UserError for an unknown score function.
+    """
+    judge = score_function(config.score)
+    asked = questions(data, config.limit)
+    for row, turns in asked:
+        judge(turns, "", row)  # a row that cannot be judged is refused before anything is asked
+    accepted: dict[str, list[tuple[Prompt, str, int]]] = {row["id"]: [] for row, _ in asked}
+    why: dict[str, tuple[str, str]] = {}
+    with Maker(ctx, model, config.decoding, "synthesize.sample") as maker:
+        for turn in range(config.answers):
+            todo = [(row, turns) for row, turns in asked if not (accepted[row["id"]] and config.stop and config.keep == "first")]
+            prompts = [Prompt(turns, turn) for _, turns in todo]
+            for (row, turns), prompt, answer in zip(todo, prompts, maker.ask(f"answer {turn + 1}", prompts), strict=True):
+                problem = answer.problem or _judged(judge(turns, answer.text, row), config.accept)
+                if problem:
+                    why[row["id"]] = (problem, answer.text)
+                else:
+                    accepted[row["id"]].append((prompt, answer.text, turn + 1))
+        for row, _ in asked:
+            if not accepted[row["id"]]:
+                maker.drop(row["id"], f"no answer accepted ({why[row['id']][0]})", why[row["id"]][1])
+            for number, (prompt, text, turn) in enumerate(_chosen(config, accepted[row["id"]]), 1):
+                id = row["id"] if config.keep != "all" else f"{row['id']}~{number}"
+                maker.rows.append(
+                    maker.row(id, [prompt], group=row["group"], tools=row["tools"], answer=row["answer"], source=row, messages=answered(row, as_turn(text)), drawn=turn, accepted=len(accepted[row["id"]]))
+                )
+        solved = sum(map(bool, accepted.values()))
+        return maker.finish([data], metrics={"questions": len(asked), "solved": solved}, note=f"{solved:,} of {len(asked):,} questions solved, by {config.score}")
+
+
+def _judged(score: Score, least: float) -> str:
+    """Why a score is too low, or an empty string."""
+    return "" if score.value >= least else score.reason or f"score {score.value:.2g}"
+
+
+def _chosen(config: SampleConfig, found: list[tuple[Prompt, str, int]]) -> list[tuple[Prompt, str, int]]:
+    distinct = list({text: (prompt, text, turn) for prompt, text, turn in reversed(found)}.values())[::-1]
+    if config.keep == "all" or not distinct:
+        return distinct
+    return [min(distinct, key=lambda item: len(item[1]))] if config.keep == "shortest" else distinct[:1]
+
+
+def as_turn(text: str) -> Message:
+    """An answer as an assistant's turn; calls that are written in it become calls."""
+    said, calls = parse_calls(text)
+    return Message("assistant", said, tuple(ToolCall(c.name, c.arguments) for c in calls))

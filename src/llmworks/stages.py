@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
     "data.decontaminate": Stage("llmworks.data.decontaminate:decontaminate", 1, "exact", "find training documents that hold test rows"),
     "data.redact": Stage("llmworks.data.redact:redact", 1, "exact", "replace, tag or drop personal data and secrets"),
     "data.chat": Stage("llmworks.data.chat:chat", 3, "exact", "raw rows of any usual shape to conversations or preference pairs"),
-    "data.doctor": Stage("llmworks.data.doctor:doctor", 1, "exact", "would this model learn from these conversations what is meant?"),
+    "data.doctor": Stage("llmworks.data.doctor:doctor", 2, "exact", "would this model learn from these conversations what is meant?"),
     "data.export": Stage("llmworks.data.export:export", 1, "exact", "conversations or preference pairs back to JSONL, in any shape"),
     "data.pack": Stage("llmworks.data.pack:pack", 1, "exact", "conversations or documents as full rows of tokens, in shards that training maps"),
     "data.map": Stage("llmworks.data.map:map", 1, "exact-on-this-platform", "documents as points in clusters: an interactive page and a picture"),
@@ -64,6 +64,7 @@ STAGES: dict[str, Stage] = {
     "synthesize.reason": Stage("llmworks.synthesize.reason:reason", 1, "declared", "answers with reasoning that ends at the known answer"),
     "synthesize.sample": Stage("llmworks.synthesize.sample:sample", 1, "declared", "several answers to a question, those that a verifier accepts"),
     "synthesize.branch": Stage("llmworks.synthesize.branch:branch", 1, "declared", "a question divided, solved in parts, merged"),
+    "synthesize.pairs": Stage("llmworks.synthesize.pairs:pairs", 1, "declared", "preference pairs by verifier, judge or ratings"),
     "lineage.report": Stage("llmworks.lineage.story:report", 1, "declared", "one page: family tree, curves, scores, samples, sizes"),
 }
 

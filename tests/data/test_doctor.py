@@ -220,5 +220,38 @@ def test_words_on_the_command_line(pico: Path, tmp_path: Path, monkeypatch: pyte
         assert main([*words, "--quiet"]) == 2
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["data", "doctor", str(pico), str(raw), "more", "--quiet"])
+        main(["data", "doctor", str(pico), str(raw), str(raw), "more", "--quiet"])
     assert "'more' is one word too many" in capsys.readouterr().err
+
+
+def preference(prompt: str, chosen: str, rejected: str) -> Row:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+PAIRS = [preference(f"Question {i}?", f"Good {i}." + " More." * (i % 2), f"Bad {i}." + " More." * (1 - i % 2)) for i in range(30)]
+
+
+def test_good_pairs_have_no_findings(diagnose: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    assert set(diagnose(PAIRS)) == NOTES
+
+
+@pytest.mark.parametrize(
+    ("code", "rows", "count"),
+    [
+        ("contradictory-pairs", [*PAIRS, preference("Question 1?", PAIRS[1]["rejected"], PAIRS[1]["chosen"])], 1),
+        ("answer-in-prompt", [*PAIRS, preference("Is it true that water boils at 100 degrees?", "water boils at 100 degrees", "No, it does not boil at all")], 1),
+        ("length-bias", [preference(f"Question {i}?", f"Good {i}." + " More." * (i % 4), f"Bad {i}.") for i in range(30)], 30),
+    ],
+)
+def test_faults_of_pairs(diagnose: Callable[..., dict[str, dict[str, Any]]], code: str, rows: list[Row], count: int) -> None:
+    found = diagnose(rows)
+    assert set(found) - NOTES == {code}
+    assert found[code]["rows"] == count
+
+
+def test_questions_that_are_in_the_held_out_data(diagnose: Callable[..., dict[str, dict[str, Any]]], tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in [{"messages": [{"role": "user", "content": " question 3? "}, {"role": "assistant", "content": "x"}]}]))
+    assert main(["data", "chat", str(held), "--out", str(tmp_path / "held"), "--quiet"]) == 0
+    found = diagnose(PAIRS, words=("--held-out", str(tmp_path / "held")))
+    assert {code: finding["examples"] for code, finding in found.items() if code not in NOTES} == {"in-held-out": ["3"]}

@@ -25,10 +25,12 @@ from llmworks.tokenize.load import load_tokenizer, read_json, stop_ids
 from llmworks.tokenize.named import CHOICES, Template, use_template
 from llmworks.tokenize.probe import Finding, Uses, probe
 from llmworks.tokenize.templates import Rendered, encode, for_template, render_masked
-from llmworks.types import Message
+from llmworks.types import Json, Message
 
 LEVELS = ("error", "warning", "note")
 FIRST, SHOWN = 2, 5  # rows drawn from the beginning; rows named for each finding, and drawn because of one
+LEAKED = 20  # characters of an answer that may stand in its prompt by chance
+FEWEST, BIASED = 20, 0.7  # pairs from which on a preference for length is told, and from which share on
 OTHER_TURN = re.compile(r"\n\s*(?:(?:Human|User|USER|Assistant|System): |### (?:Instruction|Response|Human|Assistant)\b)")
 
 
@@ -48,9 +50,10 @@ class Case:
     rows: list[str] = field(default_factory=list)
 
 
-def doctor(config: DoctorConfig, model: Model | Adapter | Tokenizer, data: Dataset, ctx: Context) -> Report:
+def doctor(config: DoctorConfig, model: Model | Adapter | Tokenizer, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Report:
     """Report every fault of the template and of the rows; `errors` and `warnings` are metrics for a gate.
 
+    `held_out` is what the model will be measured on: its questions must not be in the data.
     Errors: ModelError for a model without a readable tokenizer; DataError for data that are no conversations.
     """
     tokenizer, stops, vocabulary, longest = load(config, model)
@@ -71,6 +74,10 @@ def doctor(config: DoctorConfig, model: Model | Adapter | Tokenizer, data: Datas
                         drawn.append((row["id"], rendered))
             bar.advance()
     among(rows, pairs, cases)
+    if pairs:
+        of_pairs(rows, cases)
+    if held_out is not None:
+        shared(rows, held_out, cases)
     found = sorted(cases.values(), key=lambda case: (LEVELS.index(case.finding.level), -len(case.rows), case.finding.code))
     return write_report(ctx, model, data, tokenizer, found, drawn, {"rows": len(rows), "tokens": tokens, "learned": learned})
 
@@ -186,6 +193,46 @@ def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
         asked, said = json.dumps([turns[:-1], row.get("tools")], sort_keys=True), json.dumps(turns[-1], sort_keys=True)
         if not pairs and answers.setdefault(asked, (said, row["id"]))[0] != said:
             _add(cases, row, Finding("contradiction", "note", "the same question has different answers", ""))
+
+
+def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
+    """Faults of preference pairs: one that another turns round, an answer that stands in its question, a preference for length."""
+    preferred: dict[str, str] = {}
+    longer = [row for row in rows if _length(row["chosen"]) > _length(row["rejected"])]
+    for row in rows:
+        prompt, good, bad = (json.dumps([row[side], row.get("tools")], sort_keys=True) for side in ("prompt", "chosen", "rejected"))
+        if good != bad and preferred.get(f"{prompt}{bad}{good}"):
+            _add(cases, row, Finding("contradictory-pairs", "error", "another pair prefers the same two answers the other way round", "keep one of the two, or neither"))
+        preferred[f"{prompt}{good}{bad}"] = row["id"]
+        asked = "\n".join(m["content"] or "" for m in row["prompt"])
+        said = "\n".join(m["content"] or "" for m in row["chosen"]).strip()
+        if len(said) >= LEAKED and said in asked:
+            _add(cases, row, Finding("answer-in-prompt", "warning", "the chosen answer stands in the prompt", "the model learns to copy: take the answer out of the prompt"))
+    share = len(longer) / max(1, len(rows))
+    if len(rows) >= FEWEST and share > BIASED:
+        ratio = sum(_length(row["chosen"]) for row in rows) / max(1, sum(_length(row["rejected"]) for row in rows))
+        finding = Finding("length-bias", "warning", f"the chosen answer is the longer one in {share:.0%} of the pairs, {ratio:.1f} times as long on average", "the model learns to be long: balance the pairs by length")
+        for row in longer:
+            _add(cases, row, finding)
+
+
+def _length(turns: Sequence[Json]) -> int:
+    return sum(len(m.get("content") or "") for m in turns)
+
+
+def shared(rows: Sequence[Row], held_out: Dataset, cases: dict[str, Case]) -> None:
+    """Questions that are in the held-out data too."""
+    other = read_preference(held_out) if schema_of(held_out) == "preference" else read_chat(held_out)
+    known = {_question(row) for row in other}
+    for row in rows:
+        if _question(row) in known:
+            _add(cases, row, Finding("in-held-out", "error", f"the question is in {held_out.name} too", "what is measured there was learned: split by question (data.split keeps groups together)"))
+
+
+def _question(row: Row) -> str:
+    """What is asked, without case and white space."""
+    turns = row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"]
+    return " ".join("\n".join(m.get("content") or "" for m in turns if m["role"] != "system").lower().split())
 
 
 def write_report(ctx: Context, model: Model | Adapter | Tokenizer, data: Dataset, tokenizer: Any, found: list[Case], drawn: list[tuple[str, Rendered]], counts: dict[str, int]) -> Report:

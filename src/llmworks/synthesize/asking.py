@@ -23,7 +23,7 @@ from llmworks.errors import DataError, RequestError
 from llmworks.generate.account import Account
 from llmworks.generate.journal import Journal, request_id
 from llmworks.generate.remote import parse_remote
-from llmworks.types import Json, Message, Request, Sampling, messages_from_json, messages_to_json
+from llmworks.types import Engine, Json, Message, Request, Sampling, messages_from_json, messages_to_json
 
 SHOWN = 12
 
@@ -53,19 +53,26 @@ class Prompt:
 
 @dataclass
 class Maker:
-    """One run of a recipe over one model."""
+    """One run of a recipe over one model; without a model nothing can be asked."""
 
     ctx: Context
-    model: Model | Adapter
+    model: Model | Adapter | None
     decoding: Decoding
     stage: str
+    file: str = "answers.jsonl"  # in scratch
     rows: list[Row] = field(default_factory=list)
     rejected: list[Json] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._journal = Journal(self.ctx.scratch / "answers.jsonl", lambda: self.ctx.open_engine(self.model))
+        self._journal = Journal(self.ctx.scratch / self.file, self._open)
+        self.by = self.model.name if self.model else "people"
         self._asked: set[str] = set()
+        self._others: list[Json] = []
+
+    def _open(self) -> Engine:
+        assert self.model is not None
+        return self.ctx.open_engine(self.model)
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +121,8 @@ class Maker:
         """A row with `made_by` among its own fields: stage, model, prompts, and whatever of `parts` is no part of a row; beside the fields of `source`."""
         turns: Json = {name: parts.pop(name) for name in ("messages", "prompt", "chosen", "rejected") if name in parts}
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else messages_to_json(p.messages) for p in asked]
-        made = {"stage": self.stage, "model": self.model.ref.partition("?")[0] or self.model.name, "digest": self.model.digest[:12], "prompts": prompts, **parts}
+        by = {"model": self.model.ref.partition("?")[0] or self.model.name, "digest": self.model.digest[:12]} if self.model else {}
+        made = {"stage": self.stage, **by, "prompts": prompts, **parts}
         return {"id": id, "group": group or id, **turns, "tools": list(tools), "answer": answer, "extra": {"fields": {**fields_of(source), "made_by": made}}}
 
     def drop(self, origin: str, reason: str, text: str = "") -> None:
@@ -126,30 +134,36 @@ class Maker:
         """Write everything. DataError when nothing could be kept."""
         if not self.rows:
             first = f"; the first: {self.rejected[0]['reason']}" if self.rejected else ""
-            raise DataError(f"nothing that {self.model.name} answered could be kept ({len(self.rejected):,} set aside{first}); the answers stay in scratch, try another model or weaker conditions")
+            raise DataError(f"nothing that {self.by} answered could be kept ({len(self.rejected):,} set aside{first}); the answers stay in scratch, try another model or weaker conditions")
         if self.rejected:
             (self.ctx.out / REJECTED).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rejected), encoding="utf-8", errors="backslashreplace")
             self.ctx.progress.say(f"{len(self.rejected):,} set aside in {REJECTED}: " + ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4)))
         figures = {**self.account(), "rejected": len(self.rejected), **(metrics or {})}
         report = self.ctx.report
-        report.title = f"{self.stage} by {self.model.name}"
+        report.title = f"{self.stage} by {self.by}"
         report.lead = lead or f"{len(self.rows):,} rows kept, {len(self.rejected):,} set aside."
         report.data = {"rows": len(self.rows), **figures, "reasons": dict(self.reasons)}
         report.table("Figures", ("what", "value"), [("rows", len(self.rows)), *figures.items()])
         if self.reasons:
             report.table("Set aside", ("reason", "times"), self.reasons.most_common(40), note=f"The texts are in {REJECTED}.")
         report.samples("Rows", [_shown(row) for row in self.rows[:SHOWN]])
-        return finish_rows(self.ctx, self.stage, parents, self.rows, dropped=self.reasons, metrics=figures, note=f"by {self.model.name}" + (f"; {note}" if note else ""), extra={"made_by": self.model.name})
+        return finish_rows(self.ctx, self.stage, parents, self.rows, dropped=self.reasons, metrics=figures, note=f"by {self.by}" + (f"; {note}" if note else ""), extra={"made_by": self.by})
+
+    def also(self, other: Maker) -> None:
+        """Count what another model of the same run took."""
+        self._others.append(other.account())
 
     def account(self) -> Json:
         """What all answers took, those of an interrupted run too; the cost where the reference names prices."""
         records = [self._journal.known[id] for id in self._asked if id in self._journal.known]
         prompt_tokens, completion_tokens = sum(r.prompt_tokens for r in records), sum(r.completion_tokens for r in records)
         found: Json = {"requests": len(records), "prompt_tokens": prompt_tokens, "answer_tokens": completion_tokens}
-        if self.model.ref.startswith(("http://", "https://")):
+        if self.model and self.model.ref.startswith(("http://", "https://")):
             options = parse_remote(self.model.ref)[2]
             if options.input_price or options.output_price:
                 found["cost"] = round(Account(options.input_price, options.output_price).price(prompt_tokens, completion_tokens), 6)
+        for other in self._others:
+            found = {name: found.get(name, 0) + other.get(name, 0) for name in {**found, **other}}
         return found
 
 

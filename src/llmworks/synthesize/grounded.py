@@ -22,6 +22,7 @@ from llmworks.synthesize.pool import Pool
 from llmworks.synthesize.text import bare, numbered, refuses
 from llmworks.types import Document, Message
 
+PARAGRAPH = re.compile(r"[^\n]*\S[^\n]*(?:\n[^\n]*\S[^\n]*)*")  # lines with something on them
 POINTS = re.compile(r"\b(?:this|the|these|above|following|given|provided|according to)\s+(?:\w+\s+)?(?:passage|text|document|excerpt|section|paragraph|article|context|documentation|chapter|example|code)s?\b", re.IGNORECASE)
 UNKNOWN = re.compile(r"\b(?:not (?:mentioned|stated|specified|given|provided|answered)|does(?: not|n't) (?:say|mention|state|specify|provide|answer)|no information)\b", re.IGNORECASE)
 # words that carry nothing of their own, which an answer may add
@@ -78,7 +79,7 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
         answers = maker.ask("answers", asks, max_tokens=config.answers.max_tokens, temperature=config.answers.temperature)
         for (passage, id, prompt, question), ask, answer in zip(found, asks, answers, strict=True):
             share, missing = support_of(answer.text, passage.text, question)
-            reason = answer.problem or unsupported(answer.text) or (f"not in the passage ({missing})" if missing or share < config.support else "")
+            reason = answer.problem or unsupported(answer.text) or (f"not in the passage ({missing})" if missing else f"not in the passage (telling words: {share:.0%})" if share < config.support else "")
             if reason:
                 maker.drop(id, reason, f"{question}\n\n{answer.text}")
                 continue
@@ -92,16 +93,12 @@ def passages_of(document: Document, config: GroundedConfig) -> list[Passage]:
     """Whole paragraphs of a document, joined up to the longest passage."""
     found: list[Passage] = []
     start, text = 0, ""
-    for match in re.finditer(r"(?:(?!\n[ \t]*\n).)+", document.text, re.DOTALL):
-        paragraph = match[0].strip("\n")
-        if not paragraph.strip():
-            continue
-        if text and len(text) + 2 + len(paragraph) > config.characters:
+    for match in PARAGRAPH.finditer(document.text):
+        if text and match.end() - start > config.characters:
             found.append(Passage(document.id, start, text))
             text = ""
-        begin = match.start() + len(match[0]) - len(match[0].lstrip("\n"))
-        start = start if text else begin
-        text = document.text[start : begin + len(paragraph)]
+        start = start if text else match.start()
+        text = document.text[start : match.end()]
     found.append(Passage(document.id, start, text))
     return [p for p in found if config.least <= len(p.text) <= config.characters]
 

@@ -15,7 +15,7 @@ from llmworks.artifact import Adapter, Config, Dataset, Model
 from llmworks.context import Context
 from llmworks.data.rows import read_chat
 from llmworks.errors import DataError
-from llmworks.synthesize.asking import Decoding, Maker, instruction_of
+from llmworks.synthesize.asking import Decoding, Maker, Prompt, instruction_of
 from llmworks.synthesize.pool import Pool
 from llmworks.synthesize.text import numbered, refuses
 from llmworks.types import Message
@@ -56,7 +56,9 @@ def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx:
             if len(made) >= config.rows:
                 break
             prompts = [_prompt(config, seeds, [task for task, _ in made], draw) for _ in range(config.requests)]
-            for prompt, answer in zip(prompts, maker.ask(f"round {turn + 1}", prompts), strict=True):
+            numbers = range(turn * config.requests, (turn + 1) * config.requests)  # two requests may show the same tasks
+            asked = [Prompt((Message("user", prompt),), number) for number, prompt in zip(numbers, prompts, strict=True)]
+            for prompt, answer in zip(prompts, maker.ask(f"round {turn + 1}", asked), strict=True):
                 tasks = [] if answer.problem and not answer.text else numbered(answer.text)
                 tasks = tasks[:-1] if answer.problem.startswith("cut off") else tasks  # the last one is not whole
                 if not tasks:

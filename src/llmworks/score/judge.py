@@ -1,0 +1,54 @@
+"""Scores that a model gives: a grade for one answer, or which of two is better. The prompts, and how the verdict is read; asking is the caller's.
+
+Two answers are shown in both orders, since judges prefer the first (Zheng et al. 2023, section 3.3).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from llmworks.types import Message
+
+BEST = 10
+VERDICT = re.compile(r"\[\[\s*([\d.]+|[ABC]|tie)\s*\]\]", re.IGNORECASE)
+LOOSE = re.compile(r"(?:grade|rating|score)\W{0,12}(?:is\W{0,4}|of\W{0,4})?([\d.]+)|\b([\d.]+)\s*(?:/|out of)\s*10\b", re.IGNORECASE)
+
+
+def transcript(prompt: Sequence[Message]) -> str:
+    """A conversation as text."""
+    return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in prompt)
+
+
+def grading(prompt: Sequence[Message], answer: str, criteria: str = "") -> str:
+    """What asks a judge for a grade from 1 to 10."""
+    what = criteria or "whether it does what was asked, is right, complete and clear, and says nothing needless"
+    return (
+        f"Grade the answer at the end of this conversation: {what}.\n\n{transcript(prompt)}\n\n[The answer begins]\n{answer}\n[The answer ends]\n\n"
+        "Say in one or two sentences what is good and bad about it, then write a grade from 1 (useless) to 10 (could not be better) in double brackets, like this: [[5]]"
+    )
+
+
+def comparing(prompt: Sequence[Message], first: str, second: str, criteria: str = "") -> str:
+    """What asks a judge for the better of two answers."""
+    what = criteria or "which does better what was asked, is right, complete and clear"
+    return (
+        f"Compare two answers to this conversation: {what}. Their order and length do not matter.\n\n{transcript(prompt)}\n\n[Answer A begins]\n{first}\n[Answer A ends]\n\n"
+        f"[Answer B begins]\n{second}\n[Answer B ends]\n\nSay in one or two sentences why, then write [[A]], [[B]], or [[C]] for a tie."
+    )
+
+
+def read_grade(text: str) -> float | None:
+    """The grade in a judge's answer, from 0 to 1; None when there is none from 1 to 10."""
+    found = [m[1] for m in VERDICT.finditer(text)] or [m[1] or m[2] for m in LOOSE.finditer(text)]
+    try:
+        grade = float(found[-1].rstrip(".")) if found else 0.0
+    except ValueError:
+        return None
+    return (grade - 1) / (BEST - 1) if 1 <= grade <= BEST else None
+
+
+def read_choice(text: str) -> str:
+    """ "A", "B" or "C" for a tie; empty when the judge did not say."""
+    found = [m[1].upper() for m in VERDICT.finditer(text)]
+    return {"TIE": "C"}.get(found[-1], found[-1]) if found and found[-1] in ("A", "B", "C", "TIE") else ""

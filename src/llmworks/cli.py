@@ -25,6 +25,7 @@ artifacts
   show ARTIFACT       where an artifact came from and what was measured
   tree [ARTIFACT]     the family tree of the workspace, or of one artifact
   verify ARTIFACT     check its files and its ancestors', derive exact steps again, byte for byte
+                      --golden MODEL [ENGINE]: does it, or the engine, read and say what was recorded?
   diff A B            which fields, parents and metrics differ
   gc                  remove what no name and no descendant needs
   assets list|fetch|path   named real models and data
@@ -170,8 +171,11 @@ def _tree() -> Parser:
 
 
 def _verify() -> Parser:
-    parser = _parser("verify", "artifacts.verify", "Check files of an artifact and its ancestors, and derive exact steps again.")
+    parser = _parser("verify", "artifacts.verify", "Check files of an artifact and its ancestors, and derive exact steps again; or replay golden tokens.")
     parser.add_argument("artifact")
+    parser.add_argument("engine", nargs="?", help="with --golden: a GGUF file, a server or another model that must agree with the first")
+    parser.add_argument("--golden", action="store_true", help="replay the model's golden tokens instead, on itself or on another engine")
+    parser.add_argument("--within", type=float, default=None, help="with --golden: how far logits may be away on average (default: by the type of the file, else 0.05)")
     return parser
 
 

@@ -45,6 +45,7 @@ STAGES: dict[str, Stage] = {
     "data.redact": Stage("llmworks.data.redact:redact", 1, "exact", "replace, tag or drop personal data and secrets"),
     "data.chat": Stage("llmworks.data.chat:chat", 3, "exact", "raw rows of any usual shape to conversations or preference pairs"),
     "data.doctor": Stage("llmworks.data.doctor:doctor", 2, "exact", "would this model learn from these conversations what is meant?"),
+    "data.show": Stage("llmworks.data.show:show", 1, "exact", "look at conversations, pairs or packed tokens: statistics, and a page of chats"),
     "data.export": Stage("llmworks.data.export:export", 1, "exact", "conversations or preference pairs back to JSONL, in any shape"),
     "data.pack": Stage("llmworks.data.pack:pack", 1, "exact", "conversations or documents as full rows of tokens, in shards that training maps"),
     "data.map": Stage("llmworks.data.map:map", 1, "exact-on-this-platform", "documents as points in clusters: an interactive page and a picture"),

@@ -90,6 +90,11 @@ def verify(args: argparse.Namespace) -> None:
     from llmworks.references import resolve
     from llmworks.relatives import derive, family_with
 
+    if args.golden:
+        golden(args)
+        return
+    if args.engine:
+        raise UserError(f"{args.engine!r} is one word too many; an engine is given with --golden")
     workspace = workspace_of(args)
     chosen = resolve(args.artifact, workspace=workspace)
     family = family_with(workspace, chosen)
@@ -110,6 +115,43 @@ def verify(args: argparse.Namespace) -> None:
     wrong = [f for f in findings if not f.ok]
     if wrong:
         raise GateFailed(f"{len(wrong)} of {len(findings)} artifacts do not verify; the first is {wrong[0].node.label}: {wrong[0].detail}")
+
+
+def golden(args: argparse.Namespace) -> None:
+    """`llmworks verify --golden MODEL [ENGINE]`."""
+    from llmworks.artifact import Adapter, Model
+    from llmworks.generate.replay import replay
+    from llmworks.model.golden import record
+    from llmworks.quantize.gguf import BOUNDS
+    from llmworks.references import open_engine, resolve
+
+    workspace = workspace_of(args)
+    model = resolve(args.artifact, workspace=workspace)
+    other = resolve(args.engine, workspace=workspace) if args.engine else model
+    for artifact in (model, other):
+        if not isinstance(artifact, (Model, Adapter)):
+            raise UserError(f"{artifact.name}: is a {artifact.kind}; golden tokens are those of a model")
+    recorded = model.golden
+    if recorded is None:
+        if other is model or not isinstance(model, Model) or model.format != "hf":
+            raise UserError(f"{model.name}: has no golden tokens recorded; name the model that it should agree with first: llmworks verify --golden MODEL {args.artifact}")
+        recorded = record(model.path)
+    bound = args.within if args.within is not None else BOUNDS.get(str(other.about.get("type", "")), 0.05)
+    engine = open_engine(other, workspace)
+    reference = open_engine(model, workspace) if other is not model and not model.ref.startswith(("http://", "https://")) and "logits" not in engine.can else None
+    try:
+        checks = replay(recorded, engine, bound, reference)
+    finally:
+        engine.close()
+        if reference is not None:
+            reference.close()
+    if args.json:
+        as_json([{"what": c.what, "ok": c.ok, "detail": c.detail} for c in checks])
+    else:
+        for c in checks:
+            out(f"{ {True: '✓', False: '✗', None: '·'}[c.ok] } {c.what:<15} {c.detail}")
+    if wrong := [c for c in checks if c.ok is False]:
+        raise GateFailed(f"{other.name} does not replay the golden tokens of {model.name}: {wrong[0].what}: {wrong[0].detail}")
 
 
 def diff(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from llmworks.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
 from llmworks.context import Context
 from llmworks.data.chat import conversations
 from llmworks.data.rows import Row, read_chat, read_preference, schema_of
+from llmworks.data.statistics import question_of
 from llmworks.data.turns import problems
 from llmworks.errors import ModelError, RequestError
 from llmworks.tokenize import view
@@ -223,16 +224,10 @@ def _length(turns: Sequence[Json]) -> int:
 def shared(rows: Sequence[Row], held_out: Dataset, cases: dict[str, Case]) -> None:
     """Questions that are in the held-out data too."""
     other = read_preference(held_out) if schema_of(held_out) == "preference" else read_chat(held_out)
-    known = {_question(row) for row in other}
+    known = {question_of(row) for row in other}
     for row in rows:
-        if _question(row) in known:
+        if question_of(row) in known:
             _add(cases, row, Finding("in-held-out", "error", f"the question is in {held_out.name} too", "what is measured there was learned: split by question (data.split keeps groups together)"))
-
-
-def _question(row: Row) -> str:
-    """What is asked, without case and white space."""
-    turns = row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"]
-    return " ".join("\n".join(m.get("content") or "" for m in turns if m["role"] != "system").lower().split())
 
 
 def write_report(ctx: Context, model: Model | Adapter | Tokenizer, data: Dataset, tokenizer: Any, found: list[Case], drawn: list[tuple[str, Rendered]], counts: dict[str, int]) -> Report:

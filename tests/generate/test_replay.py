@@ -1,0 +1,103 @@
+"""Golden tokens replayed on engines: what agrees passes, another template, other weights or a token added by a server do not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import TEMPLATE, make_pico, make_tokenizer
+from tests.generate.test_openai import Misbehaving, reply
+
+from llmworks.cli import main
+from llmworks.tokenize.templates import for_template, render_prompt
+from llmworks.types import messages_from_json
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any], str]]:
+    """(exit code, {what: ok}, all that was said) of `verify --golden`."""
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+
+    def run(*words: str) -> tuple[int, dict[str, Any], str]:
+        code = main(["verify", "--golden", *words, "--json"])
+        said = capsys.readouterr()
+        return code, {c["what"]: c["ok"] for c in json.loads(said.out or "[]")}, said.out + said.err
+
+    return run
+
+
+def changed(pico: Path, target: Path, template: str) -> Path:
+    shutil.copytree(pico, target)
+    make_tokenizer(template).save_pretrained(target)
+    return target
+
+
+def test_engines_that_run_here(check: Callable[..., Any], pico: Path, pico_gguf: Path, tmp_path: Path) -> None:
+    good = {"tokens": True, "logits": True}
+    assert check(str(pico), str(pico_gguf))[:2] == (0, good)
+    assert check(str(pico), str(pico))[:2] == (0, good)
+    code, found, said = check(str(pico), str(make_pico(tmp_path / "other", seed=1)))
+    assert (code, found) == (1, {"tokens": True, "logits": False})
+    assert "does not replay the golden tokens of model: logits:" in said
+    code, found, said = check(str(pico), str(changed(pico, tmp_path / "system", TEMPLATE.replace("{% for", "{{ '<|im_start|>' }}{% for", 1))))
+    assert (code, found) == (1, {"tokens": False, "logits": True})
+    assert "conversation 1: token 1 is 1, recorded" in said
+    assert check(str(pico), str(pico_gguf), "--within", "0")[0] == 1
+
+
+def test_a_record_is_replayed_on_its_own_model(check: Callable[..., Any], pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "gguf", str(pico), "--out", str(tmp_path / "small"), "--quiet", "--set", "type=f16"]) == 0
+    capsys.readouterr()
+    assert check(str(tmp_path / "small"))[:2] == (0, {"tokens": True, "logits": True})
+    code, _, said = check(str(pico))
+    assert code == 2
+    assert "has no golden tokens recorded" in said
+    assert check(str(pico), str(tmp_path / "small"))[0] == 0
+    assert main(["verify", str(pico), "more"]) == 2
+
+
+@pytest.fixture
+def server() -> Iterator[Misbehaving]:
+    server = Misbehaving()
+    yield server
+    server.stop()
+
+
+def counting(tokenizer: Any, extra: int = 0, usage: bool = True) -> Callable[[Any, dict[str, Any]], None]:
+    def behave(handler: Any, body: dict[str, Any]) -> None:
+        messages, tools = for_template(tokenizer, messages_from_json(body["messages"]), body.get("tools") or ())
+        made = reply("said")
+        made["usage"]["prompt_tokens"] = len(render_prompt(tokenizer, messages, tools=tools)) + extra
+        handler.say(200, json.dumps(made if usage else {**made, "usage": None}).encode())
+
+    return behave
+
+
+def test_servers(check: Callable[..., Any], pico: Path, server: Misbehaving) -> None:
+    tokenizer = make_tokenizer(TEMPLATE)
+    ref = f"{server.url}#m"
+    server.behaviours = [counting(tokenizer)] * 10
+    assert check(str(pico), ref)[:2] == (0, {"prompts": True, "greedy answers": None})
+    server.behaviours = [counting(tokenizer, extra=1)] * 10
+    code, found, said = check(str(pico), ref)
+    assert (code, found["prompts"]) == (1, False)
+    assert "the server read" in said
+    assert "a token added in front" in said
+    server.behaviours = [counting(make_tokenizer(TEMPLATE.replace("{% for", "{{ '<|im_start|>' }}{% for", 1)))] * 10
+    assert check(str(pico), ref)[0] == 1
+    server.behaviours = [counting(tokenizer, usage=False)] * 10
+    assert check(str(pico), ref)[:2] == (0, {"prompts": None, "greedy answers": None})
+
+
+def test_mistakes(check: Callable[..., Any], pico: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"a": 1}\n')
+    code, _, said = check(str(pico), str(tmp_path / "data.jsonl"))
+    assert code == 2
+    assert "golden tokens are those of a model" in said
+    code, _, said = check(str(pico), "http://127.0.0.1:9/v1#m")
+    assert code in (1, 3)
+    assert len(said.strip().splitlines()) == 1

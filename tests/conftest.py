@@ -91,8 +91,8 @@ def pico_gguf(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bfcl_rows() -> list[dict[str, Any]]:
     """The 400 BFCL questions with answers, from the registry package."""
     from llmworks import assets
-    from llmworks.data.bfcl import bfcl_rows as read
     from llmworks.data.jsonl import Rejected
+    from llmworks.data.published.bfcl import rows as read
 
     rejected = Rejected()
     rows = read(assets.fetch("bfcl-simple"), rejected)

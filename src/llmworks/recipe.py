@@ -90,7 +90,7 @@ TOP_KEYS = ("name", "about", "seed", "steps", "next")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; `overrides` are `step.field=value`. RecipeError with every problem found."""
+    """Read and check a recipe; `overrides` are `step.field=value`, or `step.use=REF`. RecipeError with every problem found."""
     return _Checker(path).check(overrides)
 
 
@@ -224,7 +224,7 @@ class _Checker:
             constructor.dispose()
 
     def apply(self, raw: dict[Any, Any], overrides: Sequence[str]) -> None:
-        """Put `step.field=value` into the raw steps."""
+        """Put `step.field=value`, or `step.use=REF`, into the raw steps."""
         for override in overrides:
             target, equals, text = override.partition("=")
             names = target.split(".")
@@ -235,8 +235,11 @@ class _Checker:
             if names[0] not in raw:
                 self.problem((), f"--set {override}: {unknown('step', names[0], list(map(str, raw)))}")
                 continue
+            if isinstance(body, dict) and "use" in body and names[1:] == ["use"]:
+                body["use"] = text
+                continue
             if not isinstance(body, dict) or "stage" not in body:
-                self.problem((), f"--set {override}: {names[0]} is no stage, so it has no config to set")
+                self.problem((), f"--set {override}: {names[0]} is no stage, so it has no config to set" + ("; what it uses is set by " + names[0] + ".use" if isinstance(body, dict) and "use" in body else ""))
                 continue
             body["config"] = body.get("config") or {}
             try:

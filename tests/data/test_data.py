@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from llmworks.artifact import Dataset
-from llmworks.data.bfcl import json_schema, right_call
 from llmworks.data.jsonl import Rejected, read_jsonl
 from llmworks.data.overlap import texts
+from llmworks.data.published.bfcl import json_schema, right_call
 from llmworks.data.rows import read_chat, write_chat
 from llmworks.data.split import SplitConfig
 from llmworks.data.split import test_groups as held_out

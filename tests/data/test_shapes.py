@@ -52,6 +52,11 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"text": "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\nHello.<|im_end|>", "n": 1},
         {"text": "\n<|im_start|>user \nHi<|im_end|>\n\n<|im_start|>assistant\nHello.<|im_end|>\n"},
     ],
+    "evals": [
+        {"input": [S, U], "ideal": "Hello."},
+        {"input": [S], "ideal": ["Hello.", "Hi."], "id": "e"},
+        {"input": [{**U, "name": "example_user"}], "ideal": "1"},
+    ],
     "completion": [
         {"prompt": "The sky is", "completion": " blue."},
         {"prompt": [S, U], "completion": [A]},

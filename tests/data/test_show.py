@@ -67,7 +67,7 @@ def test_rows_and_statistics(chats: Path, tmp_path: Path, pico: Path, capsys: py
     assert facts["lengths"]["assistant"]["100%"] == len("Sehr gut, vielen Dank.")
     said = capsys.readouterr().out
     assert "1 stand more than once; 2 ask what another asks" in said
-    assert "\x1b[42;30mSo" in said
+    assert "<|im_start|>assistant⏎\n«So.<|im_end|>»" in said
 
 
 def test_choosing_rows(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_choosing_rows(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     shown, _ = items(tmp_path / "r")
     assert [item["id"] for item in shown] == ["e"]
     assert all(not item["tokens"] for item in shown)
-    assert "\x1b[34;1muser\x1b[0m\n  Same question" in capsys.readouterr().out
+    assert "user\n  Same question" in capsys.readouterr().out
     for words, says in ((["--set", "contains=nowhere"], "no row holds 'nowhere'"), (["--set", "first=9"], "no row comes after the first 9")):
         assert main(["data", "show", str(chats), *words]) == 2
         assert says in capsys.readouterr().err

@@ -19,7 +19,7 @@ sys.modules["bfcl_eval.constants.model_config"] = stand_in
 from bfcl_eval.constants.enums import Language  # noqa: E402
 from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker  # noqa: E402
 
-from llmworks.data.bfcl import chat_row  # noqa: E402
+from llmworks.data.published.bfcl import chat_row  # noqa: E402
 
 DATA = Path(sys.argv[1]) / "bfcl_eval" / "data"
 FILE = "BFCL_v4_simple_python.json"

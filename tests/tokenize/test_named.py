@@ -13,7 +13,7 @@ from tests.conftest import TEMPLATE, make_tokenizer
 from llmworks.errors import ModelError, RequestError, UserError
 from llmworks.tokenize.named import FOLDER, NAMED, named_template
 from llmworks.tokenize.templates import encode, for_template, render_masked, render_text, tool_aware
-from llmworks.tokenize.view import as_ansi, as_html, as_plain
+from llmworks.tokenize.view import as_ansi, as_html, as_plain, without_colours
 from llmworks.types import Json, Message, ToolCall
 
 ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures" / "chat_templates.json").read_text())
@@ -122,6 +122,7 @@ def test_views_show_the_same_text() -> None:
     assert "\x1b[42;30m" in ansi
     text = tokenizer.decode(rendered.ids)
     assert re.sub(r"\x1b\[[\d;]*m", "", ansi).replace("⏎", "") == text
+    assert without_colours(ansi).replace("⏎", "") == as_plain(tokenizer, rendered.ids, rendered.mask)
     page = as_html(tokenizer, rendered.ids, rendered.mask)
     assert page.count("<span") == len(rendered.ids)
     assert "&lt;" in page

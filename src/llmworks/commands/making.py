@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -223,12 +222,13 @@ def _inputs(args: argparse.Namespace, workspace: Workspace) -> dict[str, Any]:
 def _say_made(args: argparse.Namespace, outcome: Outcome) -> None:
     """What a stage made, where it is, and what a report wants to be seen at once."""
     from llmworks.runner import facts
+    from llmworks.tokenize.view import without_colours
 
     stage, artifact = args.stage, outcome.artifact
     terminal = artifact.path / TERMINAL
     if terminal.exists():
         text = terminal.read_text(encoding="utf-8")
-        out((text if sys.stdout.isatty() else re.sub(r"\x1b\[[\d;]*m", "", text)).rstrip("\n") + "\n")
+        out((text if sys.stdout.isatty() else without_colours(text)).rstrip("\n") + "\n")
     out(
         f"✓ {stage.name}  {artifact.kind} {artifact.digest[:12]}  {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(artifact.metrics)}"
     )

@@ -5,9 +5,10 @@ Rows whose turns are out of order are set aside with the reason, never mended si
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -15,23 +16,26 @@ from pydantic import Field
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data import shapes
-from llmworks.data.bfcl import bfcl_rows
 from llmworks.data.card import finish_rows
 from llmworks.data.jsonl import Rejected
+from llmworks.data.published import bfcl, flan_cot, spider
 from llmworks.data.rawrows import raw_rows
 from llmworks.data.rows import TURNS, Row
 from llmworks.data.turns import merged, problems
 from llmworks.errors import DataError
 from llmworks.types import Json, Message, messages_from_json, messages_to_json
 
+PUBLISHED = {"bfcl": bfcl, "flan-cot": flan_cot, "spider": spider}
+
 
 class ChatConfig(Config):
     """What the raw rows are, and what is asked of them."""
 
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "chatml", "completion", "preference", "bfcl"] = Field(
-        "auto", description="auto: each row's shape is recognised by its keys; bfcl: a directory with questions.jsonl and answers.jsonl"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "chatml", "completion", "evals", "preference", "bfcl", "flan-cot", "spider"] = Field(
+        "auto", description="auto: each row's shape is recognised by its keys; bfcl, flan-cot and spider are published sets of other forms"
     )
     turns: Literal["strict", "any"] = Field("strict", description="strict: rows with turns out of order, empty turns or broken tool calls are set aside; any: they stay")
+    repeated: Literal["keep", "drop"] = Field("keep", description="drop: rows whose turns and tools are those of an earlier row are set aside")
     merge_turns: bool = Field(False, description="first join neighbouring turns of one role by an empty line")
 
 
@@ -41,7 +45,10 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
     Errors: DataError for a missing or empty file, or when no row is left.
     """
     rejected = Rejected()
-    rows = bfcl_rows(data.path, rejected) if config.format == "bfcl" else list(_rows(config, data, rejected))
+    published = PUBLISHED.get(config.format)
+    rows = published.rows(data.path, rejected) if published else list(_rows(config, data, rejected))
+    if config.repeated == "drop":
+        rows = without_repeated(rows, data.name, rejected)
     if not rows:
         first = f": {rejected.rows[0]['file']} line {rejected.rows[0]['line']}: {rejected.rows[0]['reason']}" if rejected.rows else ""
         raise DataError(f"{data.path}: no row could be read as {'a conversation' if config.format == 'auto' else repr(config.format)}{first}")
@@ -57,6 +64,19 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
         ctx.report.table("Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
     extra = {"rejected": len(rejected.rows), "shapes": dict(found)}
     return finish_rows(ctx, "data.chat", [data], rows, dropped=plain_reasons(reasons), metrics={"rejected": len(rejected.rows)}, extra=extra)
+
+
+def without_repeated(rows: Sequence[Row], name: str, rejected: Rejected) -> list[Row]:
+    """The rows without those whose turns and tools stand before."""
+    first: dict[str, str] = {}
+    kept = []
+    for number, row in enumerate(rows, 1):
+        content = json.dumps([row.get(side) for side in ("messages", "prompt", "chosen", "rejected", "tools")], sort_keys=True)
+        if first.setdefault(content, row["id"]) == row["id"]:
+            kept.append(row)
+        else:
+            rejected.add(name, number, f"the same as another row ({first[content]})", row["id"])
+    return kept
 
 
 def plain_reasons(reasons: Mapping[str, int]) -> dict[str, int]:

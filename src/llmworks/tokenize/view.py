@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,13 @@ def as_ansi(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
             colour = (SPECIAL_LEARNED if learned else SPECIAL_READ) if special else (LEARNED if learned else READ)
             text += colour + piece.replace("\n", f"⏎{RESET}\n{colour}") + RESET
     return text
+
+
+def without_colours(text: str) -> str:
+    """What was made for a terminal, for a file: learned stretches stand in «» instead."""
+    learned = rf"(?:{re.escape(LEARNED)}|{re.escape(SPECIAL_LEARNED)})"
+    marked = re.sub(rf"(?:{learned}[^\x1b]*{re.escape(RESET)}\n?)+", lambda m: f"«{m[0].rstrip()}»" + ("\n" if m[0].endswith("\n") else ""), text)
+    return re.sub(r"\x1b\[[\d;]*m", "", marked)
 
 
 def as_plain(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:

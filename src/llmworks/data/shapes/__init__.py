@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from types import ModuleType
 
-from llmworks.data.shapes import alpaca, chatml, completion, messages, preference, sharegpt
+from llmworks.data.shapes import alpaca, chatml, completion, evals, messages, preference, sharegpt
 from llmworks.data.shapes.fields import Row
 from llmworks.types import Json
 
 # in the order in which they are tried
 SHAPES: dict[str, ModuleType] = {
-    "preference": preference, "messages": messages, "sharegpt": sharegpt, "alpaca": alpaca, "chatml": chatml, "completion": completion,
+    "preference": preference, "messages": messages, "sharegpt": sharegpt, "alpaca": alpaca, "chatml": chatml, "evals": evals, "completion": completion,
 }  # fmt: skip
 CONTENT = ("messages", "prompt", "chosen", "rejected", "tools", "answer")
 

@@ -18,12 +18,12 @@ _TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 OMITTED = ""  # among the accepted values of an argument, this says that it may be left out
 
 
-def bfcl_rows(folder: Path, rejected: Rejected) -> list[Row]:
+def rows(folder: Path, rejected: Rejected) -> list[Row]:
     """Chat rows of a BFCL category: the question, the functions, the right call."""
     if not folder.is_dir():
         raise DataError(f"{folder}: format bfcl takes a directory with questions.jsonl and answers.jsonl")
     answers = {answer.get("id"): answer for _, answer in read_jsonl(folder / "answers.jsonl", rejected)}
-    rows: list[Row] = []
+    found: list[Row] = []
     seen: set[str] = set()
     for line, question in read_jsonl(folder / "questions.jsonl", rejected):
         try:
@@ -36,8 +36,8 @@ def bfcl_rows(folder: Path, rejected: Rejected) -> list[Row]:
             continue
         seen.add(question["id"])
         full = messages_to_json((*messages, Message("assistant", "", (call,))))
-        rows.append({"id": question["id"], "group": call.name, "messages": full, "tools": functions, "answer": accepted, "extra": {}})
-    return rows
+        found.append({"id": question["id"], "group": call.name, "messages": full, "tools": functions, "answer": accepted, "extra": {}})
+    return found
 
 
 def json_schema(spec: Any) -> Any:

@@ -1,0 +1,48 @@
+"""Worked multiple-choice examples as FLAN writes them: `Q: ... (A) ... (B) ... A: Let's think step by step. ... The answer is (C).`
+
+One JSON object of subject -> text with several examples, as lm-evaluation-harness has for MMLU (Hendrycks et al. 2021; Wei et al. 2022).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from llmworks.data.jsonl import Rejected
+from llmworks.data.rows import Row
+from llmworks.errors import DataError
+from llmworks.types import Message, messages_to_json
+
+EXAMPLE = re.compile(r"^Q:\s*(.*?)^A:\s*(.*?)(?=^Q:|\Z)", re.MULTILINE | re.DOTALL)
+ANSWER = re.compile(r"The answer is \(([A-Z])\)\.?\s*\Z")
+OPTION = re.compile(r"\(([A-Z])\)")
+
+
+def rows(path: Path, rejected: Rejected) -> list[Row]:
+    """Chat rows: question with its options, reasoning that ends with the answer's letter; the letter is the key, the subject the group."""
+    files = [path] if path.is_file() else sorted(path.glob("[!.]*.json"))
+    if not files:
+        raise DataError(f"{path}: format flan-cot takes a JSON file")
+    found: list[Row] = []
+    for file in files:
+        try:
+            subjects = json.loads(file.read_text(encoding="utf-8"))
+            assert isinstance(subjects, dict)
+            assert all(isinstance(text, str) for text in subjects.values())
+        except (ValueError, AssertionError):
+            raise DataError(f"{file}: must be a JSON object of subjects, each a text of examples") from None
+        for line, (subject, text) in enumerate(subjects.items(), 1):
+            examples = EXAMPLE.findall(text)
+            if not examples:
+                rejected.add(file.name, line, "no example (Q: and A: at the beginning of lines)", text)
+            for number, (asked, said) in enumerate(examples, 1):
+                asked, said = asked.strip(), said.strip()
+                letter = ANSWER.search(said)
+                if letter is None or letter[1] not in OPTION.findall(asked):
+                    rejected.add(file.name, line, "an example does not end with one of its options", f"Q: {asked}\nA: {said}")
+                    continue
+                turns = (Message("user", asked), Message("assistant", said))
+                extra = {"fields": {"subject": subject}}
+                found.append({"id": f"{subject}-{number}", "group": subject, "messages": messages_to_json(turns), "tools": [], "answer": f"({letter[1]})", "extra": extra})
+    return found

@@ -1,0 +1,107 @@
+"""Spider's text-to-SQL questions as OpenAI's evals have them: tables and columns, a question, the query; and data to run queries on.
+
+The set comes without databases, so each question gets one: rows of small numbers and of the words that the query names, drawn until the query
+gives something (the idea of distilled test suites, Zhong et al. 2020). So two queries that differ in meaning mostly differ in what they give.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from llmworks.data.jsonl import Rejected, read_jsonl
+from llmworks.data.rows import Row
+from llmworks.errors import DataError
+from llmworks.types import Message, messages_to_json
+
+TABLE = re.compile(r"^Table: (.*?)\. Columns: (.*)$", re.MULTILINE)
+COLUMN = re.compile(r"(.+) \((\w+)\)")
+LITERAL = re.compile(r"'([^']*)'|\"([^\"]*)\"")
+NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.])")
+WORDS = ("red", "blue", "north", "Ada", "Ben", "Cleo", "spring", "winter")
+ROWS, TRIES = 12, 60
+
+
+def rows(path: Path, rejected: Rejected) -> list[Row]:
+    """Chat rows: tables and question, the query; `answer` has the query and the database that it is checked on."""
+    files = [path] if path.is_file() else sorted(path.glob("[!.]*.jsonl"))
+    if not files:
+        raise DataError(f"{path}: format spider takes a JSONL file")
+    found: list[Row] = []
+    for file in files:
+        for line, raw in read_jsonl(file, rejected):
+            try:
+                asked, query = str(raw["input"][-1]["content"]).strip(), str(raw["ideal"])
+                tables = tables_of(asked)
+                setup = database(tables, query, seed=line)
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                rejected.add(file.name, line, str(error) if isinstance(error, ValueError) else "not a question with tables and a query", str(raw))
+                continue
+            turns = (Message("user", asked), Message("assistant", f"```sql\n{query.strip()}\n```"))
+            group = "+".join(sorted(name.lower() for name, _ in tables))
+            found.append({"id": f"spider-{line}", "group": group, "messages": messages_to_json(turns), "tools": [], "answer": {"sql": query, "setup": setup}, "extra": {"fields": {"tables": len(tables)}}})
+    return found
+
+
+def tables_of(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(name, [(column, type)]) of every table that a question lists. ValueError when it lists none."""
+    found = []
+    for name, columns in TABLE.findall(text):
+        parts = [COLUMN.fullmatch(part) for part in re.split(r", (?=[^,()]+ \(\w+\))", columns)]
+        if not all(parts):
+            raise ValueError(f"the columns of table {name!r} cannot be read")
+        found.append((name, [(part[1], part[2]) for part in parts if part]))
+    if not found:
+        raise ValueError("lists no tables")
+    return found
+
+
+def database(tables: list[tuple[str, list[tuple[str, str]]]], query: str, seed: int) -> str:
+    """SQL that makes tables in which the query finds something. ValueError when it finds nothing in any of so many."""
+    words = [a or b for a, b in LITERAL.findall(query)]
+    words = [w.strip("%") for w in words if w.strip("%")]
+    numbers = [float(n) if "." in n else int(n) for n in NUMBER.findall(query) if float(n) < 1e9]
+    failure = "gives nothing on made-up data"
+    for attempt in range(TRIES):
+        draw = random.Random(f"{seed}/{attempt}")
+        lines = []
+        for number, (name, columns) in enumerate(tables):
+            if name.startswith("sqlite_"):  # SQLite makes these itself
+                continue
+            names = ", ".join(f'"{column}" {_type(kind)}' for column, kind in columns)
+            lines.append(f'CREATE TABLE "{name}" ({names});')
+            for place in range(ROWS + number):  # else all tables would have as many rows
+                values = ", ".join(_value(draw, kind, words, numbers, place, first=i == 0) for i, (_, kind) in enumerate(columns))
+                lines.append(f'INSERT INTO "{name}" VALUES ({values});')
+        setup = "\n".join(lines)
+        try:
+            with sqlite3.connect(":memory:") as memory:
+                memory.executescript(setup)
+                given = memory.execute(query).fetchmany(1000)
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            failure = f"cannot be run ({error})"
+            break
+        finally:
+            memory.close()
+        if given and any(value not in (None, 0, "") for row in given for value in row):
+            return setup
+    raise ValueError(f"its query {failure}")
+
+
+def _type(kind: str) -> str:
+    return "REAL" if kind == "number" else "TEXT"
+
+
+def _value(draw: random.Random, kind: str, words: list[str], numbers: list[Any], place: int, *, first: bool) -> str:
+    if first and kind == "number":
+        return str(place + 1)  # a key, most often
+    if kind == "number":
+        some = draw.choice(numbers) + draw.choice((-1, 0, 0, 1)) if numbers and draw.random() < 0.4 else draw.randint(1, ROWS)
+        return str(some)
+    if kind == "time":
+        return f"'{draw.randint(2000, 2020)}-{draw.randint(1, 12):02d}-{draw.randint(1, 28):02d}'"
+    word = draw.choice(words) if words and draw.random() < 0.5 else str(draw.choice(numbers)) if numbers and draw.random() < 0.2 else draw.choice(WORDS) if draw.random() < 0.7 else str(draw.randint(1, ROWS))
+    return "'" + word.replace("'", "''") + "'"

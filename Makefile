@@ -6,13 +6,16 @@ INSTALLED := $(VENV)/.installed
 CORPUS := $(VENV)/.corpus
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: quickstart corpus test slow check bench bench-data docs clean
+.PHONY: quickstart corpus instructions test slow check bench bench-data bench-conversations docs clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/llmworks run recipes/quickstart.yaml
 
 corpus: $(CORPUS)
 	$(BIN)/llmworks run recipes/corpus.yaml --workers 2
+
+instructions: $(CORPUS)
+	$(BIN)/llmworks run recipes/instructions.yaml --workers 2
 
 test: $(DEVELOPED)
 	$(BIN)/python -m pytest
@@ -31,6 +34,12 @@ bench: $(DEVELOPED)
 bench-data: $(DEVELOPED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check rensa==0.5.0 datasketch==2.0.0
 	$(BIN)/python benchmarks/data.py
+
+bench-conversations: $(DEVELOPED)
+	$(PYTHON) -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 addict colorama
+	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers/axolotl axolotl==0.19.0
+	$(BIN)/python benchmarks/conversations.py --peers $(VENV)/peers/bin/python --axolotl $(VENV)/peers/axolotl
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

@@ -150,7 +150,7 @@ def pieces_of(folder: Path, tool: str) -> Counter[str]:
 def main() -> None:
     """Run all, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "llmworks" / "bench")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "llmworks" / "bench-conversations")
     parser.add_argument("--peers", default="")
     parser.add_argument("--axolotl", default="")
     parser.add_argument("--only", default="")

@@ -128,7 +128,7 @@ def test_grounded(tmp_path: Path) -> None:
     }  # fmt: skip
 
     def answer(text: str, before: int) -> str:
-        if "Write" in text and "questions that the passage" in text:
+        if "Write a numbered list of questions" in text:
             return "\n".join(f"{i}. {q}" for i, q in enumerate([*answers, "What does the passage say about fields?", "Why?", "Tell me more about fields", "What does parse_line return"], 1))
         return answers[text.rpartition("Question: ")[2]]
 
@@ -236,7 +236,7 @@ def test_a_break_costs_nothing_twice(tmp_path: Path) -> None:
     def answer(text: str, before: int) -> str:
         number = re.search(r"Number (\d+)", text)
         assert number is not None
-        return f"1. What raises ValueError in the case of {'ab' * int(number[1])} fields?" if "Write one question" in text else "An open quote."
+        return f"1. What raises ValueError in the case of {'ab' * int(number[1])} fields?" if "Write a numbered list of questions" in text else "An open quote."
 
     whole = Scripted(answer)
     expected = read_chat(grounded(config, foreign(), data, context(tmp_path / "whole", whole)))
@@ -254,7 +254,7 @@ def test_a_break_costs_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_nothing_kept_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing that m answered could be kept \(1 set aside; the first: no question\)"):
+    with pytest.raises(DataError, match=r"nothing that m answered could be kept \(no question 1\)"):
         grounded(GroundedConfig(least=100), foreign(), documents(tmp_path / "d", PASSAGE), context(tmp_path, Scripted(lambda text, before: "none")))
     with pytest.raises(DataError, match="has no passage of 300 to 1500 characters"):
         grounded(GroundedConfig(), foreign(), documents(tmp_path / "e", "short"), context(tmp_path, Scripted(lambda text, before: "none")))

@@ -133,8 +133,8 @@ class Maker:
     def finish(self, parents: Sequence[Dataset], *, lead: str = "", metrics: Mapping[str, Any] | None = None, note: str = "") -> Dataset:
         """Write everything. DataError when nothing could be kept."""
         if not self.rows:
-            first = f"; the first: {self.rejected[0]['reason']}" if self.rejected else ""
-            raise DataError(f"nothing that {self.by} answered could be kept ({len(self.rejected):,} set aside{first}); the answers stay in scratch, try another model or weaker conditions")
+            why = ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
+            raise DataError(f"nothing that {self.by} answered could be kept ({why or 'no question'}); the answers are in {self.ctx.scratch}, try another model or weaker conditions")
         if self.rejected:
             (self.ctx.out / REJECTED).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rejected), encoding="utf-8", errors="backslashreplace")
             self.ctx.progress.say(f"{len(self.rejected):,} set aside in {REJECTED}: " + ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4)))

@@ -63,14 +63,14 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
     pool = Pool(config.alike)
     found: list[tuple[Passage, str, str, str]] = []  # (passage, id, prompt, question)
     with Maker(ctx, model, config.decoding, "synthesize.grounded") as maker:
-        prompts = [_prompt(config, p) for p in chosen]
+        prompts = [_question_prompt(config, p) for p in chosen]
         for passage, prompt, answer in zip(chosen, prompts, maker.ask("questions", prompts), strict=True):
             id = f"{passage.document}@{passage.start}"
-            asked = numbered(answer.text) or [line.strip() for line in answer.text.splitlines() if line.strip().endswith("?")]
+            asked = numbered(answer.text) or [line.strip() for line in answer.text.splitlines() if "?" in line]
             asked = asked[: config.questions] if not answer.problem.startswith("cut off") else asked[:-1][: config.questions]
             if not asked:
                 maker.drop(id, answer.problem or "no question", answer.text)
-            for number, question in enumerate(map(bare, asked), 1):
+            for number, question in enumerate(map(question_of, asked), 1):
                 if reason := problem_of(question) or ("" if pool.add(question) else "like another question"):
                     maker.drop(f"{id}?{number}", reason, question)
                 else:
@@ -103,7 +103,7 @@ def passages_of(document: Document, config: GroundedConfig) -> list[Passage]:
     return [p for p in found if config.least <= len(p.text) <= config.characters]
 
 
-def _prompt(config: GroundedConfig, passage: Passage) -> str:
+def _question_prompt(config: GroundedConfig, passage: Passage) -> str:
     count = f"{config.questions} questions" if config.questions > 1 else "one question"
     return (
         f"{passage.text}\n\n---\nWrite {count} that the passage above answers. Each must make sense to somebody who does not see the passage, so name what it is about. "
@@ -113,6 +113,13 @@ def _prompt(config: GroundedConfig, passage: Passage) -> str:
 
 def _answer_prompt(passage: Passage, question: str) -> str:
     return f"{passage.text}\n\n---\nAnswer this question from the passage above alone, in one to three sentences and with its words. If it does not say, write: not stated.\n\nQuestion: {question}"
+
+
+def question_of(item: str) -> str:
+    """The question in an item of a list: its first line, up to the question mark, without a label."""
+    line = next((line for line in map(str.strip, item.splitlines()) if line), "")
+    end = line.find("?")
+    return bare(re.sub(r"^\W*question\W*", "", line[: end + 1] if end >= 0 else line, flags=re.IGNORECASE))
 
 
 def problem_of(question: str) -> str:

@@ -219,6 +219,25 @@ def test_packed_rows_give_the_logits_of_unpacked_ones_with_real_models(asset: st
     assert leak > 0.1
 
 
+@pytest.mark.slow
+def test_packed_rows_of_a_model_with_sliding_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3, a base model without a template: documents; transformers itself reads its GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from llmworks import assets
+
+    monkeypatch.setenv("LLMWORKS_ACCEPT", "gemma3-270m")
+    source, target = assets.fetch("gemma3-270m"), tmp_path / "gemma"
+    (file,) = source.glob("*.gguf")
+    AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(target)
+    AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)).save_pretrained(target)
+    texts = ["The quick brown fox jumps over the lazy dog. " * n for n in (3, 9, 14)] + ["def add(a, b):\n    return a + b\n", "Zwölf Boxkämpfer — 谢谢 🙂"]
+    apart, leak = gaps(target, documents(tmp_path / "texts", texts), tmp_path / "p", 2)
+    assert apart < 1e-4
+    assert leak > 0.1
+
+
 def documents(folder: Path, texts: list[str]) -> Dataset:
     with DocumentWriter(folder) as writer:
         for i, text in enumerate(texts):

@@ -15,7 +15,7 @@ from llmworks.data.rows import read_chat
 from llmworks.errors import DataError, EngineError, RequestError
 from llmworks.synthesize.branch import BranchConfig, branch
 from llmworks.synthesize.evolve import EvolveConfig, evolve
-from llmworks.synthesize.grounded import GroundedConfig, grounded, passages_of, support_of
+from llmworks.synthesize.grounded import GroundedConfig, grounded, off_topic, passages_of, support_of
 from llmworks.synthesize.instruct import InstructConfig, instruct
 from llmworks.synthesize.personas import PersonasConfig, personas
 from llmworks.synthesize.reason import ReasonConfig, reason
@@ -156,6 +156,11 @@ def test_support() -> None:
     assert support_of("In version 3.2 it is refused.", PASSAGE, "When?") == (1.0, "")
     assert support_of("In version 3.7 it is refused.", PASSAGE, "When?")[1] == "7"
     assert support_of("Bananas are yellow.", PASSAGE, "What?")[0] == 0.0
+    assert support_of("It calls parse_all.", PASSAGE, "What?")[1] == "parse_all"
+    assert support_of("The parse_line function is parse_line.", PASSAGE, "What is the function parse_line?") == (0.0, "")
+    assert off_topic("What does the function parse_line return?", PASSAGE) == ""
+    assert off_topic("What does the function parse_all return?", PASSAGE) == "asks about something else (parse_all)"
+    assert off_topic("Why do bananas and universes exist?", PASSAGE) == "asks about something else (telling words: 0%)"
 
 
 def test_reason(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Stage `synthesize.grounded`: questions that a passage answers, and answers that stand in it; what does not is set aside.
 
-A passage is asked about, each question is answered from the passage alone, and an answer is kept when its words, and all its numbers and
-names, are in the passage. So a small model cannot put its own knowledge, or its errors, into the set.
+A passage is asked about, each question is answered from the passage alone, and an answer is kept when the words that it adds, and all its
+numbers and names, are in the passage. So a small model cannot put its own knowledge, or its errors, into the set.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ UNKNOWN = re.compile(r"\b(?:not (?:mentioned|stated|specified|given|provided|ans
 COMMON = frozenset(["a", "about", "all", "also", "an", "and", "any", "are", "as", "at", "be", "been", "both", "but", "by", "can", "could", "do", "does", "each", "for", "from", "had", "has", "have", "how", "if", "in", "into", "is", "it", "its", "may", "more", "most", "must", "no", "not", "of", "on", "one", "only", "or", "other", "should", "so", "some", "such", "than", "that", "the", "their", "them", "then", "there", "these", "they", "this", "those", "to", "two", "up", "use", "used", "uses", "using", "was", "were", "what", "when", "where", "which", "while", "who", "why", "will", "with", "would", "you", "your", "yes"])  # fmt: skip
 
 
+ON_TOPIC = 0.5  # share of a question's telling words that must stand in the passage
+
+
 class Passage(NamedTuple):
     """A part of a document, and where it begins there."""
 
@@ -44,7 +47,7 @@ class GroundedConfig(Config):
     characters: int = Field(1500, ge=100, description="longest passage; cut between paragraphs")
     least: int = Field(300, ge=20, description="shortest passage")
     questions: int = Field(2, ge=1, le=10, description="questions of a passage")
-    support: float = Field(0.8, ge=0, le=1, description="share of an answer's telling words that must stand in the passage; its numbers must all")
+    support: float = Field(0.8, ge=0, le=1, description="share of the telling words that an answer adds to its question which must stand in the passage; numbers and names of code must all")
     alike: float = Field(0.8, gt=0, le=1, description="ROUGE-L from which on a question is refused as like one that is there")
     with_passage: bool = Field(False, description="show the passage in the user's turn, to train reading rather than knowing")
     decoding: Decoding = Field(Decoding(max_tokens=256), description="how questions are drawn")
@@ -71,7 +74,7 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
             if not asked:
                 maker.drop(id, answer.problem or "no question", answer.text)
             for number, question in enumerate(map(question_of, asked), 1):
-                if reason := problem_of(question) or ("" if pool.add(question) else "like another question"):
+                if reason := problem_of(question) or off_topic(question, passage.text) or ("" if pool.add(question) else "like another question"):
                     maker.drop(f"{id}?{number}", reason, question)
                 else:
                     found.append((passage, f"{id}?{number}", prompt, question))
@@ -137,11 +140,28 @@ def unsupported(answer: str) -> str:
 
 
 def support_of(answer: str, passage: str, question: str) -> tuple[float, str]:
-    """(share of the answer's telling words that stand in passage or question, a number that stands in neither, if there is one)."""
-    there = {_stem(word) for word in words(passage)} | {_stem(word) for word in words(question)}
-    telling = [word for word in words(answer) if word not in COMMON]
-    number = next((word for word in telling if any(c.isdigit() for c in word) and _stem(word) not in there), "")
-    return (sum(_stem(word) in there for word in telling) / len(telling) if telling else 0.0), number
+    """(share of the telling words that an answer adds to its question which stand in the passage, a number or name that does not, if there is one).
+
+    An answer that adds nothing has the share 0.
+    """
+    there, known = {_stem(word) for word in words(passage)}, {_stem(word) for word in words(question)}
+    added = [word for word in words(answer) if word not in COMMON and _stem(word) not in known]
+    exact = next((word for word in added if _is_exact(word) and _stem(word) not in there), "")
+    return (sum(_stem(word) in there for word in added) / len(added) if added else 0.0), exact
+
+
+def off_topic(question: str, passage: str) -> str:
+    """Why a question is not about a passage, or an empty string: a number or name that is not in it, or few of its telling words."""
+    there = {_stem(word) for word in words(passage)}
+    telling = [word for word in words(question) if word not in COMMON]
+    exact = next((word for word in telling if _is_exact(word) and _stem(word) not in there), "")
+    share = sum(_stem(word) in there for word in telling) / len(telling) if telling else 0.0
+    return f"asks about something else ({exact})" if exact else f"asks about something else (telling words: {share:.0%})" if share < ON_TOPIC else ""
+
+
+def _is_exact(word: str) -> bool:
+    """Numbers and names of code, which cannot be said in other words."""
+    return "_" in word or any(c.isdigit() for c in word)
 
 
 def _stem(word: str) -> str:

@@ -74,6 +74,30 @@ def test_others_are_left_to_their_own_library() -> None:
     assert bulk_encoder(unknown) is None
 
 
+def test_merges_that_do_not_make_their_tokens_are_left_to_the_library() -> None:
+    state = json.loads(trained(KINDS["gpt2"]).to_str())
+    merges: list[list[str]] = [["q", "x"], ["z", "q"], ["zq", "x"]]  # "zqx" becomes z, qx
+    vocab = {character: i for i, character in enumerate(BYTES.alphabet())} | {"qx": 256, "zq": 257, "zqx": 258}
+    state["model"] |= {"vocab": vocab, "merges": merges}
+    state["added_tokens"] = []
+    odd = Tokenizer.from_str(json.dumps(state))
+    assert odd.encode("zqx").tokens == ["z", "qx"]
+    assert bulk_encoder(odd) is None
+    state["model"] |= {"merges": [["z", "q"], ["zq", "x"]], "ignore_merges": True}
+    assert bulk_encoder(Tokenizer.from_str(json.dumps(state))) is None  # "qx" is a word that no merge makes
+    state["model"] |= {"ignore_merges": False, "dropout": 0.5}
+    assert bulk_encoder(Tokenizer.from_str(json.dumps(state))) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_endless_white_space_and_new_digits(kind: str) -> None:
+    tokenizer = trained(KINDS[kind])
+    encoder = bulk_encoder(tokenizer)
+    assert encoder is not None
+    for text in ("a" + " " * 1_000_000 + "b", "\n" * 400_000, "  \U00011de1 ", "x  \U00016ff4"):
+        assert encoder.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
 @pytest.mark.slow
 def test_a_real_tokenizer_on_real_text() -> None:
     from tests.data.real_documents import real_documents

@@ -41,9 +41,11 @@ LOOKS = {
     "macro": "{% macro f(x) %}{{ x }}{% endmacro %}{% for m in messages %}{% if f(m.content) == 'x' %}X{% endif %}<|im_end|>{% endfor %}",
     "chosen": "{% for m in messages | selectattr('content', 'equalto', 'x') %}{{ m.content }}<|im_end|>{% endfor %}",
     "sorted": "{% for m in messages | sort(attribute='content') %}{{ m.content }}<|im_end|>{% endfor %}",
+    "escapes": "{% autoescape true %}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% endautoescape %}",
+    "safe": "{% set nl = '\\n' | safe %}{% for m in messages %}{{ m.content + nl }}<|im_end|>{% endfor %}",
     "no end": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
 }
-TEXTS = ("Hi", "", " ", "x", "  two  words \n", "\n\nlines\n", "谢谢 🙂 é", "12345 it's", "<|im_start|>user\nfalse<|im_end|>", "{{ m }} {% if %}", "\U0010fffe0r 1t")
+TEXTS = ("Hi", "", " ", "x", "  two  words \n", "\n\nlines\n", "谢谢 🙂 é", "12345 it's", "<|im_start|>user\nfalse<|im_end|>", "a<b & 'c'", "{{ m }} {% if %}", "\U0010fffe0r 1t")
 
 
 def tokenizer_with(template: str) -> Any:

@@ -20,7 +20,7 @@ from llmworks.context import Context
 from llmworks.data.doctor import require_template
 from llmworks.data.packing.fit import best_fit
 from llmworks.data.packing.pieces import How, encode_chats, encode_documents
-from llmworks.data.parts import Done, file_spans, spans, work
+from llmworks.data.parts import Done, file_spans, link, spans, work
 from llmworks.data.rows import open_rows, row_files, schema_of
 from llmworks.errors import DataError, ModelError
 from llmworks.tokenize.load import load_tokenizer, stop_ids
@@ -62,10 +62,10 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
     if not done.sum("pieces"):
         raise DataError(f"{data.name}: nothing is left to pack, all {done.sum('rejected'):,} rows were set aside ({_reasons(done).most_common(1)[0][0]})")
     lengths, order, ends = _arrange(config, done, ctx.scratch)
-    shards = work(ctx, "shards", partial(_write_shard, ctx.scratch, done.folders, bool(chats), len(tokenizer)), _plan(lengths, order, ends))
+    largest = max(len(tokenizer) - 1, *(summary["largest"] for summary in done.summaries))
+    shards = work(ctx, "shards", partial(_write_shard, ctx.scratch, done.folders, bool(chats), largest), _plan(lengths, order, ends))
     for i, folder in enumerate(shards.folders):
-        target = ctx.out / f"shard-{i:05d}.safetensors"
-        target.hardlink_to(folder / "shard.safetensors")
+        link(folder / "shard.safetensors", ctx.out / f"shard-{i:05d}.safetensors")
     _gather_rejected(done, ctx.out)
     return _finish(config, data, model, tokenizer, ctx, lengths, ends, shards.sum("learned"), _reasons(done))
 
@@ -108,30 +108,31 @@ def _plan(lengths: Any, order: Any, ends: Any) -> list[tuple[int, int, tuple[int
     return found
 
 
-def _write_shard(scratch: Path, folders: list[Path], chats: bool, vocabulary: int, part: tuple[int, int, tuple[int, ...]], folder: Path) -> Json:
+def _write_shard(scratch: Path, folders: list[Path], chats: bool, largest: int, part: tuple[int, int, tuple[int, ...]], folder: Path) -> Json:
     import numpy as np
     from safetensors.numpy import save_file
 
     first, last, ends = part
     order = np.load(scratch / "order.npy", mmap_mode="r")[first:last]
-    parts = [{name: np.load(f / f"{name}.npy", mmap_mode="r") for name in ("tokens", "lengths", "origins", "learned")} for f in folders]
-    firsts = np.cumsum([0, *(len(p["lengths"]) for p in parts)])
-    starts = [np.concatenate([[0], np.cumsum(p["lengths"])]) for p in parts]
+    lengths_of = [np.load(f / "lengths.npy") for f in folders]
+    firsts = np.cumsum([0, *map(len, lengths_of)])
     of = np.searchsorted(firsts, order, side="right") - 1
     within = order - firsts[of]
-    begins = np.array([starts[p][i] for p, i in zip(of, within, strict=True)], dtype=np.int64)
-    lengths = np.array([parts[p]["lengths"][i] for p, i in zip(of, within, strict=True)], dtype=np.int64)
+    lengths = np.concatenate(lengths_of)[order]
     pieces = np.concatenate([[0], np.cumsum(lengths)])
     tensors: dict[str, Any] = {
-        "tokens": np.empty(pieces[-1], np.uint16 if vocabulary <= 1 << 16 else np.uint32), "pieces": pieces, "rows": pieces[[0, *ends]],
-        "origins": np.array([parts[p]["origins"][i] for p, i in zip(of, within, strict=True)], dtype=np.int64),
+        "tokens": np.empty(pieces[-1], np.uint16 if largest < 1 << 16 else np.uint32), "pieces": pieces, "rows": pieces[[0, *ends]], "origins": np.empty(len(order), np.int64),
     }  # fmt: skip
     if chats:
         tensors["learned"] = np.empty(pieces[-1], np.uint8)
-    for name in ("tokens", "learned") if chats else ("tokens",):
-        sources, target = [p[name] for p in parts], tensors[name]
-        for p, begin, at, length in zip(of.tolist(), begins.tolist(), pieces.tolist(), lengths.tolist(), strict=False):
-            target[at : at + length] = sources[p][begin : begin + length]
+    for number in np.unique(of).tolist():  # one part after the other, so that few files are open
+        here = np.flatnonzero(of == number)
+        begins = np.concatenate([[0], np.cumsum(lengths_of[number])])[within[here]]
+        tensors["origins"][here] = np.load(folders[number] / "origins.npy")[within[here]]
+        for name in ("tokens", "learned") if chats else ("tokens",):
+            source, target = np.load(folders[number] / f"{name}.npy", mmap_mode="r"), tensors[name]
+            for begin, at, length in zip(begins.tolist(), pieces[here].tolist(), lengths[here].tolist(), strict=True):
+                target[at : at + length] = source[begin : begin + length]
     save_file(tensors, folder / "shard.safetensors")
     (folder / "shard.safetensors").chmod(0o644)
     return {"learned": int(tensors["learned"].sum()) if chats else int(pieces[-1]) - len(order)}

@@ -103,10 +103,15 @@ class Done:
                     target = out / below / f"part-{numbers[str(below)]:05d}.parquet"
                     target.parent.mkdir(parents=True, exist_ok=True)
                     numbers[str(below)] += 1
-                    try:
-                        target.hardlink_to(file)
-                    except OSError:  # another file system, or one without links
-                        shutil.copyfile(file, target)
+                    link(file, target)
+
+
+def link(file: Path, target: Path) -> None:
+    """Put a file in a second place, without its bytes being written twice where that can be."""
+    try:
+        target.hardlink_to(file)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(file, target)
 
 
 def work(ctx: Context, label: str, function: Work[Part], parts: Sequence[Part]) -> Done:

@@ -123,8 +123,10 @@ def row_tables(file: Path, kind: str, first: int = 0, last: int | None = None) -
 
 
 def table_rows(table: Any, kind: str) -> Iterator[Row]:
-    """A table's rows."""
+    """A table's rows. DataError for one that has no turns where they must be."""
     for row in table.to_pylist():
+        if any(row[name] is None or None in row[name] for name in TURNS[kind]):
+            raise DataError(f"row {row['id']!r}: {' or '.join(TURNS[kind])} is empty; make {WHAT[kind]} with the stage data.chat")
         turns = {name: [{k: v for k, v in turn.items() if v is not None} for turn in row[name]] for name in TURNS[kind]}
         loaded = {"tools": json.loads(row["tools"] or "[]"), "answer": json.loads(row["answer"] or "null"), "extra": json.loads(row.get("extra") or "{}")}
         yield {**row, **turns, **loaded}

@@ -122,7 +122,7 @@ def question_of(item: str) -> str:
     """The question in an item of a list: its first line, up to the question mark, without a label."""
     line = next((line for line in map(str.strip, item.splitlines()) if line), "")
     end = line.find("?")
-    return bare(re.sub(r"^\W*question\W*", "", line[: end + 1] if end >= 0 else line, flags=re.IGNORECASE))
+    return bare(re.sub(r"^\W*(?:question|q)\b[\W\d]*:\W*|^\W*question\W*", "", line[: end + 1] if end >= 0 else line, flags=re.IGNORECASE))
 
 
 def problem_of(question: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -27,6 +27,9 @@ WORDS = {
     GPT2: re.compile(_WORDS.format(digits=r" ?[0-9]++(?![^\0-\x7f])", before="", letters=_LETTERS, space=_SPACE)),
     GPT2_DIGITS: re.compile(_WORDS.format(digits="[0-9]", before=r"[\t-\r ]+(?=[0-9])|", letters=_LETTERS, space=_SPACE)),
 }
+RUN = 5000
+_RUN = re.compile(rf"\s{{{RUN}}}")
+_NEW = re.compile("[\U00011de0-\U00011de9\U00016ff4-\U00016ff6]")  # digits of Unicode 17, which tokenizers knows and tiktoken does not
 PROBE = (
     "Hello world, it's 1234.5 tests!  Two  spaces\n\n\tindent = {'key': [1, 22, 333]}  \n they'll I'VE don't",
     "Grüße aus Köln – 日本語のテキスト мир ١٢٣ ½ ²  \u00a0x\u3000y 🙂👩‍💻 \r\n end ",
@@ -48,7 +51,7 @@ class _Uncertain(Exception):
 
 
 class _Absent(Exception):
-    """The text has a byte without a token."""
+    """The text has a byte without a token, or something else that tiktoken does not take as the tokenizer does."""
 
 
 class _Words(dict[str, tuple[int, ...]]):
@@ -112,6 +115,10 @@ class BulkEncoder:
         return ids
 
     def _merge(self, text: str) -> list[int]:
+        if len(text) > RUN and _RUN.search(text):  # more than tiktoken's stack takes
+            raise _Absent
+        if not text.isascii() and _NEW.search(text):
+            raise _Absent
         ids = [self._ids[rank] for rank in self._encoding.encode_ordinary(text)]
         if -1 in ids:  # the tokenizer leaves such bytes out as it merges
             raise _Absent
@@ -131,7 +138,8 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
     state = json.loads(tokenizer.to_str())
     pattern = _pattern(state.get("pre_tokenizer"))
     model = state["model"]
-    if pattern is None or model.get("type") != "BPE" or state.get("normalizer") or model.get("unk_token") or model.get("byte_fallback"):
+    other = ("unk_token", "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if pattern is None or model.get("type") != "BPE" or state.get("normalizer") or any(model.get(name) for name in other):
         return None
     characters = byte_characters()
 
@@ -151,8 +159,10 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
         if joined not in ranks:
             ranks[joined] = len(ids)
             ids.append(vocab[left + right])
-    encoding = tiktoken.Encoding("llmworks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     added = sorted((token["content"] for token in state["added_tokens"]), key=len, reverse=True)
+    if not _finds_words(tokenizer.model, model, added, lambda token: as_bytes(token) in ranks):
+        return None
+    encoding = tiktoken.Encoding("llmworks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     encoder = BulkEncoder(encoding, ids, tokenizer, added, WORDS.get(pattern))
     return encoder if _agrees(encoder, lambda text: tokenizer.encode(text, add_special_tokens=False).ids) else None
 
@@ -174,6 +184,17 @@ def _pattern(pre: Any) -> str | None:
         found: str | None = step["pattern"].get("Regex")
         return found
     return None
+
+
+def _finds_words(bpe: Any, model: Mapping[str, Any], added: Collection[str], ranked: Callable[[str], bool]) -> bool:
+    """Whether every word that is a token becomes that token, which tiktoken takes for granted.
+
+    Then its merges, which go by the rank of what is made, are those of the tokenizer, which go by the rank of the pair.
+    """
+    if model.get("ignore_merges"):
+        return all(ranked(token) for token in model["vocab"] if token not in added)
+    made = {"".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in model["merges"]}
+    return all(len(bpe.tokenize(token)) == 1 for token in made)
 
 
 def _agrees(encoder: BulkEncoder, reference: Callable[[str], list[int]]) -> bool:

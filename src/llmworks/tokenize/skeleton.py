@@ -50,7 +50,8 @@ class Opaque:
         return self._joined(other, self)
 
     def _joined(self, *sides: Any) -> Opaque:
-        pieces = [piece for side in sides for piece in (side.pieces if isinstance(side, Opaque) else (side,) if isinstance(side, str) else self._inspected()) if piece != ""]
+        # text that is marked as safe for HTML escapes what it is joined to
+        pieces = [piece for side in sides for piece in (side.pieces if isinstance(side, Opaque) else (side,) if type(side) is str else self._inspected()) if piece != ""]
         return Opaque(pieces, any(map(bool, sides)))
 
     def strip(self) -> Opaque:
@@ -146,6 +147,9 @@ def _compiled(template: str) -> Any:
     if MARK in template:
         return None
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_written)
+    for drawn in ("random", "safe", "forceescape"):
+        environment.filters.pop(drawn)
+    environment.globals.pop("lipsum")
     environment.globals |= {"raise_exception": _raise, "strftime_now": _today}
     filters = {**environment.filters, "tojson": functools.partial(json.dumps, ensure_ascii=False)}
     environment.filters = {name: _guarded(name, function) for name, function in filters.items()}
@@ -154,7 +158,7 @@ def _compiled(template: str) -> Any:
     source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)  # transformers' own marks, which write nothing
     try:
         tree = environment.parse(source)
-        kept = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock)
+        kept = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock, nodes.EvalContextModifier, nodes.Include, nodes.Import, nodes.FromImport)
         return None if any(tree.find(kind) for kind in kept) else environment.from_string(source)
     except jinja2.TemplateError:
         return None

@@ -98,7 +98,7 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
                 pieces.add(origin, ids, mask)
             origin += 1
     pieces.write(folder)
-    return {"pieces": len(pieces.lengths), "tokens": len(pieces.tokens), "rejected": len(pieces.rejected), "uses": dict.fromkeys(sorted(uses), 1)}
+    return {"pieces": len(pieces.lengths), "tokens": len(pieces.tokens), "rejected": len(pieces.rejected), "largest": max(pieces.tokens, default=0), "uses": dict.fromkeys(sorted(uses), 1)}
 
 
 def encode_documents(how: How, part: Span, folder: Path) -> Json:
@@ -110,10 +110,11 @@ def encode_documents(how: How, part: Span, folder: Path) -> Json:
         if len(ids) == len(how.before) + len(how.after):
             pieces.reject(origin, document.id, "empty")
             continue
-        for start in range(0, len(ids), how.longest):
+        pieces.add(origin, ids[: how.longest])
+        for start in range(how.longest - 1, len(ids) - 1, how.longest - 1):  # from the last token on, so that the one after it is learned too
             pieces.add(origin, ids[start : start + how.longest])
     pieces.write(folder)
-    return {"pieces": len(pieces.lengths), "tokens": len(pieces.tokens), "rejected": len(pieces.rejected)}
+    return {"pieces": len(pieces.lengths), "tokens": len(pieces.tokens), "rejected": len(pieces.rejected), "largest": max(pieces.tokens, default=0)}
 
 
 class Plain(NamedTuple):

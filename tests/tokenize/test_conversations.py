@@ -43,6 +43,8 @@ LOOKS = {
     "sorted": "{% for m in messages | sort(attribute='content') %}{{ m.content }}<|im_end|>{% endfor %}",
     "escapes": "{% autoescape true %}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% endautoescape %}",
     "safe": "{% set nl = '\\n' | safe %}{% for m in messages %}{{ m.content + nl }}<|im_end|>{% endfor %}",
+    "block": "{% for m in messages %}{% block b scoped %}{{ m.content }}{% endblock %}<|im_end|>{% endfor %}",
+    "recursive": "{% for m in messages recursive %}{{ m.content }}<|im_end|>{% endfor %}",
     "no end": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
 }
 TEXTS = ("Hi", "", " ", "x", "  two  words \n", "\n\nlines\n", "谢谢 🙂 é", "12345 it's", "<|im_start|>user\nfalse<|im_end|>", "a<b & 'c'", "{{ m }} {% if %}", "\U0010fffe0r 1t")

@@ -158,8 +158,9 @@ def _compiled(template: str) -> Any:
     source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)  # transformers' own marks, which write nothing
     try:
         tree = environment.parse(source)
-        kept = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock, nodes.EvalContextModifier, nodes.Include, nodes.Import, nodes.FromImport)
-        return None if any(tree.find(kind) for kind in kept) else environment.from_string(source)
+        kept = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock, nodes.EvalContextModifier, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport)
+        recursive = any(loop.recursive for loop in tree.find_all(nodes.For))
+        return None if recursive or any(tree.find(kind) for kind in kept) else environment.from_string(source)
     except jinja2.TemplateError:
         return None
 

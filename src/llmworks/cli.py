@@ -175,7 +175,7 @@ def _verify() -> Parser:
     parser.add_argument("artifact")
     parser.add_argument("engine", nargs="?", help="with --golden: a GGUF file, a server or another model that must agree with the first")
     parser.add_argument("--golden", action="store_true", help="replay the model's golden tokens instead, on itself or on another engine")
-    parser.add_argument("--within", type=float, default=None, help="with --golden: how far logits may be away on average (default: by the type of the file, else 0.05)")
+    parser.add_argument("--within", type=float, default=None, help="with --golden: how far logits may be away on average (default: by the type of a GGUF file, 0.3 where it is not known; else 0.05)")
     return parser
 
 

@@ -136,7 +136,7 @@ def golden(args: argparse.Namespace) -> None:
         if other is model or not isinstance(model, Model) or model.format != "hf":
             raise UserError(f"{model.name}: has no golden tokens recorded; name the model that it should agree with first: llmworks verify --golden MODEL {args.artifact}")
         recorded = record(model.path)
-    bound = args.within if args.within is not None else BOUNDS.get(str(other.about.get("type", "")), 0.05)
+    bound = args.within if args.within is not None else BOUNDS.get(str(other.about.get("type", "")), 0.3 if isinstance(other, Model) and other.format == "gguf" else 0.05)
     engine = open_engine(other, workspace)
     reference = open_engine(model, workspace) if other is not model and not model.ref.startswith(("http://", "https://")) and "logits" not in engine.can else None
     try:

@@ -22,8 +22,8 @@ from llmworks.data.statistics import question_of
 from llmworks.data.turns import problems
 from llmworks.errors import ModelError, RequestError
 from llmworks.tokenize import view
-from llmworks.tokenize.load import load_tokenizer, read_json, stop_ids
-from llmworks.tokenize.named import CHOICES, Template, use_template
+from llmworks.tokenize.load import read_json, stop_ids
+from llmworks.tokenize.named import CHOICES, Template, tokenizer_of
 from llmworks.tokenize.probe import Finding, Uses, probe
 from llmworks.tokenize.templates import Rendered, encode, for_template, render_masked
 from llmworks.types import Json, Message
@@ -85,10 +85,7 @@ def doctor(config: DoctorConfig, model: Model | Adapter | Tokenizer, data: Datas
 
 def load(config: DoctorConfig, model: Model | Adapter | Tokenizer) -> tuple[Any, list[int], int | None, int | None]:
     """(tokenizer with the template that is asked for, stop ids, rows of the embedding, longest input) of a model directory."""
-    if isinstance(model, Model) and model.format != "hf":
-        raise ModelError(f"{model.name}: the doctor needs a Hugging Face directory, this is {model.format}; convert it with the stage model.from_gguf")
-    tokenizer = load_tokenizer(model.path)
-    use_template(tokenizer, config.template)
+    tokenizer = tokenizer_of(model, config.template)
     known = read_json(model.path / "config.json") if (model.path / "config.json").exists() else {}
     known = known.get("text_config") or known
     return tokenizer, stop_ids(model.path, tokenizer), known.get("vocab_size"), known.get("max_position_embeddings")

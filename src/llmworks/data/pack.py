@@ -23,8 +23,8 @@ from llmworks.data.packing.pieces import How, encode_chats, encode_documents
 from llmworks.data.parts import Done, file_spans, link, spans, work
 from llmworks.data.rows import open_rows, row_files, schema_of
 from llmworks.errors import DataError, ModelError
-from llmworks.tokenize.load import load_tokenizer, stop_ids
-from llmworks.tokenize.named import CHOICES, Template, use_template
+from llmworks.tokenize.load import stop_ids
+from llmworks.tokenize.named import CHOICES, Template, tokenizer_of
 from llmworks.tokenize.probe import Uses
 from llmworks.types import Json
 
@@ -46,8 +46,7 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
 
     Errors: ModelError for a tokenizer or a template that would damage; DataError for data of another kind, or when nothing is left.
     """
-    tokenizer = load_tokenizer(model.path)
-    use_template(tokenizer, config.template)
+    tokenizer = tokenizer_of(model, config.template)
     chats = schema_of(data)
     if chats == "preference":
         raise DataError(f"{data.name}: holds preference pairs; what is packed are conversations or documents")

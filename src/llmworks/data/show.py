@@ -22,8 +22,7 @@ from llmworks.data.tokens import Packed
 from llmworks.errors import DataError, ModelError, RequestError, UserError
 from llmworks.tokenize import view
 from llmworks.tokenize.conversations import ConversationEncoder
-from llmworks.tokenize.load import load_tokenizer
-from llmworks.tokenize.named import CHOICES, Template, use_template
+from llmworks.tokenize.named import CHOICES, Template, tokenizer_of
 from llmworks.types import Json, messages_from_json
 
 WIDTH = 110
@@ -46,10 +45,7 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
 
     Errors: DataError for data that are no conversations, pairs or packed tokens, or when no row fits; UserError for packed tokens without a model.
     """
-    tokenizer = None
-    if model is not None:
-        tokenizer = load_tokenizer(model.path)
-        use_template(tokenizer, config.template)
+    tokenizer = tokenizer_of(model, config.template) if model is not None else None
     if any(data.path.glob("*.safetensors")) if data.path.is_dir() else False:
         if tokenizer is None:
             raise UserError("packed tokens are shown as text by the tokenizer that made them; give its --model")

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmworks.errors import UserError
+from llmworks.artifact import Adapter, Model, Tokenizer
+from llmworks.errors import ModelError, UserError
+from llmworks.tokenize.load import load_tokenizer
 from llmworks.tokenize.templates import tool_aware
 
 Template = Literal["keep", "tools", "chatml", "alpaca", "llama-2", "llama-3", "mistral", "mistral-v3", "gemma", "phi", "zephyr"]
@@ -52,3 +54,12 @@ def use_template(tokenizer: Any, template: Template) -> None:
         tokenizer.chat_template = tool_aware(str(tokenizer.chat_template or ""))
     elif template != "keep":
         tokenizer.chat_template = named_template(template)
+
+
+def tokenizer_of(model: Model | Adapter | Tokenizer, template: Template = "keep") -> Any:
+    """A model directory's tokenizer with the template that a config names. ModelError for a GGUF file or a server, which have none of their own here."""
+    if isinstance(model, Model) and model.format != "hf":
+        raise ModelError(f"{model.name}: its tokenizer is needed, so a Hugging Face directory; this is {model.format}" + ("; convert it with the stage model.from_gguf" if model.format == "gguf" else ""))
+    tokenizer = load_tokenizer(model.path)
+    use_template(tokenizer, template)
+    return tokenizer

@@ -39,7 +39,7 @@ single stages: llmworks GROUP STAGE [--INPUT] REF ... [--config FILE] [--set key
 
 A MODEL or ARTIFACT is a path, a name in the workspace (quickstart/merged), asset:NAME, hf:ORG/NAME, gguf:FILE,
 url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. `llmworks COMMAND --help` tells more. Exit codes: 0 done, 1 a check failed,
-2 a mistake in what was given, 3 the machine lacks something, 130 interrupted.
+2 a mistake in what was given, 3 the machine lacks something or a server fails, 130 interrupted.
 """
 
 

@@ -44,6 +44,10 @@ class RequestError(UserError):
     """A request to an engine or server that cannot be answered as asked (unknown role, tools the template drops)."""
 
 
+class AccessError(UserError):
+    """A server that answers nothing that is sent like this: wrong key, unknown model or address, no credit. No further request can help."""
+
+
 class GateFailed(LlmworksError):
     """A recipe's gate, or a verification, did not hold. Exit code 1."""
 
@@ -57,7 +61,9 @@ class TrainingError(LlmworksError):
 
 
 class EngineError(LlmworksError):
-    """An engine failed while answering: a server that is down, a reply that is not the protocol's. Exit code 1."""
+    """An engine failed while answering: a server that is down, a reply that is not the protocol's. Exit code 3."""
+
+    exit_code = 3
 
 
 class WorkerLost(LlmworksError):

@@ -107,7 +107,7 @@ class Delta:
 class Engine(Protocol):
     """Answers requests. Batch first; `can` names what else it offers: score, logits, ids, tools, parallel.
 
-    Errors: RequestError for a request that cannot be answered as asked, EngineError when answering failed.
+    Errors: RequestError for a request that cannot be answered as asked, AccessError when no request can, EngineError when answering failed.
     """
 
     name: str

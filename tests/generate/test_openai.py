@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llmworks.errors import EngineError, LlmworksError, RequestError, UserError
+from llmworks.errors import AccessError, EngineError, LlmworksError, RequestError, UserError
 from llmworks.generate.engines.openai import OpenAIEngine
 from llmworks.generate.pacing import Pace, back_off
 from llmworks.generate.remote import RemoteOptions, api_key, parse_remote
@@ -202,10 +202,11 @@ def test_a_bad_day(server: Misbehaving) -> None:
 
 FINAL: dict[str, tuple[Behaviour, type[LlmworksError], str]] = {
     "400": (says({"error": {"message": "messages\n are too long"}}, 400), RequestError, "400: messages are too long"),
-    "404": (says({"detail": "no such model"}, 404), RequestError, "404: no such model"),
-    "401": (says({"error": {"message": "bad key"}}, 401), RequestError, r"401: bad key; is the key in \$OPENAI_API_KEY right\?"),
-    "402": (says({"message": "pay first"}, 402), EngineError, "402: pay first"),
-    "no money": (says({"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, 429), EngineError, "429: You exceeded"),
+    "404": (says({"detail": "no such model"}, 404), AccessError, "404: no such model"),
+    "403": (says({"error": {"message": "no"}}, 403), AccessError, r"403: no; is the key"),
+    "401": (says({"error": {"message": "bad key"}}, 401), AccessError, r"401: bad key; is the key in \$OPENAI_API_KEY right\?"),
+    "402": (says({"message": "pay first"}, 402), AccessError, "402: pay first"),
+    "no money": (says({"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, 429), AccessError, "429: You exceeded"),
     "a long pause": (says({"error": {"message": "tomorrow"}}, 429, {"retry-after": "86400"}), EngineError, "the server asks to wait 86400 s"),
 }
 
@@ -218,6 +219,28 @@ def test_what_does_not_pass_is_said_at_once(what: str, server: Misbehaving, engi
         engine.generate([ask()])
     assert "\n" not in str(caught.value)
     assert len(server.seen) == 1
+
+
+def test_a_closed_server_is_asked_no_more(server: Misbehaving) -> None:
+    engine = OpenAIEngine(server.url, "m", RemoteOptions(concurrency=2))
+    server.behaviours = [says({"error": {"message": "bad key"}}, 401)] * 40
+    found = dict(engine.each([ask(f"q{i}") for i in range(40)]))
+    assert len(found) == 40
+    assert all(isinstance(answer, AccessError) for answer in found.values())
+    assert len(server.seen) <= 2
+    server.behaviours = []
+    assert [c.text for c in engine.generate([ask("again")])] == ["to again"]  # with another key, say
+    engine.close()
+
+
+def test_forbidden_after_answers_is_one_request(server: Misbehaving) -> None:
+    """Some providers answer 403 to a text that their moderation does not like."""
+    engine = OpenAIEngine(server.url, "m", RemoteOptions(concurrency=1))
+    engine.generate([ask("fine")])
+    server.behaviours = [says({"error": {"message": "flagged"}}, 403)]
+    found = dict(engine.each([ask(f"q{i}") for i in range(5)]))
+    assert sorted(type(answer).__name__ for answer in found.values()) == ["Completion"] * 4 + ["RequestError"]
+    engine.close()
 
 
 def test_attempts_end(server: Misbehaving) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
+import jsonschema
 import pytest
 
 from llmworks.errors import DataError, UserError
@@ -58,8 +60,30 @@ def test_shapes() -> None:
     assert score("regex", "Yes, but", {"regex": r"^(Yes|No)$"}) == (0.0, "does not match '^(Yes|No)$'")
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     assert score("verified", '{"n": 1}', {"schema": schema})[0] == 1.0
-    assert score("schema", '{"n": "1"}', {"schema": schema}) == (0.0, "n: '1' is not of type 'integer'")
+    assert score("schema", '{"n": "1"}', {"schema": schema}) == (0.0, "n: \"1\" is not of type \"integer\"")
     assert score("schema", "none", {"schema": schema}) == (0.0, "no JSON in the answer")
+
+
+def test_patterns_that_never_end() -> None:
+    """Backtracking takes 2^40 steps here; the verifier says no instead."""
+    began = time.monotonic()
+    slow = "^(a|b|ab)*(?=d)$"
+    assert score("regex", "ab" * 40 + "!", {"regex": slow}) == (0.0, f"takes longer than 2 s to match {slow!r}")
+    value, reason = score("schema", json.dumps("ab" * 40 + "!"), {"schema": {"type": "string", "pattern": slow}})
+    assert (value, "backtracking" in reason) == (0.0, True)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "array", "items": {"anyOf": [{"type": "integer", "minimum": 3}, {"enum": ["a", None]}]}, "uniqueItems": True},
+    {"type": "object", "patternProperties": {"^x_": {"type": "number"}}, "additionalProperties": False, "minProperties": 1},
+    {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"p": {"type": "string", "pattern": "^[a-z]+$"}}, "properties": {"p": {"$ref": "#/definitions/p"}}},
+])  # fmt: skip
+def test_schemas_agree_with_the_reference(schema: dict[str, Any]) -> None:
+    values = [[], [3], [2], ["a", None, 4], [4, 4], {}, {"x_a": 1}, {"x_a": "1"}, {"y": 1}, {"p": "ab"}, {"p": "AB"}, None, "text", 10**30, 1.5]
+    wanted = [jsonschema.validators.validator_for(schema)(schema).is_valid(value) for value in values]
+    assert len(set(wanted)) == 2
+    assert [score("schema", json.dumps(value), {"schema": schema})[0] == 1.0 for value in values] == wanted
 
 
 TESTS = {"tests": "assert add(1, 2) == 3\nassert add(-1, 1) == 0"}
@@ -98,6 +122,7 @@ def test_sql() -> None:
     ("name", "answer", "match"),
     [
         ("key", None, "must be the key"), ("key", [], "must be the key"), ("key", True, "must be the key"), ("regex", "x", "regex"), ("regex", {"regex": "("}, "no regular expression"), ("schema", {"schema": {"type": "wrong"}}, "no JSON schema"),
+        ("schema", {"schema": {"$ref": "http://127.0.0.1/s"}}, "no JSON schema"), ("code", {"tests": "assert f(1) =="}, "answer.tests is no Python"), ("code", {"tests": "assert f", "setup": "def"}, "answer.setup is no Python"),
         ("code", {"tests": " "}, "tests"), ("sql", {"sql": "SELECT 1"}, "setup"), ("sql", {"sql": "SELECT x", "setup": SETUP}, "its own database or query fails"), ("verified", None, "has no `answer`"), ("verified", {"odd": 1}, "has no `answer`"),
     ],
 )  # fmt: skip

@@ -41,7 +41,7 @@ def test_by_verifier(tmp_path: Path) -> None:
     assert sides(result) == [("first", '{"a": 1}', '{"b": 1}')]
     (row,) = read_preference(result)
     made = row["extra"]["fields"]["made_by"]
-    assert (made["by"], made["scores"], made["why"], made["answers"]) == ("verifier", [1.0, 0.0], "value: 'a' is a required property", 4)
+    assert (made["by"], made["scores"], made["why"], made["answers"]) == ("verifier", [1.0, 0.0], 'value: "a" is a required property', 4)
     assert row["extra"]["fields"]["subject"] == "first"
     assert row["answer"] == SCHEMA
     assert dict(rejected(tmp_path)) == {"r1": "no margin (the best scores 0)", "r2": "fewer than two different answers"}

@@ -231,7 +231,7 @@ def test_branch(tmp_path: Path) -> None:
     result = branch(BranchConfig(), foreign(), data, context(tmp_path, Scripted(answer)))
     assert said(result) == [("Plan a trip", "merged <Where> <When>")]
     assert made_by(result)[0]["parts"] == [{"part": "Where", "answer": "<Where>"}, {"part": "When", "answer": "<When>"}]
-    assert rejected(tmp_path) == [("r1", "not divided"), ("r2", "a part was not solved (refused (too long))")]
+    assert rejected(tmp_path) == [("r1", "not divided"), ("r2", "a part was not solved (refused by the server (too long))")]
 
 
 def test_a_break_costs_nothing_twice(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Journal:
     def ask(self, requests: Mapping[str, Request], bar: Bar) -> dict[str, Record | RequestError]:
         """The answer to every request, by the id that it has here; a request that cannot be answered as asked gives its error.
 
-        Errors: the first other error, after all answers that came are written down.
+        Errors: the first other error, after the answers that are under way are written down.
         """
         todo = [id for id in requests if id not in self.known]
         todo.sort(key=lambda id: sum(len(m.content) for m in requests[id].messages))  # alike lengths together: less padding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,11 @@ def code(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> 
     tests = answer.get("tests") if isinstance(answer, Mapping) else None
     if not isinstance(answer, Mapping) or not isinstance(tests, str) or not tests.strip():
         raise DataError(f'row {row.get("id")!r}: `answer` must be {{"tests": PYTHON, "setup": PYTHON}}')
+    for name in ("setup", "tests"):
+        try:
+            ast.parse(str(answer.get(name) or ""))
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            raise DataError(f"row {row.get('id')!r}: answer.{name} is no Python ({error})") from None
     program = "\n".join((str(answer.get("setup") or ""), code_block(completion, "python", "py", "python3"), tests))
     through = hashlib.sha256(program.encode("utf-8", "replace")).hexdigest()
     outcome = run_python(f"{program}\nprint('\\n{through}')\n", limits=LIMITS)

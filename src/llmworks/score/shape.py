@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import regex as expressions
 
 from llmworks.errors import DataError
 from llmworks.score.extract import json_value
 from llmworks.types import Message, Score
 
+SECONDS = 2.0  # of one match: some patterns take longer than a lifetime on some texts
+
 
 def regex(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when `answer.regex` is found in the answer (`^` and `$` are its ends). DataError for a row without a pattern, or a broken one."""
+    """1 when `answer.regex` is found in the answer (`^` and `$` are its ends) in time. DataError for a row without a pattern, or a broken one."""
     answer = row.get("answer")
     pattern = answer.get("regex") if isinstance(answer, Mapping) else None
     if not isinstance(pattern, str):
         raise DataError(f'row {row.get("id")!r}: `answer` must be {{"regex": PATTERN}}')
     try:
-        found = re.search(pattern, completion.strip())
-    except re.error as error:
+        found = expressions.search(pattern, completion.strip(), timeout=SECONDS)
+    except expressions.error as error:
         raise DataError(f"row {row.get('id')!r}: answer.regex is no regular expression ({error})") from None
+    except TimeoutError:
+        return Score(0.0, f"takes longer than {SECONDS:g} s to match {pattern[:80]!r}")
     return Score(1.0) if found else Score(0.0, f"does not match {pattern[:80]!r}")
 
 
 def schema(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the answer's JSON fits `answer.schema`. DataError for a row without a schema, or a broken one."""
-    import jsonschema
+    """1 when the answer's JSON fits `answer.schema`. DataError for a row without a schema, or a broken one, or one that is not whole by itself."""
+    import jsonschema_rs
 
     answer = row.get("answer")
     wanted = answer.get("schema") if isinstance(answer, Mapping) else None
     if not isinstance(wanted, (Mapping, bool)):
         raise DataError(f'row {row.get("id")!r}: `answer` must be {{"schema": JSON SCHEMA}}')
-    validator = jsonschema.validators.validator_for(wanted, default=jsonschema.Draft202012Validator)
     try:
-        validator.check_schema(wanted)
-    except jsonschema.SchemaError as error:
+        validator = jsonschema_rs.validator_for(dict(wanted) if isinstance(wanted, Mapping) else wanted, offline=True)
+    except jsonschema_rs.ValidationError as error:
         raise DataError(f"row {row.get('id')!r}: answer.schema is no JSON schema ({error.message})") from None
     try:
         value = json_value(completion)
     except ValueError as error:
         return Score(0.0, str(error))
-    problem = next(iter(sorted(validator(wanted).iter_errors(value), key=lambda e: list(map(str, e.absolute_path)))), None)
-    return Score(0.0, f"{'.'.join(map(str, problem.absolute_path)) or 'value'}: {problem.message}"[:200]) if problem else Score(1.0)
+    problem = min(validator.iter_errors(value), key=lambda e: list(map(str, e.instance_path)), default=None)
+    return Score(0.0, f"{'.'.join(map(str, problem.instance_path)) or 'value'}: {problem.message}"[:200]) if problem else Score(1.0)

@@ -67,6 +67,7 @@ class Maker:
     def __post_init__(self) -> None:
         self._journal = Journal(self.ctx.scratch / self.file, self._open)
         self.by = self.model.name if self.model else "people"
+        self._server = self.model is not None and self.model.ref.startswith(("http://", "https://"))
         self._asked: set[str] = set()
         self._others: list[Json] = []
 
@@ -103,10 +104,9 @@ class Maker:
         seed = (int(request_id(plain, prompt.turn), 16) + self.ctx.seed) % (1 << 31)
         return Request(prompt.messages, sampling=Sampling(plain.sampling.max_tokens, heat, plain.sampling.top_p, seed=seed))
 
-    @staticmethod
-    def _usable(answer: Any) -> Answer:
+    def _usable(self, answer: Any) -> Answer:
         if isinstance(answer, RequestError):
-            return Answer("", f"refused ({answer})")
+            return Answer("", f"refused by the {'server' if self._server else 'engine'} ({answer})")
         text = answer.text.strip()
         problem = {"length": "cut off at max_tokens", "filtered": "filtered by the provider", "cancelled": "cancelled"}.get(answer.finish, "")
         return Answer(text, problem or ("" if text else "empty answer"))
@@ -134,7 +134,8 @@ class Maker:
         """Write everything. DataError when nothing could be kept."""
         if not self.rows:
             why = ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
-            raise DataError(f"nothing that {self.by} answered could be kept ({why or 'no question'}); the answers are in {self.ctx.scratch}, try another model or weaker conditions")
+            first = next((r["reason"] for r in self.rejected if "(" in r["reason"]), "")
+            raise DataError(f"nothing that {self.by} answered could be kept ({why or 'no question'}{f'; the first: {first}' if first else ''}); the answers are in {self.ctx.scratch}, try another model or weaker conditions")
         if self.rejected:
             (self.ctx.out / REJECTED).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rejected), encoding="utf-8", errors="backslashreplace")
             self.ctx.progress.say(f"{len(self.rejected):,} set aside in {REJECTED}: " + ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4)))
@@ -158,7 +159,7 @@ class Maker:
         records = [self._journal.known[id] for id in self._asked if id in self._journal.known]
         prompt_tokens, completion_tokens = sum(r.prompt_tokens for r in records), sum(r.completion_tokens for r in records)
         found: Json = {"requests": len(records), "prompt_tokens": prompt_tokens, "answer_tokens": completion_tokens}
-        if self.model and self.model.ref.startswith(("http://", "https://")):
+        if self.model and self._server:
             options = parse_remote(self.model.ref)[2]
             if options.input_price or options.output_price:
                 found["cost"] = round(Account(options.input_price, options.output_price).price(prompt_tokens, completion_tokens), 6)

@@ -47,12 +47,12 @@ def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Con
             for (row, turns), prompt, answer in zip(todo, prompts, maker.ask(f"answer {turn + 1}", prompts), strict=True):
                 problem = answer.problem or _judged(judge(turns, answer.text, row), config.accept)
                 if problem:
-                    why[row["id"]] = (problem, answer.text)
+                    why[row["id"]] = (answer.problem or f"no answer accepted ({problem})", answer.text)
                 else:
                     accepted[row["id"]].append((prompt, answer.text, turn + 1))
         for row, _ in asked:
             if not accepted[row["id"]]:
-                maker.drop(row["id"], f"no answer accepted ({why[row['id']][0]})", why[row["id"]][1])
+                maker.drop(row["id"], *why[row["id"]])
             for number, (prompt, text, turn) in enumerate(_chosen(config, accepted[row["id"]]), 1):
                 id = row["id"] if config.keep != "all" else f"{row['id']}~{number}"
                 maker.rows.append(

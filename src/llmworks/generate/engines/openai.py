@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from llmworks.errors import EngineError, RequestError
+from llmworks.errors import AccessError, EngineError, RequestError
 from llmworks.generate.account import Account
 from llmworks.generate.pacing import Pace, back_off
 from llmworks.generate.parallel import Answered, each_in_threads, in_order
@@ -22,6 +22,7 @@ from llmworks.tokenize.templates import CALL_CLOSE, CALL_OPEN, render_call
 from llmworks.types import Completion, Delta, FinishReason, Request, ToolCall, messages_to_json
 
 PASSING = {408, 409, 425, 429}  # and everything from 500 on
+CLOSED = {401, 402, 404, 405, 410}  # key, credit, model or address: no other request will do better
 LONGEST_PAUSE = 600.0  # a server that asks for more is given up
 CHARACTERS_PER_TOKEN = 4  # to guess a prompt's tokens before the server has counted them
 
@@ -45,6 +46,7 @@ class OpenAIEngine:
         self.pace = Pace(self.options.requests_per_minute, self.options.tokens_per_minute)
         key = api_key(url, self.options)
         self._limit = "max_tokens"
+        self._closed: AccessError | None = None
         self.client = httpx.Client(
             timeout=httpx.Timeout(self.options.timeout, connect=10.0, pool=None), headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=self.options.concurrency, max_keepalive_connections=self.options.concurrency),
@@ -72,11 +74,14 @@ class OpenAIEngine:
         return in_order(self.each(requests), len(requests))
 
     def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
-        """Answers and errors as they come."""
+        """Answers and errors as they come; once the server is closed to all requests, the others are not sent."""
+        self._closed = None
         return each_in_threads(self._answer, requests, self.options.concurrency)
 
     def _answer(self, request: Request) -> Completion:
         for attempt in range(self.options.retries + 1):
+            if self._closed is not None:
+                raise self._closed
             try:
                 return self._once(request)
             except Passing as error:
@@ -191,14 +196,17 @@ class OpenAIEngine:
         except ValueError:
             message = reply.text.strip()[:200]
         said = f"{status}: {message}"
-        if status in (401, 403):
-            raise RequestError(f"{self.url}: {said}; is the key in ${self.options.key or DEFAULT_KEY} right?")
+        # some forbid a single request for what it says, which shows once others were answered
+        if status in CLOSED or "insufficient_quota" in reply.text or (status == 403 and not self.account.requests):
+            about_key = f"; is the key in ${self.options.key or DEFAULT_KEY} right?" if status in (401, 403) else ""
+            self._closed = AccessError(f"{self.url}: {said}{about_key}")
+            raise self._closed
         if status == 400 and self._limit == "max_tokens" and "max_completion_tokens" in message:
             self._limit = "max_completion_tokens"  # newer models know the limit by this name only
             raise Passing(said, pause=0.001)
-        if (status in PASSING or status >= 500) and "insufficient_quota" not in reply.text:
+        if status in PASSING or status >= 500:
             raise Passing(said, pause=_pause(reply.headers))
-        kind = RequestError if status in (400, 404, 413, 422) else EngineError
+        kind = RequestError if status in (400, 403, 413, 422) else EngineError
         raise kind(f"{self.url}: {said}")
 
     def score(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:

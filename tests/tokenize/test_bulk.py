@@ -20,6 +20,7 @@ BYTES = pre_tokenizers.ByteLevel
 KINDS: dict[str, Any] = {
     "gpt2": BYTES(add_prefix_space=False),
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES(add_prefix_space=False)]),
+    "gaps": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[^中e]+"), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]),
     "llama3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]),
 }
 
@@ -72,6 +73,31 @@ def test_others_are_left_to_their_own_library() -> None:
     unknown = trained(KINDS["gpt2"])
     unknown.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), BYTES(add_prefix_space=False)])
     assert bulk_encoder(unknown) is None
+
+
+@pytest.mark.parametrize("pattern", [r"(?=[A-Z])|[^A-Z]+", r"\p{L}*", "a|", r"(?<=a)", r"\h+"])
+def test_patterns_that_can_find_nothing_are_left_to_the_library(pattern: str) -> None:
+    pre = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES(add_prefix_space=False, use_regex=False)])
+    assert bulk_encoder(trained(pre)) is None
+
+
+def test_settings_that_change_what_is_encoded() -> None:
+    cuts, pads = trained(KINDS["gpt2"]), trained(KINDS["gpt2"])
+    cuts.enable_truncation(5)
+    pads.enable_padding(length=9)
+    assert bulk_encoder(cuts) is None
+    assert bulk_encoder(pads) is None
+
+
+def test_what_is_no_text_is_refused_alike() -> None:
+    tokenizer = trained(KINDS["smollm"])
+    encoder = bulk_encoder(tokenizer)
+    assert encoder is not None
+    for text in ("a\ud800", "word \udc80 word"):
+        with pytest.raises(TypeError):
+            tokenizer.encode(text)
+        with pytest.raises(TypeError):
+            encoder.encode(text)
 
 
 def test_merges_that_do_not_make_their_tokens_are_left_to_the_library() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.conftest import TEMPLATE, make_tokenizer
+from tokenizers import AddedToken
 
-from llmworks.errors import RequestError
+from llmworks.errors import ModelError, RequestError
 from llmworks.tokenize.conversations import ConversationEncoder
+from llmworks.tokenize.load import load_tokenizer
 from llmworks.tokenize.named import NAMED, named_template
 from llmworks.tokenize.skeleton import Skeletons, pattern_of
 from llmworks.tokenize.templates import for_template, render_masked, tool_aware
@@ -114,3 +117,56 @@ def test_tools_and_calls() -> None:
 def test_what_the_template_refuses_is_refused() -> None:
     with pytest.raises(RequestError, match="the template llama-2"):
         ConversationEncoder(tokenizer_with(named_template("llama-2"))).encode((Message("tool", "b"), Message("assistant", "c")))
+
+
+OVERLAPPING = {
+    "begins alike": ["<|im_end|>!", "<|im_end"], "ends alike": ["x<|im_end|>"], "overlaps": ["ab<"], "stands within": ["im_e"], "itself": ["zz"], "strips": [AddedToken("<s>", rstrip=True)],
+    "normalized": [AddedToken("i<|", normalized=True)], "apart": ["<think>", "</think>"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OVERLAPPING)
+def test_added_tokens_that_overlap(kind: str) -> None:
+    tokenizer = make_tokenizer(TEMPLATE)
+    tokenizer.add_tokens(OVERLAPPING[kind])
+    fast = ConversationEncoder(tokenizer)
+    for text in ("Hi", "x", "ab", "zzz", "im_e", "!", "<think>a</think>", " <s> a", "Hi<|", "h<|im_end"):
+        for asked, said in ((text, "yes"), ("yes", text), (text, text)):
+            messages = (Message("user", asked), Message("assistant", said), Message("user", asked), Message("assistant", said))
+            expected = render_masked(tokenizer, messages)
+            ids, mask = fast.encode(messages)
+            assert (ids, bytes(mask)) == (list(expected.ids), bytes(expected.mask))
+
+
+DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+def test_dates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that writes the day is run again every time, or the day is frozen."""
+    tokenizer = make_tokenizer(DATED)
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    pattern = pattern_of(turns)
+    assert pattern is not None
+    assert Skeletons(tokenizer).of(pattern, lambda: turns) is None
+    assert Skeletons(tokenizer, frozen=True).of(pattern, lambda: turns) is not None
+    frozen = ConversationEncoder(tokenizer, frozen=True)
+    expected = render_masked(tokenizer, turns, frozen=True)
+    assert frozen.encode(turns)[0] == list(expected.ids)
+    assert tokenizer.decode(frozen.encode(turns)[0]) == "26 Jul 2024user:a<|im_end|>assistant:b<|im_end|>"
+    assert ConversationEncoder(tokenizer).encode(turns)[0] == list(render_masked(tokenizer, turns).ids)
+
+
+def test_templates_by_name(tmp_path: Path) -> None:
+    """What transformers chooses of several templates is what the one writes that they become."""
+    named = {"default": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}\n", "tool_use": "{{ tools[0].function.name }}{% for m in messages %}[{{ m.content }}]{% endfor %}"}
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    turns = [{"role": "user", "content": "a"}]
+    for tools in (None, [{"type": "function", "function": TOOL}]):
+        assert loaded.apply_chat_template(turns, tools=tools, tokenize=False) == tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+    tokenizer.chat_template = {"other": "x"}
+    tokenizer.save_pretrained(tmp_path / "none")
+    with pytest.raises(ModelError, match="none is called default"):
+        load_tokenizer(tmp_path / "none")

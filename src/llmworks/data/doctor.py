@@ -5,6 +5,7 @@ Faults of the template are found by `tokenize.probe`; faults of rows here. What 
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import re
@@ -22,6 +23,7 @@ from llmworks.data.statistics import question_of
 from llmworks.data.turns import problems
 from llmworks.errors import ModelError, RequestError
 from llmworks.tokenize import view
+from llmworks.tokenize.control import ControlTokens
 from llmworks.tokenize.load import read_json, stop_ids
 from llmworks.tokenize.named import CHOICES, Template, tokenizer_of
 from llmworks.tokenize.probe import Finding, Uses, probe
@@ -66,13 +68,13 @@ def doctor(config: DoctorConfig, model: Model | Adapter | Tokenizer, data: Datas
     broken = any(case.finding.code in ("no-template", "template-broken") for case in cases.values())
     with ctx.progress.bar("look at", len(rows), "rows") as bar:
         for row in rows:
-            for messages in conversations(row):
+            for side, messages in zip((" chosen", " rejected") if pairs else ("",), conversations(row), strict=True):
                 rendered = None if broken else examine(tokenizer, row, messages, config.max_tokens or longest, cases)
                 if rendered is not None:
                     tokens, learned = tokens + len(rendered.ids), learned + sum(rendered.mask)
                     flagged = any(case.rows[-1:] == [row["id"]] for case in cases.values())
                     if len(drawn) < FIRST or (flagged and len(drawn) < FIRST + SHOWN):
-                        drawn.append((row["id"], rendered))
+                        drawn.append((row["id"] + side, rendered))
             bar.advance()
     among(rows, pairs, cases)
     if pairs:
@@ -136,11 +138,11 @@ def _said(tokenizer: Any, messages: Sequence[Message], row: Row) -> Iterator[tup
     if found:
         what = re.sub(r"^turns? \d+( and \d+)?( \((\w+)\))?", lambda m: f"a {m[3]} turn" if m[3] else "turns" if m[1] else "a turn", found[0])
         yield "turns", "error", what, "data.chat sets such rows aside (turns: strict)"
-    special = _special_tokens(tokenizer)
-    for message in messages:
-        token = next((t for t in special if t in message.content), None)
-        if token is not None:
-            yield "special-in-text", "error", f"the text of a {message.role} turn holds {token!r}, which becomes a control token", "a user can end turns and speak for others: take it out of the text"
+    control = _control(tokenizer)
+    for where, tokens in [*((f"the text of a {m.role} turn", control.of_turn(m)) for m in messages), ("the description of a tool", control.of_tools(row.get("tools") or ()))]:
+        if tokens:
+            what = f"{where} holds {' and '.join(map(repr, tokens[:3]))}, which become{'s a control token' if len(tokens) == 1 else ' control tokens'}"
+            yield "special-in-text", "error", what, "a user can end turns and speak for others: take it out of the text (data.pack sets such rows aside)"
     learned = [m for m in messages if m.role == "assistant" and m.weight]
     if any(OTHER_TURN.search(m.content) for m in learned):
         yield "other-turn-learned", "warning", "a learned answer goes on with a turn of somebody else (Human:, ### Instruction ...)", "the model learns to speak for the user: cut the answer there"
@@ -148,12 +150,9 @@ def _said(tokenizer: Any, messages: Sequence[Message], row: Row) -> Iterator[tup
         yield "white-space", "note", "learned answers begin or end with white space", ""
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
-    known: list[str] | None = getattr(tokenizer, "_llmworks_special", None)
-    if known is None:
-        added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        known = tokenizer._llmworks_special = sorted({*map(str, tokenizer.all_special_tokens), *added}, key=len, reverse=True)
-    return known
+@functools.lru_cache(maxsize=1)
+def _control(tokenizer: Any) -> ControlTokens:
+    return ControlTokens(tokenizer)
 
 
 def _lost(tokenizer: Any, messages: Sequence[Message]) -> str | None:

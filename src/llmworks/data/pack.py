@@ -11,7 +11,7 @@ from collections import Counter
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,7 @@ class PackConfig(Config):
     length: int = Field(2048, gt=1, description="tokens of a row; longer conversations are set aside, longer documents divided")
     template: Template = Field("keep", description=CHOICES)
     document_end: str = Field("", description="the token that ends a document; default: the tokenizer's end token")
+    control_tokens: Literal["set-aside", "keep"] = Field("set-aside", description="conversations with a control token in somebody's text; keep: it controls. In documents it is text")
     seed: int = Field(0, description="seed of the order")
 
 
@@ -51,7 +52,7 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
     if chats == "preference":
         raise DataError(f"{data.name}: holds preference pairs; what is packed are conversations or documents")
     if chats:
-        how = How(model.path, config.template, config.length)
+        how = How(model.path, config.template, config.length, control=config.control_tokens == "keep")
         done = work(ctx, "tokens", partial(encode_chats, how), file_spans(row_files(data, "chat"), partial(open_rows, kind="chat")))
         uses = done.total("uses")
         require_template(model.name, tokenizer, stop_ids(model.path, tokenizer), Uses(**{name: uses[name] > 0 for name in ("system", "tools", "results", "turns")}))
@@ -66,7 +67,7 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
     for i, folder in enumerate(shards.folders):
         link(folder / "shard.safetensors", ctx.out / f"shard-{i:05d}.safetensors")
     _gather_rejected(done, ctx.out)
-    return _finish(config, data, model, tokenizer, ctx, lengths, ends, shards.sum("learned"), _reasons(done))
+    return _finish(config, data, model, tokenizer, largest + 1, ctx, lengths, ends, shards.sum("learned"), _reasons(done))
 
 
 def _around(config: PackConfig, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -156,7 +157,7 @@ def _reasons(done: Done) -> Counter[str]:
     return found
 
 
-def _finish(config: PackConfig, data: Dataset, model: Model | Adapter | Tokenizer, tokenizer: Any, ctx: Context, lengths: Any, ends: Any, learned: int, reasons: Counter[str]) -> Dataset:
+def _finish(config: PackConfig, data: Dataset, model: Model | Adapter | Tokenizer, tokenizer: Any, vocabulary: int, ctx: Context, lengths: Any, ends: Any, learned: int, reasons: Counter[str]) -> Dataset:
     """The data set with its report."""
     import numpy as np
 
@@ -181,7 +182,7 @@ def _finish(config: PackConfig, data: Dataset, model: Model | Adapter | Tokenize
         report.table("Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
     ctx.progress.say(report.lead + (f" {figures['set_aside']:,} rows were set aside (rejected.jsonl)." if reasons else ""))
     about = {
-        "schema": "tokens", "length": config.length, "vocabulary": len(tokenizer), "rows": rows, "tokens": tokens,
+        "schema": "tokens", "length": config.length, "vocabulary": vocabulary, "rows": rows, "tokens": tokens,
         "tokenizer": hashlib.sha256(tokenizer._tokenizer.to_str().encode()).hexdigest() if hasattr(tokenizer, "_tokenizer") else "",
         "template": hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
     }  # fmt: skip

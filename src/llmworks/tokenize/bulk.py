@@ -29,7 +29,7 @@ WORDS = {
 }
 RUN = 5000
 _RUN = re.compile(rf"\s{{{RUN}}}")
-_NEW = re.compile("[\U00011de0-\U00011de9\U00016ff4-\U00016ff6]")  # digits of Unicode 17, which tokenizers knows and tiktoken does not
+_NEW = re.compile("[\U00011de0-\U00011de9\U00016ff4-\U00016ff6\ud800-\udfff]")  # digits of Unicode 17, which tiktoken does not know, and what is no text
 PROBE = (
     "Hello world, it's 1234.5 tests!  Two  spaces\n\n\tindent = {'key': [1, 22, 333]}  \n they'll I'VE don't",
     "Grüße aus Köln – 日本語のテキスト мир ١٢٣ ½ ²  \u00a0x\u3000y 🙂👩‍💻 \r\n end ",
@@ -139,7 +139,7 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
     pattern = _pattern(state.get("pre_tokenizer"))
     model = state["model"]
     other = ("unk_token", "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if pattern is None or model.get("type") != "BPE" or state.get("normalizer") or any(model.get(name) for name in other):
+    if pattern is None or model.get("type") != "BPE" or any(model.get(name) for name in other) or any(state.get(name) for name in ("normalizer", "truncation", "padding")):
         return None
     characters = byte_characters()
 
@@ -162,7 +162,10 @@ def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
     added = sorted((token["content"] for token in state["added_tokens"]), key=len, reverse=True)
     if not _finds_words(tokenizer.model, model, added, lambda token: as_bytes(token) in ranks):
         return None
-    encoding = tiktoken.Encoding("llmworks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    try:
+        encoding = tiktoken.Encoding("llmworks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except ValueError:  # a pattern of the other library's own kind
+        return None
     encoder = BulkEncoder(encoding, ids, tokenizer, added, WORDS.get(pattern))
     return encoder if _agrees(encoder, lambda text: tokenizer.encode(text, add_special_tokens=False).ids) else None
 
@@ -181,9 +184,21 @@ def _pattern(pre: Any) -> str | None:
     if step["type"] == "Digits" and step.get("individual_digits") and last.get("use_regex", True):
         return GPT2_DIGITS
     if step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert") and not last.get("use_regex", True):
-        found: str | None = step["pattern"].get("Regex")
-        return found
+        found: str = step["pattern"].get("Regex") or ""
+        if found in WORDS:
+            return found
+        return rf"{found}|(?:(?!{found})[\s\S])+" if _least_width(found) else None  # what it leaves out between two finds is a piece too
     return None
+
+
+def _least_width(pattern: str) -> int:
+    """The fewest characters that a pattern finds; 0 for one that is not understood."""
+    from re import _parser  # type: ignore[attr-defined]
+
+    try:
+        return int(_parser.parse(re.sub(r"\\[pP](?:\{[^}]*\}|\w)", "a", pattern)).getwidth()[0])  # Python knows no \p{L}
+    except (re.error, OverflowError, RecursionError):
+        return 0
 
 
 def _finds_words(bpe: Any, model: Mapping[str, Any], added: Collection[str], ranked: Callable[[str], bool]) -> bool:

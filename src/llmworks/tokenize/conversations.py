@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from llmworks.errors import MissingDependency
@@ -42,12 +41,15 @@ class Filled:
 
 
 class ConversationEncoder:
-    """Encodes conversations with a tokenizer's own template. `fast` False always runs the template itself."""
+    """Encodes conversations with a tokenizer's own template.
 
-    def __init__(self, tokenizer: Any, *, fast: bool = True) -> None:
-        self._tokenizer = tokenizer
+    `fast` False always runs the template itself; `frozen` fixes the dates that some templates insert, so that a day later gives the same.
+    """
+
+    def __init__(self, tokenizer: Any, *, fast: bool = True, frozen: bool = False) -> None:
+        self._tokenizer, self._frozen = tokenizer, frozen
         self._shows_tools: bool | None = None
-        self._skeletons = Skeletons(tokenizer) if fast else None
+        self._skeletons = Skeletons(tokenizer, frozen=frozen) if fast else None
         self._bulk = _bulk(tokenizer) if fast else None
         self._apart = _apart(tokenizer)
         self._plans: dict[Pattern, list[Fixed | Filled] | None] = {}
@@ -63,11 +65,12 @@ class ConversationEncoder:
         plan = self._plan(pattern, messages) if pattern else None
         if plan is not None and (done := self._filled(plan, [m.content for m in messages])) is not None:
             return done
-        rendered = render_masked(self._tokenizer, messages, tools=[tool if "function" in tool else {"type": "function", "function": tool} for tool in tools])
+        wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        rendered = render_masked(self._tokenizer, messages, tools=wrapped, frozen=self._frozen)
         return list(rendered.ids), bytes(rendered.mask)
 
     def encode_plain(self, roles: Sequence[str], contents: Sequence[str]) -> tuple[Ids, Mask]:
-        """The same for turns that have a role and a content only, all answers learned."""
+        """The same for turns that have a role, one of `types.ROLES`, and a content only, all answers learned."""
         if self._skeletons is not None:
             pattern = tuple([(role, 1, content != "", bool(content.strip())) for role, content in zip(roles, contents, strict=True)])
             plan = self._plans.get(pattern)
@@ -133,7 +136,12 @@ def _bulk(tokenizer: Any) -> BulkEncoder | None:
 
 
 def _apart(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds added tokens that part a text whatever is beside them; None when some take white space in, or begin as others do."""
-    added = sorted((str(t.content), t.lstrip or t.rstrip or t.single_word) for t in tokenizer.added_tokens_decoder.values())
-    unclear = any(takes for _, takes in added) or any(b.startswith(a) for (a, _), (b, _) in pairwise(added))
-    return re.compile("(" + "|".join(re.escape(token) for token, _ in added) + ")") if added and not unclear else None
+    """Finds added tokens that part a text whatever is beside them; None when some take white space in, or two could overlap."""
+    known = list(tokenizer.added_tokens_decoder.values())
+    added = {str(t.content) for t in known}
+    begins = {token[:end] for token in added for end in range(1, len(token))}
+    overlap = any(token[start:] in begins for token in added for start in range(1, len(token)))
+    within = any(token[start:end] in added for token in added for start in range(len(token)) for end in range(start + 1, len(token) + 1) if end - start < len(token))
+    if not added or overlap or within or any(t.lstrip or t.rstrip or t.single_word for t in known):
+        return None
+    return re.compile("(" + "|".join(map(re.escape, sorted(added))) + ")")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,17 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a broken file
         raise ModelError(f"{path}: the tokenizer cannot be read ({first_line(error)})") from None
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = one_template(path, tokenizer.chat_template)
     return tokenizer
+
+
+def one_template(path: Path, named: Mapping[str, str]) -> str:
+    """Several templates, which some models have by name, as one: `tool_use` with tools, else `default`, as transformers chooses. ModelError without a default."""
+    if "default" not in named:
+        raise ModelError(f"{path}: has chat templates by name ({', '.join(sorted(named))}), but none is called default")
+    default, with_tools = (named.get(name, named["default"]).removesuffix("\n") for name in ("default", "tool_use"))
+    return default if with_tools == default else f"{{% if tools %}}{with_tools}{{% else %}}{default}{{% endif %}}"
 
 
 def stop_ids(path: Path, tokenizer: Any) -> list[int]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from llmworks.tokenize.templates import Segment, segments
+from llmworks.tokenize.templates import FROZEN_DATE, Segment, render_text, segments
 from llmworks.types import Message
 
 MARK = "\U0010fffe"
@@ -85,9 +85,9 @@ OF_LISTS = {"length", "count", "first", "last", "list", "selectattr", "rejectatt
 class Skeletons:
     """The skeletons of one tokenizer's template, one for each pattern of turns that was met."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._template = _compiled(tokenizer.chat_template or "")
+    def __init__(self, tokenizer: Any, *, frozen: bool = False) -> None:
+        self._tokenizer, self._frozen = tokenizer, frozen
+        self._template = _compiled(tokenizer.chat_template or "", frozen)
         self._known: dict[Pattern, list[Segment] | None] = {}
 
     def of(self, pattern: Pattern, messages: Callable[[], Sequence[Message]]) -> list[Segment] | None:
@@ -107,14 +107,14 @@ class Skeletons:
             # without an end token, what is learned ends where the white space of the content begins
             if any(HOLE.split(text)[-1] == "" for text, _ in made):
                 return None
-            real = segments(lambda count, prompt: _real(self._tokenizer, example[:count], prompt), example)
+            real = segments(lambda count, prompt: render_text(self._tokenizer, example[:count], generation_prompt=prompt, frozen=self._frozen), example)
         except Exception:  # whatever the template raises, the renderer will raise and word it
             return None
         return made if [(fill(text, texts), learned) for text, learned in made] == real else None
 
     def _render(self, pattern: Pattern, contents: Sequence[Opaque], prompt: bool) -> str:
         messages = [{"role": role, "content": content} for (role, *_), content in zip(pattern, contents, strict=False)]
-        extra = self._tokenizer.special_tokens_map
+        extra = {**self._tokenizer.special_tokens_map, **({"date_string": FROZEN_DATE} if self._frozen else {})}
         assert self._template is not None
         text: str = self._template.render(messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **extra)
         return text
@@ -132,13 +132,7 @@ def fill(text: str, contents: Sequence[str]) -> str:
     return HOLE.sub(lambda m: TRIM[m[2]](contents[int(m[1])]), text)
 
 
-def _real(tokenizer: Any, messages: Sequence[Message], prompt: bool) -> str:
-    from llmworks.tokenize.templates import render_text
-
-    return render_text(tokenizer, messages, generation_prompt=prompt)
-
-
-def _compiled(template: str) -> Any:
+def _compiled(template: str, frozen: bool) -> Any:
     """The template as Jinja runs it on opaque contents; None for one that catches its own output, which could then be looked into."""
     import jinja2
     from jinja2 import nodes
@@ -150,7 +144,7 @@ def _compiled(template: str) -> Any:
     for drawn in ("random", "safe", "forceescape"):
         environment.filters.pop(drawn)
     environment.globals.pop("lipsum")
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _today}
+    environment.globals |= {"raise_exception": _raise, "strftime_now": (lambda form: FROZEN_DATE) if frozen else _today}
     filters = {**environment.filters, "tojson": functools.partial(json.dumps, ensure_ascii=False)}
     environment.filters = {name: _guarded(name, function) for name, function in filters.items()}
     environment.filters["trim"] = lambda value, *chars: value.strip(*chars)
@@ -175,10 +169,8 @@ def _raise(message: str) -> NoReturn:
     raise Inspected(message)
 
 
-def _today(form: str) -> str:
-    from datetime import datetime
-
-    return datetime.now().strftime(form)
+def _today(form: str) -> NoReturn:
+    raise Inspected("the date, which changes while this runs")
 
 
 def _holds_content(value: Any) -> bool:

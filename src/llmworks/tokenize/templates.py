@@ -15,7 +15,8 @@ from llmworks.errors import ModelError, RequestError
 from llmworks.types import Json, Message, ToolCall
 
 # Put in front of a template: the date that some templates insert becomes a constant.
-_FROZEN = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}{%- set date_string = '26 Jul 2024' -%}"
+FROZEN_DATE = "26 Jul 2024"
+_FROZEN = f"{{%- macro strftime_now(format) -%}}{FROZEN_DATE}{{%- endmacro -%}}{{%- set date_string = '{FROZEN_DATE}' -%}}"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 TOOL_PREAMBLE = f'Answer by calling a function: {CALL_OPEN}{{"name": NAME, "arguments": {{...}}}}{CALL_CLOSE}\nFunctions:'
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from llmworks.data.parts import Span
 from llmworks.data.rows import row_tables, table_rows
 from llmworks.errors import ModelError, RequestError
+from llmworks.tokenize.control import ControlTokens
 from llmworks.tokenize.conversations import ConversationEncoder
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.tokenize.named import Template, use_template
-from llmworks.types import Json, messages_from_json
+from llmworks.types import ROLES, Json, messages_from_json
 
 NOTHING = "no assistant token to learn"
 
@@ -30,6 +31,7 @@ class How:
     longest: int
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    control: bool = False  # whether control tokens may stand in somebody's text
 
 
 @dataclass
@@ -66,16 +68,19 @@ class Pieces:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(how: How) -> ConversationEncoder:
+def _encoder(how: How) -> tuple[ConversationEncoder, ControlTokens]:
     """Made once in each worker."""
     tokenizer = load_tokenizer(how.tokenizer)
     use_template(tokenizer, how.template)
-    return ConversationEncoder(tokenizer)
+    return ConversationEncoder(tokenizer, frozen=True), ControlTokens(tokenizer)
 
 
 def encode_chats(how: How, part: Span, folder: Path) -> Json:
-    """One part of a data set of conversations. A row that is too long, teaches nothing or is refused by the template is set aside, never cut."""
-    encoder = _encoder(how)
+    """One part of a data set of conversations. A row that is too long, teaches nothing, or is refused by the template is set aside, never cut.
+
+    So is one with a control token in somebody's text, unless `how` allows it.
+    """
+    encoder, control = _encoder(how)
     pieces = Pieces()
     uses: set[str] = set()
     origin = part.row
@@ -83,13 +88,15 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
         for row in _rows(table):
             try:
                 if isinstance(row, Plain):
+                    held = () if how.control else [token for content in row.contents for token in control.within(content)]
                     uses |= _uses(row.roles)
-                    ids, mask = encoder.encode_plain(row.roles, row.contents)
+                    ids, mask = ([], b"") if held else encoder.encode_plain(row.roles, row.contents)
                 else:
                     messages = messages_from_json(row["messages"])
                     uses |= _uses(tuple(m.role for m in messages)) | ({"tools"} if row["tools"] or any(m.tool_calls for m in messages) else set())
-                    ids, mask = encoder.encode(messages, row["tools"])
-                reason = f"longer than length ({len(ids)} tokens)" if len(ids) > how.longest else NOTHING if mask.find(1, 1) < 0 else ""
+                    held = () if how.control else [*control.of_tools(row["tools"]), *(token for m in messages for token in control.of_turn(m))]
+                    ids, mask = ([], b"") if held else encoder.encode(messages, row["tools"])
+                reason = f"a control token in the text ({held[0]})" if held else f"longer than length ({len(ids)} tokens)" if len(ids) > how.longest else NOTHING if mask.find(1, 1) < 0 else ""
             except (RequestError, ModelError, ValueError) as error:
                 ids, mask, reason = [], b"", str(error)
             if reason:
@@ -103,7 +110,7 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
 
 def encode_documents(how: How, part: Span, folder: Path) -> Json:
     """One part of a data set of documents; longer ones are divided. Control tokens that stand in the text are encoded as text."""
-    encoder = _encoder(how)
+    encoder, _ = _encoder(how)
     pieces = Pieces()
     for origin, document in enumerate(part.documents(), part.row):
         ids = [*how.before, *encoder.text(document.text), *how.after]
@@ -124,6 +131,13 @@ class Plain(NamedTuple):
     roles: tuple[str, ...]
     contents: list[str]
 
+
+
+@functools.cache
+def _known(roles: tuple[str, ...]) -> bool:
+    return set(roles).issubset(ROLES)
+
+
 @functools.cache
 def _uses(roles: tuple[str, ...]) -> set[str]:
     return ({"system"} if "system" in roles else set()) | ({"results"} if "tool" in roles else set()) | ({"turns"} if roles.count("assistant") > 1 else set())
@@ -143,11 +157,13 @@ def _rows(table: Any) -> Iterator[Plain | Json]:
                 odd[1:] |= turns.field(name).is_valid().to_numpy(zero_copy_only=False)
         odd[1:] |= turns.field("content").is_null().to_numpy(zero_copy_only=False) | turns.field("role").is_null().to_numpy(zero_copy_only=False)
         before = np.cumsum(odd)
+        # roles that are no plain ones are left to the rows' own reader, which knows other names and refuses the rest
         plain = (before[offsets[1:]] == before[offsets[:-1]]) & (batch.column("tools").to_numpy(zero_copy_only=False) == "[]") & (offsets[1:] > offsets[:-1])
         roles, contents, ids = turns.field("role").to_pylist(), turns.field("content").to_pylist(), batch.column("id").to_pylist()
         bounds = offsets.tolist()
         for i, simple in enumerate(plain.tolist()):
-            if simple:
-                yield Plain(ids[i], tuple(roles[bounds[i] : bounds[i + 1]]), contents[bounds[i] : bounds[i + 1]])
+            turns_of = tuple(roles[bounds[i] : bounds[i + 1]])
+            if simple and _known(turns_of):
+                yield Plain(ids[i], turns_of, contents[bounds[i] : bounds[i + 1]])
             else:
                 yield next(table_rows(batch.slice(i, 1), "chat"))

@@ -46,10 +46,14 @@ def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["dta", "chat", "--data", "good.jsonl"], "did you mean 'data chat'"),
         (["show", "quickstart/nothing"], "no such file or directory, here or in"),
         (["gc"], "no workspace there"),
+        (["data", "--hlp"], "unknown command 'data --hlp', the group has data chat"),
+        (["data", "split", "--data", "good.jsonl", "--out", "o"], "config.part is missing (Literal['train', 'test'"),
+        (["data", "chat", "--data", "good.jsonl", "--config", "bad.yaml", "--out", "o"], "bad.yaml:2: not YAML"),
+        (["chat", "http://127.0.0.1:1/v1#m?retires=1", "hi"], "unknown option 'retires', did you mean 'retries'?"),
         (["chat", "cut", "hi", "--max-tokens", "-4"], "max_tokens is -4"),
         (["chat", "cut", "hi", "--temperature", "-1"], "temperature is -1"),
         (["data", "chat", "--data", "good.jsonl", "--set", "format", "--out", "o"], "key=value"),
-        (["data", "chat", "--data", "good.jsonl", "--config", "none.yaml", "--out", "o"], "cannot be read"),
+        (["data", "chat", "--data", "good.jsonl", "--config", "none.yaml", "--out", "o"], "none.yaml: no such file"),
         (["data", "chat", "--data", "good.jsonl", "--out", "mine"], "exists already"),
         (["data", "chat", "--data", "notes.txt", "--out", "o"], "conversations are read from .jsonl"),
         (["data", "split", "--data", "good.jsonl", "--set", "part=test", "--out", "o"], "has no Parquet files"),
@@ -66,6 +70,7 @@ def test_one_line_and_exit_code_2(tmp_path: Path, pico: Path, words: list[str], 
     (tmp_path / "good.jsonl").write_text(
         json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
     )
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: 2\n")
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF no")
     (tmp_path / "mine").mkdir()

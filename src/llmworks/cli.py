@@ -256,7 +256,11 @@ def _stage_command(words: list[str]) -> int:
     name, rest = (".".join(words[:2]), words[2:]) if ".".join(words[:2]) in known else (words[0], words[1:])
     if name not in known:
         group = sorted(s for s in known if s.split(".")[0] == words[0])
-        typed = " ".join(w for w in words[:2] if not w.startswith("-"))
+        if group and words[1:] in ([], ["-h"], ["--help"]):
+            lines = "\n".join(f"  {s.replace('.', ' '):<20}{known[s].summary}" for s in group)
+            print(f"usage: llmworks {words[0]} STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out DIR\n\n{lines}\n\n`llmworks {words[0]} STAGE --help` tells more.")
+            return 0
+        typed = " ".join(words[:2] if group else [w for w in words[:2] if not w.startswith("-")])
         near = difflib.get_close_matches(typed, [s.replace(".", " ") for s in known], n=1, cutoff=0.75)
         if not near and not group:
             typed = words[0]

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from llmworks import assets
 from llmworks.artifact import Artifact, Config
 from llmworks.errors import AssetError, RecipeError, UserError
-from llmworks.stages import ResolvedStage, resolve, table
+from llmworks.stages import ResolvedStage, config_help, resolve, table
 from llmworks.workspace import RESERVED
 
 Position = tuple[str | int, ...]
@@ -128,7 +128,10 @@ def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> 
     if item["type"] == "extra_forbidden":
         inner = item["loc"][:-1]
         return f"{'.'.join([label, *map(str, inner)])}: {unknown('key', item['loc'][-1], _fields(model, inner))}"
-    told = "" if item["type"] == "missing" else f" (is {item['input']!r})"
+    if item["type"] == "missing":
+        asked = next((f" ({kind.removesuffix(', required')}): {what}" for name, kind, what in config_help(model) if item["loc"] == (name,)), "")
+        return f"{'.'.join([label, *map(str, item['loc'])])} is missing{asked}"
+    told = f" (is {item['input']!r})"
     return f"{'.'.join([label, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}{told}"
 
 

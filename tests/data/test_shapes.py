@@ -11,6 +11,7 @@ import pytest
 from llmworks.artifact import Dataset
 from llmworks.cli import main
 from llmworks.data import shapes
+from llmworks.data.chat import plain_reasons
 from llmworks.data.rows import read_chat, read_preference, write_chat, write_preference
 from llmworks.data.turns import merged, problems
 from llmworks.types import Message, ToolCall
@@ -248,7 +249,11 @@ def test_many_shapes_become_one_data_set_and_go_back(files: Path, tmp_path: Path
     assert len(back) == len(rows) == 11
     assert run("export", tmp_path / "chat", tmp_path / "alpaca", "--set", "format=alpaca") == 0
     assert run("chat", tmp_path / "alpaca", tmp_path / "again") == 0
-    holds = [r for r in rows if [m["role"] for m in r["messages"]][-2:] == ["user", "assistant"] and not any("tool_calls" in m for m in r["messages"])]
+    holds = [r for r in rows if [m["role"] for m in r["messages"]][-2:] == ["user", "assistant"] and not any("tool_calls" in m or "weight" in m for m in r["messages"])]
+    aside = [json.loads(line) for line in (tmp_path / "alpaca/rejected.jsonl").read_text().splitlines()]
+    lost = next(r for r in aside if "weight 0" in r["reason"])
+    assert lost["row"]["messages"] == next(r for r in rows if any("weight" in m for m in r["messages"]))["messages"]
+    assert len(aside) + len(holds) == len(rows)
     assert [said(r) for r in read_chat(Dataset(tmp_path / "again"))] == [said(r) for r in holds]
     assert run("chat", files, tmp_path / "joined", "--set", "merge_turns=true") == 0
     assert len(read_chat(Dataset(tmp_path / "joined"))) == 12
@@ -264,6 +269,12 @@ def test_preference_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(read_preference(Dataset(tmp_path / "pairs"))) == len(ROWS["preference"])
     assert run("export", tmp_path / "pairs", tmp_path / "back") == 0
     assert [json.loads(line) for line in (tmp_path / "back/data.jsonl").read_text().splitlines()] == ROWS["preference"]
+    assert run("export", tmp_path / "pairs", tmp_path / "same", "--set", "format=preference") == 0
+    alike = [json.loads(line) for line in (tmp_path / "same/data.jsonl").read_text().splitlines()]
+    assert {type(row[side]) for row in alike for side in ("prompt", "chosen", "rejected")} == {list}
+    assert run("chat", tmp_path / "same/data.jsonl", tmp_path / "again") == 0
+    sides = [[row[side] for side in ("prompt", "chosen", "rejected")] for row in read_preference(Dataset(tmp_path / "pairs"))]
+    assert [[row[side] for side in ("prompt", "chosen", "rejected")] for row in read_preference(Dataset(tmp_path / "again"))] == sides
 
 
 @pytest.mark.parametrize(
@@ -282,3 +293,48 @@ def test_mistakes(content: bytes, name: str, words: list[str], says: str, tmp_pa
     assert says in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chatml", "completion", "sharegpt"])
+def test_what_a_shape_cannot_say_is_refused(name: str) -> None:
+    turns = [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match="turn 1 has the name 'Ann'"):
+        shapes.write({"id": "r", "group": "r", "messages": turns, "tools": [], "answer": None, "extra": {}}, name)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    row = {"id": "r", "group": "r", "messages": turns, "tools": [], "answer": None, "extra": {}}
+    if name == "sharegpt":
+        assert shapes.write(row, name)["conversations"][1] == {"from": "gpt", "value": "b", "weight": 0}
+    else:
+        with pytest.raises(ValueError, match="turn 2 has weight 0"):
+            shapes.write(row, name)
+
+
+def test_reasons_on_the_card() -> None:
+    counted = plain_reasons({
+        "turn 2 (user) is empty": 1, "turn 4 (assistant) is empty": 2, "turns 1 and 2 are both user turns": 1, "its keys (a, b) are of no known shape; known: messages": 3,
+        "not JSON (Expecting value: line 1 column 1 (char 0))": 1, "message 3 has the unknown role 'x'; known: user": 1, "the same as another row (r1)": 5, "the id '7' stands twice": 1,
+    })  # fmt: skip
+    assert counted == {
+        "a turn is empty": 3, "turns are both user turns": 1, "its keys are of no known shape": 3, "not JSON": 1, "a turn has the unknown role ...": 1, "the same as another row": 5, "the id ... stands twice": 1,
+    }  # fmt: skip
+
+
+def test_rows_without_turns_and_converted_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    raw = tmp_path / "raw.jsonl"
+    good: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    raw.write_text("".join(json.dumps(row) + "\n" for row in ({"conversations": []}, {"messages": None}, {"messages": [{"role": "user", "content": "\ud800"}]}, good)))
+    assert run("chat", raw, tmp_path / "chat") == 0
+    rejected = [json.loads(line) for line in (tmp_path / "chat/rejected.jsonl").read_text().splitlines()]
+    assert [(r["reason"], r["row"]) for r in rejected] == [
+        ("has no turns: `conversations` is empty", {"conversations": []}), ("has no turns: `messages` is empty", {"messages": None}),
+        ("a lone surrogate, which is no text", {"messages": [{"role": "user", "content": "\ud800"}]}),
+    ]  # fmt: skip
+    assert run("chat", tmp_path / "chat", tmp_path / "twice") == 2
+    assert "holds conversations of this schema already" in capsys.readouterr().err
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "foreign").mkdir()
+    pq.write_table(pa.Table.from_pylist([good]), tmp_path / "foreign" / "train.parquet")
+    assert run("chat", tmp_path / "foreign", tmp_path / "converted") == 0

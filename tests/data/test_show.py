@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import TEMPLATE, make_tokenizer
+from tests.conftest import TEMPLATE, make_pico, make_tokenizer
 
 from llmworks.cli import main
+from llmworks.data.rows import write_chat
 from llmworks.tokenize.templates import render_masked
 from llmworks.types import messages_from_json
 
@@ -108,3 +109,23 @@ def test_documents_are_shown_elsewhere(chats: Path, tmp_path: Path, capsys: pyte
     assert main(["data", "read", str(tmp_path / "t.txt"), "--out", str(tmp_path / "docs"), "--quiet"]) == 0
     assert main(["data", "show", str(tmp_path / "docs"), "--quiet"]) == 2
     assert "documents are shown by data.map" in capsys.readouterr().err
+
+
+def test_long_rows_and_models_without_a_template(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    turns = [{"role": "user", "content": "first " + "12 " * 2000}, {"role": "assistant", "content": "at last"}]
+    write_chat(tmp_path / "long", [{"id": "r", "group": "r", "messages": turns, "tools": [], "answer": None, "extra": {}}])
+    assert main(["data", "show", str(tmp_path / "long"), "--model", str(pico), "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown) < 5000
+    assert "first" in shown
+    assert "tokens, which the page shows" in shown
+    assert "at last" in shown
+    bare = make_pico(tmp_path / "bare", template=None)
+    assert main(["data", "show", str(tmp_path / "long"), "--model", str(bare), "--quiet"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    (tmp_path / "raw.jsonl").write_text("{}\n")
+    (tmp_path / "empty.jsonl").touch()
+    for name, says in (("raw.jsonl", "make them with the stage data.chat"), ("empty.jsonl", "is empty")):
+        assert main(["data", "show", str(tmp_path / name), "--quiet"]) == 2
+        assert says in capsys.readouterr().err

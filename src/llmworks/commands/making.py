@@ -139,6 +139,10 @@ def stage(args: argparse.Namespace) -> None:
     if args.config:
         try:
             values = yaml.safe_load(args.config.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise UserError(f"{args.config}: no such file; --config takes a YAML file of config fields") from None
+        except yaml.MarkedYAMLError as error:
+            raise UserError(f"{args.config}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{args.config}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):

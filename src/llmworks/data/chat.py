@@ -20,11 +20,12 @@ from llmworks.data.card import finish_rows
 from llmworks.data.jsonl import Rejected
 from llmworks.data.published import bfcl, flan_cot, spider
 from llmworks.data.rawrows import raw_rows
-from llmworks.data.rows import TURNS, Row
+from llmworks.data.rows import TURNS, WHAT, Row, converted
 from llmworks.data.turns import merged, problems
 from llmworks.errors import DataError
 from llmworks.types import Json, Message, messages_from_json, messages_to_json
 
+BRACKETS = re.compile(r" ?\([^()]*\)")
 PUBLISHED = {"bfcl": bfcl, "flan-cot": flan_cot, "spider": spider}
 
 
@@ -44,6 +45,8 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
 
     Errors: DataError for a missing or empty file, or when no row is left.
     """
+    if kind := converted(data):
+        raise DataError(f"{data.path}: holds {WHAT[kind]} of this schema already; data.export writes them in other shapes, data.mix joins sets")
     rejected = Rejected()
     published = PUBLISHED.get(config.format)
     rows = published.rows(data.path, rejected) if published else list(_rows(config, data, rejected))
@@ -75,15 +78,16 @@ def without_repeated(rows: Sequence[Row], name: str, rejected: Rejected) -> list
         if first.setdefault(content, row["id"]) == row["id"]:
             kept.append(row)
         else:
-            rejected.add(name, number, f"the same as another row ({first[content]})", row["id"])
+            rejected.add(name, number, f"the same as another row ({first[content]})", row)
     return kept
 
 
 def plain_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
-    """Reasons without what is told of one row only: numbers of turns, names, details in brackets."""
+    """Reasons without what is told of one row only: numbers of turns, names, details in brackets, advice."""
     found: Counter[str] = Counter()
     for reason, count in reasons.items():
-        found[re.sub(r"turns? \d+( and \d+)?", "a turn", re.sub(r"'[^']*'", "...", reason.partition(" (")[0]))] += count
+        plain = BRACKETS.sub("", BRACKETS.sub("", re.sub(r"'[^']*'", "...", reason))).partition(";")[0]
+        found[re.sub(r"(?:turns?|message) \d+(?: and \d+)?", lambda m: "turns" if " and " in m[0] else "a turn", plain)] += count
     return dict(found)
 
 
@@ -98,7 +102,7 @@ def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row
             if pairs is not None and pairs != ("chosen" in row):
                 raise ValueError("a preference pair among conversations" if "chosen" in row else "a conversation among preference pairs")
         except (ValueError, AttributeError, KeyError, TypeError, UnicodeEncodeError) as error:
-            rejected.add(file, number, reason_of(error), str(raw))
+            rejected.add(file, number, reason_of(error), raw)
             continue
         pairs = "chosen" in row
         seen.add(row["id"])

@@ -21,7 +21,7 @@ class ExportConfig(Config):
     """What to write."""
 
     format: Literal["as-read", "messages", "sharegpt", "alpaca", "chatml", "completion", "preference"] = Field(
-        "as-read", description="as-read: every row as it came, byte order of keys aside; else all rows in this shape"
+        "as-read", description="as-read: every row as it came, order of keys aside; else all rows in this shape, with the same keys"
     )
 
 
@@ -35,7 +35,7 @@ def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
             try:
                 raw = shapes.write(row, "" if config.format == "as-read" else config.format)
             except ValueError as error:
-                rejected.add(data.name, number, str(error), row["id"])
+                rejected.add(data.name, number, str(error), row)
                 continue
             stream.write(json.dumps(raw, ensure_ascii=False) + "\n")
             count += 1

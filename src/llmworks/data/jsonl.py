@@ -17,17 +17,18 @@ class Rejected:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, file: str, line: int, reason: str, text: str) -> None:
-        """Set a row aside."""
-        self.rows.append({"file": file, "line": line, "reason": reason, "text": text[:2000]})
+    def add(self, file: str, line: int, reason: str, content: Any) -> None:
+        """Set a row aside, whole; of what is only text, the beginning."""
+        kept = {"text": content[:2000]} if isinstance(content, str) else {"row": content}
+        self.rows.append({"file": file, "line": line, "reason": reason, **kept})
 
     def write(self, out: Path, say: Callable[[str], None]) -> None:
         """Write `rejected.jsonl` when there is anything to write, and say how many and the first reason."""
         if not self.rows:
             return
-        (out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows), encoding="utf-8")
+        (out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows), encoding="utf-8", errors="backslashreplace")
         first = self.rows[0]
-        say(f"{len(self.rows)} rows set aside in rejected.jsonl, the first: {first['file']} line {first['line']}: {first['reason']}")
+        say(f"{len(self.rows):,} row{'s' if len(self.rows) > 1 else ''} set aside in rejected.jsonl, the first: {first['file']} line {first['line']}: {first['reason']}")
 
 
 def read_jsonl(path: Path, rejected: Rejected) -> Iterator[tuple[int, dict[str, Any]]]:

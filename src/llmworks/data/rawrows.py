@@ -40,7 +40,7 @@ def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
                 if isinstance(row, dict):
                     yield item.name, number, row
                 else:
-                    rejected.add(item.name, number, "not a JSON object", str(row))
+                    rejected.add(item.name, number, "not a JSON object", row)
     if not count:
         raise DataError(f"{path}: has no file of conversations ({', '.join(KNOWN)})")
 

@@ -74,15 +74,25 @@ def flat_messages(row: Row) -> tuple[Message, ...]:
 
 def schema_of(dataset: Dataset) -> str:
     """ "chat" or "preference", by what the files hold; "" for anything else."""
+    names = _columns(dataset)
+    return next((kind for kind, turns in TURNS.items() if set(turns) <= names), "")
+
+
+def converted(dataset: Dataset) -> str:
+    """The same for rows that have every column of the schema, not the turns alone."""
+    names = _columns(dataset)
+    return next((kind for kind in TURNS if set(_schema(kind).names) <= names), "")
+
+
+def _columns(dataset: Dataset) -> set[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     files = sorted(dataset.path.glob("*.parquet")) if dataset.path.is_dir() else []
     try:
-        names = pq.read_schema(files[0]).names if files else []
+        return set(pq.read_schema(files[0]).names) if files else set()
     except (pa.ArrowInvalid, OSError):
-        return ""  # told when it is read
-    return next((kind for kind, turns in TURNS.items() if set(turns) <= set(names)), "")
+        return set()  # told when it is read
 
 
 def row_files(dataset: Dataset, kind: str) -> list[Path]:

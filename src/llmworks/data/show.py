@@ -28,6 +28,7 @@ from llmworks.types import Json, messages_from_json
 WIDTH = 110
 COLOURS = {"system": "35", "user": "34", "assistant": "32", "tool": "33", "chosen": "32", "rejected": "31"}
 LONG = 4000  # characters of one turn on the page
+HEAD, TAIL = 150, 250  # tokens of one row in the terminal, from its beginning and its end
 
 
 class ShowConfig(Config):
@@ -43,7 +44,8 @@ class ShowConfig(Config):
 def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter | Tokenizer | None = None) -> Report:
     """One page, `report.html`, with statistics and rows; `model` adds tokens and what is learned.
 
-    Errors: DataError for data that are no conversations, pairs or packed tokens, or when no row fits; UserError for packed tokens without a model.
+    Errors: DataError for data that are no conversations, pairs or packed tokens, or when no row fits; UserError for packed tokens without a model;
+    ModelError for a model without a chat template.
     """
     tokenizer = tokenizer_of(model, config.template) if model is not None else None
     if any(data.path.glob("*.safetensors")) if data.path.is_dir() else False:
@@ -52,7 +54,9 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
         return _show_packed(config, data, tokenizer, ctx)
     kind = schema_of(data)
     if not kind:
-        raise DataError(f"{data.name}: holds no conversations, preference pairs or packed tokens; documents are shown by data.map")
+        raise DataError(f"{data.name}: {_instead(data.path)}")
+    if model is not None and tokenizer is not None and not tokenizer.chat_template:
+        raise ModelError(f"{model.name} has no chat template, so conversations are no tokens to it; name one with --set template=chatml, or leave the model out")
     every = read_preference(data) if kind == "preference" else read_chat(data)
     wanted = config.contains.lower()
     fitting = [row for row in every if not wanted or wanted in json.dumps(turns_of(row), ensure_ascii=False).lower()]
@@ -60,7 +64,7 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     if not rows:
         raise DataError(f"{data.name}: no row " + (f"holds {config.contains!r}" if not fitting else f"comes after the first {config.first}"))
     facts = describe(every, _identify())
-    encoder = ConversationEncoder(tokenizer) if tokenizer is not None and tokenizer.chat_template else None
+    encoder = ConversationEncoder(tokenizer) if tokenizer is not None else None
     same, asked = repeated(every)
     marks = {row["id"]: (["same row"] if row["id"] in same else []) + (["same question"] if row["id"] in asked else []) for row in rows}
     shown = [_item(row, marks[row["id"]], _tokens(row, encoder, tokenizer)) for row in rows]
@@ -72,6 +76,15 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     report.drawing("Rows", page(shown), plain="\n\n".join(_plain(item) for item in shown[:10]))
     report.terminal = "\n".join([_summary(facts), *(as_terminal(item, tokenizer) for item in shown[: config.terminal])])
     return Report(ctx.out, metrics={"rows": facts["rows"], "shown": len(rows), "same_rows": facts["same_rows"], "same_questions": facts["same_questions"]})
+
+
+def _instead(path: Path) -> str:
+    """What there is in place of rows, and what to do with it."""
+    if path.is_file() and path.stat().st_size == 0:
+        return "is empty"
+    if path.is_file() or any(path.glob("*.jsonl")):
+        return "holds raw rows, no conversations yet; make them with the stage data.chat"
+    return "holds no conversations, preference pairs or packed tokens; documents are shown by data.map"
 
 
 def _identify() -> Any:
@@ -164,7 +177,7 @@ def as_terminal(item: Json, tokenizer: Any = None) -> str:
     if item["tokens"] and tokenizer is not None:
         for part in item["tokens"]:
             lines.append(f"{part['side']}:" if part["side"] else "")
-            lines.append(part.get("error") or view.as_ansi(tokenizer, part["ids"], [int(f) & 1 for f in part["flags"]]))
+            lines.append(part.get("error") or _coloured(tokenizer, part["ids"], [int(f) & 1 for f in part["flags"]]))
         return "\n".join(filter(None, lines))
     for turn in item["turns"]:
         wrapped = [part for line in turn["text"].splitlines() or [""] for part in (textwrap.wrap(line, WIDTH, replace_whitespace=False, drop_whitespace=False) or [""])]
@@ -173,6 +186,13 @@ def as_terminal(item: Json, tokenizer: Any = None) -> str:
     if item["answer"]:
         lines.append(f"\x1b[2manswer {item['answer']}\x1b[0m")
     return "\n".join(lines)
+
+
+def _coloured(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+    between = len(ids) - HEAD - TAIL
+    if between <= 0:
+        return view.as_ansi(tokenizer, ids, mask)
+    return f"{view.as_ansi(tokenizer, ids[:HEAD], mask[:HEAD])}\n  … {between:,} tokens, which the page shows …\n{view.as_ansi(tokenizer, ids[-TAIL:], mask[-TAIL:])}"
 
 
 def _plain(item: Json) -> str:

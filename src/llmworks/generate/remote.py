@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
 from urllib.parse import parse_qsl, urlsplit
@@ -41,8 +42,10 @@ def parse_remote(ref: str) -> tuple[str, str, RemoteOptions]:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        known = f"; known: {', '.join(RemoteOptions.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise UserError(f"{ref}: option {field!r}: {first['msg']}{known}") from None
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, RemoteOptions.model_fields, n=1)
+            raise UserError(f"{ref}: unknown option {field!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(RemoteOptions.model_fields)}")) from None
+        raise UserError(f"{ref}: option {field!r}: {first['msg']}") from None
 
 
 def api_key(url: str, options: RemoteOptions) -> str:

@@ -25,6 +25,9 @@ def recognise(raw: Json) -> str:
     for name, shape in SHAPES.items():
         if shape.matches(raw):
             return name
+    empty = next((key for key in messages.KEYS if key in raw and not raw[key]), "")
+    if empty:
+        raise ValueError(f"has no turns: `{empty}` is empty")
     keys = ", ".join(list(raw)[:8]) or "none"
     raise ValueError(f"its keys ({keys}) are of no known shape; known: {', '.join(SHAPES)}")
 
@@ -46,12 +49,18 @@ def read(raw: Json, name: str = "") -> Row:
 
 
 def write(row: Row, name: str = "") -> Json:
-    """The row in a shape; without a name in the one it came in, as it was unless it was changed since."""
-    origin = (row.get("extra") or {}).get("shape", "")
+    """The row in a shape, with that shape's own keys; without a name in the one it came in, as it was unless it was changed since.
+
+    ValueError for a row of which something would be lost.
+    """
+    extra = row.get("extra") or {}
+    origin = "" if name else extra.get("shape", "")
+    if name:
+        row = {**row, "extra": {key: extra[key] for key in ("fields", "input") if key in extra}}
     name = name or origin or ("preference" if "chosen" in row else "messages")
     if (name == "preference") != ("chosen" in row):
         raise ValueError(f"a {'preference pair' if 'chosen' in row else 'conversation'} cannot be written as {name!r}")
-    raw: Json | None = (row.get("extra") or {}).get("raw") if origin == name else None
+    raw: Json | None = extra.get("raw") if origin == name else None
     if raw is not None:
         before = SHAPES[name].read(raw)
         if all(before.get(key) == row.get(key) for key in CONTENT):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmworks.data.shapes.fields import Row, common, restored, text
+from llmworks.data.shapes.fields import Row, common, complete, restored, text
 from llmworks.types import Json, Message, messages_from_json, messages_to_json
 
 USED = ("instruction", "input", "output", "system", "history")
@@ -42,7 +42,8 @@ def write(row: Row) -> Json:
         raise ValueError("Alpaca's shape holds user and assistant turns in pairs only, without tools")
     asked, answered = messages[-2].content, messages[-1].content
     history = [[messages[i].content, messages[i + 1].content] for i in range(0, len(messages) - 2, 2)]
-    size = extra.get("input", 0) if extra.get("shape") == "alpaca" else 0
+    complete(messages, "Alpaca's shape")
+    size = extra.get("input", 0)
     asked, extended = (asked[: -size - 2], asked[-size:]) if size else (asked, "")
     out: Json = {**restored(row, "alpaca"), "instruction": asked, "input": extended, "output": answered}
     return out | ({"system": system} if system else {}) | ({"history": history} if history else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from llmworks.data.shapes.fields import Row, common, restored, text
+from llmworks.data.shapes.fields import Row, common, complete, restored, text
 from llmworks.types import ROLES, Json, Message, messages_from_json, messages_to_json
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -38,6 +38,7 @@ def write(row: Row) -> Json:
     messages = list(messages_from_json(row["messages"]))
     if row.get("tools") or any(m.tool_calls for m in messages):
         raise ValueError("ChatML text has no place for tools")
+    complete(messages, "ChatML text")
     if any(mark in m.content for m in messages for mark in (START, END)):
         raise ValueError(f"a turn holds {START} or {END}, which would end it")
     return {**restored(row, "chatml"), "text": "".join(f"{START}{m.role}\n{m.content}{END}\n" for m in messages)}

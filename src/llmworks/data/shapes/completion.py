@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmworks.data.shapes.fields import Row, common, restored
+from llmworks.data.shapes.fields import Row, common, complete, restored
 from llmworks.types import Json, Message, messages_from_json, messages_to_json
 
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response"), ("input", "output"))
@@ -48,6 +48,7 @@ def write(row: Row) -> Json:
         if not messages or messages[-1].role != "assistant":
             raise ValueError("does not end with an assistant turn, so there is no completion")
     prompt, completion = messages[:turns], messages[turns:]
+    complete([*(prompt if asked < 0 else []), *(completion if answered < 0 else [])], "a completion as text")
     return {
         **restored(row, "completion"),
         first: prompt[0].content if asked < 0 else messages_to_json(prompt),

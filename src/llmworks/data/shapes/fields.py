@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from llmworks.types import Json
+from llmworks.types import Json, Message
 
 Row = dict[str, Any]
 
@@ -52,6 +52,15 @@ def restored(row: Row, shape: str) -> Json:
     elif form == "plain":
         out["tools"] = row["tools"]
     return out
+
+
+def complete(messages: Sequence[Message], shape: str) -> None:
+    """ValueError when turns have what a shape cannot say: that an answer is not learned, or who speaks."""
+    for number, message in enumerate(messages, 1):
+        if not message.weight:
+            raise ValueError(f"turn {number} has weight 0, so it is not learned; {shape} cannot say that")
+        if message.name and message.role != "tool":
+            raise ValueError(f"turn {number} has the name {message.name!r}; {shape} has no place for it")
 
 
 def text(raw: Json, key: str) -> str:

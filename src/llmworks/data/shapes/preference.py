@@ -11,7 +11,7 @@ from typing import Any
 
 from llmworks.data.shapes import sharegpt
 from llmworks.data.shapes.completion import side
-from llmworks.data.shapes.fields import Row, common, restored
+from llmworks.data.shapes.fields import Row, common, complete, restored
 from llmworks.types import Json, Message, messages_from_json, messages_to_json
 
 PROMPTS = ("prompt", "question", "instruction", "query")
@@ -89,11 +89,13 @@ def write(row: Row) -> Json:
         turns = [sharegpt.turn_to(m) for m in (*prompt, *chosen, *rejected)]
         return {**out, "conversations": turns[:-2], "chosen": turns[-2], "rejected": turns[-1]}
     if form == "human":
+        complete([*prompt, *chosen, *rejected], "the Human/Assistant shape")
         return {**out, "chosen": _as_human([*prompt, *chosen]), "rejected": _as_human([*prompt, *rejected])}
     if form == "turns":
         return {**out, "chosen": messages_to_json([*prompt, *chosen]), "rejected": messages_to_json([*prompt, *rejected])}
     forms, whole = extra.get("forms", [0, 0, 0]), extra.get("whole", [False, False])
     sides = [prompt, [*prompt, *chosen] if whole[0] else chosen, [*prompt, *rejected] if whole[1] else rejected]
+    complete([m for turns, kind in zip(sides, forms, strict=True) if kind < 0 for m in turns], "a pair of texts")
     values = [turns[0].content if kind < 0 else messages_to_json(turns) for turns, kind in zip(sides, forms, strict=True)]
     return {**out, **dict(zip((extra.get("key") or "prompt", "chosen", "rejected"), values, strict=True))}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
-from llmworks.data.shapes.fields import Row, common, restored, text
+from llmworks.data.shapes.fields import Row, common, complete, restored, text
 from llmworks.types import Json, Message, ToolCall, messages_from_json, messages_to_json
 
 ROLES = {
@@ -68,6 +69,7 @@ def write(row: Row) -> Json:
     messages = list(messages_from_json(row["messages"]))
     if any(m.tool_calls and m.content.strip() for m in messages):
         raise ValueError("a turn has text and tool calls; ShareGPT's shape has no place for both")
+    complete([replace(m, weight=1) for m in messages], "ShareGPT's shape")  # it has weights
     extra = row.get("extra") or {}
     out = restored(row, "sharegpt")
     if extra.get("shape") == "sharegpt" and extra.get("system_apart") and messages[0].role == "system":

@@ -20,8 +20,8 @@ def rows(config: type[Config], prefix: str = "") -> list[str]:
     return out
 
 
-def main() -> None:
-    """Write the page."""
+def stages_page() -> str:
+    """The page of all stages."""
     parts = [
         "# Stages\n\nMade by `make docs` from the code. A stage is a function; a recipe step names it, or the command line runs it alone.\n"
     ]
@@ -37,8 +37,8 @@ def main() -> None:
             f"## {name}\n\n{stage.help}\n\nMakes a {stage.output.kind}. Revision {stage.stage.revision}, {stage.stage.derivation}.\n\n"
             f"```\nllmworks {name.replace('.', ' ')} {flags} --out DIR\n```\n\n{inputs}\n\n{table}\n"
         )
-    (Path(__file__).parent / "stages.md").write_text("\n".join(parts), encoding="utf-8")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    (Path(__file__).parent / "stages.md").write_text(stages_page(), encoding="utf-8")

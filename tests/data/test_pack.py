@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +330,15 @@ def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: p
         Packed(chats)
     assert main(["data", "pack", "--model", str(pico), "--data", str(tmp_path / "none"), "--out", str(tmp_path / "o")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_example_of_the_docs(tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(tmp_path, pico, chats, length=2048)
+    (tmp_path / "packed").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "conversations.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["place"] == Place(0, 1)
+    assert found["batch"]["input_ids"].shape == (1, 2048)
+    assert (found["batch"]["input_ids"][0, : len(found["row"].ids)] == found["row"].ids).all()

@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from tests.conftest import TEMPLATE, make_pico
 
-from llmworks.errors import EngineError, RequestError, UserError
+from llmworks.errors import AccessError, EngineError, RequestError, UserError
 from llmworks.generate.chat import Conversation, converse
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.openai import OpenAIEngine, collect_calls
@@ -99,7 +99,7 @@ def test_terminal_over_http_and_dialogue(live: Live) -> None:
         remote.generate([Request(ids=(1, 2))])
     remote.close()
     other = OpenAIEngine(live.url, "other")
-    with pytest.raises(RequestError, match=r"404: The model 'other' does not exist"):
+    with pytest.raises(AccessError, match=r"404: The model 'other' does not exist"):
         other.generate([Request((Message("user", "hi"),))])
     other.close()
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmworks.errors import MissingDependency
+from llmworks.errors import MissingDependency, RequestError
 from llmworks.tokenize.bulk import BulkEncoder, bulk_encoder
+from llmworks.tokenize.control import ControlTokens
 from llmworks.tokenize.skeleton import HOLE, TRIM, Pattern, Skeletons, pattern_of
 from llmworks.tokenize.templates import encode, flatten_tools, render_masked, renders_tools
 from llmworks.types import Json, Message
@@ -43,11 +44,13 @@ class Filled:
 class ConversationEncoder:
     """Encodes conversations with a tokenizer's own template.
 
-    `fast` False always runs the template itself; `frozen` fixes the dates that some templates insert, so that a day later gives the same.
+    `fast` False always runs the template itself; `frozen` fixes the dates that some templates insert, so that a day later gives the same;
+    `strict` refuses control tokens in somebody's text.
     """
 
-    def __init__(self, tokenizer: Any, *, fast: bool = True, frozen: bool = False) -> None:
+    def __init__(self, tokenizer: Any, *, fast: bool = True, frozen: bool = False, strict: bool = False) -> None:
         self._tokenizer, self._frozen = tokenizer, frozen
+        self._control = ControlTokens(tokenizer) if strict else None
         self._shows_tools: bool | None = None
         self._skeletons = Skeletons(tokenizer, frozen=frozen) if fast else None
         self._bulk = _bulk(tokenizer) if fast else None
@@ -56,6 +59,8 @@ class ConversationEncoder:
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Ids, Mask]:
         """(ids, mask). Tools are written into the text where the template would drop them. ModelError, RequestError as `render_masked`."""
+        if self._bulk is None or tools or any(m.tool_calls for m in messages):
+            self._check(messages, tools)
         if tools or any(m.tool_calls for m in messages):
             if self._shows_tools is None:
                 self._shows_tools = renders_tools(self._tokenizer)
@@ -65,6 +70,7 @@ class ConversationEncoder:
         plan = self._plan(pattern, messages) if pattern else None
         if plan is not None and (done := self._filled(plan, [m.content for m in messages])) is not None:
             return done
+        self._check(messages)
         wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         rendered = render_masked(self._tokenizer, messages, tools=wrapped, frozen=self._frozen)
         return list(rendered.ids), bytes(rendered.mask)
@@ -74,9 +80,16 @@ class ConversationEncoder:
         if self._skeletons is not None:
             pattern = tuple([(role, 1, content != "", bool(content.strip())) for role, content in zip(roles, contents, strict=True)])
             plan = self._plans.get(pattern)
-            if plan is not None and (done := self._filled(plan, contents)) is not None:
+            if plan is not None and self._bulk is not None and (done := self._filled(plan, contents)) is not None:
                 return done
         return self.encode([Message(role, content) for role, content in zip(roles, contents, strict=True)])
+
+    def _check(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> None:
+        """RequestError for a control token where none may be. What `bulk` encodes holds no added token at all, so it needs no look."""
+        if self._control is not None:
+            found = next((tokens for tokens in (self._control.of_tools(tools), *map(self._control.of_turn, messages)) if tokens), None)
+            if found:
+                raise RequestError(f"a control token in the text ({found[0]})")
 
     def text(self, text: str) -> Ids:
         """The ids of a document: none are added, and control tokens that stand in it are encoded as the text that they are."""

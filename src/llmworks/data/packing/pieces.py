@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from llmworks.data.parts import Span
 from llmworks.data.rows import row_tables, table_rows
 from llmworks.errors import ModelError, RequestError
-from llmworks.tokenize.control import ControlTokens
 from llmworks.tokenize.conversations import ConversationEncoder
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.tokenize.named import Template, use_template
@@ -68,11 +67,11 @@ class Pieces:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(how: How) -> tuple[ConversationEncoder, ControlTokens]:
+def _encoder(how: How) -> ConversationEncoder:
     """Made once in each worker."""
     tokenizer = load_tokenizer(how.tokenizer)
     use_template(tokenizer, how.template)
-    return ConversationEncoder(tokenizer, frozen=True), ControlTokens(tokenizer)
+    return ConversationEncoder(tokenizer, frozen=True, strict=not how.control)
 
 
 def encode_chats(how: How, part: Span, folder: Path) -> Json:
@@ -80,7 +79,7 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
 
     So is one with a control token in somebody's text, unless `how` allows it.
     """
-    encoder, control = _encoder(how)
+    encoder = _encoder(how)
     pieces = Pieces()
     uses: set[str] = set()
     origin = part.row
@@ -88,15 +87,13 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
         for row in _rows(table):
             try:
                 if isinstance(row, Plain):
-                    held = () if how.control else [token for content in row.contents for token in control.within(content)]
                     uses |= _uses(row.roles)
-                    ids, mask = ([], b"") if held else encoder.encode_plain(row.roles, row.contents)
+                    ids, mask = encoder.encode_plain(row.roles, row.contents)
                 else:
                     messages = messages_from_json(row["messages"])
                     uses |= _uses(tuple(m.role for m in messages)) | ({"tools"} if row["tools"] or any(m.tool_calls for m in messages) else set())
-                    held = () if how.control else [*control.of_tools(row["tools"]), *(token for m in messages for token in control.of_turn(m))]
-                    ids, mask = ([], b"") if held else encoder.encode(messages, row["tools"])
-                reason = f"a control token in the text ({held[0]})" if held else f"longer than length ({len(ids)} tokens)" if len(ids) > how.longest else NOTHING if mask.find(1, 1) < 0 else ""
+                    ids, mask = encoder.encode(messages, row["tools"])
+                reason = f"longer than length ({len(ids)} tokens)" if len(ids) > how.longest else NOTHING if mask.find(1, 1) < 0 else ""
             except (RequestError, ModelError, ValueError) as error:
                 ids, mask, reason = [], b"", str(error)
             if reason:
@@ -110,7 +107,7 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
 
 def encode_documents(how: How, part: Span, folder: Path) -> Json:
     """One part of a data set of documents; longer ones are divided. Control tokens that stand in the text are encoded as text."""
-    encoder, _ = _encoder(how)
+    encoder = _encoder(how)
     pieces = Pieces()
     for origin, document in enumerate(part.documents(), part.row):
         ids = [*how.before, *encoder.text(document.text), *how.after]

@@ -127,7 +127,7 @@ def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, 
 
 def write(folder: Path, name: str, rows: list[tuple[str, str]]) -> None:
     """Write documents as Parquet, then as JSONL."""
-    from llmworks.data.documents import DocumentWriter
+    from llmworks.documents import DocumentWriter
     from llmworks.types import Document
 
     with DocumentWriter(folder / name) as writer, (folder / f"{name}.draft").open("w") as stream:

@@ -131,7 +131,7 @@ def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> 
     if item["type"] == "missing":
         asked = next((f" ({kind.removesuffix(', required')}): {what}" for name, kind, what in config_help(model) if item["loc"] == (name,)), "")
         return f"{'.'.join([label, *map(str, item['loc'])])} is missing{asked}"
-    told = f" (is {item['input']!r})"
+    told = f" (is {item['input']!r}" + ("; put it in quotes)" if item["type"] == "string_type" else ")")
     return f"{'.'.join([label, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}{told}"
 
 

@@ -251,6 +251,8 @@ def facts(metrics: Mapping[str, Any]) -> str:
         "low",
         "high",
         "golden_gap_mean",
+        "vocabulary",
+        "bytes_per_token",
         "bytes",
         "tokens_per_second",
         "shared_groups",

@@ -52,6 +52,8 @@ STAGES: dict[str, Stage] = {
     "data.mix": Stage("llmworks.data.mix:mix", 1, "exact", "several sets as one, by weights, shuffled"),
     "data.split": Stage("llmworks.data.split:split", 2, "exact", "one side of a seeded split, groups kept together"),
     "data.overlap": Stage("llmworks.data.overlap:overlap", 1, "exact", "count what two data sets share"),
+    "tokenize.train": Stage("llmworks.tokenize.train:train", 1, "exact-on-this-platform", "a tokenizer of documents: BPE, Unigram or WordPiece"),
+    "tokenize.compare": Stage("llmworks.tokenize.compare:compare", 1, "exact", "several tokenizers on the same texts, in figures and in colour"),
     "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 1, "exact", "a GGUF file to a Hugging Face directory"),
     "train.sft": Stage("llmworks.train.sft:sft", 1, "declared", "supervised fine-tuning with LoRA, loss on assistant turns"),
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),

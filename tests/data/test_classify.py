@@ -13,8 +13,8 @@ import pytest
 
 from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.documents import DocumentWriter, read_documents
 from llmworks.data.features import BITS, features
+from llmworks.documents import DocumentWriter, read_documents
 from llmworks.types import Document
 
 GOOD = ["the", "committee", "published", "a", "careful", "report", "on", "the", "harbour", "and", "its", "history", "which", "explains", "how", "tides", "shaped", "the", "town"]

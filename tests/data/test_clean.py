@@ -11,7 +11,7 @@ import pytest
 
 from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.documents import DocumentWriter, read_documents
+from llmworks.documents import DocumentWriter, read_documents
 from llmworks.types import Document
 
 CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]

@@ -16,10 +16,10 @@ import pytest
 
 from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.documents import DocumentWriter, read_documents
 from llmworks.data.duplicates.clusters import Clusters, groups_of_equals
 from llmworks.data.duplicates.near import Near, bands, found, jaccard, signatures
 from llmworks.data.hashing import Hashed, hash_words, shingles, unique
+from llmworks.documents import DocumentWriter, read_documents
 from llmworks.types import Document
 
 CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]

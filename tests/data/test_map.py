@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmworks.cli import main
-from llmworks.data.documents import DocumentWriter
+from llmworks.documents import DocumentWriter
 from llmworks.types import Document
 
 TOPICS = {

@@ -11,8 +11,8 @@ import pytest
 
 from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.documents import DocumentWriter, read_documents
 from llmworks.data.mix import MixConfig, plan
+from llmworks.documents import DocumentWriter, read_documents
 from llmworks.types import Document
 
 

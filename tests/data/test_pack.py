@@ -19,12 +19,12 @@ from llmworks.artifact import Dataset, Model
 from llmworks.cli import main
 from llmworks.data import pack as stage
 from llmworks.data import rows as rows_module
-from llmworks.data.documents import DocumentWriter
 from llmworks.data.pack import PackConfig, pack
 from llmworks.data.packing.fit import best_fit
 from llmworks.data.parts import file_spans
 from llmworks.data.rows import read_chat, write_chat, write_preference
 from llmworks.data.tokens import Packed, PackedRow, Place, map_shard, read, stack
+from llmworks.documents import DocumentWriter
 from llmworks.errors import DataError, LlmworksError, ModelError
 from llmworks.pool import Pool
 from llmworks.tokenize.templates import for_template, render_masked

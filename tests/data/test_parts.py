@@ -17,8 +17,8 @@ import pytest
 from llmworks.artifact import Dataset
 from llmworks.cli import main
 from llmworks.context import Context
-from llmworks.data.documents import DocumentWriter, read_documents
 from llmworks.data.parts import Span, spans, work
+from llmworks.documents import DocumentWriter, read_documents
 from llmworks.errors import DataError, UserError, WorkerLost
 from llmworks.pool import Pool
 from llmworks.progress import Progress

@@ -11,7 +11,7 @@ import pytest
 
 from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.documents import read_documents
+from llmworks.documents import read_documents
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ import zstandard
 
 from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.documents import DocumentWriter, Unusable, read_documents
 from llmworks.data.formats.source import Source, find_files, source
 from llmworks.data.formats.text import NotText, decode
 from llmworks.data.read import ReadConfig, documents
+from llmworks.documents import DocumentWriter, Unusable, read_documents
 from llmworks.errors import DataError
 from llmworks.types import Document
 

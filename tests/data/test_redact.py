@@ -12,8 +12,8 @@ import pytest
 
 from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.documents import DocumentWriter, read_documents
 from llmworks.data.redact import KINDS, findings, redacted
+from llmworks.documents import DocumentWriter, read_documents
 from llmworks.guard import Finding, apart
 from llmworks.guard.pii import iban_checks, luhn
 from llmworks.guard.secrets import entropy

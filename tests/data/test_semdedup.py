@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.documents import DocumentWriter, read_documents
 from llmworks.data.duplicates.clusters import Clusters
 from llmworks.data.duplicates.semantic import join_similar
+from llmworks.documents import DocumentWriter, read_documents
 from llmworks.types import Document
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from llmworks.artifact import Artifact, Dataset, Manifest, Model
 from llmworks.context import Context
-from llmworks.data.documents import DocumentWriter
 from llmworks.data.rows import write_chat
+from llmworks.documents import DocumentWriter
 from llmworks.errors import EngineError, LlmworksError
 from llmworks.progress import Progress
 from llmworks.report import ReportBuilder

@@ -37,7 +37,7 @@ def directory(asset: Asset) -> Path:
     import hashlib
 
     identity = hashlib.sha256(
-        "".join((*(p.sha256 for p in asset.packages), *asset.files, *(t.folder for t in asset.trees))).encode()
+        "".join((*(p.sha256 for p in asset.packages), *asset.files, *(t.folder + t.into for t in asset.trees))).encode()
     ).hexdigest()
     return cache_directory() / "assets" / f"{asset.name}-{identity[:8]}"
 

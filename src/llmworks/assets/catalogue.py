@@ -26,10 +26,11 @@ class Deb:
 
 @dataclass(frozen=True)
 class Tree:
-    """Every file below a folder of a package whose name has the suffix, kept in its place below the folder."""
+    """Every file below a folder of a package whose name has the suffix, kept in its place below the folder, or below `into`."""
 
     folder: str
     suffix: str = ""
+    into: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ CATALOGUE: dict[str, Asset] = {
         Asset(
             "debian-handbook", "dataset", "text", "The Debian Administrator's Handbook in English, HTML", "CC-BY-SA-3.0 or GPL-2.0-or-later",
             (Deb("debian-handbook=11.20220922", "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa", 34758056),), trees=(Tree("usr/share/doc/debian-handbook/html/en-US", ".html"),),
+        ),
+        Asset(
+            "debian-handbook-languages", "dataset", "text", "The same handbook, as far as it is translated, in German, Russian, Chinese, Japanese and Arabic, HTML", "CC-BY-SA-3.0 or GPL-2.0-or-later",
+            (Deb("debian-handbook=11.20220922", "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa", 34758056),),
+            trees=tuple(Tree(f"usr/share/doc/debian-handbook/html/{language}", ".html", language) for language in ("de-DE", "ru-RU", "zh-CN", "ja-JP", "ar-MA")),
         ),
         Asset(
             "austen", "dataset", "text", "the six novels of Jane Austen, as the R package janeaustenr holds them", "public domain",

@@ -100,7 +100,7 @@ def extract_tree(archives: list[Path], tree: Tree, target: Path) -> None:
     for archive in archives:
         for name, stream in _members(archive, tree.folder + "/"):
             if name.endswith(tree.suffix):
-                path = target / name.removeprefix(tree.folder + "/")
+                path = target / tree.into / name.removeprefix(tree.folder + "/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as out:
                     shutil.copyfileobj(stream, out)

@@ -12,8 +12,8 @@ from typing import Any
 
 from llmworks.artifact import Dataset
 from llmworks.context import Context
-from llmworks.data.documents import read_tables, shard_files, table_documents
 from llmworks.data.rows import Row, write_chat, write_preference
+from llmworks.documents import read_tables, shard_files, table_documents
 from llmworks.types import Json
 
 EXAMPLES = 3

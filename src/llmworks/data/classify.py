@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish
-from llmworks.data.documents import DocumentWriter, read_documents, table_documents
 from llmworks.data.parts import Done, Span, spans, work
+from llmworks.documents import DocumentWriter, read_documents, table_documents
 from llmworks.errors import DataError, MissingDependency
 from llmworks.types import Json
 

@@ -17,7 +17,6 @@ from pydantic import Field
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish
-from llmworks.data.documents import DocumentWriter
 from llmworks.data.filters.c4 import C4
 from llmworks.data.filters.fineweb import FineWeb
 from llmworks.data.filters.gopher import GopherQuality, GopherRepetition
@@ -25,6 +24,7 @@ from llmworks.data.filters.instruction import Instruction
 from llmworks.data.filters.language import Language, check_codes
 from llmworks.data.filters.repair import Repair
 from llmworks.data.parts import Done, Span, spans, work
+from llmworks.documents import DocumentWriter
 from llmworks.errors import DataError
 from llmworks.types import Document, Json
 

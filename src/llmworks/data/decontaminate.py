@@ -19,9 +19,9 @@ from pydantic import Field, model_validator
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish
-from llmworks.data.documents import DocumentWriter, table_documents
 from llmworks.data.duplicates.near import Near
 from llmworks.data.parts import Done, Span, spans, work
+from llmworks.documents import DocumentWriter, table_documents
 from llmworks.errors import DataError
 from llmworks.types import Document, Json
 

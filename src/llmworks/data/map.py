@@ -16,7 +16,7 @@ from pydantic import Field
 
 from llmworks.artifact import Config, Dataset, Model, Report
 from llmworks.context import Context
-from llmworks.data.documents import read_documents
+from llmworks.documents import read_documents
 from llmworks.errors import DataError, MissingDependency
 from llmworks.types import Document
 

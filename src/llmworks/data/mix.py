@@ -19,9 +19,9 @@ from pydantic import Field
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish, finish_rows
-from llmworks.data.documents import COPY_OF, DocumentWriter, read_tables, table_documents
 from llmworks.data.parts import Span, spans, work
 from llmworks.data.rows import WHAT, Row, read_chat, read_preference, schema_of
+from llmworks.documents import COPY_OF, DocumentWriter, read_tables, table_documents
 from llmworks.errors import UserError
 from llmworks.types import Document, Json
 

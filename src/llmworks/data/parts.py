@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from llmworks.artifact import Dataset
 from llmworks.context import Context
-from llmworks.data.documents import COLUMNS, open_shard, read_tables, shard_files, table_documents
+from llmworks.documents import COLUMNS, open_shard, read_tables, shard_files, table_documents
 from llmworks.types import Document, Json
 
 PART_BYTES = 8 << 20

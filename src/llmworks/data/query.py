@@ -15,7 +15,7 @@ from pydantic import Field
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish
-from llmworks.data.documents import DocumentWriter, SideFile, Unusable
+from llmworks.documents import DocumentWriter, SideFile, Unusable
 from llmworks.errors import DataError, MissingDependency, UserError
 from llmworks.types import Document
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from llmworks.data.documents import Unusable
 from llmworks.data.formats.source import expand, find_files, seekable, source
 from llmworks.data.formats.tables import lines, plain
 from llmworks.data.jsonl import Rejected
+from llmworks.documents import Unusable
 from llmworks.errors import DataError
 from llmworks.types import Json
 

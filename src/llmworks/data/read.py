@@ -17,8 +17,8 @@ from pydantic import Field
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish
-from llmworks.data.documents import DocumentWriter, SideFile, Unusable
 from llmworks.data.parts import PART_BYTES, work
+from llmworks.documents import DocumentWriter, SideFile, Unusable
 from llmworks.errors import DataError
 from llmworks.types import Document, Json
 

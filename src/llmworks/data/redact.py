@@ -16,8 +16,8 @@ from pydantic import Field
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish
-from llmworks.data.documents import DocumentWriter
 from llmworks.data.parts import Span, spans, work
+from llmworks.documents import DocumentWriter
 from llmworks.errors import DataError
 from llmworks.guard import Finding, apart
 from llmworks.types import Json

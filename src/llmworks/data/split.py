@@ -17,9 +17,9 @@ from pydantic import Field, model_validator
 from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish, finish_rows
-from llmworks.data.documents import COPY_OF, DocumentWriter
 from llmworks.data.parts import Span, spans, work
 from llmworks.data.rows import Row, read_chat
+from llmworks.documents import COPY_OF, DocumentWriter
 from llmworks.errors import DataError, UserError
 from llmworks.types import Document, Json
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmworks.artifact import Dataset
-from llmworks.data.documents import read_documents
+from llmworks.documents import read_documents
 from llmworks.errors import DataError
 
 RAW = (".jsonl", ".ndjson", ".json")
@@ -44,9 +44,9 @@ def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
 def _raw(dataset: Dataset) -> Iterator[tuple[str, str]]:
     import json
 
-    from llmworks.data.documents import Unusable
     from llmworks.data.formats.source import expand, find_files, source
     from llmworks.data.formats.tables import lines
+    from llmworks.documents import Unusable
 
     for file in find_files(dataset.path):
         for item in expand(source(dataset.path, file), 1 << 30):

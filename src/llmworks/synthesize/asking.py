@@ -17,8 +17,8 @@ from pydantic import Field
 from llmworks.artifact import Adapter, Config, Dataset, Model
 from llmworks.context import Context
 from llmworks.data.card import finish_rows
-from llmworks.data.documents import REJECTED
 from llmworks.data.rows import Row, flat_messages, read_chat
+from llmworks.documents import REJECTED
 from llmworks.errors import DataError, RequestError
 from llmworks.generate.account import Account
 from llmworks.generate.journal import Journal, request_id

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from llmworks.artifact import Adapter, Config, Dataset, Model
 from llmworks.context import Context
-from llmworks.data.documents import read_documents
+from llmworks.documents import read_documents
 from llmworks.errors import DataError
 from llmworks.synthesize.asking import Decoding, Maker
 from llmworks.synthesize.pool import Pool

@@ -22,21 +22,22 @@ FOLDER = Path(__file__).parent / "named"
 
 @dataclass(frozen=True)
 class Named:
-    """A template: the models that it comes from, and the tokens that it writes beside the beginning and end tokens."""
+    """A template: the models that it comes from, the tokens that it writes beside the beginning and end tokens, and which of them ends an answer, if one does."""
 
     models: str
     tokens: tuple[str, ...] = ()
+    end: str = ""
 
 
 NAMED: dict[str, Named] = {
-    "chatml": Named("Qwen, SmolLM, Yi, OpenHermes", ("<|im_start|>", "<|im_end|>")),
+    "chatml": Named("Qwen, SmolLM, Yi, OpenHermes", ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "alpaca": Named("Stanford Alpaca and its kin"),
     "llama-2": Named("Llama 2 Chat, Code Llama Instruct"),
-    "llama-3": Named("Llama 3 Instruct", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "llama-3": Named("Llama 3 Instruct", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
     "mistral": Named("Mistral 7B Instruct v0.1 and v0.2, Mixtral 8x7B Instruct"),
     "mistral-v3": Named("Mistral 7B Instruct v0.3, Mixtral 8x22B Instruct", ("[INST]", "[/INST]")),
-    "gemma": Named("Gemma 2 and 3 instruction-tuned", ("<start_of_turn>", "<end_of_turn>")),
-    "phi": Named("Phi 3 and 3.5", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+    "gemma": Named("Gemma 2 and 3 instruction-tuned", ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+    "phi": Named("Phi 3 and 3.5", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
     "zephyr": Named("Zephyr 7B, TinyLlama Chat", ("<|system|>", "<|user|>", "<|assistant|>")),
 }
 

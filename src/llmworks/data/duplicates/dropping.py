@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmworks.context import Context
-from llmworks.data.documents import DocumentWriter, table_documents
 from llmworks.data.parts import Done, Span, work
+from llmworks.documents import DocumentWriter, table_documents
 from llmworks.report import ReportBuilder
 from llmworks.types import Document, Json
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llmworks.data.documents import Unusable
 from llmworks.data.formats.source import Source
 from llmworks.data.formats.text import read_limited, too_long
+from llmworks.documents import Unusable
 from llmworks.errors import MissingDependency
 from llmworks.types import Document
 

@@ -9,9 +9,9 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from llmworks.data.documents import Unusable
 from llmworks.data.formats.source import Source
 from llmworks.data.formats.text import read_limited, too_long
+from llmworks.documents import Unusable
 from llmworks.types import Document
 
 STRINGS, STRING, MISSING = 16, 9, 0xFFFFFFFF  # SEXP types STRSXP and CHARSXP, the length of NA

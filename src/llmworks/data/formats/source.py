@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from llmworks.data.documents import Unusable
+from llmworks.documents import Unusable
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError, RuntimeError)

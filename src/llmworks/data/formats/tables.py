@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from llmworks.data.documents import Unusable
 from llmworks.data.formats.source import Source, seekable
 from llmworks.data.formats.text import SAMPLE, NotText, encoding_of, read_limited, too_long
+from llmworks.documents import Unusable
 from llmworks.types import Document
 
 

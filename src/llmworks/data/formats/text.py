@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import IO
 
-from llmworks.data.documents import Unusable
 from llmworks.data.formats.source import Source
+from llmworks.documents import Unusable
 from llmworks.types import Document
 
 SAMPLE = 1 << 16

@@ -6,10 +6,10 @@ import io
 from collections.abc import Iterator
 from typing import Any, cast
 
-from llmworks.data.documents import Unusable
 from llmworks.data.formats.html import Part, page_text
 from llmworks.data.formats.source import Source
 from llmworks.data.formats.text import NotText, decode, read_limited, too_long
+from llmworks.documents import Unusable
 from llmworks.errors import MissingDependency
 from llmworks.types import Document
 

@@ -233,3 +233,15 @@ def read_documents(dataset: Dataset) -> Iterator[Document]:
     for file in shard_files(dataset):
         for table in read_tables(file):
             yield from table_documents(table)
+
+
+def count_characters(dataset: Dataset) -> tuple[int, int]:
+    """(documents, characters of their texts) of a data set, without making documents of it."""
+    import pyarrow.compute as pc
+
+    documents = characters = 0
+    for file in shard_files(dataset):
+        for table in read_tables(file, columns=("text",)):
+            documents += table.num_rows
+            characters += pc.sum(pc.utf8_length(table["text"])).as_py() or 0
+    return documents, characters

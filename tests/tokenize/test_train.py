@@ -1,0 +1,160 @@
+"""Tokenizers that are trained: what they give back, their control tokens and templates, the same bytes in every run; and comparing them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.tokenize.test_bulk import TEXTS
+
+from llmworks.artifact import Dataset
+from llmworks.cli import main
+from llmworks.documents import DocumentWriter, count_characters
+from llmworks.tokenize.bulk import bulk_encoder
+from llmworks.tokenize.load import load_tokenizer
+from llmworks.tokenize.named import NAMED
+from llmworks.tokenize.probe import Uses, probe
+from llmworks.tokenize.train import TrainConfig, control_tokens
+from llmworks.tokenize.view import without_colours
+from llmworks.tokenize.vocabulary import measure, script_of, unused
+from llmworks.types import Document
+
+MORE = ["Grüße aus Köln – übermorgen um 7:45.", "日本語のテキストと漢字", "Съешь же ещё этих мягких булок", "    def f(x):\n        return x ** 2\t# a\r\n\n\n", "12345 👩‍💻 \u0301 x"]
+ODD = [*MORE, "", " ", "  two  spaces ", "\n\n", "never seen: Ω≈ç√ 한국어 \U0001f9ff", "a <|im_end|> b"]
+
+
+@pytest.fixture
+def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    with DocumentWriter(tmp_path / "texts") as writer:
+        for i, text in enumerate([*TEXTS[:300], *MORE * 20]):
+            writer.add(Document(f"d{i}", text, "s", {"language": "en"} if i % 3 == 0 else {}))
+    return tmp_path / "texts"
+
+
+def trained(documents: Path, name: str, **config: object) -> Path:
+    out = documents.parent / name
+    sets = [word for key, value in config.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    assert main(["tokenize", "train", str(documents), *sets, "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("divide", ["gpt2", "digits", "llama-3"])
+def test_bpe_gives_every_text_back(documents: Path, divide: str) -> None:
+    tokenizer = load_tokenizer(trained(documents, "t", vocabulary=1200, divide=divide, special_tokens=["<|tool|>"]))
+    assert len(tokenizer) == 1200
+    for text in [*TEXTS[300:330], *ODD]:
+        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|endoftext|>", "<|pad|>", "<|tool|>"]
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
+    if divide == "digits":
+        assert len(tokenizer("2026")["input_ids"]) == 4
+    assert bulk_encoder(tokenizer._tokenizer) is not None  # the fast encoder knows it
+
+
+def test_unigram_gives_every_text_back_by_bytes(documents: Path) -> None:
+    tokenizer = load_tokenizer(trained(documents, "t", vocabulary=900, algorithm="unigram"))
+    assert len(tokenizer) == 900
+    for text in [*TEXTS[300:330], *ODD]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(tokenizer("a <0x41> <0xFF>", add_special_tokens=False)["input_ids"]) == "a <0x41> <0xFF>"
+
+
+def test_wordpiece_is_that_of_bert(documents: Path) -> None:
+    tokenizer = load_tokenizer(trained(documents, "t", vocabulary=900, algorithm="wordpiece", lowercase=True))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("The THE")["input_ids"]) == ["[CLS]", "the", "the", "[SEP]"]
+    assert tokenizer.tokenize("\U0001f9ff") == ["[UNK]"]
+    assert {token.content for token in tokenizer.added_tokens_decoder.values()} == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
+    assert (tokenizer.mask_token, tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token_id) == ("[MASK]", "[CLS]", "[SEP]", 0)
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram", "wordpiece"])
+def test_the_bytes_are_the_same_in_every_run(documents: Path, algorithm: str) -> None:
+    found = set()
+    for run in range(3):
+        variables = {**os.environ, "LLMWORKS_WORKSPACE": str(documents.parent / f"ws{run}"), "RAYON_NUM_THREADS": str(run + 1), "PYTHONHASHSEED": str(run)}
+        words = ["tokenize", "train", str(documents), "--set", f"algorithm={algorithm}", "--set", "vocabulary=900", "--out", str(documents.parent / f"r{run}"), "--quiet"]
+        subprocess.run([sys.executable, "-m", "llmworks.cli", *words], check=True, capture_output=True, env=variables)
+        found.add((documents.parent / f"r{run}" / "tokenizer.json").read_bytes())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("template", NAMED)
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_templates_come_with_their_tokens(documents: Path, template: str, algorithm: str) -> None:
+    """The doctor of templates finds no error and no split mark in what was made."""
+    tokenizer = load_tokenizer(trained(documents, "t", vocabulary=900, algorithm=algorithm, template=template))
+    found = {f.code: f for f in probe(tokenizer, [tokenizer.eos_token_id], Uses(system=True, turns=True), len(tokenizer))}
+    assert not [f for f in found.values() if f.level == "error"]
+    assert "split-mark" not in found or template in ("alpaca", "llama-2", "mistral")  # whose marks are text
+
+
+def test_control_tokens() -> None:
+    assert control_tokens(TrainConfig(template="chatml")) == ({"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}, ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"])
+    assert control_tokens(TrainConfig(template="llama-2")) == ({"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "bos_token": "<s>"}, ["<|endoftext|>", "<|pad|>", "<s>"])
+    assert control_tokens(TrainConfig(end="<end>", special_tokens=["<a>", "<end>"]))[1] == ["<|endoftext|>", "<|pad|>", "<end>", "<a>"]
+
+
+def test_the_report_counts(documents: Path, tmp_path: Path) -> None:
+    out = trained(documents, "t", vocabulary=700)
+    report = json.loads((out / "report/report.json").read_text())
+    tokenizer = load_tokenizer(out)
+    texts = [*TEXTS[:300], *MORE * 20]
+    usage = measure(tokenizer, [("x", text) for text in texts])
+    size = sum(len(text.encode()) for text in texts)
+    assert (report["bytes"], report["tokens"]) == (size, sum(len(tokenizer(t, split_special_tokens=True)["input_ids"]) for t in texts))
+    assert report["bytes_per_token"] == round(size / report["tokens"], 4)
+    assert report["unused"] == len(unused(tokenizer, usage.used)) == 700 - 2 - len(usage.used)
+    assert set(report["groups"]) >= {"en", "Cyrillic"}
+    assert [script_of(t) for t in ("hello", "привет", "人工", "كلمة", "123")] == ["Latin", "Cyrillic", "Cjk", "Arabic", "none"]
+    assert count_characters(Dataset(documents)) == (len(texts), sum(map(len, texts)))
+    held = tmp_path / "held"
+    with DocumentWriter(held) as writer:
+        writer.add(Document("h", "abc " * 50, "s"))
+    assert main(["tokenize", "train", str(documents), "--held-out", str(held), "--set", "vocabulary=700", "--out", str(tmp_path / "h"), "--quiet"]) == 0
+    assert json.loads((tmp_path / "h/report/report.json").read_text())["texts"] == 1
+
+
+def test_compare(documents: Path, tmp_path: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small, large, lossy = (trained(documents, name, vocabulary=n, algorithm=a) for name, n, a in (("s", 400, "bpe"), ("l", 1500, "bpe"), ("w", 1500, "wordpiece")))
+    capsys.readouterr()
+    words = [word for name, path in (("small", small), ("large", large), ("lossy", lossy), ("model", pico)) for word in ("--tokenizers", f"{name}={path}")]
+    assert main(["tokenize", "compare", *words, "--data", str(documents), "--json", "--quiet"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    metrics = done["metrics"]
+    assert metrics["large_bytes_per_token"] > metrics["small_bytes_per_token"]
+    assert metrics["lossy_lost"] > metrics["large_lost"] == 0
+    page = (Path(done["path"]) / "report.html").read_text()
+    assert "large makes the fewest tokens" in page
+    assert main(["tokenize", "compare", *words[:4], "--set", 'text="Grüße <b>"', "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert "|" in shown
+    assert "Grüße <b>" in shown.replace("|", "").replace("·", "")
+    assert "&lt;b" in page or "&lt;" in next(iter(tmp_path.glob("ws/store/report-*/report.html"))).read_text()
+    assert without_colours("\x1b[44;30ma\x1b[0m\x1b[43;30mb\x1b[0m\n") == "a|b\n"
+
+
+def bad(documents: Path) -> Iterator[tuple[list[str], str]]:
+    yield ["--set", "vocabulary=258"], "258 are control tokens and bytes"
+    yield ["--set", "vocabulary=90000"], "give more text or ask for fewer"
+    yield ["--set", "algorithm=unigram", "--set", "vocabulary=90000"], "give more text or ask for fewer"
+    yield ["--set", "vocabulry=9"], "did you mean 'vocabulary'"
+
+
+def test_mistakes_are_told(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in bad(documents):
+        assert main(["tokenize", "train", str(documents), *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
+        told = capsys.readouterr().err.strip()
+        assert says in told
+        assert len(told.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+    assert main(["tokenize", "train", str(tmp_path), "--out", str(tmp_path / "o"), "--quiet"]) == 2
+    assert main(["tokenize", "compare", "--quiet"]) == 2

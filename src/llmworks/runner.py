@@ -253,6 +253,7 @@ def facts(metrics: Mapping[str, Any]) -> str:
         "golden_gap_mean",
         "vocabulary",
         "bytes_per_token",
+        "parameters",
         "bytes",
         "tokens_per_second",
         "shared_groups",

@@ -54,6 +54,7 @@ STAGES: dict[str, Stage] = {
     "data.overlap": Stage("llmworks.data.overlap:overlap", 1, "exact", "count what two data sets share"),
     "tokenize.train": Stage("llmworks.tokenize.train:train", 1, "exact-on-this-platform", "a tokenizer of documents: BPE, Unigram or WordPiece"),
     "tokenize.compare": Stage("llmworks.tokenize.compare:compare", 1, "exact", "several tokenizers on the same texts, in figures and in colour"),
+    "model.new": Stage("llmworks.model.new:new", 1, "exact-on-this-platform", "an untrained model of any shape"),
     "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 1, "exact", "a GGUF file to a Hugging Face directory"),
     "train.sft": Stage("llmworks.train.sft:sft", 1, "declared", "supervised fine-tuning with LoRA, loss on assistant turns"),
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),

@@ -18,6 +18,8 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    import llmworks.model.decoder  # noqa: F401  (makes its architecture known to transformers)
+
     quiet_transformers()
     check_weights(path)
     try:

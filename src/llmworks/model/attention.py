@@ -1,0 +1,97 @@
+"""Attention: each token asks (query), every earlier one answers (key), and what is said (value) is weighed by how well they fit.
+
+Vaswani et al. 2017 (arXiv:1706.03762). Several query heads may share a key and value head: grouped-query attention (Ainslie et al. 2023,
+arXiv:2305.13245), one for all: multi-query (Shazeer 2019, arXiv:1911.02150). Knows no block and no feed-forward layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmworks.model.linear import AddingLinear
+from llmworks.model.norm import RMSNorm
+from llmworks.model.positions import rotate, slopes
+from llmworks.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer's queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; None when all of it is causal or all is seen."""
+
+    mask: Tensor | None
+    causal: bool
+
+
+def seen(queries: Tensor, keys: Tensor, *, window: int = 0, padding: Tensor | None = None, segments: tuple[Tensor, Tensor] | None = None, alibi: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Seen:
+    """Who sees whom: a token sees itself and those before it, at most `window` of them, of its own segment, and no padding.
+
+    queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and keys; alibi: slopes [heads].
+    """
+    plain = not window and padding is None and segments is None and alibi is None
+    if plain and queries.shape[1] in (1, keys.shape[1]):
+        return Seen(None, queries.shape[1] > 1)
+    distance = queries[:, :, None] - keys[:, None, :]  # [batch, queries, keys]
+    allowed = distance >= 0
+    if window:
+        allowed &= distance < window
+    if padding is not None:
+        allowed = allowed & padding[:, None, :].bool()
+        allowed = allowed | ~allowed.any(-1, keepdim=True)  # a padded query sees something, or its softmax is no number
+    if segments is not None:
+        allowed = allowed & (segments[0][:, :, None] == segments[1][:, None, :])
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    if alibi is not None:
+        mask = mask - alibi.to(dtype)[None, :, None, None] * distance.clamp(min=0)[:, None].to(dtype)
+    return Seen(mask, False)
+
+
+class Attention(nn.Module):
+    """Many heads of attention over [batch, length, width]."""
+
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.groups, self.per_head = layer, shape.heads, shape.groups, shape.per_head
+        self.scale = shape.attention_scale or shape.per_head**-0.5
+        qkv, out = shape.bias != "none", shape.bias == "all"
+        self.query = nn.Linear(shape.width, self.heads * self.per_head, bias=qkv)
+        self.key = nn.Linear(shape.width, self.groups * self.per_head, bias=qkv)
+        self.value = nn.Linear(shape.width, self.groups * self.per_head, bias=qkv)
+        self.out = AddingLinear(self.heads * self.per_head, shape.width, bias=out)
+        self.query_norm = RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
+        self.key_norm = RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
+
+    def forward(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None = None, cache: Any = None) -> Tensor:
+        """Attend. `rotation`: cosine and sine of the tokens' positions; `cache` keeps keys and values of earlier tokens (`update(key, value, layer)`)."""
+        batch, length, _ = x.shape
+        q = self.query(x).view(batch, length, self.heads, self.per_head)
+        k = self.key(x).view(batch, length, self.groups, self.per_head)
+        v = self.value(x).view(batch, length, self.groups, self.per_head).transpose(1, 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # [batch, heads, length, per_head]
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        if self.groups < self.heads:
+            k, v = repeated(k, self.heads // self.groups), repeated(v, self.heads // self.groups)
+        said = F.scaled_dot_product_attention(q, k, v, attn_mask=look.mask, is_causal=look.causal, scale=self.scale)
+        said = said.transpose(1, 2).reshape(batch, length, self.heads * self.per_head)
+        attended: Tensor = self.out(said)
+        return attended
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    """Each key or value head for all query heads of its group: [batch, groups, length, width] -> [batch, groups * times, length, width]."""
+    batch, groups, length, width = x.shape
+    return x[:, :, None].expand(batch, groups, times, length, width).reshape(batch, groups * times, length, width)
+
+
+def alibi_of(shape: Shape) -> Tensor | None:
+    """The slopes of a shape that knows order by them."""
+    return slopes(shape.heads) if shape.position == "alibi" else None

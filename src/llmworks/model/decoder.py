@@ -1,0 +1,184 @@
+"""The decoder, whole: tokens become states, blocks let them look back and think, a head says what comes next.
+
+`Decoder` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters and `generate` work.
+Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `standard.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llmworks.errors import ModelError
+from llmworks.model.attention import Attention, Seen, alibi_of, seen
+from llmworks.model.feed_forward import FeedForward, MixtureOfExperts
+from llmworks.model.linear import AddingLinear
+from llmworks.model.linear_loss import linear_cross_entropy
+from llmworks.model.norm import RMSNorm
+from llmworks.model.positions import frequencies, rotation, sinusoids
+from llmworks.model.shape import Shape
+
+
+def norm_of(shape: Shape) -> nn.Module:
+    """The normalization of a shape."""
+    if shape.norm == "layer":
+        return nn.LayerNorm(shape.width, shape.norm_epsilon)
+    return RMSNorm(shape.width, shape.norm_epsilon, from_zero=shape.norm_from_zero)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; each is added to the state that it read."""
+
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__()
+        self.place = shape.norm_place
+        self.attention_norm, self.feed_forward_norm = norm_of(shape), norm_of(shape)
+        self.after_attention_norm, self.after_feed_forward_norm = (norm_of(shape) if self.place == "around" else None for _ in range(2))
+        self.attention = Attention(shape, layer)
+        self.feed_forward: nn.Module = MixtureOfExperts(shape) if shape.experts else FeedForward(shape)
+
+    def forward(self, x: Tensor, look: Seen, turned: tuple[Tensor, Tensor] | None, cache: Any) -> Tensor:
+        """[batch, length, width] -> the same."""
+        if self.place == "post":
+            x = self.attention_norm(x + self.attention(x, look, turned, cache))
+            normed: Tensor = self.feed_forward_norm(x + self.feed_forward(x))
+            return normed
+        attended = self.attention(self.attention_norm(x), look, turned, cache)
+        x = x + (attended if self.after_attention_norm is None else self.after_attention_norm(attended))
+        thought = self.feed_forward(self.feed_forward_norm(x))
+        x = x + (thought if self.after_feed_forward_norm is None else self.after_feed_forward_norm(thought))
+        return x
+
+
+class Decoder(nn.Module):
+    """Token ids [batch, length] to states [batch, length, width], by a stack of blocks."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
+        self.position = nn.Embedding(shape.context, shape.width) if shape.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.layers))
+        self.norm = norm_of(shape) if shape.norm_place != "post" else nn.Identity()
+
+    def forward(self, embedded: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, cache: Any = None) -> Tensor:
+        """embedded: [batch, length, width]; positions: [batch, length]; padding: [batch, keys], 1 where there is a token; segments: [batch, length], without a cache."""
+        shape, x = self.shape, embedded
+        if shape.embedding_scaled:
+            x = x * torch.tensor(shape.width**0.5, dtype=x.dtype)
+        if self.position is not None:
+            x = x + self.position(positions)
+        elif shape.position == "sinusoidal":
+            x = x + sinusoids(positions, shape.width).to(x.dtype)
+        before = cache.get_seq_length() if cache is not None else 0
+        keys = torch.arange(before + x.shape[1], device=x.device)[None]  # distances are those of places in the row
+        queries = keys[:, before:]
+        pair = (segments, segments) if segments is not None else None
+        slopes = alibi_of(shape)
+        looks: dict[int, Seen] = {}
+        turns: dict[float, tuple[Tensor, Tensor] | None] = {}
+        for layer, block in enumerate(self.blocks):
+            window, theta = shape.window_of(layer), shape.theta_of(layer)
+            if window not in looks:
+                looks[window] = seen(queries, keys, window=window, padding=padding, segments=pair, alibi=slopes, dtype=x.dtype)
+            if theta not in turns:
+                angles, factor = frequencies(shape.rope, shape.per_head, shape.context, theta)
+                turns[theta] = rotation(positions, angles.to(x.device), factor) if shape.position == "rope" else None
+            x = block(x, looks[window], turns[theta], cache)
+        state: Tensor = self.norm(x)
+        return state
+
+
+class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """A shape in the form of transformers' configurations."""
+
+    model_type = "llmworks_decoder"
+
+    def __init__(self, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.shape = Shape.model_validate(shape or {}).model_dump()
+        made = Shape.model_validate(self.shape)
+        self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads = made.vocabulary, made.width, made.layers, made.heads
+        self.num_key_value_heads, self.head_dim, self.intermediate_size, self.max_position_embeddings = made.groups, made.per_head, made.inner, made.context
+        kwargs["tie_word_embeddings"] = made.tied
+        super().__init__(**kwargs)
+
+
+class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """A decoder with a head over the vocabulary."""
+
+    config_class = DecoderConfig
+    base_model_prefix = "decoder"
+    _tied_weights_keys = {"head.weight": "decoder.embedding.weight"}  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.shape = Shape.model_validate(config.shape)
+        self.decoder = Decoder(self.shape)
+        self.head = nn.Linear(self.shape.width, self.shape.vocabulary, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.decoder.embedding
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Another embedding."""
+        self.decoder.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights of 0.02, less where a layer adds to the state: each block does so twice."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02 / (2 * self.shape.layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, segment_ids: Tensor | None = None, **_: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean cross-entropy instead, and no logits.
+
+        Position ids that begin anew, without a mask, part a row into texts that do not see one another.
+        Errors: ModelError for ids beyond the vocabulary, or a text beyond learned positions.
+        """
+        if input_ids is not None and input_ids.numel() and int(input_ids.max()) >= self.shape.vocabulary:
+            raise ModelError(f"token id {int(input_ids.max())} is beyond the vocabulary of {self.shape.vocabulary:,}; the tokenizer is another model's")
+        x = self.decoder.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if past_key_values is not None else DynamicCache() if use_cache else None
+        padding = attention_mask if attention_mask is not None and not attention_mask.all() else None
+        if position_ids is None:
+            before = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(before, before + x.shape[1], device=x.device)[None]
+            if padding is not None:
+                position_ids = (padding.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
+        elif segment_ids is None and cache is None and padding is None:
+            again = position_ids.diff(dim=-1) <= 0  # positions that begin anew are another text's
+            segment_ids = nn.functional.pad(again.cumsum(-1), (1, 0)) if again.any() else None
+        if self.decoder.position is not None and int(position_ids.max()) >= self.shape.context:
+            raise ModelError(f"the text has {int(position_ids.max()) + 1} tokens, the model has positions for {self.shape.context}")
+        state = self.decoder(x, position_ids, padding=padding, segments=segment_ids, cache=cache)
+        if labels is not None:
+            return CausalLMOutputWithPast(loss=self.loss(state, labels))
+        return CausalLMOutputWithPast(logits=self.head(state[:, -logits_to_keep:] if logits_to_keep else state), past_key_values=cache)
+
+    def loss(self, state: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of each label given the states before it, and the experts' balance."""
+        at = labels[:, 1:] != -100
+        loss = linear_cross_entropy(state[:, :-1][at], self.head.weight, labels[:, 1:][at]) / at.sum().clamp(min=1)
+        if self.shape.experts:
+            balances = [m.balance for m in self.modules() if isinstance(m, MixtureOfExperts)]
+            loss = loss + self.shape.experts.balance * torch.stack(balances).mean()
+        return loss
+
+
+AutoConfig.register(DecoderConfig.model_type, DecoderConfig)
+AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM)

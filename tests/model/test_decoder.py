@@ -1,0 +1,228 @@
+"""The decoder's switches do what their papers say, none is ignored; a cache, a mask, packing and adapters change nothing that they must not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from llmworks.errors import ModelError
+from llmworks.model.attention import Attention, repeated, seen
+from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+from llmworks.model.feed_forward import MixtureOfExperts
+from llmworks.model.linear_loss import CHUNK, linear_cross_entropy
+from llmworks.model.positions import frequencies, rotate, rotation, sinusoids, slopes
+from llmworks.model.shape import Rope, Shape
+
+USUAL: dict[str, Any] = {"vocabulary": 61, "width": 32, "layers": 2, "heads": 4, "context": 48}
+IDS = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(1))
+SWITCHES: dict[str, dict[str, Any]] = {
+    "norm": {"norm": "layer"}, "norm_place": {"norm_place": "post"}, "around": {"norm_place": "around"}, "norm_epsilon": {"norm_epsilon": 0.5}, "norm_from_zero": {"norm_from_zero": True},
+    "qk_norm": {"qk_norm": True}, "learned": {"position": "learned"}, "sinusoidal": {"position": "sinusoidal"}, "alibi": {"position": "alibi"}, "none": {"position": "none"}, "theta": {"rope": {"theta": 500.0}},
+    "linear": {"rope": {"scaling": "linear", "factor": 4}}, "ntk": {"rope": {"scaling": "ntk", "factor": 4}}, "yarn": {"rope": {"scaling": "yarn", "factor": 4, "trained": 400}},
+    "llama-3": {"rope": {"scaling": "llama-3", "factor": 4, "trained": 20, "fast": 4}}, "window": {"window": 5}, "full_every": {"window": 5, "full_every": 2}, "window_theta": {"window": 5, "full_every": 2, "window_theta": 77.0},
+    "gelu": {"activation": "gelu"}, "gelu-tanh": {"activation": "gelu-tanh"}, "gated": {"gated": False, "hidden": 64}, "qkv": {"bias": "qkv"}, "bias": {"bias": "all"}, "tied": {"tied": False},
+    "embedding_scaled": {"embedding_scaled": True}, "attention_scale": {"attention_scale": 0.9}, "experts": {"experts": {"count": 4}}, "kv_heads": {"kv_heads": 2}, "head_width": {"head_width": 10}, "hidden": {"hidden": 64},
+}  # fmt: skip
+
+
+def model(weights: float = 0.25, **more: Any) -> DecoderForCausalLM:
+    """A small decoder whose weights, gains and biases are all far from their beginning."""
+    made = DecoderForCausalLM(DecoderConfig(shape=Shape.model_validate({**USUAL, **more}).model_dump()))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in sorted(made.named_parameters()):
+            draw.manual_seed(sum(map(ord, name)))
+            noise = torch.randn(parameter.shape, generator=draw) * weights
+            parameter.copy_(1 + noise if parameter.dim() == 1 else noise)
+    made.train(False)
+    return made
+
+
+def logits(made: DecoderForCausalLM, ids: torch.Tensor = IDS, **given: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(made(input_ids=ids, **given).logits)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_no_switch_is_ignored(name: str) -> None:
+    """The same weights (where both have them) under another switch give other logits."""
+    plain = {"window": 5} if name == "full_every" else {"window": 5, "full_every": 2} if name == "window_theta" else {}
+    assert (logits(model(**SWITCHES[name])) - logits(model(**plain))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_cache_changes_nothing(name: str) -> None:
+    made = model(**SWITCHES[name])
+    whole = logits(made)
+    cache = DynamicCache()
+    parts = [logits(made, IDS[:, a:b], past_key_values=cache) for a, b in ((0, 7), (7, 8), (8, 13), *((i, i + 1) for i in range(13, 24)))]
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
+    assert (logits(made, IDS[:, :11]) - whole[:, :11]).abs().max() < 1e-4  # and nobody looks ahead
+
+
+@pytest.mark.parametrize("name", ["norm", "alibi", "learned", "sinusoidal", "window", "qk_norm", "experts"])
+def test_padding_and_packing_change_nothing(name: str) -> None:
+    made = model(**SWITCHES[name])
+    first, second = logits(made, IDS[:1, :10]), logits(made, IDS[1:, :14])
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[0, :4] = 0
+    ids = torch.cat((F.pad(IDS[:1, :10], (4, 0)), IDS[1:, :14]))
+    both = logits(made, ids, attention_mask=mask)
+    assert (both[0, 4:] - first[0]).abs().max() < 1e-5
+    assert (both[1] - second[0]).abs().max() < 1e-5
+    row, positions = torch.cat((IDS[:1, :10], IDS[1:, :14]), 1), torch.cat((torch.arange(10), torch.arange(14)))[None]
+    packed = logits(made, row, position_ids=positions)
+    assert (packed[0, :10] - first[0]).abs().max() < 1e-5
+    assert (packed[0, 10:] - second[0]).abs().max() < 1e-5
+    assert (logits(made, row)[0, 10:] - second[0]).abs().max() > 1e-3  # without, they would see one another
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_shared_heads_are_repeated_ones(groups: int) -> None:
+    """Grouped- and multi-query attention is multi-head attention whose key and value matrices are repeated for every head of a group."""
+    few, many = (Attention(Shape.model_validate({**USUAL, "kv_heads": n}), 0) for n in (groups, 4))
+    with torch.no_grad():
+        many.query.weight.copy_(few.query.weight)
+        many.out.weight.copy_(few.out.weight)
+        for mine, theirs in ((few.key, many.key), (few.value, many.value)):
+            theirs.weight.copy_(mine.weight.view(groups, 8, 32).repeat_interleave(4 // groups, 0).reshape(32, 32))
+        x, places = torch.randn(2, 9, 32), torch.arange(9)[None]
+        look, turned = seen(places, places), rotation(places, frequencies(Rope(), 8, 48)[0])
+        assert (few(x, look, turned) - many(x, look, turned)).abs().max() < 1e-6
+    assert torch.equal(repeated(torch.arange(2.0).view(1, 2, 1, 1), 2).flatten(), torch.tensor([0.0, 0, 1, 1]))
+
+
+def test_attention_is_the_formula() -> None:
+    """softmax(q k^T / sqrt(d)) v, written out, with a window and ALiBi's -slope * distance."""
+    torch.manual_seed(0)
+    places = torch.arange(6)[None]
+    q, k, v = torch.randn(3, 1, 2, 6, 4).unbind(0)
+    for window, slope in ((0, None), (3, None), (3, slopes(2))):
+        look = seen(places, places, window=window, alibi=slope)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=look.mask, is_causal=look.causal)
+        for head in range(2):
+            for i in range(6):
+                allowed = range(max(0, i - window + 1) if window else 0, i + 1)
+                fit = [float(q[0, head, i] @ k[0, head, j]) / 2 - (float(slope[head]) * (i - j) if slope is not None else 0) for j in allowed]
+                total = sum(map(math.exp, fit))
+                expected = sum((math.exp(f) / total * v[0, head, j] for f, j in zip(fit, allowed, strict=True)), torch.zeros(4))
+                assert (out[0, head, i] - expected).abs().max() < 1e-5
+
+
+def test_positions_are_those_of_the_papers() -> None:
+    kept, factor = frequencies(Rope(), 8, 2048)
+    assert factor == 1
+    assert kept.tolist() == pytest.approx([1.0, 0.1, 0.01, 0.001])  # theta^(-2i/d)
+    assert frequencies(Rope(scaling="linear", factor=4), 8, 2048)[0].tolist() == pytest.approx([0.25, 0.025, 0.0025, 0.00025])
+    # NTK: the fastest wave is kept, the slowest is stretched by the factor
+    assert frequencies(Rope(scaling="ntk", factor=4), 8, 2048)[0].tolist() == pytest.approx([1.0, 0.1 * 4 ** (-1 / 3), 0.01 * 4 ** (-2 / 3), 0.001 / 4])
+    # YaRN for d 128, base 10000, trained 4096, factor 8: by its equations, pair 20 turns 4096 / (2 pi 10000^(40/128)) = 36.7 times, pair 46 0.87
+    yarn, factor = frequencies(Rope(scaling="yarn", factor=8, trained=4096), 128, 32768)
+    plain = frequencies(Rope(), 128, 32768)[0]
+    assert factor == pytest.approx(0.1 * math.log(8) + 1)
+    assert torch.allclose(yarn[:21], plain[:21])
+    assert torch.allclose(yarn[46:], plain[46:] / 8)
+    share = (30 - 20) / (46 - 20)  # floor and ceiling of the pairs that turn 32 times and once
+    assert float(yarn[30]) == pytest.approx(float(plain[30] * (1 - share) + plain[30] / 8 * share), rel=1e-5)
+    assert slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    assert slopes(12).tolist() == pytest.approx([2.0**-i for i in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+    wave = sinusoids(torch.tensor([[0, 3]]), 4)
+    assert wave[0].tolist() == [pytest.approx([0, 1, 0, 1]), pytest.approx([math.sin(3), math.cos(3), math.sin(0.03), math.cos(0.03)], rel=1e-5)]
+
+
+def test_rotations_know_distances_only() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
+    angles = frequencies(Rope(), 16, 100)[0]
+
+    def fit(i: int, j: int) -> float:
+        return float((rotate(q, *rotation(torch.tensor([[i]]), angles)) * rotate(k, *rotation(torch.tensor([[j]]), angles))).sum())
+
+    assert fit(5, 2) == pytest.approx(fit(83, 80), rel=1e-4)
+    assert fit(5, 2) != pytest.approx(fit(5, 3), rel=1e-2)
+
+
+def test_experts() -> None:
+    """Each token's answer is the sum of the two likeliest experts, weighed; the balance is 1 when even, as many as experts when all go to one."""
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(Shape.model_validate({**USUAL, "experts": {"count": 4, "chosen": 2}}))
+    x = torch.randn(3, 5, 32)
+    chances = layer.router(x).softmax(-1)
+    for b, t in ((0, 0), (2, 4)):
+        weights, picked = chances[b, t].topk(2)
+        expected = sum(w * layer.experts[int(e)](x[b, t]) for w, e in zip(weights / weights.sum(), picked, strict=True))
+        assert (layer(x)[b, t] - expected).abs().max() < 1e-6
+    one = MixtureOfExperts(Shape.model_validate({**USUAL, "experts": {"count": 4, "chosen": 1}}))
+    with torch.no_grad():
+        one.router.weight.zero_()
+        one.router.weight[2] = 100.0
+    one(torch.ones(2, 8, 32))
+    assert float(one.balance.detach()) == pytest.approx(4.0)
+    with torch.no_grad():
+        one.router.weight.zero_()
+    one(torch.randn(2, 8, 32))
+    assert float(one.balance.detach()) == pytest.approx(1.0)
+    made = model(experts={"count": 4, "balance": 0.5})
+    plain = model(experts={"count": 4, "balance": 0.0})
+    assert float((made(input_ids=IDS, labels=IDS).loss - plain(input_ids=IDS, labels=IDS).loss).detach()) > 0.4
+
+
+def test_the_loss_is_cross_entropy() -> None:
+    torch.manual_seed(0)
+    states, weight, labels = torch.randn(CHUNK * 2 + 7, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randint(0, 50, (CHUNK * 2 + 7,))
+    ours = linear_cross_entropy(states, weight, labels) * 0.3
+    theirs = F.cross_entropy(states @ weight.T, labels, reduction="sum") * 0.3
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
+    for mine, reference in zip(torch.autograd.grad(ours, (states, weight)), torch.autograd.grad(theirs, (states, weight)), strict=True):
+        assert (mine - reference).abs().max() < 1e-4
+    made = model()
+    labels = IDS.clone()
+    labels[0, :9] = -100
+    expected = F.cross_entropy(made(input_ids=IDS).logits[:, :-1].reshape(-1, 61), labels[:, 1:].reshape(-1))
+    assert float(made(input_ids=IDS, labels=labels).loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for it
+def test_it_learns_and_takes_adapters() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    made = DecoderForCausalLM(DecoderConfig(shape=Shape.model_validate(USUAL).model_dump()))
+    assert float(made(input_ids=IDS, labels=IDS).loss.detach()) == pytest.approx(math.log(61), abs=0.15)  # nothing is known at the beginning
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    for _ in range(90):
+        loss = made(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss.detach()) < 0.2
+    adapted = get_peft_model(made, LoraConfig(target_modules=["query", "value"], r=4))
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    assert sum(p.grad is not None for p in adapted.parameters()) == 2 * 2 * 2
+    assert adapted.generate(input_ids=IDS[:, :5], max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"width": 30}, "width 30 is not divided by heads 4"), ({"kv_heads": 3}, "heads 4 is not divided by kv_heads 3"), ({"head_width": 7}, "a head of width 7 is odd"), ({"full_every": 2}, "needs a window"),
+        ({"experts": {"count": 2, "chosen": 3}}, "more than experts.count"), ({"position": "absolute"}, "Input should be"), ({"hiden": 3}, "Extra inputs"),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit(more: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Shape.model_validate({**USUAL, **more})
+
+
+def test_ids_and_lengths_beyond() -> None:
+    with pytest.raises(ModelError, match="token id 61 is beyond the vocabulary of 61"):
+        model()(input_ids=torch.tensor([[3, 61]]))
+    learned = model(position="learned")
+    with pytest.raises(ModelError, match="49 tokens, the model has positions for 48"):
+        learned(input_ids=torch.zeros(1, 49, dtype=torch.long))

@@ -21,24 +21,24 @@ from llmworks.model.shape import Shape
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer's queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; None when all of it is causal or all is seen."""
+    """What queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; without one they see all, or all before them (`causal`)."""
 
     mask: Tensor | None
     causal: bool
 
 
-def seen(queries: Tensor, keys: Tensor, *, window: int = 0, padding: Tensor | None = None, segments: tuple[Tensor, Tensor] | None = None, alibi: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Seen:
-    """Who sees whom: a token sees itself and those before it, at most `window` of them, of its own segment, and no padding.
+def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0, padding: Tensor | None = None, segments: tuple[Tensor, Tensor] | None = None, alibi: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Seen:
+    """Who sees whom: a token sees itself and those before it (or all, if not `causal`), nearer than `window`, of its own segment, and no padding.
 
     queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and keys; alibi: slopes [heads].
     """
     plain = not window and padding is None and segments is None and alibi is None
-    if plain and queries.shape[1] in (1, keys.shape[1]):
-        return Seen(None, queries.shape[1] > 1)
+    if plain and (not causal or queries.shape[1] in (1, keys.shape[1])):
+        return Seen(None, causal and queries.shape[1] > 1)
     distance = queries[:, :, None] - keys[:, None, :]  # [batch, queries, keys]
-    allowed = distance >= 0
+    allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window:
-        allowed &= distance < window
+        allowed = allowed & (distance.abs() < window)
     if padding is not None:
         allowed = allowed & padding[:, None, :].bool()
         allowed = allowed | ~allowed.any(-1, keepdim=True)  # a padded query sees something, or its softmax is no number
@@ -46,7 +46,7 @@ def seen(queries: Tensor, keys: Tensor, *, window: int = 0, padding: Tensor | No
         allowed = allowed & (segments[0][:, :, None] == segments[1][:, None, :])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     if alibi is not None:
-        mask = mask - alibi.to(dtype)[None, :, None, None] * distance.clamp(min=0)[:, None].to(dtype)
+        mask = mask - alibi.to(dtype)[None, :, None, None] * distance.abs()[:, None].to(dtype)
     return Seen(mask, False)
 
 
@@ -65,12 +65,16 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
         self.key_norm = RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
 
-    def forward(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None = None, cache: Any = None) -> Tensor:
-        """Attend. `rotation`: cosine and sine of the tokens' positions; `cache` keeps keys and values of earlier tokens (`update(key, value, layer)`)."""
+    def forward(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None = None, cache: Any = None, memory: Tensor | None = None) -> Tensor:
+        """Attend. `rotation`: cosine and sine of the tokens' positions; `cache` keeps keys and values of earlier tokens (`update(key, value, layer)`).
+
+        `memory` [batch, keys, width]: look at these states in place of x's own (cross-attention).
+        """
         batch, length, _ = x.shape
+        source = x if memory is None else memory
         q = self.query(x).view(batch, length, self.heads, self.per_head)
-        k = self.key(x).view(batch, length, self.groups, self.per_head)
-        v = self.value(x).view(batch, length, self.groups, self.per_head).transpose(1, 2)
+        k = self.key(source).view(batch, -1, self.groups, self.per_head)
+        v = self.value(source).view(batch, -1, self.groups, self.per_head).transpose(1, 2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # [batch, heads, length, per_head]

@@ -1,11 +1,12 @@
 """The decoder, whole: tokens become states, blocks let them look back and think, a head says what comes next.
 
-`Decoder` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters and `generate` work.
-Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `standard.py`.
+`Stack` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters and `generate` work.
+Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `standard.py`; `encoder.py` builds other models of the same blocks.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,47 +31,66 @@ def norm_of(shape: Shape) -> nn.Module:
     return RMSNorm(shape.width, shape.norm_epsilon, from_zero=shape.norm_from_zero)
 
 
-class Block(nn.Module):
-    """Attention, then feed-forward; each is added to the state that it read."""
+@dataclass(frozen=True)
+class Memory:
+    """Another text's states [batch, length, width], and who may look at them."""
 
-    def __init__(self, shape: Shape, layer: int) -> None:
+    states: Tensor
+    look: Seen
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; each is added to the state that it read. `crossing`: between them it looks at another text's states."""
+
+    def __init__(self, shape: Shape, layer: int, *, crossing: bool = False) -> None:
         super().__init__()
         self.place = shape.norm_place
         self.attention_norm, self.feed_forward_norm = norm_of(shape), norm_of(shape)
         self.after_attention_norm, self.after_feed_forward_norm = (norm_of(shape) if self.place == "around" else None for _ in range(2))
         self.attention = Attention(shape, layer)
+        self.crossing = Attention(shape, layer) if crossing else None
+        self.crossing_norm = norm_of(shape) if crossing else None
         self.feed_forward: nn.Module = MixtureOfExperts(shape) if shape.experts else FeedForward(shape)
 
-    def forward(self, x: Tensor, look: Seen, turned: tuple[Tensor, Tensor] | None, cache: Any) -> Tensor:
+    def forward(self, x: Tensor, look: Seen, turned: tuple[Tensor, Tensor] | None, cache: Any, memory: Memory | None = None) -> Tensor:
         """[batch, length, width] -> the same."""
         if self.place == "post":
             x = self.attention_norm(x + self.attention(x, look, turned, cache))
+            if memory is not None and self.crossing is not None and self.crossing_norm is not None:
+                x = self.crossing_norm(x + self.crossing(x, memory.look, memory=memory.states))
             normed: Tensor = self.feed_forward_norm(x + self.feed_forward(x))
             return normed
         attended = self.attention(self.attention_norm(x), look, turned, cache)
         x = x + (attended if self.after_attention_norm is None else self.after_attention_norm(attended))
+        if memory is not None and self.crossing is not None and self.crossing_norm is not None:
+            x = x + self.crossing(self.crossing_norm(x), memory.look, memory=memory.states)
         thought = self.feed_forward(self.feed_forward_norm(x))
         x = x + (thought if self.after_feed_forward_norm is None else self.after_feed_forward_norm(thought))
         return x
 
 
-class Decoder(nn.Module):
-    """Token ids [batch, length] to states [batch, length, width], by a stack of blocks."""
+class Stack(nn.Module):
+    """Embedded tokens to states, by blocks one after the other: a decoder when `causal`, else an encoder."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, causal: bool = True, crossing: bool = False) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.causal = shape, causal
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.position = nn.Embedding(shape.context, shape.width) if shape.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.layers))
+        self.blocks = nn.ModuleList(Block(shape, layer, crossing=crossing) for layer in range(shape.layers))
         self.norm = norm_of(shape) if shape.norm_place != "post" else nn.Identity()
 
-    def forward(self, embedded: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, cache: Any = None) -> Tensor:
-        """embedded: [batch, length, width]; positions: [batch, length]; padding: [batch, keys], 1 where there is a token; segments: [batch, length], without a cache."""
+    def forward(self, embedded: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
+        """embedded: [batch, length, width]; positions: [batch, length]; padding: [batch, keys], 1 where there is a token; segments: [batch, length], without a cache.
+
+        Errors: ModelError for a text beyond learned positions.
+        """
         shape, x = self.shape, embedded
         if shape.embedding_scaled:
             x = x * torch.tensor(shape.width**0.5, dtype=x.dtype)
         if self.position is not None:
+            if positions.numel() and int(positions.max()) >= shape.context:
+                raise ModelError(f"the text has {int(positions.max()) + 1} tokens, the model has positions for {shape.context}")
             x = x + self.position(positions)
         elif shape.position == "sinusoidal":
             x = x + sinusoids(positions, shape.width).to(x.dtype)
@@ -84,11 +104,11 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             window, theta = shape.window_of(layer), shape.theta_of(layer)
             if window not in looks:
-                looks[window] = seen(queries, keys, window=window, padding=padding, segments=pair, alibi=slopes, dtype=x.dtype)
+                looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, alibi=slopes, dtype=x.dtype)
             if theta not in turns:
                 angles, factor = frequencies(shape.rope, shape.per_head, shape.context, theta)
                 turns[theta] = rotation(positions, angles.to(x.device), factor) if shape.position == "rope" else None
-            x = block(x, looks[window], turns[theta], cache)
+            x = block(x, looks[window], turns[theta], cache, memory)
         state: Tensor = self.norm(x)
         return state
 
@@ -118,7 +138,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.shape = Shape.model_validate(config.shape)
-        self.decoder = Decoder(self.shape)
+        self.decoder = Stack(self.shape)
         self.head = nn.Linear(self.shape.width, self.shape.vocabulary, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -135,11 +155,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         return self.head
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights of 0.02, less where a layer adds to the state: each block does so twice."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02 / (2 * self.shape.layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        begin(module, self.shape)
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: Any = None,
@@ -163,8 +179,6 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         elif segment_ids is None and cache is None and padding is None:
             again = position_ids.diff(dim=-1) <= 0  # positions that begin anew are another text's
             segment_ids = nn.functional.pad(again.cumsum(-1), (1, 0)) if again.any() else None
-        if self.decoder.position is not None and int(position_ids.max()) >= self.shape.context:
-            raise ModelError(f"the text has {int(position_ids.max()) + 1} tokens, the model has positions for {self.shape.context}")
         state = self.decoder(x, position_ids, padding=padding, segments=segment_ids, cache=cache)
         if labels is not None:
             return CausalLMOutputWithPast(loss=self.loss(state, labels))
@@ -178,6 +192,14 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             balances = [m.balance for m in self.modules() if isinstance(m, MixtureOfExperts)]
             loss = loss + self.shape.experts.balance * torch.stack(balances).mean()
         return loss
+
+
+def begin(module: nn.Module, shape: Shape) -> None:
+    """Normal weights of 0.02, less where a layer adds to the state: each block does so twice."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02 / (2 * shape.layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 AutoConfig.register(DecoderConfig.model_type, DecoderConfig)

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from llmworks.errors import ModelError
+from llmworks.model import linear_loss
 from llmworks.model.attention import Attention, repeated, seen
 from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.feed_forward import MixtureOfExperts
-from llmworks.model.linear_loss import CHUNK, linear_cross_entropy
+from llmworks.model.linear_loss import chunk, linear_cross_entropy
 from llmworks.model.positions import frequencies, rotate, rotation, sinusoids, slopes
 from llmworks.model.shape import Rope, Shape
 
@@ -173,9 +174,16 @@ def test_experts() -> None:
     assert float((made(input_ids=IDS, labels=IDS).loss - plain(input_ids=IDS, labels=IDS).loss).detach()) > 0.4
 
 
-def test_the_loss_is_cross_entropy() -> None:
+def test_the_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    states, weight, labels = torch.randn(CHUNK * 2 + 7, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randint(0, 50, (CHUNK * 2 + 7,))
+    assert (chunk(49_152), chunk(262_144), chunk(1 << 30)) == (512, 128, 1)
+    monkeypatch.setattr(linear_loss, "MOST", 100)
+    states, weight, labels = torch.randn(207, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randint(0, 50, (207,))
+    far = linear_cross_entropy(torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
+    assert float(far) == 600.0  # no chance underflows
+    whole = linear_cross_entropy(states, weight, labels, 0.25)
+    halves = torch.autograd.grad(whole, (states, weight))
+    assert all((a - b / 4).abs().max() < 1e-4 for a, b in zip(halves, torch.autograd.grad(F.cross_entropy(states @ weight.T, labels, reduction="sum"), (states, weight)), strict=True))
     ours = linear_cross_entropy(states, weight, labels) * 0.3
     theirs = F.cross_entropy(states @ weight.T, labels, reduction="sum") * 0.3
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)

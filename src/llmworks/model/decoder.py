@@ -187,7 +187,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     def loss(self, state: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of each label given the states before it, and the experts' balance."""
         at = labels[:, 1:] != -100
-        loss = linear_cross_entropy(state[:, :-1][at], self.head.weight, labels[:, 1:][at]) / at.sum().clamp(min=1)
+        loss = linear_cross_entropy(state[:, :-1][at], self.head.weight, labels[:, 1:][at], 1 / max(1, int(at.sum())))
         if self.shape.experts:
             balances = [m.balance for m in self.modules() if isinstance(m, MixtureOfExperts)]
             loss = loss + self.shape.experts.balance * torch.stack(balances).mean()

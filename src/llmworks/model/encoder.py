@@ -51,7 +51,7 @@ def places(ids: Tensor, before: int = 0) -> Tensor:
 def labelled_loss(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of the labels that count. states: [batch, length, width]; labels: [batch, length]."""
     at = labels != IGNORED
-    return linear_cross_entropy(states[at], weight, labels[at]) / at.sum().clamp(min=1)
+    return linear_cross_entropy(states[at], weight, labels[at], 1 / max(1, int(at.sum())))
 
 
 class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -249,11 +250,13 @@ def test_many_shapes_become_one_data_set_and_go_back(files: Path, tmp_path: Path
     assert len(back) == len(rows) == 11
     assert run("export", tmp_path / "chat", tmp_path / "alpaca", "--set", "format=alpaca") == 0
     assert run("chat", tmp_path / "alpaca", tmp_path / "again") == 0
-    holds = [r for r in rows if [m["role"] for m in r["messages"]][-2:] == ["user", "assistant"] and not any("tool_calls" in m or "weight" in m for m in r["messages"])]
+    holds = [r for r in rows if [m["role"] for m in r["messages"]][-2:] == ["user", "assistant"] and not any("tool_calls" in m or "weight" in m for m in r["messages"]) and "lost" not in r["extra"]]
     aside = [json.loads(line) for line in (tmp_path / "alpaca/rejected.jsonl").read_text().splitlines()]
     lost = next(r for r in aside if "weight 0" in r["reason"])
     assert lost["row"]["messages"] == next(r for r in rows if any("weight" in m for m in r["messages"]))["messages"]
     assert len(aside) + len(holds) == len(rows)
+    assert run("export", tmp_path / "chat", tmp_path / "dropped", "--set", "format=alpaca", "--set", "turn_fields=drop") == 0
+    assert len((tmp_path / "dropped/data.jsonl").read_text().splitlines()) == len(holds) + sum("lost" in r["extra"] for r in rows)
     assert [said(r) for r in read_chat(Dataset(tmp_path / "again"))] == [said(r) for r in holds]
     assert run("chat", files, tmp_path / "joined", "--set", "merge_turns=true") == 0
     assert len(read_chat(Dataset(tmp_path / "joined"))) == 12
@@ -338,3 +341,91 @@ def test_rows_without_turns_and_converted_sets(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "foreign").mkdir()
     pq.write_table(pa.Table.from_pylist([good]), tmp_path / "foreign" / "train.parquet")
     assert run("chat", tmp_path / "foreign", tmp_path / "converted") == 0
+
+
+BESIDE: list[tuple[dict[str, Any], list[tuple[str, str]]]] = [
+    ({"system": "S", "prompt": "Q", "completion": "A"}, [("system", "S"), ("user", "Q"), ("assistant", "A")]),
+    ({"system_prompt": "S", "question": "Q", "response": "A"}, [("system", "S"), ("user", "Q"), ("assistant", "A")]),
+    ({"question": "Q", "context": "C", "answer": "A"}, [("user", "C\n\nQ"), ("assistant", "A")]),
+    ({"prompt": "Q", "input": "I", "response": "A"}, [("user", "Q\n\nI"), ("assistant", "A")]),
+    ({"prompt": "Q", "history": [["a", "b"]], "response": "A"}, [("user", "a"), ("assistant", "b"), ("user", "Q"), ("assistant", "A")]),
+    ({"question": "Q", "response": "R", "answer": "42"}, [("user", "Q"), ("assistant", "R")]),
+    ({"system": "S", "prompt": [{"role": "user", "content": "Q"}], "completion": "A"}, [("system", "S"), ("user", "Q"), ("assistant", "A")]),
+]
+
+
+@pytest.mark.parametrize(("raw", "turns"), BESIDE)
+def test_what_stands_beside_a_prompt_is_part_of_it(raw: dict[str, Any], turns: list[tuple[str, str]]) -> None:
+    row = shapes.read(raw)
+    assert [(m["role"], m["content"]) for m in row["messages"]] == turns
+    assert shapes.write(row) == raw
+    assert [(m["role"], m["content"]) for m in shapes.read(shapes.write(row, "messages"))["messages"]] == turns
+    assert row["answer"] == (raw["answer"] if "response" in raw and "answer" in raw else None)
+
+
+def test_what_stands_beside_the_prompt_of_a_pair() -> None:
+    raw = {"system": "S", "question": "Q", "chosen": "a", "rejected": "b", "source": "x"}
+    row = shapes.read(raw)
+    assert [(m["role"], m["content"]) for m in row["prompt"]] == [("system", "S"), ("user", "Q")]
+    assert row["extra"]["fields"] == {"source": "x"}
+    assert shapes.write(row) == raw
+    raw = {"instruction": "Fix", "input": "teh", "chosen": "the", "rejected": "teh"}
+    assert shapes.read(raw)["prompt"] == [{"role": "user", "content": "Fix\n\nteh"}]
+    for wrong in ({"system": 3, "prompt": "Q", "completion": "A"}, {"history": "x", "prompt": "Q", "completion": "A"}, {"context": "C", "prompt": [{"role": "user", "content": "Q"}], "completion": "A"}):
+        with pytest.raises(ValueError, match=r"must be|stands beside"):
+            shapes.read(wrong)
+
+
+def test_weights_and_marks_of_other_trainers() -> None:
+    def weights(**turn: Any) -> list[int]:
+        row = shapes.read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **turn}]})
+        same = shapes.read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **turn}]})
+        assert row["messages"] == same["messages"]
+        return [m.get("weight", 1) for m in row["messages"]]
+
+    assert weights(weight=0) == weights(train=False) == weights(loss=False) == [1, 0]
+    assert weights(weight=1) == weights(train=True) == [1, 1]
+    for wrong in (0.5, 2, "1", "0"):
+        with pytest.raises(ValueError, match="it must be 0 or 1"):
+            weights(weight=wrong)
+
+
+def test_older_function_calls_and_keys_that_are_lost() -> None:
+    turns = [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}, {"role": "function", "name": "f", "content": "1"}, {"role": "assistant", "content": "b"},
+    ]  # fmt: skip
+    row = shapes.read({"messages": turns})
+    assert [m["role"] for m in row["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert row["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert shapes.write(row) == {"messages": turns}
+    with pytest.raises(ValueError, match=r"`refusal` is not read"):
+        shapes.read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": "no"}]})
+    odd = shapes.read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hm"}]})
+    assert "reasoning_content" in shapes.write(odd)["messages"][1]
+    with pytest.raises(ValueError, match="'reasoning_content', which would be lost"):
+        shapes.write(odd, "messages")
+    tools = [{"name": "f", "description": "", "parameters": {}}]
+    assert shapes.write({**shapes.read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}), "tools": tools}, "messages")["tools"] == [{"type": "function", "function": tools[0]}]
+
+
+def test_questions_stay_together_and_pairs_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    for name, sides in (("chats", {"completion": "A{}"}), ("pairs", {"chosen": "A{}", "rejected": "B{}"})):
+        raw = tmp_path / f"{name}.jsonl"
+        raw.write_text("".join(json.dumps({"prompt": f"Question {i // 4}?", **{k: v.format(i) for k, v in sides.items()}}) + "\n" for i in range(40)))
+        assert run("chat", raw, tmp_path / name) == 0
+        asked = {}
+        for part in ("train", "test"):
+            assert run("split", tmp_path / name, tmp_path / f"{name}-{part}", "--set", f"part={part}") == 0
+            data = Dataset(tmp_path / f"{name}-{part}")
+            rows = read_preference(data) if name == "pairs" else read_chat(data)
+            asked[part] = {(row.get("prompt") or row["messages"])[0]["content"] for row in rows}
+        assert len(asked["train"]) == 8
+        assert len(asked["test"]) == 2
+        assert not asked["train"] & asked["test"]
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(raw.read_bytes() * 50)[:-40])
+    assert run("chat", cut, tmp_path / "o") == 2
+    told = capsys.readouterr().err.strip()
+    assert "cut.jsonl" in told
+    assert len(told.splitlines()) == 1

@@ -6,6 +6,8 @@ import json
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -479,3 +481,17 @@ def test_delays_grow() -> None:
     for attempt in range(12):
         longest = min(60, 0.5 * 2**attempt)
         assert all(longest / 2 <= back_off(attempt) <= longest for _ in range(50))
+
+
+def test_an_interrupt_does_not_wait_for_a_server_that_hangs(server: Misbehaving) -> None:
+    server.behaviours = [hangs] * 40
+    code = (
+        "import os, signal, threading, time\nfrom llmworks.generate.engines.openai import OpenAIEngine\nfrom llmworks.generate.remote import RemoteOptions\nfrom llmworks.types import Message, Request\n"
+        f"engine = OpenAIEngine({server.url!r}, 'm', RemoteOptions(timeout=60, concurrency=2))\n"
+        "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+        "try:\n    engine.generate([Request((Message('user', 'a'),))] * 5)\nexcept KeyboardInterrupt:\n    engine.close()\n    print('interrupted')\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.returncode) == ("interrupted\n", 0), done.stderr
+    assert time.monotonic() - began < 20

@@ -88,7 +88,7 @@ def test_evolve(tmp_path: Path) -> None:
     rows = {row["id"]: row for row in read_chat(result)}
     assert set(rows) == {"r0", "r1", "r2", "r3", "r4", "r3~1", "r3~2"}
     assert rows["r3~2"]["messages"][0]["content"].count("Then explain number") == 2
-    assert rows["r3~2"]["group"] == "r3"
+    assert rows["r3~2"]["group"] == "g3"
     made = rows["r3~2"]["extra"]["fields"]["made_by"]
     assert (made["operator"], made["step"], made["evolved_from"]) == ("deepen", 2, rows["r3~1"]["messages"][0]["content"])
     reasons = dict(rejected(tmp_path))

@@ -21,6 +21,7 @@ from llmworks.data.jsonl import Rejected
 from llmworks.data.published import bfcl, flan_cot, spider
 from llmworks.data.rawrows import raw_rows
 from llmworks.data.rows import TURNS, WHAT, Row, converted
+from llmworks.data.statistics import question_of
 from llmworks.data.turns import merged, problems
 from llmworks.errors import DataError
 from llmworks.types import Json, Message, messages_from_json, messages_to_json
@@ -93,6 +94,7 @@ def plain_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
 
 def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row]:
     seen: set[str] = set()
+    questions: dict[str, str] = {}  # and the group of the first row that asks it
     pairs: bool | None = None
     for file, number, raw in raw_rows(data.path, rejected):
         try:
@@ -106,6 +108,8 @@ def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row
             continue
         pairs = "chosen" in row
         seen.add(row["id"])
+        if not row["group"]:
+            row["group"] = questions.setdefault(question_of(row), row["id"])
         yield row
 
 
@@ -117,10 +121,9 @@ def reason_of(error: Exception) -> str:
 
 
 def chat_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
-    """One raw row in the schema. ValueError and its like when it is none, or its turns are wrong."""
+    """One raw row in the schema; its group may be empty. ValueError and its like when it is none, or its turns are wrong."""
     row = shapes.read(raw, "" if config.format == "auto" else config.format)
     row["id"] = row["id"] or default_id
-    row["group"] = row["group"] or row["id"]
     if config.merge_turns:
         for name in TURNS["preference" if "chosen" in row else "chat"]:
             row[name] = messages_to_json(merged(messages_from_json(row[name])))

@@ -184,7 +184,7 @@ def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
         turns = row.get("messages") or [*row["prompt"], *row["chosen"]]
         whole = json.dumps([turns, row.get("rejected"), row.get("tools")], sort_keys=True)
         if whole in seen:
-            _add(cases, row, Finding("twice", "warning", "the same row stands more than once", "llmworks data dedup, or take them out"))
+            _add(cases, row, Finding("twice", "warning", "the same row stands more than once", "data.chat with repeated=drop sets them aside"))
             continue
         seen[whole] = row["id"]
         asked, said = json.dumps([turns[:-1], row.get("tools")], sort_keys=True), json.dumps(turns[-1], sort_keys=True)

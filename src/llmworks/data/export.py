@@ -23,6 +23,7 @@ class ExportConfig(Config):
     format: Literal["as-read", "messages", "sharegpt", "alpaca", "chatml", "completion", "preference"] = Field(
         "as-read", description="as-read: every row as it came, order of keys aside; else all rows in this shape, with the same keys"
     )
+    turn_fields: Literal["set-aside", "drop"] = Field("set-aside", description="rows whose turns have fields that no shape but their own has; drop: without these fields")
 
 
 def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
@@ -32,6 +33,8 @@ def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
     count = 0
     with (ctx.out / FILE).open("w", encoding="utf-8") as stream:
         for number, row in enumerate(rows, 1):
+            if config.turn_fields == "drop":
+                row["extra"].pop("lost", None)
             try:
                 raw = shapes.write(row, "" if config.format == "as-read" else config.format)
             except ValueError as error:

@@ -60,6 +60,8 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
     Errors: UserError for weights that name no input, or that are negative or all zero, and for sets of different kinds.
     """
     kinds = {name: schema_of(dataset) for name, dataset in data.items()}
+    if config.weights and (absent := [name for name in data if name not in config.weights]):
+        ctx.progress.say(f"{', '.join(absent)}: no weight, so nothing is taken")
     if any(kinds.values()):
         return _mix_rows(config, data, kinds, ctx)
     if config.rows:
@@ -108,6 +110,8 @@ def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, s
             fields = {**row["extra"].get("fields", {}), config.field: share.name}
             found.append({**row, "id": f"{share.name}/{row['id']}" + (f"~{turn + 1}" if turn else ""), "group": f"{share.name}/{row['group']}", "extra": {**row["extra"], "fields": fields}})
         table.append((share.name, len(rows), len(found) - before, round(share.repeats, 3)))
+        if share.wanted > 1.01 * share.available * config.max_repeats:
+            ctx.progress.say(f"{share.name}: {share.wanted:,} rows are wanted, {config.max_repeats:g} times all it has are {int(share.available * config.max_repeats):,}")
     if not found:
         raise UserError("the mixture is empty; raise the weights or rows")
     found.sort(key=lambda row: (draw(config.seed, "order", row["id"]), row["id"]))

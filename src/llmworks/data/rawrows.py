@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -63,8 +65,8 @@ def _rows(item: Any, rejected: Rejected) -> Iterator[tuple[int, Any]]:
         else:
             with seekable(item) as stream:
                 yield from enumerate((without_nulls(row) for batch in _batches(stream, item.suffix) for row in batch.to_pylist()), 1)
-    except (ValueError, csv.Error, pa.ArrowException) as error:
-        raise DataError(f"{item.name}: cannot be read ({str(error).splitlines()[0]})") from None
+    except (ValueError, csv.Error, pa.ArrowException, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{item.name}: cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
 
 
 def _json_lines(stream: IO[bytes], name: str, rejected: Rejected) -> Iterator[tuple[int, Any]]:

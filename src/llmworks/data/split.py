@@ -18,7 +18,7 @@ from llmworks.artifact import Config, Dataset
 from llmworks.context import Context
 from llmworks.data.card import finish, finish_rows
 from llmworks.data.parts import Span, spans, work
-from llmworks.data.rows import Row, read_chat
+from llmworks.data.rows import Row, read_chat, read_preference, schema_of
 from llmworks.documents import COPY_OF, DocumentWriter
 from llmworks.errors import DataError, UserError
 from llmworks.types import Document, Json
@@ -42,15 +42,16 @@ class SplitConfig(Config):
 
 
 def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Keep the conversations or documents of one side, in their order. Groups, not rows, are dealt to the folds.
+    """Keep the conversations, preference pairs or documents of one side, in their order. Groups, not rows, are dealt to the folds.
 
     Errors: DataError when a side would be empty.
     """
-    if data.schema != "chat" and any(data.path.glob("*.parquet")) and not _is_chat(data):
+    kind = schema_of(data)
+    if not kind and any(data.path.glob("*.parquet")):
         return _split_documents(config, data, ctx)
     if config.group_by or config.stratify_by:
-        raise UserError("group_by and stratify_by are for documents; conversations are kept together by their group")
-    rows = read_chat(data)
+        raise UserError("group_by and stratify_by are for documents; conversations and pairs are kept together by their group")
+    rows = read_preference(data) if kind == "preference" else read_chat(data)
     held_out = test_groups([row["group"] for row in rows], config)
     kept = [row for row in rows if (row["group"] in held_out) == (config.part == "test")]
     if not kept:
@@ -67,16 +68,6 @@ def test_groups(groups: Sequence[str], config: SplitConfig) -> set[str]:
     names = sorted(set(groups))
     random.Random(config.seed).shuffle(names)
     return set(names[config.fold :: config.folds])
-
-
-def _is_chat(data: Dataset) -> bool:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return "messages" in pq.read_schema(min(data.path.glob("*.parquet"))).names
-    except (pa.ArrowInvalid, OSError):
-        return False  # told when it is read
 
 
 def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:

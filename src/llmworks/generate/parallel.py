@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from llmworks.errors import LlmworksError
 from llmworks.types import Completion, Request
@@ -11,18 +12,41 @@ from llmworks.types import Completion, Request
 Answered = tuple[int, Completion | LlmworksError]
 
 
-def each_in_threads(answer: Callable[[Request], Completion], requests: Sequence[Request], threads: int) -> Iterator[Answered]:
-    """(place, answer or the error of that request) as they are ready. Closing the iterator starts no further request."""
-    with ThreadPoolExecutor(max(1, min(threads, len(requests)))) as pool:
-        waiting = {pool.submit(answer, request): i for i, request in enumerate(requests)}
-        try:
-            for future in as_completed(waiting):
-                error = future.exception()
-                if error is not None and not isinstance(error, LlmworksError):
-                    raise error
-                yield waiting[future], error or future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def each_in_threads(answer: Callable[[Request], Completion], requests: Sequence[Request], threads: int, *, leave: bool = False) -> Iterator[Answered]:
+    """(place, answer or the error of that request) as they are ready. Closing the iterator, or an interrupt, starts no further request.
+
+    Requests that are under way then are waited for, unless `leave`: a server that hangs must not hold up the end of the program.
+    """
+    todo: queue.SimpleQueue[tuple[int, Request]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, Completion | BaseException]] = queue.SimpleQueue()
+    over = threading.Event()
+    for item in enumerate(requests):
+        todo.put(item)
+
+    def work() -> None:
+        while not over.is_set():
+            try:
+                place, request = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                done.put((place, answer(request)))
+            except BaseException as error:
+                done.put((place, error))
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(threads, len(requests))))]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in requests:
+            place, found = done.get()
+            if isinstance(found, BaseException) and not isinstance(found, LlmworksError):
+                raise found
+            yield place, found
+    finally:
+        over.set()
+        for worker in workers if not leave else ():
+            worker.join()
 
 
 def in_order(answers: Iterable[Answered], count: int) -> list[Completion]:

@@ -14,10 +14,10 @@ from pydantic import Field
 
 from llmworks.artifact import Adapter, Config, Dataset, Model
 from llmworks.context import Context
-from llmworks.synthesize.asking import Answer, Decoding, Maker, questions
+from llmworks.synthesize.asking import Answer, Decoding, Maker, Prompt, questions
 from llmworks.synthesize.pool import Pool
 from llmworks.synthesize.text import bare, labelled, refuses
-from llmworks.types import Message
+from llmworks.types import Message, messages_from_json
 
 Operator = Literal["constrain", "deepen", "concretize", "reason", "enrich", "breadth"]
 ASKS: dict[Operator, str] = {
@@ -53,6 +53,8 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
     draw = random.Random(ctx.seed)
     pool = Pool(config.alike)
     rows = [row for row, turns in questions(data, config.limit) if len(turns) <= 2 and not row["tools"]]
+    systems = {row["id"]: tuple(m for m in messages_from_json(row["messages"]) if m.role == "system") for row in rows}
+    by_id = {row["id"]: row for row in rows}
     current = {row["id"]: next(m["content"] for m in row["messages"] if m["role"] == "user") for row in rows}
     for text in current.values():
         pool.add(text)
@@ -72,13 +74,14 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
                     found[id] = (operator, prompt, instruction)
             for id in _same(config, maker, current, {id: instruction for id, (_, _, instruction) in found.items()}):
                 maker.drop(f"{id}~{step}", "says the same as before", found.pop(id)[2])
-            answers = maker.ask(f"answers {step}", [i for _, _, i in found.values()], max_tokens=config.answers.max_tokens, temperature=config.answers.temperature)
+            asked = {id: Prompt((*systems[id], Message("user", instruction))) for id, (_, _, instruction) in found.items()}
+            answers = maker.ask(f"answers {step}", list(asked.values()), max_tokens=config.answers.max_tokens, temperature=config.answers.temperature)
             for (id, (operator, prompt, instruction)), answer in zip(found.items(), answers, strict=True):
                 if reason := answer.problem or eliminated(answer.text):
                     maker.drop(f"{id}~{step}", reason, f"{instruction}\n\n{answer.text}")
                     continue
-                turns = (Message("user", instruction), Message("assistant", answer.text))
-                maker.keep(f"{id}~{step}", turns, [prompt, instruction], group=id, operator=operator, step=step, evolved_from=current[id])
+                turns = (*asked[id].messages, Message("assistant", answer.text))
+                maker.keep(f"{id}~{step}", turns, [prompt, asked[id]], group=by_id[id]["group"], source=by_id[id], operator=operator, step=step, evolved_from=current[id])
                 current[id] = instruction
         return maker.finish([data], note=f"{len(rows):,} instructions, {config.rounds} steps")
 

@@ -55,6 +55,8 @@ def write(row: Row, name: str = "") -> Json:
     """
     extra = row.get("extra") or {}
     origin = "" if name else extra.get("shape", "")
+    if name and extra.get("lost"):
+        raise ValueError(f"its turns have {', '.join(map(repr, extra['lost']))}, which would be lost; format: as-read keeps them, turn_fields: drop leaves them out")
     if name:
         row = {**row, "extra": {key: extra[key] for key in ("fields", "input") if key in extra}}
     name = name or origin or ("preference" if "chosen" in row else "messages")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from llmworks.data.shapes.fields import Row, asked, common, complete, restored, side
+from llmworks.types import Json, messages_from_json, messages_to_json
 
-from llmworks.data.shapes.fields import Row, common, complete, restored
-from llmworks.types import Json, Message, messages_from_json, messages_to_json
-
-PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response"), ("input", "output"))
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "response"), ("query", "response"), ("question", "answer"), ("input", "output"))
 
 
 def matches(raw: Json) -> bool:
@@ -18,21 +16,11 @@ def matches(raw: Json) -> bool:
 def read(raw: Json) -> Row:
     """A chat row. ValueError for sides that are neither text nor turns."""
     first, second = next((a, b) for a, b in PAIRS if a in raw and b in raw)
-    asked, prompt_form = side(raw, first, "user")
+    before, prompt_form, used = asked(raw, first)
     answered, answer_form = side(raw, second, "assistant")
     variant: Json = {"pair": [first, second], "forms": [prompt_form, answer_form]}
-    row = common({k: v for k, v in raw.items() if k not in (first, second)}, "completion", (), variant)
-    return {**row, "messages": messages_to_json([*asked, *answered])}
-
-
-def side(raw: Json, key: str, role: str) -> tuple[list[Message], int]:
-    """(messages, how many turns there were; -1 for a text) of a field. ValueError when it is neither."""
-    value: Any = raw[key]
-    if isinstance(value, str):
-        return [Message(role, value)], -1
-    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        return list(messages_from_json(value)), len(value)
-    raise ValueError(f"`{key}` must be text or a list of turns, not {type(value).__name__}")
+    row = common({k: v for k, v in raw.items() if k not in (first, second, *used)}, "completion", (), variant)
+    return {**row, "messages": messages_to_json([*before, *answered])}
 
 
 def write(row: Row) -> Json:
@@ -40,17 +28,17 @@ def write(row: Row) -> Json:
     messages = list(messages_from_json(row["messages"]))
     extra = row.get("extra") or {}
     if extra.get("shape") == "completion":
-        (first, second), (asked, answered) = extra["pair"], extra["forms"]
-        turns = 1 if asked < 0 else asked
+        (first, second), (prompted, answered) = extra["pair"], extra["forms"]
+        turns = 1 if prompted < 0 else prompted
     else:
         first, second, turns = "prompt", "completion", len(messages) - 1
-        asked = answered = -1 if [m.role for m in messages] == ["user", "assistant"] and not messages[1].tool_calls else 0
+        prompted = answered = -1 if [m.role for m in messages] == ["user", "assistant"] and not messages[1].tool_calls else 0
         if not messages or messages[-1].role != "assistant":
             raise ValueError("does not end with an assistant turn, so there is no completion")
     prompt, completion = messages[:turns], messages[turns:]
-    complete([*(prompt if asked < 0 else []), *(completion if answered < 0 else [])], "a completion as text")
+    complete([*(prompt if prompted < 0 else []), *(completion if answered < 0 else [])], "a completion as text")
     return {
         **restored(row, "completion"),
-        first: prompt[0].content if asked < 0 else messages_to_json(prompt),
+        first: prompt[0].content if prompted < 0 else messages_to_json(prompt),
         second: completion[0].content if answered < 0 else messages_to_json(completion),
     }

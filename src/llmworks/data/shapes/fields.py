@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from llmworks.types import Json, Message
+from llmworks.types import Json, Message, messages_from_json
 
 Row = dict[str, Any]
 
@@ -52,6 +52,66 @@ def restored(row: Row, shape: str) -> Json:
     elif form == "plain":
         out["tools"] = row["tools"]
     return out
+
+
+LEARNED = ("train", "training", "loss")  # other trainers' marks of a turn
+
+
+def weight_of(turn: Json) -> int:
+    """1 for a turn that is learned, 0 for one that is not. ValueError for a weight between, which no trainer here knows."""
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1) or isinstance(weight, str):
+        raise ValueError(f"weight is {weight!r}, it must be 0 or 1")
+    marked = next((turn[key] for key in LEARNED if isinstance(turn.get(key), bool)), True)
+    return int(marked) if weight is None else int(weight)
+
+
+def lost_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
+    """{"lost": keys} of turns that the schema has no place for; they are written back as read, and nowhere else."""
+    found = sorted({key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if key not in known and key not in LEARNED and value not in (None, [], {}, "")})
+    return {"lost": found} if found else {}
+
+
+def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
+    """(turns up to the answer, form of the field as `side`, the other fields that were used) of a prompt and what stands beside it.
+
+    A system prompt comes first, a history before the question, a context above it, an input below. ValueError for one that is not of its usual form.
+    """
+    turns, form = side(raw, key, "user")
+    used: list[str] = []
+
+    def beside(*names: str) -> Any:
+        name = next((name for name in names if name != key and raw.get(name)), "")
+        used.extend([name] if name else [])
+        return raw.get(name) if name else None
+
+    system, above, below, history = beside("system", "system_prompt"), beside("context"), beside("input"), beside("history")
+    if form != -1 and (above or below or history):
+        raise ValueError(f"`{used[-1]}` stands beside a prompt of turns; put it into them")
+    for value in (system, above, below):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"`{next(name for name in used if raw[name] is value)}` must be text, not {type(value).__name__}")
+    if above or below:
+        turns = [Message("user", "\n\n".join(filter(None, (above, turns[0].content, below))))]
+    if history is not None:
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history):
+            raise ValueError("`history` must be a list of pairs of texts")
+        turns = [*(message for before, after in history for message in (Message("user", before), Message("assistant", after))), *turns]
+    if system:
+        if turns and turns[0].role == "system":
+            raise ValueError("a system turn stands in the prompt and another beside it")
+        turns = [Message("system", system), *turns]
+    return turns, form if not used else len(turns), tuple(used)
+
+
+def side(raw: Json, key: str, role: str) -> tuple[list[Message], int]:
+    """(messages, how many turns there were; -1 for a text) of a field. ValueError when it is neither."""
+    value: Any = raw[key]
+    if isinstance(value, str):
+        return [Message(role, value)], -1
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return list(messages_from_json(value)), len(value)
+    raise ValueError(f"`{key}` must be text or a list of turns, not {type(value).__name__}")
 
 
 def complete(messages: Sequence[Message], shape: str) -> None:

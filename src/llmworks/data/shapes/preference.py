@@ -10,8 +10,7 @@ import re
 from typing import Any
 
 from llmworks.data.shapes import sharegpt
-from llmworks.data.shapes.completion import side
-from llmworks.data.shapes.fields import Row, common, complete, restored
+from llmworks.data.shapes.fields import Row, asked, common, complete, restored, side
 from llmworks.types import Json, Message, messages_from_json, messages_to_json
 
 PROMPTS = ("prompt", "question", "instruction", "query")
@@ -42,12 +41,13 @@ def read(raw: Json) -> Row:
         prompt, chosen, rejected = _shared(_human(raw, "chosen"), _human(raw, "rejected"))
     else:
         raise ValueError(f"has chosen and rejected, but no prompt ({', '.join(PROMPTS)})")
-    row = common(raw, "preference", (key, "chosen", "rejected", "conversations") if key else ("chosen", "rejected", "conversations"), {"form": form, "key": key, **variant})
+    used = variant.pop("used", ())
+    row = common(raw, "preference", (key, "chosen", "rejected", "conversations", *used) if key else ("chosen", "rejected", "conversations"), {"form": form, "key": key, **variant})
     return {**row, "prompt": messages_to_json(prompt), "chosen": messages_to_json(chosen), "rejected": messages_to_json(rejected)}
 
 
 def _with_prompt(raw: Json, key: str) -> tuple[list[Message], list[Message], list[Message], Json]:
-    prompt, asked = side(raw, key, "user")
+    prompt, form, used = asked(raw, key)
     chosen, first = side(raw, "chosen", "assistant")
     rejected, second = side(raw, "rejected", "assistant")
     whole = [first > 0 and chosen[: len(prompt)] == prompt, second > 0 and rejected[: len(prompt)] == prompt]
@@ -57,7 +57,7 @@ def _with_prompt(raw: Json, key: str) -> tuple[list[Message], list[Message], lis
         rejected = rejected[len(prompt) :]
     if not chosen or not rejected:
         raise ValueError("a side holds nothing but the prompt")
-    return prompt, chosen, rejected, {"forms": [asked, first, second], "whole": whole}
+    return prompt, chosen, rejected, {"forms": [form, first, second], "whole": whole, "used": used}
 
 
 def _shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from llmworks.data.shapes.fields import Row, common, complete, restored, text
+from llmworks.data.shapes.fields import Row, common, complete, lost_keys, restored, text, weight_of
 from llmworks.types import Json, Message, ToolCall, messages_from_json, messages_to_json
 
 ROLES = {
@@ -30,7 +30,8 @@ def read(raw: Json) -> Row:
     apart = isinstance(raw.get("system"), str) and bool(raw["system"].strip())
     if apart:
         messages.insert(0, Message("system", raw["system"]))
-    return {**common(raw, "sharegpt", ("conversations", "system"), {"system_apart": True} if apart else None), "messages": messages_to_json(messages)}
+    lost = lost_keys(turns, ("from", "value", "weight"))
+    return {**common(raw, "sharegpt", ("conversations", "system"), ({"system_apart": True} if apart else {}) | lost), "messages": messages_to_json(messages)}
 
 
 def turn_of(turn: Json, number: int = 1) -> Message:
@@ -43,8 +44,10 @@ def turn_of(turn: Json, number: int = 1) -> Message:
         value = text(turn, "value")
     except ValueError as error:
         raise ValueError(f"turn {number}: {error}") from None
-    weight = turn.get("weight")
-    weight = 1 if weight is None else int(weight)
+    try:
+        weight = weight_of(turn)
+    except ValueError as error:
+        raise ValueError(f"turn {number}: {error}") from None
     if speaker.lower() != "function_call":
         return Message(role, value, weight=weight)
     try:

@@ -76,7 +76,7 @@ class OpenAIEngine:
     def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
         """Answers and errors as they come; once the server is closed to all requests, the others are not sent."""
         self._closed = None
-        return each_in_threads(self._answer, requests, self.options.concurrency)
+        return each_in_threads(self._answer, requests, self.options.concurrency, leave=True)
 
     def _answer(self, request: Request) -> Completion:
         for attempt in range(self.options.retries + 1):

@@ -12,10 +12,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmworks import assets
+from llmworks.tokenize.algorithms import LLAMA3
 from llmworks.tokenize.bulk import PROBE, bulk_encoder
 
 TEXTS = [row[1] for row in json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]]
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTES = pre_tokenizers.ByteLevel
 KINDS: dict[str, Any] = {
     "gpt2": BYTES(add_prefix_space=False),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import lzma
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from llmworks.data.formats.source import expand, find_files, seekable, source
+from llmworks.data.formats.source import BROKEN, expand, find_files, seekable, source
 from llmworks.data.formats.tables import lines, plain
 from llmworks.data.jsonl import Rejected
 from llmworks.documents import Unusable
@@ -65,7 +63,7 @@ def _rows(item: Any, rejected: Rejected) -> Iterator[tuple[int, Any]]:
         else:
             with seekable(item) as stream:
                 yield from enumerate((without_nulls(row) for batch in _batches(stream, item.suffix) for row in batch.to_pylist()), 1)
-    except (ValueError, csv.Error, pa.ArrowException, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (ValueError, csv.Error, pa.ArrowException, *BROKEN) as error:
         raise DataError(f"{item.name}: cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
 
 

@@ -135,7 +135,7 @@ class Maker:
         if not self.rows:
             why = ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
             first = next((r["reason"] for r in self.rejected if "(" in r["reason"]), "")
-            raise DataError(f"nothing that {self.by} answered could be kept ({why or 'no question'}{f'; the first: {first}' if first else ''}); the answers are in {self.ctx.scratch}, try another model or weaker conditions")
+            raise DataError(f"nothing that {self.by} answered could be kept ({why or 'no question'}{f'; the first: {first}' if first else ''}); the answers are in {self.ctx.scratch}, try another model, another --seed, or weaker conditions")
         if self.rejected:
             (self.ctx.out / REJECTED).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rejected), encoding="utf-8", errors="backslashreplace")
             self.ctx.progress.say(f"{len(self.rejected):,} set aside in {REJECTED}: " + ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4)))

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tests.conftest import TEMPLATE, make_pico, make_tokenizer
 from tests.data.test_parts import context
@@ -314,6 +316,11 @@ def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: p
     pair = {"id": "p", "group": "p", "prompt": turn, "chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}]}
     write_preference(tmp_path / "pairs", [pair])
     told("holds preference pairs", DataError, Dataset(tmp_path / "pairs"))
+    write_chat(tmp_path / "broken", [{"id": "r", "group": "r", "messages": [*turn, {"role": "assistant", "content": "b"}], "tools": [], "answer": None, "extra": {}}])
+    part = tmp_path / "broken" / "part-00000.parquet"
+    table = pq.read_table(part)
+    pq.write_table(table.set_column(table.column_names.index("tools"), "tools", pa.array(["[{"])), part)
+    told("row 'r': tools, answer or extra is no JSON", DataError, Dataset(tmp_path / "broken"))
     told("is no token of this tokenizer", ModelError, documents(tmp_path / "d", ["a"]), document_end="<end>")
     told("all 200 rows were set aside .longer than length", DataError, chats, length=8)
     endless = make_pico(tmp_path / "endless", template=TEMPLATE.replace("<|im_end|>", ""))

@@ -138,7 +138,10 @@ def table_rows(table: Any, kind: str) -> Iterator[Row]:
         if any(row[name] is None or None in row[name] for name in TURNS[kind]):
             raise DataError(f"row {row['id']!r}: {' or '.join(TURNS[kind])} is empty; make {WHAT[kind]} with the stage data.chat")
         turns = {name: [{k: v for k, v in turn.items() if v is not None} for turn in row[name]] for name in TURNS[kind]}
-        loaded = {"tools": json.loads(row["tools"] or "[]"), "answer": json.loads(row["answer"] or "null"), "extra": json.loads(row.get("extra") or "{}")}
+        try:
+            loaded = {"tools": json.loads(row["tools"] or "[]"), "answer": json.loads(row["answer"] or "null"), "extra": json.loads(row.get("extra") or "{}")}
+        except ValueError as error:
+            raise DataError(f"row {row['id']!r}: tools, answer or extra is no JSON ({error}); make {WHAT[kind]} with the stage data.chat") from None
         yield {**row, **turns, **loaded}
 
 

@@ -52,6 +52,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.buffers = None
 
 
+def cache_for(model: Any) -> Any:
+    """An empty cache for a model: its own kind where it has one, else growing keys and values."""
+    return model.new_cache() if hasattr(model, "new_cache") else growing_cache()
+
+
 def growing_cache() -> DynamicCache:
     """An empty cache of growing layers, one made for every layer of the model that uses it."""
     cache = DynamicCache()

@@ -18,9 +18,9 @@ from llmworks.errors import ModelError
 from llmworks.model.attention import Attention, Seen, alibi_of, seen
 from llmworks.model.feed_forward import FeedForward, MixtureOfExperts
 from llmworks.model.linear import AddingLinear
-from llmworks.model.linear_loss import linear_cross_entropy
+from llmworks.model.linear_loss import mean_cross_entropy
 from llmworks.model.norm import RMSNorm
-from llmworks.model.positions import frequencies, rotation, sinusoids
+from llmworks.model.positions import frequencies, rotation, segments_of, sinusoids
 from llmworks.model.shape import Shape
 
 
@@ -177,8 +177,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             if padding is not None:
                 position_ids = (padding.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
         elif segment_ids is None and cache is None and padding is None:
-            again = position_ids.diff(dim=-1) <= 0  # positions that begin anew are another text's
-            segment_ids = nn.functional.pad(again.cumsum(-1), (1, 0)) if again.any() else None
+            segment_ids = segments_of(position_ids)
         state = self.decoder(x, position_ids, padding=padding, segments=segment_ids, cache=cache)
         if labels is not None:
             return CausalLMOutputWithPast(loss=self.loss(state, labels))
@@ -186,8 +185,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 
     def loss(self, state: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of each label given the states before it, and the experts' balance."""
-        at = labels[:, 1:] != -100
-        loss = linear_cross_entropy(state[:, :-1][at], self.head.weight, labels[:, 1:][at], 1 / max(1, int(at.sum())))
+        loss = mean_cross_entropy(state[:, :-1], self.head.weight, labels[:, 1:])
         if self.shape.experts:
             balances = [m.balance for m in self.modules() if isinstance(m, MixtureOfExperts)]
             loss = loss + self.shape.experts.balance * torch.stack(balances).mean()

@@ -22,8 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seq2S
 
 from llmworks.model.attention import seen
 from llmworks.model.decoder import DecoderConfig, Memory, Stack, begin
-from llmworks.model.linear_loss import linear_cross_entropy
-from llmworks.model.objectives import IGNORED
+from llmworks.model.linear_loss import IGNORED, mean_cross_entropy
 from llmworks.model.shape import Shape
 
 
@@ -46,12 +45,6 @@ class Seq2SeqConfig(DecoderConfig):  # type: ignore[no-untyped-call]
 def places(ids: Tensor, before: int = 0) -> Tensor:
     """Positions [1, length] of ids that follow `before` others."""
     return torch.arange(before, before + ids.shape[1], device=ids.device)[None]
-
-
-def labelled_loss(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the labels that count. states: [batch, length, width]; labels: [batch, length]."""
-    at = labels != IGNORED
-    return linear_cross_entropy(states[at], weight, labels[at], 1 / max(1, int(at.sum())))
 
 
 class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -83,7 +76,7 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Logits [batch, length, vocabulary] of the tokens themselves; with labels (-100: none) their mean cross-entropy instead."""
         states = self.encoder(self.encoder.embedding(input_ids), places(input_ids), padding=attention_mask)
         if labels is not None:
-            return MaskedLMOutput(loss=labelled_loss(states, self.head.weight, labels))
+            return MaskedLMOutput(loss=mean_cross_entropy(states, self.head.weight, labels))
         return MaskedLMOutput(logits=self.head(states), hidden_states=(states,))
 
 
@@ -146,7 +139,7 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         memory = Memory(states, seen(at, torch.arange(states.shape[1], device=states.device)[None], causal=False, padding=attention_mask, dtype=states.dtype))
         written = self.decoder(self.get_input_embeddings()(decoder_input_ids), at, cache=cache, memory=memory)
         if labels is not None:
-            return Seq2SeqLMOutput(loss=labelled_loss(written, self.head.weight, labels))
+            return Seq2SeqLMOutput(loss=mean_cross_entropy(written, self.head.weight, labels))
         return Seq2SeqLMOutput(logits=self.head(written), past_key_values=past_key_values)
 
 

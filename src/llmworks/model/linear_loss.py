@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IGNORED = -100  # a label that counts for nothing
 LOGITS, MOST = 1 << 25, 512  # numbers, and tokens, whose logits exist at once
 
 
@@ -55,3 +56,9 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, scale: 
     """Summed cross-entropy in nats of labels [tokens] under the logits states [tokens, width] @ weight.T [width, vocabulary], times `scale`. Not differentiable twice."""
     summed: Tensor = _LinearCrossEntropy.apply(states, weight, labels, scale)  # type: ignore[no-untyped-call]
     return summed
+
+
+def mean_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the labels [batch, length] that count (-100: not) under the states [batch, length, width] at their places."""
+    at = labels != IGNORED
+    return linear_cross_entropy(states[at], weight, labels[at], 1 / max(1, int(at.sum())))

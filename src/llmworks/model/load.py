@@ -18,7 +18,7 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import llmworks.model.decoder  # noqa: F401  (makes its architecture known to transformers)
+    import llmworks.model.architectures  # noqa: F401  (makes them known to transformers)
 
     quiet_transformers()
     check_weights(path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-IGNORED = -100  # a label that counts for nothing
+from llmworks.model.linear_loss import IGNORED
 
 
 def hide_tokens(ids: Tensor, mask_id: int, vocabulary: int, *, share: float = 0.15, keep: Sequence[int] = (), generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

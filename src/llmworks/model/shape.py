@@ -1,6 +1,7 @@
 """The shape of a Transformer: every switch of the architecture, with a name that says what it does. Torch-free; knows no weights.
 
-The defaults are today's usual decoder: RMSNorm before each part, rotary positions, grouped queries, SwiGLU, tied embeddings.
+The defaults are today's usual decoder: RMSNorm before each part, rotary positions, grouped queries, SwiGLU, tied embeddings. `RecurrentShape`
+is that of what came before.
 """
 
 from __future__ import annotations
@@ -100,3 +101,35 @@ class Shape(Config):
     def theta_of(self, layer: int) -> float:
         """The base of a layer's rotary positions."""
         return self.window_theta if self.window_theta and self.window_of(layer) else self.rope.theta
+
+
+class RecurrentShape(Config):
+    """What a model is made of that reads through a window, or one token after the other, without attention."""
+
+    kind: Literal["mlp", "rnn", "lstm", "gru"] = Field("lstm", description="mlp: a window of tokens through one layer; rnn, lstm, gru: a state that every token changes")
+    vocabulary: int = Field(32_000, gt=0, description="tokens")
+    width: int = Field(512, gt=0, description="numbers of an embedding")
+    hidden: int = Field(0, ge=0, description="numbers of the state, or of mlp's layer; 0: the width")
+    layers: int = Field(1, gt=0, description="one above the other (rnn, lstm, gru)")
+    window: int = Field(0, ge=0, description="tokens that mlp looks back, itself included; 0: 8")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings and of what each layer gives, in training")
+    tied: bool = Field(True, description="output head and embedding are one matrix")
+    context: int = Field(2048, gt=0, description="longest text, in tokens, that is trained and asked; the state itself has no limit")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind == "mlp" and self.layers > 1:
+            raise ValueError(f"kind mlp has one layer, not {self.layers}; give hidden more")
+        if self.kind != "mlp" and self.window:
+            raise ValueError(f"window is mlp's; kind {self.kind} has no window")
+        return self
+
+    @property
+    def inner(self) -> int:
+        """Numbers of the state."""
+        return self.hidden or self.width
+
+    @property
+    def reach(self) -> int:
+        """Tokens that the window looks back."""
+        return self.window or 8

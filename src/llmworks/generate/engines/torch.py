@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmworks.errors import RequestError
-from llmworks.generate.cache import growing_cache
+from llmworks.generate.cache import cache_for
 from llmworks.generate.parallel import Answered, in_order
 from llmworks.generate.sampling import choose
 from llmworks.generate.stopping import cut_at_stop, safe_length
@@ -114,7 +114,7 @@ class TorchEngine:
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
         """Read the prompts: (logits [rows, vocabulary], cache, attention mask, position of the last token)."""
-        cache = growing_cache()
+        cache = cache_for(self.model)
         shared = 0
         if len(prompts) > 1:
             shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)

@@ -1,0 +1,7 @@
+"""Makes the architectures of this room known to transformers, so that their directories load by its `Auto` classes."""
+
+from __future__ import annotations
+
+import llmworks.model.decoder
+import llmworks.model.encoder
+import llmworks.model.recurrent  # noqa: F401

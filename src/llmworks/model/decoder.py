@@ -168,7 +168,10 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         """
         if input_ids is not None and input_ids.numel() and int(input_ids.max()) >= self.shape.vocabulary:
             raise ModelError(f"token id {int(input_ids.max())} is beyond the vocabulary of {self.shape.vocabulary:,}; the tokenizer is another model's")
-        x = self.decoder.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self._embed(input_ids, labelled=labels is not None)
+        assert inputs_embeds is not None
+        x = inputs_embeds
         cache = past_key_values if past_key_values is not None else DynamicCache() if use_cache else None
         padding = attention_mask if attention_mask is not None and not attention_mask.all() else None
         if position_ids is None:
@@ -182,6 +185,14 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         if labels is not None:
             return CausalLMOutputWithPast(loss=self.loss(state, labels))
         return CausalLMOutputWithPast(logits=self.head(state[:, -logits_to_keep:] if logits_to_keep else state), past_key_values=cache)
+
+    def _embed(self, ids: Tensor, *, labelled: bool) -> Tensor:
+        """Embedded ids. Where the head's gradient fills the same matrix, only the rows that were looked up are added to it, not another whole matrix."""
+        table = self.decoder.embedding
+        if labelled and self.shape.tied and type(table) is nn.Embedding and table.weight is self.head.weight:
+            return nn.functional.embedding(ids, table.weight, sparse=True)
+        embedded: Tensor = table(ids)
+        return embedded
 
     def loss(self, state: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of each label given the states before it, and the experts' balance."""

@@ -18,25 +18,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(context: Any, states: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
         """states: [tokens, width]; weight: [vocabulary, width]; labels: [tokens]."""
         by_state = torch.empty_like(states) if states.requires_grad else None
-        by_weight: Tensor | None = None
+        matrix = weight.to(states.dtype)  # under autocast states are the narrower
+        by_weight = torch.zeros_like(matrix) if weight.requires_grad else None
         total = states.new_zeros((), dtype=torch.float32)
         step = chunk(len(weight))
+        room = states.new_empty(min(step, len(states)), len(weight))  # one for all: memory that is fresh costs more than the mathematics
         for start in range(0, len(states), step):
             here, wanted = states[start : start + step], labels[start : start + step, None]
-            logits = (here @ weight.T).float()
-            largest, place = logits.max(-1, keepdim=True)
-            right = logits.gather(-1, wanted)
-            chances = torch.softmax(logits, -1)
-            total += (largest - chances.gather(-1, place).log() - right).sum()  # the largest chance is 1 / sum of exp(logit - largest)
-            if not (states.requires_grad or weight.requires_grad):
+            logits = torch.mm(here, matrix.T, out=room[: len(here)]).float()
+            largest, right = logits.amax(-1, keepdim=True), logits.gather(-1, wanted)
+            chances = torch.softmax(logits, -1, out=logits)
+            total += (largest - chances.amax(-1, keepdim=True).log() - right).sum()  # the largest chance is 1 / sum of exp(logit - largest)
+            if by_state is None and by_weight is None:
                 continue
-            chances.scatter_add_(-1, wanted, torch.full_like(right, -1.0))  # softmax less one where the label is
-            slope = chances.to(states.dtype)
+            slope = chances.scatter_add_(-1, wanted, torch.full_like(right, -1.0)).to(states.dtype)  # softmax less one where the label is
             if by_state is not None:
-                torch.mm(slope, weight, out=by_state[start : start + step])
-            if weight.requires_grad:
-                by_weight = slope.T @ (here * scale) if by_weight is None else by_weight.addmm_(slope.T, here, alpha=scale)
-        context.save_for_backward(None if by_state is None else by_state.mul_(scale), by_weight)
+                torch.mm(slope, matrix, out=by_state[start : start + step])
+            if by_weight is not None:
+                by_weight.addmm_(slope.T, here, alpha=scale)
+        context.save_for_backward(None if by_state is None else by_state.mul_(scale), None if by_weight is None else by_weight.to(weight.dtype))
         return total * scale
 
     @staticmethod

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmworks.model.blockwise import Blocks, blocks_of, blockwise
 from llmworks.model.linear import AddingLinear
 from llmworks.model.norm import RMSNorm
 from llmworks.model.positions import rotate, slopes
@@ -21,10 +22,14 @@ from llmworks.model.shape import Shape
 
 @dataclass(frozen=True)
 class Seen:
-    """What queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; without one they see all, or all before them (`causal`)."""
+    """What queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; without one they see all, or all before them (`causal`).
+
+    `blocks`: where queries and keys are the same tokens on a CPU, what of them need not be computed.
+    """
 
     mask: Tensor | None
     causal: bool
+    blocks: Blocks | None = None
 
 
 def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0, padding: Tensor | None = None, segments: tuple[Tensor, Tensor] | None = None, alibi: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Seen:
@@ -33,8 +38,10 @@ def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0,
     queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and keys; alibi: slopes [heads].
     """
     plain = not window and padding is None and segments is None and alibi is None
-    if plain and (not causal or queries.shape[1] in (1, keys.shape[1])):
-        return Seen(None, causal and queries.shape[1] > 1)
+    same = causal and queries.shape[1] == keys.shape[1] > 1
+    in_blocks = same and keys.device.type == "cpu"
+    if plain and (not causal or same or queries.shape[1] == 1):
+        return Seen(None, causal and queries.shape[1] > 1, blocks_of(keys.shape[1]) if in_blocks else None)
     distance = queries[:, :, None] - keys[:, None, :]  # [batch, queries, keys]
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window:
@@ -47,7 +54,7 @@ def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0,
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     if alibi is not None:
         mask = mask - alibi.to(dtype)[None, :, None, None] * distance.abs()[:, None].to(dtype)
-    return Seen(mask, False)
+    return Seen(mask, False, blocks_of(keys.shape[1], allowed) if in_blocks else None)
 
 
 class Attention(nn.Module):
@@ -82,9 +89,12 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if self.groups < self.heads:
-            k, v = repeated(k, self.heads // self.groups), repeated(v, self.heads // self.groups)
-        said = F.scaled_dot_product_attention(q, k, v, attn_mask=look.mask, is_causal=look.causal, scale=self.scale)
+        if look.blocks is not None and memory is None and q.dtype == torch.float32:
+            said = blockwise(q, k, v, self.scale, look.mask, look.blocks)
+        else:
+            if self.groups < self.heads:
+                k, v = repeated(k, self.heads // self.groups), repeated(v, self.heads // self.groups)
+            said = F.scaled_dot_product_attention(q, k, v, attn_mask=look.mask, is_causal=look.causal, scale=self.scale)
         said = said.transpose(1, 2).reshape(batch, length, self.heads * self.per_head)
         attended: Tensor = self.out(said)
         return attended

@@ -173,7 +173,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
                     if self.shape.kind == "lstm" and name.startswith("bias_ih"):
                         nn.init.ones_(weight[self.shape.inner : 2 * self.shape.inner])
                 else:
-                    for gate in weight.split(self.shape.inner):
+                    for gate in torch.split(weight, self.shape.inner):
                         nn.init.orthogonal_(gate) if name.startswith("weight_hh") else nn.init.xavier_uniform_(gate)
 
     def forward(

@@ -57,6 +57,7 @@ STAGES: dict[str, Stage] = {
     "model.new": Stage("llmworks.model.new:new", 1, "exact-on-this-platform", "an untrained decoder of any shape"),
     "model.recurrent": Stage("llmworks.model.new:recurrent", 1, "exact-on-this-platform", "an untrained RNN, LSTM, GRU or window model"),
     "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 1, "exact", "a GGUF file to a Hugging Face directory"),
+    "train.ngram": Stage("llmworks.train.ngram:ngram", 1, "exact-on-this-platform", "count an n-gram model of packed tokens (Kneser-Ney)"),
     "train.sft": Stage("llmworks.train.sft:sft", 1, "declared", "supervised fine-tuning with LoRA, loss on assistant turns"),
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),
     "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 1, "exact", "a Hugging Face directory to one GGUF file"),

@@ -4,4 +4,5 @@ from __future__ import annotations
 
 import llmworks.model.decoder
 import llmworks.model.encoder
+import llmworks.model.ngram
 import llmworks.model.recurrent  # noqa: F401

@@ -195,9 +195,9 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         return embedded
 
     def loss(self, state: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of each label given the states before it, and the experts' balance."""
+        """Mean cross-entropy of each label given the states before it; in training, and the experts' balance."""
         loss = mean_cross_entropy(state[:, :-1], self.head.weight, labels[:, 1:])
-        if self.shape.experts:
+        if self.shape.experts and self.training:
             balances = [m.balance for m in self.modules() if isinstance(m, MixtureOfExperts)]
             loss = loss + self.shape.experts.balance * torch.stack(balances).mean()
         return loss

@@ -19,8 +19,7 @@ from llmworks.errors import ModelError
 from llmworks.model.linear_loss import mean_cross_entropy
 from llmworks.model.positions import segments_of
 from llmworks.model.shape import RecurrentShape
-
-State = tuple[Tensor, ...]  # each [layers, texts, numbers]: what a model knows of all tokens before
+from llmworks.model.state import State, StateCache
 
 
 class Window(nn.Module):
@@ -68,32 +67,6 @@ class Recurrence(nn.Module):
         if ragged:
             made = pad_packed_sequence(made, batch_first=True, total_length=x.shape[1])[0]
         return made, left if isinstance(left, tuple) else (left,)
-
-
-class StateCache:
-    """What stands for a key-value cache: the state, and how many tokens it knows."""
-
-    is_compileable = False
-
-    def __init__(self) -> None:
-        self.state: State | None = None
-        self.tokens = 0
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens that were read."""
-        return self.tokens
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows."""
-        self.state = None if self.state is None else tuple(s[:, indices] for s in self.state)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self.state = None if self.state is None else tuple(s.repeat_interleave(repeats, 1) for s in self.state)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the given rows, as beam search names it."""
-        self.batch_select_indices(beam_idx)
 
 
 def texts_in(valid: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:

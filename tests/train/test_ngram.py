@@ -1,0 +1,85 @@
+"""Counting packed tokens: a model like others, measured on what it did not see."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmworks.artifact import Dataset
+from llmworks.cli import main
+from llmworks.data.tokens import Packed
+from llmworks.generate.engines.torch import TorchEngine
+from llmworks.model.load import load_model
+from llmworks.tokenize.load import load_tokenizer
+from llmworks.train.heldout import measure
+from llmworks.types import Request, Sampling
+
+
+@pytest.fixture
+def packed(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
+    """(training rows, held-out rows, the held-out text)."""
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    for name, part in (("train", text[:9000]), ("test", text[9000:])):
+        (tmp_path / f"{name}.txt").write_text(part)
+        assert main(["data", "read", str(tmp_path / f"{name}.txt"), "--out", str(tmp_path / f"{name}-read"), "--quiet"]) == 0
+        assert main(["data", "pack", str(pico), str(tmp_path / f"{name}-read"), "--set", "length=64", "--out", str(tmp_path / f"{name}-packed"), "--quiet"]) == 0
+    return tmp_path / "train-packed", tmp_path / "test-packed", tmp_path / "test.txt"
+
+
+def test_the_stage(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path) -> None:
+    train, test, text = packed
+    found = {}
+    for order in (1, 4):
+        out = tmp_path / f"n{order}"
+        assert main(["train", "ngram", str(pico), str(train), "--held-out", str(test), "--set", f"order={order}", "--out", str(out), "--quiet"]) == 0
+        found[order] = json.loads((out / "manifest.json").read_text())["metrics"]
+        assert main(["verify", str(out)]) == 0
+        assert main(["verify", "--golden", str(out)]) == 0
+    assert found[4]["bits_per_byte"] < found[1]["bits_per_byte"] - 1
+    # measured again, token by token by the engine, piece by piece as they were packed
+    engine = TorchEngine.open(tmp_path / "n4")
+    rows = Packed(Dataset(test))
+    nats, tokens = 0.0, 0
+    for number in range(len(rows)):
+        row = rows[number]
+        for piece in range(int(row.segments.max()) + 1):
+            (scored,) = engine.score([row.ids[row.segments == piece].tolist()])
+            nats, tokens = nats - sum(scored), tokens + len(scored)
+    assert found[4]["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-4)
+    first = len(load_tokenizer(pico).decode(rows[0].ids[:1]))
+    assert found[4]["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(text.read_bytes()) - first), rel=1e-3)
+    (one,) = engine.generate([Request(ids=tuple(rows[0].ids[:8].tolist()), sampling=Sampling(max_tokens=20, temperature=1.0, seed=1))])
+    assert one.ids
+
+
+def test_one_measure_for_every_model(packed: tuple[Path, Path, Path], pico: Path) -> None:
+    """A transformers Llama, padded and packed, gives the surprise that it gives piece by piece."""
+    rows = Packed(Dataset(packed[1]))
+    model = load_model(pico)
+    found = measure(model, rows, load_tokenizer(pico), rows=5, batch=2)
+    nats, tokens = 0.0, 0
+    for number in range(5):
+        row = rows[number]
+        for piece in range(int(row.segments.max()) + 1):
+            ids = torch.tensor(row.ids[row.segments == piece])[None]
+            with torch.no_grad():
+                nats += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+    assert found.tokens == tokens
+    assert found.per_token == pytest.approx(nats / tokens, rel=1e-4)
+
+
+def test_mistakes(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = tmp_path / "small"
+    assert main(["tokenize", "train", str(tmp_path / "train-read"), "--set", "vocabulary=280", "--out", str(small), "--quiet"]) == 0
+    capsys.readouterr()
+    for words, says in (([str(pico), str(tmp_path / "train-read")], "no shards of tokens"), ([str(small), str(packed[0])], "give the tokenizer that the data was packed with"), ([str(pico), str(packed[0]), "--set", "order=9"], "less than or equal to 8")):
+        assert main(["train", "ngram", *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
+        told = capsys.readouterr().err.strip()
+        assert says in told
+        assert len(told.splitlines()) == 1

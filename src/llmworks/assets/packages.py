@@ -47,7 +47,7 @@ def _wheel(wheel: Wheel, folder: Path) -> Path:
         "--disable-pip-version-check",
         "--dest",
         str(folder),
-        *(("--python-version", wheel.python, "--implementation", "cp", "--platform", "manylinux2014_x86_64") if wheel.python else ()),
+        *(("--python-version", wheel.python, "--implementation", "cp", "--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_28_x86_64") if wheel.python else ()),
         requirement,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

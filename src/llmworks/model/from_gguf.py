@@ -64,14 +64,9 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
     """Write config, tokenizer, generation config and weights of the GGUF file `path` into the directory `out`."""
     reader = open_reader(path)
     meta = metadata(reader)
-    architecture = meta.get("general.architecture")
-    if architecture not in CLASSES:
-        raise ModelError(
-            f"{path}: architecture {architecture!r} cannot be converted, only {' and '.join(map(repr, CLASSES))}; it can still be run as it is (gguf:{path})"
-        )
+    config = _config(path, reader, meta, dtype)
     out.mkdir(parents=True, exist_ok=True)
-    tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
-    (out / "config.json").write_text(json.dumps(hf_config(meta, tied, dtype), indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
@@ -80,6 +75,22 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     write_tokenizer(meta, out)
     write_weights(reader, meta, out, dtype)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """The `config.json` that a GGUF file converts to. ModelError for another architecture."""
+    reader = open_reader(path)
+    return _config(path, reader, metadata(reader), "float32")
+
+
+def _config(path: Path, reader: GGUFReader, meta: dict[str, Any], dtype: str) -> dict[str, Any]:
+    architecture = meta.get("general.architecture")
+    if architecture not in CLASSES:
+        raise ModelError(
+            f"{path}: architecture {architecture!r} cannot be converted, only {' and '.join(map(repr, CLASSES))}; it can still be run as it is (gguf:{path})"
+        )
+    tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
+    return hf_config(meta, tied, dtype)
 
 
 def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:

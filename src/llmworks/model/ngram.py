@@ -55,12 +55,13 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
     @classmethod
     def of(cls, orders: Sequence[Order], discounts: Sequence[Sequence[float]], **config: Any) -> NgramForCausalLM:
         """The model of counted n-grams."""
-        made = cls(NgramConfig(vocab_size=len(orders[0].counts) - 1, sizes=[len(o.counts) for o in orders], discounts=discounts, **config))
+        made: NgramForCausalLM = cls(NgramConfig(vocab_size=len(orders[0].counts) - 1, sizes=[len(o.counts) for o in orders], discounts=discounts, **config))
         for n, order in enumerate(orders, 1):
             made.get_buffer(f"counts_{n}").copy_(torch.from_numpy(order.counts))
             if n > 1:
                 made.get_buffer(f"keys_{n}").copy_(torch.from_numpy(order.keys))
-        return made.eval()
+        made.train(False)
+        return made
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -62,7 +62,7 @@ def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dat
     report = ctx.report
     report.title = f"{config.order}-grams of {data.name}"
     report.lead = f"{sum(len(o.keys) for o in orders):,} n-grams of {len(tokens):,} tokens."
-    metrics = {"tokens": len(tokens), "ngrams": sum(len(o.keys) for o in orders)}
+    metrics: dict[str, float] = {"tokens": len(tokens), "ngrams": sum(len(o.keys) for o in orders)}
     if held_out is not None:
         found = measure(model, Packed(held_out), loaded, rows=config.rows)
         metrics |= {"perplexity": round(found.perplexity, 4), "bits_per_byte": round(found.bits_per_byte, 5), "nats_per_token": round(found.per_token, 5)}

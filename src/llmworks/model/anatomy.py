@@ -1,0 +1,128 @@
+"""What a shape comes to: its parts with their tensors, parameters, the work of a token, and what a token leaves in the cache. Torch-free; knows no weights.
+
+Work is counted as matrix products only, a multiply-add as two operations (Kaplan et al. 2020, section 2.1), of one token that sees `context` tokens,
+itself included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from llmworks.model.shape import RecurrentShape, Shape
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model. `tensors`: name to shape; `work`: operations of a token; `cache`: numbers that a token leaves; `used`: share of its parameters that a token meets."""
+
+    where: str  # outside of blocks "", else the block's number
+    name: str
+    tensors: dict[str, Sizes]
+    work: int = 0
+    cache: int = 0
+    used: float = 1.0
+    shares: str = ""  # the part whose matrix this is
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are learned."""
+        return 0 if self.shares else sum(prod(sizes) for sizes in self.tensors.values())
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token meets."""
+        return round(self.parameters * self.used)
+
+
+def parts_of(shape: Shape | RecurrentShape, context: int) -> list[Part]:
+    """All parts in the order in which a token meets them."""
+    return list(_recurrent(shape) if isinstance(shape, RecurrentShape) else _decoder(shape, context))
+
+
+def _decoder(shape: Shape, context: int) -> Iterator[Part]:
+    width = shape.width
+    yield Part("", "embedding", {"weight": (shape.vocabulary, width)})
+    if shape.position == "learned":
+        yield Part("", "position", {"weight": (shape.context, width)})
+    for layer in range(shape.layers):
+        where = str(layer)
+        names = ("norm", "after norm") if shape.norm_place == "around" else ("norm", "")
+        yield _norm(shape, where, f"attention {names[0]}")
+        yield from _attention(shape, where, min(context, shape.window_of(layer) or context))
+        if names[1]:
+            yield _norm(shape, where, f"attention {names[1]}")
+        yield _norm(shape, where, f"feed-forward {names[0]}")
+        yield from _feed_forward(shape, where)
+        if names[1]:
+            yield _norm(shape, where, f"feed-forward {names[1]}")
+    if shape.norm_place != "post":
+        yield _norm(shape, "", "norm")
+    yield Part("", "head", {"weight": (shape.vocabulary, width)}, 2 * shape.vocabulary * width, shares="embedding" if shape.tied else "")
+
+
+def _norm(shape: Shape, where: str, name: str) -> Part:
+    return Part(where, name, {"weight": (shape.width,), **({"bias": (shape.width,)} if shape.norm == "layer" else {})})
+
+
+def _linear(where: str, name: str, inputs: int, outputs: int, bias: bool, cache: int = 0) -> Part:
+    return Part(where, name, {"weight": (outputs, inputs), **({"bias": (outputs,)} if bias else {})}, 2 * inputs * outputs, cache)
+
+
+def _attention(shape: Shape, where: str, seen: int) -> Iterator[Part]:
+    queries, keys = shape.heads * shape.per_head, shape.groups * shape.per_head
+    biased = shape.bias != "none"
+    yield _linear(where, "query", shape.width, queries, biased)
+    yield _linear(where, "key", shape.width, keys, biased, cache=keys)
+    yield _linear(where, "value", shape.width, keys, biased, cache=keys)
+    if shape.qk_norm:
+        yield Part(where, "query norm", {"weight": (shape.per_head,)})
+        yield Part(where, "key norm", {"weight": (shape.per_head,)})
+    yield Part(where, "attention", {}, 4 * queries * seen)  # queries times keys, and weights times values
+    yield _linear(where, "out", queries, shape.width, shape.bias == "all")
+
+
+def _feed_forward(shape: Shape, where: str) -> Iterator[Part]:
+    bias, matrices = shape.bias == "all", [("gate", shape.width, shape.inner)] if shape.gated else []
+    matrices += [("up", shape.width, shape.inner), ("down", shape.inner, shape.width)]
+    if not shape.experts:
+        for name, inputs, outputs in matrices:
+            yield _linear(where, name, inputs, outputs, bias)
+        return
+    count, chosen = shape.experts.count, shape.experts.chosen
+    yield _linear(where, "router", shape.width, count, bias=False)
+    for name, inputs, outputs in matrices:
+        yield Part(where, f"{name} ({count} experts)", {"weight": (count, outputs, inputs), **({"bias": (count, outputs)} if bias else {})}, 2 * inputs * outputs * chosen, used=chosen / count)
+
+
+def _recurrent(shape: RecurrentShape) -> Iterator[Part]:
+    width, inner = shape.width, shape.inner
+    yield Part("", "embedding", {"weight": (shape.vocabulary, width)})
+    if shape.kind == "mlp":
+        yield _linear("", "window", shape.reach * width, inner, bias=True)
+    else:
+        gates = {"rnn": 1, "gru": 3, "lstm": 4}[shape.kind]
+        for layer in range(shape.layers):
+            inputs = width if layer == 0 else inner
+            sizes: dict[str, Sizes] = {"input": (gates * inner, inputs), "state": (gates * inner, inner), "input bias": (gates * inner,), "state bias": (gates * inner,)}
+            yield Part(str(layer), shape.kind, sizes, 2 * gates * inner * (inputs + inner))
+    if inner != width:
+        yield _linear("", "to width", inner, width, bias=False)
+    yield Part("", "head", {"weight": (shape.vocabulary, width)}, 2 * shape.vocabulary * width, shares="embedding" if shape.tied else "")
+
+
+def state_of(shape: Shape | RecurrentShape) -> int:
+    """Numbers that are kept of a text whatever its length."""
+    if isinstance(shape, Shape):
+        return 0
+    return (shape.reach - 1) * shape.width if shape.kind == "mlp" else shape.layers * shape.inner * (2 if shape.kind == "lstm" else 1)
+
+
+def cached(shape: Shape | RecurrentShape, tokens: int) -> int:
+    """Numbers that are kept of a text of so many tokens: a layer with a window needs no more than that of it."""
+    if isinstance(shape, RecurrentShape):
+        return state_of(shape)
+    return sum(2 * shape.groups * shape.per_head * min(tokens, shape.window_of(layer) or tokens) for layer in range(shape.layers))

@@ -1,0 +1,224 @@
+"""Stage `model.embedding`: a vector for each word of documents: Word2Vec (skip-gram, CBOW), FastText, or GloVe; scored, and drawn as a map.
+
+Word2Vec and FastText are gensim's, GloVe is `glove.py`. The result opens as any embedder of texts does (a text is the mean of its words), and
+lies beside in the format of its kind: `vectors.bin` of word2vec, or `fasttext.bin`, which knows words that it never saw by their parts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Dataset, Model
+from llmworks.context import Context
+from llmworks.documents import count_characters, read_documents
+from llmworks.errors import DataError, MissingDependency
+from llmworks.model.word_tests import Analogies, Found, Vector, likeness, read, solve
+
+WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+"
+LINE = 10_000  # words that gensim reads at once
+NEAR, SHOWN, DRAWN, CLUSTERS = 8, 24, 260, 12
+UNKNOWN = "<unk>"
+
+
+class EmbeddingConfig(Config):
+    """How vectors are learned."""
+
+    method: Literal["skip-gram", "cbow", "fasttext", "glove"] = Field("skip-gram", description="skip-gram: a word guesses its neighbours; cbow: they guess it (Mikolov et al. 2013); fasttext: skip-gram over parts of words (Bojanowski et al. 2017); glove: counts of neighbours (Pennington et al. 2014)")
+    dimensions: int = Field(100, gt=1, description="numbers of a vector")
+    window: int = Field(5, gt=0, description="words to each side that are neighbours; word2vec draws a smaller one each time")
+    least: int = Field(5, gt=0, description="times that a word must stand to get a vector")
+    words: int = Field(100_000, gt=0, description="the most frequent words, at most")
+    lowercase: bool = Field(True, description="words without case")
+    epochs: int = Field(0, ge=0, description="passes; 0: 5, and 15 for glove, whose passes go over pairs")
+    learning_rate: float = Field(0.0, ge=0, description="at the beginning; 0: 0.025 for skip-gram and fasttext, 0.05 for cbow and glove")
+    negative: int = Field(5, gt=0, description="words that are no neighbours, drawn for each that is (all but glove)")
+    sample: float = Field(1e-4, ge=0, description="frequent words are left out by this threshold (all but glove); 0: none is")
+    parts: tuple[int, int] = Field((3, 6), description="letters of the parts of words, from and to (fasttext)")
+    workers: int = Field(1, gt=0, description="threads (all but glove); more than one and the vectors differ from run to run")
+
+
+@dataclass(frozen=True)
+class Made:
+    """Words, the most frequent first, their vectors [words, dimensions] in fp32, and the vector of any word, or None."""
+
+    words: list[str]
+    table: Any
+    vector: Vector
+
+
+def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[str, Dataset] | None = None) -> Model:
+    """Learn a vector for each word. `tests`: files of word pairs with people's scores, or of analogies (assets wordsim353, simlex999, word-analogies).
+
+    Errors: DataError for too little text or a test that cannot be read; MissingDependency without gensim or scikit-learn.
+    """
+    _require()
+    asked = {name: read(test.path, lowercase=config.lowercase) for name, test in (tests or {}).items()}
+    counts = _count(config, data, ctx)
+    words = [word for word, times in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if times >= config.least][: config.words]
+    if len(words) < max(10, config.dimensions // 10):
+        raise DataError(f"{data.name}: only {len(words)} words stand {config.least} times or more; give more text, or lower config.least")
+    made = (_glove if config.method == "glove" else _gensim)(config, data, words, counts, ctx)
+    _save(made, config, counts, ctx.out)
+    metrics: dict[str, float] = {"words": len(words), "text_words": sum(counts.values())}
+    rows: list[tuple[Any, ...]] = []
+    lines: list[str] = []
+    for name, test in asked.items():
+        if isinstance(test, Analogies):
+            found = solve(test, {word: i for i, word in enumerate(made.words)}, made.table)
+            ctx.report.table(f"{name}, by kind", ("kind", "right", "from", "to", "answered", "questions"), [_row(kind, one) for kind, one in found.items() if kind != "all"], note="The answer must be the nearest of all words; 95 % intervals.")
+            score = found["all"]
+        else:
+            score = likeness(test, made.vector)
+        rows.append(_row(name, score))
+        metrics |= {name: round(score.score, 4) if score.answered else 0.0, f"{name}_answered": score.answered}
+        lines.append(f"{name} {score.score:.3f} ({score.answered} of {score.questions} answered)")
+    report = ctx.report
+    report.title = f"{len(words):,} words of {data.name} ({config.method})"
+    report.lead = f"Vectors of {config.dimensions} numbers, learned from {sum(counts.values()):,} words." + (f" {'; '.join(lines)}." if lines else "")
+    if rows:
+        report.table("Scores", ("test", "score", "from", "to", "answered", "questions"), rows, note="Pairs: Spearman's rank correlation with people's scores; analogies: share that is right. Only what has vectors is answered; 95 % intervals.")
+    _look(made, counts, ctx)
+    report.data |= {**metrics, "method": config.method}
+    ctx.progress.say(report.lead)
+    return Model(ctx.out, metrics=metrics, about={"format": "static-vectors", "architecture": config.method, "dimensions": config.dimensions})
+
+
+def _row(name: str, found: Found) -> tuple[Any, ...]:
+    return (name, *(None if math.isnan(x) else round(x, 3) for x in (found.score, found.low, found.high)), found.answered, found.questions)
+
+
+def _require() -> None:
+    try:
+        import gensim  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(f"word vectors need {error.name}; install it with: pip install 'llmworks[words]'") from None
+
+
+def _texts(config: EmbeddingConfig, data: Dataset) -> Iterator[list[str]]:
+    """The words of each document."""
+    pattern = re.compile(WORD)
+    for document in read_documents(data):
+        yield pattern.findall(document.text.lower() if config.lowercase else document.text)
+
+
+def _count(config: EmbeddingConfig, data: Dataset, ctx: Context) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    with ctx.progress.bar("count words", count_characters(data)[0], "documents") as bar:
+        for text in _texts(config, data):
+            counts.update(text)
+            bar.advance()
+    return counts
+
+
+def _gensim(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Counter[str], ctx: Context) -> Made:
+    """Word2Vec or FastText."""
+    import numpy as np
+    from gensim.models import FastText, Word2Vec
+    from gensim.models.callbacks import CallbackAny2Vec
+
+    epochs = config.epochs or 5
+
+    class Lines:
+        """The documents again in each pass, no line across two of them."""
+
+        def __iter__(self) -> Iterator[list[str]]:
+            for text in _texts(config, data):
+                yield from (text[i : i + LINE] for i in range(0, len(text), LINE))
+
+    class Shown(CallbackAny2Vec):  # type: ignore[misc]
+        def on_epoch_end(self, model: Any) -> None:
+            bar.advance()
+
+    usual: dict[str, Any] = {
+        "vector_size": config.dimensions, "window": config.window, "min_count": 1, "negative": config.negative, "sample": config.sample, "workers": config.workers, "seed": ctx.seed + 1,
+        "sg": int(config.method != "cbow"), "alpha": config.learning_rate or (0.05 if config.method == "cbow" else 0.025),
+    }  # fmt: skip
+    model = FastText(min_n=config.parts[0], max_n=config.parts[1], **usual) if config.method == "fasttext" else Word2Vec(**usual)
+    model.build_vocab_from_freq({word: counts[word] for word in words}, corpus_count=0)
+    with ctx.progress.bar("learn", epochs, "passes") as bar:
+        model.train(Lines(), total_words=sum(counts.values()), epochs=epochs, callbacks=[Shown()])
+    if config.method == "fasttext":
+        from gensim.models.fasttext import save_facebook_model
+
+        save_facebook_model(model, str(ctx.out / "fasttext.bin"))
+        return Made(words, np.stack([model.wv[word] for word in words]).astype(np.float32), lambda word: model.wv[word] if word else None)
+    return _known(words, np.stack([model.wv[word] for word in words]).astype(np.float32))
+
+
+def _glove(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Counter[str], ctx: Context) -> Made:
+    import numpy as np
+
+    from llmworks.model.glove import cooccurrences, glove
+
+    place = {word: i for i, word in enumerate(words)}
+    pairs = cooccurrences((np.array([place.get(word, -1) for word in text], dtype=np.int32) for text in _texts(config, data)), len(words), config.window)
+    epochs = config.epochs or 15
+    with ctx.progress.bar("learn", epochs, "passes") as bar:
+        vectors = glove(pairs, len(words), config.dimensions, epochs=epochs, rate=config.learning_rate or 0.05, seed=ctx.seed, each=lambda epoch, loss: bar.advance(1, loss=loss))
+    return _known(words, vectors.numpy())
+
+
+def _known(words: list[str], table: Any) -> Made:
+    """Vectors of words that were seen, and of no others."""
+    place = {word: i for i, word in enumerate(words)}
+    return Made(words, table, lambda word: table[place[word]] if word in place else None)
+
+
+def _save(made: Made, config: EmbeddingConfig, counts: Counter[str], out: Path) -> None:
+    """A table and its tokenizer, as `embed.static` reads them; a word that is not known has zeros."""
+    import numpy as np
+    from safetensors.numpy import save_file
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    vocabulary = {word: i for i, word in enumerate([UNKNOWN, *made.words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    if config.lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    save_file({"embedding": np.concatenate([np.zeros((1, made.table.shape[1]), np.float32), made.table])}, out / "model.safetensors")
+    (out / "model.safetensors").chmod(0o644)
+    (out / "embedding.json").write_text(json.dumps({"method": config.method, "words": len(made.words), "dimensions": config.dimensions}) + "\n", encoding="utf-8")
+    if config.method != "fasttext":
+        from gensim.models import KeyedVectors
+
+        vectors = KeyedVectors(config.dimensions)
+        vectors.add_vectors(made.words, made.table)
+        for word in made.words:
+            vectors.set_vecattr(word, "count", counts[word])  # else gensim warns that it does not know an order
+        vectors.save_word2vec_format(str(out / "vectors.bin"), binary=True)
+
+
+def _look(made: Made, counts: Counter[str], ctx: Context) -> None:
+    """Nearest words, and frequent words on a map."""
+    import numpy as np
+    from sklearn.cluster import KMeans
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+    from sklearn.manifold import TSNE
+
+    unit = made.table / np.maximum(np.linalg.norm(made.table, axis=1, keepdims=True), 1e-12)
+    telling = [i for i, word in enumerate(made.words) if len(word) > 2 and word.isalpha() and word.lower() not in ENGLISH_STOP_WORDS]
+    rows = []
+    for i in telling[:: max(1, min(len(telling), 1000) // SHOWN)][:SHOWN]:
+        fits = unit @ unit[i]
+        fits[i] = -np.inf
+        best = np.argsort(-fits, kind="stable")[:NEAR]
+        rows.append((made.words[i], counts[made.words[i]], ", ".join(f"{made.words[j]} {fits[j]:.2f}" for j in best)))
+    ctx.report.table("Nearest words", ("word", "times", "nearest, with their cosine"), rows)
+    chosen = telling[:DRAWN]
+    if len(chosen) < 3 * CLUSTERS:
+        return
+    points = TSNE(2, perplexity=min(15, (len(chosen) - 1) / 3), metric="cosine", init="random", random_state=ctx.seed, n_jobs=1).fit_transform(unit[chosen])
+    groups = KMeans(CLUSTERS, random_state=ctx.seed, n_init=4).fit_predict(unit[chosen])
+    ctx.report.points("A map", [(made.words[i], float(x), float(y), int(group)) for i, (x, y), group in zip(chosen, points, groups, strict=True)], note=f"The {len(chosen)} most frequent words that say something, by t-SNE of their cosines; colours are clusters (k-means) of the vectors themselves.")

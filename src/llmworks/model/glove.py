@@ -1,0 +1,73 @@
+"""GloVe: vectors whose products are the logarithms of how often words stand near one another (Pennington, Socher & Manning 2014).
+
+    minimise over all pairs: f(X) (w . c + b + b' - log X)^2,   f(X) = min(1, (X / most)^power)
+
+X sums 1 / distance within a window. Pure functions of numbers of words; knows no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HELD = 1 << 24  # pairs that are merged at once
+
+
+def cooccurrences(texts: Iterable[Any], words: int, window: int) -> tuple[Any, Any, Any]:
+    """(word, other word, X) of every ordered pair that stands within `window` of one another. texts: numpy arrays of word numbers, -1 for none."""
+    import numpy as np
+
+    keys: Any = np.zeros(0, dtype=np.int64)
+    sums: Any = np.zeros(0)
+    held: list[tuple[Any, Any]] = []
+
+    def merge() -> None:
+        nonlocal keys, sums
+        every, inverse = np.unique(np.concatenate([keys, *(k for k, _ in held)]), return_inverse=True)
+        keys, sums = every, np.bincount(inverse, np.concatenate([sums, *(w for _, w in held)]), minlength=len(every))
+        held.clear()
+
+    waiting = 0
+    for text in texts:
+        for distance in range(1, min(window, len(text) - 1) + 1):
+            one, other = text[:-distance], text[distance:]
+            both = (one >= 0) & (other >= 0)
+            one, other = one[both].astype(np.int64), other[both].astype(np.int64)
+            held.append((np.concatenate([one * words + other, other * words + one]), np.full(2 * len(one), 1 / distance)))
+            waiting += 2 * len(one)
+        if waiting > HELD:
+            merge()
+            waiting = 0
+    merge()
+    return keys // words, keys % words, sums
+
+
+def glove(pairs: tuple[Any, Any, Any], words: int, dimensions: int, *, epochs: int, rate: float = 0.05, most: float = 100.0, power: float = 0.75, batch: int = 4096, seed: int = 0, each: Callable[[int, float], None] | None = None) -> Tensor:
+    """Vectors [words, dimensions], each the sum of a word's own and its context's, by AdaGrad on batches of pairs. `each` hears epoch and mean loss."""
+    draw = torch.Generator().manual_seed(seed)
+    first, second = (torch.from_numpy(x) for x in pairs[:2])
+    log, weight = (torch.from_numpy(x).float() for x in (pairs[2], pairs[2]))
+    log, weight = log.log(), (weight / most).pow(power).clamp(max=1)
+    # a bias is one more number of each vector, against a one in the other
+    tables = [(torch.rand(words, dimensions + 1, generator=draw) - 0.5) / dimensions for _ in range(2)]
+    squares = [torch.ones_like(table) for table in tables]
+    for epoch in range(epochs):
+        total = 0.0
+        for chosen in torch.split(torch.randperm(len(log), generator=draw), batch):
+            at = (first[chosen], second[chosen])
+            w, c = (table[i] for table, i in zip(tables, at, strict=True))
+            miss = (w[:, :-1] * c[:, :-1]).sum(1) + w[:, -1] + c[:, -1] - log[chosen]
+            slope = weight[chosen] * miss
+            total += float((slope * miss).sum()) / 2
+            for table, square, i, other in zip(tables, squares, at, (c, w), strict=True):
+                by = torch.cat((slope[:, None] * other[:, :-1], slope[:, None]), 1)
+                touched, place = torch.unique(i, return_inverse=True)
+                summed, squared = (torch.zeros(len(touched), by.shape[1]).index_add_(0, place, x) for x in (by, by.square()))
+                square[touched] += squared  # pair by pair, as the authors' code has it
+                table[touched] -= rate * summed / square[touched].sqrt()
+        if each is not None:
+            each(epoch, total / len(log))
+    return (tables[0] + tables[1])[:, :-1].contiguous()

@@ -71,11 +71,11 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
     metrics: dict[str, float] = {"words": len(words), "text_words": sum(counts.values())}
     rows: list[tuple[Any, ...]] = []
     lines: list[str] = []
+    kinds: dict[str, dict[str, Found]] = {}
     for name, test in asked.items():
         if isinstance(test, Analogies):
             found = solve(test, {word: i for i, word in enumerate(made.words)}, made.table)
-            ctx.report.table(f"{name}, by kind", ("kind", "right", "from", "to", "answered", "questions"), [_row(kind, one) for kind, one in found.items() if kind != "all"], note="The answer must be the nearest of all words; 95 % intervals.")
-            score = found["all"]
+            kinds[name], score = found, found["all"]
         else:
             score = likeness(test, made.vector)
         rows.append(_row(name, score))
@@ -86,6 +86,8 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
     report.lead = f"Vectors of {config.dimensions} numbers, learned from {sum(counts.values()):,} words." + (f" {'; '.join(lines)}." if lines else "")
     if rows:
         report.table("Scores", ("test", "score", "from", "to", "answered", "questions"), rows, note="Pairs: Spearman's rank correlation with people's scores; analogies: share that is right. Only what has vectors is answered; 95 % intervals.")
+    for name, found in kinds.items():
+        report.table(f"{name}, by kind", ("kind", "right", "from", "to", "answered", "questions"), [_row(kind, one) for kind, one in found.items() if kind != "all"], note="The answer must be the nearest of all words; 95 % intervals.")
     _look(made, counts, ctx)
     report.data |= {**metrics, "method": config.method}
     ctx.progress.say(report.lead)

@@ -16,7 +16,7 @@ from llmworks.model import lora
 from llmworks.model.load import load_model
 from llmworks.progress import Progress
 from llmworks.train.examples import Batch, Example, collate, plan_epoch
-from llmworks.train.loop import train
+from llmworks.train.loop import Habits, train
 from llmworks.train.loss import next_token_loss
 from llmworks.train.schedule import OptimizerConfig, learning_rate
 
@@ -43,7 +43,7 @@ def run(
     scratch.mkdir(exist_ok=True)
     model = prepared(pico)
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
-    train(model, steps_of(groups), next_token_loss, config, scratch=scratch, progress=progress, checkpoint_every=every)
+    train(model, steps_of(groups), next_token_loss, config, Habits(every), scratch=scratch, progress=progress)
     return lora.state(model), progress.read_metrics()
 
 
@@ -74,7 +74,7 @@ def test_accumulated_steps_equal_the_large_batch(pico: Path, tmp_path: Path) -> 
         torch.manual_seed(0)
         lora.attach(model, "all-linear", 4, 8.0)
         (tmp_path / name).mkdir()
-        train(model, steps_of(groups), next_token_loss, CONFIG, scratch=tmp_path / name, progress=Progress(quiet=True), checkpoint_every=99)
+        train(model, steps_of(groups), next_token_loss, CONFIG, Habits(99), scratch=tmp_path / name, progress=Progress(quiet=True))
         return lora.state(model)
 
     whole, parts = trained("a", [[[0, 1, 2, 3, 4, 5, 6, 7]]] * 3), trained("b", [[[7], [0, 1], [2, 3, 4], [5, 6]]] * 3)
@@ -103,7 +103,7 @@ def test_resume_is_no_interruption_bit_for_bit(pico: Path, tmp_path: Path) -> No
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
     with pytest.raises(Killed):
         train(
-            prepared(pico), [[lambda p=parts[0]: dying(p)] for parts in groups], next_token_loss, CONFIG, scratch=scratch, progress=progress, checkpoint_every=3  # type: ignore[misc]
+            prepared(pico), [[lambda p=parts[0]: dying(p)] for parts in groups], next_token_loss, CONFIG, Habits(3), scratch=scratch, progress=progress  # type: ignore[misc]
         )  # fmt: skip
     assert len(progress.read_metrics()) == 7
     torch.manual_seed(99)  # a new process would not have the old random state

@@ -79,6 +79,8 @@ class Stack(nn.Module):
         self.position = nn.Embedding(shape.context, shape.width) if shape.position == "learned" else None
         self.blocks = nn.ModuleList(Block(shape, layer, crossing=crossing) for layer in range(shape.layers))
         self.norm = norm_of(shape) if shape.norm_place != "post" else nn.Identity()
+        self.gradient_checkpointing = False  # transformers sets both when it is told to compute blocks again backward
+        self._gradient_checkpointing_func: Any = None
 
     def forward(self, embedded: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
         """embedded: [batch, length, width]; positions: [batch, length]; padding: [batch, keys], 1 where there is a token; segments: [batch, length], without a cache.
@@ -108,7 +110,8 @@ class Stack(nn.Module):
             if theta not in turns:
                 angles, factor = frequencies(shape.rope, shape.per_head, shape.context, theta)
                 turns[theta] = rotation(positions, angles.to(x.device), factor) if shape.position == "rope" else None
-            x = block(x, looks[window], turns[theta], cache, memory)
+            given = (x, looks[window], turns[theta], cache, memory)
+            x = self._gradient_checkpointing_func(block.__call__, *given) if self.gradient_checkpointing and self.training and cache is None else block(*given)
         state: Tensor = self.norm(x)
         return state
 
@@ -134,6 +137,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     base_model_prefix = "decoder"
     _tied_weights_keys = {"head.weight": "decoder.embedding.weight"}  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)

@@ -257,6 +257,20 @@ def load_decoder(path: Path) -> DecoderForCausalLM:
     return model
 
 
+def open_trainable(path: Path) -> Any:
+    """The model of a directory, fp32: our decoder where it is one of its shapes, else as transformers has it.
+
+    Errors: ModelError for a broken directory.
+    """
+    from llmworks.model.load import load_model
+
+    try:
+        shape_of(read_json(path / "config.json"))
+    except ModelError:
+        return load_model(path)
+    return load_decoder(path)
+
+
 def save_decoder(model: DecoderForCausalLM, out: Path, *, token_ids: Mapping[str, Any] | None = None) -> str:
     """Write config.json and model.safetensors, as the standard architecture that the shape is, else as its own; returns the architecture's name.
 

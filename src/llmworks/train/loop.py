@@ -6,44 +6,66 @@ decides the next step, so that a resumed run is the uninterrupted run, bit for b
 
 from __future__ import annotations
 
-import math
-import os
+import contextlib
+import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmworks.errors import TrainingError
 from llmworks.progress import Progress
-from llmworks.train.examples import Batch
+from llmworks.train import checkpoints
+from llmworks.train.optimizers import optimizers_of
 from llmworks.train.schedule import OptimizerConfig, learning_rate
+from llmworks.train.watch import Watch
 
-CHECKPOINT = "checkpoint.pt"
+WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Batch(Protocol):
+    """What the loop asks of a part of a step."""
+
+    @property
+    def labels(self) -> int:
+        """Tokens that are learned."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read, padding left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How the loop runs, beside what it optimizes. `look(step)` is asked every `look_every` steps and after the last; what it gives is written to the metrics."""
+
+    checkpoint_every: int
+    keep: int = 2
+    precision: str = "fp32"  # or bf16, fp16: of products under autocast; weights stay fp32
+    average: float = 0.0  # decay of a running mean of the weights, which are what is left at the end; 0: none
+    spike: float = 0.0
+    look: Callable[[int], dict[str, float]] | None = None
+    look_every: int = 0
 
 
 def train(
-    model: nn.Module,
-    steps: Sequence[Sequence[Callable[[], Batch]]],
-    loss: Callable[[Any, Batch], Tensor],
-    config: OptimizerConfig,
-    *,
-    scratch: Path,
-    progress: Progress,
-    checkpoint_every: int,
-) -> dict[str, float]:
+    model: nn.Module, steps: Sequence[Sequence[Callable[[], Any]]], loss: Callable[[Any, Any], Tensor], config: OptimizerConfig, habits: Habits, *, scratch: Path, progress: Progress,
+) -> dict[str, float]:  # fmt: skip
     """Run all steps; each is a list of parts (batches, made when needed) whose gradients are accumulated.
 
-    Trains the parameters that require gradients. Returns metrics. Errors: TrainingError when the loss is not finite.
+    Trains the parameters that require gradients. Returns metrics. Errors: TrainingError when the loss is not finite, jumps, or a checkpoint cannot be written.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
-    start = resume(parameters, optimizer, scratch)
-    progress.keep_metrics([row for row in progress.read_metrics() if row.get("step", -1) < start])
+    running, device = _running(model, config, habits)
+    start = checkpoints.resume(running, scratch)
+    rows = [row for row in progress.read_metrics() if row.get("step", -1) < start]
+    progress.keep_metrics(rows)
+    watch = Watch(habits.spike, [row["loss"] for row in rows if "loss" in row])
     model.train()
     with progress.bar("train", len(steps), "steps") as bar:
         bar.resume(start)
@@ -52,60 +74,83 @@ def train(
         for step in range(start, len(steps)):
             began = time.monotonic()
             rate = learning_rate(step, len(steps), config)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in running.optimizers for group in optimizer.param_groups):
                 group["lr"] = rate
             batches = [make() for make in steps[step]]
-            labels = sum(batch.labels for batch in batches)
-            total = 0.0
-            for batch in batches:
-                part = loss(model, batch) / labels
-                part.backward()  # type: ignore[no-untyped-call]
-                total += float(part.detach())
-            norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.clip))
-            if not math.isfinite(total) or not math.isfinite(norm):
-                raise TrainingError(
-                    f"step {step + 1} of {len(steps)}: the loss is {total}, the gradient norm {norm}; lower optimizer.learning_rate"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            tokens = sum(batch.tokens for batch in batches)
-            seconds = time.monotonic() - began
-            progress.metric(step=step, loss=total, learning_rate=rate, gradient_norm=norm, tokens=tokens, labels=labels, seconds=seconds)
+            loaded = time.monotonic() - began
+            total = _gradients(model, batches, loss, running.scaler, habits.precision, device)
+            for optimizer in running.optimizers:
+                running.scaler.unscale_(optimizer)
+            norm = float(nn.utils.clip_grad_norm_(running.parameters.values(), config.clip))
+            watch.look(step, len(steps), total, norm, "; ".join(filter(None, (getattr(b, "where", "") for b in batches))), scaled=habits.precision == "fp16")
+            for optimizer in running.optimizers:
+                running.scaler.step(optimizer)
+                optimizer.zero_grad()
+            running.scaler.update()
+            for name, mean in running.average.items():
+                mean.lerp_(running.parameters[name].detach(), 1 - habits.average)
+            tokens, seconds = sum(b.tokens for b in batches), time.monotonic() - began
+            progress.metric(step=step, loss=total, learning_rate=rate, gradient_norm=norm, tokens=tokens, labels=sum(b.labels for b in batches), seconds=seconds, loading=loaded, memory=memory(device))
             bar.advance(1, loss=total, tokens_per_s=tokens / seconds)
-            if (step + 1) % checkpoint_every == 0 and step + 1 < len(steps):
-                save(parameters, optimizer, step + 1, scratch)
-    model.eval()
-    return summary(progress.read_metrics())
-
-
-def save(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int, scratch: Path) -> None:
-    """Write a checkpoint atomically: trained parameters, optimizer, random state, and the number of finished steps."""
-    state = {
-        "step": step,
-        "parameters": {n: p.detach() for n, p in parameters.items()},
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
-    temporary = scratch / (CHECKPOINT + ".tmp")
-    with temporary.open("wb") as stream:  # given a path, torch may take a full disk for a success
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(scratch / CHECKPOINT)
-
-
-def resume(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, scratch: Path) -> int:
-    """Load the checkpoint, if there is one; returns the number of finished steps."""
-    file = scratch / CHECKPOINT
-    if not file.exists():
-        return 0
-    state = torch.load(file, weights_only=True)
+            last = step + 1 == len(steps)
+            if habits.look is not None and (last or (habits.look_every and (step + 1) % habits.look_every == 0)):
+                with averaged(running), torch.random.fork_rng(enabled=True):
+                    progress.metric(step=step, **habits.look(step))
+                model.train()
+            if (step + 1) % habits.checkpoint_every == 0 and not last:
+                checkpoints.save(running, step + 1, scratch, habits.keep)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return int(state["step"])
+        for name, mean in running.average.items():
+            running.parameters[name].copy_(mean)
+    model.eval()
+    return summary([row for row in progress.read_metrics() if "loss" in row])
+
+
+def _running(model: nn.Module, config: OptimizerConfig, habits: Habits) -> tuple[checkpoints.Running, torch.device]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise TrainingError("no parameter of the model is trained")
+    device = next(iter(parameters.values())).device
+    average = {name: p.detach().clone() for name, p in parameters.items()} if habits.average else {}
+    scaler = torch.amp.GradScaler(device.type, enabled=habits.precision == "fp16")
+    return checkpoints.Running(parameters, optimizers_of(model, config), average, scaler), device
+
+
+def _gradients(model: nn.Module, batches: Sequence[Batch], loss: Callable[[Any, Any], Tensor], scaler: Any, precision: str, device: torch.device) -> float:
+    """Add up the gradients of all parts; returns their loss, the mean over all their labels."""
+    labels = sum(batch.labels for batch in batches)
+    if not labels:
+        raise TrainingError("a step has no label: no token of its batches is learned")
+    total = 0.0
+    for batch in batches:
+        cast = torch.autocast(device.type, WIDTHS[precision]) if precision != "fp32" else contextlib.nullcontext()
+        with cast:
+            part = loss(model, batch) / labels
+        scaler.scale(part).backward()
+        total += float(part.detach())
+    return total
+
+
+@contextlib.contextmanager
+def averaged(running: checkpoints.Running) -> Iterator[None]:
+    """The averaged weights, where there are some, for as long as this lasts."""
+    own = {name: running.parameters[name].detach().clone() for name in running.average}
+    with torch.no_grad():
+        for name, mean in running.average.items():
+            running.parameters[name].copy_(mean)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in own.items():
+                running.parameters[name].copy_(weight)
+
+
+def memory(device: torch.device) -> int:
+    """The most memory that was held so far, in bytes: of the GPU where training runs on one, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

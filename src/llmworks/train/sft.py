@@ -19,6 +19,7 @@ from llmworks.data.rows import Row, flat_messages, read_chat
 from llmworks.errors import DataError, ModelError
 from llmworks.progress import write_whole
 from llmworks.tokenize.named import CHOICES, Template, use_template
+from llmworks.train.curves import smooth
 from llmworks.train.schedule import OptimizerConfig
 from llmworks.types import Engine, Request, Sampling
 
@@ -68,7 +69,7 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
     from llmworks.model import lora
     from llmworks.model.load import load_model
     from llmworks.tokenize.load import load_tokenizer, stop_ids
-    from llmworks.train.loop import train
+    from llmworks.train.loop import Habits, train
     from llmworks.train.loss import next_token_loss
 
     if model.format != "hf":
@@ -103,9 +104,9 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
             steps,
             next_token_loss,
             config.optimizer,
+            Habits(config.checkpoint_every),
             scratch=ctx.scratch,
             progress=ctx.progress,
-            checkpoint_every=config.checkpoint_every,
         )
     )
     metrics |= {
@@ -230,8 +231,3 @@ def _report(
     if items:
         report.samples("Held-out questions, before and after", items)
     return {"warnings": len(warnings)}
-
-
-def smooth(points: Sequence[tuple[float, float]], width: int = 10) -> list[tuple[float, float]]:
-    """Running mean of the last `width` values."""
-    return [(x, sum(v for _, v in points[max(0, i - width + 1) : i + 1]) / min(i + 1, width)) for i, (x, _) in enumerate(points)]

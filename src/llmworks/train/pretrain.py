@@ -1,0 +1,162 @@
+"""Stage `train.pretrain`: train a model on packed tokens, from nothing or on from where it is: every token is learned.
+
+Ends with bits per byte on tokens that it did not see, curves, and what it writes before and after. What was killed goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmworks.artifact import Config, Dataset, Model
+from llmworks.context import Context
+from llmworks.errors import DataError, ModelError, UserError
+from llmworks.train.schedule import OptimizerConfig
+
+
+class PretrainOptimizer(OptimizerConfig):
+    """The optimizer's fields, with what is usual from nothing."""
+
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment; lion: of the momentum, 0.99 is usual")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; vectors, as gains and biases, have none")
+    warmup: float = Field(0.02, ge=0, lt=1, description="fraction of all steps over which the learning rate rises from zero")
+
+
+class PretrainConfig(Config):
+    """How long, in what steps, and what is looked at on the way."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
+    tokens: int = Field(0, ge=0, description="tokens to read, in place of epochs; 0: by epochs")
+    batch: int = Field(8, gt=0, description="rows that are computed at once")
+    accumulation: int = Field(1, gt=0, description="parts of a step; its loss is the mean over all their labels, as in one large batch")
+    optimizer: PretrainOptimizer = Field(PretrainOptimizer(), description="optimizer and learning rate")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of products, under autocast; weights stay fp32. On most CPUs bf16 is many times slower")
+    recompute: bool = Field(False, description="keep no activations of blocks, compute them again backward: less memory, a third more time")
+    compile: bool = Field(False, description="torch.compile: the first step takes a minute or more")
+    average: float = Field(0.0, ge=0, lt=1, description="decay of a running mean of the weights, which is what is saved; 0: the last weights are")
+    spike: float = Field(3.0, ge=0, description="stop at a loss so many nats above the median of the last 50 steps; 0: never")
+    look_every: int = Field(100, gt=0, description="steps between two looks at held-out tokens, with samples")
+    look_rows: int = Field(64, gt=0, description="rows of held-out tokens at each look; all of them at the end")
+    prompts: list[str] = Field(["The", "In the", "def "], description="beginnings of the samples")
+    sample_tokens: int = Field(40, ge=0, description="tokens of a sample; 0: no samples")
+    checkpoint_every: int = Field(100, gt=0, description="steps between two checkpoints")
+    keep: int = Field(2, gt=0, description="checkpoints that are kept")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.tokens and "epochs" in self.model_fields_set and self.epochs != 1.0:
+            raise ValueError("tokens and epochs are both given; give one of them")
+        return self
+
+
+def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Model:
+    """Train all weights of the model on the rows of `data`, whose tokens must be its tokenizer's.
+
+    Errors: DataError for data that are no packed tokens, of another tokenizer, or fewer than a step; ModelError for rows that are longer than the model reads;
+    TrainingError when the loss is no number or jumps, or a checkpoint cannot be written.
+    """
+    import torch
+
+    from llmworks.data.tokens import Packed
+    from llmworks.model.golden import record
+    from llmworks.model.standard import open_trainable
+    from llmworks.tokenize.named import tokenizer_of
+    from llmworks.train.curves import draw
+    from llmworks.train.heldout import measure
+    from llmworks.train.loop import Habits, train
+    from llmworks.train.packed import PackedSteps, packed_loss
+    from llmworks.train.samples import continued
+
+    tokenizer = tokenizer_of(model)
+    torch.manual_seed(ctx.seed)
+    network = open_trainable(model.path)
+    if not any(True for _ in network.parameters()):
+        raise ModelError(f"{model.name}: has no weights to train (an n-gram model is counted, by train.ngram)")
+    packed, unseen = Packed(data), Packed(held_out) if held_out is not None else None
+    length = check(model, network, tokenizer, data, packed)
+    if held_out is not None and unseen is not None:
+        check(model, network, tokenizer, held_out, unseen)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device)
+    if config.recompute:
+        if not network.supports_gradient_checkpointing:
+            raise UserError("config.recompute: this architecture does not have it")
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    steps = PackedSteps(packed, steps_of(config, packed, data, length), rows=config.batch, parts=config.accumulation, length=length, seed=ctx.seed, device=device)
+    begun = continued(network, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
+    kept: dict[int, list[str]] = {}
+
+    def look(step: int) -> dict[str, float]:
+        kept[step] = continued(network, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
+        if config.sample_tokens:
+            ctx.progress.say(f"step {step + 1}: {config.prompts[0]}{kept[step][0]}".replace("\n", "⏎"))
+        if unseen is None:
+            return {}
+        found = measure(network, unseen, tokenizer, rows=0 if step + 1 == len(steps) else config.look_rows, batch=config.batch)
+        ctx.progress.say(f"step {step + 1}: held out {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}")
+        return {"held_out": found.per_token, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
+
+    habits = Habits(config.checkpoint_every, config.keep, config.precision, config.average, config.spike, look, config.look_every)
+    forward = torch.compile(network) if config.compile else network
+    ctx.progress.say(f"{sum(p.numel() for p in network.parameters()):,} parameters, {len(steps):,} steps of {config.batch * config.accumulation} rows")
+    metrics: dict[str, Any] = dict(train(network, steps, lambda _, batch: packed_loss(forward, batch), config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress))
+    save(network.to("cpu"), tokenizer, model, ctx.out)
+    rows = ctx.progress.read_metrics()
+    if ctx.progress.metrics is not None:
+        shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
+    metrics |= {"parameters": sum(p.numel() for p in network.parameters())}
+    last = next((row for row in reversed(rows) if "bits_per_byte" in row), None)
+    if last:
+        metrics |= {name: round(last[name], 5) for name in ("bits_per_byte", "perplexity")}
+    ended = continued(network, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
+    warnings = draw(ctx.report, f"{model.name} on {data.name}", rows, config.prompts, begun, ended)
+    for warning in warnings:
+        ctx.progress.say(f"warning: {warning}")
+    metrics["warnings"] = len(warnings)
+    return Model(ctx.out, golden=record(ctx.out), metrics=metrics, about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))})
+
+
+def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any) -> int:
+    """Whether the rows may be read by the model; returns their length. Errors: DataError, ModelError."""
+    import hashlib
+
+    recorded = data.about.get("tokenizer")
+    if recorded and hasattr(tokenizer, "_tokenizer") and recorded != hashlib.sha256(tokenizer._tokenizer.to_str().encode()).hexdigest():
+        raise DataError(f"{data.name}: was packed with another tokenizer than {model.name}'s; pack it again (llmworks data pack {model.name} ...)")
+    largest = max(int(shard["tokens"].max()) for shard in packed.shards)
+    if largest >= network.config.vocab_size:
+        raise DataError(f"{data.name}: has token {largest:,}, {model.name} has {network.config.vocab_size:,}; pack it with the model's tokenizer")
+    length = max(int((shard["rows"][1:] - shard["rows"][:-1]).max()) for shard in packed.shards)
+    reads = getattr(network.config, "max_position_embeddings", length)
+    if length > reads:
+        raise ModelError(f"{data.name}: has rows of {length:,} tokens, {model.name} reads {reads:,}; pack shorter rows, or make a model with more context")
+    return int(data.about.get("length") or length)
+
+
+def steps_of(config: PretrainConfig, packed: Any, data: Dataset, length: int) -> int:
+    """How many steps there are."""
+    each = config.batch * config.accumulation
+    if not config.tokens:
+        return max(1, round(config.epochs * (len(packed) // each or 1)))
+    tokens = sum(len(shard["tokens"]) for shard in packed.shards)
+    return max(1, round(config.tokens / (tokens / len(packed) * each)))
+
+
+def save(network: Any, tokenizer: Any, model: Model, out: Path) -> None:
+    """Write the model as what it was, its tokenizer beside it."""
+    from llmworks.model.decoder import DecoderForCausalLM
+    from llmworks.model.standard import save_decoder
+    from llmworks.tokenize.load import read_json
+
+    ids = {name: value for name, value in read_json(model.path / "config.json").items() if name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if isinstance(network, DecoderForCausalLM):
+        save_decoder(network, out, token_ids=ids)
+    else:
+        network.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    generation = model.path / "generation_config.json"
+    if generation.exists():
+        shutil.copyfile(generation, out / "generation_config.json")

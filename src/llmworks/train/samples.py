@@ -1,0 +1,32 @@
+"""What a model writes on from given beginnings, while it trains: the same draws each time, so that what changes is the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def continued(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, seed: int, temperature: float = 0.8) -> list[str]:
+    """The text that follows each beginning, at most so many tokens, drawn at a temperature; "" for each where `tokens` is 0."""
+    import torch
+
+    if not tokens:
+        return [""] * len(prompts)
+    training = model.training
+    model.train(False)
+    texts = []
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for prompt in prompts:
+            ids = tokenizer(prompt, add_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
+            while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end what they encode
+                ids = ids[:-1]
+            given = torch.tensor([ids], device=model.device)
+            room = min(tokens, model.config.max_position_embeddings - len(ids))
+            if room < 1:
+                texts.append("")
+                continue
+            made = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=room, do_sample=True, temperature=temperature, top_k=0, pad_token_id=tokenizer.pad_token_id or 0)
+            texts.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+    model.train(training)
+    return texts

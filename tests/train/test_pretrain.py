@@ -1,0 +1,192 @@
+"""Pre-training: accumulation is the batch, packing isolates, resume is no interruption bit for bit, and every architecture learns and is saved as what it was."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from llmworks.artifact import Dataset
+from llmworks.cli import main
+from llmworks.data.tokens import Packed
+from llmworks.model.load import load_model
+from llmworks.model.standard import open_trainable
+from llmworks.train.packed import PackedSteps, packed_loss
+
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+
+
+@pytest.fixture(scope="module")
+def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed tokens of a text, some kept apart, and a small decoder, in one folder."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    workspace = ["--workspace", str(folder / "ws"), "--quiet"]
+    for name, part in (("train", TEXT[:9000]), ("test", TEXT[9000:])):
+        (folder / name).mkdir()
+        for i, paragraph in enumerate(part.split("\n\n")):
+            (folder / name / f"{i:03}.txt").write_text(paragraph)
+        assert main(["data", "read", str(folder / name), "--out", str(folder / f"{name}-read"), *workspace]) == 0
+        assert main(["data", "pack", str(pico), str(folder / f"{name}-read"), "--set", "length=64", "--out", str(folder / f"{name}-packed"), *workspace]) == 0
+    for name, words in (("decoder", ["model", "new", str(pico), "--set", "heads=4"]), ("gru", ["model", "recurrent", str(pico), "--set", "kind=gru"])):
+        assert main([*words, "--set", "width=32", "--set", "layers=2", "--set", "context=64", "--out", str(folder / name), *workspace]) == 0
+    return folder
+
+
+def command(made: Path, model: str, out: Path, *sets: str) -> list[str]:
+    return ["train", "pretrain", str(made / model), str(made / "train-packed"), "--held-out", str(made / "test-packed"), *(w for s in sets for w in ("--set", s)), "--out", str(out), "--workspace", str(out.parent / "ws"), "--quiet"]
+
+
+def run(made: Path, model: str, out: Path, *sets: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    assert main(command(made, model, out, *sets)) == 0
+    return json.loads((out / "manifest.json").read_text())["metrics"], [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+FAST = ("batch=4", "optimizer.learning_rate=0.01", "look_every=20", "sample_tokens=8")
+
+
+@pytest.mark.parametrize("model", ["decoder", "gru"])
+def test_learns_and_is_saved_as_what_it_was(model: str, made: Path, tmp_path: Path) -> None:
+    counted = ["train", "ngram", str(made / "decoder"), str(made / "train-packed"), "--held-out", str(made / "test-packed"), "--set", "order=1", "--out", str(tmp_path / "one"), "--workspace", str(tmp_path / "ws"), "--quiet"]
+    assert main(counted) == 0
+    by_frequency = json.loads((tmp_path / "one" / "manifest.json").read_text())["metrics"]["bits_per_byte"]
+    metrics, rows = run(made, model, tmp_path / "out", *FAST, "epochs=12")
+    held_out = [row["bits_per_byte"] for row in rows if "bits_per_byte" in row]
+    assert held_out[-1] < by_frequency - 0.2, (held_out, by_frequency)
+    assert held_out[-1] < held_out[0]
+    assert metrics["bits_per_byte"] == round(held_out[-1], 5)
+    assert metrics["warnings"] == 0
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(trained, LlamaForCausalLM) == (model == "decoder")
+    steps = [row for row in rows if "loss" in row]
+    assert {"loss", "gradient_norm", "learning_rate", "tokens", "seconds", "loading", "memory"} <= set(steps[0])
+    assert main(["verify", "--golden", str(tmp_path / "out")]) == 0
+
+
+def test_a_large_step_is_its_parts(made: Path, tmp_path: Path) -> None:
+    """Rows of a step have unlike numbers of labels; divided in any way they give the same step."""
+    files = {}
+    for parts in (1, 2, 4):
+        run(made, "decoder", tmp_path / f"p{parts}", f"batch={8 // parts}", f"accumulation={parts}", "sample_tokens=0", "optimizer.learning_rate=0.01")
+        files[parts] = load_file(tmp_path / f"p{parts}" / "model.safetensors")
+    for name in files[1]:
+        for parts in (2, 4):
+            assert torch.allclose(files[1][name], files[parts][name], atol=3e-4), name
+
+
+def test_a_row_of_texts_is_its_texts(made: Path) -> None:
+    packed = Packed(Dataset(made / "train-packed"))
+    batch = PackedSteps(packed, 1, rows=len(packed), parts=1, length=64, seed=0)[0][0]()
+    assert int(batch.segments.max()) >= 1
+    assert int(batch.segments.min()) == -1  # and padding
+    for name in ("decoder", "gru"):
+        model = open_trainable(made / name).train()
+        together = float(packed_loss(model, batch).detach())
+        apart = 0.0
+        for row, segments in zip(batch.ids, batch.segments, strict=True):
+            for text in range(int(segments.max()) + 1):
+                ids = row[segments == text][None]
+                apart += float(model(input_ids=ids, labels=ids).loss.detach()) * (ids.shape[1] - 1) if ids.shape[1] > 1 else 0.0
+        assert together == pytest.approx(apart, rel=1e-5)
+
+
+def test_steps_follow_from_their_numbers(made: Path) -> None:
+    packed = Packed(Dataset(made / "train-packed"))
+    steps = PackedSteps(packed, 40, rows=2, parts=3, length=64, seed=1)
+    each = len(packed) // 6
+    first = list(itertools.chain.from_iterable(steps.numbers(i) for i in range(each)))
+    assert len(set(first)) == each * 6  # no row twice in a pass
+    assert sorted(steps.numbers(each)) != sorted(steps.numbers(0))  # the next pass has another order
+    assert steps.numbers(each + 1) == PackedSteps(packed, 40, rows=6, parts=1, length=64, seed=1).numbers(each + 1)
+    assert [p().where for p in steps[3]] == [f"rows {', '.join(map(str, steps.numbers(3)[i : i + 2]))}" for i in (0, 2, 4)]
+
+
+EVERY = ("batch=4", "epochs=3", "checkpoint_every=7", "look_every=10", "average=0.9", "sample_tokens=4")
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_killed_and_gone_on_is_not_interrupted(name: str, made: Path, tmp_path: Path) -> None:
+    """SIGKILL of the process between two checkpoints: weights and metrics are those of the run that was left alone, bit for bit."""
+    sets = (*EVERY, f"optimizer.name={name}", "optimizer.learning_rate=0.003")
+    whole, rows = run(made, "decoder", tmp_path / "whole", *sets)
+    out = tmp_path / "killed" / "out"
+    out.parent.mkdir()
+    words = [sys.executable, "-m", "llmworks.cli", *command(made, "decoder", out, *sets)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "LLMWORKS_THREADS": "1"})
+    for _ in range(6000):
+        if list(out.parent.glob("ws/scratch/*/checkpoints/step-000000014.pt")):
+            break
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    metrics, resumed = run(made, "decoder", out, *sets)
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    pick = ("step", "loss", "gradient_norm", "learning_rate", "bits_per_byte")
+    assert [[row.get(k) for k in pick] for row in rows] == [[row.get(k) for k in pick] for row in resumed]
+    assert metrics["bits_per_byte"] == whole["bits_per_byte"]
+
+
+def test_the_average_is_what_is_saved(made: Path, tmp_path: Path) -> None:
+    """One step of rate r moves the last weights by d; with a decay of 0.75 the mean moves by a quarter of it."""
+    start = load_file(made / "decoder" / "model.safetensors")
+    one = ("batch=4", "tokens=1", "sample_tokens=0", "optimizer.warmup=0")
+    run(made, "decoder", tmp_path / "last", *one)
+    run(made, "decoder", tmp_path / "mean", *one, "average=0.75")
+    last, mean = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "mean"))
+    for name, weight in start.items():
+        assert torch.allclose(mean[name] - weight, (last[name] - weight) / 4, atol=1e-6), name
+    assert any(not torch.equal(last[name], weight) for name, weight in start.items())
+
+
+def test_recomputing_changes_nothing(made: Path, tmp_path: Path) -> None:
+    for name, sets in (("kept", ()), ("again", ("recompute=true",))):
+        run(made, "decoder", tmp_path / name, "batch=4", "sample_tokens=0", *sets)
+    kept, again = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "again"))
+    for name in kept:
+        assert torch.allclose(kept[name], again[name], atol=1e-5)
+
+
+def test_bf16_is_near(made: Path, tmp_path: Path) -> None:
+    _, full = run(made, "decoder", tmp_path / "full", "batch=4", "sample_tokens=0")
+    _, half = run(made, "decoder", tmp_path / "half", "batch=4", "sample_tokens=0", "precision=bf16")
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (full, half)]
+    assert losses[0] != losses[1]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.05
+    assert load_model(tmp_path / "half").dtype == torch.float32
+
+
+def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace = ["--workspace", str(tmp_path / "ws"), "--quiet"]
+    assert main(["model", "new", str(pico), "--set", "width=32", "--set", "heads=4", "--set", "layers=1", "--set", "context=32", "--out", str(tmp_path / "short"), *workspace]) == 0
+    assert main(["tokenize", "train", str(made / "train-read"), "--set", "vocabulary=280", "--out", str(tmp_path / "other"), *workspace]) == 0
+    assert main(["data", "pack", str(tmp_path / "other"), str(made / "train-read"), "--set", "length=64", "--out", str(tmp_path / "others"), *workspace]) == 0
+    assert main(["train", "ngram", str(pico), str(made / "train-packed"), "--out", str(tmp_path / "ngram"), *workspace]) == 0
+    capsys.readouterr()
+    decoder, data = str(made / "decoder"), str(made / "train-packed")
+    for words, says in (
+        ([decoder, data, "--set", "batch=5000"], "a step takes 5,000 (batch 5000, accumulation 1)"), ([str(tmp_path / "short"), data], "has rows of 64 tokens"), ([decoder, str(tmp_path / "others")], "was packed with another tokenizer"),
+        ([str(tmp_path / "ngram"), data], "has no weights to train"), ([decoder, str(made / "train-read")], "no shards of tokens"), ([decoder, data, "--set", "tokens=100", "--set", "epochs=2"], "tokens and epochs are both given"),
+        ([decoder, data, "--set", "optimizer.schedule=wsd", "--set", "optimizer.decay=1"], "more than all steps"), ([str(made / "gru"), data, "--set", "recompute=true"], "does not have it"),
+        ([decoder, data, "--set", "optimizer.name=adam"], "'adamw'"),
+    ):  # fmt: skip
+        assert main(["train", "pretrain", *words, "--out", str(tmp_path / "o"), *workspace]) == 2, words
+        told = capsys.readouterr().err.strip()
+        assert says in told
+        assert len(told.splitlines()) == 1
+    assert main([*command(made, "decoder", tmp_path / "x" / "o", "batch=4", "optimizer.learning_rate=1e30", "sample_tokens=0")]) == 1
+    told = capsys.readouterr().err
+    assert "the loss is" in told
+    assert "(rows " in told
+    assert not (tmp_path / "x" / "o").exists()

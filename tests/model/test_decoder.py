@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -171,7 +172,10 @@ def test_experts() -> None:
     assert float(one.balance.detach()) == pytest.approx(1.0)
     made = model(experts={"count": 4, "balance": 0.5})
     plain = model(experts={"count": 4, "balance": 0.0})
+    assert float(made(input_ids=IDS, labels=IDS).loss.detach()) == float(plain(input_ids=IDS, labels=IDS).loss.detach())  # asked, not trained
+    made.train()
     assert float((made(input_ids=IDS, labels=IDS).loss - plain(input_ids=IDS, labels=IDS).loss).detach()) > 0.4
+    copy.deepcopy(made)  # no graph is left in it
 
 
 def test_the_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,3 +238,85 @@ def test_ids_and_lengths_beyond() -> None:
     learned = model(position="learned")
     with pytest.raises(ModelError, match="49 tokens, the model has positions for 48"):
         learned(input_ids=torch.zeros(1, 49, dtype=torch.long))
+
+
+@pytest.mark.parametrize("more", [{"qk_norm": True}, {"qk_norm": True, "window": 5}, {"norm": "layer", "position": "learned"}])
+def test_narrow_products_train(more: dict[str, Any]) -> None:
+    """Under autocast the loss and its gradients are near those of fp32, the head's too."""
+    made = model(weights=0.1, **more).train()
+    found = []
+    for narrow in (False, True):
+        made.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = made(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        found.append((float(loss.detach()), {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}))
+    (wide, by), (near, by_near) = found
+    assert wide != near == pytest.approx(wide, rel=0.02)
+    for name, grad in by.items():
+        assert by_near[name].dtype == torch.float32
+        assert float((by_near[name] - grad).norm() / grad.norm()) < 0.05, name
+
+
+def test_a_sum_of_many_chunks_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_loss, "MOST", 4)
+    draw = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, 16, generator=draw).bfloat16().requires_grad_() for n in (512, 40))
+    labels = torch.randint(0, 40, (512,), generator=draw)
+    linear_cross_entropy(states, weight, labels, 1 / 512).backward()
+    exact = [x.detach().float().requires_grad_() for x in (states, weight)]
+    F.cross_entropy(exact[0] @ exact[1].T, labels).backward()
+    for ours, theirs in zip((states, weight), exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert float((ours.grad.float() - theirs.grad).norm() / theirs.grad.norm()) < 0.01
+
+
+def test_a_row_of_texts_is_parted_with_a_cache_too() -> None:
+    made = model()
+    positions = torch.cat((torch.arange(10), torch.arange(14)))[None].expand(2, -1)
+    apart = torch.cat((logits(made, IDS[:, :10]), logits(made, IDS[:, 10:])), 1)
+    assert (logits(made, position_ids=positions, use_cache=True) - apart).abs().max() < 1e-4
+    mask = torch.ones_like(IDS)
+    mask[0, 0] = 0
+    assert (logits(made, position_ids=positions, attention_mask=mask)[:, 10:] - apart[:, 10:]).abs().max() < 1e-4
+
+
+def test_alibi_is_where_its_model_is() -> None:
+    elsewhere = torch.arange(9, device="meta")[None]
+    mask = seen(elsewhere, elsewhere, alibi=slopes(4)).mask
+    assert mask is not None
+    assert mask.device.type == "meta"
+    at = torch.arange(3000)[None]
+    half = seen(at[:, -1:], at, window=5, alibi=slopes(4), dtype=torch.float16).mask
+    assert half is not None
+    assert half.isfinite().all()
+
+
+def test_adapters_leave_the_head_alone() -> None:
+    from llmworks.model import lora
+
+    made = model()
+    assert "head" not in lora.target_layers(made, "all-linear")
+    lora.attach(made, "all-linear", 2, 4.0)
+    made(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(layer.b.grad is not None for _, layer in lora.layers(made))
+
+
+def test_fine_tuning_reads_it_as_any_other() -> None:
+    from llmworks.train.examples import Example, collate
+    from llmworks.train.loss import next_token_loss
+
+    made = model()
+    batch = collate([Example(tuple(IDS[0, :9].tolist()), (0, 0, 0, 1, 1, 0, 1, 1, 1)), Example(tuple(IDS[1, :5].tolist()), (0, 0, 1, 1, 1))])
+    scores = [logits(made, IDS[i : i + 1, :n])[0].log_softmax(-1) for i, n in ((0, 9), (1, 5))]
+    expected = -sum(float(scores[i][c - 1, IDS[i, c]]) for i, cs in ((0, (3, 4, 6, 7, 8)), (1, (2, 3, 4))) for c in cs)
+    assert float(next_token_loss(made, batch).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_vocabulary_grows() -> None:
+    made = model()
+    before = logits(made)
+    made.resize_token_embeddings(70)
+    assert made.head.weight is made.decoder.embedding.weight
+    assert torch.equal(logits(made)[..., :61], before)

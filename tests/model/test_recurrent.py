@@ -107,6 +107,14 @@ def test_the_state_is_the_cache(kind: str) -> None:
         out = model(IDS[:, 12:], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
         for row, start in ((0, 0), (1, 5), (2, 9)):
             assert (out.logits[row] - model(IDS[row : row + 1, start:]).logits[0, -2:]).abs().max() < 1e-6
+        out = model(IDS[:, :5], use_cache=True)  # a row that is only padding keeps what it knows
+        hidden = mask[:, :9].clone()
+        hidden[:, 5:] = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+        hidden[:, :5] = 1
+        out = model(IDS[:, 5:9], attention_mask=hidden, past_key_values=out.past_key_values, use_cache=True)
+        out = model(IDS[:, 9:10], past_key_values=out.past_key_values, use_cache=True)
+        for row, kept in ((0, [*range(10)]), (1, [*range(5), 9]), (2, [*range(7), 9])):
+            assert (out.logits[row, -1] - model(IDS[row : row + 1, kept]).logits[0, -1]).abs().max() < 1e-6
     settings: Any = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(IDS, **settings), model.generate(IDS, use_cache=False, **settings))
     assert torch.equal(model.generate(IDS, num_beams=3, **settings), model.generate(IDS, num_beams=3, use_cache=False, **settings))

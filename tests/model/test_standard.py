@@ -37,6 +37,10 @@ THEIRS: dict[str, Any] = {
     "mistral": MistralConfig(**SIZES, sliding_window=5), "qwen2": Qwen2Config(**SIZES), "qwen3": Qwen3Config(**SIZES, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen2, window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=0),
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=6, sliding_window_pattern=2, query_pre_attn_scalar=24, pad_token_id=0, eos_token_id=1, bos_token_id=2),
+    "gemma3, stretched": Gemma3TextConfig(
+        **SIZES, head_dim=16, sliding_window=6, layer_types=["sliding_attention", "full_attention", "sliding_attention"], query_pre_attn_scalar=24, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
     "gpt2": GPT2Config(vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=64, attn_implementation="eager"),
 }  # fmt: skip
 IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -101,7 +105,7 @@ def test_a_shape_is_saved_as_what_it_is() -> None:
     for kind, more in found.items():
         shape = Shape.model_validate({**usual, **more})
         assert standard_of(shape) == kind
-    for more in ({"experts": {}}, {"norm_place": "post"}, {"rope": {"scaling": "ntk", "factor": 2}}, {"position": "none"}, {"norm": "layer"}):
+    for more in ({"experts": {}}, {"norm_place": "post"}, {"rope": {"scaling": "ntk", "factor": 2}}, {"position": "none"}, {"norm": "layer"}, {"window": 5, "window_theta": 77.0}, {**found["gemma3_text"], "attention_scale": 0.9}, {**found["gemma3_text"], "full_every": 8}):
         assert standard_of(Shape.model_validate({**usual, **more})) == ""
 
 
@@ -138,6 +142,7 @@ def test_broken_directories_are_told(tmp_path: Path) -> None:
     told("the architecture 'bert' is not known here; known: llama, mistral, qwen2", None, {"model_type": "bert"})
     told("rotary positions of the type 'longrope'", None, {"rope_parameters": {"rope_type": "longrope"}})
     told("activation 'relu' is not known", None, {"hidden_act": "relu"})
+    told("truncate false", None, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}})
     told("attention_bias without mlp_bias", None, {"attention_bias": True})
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match="truncated"):
@@ -145,6 +150,10 @@ def test_broken_directories_are_told(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "m")
     with pytest.raises(ModelError, match="no such model directory"):
         load_decoder(tmp_path / "m")
+    with pytest.raises(ModelError, match="use_bidirectional_attention"):
+        shape_of({**Gemma3TextConfig(**SIZES, use_bidirectional_attention=True).to_dict()})
+    with pytest.raises(ModelError, match="layer_types differ"):
+        shape_of({**Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=2).to_dict()})
     with pytest.raises(ModelError, match="soft caps"):
         shape_of({**Gemma3TextConfig(**SIZES, final_logit_softcapping=30.0).to_dict()})
 

@@ -51,12 +51,19 @@ def _decoder(shape: Shape, context: int) -> Iterator[Part]:
     for layer in range(shape.layers):
         where = str(layer)
         names = ("norm", "after norm") if shape.norm_place == "around" else ("norm", "")
-        yield _norm(shape, where, f"attention {names[0]}")
+        first = shape.norm_place != "post"
+        if first:
+            yield _norm(shape, where, f"attention {names[0]}")
         yield from _attention(shape, where, min(context, shape.window_of(layer) or context))
+        if not first:
+            yield _norm(shape, where, "attention norm")
         if names[1]:
             yield _norm(shape, where, f"attention {names[1]}")
-        yield _norm(shape, where, f"feed-forward {names[0]}")
+        if first:
+            yield _norm(shape, where, f"feed-forward {names[0]}")
         yield from _feed_forward(shape, where)
+        if not first:
+            yield _norm(shape, where, "feed-forward norm")
         if names[1]:
             yield _norm(shape, where, f"feed-forward {names[1]}")
     if shape.norm_place != "post":

@@ -1,4 +1,4 @@
-"""Attention: each token asks (query), every earlier one answers (key), and what is said (value) is weighed by how well they fit.
+"""Attention: each token asks (query), itself and every earlier one answer (key), and what is said (value) is weighed by how well they fit.
 
 Vaswani et al. 2017 (arXiv:1706.03762). Several query heads may share a key and value head: grouped-query attention (Ainslie et al. 2023,
 arXiv:2305.13245), one for all: multi-query (Shazeer 2019, arXiv:1911.02150). Knows no block and no feed-forward layer.
@@ -24,7 +24,7 @@ from llmworks.model.shape import Shape
 class Seen:
     """What queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; without one they see all, or all before them (`causal`).
 
-    `blocks`: where queries and keys are the same tokens on a CPU, what of them need not be computed.
+    `blocks`: where queries and keys are the same tokens on a CPU, what of them need not be computed (`blockwise.py`; only for speed).
     """
 
     mask: Tensor | None
@@ -37,10 +37,10 @@ def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0,
 
     queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and keys; alibi: slopes [heads].
     """
-    plain = not window and padding is None and segments is None and alibi is None
     same = causal and queries.shape[1] == keys.shape[1] > 1
     in_blocks = same and keys.device.type == "cpu"
-    if plain and (not causal or same or queries.shape[1] == 1):
+    # no mask is needed where nothing is hidden beyond causality, and queries are all of the keys, or the last of them
+    if not window and padding is None and segments is None and alibi is None and (not causal or same or queries.shape[1] == 1):
         return Seen(None, causal and queries.shape[1] > 1, blocks_of(keys.shape[1]) if in_blocks else None)
     distance = queries[:, :, None] - keys[:, None, :]  # [batch, queries, keys]
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
@@ -48,12 +48,13 @@ def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0,
         allowed = allowed & (distance.abs() < window)
     if padding is not None:
         allowed = allowed & padding[:, None, :].bool()
-        allowed = allowed | ~allowed.any(-1, keepdim=True)  # a padded query sees something, or its softmax is no number
     if segments is not None:
         allowed = allowed & (segments[0][:, :, None] == segments[1][:, None, :])
+    if padding is not None:
+        allowed = allowed | ~allowed.any(-1, keepdim=True)  # a padded query sees something, or its softmax is no number
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     if alibi is not None:
-        mask = mask - alibi.to(dtype)[None, :, None, None] * distance.abs()[:, None].to(dtype)
+        mask = (mask - alibi.to(mask)[None, :, None, None] * distance.abs()[:, None].to(dtype)).clamp(min=torch.finfo(dtype).min)
     return Seen(mask, False, blocks_of(keys.shape[1], allowed) if in_blocks else None)
 
 
@@ -89,7 +90,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if look.blocks is not None and memory is None and q.dtype == torch.float32:
+        if look.blocks is not None and memory is None and q.dtype == v.dtype == torch.float32:
             said = blockwise(q, k, v, self.scale, look.mask, look.blocks)
         else:
             if self.groups < self.heads:

@@ -1,7 +1,8 @@
 """Causal attention on a CPU, a block of queries at a time: what causality, a window or another text hides is not computed, and nothing is kept of it.
 
-The same numbers as `scaled_dot_product_attention`, in the order of Rabe & Staats 2021 (arXiv:2112.05682) and FlashAttention (Dao et al. 2022,
-arXiv:2205.14135): backward computes the weights again. PyTorch's own CPU kernel takes 1.1 to 1.7 times as long (benchmarks/model.py). Knows no model.
+The same numbers as `scaled_dot_product_attention`. Queries are taken in blocks and keys are not, so a block's weights stand whole (64 rows of them for
+each head), and there is no running softmax; backward computes them again, as FlashAttention does (Dao et al. 2022, arXiv:2205.14135). Only for speed:
+forward and backward with PyTorch's own CPU kernel take 1.1 to 1.6 times as long (`python benchmarks/model.py --attention`). Knows no model.
 """
 
 from __future__ import annotations
@@ -43,31 +44,31 @@ class _Blockwise(torch.autograd.Function):
         q, k, v = q.reshape(batch * groups, heads // groups, length, width), k.reshape(-1, length, width), v.reshape(-1, length, width)
         said = torch.empty_like(q, memory_format=torch.contiguous_format)
         room = q.new_empty(batch * heads * BLOCK * length)
-        for first, end, seen in blocks:
-            weights = _weights(_rows(q, first, end) * scale, k[:, seen:end], mask, (first, end, seen), batch, room)
-            said[:, :, first:end] = torch.bmm(weights, v[:, seen:end]).view(len(q), -1, end - first, width)
+        for first, end, first_key in blocks:
+            weights = _weights(_rows(q, first, end) * scale, k[:, first_key:end], mask, (first, end, first_key), batch, room)
+            said[:, :, first:end] = torch.bmm(weights, v[:, first_key:end]).view(len(q), -1, end - first, width)
         context.save_for_backward(q, k, v, said)
         context.rest = (scale, mask, blocks, batch)
         return said.view(batch, heads, length, width)
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """FlashAttention, appendix B.2: dV = P' dO, dP = dO V', dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS' Q."""
         q, k, v, said = context.saved_tensors
         scale, mask, blocks, batch = context.rest
-        slope = slope.reshape(q.shape)
-        inner = (slope * said).sum(-1, keepdim=True)
+        gradient = gradient.reshape(q.shape)
+        inner = (gradient * said).sum(-1, keepdim=True)
         by_q, by_k, by_v = torch.empty_like(said), torch.zeros_like(k, memory_format=torch.contiguous_format), torch.zeros_like(v, memory_format=torch.contiguous_format)
         room, other = (q.new_empty(q.shape[0] * q.shape[1] * BLOCK * q.shape[2]) for _ in range(2))
-        for first, end, seen in blocks:
-            rows, slopes = _rows(q, first, end) * scale, _rows(slope, first, end)
-            weights = _weights(rows, k[:, seen:end], mask, (first, end, seen), batch, room)
-            by_v[:, seen:end].baddbmm_(weights.transpose(1, 2), slopes)
-            by_fit = torch.bmm(slopes, v[:, seen:end].transpose(1, 2), out=other[: weights.numel()].view(weights.shape))
+        for first, end, first_key in blocks:
+            rows, gradients = _rows(q, first, end) * scale, _rows(gradient, first, end)
+            weights = _weights(rows, k[:, first_key:end], mask, (first, end, first_key), batch, room)
+            by_v[:, first_key:end].baddbmm_(weights.transpose(1, 2), gradients)
+            by_fit = torch.bmm(gradients, v[:, first_key:end].transpose(1, 2), out=other[: weights.numel()].view(weights.shape))
             by_fit.sub_(_rows(inner, first, end)).mul_(weights)
-            by_k[:, seen:end].baddbmm_(by_fit.transpose(1, 2), rows)
-            by_q[:, :, first:end] = torch.bmm(by_fit, k[:, seen:end]).view(len(q), -1, end - first, q.shape[-1])
+            by_k[:, first_key:end].baddbmm_(by_fit.transpose(1, 2), rows)
+            by_q[:, :, first:end] = torch.bmm(by_fit, k[:, first_key:end]).view(len(q), -1, end - first, q.shape[-1])
         shape = (batch, -1, *q.shape[2:])
         return by_q.mul_(scale).view(shape), by_k.view(shape), by_v.view(shape), None, None, None
 
@@ -79,13 +80,13 @@ def _rows(x: Tensor, first: int, end: int) -> Tensor:
 
 def _weights(rows: Tensor, keys: Tensor, mask: Tensor | None, block: tuple[int, int, int], batch: int, room: Tensor) -> Tensor:
     """How much each query of a block heeds each key, in `room`: [rows, heads of a group * block, keys]."""
-    first, end, seen = block
+    first, end, first_key = block
     fit = torch.bmm(rows, keys.transpose(1, 2), out=room[: rows.shape[0] * rows.shape[1] * keys.shape[1]].view(*rows.shape[:2], keys.shape[1]))
-    by_head = fit.view(batch, -1, end - first, end - seen)
+    by_head = fit.view(batch, -1, end - first, end - first_key)
     if mask is None:
-        by_head[..., first - seen :].add_(_later(BLOCK, fit.dtype)[: end - first, : end - first])
+        by_head[..., first - first_key :].add_(_later(BLOCK, fit.dtype)[: end - first, : end - first])
     else:
-        by_head.add_(mask[:, :, first:end, seen:end])
+        by_head.add_(mask[:, :, first:end, first_key:end])
     return torch.softmax(fit, -1, out=fit)
 
 

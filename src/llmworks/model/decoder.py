@@ -1,7 +1,7 @@
 """The decoder, whole: tokens become states, blocks let them look back and think, a head says what comes next.
 
-`Stack` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters and `generate` work.
-Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `standard.py`; `encoder.py` builds other models of the same blocks.
+`Stack` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters and `generate` work. Knows no
+tokenizer, no training, no sampling. Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `standard.py`; `encoder.py` builds other models of the same blocks.
 """
 
 from __future__ import annotations
@@ -19,16 +19,9 @@ from llmworks.model.attention import Attention, Seen, alibi_of, seen
 from llmworks.model.feed_forward import FeedForward, MixtureOfExperts
 from llmworks.model.linear import AddingLinear
 from llmworks.model.linear_loss import mean_cross_entropy
-from llmworks.model.norm import RMSNorm
+from llmworks.model.norm import norm_of
 from llmworks.model.positions import frequencies, rotation, segments_of, sinusoids
-from llmworks.model.shape import Shape
-
-
-def norm_of(shape: Shape) -> nn.Module:
-    """The normalization of a shape."""
-    if shape.norm == "layer":
-        return nn.LayerNorm(shape.width, shape.norm_epsilon)
-    return RMSNorm(shape.width, shape.norm_epsilon, from_zero=shape.norm_from_zero)
+from llmworks.model.shape import Rope, Shape
 
 
 @dataclass(frozen=True)
@@ -52,15 +45,15 @@ class Block(nn.Module):
         self.crossing_norm = norm_of(shape) if crossing else None
         self.feed_forward: nn.Module = MixtureOfExperts(shape) if shape.experts else FeedForward(shape)
 
-    def forward(self, x: Tensor, look: Seen, turned: tuple[Tensor, Tensor] | None, cache: Any, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None, cache: Any, memory: Memory | None = None) -> Tensor:
         """[batch, length, width] -> the same."""
         if self.place == "post":
-            x = self.attention_norm(x + self.attention(x, look, turned, cache))
+            x = self.attention_norm(x + self.attention(x, look, rotation, cache))
             if memory is not None and self.crossing is not None and self.crossing_norm is not None:
                 x = self.crossing_norm(x + self.crossing(x, memory.look, memory=memory.states))
             normed: Tensor = self.feed_forward_norm(x + self.feed_forward(x))
             return normed
-        attended = self.attention(self.attention_norm(x), look, turned, cache)
+        attended = self.attention(self.attention_norm(x), look, rotation, cache)
         x = x + (attended if self.after_attention_norm is None else self.after_attention_norm(attended))
         if memory is not None and self.crossing is not None and self.crossing_norm is not None:
             x = x + self.crossing(self.crossing_norm(x), memory.look, memory=memory.states)
@@ -97,20 +90,20 @@ class Stack(nn.Module):
         elif shape.position == "sinusoidal":
             x = x + sinusoids(positions, shape.width).to(x.dtype)
         before = cache.get_seq_length() if cache is not None else 0
-        keys = torch.arange(before + x.shape[1], device=x.device)[None]  # distances are those of places in the row
+        # places in the row: positions may begin anew in it, and windows and ALiBi need differences only, since segments hide the rest
+        keys = torch.arange(before + x.shape[1], device=x.device)[None]
         queries = keys[:, before:]
         pair = (segments, segments) if segments is not None else None
         slopes = alibi_of(shape)
         looks: dict[int, Seen] = {}
-        turns: dict[float, tuple[Tensor, Tensor] | None] = {}
+        rotations: dict[Rope, tuple[Tensor, Tensor] | None] = {}
         for layer, block in enumerate(self.blocks):
-            window, theta = shape.window_of(layer), shape.theta_of(layer)
+            window, rope = shape.window_of(layer), shape.rope_of(layer)
             if window not in looks:
                 looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, alibi=slopes, dtype=x.dtype)
-            if theta not in turns:
-                angles, factor = frequencies(shape.rope, shape.per_head, shape.context, theta)
-                turns[theta] = rotation(positions, angles.to(x.device), factor) if shape.position == "rope" else None
-            given = (x, looks[window], turns[theta], cache, memory)
+            if rope not in rotations:
+                rotations[rope] = rotation(positions, *frequencies(rope, shape.per_head, shape.context)) if shape.position == "rope" else None
+            given = (x, looks[window], rotations[rope], cache, memory)
             x = self._gradient_checkpointing_func(block.__call__, *given) if self.gradient_checkpointing and self.training and cache is None else block(*given)
         state: Tensor = self.norm(x)
         return state
@@ -122,8 +115,8 @@ class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     model_type = "llmworks_decoder"
 
     def __init__(self, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.shape = Shape.model_validate(shape or {}).model_dump()
-        made = Shape.model_validate(self.shape)
+        made = Shape.model_validate(shape or {})
+        self.shape = made.model_dump()
         self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads = made.vocabulary, made.width, made.layers, made.heads
         self.num_key_value_heads, self.head_dim, self.intermediate_size, self.max_position_embeddings = made.groups, made.per_head, made.inner, made.context
         kwargs["tie_word_embeddings"] = made.tied
@@ -136,7 +129,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     config_class = DecoderConfig
     base_model_prefix = "decoder"
     _tied_weights_keys = {"head.weight": "decoder.embedding.weight"}  # noqa: RUF012
-    _supports_sdpa = True
+    head_on_labels = True  # its loss computes logits where labels are, and nowhere else
     supports_gradient_checkpointing = True
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -158,6 +151,10 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         """The head."""
         return self.head
 
+    def set_output_embeddings(self, value: Any) -> None:
+        """Another head."""
+        self.head = value
+
     def _init_weights(self, module: nn.Module) -> None:
         begin(module, self.shape)
 
@@ -167,7 +164,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean cross-entropy instead, and no logits.
 
-        Position ids that begin anew, without a mask, part a row into texts that do not see one another.
+        Position ids that begin anew part a row into texts that do not see one another; not in a row that goes on from a cache.
         Errors: ModelError for ids beyond the vocabulary, or a text beyond learned positions.
         """
         if input_ids is not None and input_ids.numel() and int(input_ids.max()) >= self.shape.vocabulary:
@@ -183,7 +180,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             position_ids = torch.arange(before, before + x.shape[1], device=x.device)[None]
             if padding is not None:
                 position_ids = (padding.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
-        elif segment_ids is None and cache is None and padding is None:
+        elif segment_ids is None and (cache is None or not cache.get_seq_length()):
             segment_ids = segments_of(position_ids)
         state = self.decoder(x, position_ids, padding=padding, segments=segment_ids, cache=cache)
         if labels is not None:
@@ -202,13 +199,15 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         """Mean cross-entropy of each label given the states before it; in training, and the experts' balance."""
         loss = mean_cross_entropy(state[:, :-1], self.head.weight, labels[:, 1:])
         if self.shape.experts and self.training:
-            balances = [m.balance for m in self.modules() if isinstance(m, MixtureOfExperts)]
-            loss = loss + self.shape.experts.balance * torch.stack(balances).mean()
+            mixtures = [m for m in self.modules() if isinstance(m, MixtureOfExperts)]
+            loss = loss + self.shape.experts.balance * torch.stack([m.balance for m in mixtures]).mean()
+            for mixture in mixtures:
+                mixture.balance = mixture.balance.detach()  # else the graph lives on in the module
         return loss
 
 
 def begin(module: nn.Module, shape: Shape) -> None:
-    """Normal weights of 0.02, less where a layer adds to the state: each block does so twice."""
+    """Normal weights of 0.02, less where a layer adds to the state: each block does so twice (three times where it looks across, which is not counted)."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02 / (2 * shape.layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:

@@ -1,6 +1,7 @@
 """Other models of the decoder's blocks: an encoder that guesses hidden tokens, and an encoder-decoder that writes what was hidden.
 
-BERT-like (Devlin et al. 2019) and T5-like (Raffel et al. 2020) in what they do, with the shape's norms, positions and feed-forward layers.
+BERT-like (Devlin et al. 2019) and T5-like (Raffel et al. 2020) in what they do, with the shape's norms, positions and feed-forward layers. What is
+hidden is chosen in `objectives.py`; knows no other architecture.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Seq2SeqConfig(DecoderConfig):  # type: ignore[no-untyped-call]
 
     def __init__(self, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
         kwargs["is_encoder_decoder"] = True
+        kwargs.setdefault("decoder_start_token_id", 0)  # as T5, where it is the padding
         super().__init__(shape, **kwargs)
 
 

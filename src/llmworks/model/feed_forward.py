@@ -1,4 +1,7 @@
-"""The feed-forward layer: what a token makes of what it attended to. Two matrices and a bend between them, or three with a gate; or many of them, by choice."""
+"""The feed-forward layer: what a token makes of what it attended to. Two matrices and a bend between them, or three with a gate; or many of them, by choice.
+
+Functions of one token alone; knows no attention and no block.
+"""
 
 from __future__ import annotations
 

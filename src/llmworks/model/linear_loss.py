@@ -18,8 +18,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(context: Any, states: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
         """states: [tokens, width]; weight: [vocabulary, width]; labels: [tokens]."""
         by_state = torch.empty_like(states) if states.requires_grad else None
-        matrix = weight.to(states.dtype)  # under autocast states are the narrower
-        by_weight = torch.zeros_like(matrix) if weight.requires_grad else None
+        matrix = weight.to(states.dtype)
+        by_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None  # a sum of many chunks
         total = states.new_zeros((), dtype=torch.float32)
         step = chunk(len(weight))
         room = states.new_empty(min(step, len(states)), len(weight))  # one for all: memory that is fresh costs more than the mathematics
@@ -35,16 +35,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if by_state is not None:
                 torch.mm(slope, matrix, out=by_state[start : start + step])
             if by_weight is not None:
-                by_weight.addmm_(slope.T, here, alpha=scale)
-        context.save_for_backward(None if by_state is None else by_state.mul_(scale), None if by_weight is None else by_weight.to(weight.dtype))
+                by_weight.addmm_(slope.T, here, alpha=scale) if slope.dtype == torch.float32 else by_weight.add_(slope.T @ here, alpha=scale)
+        context.scale = scale
+        context.save_for_backward(by_state, None if by_weight is None else by_weight.to(weight.dtype))
         return total * scale
 
     @staticmethod
     def backward(context: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """The gradients that were computed, times that of the loss, which is mostly one."""
-        (slope,) = slopes
-        by_state, by_weight = (g if g is None or float(slope) == 1.0 else g * slope.to(g.dtype) for g in context.saved_tensors)
-        return by_state, by_weight, None, None
+        """The gradients that were computed, times that of the loss: with it a scaler of fp16 lifts those of the states before they are small."""
+        by_state, by_weight = context.saved_tensors
+        slope = float(slopes[0])
+        return None if by_state is None else by_state * (slope * context.scale), by_weight if by_weight is None or slope == 1.0 else by_weight * slope, None, None
 
 
 def chunk(vocabulary: int) -> int:
@@ -61,4 +62,6 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor, scale: 
 def mean_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the labels [batch, length] that count (-100: not) under the states [batch, length, width] at their places."""
     at = labels != IGNORED
+    if torch.is_autocast_enabled(states.device.type):
+        states = states.to(torch.get_autocast_dtype(states.device.type))
     return linear_cross_entropy(states[at], weight, labels[at], 1 / max(1, int(at.sum())))

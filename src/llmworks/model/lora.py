@@ -43,7 +43,8 @@ class LoraLinear(nn.Module):
 
 def target_layers(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
     """Names of the linear layers to adapt: all but the output head for "all-linear", else those whose last name is listed."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.endswith("lm_head")]
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     if targets == "all-linear":
         return names
     wanted = [name for name in names if name.rpartition(".")[2] in targets]

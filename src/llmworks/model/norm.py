@@ -1,10 +1,12 @@
-"""Normalization: bring a token's state to unit size, then scale it by a learned gain. Functions of one token alone."""
+"""Normalization: bring a token's state to unit size, then scale it by a learned gain. Functions of one token alone; knows no batch and no block."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from llmworks.model.shape import Shape
 
 
 class RMSNorm(nn.Module):
@@ -23,3 +25,10 @@ class RMSNorm(nn.Module):
         if self.from_zero:
             return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.epsilon).to(x.dtype)
         return F.rms_norm(x.float(), (x.shape[-1],), None, self.epsilon).to(x.dtype) * self.weight
+
+
+def norm_of(shape: Shape) -> nn.Module:
+    """The normalization of a shape: LayerNorm (Ba et al. 2016, arXiv:1607.06450), which takes the mean away first and has a bias, or RMSNorm."""
+    if shape.norm == "layer":
+        return nn.LayerNorm(shape.width, shape.norm_epsilon)
+    return RMSNorm(shape.width, shape.norm_epsilon, from_zero=shape.norm_from_zero)

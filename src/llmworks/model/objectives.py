@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmworks.errors import DataError
 from llmworks.model.linear_loss import IGNORED
 
 
 def hide_tokens(ids: Tensor, mask_id: int, vocabulary: int, *, share: float = 0.15, keep: Sequence[int] = (), generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """(ids with some hidden, labels that are IGNORED elsewhere), for masked language modelling (Devlin et al. 2019, section 3.1).
 
-    Of the chosen `share` 80 % become the mask, 10 % any other token, 10 % stay. ids: [batch, length]; `keep`: ids that are never chosen.
+    Of the chosen `share` 80 % become the mask, 10 % any token by chance, 10 % stay. ids: [batch, length]; `keep`: ids that are never chosen.
     """
     draw = torch.rand(ids.shape, generator=generator)
     allowed = ~torch.isin(ids, torch.tensor(list(keep), dtype=ids.dtype))
@@ -28,8 +29,12 @@ def hide_tokens(ids: Tensor, mask_id: int, vocabulary: int, *, share: float = 0.
 def hide_spans(ids: Sequence[int], sentinels: Sequence[int], end: int, *, share: float = 0.15, mean: float = 3.0, generator: torch.Generator | None = None) -> tuple[list[int], list[int]]:
     """(text with spans hidden behind sentinels, the sentinels with what they hide), both ended, for span corruption (T5, Raffel et al. 2020, section 3.1.4).
 
+    T5 closes the target with one more sentinel; here it is the end alone. Errors: DataError for less than two tokens, or no sentinel.
+
     About `share` of the tokens are hidden in spans of `mean` tokens on average; as many spans as there are sentinels at most, and some text between two.
     """
+    if len(ids) < 2 or not sentinels:
+        raise DataError(f"spans are hidden in texts of two tokens or more, behind sentinels; there are {len(ids)} tokens and {len(sentinels)} sentinels")
     hidden = min(max(round(len(ids) * share), 1), len(ids) - 1)
     spans = min(max(round(hidden / mean), 1), hidden, len(ids) - hidden, len(sentinels))
     inside, outside = _parts(hidden, spans, generator), _parts(len(ids) - hidden, spans, generator)

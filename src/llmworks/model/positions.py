@@ -1,4 +1,7 @@
-"""How a Transformer knows the order of tokens: rotary angles and their stretching, sinusoids, and ALiBi's slopes. Pure functions of positions."""
+"""How a Transformer knows the order of tokens: rotary angles and their stretching, sinusoids, and ALiBi's slopes; and where positions begin anew.
+
+Pure functions; knows no attention.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from torch.nn import functional as F
 from llmworks.model.shape import Rope
 
 
-def frequencies(rope: Rope, width: int, context: int, theta: float = 0.0) -> tuple[Tensor, float]:
+def frequencies(rope: Rope, width: int, context: int) -> tuple[Tensor, float]:
     """(angle that each pair of a head turns by per position [width / 2], factor of cosine and sine) of rotary positions.
 
     linear: position interpolation (Chen et al. 2023, arXiv:2306.15595). ntk: the base grown so that the longest wave is stretched by `factor` and the
     shortest kept. yarn: Peng et al. 2023 (arXiv:2309.00071), section 3: waves that turn more than `fast` times within the trained context are
     kept, those of less than `slow` divided by `factor`, a ramp between; and attention is made sharper by 0.1 ln(factor) + 1. llama-3: Llama 3.1's.
     """
-    theta = theta or rope.theta
+    theta = rope.theta
     powers = torch.arange(0, width, 2, dtype=torch.float32) / width
     if rope.scaling == "ntk":
         theta *= rope.factor ** (width / (width - 2))
@@ -39,14 +42,14 @@ def frequencies(rope: Rope, width: int, context: int, theta: float = 0.0) -> tup
     return kept * (1 - share) + divided * share, 0.1 * math.log(rope.factor) + 1.0
 
 
-def rotation(positions: Tensor, angles: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """(cosine, sine), each [batch, length, width / 2], of positions [batch, length]."""
-    turned = positions[..., None].float() * angles
-    return turned.cos() * factor, turned.sin() * factor
+    angles = positions[..., None].float() * frequencies.to(positions.device)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the pairs of each head by its position's angles. x: [batch, heads, length, width]; pairs are (i, i + width / 2), as Llama's weights have them."""
+    """Turn the pairs of each head by its position's angles. x: [batch, heads, length, width]; pairs are (i, i + width / 2), as weights in transformers' layout have them (Meta's own and GGUF files have (2i, 2i + 1))."""
     a, b = x.chunk(2, dim=-1)
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
     return torch.cat((a * cosine - b * sine, b * cosine + a * sine), dim=-1)

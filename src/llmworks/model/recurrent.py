@@ -48,8 +48,8 @@ class Recurrence(nn.Module):
 
     rnn: h' = tanh(W x + U h + b) (Elman 1990; as a language model Mikolov et al. 2010).
     lstm: c' = f * c + i * tanh(W x + U h + b), h' = o * tanh(c'), with gates i, f, o = s(W_. x + U_. h + b_.) (Hochreiter & Schmidhuber 1997; forget gate
-    Gers et al. 2000): c is only added to, so that a gradient reaches far back.
-    gru: h' = (1 - z) * n + z * h, n = tanh(W x + r * (U h + b)), with gates r, z (Cho et al. 2014): the same with one state.
+    Gers et al. 2000): c is scaled by f and added to, so that with f near one a gradient reaches far back.
+    gru: h' = (1 - z) * n + z * h, n = tanh(W x + r * (U h + b)), with gates r, z: the same with one state (Cho et al. 2014; r behind U, as cuDNN has it).
     PyTorch's kernels compute them.
     """
 
@@ -100,6 +100,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
 
     config_class = RecurrentConfig
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
+    head_on_labels = True  # its loss computes logits where labels are, and nowhere else
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
@@ -121,6 +122,10 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.head
+
+    def set_output_embeddings(self, value: Any) -> None:
+        """Another head."""
+        self.head = value
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -155,7 +160,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean cross-entropy instead, and no logits.
 
-        Position ids that begin anew, without a mask, part a row into texts that do not see one another.
+        Position ids that begin anew part a row into texts that do not see one another; not where a cache is used.
         Errors: ModelError for ids beyond the vocabulary.
         """
         if input_ids is not None and input_ids.numel() and int(input_ids.max()) >= self.shape.vocabulary:
@@ -180,14 +185,21 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         if valid is None and segments is None:
             made, left = self.body(x, torch.full((len(x),), x.shape[1]), state)
             return made, left
+        before = state
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
         segments = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device) if segments is None else segments
+        given = valid.any(1)  # a row without tokens keeps its state
+        if state is not None and not given.all():
+            state = tuple(s[:, given] for s in state)
         text, place, lengths = texts_in(valid, segments)
         apart = x.new_zeros(len(lengths), int(lengths.max()), x.shape[2])
         apart[text, place] = x[valid]
         made, left = self.body(apart, lengths.cpu(), state)
         whole = x.new_zeros(*x.shape[:2], made.shape[2])
         whole[valid] = made[text, place]
+        if not given.all() and left[0].shape[1] == int(given.sum()):
+            kept = before or tuple(s.new_zeros(s.shape[0], len(x), s.shape[2]) for s in left)
+            left = tuple(torch.where(given[None, :, None], torch.zeros_like(k).index_copy_(1, given.nonzero()[:, 0], s), k) for k, s in zip(kept, left, strict=True))
         return whole, left
 
 

@@ -22,8 +22,14 @@ class Rope(Config):
     )
     factor: float = Field(1.0, ge=1, description="how many times the trained context")
     trained: int = Field(0, ge=0, description="context that was trained (yarn, llama-3); 0: context / factor")
-    fast: float = Field(32.0, gt=0, description="yarn: waves that turn so often within the trained context are kept; llama-3: its high_freq_factor")
+    fast: float = Field(32.0, gt=0, description="yarn: waves that turn so often within the trained context are kept; llama-3: its high_freq_factor, 4 in Llama 3.1")
     slow: float = Field(1.0, gt=0, description="yarn: those that turn less often are divided; llama-3: its low_freq_factor")
+
+    @model_validator(mode="after")
+    def _stretched(self) -> Self:
+        if self.scaling == "none" and self.factor != 1:
+            raise ValueError(f"rope.factor {self.factor} needs a rope.scaling")
+        return self
 
 
 class Experts(Config):
@@ -65,6 +71,7 @@ class Shape(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        """Where a field may be 0 for what follows from others, the mathematics uses `per_head`, `groups` and `inner`."""
         if not self.head_width and self.width % self.heads:
             raise ValueError(f"width {self.width} is not divided by heads {self.heads}; give head_width, or change one of them")
         if self.heads % (self.kv_heads or self.heads):
@@ -73,8 +80,12 @@ class Shape(Config):
             raise ValueError(f"rotary positions turn pairs, a head of width {self.per_head} is odd")
         if self.experts and self.experts.chosen > self.experts.count:
             raise ValueError(f"experts.chosen {self.experts.chosen} is more than experts.count {self.experts.count}")
-        if self.full_every and not self.window:
-            raise ValueError(f"full_every {self.full_every} needs a window")
+        if (self.full_every or self.window_theta) and not self.window:
+            raise ValueError(f"{'full_every' if self.full_every else 'window_theta'} needs a window")
+        if self.norm_from_zero and self.norm != "rms":
+            raise ValueError(f"norm_from_zero is RMSNorm's, norm is {self.norm!r}")
+        if self.position == "rope" and self.rope.scaling == "ntk" and self.per_head < 4:
+            raise ValueError(f"rope.scaling ntk needs heads of 4 numbers or more, they have {self.per_head}")
         return self
 
     @property
@@ -98,9 +109,20 @@ class Shape(Config):
         """How far a layer looks back; 0: all the way."""
         return 0 if self.full_every and (layer + 1) % self.full_every == 0 else self.window
 
-    def theta_of(self, layer: int) -> float:
-        """The base of a layer's rotary positions."""
-        return self.window_theta if self.window_theta and self.window_of(layer) else self.rope.theta
+    def rope_of(self, layer: int) -> Rope:
+        """A layer's rotary positions: with a base of their own, layers with a window are not stretched (Gemma 3)."""
+        return Rope(theta=self.window_theta) if self.window_theta and self.window_of(layer) else self.rope
+
+    def settled(self) -> dict[str, object]:
+        """All fields, with what 0 stands for; two shapes that settle to the same are the same model."""
+        rope = self.rope if self.position == "rope" else Rope()
+        used: dict[str, object] = {"theta": rope.theta, "scaling": rope.scaling}
+        if rope.scaling != "none":
+            used["factor"] = rope.factor
+        if rope.scaling in ("yarn", "llama-3"):
+            used |= {"trained": rope.trained or int(self.context / rope.factor), "fast": rope.fast, "slow": rope.slow}
+        resolved = {"kv_heads": self.groups, "head_width": self.per_head, "hidden": self.inner, "attention_scale": self.attention_scale or self.per_head**-0.5, "rope": used}
+        return self.model_dump() | resolved | {"window_theta": self.window_theta or rope.theta, "full_every": 0 if self.full_every > self.layers else self.full_every}
 
 
 class RecurrentShape(Config):

@@ -1,11 +1,13 @@
 """The decoder as the architectures that others know: Llama, Mistral, Qwen2, Qwen3, Gemma 3 and GPT-2. Read from their directories, written as them.
 
-A shape that is one of theirs is saved under that name and loads in plain transformers; any other is saved as what it is. Knows no training.
+A shape that is one of theirs is saved under that name and loads in plain transformers; any other is saved as what it is. Knows no other family, and
+refuses a config that has what the shape has not.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,6 +59,8 @@ def _rope(config: Json, layers: str = "") -> Json:
     known = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama-3"}
     if kind not in known:
         raise ModelError(f"config.json: rotary positions of the type {kind!r} are not known; known: {', '.join(known)}")
+    if given.get("truncate") is False:
+        raise ModelError("config.json: rope_parameters.truncate false is not known here")
     if given.get("attention_factor") is not None or given.get("mscale") or given.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("config.json: rope_parameters has attention_factor, mscale or partial_rotary_factor, which the decoder does not have")
     rope: Json = {"theta": float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0), "scaling": known[kind]}
@@ -111,6 +115,9 @@ def _llama(config: Json) -> Json:
 
 def _windowed(config: Json) -> Json:
     """Qwen's window, which only the later layers may have."""
+    kinds = set(config.get("layer_types") or ())
+    if len(kinds) > 1:
+        raise ModelError("config.json: layer_types differ from layer to layer, which is no shape of the decoder")
     if not config.get("use_sliding_window"):
         return {}
     if config.get("max_window_layers", 0) > 0:
@@ -124,6 +131,8 @@ def _gemma(config: Json) -> Json:
     wanted = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])]
     if (layers and layers != wanted) or config.get("final_logit_softcapping") or config.get("attn_logit_softcapping"):
         raise ModelError("config.json: layer_types out of turn, or soft caps, are no shape of the decoder")
+    if config.get("use_bidirectional_attention"):
+        raise ModelError("config.json: use_bidirectional_attention is no shape of the decoder, whose tokens see only what is before them")
     local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
     return {
         "norm_place": "around", "norm_from_zero": True, "qk_norm": True, "embedding_scaled": True, "attention_scale": float(config["query_pre_attn_scalar"]) ** -0.5, "window": config["sliding_window"], "full_every": pattern,
@@ -188,8 +197,17 @@ def shape_of(config: Json) -> tuple[str, Shape]:
 
 
 def standard_of(shape: Shape) -> str:
-    """The first architecture that the shape is one of, or "" for a shape of its own."""
-    return next((name for name, standard in STANDARDS.items() if standard.is_shape(shape)), "")
+    """The first architecture that the shape is one of, or "" for a shape of its own: one whose config, read again, is not the same shape."""
+
+    def comes_back(kind: str) -> bool:
+        try:
+            read = shape_of({"model_type": kind, **STANDARDS[kind].write(shape)})[1].settled()
+        except ModelError:
+            return False
+        own = shape.settled()
+        return all(math.isclose(read[name], value) if isinstance(value, float) else read[name] == value for name, value in own.items())  # type: ignore[arg-type]
+
+    return next((name for name, standard in STANDARDS.items() if standard.is_shape(shape) and comes_back(name)), "")
 
 
 def to_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

@@ -8,8 +8,6 @@ from typing import Any
 
 from llmworks.data.tokens import Packed, stack
 
-IGNORED = -100
-
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -38,6 +36,8 @@ class HeldOut:
 def measure(model: Any, packed: Packed, tokenizer: Any, *, rows: int = 0, batch: int = 8) -> HeldOut:
     """Read the first `rows` (0: all) of packed rows; texts of a row do not see one another. Bytes are those of the learned tokens."""
     import torch
+
+    from llmworks.model.linear_loss import IGNORED
 
     training, device = model.training, model.device
     model.train(False)

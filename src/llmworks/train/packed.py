@@ -12,8 +12,7 @@ from torch import Tensor
 
 from llmworks.data.tokens import Packed, stack
 from llmworks.errors import DataError
-
-IGNORED = -100
+from llmworks.model.linear_loss import IGNORED
 
 
 @dataclass(frozen=True)

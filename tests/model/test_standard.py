@@ -105,7 +105,7 @@ def test_a_shape_is_saved_as_what_it_is() -> None:
     for kind, more in found.items():
         shape = Shape.model_validate({**usual, **more})
         assert standard_of(shape) == kind
-    for more in ({"experts": {}}, {"norm_place": "post"}, {"rope": {"scaling": "ntk", "factor": 2}}, {"position": "none"}, {"norm": "layer"}, {"window": 5, "window_theta": 77.0}, {**found["gemma3_text"], "attention_scale": 0.9}, {**found["gemma3_text"], "full_every": 8}):
+    for more in ({"experts": {}}, {"norm_place": "post"}, {"rope": {"scaling": "ntk", "factor": 2}}, {"position": "none"}, {"norm": "layer"}, {"window": 5, "window_theta": 77.0}, {**found["gemma3_text"], "attention_scale": 0.9}, {**found["gemma3_text"], "layers": 7, "full_every": 8}):
         assert standard_of(Shape.model_validate({**usual, **more})) == ""
 
 

@@ -1,6 +1,7 @@
 """Forward and backward of the decoder beside transformers' Llama of the same shape, in one run: seconds of a step, and memory.
 
     python benchmarks/model.py [--layers 30] [--length 512] [--batch 2]      (about three minutes on two cores)
+    python benchmarks/model.py --attention                                   (attention alone, half a minute)
 
 Each is a process of its own, fp32, eager PyTorch, the same threads, the same ids, loss on every token. transformers' Llama runs with both of its
 kinds of attention: `eager` (written out) and `sdpa` (PyTorch's fused one, which ours uses too).
@@ -9,6 +10,7 @@ kinds of attention: `eager` (written out) and `sdpa` (PyTorch's fused one, which
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -55,13 +57,49 @@ def measure(kind: str, layers: int, length: int, batch: int, steps: int) -> dict
     return {"least": min(seconds[1:]), "median": statistics.median(seconds[1:]), "megabytes": grown / 1024}
 
 
+def attention() -> None:
+    """Attention of SmolLM2's heads alone, forward and backward: ours in blocks, PyTorch's kernel, and that with the mask which a window or packed texts need."""
+    import torch
+    from torch.nn import functional as F
+
+    from llmworks.model.attention import repeated, seen
+    from llmworks.model.blockwise import blockwise
+
+    def theirs_of(q: Any, k: Any, v: Any, look: Any) -> Any:
+        return F.scaled_dot_product_attention(q, repeated(k, 3), repeated(v, 3), attn_mask=look.mask, is_causal=look.causal, scale=0.125)
+
+    def fastest(run: Any) -> float:
+        seconds = []
+        for _ in range(9):
+            began = time.perf_counter()
+            run().sum().backward()
+            seconds.append(time.perf_counter() - began)
+        return min(seconds[1:]) * 1e3
+
+    print("| rows x tokens | blocks, ms | PyTorch, ms | times ours | four texts in a row: blocks | PyTorch with a mask | times ours |\n|---|---|---|---|---|---|---|")
+    for batch, length in ((4, 256), (2, 512), (16, 512), (1, 1024), (1, 2048)):
+        q, k, v = (torch.randn(batch, length, n, 64).transpose(1, 2).requires_grad_() for n in (HEADS, GROUPS, GROUPS))
+        at = torch.arange(length)[None]
+        texts = (at // (length // 4)).expand(batch, -1)
+        found = []
+        for look in (seen(at, at), seen(at, at, segments=(texts, texts))):
+            found.append(fastest(functools.partial(blockwise, q, k, v, 0.125, look.mask, look.blocks)))
+            found.append(fastest(functools.partial(theirs_of, q, k, v, look)))
+        ours, theirs, packed, masked = found
+        print(f"| {batch} x {length} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} | {packed:.1f} | {masked:.1f} | {masked / packed:.2f} |")
+
+
 def main() -> None:
     """Measure all three, in turns, and print a table."""
     parser = argparse.ArgumentParser()
     for name, value in (("layers", 30), ("length", 512), ("batch", 2), ("steps", 4), ("rounds", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--one", default="")
+    parser.add_argument("--attention", action="store_true")
     args = parser.parse_args()
+    if args.attention:
+        attention()
+        return
     if args.one:
         print(json.dumps(measure(args.one, args.layers, args.length, args.batch, args.steps)))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -301,6 +302,28 @@ def test_adapters_leave_the_head_alone() -> None:
     lora.attach(made, "all-linear", 2, 4.0)
     made(input_ids=IDS, labels=IDS).loss.backward()
     assert all(layer.b.grad is not None for _, layer in lora.layers(made))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_the_head_is_in_the_loss(tied: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    made: Any = model(tied=tied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(made, LoraConfig(target_modules=["head"], init_lora_weights=False))
+    loss = wrapped(input_ids=IDS, labels=IDS).loss
+    expected = F.cross_entropy(logits(wrapped)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for name, p in wrapped.named_parameters() if "lora" in name)
+
+
+def test_hooks_of_the_embedding_are_heard() -> None:
+    made = model()
+    plain = float(made(input_ids=IDS, labels=IDS).loss.detach())
+    made.decoder.embedding.register_forward_hook(lambda module, given, out: out * 0)
+    assert float(made(input_ids=IDS, labels=IDS).loss.detach()) != plain
 
 
 def test_fine_tuning_reads_it_as_any_other() -> None:

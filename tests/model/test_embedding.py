@@ -136,6 +136,21 @@ def test_the_stage(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert load(out).metrics["words"] == 17
 
 
+def test_words_of_every_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted as a word, the saved tokenizer finds again: combining marks, ligatures, dotted capitals, digits."""
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    text = "हिन्दी भाषा สวัสดี cafe\u0301 İstanbul x² don't naïve 42 straße ΣΊΣΥΦΟΣ"
+    (tmp_path / "t.txt").write_text((text + "\n") * 40)
+    assert main(["data", "read", str(tmp_path / "t.txt"), "--out", str(tmp_path / "read"), "--quiet"]) == 0
+    assert main(["model", "embedding", str(tmp_path / "read"), "--set", "dimensions=8", "--out", str(tmp_path / "v"), "--quiet"]) == 0
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tmp_path / "v" / "tokenizer.json"))
+    found = tokenizer.encode(text).tokens
+    assert {"हिन्दी", "भाषा", "สวัสดี", "cafe\u0301", "x", "²", "don't", "naïve", "42", "straße"} <= set(found)
+    assert "<unk>" not in found
+
+
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     (tmp_path / "t.txt").write_text("too few words here")
@@ -143,6 +158,18 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     capsys.readouterr()
     assert main(["model", "embedding", str(tmp_path / "read"), "--out", str(tmp_path / "o"), "--quiet"]) == 2
     assert "only 0 words stand 5 times or more" in capsys.readouterr().err
+    (tmp_path / "t.txt").write_text("king queen man " * 100)
+    assert main(["data", "read", str(tmp_path / "t.txt"), "--out", str(tmp_path / "more"), "--quiet"]) == 0
+    (tmp_path / "p.tsv").write_text("king\tqueen\t1\nking\tman\t1\nman\tqueen\t1\nman\tman\t1\n")
+    capsys.readouterr()
+    for words, says in (
+        (["--set", "parts=[6,3]"], "parts is [6, 3]"), (["--set", "parts=[-1,3]"], "parts is [-1, 3]"), (["--tests", f"words={tmp_path / 'p.tsv'}"], "cannot be called 'words'"), (["--set", "least=1000"], "only 0 words"),
+        (["--set", "dimensions=8", "--set", "method=glove", "--set", "learning_rate=1e30"], "only 3 words"),
+    ):  # fmt: skip
+        assert main(["model", "embedding", str(tmp_path / "more"), *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
+        told = capsys.readouterr().err.strip()
+        assert says in told
+        assert len(told.splitlines()) == 1
     for text, says in ((b"a b\n", "line 1 is neither"), (b"", "holds no test"), (b"a\tb\t1\na b c d\n", "line 2 is neither"), (b"a\tb\tnan\n", "line 1 is neither"), (b"\xff\xfe", "not UTF-8")):
         (tmp_path / "x.txt").write_bytes(text)
         with pytest.raises(DataError, match=says):

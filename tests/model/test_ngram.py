@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from llmworks.errors import ModelError
 from llmworks.model.kneser_ney import FALLBACK, count, discounts, estimated
+from llmworks.model.load import load_model
 from llmworks.model.ngram import NgramForCausalLM
 
 FIXTURE = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "kenlm_ngrams.json.gz").read_bytes()))
@@ -63,6 +64,23 @@ def test_a_sum_by_hand() -> None:
     assert scores(model, [0, 1]) == pytest.approx([math.log(1.5 / 3 + 1 / 3 * a), math.log(0.5 / 2 + 0.5 * b)])
     assert scores(model, [1, 1])[1] == pytest.approx(math.log(0.5 * b))  # only a followed b, once
     assert scores(model, [2, 2])[1] == pytest.approx(math.log(c))  # nothing followed c
+
+
+def test_texts_shorter_than_the_order() -> None:
+    """An order that no text reaches counts nothing and changes nothing."""
+    texts = [[0, 1], [1], [2, 0]]
+    long, short = (NgramForCausalLM.of(o := counted(texts, 3, order), [(0.5, 0.5, 0.5)] * len(o)) for order in (5, 3))
+    assert scores(long, [0, 1, 2, 0]) == pytest.approx(scores(short, [0, 1, 2, 0]))
+    assert len(long(torch.tensor([[0, 1, 2]]), use_cache=True).logits[0]) == 3
+
+
+def test_tables_that_do_not_belong_together(model: NgramForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change in ({"discounts": config["discounts"][:-1]}, {"discounts": ["x"] * 4}, {"sizes": []}, {"vocab_size": 300}, {"discounts": [[5, 5, 5]] * 4}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ModelError, match="do not belong together"):
+            load_model(tmp_path)
 
 
 def test_discounts() -> None:

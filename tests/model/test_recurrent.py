@@ -152,6 +152,19 @@ def test_dropout_is_heard() -> None:
         assert torch.equal(model(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_rows(kind: str) -> None:
+    model = made(kind)
+    positions = torch.tensor([[0, 1, 2, *range(11)]]).expand(3, -1)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):  # packed rows in narrow products
+            narrow = model(IDS, position_ids=positions).logits
+        assert (narrow.float() - model(IDS, position_ids=positions).logits).abs().max() < 0.05
+        assert model(IDS, attention_mask=torch.zeros_like(IDS), use_cache=True).past_key_values.state is None  # nothing but padding
+    with pytest.raises(ModelError, match="below zero"):
+        model(IDS - 61)
+
+
 def test_ids_beyond_the_vocabulary() -> None:
     with pytest.raises(ModelError, match="token id 61 is beyond the vocabulary of 61"):
         made("gru")(torch.full_like(IDS, 61))

@@ -78,7 +78,7 @@ def test_mistakes(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path, c
     small = tmp_path / "small"
     assert main(["tokenize", "train", str(tmp_path / "train-read"), "--set", "vocabulary=280", "--out", str(small), "--quiet"]) == 0
     capsys.readouterr()
-    for words, says in (([str(pico), str(tmp_path / "train-read")], "no shards of tokens"), ([str(small), str(packed[0])], "give the tokenizer that the data was packed with"), ([str(pico), str(packed[0]), "--set", "order=9"], "less than or equal to 8")):
+    for words, says in (([str(pico), str(packed[0]), "--set", "discount=1e-323"], "give 0, or 0.001 or more"), ([str(pico), str(tmp_path / "train-read")], "no shards of tokens"), ([str(small), str(packed[0])], "give the tokenizer that the data was packed with"), ([str(pico), str(packed[0]), "--set", "order=9"], "less than or equal to 8")):
         assert main(["train", "ngram", *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
         told = capsys.readouterr().err.strip()
         assert says in told

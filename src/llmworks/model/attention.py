@@ -90,7 +90,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if look.blocks is not None and memory is None and q.dtype == v.dtype == torch.float32:
+        if look.blocks is not None and memory is None and k.shape[2] == length and q.dtype == v.dtype == torch.float32:
             said = blockwise(q, k, v, self.scale, look.mask, look.blocks)
         else:
             if self.groups < self.heads:

@@ -18,9 +18,10 @@ from llmworks.errors import ModelError
 from llmworks.model.attention import Attention, Seen, alibi_of, seen
 from llmworks.model.feed_forward import FeedForward, MixtureOfExperts
 from llmworks.model.linear import AddingLinear
-from llmworks.model.linear_loss import mean_cross_entropy
+from llmworks.model.linear_loss import head_loss, is_plain
 from llmworks.model.norm import norm_of
-from llmworks.model.positions import frequencies, rotation, segments_of, sinusoids
+from llmworks.model.positions import frequencies, rotation, sinusoids
+from llmworks.model.rows import check_ids, segments_of
 from llmworks.model.shape import Rope, Shape
 
 
@@ -167,8 +168,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         Position ids that begin anew part a row into texts that do not see one another; not in a row that goes on from a cache.
         Errors: ModelError for ids beyond the vocabulary, or a text beyond learned positions.
         """
-        if input_ids is not None and input_ids.numel() and int(input_ids.max()) >= self.shape.vocabulary:
-            raise ModelError(f"token id {int(input_ids.max())} is beyond the vocabulary of {self.shape.vocabulary:,}; the tokenizer is another model's")
+        check_ids(input_ids, self.shape.vocabulary)
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed(input_ids, labelled=labels is not None)
         assert inputs_embeds is not None
@@ -190,14 +190,14 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
     def _embed(self, ids: Tensor, *, labelled: bool) -> Tensor:
         """Embedded ids. Where the head's gradient fills the same matrix, only the rows that were looked up are added to it, not another whole matrix."""
         table = self.decoder.embedding
-        if labelled and self.shape.tied and type(table) is nn.Embedding and table.weight is self.head.weight:
+        if labelled and is_plain(self.head) and type(table) is nn.Embedding and table.weight is self.head.weight and not (table._forward_hooks or table._forward_pre_hooks):
             return nn.functional.embedding(ids, table.weight, sparse=True)
         embedded: Tensor = table(ids)
         return embedded
 
     def loss(self, state: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of each label given the states before it; in training, and the experts' balance."""
-        loss = mean_cross_entropy(state[:, :-1], self.head.weight, labels[:, 1:])
+        loss = head_loss(state[:, :-1], self.head, labels[:, 1:])
         if self.shape.experts and self.training:
             mixtures = [m for m in self.modules() if isinstance(m, MixtureOfExperts)]
             loss = loss + self.shape.experts.balance * torch.stack([m.balance for m in mixtures]).mean()

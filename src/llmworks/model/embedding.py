@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+import regex
+from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset, Model
 from llmworks.context import Context
 from llmworks.documents import count_characters, read_documents
-from llmworks.errors import DataError, MissingDependency
+from llmworks.errors import DataError, MissingDependency, TrainingError, UserError
 from llmworks.model.word_tests import Analogies, Found, Vector, likeness, read, solve
 
-WORD = r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+"
+WORD = r"[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)*|\p{N}+"  # the saved tokenizer reads the same
 LINE = 10_000  # words that gensim reads at once
 NEAR, SHOWN, DRAWN, CLUSTERS = 8, 24, 260, 12
 UNKNOWN = "<unk>"
@@ -45,6 +45,12 @@ class EmbeddingConfig(Config):
     parts: tuple[int, int] = Field((3, 6), description="letters of the parts of words, from and to (fasttext)")
     workers: int = Field(1, gt=0, description="threads (all but glove); more than one and the vectors differ from run to run")
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not 1 <= self.parts[0] <= self.parts[1] <= 20:
+            raise ValueError(f"parts is {list(self.parts)}: letters from and to, the first at least 1 and at most the second, which is at most 20")
+        return self
+
 
 @dataclass(frozen=True)
 class Made:
@@ -61,12 +67,18 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
     Errors: DataError for too little text or a test that cannot be read; MissingDependency without gensim or scikit-learn.
     """
     _require()
+    import numpy as np
+
+    if taken := {"words", "text_words", "warnings"} & set(tests or {}):
+        raise UserError(f"a test cannot be called {min(taken)!r}, which is a figure of its own; give it another name")
     asked = {name: read(test.path, lowercase=config.lowercase) for name, test in (tests or {}).items()}
     counts = _count(config, data, ctx)
     words = [word for word, times in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if times >= config.least][: config.words]
     if len(words) < max(10, config.dimensions // 10):
         raise DataError(f"{data.name}: only {len(words)} words stand {config.least} times or more; give more text, or lower config.least")
     made = (_glove if config.method == "glove" else _gensim)(config, data, words, counts, ctx)
+    if not np.isfinite(made.table).all():
+        raise TrainingError(f"the vectors are no numbers any more; lower learning_rate ({config.learning_rate or 'its default'})")
     _save(made, config, counts, ctx.out)
     metrics: dict[str, float] = {"words": len(words), "text_words": sum(counts.values())}
     rows: list[tuple[Any, ...]] = []
@@ -79,7 +91,7 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
         else:
             score = likeness(test, made.vector)
         rows.append(_row(name, score))
-        metrics |= {name: round(score.score, 4) if score.answered else 0.0, f"{name}_answered": score.answered}
+        metrics |= {name: 0.0 if math.isnan(score.score) else round(score.score, 4), f"{name}_answered": score.answered}
         lines.append(f"{name} {score.score:.3f} ({score.answered} of {score.questions} answered)")
     report = ctx.report
     report.title = f"{len(words):,} words of {data.name} ({config.method})"
@@ -108,9 +120,11 @@ def _require() -> None:
 
 def _texts(config: EmbeddingConfig, data: Dataset) -> Iterator[list[str]]:
     """The words of each document."""
-    pattern = re.compile(WORD)
+    from tokenizers import normalizers
+
+    pattern, lower = regex.compile(WORD), normalizers.Lowercase()  # Python's own knows a final sigma, the saved tokenizer does not
     for document in read_documents(data):
-        yield pattern.findall(document.text.lower() if config.lowercase else document.text)
+        yield pattern.findall(lower.normalize_str(document.text) if config.lowercase else document.text)
 
 
 def _count(config: EmbeddingConfig, data: Dataset, ctx: Context) -> Counter[str]:
@@ -164,6 +178,8 @@ def _glove(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Cou
 
     place = {word: i for i, word in enumerate(words)}
     pairs = cooccurrences((np.array([place.get(word, -1) for word in text], dtype=np.int32) for text in _texts(config, data)), len(words), config.window)
+    if not len(pairs[0]):
+        raise DataError(f"{data.name}: no two words stand near one another; glove learns from nothing else")
     epochs = config.epochs or 15
     with ctx.progress.bar("learn", epochs, "passes") as bar:
         vectors = glove(pairs, len(words), config.dimensions, epochs=epochs, rate=config.learning_rate or 0.05, seed=ctx.seed, each=lambda epoch, loss: bar.advance(1, loss=loss))

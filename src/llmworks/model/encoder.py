@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seq2S
 
 from llmworks.model.attention import seen
 from llmworks.model.decoder import DecoderConfig, Memory, Stack, begin
-from llmworks.model.linear_loss import IGNORED, mean_cross_entropy
+from llmworks.model.linear_loss import IGNORED, head_loss
 from llmworks.model.shape import Shape
 
 
@@ -78,7 +78,7 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Logits [batch, length, vocabulary] of the tokens themselves; with labels (-100: none) their mean cross-entropy instead."""
         states = self.encoder(self.encoder.embedding(input_ids), places(input_ids), padding=attention_mask)
         if labels is not None:
-            return MaskedLMOutput(loss=mean_cross_entropy(states, self.head.weight, labels))
+            return MaskedLMOutput(loss=head_loss(states, self.head, labels))
         return MaskedLMOutput(logits=self.head(states), hidden_states=(states,))
 
 
@@ -141,7 +141,7 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         memory = Memory(states, seen(at, torch.arange(states.shape[1], device=states.device)[None], causal=False, padding=attention_mask, dtype=states.dtype))
         written = self.decoder(self.get_input_embeddings()(decoder_input_ids), at, cache=cache, memory=memory)
         if labels is not None:
-            return Seq2SeqLMOutput(loss=mean_cross_entropy(written, self.head.weight, labels))
+            return Seq2SeqLMOutput(loss=head_loss(written, self.head, labels))
         return Seq2SeqLMOutput(logits=self.head(written), past_key_values=past_key_values)
 
 

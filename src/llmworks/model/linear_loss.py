@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 IGNORED = -100  # a label that counts for nothing
 LOGITS, MOST = 1 << 25, 512  # numbers, and tokens, whose logits exist at once
@@ -41,6 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total * scale
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """The gradients that were computed, times that of the loss: with it a scaler of fp16 lifts those of the states before they are small."""
         by_state, by_weight = context.saved_tensors
@@ -65,3 +68,17 @@ def mean_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor
     if torch.is_autocast_enabled(states.device.type):
         states = states.to(torch.get_autocast_dtype(states.device.type))
     return linear_cross_entropy(states[at], weight, labels[at], 1 / max(1, int(at.sum())))
+
+
+def is_plain(head: Any) -> bool:
+    """Whether a head is its matrix and nothing else: no bias, no adapter around it, no hook on it."""
+    return type(head) is nn.Linear and getattr(head, "bias", None) is None and not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def head_loss(states: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    """`mean_cross_entropy` under any head [width] -> [vocabulary]; one that is more than a matrix computes its logits of all labels at once."""
+    if is_plain(head):
+        weight: Any = head.weight
+        return mean_cross_entropy(states, weight, labels)
+    at = labels != IGNORED
+    return F.cross_entropy(head(states[at]).float(), labels[at], reduction="sum") / max(1, int(at.sum()))

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from llmworks.artifact import Adapter, Model, Tokenizer
 from llmworks.context import Context
-from llmworks.errors import UserError
+from llmworks.errors import MissingDependency, UserError
 from llmworks.model.shape import RecurrentShape, Shape
 
 ROUND = 64  # rows of an embedding compute fastest in multiples of it
@@ -71,17 +71,33 @@ def _save(config: NewConfig | RecurrentConfig, tokenizer: Tokenizer | Model | Ad
     import torch
 
     from llmworks.model.golden import record
+    from llmworks.tokenize.load import ids_of
     from llmworks.tokenize.named import tokenizer_of
 
     loaded = tokenizer_of(tokenizer)
-    if config.vocabulary and config.vocabulary < len(loaded):
-        raise UserError(f"config.vocabulary is {config.vocabulary:,}, the tokenizer has {len(loaded):,} tokens")
+    needed = ids_of(loaded)
+    if config.vocabulary and config.vocabulary < needed:
+        raise UserError(f"config.vocabulary is {config.vocabulary:,}, the tokenizer has {needed:,} tokens")
+    vocabulary = config.vocabulary or -(-needed // ROUND) * ROUND
+    require_memory(config.model_copy(update={"vocabulary": vocabulary}))
     torch.manual_seed(ctx.seed)
     ids = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id") if getattr(loaded, name) is not None}
-    model, kind = draw(config.vocabulary or -(-len(loaded) // ROUND) * ROUND, ids)
+    model, kind = draw(vocabulary, ids)
     loaded.model_max_length = config.context
     loaded.save_pretrained(ctx.out)
     (ctx.out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
     parameters = sum(p.numel() for p in model.parameters())
     ctx.progress.say(f"{parameters:,} parameters, saved as {kind}")
     return Model(ctx.out, golden=record(ctx.out), metrics={"parameters": parameters}, about={"format": "hf", "dtype": "float32", "architecture": kind})
+
+
+def require_memory(shape: Shape | RecurrentShape) -> None:
+    """Whether the weights fit into this machine, twice, since they are written too. Errors: MissingDependency."""
+    import os
+
+    from llmworks.model.anatomy import parts_of
+
+    wanted = 8 * sum(part.parameters for part in parts_of(shape, 1))
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > there:
+        raise MissingDependency(f"the model has {wanted // 8:,} parameters; making it takes {wanted / 1e9:,.0f} GB of memory, this machine has {there / 1e9:,.0f} GB")

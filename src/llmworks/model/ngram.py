@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llmworks.errors import ModelError
 from llmworks.model.kneser_ney import Order
 from llmworks.model.linear_loss import IGNORED
-from llmworks.model.positions import segments_of
+from llmworks.model.rows import check_ids, segments_of
 from llmworks.model.state import StateCache
 
 ROOM = 1 << 24  # probabilities that exist at once
@@ -34,6 +33,10 @@ class NgramConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def __init__(self, vocab_size: int = 2, sizes: Sequence[int] = (3,), discounts: Sequence[Sequence[float]] = ((0.5, 1.0, 1.5),), max_position_embeddings: int = 1 << 20, **kwargs: Any) -> None:
         self.vocab_size, self.sizes, self.discounts, self.max_position_embeddings = vocab_size, list(sizes), [list(d) for d in discounts], max_position_embeddings
         kwargs["tie_word_embeddings"] = False
+        orders = len(self.sizes)
+        good = orders and self.sizes[0] == vocab_size + 1 and len(self.discounts) == orders and all(len(d) == 3 and all(isinstance(x, (int, float)) and 0 <= x <= n for n, x in enumerate(d, 1)) for d in self.discounts)
+        if not good:
+            raise ValueError("config.json: sizes, discounts and vocab_size do not belong together; copy it again")
         super().__init__(**kwargs)
 
 
@@ -106,9 +109,11 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
     def find(self, n: int, before: Tensor, token: Tensor) -> Tensor:
         """The number of the n-gram of `before` (a number in the order below, or -1) and a token; -1 where the text had none."""
         keys = self.get_buffer(f"keys_{n}")
+        if not keys.numel():
+            return torch.full_like(token, -1)
         wanted = before * (self.vocabulary + 1) + token
         at = torch.searchsorted(keys, wanted.contiguous()).clamp(max=len(keys) - 1)
-        return torch.where((before >= 0) & (keys[at] == wanted) if len(keys) else torch.zeros_like(before, dtype=torch.bool), at, -1)
+        return torch.where((before >= 0) & (keys[at] == wanted), at, -1)
 
     def contexts(self, ids: Tensor, apart: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
         """For each n below the highest, the number [batch, length] of the n-gram that ends at each token. apart: tokens before which another text ends."""
@@ -129,6 +134,8 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         p = torch.full((tokens, self.vocabulary), 1 / self.vocabulary, dtype=torch.float64, device=device)
         for n, (begins, total, taken) in enumerate(self.tables(), 1):
             counts = self.get_buffer(f"counts_{n}")
+            if not counts.numel() or not total.numel():  # no text is so long
+                continue
             here = contexts[n - 2] if n > 1 else torch.zeros(tokens, dtype=torch.int64, device=device)
             known = here >= 0
             known &= total[here.clamp(min=0)] > 0
@@ -149,6 +156,8 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         p = torch.full(tokens.shape, 1 / self.vocabulary, dtype=torch.float64, device=tokens.device)
         for n, (_, total, taken) in enumerate(self.tables(), 1):
             counts = self.get_buffer(f"counts_{n}")
+            if not counts.numel() or not total.numel():
+                continue
             here = contexts[n - 2] if n > 1 else torch.zeros_like(tokens)
             entry = self.find(n, here, tokens) if n > 1 else tokens
             here, known = here.clamp(min=0), (here >= 0) & (total[here.clamp(min=0)] > 0)
@@ -165,8 +174,7 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         Position ids that begin anew, without a mask, part a row into texts that do not see one another.
         Errors: ModelError for ids beyond the vocabulary.
         """
-        if input_ids.numel() and int(input_ids.max()) >= self.vocabulary:
-            raise ModelError(f"token id {int(input_ids.max())} is beyond the vocabulary of {self.vocabulary:,}; the tokenizer is another model's")
+        check_ids(input_ids, self.vocabulary)
         batch, length = input_ids.shape
         cache = past_key_values if past_key_values is not None else StateCache() if use_cache else None
         valid = attention_mask[:, -length:].bool() if attention_mask is not None else torch.ones_like(input_ids, dtype=torch.bool)

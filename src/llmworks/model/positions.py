@@ -1,6 +1,6 @@
-"""How a Transformer knows the order of tokens: rotary angles and their stretching, sinusoids, and ALiBi's slopes; and where positions begin anew.
+"""How a Transformer knows the order of tokens: rotary angles and their stretching, sinusoids, and ALiBi's slopes.
 
-Pure functions; knows no attention.
+Pure functions of positions; knows no attention.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llmworks.model.shape import Rope
 
@@ -67,9 +66,3 @@ def slopes(heads: int) -> Tensor:
     found = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
     between = [2 ** (-8 * (i + 1) / (2 * whole)) for i in range(0, 2 * (heads - whole), 2)]
     return torch.tensor(found + between)
-
-
-def segments_of(positions: Tensor) -> Tensor | None:
-    """The number of each token's text in its row [batch, length]: positions that begin anew are another text's. None when all rows are one text."""
-    again = positions.diff(dim=-1) <= 0
-    return F.pad(again.cumsum(-1), (1, 0)) if again.any() else None

@@ -15,9 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llmworks.errors import ModelError
-from llmworks.model.linear_loss import mean_cross_entropy
-from llmworks.model.positions import segments_of
+from llmworks.model.linear_loss import head_loss
+from llmworks.model.rows import check_ids, segments_of, texts_in
 from llmworks.model.shape import RecurrentShape
 from llmworks.model.state import State, StateCache
 
@@ -67,19 +66,6 @@ class Recurrence(nn.Module):
         if ragged:
             made = pad_packed_sequence(made, batch_first=True, total_length=x.shape[1])[0]
         return made, left if isinstance(left, tuple) else (left,)
-
-
-def texts_in(valid: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(text of each token that counts, its place in that text, lengths of the texts). valid, segments: [batch, length]; a text ends where its segment does.
-
-    Texts are numbered in the order of the rows; tokens too, as `x[valid]` has them.
-    """
-    marks = segments.masked_fill(~valid, -1)
-    begins = valid & (F.pad(marks[:, :-1], (1, 0), value=-2) != marks)
-    text = begins.flatten().cumsum(0)[valid.flatten()] - 1
-    lengths = torch.bincount(text, minlength=int(begins.sum()))
-    first = lengths.cumsum(0) - lengths
-    return text, torch.arange(len(text), device=text.device) - first[text], lengths
 
 
 class RecurrentConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -163,8 +149,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         Position ids that begin anew part a row into texts that do not see one another; not where a cache is used.
         Errors: ModelError for ids beyond the vocabulary.
         """
-        if input_ids is not None and input_ids.numel() and int(input_ids.max()) >= self.shape.vocabulary:
-            raise ModelError(f"token id {int(input_ids.max())} is beyond the vocabulary of {self.shape.vocabulary:,}; the tokenizer is another model's")
+        check_ids(input_ids, self.shape.vocabulary)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if past_key_values is not None else StateCache() if use_cache else None
         valid = attention_mask[:, -x.shape[1] :].bool() if attention_mask is not None and not attention_mask[:, -x.shape[1] :].all() else None
@@ -172,12 +157,12 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
             segment_ids = segments_of(position_ids.expand(x.shape[:2]))
         states, state = self._read(F.dropout(x, self.shape.dropout, self.training), valid, segment_ids, cache.state if cache is not None else None)
         if cache is not None:
-            cache.state, cache.tokens = state, cache.tokens + x.shape[1]
+            cache.state, cache.tokens = state or None, cache.tokens + x.shape[1]
         states = F.dropout(states, self.shape.dropout, self.training)
         if self.to_width is not None:
             states = self.to_width(states)
         if labels is not None:
-            return CausalLMOutputWithPast(loss=mean_cross_entropy(states[:, :-1], self.head.weight, labels[:, 1:]))
+            return CausalLMOutputWithPast(loss=head_loss(states[:, :-1], self.head, labels[:, 1:]))
         return CausalLMOutputWithPast(logits=self.head(states[:, -logits_to_keep:] if logits_to_keep else states), past_key_values=cache)  # type: ignore[arg-type]
 
     def _read(self, x: Tensor, valid: Tensor | None, segments: Tensor | None, state: State | None) -> tuple[Tensor, State]:
@@ -189,13 +174,15 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
         segments = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device) if segments is None else segments
         given = valid.any(1)  # a row without tokens keeps its state
+        if not given.any():
+            return x.new_zeros(*x.shape[:2], self.shape.inner), state or ()
         if state is not None and not given.all():
             state = tuple(s[:, given] for s in state)
         text, place, lengths = texts_in(valid, segments)
         apart = x.new_zeros(len(lengths), int(lengths.max()), x.shape[2])
         apart[text, place] = x[valid]
         made, left = self.body(apart, lengths.cpu(), state)
-        whole = x.new_zeros(*x.shape[:2], made.shape[2])
+        whole = made.new_zeros(*x.shape[:2], made.shape[2])
         whole[valid] = made[text, place]
         if not given.all() and left[0].shape[1] == int(given.sum()):
             kept = before or tuple(s.new_zeros(s.shape[0], len(x), s.shape[2]) for s in left)

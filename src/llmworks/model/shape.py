@@ -44,8 +44,8 @@ class Shape(Config):
     """What a decoder is made of."""
 
     vocabulary: int = Field(32_000, gt=0, description="tokens")
-    width: int = Field(512, gt=0, description="numbers of a token's state")
-    layers: int = Field(8, gt=0, description="blocks")
+    width: int = Field(512, gt=0, le=1 << 20, description="numbers of a token's state")
+    layers: int = Field(8, gt=0, le=1000, description="blocks")
     heads: int = Field(8, gt=0, description="query heads")
     kv_heads: int = Field(0, ge=0, description="key and value heads: as many as heads (0) is multi-head, fewer grouped-query, one multi-query attention")
     head_width: int = Field(0, ge=0, description="numbers of a head; 0: width / heads")
@@ -130,10 +130,10 @@ class RecurrentShape(Config):
 
     kind: Literal["mlp", "rnn", "lstm", "gru"] = Field("lstm", description="mlp: a window of tokens through one layer; rnn, lstm, gru: a state that every token changes")
     vocabulary: int = Field(32_000, gt=0, description="tokens")
-    width: int = Field(512, gt=0, description="numbers of an embedding")
+    width: int = Field(512, gt=0, le=1 << 20, description="numbers of an embedding")
     hidden: int = Field(0, ge=0, description="numbers of the state, or of mlp's layer; 0: the width")
-    layers: int = Field(1, gt=0, description="one above the other (rnn, lstm, gru)")
-    window: int = Field(0, ge=0, description="tokens that mlp looks back, itself included; 0: 8")
+    layers: int = Field(1, gt=0, le=100, description="one above the other (rnn, lstm, gru)")
+    window: int = Field(0, ge=0, le=10_000, description="tokens that mlp looks back, itself included; 0: 8")
     dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings and of what each layer gives, in training")
     tied: bool = Field(True, description="output head and embedding are one matrix")
     context: int = Field(2048, gt=0, description="longest text, in tokens, that is trained and asked; the state itself has no limit")

@@ -104,6 +104,8 @@ def shape_of_model(model: Model) -> Any_Shape:
     else:
         raise ModelError(f"{model.name}: is {model.format}; what is shown is a Hugging Face directory or a GGUF file")
     try:
+        if config.get("model_type") == "llmworks_ngram":
+            raise ModelError("is an n-gram model, which has no layers; `llmworks show` says what was counted")
         if config.get("model_type") == "llmworks_recurrent":
             return RecurrentShape.model_validate(config.get("shape"))
         return shape_of(config)[1]

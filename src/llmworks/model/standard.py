@@ -53,8 +53,10 @@ class Standard:
 def _rope(config: Json, layers: str = "") -> Json:
     """The rotary positions of a config, in either of transformers' forms."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if layers and layers in given:
+    if layers and isinstance(given, dict) and layers in given:
         given = given[layers] or {}
+    if not isinstance(given, dict):
+        raise ModelError(f"config.json: rope_parameters must be an object, not {given!r}")
     kind = given.get("rope_type", given.get("type", "default"))
     known = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama-3"}
     if kind not in known:

@@ -86,7 +86,7 @@ def likeness(test: Pairs, vector: Vector) -> Found:
 
     known = [(vector(a), vector(b), score) for a, b, score in test.rows]
     known = [(a, b, score) for a, b, score in known if a is not None and b is not None]
-    if len(known) < 4:
+    if len(known) < 4 or len({score for *_, score in known}) == 1:  # no rank correlation
         return Found(math.nan, math.nan, math.nan, len(known), len(test.rows))
     cosines = [float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) or 1)) for a, b, _ in known]
     r = float(spearmanr([score for *_, score in known], cosines).statistic)

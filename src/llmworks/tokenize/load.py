@@ -39,6 +39,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def ids_of(tokenizer: Any) -> int:
+    """How many rows an embedding needs for a tokenizer's ids: one more than the largest, since some leave gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def one_template(path: Path, named: Mapping[str, str]) -> str:
     """Several templates, which some models have by name, as one: `tool_use` with tools, else `default`, as transformers chooses. ModelError without a default."""
     if "default" not in named:

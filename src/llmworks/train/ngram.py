@@ -6,8 +6,9 @@ Interpolated Kneser-Ney (`model/kneser_ney.py`). It answers and is measured as e
 from __future__ import annotations
 
 import json
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmworks.artifact import Adapter, Config, Dataset, Model, Tokenizer
 from llmworks.context import Context
@@ -22,6 +23,12 @@ class NgramConfig(Config):
     discount: float = Field(0.0, ge=0, lt=1, description="taken from every count; 0: three discounts for each order, estimated (modified Kneser-Ney)")
     rows: int = Field(0, ge=0, description="rows of held-out tokens that are measured; 0: all")
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if 0 < self.discount < 0.001:
+            raise ValueError(f"discount is {self.discount}; give 0, or 0.001 or more")
+        return self
+
 
 def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Model:
     """Count the n-grams of all pieces of packed rows; each piece is a text of its own. Holds about 60 bytes for each token of the data in memory.
@@ -33,20 +40,20 @@ def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dat
     from llmworks.model.golden import record
     from llmworks.model.kneser_ney import count, estimated
     from llmworks.model.ngram import NgramForCausalLM
-    from llmworks.tokenize.load import quiet_transformers
+    from llmworks.tokenize.load import ids_of, quiet_transformers
     from llmworks.tokenize.named import tokenizer_of
     from llmworks.train.heldout import measure
 
     loaded = tokenizer_of(tokenizer)
     packed = Packed(data)
-    vocabulary = len(loaded)
+    vocabulary = ids_of(loaded)
     tokens = np.concatenate([shard["tokens"] for shard in packed.shards]).astype(np.int64)
+    if not len(tokens):
+        raise DataError(f"{data.name}: has no tokens")
     if int(tokens.max()) >= vocabulary:
         raise ModelError(f"{data.name}: has token {int(tokens.max()):,}, {tokenizer.name} has {vocabulary:,}; give the tokenizer that the data was packed with")
     ends = np.cumsum([0, *(len(shard["tokens"]) for shard in packed.shards)])
     begins = np.concatenate([shard["pieces"][:-1] + end for shard, end in zip(packed.shards, ends, strict=False)])
-    if not len(tokens):
-        raise DataError(f"{data.name}: has no tokens")
     with ctx.progress.bar("count", 1, "passes") as bar:
         orders = count(tokens, begins, vocabulary, config.order)
         bar.advance()
@@ -65,6 +72,8 @@ def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dat
     metrics: dict[str, float] = {"tokens": len(tokens), "ngrams": sum(len(o.keys) for o in orders)}
     if held_out is not None:
         found = measure(model, Packed(held_out), loaded, rows=config.rows)
+        if not found.tokens:
+            raise DataError(f"{held_out.name}: has no token that is learned")
         metrics |= {"perplexity": round(found.perplexity, 4), "bits_per_byte": round(found.bits_per_byte, 5), "nats_per_token": round(found.per_token, 5)}
         report.lead += f" On {held_out.name} its perplexity is {found.perplexity:,.1f}: {found.bits_per_byte:.3f} bits per byte."
     report.table("n-grams", ("length", "different ones", "that stand once", "taken from 1", "from 2", "from more"), [(n, len(o.keys), int((o.counts == 1).sum()), *d) for n, (o, d) in enumerate(zip(orders, discounts, strict=True), 1)])

@@ -59,6 +59,7 @@ STAGES: dict[str, Stage] = {
     "model.show": Stage("llmworks.model.show:show", 1, "exact", "look inside a model, or two side by side: layers, work, cache, a drawing"),
     "model.embedding": Stage("llmworks.model.embedding:embedding", 1, "declared", "word vectors of documents: Word2Vec, FastText or GloVe, scored"),
     "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 1, "exact", "a GGUF file to a Hugging Face directory"),
+    "train.compare": Stage("llmworks.train.compare:compare", 1, "exact", "trainings side by side: at equal tokens, at equal time"),
     "train.ngram": Stage("llmworks.train.ngram:ngram", 1, "exact-on-this-platform", "count an n-gram model of packed tokens (Kneser-Ney)"),
     "train.pretrain": Stage("llmworks.train.pretrain:pretrain", 1, "declared", "train a model on packed tokens"),
     "train.sft": Stage("llmworks.train.sft:sft", 2, "declared", "supervised fine-tuning with LoRA, loss on assistant turns"),

@@ -39,7 +39,7 @@ class PretrainConfig(Config):
     average: float = Field(0.0, ge=0, lt=1, description="decay of a running mean of the weights, which is what is saved; 0: the last weights are")
     spike: float = Field(3.0, ge=0, description="stop at a loss so many nats above the median of the last 50 steps; 0: never")
     look_every: int = Field(100, gt=0, description="steps between two looks at held-out tokens, with samples")
-    look_rows: int = Field(64, gt=0, description="rows of held-out tokens at each look; all of them at the end")
+    look_rows: int = Field(64, gt=0, description="rows of held-out tokens at each look; at the end all of them are measured, too")
     prompts: list[str] = Field(["The", "In the", "def "], description="beginnings of the samples")
     sample_tokens: int = Field(40, ge=0, description="tokens of a sample; 0: no samples")
     checkpoint_every: int = Field(100, gt=0, description="steps between two checkpoints")
@@ -95,7 +95,7 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
             ctx.progress.say(f"step {step + 1}: {config.prompts[0]}{kept[step][0]}".replace("\n", "⏎"))
         if unseen is None:
             return {}
-        found = measure(network, unseen, tokenizer, rows=0 if step + 1 == len(steps) else config.look_rows, batch=config.batch)
+        found = measure(network, unseen, tokenizer, rows=config.look_rows, batch=config.batch)
         ctx.progress.say(f"step {step + 1}: held out {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}")
         return {"held_out": found.per_token, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
 
@@ -108,9 +108,9 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
     metrics |= {"parameters": sum(p.numel() for p in network.parameters())}
-    last = next((row for row in reversed(rows) if "bits_per_byte" in row), None)
-    if last:
-        metrics |= {name: round(last[name], 5) for name in ("bits_per_byte", "perplexity")}
+    if unseen is not None:
+        found = measure(network, unseen, tokenizer, batch=config.batch)
+        metrics |= {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 5)}
     ended = continued(network, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
     warnings = draw(ctx.report, f"{model.name} on {data.name}", rows, config.prompts, begun, ended)
     for warning in warnings:

@@ -1,0 +1,117 @@
+"""Stage `train.compare`: trainings side by side by what they left in their metrics: bits per byte at equal tokens and at equal time.
+
+Reads models that `train.pretrain` and `train.ngram` made; runs none of them.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Model, Report
+from llmworks.context import Context
+from llmworks.errors import DataError, UserError
+
+Points = Sequence[tuple[float, float]]
+
+
+class CompareConfig(Config):
+    """Which of them the others are held against."""
+
+    first: str = Field("", description="the model that is held against the best of the others; default: the first")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: bits per byte by tokens read, and by seconds of training; what is left at the end."""
+
+    by_tokens: Points
+    by_seconds: Points
+    parameters: int
+    tokens: int
+    bits_per_byte: float
+    perplexity: float
+
+
+def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Report:
+    """A table and curves. Models must have been measured on the same held-out tokens.
+
+    Errors: UserError for less than two models, or a first one that is not among them; DataError for a model without held-out figures, or measured on others.
+    """
+    if len(models) < 2:
+        raise UserError("compare needs two models or more; name each: --models NAME=REF")
+    first = config.first or next(iter(models))
+    if first not in models:
+        raise UserError(f"config.first is {first!r}; the models are {', '.join(models)}")
+    seen = {name: tuple(p.digest for p in model.manifest.parents if p.role == "held_out") if model.manifest else () for name, model in models.items()}
+    other = next((name for name in models if seen[name] != seen[first]), None)
+    if other is not None:
+        raise DataError(f"{other} and {first} were not measured on the same held-out tokens, so their figures cannot be compared")
+    runs = {name: read(name, model) for name, model in models.items()}
+    trained = {name: run for name, run in runs.items() if len(run.by_tokens) > 1}
+    tokens, seconds = (min((points[-1][0] for points in (getattr(run, kind) for run in trained.values())), default=0.0) for kind in ("by_tokens", "by_seconds"))
+    rows = []
+    for name, run in runs.items():
+        equal = (at(run.by_tokens, tokens), at(run.by_seconds, seconds)) if name in trained else (None, None)
+        rows.append((name, run.parameters or None, run.tokens, run.by_seconds[-1][0] if name in trained else None, *equal, run.bits_per_byte, run.perplexity))
+    report = ctx.report
+    report.title = f"{len(runs)} trainings side by side"
+    best = min(runs, key=lambda name: runs[name].bits_per_byte)
+    report.lead = f"At the end {best} is best: {runs[best].bits_per_byte:.4f} bits per byte." + crossing(first, trained)
+    report.table("Figures", ("model", "parameters", "tokens", "seconds", f"bits per byte at {tokens:,.0f} tokens", f"at {seconds:,.0f} s", "at the end, all held-out tokens", "perplexity"), rows, note="On the way a part of the held-out tokens is looked at; between two looks the value is taken on a line.")
+    for heading, kind, x in (("Bits per byte by tokens", "by_tokens", "tokens"), ("Bits per byte by time", "by_seconds", "seconds of training")):
+        series = {name: getattr(run, kind) for name, run in trained.items()}
+        if series:
+            last = max(points[-1][0] for points in series.values())
+            flat = {name: [(0.0, run.bits_per_byte), (last, run.bits_per_byte)] for name, run in runs.items() if name not in trained}
+            report.curves(heading, {**series, **flat}, x=x, y="bits")
+    report.data = {"models": {name: {"bits_per_byte": run.bits_per_byte, "parameters": run.parameters, "tokens": run.tokens} for name, run in runs.items()}, "equal_tokens": tokens, "equal_seconds": seconds}
+    others = [run.bits_per_byte for name, run in runs.items() if name != first]
+    ctx.progress.say(report.lead)
+    return Report(ctx.out, metrics={"bits_per_byte": runs[first].bits_per_byte, "best_other": min(others), "ahead": round(min(others) - runs[first].bits_per_byte, 5)})
+
+
+def read(name: str, model: Model) -> Run:
+    """What a training left. DataError without held-out figures."""
+    if "bits_per_byte" not in model.metrics:
+        raise DataError(f"{name}: has no held-out figures; train it with held-out tokens (--held-out)")
+    file = model.path / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    steps = [row for row in rows if "loss" in row]
+    place = {row["step"]: i for i, row in enumerate(steps)}
+    tokens, seconds = (list(accumulate(row[key] for row in steps)) for key in ("tokens", "seconds"))
+    looks = [(place[row["step"]], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
+    return Run(
+        [(tokens[i], bits) for i, bits in looks], [(seconds[i], bits) for i, bits in looks], int(model.metrics.get("parameters", 0)), int(model.metrics.get("tokens", 0)), float(model.metrics["bits_per_byte"]), float(model.metrics["perplexity"]),
+    )  # fmt: skip
+
+
+def at(points: Points, x: float) -> float | None:
+    """The value at x, on the line between two points; the first before all, none after the last."""
+    if not points or x > points[-1][0]:
+        return None
+    i = bisect_left([p for p, _ in points], x)
+    if i == 0:
+        return points[0][1]
+    (x0, y0), (x1, y1) = points[i - 1], points[i]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def crossing(first: str, trained: dict[str, Run]) -> str:
+    """From which time on the first is better than every other that was trained."""
+    others = {name: run for name, run in trained.items() if name != first}
+    if first not in trained or not others:
+        return ""
+    own = trained[first].by_seconds
+    since: float | None = None
+    for x, y in own:
+        best = min((value for run in others.values() if (value := at(run.by_seconds, x) if x <= run.by_seconds[-1][0] else run.by_seconds[-1][1]) is not None), default=float("inf"))
+        since = None if y > best else x if since is None else since
+    if since is None:
+        return f" At equal time {first} is never the best of those that were trained."
+    return f" At equal time {first} is the best of those that were trained" + (" from the first look on." if since == own[0][0] else f" from {since:,.0f} s on.")

@@ -157,9 +157,10 @@ def test_checkpoints_rotate_and_are_whole(tmp_path: Path, monkeypatch: pytest.Mo
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as disk, pytest.raises(TrainingError, match=r"step 40 cannot be written .*No space left.*goes on from step 30"):
+    with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", full)
-        checkpoints.save(run, 40, tmp_path, keep=2)
+        with pytest.raises(TrainingError, match=r"step 40 cannot be written .*No space left.*goes on from step 30"):
+            checkpoints.save(run, 40, tmp_path, keep=2)
     assert [file.name for file in (tmp_path / checkpoints.FOLDER).iterdir()].count("step-000000040.pt") == 0
     again = Two()
     assert checkpoints.resume(running(again), tmp_path) == 30

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ class Running:
 
 
 def save(running: Running, step: int, scratch: Path, keep: int) -> None:
-    """Write the checkpoint after `step` finished steps, and delete older ones than the last `keep`. Errors: TrainingError for a full disk; what was there stays."""
+    """Write the checkpoint after `step` finished steps, and delete older ones than the last `keep`. Errors: OSError for a full disk; what was there stays."""
     folder = scratch / FOLDER
     folder.mkdir(exist_ok=True)
     state = {
@@ -42,11 +41,9 @@ def save(running: Running, step: int, scratch: Path, keep: int) -> None:
             torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())
-    except (OSError, RuntimeError) as error:  # torch wraps what the stream raised
+    except BaseException:  # a full disk, an interrupt: what was there stays
         temporary.unlink(missing_ok=True)
-        older = found(scratch)
-        left = f"the same command goes on from step {_step(older[-1])}" if older else "no earlier one is there"
-        raise TrainingError(f"the checkpoint of step {step} cannot be written to {folder} ({str(error).splitlines()[0]}); free some space, {left}") from None
+        raise
     temporary.replace(target)
     for old in found(scratch)[:-keep]:
         old.unlink()
@@ -55,11 +52,6 @@ def save(running: Running, step: int, scratch: Path, keep: int) -> None:
 def found(scratch: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
     return sorted(path for path in (scratch / FOLDER).glob("step-*.pt"))
-
-
-def _step(path: Path) -> int:
-    number = re.fullmatch(r"step-(\d+)\.pt", path.name)
-    return int(number[1]) if number else 0
 
 
 def resume(running: Running, scratch: Path) -> int:

@@ -59,7 +59,7 @@ def train(
 ) -> dict[str, float]:  # fmt: skip
     """Run all steps; each is a list of parts (batches, made when needed) whose gradients are accumulated.
 
-    Trains the parameters that require gradients. Returns metrics. Errors: TrainingError when the loss is not finite, jumps, or a checkpoint cannot be written.
+    Trains the parameters that require gradients. Returns metrics. Errors: TrainingError when the loss is not finite, or jumps.
     """
     running, device = _running(model, config, habits)
     start = checkpoints.resume(running, scratch)

@@ -56,7 +56,7 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     """Train all weights of the model on the rows of `data`, whose tokens must be its tokenizer's.
 
     Errors: DataError for data that are no packed tokens, of another tokenizer, or fewer than a step; ModelError for rows that are longer than the model reads;
-    TrainingError when the loss is no number or jumps, or a checkpoint cannot be written.
+    TrainingError when the loss is no number or jumps.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Makes the architectures of this room known to transformers, so that their directories load by its `Auto` classes."""
+"""Makes the decoder, encoders, n-grams and recurrent models known to transformers, so that their directories load by its `Auto` classes. Nothing else."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Stack(nn.Module):
         self._gradient_checkpointing_func: Any = None
 
     def forward(self, embedded: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
-        """embedded: [batch, length, width]; positions: [batch, length]; padding: [batch, keys], 1 where there is a token; segments: [batch, length], without a cache.
+        """embedded: what `embedding` gives of the ids, [batch, length, width]; positions: [batch, length]; padding: [batch, keys], 1 where there is a token; segments: [batch, length], without a cache.
 
         Errors: ModelError for a text beyond learned positions.
         """

@@ -1,4 +1,4 @@
-"""Fold a LoRA adapter into a model's weights: W + (alpha / r) B A, computed in fp32. The one place that does this."""
+"""Fold a LoRA adapter into a model's weights: W + (alpha / r) B A, computed in fp32. The one place that does this; knows no training and no file but the adapter's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Golden tokens of a Hugging Face model: record them, or replay them, with logits from torch."""
+"""Golden tokens of a Hugging Face model: record them, or replay them, with logits from torch. What they hold, and what must replay, is `tokenize/golden.py`'s."""
 
 from __future__ import annotations
 

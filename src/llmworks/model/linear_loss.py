@@ -33,22 +33,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += (largest - chances.amax(-1, keepdim=True).log() - right).sum()  # the largest chance is 1 / sum of exp(logit - largest)
             if by_state is None and by_weight is None:
                 continue
-            slope = chances.scatter_add_(-1, wanted, torch.full_like(right, -1.0)).to(states.dtype)  # softmax less one where the label is
+            by_logits = chances.scatter_add_(-1, wanted, torch.full_like(right, -1.0)).to(states.dtype)  # softmax less one where the label is
             if by_state is not None:
-                torch.mm(slope, matrix, out=by_state[start : start + step])
+                torch.mm(by_logits, matrix, out=by_state[start : start + step])
             if by_weight is not None:
-                by_weight.addmm_(slope.T, here, alpha=scale) if slope.dtype == torch.float32 else by_weight.add_(slope.T @ here, alpha=scale)
+                by_weight.addmm_(by_logits.T, here, alpha=scale) if by_logits.dtype == torch.float32 else by_weight.add_(by_logits.T @ here, alpha=scale)
         context.scale = scale
         context.save_for_backward(by_state, None if by_weight is None else by_weight.to(weight.dtype))
         return total * scale
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """The gradients that were computed, times that of the loss: with it a scaler of fp16 lifts those of the states before they are small."""
         by_state, by_weight = context.saved_tensors
-        slope = float(slopes[0])
-        return None if by_state is None else by_state * (slope * context.scale), by_weight if by_weight is None or slope == 1.0 else by_weight * slope, None, None
+        gradient = float(gradients[0])
+        return None if by_state is None else by_state * (gradient * context.scale), by_weight if by_weight is None or gradient == 1.0 else by_weight * gradient, None, None
 
 
 def chunk(vocabulary: int) -> int:

@@ -1,4 +1,4 @@
-"""Load a Hugging Face directory as torch modules, and say in one line what is wrong with one that cannot be loaded."""
+"""Load a Hugging Face directory as torch modules, and say in one line what is wrong with one that cannot be loaded. Knows no architecture."""
 
 from __future__ import annotations
 

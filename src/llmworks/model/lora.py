@@ -1,7 +1,7 @@
 """LoRA: y = W x + (alpha / r) B A x, with A random and B zero, so that training starts from the model itself.
 
 Adapters are written and read in peft's format. Source: Hu et al. 2021 (arXiv:2106.09685), initialisation as in peft's
-`LoraLayer.reset_lora_parameters`. Folding into the weights is `fold.py`.
+`LoraLayer.reset_lora_parameters`. Folding into the weights is `fold.py`; knows no other adapter.
 """
 
 from __future__ import annotations

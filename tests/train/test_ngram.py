@@ -76,9 +76,12 @@ def test_one_measure_for_every_model(packed: tuple[Path, Path, Path], pico: Path
 
 def test_mistakes(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = tmp_path / "small"
+    large = tmp_path / "large"
+    assert main(["tokenize", "train", str(tmp_path / "train-read"), "--set", "vocabulary=400", "--out", str(large), "--quiet"]) == 0
+    assert main(["data", "pack", str(large), str(tmp_path / "test-read"), "--set", "length=64", "--out", str(tmp_path / "others"), "--quiet"]) == 0
     assert main(["tokenize", "train", str(tmp_path / "train-read"), "--set", "vocabulary=280", "--out", str(small), "--quiet"]) == 0
     capsys.readouterr()
-    for words, says in (([str(pico), str(packed[0]), "--set", "discount=1e-323"], "give 0, or 0.001 or more"), ([str(pico), str(tmp_path / "train-read")], "no shards of tokens"), ([str(small), str(packed[0])], "give the tokenizer that the data was packed with"), ([str(pico), str(packed[0]), "--set", "order=9"], "less than or equal to 8")):
+    for words, says in (([str(pico), str(packed[0]), "--set", "discount=1e-323"], "give 0, or 0.001 or more"), ([str(pico), str(tmp_path / "train-read")], "no shards of tokens"), ([str(small), str(packed[0])], "was packed with another tokenizer than"), ([str(pico), str(packed[0]), "--held-out", str(tmp_path / "others")], "others: was packed with another tokenizer"), ([str(pico), str(packed[0]), "--set", "order=9"], "less than or equal to 8")):
         assert main(["train", "ngram", *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
         told = capsys.readouterr().err.strip()
         assert says in told

@@ -142,7 +142,7 @@ def test_the_average_is_what_is_saved(made: Path, tmp_path: Path) -> None:
     """One step of rate r moves the last weights by d; with a decay of 0.75 the mean moves by a quarter of it."""
     start = load_file(made / "decoder" / "model.safetensors")
     one = ("batch=4", "tokens=1", "sample_tokens=0", "optimizer.warmup=0")
-    run(made, "decoder", tmp_path / "last", *one)
+    run(made, "decoder", tmp_path / "last", *one, "prompts=[]", "sample_tokens=5")
     run(made, "decoder", tmp_path / "mean", *one, "average=0.75")
     last, mean = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "mean"))
     for name, weight in start.items():

@@ -27,6 +27,7 @@ WORD = r"[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)*|\p{N}+"  # the saved tokenizer re
 LINE = 10_000  # words that gensim reads at once
 NEAR, SHOWN, DRAWN, CLUSTERS = 8, 24, 260, 12
 UNKNOWN = "<unk>"
+ALIKE = 0.8  # cosine of two words by chance that is told
 
 
 class EmbeddingConfig(Config):
@@ -92,10 +93,16 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
             score = likeness(test, made.vector)
         rows.append(_row(name, score))
         metrics |= {name: 0.0 if math.isnan(score.score) else round(score.score, 4), f"{name}_answered": score.answered}
-        lines.append(f"{name} {score.score:.3f} ({score.answered} of {score.questions} answered)")
+        lines.append(f"{name} {'has no score' if math.isnan(score.score) else f'{score.score:.3f}'} ({score.answered} of {score.questions} answered)")
     report = ctx.report
     report.title = f"{len(words):,} words of {data.name} ({config.method})"
     report.lead = f"Vectors of {config.dimensions} numbers, learned from {sum(counts.values()):,} words." + (f" {'; '.join(lines)}." if lines else "")
+    alike = collapsed(made.table)
+    metrics["warnings"] = int(alike > ALIKE)
+    if alike > ALIKE:
+        warning = f"most vectors point the same way (two words by chance have a cosine of {alike:.2f}), so there was too little text for so few passes; give more text, or more epochs and a larger sample"
+        report.text("Warnings", warning)
+        ctx.progress.say(f"warning: {warning}")
     if rows:
         report.table("Scores", ("test", "score", "from", "to", "answered", "questions"), rows, note="Pairs: Spearman's rank correlation with people's scores; analogies: share that is right. Only what has vectors is answered; 95 % intervals.")
     for name, found in kinds.items():
@@ -104,6 +111,15 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
     report.data |= {**metrics, "method": config.method}
     ctx.progress.say(report.lead)
     return Model(ctx.out, metrics=metrics, about={"format": "static-vectors", "architecture": config.method, "dimensions": config.dimensions})
+
+
+def collapsed(table: Any) -> float:
+    """The mean cosine of two words by chance; near 1 when all vectors are about the same."""
+    import numpy as np
+
+    unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    n = len(unit)
+    return float((np.square(unit.sum(0)).sum() - n) / (n * (n - 1)))
 
 
 def _row(name: str, found: Found) -> tuple[Any, ...]:

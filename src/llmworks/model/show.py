@@ -79,7 +79,7 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
         table = _table(parts, width)
         report.table(f"Layers of {name}", ("block", "part", "shape", "parameters", "operations", "cache, bytes"), table, note="Blocks that are alike stand once; figures are those of one of them, for one token.")
         lines += _plain(name, table)
-    report.terminal = "\n".join(lines)
+    report.terminal = "\n".join([*lines, "Of one token that sees " + f"{context:,}; cache in bytes. Blocks that are alike stand once, with the figures of one of them."])
     return Report(ctx.out, metrics={"parameters": sum(p.parameters for p in found[names[0]]), "work": sum(p.work for p in found[names[0]])})
 
 
@@ -99,6 +99,8 @@ def shape_of_model(model: Model) -> Any_Shape:
         from llmworks.model.from_gguf import config_of
 
         config = config_of(model.gguf_path)
+    elif (model.path / "embedding.json").exists():
+        raise ModelError("holds word vectors, which have no layers; `llmworks show` and its report say what they know")
     elif model.path.is_dir():
         config = read_json(model.path / "config.json")
     else:

@@ -16,6 +16,7 @@ import numpy as np
 from llmworks.errors import DataError
 
 BATCH = 512
+FEW = 10  # pairs below which an interval says nothing
 Vector = Callable[[str], Any]  # a word's vector, or None
 
 
@@ -81,7 +82,7 @@ class Found:
 
 
 def likeness(test: Pairs, vector: Vector) -> Found:
-    """Spearman's rank correlation of people's scores and cosines, over pairs of which both words have a vector. Interval by Fisher's z (Bonett & Wright 2000)."""
+    """Spearman's rank correlation of people's scores and cosines, over pairs of which both words have a vector. Of 10 pairs or more, interval by Fisher's z (Bonett & Wright 2000)."""
     from scipy.stats import spearmanr
 
     known = [(vector(a), vector(b), score) for a, b, score in test.rows]
@@ -91,7 +92,8 @@ def likeness(test: Pairs, vector: Vector) -> Found:
     cosines = [float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) or 1)) for a, b, _ in known]
     r = float(spearmanr([score for *_, score in known], cosines).statistic)
     z, wide = math.atanh(max(-0.999999, min(0.999999, r))), 1.96 * math.sqrt((1 + r * r / 2) / (len(known) - 3))
-    return Found(r, math.tanh(z - wide), math.tanh(z + wide), len(known), len(test.rows))
+    low, high = (math.tanh(z - wide), math.tanh(z + wide)) if len(known) >= FEW else (math.nan, math.nan)
+    return Found(r, low, high, len(known), len(test.rows))
 
 
 def solve(test: Analogies, words: dict[str, int], table: Any) -> dict[str, Found]:

@@ -48,11 +48,11 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
     first = config.first or next(iter(models))
     if first not in models:
         raise UserError(f"config.first is {first!r}; the models are {', '.join(models)}")
+    runs = {name: read(name, model) for name, model in models.items()}
     seen = {name: tuple(p.digest for p in model.manifest.parents if p.role == "held_out") if model.manifest else () for name, model in models.items()}
     other = next((name for name in models if seen[name] != seen[first]), None)
     if other is not None:
         raise DataError(f"{other} and {first} were not measured on the same held-out tokens, so their figures cannot be compared")
-    runs = {name: read(name, model) for name, model in models.items()}
     trained = {name: run for name, run in runs.items() if len(run.by_tokens) > 1}
     tokens, seconds = (min((points[-1][0] for points in (getattr(run, kind) for run in trained.values())), default=0.0) for kind in ("by_tokens", "by_seconds"))
     rows = []
@@ -63,7 +63,7 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
     report.title = f"{len(runs)} trainings side by side"
     best = min(runs, key=lambda name: runs[name].bits_per_byte)
     report.lead = f"At the end {best} is best: {runs[best].bits_per_byte:.4f} bits per byte." + crossing(first, trained)
-    report.table("Figures", ("model", "parameters", "tokens", "seconds", f"bits per byte at {tokens:,.0f} tokens", f"at {seconds:,.0f} s", "at the end, all held-out tokens", "perplexity"), rows, note="On the way a part of the held-out tokens is looked at; between two looks the value is taken on a line.")
+    report.table("Figures", ("model", "parameters", "tokens", "seconds", f"bits per byte at {tokens:,.0f} tokens", f"at {seconds:,.0f} s", "at the end, all held-out tokens", "perplexity"), rows, note="Curves, and the figures at equal tokens and time, are of the part of the held-out tokens that is looked at on the way; between two looks the value is taken on a line.")
     for heading, kind, x in (("Bits per byte by tokens", "by_tokens", "tokens"), ("Bits per byte by time", "by_seconds", "seconds of training")):
         series = {name: getattr(run, kind) for name, run in trained.items()}
         if series:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from llmworks.report import ReportBuilder
@@ -21,8 +22,8 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [*points[:-1:stride], *points[-1:]] if stride > 1 else list(points)
 
 
-def draw(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """Fill the report from the metrics of all steps; returns warnings."""
+def draw(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any], prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[str]:
+    """Fill the report from the metrics of all steps, and the figures of the whole; returns warnings."""
     steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "held_out" in row]
     loss = [(row["step"] + 1, row["loss"]) for row in steps]
     warnings: list[str] = []
@@ -34,9 +35,9 @@ def draw(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], prom
         warnings.append("it writes nothing")
     tokens = sum(row["tokens"] for row in steps)
     report.title = f"Training of {title}"
-    report.lead = f"{len(steps):,} steps, {tokens:,} tokens; the loss fell from {loss[0][1]:.3f} to {smooth(loss)[-1][1]:.3f} nats a token." if loss else ""
-    if looks:
-        report.lead += f" Held out: {looks[-1]['bits_per_byte']:.4f} bits per byte, perplexity {looks[-1]['perplexity']:,.1f}."
+    report.lead = f"{len(steps):,} steps, {tokens:,} tokens; from the first tenth of them to the last the loss went from {metrics['loss_first']:.3f} to {metrics['loss']:.3f} nats a token." if loss else ""
+    if "bits_per_byte" in metrics:
+        report.lead += f" All held-out tokens: {metrics['bits_per_byte']:.4f} bits per byte, perplexity {metrics['perplexity']:,.1f}."
     report.data = {"steps": len(steps), "tokens": tokens, "warnings": warnings, "held_out": [{"step": row["step"] + 1, "bits_per_byte": row["bits_per_byte"]} for row in looks]}
     if warnings:
         report.text("Warnings", "\n\n".join(warnings))
@@ -45,9 +46,12 @@ def draw(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], prom
         series["held out"] = [(row["step"] + 1, row["held_out"]) for row in looks]
     report.curves("Loss", series, x="step", y="nats per token")
     if looks:
-        report.curves("Bits per byte", {"held out": [(row["step"] + 1, row["bits_per_byte"]) for row in looks]}, x="step", y="bits")
+        report.curves("Bits per byte", {"held out": [(row["step"] + 1, row["bits_per_byte"]) for row in looks]}, x="step", y="bits", note="Of the part of the held-out tokens that is looked at on the way.")
     for heading, name, y, factor in (("Gradient norm", "gradient_norm", "before clipping", 1.0), ("Learning rate", "learning_rate", "", 1.0), ("Memory", "memory", "most so far, GB", 1e-9)):
-        report.curves(heading, {heading.lower(): thin([(row["step"] + 1, row[name] * factor) for row in steps])}, x="step", y=y)
+        values = [row[name] * factor for row in steps]
+        if name == "memory":  # a process that goes on begins to count anew
+            values = list(accumulate(values, max))
+        report.curves(heading, {heading.lower(): thin([(row["step"] + 1, value) for row, value in zip(steps, values, strict=True)])}, x="step", y=y)
     report.curves("Speed", {"mean of 10": thin(smooth([(row["step"] + 1, row["tokens"] / max(row["seconds"], 1e-9)) for row in steps]))}, x="step", y="tokens per second")
     if any(after):
         report.samples("What it writes", [{"": prompt, "before": b, "after": a} for prompt, b, a in zip(prompts, before, after, strict=True)], note="At temperature 0.8, the same draws before and after.")

@@ -43,10 +43,14 @@ def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dat
     from llmworks.tokenize.load import ids_of, quiet_transformers
     from llmworks.tokenize.named import tokenizer_of
     from llmworks.train.heldout import measure
+    from llmworks.train.packed import same_tokenizer
 
     loaded = tokenizer_of(tokenizer)
     packed = Packed(data)
     vocabulary = ids_of(loaded)
+    for one in (data, held_out):
+        if one is not None:
+            same_tokenizer(one, loaded, tokenizer.name)
     tokens = np.concatenate([shard["tokens"] for shard in packed.shards]).astype(np.int64)
     if not len(tokens):
         raise DataError(f"{data.name}: has no tokens")

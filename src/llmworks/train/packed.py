@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -10,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from llmworks.artifact import Dataset
 from llmworks.data.tokens import Packed, stack
 from llmworks.errors import DataError
 from llmworks.model.linear_loss import IGNORED
@@ -66,6 +68,13 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
         learned[:, 0] = False  # nothing predicts a row's first token
         label_ids = arrays["input_ids"].masked_fill(~learned, IGNORED)
         return PackedBatch(arrays["input_ids"], arrays["position_ids"], arrays["segment_ids"], label_ids, int(learned.sum()), sum(len(row.ids) for row in rows), f"rows {', '.join(map(str, numbers))}")
+
+
+def same_tokenizer(data: Dataset, tokenizer: Any, name: str) -> None:
+    """Whether packed tokens are a tokenizer's. Errors: DataError for those of another, by its digest; ids alone may fit by chance."""
+    recorded = data.about.get("tokenizer")
+    if recorded and hasattr(tokenizer, "_tokenizer") and recorded != hashlib.sha256(tokenizer._tokenizer.to_str().encode()).hexdigest():
+        raise DataError(f"{data.name}: was packed with another tokenizer than {name}'s; pack it again (llmworks data pack {name} ...)")
 
 
 @functools.lru_cache(maxsize=2)

@@ -91,7 +91,7 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
 
     def look(step: int) -> dict[str, float]:
         kept[step] = continued(network, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
-        if config.sample_tokens:
+        if config.sample_tokens and config.prompts:
             ctx.progress.say(f"step {step + 1}: {config.prompts[0]}{kept[step][0]}".replace("\n", "⏎"))
         if unseen is None:
             return {}
@@ -108,11 +108,11 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
     metrics |= {"parameters": sum(p.numel() for p in network.parameters())}
-    if unseen is not None:
-        found = measure(network, unseen, tokenizer, batch=config.batch)
-        metrics |= {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 5)}
+    whole = measure(network, unseen, tokenizer, batch=config.batch) if unseen is not None else None
+    if whole is not None:
+        metrics |= {"bits_per_byte": round(whole.bits_per_byte, 5), "perplexity": round(whole.perplexity, 5)}
     ended = continued(network, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
-    warnings = draw(ctx.report, f"{model.name} on {data.name}", rows, config.prompts, begun, ended)
+    warnings = draw(ctx.report, f"{model.name} on {data.name}", rows, metrics, config.prompts, begun, ended)
     for warning in warnings:
         ctx.progress.say(f"warning: {warning}")
     metrics["warnings"] = len(warnings)
@@ -121,11 +121,9 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
 
 def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any) -> int:
     """Whether the rows may be read by the model; returns their length. Errors: DataError, ModelError."""
-    import hashlib
+    from llmworks.train.packed import same_tokenizer
 
-    recorded = data.about.get("tokenizer")
-    if recorded and hasattr(tokenizer, "_tokenizer") and recorded != hashlib.sha256(tokenizer._tokenizer.to_str().encode()).hexdigest():
-        raise DataError(f"{data.name}: was packed with another tokenizer than {model.name}'s; pack it again (llmworks data pack {model.name} ...)")
+    same_tokenizer(data, tokenizer, model.name)
     largest = max(int(shard["tokens"].max()) for shard in packed.shards)
     if largest >= network.config.vocab_size:
         raise DataError(f"{data.name}: has token {largest:,}, {model.name} has {network.config.vocab_size:,}; pack it with the model's tokenizer")

@@ -130,6 +130,7 @@ def _workers(parser: Parser) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes for stages that work in parts; changes no result")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where the workers run")
     parser.add_argument("--address", default="", help="a Ray cluster's address; default: one started here")
+    parser.add_argument("--track", action="append", default=[], metavar="TOOL", help="also send metrics to tensorboard, wandb, mlflow or trackio; changes no result")
 
 
 def _run() -> Parser:

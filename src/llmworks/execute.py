@@ -27,6 +27,7 @@ from llmworks.pool import Pool
 from llmworks.progress import Progress
 from llmworks.report import ReportBuilder
 from llmworks.stages import ResolvedStage, code_digest
+from llmworks.track import Tracking
 from llmworks.types import Engine
 from llmworks.workspace import Workspace
 
@@ -86,9 +87,13 @@ def execute(
     open_engine: OpenEngine,
     quiet: bool = False,
     pool: Pool | None = None,
+    track: Sequence[str] = (),
     announce: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Make the stage's artifact in the workspace, or find it there. Safe against other processes and against being killed."""
+    """Make the stage's artifact in the workspace, or find it there. Safe against other processes and against being killed.
+
+    `track`: tools that hear of its metrics, too (`track.py`).
+    """
     key = step_key(stage, config, inputs, seed)
     found = workspace.find(key)
     if found is not None:
@@ -99,16 +104,19 @@ def execute(
             announce("another run made it meanwhile")
             return Outcome(found, made=False)
         began = time.monotonic()
+        tracking = Tracking(track, workspace.root / "tracking", f"{stage.name}-{key[:12]}", config.model_dump(mode="json"), announce)
         draft = workspace.draft(key)
         try:
             scratch = workspace.scratch(key)
-            manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, quiet, pool or Pool())
+            progress = Progress(scratch / "metrics.jsonl", quiet=quiet, listener=tracking.log)
+            manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, progress, pool or Pool())
             artifact = workspace.publish(draft, manifest)
         except Exception as error:
             if disk_full(error, workspace.root):
                 raise OSError(errno.ENOSPC, "no space left", str(workspace.root)) from error
             raise
         finally:
+            tracking.close()
             shutil.rmtree(draft, ignore_errors=True)  # moved away when published
         workspace.drop_scratch(key)
         return Outcome(artifact, made=True, seconds=time.monotonic() - began)
@@ -133,14 +141,14 @@ def _call(
     key: str,
     seed: int,
     open_engine: OpenEngine,
-    quiet: bool,
+    progress: Progress,
     pool: Pool,
 ) -> Manifest:
     """Call the stage function and describe what it made."""
     use_threads(threads())
     started = datetime.now(UTC)
     report = ReportBuilder()
-    context = Context(draft, scratch, seed, Progress(scratch / "metrics.jsonl", quiet=quiet), report, open_engine, pool)
+    context = Context(draft, scratch, seed, progress, report, open_engine, pool)
     with peak_memory() as memory:
         made = stage.function(config, **inputs, ctx=context)
     if type(made).kind != stage.output.kind:

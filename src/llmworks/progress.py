@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -82,10 +82,11 @@ class Bar:
 
 
 class Progress:
-    """Progress of one step. `metrics` is the file that `metric` appends to, if any."""
+    """Progress of one step. `metrics` is the file that `metric` appends to, if any; `listener` hears of what is appended."""
 
-    def __init__(self, metrics: Path | None = None, stream: TextIO | None = None, quiet: bool = False) -> None:
+    def __init__(self, metrics: Path | None = None, stream: TextIO | None = None, quiet: bool = False, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.metrics = metrics
+        self.listener = listener
         self.stream = stream or sys.stderr
         self.quiet = quiet
 
@@ -107,6 +108,8 @@ class Progress:
         if self.metrics is not None:
             with self.metrics.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(values) + "\n")
+        if self.listener is not None:
+            self.listener(values)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All objects of the metric stream; a last line that a kill cut short is left out."""

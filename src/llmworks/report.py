@@ -218,6 +218,22 @@ def _svg(figure: Any) -> str:
 def draw_curves(series: Series, x: str, y: str) -> str:
     """Lines as SVG."""
     figure, axes = _figure(8.6, 3.2)
+    _lines(axes, series, x, y)
+    return _svg(figure)
+
+
+def write_curves(plots: Sequence[tuple[str, Series, str, str]], path: Path) -> None:
+    """Plots (heading, series, x, y), two in a row, as one PNG for slides and messages."""
+    figure, first = _figure(11, 3 * -(-len(plots) // 2))
+    first.remove()
+    for number, (heading, series, x, y) in enumerate(plots):
+        axes = figure.add_subplot(-(-len(plots) // 2), 2, number + 1)
+        axes.set_title(heading, loc="left", fontsize=11)
+        _lines(axes, series, x, y)
+    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+
+
+def _lines(axes: Any, series: Series, x: str, y: str) -> None:
     for color, (name, points) in zip(ACCENTS * 3, series.items(), strict=False):
         axes.plot(
             [p[0] for p in points],
@@ -233,7 +249,6 @@ def draw_curves(series: Series, x: str, y: str) -> str:
     axes.grid(alpha=0.25)
     if len(series) > 1:
         axes.legend(frameon=False)
-    return _svg(figure)
 
 
 def draw_histograms(items: Mapping[str, Mapping[str, Any]]) -> str:

@@ -5,7 +5,7 @@ Planning and running share one judgement of every step, so that `plan` tells wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ class Run:
     say: Callable[[str], None] = lambda line: None
     quiet: bool = False
     pool: Pool = field(default_factory=Pool)
+    track: Sequence[str] = ()
     found: dict[str, Artifact] = field(default_factory=dict)
 
     def bound(self, name: str) -> Artifact | None:
@@ -217,6 +218,7 @@ class Run:
             open_engine=engine,
             quiet=self.quiet,
             pool=self.pool,
+            track=self.track,
             announce=lambda line: self.say(f"  {line}"),
         )
         self._bind(step.name, outcome.artifact)

@@ -5,6 +5,7 @@
     scratch/KEY12/            what resuming a step needs
     locks/KEY12               one flock per step
     roots/ID -> OUT           `--out` links elsewhere that keep artifacts alive
+    tracking/TOOL             metrics as other tools keep them (`--track`)
 
 Knows no stage and no recipe.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from llmworks.artifact import MANIFEST, Artifact, Manifest, load, move_into_place, seal
 from llmworks.errors import ArtifactError, UserError
 
-RESERVED = ("store", "scratch", "locks", "roots")
+RESERVED = ("store", "scratch", "locks", "roots", "tracking")
 
 
 def default_workspace() -> Path:

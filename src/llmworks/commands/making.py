@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         print(line, file=target, flush=True)
 
     say(f"{recipe.name}: {len(recipe.steps)} steps in {short(workspace.root)}")
-    job = Run(recipe, workspace, say=say, quiet=args.quiet, pool=pool_of(args))
+    job = Run(recipe, workspace, say=say, quiet=args.quiet, pool=pool_of(args), track=args.track)
     done = job.run(explain=args.explain)
     made = sum(j.state == "made" for j in done)
     if args.json:
@@ -173,6 +173,8 @@ def stage(args: argparse.Namespace) -> None:
         open_engine=partial(open_engine, workspace=workspace),
         quiet=args.quiet,
         pool=pool_of(args),
+        track=args.track,
+        announce=lambda line: print(f"  {line}", file=sys.stderr),
     )
     if args.out is not None:
         workspace.link_out(args.out, outcome.artifact)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
-from llmworks.report import ReportBuilder
+from llmworks.report import ReportBuilder, write_curves
 
 POINTS = 600  # of a curve
 
@@ -20,6 +21,29 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most POINTS of them, evenly, the last kept."""
     stride = -(-len(points) // POINTS)
     return [*points[:-1:stride], *points[-1:]] if stride > 1 else list(points)
+
+
+def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The curves as one PNG."""
+    steps = [row for row in rows if "loss" in row]
+    write_curves([(heading, {name: points for name, points in series.items() if points}, "step", y) for heading, series, y in plots(steps, rows)], path)
+
+
+def plots(steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, list[tuple[float, float]]], str]]:
+    """(heading, series over steps, unit) of what is drawn."""
+    loss, looks = [(row["step"] + 1, row["loss"]) for row in steps], [row for row in rows if "held_out" in row]
+    series = {"loss": thin(loss), "mean of 50": thin(smooth(loss, 50))}
+    if looks:
+        series["held out"] = [(row["step"] + 1, row["held_out"]) for row in looks]
+    found = [("Loss", series, "nats per token")]
+    if looks:
+        found.append(("Bits per byte", {"held out": [(row["step"] + 1, row["bits_per_byte"]) for row in looks]}, "bits"))
+    for heading, name, y, factor in (("Gradient norm", "gradient_norm", "before clipping", 1.0), ("Learning rate", "learning_rate", "", 1.0), ("Memory", "memory", "most so far, GB", 1e-9)):
+        values = [row[name] * factor for row in steps]
+        if name == "memory":  # a process that goes on begins to count anew
+            values = list(accumulate(values, max))
+        found.append((heading, {heading.lower(): thin([(row["step"] + 1, value) for row, value in zip(steps, values, strict=True)])}, y))
+    return [*found, ("Speed", {"mean of 10": thin(smooth([(row["step"] + 1, row["tokens"] / max(row["seconds"], 1e-9)) for row in steps]))}, "tokens per second")]
 
 
 def draw(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any], prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[str]:
@@ -41,18 +65,9 @@ def draw(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], metr
     report.data = {"steps": len(steps), "tokens": tokens, "warnings": warnings, "held_out": [{"step": row["step"] + 1, "bits_per_byte": row["bits_per_byte"]} for row in looks]}
     if warnings:
         report.text("Warnings", "\n\n".join(warnings))
-    series = {"loss": thin(loss), "mean of 50": thin(smooth(loss, 50))}
-    if looks:
-        series["held out"] = [(row["step"] + 1, row["held_out"]) for row in looks]
-    report.curves("Loss", series, x="step", y="nats per token")
-    if looks:
-        report.curves("Bits per byte", {"held out": [(row["step"] + 1, row["bits_per_byte"]) for row in looks]}, x="step", y="bits", note="Of the part of the held-out tokens that is looked at on the way.")
-    for heading, name, y, factor in (("Gradient norm", "gradient_norm", "before clipping", 1.0), ("Learning rate", "learning_rate", "", 1.0), ("Memory", "memory", "most so far, GB", 1e-9)):
-        values = [row[name] * factor for row in steps]
-        if name == "memory":  # a process that goes on begins to count anew
-            values = list(accumulate(values, max))
-        report.curves(heading, {heading.lower(): thin([(row["step"] + 1, value) for row, value in zip(steps, values, strict=True)])}, x="step", y=y)
-    report.curves("Speed", {"mean of 10": thin(smooth([(row["step"] + 1, row["tokens"] / max(row["seconds"], 1e-9)) for row in steps]))}, x="step", y="tokens per second")
+    notes = {"Bits per byte": "Of the part of the held-out tokens that is looked at on the way."}
+    for heading, series, y in plots(steps, rows):
+        report.curves(heading, series, x="step", y=y, note=notes.get(heading, ""))
     if any(after):
         report.samples("What it writes", [{"": prompt, "before": b, "after": a} for prompt, b, a in zip(prompts, before, after, strict=True)], note="At temperature 0.8, the same draws before and after.")
     return warnings

@@ -64,7 +64,7 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     from llmworks.model.golden import record
     from llmworks.model.standard import open_trainable
     from llmworks.tokenize.named import tokenizer_of
-    from llmworks.train.curves import draw
+    from llmworks.train.curves import draw, picture
     from llmworks.train.heldout import measure
     from llmworks.train.loop import Habits, train
     from llmworks.train.packed import PackedSteps, packed_loss
@@ -107,6 +107,8 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     rows = ctx.progress.read_metrics()
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
+    (ctx.out / "report").mkdir()
+    picture(rows, ctx.out / "report" / "curves.png")
     metrics |= {"parameters": sum(p.numel() for p in network.parameters())}
     whole = measure(network, unseen, tokenizer, batch=config.batch) if unseen is not None else None
     if whole is not None:

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmworks.errors import GateFailed
 from llmworks.recipe import load_recipe
 from llmworks.runner import Judgement, Run
+from llmworks.train import checkpoints
 from llmworks.workspace import Workspace
 
 WriteRecipe = Callable[..., Path]
@@ -203,17 +205,15 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(
     from llmworks.cli import main
 
     recipe, workspace = recipe_file(), tmp_path / "w"
-    real, links = Workspace.scratch, []
+    real, links = checkpoints.FileSystemWriter, []
 
-    def scratch(self: Workspace, key: str) -> Path:
-        folder = real(self, key)
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        links.append(folder / "checkpoints" / "step-000000001.tmp")
+    def writer(folder: Path) -> Any:
+        links.append(folder / "__0_0.distcp")
         links[-1].symlink_to("/dev/full")
-        return folder
+        return real(folder)
 
     with monkeypatch.context() as full:
-        full.setattr(Workspace, "scratch", scratch)
+        full.setattr(checkpoints, "FileSystemWriter", writer)
         assert main(["run", str(recipe), "--workspace", str(workspace), "--quiet"]) == 3
     assert f"llmworks: {workspace}: no space left; free some" in capsys.readouterr().err
     assert not list(workspace.glob("store/.draft-*"))

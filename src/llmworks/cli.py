@@ -54,15 +54,20 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    from llmworks.commands import launch
     from llmworks.errors import LlmworksError
 
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         signal.signal(signal.SIGTERM, _interrupt)
+        if os.environ.get("RANK", "0") != "0":  # of processes that were started together the first tells what was made
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        return dispatch(words)
+        code = launch.spread(words)
+        return dispatch(words) if code is None else code
     except LlmworksError as error:
-        print(f"llmworks: {error}", file=sys.stderr)
+        if not launch.is_told(error):
+            print(f"llmworks: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("llmworks: interrupted; the same command again goes on from here", file=sys.stderr)
@@ -130,6 +135,7 @@ def _workers(parser: Parser) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes for stages that work in parts; changes no result")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where the workers run")
     parser.add_argument("--address", default="", help="a Ray cluster's address; default: one started here")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes that train together, on this machine; on several take torchrun")
     parser.add_argument("--track", action="append", default=[], metavar="TOOL", help="also send metrics to tensorboard, wandb, mlflow or trackio; changes no result")
 
 

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ def execute(
     found = workspace.find(key)
     if found is not None:
         return Outcome(found, made=False)
+    if rank():
+        return _follow(stage, config, inputs, workspace, key, seed, open_engine)
     with workspace.in_use(), workspace.lock(key):
         found = workspace.find(key)
         if found is not None:
@@ -120,6 +123,23 @@ def execute(
             shutil.rmtree(draft, ignore_errors=True)  # moved away when published
         workspace.drop_scratch(key)
         return Outcome(artifact, made=True, seconds=time.monotonic() - began)
+
+
+def rank() -> int:
+    """The number of this process among those that were started together (torchrun, `--nproc`); the first publishes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _follow(stage: ResolvedStage, config: Config, inputs: Inputs, workspace: Workspace, key: str, seed: int, open_engine: OpenEngine) -> Outcome:
+    """Help the first process, in a stage that is spread over several; wait for it in others. Writes nothing that stays."""
+    began = time.monotonic()
+    if "parallel" in stage.config.model_fields:
+        use_threads(threads())
+        with tempfile.TemporaryDirectory() as nowhere:
+            stage.function(config, **inputs, ctx=Context(Path(nowhere), workspace.scratch(key), seed, Progress(quiet=True), ReportBuilder(), open_engine))
+    while (found := workspace.find(key)) is None:
+        time.sleep(0.2)
+    return Outcome(found, made=False, seconds=time.monotonic() - began)
 
 
 def disk_full(error: Exception, path: Path) -> bool:

@@ -125,7 +125,7 @@ def test_killed_and_gone_on_is_not_interrupted(name: str, made: Path, tmp_path: 
     words = [sys.executable, "-m", "llmworks.cli", *command(made, "decoder", out, *sets)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "LLMWORKS_THREADS": "1"})
     for _ in range(6000):
-        if list(out.parent.glob("ws/scratch/*/checkpoints/step-000000014.pt")):
+        if list(out.parent.glob("ws/scratch/*/checkpoints/step-000000014")):
             break
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)

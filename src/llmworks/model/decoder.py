@@ -81,6 +81,12 @@ class Stack(nn.Module):
 
         Errors: ModelError for a text beyond learned positions.
         """
+        x = self.through(self.begin(embedded, positions), positions, padding=padding, segments=segments, cache=cache, memory=memory)
+        state: Tensor = self.norm(x)
+        return state
+
+    def begin(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        """The state before the first block."""
         shape, x = self.shape, embedded
         if shape.embedding_scaled:
             x = x * torch.tensor(shape.width**0.5, dtype=x.dtype)
@@ -88,8 +94,11 @@ class Stack(nn.Module):
             if positions.numel() and int(positions.max()) >= shape.context:
                 raise ModelError(f"the text has {int(positions.max()) + 1} tokens, the model has positions for {shape.context}")
             x = x + self.position(positions)
-        elif shape.position == "sinusoidal":
-            x = x + sinusoids(positions, shape.width).to(x.dtype)
+        return x + sinusoids(positions, shape.width).to(x.dtype) if shape.position == "sinusoidal" else x
+
+    def through(self, x: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
+        """The state after the blocks that are here; each knows its number, so that a part of them computes what it does in the whole."""
+        shape = self.shape
         before = cache.get_seq_length() if cache is not None else 0
         # places in the row: positions may begin anew in it, and windows and ALiBi need differences only, since segments hide the rest
         keys = torch.arange(before + x.shape[1], device=x.device)[None]
@@ -98,16 +107,15 @@ class Stack(nn.Module):
         slopes = alibi_of(shape)
         looks: dict[int, Seen] = {}
         rotations: dict[Rope, tuple[Tensor, Tensor] | None] = {}
-        for layer, block in enumerate(self.blocks):
-            window, rope = shape.window_of(layer), shape.rope_of(layer)
+        for number, block in self.blocks.named_children():
+            window, rope = shape.window_of(int(number)), shape.rope_of(int(number))
             if window not in looks:
                 looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, alibi=slopes, dtype=x.dtype)
             if rope not in rotations:
                 rotations[rope] = rotation(positions, *frequencies(rope, shape.per_head, shape.context)) if shape.position == "rope" else None
             given = (x, looks[window], rotations[rope], cache, memory)
             x = self._gradient_checkpointing_func(block.__call__, *given) if self.gradient_checkpointing and self.training and cache is None else block(*given)
-        state: Tensor = self.norm(x)
-        return state
+        return x
 
 
 class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]

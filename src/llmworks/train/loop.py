@@ -21,10 +21,11 @@ from llmworks.errors import TrainingError
 from llmworks.progress import Progress
 from llmworks.train import checkpoints
 from llmworks.train.optimizers import optimizers_of
+from llmworks.train.pipeline import Pipelined
+from llmworks.train.placement import Placed
 from llmworks.train.schedule import OptimizerConfig, learning_rate
 from llmworks.train.watch import Watch
-
-WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from llmworks.train.world import World
 
 
 class Batch(Protocol):
@@ -55,18 +56,20 @@ class Habits:
 
 
 def train(
-    model: nn.Module, steps: Sequence[Sequence[Callable[[], Any]]], loss: Callable[[Any, Any], Tensor], config: OptimizerConfig, habits: Habits, *, scratch: Path, progress: Progress,
+    model: nn.Module | Placed | Pipelined, steps: Sequence[Sequence[Callable[[], Any]]], loss: Callable[[Any, Any], Tensor], config: OptimizerConfig, habits: Habits, *, scratch: Path, progress: Progress,
 ) -> dict[str, float]:  # fmt: skip
-    """Run all steps; each is a list of parts (batches, made when needed) whose gradients are accumulated.
+    """Run all steps; each is a list of parts (batches, made when needed) whose gradients are accumulated. Of several processes each is given its own parts.
 
     Trains the parameters that require gradients. Returns metrics. Errors: TrainingError when the loss is not finite, or jumps.
     """
-    running, device = _running(model, config, habits)
+    placed = Placed(model, World(next(model.parameters()).device)) if isinstance(model, nn.Module) else model
+    running, world = _running(placed, config, habits), placed.world
     start = checkpoints.resume(running, scratch)
     rows = [row for row in progress.read_metrics() if row.get("step", -1) < start]
     progress.keep_metrics(rows)
-    watch = Watch(habits.spike, [row["loss"] for row in rows if "loss" in row])
-    model.train()
+    watch = Watch(habits.spike, world.agreed([row["loss"] for row in rows if "loss" in row]))
+    network = placed.network
+    network.train()
     with progress.bar("train", len(steps), "steps") as bar:
         bar.resume(start)
         if start:
@@ -78,10 +81,13 @@ def train(
                 group["lr"] = rate
             batches = [make() for make in steps[step]]
             loaded = time.monotonic() - began
-            total = _gradients(model, batches, loss, running.scaler, habits.precision, device)
+            labels, tokens = (int(n) for n in world.total([sum(b.labels for b in batches), sum(b.tokens for b in batches)]))
+            if not labels:
+                raise TrainingError("a step has no label: no token of its batches is learned")
+            (total,) = world.total([placed.backward(batches, loss, labels, running.scaler, habits.precision)])
             for optimizer in running.optimizers:
                 running.scaler.unscale_(optimizer)
-            norm = float(nn.utils.clip_grad_norm_(running.parameters.values(), config.clip))
+            norm = placed.clip(config.clip)
             watch.look(step, len(steps), total, norm, "; ".join(filter(None, (getattr(b, "where", "") for b in batches))), scaled=habits.precision == "fp16")
             for optimizer in running.optimizers:
                 running.scaler.step(optimizer)
@@ -89,46 +95,29 @@ def train(
             running.scaler.update()
             for name, mean in running.average.items():
                 mean.lerp_(running.parameters[name].detach(), 1 - habits.average)
-            tokens, seconds = sum(b.tokens for b in batches), time.monotonic() - began
-            progress.metric(step=step, loss=total, learning_rate=rate, gradient_norm=norm, tokens=tokens, labels=sum(b.labels for b in batches), seconds=seconds, loading=loaded, memory=memory(device))
+            seconds = time.monotonic() - began
+            progress.metric(step=step, loss=total, learning_rate=rate, gradient_norm=norm, tokens=tokens, labels=labels, seconds=seconds, loading=loaded, memory=memory(world.device))
             bar.advance(1, loss=total, tokens_per_s=tokens / seconds)
             last = step + 1 == len(steps)
             if habits.look is not None and (last or (habits.look_every and (step + 1) % habits.look_every == 0)):
                 with averaged(running), torch.random.fork_rng(enabled=True):
                     progress.metric(step=step, **habits.look(step))
-                model.train()
+                network.train()
             if (step + 1) % habits.checkpoint_every == 0 and not last:
                 checkpoints.save(running, step + 1, scratch, habits.keep)
     with torch.no_grad():
         for name, mean in running.average.items():
             running.parameters[name].copy_(mean)
-    model.eval()
+    network.eval()
     return summary([row for row in progress.read_metrics() if "loss" in row])
 
 
-def _running(model: nn.Module, config: OptimizerConfig, habits: Habits) -> tuple[checkpoints.Running, torch.device]:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
+def _running(placed: Placed | Pipelined, config: OptimizerConfig, habits: Habits) -> checkpoints.Running:
+    if not placed.parameters:
         raise TrainingError("no parameter of the model is trained")
-    device = next(iter(parameters.values())).device
-    average = {name: p.detach().clone() for name, p in parameters.items()} if habits.average else {}
-    scaler = torch.amp.GradScaler(device.type, enabled=habits.precision == "fp16")
-    return checkpoints.Running(parameters, optimizers_of(model, config), average, scaler), device
-
-
-def _gradients(model: nn.Module, batches: Sequence[Batch], loss: Callable[[Any, Any], Tensor], scaler: Any, precision: str, device: torch.device) -> float:
-    """Add up the gradients of all parts; returns their loss, the mean over all their labels."""
-    labels = sum(batch.labels for batch in batches)
-    if not labels:
-        raise TrainingError("a step has no label: no token of its batches is learned")
-    total = 0.0
-    for batch in batches:
-        cast = torch.autocast(device.type, WIDTHS[precision]) if precision != "fp32" else contextlib.nullcontext()
-        with cast:
-            part = loss(model, batch) / labels
-        scaler.scale(part).backward()
-        total += float(part.detach())
-    return total
+    average = {name: p.detach().clone() for name, p in placed.parameters.items()} if habits.average else {}
+    scaler = torch.amp.GradScaler(placed.world.device.type, enabled=habits.precision == "fp16")
+    return checkpoints.Running(placed.parameters, optimizers_of(placed.network, config), average, scaler, placed.world)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def optimizers_of(model: nn.Module, config: OptimizerConfig) -> list[torch.optim
     betas, rate, decay = (config.beta1, config.beta2), config.learning_rate, config.weight_decay
 
     def groups(decayed: list[nn.Parameter], rest: list[nn.Parameter]) -> list[dict[str, Any]]:
-        return [{"params": params, "weight_decay": d} for params, d in ((decayed, decay), (rest, 0.0)) if params]
+        return [{"params": same, "weight_decay": d} for params, d in ((decayed, decay), (rest, 0.0)) for same in _alike(params)]
 
     if config.name == "lion":
         return [Lion(groups(matrices, vectors), rate, betas)]
@@ -56,6 +56,14 @@ def optimizers_of(model: nn.Module, config: OptimizerConfig) -> list[torch.optim
         found: list[torch.optim.Optimizer] = [torch.optim.Muon(turned, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")] if turned else []
         return [*found, *([torch.optim.AdamW(groups(other, vectors), lr=rate, betas=betas, fused=True)] if other or vectors else [])]
     return [torch.optim.AdamW(groups(matrices, vectors), lr=rate, betas=betas, fused=True)]
+
+
+def _alike(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that one kernel may step together: those that are spread over the same processes in the same way."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for p in params:
+        found.setdefault((getattr(p, "device_mesh", None), getattr(p, "placements", None)), []).append(p)
+    return list(found.values())
 
 
 def inner_matrices(model: nn.Module) -> set[int]:

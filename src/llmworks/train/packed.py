@@ -31,12 +31,15 @@ class PackedBatch:
 
 
 class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
-    """`steps` steps of `parts` parts of `rows` rows each, in an order shuffled by seed and epoch. A step's rows do not depend on how they are divided into parts."""
+    """`steps` steps of `parts` parts of `rows` rows each, in an order shuffled by seed and epoch. A step's rows do not depend on how they are divided into parts.
 
-    def __init__(self, packed: Packed, steps: int, *, rows: int, parts: int, length: int, seed: int, device: torch.device | str = "cpu") -> None:
+    `share` (number, of how many): the parts that are this process's, where several divide the rows of a step.
+    """
+
+    def __init__(self, packed: Packed, steps: int, *, rows: int, parts: int, length: int, seed: int, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)) -> None:
         if len(packed) < rows * parts:
             raise DataError(f"the data has {len(packed):,} rows, a step takes {rows * parts:,} (batch {rows}, accumulation {parts}); give more data, or make the step smaller")
-        self.packed, self.steps, self.rows, self.parts, self.length, self.seed, self.device = packed, steps, rows, parts, length, seed, device
+        self.packed, self.steps, self.rows, self.parts, self.length, self.seed, self.device, self.share = packed, steps, rows, parts, length, seed, device, share
 
     def __len__(self) -> int:
         return self.steps
@@ -51,7 +54,8 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
             return [self[i] for i in range(*step.indices(self.steps))]
         if not 0 <= step < self.steps:
             raise IndexError(step)
-        numbers = self.numbers(step)
+        numbers, (at, shares) = self.numbers(step), self.share
+        numbers = numbers[at * len(numbers) // shares : (at + 1) * len(numbers) // shares]
         return [functools.partial(self.batch, numbers[i : i + self.rows]) for i in range(0, len(numbers), self.rows)]
 
     def numbers(self, step: int) -> list[int]:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset, Model
 from llmworks.context import Context
 from llmworks.errors import DataError, ModelError, UserError
+from llmworks.train.parallel import Parallel, share_of
 from llmworks.train.schedule import OptimizerConfig
+
+if TYPE_CHECKING:
+    from llmworks.train.world import World
 
 
 class PretrainOptimizer(OptimizerConfig):
@@ -36,6 +40,7 @@ class PretrainConfig(Config):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of products, under autocast; weights stay fp32. On most CPUs bf16 is many times slower")
     recompute: bool = Field(False, description="keep no activations of blocks, compute them again backward: less memory, a third more time")
     compile: bool = Field(False, description="torch.compile: the first step takes a minute or more")
+    parallel: Parallel = Field(Parallel(), description="what processes share, where several are started (--nproc, torchrun); a step is the same whatever their number")
     average: float = Field(0.0, ge=0, lt=1, description="decay of a running mean of the weights, which is what is saved; 0: the last weights are")
     spike: float = Field(3.0, ge=0, description="stop at a loss so many nats above the median of the last 50 steps; 0: never")
     look_every: int = Field(100, gt=0, description="steps between two looks at held-out tokens, with samples")
@@ -58,6 +63,14 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     Errors: DataError for data that are no packed tokens, of another tokenizer, or fewer than a step; ModelError for rows that are longer than the model reads;
     TrainingError when the loss is no number or jumps.
     """
+    from llmworks.train import world
+
+    with world.opened(config.parallel) as here:
+        return _pretrain(config, model, data, ctx, held_out, here)
+
+
+def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None, world: World) -> Model:
+    """`pretrain` in one of the processes; the first looks, draws and saves."""
     import torch
 
     from llmworks.data.tokens import Packed
@@ -68,6 +81,8 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     from llmworks.train.heldout import measure
     from llmworks.train.loop import Habits, train
     from llmworks.train.packed import PackedSteps, packed_loss
+    from llmworks.train.pipeline import Pipelined
+    from llmworks.train.placement import place
     from llmworks.train.samples import continued
 
     tokenizer = tokenizer_of(model)
@@ -79,46 +94,59 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     length = check(model, network, tokenizer, data, packed)
     if held_out is not None and unseen is not None:
         check(model, network, tokenizer, held_out, unseen)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device)
+    network.to(world.device)
     if config.recompute:
         if not network.supports_gradient_checkpointing:
             raise UserError("config.recompute: this architecture does not have it")
         network.activation_checkpointing_enable({"use_reentrant": False})
-    steps = PackedSteps(packed, steps_of(config, packed, data, length), rows=config.batch, parts=config.accumulation, length=length, seed=ctx.seed, device=device)
-    begun = continued(network, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
+    share = share_of(config.batch * config.accumulation, world.count("data"), config.batch)
+    steps = PackedSteps(packed, steps_of(config, packed, data, length), rows=share, parts=config.batch * config.accumulation // share, length=length, seed=ctx.seed, device=world.device, share=(world.at("data"), world.count("data")))
+    parameters = sum(p.numel() for p in network.parameters())
+    whole = network if parallel_whole(config.parallel, world.size) else open_trainable(model.path).to(world.device) if world.first else None
+    placed = (Pipelined if config.parallel.pipeline > 1 else place)(network, config.parallel, world, precision=config.precision, compiled=config.compile)
+    begun = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed) if world.first else []
     kept: dict[int, list[str]] = {}
 
     def look(step: int) -> dict[str, float]:
-        kept[step] = continued(network, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
+        placed.gather(whole)
+        if not world.first:
+            return {}
+        kept[step] = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
         if config.sample_tokens and config.prompts:
             ctx.progress.say(f"step {step + 1}: {config.prompts[0]}{kept[step][0]}".replace("\n", "⏎"))
         if unseen is None:
             return {}
-        found = measure(network, unseen, tokenizer, rows=config.look_rows, batch=config.batch)
+        found = measure(whole, unseen, tokenizer, rows=config.look_rows, batch=config.batch)
         ctx.progress.say(f"step {step + 1}: held out {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}")
         return {"held_out": found.per_token, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
 
     habits = Habits(config.checkpoint_every, config.keep, config.precision, config.average, config.spike, look, config.look_every)
-    forward = torch.compile(network) if config.compile else network
-    ctx.progress.say(f"{sum(p.numel() for p in network.parameters()):,} parameters, {len(steps):,} steps of {config.batch * config.accumulation} rows")
-    metrics: dict[str, Any] = dict(train(network, steps, lambda _, batch: packed_loss(forward, batch), config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress))
-    save(network.to("cpu"), tokenizer, model, ctx.out)
+    ctx.progress.say(f"{parameters:,} parameters, {len(steps):,} steps of {config.batch * config.accumulation} rows" + (f", {world.size} processes" if world.size > 1 else ""))
+    metrics: dict[str, Any] = dict(train(placed, steps, packed_loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress))
+    placed.gather(whole)
+    if not world.first or whole is None:
+        return Model(ctx.out)
+    save(whole.to("cpu"), tokenizer, model, ctx.out)
     rows = ctx.progress.read_metrics()
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
     (ctx.out / "report").mkdir()
     picture(rows, ctx.out / "report" / "curves.png")
-    metrics |= {"parameters": sum(p.numel() for p in network.parameters())}
-    whole = measure(network, unseen, tokenizer, batch=config.batch) if unseen is not None else None
-    if whole is not None:
-        metrics |= {"bits_per_byte": round(whole.bits_per_byte, 5), "perplexity": round(whole.perplexity, 5)}
-    ended = continued(network, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
+    metrics |= {"parameters": parameters}
+    if unseen is not None:
+        found = measure(whole, unseen, tokenizer, batch=config.batch)
+        metrics |= {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 5)}
+    ended = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
     warnings = draw(ctx.report, f"{model.name} on {data.name}", rows, metrics, config.prompts, begun, ended)
     for warning in warnings:
         ctx.progress.say(f"warning: {warning}")
     metrics["warnings"] = len(warnings)
     return Model(ctx.out, golden=record(ctx.out), metrics=metrics, about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))})
+
+
+def parallel_whole(parallel: Parallel, processes: int) -> bool:
+    """Whether each process has all weights."""
+    return processes == 1 or (parallel.data == "replicate" and parallel.tensor == parallel.pipeline == 1)
 
 
 def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any) -> int:

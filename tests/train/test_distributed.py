@@ -1,0 +1,195 @@
+"""Spread over processes, a training is what it is in one: losses, weights, and checkpoints that another number of processes reads. A lost process ends all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmworks.cli import main
+from llmworks.errors import UserError
+from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+from llmworks.model.shape import Shape
+from llmworks.train.parallel import Parallel, share_of
+from llmworks.train.pipeline import Pipelined
+from llmworks.train.placement import place
+from llmworks.train.world import World
+
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+STEPS = ("batch=2", "accumulation=4", "epochs=2", "optimizer.learning_rate=0.001", "optimizer.warmup=0.2", "look_every=8", "look_rows=8", "sample_tokens=4", "checkpoint_every=5")
+
+
+@pytest.fixture(scope="module")
+def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed tokens and an untrained decoder whose heads and layers can be divided."""
+    folder = tmp_path_factory.mktemp("distributed")
+    workspace = ["--workspace", str(folder / "ws"), "--quiet"]
+    for name, part in (("train", TEXT[:9000]), ("test", TEXT[9000:])):
+        (folder / name).mkdir()
+        for i, paragraph in enumerate(part.split("\n\n")):
+            (folder / name / f"{i:03}.txt").write_text(paragraph)
+        assert main(["data", "read", str(folder / name), "--out", str(folder / f"{name}-read"), *workspace]) == 0
+        assert main(["data", "pack", str(pico), str(folder / f"{name}-read"), "--set", "length=64", "--out", str(folder / f"{name}-packed"), *workspace]) == 0
+    sets = [word for s in ("width=32", "heads=4", "kv_heads=2", "layers=3", "context=64", "qk_norm=true") for word in ("--set", s)]
+    assert main(["model", "new", str(pico), *sets, "--out", str(folder / "decoder"), *workspace]) == 0
+    assert main(["model", "recurrent", str(pico), "--set", "kind=gru", "--set", "width=32", "--set", "context=64", "--out", str(folder / "gru"), *workspace]) == 0
+    return folder
+
+
+def words(made: Path, out: Path, *more: str, model: str = "decoder") -> list[str]:
+    sets = [word for s in (*STEPS, *(m for m in more if "=" in m)) for word in ("--set", s)]
+    rest = [m for m in more if "=" not in m]
+    return ["train", "pretrain", str(made / model), str(made / "train-packed"), "--held-out", str(made / "test-packed"), *sets, *rest, "--out", str(out), "--workspace", str(out.parent / "ws"), "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def alone(made: Path) -> Path:
+    """The same training in one process."""
+    assert main(words(made, made / "alone" / "out")) == 0
+    return made / "alone" / "out"
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(out: Path, alone: Path) -> None:
+    """Losses, norms and figures of each step, tokens, and the weights at the end. Where gradients are nearly nothing, Adam makes a step of their rounding, so norms drift."""
+    ours, theirs = rows(out), rows(alone)
+    assert [(r["step"], r.get("tokens"), r.get("labels")) for r in ours] == [(r["step"], r.get("tokens"), r.get("labels")) for r in theirs]
+    for name, within in (("loss", 2e-4), ("gradient_norm", 0.02), ("learning_rate", 1e-12), ("held_out", 2e-4), ("bits_per_byte", 2e-4)):
+        assert [r[name] for r in ours if name in r] == pytest.approx([r[name] for r in theirs if name in r], rel=within), name
+    assert [r["gradient_norm"] for r in ours[:2]] == pytest.approx([r["gradient_norm"] for r in theirs[:2]], rel=2e-5)
+    a, b = load_file(out / "model.safetensors"), load_file(alone / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=2e-3), name
+
+
+LAYOUTS = {
+    "replicated": ("2", ()), "sharded": ("2", ("parallel.data=shard",)), "tensor": ("2", ("parallel.tensor=2",)), "pipeline": ("2", ("parallel.pipeline=2",)),
+    "sharded and tensor": ("4", ("parallel.data=shard", "parallel.tensor=2")), "sharded and pipeline": ("4", ("parallel.data=shard", "parallel.pipeline=2")), "replicated and pipeline": ("4", ("parallel.pipeline=2",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] if LAYOUTS[name][0] == "4" else []) for name in LAYOUTS])
+def test_a_step_is_the_same_step(layout: str, made: Path, alone: Path, tmp_path: Path) -> None:
+    processes, sets = LAYOUTS[layout]
+    assert main(words(made, tmp_path / "out", *sets, "--nproc", processes)) == 0
+    same(tmp_path / "out", alone)
+
+
+def test_checkpoints_are_read_by_another_number_of_processes(made: Path, alone: Path, tmp_path: Path) -> None:
+    """Two sharded processes are killed; one goes on; it is killed; two pieces of a pipeline would be another configuration, two shards are not."""
+    out = tmp_path / "out"
+    sets = words(made, out, "parallel.data=shard")
+    seen = kill_when(sets, "2", out, "step-000000005", victim=None)
+    assert seen == -signal.SIGKILL
+    assert main(sets) == 0  # in one process
+    same(out, alone)
+    steps = [r["step"] for r in rows(out) if "loss" in r]
+    assert steps == list(range(len(steps)))
+
+
+def kill_when(command: list[str], processes: str, out: Path, checkpoint: str, victim: int | None) -> int:
+    """Start processes, wait for a checkpoint, kill all or one by its number; returns the launcher's exit code."""
+    with (out.parent / "stderr").open("wb") as told:
+        launcher = subprocess.Popen([sys.executable, "-m", "llmworks.cli", *command, "--nproc", processes], stdout=subprocess.DEVNULL, stderr=told, env={**os.environ, "LLMWORKS_THREADS": "1"}, start_new_session=True)
+    for _ in range(6000):
+        if list(out.parent.glob(f"ws/scratch/*/checkpoints/{checkpoint}")):
+            break
+        assert launcher.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    if victim is None:
+        os.killpg(launcher.pid, signal.SIGKILL)
+    else:
+        os.kill(ranks(launcher.pid)[victim], signal.SIGKILL)
+    return launcher.wait(60)
+
+
+def ranks(launcher: int) -> dict[int, int]:
+    """The processes that a launcher started, by their numbers."""
+    found = {}
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        environment = dict(entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in entry)
+        found[int(environment["RANK"])] = int(pid)
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_all_with_one_message(victim: int, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = words(made, out, "epochs=400")
+    assert kill_when(command, "2", out, "step-000000005", victim) == 3
+    told = (tmp_path / "stderr").read_text().strip()
+    assert told == f"llmworks: process {victim} of 2 was killed (signal 9); all are stopped. The same command goes on from the last checkpoint"
+    assert not out.exists()
+
+
+def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llmworks.cli", *words(made, out)], capture_output=True, text=True, env={**os.environ, "LLMWORKS_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Result:") == 1  # of the first process alone
+    same(out, alone)
+
+
+@pytest.mark.parametrize("name", ["lion", "muon"])
+def test_other_optimizers_shard(name: str, made: Path, tmp_path: Path) -> None:
+    """One step: a sign, or an orthogonal matrix, of a gradient that is spread over processes; Muon finds it in bf16."""
+    more = (f"optimizer.name={name}", "tokens=512", "optimizer.learning_rate=0.0003", "epochs=1")
+    for at, layout in (("alone", ()), ("spread", ("parallel.data=shard", "--nproc", "2"))):
+        assert main(words(made, tmp_path / at, *more, *layout)) == 0
+    a, b = (load_file(tmp_path / at / "model.safetensors") for at in ("alone", "spread"))
+    start = load_file(made / "decoder" / "model.safetensors")
+    for key, weight in a.items():
+        moved, off = (weight - start[key]).norm(), (weight - b[key]).norm()
+        assert off <= 0.05 * moved + 1e-6, (key, float(off / moved))
+
+
+def test_a_recurrent_model_is_replicated(made: Path, tmp_path: Path) -> None:
+    assert main(words(made, tmp_path / "one", model="gru")) == 0
+    assert main(words(made, tmp_path / "two", "--nproc", "2", model="gru")) == 0
+    same(tmp_path / "two", tmp_path / "one")
+
+
+def test_mistakes(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for more, says in (
+        (("parallel.tensor=2",), "does not divide 1 process; start it with --nproc 2 or a multiple"), (("batch=8", "accumulation=1", "parallel.pipeline=2", "--nproc", "2"), "make accumulation larger"),
+        (("--nproc", "two"), "--nproc two: it must be a number"),
+    ):  # fmt: skip
+        assert main(words(made, tmp_path / "o", *more)) == 2, more
+        told = capfd.readouterr().err.strip()
+        assert says in told
+        assert len(told.splitlines()) == 1, told
+
+
+def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="to shard"):
+        Parallel(tensor=2).over(4)
+    assert Parallel(tensor=2, data="shard", pipeline=2).over(8) == 2
+    with pytest.raises(UserError, match="cannot be divided among 3 processes"):
+        share_of(8, 3, 4)
+    assert [share_of(8, 2, batch) for batch in (8, 4, 2)] == [4, 4, 2]
+    monkeypatch.setattr(World, "count", lambda self, axis: 4)
+    world = World(torch.device("cpu"), size=4)
+    for shape, parallel, precision, says in (
+        (Shape(width=32, heads=4, kv_heads=2, layers=3), Parallel(tensor=4), "fp32", "parallel.tensor 4 does not divide the model's kv_heads 2"),
+        (Shape(width=32, heads=4, layers=3, position="alibi"), Parallel(tensor=4), "fp32", "ALiBi"), (Shape(width=32, heads=4, layers=3), Parallel(data="shard"), "fp16", "take bf16"),
+    ):  # fmt: skip
+        network = DecoderForCausalLM(DecoderConfig(shape=shape.model_copy(update={"vocabulary": 64}).model_dump()))
+        with pytest.raises(UserError, match=says):
+            place(network, parallel, world, precision=precision)
+    with pytest.raises(UserError, match="only decoders can be sharded"):
+        place(torch.nn.Linear(2, 2), Parallel(data="shard"), world)
+    with pytest.raises(UserError, match="4 is more than the model's 3 layers"):
+        Pipelined(network, Parallel(pipeline=4), world)

@@ -19,6 +19,7 @@ usage: llmworks COMMAND ...
 recipes
   run RECIPE          run a recipe; what is up to date is skipped, what was interrupted goes on
   plan RECIPE         what would run, why, and its time, memory and disk
+  train selftest RECIPE [STEP]   does the configuration of its trainings hold? in seconds, on a shrunken model
   stages [NAME]       the stage table, or one stage with its inputs and fields
 
 artifacts
@@ -102,9 +103,9 @@ def dispatch(words: list[str]) -> int:
 
         print(f"llmworks {version('llmworks')}")
         return 0
-    build = COMMANDS.get(words[0])
-    if build is not None:
-        parser = build()
+    name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), "")
+    if name:
+        parser, words = COMMANDS[name](), words[len(name.split()) - 1 :]
         # options may stand between words; argparse does not allow that together with subcommands
         args = parser.parse_args(words[1:]) if words[0] == "assets" else parser.parse_intermixed_args(words[1:])
         import importlib
@@ -152,6 +153,16 @@ def _run() -> Parser:
 def _plan() -> Parser:
     parser = _parser("plan", "making.plan", "What would run, why, and its time, memory and disk. Runs and fetches nothing.")
     parser.add_argument("recipe", type=Path)
+    parser.add_argument("--try", action="store_true", dest="attempt", help="run a few steps of each pre-training, with tokens by chance, for its time and memory on this machine")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="how many train together (--nproc, torchrun), for memory of each")
+    parser.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step")
+    return parser
+
+
+def _selftest() -> Parser:
+    parser = _parser("train selftest", "training.selftest", "Does the configuration of a recipe's trainings hold? Each, on a shrunken model and its first rows, in seconds.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("step", nargs="?", help="one of its trainings; default: all")
     parser.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step")
     return parser
 
@@ -240,6 +251,7 @@ def _serve() -> Parser:
 COMMANDS = {
     "run": _run,
     "plan": _plan,
+    "train selftest": _selftest,
     "stages": _stages,
     "show": _show,
     "tree": _tree,

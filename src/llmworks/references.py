@@ -87,11 +87,15 @@ def _asset(asset_name: str, name: str) -> Artifact:
 
 
 def _hub(repository: str) -> Path:
-    """A Hub repository at the commit that its name resolves to, in huggingface_hub's own cache."""
+    """A Hub repository at the commit that its name resolves to, in huggingface_hub's own cache; of `datasets/ORG/NAME/FOLDER` that folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
+        if repository.startswith("datasets/"):
+            owner, _, rest = repository.removeprefix("datasets/").partition("/")
+            name, _, folder = rest.partition("/")
+            return Path(snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=f"{folder}/*" if folder else None)) / folder
         return Path(snapshot_download(repository, ignore_patterns=["*.bin", "*.pth", "*.onnx", "*.msgpack", "*.h5"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(f"hf:{repository}: cannot be fetched ({str(error).strip().splitlines()[0][:160]})") from None

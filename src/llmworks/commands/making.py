@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from llmworks.workspace import check_out
 
 if TYPE_CHECKING:
     from llmworks.execute import Outcome
+    from llmworks.recipe import Expect
+    from llmworks.runner import Judgement, Run
+    from llmworks.train.estimate import Training
     from llmworks.workspace import Workspace
 
 
@@ -68,11 +72,13 @@ def plan(args: argparse.Namespace) -> None:
     from llmworks.runner import Run
 
     recipe = load_recipe(args.recipe, args.set)
-    judgements = Run(recipe, workspace_of(args)).plan()
+    job = Run(recipe, workspace_of(args))
+    judgements = job.plan()
+    trainings = _trainings(job, judgements, args)
+    judgements = [replace(j, expect=trainings[j.name][1], expect_from="tried here") if trainings.get(j.name, (None, None))[1] is not None else j for j in judgements]
     if args.json:
-        as_json(
-            [{"step": j.name, "state": j.state, "why": j.why, "expect": j.expect.model_dump() if j.expect else None} for j in judgements]
-        )
+        known = {name: {"parameters": t.parameters, "steps": t.steps, "tokens": t.read, "operations": t.work, "memory_bytes": t.memory} for name, (t, _) in trainings.items()}
+        as_json([{"step": j.name, "state": j.state, "why": j.why, "expect": j.expect.model_dump() if j.expect else None, "training": known.get(j.name)} for j in judgements])
         return
     pending = [j for j in judgements if j.state in ("to run", "waits")]
     rows = []
@@ -95,8 +101,46 @@ def plan(args: argparse.Namespace) -> None:
     )
     sources = sorted({j.expect_from for j in pending if j.expect_from})
     unknown = [j.name for j in pending if j.expect is None or not any((j.expect.seconds, j.expect.disk_mb))]
+    _say_trainings(trainings)
     if sources:
         out(f"Figures: {', '.join(sources)}." + (f" Nothing is known of {', '.join(unknown)}." if unknown else ""))
+
+
+def _trainings(job: Run, judgements: list[Judgement], args: argparse.Namespace) -> dict[str, tuple[Training, Expect | None]]:
+    """The pre-trainings that are to run, by step, and what a few of their steps took here where that is asked for."""
+    from llmworks.trainings import training_of
+
+    found: dict[str, tuple[Training, Expect | None]] = {}
+    for j in judgements:
+        training = training_of(job.recipe, job.found, j.name, args.processes) if j.state in ("to run", "waits") else None
+        if training is not None:
+            training.config.parallel.over(args.processes)
+            found[j.name] = (training, _tried(j.name, training) if args.attempt else None)
+    return found
+
+
+def _tried(name: str, training: Training) -> Expect:
+    from llmworks.recipe import Expect
+    from llmworks.train.estimate import attempt
+
+    print(f"trying a few steps of {name} ...", file=sys.stderr, flush=True)
+    trial = attempt(training)
+    size = 4 * training.parameters / 1e6
+    return Expect(seconds=training.seconds(trial) if training.steps else 0, memory_mb=trial.memory / 1e6, disk_mb=size)
+
+
+def _say_trainings(trainings: dict[str, tuple[Training, Expect | None]]) -> None:
+    if not trainings:
+        return
+    rows = []
+    for name, (t, tried) in trainings.items():
+        known = t.steps > 0
+        memory = f"{tried.memory_mb / 1e3:.2f} GB, tried" if tried else f"about {t.memory / 1e9:.1f} GB"
+        rows.append((name, f"{t.parameters:,}", f"{t.steps:,}" if known else "not known yet", f"{t.read:,}" if known else "", f"{t.work:.2g}" if known else "", memory))
+    out()
+    table(("training", "parameters", "steps", "tokens", "operations", "memory of a process"), rows)
+    if not any(tried for _, tried in trainings.values()):
+        out("Time and memory on this machine: the same command with --try.")
 
 
 def stages(args: argparse.Namespace) -> None:

@@ -1,0 +1,211 @@
+"""Pre-training beside its peers in one run: tokens a second and memory of the full step, the share of the machine's matrix products, and of loading.
+
+    python benchmarks/pretrain.py                     (about five minutes on two cores)
+    python benchmarks/pretrain.py --plan WORKSPACE    what `llmworks plan --try` says of recipes/pretrain.yaml, against what its finished run in that workspace measured
+
+Ours is the decoder in the loop of `train.pretrain`; theirs is transformers' Llama of the same shape in a plain loop, and in transformers' Trainer. Each is
+a process of its own, in turns: fp32, eager PyTorch, fused AdamW, clipping, the same threads, the same packed rows of texts that do not see one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+VOCABULARY, WIDTH, LAYERS, HEADS, GROUPS, HIDDEN, LENGTH = 4096, 192, 6, 6, 3, 512, 256  # recipes/pretrain.yaml
+WARM = 5
+
+
+def rows(folder: Path, count: int) -> Any:
+    """A data set of packed tokens: full rows of two texts each, tokens by chance."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from llmworks.artifact import Dataset
+
+    rng = np.random.default_rng(0)
+    edges = np.stack([np.arange(count) * LENGTH, np.arange(count) * LENGTH + rng.integers(32, LENGTH - 32, count)], 1).reshape(-1)
+    tensors = {
+        "tokens": rng.integers(0, VOCABULARY, count * LENGTH).astype(np.uint16), "rows": (np.arange(count + 1) * LENGTH).astype(np.int64),
+        "pieces": np.append(edges, count * LENGTH).astype(np.int64), "origins": np.arange(2 * count, dtype=np.int64),
+    }  # fmt: skip
+    save_file(tensors, folder / "shard-00000.safetensors")
+    return Dataset(folder, about={"schema": "tokens", "length": LENGTH})
+
+
+def llama() -> Any:
+    """Transformers' Llama of the recipe's shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=GROUPS, intermediate_size=HIDDEN,
+        max_position_embeddings=LENGTH, tie_word_embeddings=True, attn_implementation="sdpa", use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def ours(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
+    """The loop of `train.pretrain`."""
+    import torch
+
+    from llmworks.data.tokens import Packed
+    from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+    from llmworks.model.shape import Shape
+    from llmworks.progress import Progress
+    from llmworks.train.loop import Habits, train
+    from llmworks.train.packed import PackedSteps, packed_loss
+    from llmworks.train.schedule import OptimizerConfig
+
+    shape = Shape(vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=GROUPS, hidden=HIDDEN, context=LENGTH)
+    model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
+    progress = Progress(scratch / "metrics.jsonl", quiet=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parts = PackedSteps(Packed(data), steps, rows=batch, parts=1, length=LENGTH, seed=0)
+    train(model, parts, packed_loss, OptimizerConfig(weight_decay=0.1), Habits(10**6), scratch=scratch, progress=progress)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    found = [row for row in progress.read_metrics() if "loss" in row][WARM:]
+    seconds = [row["seconds"] for row in found]
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    rate = gemm(torch)
+    return {"least": min(seconds), "median": statistics.median(seconds), "megabytes": grown / 1024, "loading": sum(r["loading"] for r in found) / sum(seconds), "matrices": matrices, "gemm": rate}
+
+
+def gemm(torch: Any) -> float:
+    """fp32 multiply-adds of square matrices, as operations a second: the best of some sizes."""
+    best = 0.0
+    for size in (512, 1024, 2048):
+        a, b, c = (torch.randn(size, size) for _ in range(3))
+        for _ in range(6):
+            began = time.perf_counter()
+            torch.mm(a, b, out=c)
+            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def plain(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
+    """A plain loop around Llama."""
+    import torch
+
+    from llmworks.data.tokens import Packed
+    from llmworks.train.packed import PackedSteps
+
+    model = llama().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, weight_decay=0.1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for parts in PackedSteps(Packed(data), steps, rows=batch, parts=1, length=LENGTH, seed=0):
+        began = time.perf_counter()
+        made = parts[0]()
+        model(input_ids=made.ids, position_ids=made.positions, labels=made.label_ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    return {"least": min(seconds[WARM:]), "median": statistics.median(seconds[WARM:]), "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+
+
+def trainer(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
+    """Transformers' Trainer around Llama."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from llmworks.data.tokens import Packed
+    from llmworks.train.packed import PackedSteps
+
+    packed = Packed(data)
+
+    class Rows(torch.utils.data.Dataset[Any]):
+        def __init__(self) -> None:
+            self.steps = PackedSteps(packed, 1, rows=1, parts=1, length=LENGTH, seed=0)
+
+        def __len__(self) -> int:
+            return len(packed)
+
+        def __getitem__(self, number: int) -> dict[str, Any]:
+            made = self.steps.batch([number])
+            return {"input_ids": made.ids[0], "position_ids": made.positions[0], "labels": made.label_ids[0]}
+
+    stamps: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[no-untyped-call]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            stamps.append(time.perf_counter())
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    arguments = TrainingArguments(
+        output_dir=str(scratch), max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0, optim="adamw_torch_fused", bf16=False, use_cpu=True,
+        gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0, dataloader_pin_memory=False,
+    )  # fmt: skip
+    Trainer(model=llama(), args=arguments, train_dataset=Rows(), callbacks=[Clock()]).train()  # type: ignore[no-untyped-call]
+    seconds = [b - a for a, b in zip(stamps[WARM:], stamps[WARM + 1 :], strict=False)]
+    return {"least": min(seconds), "median": statistics.median(seconds), "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+
+
+KINDS = {"llmworks": ours, "transformers, a plain loop": plain, "transformers, Trainer": trainer}
+
+
+def compare_plan(workspace: Path) -> None:
+    """What is expected of each training of the recipe, after its data were made, against its manifest."""
+    from llmworks.recipe import load_recipe
+    from llmworks.runner import Run
+    from llmworks.train.estimate import attempt
+    from llmworks.trainings import training_of
+    from llmworks.workspace import Workspace
+
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "pretrain.yaml")
+    job = Run(recipe, Workspace(workspace))
+    job.plan()
+    print("| training | expected, s | measured, s | off | expected, MB | measured, MB | off |\n|---|---|---|---|---|---|---|")
+    for name in recipe.steps:
+        training = training_of(recipe, job.found, name)
+        if training is None or name not in job.found:
+            continue
+        trial, m = attempt(training), job.found[name].metrics
+        seconds, memory = training.seconds(trial), trial.memory
+        print(f"| {name} | {seconds:.0f} | {m['wall_seconds']:.0f} | {seconds / m['wall_seconds'] - 1:+.0%} | {memory / 1e6:,.0f} | {m['peak_memory_bytes'] / 1e6:,.0f} | {memory / m['peak_memory_bytes'] - 1:+.0%} |")
+
+
+def main() -> None:
+    """Measure all three, in turns, and print a table."""
+    parser = argparse.ArgumentParser()
+    for name, value in (("batch", 8), ("steps", 60), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--one", default="")
+    parser.add_argument("--plan", type=Path)
+    args = parser.parse_args()
+    if args.plan:
+        compare_plan(args.plan)
+        return
+    if args.one:
+        with tempfile.TemporaryDirectory() as folder:
+            data, scratch = Path(folder) / "data", Path(folder) / "scratch"
+            data.mkdir()
+            scratch.mkdir()
+            print(json.dumps(KINDS[args.one](rows(data, args.batch * args.steps), args.batch, args.steps, scratch)))
+        return
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(args.rounds):
+        for kind in KINDS:
+            done = subprocess.run([sys.executable, __file__, "--one", kind, "--batch", str(args.batch), "--steps", str(args.steps)], check=True, capture_output=True, text=True)
+            found.setdefault(kind, []).append(json.loads(done.stdout.splitlines()[-1]))
+    tokens = args.batch * LENGTH
+    speed = {kind: tokens / statistics.median(r["median"] for r in of) for kind, of in found.items()}
+    mine = found["llmworks"]
+    print(f"{LAYERS} layers of width {WIDTH}, {args.batch} x {LENGTH} tokens, {args.steps} steps, {args.rounds} rounds\n\n| training | tokens/s (middle step) | llmworks is faster by | memory of training, MB |\n|---|---|---|---|")
+    for kind, of in found.items():
+        print(f"| {kind} | {speed[kind]:,.0f} | {speed['llmworks'] / speed[kind]:.2f} | {max(r['megabytes'] for r in of):,.0f} |")
+    rate = max(r["gemm"] for r in mine)
+    print(f"\nfp32 matrix products: {rate / 1e9:.0f} GFLOP/s. Ours: {6 * mine[0]['matrices'] * speed['llmworks'] / 1e9:.0f} GFLOP/s of 6 x {mine[0]['matrices']:,.0f} parameters x tokens/s, {6 * mine[0]['matrices'] * speed['llmworks'] / rate:.0%} of it.")
+    print(f"Loading: {max(r['loading'] for r in mine):.2%} of a step.")
+
+
+if __name__ == "__main__":
+    main()

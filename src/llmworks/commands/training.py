@@ -1,0 +1,55 @@
+"""What `train selftest` prints. All logic is in the rooms below."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from llmworks.commands.output import as_json, out, workspace_of
+from llmworks.errors import GateFailed, UserError
+
+if TYPE_CHECKING:
+    from llmworks.train.selftest import Check
+
+
+def selftest(args: argparse.Namespace) -> None:
+    """`llmworks train selftest RECIPE [STEP]`."""
+    from llmworks.artifact import Dataset
+    from llmworks.execute import threads, use_threads
+    from llmworks.recipe import load_recipe
+    from llmworks.runner import Run
+    from llmworks.train.selftest import selftest as checks_of
+    from llmworks.trainings import training_of
+
+    recipe = load_recipe(args.recipe, args.set)
+    job = Run(recipe, workspace_of(args))
+    job.plan()
+    trainings = {name: t for name in recipe.steps if (t := training_of(recipe, job.found, name)) is not None}
+    if args.step:
+        if args.step not in trainings:
+            raise UserError(f"{args.recipe}: {args.step!r} is no training whose model is known; there are {', '.join(trainings) or 'none'}")
+        trainings = {args.step: trainings[args.step]}
+    if not trainings:
+        raise UserError(f"{args.recipe}: has no step of train.pretrain whose model is known (model.new, model.recurrent, or one that was made)")
+    use_threads(threads())
+    found: dict[str, list[Check]] = {}
+    wrong: list[str] = []
+    for name, training in trainings.items():
+        began = time.monotonic()
+        data = job.found.get(str(recipe.steps[name].inputs["data"]))  # type: ignore[union-attr]
+        rows = data if isinstance(data, Dataset) else None
+        if not args.json:
+            out(f"{name}: {'its first rows' if rows is not None else 'rows that are drawn, since its own are not made yet'}, a model of {training.shape.kind if hasattr(training.shape, 'kind') else 'its switches'}, shrunken")
+        found[name] = []
+        for check in checks_of(training.config, training.shape, rows):
+            found[name].append(check)
+            if not args.json:
+                out(f"{'✓' if check.holds else '✗'} {check.what:<42}{check.detail}")
+        wrong += [f"{name}: {c.what}: {c.detail}" for c in found[name] if not c.holds]
+        if not args.json:
+            out(f"  {time.monotonic() - began:.0f} s\n")
+    if args.json:
+        as_json({name: [c.__dict__ for c in checks] for name, checks in found.items()})
+    if wrong:
+        raise GateFailed(f"{len(wrong)} of {sum(len(checks) for checks in found.values())} checks do not hold; the first is {wrong[0]}")

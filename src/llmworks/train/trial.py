@@ -1,0 +1,94 @@
+"""A few steps of a training in a process of its own, so that its memory is its own: `python -m llmworks.train.trial`, its question on standard input."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+STEPS = 5
+
+
+def main() -> None:
+    """Read {shape, recurrent, config, length, threads}, print a Trial as JSON."""
+    began = time.perf_counter()
+    import matplotlib.figure  # noqa: F401
+    import torch
+
+    from llmworks.train.optimizers import optimizers_of
+    from llmworks.train.packed import PackedBatch, packed_loss
+    from llmworks.train.placement import cast
+    from llmworks.train.pretrain import PretrainConfig
+
+    given = json.load(sys.stdin)
+    torch.set_num_threads(int(given["threads"]))
+    config, length = PretrainConfig.model_validate(given["config"]), int(given["length"])
+    network = model_of(given).train()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device)
+    if config.recompute and network.supports_gradient_checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    optimizers = optimizers_of(network, config.optimizer)
+    average = [p.detach().clone() for p in network.parameters()] if config.average else []
+    ids = torch.randint(0, network.config.vocab_size, (config.batch, length), device=device)
+    places = torch.arange(length, device=device).expand(config.batch, -1)
+    # two texts in each row, as most rows have
+    segments = (places >= length // 2).long()
+    batch = PackedBatch(ids, places - segments * (length // 2), segments, ids.clone(), config.batch * (length - 1), config.batch * length, "")
+    loading = time.perf_counter() - began
+    seconds = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        for _ in range(min(2, config.accumulation)):
+            with cast(device, config.precision):
+                loss = packed_loss(network, batch) / batch.labels
+            loss.backward()  # type: ignore[no-untyped-call]
+        part = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for mean, p in zip(average, network.parameters(), strict=False):
+            mean.lerp_(p.detach(), 0.1)
+        seconds.append((part - start) / min(2, config.accumulation) * config.accumulation + time.perf_counter() - part)
+    network.eval()
+    with torch.no_grad():
+        start = time.perf_counter()
+        float(network(input_ids=ids, position_ids=batch.positions, segment_ids=segments, labels=ids).loss)
+        row = (time.perf_counter() - start) / config.batch
+        start = time.perf_counter()
+        tokens = min(config.sample_tokens, 8, length - 2)
+        if tokens and config.prompts:
+            network.generate(ids[:1, :2], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, pad_token_id=0)
+        samples = (time.perf_counter() - start) / max(1, tokens) * config.sample_tokens * len(config.prompts)
+    # opening, golden tokens and saving take about as long as this process took to begin
+    print(json.dumps({"step": statistics.median(seconds[1:]), "row": row, "samples": samples, "around": 2 * loading, "memory": peak()}))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def model_of(given: dict[str, Any]) -> Any:
+    """The model that is asked for, untrained."""
+    if given["recurrent"]:
+        from llmworks.model import recurrent
+
+        return recurrent.RecurrentForCausalLM(recurrent.RecurrentConfig(shape=given["shape"]))
+    from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+
+    return DecoderForCausalLM(DecoderConfig(shape=given["shape"]))
+
+
+def peak() -> float:
+    """The most bytes that this process, or its GPU, held."""
+    import torch
+
+    from llmworks.train.loop import memory
+
+    return float(memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The pre-trainings of a recipe: shape, rows and tokens of each, read from what was made, or from the steps that will make it. Runs nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmworks.artifact import Artifact, Dataset, Model
+from llmworks.errors import LlmworksError
+from llmworks.model.shape import RecurrentShape, Shape
+from llmworks.recipe import Recipe, StageStep
+from llmworks.train.estimate import Training
+from llmworks.train.pretrain import PretrainConfig
+
+ROUND = 64  # as model.new has it
+
+
+def training_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | None:
+    """The pre-training that a step is, with what is known of it; None where it is none, or its model's shape is not known yet."""
+    step = recipe.steps[name]
+    if not isinstance(step, StageStep) or not isinstance(step.config, PretrainConfig) or step.stage.name != "train.pretrain":
+        return None
+    shape = shape_of_step(recipe, found, step.inputs["model"])
+    if shape is None:
+        return None
+    length, rows, tokens = data_of_step(recipe, found, step.inputs["data"])
+    held_out = data_of_step(recipe, found, step.inputs["held_out"])[1] if "held_out" in step.inputs else 0
+    return Training(step.config, shape, length or shape.context, rows, tokens, held_out, processes)
+
+
+def shape_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> Shape | RecurrentShape | None:
+    """The shape of the model that a step makes or is."""
+    made = found.get(name)
+    if isinstance(made, Model):
+        from llmworks.model.show import shape_of_model
+
+        try:
+            return shape_of_model(made)
+        except LlmworksError:
+            return None
+    step = recipe.steps.get(name)
+    if not isinstance(step, StageStep):
+        return None
+    if step.stage.name in ("model.new", "model.recurrent"):
+        vocabulary = getattr(step.config, "vocabulary", 0) or vocabulary_of_step(recipe, found, step.inputs["tokenizer"])
+        kind = Shape if step.stage.name == "model.new" else RecurrentShape
+        return kind.model_validate(step.config.model_dump() | {"vocabulary": vocabulary}) if vocabulary else None
+    return shape_of_step(recipe, found, step.inputs["model"]) if step.stage.name == "train.pretrain" else None
+
+
+def vocabulary_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> int:
+    """Rows of the embedding for a step's tokenizer; 0 where it is not known yet."""
+    made, step = found.get(name), recipe.steps.get(name)
+    if made is not None and (made.path / "tokenizer.json").exists():
+        tokens = json.loads(Path(made.path / "tokenizer.json").read_text(encoding="utf-8"))
+        known = {*tokens["model"]["vocab"].values()} if isinstance(tokens["model"].get("vocab"), dict) else set(range(len(tokens["model"].get("vocab", []))))
+        return -(-(max(known | {t["id"] for t in tokens.get("added_tokens", [])}) + 1) // ROUND) * ROUND
+    if isinstance(step, StageStep) and step.stage.name == "tokenize.train":
+        return -(-int(getattr(step.config, "vocabulary", 0)) // ROUND) * ROUND
+    return 0
+
+
+def data_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> tuple[int, int, int]:
+    """(length of a row, rows, tokens) of packed tokens that a step makes or is; 0 for what is not known yet."""
+    made, step = found.get(name), recipe.steps.get(name)
+    if isinstance(made, Dataset):
+        about = made.about
+        return int(about.get("length") or 0), int(about.get("rows") or 0), int(about.get("tokens") or 0)
+    if isinstance(step, StageStep) and step.stage.name == "data.pack":
+        return int(getattr(step.config, "length", 0)), 0, 0
+    return 0, 0, 0

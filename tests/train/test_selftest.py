@@ -1,0 +1,154 @@
+"""The self-test finds each fault that it looks for, in what really runs, and passes what is right for every kind of model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmworks.cli import main
+from llmworks.data.tokens import PackedRow
+from llmworks.model import decoder
+from llmworks.model.shape import Experts, RecurrentShape, Shape
+from llmworks.train import checkpoints, loop, packed, selftest
+from llmworks.train.placement import Placed
+from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
+
+CONFIG = PretrainConfig(batch=2, accumulation=2, optimizer=PretrainOptimizer(learning_rate=0.003))
+SHAPE = Shape(width=768, layers=12, heads=12, kv_heads=4, context=1024)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, Shape(width=64, heads=8, kv_heads=1, layers=4, position="alibi", window=512, full_every=2, experts=Experts()), Shape(norm="layer", position="learned", gated=False, bias="all"), RecurrentShape(kind="lstm", layers=2), RecurrentShape(kind="mlp", window=4)])
+def test_what_is_right_passes(shape: Any) -> None:
+    checks = list(selftest.selftest(CONFIG, shape))
+    assert len(checks) == 7
+    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+
+
+@pytest.mark.parametrize("more", [{"precision": "bf16"}, {"recompute": True, "average": 0.9}, {"optimizer": PretrainOptimizer(name="muon", schedule="wsd", decay=0.3)}, {"optimizer": PretrainOptimizer(name="lion", learning_rate=1e-4)}])
+def test_every_habit_passes(more: dict[str, Any]) -> None:
+    checks = list(selftest.selftest(PretrainConfig.model_validate({**CONFIG.model_dump(), **{k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in more.items()}}), SHAPE))
+    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+
+
+def bench(tmp_path: Path, config: PretrainConfig = CONFIG) -> selftest._Bench:
+    return selftest._Bench(tmp_path, selftest.shrunken(SHAPE), selftest.reduced(config), None)
+
+
+def wrong_segments(patch: pytest.MonkeyPatch) -> None:
+    real = decoder.seen
+    patch.setattr(decoder, "seen", lambda *a, **k: real(*a, **{**k, "segments": None}))
+
+
+def wrong_parts(patch: pytest.MonkeyPatch) -> None:
+    def backward(self: Placed, batches: Any, loss: Any, labels: float, scaler: Any, precision: str) -> float:
+        total = 0.0
+        for batch in batches:  # the mean of means, as many frameworks had it until 2024
+            part = loss(self.forward, batch) / batch.labels / len(batches)
+            part.backward()
+            total += float(part.detach())
+        return total
+
+    patch.setattr(Placed, "backward", backward)
+
+
+def wrong_labels(patch: pytest.MonkeyPatch) -> None:
+    real = packed.stack
+
+    def cut(rows: Any, length: int) -> Any:
+        found = real(rows, length)
+        found["learned"][:, 3:6] = False
+        return found
+
+    patch.setattr(packed, "stack", cut)
+
+
+def wrong_seed(patch: pytest.MonkeyPatch) -> None:
+    real = packed._order
+    patch.setattr(packed, "_order", lambda rows, seed, epoch: real(rows, 0, epoch))
+
+
+def wrong_resume(patch: pytest.MonkeyPatch) -> None:
+    real = checkpoints.resume
+
+    def without_moments(running: Any, scratch: Path) -> int:
+        step = real(running, scratch)
+        for optimizer in running.optimizers:
+            optimizer.state.clear()
+        return step
+
+    patch.setattr(checkpoints, "resume", without_moments)
+
+
+def wrong_learning(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop, "learning_rate", lambda *a: 0.0)
+
+
+FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {
+    "texts see one another": (wrong_segments, selftest._apart), "parts weigh alike": (wrong_parts, lambda b: selftest._parts(b, selftest.EXACT)), "labels are lost": (wrong_labels, selftest._labels),
+    "the seed is not used": (wrong_seed, selftest._seed), "moments are lost": (wrong_resume, selftest._resume), "nothing is learned": (wrong_learning, selftest._overfit),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FAULTS))
+def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault, check = FAULTS[name]
+    fault(monkeypatch)
+    holds, detail = check(bench(tmp_path))
+    assert not holds, detail
+
+
+def test_a_key_that_nothing_reads_is_named(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"optimizer": PretrainOptimizer(schedule="cosine", decay=0.5)})
+    holds, detail = selftest._keys(bench(tmp_path, config), config)
+    assert not holds
+    assert detail == "set, and not read by this training: optimizer.decay"
+
+
+def test_rows_of_the_data_are_taken(tmp_path: Path) -> None:
+    import numpy as np
+
+    made = bench(tmp_path)
+    ids = np.arange(1000, 1100)
+    row = PackedRow(ids, np.arange(100) > 0, np.arange(100), np.repeat([0, 1], [30, 70]), np.array([0, 1]))
+    data = made.packed("own", [row] * 2)
+    first, second = selftest._rows(data, 2)
+    assert torch.equal(torch.from_numpy(first.ids), torch.arange(1000, 1064) % selftest.VOCABULARY)
+    assert second.segments.tolist() == [0] * 30 + [1] * 34
+
+
+RECIPE = """
+name: tiny
+steps:
+  text: {use: "path:FOLDER"}
+  read: {stage: data.read, inputs: {data: text}}
+  tokenizer: {stage: tokenize.train, inputs: {data: read}, config: {vocabulary: 300}}
+  packed: {stage: data.pack, inputs: {model: tokenizer, data: read}, config: {length: 32}}
+  new: {stage: model.new, inputs: {tokenizer: tokenizer}, config: {width: 64, layers: 2, heads: 2, context: 32}}
+  trained: {stage: train.pretrain, inputs: {model: new, data: packed}, config: {batch: 2, DECAYsample_tokens: 4}}
+"""
+
+
+def test_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("".join(f"Row {i} of words, and {i * 7} more. " for i in range(300)))
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE.replace("FOLDER", str(tmp_path / "text")).replace("DECAY", ""))
+    assert main(["train", "selftest", str(recipe), "--workspace", str(tmp_path / "ws")]) == 0
+    told = capsys.readouterr().out
+    assert told.count("✓") == 7
+    assert "rows that are drawn" in told
+    assert main(["run", str(recipe), "--workspace", str(tmp_path / "ws"), "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["train", "selftest", str(recipe), "trained", "--json", "--workspace", str(tmp_path / "ws")]) == 0
+    assert all(check["holds"] for check in json.loads(capsys.readouterr().out)["trained"])
+    recipe.write_text(RECIPE.replace("FOLDER", str(tmp_path / "text")).replace("DECAY", "optimizer: {decay: 0.4}, "))
+    assert main(["train", "selftest", str(recipe), "--workspace", str(tmp_path / "ws")]) == 1
+    assert "the first is trained: every key is read: set, and not read by this training: optimizer.decay" in capsys.readouterr().err
+    for words, says in ((["nothing"], "'nothing' is no training"), (["--set", "trained.batsch=3"], "batsch")):
+        assert main(["train", "selftest", str(recipe), *words, "--workspace", str(tmp_path / "ws")]) == 2
+        assert says in capsys.readouterr().err

@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 CORPUS := $(VENV)/.corpus
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: quickstart corpus instructions test slow check bench bench-data bench-conversations docs clean
+.PHONY: quickstart corpus instructions pretrain test slow check bench bench-data bench-conversations bench-pretrain docs clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/llmworks run recipes/quickstart.yaml
@@ -16,6 +16,9 @@ corpus: $(CORPUS)
 
 instructions: $(CORPUS)
 	$(BIN)/llmworks run recipes/instructions.yaml --workers 2
+
+pretrain: $(CORPUS)
+	$(BIN)/llmworks run recipes/pretrain.yaml --workers 2
 
 test: $(DEVELOPED)
 	$(BIN)/python -m pytest
@@ -40,6 +43,9 @@ bench-conversations: $(DEVELOPED)
 	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 addict colorama
 	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers/axolotl axolotl==0.19.0
 	$(BIN)/python benchmarks/conversations.py --peers $(VENV)/peers/bin/python --axolotl $(VENV)/peers/axolotl
+
+bench-pretrain: $(DEVELOPED)
+	$(BIN)/python benchmarks/pretrain.py
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

@@ -1,6 +1,7 @@
 """Pre-training beside its peers in one run: tokens a second and memory of the full step, the share of the machine's matrix products, and of loading.
 
     python benchmarks/pretrain.py                     (about five minutes on two cores)
+    python benchmarks/pretrain.py --width 384         the same, twice as wide
     python benchmarks/pretrain.py --plan WORKSPACE    what `llmworks plan --try` says of recipes/pretrain.yaml, against what its finished run in that workspace measured
 
 Ours is the decoder in the loop of `train.pretrain`; theirs is transformers' Llama of the same shape in a plain loop, and in transformers' Trainer. Each is
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -20,7 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-VOCABULARY, WIDTH, LAYERS, HEADS, GROUPS, HIDDEN, LENGTH = 4096, 192, 6, 6, 3, 512, 256  # recipes/pretrain.yaml
+VOCABULARY, LAYERS, HEADS, GROUPS, LENGTH = 4096, 6, 6, 3, 256  # recipes/pretrain.yaml, whose width is 192
+WIDTH = int(os.environ.get("BENCHMARK_WIDTH", "192"))
+HIDDEN = -(-WIDTH * 8 // 3 // 64) * 64
 WARM = 5
 
 
@@ -178,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, value in (("batch", 8), ("steps", 60), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--one", default="")
     parser.add_argument("--plan", type=Path)
     args = parser.parse_args()
@@ -194,12 +199,12 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(args.rounds):
         for kind in KINDS:
-            done = subprocess.run([sys.executable, __file__, "--one", kind, "--batch", str(args.batch), "--steps", str(args.steps)], check=True, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, __file__, "--one", kind, "--batch", str(args.batch), "--steps", str(args.steps)], check=True, capture_output=True, text=True, env={**os.environ, "BENCHMARK_WIDTH": str(args.width)})
             found.setdefault(kind, []).append(json.loads(done.stdout.splitlines()[-1]))
     tokens = args.batch * LENGTH
     speed = {kind: tokens / statistics.median(r["median"] for r in of) for kind, of in found.items()}
     mine = found["llmworks"]
-    print(f"{LAYERS} layers of width {WIDTH}, {args.batch} x {LENGTH} tokens, {args.steps} steps, {args.rounds} rounds\n\n| training | tokens/s (middle step) | llmworks is faster by | memory of training, MB |\n|---|---|---|---|")
+    print(f"{LAYERS} layers of width {args.width}, {args.batch} x {LENGTH} tokens, {args.steps} steps, {args.rounds} rounds\n\n| training | tokens/s (middle step) | llmworks is faster by | memory of training, MB |\n|---|---|---|---|")
     for kind, of in found.items():
         print(f"| {kind} | {speed[kind]:,.0f} | {speed['llmworks'] / speed[kind]:.2f} | {max(r['megabytes'] for r in of):,.0f} |")
     rate = max(r["gemm"] for r in mine)

@@ -22,14 +22,17 @@ CONFIG = PretrainConfig(batch=2, accumulation=2, optimizer=PretrainOptimizer(lea
 SHAPE = Shape(width=768, layers=12, heads=12, kv_heads=4, context=1024)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, Shape(width=64, heads=8, kv_heads=1, layers=4, position="alibi", window=512, full_every=2, experts=Experts()), Shape(norm="layer", position="learned", gated=False, bias="all"), RecurrentShape(kind="lstm", layers=2), RecurrentShape(kind="mlp", window=4)])
+OTHERS = (Shape(norm="layer", position="learned", gated=False, bias="all"), RecurrentShape(kind="mlp", window=4))
+
+
+@pytest.mark.parametrize("shape", [SHAPE, Shape(width=64, heads=8, kv_heads=1, layers=4, position="alibi", window=512, full_every=2, experts=Experts()), RecurrentShape(kind="lstm", layers=2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in OTHERS)])
 def test_what_is_right_passes(shape: Any) -> None:
     checks = list(selftest.selftest(CONFIG, shape))
     assert len(checks) == 7
     assert all(check.holds for check in checks), [check for check in checks if not check.holds]
 
 
-@pytest.mark.parametrize("more", [{"precision": "bf16"}, {"recompute": True, "average": 0.9}, {"optimizer": PretrainOptimizer(name="muon", schedule="wsd", decay=0.3)}, {"optimizer": PretrainOptimizer(name="lion", learning_rate=1e-4)}])
+@pytest.mark.parametrize("more", [{"recompute": True, "average": 0.9, "optimizer": PretrainOptimizer(name="muon", schedule="wsd", decay=0.3)}, *(pytest.param(more, marks=pytest.mark.slow) for more in ({"precision": "bf16"}, {"optimizer": PretrainOptimizer(name="lion", learning_rate=1e-4)}))])
 def test_every_habit_passes(more: dict[str, Any]) -> None:
     checks = list(selftest.selftest(PretrainConfig.model_validate({**CONFIG.model_dump(), **{k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in more.items()}}), SHAPE))
     assert all(check.holds for check in checks), [check for check in checks if not check.holds]

@@ -67,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = launch.spread(words)
         return dispatch(words) if code is None else code
     except LlmworksError as error:
-        if not launch.is_told(error):
-            print(f"llmworks: {error}", file=sys.stderr)
+        if launch.is_told(error):
+            return launch.LOST
+        print(f"llmworks: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("llmworks: interrupted; the same command again goes on from here", file=sys.stderr)

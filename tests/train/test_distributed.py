@@ -135,6 +135,27 @@ def test_a_killed_process_ends_all_with_one_message(victim: int, made: Path, tmp
     assert not out.exists()
 
 
+FAULT = """
+import os
+if os.environ.get("RANK") == "1":
+    from llmworks.errors import DataError
+    from llmworks.train import packed
+
+    def broken(model, batch):
+        raise DataError("shard-00003: cannot be read here")
+
+    packed.packed_loss = broken
+"""
+
+
+def test_the_process_that_fails_is_named_not_those_that_miss_it(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULT)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "LLMWORKS_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "llmworks.cli", *words(made, tmp_path / "out"), "--nproc", "2"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "process 1 of 2: llmworks: shard-00003: cannot be read here"
+
+
 def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llmworks.cli", *words(made, out)], capture_output=True, text=True, env={**os.environ, "LLMWORKS_THREADS": "1"})

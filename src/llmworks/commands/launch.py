@@ -6,6 +6,7 @@ On several machines torchrun does this, with the same command.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -13,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llmworks.errors import LlmworksError, UserError, WorkerLost
 
 LAUNCHED = "LLMWORKS_LAUNCHED"  # set in processes whose death is told here
+LOST = 75  # their exit code when they miss another one, which is to blame
 
 
 def launch(words: Sequence[str], processes: int) -> int:
@@ -44,10 +46,9 @@ def launch(words: Sequence[str], processes: int) -> int:
             return 0
         _end(started, 0 if started[first].returncode < 0 else 5)
         code = started[first].returncode
-        if code < 0 or code == WorkerLost.exit_code:
-            dead = next((rank for rank, process in enumerate(started) if process.returncode < 0 and rank == first), first)
-            killed = f"was killed (signal {-started[dead].returncode})" if started[dead].returncode < 0 else "ended"
-            raise WorkerLost(f"process {dead} of {processes} {killed}; all are stopped. The same command goes on from the last checkpoint")
+        if code < 0 or code == LOST:
+            how = f"process {first} of {processes} was killed (signal {-code})" if code < 0 else f"the {processes} processes lost one another"
+            raise WorkerLost(f"{how}; all are stopped. The same command goes on from the last checkpoint")
         if first:  # what the first process says is seen already
             told[first - 1].seek(0)
             lines = told[first - 1].read().decode(errors="replace").strip().splitlines()
@@ -56,16 +57,23 @@ def launch(words: Sequence[str], processes: int) -> int:
 
 
 def _first_to_fail(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The number of the first process that ends badly; None when all end well. One that was killed goes before those that miss it."""
-    while True:
-        codes = [process.poll() for process in started]
-        if any(codes):
-            time.sleep(0.3)  # the death of one is the failure of others within moments
-            codes = [process.poll() for process in started]
-            return min((rank for rank, code in enumerate(codes) if code), key=lambda rank: (codes[rank] or 0) > 0)
-        if all(code == 0 for code in codes):
-            return None
-        time.sleep(0.05)
+    """The number of the process that is to blame; None when all end well.
+
+    One that was killed, else the first that found something wrong itself; those that miss another one come last. The failure of one is that of
+    others within moments, and they may end before it.
+    """
+
+    def codes(patience: float, enough: Callable[[Sequence[int | None]], bool]) -> list[int | None]:
+        until = time.monotonic() + patience
+        while not enough(found := [process.poll() for process in started]) and time.monotonic() < until:
+            time.sleep(0.05)
+        return found
+
+    codes(math.inf, lambda found: any(found) or all(code == 0 for code in found))
+    codes(5, lambda found: any(code and code != LOST for code in found) or not any(found))
+    ended = codes(2, lambda found: found[0] is not None or min(code or 0 for code in found) < 0)
+    failed = [rank for rank, code in enumerate(ended) if code]
+    return min(failed, key=lambda rank: (ended[rank] == LOST, (ended[rank] or 0) > 0)) if failed else None
 
 
 def _end(started: Sequence[subprocess.Popen[bytes]], patience: float) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 TERMINAL = "report.txt"
-ACCENTS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
+ACCENTS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569", "#0891b2", "#65a30d")
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#5b6572;--line:#d9dee4;--paper:#fff;--card:#f6f8fa;--accent:#2563eb}

@@ -6,7 +6,9 @@ The one place where stages are called. Knows the workspace and the stage table; 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import gc
 import hashlib
 import os
 import platform
@@ -47,6 +49,15 @@ class Outcome:
     artifact: Artifact
     made: bool
     seconds: float = 0.0
+
+
+def give_back() -> None:
+    """Memory that a step held and the next does not need goes back to the system, where the C library can (glibc)."""
+    gc.collect()
+    if "pyarrow" in sys.modules:
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def threads() -> int:
@@ -122,6 +133,7 @@ def execute(
             tracking.close()
             shutil.rmtree(draft, ignore_errors=True)  # moved away when published
         workspace.drop_scratch(key)
+        give_back()
         return Outcome(artifact, made=True, seconds=time.monotonic() - began)
 
 

@@ -49,6 +49,7 @@ class Training:
     tokens: int = 0
     held_out: int = 0
     processes: int = 1
+    texts: float = 2.0  # of a row, in the mean
 
     @cached_property
     def parameters(self) -> int:
@@ -120,7 +121,7 @@ def attempt(training: Training) -> Trial:
 
 
 def _run(training: Training, shape: Shape | RecurrentShape) -> Trial:
-    given = {"shape": shape.model_dump(), "recurrent": isinstance(shape, RecurrentShape), "config": training.config.model_dump(mode="json"), "length": training.length, "threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)}
+    given = {"shape": shape.model_dump(), "recurrent": isinstance(shape, RecurrentShape), "config": training.config.model_dump(mode="json"), "length": training.length, "texts": training.texts, "threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)}
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-m", "llmworks.train.trial"], input=json.dumps(given), capture_output=True, text=True, env=environment)
     if done.returncode:

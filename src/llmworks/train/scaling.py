@@ -36,7 +36,7 @@ class ScalingConfig(Config):
     """The grid of runs, how each is trained, and the run that is predicted."""
 
     sizes: list[Size] = Field(
-        [Size(width=w, layers=n) for w, n in ((32, 2), (64, 2), (96, 3), (128, 4), (160, 5))], min_length=3, description="sizes of the grid"
+        [Size(width=w, layers=n) for w, n in ((32, 1), (32, 2), (64, 2), (96, 3), (128, 4))], min_length=3, description="sizes of the grid"
     )
     flops: list[float] = Field([1e12, 2e12, 4e12], min_length=1, description="operations of a run; each size is run with each, with as many tokens as that is")
     target: Size = Field(Size(width=192, layers=6), description="the size that is predicted, then run")
@@ -44,7 +44,7 @@ class ScalingConfig(Config):
     head_width: int = Field(32, gt=0, description="numbers of a head, in each size")
     shape: Shape = Field(Shape(), description="all other switches of the decoder; width, layers, heads and vocabulary are not read")
     batch: int = Field(8, gt=0, description="rows of a step")
-    optimizer: PretrainOptimizer = Field(PretrainOptimizer(learning_rate=0.003), description="optimizer; its learning rate is that of `rate_width`")
+    optimizer: PretrainOptimizer = Field(PretrainOptimizer(name="muon", learning_rate=0.006), description="optimizer; its learning rate is that of `rate_width`")
     rate_width: int = Field(128, ge=0, description="learning rates of other widths are by the root of this over theirs; 0: the same for all")
     passes: float = Field(4.0, gt=0, description="runs that would read the data more often are left out: what is read again teaches less (Muennighoff et al. 2023, arXiv:2305.16264)")
     least_steps: int = Field(20, gt=1, description="runs of fewer steps are left out")

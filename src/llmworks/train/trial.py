@@ -13,7 +13,7 @@ STEPS = 5
 
 
 def main() -> None:
-    """Read {shape, recurrent, config, length, threads}, print a Trial as JSON."""
+    """Read {shape, recurrent, config, length, texts, threads}, print a Trial as JSON."""
     began = time.perf_counter()
     import matplotlib.figure  # noqa: F401
     import torch
@@ -35,9 +35,11 @@ def main() -> None:
     average = [p.detach().clone() for p in network.parameters()] if config.average else []
     ids = torch.randint(0, network.config.vocab_size, (config.batch, length), device=device)
     places = torch.arange(length, device=device).expand(config.batch, -1)
-    # two texts in each row, as most rows have
-    segments = (places >= length // 2).long()
-    batch = PackedBatch(ids, places - segments * (length // 2), segments, ids.clone(), config.batch * (length - 1), config.batch * length, "")
+    # as many rows of two texts as the data have, parted anywhere: what reads token by token begins anew there
+    parted = torch.randint(1, length, (config.batch, 1), device=device)
+    parted[round(config.batch * min(1.0, float(given["texts"]) - 1)) :] = length
+    segments = (places >= parted).long()
+    batch = PackedBatch(ids, places - segments * parted, segments, ids.clone(), config.batch * (length - 1), config.batch * length, "")
     loading = time.perf_counter() - began
     seconds = []
     for _ in range(STEPS):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from llmworks.workspace import Workspace
 
 
+BEFORE = 250_000_000  # bytes of libraries that steps before a training load in the same process, about
+
+
 def pool_of(args: argparse.Namespace) -> Pool:
     """Where the parts of a stage run."""
     return Pool(args.workers, args.engine, args.address)
@@ -115,18 +118,19 @@ def _trainings(job: Run, judgements: list[Judgement], args: argparse.Namespace) 
         training = training_of(job.recipe, job.found, j.name, args.processes) if j.state in ("to run", "waits") else None
         if training is not None:
             training.config.parallel.over(args.processes)
-            found[j.name] = (training, _tried(j.name, training) if args.attempt else None)
+            before = any(o.state in ("to run", "waits") and o.name not in found for o in judgements[: judgements.index(j)])
+            found[j.name] = (training, _tried(j.name, training, BEFORE if before else 0) if args.attempt else None)
     return found
 
 
-def _tried(name: str, training: Training) -> Expect:
+def _tried(name: str, training: Training, before: int) -> Expect:
     from llmworks.recipe import Expect
     from llmworks.train.estimate import attempt
 
     print(f"trying a few steps of {name} ...", file=sys.stderr, flush=True)
     trial = attempt(training)
     size = 4 * training.parameters / 1e6
-    return Expect(seconds=training.seconds(trial) if training.steps else 0, memory_mb=trial.memory / 1e6, disk_mb=size)
+    return Expect(seconds=training.seconds(trial) if training.steps else 0, memory_mb=(trial.memory + before) / 1e6, disk_mb=size)
 
 
 def _say_trainings(trainings: dict[str, tuple[Training, Expect | None]]) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-STEPS = 5
+STEPS, MOST, ENOUGH = 5, 30, 8.0  # steps at least and at most, and seconds: the first are slow, while memory is fresh
 
 
 def main() -> None:
@@ -41,8 +41,8 @@ def main() -> None:
     segments = (places >= parted).long()
     batch = PackedBatch(ids, places - segments * parted, segments, ids.clone(), config.batch * (length - 1), config.batch * length, "")
     loading = time.perf_counter() - began
-    seconds = []
-    for _ in range(STEPS):
+    seconds: list[float] = []
+    while len(seconds) < STEPS or (len(seconds) < MOST and sum(seconds) < ENOUGH):
         start = time.perf_counter()
         for _ in range(min(2, config.accumulation)):
             with cast(device, config.precision):
@@ -67,7 +67,7 @@ def main() -> None:
             network.generate(ids[:1, :2], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, pad_token_id=0)
         samples = (time.perf_counter() - start) / max(1, tokens) * config.sample_tokens * len(config.prompts)
     # opening, golden tokens and saving take about as long as this process took to begin
-    print(json.dumps({"step": statistics.median(seconds[1:]), "row": row, "samples": samples, "around": 2 * loading, "memory": peak()}))
+    print(json.dumps({"step": statistics.median(seconds[len(seconds) // 2 :]), "row": row, "samples": samples, "around": 2 * loading, "memory": peak()}))
     sys.stdout.flush()
     os._exit(0)
 

@@ -28,8 +28,7 @@ def training_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, proces
     length, rows, tokens = data_of_step(recipe, found, step.inputs["data"])
     held_out = data_of_step(recipe, found, step.inputs["held_out"])[1] if "held_out" in step.inputs else 0
     made = found.get(str(step.inputs["data"]))
-    texts = float(made.metrics.get("pieces_per_row", 2.0)) if made is not None else 2.0
-    return Training(step.config, shape, length or shape.context, rows, tokens, held_out, processes, max(1.0, texts))
+    return Training(step.config, shape, length or shape.context, rows, tokens, held_out, processes, made.path if made is not None else None)
 
 
 def shape_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> Shape | RecurrentShape | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmworks.model.attention import repeated, seen
-from llmworks.model.blockwise import BLOCK, blocks_of, blockwise
+from llmworks.model.blockwise import BLOCK, block_of, blocks_of, blockwise
 from llmworks.model.positions import slopes
 
 
@@ -24,13 +24,15 @@ SEGMENTS[1] = torch.arange(160) // 30
 
 @pytest.mark.parametrize("length", [2, 63, 64, 65, 160])
 @pytest.mark.parametrize("kind", ["plain", "window", "segments", "alibi", "padding", "all"])
-def test_the_numbers_and_gradients_of_pytorch(length: int, kind: str) -> None:
+@pytest.mark.parametrize("block", [block_of(1), block_of(1000)])
+def test_the_numbers_and_gradients_of_pytorch(length: int, kind: str, block: int) -> None:
     q, k, v = given(length)
     at = torch.arange(length)[None]
     padding = (torch.arange(length) >= torch.tensor([[0], [length // 3]])).long() if kind in ("padding", "all") else None
     segments = (SEGMENTS[:, :length],) * 2 if kind in ("segments", "all") else None
-    look = seen(at, at, window=20 if kind in ("window", "all") else 0, padding=padding, segments=segments, alibi=slopes(6) if kind in ("alibi", "all") else None)
+    look = seen(at, at, window=20 if kind in ("window", "all") else 0, padding=padding, segments=segments, alibi=slopes(6) if kind in ("alibi", "all") else None, block=block)
     assert look.blocks is not None
+    assert look.blocks[0][1] == min(block, length)
     real = torch.ones(2, 1, length, 1) if padding is None else padding[:, None, :, None].float()  # what padding itself sees is nobody's business
     ours = blockwise(q, k, v, 0.3, look.mask, look.blocks) * real
     grads = torch.autograd.grad((ours * ours.detach().roll(1, 2)).sum(), (q, k, v))

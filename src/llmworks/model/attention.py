@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmworks.model.blockwise import Blocks, blocks_of, blockwise
+from llmworks.model.blockwise import BLOCK, Blocks, blocks_of, blockwise
 from llmworks.model.linear import AddingLinear
 from llmworks.model.norm import RMSNorm
 from llmworks.model.positions import rotate, slopes
@@ -32,16 +32,16 @@ class Seen:
     blocks: Blocks | None = None
 
 
-def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0, padding: Tensor | None = None, segments: tuple[Tensor, Tensor] | None = None, alibi: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Seen:
+def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0, padding: Tensor | None = None, segments: tuple[Tensor, Tensor] | None = None, alibi: Tensor | None = None, dtype: torch.dtype = torch.float32, block: int = BLOCK) -> Seen:
     """Who sees whom: a token sees itself and those before it (or all, if not `causal`), nearer than `window`, of its own segment, and no padding.
 
-    queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and keys; alibi: slopes [heads].
+    queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and keys; alibi: slopes [heads]; `block`: queries that are computed at once.
     """
     same = causal and queries.shape[1] == keys.shape[1] > 1
     in_blocks = same and keys.device.type == "cpu"
     # no mask is needed where nothing is hidden beyond causality, and queries are all of the keys, or the last of them
     if not window and padding is None and segments is None and alibi is None and (not causal or same or queries.shape[1] == 1):
-        return Seen(None, causal and queries.shape[1] > 1, blocks_of(keys.shape[1]) if in_blocks else None)
+        return Seen(None, causal and queries.shape[1] > 1, blocks_of(keys.shape[1], None, block) if in_blocks else None)
     distance = queries[:, :, None] - keys[:, None, :]  # [batch, queries, keys]
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window:
@@ -55,7 +55,7 @@ def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0,
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     if alibi is not None:
         mask = (mask - alibi.to(mask)[None, :, None, None] * distance.abs()[:, None].to(dtype)).clamp(min=torch.finfo(dtype).min)
-    return Seen(mask, False, blocks_of(keys.shape[1], allowed) if in_blocks else None)
+    return Seen(mask, False, blocks_of(keys.shape[1], allowed, block) if in_blocks else None)
 
 
 class Attention(nn.Module):

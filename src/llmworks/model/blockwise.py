@@ -1,8 +1,8 @@
 """Causal attention on a CPU, a block of queries at a time: what causality, a window or another text hides is not computed, and nothing is kept of it.
 
-The same numbers as `scaled_dot_product_attention`. Queries are taken in blocks and keys are not, so a block's weights stand whole (64 rows of them for
-each head), and there is no running softmax; backward computes them again, as FlashAttention does (Dao et al. 2022, arXiv:2205.14135). Only for speed:
-forward and backward with PyTorch's own CPU kernel take 1.05 to 1.5 times as long, with a mask for packed texts 2.4 to 5.5 (`python benchmarks/model.py --attention`). Knows no model.
+The same numbers as `scaled_dot_product_attention`. Queries are taken in blocks and keys are not, so a block's weights stand whole (32 or 64 rows of them
+for each head), and there is no running softmax; backward computes them again, as FlashAttention does (Dao et al. 2022, arXiv:2205.14135). Only for speed:
+forward and backward with PyTorch's own CPU kernel take 1.0 to 1.4 times as long, with a mask for packed texts 2.7 to 5.3 (`python benchmarks/model.py --attention`). Knows no model.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 64  # queries; their weights should fit a core's cache
+BLOCK, MANY = 64, 32  # queries at most; half of them where so many heads share the cores' caches
 Blocks = tuple[tuple[int, int, int], ...]  # (first query, last + 1, first key that one of them sees)
 
 
-def blocks_of(length: int, allowed: Tensor | None = None) -> Blocks:
+def block_of(heads: int) -> int:
+    """Queries of a block, where there are so many heads in all rows: their weights should stay in the caches."""
+    return BLOCK // 2 if heads >= MANY else BLOCK
+
+
+def blocks_of(length: int, allowed: Tensor | None = None, block: int = BLOCK) -> Blocks:
     """The blocks of rows of `length` tokens, each of which sees itself and all before it, or what is `allowed` [batch or 1, queries, keys]."""
-    begins = list(range(0, length, BLOCK))
+    begins = list(range(0, length, block))
     firsts = [0] * len(begins)
     if allowed is not None:
         nearest = allowed.any(0).int().argmax(-1)  # of each query, in any row
-        firsts = [int(part.min()) for part in torch.split(nearest, BLOCK)]
-    return tuple((at, min(at + BLOCK, length), first) for at, first in zip(begins, firsts, strict=True))
+        firsts = [int(part.min()) for part in torch.split(nearest, block)]
+    return tuple((at, min(at + block, length), first) for at, first in zip(begins, firsts, strict=True))
 
 
 @functools.lru_cache(maxsize=8)
@@ -64,10 +69,10 @@ class _Blockwise(torch.autograd.Function):
         for first, end, first_key in blocks:
             rows, gradients = _rows(q, first, end) * scale, _rows(gradient, first, end)
             weights = _weights(rows, k[:, first_key:end], mask, (first, end, first_key), batch, room)
-            by_v[:, first_key:end].baddbmm_(weights.transpose(1, 2), gradients)
+            by_v[:, first_key:end].add_(torch.bmm(weights.transpose(1, 2), gradients))  # `baddbmm_` into a part is a loop over matrices
             by_fit = torch.bmm(gradients, v[:, first_key:end].transpose(1, 2), out=other[: weights.numel()].view(weights.shape))
             by_fit.sub_(_rows(inner, first, end)).mul_(weights)
-            by_k[:, first_key:end].baddbmm_(by_fit.transpose(1, 2), rows)
+            by_k[:, first_key:end].add_(torch.bmm(by_fit.transpose(1, 2), rows))
             by_q[:, :, first:end] = torch.bmm(by_fit, k[:, first_key:end]).view(len(q), -1, end - first, q.shape[-1])
         shape = (batch, -1, *q.shape[2:])
         return by_q.mul_(scale).view(shape), by_k.view(shape), by_v.view(shape), None, None, None

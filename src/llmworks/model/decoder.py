@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmworks.errors import ModelError
 from llmworks.model.attention import Attention, Seen, alibi_of, seen
+from llmworks.model.blockwise import block_of
 from llmworks.model.feed_forward import FeedForward, MixtureOfExperts
 from llmworks.model.linear import AddingLinear
 from llmworks.model.linear_loss import head_loss, is_plain
@@ -110,7 +111,7 @@ class Stack(nn.Module):
         for number, block in self.blocks.named_children():
             window, rope = shape.window_of(int(number)), shape.rope_of(int(number))
             if window not in looks:
-                looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, alibi=slopes, dtype=x.dtype)
+                looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, alibi=slopes, dtype=x.dtype, block=block_of(x.shape[0] * shape.heads))
             if rope not in rotations:
                 rotations[rope] = rotation(positions, *frequencies(rope, shape.per_head, shape.context)) if shape.position == "rope" else None
             given = (x, looks[window], rotations[rope], cache, memory)

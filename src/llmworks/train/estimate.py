@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 
 from llmworks.errors import LlmworksError
 from llmworks.model.anatomy import parts_of
@@ -49,7 +50,7 @@ class Training:
     tokens: int = 0
     held_out: int = 0
     processes: int = 1
-    texts: float = 2.0  # of a row, in the mean
+    data: Path | None = None  # of the packed tokens, where they are made
 
     @cached_property
     def parameters(self) -> int:
@@ -112,7 +113,7 @@ class Training:
 
 
 def attempt(training: Training) -> Trial:
-    """Run a few steps of it here, of one process, with ids by chance; large models with one layer and with two. Errors: LlmworksError when that fails."""
+    """Run a few steps of it here, of one process, on its own first rows where they are made, else on ids by chance; large models with one layer and with two. Errors: LlmworksError when that fails."""
     shape = training.shape
     if isinstance(shape, RecurrentShape) or (shape.layers <= LAYERS and training.parameters <= WHOLE):
         return _run(training, shape)
@@ -121,7 +122,7 @@ def attempt(training: Training) -> Trial:
 
 
 def _run(training: Training, shape: Shape | RecurrentShape) -> Trial:
-    given = {"shape": shape.model_dump(), "recurrent": isinstance(shape, RecurrentShape), "config": training.config.model_dump(mode="json"), "length": training.length, "texts": training.texts, "threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)}
+    given = {"shape": shape.model_dump(), "recurrent": isinstance(shape, RecurrentShape), "config": training.config.model_dump(mode="json"), "length": training.length, "data": str(training.data or ""), "threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)}
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-m", "llmworks.train.trial"], input=json.dumps(given), capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -7,25 +7,32 @@ import os
 import statistics
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-STEPS, MOST, ENOUGH = 5, 30, 8.0  # steps at least and at most, and seconds: the first are slow, while memory is fresh
+if TYPE_CHECKING:
+    import torch
+
+    from llmworks.train.packed import PackedBatch
+    from llmworks.train.pretrain import PretrainConfig
+
+STEPS, MOST, ENOUGH, LOOKS = 5, 60, 10.0, 4  # steps at least and at most, and seconds: the first quarter is slow, while memory is fresh; batches that are only looked at
 
 
 def main() -> None:
-    """Read {shape, recurrent, config, length, texts, threads}, print a Trial as JSON."""
+    """Read {shape, recurrent, config, length, data, threads}, print a Trial as JSON."""
     began = time.perf_counter()
     import matplotlib.figure  # noqa: F401
     import torch
 
     from llmworks.train.optimizers import optimizers_of
-    from llmworks.train.packed import PackedBatch, packed_loss
+    from llmworks.train.packed import packed_loss
     from llmworks.train.placement import cast
     from llmworks.train.pretrain import PretrainConfig
 
     given = json.load(sys.stdin)
     torch.set_num_threads(int(given["threads"]))
-    config, length = PretrainConfig.model_validate(given["config"]), int(given["length"])
+    config = PretrainConfig.model_validate(given["config"])
     network = model_of(given).train()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
@@ -33,17 +40,12 @@ def main() -> None:
         network.activation_checkpointing_enable({"use_reentrant": False})
     optimizers = optimizers_of(network, config.optimizer)
     average = [p.detach().clone() for p in network.parameters()] if config.average else []
-    ids = torch.randint(0, network.config.vocab_size, (config.batch, length), device=device)
-    places = torch.arange(length, device=device).expand(config.batch, -1)
-    # as many rows of two texts as the data have, parted anywhere: what reads token by token begins anew there
-    parted = torch.randint(1, length, (config.batch, 1), device=device)
-    parted[round(config.batch * min(1.0, float(given["texts"]) - 1)) :] = length
-    segments = (places >= parted).long()
-    batch = PackedBatch(ids, places - segments * parted, segments, ids.clone(), config.batch * (length - 1), config.batch * length, "")
+    batches = batches_of(given, config, network.config.vocab_size, device)
     loading = time.perf_counter() - began
     seconds: list[float] = []
     while len(seconds) < STEPS or (len(seconds) < MOST and sum(seconds) < ENOUGH):
         start = time.perf_counter()
+        batch = batches[len(seconds) % len(batches)]
         for _ in range(min(2, config.accumulation)):
             with cast(device, config.precision):
                 loss = packed_loss(network, batch) / batch.labels
@@ -59,17 +61,38 @@ def main() -> None:
     network.eval()
     with torch.no_grad():
         start = time.perf_counter()
-        float(network(input_ids=ids, position_ids=batch.positions, segment_ids=segments, labels=ids).loss)
-        row = (time.perf_counter() - start) / config.batch
-        start = time.perf_counter()
-        tokens = min(config.sample_tokens, 8, length - 2)
+        for batch in batches[:LOOKS]:
+            float(packed_loss(network, batch))
+        row = (time.perf_counter() - start) / config.batch / len(batches[:LOOKS])
+        ids, start = batches[0].ids, time.perf_counter()
+        tokens = min(config.sample_tokens, 8, ids.shape[1] - 2)
         if tokens and config.prompts:
             network.generate(ids[:1, :2], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, pad_token_id=0)
         samples = (time.perf_counter() - start) / max(1, tokens) * config.sample_tokens * len(config.prompts)
     # opening, golden tokens and saving take about as long as this process took to begin
-    print(json.dumps({"step": statistics.median(seconds[len(seconds) // 2 :]), "row": row, "samples": samples, "around": 2 * loading, "memory": peak()}))
+    print(json.dumps({"step": statistics.fmean(seconds[len(seconds) // 4 :]), "row": row, "samples": samples, "around": 2 * loading, "memory": peak()}))
     sys.stdout.flush()
     os._exit(0)
+
+
+def batches_of(given: dict[str, Any], config: PretrainConfig, vocabulary: int, device: torch.device) -> list[PackedBatch]:
+    """Parts of the first steps, as the training will read them: a step's time depends on how its rows are parted into texts. Without data, ids by chance, two texts in every second row."""
+    import torch
+
+    from llmworks.artifact import Dataset
+    from llmworks.data.tokens import Packed
+    from llmworks.train.packed import PackedBatch, PackedSteps
+
+    length = int(given["length"])
+    packed = Packed(Dataset(Path(given["data"]))) if given["data"] else []
+    if isinstance(packed, Packed) and len(packed) >= config.batch:
+        return [make() for parts in PackedSteps(packed, MOST, rows=config.batch, parts=1, length=length, seed=0, device=device) for make in parts]
+    ids = torch.randint(0, vocabulary, (config.batch, length), device=device)
+    places = torch.arange(length, device=device).expand(config.batch, -1)
+    parted = torch.randint(1, length, (config.batch, 1), device=device)
+    parted[::2] = length
+    segments = (places >= parted).long()
+    return [PackedBatch(ids, places - segments * parted, segments, ids.clone(), config.batch * (length - 1), config.batch * length, "")]
 
 
 def model_of(given: dict[str, Any]) -> Any:

@@ -84,8 +84,8 @@ def batches_of(given: dict[str, Any], config: PretrainConfig, vocabulary: int, d
     from llmworks.train.packed import PackedBatch, PackedSteps
 
     length = int(given["length"])
-    packed = Packed(Dataset(Path(given["data"]))) if given["data"] else []
-    if isinstance(packed, Packed) and len(packed) >= config.batch:
+    packed = Packed(Dataset(Path(given["data"]))) if given["data"] else None
+    if packed is not None and len(packed) >= config.batch:
         return [make() for parts in PackedSteps(packed, MOST, rows=config.batch, parts=1, length=length, seed=0, device=device) for make in parts]
     ids = torch.randint(0, vocabulary, (config.batch, length), device=device)
     places = torch.arange(length, device=device).expand(config.batch, -1)

@@ -90,6 +90,7 @@ def test_operations_and_memory_by_hand() -> None:
 def test_layers_that_were_not_tried() -> None:
     one, two = Trial(1.0, 0.1, 2.0, 5.0, 100.0), Trial(1.5, 0.15, 3.0, 5.0, 140.0)
     assert one.deeper(two, 9) == Trial(5.5, pytest.approx(0.55), 11.0, 5.0, 460.0)
+    assert two.deeper(one, 9) == two  # a machine that had other work while one layer was tried
     config = PretrainConfig(batch=4, look_every=10, look_rows=50)
     training = Training(config, Shape(vocabulary=64, width=32, heads=2, layers=1), 64, rows=100, tokens=6400, held_out=20)
     assert training.seconds(one) == pytest.approx(5.0 + 25 * 1.0 + (3 + 2) * 2.0 + (3 * 20 + 20) * 0.1)

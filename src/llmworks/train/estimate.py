@@ -35,8 +35,8 @@ class Trial:
     memory: float
 
     def deeper(self, other: Trial, times: int) -> Trial:
-        """`self` with one layer and `other` with two give what it is with `times` more than one."""
-        return Trial(*(one + (two - one) * times for one, two in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+        """`self` with one layer and `other` with two give what it is with `times` more than one; no layer takes less than nothing, whatever else the machine did."""
+        return Trial(*(one + max(0.0, two - one) * times for one, two in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
 @dataclass(frozen=True)

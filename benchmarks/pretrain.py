@@ -160,7 +160,6 @@ def compare_plan(workspace: Path) -> None:
     """What is expected of each training of the recipe, after its data were made, against its manifest."""
     from llmworks.recipe import load_recipe
     from llmworks.runner import Run
-    from llmworks.train.estimate import attempt
     from llmworks.trainings import training_of
     from llmworks.workspace import Workspace
 
@@ -172,7 +171,7 @@ def compare_plan(workspace: Path) -> None:
         training = training_of(recipe, job.found, name)
         if training is None or name not in job.found:
             continue
-        trial, m = attempt(training), job.found[name].metrics
+        trial, m = training.attempt(), job.found[name].metrics
         seconds, memory = training.seconds(trial), trial.memory
         print(f"| {name} | {seconds:.0f} | {m['wall_seconds']:.0f} | {seconds / m['wall_seconds'] - 1:+.0%} | {memory / 1e6:,.0f} | {m['peak_memory_bytes'] / 1e6:,.0f} | {memory / m['peak_memory_bytes'] - 1:+.0%} |")
 

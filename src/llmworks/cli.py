@@ -154,7 +154,7 @@ def _run() -> Parser:
 def _plan() -> Parser:
     parser = _parser("plan", "making.plan", "What would run, why, and its time, memory and disk. Runs and fetches nothing.")
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--try", action="store_true", dest="attempt", help="run a few steps of each pre-training for its time and memory on this machine")
+    parser.add_argument("--try", action="store_true", dest="attempt", help="run a few steps of each training for its time and memory on this machine")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="how many train together (--nproc, torchrun), for memory of each")
     parser.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step")
     return parser

@@ -1,4 +1,4 @@
-"""The pre-trainings of a recipe: shape, rows and tokens of each, read from what was made, or from the steps that will make it. Runs nothing."""
+"""The trainings of a recipe: shape, rows and tokens of each, read from what was made, or from the steps that will make it. Runs nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,33 @@ from llmworks.errors import LlmworksError
 from llmworks.model.shape import RecurrentShape, Shape
 from llmworks.recipe import Recipe, StageStep
 from llmworks.train.estimate import Training
+from llmworks.train.estimate_sft import Tuning, conversations_of
 from llmworks.train.pretrain import PretrainConfig
+from llmworks.train.sft import SftConfig
 
 ROUND = 64  # as model.new has it
+
+
+def estimate_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | Tuning | None:
+    """The training that a step is, whatever it trains; None where it is none, or its model is not known yet. Errors: UserError for processes that cannot share it."""
+    training = training_of(recipe, found, name, processes)
+    if training is None:
+        return tuning_of(recipe, found, name)
+    training.config.parallel.over(processes)
+    return training
+
+
+def tuning_of(recipe: Recipe, found: Mapping[str, Artifact], name: str) -> Tuning | None:
+    """The fine-tuning that a step is; None where it is none, or its model is not there yet. Errors: DataError for data that are no conversations."""
+    step = recipe.steps[name]
+    if not isinstance(step, StageStep) or not isinstance(step.config, SftConfig) or step.stage.name != "train.sft":
+        return None
+    model, data, held_out = (found.get(str(step.inputs.get(role))) for role in ("model", "data", "held_out"))
+    shape = shape_of_step(recipe, found, step.inputs["model"])
+    if not isinstance(model, Model) or model.format != "hf" or not isinstance(shape, Shape):
+        return None
+    known = data if isinstance(data, Dataset) else None
+    return Tuning(step.config, model.path, shape, conversations_of(known) if known else None, known.path if known else None, held_out.path if isinstance(held_out, Dataset) else None)
 
 
 def training_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llmworks.artifact import Dataset
 from llmworks.cli import main
+from llmworks.data.rows import write_chat
+from llmworks.model import lora
 from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+from llmworks.model.load import load_model
 from llmworks.model.shape import Shape
-from llmworks.train.estimate import PROCESS, Training, Trial, attempt
+from llmworks.model.standard import shape_of
+from llmworks.train.estimate import PROCESS, Training, Trial
+from llmworks.train.estimate_sft import Conversations, Tuning, conversations_of
 from llmworks.train.parallel import Parallel
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
+from llmworks.train.sft import LoraConfig, SftConfig
 
 RECIPE = """
 name: tiny
@@ -98,6 +107,50 @@ def test_layers_that_were_not_tried() -> None:
 
 def test_a_trial_runs_what_is_asked() -> None:
     deep = Training(PretrainConfig(batch=2, sample_tokens=2), Shape(vocabulary=512, width=32, heads=2, layers=12, context=32), 32)
-    trial = attempt(deep)
+    trial = deep.attempt()
     assert min(trial.step, trial.row, trial.around) > 0
     assert 3e8 < trial.memory < 3e9
+
+
+def test_a_fine_tuning_is_what_then_happens(recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, workspace = recipe_file(epochs=2.5, batch_size=3, accumulation=2), ["--workspace", str(tmp_path / "ws")]
+
+    def planned(*more: str) -> dict[str, Any]:
+        assert main(["plan", str(recipe), *workspace, "--json", *more]) == 0
+        (row,) = [row for row in json.loads(capsys.readouterr().out) if row["training"]]
+        return dict(row)
+
+    before = planned("--try")  # there is nothing to try it with
+    assert before["training"]["steps"] == before["training"]["tokens"] == 0
+    prepared = tmp_path / "prepared.yaml"
+    prepared.write_text(recipe.read_text().partition("  tuned:")[0])
+    assert main(["run", str(prepared), *workspace, "--quiet"]) == 0
+    capsys.readouterr()
+    tried = planned("--try")
+    assert tried["expect"]["seconds"] > 0
+    assert tried["training"]["memory_bytes"] > before["training"]["parameters"] * 4 + PROCESS
+    assert main(["run", str(recipe), *workspace, "--quiet"]) == 0
+    metrics = json.loads((tmp_path / "ws" / "small" / "tuned" / "manifest.json").read_text())["metrics"]
+    assert (tried["training"]["steps"], tried["training"]["learned"]) == (metrics["steps"], metrics["trained_parameters"])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_an_adapter_is_counted_without_weights(targets: str | list[str], pico: Path) -> None:
+    network = load_model(pico)
+    lora.attach(network, targets, 3, 6.0)
+    shape = shape_of(json.loads((pico / "config.json").read_text()))[1]
+    tuning = Tuning(SftConfig(lora=LoraConfig(rank=3, targets=targets)), pico, shape, Conversations(8, 700.0, 1400, 0.25))
+    assert tuning.learned == tuning.saved == sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert tuning.parameters == sum(p.numel() for p in network.parameters() if not p.requires_grad)
+    # by hand, of 2 passes over 8 conversations of 200 tokens: matrices of the layers and attention to half a text, a quarter of the head, the adapter thrice
+    layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    head, attention = shape.vocabulary * 64, 2 * 2 * 64 * 100
+    assert tuning.work == pytest.approx((4 * (layers + attention + head / 4) + 6 * tuning.learned) * 3200)
+
+
+def test_letters_of_conversations(chat_file: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"tools": [], "answer": None} for line in chat_file.read_text().splitlines()]
+    write_chat(tmp_path / "data", rows)
+    sizes = [sum(len(turn["content"]) for turn in row["messages"]) for row in rows]
+    learned = sum(len(row["messages"][1]["content"]) for row in rows)
+    assert conversations_of(Dataset(tmp_path / "data")) == Conversations(12, pytest.approx(sum(sizes) / 12), max(sizes), pytest.approx(learned / sum(sizes)))

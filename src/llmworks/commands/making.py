@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmworks.execute import Outcome
     from llmworks.recipe import Expect
     from llmworks.runner import Judgement, Run
-    from llmworks.train.estimate import Training
+    from llmworks.train.estimate import Estimate
     from llmworks.workspace import Workspace
 
 
@@ -80,7 +80,7 @@ def plan(args: argparse.Namespace) -> None:
     trainings = _trainings(job, judgements, args)
     judgements = [replace(j, expect=trainings[j.name][1], expect_from="tried here") if trainings.get(j.name, (None, None))[1] is not None else j for j in judgements]
     if args.json:
-        known = {name: {"parameters": t.parameters, "steps": t.steps, "tokens": t.read, "operations": t.work, "memory_bytes": t.memory} for name, (t, _) in trainings.items()}
+        known = {name: {"parameters": t.parameters, "learned": t.learned, "steps": t.steps, "tokens": t.read, "operations": t.work, "memory_bytes": t.memory} for name, (t, _) in trainings.items()}
         as_json([{"step": j.name, "state": j.state, "why": j.why, "expect": j.expect.model_dump() if j.expect else None, "training": known.get(j.name)} for j in judgements])
         return
     pending = [j for j in judgements if j.state in ("to run", "waits")]
@@ -109,40 +109,38 @@ def plan(args: argparse.Namespace) -> None:
         out(f"Figures: {', '.join(sources)}." + (f" Nothing is known of {', '.join(unknown)}." if unknown else ""))
 
 
-def _trainings(job: Run, judgements: list[Judgement], args: argparse.Namespace) -> dict[str, tuple[Training, Expect | None]]:
-    """The pre-trainings that are to run, by step, and what a few of their steps took here where that is asked for."""
-    from llmworks.trainings import training_of
+def _trainings(job: Run, judgements: list[Judgement], args: argparse.Namespace) -> dict[str, tuple[Estimate, Expect | None]]:
+    """The trainings that are to run, by step, and what a few of their steps took here where that is asked for."""
+    from llmworks.trainings import estimate_of
 
-    found: dict[str, tuple[Training, Expect | None]] = {}
+    found: dict[str, tuple[Estimate, Expect | None]] = {}
     for j in judgements:
-        training = training_of(job.recipe, job.found, j.name, args.processes) if j.state in ("to run", "waits") else None
+        training = estimate_of(job.recipe, job.found, j.name, args.processes) if j.state in ("to run", "waits") else None
         if training is not None:
-            training.config.parallel.over(args.processes)
             before = any(o.state in ("to run", "waits") and o.name not in found for o in judgements[: judgements.index(j)])
-            found[j.name] = (training, _tried(j.name, training, BEFORE if before else 0) if args.attempt else None)
+            found[j.name] = (training, _tried(j.name, training, BEFORE if before else 0) if args.attempt and training.ready else None)
     return found
 
 
-def _tried(name: str, training: Training, before: int) -> Expect:
+def _tried(name: str, training: Estimate, before: int) -> Expect:
     from llmworks.recipe import Expect
-    from llmworks.train.estimate import attempt
 
     print(f"trying a few steps of {name} ...", file=sys.stderr, flush=True)
-    trial = attempt(training)
-    size = 4 * training.parameters / 1e6
+    trial = training.attempt()
+    size = 4 * training.saved / 1e6
     return Expect(seconds=training.seconds(trial) if training.steps else 0, memory_mb=(trial.memory + before) / 1e6, disk_mb=size)
 
 
-def _say_trainings(trainings: dict[str, tuple[Training, Expect | None]]) -> None:
+def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None:
     if not trainings:
         return
     rows = []
     for name, (t, tried) in trainings.items():
         known = t.steps > 0
         memory = f"{tried.memory_mb / 1e3:.2f} GB, tried" if tried else f"about {t.memory / 1e9:.1f} GB"
-        rows.append((name, f"{t.parameters:,}", f"{t.steps:,}" if known else "not known yet", f"{t.read:,}" if known else "", f"{t.work:.2g}" if known else "", memory))
+        rows.append((name, f"{t.parameters:,}", f"{t.learned:,}", f"{t.steps:,}" if known else "not known yet", f"{t.read:,}" if known else "", f"{t.work:.2g}" if known else "", memory))
     out()
-    table(("training", "parameters", "steps", "tokens", "operations", "memory of a process"), rows)
+    table(("training", "parameters", "learned", "steps", "tokens", "operations", "memory of a process"), rows)
     if not any(tried for _, tried in trainings.values()):
         out("Time and memory on this machine: the same command with --try.")
 

@@ -1,6 +1,6 @@
-"""What a pre-training will take, before it starts: parameters, operations, memory of a process, and time where a few steps were tried here.
+"""What a training will take, before it starts: parameters, operations, memory of a process, and time where a few steps were tried here.
 
-Counting needs no weights and no torch; `trial.py` runs the steps in a process of its own. Knows no recipe.
+Counting needs no weights and no torch; `trial.py` runs the steps in a process of its own. Here pre-training, in `estimate_sft.py` fine-tuning. Knows no recipe.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 from llmworks.errors import LlmworksError
 from llmworks.model.anatomy import parts_of
@@ -39,6 +40,64 @@ class Trial:
         return Trial(*(one + max(0.0, two - one) * times for one, two in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
+class Estimate(Protocol):
+    """What `plan` asks of a training, whatever is trained."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model."""
+        ...
+
+    @property
+    def learned(self) -> int:
+        """Numbers that are learned."""
+        ...
+
+    @property
+    def saved(self) -> int:
+        """Numbers that are written at the end."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are; 0 where the data are not known."""
+        ...
+
+    @property
+    def read(self) -> int:
+        """Tokens that are read in all steps."""
+        ...
+
+    @property
+    def work(self) -> float:
+        """Operations of all steps."""
+        ...
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one process."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that a trial needs is there."""
+        ...
+
+    def attempt(self) -> Trial:
+        """Run a few steps of it here. Errors: LlmworksError when that fails."""
+        ...
+
+    def seconds(self, trial: Trial) -> float:
+        """Of the whole stage, from what was tried."""
+        ...
+
+
+def kept_of(shape: Shape) -> int:
+    """Numbers that a token leaves in a layer for the way back: the inputs of each product and bend (Korthikanti et al. 2022, arXiv:2205.05198, section 4, with our blocks)."""
+    inner = shape.inner * (shape.experts.chosen if shape.experts else 1)
+    return shape.width * 6 + (shape.heads * 4 + shape.groups * 4) * shape.per_head + inner * (4 if shape.gated else 2)
+
+
 @dataclass(frozen=True)
 class Training:
     """A pre-training as far as it is known: `rows` and `tokens` of its data, `held_out` rows; 0 where they are not made yet."""
@@ -56,6 +115,21 @@ class Training:
     def parameters(self) -> int:
         """Numbers that are learned."""
         return sum(part.parameters for part in parts_of(self.shape, self.length))
+
+    @property
+    def learned(self) -> int:
+        """All of them."""
+        return self.parameters
+
+    @property
+    def saved(self) -> int:
+        """All of them."""
+        return self.parameters
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that a trial needs is there."""
+        return True
 
     @property
     def per_step(self) -> int:
@@ -91,7 +165,7 @@ class Training:
         return PROCESS + states + self.activations()
 
     def activations(self) -> float:
-        """Bytes that a part of a step keeps for the way back: the inputs of each product and bend, by layer (Korthikanti et al. 2022, arXiv:2205.05198, section 4, with our blocks)."""
+        """Bytes that a part of a step keeps for the way back."""
         shape, parallel = self.shape, self.config.parallel
         rows = share_of(self.per_step, max(1, self.processes // (parallel.tensor * parallel.pipeline)), self.config.batch)
         tokens, number = rows * self.length, 2 if self.config.precision != "fp32" else NUMBER
@@ -99,8 +173,7 @@ class Training:
         if isinstance(shape, RecurrentShape):
             gates = {"mlp": 1, "rnn": 2, "gru": 6, "lstm": 8}[shape.kind]
             return tokens * NUMBER * (4 * shape.width + gates * shape.inner * (shape.layers if shape.kind != "mlp" else 1)) + logits
-        inner = shape.inner * (shape.experts.chosen if shape.experts else 1)
-        layer = shape.width * 6 + (shape.heads * 4 + shape.groups * 4) * shape.per_head + inner * (4 if shape.gated else 2)
+        layer = kept_of(shape)
         layers = -(-shape.layers // parallel.pipeline)
         kept = shape.width * layers + layer if self.config.recompute else layer * layers
         return tokens * number * kept / parallel.tensor + tokens * NUMBER * shape.width * 4 + logits
@@ -111,20 +184,23 @@ class Training:
         rows = looks * min(self.config.look_rows, self.held_out) + self.held_out
         return trial.around + self.steps * trial.step + (looks + 2) * trial.samples + rows * trial.row
 
+    def attempt(self) -> Trial:
+        """Run a few steps of it here, of one process, on its own first rows where they are made, else on ids by chance; large models with one layer and with two."""
+        if isinstance(self.shape, RecurrentShape) or (self.shape.layers <= LAYERS and self.parameters <= WHOLE):
+            return self._tried(self.shape)
+        one, two = (self._tried(self.shape.model_copy(update={"layers": n})) for n in (1, 2))
+        return one.deeper(two, self.shape.layers - 1)
 
-def attempt(training: Training) -> Trial:
-    """Run a few steps of it here, of one process, on its own first rows where they are made, else on ids by chance; large models with one layer and with two. Errors: LlmworksError when that fails."""
-    shape = training.shape
-    if isinstance(shape, RecurrentShape) or (shape.layers <= LAYERS and training.parameters <= WHOLE):
-        return _run(training, shape)
-    one, two = (_run(training, shape.model_copy(update={"layers": n})) for n in (1, 2))
-    return one.deeper(two, shape.layers - 1)
+    def _tried(self, shape: Shape | RecurrentShape) -> Trial:
+        recurrent = isinstance(shape, RecurrentShape)
+        return run_trial("pretrain", {"shape": shape.model_dump(), "recurrent": recurrent, "config": self.config.model_dump(mode="json"), "length": self.length, "data": str(self.data or "")})
 
 
-def _run(training: Training, shape: Shape | RecurrentShape) -> Trial:
-    given = {"shape": shape.model_dump(), "recurrent": isinstance(shape, RecurrentShape), "config": training.config.model_dump(mode="json"), "length": training.length, "data": str(training.data or ""), "threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)}
+def run_trial(kind: str, given: dict[str, Any]) -> Trial:
+    """Try a training in a process of its own. Errors: LlmworksError when that fails."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run([sys.executable, "-m", "llmworks.train.trial"], input=json.dumps(given), capture_output=True, text=True, env=environment)
+    asked = {"threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1), **given}
+    done = subprocess.run([sys.executable, "-m", "llmworks.train.trial", kind], input=json.dumps(asked), capture_output=True, text=True, env=environment)
     if done.returncode:
         raise LlmworksError(f"a few steps of the training cannot be tried here ({(done.stderr.strip().splitlines() or ['killed'])[-1]})")
     return Trial(**json.loads(done.stdout.splitlines()[-1]))

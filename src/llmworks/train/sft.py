@@ -90,11 +90,8 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
     )
     network = load_model(model.path)
     engine = TorchEngine(network, tokenizer, stops, model.name)
-    answerable = (
-        [row for row in read_chat(held_out) if row["messages"][-1]["role"] == "assistant" and len(row["messages"]) > 1] if held_out else []
-    )
-    questions = answerable[: config.samples]
-    before = _answers(engine, questions, ctx.scratch / "before.json")
+    questions = answerable(held_out)[: config.samples] if held_out else []
+    before = answers(engine, questions, ctx.scratch / "before.json")
     torch.manual_seed(ctx.seed)
     lora.attach(network, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout)
     steps = plan(examples, config, ctx.seed)
@@ -120,7 +117,7 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
     tokenizer.save_pretrained(ctx.out)
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
-    metrics |= _report(ctx, config, model, questions, before, _answers(engine, questions, None), set_aside)
+    metrics |= _report(ctx, config, model, questions, before, answers(engine, questions, None), set_aside)
     return Adapter(
         ctx.out,
         metrics=metrics,
@@ -169,6 +166,11 @@ def _check_golden(config: SftConfig, model: Model, tokenizer: Any, stops: Sequen
         require(model.golden, tokenizer, stops, step="train.sft (golden: keep)")
 
 
+def answerable(held_out: Dataset) -> list[Row]:
+    """Conversations that end with an answer to something."""
+    return [row for row in read_chat(held_out) if row["messages"][-1]["role"] == "assistant" and len(row["messages"]) > 1]
+
+
 def _record_golden(network: Any, tokenizer: Any, stops: Sequence[int]) -> Any:
     from llmworks.model.golden import torch_logits
     from llmworks.tokenize.golden import record
@@ -176,7 +178,7 @@ def _record_golden(network: Any, tokenizer: Any, stops: Sequence[int]) -> Any:
     return record(tokenizer, stops, torch_logits(network))
 
 
-def _answers(engine: Engine, questions: Sequence[Row], kept: Path | None) -> list[str]:
+def answers(engine: Engine, questions: Sequence[Row], kept: Path | None) -> list[str]:
     """Greedy answers to held-out questions; kept in a file where a resumed run would find a changed model."""
     import json
 

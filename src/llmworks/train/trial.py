@@ -1,7 +1,8 @@
-"""A few steps of a training in a process of its own, so that its memory is its own: `python -m llmworks.train.trial`, its question on standard input."""
+"""A few steps of a training in a process of its own, so that its memory is its own: `python -m llmworks.train.trial KIND`, its question on standard input."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -17,10 +18,23 @@ if TYPE_CHECKING:
     from llmworks.train.pretrain import PretrainConfig
 
 STEPS, MOST, ENOUGH, LOOKS = 5, 60, 10.0, 4  # steps at least and at most, and seconds: the first quarter is slow, while memory is fresh; batches that are only looked at
+ENCODED = 1000  # conversations, of all parts of the data
 
 
 def main() -> None:
-    """Read {shape, recurrent, config, length, data, threads}, print a Trial as JSON."""
+    """The kind of training as argument, what it is on standard input as JSON; print a Trial as JSON."""
+    import torch
+
+    given = json.load(sys.stdin)
+    torch.set_num_threads(int(given["threads"]))
+    found = {"pretrain": pretrain, "sft": sft}[sys.argv[1]](given)
+    print(json.dumps(found | {"memory": peak()}))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def pretrain(given: dict[str, Any]) -> dict[str, float]:
+    """A few steps of `train.pretrain`. given: {shape, recurrent, config, length, data}."""
     began = time.perf_counter()
     import matplotlib.figure  # noqa: F401
     import torch
@@ -30,8 +44,6 @@ def main() -> None:
     from llmworks.train.placement import cast
     from llmworks.train.pretrain import PretrainConfig
 
-    given = json.load(sys.stdin)
-    torch.set_num_threads(int(given["threads"]))
     config = PretrainConfig.model_validate(given["config"])
     network = model_of(given).train()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +55,7 @@ def main() -> None:
     batches = batches_of(given, config, network.config.vocab_size, device)
     loading = time.perf_counter() - began
     seconds: list[float] = []
-    while len(seconds) < STEPS or (len(seconds) < MOST and sum(seconds) < ENOUGH):
+    while not enough(seconds):
         start = time.perf_counter()
         batch = batches[len(seconds) % len(batches)]
         for _ in range(min(2, config.accumulation)):
@@ -51,10 +63,7 @@ def main() -> None:
                 loss = packed_loss(network, batch) / batch.labels
             loss.backward()  # type: ignore[no-untyped-call]
         part = time.perf_counter()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        update(network, optimizers)
         for mean, p in zip(average, network.parameters(), strict=False):
             mean.lerp_(p.detach(), 0.1)
         seconds.append((part - start) / min(2, config.accumulation) * config.accumulation + time.perf_counter() - part)
@@ -69,10 +78,76 @@ def main() -> None:
         if tokens and config.prompts:
             network.generate(ids[:1, :2], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, pad_token_id=0)
         samples = (time.perf_counter() - start) / max(1, tokens) * config.sample_tokens * len(config.prompts)
-    # opening, golden tokens and saving take about as long as this process took to begin
-    print(json.dumps({"step": statistics.fmean(seconds[len(seconds) // 4 :]), "row": row, "samples": samples, "around": 2 * loading, "memory": peak()}))
-    sys.stdout.flush()
-    os._exit(0)
+    # opening, golden tokens and saving take about as long as this began
+    return {"step": statistics.fmean(seconds[len(seconds) // 4 :]), "row": row, "samples": samples, "around": 2 * loading}
+
+
+def sft(given: dict[str, Any]) -> dict[str, float]:
+    """A few steps of `train.sft`, of its own conversations; first the longest of those that are encoded here. given: {config, model, data, held_out}."""
+    began = time.perf_counter()
+    import matplotlib.figure  # noqa: F401
+
+    from llmworks.artifact import Dataset
+    from llmworks.data.rows import read_chat
+    from llmworks.generate.engines.torch import TorchEngine
+    from llmworks.model import lora
+    from llmworks.model.load import load_model
+    from llmworks.tokenize.load import load_tokenizer, stop_ids
+    from llmworks.tokenize.named import use_template
+    from llmworks.train.examples import collate
+    from llmworks.train.loss import next_token_loss
+    from llmworks.train.optimizers import optimizers_of
+    from llmworks.train.sft import SftConfig, answerable, answers, make_examples, plan
+
+    config, model = SftConfig.model_validate(given["config"]), Path(given["model"])
+    tokenizer = load_tokenizer(model)
+    stops = stop_ids(model, tokenizer)
+    use_template(tokenizer, config.template)
+    rows = read_chat(Dataset(Path(given["data"])))
+    some = rows[:: -(-len(rows) // ENCODED)]
+    start = time.perf_counter()
+    examples, _ = make_examples(tokenizer, some, config.max_tokens)
+    encoding = time.perf_counter() - start
+    network = load_model(model)
+    questions = answerable(Dataset(Path(given["held_out"])))[: config.samples] if given["held_out"] else []
+    loading = time.perf_counter() - began - encoding
+    start = time.perf_counter()
+    answers(TorchEngine(network, tokenizer, stops, ""), questions[:1], None)
+    samples = (time.perf_counter() - start) * len(questions)
+    lora.attach(network, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout)
+    optimizers = optimizers_of(network.train(), config.optimizer)
+    steps = plan(examples, config, 0)
+    longest = sorted(examples, key=lambda e: len(e.ids))[-config.batch_size :]
+    seconds: list[float] = []
+    padded: list[int] = []
+    for batches in itertools.chain([[collate(longest)]], ([make() for make in parts] for parts in steps)):
+        start = time.perf_counter()
+        for batch in batches:
+            loss = next_token_loss(network, batch) / max(1, batch.labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+        update(network, optimizers)
+        seconds.append(time.perf_counter() - start)
+        padded.append(sum(batch.ids.numel() for batch in batches))
+        if enough(seconds):
+            break
+    known = slice(1, None) if len(seconds) > 1 else slice(None)
+    mean = statistics.fmean(sum(make().ids.numel() for make in parts) for parts in steps)
+    return {"step": sum(seconds[known]) / sum(padded[known]) * mean, "row": encoding / len(some), "samples": samples, "around": 2 * loading}
+
+
+def enough(seconds: list[float]) -> bool:
+    """Whether so many steps tell what one takes."""
+    return len(seconds) >= STEPS and (len(seconds) >= MOST or sum(seconds) >= ENOUGH)
+
+
+def update(network: Any, optimizers: list[Any]) -> None:
+    """The end of a step."""
+    import torch
+
+    torch.nn.utils.clip_grad_norm_((p for p in network.parameters() if p.requires_grad), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def batches_of(given: dict[str, Any], config: PretrainConfig, vocabulary: int, device: torch.device) -> list[PackedBatch]:

@@ -1,0 +1,126 @@
+"""What a fine-tuning will take, before it starts. Lengths are guessed by letters until a trial has encoded the conversations. Knows no recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llmworks.artifact import Dataset
+from llmworks.model.anatomy import parts_of
+from llmworks.model.shape import Shape
+from llmworks.train.estimate import NUMBER, PROCESS, Trial, kept_of, run_trial
+from llmworks.train.sft import SftConfig
+
+LETTERS = 3.5  # of a token, about: prose has more, code and JSON have fewer
+LOOKED = 4096  # conversations whose letters are counted
+ADAPTED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj", "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """How many there are, and letters of one: in the mean, of the longest, and the share of them that is learned."""
+
+    count: int
+    letters: float
+    longest: int
+    share: float
+
+
+def conversations_of(data: Dataset) -> Conversations:
+    """What is known of a data set without its tokens; the first rows stand for all. Errors: DataError for rows that are no conversations."""
+    from llmworks.data.rows import open_rows, row_files, row_tables, table_rows
+
+    files = row_files(data, "chat")
+    count = 0
+    for file in files:
+        with open_rows(file, "chat") as opened:
+            count += opened.metadata.num_rows
+    lengths, learned = [], 0
+    for table in row_tables(files[0], "chat", 0, 1):
+        for row in list(table_rows(table, "chat"))[:LOOKED]:
+            turns = [(turn["role"], len(str(turn.get("content") or "")) + len(str(turn.get("tool_calls") or ""))) for turn in row["messages"]]
+            lengths.append(sum(size for _, size in turns) + len(str(row.get("tools") or "")))
+            learned += sum(size for role, size in turns if role == "assistant")
+    return Conversations(count, sum(lengths) / max(1, len(lengths)), max(lengths, default=0), learned / max(1, sum(lengths)))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A fine-tuning of an adapter as far as it is known; `conversations` where its data are made."""
+
+    config: SftConfig
+    model: Path
+    shape: Shape
+    conversations: Conversations | None = None
+    data: Path | None = None
+    held_out: Path | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model."""
+        return sum(part.parameters for part in parts_of(self.shape, 1))
+
+    @cached_property
+    def learned(self) -> int:
+        """Numbers of the adapter: rank times the inputs and outputs of each layer that it stands beside."""
+        targets = self.config.lora.targets
+        sizes = [part.tensors["weight"] for part in parts_of(self.shape, 1) if part.where and part.name in ADAPTED and (targets == "all-linear" or ADAPTED[part.name] in targets)]
+        return self.config.lora.rank * sum(sum(size) for size in sizes)
+
+    @property
+    def saved(self) -> int:
+        """The adapter alone."""
+        return self.learned
+
+    @property
+    def ready(self) -> bool:
+        """Whether its conversations are made."""
+        return self.data is not None
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are, if no conversation is set aside; as `sft.plan` has it."""
+        if self.conversations is None:
+            return 0
+        parts = max(1, round(self.config.epochs * -(-self.conversations.count // self.config.batch_size)))
+        return -(-parts // self.config.accumulation)
+
+    @property
+    def read(self) -> int:
+        """Tokens that are read in all steps, about."""
+        return round(self.config.epochs * self.conversations.count * self._tokens(self.conversations.letters)) if self.conversations else 0
+
+    def _tokens(self, letters: float) -> float:
+        return min(self.config.max_tokens, letters / LETTERS)
+
+    @property
+    def work(self) -> float:
+        """Operations of all steps: forward, and back through frozen layers once; thrice for the adapter. The head is for learned tokens only."""
+        if self.conversations is None:
+            return 0.0
+        parts = parts_of(self.shape, round(self._tokens(self.conversations.letters) / 2))
+        layers, head = sum(part.work for part in parts if part.name != "head"), sum(part.work for part in parts if part.name == "head")
+        return (2.0 * (layers + head * self.conversations.share) + 6.0 * self.learned) * self.read
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one process: frozen weights, the adapter with gradients and moments, and what the longest batch leaves for the way back."""
+        longest = self._tokens(self.conversations.longest) if self.conversations else self.config.max_tokens
+        share = self.conversations.share if self.conversations else 1.0
+        tokens = longest * self.config.batch_size
+        return PROCESS + self.parameters * NUMBER + self.learned * NUMBER * 4 + tokens * NUMBER * (kept_of(self.shape) * self.shape.layers + 3 * share * self.shape.vocabulary)
+
+    def attempt(self) -> Trial:
+        """Run a few steps of it here, of its own model and conversations. Errors: LlmworksError when that fails."""
+        return run_trial("sft", self.given())
+
+    def given(self) -> dict[str, Any]:
+        """What the trial is told."""
+        return {"config": self.config.model_dump(mode="json"), "model": str(self.model), "data": str(self.data or ""), "held_out": str(self.held_out or "")}
+
+    def seconds(self, trial: Trial) -> float:
+        """Of the whole stage, from what was tried here: steps, and the held-out questions answered before and after; `row` is what encoding one conversation took."""
+        count = self.conversations.count if self.conversations else 0
+        return trial.around + self.steps * trial.step + 2 * trial.samples + count * trial.row

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 CORPUS := $(VENV)/.corpus
 DEVELOPED := $(VENV)/.developed
@@ -20,8 +21,9 @@ instructions: $(CORPUS)
 pretrain: $(CORPUS)
 	$(BIN)/llmworks run recipes/pretrain.yaml --workers 2
 
+# processes of one thread each: threads that wait for one another are slow where others work beside them
 test: $(DEVELOPED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 LLMWORKS_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 slow: $(DEVELOPED)
 	$(BIN)/python -m pytest -m slow

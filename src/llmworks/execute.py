@@ -27,7 +27,7 @@ from llmworks.artifact import Artifact, Config, FileEntry, Manifest, Parent, art
 from llmworks.context import Context
 from llmworks.errors import ArtifactError, UserError
 from llmworks.pool import Pool
-from llmworks.progress import Progress
+from llmworks.progress import Progress, write_whole
 from llmworks.report import ReportBuilder
 from llmworks.stages import ResolvedStage, code_digest
 from llmworks.track import Tracking
@@ -123,6 +123,8 @@ def execute(
         try:
             scratch = workspace.scratch(key)
             progress = Progress(scratch / "metrics.jsonl", quiet=quiet, listener=tracking.log)
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                write_whole(_begun(scratch), "")
             manifest = _call(stage, config, inputs, draft, scratch, key, seed, open_engine, progress, pool or Pool())
             artifact = workspace.publish(draft, manifest)
         except Exception as error:
@@ -142,10 +144,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _begun(scratch: Path) -> Path:
+    """The file by which the first process tells the others, started with it, that it makes the step: another run may have made it meanwhile."""
+    return scratch / f"begun-{os.environ.get('LLMWORKS_LAUNCHED') or os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}"
+
+
 def _follow(stage: ResolvedStage, config: Config, inputs: Inputs, workspace: Workspace, key: str, seed: int, open_engine: OpenEngine) -> Outcome:
     """Help the first process, in a stage that is spread over several; wait for it in others. Writes nothing that stays."""
     began = time.monotonic()
-    if "parallel" in stage.config.model_fields:
+    begun = _begun(workspace.scratch(key))
+    while not begun.exists() and workspace.find(key) is None:
+        time.sleep(0.2)
+    if "parallel" in stage.config.model_fields and begun.exists():
         use_threads(threads())
         with tempfile.TemporaryDirectory() as nowhere:
             stage.function(config, **inputs, ctx=Context(Path(nowhere), workspace.scratch(key), seed, Progress(quiet=True), ReportBuilder(), open_engine))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from llmworks.artifact import Artifact, Dataset, Model
-from llmworks.errors import LlmworksError
+from llmworks.errors import DataError, LlmworksError, UserError
 from llmworks.model.shape import RecurrentShape, Shape
 from llmworks.recipe import Recipe, StageStep
+from llmworks.tokenize.load import read_json
 from llmworks.train.estimate import Training
 from llmworks.train.estimate_sft import Tuning, conversations_of
 from llmworks.train.pretrain import PretrainConfig
@@ -25,6 +24,10 @@ def estimate_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, proces
     if training is None:
         return tuning_of(recipe, found, name)
     training.config.parallel.over(processes)
+    try:
+        training.check()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     return training
 
 
@@ -79,7 +82,7 @@ def vocabulary_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any)
     """Rows of the embedding for a step's tokenizer; 0 where it is not known yet."""
     made, step = found.get(name), recipe.steps.get(name)
     if made is not None and (made.path / "tokenizer.json").exists():
-        tokens = json.loads(Path(made.path / "tokenizer.json").read_text(encoding="utf-8"))
+        tokens = read_json(made.path / "tokenizer.json")
         known = {*tokens["model"]["vocab"].values()} if isinstance(tokens["model"].get("vocab"), dict) else set(range(len(tokens["model"].get("vocab", []))))
         return -(-(max(known | {t["id"] for t in tokens.get("added_tokens", [])}) + 1) // ROUND) * ROUND
     if isinstance(step, StageStep) and step.stage.name == "tokenize.train":
@@ -92,6 +95,8 @@ def data_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> tu
     made, step = found.get(name), recipe.steps.get(name)
     if isinstance(made, Dataset):
         about = made.about
+        if about.get("schema") not in (None, "tokens"):
+            raise DataError(f"{made.name}: holds {about['schema']}, no packed tokens; make them with the stage data.pack")
         return int(about.get("length") or 0), int(about.get("rows") or 0), int(about.get("tokens") or 0)
     if isinstance(step, StageStep) and step.stage.name == "data.pack":
         return int(getattr(step.config, "length", 0)), 0, 0

@@ -156,6 +156,16 @@ def test_the_process_that_fails_is_named_not_those_that_miss_it(made: Path, tmp_
     assert done.stderr.strip() == "process 1 of 2: llmworks: shard-00003: cannot be read here"
 
 
+def test_two_runs_at_once_share_the_work(made: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llmworks.cli", *words(made, tmp_path / "out", "--nproc", "2")]
+    command.remove("--quiet")
+    runs = [subprocess.Popen([*command[:-4], "--out", str(tmp_path / name), *command[-2:]], stderr=subprocess.PIPE, text=True, env={**os.environ, "LLMWORKS_THREADS": "1"}) for name in ("one", "two")]
+    told = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sum("another run made it meanwhile" in text for text in told) == 1
+    assert (tmp_path / "one" / "model.safetensors").samefile(tmp_path / "two" / "model.safetensors")
+
+
 def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llmworks.cli", *words(made, out)], capture_output=True, text=True, env={**os.environ, "LLMWORKS_THREADS": "1"})
@@ -186,7 +196,8 @@ def test_a_recurrent_model_is_replicated(made: Path, tmp_path: Path) -> None:
 def test_mistakes(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for more, says in (
         (("parallel.tensor=2",), "does not divide 1 process; start it with --nproc 2 or a multiple"), (("batch=8", "accumulation=1", "parallel.pipeline=2", "--nproc", "2"), "make accumulation larger"),
-        (("--nproc", "two"), "--nproc two: it must be a number"),
+        (("--nproc", "two"), "--nproc two: it must be a number"), (("--nproc", "²"), "--nproc ²: it must be a number"),
+        (("batch=6", "accumulation=3", "parallel.pipeline=2", "--nproc", "4"), "a step has 9 rows in each process, which are no parts of 6"),
     ):  # fmt: skip
         assert main(words(made, tmp_path / "o", *more)) == 2, more
         told = capfd.readouterr().err.strip()

@@ -18,7 +18,7 @@ from llmworks.model.load import load_model
 from llmworks.model.shape import Shape
 from llmworks.model.standard import shape_of
 from llmworks.train.estimate import PROCESS, Training, Trial
-from llmworks.train.estimate_sft import Conversations, Tuning, conversations_of
+from llmworks.train.estimate_sft import TURN, Conversations, Tuning, conversations_of
 from llmworks.train.parallel import Parallel
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
 from llmworks.train.sft import LoraConfig, SftConfig
@@ -151,6 +151,49 @@ def test_an_adapter_is_counted_without_weights(targets: str | list[str], pico: P
 def test_letters_of_conversations(chat_file: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) | {"tools": [], "answer": None} for line in chat_file.read_text().splitlines()]
     write_chat(tmp_path / "data", rows)
-    sizes = [sum(len(turn["content"]) for turn in row["messages"]) for row in rows]
-    learned = sum(len(row["messages"][1]["content"]) for row in rows)
+    sizes = [sum(TURN + len(turn["content"]) for turn in row["messages"]) for row in rows]
+    learned = sum(TURN + len(row["messages"][1]["content"]) for row in rows)
     assert conversations_of(Dataset(tmp_path / "data")) == Conversations(12, pytest.approx(sum(sizes) / 12), max(sizes), pytest.approx(learned / sum(sizes)))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("trained.batch=20000",), "trained: the data has "), (("new.context=16",), "trained: rows have 32 tokens, the model reads 16"), (("trained.epochs=.inf",), "finite"),
+        (("trained.parallel.pipeline=4", "--processes", "4"), "trained: parallel.pipeline 4 is more than the model's 2 layers"), (("--processes", "0"), "--processes 0"),
+        (("--processes", "2", "--try"), "--try runs the steps in one process"), (("new.width=16384", "new.heads=16", "new.layers=1000", "--try"), "GB, "),
+    ],
+)  # fmt: skip
+def test_what_would_be_refused_is_told_before(more: tuple[str, ...], says: str, planned: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, workspace = planned
+    sets = [word for m in more for word in (("--set", m) if "=" in m else (m,))]
+    assert main(["plan", str(recipe), *workspace, *sets]) == 2
+    told = capsys.readouterr().err.strip().removeprefix("trying a few steps of trained ...").strip()
+    assert says in told
+    assert len(told.splitlines()) == 1
+
+
+def test_what_a_trial_meets_is_told(planned: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, workspace = planned
+    tokenizer = next((recipe.parent / "ws" / "tiny" / "tokenizer").glob("tokenizer.json"))
+    whole = tokenizer.read_bytes()
+    assert main(["plan", str(recipe), *workspace, "--set", "trained.optimizer.name=adamw-8bit", "--try"]) == 3
+    assert "adamw-8bit needs " in capsys.readouterr().err
+    tokenizer.chmod(0o644)
+    tokenizer.write_bytes(whole[:100])
+    assert main(["plan", str(recipe), *workspace]) == 2
+    assert "tokenizer.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, list[str]]:
+    """A recipe whose data are made, and whose models and trainings are not."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("".join(f"Row {i} of words, and {i * 7} more. " for i in range(300)))
+    recipe, workspace = tmp_path / "tiny.yaml", ["--workspace", str(tmp_path / "ws")]
+    recipe.write_text("\n".join(line for line in RECIPE.replace("FOLDER", str(tmp_path / "text")).splitlines() if "gru" not in line and "more" not in line))
+    data = tmp_path / "data.yaml"
+    data.write_text("\n".join(line for line in recipe.read_text().splitlines() if "train.pretrain" not in line and "model.new" not in line))
+    assert main(["run", str(data), *workspace, "--quiet"]) == 0
+    capsys.readouterr()
+    return recipe, workspace

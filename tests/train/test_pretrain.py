@@ -139,15 +139,16 @@ def test_killed_and_gone_on_is_not_interrupted(name: str, made: Path, tmp_path: 
     assert metrics["bits_per_byte"] == whole["bits_per_byte"]
 
 
-def test_the_average_is_what_is_saved(made: Path, tmp_path: Path) -> None:
-    """One step of rate r moves the last weights by d; with a decay of 0.75 the mean moves by a quarter of it."""
+@pytest.mark.parametrize(("decay", "moved"), [(0.05, 0.95), (0.75, 0.9)])
+def test_the_average_is_what_is_saved(decay: float, moved: float, made: Path, tmp_path: Path) -> None:
+    """One step moves the last weights by d; the mean by one minus the decay of it, which is a tenth in the first step where it is more."""
     start = load_file(made / "decoder" / "model.safetensors")
     one = ("batch=4", "tokens=1", "sample_tokens=0", "optimizer.warmup=0")
     run(made, "decoder", tmp_path / "last", *one, "prompts=[]", "sample_tokens=5")
-    run(made, "decoder", tmp_path / "mean", *one, "average=0.75")
+    run(made, "decoder", tmp_path / "mean", *one, f"average={decay}")
     last, mean = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "mean"))
     for name, weight in start.items():
-        assert torch.allclose(mean[name] - weight, (last[name] - weight) / 4, atol=1e-6), name
+        assert torch.allclose(mean[name] - weight, (last[name] - weight) * moved, atol=1e-6), name
     assert any(not torch.equal(last[name], weight) for name, weight in start.items())
 
 

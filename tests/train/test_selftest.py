@@ -112,6 +112,17 @@ def test_a_key_that_nothing_reads_is_named(tmp_path: Path) -> None:
     assert detail == "set, and not read by this training: optimizer.decay"
 
 
+def test_a_training_that_does_not_run_says_so_once() -> None:
+    found = list(selftest.selftest(CONFIG.model_copy(update={"recompute": True}), RecurrentShape(kind="lstm")))
+    assert [check.holds for check in found] == [False] * 7
+    assert "recompute" in found[0].detail
+    assert {check.detail for check in found[1:]} == {"not tried"}
+
+
+def test_what_dropout_draws_is_not_compared() -> None:
+    assert all(check.holds for check in selftest.selftest(CONFIG, RecurrentShape(kind="lstm", dropout=0.3)))
+
+
 def test_rows_of_the_data_are_taken(tmp_path: Path) -> None:
     import numpy as np
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 
 from llmworks.errors import LlmworksError, UserError, WorkerLost
 
 LAUNCHED = "LLMWORKS_LAUNCHED"  # set in processes whose death is told here
+RANK = re.compile(r"^\[rank\d+\]:")  # before each line of what torch raises
 LOST = 75  # their exit code when they miss another one, which is to blame
 
 
@@ -28,7 +31,7 @@ def launch(words: Sequence[str], processes: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     threads = os.environ.get("LLMWORKS_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LLMWORKS_THREADS": threads, "OMP_NUM_THREADS": threads, LAUNCHED: "1"}
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LLMWORKS_THREADS": threads, "OMP_NUM_THREADS": threads, LAUNCHED: uuid.uuid4().hex}
     started: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as files:
         told = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1)]
@@ -51,7 +54,7 @@ def launch(words: Sequence[str], processes: int) -> int:
             raise WorkerLost(f"{how}; all are stopped. The same command goes on from the last checkpoint")
         if first:  # what the first process says is seen already
             told[first - 1].seek(0)
-            lines = told[first - 1].read().decode(errors="replace").strip().splitlines()
+            lines = [line for line in (RANK.sub("", line).strip() for line in told[first - 1].read().decode(errors="replace").splitlines()) if line]
             sys.stderr.write(f"process {first} of {processes}: {lines[-1] if lines else 'ended without a word'}\n")
         return code
 
@@ -94,7 +97,7 @@ def spread(words: Sequence[str]) -> int | None:
         return None
     at = given[-1]
     text = words[at].partition("=")[2] if "=" in words[at] else words[at + 1] if at + 1 < len(words) else ""
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise UserError(f"--nproc {text}: it must be a number of processes")
     rest = [*words[:at], *words[at + (1 if "=" in words[at] else 2) :]]
     if int(text) == 1:

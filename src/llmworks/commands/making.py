@@ -113,6 +113,10 @@ def _trainings(job: Run, judgements: list[Judgement], args: argparse.Namespace) 
     """The trainings that are to run, by step, and what a few of their steps took here where that is asked for."""
     from llmworks.trainings import estimate_of
 
+    if args.processes < 1:
+        raise UserError(f"--processes {args.processes}: it must be a number of processes")
+    if args.attempt and args.processes > 1:
+        raise UserError("--try runs the steps in one process, here; leave out --processes, or --try")
     found: dict[str, tuple[Estimate, Expect | None]] = {}
     for j in judgements:
         training = estimate_of(job.recipe, job.found, j.name, args.processes) if j.state in ("to run", "waits") else None

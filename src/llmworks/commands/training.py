@@ -30,6 +30,11 @@ def selftest(args: argparse.Namespace) -> None:
         if args.step not in trainings:
             raise UserError(f"{args.recipe}: {args.step!r} is no training whose model is known; there are {', '.join(trainings) or 'none'}")
         trainings = {args.step: trainings[args.step]}
+    for name, training in trainings.items():
+        try:
+            training.check()
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     if not trainings:
         raise UserError(f"{args.recipe}: has no step of train.pretrain whose model is known (model.new, model.recurrent, or one that was made)")
     use_threads(threads())

@@ -105,6 +105,7 @@ def resume(running: Running, scratch: Path) -> int:
     folder = files[-1]
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        made_by, processes, finished, scaler = state["optimizers"], int(state["processes"]), int(state["step"]), state["scaler"]
         reader = FileSystemReader(folder)
         sizes = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
     except Exception as error:  # torch raises many kinds for a broken file
@@ -114,7 +115,7 @@ def resume(running: Running, scratch: Path) -> int:
     differs = next((name for name, size in own.items() if sizes.get(name) != size), "")
     if not differs and world.count("pipeline") == 1:
         differs = next((name for name in sizes if name.startswith(("parameters.", "average.")) and name not in own), "")
-    if differs or state["optimizers"] != [type(o).__name__ for o in running.optimizers]:
+    if differs or made_by != [type(o).__name__ for o in running.optimizers]:
         what = differs.removeprefix("parameters.") if differs else "the optimizer"
         raise TrainingError(f"{folder}: is the checkpoint of another configuration ({what} differs); delete {folder.parent} to begin anew")
     for name, (optimizer, p) in running._owners().items():  # moments exist after the first step only
@@ -129,12 +130,12 @@ def resume(running: Running, scratch: Path) -> int:
     except (Exception, CheckpointException) as error:  # which is no Exception
         raise TrainingError(_broken(folder, error)) from None
     if running.scaler is not None:
-        running.scaler.load_state_dict(state["scaler"])
-    if state["processes"] == world.size:  # draws of another number of processes are other draws anyway
+        running.scaler.load_state_dict(scaler)
+    if processes == world.size:  # draws of another number of processes are other draws anyway
         torch.set_rng_state(random[f"random.{world.rank}"])
         if f"cuda.{world.rank}" in random and world.device.type == "cuda":
             torch.cuda.set_rng_state(random[f"cuda.{world.rank}"], world.device)
-    return int(state["step"])
+    return finished
 
 
 @contextlib.contextmanager

@@ -9,12 +9,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmworks.errors import LlmworksError
+from llmworks import errors
+from llmworks.errors import LlmworksError, UserError
 from llmworks.model.anatomy import parts_of
 from llmworks.model.shape import RecurrentShape, Shape
 from llmworks.train.parallel import share_of
@@ -83,6 +84,10 @@ class Estimate(Protocol):
         """Whether all that a trial needs is there."""
         ...
 
+    def check(self) -> None:
+        """Refuse what the training would refuse at its beginning, as far as it is known. Errors: UserError."""
+        ...
+
     def attempt(self) -> Trial:
         """Run a few steps of it here. Errors: LlmworksError when that fails."""
         ...
@@ -130,6 +135,20 @@ class Training:
     def ready(self) -> bool:
         """Whether all that a trial needs is there."""
         return True
+
+    def check(self) -> None:
+        """Refuse what the training would refuse at its beginning, as far as it is known. Errors: UserError."""
+        parallel, shape = self.config.parallel, self.shape
+        if self.rows and self.rows < self.per_step:
+            raise UserError(f"the data has {self.rows:,} rows, a step takes {self.per_step:,} (batch {self.config.batch}, accumulation {self.config.accumulation}); give more data, or make the step smaller")
+        if self.length > shape.context:
+            raise UserError(f"rows have {self.length:,} tokens, the model reads {shape.context:,}; pack shorter rows, or make a model with more context")
+        if parallel.pipeline > 1 and (isinstance(shape, RecurrentShape) or shape.experts or self.config.precision == "fp16"):
+            raise UserError("parallel.pipeline: not with experts, precision fp16, or models other than the decoder")
+        if parallel.pipeline > 1 and shape.layers < parallel.pipeline:
+            raise UserError(f"parallel.pipeline {parallel.pipeline} is more than the model's {shape.layers} layers")
+        if parallel.tensor > 1 and (isinstance(shape, RecurrentShape) or shape.heads % parallel.tensor or shape.groups % parallel.tensor):
+            raise UserError(f"parallel.tensor {parallel.tensor} does not divide the model's heads")
 
     @property
     def per_step(self) -> int:
@@ -193,6 +212,7 @@ class Training:
 
     def _tried(self, shape: Shape | RecurrentShape) -> Trial:
         recurrent = isinstance(shape, RecurrentShape)
+        has_room(replace(self, shape=shape, processes=1).memory)
         return run_trial("pretrain", {"shape": shape.model_dump(), "recurrent": recurrent, "config": self.config.model_dump(mode="json"), "length": self.length, "data": str(self.data or "")})
 
 
@@ -203,4 +223,14 @@ def run_trial(kind: str, given: dict[str, Any]) -> Trial:
     done = subprocess.run([sys.executable, "-m", "llmworks.train.trial", kind], input=json.dumps(asked), capture_output=True, text=True, env=environment)
     if done.returncode:
         raise LlmworksError(f"a few steps of the training cannot be tried here ({(done.stderr.strip().splitlines() or ['killed'])[-1]})")
-    return Trial(**json.loads(done.stdout.splitlines()[-1]))
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise getattr(errors, found["kind"], LlmworksError)(found["error"])
+    return Trial(**found)
+
+
+def has_room(needed: float) -> None:
+    """Refuse a trial that this machine's memory cannot hold. Errors: UserError."""
+    free = next((int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")), 0) if Path("/proc/meminfo").exists() else 0
+    if 0 < free < needed:
+        raise UserError(f"a few steps of the training need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free here; leave out --try, or make batch smaller")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from llmworks.artifact import Dataset
 from llmworks.model.anatomy import parts_of
 from llmworks.model.shape import Shape
-from llmworks.train.estimate import NUMBER, PROCESS, Trial, kept_of, run_trial
+from llmworks.train.estimate import NUMBER, PROCESS, Trial, has_room, kept_of, run_trial
 from llmworks.train.sft import SftConfig
 
 LETTERS = 3.5  # of a token, about: prose has more, code and JSON have fewer
+TURN = 20  # letters of what a template puts around a turn, about
 LOOKED = 4096  # conversations whose letters are counted
 ADAPTED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj", "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -40,7 +40,7 @@ def conversations_of(data: Dataset) -> Conversations:
     lengths, learned = [], 0
     for table in row_tables(files[0], "chat", 0, 1):
         for row in list(table_rows(table, "chat"))[:LOOKED]:
-            turns = [(turn["role"], len(str(turn.get("content") or "")) + len(str(turn.get("tool_calls") or ""))) for turn in row["messages"]]
+            turns = [(turn["role"], TURN + len(str(turn.get("content") or "")) + len(str(turn.get("tool_calls") or ""))) for turn in row["messages"]]
             lengths.append(sum(size for _, size in turns) + len(str(row.get("tools") or "")))
             learned += sum(size for role, size in turns if role == "assistant")
     return Conversations(count, sum(lengths) / max(1, len(lengths)), max(lengths, default=0), learned / max(1, sum(lengths)))
@@ -79,6 +79,9 @@ class Tuning:
         """Whether its conversations are made."""
         return self.data is not None
 
+    def check(self) -> None:
+        """Nothing is known before the conversations are encoded."""
+
     @property
     def steps(self) -> int:
         """How many steps there are, if no conversation is set aside; as `sft.plan` has it."""
@@ -114,11 +117,8 @@ class Tuning:
 
     def attempt(self) -> Trial:
         """Run a few steps of it here, of its own model and conversations. Errors: LlmworksError when that fails."""
-        return run_trial("sft", self.given())
-
-    def given(self) -> dict[str, Any]:
-        """What the trial is told."""
-        return {"config": self.config.model_dump(mode="json"), "model": str(self.model), "data": str(self.data or ""), "held_out": str(self.held_out or "")}
+        has_room(PROCESS + NUMBER * (self.parameters + 4 * self.learned))
+        return run_trial("sft", {"config": self.config.model_dump(mode="json"), "model": str(self.model), "data": str(self.data or ""), "held_out": str(self.held_out or "")})
 
     def seconds(self, trial: Trial) -> float:
         """Of the whole stage, from what was tried here: steps, and the held-out questions answered before and after; `row` is what encoding one conversation took."""

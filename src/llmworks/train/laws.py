@@ -89,6 +89,8 @@ def fit(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> Law:
     """The law of least Huber loss between logarithms, from many beginnings. Errors: DataError for less than six runs; MissingDependency without scipy."""
     if len(runs) < 6 or len({r.parameters for r in runs}) < 3 or len({r.tokens for r in runs}) < 3:
         raise DataError(f"a law has five coefficients; {len(runs)} runs are too few, or of too few sizes, to fit it: give more sizes or more flops")
+    if not all(np.isfinite(r.loss) and r.loss > 0 for r in runs):
+        raise DataError("the loss of a run is no number above zero")
     size, tokens, loss = (np.log([getattr(r, name) for r in runs]) for name in ("parameters", "tokens", "loss"))
     # beginnings: exponents of the paper's grid, each part as large as the loss or less
     starts = [(np.log(floor), share + alpha * size.mean(), alpha, share + beta * tokens.mean(), beta) for alpha, beta, floor, share in itertools.product((0.2, 0.4, 0.8), (0.2, 0.4, 0.8), (0.5, 1.5), (-1.0, 0.5))]

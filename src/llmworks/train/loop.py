@@ -88,13 +88,14 @@ def train(
             for optimizer in running.optimizers:
                 running.scaler.unscale_(optimizer)
             norm = placed.clip(config.clip)
-            watch.look(step, len(steps), total, norm, "; ".join(filter(None, (getattr(b, "where", "") for b in batches))), scaled=habits.precision == "fp16")
+            batch = "; ".join(filter(None, (getattr(b, "where", "") for b in batches)))
+            watch.look(step, len(steps), total, norm, batch + (f"; and those of {world.size - 1} other processes" if world.size > 1 else ""), scaled=habits.precision == "fp16")
             for optimizer in running.optimizers:
                 running.scaler.step(optimizer)
                 optimizer.zero_grad()
             running.scaler.update()
             for name, mean in running.average.items():
-                mean.lerp_(running.parameters[name].detach(), 1 - habits.average)
+                mean.lerp_(running.parameters[name].detach(), 1 - min(habits.average, (1 + step) / (10 + step)))  # the untrained weights are soon forgotten
             seconds = time.monotonic() - began
             progress.metric(step=step, loss=total, learning_rate=rate, gradient_norm=norm, tokens=tokens, labels=labels, seconds=seconds, loading=loaded, memory=memory(world.device))
             bar.advance(1, loss=total, tokens_per_s=tokens / seconds)

@@ -5,6 +5,7 @@ Ends with bits per byte on tokens that it did not see, curves, and what it write
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,7 +14,7 @@ from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset, Model
 from llmworks.context import Context
-from llmworks.errors import DataError, ModelError, UserError
+from llmworks.errors import DataError, MissingDependency, ModelError, TrainingError, UserError
 from llmworks.train.parallel import Parallel, share_of
 from llmworks.train.schedule import OptimizerConfig
 
@@ -32,7 +33,7 @@ class PretrainOptimizer(OptimizerConfig):
 class PretrainConfig(Config):
     """How long, in what steps, and what is looked at on the way."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
+    epochs: float = Field(1.0, gt=0, le=100_000, description="passes over the data; may be a fraction")
     tokens: int = Field(0, ge=0, description="tokens to read, in place of epochs; 0: by epochs")
     batch: int = Field(8, gt=0, description="rows that are computed at once")
     accumulation: int = Field(1, gt=0, description="parts of a step; its loss is the mean over all their labels, as in one large batch")
@@ -41,7 +42,7 @@ class PretrainConfig(Config):
     recompute: bool = Field(False, description="keep no activations of blocks, compute them again backward: less memory, a third more time")
     compile: bool = Field(False, description="torch.compile: the first step takes a minute or more")
     parallel: Parallel = Field(Parallel(), description="what processes share, where several are started (--nproc, torchrun); a step is the same whatever their number")
-    average: float = Field(0.0, ge=0, lt=1, description="decay of a running mean of the weights, which is what is saved; 0: the last weights are")
+    average: float = Field(0.0, ge=0, lt=1, description="decay of a running mean of the weights, which is what is saved, less in the first steps, (1 + step) / (10 + step); 0: the last weights are")
     spike: float = Field(3.0, ge=0, description="stop at a loss so many nats above the median of the last 50 steps; 0: never")
     look_every: int = Field(100, gt=0, description="steps between two looks at held-out tokens, with samples")
     look_rows: int = Field(64, gt=0, description="rows of held-out tokens at each look; at the end all of them are measured, too")
@@ -66,7 +67,12 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     from llmworks.train import world
 
     with world.opened(config.parallel) as here:
-        return _pretrain(config, model, data, ctx, held_out, here)
+        try:
+            return _pretrain(config, model, data, ctx, held_out, here)
+        except RuntimeError as error:
+            if "allocate memory" not in str(error) and "out of memory" not in str(error):
+                raise
+            raise TrainingError("there is too little memory for a step; make batch smaller and accumulation larger, or set recompute") from error
 
 
 def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None, world: World) -> Model:
@@ -85,6 +91,8 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
     from llmworks.train.placement import place
     from llmworks.train.samples import continued
 
+    if config.compile and world.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise MissingDependency("compile: there is no C++ compiler here; install one, such as g++, or leave compile out")
     tokenizer = tokenizer_of(model)
     torch.manual_seed(ctx.seed)
     network = open_trainable(model.path)
@@ -100,6 +108,9 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
             raise UserError("config.recompute: this architecture does not have it")
         network.activation_checkpointing_enable({"use_reentrant": False})
     share = share_of(config.batch * config.accumulation, world.count("data"), config.batch)
+    own = config.batch * config.accumulation // world.count("data")
+    if config.parallel.pipeline > 1 and own % share:
+        raise UserError(f"a step has {own} rows in each process, which are no parts of {share}; with parallel.pipeline the parts must be alike: make batch divide it")
     steps = PackedSteps(packed, steps_of(config, packed, data, length), rows=share, parts=config.batch * config.accumulation // share, length=length, seed=ctx.seed, device=world.device, share=(world.at("data"), world.count("data")))
     parameters = sum(p.numel() for p in network.parameters())
     whole = network if parallel_whole(config.parallel, world.size) else open_trainable(model.path).to(world.device) if world.first else None

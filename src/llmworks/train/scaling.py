@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from llmworks.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
 from llmworks.context import Context
@@ -22,6 +22,7 @@ from llmworks.train.pretrain import PretrainOptimizer
 if TYPE_CHECKING:
     from llmworks.train.laws import Interval, Law, Run
 
+LEAST = 6  # runs
 ROUND = 64  # rows of an embedding, as model.new has them
 
 
@@ -56,6 +57,12 @@ class ScalingConfig(Config):
         for size in (*self.sizes, self.target):
             if size.width % self.head_width:
                 raise ValueError(f"width {size.width} is not divided by head_width {self.head_width}")
+            try:
+                self.shape_of(size, ROUND, ROUND)
+            except ValidationError as error:
+                raise ValueError(f"width {size.width}, {size.layers} layers: {error.errors()[0]['msg']}") from None
+        if len(set(self.flops)) < len(self.flops) or len({(s.width, s.layers) for s in self.sizes}) < len(self.sizes):
+            raise ValueError("sizes or flops hold one value twice; each run is one size with one amount of work")
         if self.target_flops <= max(self.flops):
             raise ValueError(f"target_flops {self.target_flops:g} is not more than those of the grid, {max(self.flops):g}")
         return self
@@ -111,24 +118,30 @@ def scaling(config: ScalingConfig, tokenizer: Tokenizer | Model | Adapter, data:
     law = laws.fit(runs, config.draws, ctx.seed)
     expected = law.interval(target.parameters, target.tokens)
     ctx.progress.say(f"the target is expected at {expected.value:.4f} nats a token ({expected.low:.4f} to {expected.high:.4f})")
-    reached = train_one(config, target, packed, unseen, loaded, ctx, "the target")
+    reached = train_one(config, replace(target, name=f"target-{target.name}"), packed, unseen, loaded, ctx, "the target")
     tell(ctx, config, plans, runs, left_out, law, laws.valleys(runs, config.draws, ctx.seed), target, expected, reached)
     metrics = {"runs": len(runs), "alpha": law.alpha, "beta": law.beta, "floor": law.floor, "predicted": expected.value, "low": expected.low, "high": expected.high}
     return Report(ctx.out, metrics={**metrics, "loss": reached.loss, "off": abs(expected.value / reached.loss - 1), "within": int(expected.low <= reached.loss <= expected.high)})
 
 
 def grid(config: ScalingConfig, vocabulary: int, length: int, tokens: int, rows: int) -> tuple[list[Plan], list[tuple[str, str]]]:
-    """The runs that are made, and those that are left out, with the reason. Errors: UserError for fewer than six."""
-    plans, left_out = [], []
+    """The runs that are made, and those that are left out, with the reason. Errors: UserError for fewer than a law needs."""
+    plans: list[Plan] = []
+    left_out: list[tuple[str, str]] = []
     for flops in config.flops:
         for size in config.sizes:
             plan, why = planned(config, size, flops, vocabulary, length, tokens, rows)
+            if plan is not None and any(p.shape == plan.shape and p.steps == plan.steps for p in plans):
+                plan, why = None, "as many steps as another run of this size"
             if plan is not None:
                 plans.append(plan)
             else:
                 left_out.append((f"width {size.width}, {size.layers} layers, {flops:.2g} operations", why))
-    if len(plans) < 6:
-        raise UserError(f"{len(plans)} runs of {len(config.flops) * len(config.sizes)} are left, a law needs six; the first that is not: {left_out[0][0]} ({left_out[0][1]})")
+    if len(plans) < LEAST:
+        first = f"; the first that is not: {left_out[0][0]} ({left_out[0][1]})" if left_out else ""
+        raise UserError(f"{len(plans)} runs of {len(config.flops) * len(config.sizes)} are left, a law needs {LEAST}{first}")
+    if min(len({p.parameters for p in plans}), len({p.tokens for p in plans})) < 3:
+        raise UserError("the runs that are left have fewer than three sizes, or amounts of tokens; give more sizes or more flops")
     return plans, left_out
 
 
@@ -146,7 +159,7 @@ def planned(config: ScalingConfig, size: Size, flops: float, vocabulary: int, le
     read = steps * per_step
     if read > config.passes * tokens:
         return None, f"reads the data {read / tokens:.1f} times, more than passes {config.passes:g}"
-    return Plan(f"{size.width}x{size.layers}-{flops:.3g}", size, shape, steps, round(read), each * read, sum(part.parameters for part in parts)), ""
+    return Plan(f"{size.width}x{size.layers}-{flops:.17g}", size, shape, steps, round(read), each * read, sum(part.parameters for part in parts)), ""
 
 
 def train_one(config: ScalingConfig, plan: Plan, packed: Any, unseen: Any, tokenizer: Any, ctx: Context, which: str) -> Run:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmworks.errors import LlmworksError
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,8 +29,11 @@ def main() -> None:
 
     given = json.load(sys.stdin)
     torch.set_num_threads(int(given["threads"]))
-    found = {"pretrain": pretrain, "sft": sft}[sys.argv[1]](given)
-    print(json.dumps(found | {"memory": peak()}))
+    try:
+        found: dict[str, Any] = {"pretrain": pretrain, "sft": sft}[sys.argv[1]](given) | {"memory": peak()}
+    except LlmworksError as error:
+        found = {"error": str(error), "kind": type(error).__name__}
+    print(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)
 

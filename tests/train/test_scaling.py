@@ -84,7 +84,7 @@ def test_it_goes_on_and_tells(made: Path, pico: Path, tmp_path: Path, monkeypatc
 def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, says in (
         (("target_flops=1.0e+9",), "target_flops 1e+09 is not more than those of the grid"), (("head_width=24",), "width 16 is not divided by head_width 24"), (("least_steps=100000",), "0 runs of 8 are left"),
-        (("flops=[1.0e+6, 1.0e+7, 1.0e+9]", "sizes=[{width: 16, layers: 1}, {width: 32, layers: 1}, {width: 48, layers: 2}]"), "a law needs 6"),
+        (("flops=[1.0e+6, 1.0e+7, 1.0e+9]", "sizes=[{width: 16, layers: 1}, {width: 32, layers: 1}, {width: 48, layers: 2}]"), "a law needs 8"),
         (("flops=[1.0e+9, 1.0e+9]",), "hold one value twice"), (("flops=[.nan, 1.0e+9]",), "finite"), (("target_flops=.inf",), "finite"),
         (("head_width=1",), "width 16, 1 layers: "),
     ):  # fmt: skip

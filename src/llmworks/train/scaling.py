@@ -22,7 +22,7 @@ from llmworks.train.pretrain import PretrainOptimizer
 if TYPE_CHECKING:
     from llmworks.train.laws import Interval, Law, Run
 
-LEAST = 6  # runs
+LEAST = 8  # runs: five coefficients, and enough left over for intervals that hold what they should
 ROUND = 64  # rows of an embedding, as model.new has them
 
 

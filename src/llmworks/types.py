@@ -125,8 +125,8 @@ class Engine(Protocol):
         """Answer one request piece by piece; closing the iterator cancels the work."""
         ...
 
-    def score(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability in nats of every given token after the first, per sequence (needs "score")."""
+    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[list[float]]:
+        """Log-probability in nats of the given tokens, per sequence: from its begin on, or all after the first (needs "score")."""
         ...
 
     def logits(self, ids: Sequence[int]) -> Any:

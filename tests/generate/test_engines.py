@@ -123,10 +123,17 @@ def test_stream_can_be_cancelled(hf: TorchEngine, cpp: LlamaCppEngine) -> None:
         assert engine.generate([ask("hi")])[0].text
 
 
-def test_score_is_the_log_probability_of_given_text(hf: TorchEngine) -> None:
-    ids = [1, 5, 9, 200, 17]
-    logprobs = torch.from_numpy(hf.logits(ids)).log_softmax(-1)
-    assert hf.score([ids])[0] == pytest.approx([float(logprobs[i, t]) for i, t in enumerate(ids[1:])], abs=1e-5)
+@pytest.mark.parametrize("name", ["hf", "cpp"])
+def test_score_is_the_log_probability_of_given_text(name: str, request: pytest.FixtureRequest) -> None:
+    engine: Engine = request.getfixturevalue(name)
+    texts = [[1, 5, 9, 200, 17], [1, 5, 9, 30], [8, 9]]
+    expected = []
+    for ids in texts:
+        logprobs = torch.from_numpy(engine.logits(ids)).log_softmax(-1)
+        expected.append(pytest.approx([float(logprobs[i, t]) for i, t in enumerate(ids[1:])], abs=1e-4))
+    assert engine.score(texts) == expected
+    for part, whole, begin in zip(engine.score(texts, [4, 2, 1]), expected, [4, 2, 1], strict=True):
+        assert part == pytest.approx(whole.expected[begin - 1 :], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["hf", "cpp"])

@@ -158,16 +158,16 @@ class LlamaCppEngine:
             cancelled.set()
             worker.join()  # native code must not outlive the process that waits for it
 
-    def score(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities in nats of every token after the first, one sequence at a time."""
+    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[list[float]]:
+        """Log-probabilities in nats of the tokens from each begin on, or all after the first, one sequence at a time."""
         import numpy as np
 
         out: list[list[float]] = []
-        for sequence in ids:
+        for sequence, begin in zip(ids, begins or [1] * len(ids), strict=True):
             logits = self.logits(sequence).astype(np.float64)
             shifted = logits - logits.max(axis=1, keepdims=True)
             logprobs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-            out.append([float(logprobs[i, token]) for i, token in enumerate(sequence[1:])])
+            out.append([float(logprobs[i, token]) for i, token in enumerate(sequence[1:]) if i + 1 >= begin])
         return out
 
     def logits(self, ids: Sequence[int]) -> Any:

@@ -209,7 +209,7 @@ class OpenAIEngine:
         kind = RequestError if status in (400, 403, 413, 422) else EngineError
         raise kind(f"{self.url}: {said}")
 
-    def score(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[list[float]]:
         """Not offered: the API has no way to score given text."""
         raise RequestError(f"{self.name} is remote: it cannot score given text")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmworks.errors import RequestError
+from llmworks.generate import tree
 from llmworks.generate.cache import cache_for
 from llmworks.generate.parallel import Answered, in_order
 from llmworks.generate.sampling import choose
@@ -152,13 +153,16 @@ class TorchEngine:
             with torch.inference_mode():
                 logits = self._forward(torch.tensor([[token]]), cache, position[:, None], None)
 
-    def score(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probabilities in nats of every token after the first, one sequence at a time."""
+    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[list[float]]:
+        """Log-probabilities in nats of the tokens from each begin on, or all after the first. What sequences begin with alike is read once."""
+        begins = begins or [1] * len(ids)
+        if tree.fits(self.model, max(map(len, ids), default=0)):
+            return tree.score(self.model, cache_for(self.model), ids, begins)
         out: list[list[float]] = []
-        for sequence in ids:
+        for sequence, begin in zip(ids, begins, strict=True):
             logits = torch.from_numpy(self.logits(sequence))
             logprobs = logits[:-1].log_softmax(dim=-1)
-            out.append(logprobs.gather(1, torch.tensor(list(sequence[1:]))[:, None])[:, 0].tolist())
+            out.append(logprobs.gather(1, torch.tensor(list(sequence[1:]))[:, None])[begin - 1 :, 0].tolist())
         return out
 
     def logits(self, ids: Sequence[int]) -> Any:

@@ -7,10 +7,12 @@ INSTALLED := $(VENV)/.installed
 CORPUS := $(VENV)/.corpus
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: quickstart corpus instructions pretrain test slow check bench bench-data bench-conversations bench-pretrain docs clean
+.PHONY: quickstart install corpus instructions pretrain test slow check bench bench-data bench-conversations bench-pretrain docs clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/llmworks run recipes/quickstart.yaml
+
+install: $(CORPUS)
 
 corpus: $(CORPUS)
 	$(BIN)/llmworks run recipes/corpus.yaml --workers 2

@@ -152,7 +152,7 @@ def _begun(scratch: Path) -> Path:
 def _follow(stage: ResolvedStage, config: Config, inputs: Inputs, workspace: Workspace, key: str, seed: int, open_engine: OpenEngine) -> Outcome:
     """Help the first process, in a stage that is spread over several; wait for it in others. Writes nothing that stays."""
     began = time.monotonic()
-    begun = _begun(workspace.scratch(key))
+    begun = _begun(workspace.scratch_place(key))
     while not begun.exists() and workspace.find(key) is None:
         time.sleep(0.2)
     if "parallel" in stage.config.model_fields and begun.exists():
@@ -199,7 +199,8 @@ def _call(
         report.write(draft if made.kind == "report" else draft / "report")
     files = digest_files(draft)
     finished = datetime.now(UTC)
-    resources = {"wall_seconds": round((finished - started).total_seconds(), 2), "peak_memory_bytes": memory.peak}
+    wall = max((finished - started).total_seconds(), float(made.metrics.get("seconds", 0)))  # a training that went on counts its steps before, too
+    resources = {"wall_seconds": round(wall, 2), "peak_memory_bytes": memory.peak}
     return Manifest(
         kind=made.kind, digest=artifact_digest(made.kind, key, files), key=key, stage=stage.name, revision=stage.stage.revision, derivation=stage.stage.derivation,
         config=config.model_dump(mode="json"), parents=[Parent(role=r, name=a.name, kind=a.kind, digest=a.digest, ref=a.ref) for r, a in flat_inputs(inputs)], files=files,

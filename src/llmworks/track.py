@@ -88,16 +88,21 @@ TOOLS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any]], Tracker]]] 
 }  # fmt: skip
 
 
+def check(names: Sequence[str]) -> None:
+    """Whether all are there. Errors: UserError for a tool that is not known; MissingDependency for one that is not installed."""
+    for name in names:
+        if name not in TOOLS:
+            raise UserError(f"--track {name}: it can be {', '.join(TOOLS)}")
+        if importlib.util.find_spec(TOOLS[name][0]) is None:
+            raise MissingDependency(f"--track {name} needs the package {TOOLS[name][0]}; install it with: pip install 'llmworks[track]'")
+
+
 class Tracking:
     """Rows to the tools that were named, each opened when the first row comes. `say` hears of one that fails."""
 
     def __init__(self, names: Sequence[str], folder: Path, run: str, config: Mapping[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
         """Errors: UserError for a tool that is not known; MissingDependency for one that is not installed."""
-        for name in names:
-            if name not in TOOLS:
-                raise UserError(f"--track {name}: it can be {', '.join(TOOLS)}")
-            if importlib.util.find_spec(TOOLS[name][0]) is None:
-                raise MissingDependency(f"--track {name} needs the package {TOOLS[name][0]}; install it with: pip install 'llmworks[track]'")
+        check(names)
         self.names, self.folder, self.run, self.config, self.say = list(dict.fromkeys(names)), folder, run, config, say
         self.open: dict[str, Tracker] = {}
 

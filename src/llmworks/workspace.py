@@ -98,13 +98,17 @@ class Workspace:
 
     def scratch(self, key: str) -> Path:
         """The step's scratch directory, made when missing."""
-        path = self.root / "scratch" / key[:12]
+        path = self.scratch_place(key)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def scratch_place(self, key: str) -> Path:
+        """Where the step's scratch directory is, if it has begun."""
+        return self.root / "scratch" / key[:12]
+
     def drop_scratch(self, key: str) -> None:
         """Remove the scratch directory of a finished step."""
-        shutil.rmtree(self.root / "scratch" / key[:12], ignore_errors=True)
+        shutil.rmtree(self.scratch_place(key), ignore_errors=True)
 
     def publish(self, draft: Path, manifest: Manifest) -> Artifact:
         """Seal a draft and move it into the store under its kind and digest."""

@@ -125,7 +125,11 @@ def test_jumps_and_numbers_that_are_none_stop() -> None:
     watch.look(30, 100, 3.9, 1.0, "rows 3, 4")
     with pytest.raises(TrainingError, match=r"step 32 of 100 \(rows 7, 9\): the loss is 4\.500, 1\.490 above the median of the last 31 steps"):
         watch.look(31, 100, 4.5, 1.0, "rows 7, 9")
-    Watch(spike=1.0).look(0, 9, 99.0, 1.0, "")  # too early to tell
+    early = Watch(spike=1.0)
+    for step, loss in enumerate((7.0, 9.0, 10.0)):  # too early for a median
+        early.look(step, 9, loss, 1.0, "")
+    with pytest.raises(TrainingError, match="the loss is 10.100, it began at 7.000"):
+        early.look(3, 9, 10.1, 1.0, "")
     Watch(spike=0.0, earlier=[1.0] * 50).look(0, 9, 99.0, 1.0, "")
     with pytest.raises(TrainingError, match=r"step 1 of 9: the loss is nan"):
         Watch().look(0, 9, float("nan"), 1.0, "")

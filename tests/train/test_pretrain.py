@@ -205,3 +205,10 @@ def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.Capture
     assert "the loss is" in told
     assert "(rows " in told
     assert not (tmp_path / "x" / "o").exists()
+
+
+def test_worse_than_a_guess_is_told(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(made, "decoder", tmp_path / "out", "batch=4", "epochs=1", "sample_tokens=0", "spike=0", "optimizer.learning_rate=5.0", "optimizer.warmup=0")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["metrics"]["warnings"]
+    assert any("worse than a guess among its" in text for text in json.loads((tmp_path / "out" / "report" / "report.json").read_text())["warnings"])

@@ -12,6 +12,7 @@ from llmworks.commands.output import amount, as_json, out, short, table, workspa
 from llmworks.errors import GateFailed, UserError
 from llmworks.pool import Pool
 from llmworks.report import TERMINAL
+from llmworks.track import check as check_trackers
 from llmworks.workspace import check_out
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
         print(line, file=target, flush=True)
 
     say(f"{recipe.name}: {len(recipe.steps)} steps in {short(workspace.root)}")
+    check_trackers(args.track)
     job = Run(recipe, workspace, say=say, quiet=args.quiet, pool=pool_of(args), track=args.track)
     done = job.run(explain=args.explain)
     made = sum(j.state == "made" for j in done)
@@ -99,8 +101,9 @@ def plan(args: argparse.Namespace) -> None:
         )
     table(("step", "state", "time", "memory", "disk", "why"), rows)
     expected = [j.expect for j in pending if j.expect]
+    foreseen = any(e.seconds or e.disk_mb for e in expected)
     out(
-        f"\n{len(pending)} steps to run: about {sum(e.seconds for e in expected) / 60:.1f} minutes, {max((e.memory_mb for e in expected), default=0) / 1e3:.1f} GB of memory, {sum(e.disk_mb for e in expected) / 1e3:.2f} GB of disk."
+        f"\n{len(pending)} steps to run; nothing is known of their time, memory and disk yet." if pending and not foreseen else f"\n{len(pending)} steps to run: about {sum(e.seconds for e in expected) / 60:.1f} minutes, {max((e.memory_mb for e in expected), default=0) / 1e3:.1f} GB of memory, {sum(e.disk_mb for e in expected) / 1e3:.2f} GB of disk."
     )
     sources = sorted({j.expect_from for j in pending if j.expect_from})
     unknown = [j.name for j in pending if j.expect is None or not any((j.expect.seconds, j.expect.disk_mb))]
@@ -147,6 +150,8 @@ def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None
     table(("training", "parameters", "learned", "steps", "tokens", "operations", "memory of a process"), rows)
     if not any(tried for _, tried in trainings.values()):
         out("Time and memory on this machine: the same command with --try.")
+    if not all(t.steps for t, _ in trainings.values()):
+        out("Steps and time are known when the data of a training are made: `run` makes them first, and goes on when it was interrupted.")
 
 
 def stages(args: argparse.Namespace) -> None:

@@ -69,7 +69,7 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
         if series:
             last = max(points[-1][0] for points in series.values())
             flat = {name: [(0.0, run.bits_per_byte), (last, run.bits_per_byte)] for name, run in runs.items() if name not in trained}
-            report.curves(heading, {**series, **flat}, x=x, y="bits")
+            report.curves(heading, {**series, **flat}, x=x, y="bits", note="Flat lines, of models that are counted, are of all held-out tokens; the others of the part that is looked at on the way." if flat else "")
     report.data = {"models": {name: {"bits_per_byte": run.bits_per_byte, "parameters": run.parameters, "tokens": run.tokens} for name, run in runs.items()}, "equal_tokens": tokens, "equal_seconds": seconds}
     others = [run.bits_per_byte for name, run in runs.items() if name != first]
     ctx.progress.say(report.lead)

@@ -32,7 +32,8 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def plots(steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, list[tuple[float, float]]], str]]:
     """(heading, series over steps, unit) of what is drawn."""
     loss, looks = [(row["step"] + 1, row["loss"]) for row in steps], [row for row in rows if "held_out" in row]
-    series = {"loss": thin(loss), "mean of 50": thin(smooth(loss, 50))}
+    wide = max(2, min(50, len(loss) // 10))
+    series = {"loss": thin(loss), f"mean of {wide}": thin(smooth(loss, wide))}
     if looks:
         series["held out"] = [(row["step"] + 1, row["held_out"]) for row in looks]
     found = [("Loss", series, "nats per token")]
@@ -46,13 +47,15 @@ def plots(steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> li
     return [*found, ("Speed", {"mean of 10": thin(smooth([(row["step"] + 1, row["tokens"] / max(row["seconds"], 1e-9)) for row in steps]))}, "tokens per second")]
 
 
-def draw(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any], prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[str]:
+def draw(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any], prompts: Sequence[str], before: Sequence[str], after: Sequence[str], vocabulary: int = 0) -> list[str]:
     """Fill the report from the metrics of all steps, and the figures of the whole; returns warnings."""
     steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "held_out" in row]
     loss = [(row["step"] + 1, row["loss"]) for row in steps]
     warnings: list[str] = []
     if len(loss) >= 20 and smooth(loss)[-1][1] >= smooth(loss)[9][1]:
         warnings.append("the loss did not fall")
+    if metrics.get("perplexity", 0) > vocabulary > 0:
+        warnings.append(f"the model is worse than a guess among its {vocabulary:,} tokens")
     if any(before) and list(before) == list(after):
         warnings.append("nothing changed: it writes what it wrote before training")
     if any(before) and not any(text.strip() for text in after):

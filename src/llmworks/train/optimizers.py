@@ -76,7 +76,7 @@ def _eight_bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        raise MissingDependency("optimizer.name adamw-8bit needs bitsandbytes; install it with: pip install bitsandbytes") from None
+        raise MissingDependency("optimizer.name adamw-8bit needs a GPU and bitsandbytes; install it with: pip install bitsandbytes") from None
     if not torch.cuda.is_available():
         raise MissingDependency("optimizer.name adamw-8bit needs a GPU; take adamw or lion here")
     return AdamW8bit

@@ -86,7 +86,7 @@ class Pipelined:
         self._labels = labels
         if self.schedule is None:
             if len(batches) < self.world.count("pipeline"):
-                raise UserError(f"a step has {len(batches)} parts in each process, the pipeline {self.world.count('pipeline')} pieces; make accumulation larger, or batch smaller")
+                raise UserError(f"a step has {len(batches)} parts in each process, the pipeline {self.world.count('pipeline')} pieces; make accumulation larger")
             self.schedule = Schedule1F1B(self.stage, len(batches), loss_fn=scored, scale_grads=False)
         ids, positions, segments, label_ids = (torch.cat([getattr(b, name) for b in batches]) for name in ("ids", "positions", "segments", "label_ids"))
         losses: list[Tensor] = []

@@ -43,7 +43,7 @@ class PretrainConfig(Config):
     compile: bool = Field(False, description="torch.compile: the first step takes a minute or more")
     parallel: Parallel = Field(Parallel(), description="what processes share, where several are started (--nproc, torchrun); a step is the same whatever their number")
     average: float = Field(0.0, ge=0, lt=1, description="decay of a running mean of the weights, which is what is saved, less in the first steps, (1 + step) / (10 + step); 0: the last weights are")
-    spike: float = Field(3.0, ge=0, description="stop at a loss so many nats above the median of the last 50 steps; 0: never")
+    spike: float = Field(3.0, ge=0, description="stop at a loss so many nats above the median of the last 50 steps, or before there are 20, thrice so many above the first; 0: never")
     look_every: int = Field(100, gt=0, description="steps between two looks at held-out tokens, with samples")
     look_rows: int = Field(64, gt=0, description="rows of held-out tokens at each look; at the end all of them are measured, too")
     prompts: list[str] = Field(["The", "In the", "def "], description="beginnings of the samples")
@@ -148,7 +148,7 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
         found = measure(whole, unseen, tokenizer, batch=config.batch)
         metrics |= {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 5)}
     ended = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
-    warnings = draw(ctx.report, f"{model.name} on {data.name}", rows, metrics, config.prompts, begun, ended)
+    warnings = draw(ctx.report, f"{model.name} on {data.name}", rows, metrics, config.prompts, begun, ended, network.config.vocab_size)
     for warning in warnings:
         ctx.progress.say(f"warning: {warning}")
     metrics["warnings"] = len(warnings)

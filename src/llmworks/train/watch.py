@@ -13,7 +13,7 @@ LOOK, LEAST = 50, 20  # steps that a jump is measured against, and how many ther
 
 
 class Watch:
-    """`spike`: how many nats above the median of the last steps stop the run; 0: none does."""
+    """`spike`: how many nats above the median of the last steps stop the run, thrice that above the first loss while there are few; 0: none does."""
 
     def __init__(self, spike: float = 0.0, earlier: Sequence[float] = ()) -> None:
         self.spike = spike
@@ -29,4 +29,6 @@ class Watch:
             raise TrainingError(f"{where}: the loss is {loss}, the gradient norm {norm}; lower optimizer.learning_rate, or look at this batch")
         if self.spike and len(self.losses) >= LEAST and loss > (usual := statistics.median(self.losses)) + self.spike:
             raise TrainingError(f"{where}: the loss is {loss:.3f}, {loss - usual:.3f} above the median of the last {len(self.losses)} steps; look at this batch, lower optimizer.learning_rate, or set spike to more (0: never stop)")
+        if self.spike and 0 < len(self.losses) < LEAST and loss > self.losses[0] + 3 * self.spike:
+            raise TrainingError(f"{where}: the loss is {loss:.3f}, it began at {self.losses[0]:.3f}; lower optimizer.learning_rate, or set spike to more (0: never stop)")
         self.losses.append(loss)

@@ -1,7 +1,7 @@
 """Pre-training beside its peers in one run: tokens a second and memory of the full step, the share of the machine's matrix products, and of loading.
 
-    python benchmarks/pretrain.py                     (about five minutes on two cores)
-    python benchmarks/pretrain.py --width 384         the same, twice as wide
+    python benchmarks/pretrain.py                     the recipe's decoder, and one twice as wide (a quarter of an hour on two cores)
+    python benchmarks/pretrain.py --width 192         one of them
     python benchmarks/pretrain.py --plan WORKSPACE    what `llmworks plan --try` says of recipes/pretrain.yaml, against what its finished run in that workspace measured
 
 Ours is the decoder in the loop of `train.pretrain`; theirs is transformers' Llama of the same shape in a plain loop, and in transformers' Trainer. Each is
@@ -177,11 +177,11 @@ def compare_plan(workspace: Path) -> None:
 
 
 def main() -> None:
-    """Measure all three, in turns, and print a table."""
+    """Measure at each width."""
     parser = argparse.ArgumentParser()
     for name, value in (("batch", 8), ("steps", 60), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--width", type=int, nargs="+", default=[192, 384])
     parser.add_argument("--one", default="")
     parser.add_argument("--plan", type=Path)
     args = parser.parse_args()
@@ -195,20 +195,26 @@ def main() -> None:
             scratch.mkdir()
             print(json.dumps(KINDS[args.one](rows(data, args.batch * args.steps), args.batch, args.steps, scratch)))
         return
+    for width in args.width:
+        measure(width, args.batch, args.steps, args.rounds)
+
+
+def measure(width: int, batch: int, steps: int, rounds: int) -> None:
+    """All three at one width, in turns, and a table."""
     found: dict[str, list[dict[str, float]]] = {}
-    for _ in range(args.rounds):
+    for _ in range(rounds):
         for kind in KINDS:
-            done = subprocess.run([sys.executable, __file__, "--one", kind, "--batch", str(args.batch), "--steps", str(args.steps)], check=True, capture_output=True, text=True, env={**os.environ, "BENCHMARK_WIDTH": str(args.width)})
+            done = subprocess.run([sys.executable, __file__, "--one", kind, "--batch", str(batch), "--steps", str(steps)], check=True, capture_output=True, text=True, env={**os.environ, "BENCHMARK_WIDTH": str(width)})
             found.setdefault(kind, []).append(json.loads(done.stdout.splitlines()[-1]))
-    tokens = args.batch * LENGTH
+    tokens = batch * LENGTH
     speed = {kind: tokens / statistics.median(r["median"] for r in of) for kind, of in found.items()}
     mine = found["llmworks"]
-    print(f"{LAYERS} layers of width {args.width}, {args.batch} x {LENGTH} tokens, {args.steps} steps, {args.rounds} rounds\n\n| training | tokens/s (middle step) | llmworks is faster by | memory of training, MB |\n|---|---|---|---|")
+    print(f"{LAYERS} layers of width {width}, {batch} x {LENGTH} tokens, {steps} steps, {rounds} rounds\n\n| training | tokens/s (middle step) | llmworks is faster by | memory of training, MB |\n|---|---|---|---|")
     for kind, of in found.items():
         print(f"| {kind} | {speed[kind]:,.0f} | {speed['llmworks'] / speed[kind]:.2f} | {max(r['megabytes'] for r in of):,.0f} |")
     rate = max(r["gemm"] for r in mine)
     print(f"\nfp32 matrix products: {rate / 1e9:.0f} GFLOP/s. Ours: {6 * mine[0]['matrices'] * speed['llmworks'] / 1e9:.0f} GFLOP/s of 6 x {mine[0]['matrices']:,.0f} parameters x tokens/s, {6 * mine[0]['matrices'] * speed['llmworks'] / rate:.0%} of it.")
-    print(f"Loading: {max(r['loading'] for r in mine):.2%} of a step.")
+    print(f"Loading: {max(r['loading'] for r in mine):.2%} of a step.\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ STAGES: dict[str, Stage] = {
     "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 1, "exact", "a GGUF file to a Hugging Face directory"),
     "train.compare": Stage("llmworks.train.compare:compare", 1, "exact", "trainings side by side: at equal tokens, at equal time"),
     "train.ngram": Stage("llmworks.train.ngram:ngram", 1, "exact-on-this-platform", "count an n-gram model of packed tokens (Kneser-Ney)"),
-    "train.pretrain": Stage("llmworks.train.pretrain:pretrain", 1, "declared", "train a model on packed tokens"),
+    "train.pretrain": Stage("llmworks.train.pretrain:pretrain", 2, "declared", "train a model on packed tokens"),
     "train.scaling": Stage("llmworks.train.scaling:scaling", 1, "declared", "many small trainings, the law that they follow, and a larger one predicted"),
     "train.sft": Stage("llmworks.train.sft:sft", 2, "declared", "supervised fine-tuning with LoRA, loss on assistant turns"),
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),

@@ -128,7 +128,7 @@ def test_jumps_and_numbers_that_are_none_stop() -> None:
     early = Watch(spike=1.0)
     for step, loss in enumerate((7.0, 9.0, 10.0)):  # too early for a median
         early.look(step, 9, loss, 1.0, "")
-    with pytest.raises(TrainingError, match="the loss is 10.100, it began at 7.000"):
+    with pytest.raises(TrainingError, match=r"the loss is 10\.100, it began at 7\.000"):
         early.look(3, 9, 10.1, 1.0, "")
     Watch(spike=0.0, earlier=[1.0] * 50).look(0, 9, 99.0, 1.0, "")
     with pytest.raises(TrainingError, match=r"step 1 of 9: the loss is nan"):

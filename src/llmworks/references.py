@@ -17,7 +17,7 @@ from llmworks.artifact import KINDS, MANIFEST, Adapter, Artifact, FileEntry, Man
 from llmworks.assets.catalogue import CATALOGUE
 from llmworks.errors import ArtifactError, UserError
 from llmworks.execute import execute, step_key
-from llmworks.generate.remote import parse_remote
+from llmworks.generate.remote import identity, parse_remote
 from llmworks.stages import resolve as resolve_stage
 from llmworks.types import Engine
 from llmworks.workspace import Workspace, cache_directory
@@ -102,9 +102,9 @@ def _hub(repository: str) -> Path:
 
 
 def _remote(ref: str, name: str) -> Model:
-    """A model behind an OpenAI-compatible server: declared, since nobody can digest it."""
-    url, model, _ = parse_remote(ref)
-    manifest = _foreign_manifest("model", {}, {"format": "http"}, digest=hashlib.sha256(f"{url}#{model}".encode()).hexdigest())
+    """A model behind a server: declared, since nobody can digest it."""
+    url, model, options = parse_remote(ref)
+    manifest = _foreign_manifest("model", {}, {"format": "http"}, digest=hashlib.sha256(identity(url, model, options).encode()).hexdigest())
     return Model(Path(), manifest=manifest, name=name or model, ref=ref)
 
 
@@ -196,9 +196,9 @@ def open_engine(artifact: Artifact, workspace: Workspace | None = None) -> Engin
     if not isinstance(artifact, Model):
         raise UserError(f"{artifact.path}: is a {artifact.kind}, not a model")
     if artifact.format == "http":
-        from llmworks.generate.engines.openai import OpenAIEngine
+        from llmworks.generate.engines.remote import RemoteEngine
 
-        return OpenAIEngine(*parse_remote(artifact.ref))
+        return RemoteEngine(*parse_remote(artifact.ref))
     if artifact.format == "gguf":
         from llmworks.generate.engines.llamacpp import LlamaCppEngine
 

@@ -73,12 +73,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to answer: messages (rendered by the model's own template, with `tools`), or token `ids` as they are."""
+    """One thing to answer: messages (rendered by the model's own template, with `tools`), or token `ids` as they are.
+
+    `schema`: a JSON schema that the answer has to fit (needs "schema").
+    """
 
     messages: tuple[Message, ...] = ()
     ids: tuple[int, ...] = ()
     tools: tuple[Json, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    schema: Json | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,14 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """A given text's tokens: their log-probabilities in nats, and whether greedy decoding would have written them."""
+
+    logprobs: tuple[float, ...]
+    greedy: bool
+
+
+@dataclass(frozen=True)
 class Delta:
     """A piece of a stream: new text; the last piece also carries the whole completion."""
 
@@ -105,7 +117,10 @@ class Delta:
 
 
 class Engine(Protocol):
-    """Answers requests. Batch first; `can` names what else it offers: score, logits, ids, tools, parallel.
+    """Answers requests. Batch first. `can` names what else it offers, and only that:
+
+    ids: requests of token ids, and the ids of answers · score: log-probabilities of given text · logits: all logits of given text ·
+    tools: functions in a request · schema: answers that fit a JSON schema · embed: texts as vectors · parallel: several requests at once are faster.
 
     Errors: RequestError for a request that cannot be answered as asked, AccessError when no request can, EngineError when answering failed.
     """
@@ -125,12 +140,16 @@ class Engine(Protocol):
         """Answer one request piece by piece; closing the iterator cancels the work."""
         ...
 
-    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[list[float]]:
-        """Log-probability in nats of the given tokens, per sequence: from its begin on, or all after the first (needs "score")."""
+    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
+        """How probable the given tokens are, per sequence: from its begin on, or all after the first (needs "score")."""
         ...
 
     def logits(self, ids: Sequence[int]) -> Any:
         """Next-token logits after every position, a numpy array [len(ids), vocabulary] (needs "logits")."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """A vector for each text (needs "embed")."""
         ...
 
     def close(self) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from tests.conftest import TEMPLATE, make_pico, make_tokenizer
-from tests.generate.test_openai import Misbehaving, reply
+from tests.generate.loopback import Loopback, openai_reply
 
 from llmworks.cli import main
 from llmworks.tokenize.templates import for_template, render_prompt
-from llmworks.types import messages_from_json
+from llmworks.types import Completion, messages_from_json
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_a_record_is_replayed_on_its_own_model(check: Callable[..., Any], pico: 
 
 
 @pytest.fixture
-def server() -> Iterator[Misbehaving]:
-    server = Misbehaving()
+def server() -> Iterator[Loopback]:
+    server = Loopback()
     yield server
     server.stop()
 
@@ -70,14 +70,14 @@ def server() -> Iterator[Misbehaving]:
 def counting(tokenizer: Any, extra: int = 0, usage: bool = True) -> Callable[[Any, dict[str, Any]], None]:
     def behave(handler: Any, body: dict[str, Any]) -> None:
         messages, tools = for_template(tokenizer, messages_from_json(body["messages"]), body.get("tools") or ())
-        made = reply("said")
+        made = openai_reply(Completion("said", "stop"))
         made["usage"]["prompt_tokens"] = len(render_prompt(tokenizer, messages, tools=tools)) + extra
         handler.say(200, json.dumps(made if usage else {**made, "usage": None}).encode())
 
     return behave
 
 
-def test_servers(check: Callable[..., Any], pico: Path, server: Misbehaving) -> None:
+def test_servers(check: Callable[..., Any], pico: Path, server: Loopback) -> None:
     tokenizer = make_tokenizer(TEMPLATE)
     ref = f"{server.url}#m"
     server.behaviours = [counting(tokenizer)] * 10

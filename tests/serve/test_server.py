@@ -21,8 +21,10 @@ from tests.conftest import TEMPLATE, make_pico
 from llmworks.errors import AccessError, EngineError, RequestError, UserError
 from llmworks.generate.chat import Conversation, converse
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
-from llmworks.generate.engines.openai import OpenAIEngine, collect_calls
+from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.engines.torch import TorchEngine
+from llmworks.generate.wire.openai import collect_calls
+from llmworks.generate.wire.protocol import Call
 from llmworks.serve.answer import chunks, whole
 from llmworks.serve.server import build_app, check_port
 from llmworks.tokenize.templates import render_call, tool_aware
@@ -87,7 +89,7 @@ def test_same_greedy_answer_in_the_terminal(live: Live) -> None:
 
 
 def test_terminal_over_http_and_dialogue(live: Live) -> None:
-    remote = OpenAIEngine(live.url, "pico")
+    remote = RemoteEngine(live.url, "pico")
     screen = io.StringIO()
     conversation = Conversation(remote, Sampling(max_tokens=6))
     converse(conversation, None, io.StringIO("hi\n\n/help\n/system be brief\nagain\n/exit\nnever\n"), screen)
@@ -98,7 +100,7 @@ def test_terminal_over_http_and_dialogue(live: Live) -> None:
     with pytest.raises(RequestError, match="not token ids"):
         remote.generate([Request(ids=(1, 2))])
     remote.close()
-    other = OpenAIEngine(live.url, "other")
+    other = RemoteEngine(live.url, "other")
     with pytest.raises(AccessError, match=r"404: The model 'other' does not exist"):
         other.generate([Request((Message("user", "hi"),))])
     other.close()
@@ -234,11 +236,11 @@ def test_calls_in_the_answer_become_tool_calls() -> None:
 
 
 def test_fragments_of_streamed_calls_are_joined() -> None:
-    calls: dict[int, dict[str, str]] = {}
+    calls: dict[int, Call] = {}
     collect_calls(calls, [{"index": 0, "id": "x", "function": {"name": "f", "arguments": ""}}])
     collect_calls(calls, [{"index": 0, "function": {"arguments": '{"a"'}}, {"index": 1, "function": {"name": "g", "arguments": "{}"}}])
     collect_calls(calls, [{"index": 0, "function": {"arguments": ": 1}"}}])
-    assert calls == {0: {"name": "f", "arguments": '{"a": 1}'}, 1: {"name": "g", "arguments": "{}"}}
+    assert calls == {0: Call("f", '{"a": 1}'), 1: Call("g", "{}")}
 
 
 def test_a_call_that_never_closes_is_text() -> None:
@@ -261,7 +263,7 @@ def test_an_engine_that_fails_in_the_middle_ends_the_stream_with_an_error(pico: 
         assert next(events).choices[0].delta.content == "so far"
         with pytest.raises(openai.APIError, match="the other side went away"):
             next(events)
-        remote = OpenAIEngine(server.url, "pico")
+        remote = RemoteEngine(server.url, "pico")
         with pytest.raises(EngineError, match="the other side went away"):
             list(remote.stream(Request((Message("user", "hi"),))))
     finally:
@@ -277,7 +279,7 @@ def test_port_in_use_and_dead_server() -> None:
             check_port("127.0.0.1", port)
     with pytest.raises(UserError, match="99999"):
         check_port("127.0.0.1", 99999)
-    dead = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "m")
+    dead = RemoteEngine(f"http://127.0.0.1:{port}/v1", "m")
     with pytest.raises(EngineError, match="is the server running"):
         dead.generate([Request((Message("user", "x"),))])
     dead.close()

@@ -49,7 +49,7 @@ def test_the_stage(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path) 
         row = rows[number]
         for piece in range(int(row.segments.max()) + 1):
             (scored,) = engine.score([row.ids[row.segments == piece].tolist()])
-            nats, tokens = nats - sum(scored), tokens + len(scored)
+            nats, tokens = nats - sum(scored.logprobs), tokens + len(scored.logprobs)
     assert found[4]["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-4)
     first = len(load_tokenizer(pico).decode(rows[0].ids[:1]))
     assert found[4]["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(text.read_bytes()) - first), rel=1e-3)

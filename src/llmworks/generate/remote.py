@@ -1,10 +1,15 @@
-"""How a remote model is asked, as its reference says: `https://HOST/v1#MODEL?key=GROQ_API_KEY&concurrency=8&requests_per_minute=30`."""
+"""How a remote model is asked, as its reference says: `https://HOST/v1#MODEL?key=GROQ_API_KEY&concurrency=8&requests_per_minute=30`.
+
+Three hosts are known to speak an API of their own; every other is taken to speak OpenAI's, unless `api` says otherwise:
+`https://api.anthropic.com/v1#MODEL`, `https://generativelanguage.googleapis.com/v1beta#MODEL`, `https://api.cohere.com/v2#MODEL`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import ipaddress
 import os
+from typing import Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, ValidationError
@@ -12,13 +17,17 @@ from pydantic import Field, ValidationError
 from llmworks.artifact import Config
 from llmworks.errors import UserError
 
-DEFAULT_KEY = "OPENAI_API_KEY"
+Api = Literal["openai", "anthropic", "google", "cohere"]
+HOSTS: dict[str, Api] = {"api.anthropic.com": "anthropic", "generativelanguage.googleapis.com": "google", "api.cohere.com": "cohere", "api.cohere.ai": "cohere"}
 
 
 class RemoteOptions(Config):
-    """What stands behind the `?` of a remote reference. Nothing of it changes what a model answers."""
+    """What stands behind the `?` of a remote reference. Nothing of it but `sampling` changes what a model answers."""
 
-    key: str = Field("", description="environment variable that holds the API key; default OPENAI_API_KEY, sent over https or to this machine only")
+    api: Literal["", "openai", "anthropic", "google", "cohere"] = Field("", description="what the server speaks; default: what its host is known for, else openai")
+    key: str = Field("", description="environment variable that holds the API key; default that of the API (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY, CO_API_KEY), sent over https or to this machine only")
+    sampling: Literal["", "asked", "default"] = Field("", description="`default` sends no temperature, top_p and top_k, for models that refuse them, `asked` sends them; default: asked, but for Anthropic's API, which takes none today")
+    tokenizer: str = Field("", description="directory of the model's own tokenizer: then given text can be scored, where the server has OpenAI's completions API with `echo` (vLLM)")
     concurrency: int = Field(4, gt=0, le=256, description="requests at once")
     requests_per_minute: int = Field(0, ge=0, description="at most; 0: no limit")
     tokens_per_minute: int = Field(0, ge=0, description="prompt and answer together, at most; 0: no limit")
@@ -48,13 +57,23 @@ def parse_remote(ref: str) -> tuple[str, str, RemoteOptions]:
         raise UserError(f"{ref}: option {field!r}: {first['msg']}") from None
 
 
-def api_key(url: str, options: RemoteOptions) -> str:
-    """The key to send, or "". UserError when the variable that was named is not set."""
+def api_of(url: str, options: RemoteOptions) -> Api:
+    """What a server speaks."""
+    return options.api or HOSTS.get(urlsplit(url).hostname or "", "openai")
+
+
+def identity(url: str, model: str, options: RemoteOptions) -> str:
+    """What tells a remote model from another."""
+    return f"{url}#{model}" + (f"?sampling={options.sampling}" if options.sampling else "")
+
+
+def api_key(url: str, options: RemoteOptions, usual: str) -> str:
+    """The key to send, or ""; `usual` is the API's own variable. UserError when the variable that was named is not set."""
     if options.key:
         if not os.environ.get(options.key):
             raise UserError(f"{url}: the environment variable {options.key} is not set; put the API key there")
         return os.environ[options.key]
-    return os.environ.get(DEFAULT_KEY, "") if _is_safe(url) else ""
+    return os.environ.get(usual, "") if _is_safe(url) else ""
 
 
 def _is_safe(url: str) -> bool:

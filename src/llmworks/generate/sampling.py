@@ -25,11 +25,9 @@ def filter_top_p(logits: Tensor, p: float) -> Tensor:
     return torch.empty_like(logits).scatter_(-1, index, ordered)
 
 
-def choose(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> tuple[int, float]:
-    """One token for one row of logits [vocabulary]: its id and its log-probability in nats under the unmodified distribution."""
+def choose(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
+    """One token for one row of logits [vocabulary]."""
     if temperature <= 0:
-        token = int(logits.argmax())
-    else:
-        kept = filter_top_p(filter_top_k(logits / temperature, top_k), top_p)
-        token = int(torch.multinomial(kept.softmax(dim=-1), 1, generator=generator))
-    return token, float(logits[token] - logits.logsumexp(dim=-1))
+        return int(logits.argmax())
+    kept = filter_top_p(filter_top_k(logits / temperature, top_k), top_p)
+    return int(torch.multinomial(kept.softmax(dim=-1), 1, generator=generator))

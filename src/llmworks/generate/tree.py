@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from llmworks.types import Scored
+
 ROW = 512  # tokens of branches that are read at once
 Part = tuple["Branch", int, int]  # tokens of a branch from the first number up to the second
 
@@ -22,8 +24,8 @@ Part = tuple["Branch", int, int]  # tokens of a branch from the first number up 
 class Branch:
     """Tokens that follow one another without a fork, and what goes on from them.
 
-    `depth`: tokens before them; `asked`: the first place, counted from the root, that is asked for in a text through here; `size`: tokens from here on;
-    `chances`: of each token, NaN where nobody asked.
+    `depth`: tokens before them; `asked`: the first place, counted from the root, that is asked for in a text through here; `size`: tokens to read from here on;
+    `chances`: of each token, NaN where nobody asked; `best`: whether no other token was more probable there.
     """
 
     ids: list[int]
@@ -32,6 +34,12 @@ class Branch:
     children: list[Branch] = field(default_factory=list)
     size: int = 0
     chances: list[float] = field(default_factory=list)
+    best: list[bool] = field(default_factory=list)
+
+    @property
+    def read(self) -> int:
+        """How many of its tokens are read: what follows the last token of a text nobody asks."""
+        return len(self.ids) - (not self.children)
 
 
 def grow(texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Branch]:
@@ -53,7 +61,7 @@ def grow(texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Branch]:
             while end < min(len(first), len(final)) and first[end] == final[end]:
                 end += 1
             branch = Branch(list(first[depth:end]), depth, min(begins[i] for i in group))
-            branch.chances = [float("nan")] * len(branch.ids)
+            branch.chances, branch.best = [float("nan")] * len(branch.ids), [False] * len(branch.ids)
             into.append(branch)
             made.append(branch)
             rest = [i for i in group if len(texts[i]) > end]
@@ -61,19 +69,19 @@ def grow(texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Branch]:
                 todo.append((rest, end, branch.children))
             at = last + 1
     for branch in reversed(made):  # children are made after their parents
-        branch.size = len(branch.ids) + sum(child.size for child in branch.children)
+        branch.size = branch.read + sum(child.size for child in branch.children)
     return roots
 
 
-def score(model: Any, cache: Any, texts: Sequence[Sequence[int]], begins: Sequence[int], row: int = ROW) -> list[list[float]]:
-    """For each text the log-probabilities in nats of its tokens from its begin (1 or more) on, given all before.
+def score(model: Any, cache: Any, texts: Sequence[Sequence[int]], begins: Sequence[int], row: int = ROW) -> list[Scored]:
+    """Each text's tokens from its begin (1 or more) on, given all before.
 
     `cache`: empty, of the model's kind; it can be cropped. `row`: tokens that are read at once, and the most whose logits exist.
     """
     roots = grow(texts, begins)
     with torch.inference_mode():
         _read(model, cache, roots, row)
-    return [_found(roots, text)[begin:] for text, begin in zip(texts, begins, strict=True)]
+    return [_found(roots, text, begin) for text, begin in zip(texts, begins, strict=True)]
 
 
 def fits(model: Any, longest: int) -> bool:
@@ -90,8 +98,8 @@ def _read(model: Any, cache: Any, branches: list[Branch], row: int) -> None:
     waiting: list[Branch] = []
     for branch in sorted(branches, key=lambda b: b.size, reverse=True):
         if branch.size > row:
-            for start in range(0, len(branch.ids), row):
-                _forward(model, cache, [(branch, start, min(start + row, len(branch.ids)))])
+            for start in range(0, branch.read, row):
+                _forward(model, cache, [(branch, start, min(start + row, branch.read))])
             _read(model, cache, branch.children, row)
             _back(cache, before)
             continue
@@ -116,12 +124,15 @@ def _whole(branch: Branch) -> Iterator[Part]:
     todo = [branch]
     while todo:
         here = todo.pop()
-        yield here, 0, len(here.ids)
+        if here.read:
+            yield here, 0, here.read
         todo += here.children
 
 
 def _forward(model: Any, cache: Any, parts: list[Part]) -> None:
     """Read parts of branches in one row, and note the chances of what follows each token."""
+    if not parts:
+        return
     ids = [token for branch, start, end in parts for token in branch.ids[start:end]]
     positions = [branch.depth + i for branch, start, end in parts for i in range(start, end)]
     begins: dict[int, int] = {}
@@ -163,17 +174,19 @@ def _forward(model: Any, cache: Any, parts: list[Part]) -> None:
     rows = torch.tensor([number[place] for place, _, _ in wanted])
     tokens = torch.tensor([branch.ids[i] for _, branch, i in wanted])
     logits = logits.float()
-    chances = (logits[rows, tokens] - logits.logsumexp(-1)[rows]).tolist()
-    for (_, branch, i), chance in zip(wanted, chances, strict=True):
-        branch.chances[i] = chance
+    given = logits[rows, tokens]
+    chances, best = (given - logits.logsumexp(-1)[rows]).tolist(), (given >= logits.amax(-1)[rows]).tolist()
+    for (_, branch, i), chance, most in zip(wanted, chances, best, strict=True):
+        branch.chances[i], branch.best[i] = chance, most
 
 
-def _found(roots: list[Branch], text: Sequence[int]) -> list[float]:
-    """The chances of a text's tokens."""
+def _found(roots: list[Branch], text: Sequence[int], begin: int) -> Scored:
+    """What was found of a text's tokens from its begin on."""
     chances: list[float] = []
+    best: list[bool] = []
     branches = roots
     while len(chances) < len(text):
         branch = next(b for b in branches if b.ids[0] == text[len(chances)])
-        chances += branch.chances
+        chances, best = chances + branch.chances, best + branch.best
         branches = branch.children
-    return chances
+    return Scored(tuple(chances[begin:]), all(best[begin:]))

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.errors import EngineError, ModelError, RequestError
+from llmworks.generate.grammar import FORM, check_schema
 from llmworks.generate.parallel import Answered, each_in_threads, in_order
+from llmworks.generate.scoring import check_score, scored
 from llmworks.generate.stopping import cut_at_stop
 from llmworks.model.from_gguf import metadata, open_reader, tokenizer_of
 from llmworks.tokenize.templates import render_prompt, renders_tools
-from llmworks.types import Completion, Delta, FinishReason, Request
+from llmworks.types import Completion, Delta, FinishReason, Request, Scored
 
 SLOTS = 4
 SLOT_TOKENS = 2048
@@ -39,7 +41,7 @@ class LlamaCppEngine:
         trained = int(meta.get(f"{meta.get('general.architecture')}.context_length", SLOT_TOKENS))
         self.context = min(trained, SLOT_TOKENS)
         tools = {"tools"} if self.tokenizer.chat_template and renders_tools(self.tokenizer) else set()
-        self.can = frozenset({"score", "logits", "ids", "parallel", *tools})
+        self.can = frozenset({"score", "logits", "ids", "schema", "parallel", *tools})
         self._server: Any = None
         self._scorer: Any = None
         self._lock = threading.Lock()
@@ -70,6 +72,8 @@ class LlamaCppEngine:
             )
         if not request.ids and not request.messages:
             raise RequestError("the request is empty: it has neither messages nor ids")
+        if request.schema is not None:
+            check_schema(request.schema)
         ids = list(request.ids) or list(render_prompt(self.tokenizer, request.messages, tools=request.tools))
         if len(ids) >= self.context:
             raise RequestError(f"the prompt has {len(ids)} tokens, {self.name} reads {self.context} at most here")
@@ -100,7 +104,7 @@ class LlamaCppEngine:
 
     def _logprobs(self, prompt: list[int], ids: list[int]) -> list[float]:
         """llama.cpp reports tokens that share a character as one: then their log-probabilities are taken from the scorer."""
-        return self.score([[*prompt, *ids]])[0][len(prompt) - 1 :] if ids else []
+        return list(self.score([[*prompt, *ids]], [len(prompt)])[0].logprobs) if ids else []
 
     def _body(self, prompt: list[int], request: Request) -> dict[str, Any]:
         s = request.sampling
@@ -111,6 +115,8 @@ class LlamaCppEngine:
         }  # fmt: skip
         if s.seed is not None:
             body["seed"] = s.seed
+        if request.schema is not None:
+            body["json_schema"] = {**request.schema, "x-guidance": FORM}
         return body
 
     def stream(self, request: Request) -> Iterator[Delta]:
@@ -158,17 +164,24 @@ class LlamaCppEngine:
             cancelled.set()
             worker.join()  # native code must not outlive the process that waits for it
 
-    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[list[float]]:
-        """Log-probabilities in nats of the tokens from each begin on, or all after the first, one sequence at a time."""
-        import numpy as np
+    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
+        """How probable the tokens from each begin on are, or all after the first; what a sequence begins with like the one before is read once."""
+        begins = begins or [1] * len(ids)
+        check_score(ids, begins, SCORE_TOKENS, self.name)
+        with self._lock, _silence():
+            scorer = self._open_scorer()
+            out: dict[int, Scored] = {}
+            for i in sorted(range(len(ids)), key=lambda i: tuple(ids[i])):
+                rows = scorer.rows(ids[i][:-1], begins[i] - 1)
+                out[i] = scored(rows, ids[i][begins[i] - 1 :], 1)
+        return [out[i] for i in range(len(ids))]
 
-        out: list[list[float]] = []
-        for sequence, begin in zip(ids, begins or [1] * len(ids), strict=True):
-            logits = self.logits(sequence).astype(np.float64)
-            shifted = logits - logits.max(axis=1, keepdims=True)
-            logprobs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-            out.append([float(logprobs[i, token]) for i, token in enumerate(sequence[1:]) if i + 1 >= begin])
-        return out
+    def _open_scorer(self) -> Any:
+        from llmworks.generate.engines.llamacpp_scorer import Scorer
+
+        if self._scorer is None:
+            self._scorer = Scorer(self.path, SCORE_TOKENS, self.threads)
+        return self._scorer
 
     def logits(self, ids: Sequence[int]) -> Any:
         """Next-token logits after every position: numpy [len(ids), vocabulary]. At most 2048 ids."""
@@ -176,12 +189,12 @@ class LlamaCppEngine:
 
         if len(ids) > SCORE_TOKENS:
             raise RequestError(f"{len(ids)} tokens to score, {self.name} scores {SCORE_TOKENS} at once")
-        from llmworks.generate.engines.llamacpp_scorer import Scorer
-
         with self._lock, _silence():
-            if self._scorer is None:
-                self._scorer = Scorer(self.path, SCORE_TOKENS, self.threads)
-            return np.stack(self._scorer.rows(ids))
+            return np.stack(self._open_scorer().rows(ids, 0))
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """Not offered: what a causal model says of a text is no good vector of it."""
+        raise RequestError(f"{self.name} gives no vectors of texts; use a sentence encoder")
 
     def close(self) -> None:
         """Stop the server and free the model."""

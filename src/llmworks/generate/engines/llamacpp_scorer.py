@@ -35,13 +35,21 @@ class Scorer:
         self.params.flash_attn_type = PLAIN
         self.params.n_threads = self.params.n_threads_batch = threads
 
-    def rows(self, ids: Sequence[int]) -> list[Any]:
-        """Next-token logits after every position: one fp32 array [vocabulary] each."""
-        context = cy.LlamaContext(self.model, self.params)
-        batch = cy.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
-        for position, token in enumerate(ids):
-            batch.add(int(token), position, [0], True)
-        context.decode(batch)
-        rows = [np.asarray(context.get_logits_ith(i), dtype=np.float32) for i in range(len(ids))]
-        context.close()
-        return rows
+        self.context = cy.LlamaContext(self.model, self.params)
+        self.held: list[int] = []  # what the context has read
+
+    def rows(self, ids: Sequence[int], first: int) -> list[Any]:
+        """Next-token logits after every position from `first` on: one fp32 array [vocabulary] each. What the last text began with alike is not read again."""
+        same = 0
+        while same < min(len(self.held), len(ids), first) and self.held[same] == ids[same]:
+            same += 1
+        if same < len(self.held) and not self.context.memory_seq_rm(0, same, -1):  # recurrent states cannot be taken back in part
+            self.context.kv_cache_clear()
+            same = 0
+        self.held = []
+        batch = cy.LlamaBatch(n_tokens=len(ids) - same, embd=0, n_seq_max=1)
+        for position in range(same, len(ids)):
+            batch.add(int(ids[position]), position, [0], position >= first)
+        self.context.decode(batch)
+        self.held = list(ids)
+        return [np.array(self.context.get_logits_ith(i - same), dtype=np.float32) for i in range(first, len(ids))]

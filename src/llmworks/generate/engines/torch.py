@@ -16,13 +16,15 @@ from torch import Tensor
 from llmworks.errors import RequestError
 from llmworks.generate import tree
 from llmworks.generate.cache import cache_for
+from llmworks.generate.grammar import Grammar, Grammars
 from llmworks.generate.parallel import Answered, in_order
 from llmworks.generate.sampling import choose
+from llmworks.generate.scoring import check_score, scored
 from llmworks.generate.stopping import cut_at_stop, safe_length
 from llmworks.model.load import load_model
 from llmworks.tokenize.load import load_tokenizer, stop_ids
 from llmworks.tokenize.templates import render_prompt, renders_tools
-from llmworks.types import Completion, Delta, FinishReason, Request
+from llmworks.types import Completion, Delta, FinishReason, Json, Request, Scored
 
 BATCH_ROWS = 64
 SHARED_PREFIX_MIN = 16
@@ -35,7 +37,8 @@ class TorchEngine:
     def __init__(self, model: Any, tokenizer: Any, stops: Sequence[int], name: str) -> None:
         self.model, self.tokenizer, self.stops, self.name = model, tokenizer, frozenset(stops), name
         tools = {"tools"} if tokenizer.chat_template and renders_tools(tokenizer) else set()
-        self.can = frozenset({"score", "logits", "ids", *tools})
+        self.can = frozenset({"score", "logits", "ids", "schema", *tools})
+        self._grammars: Grammars | None = None
 
     @classmethod
     def open(cls, path: Path, *, adapter: Path | None = None, name: str = "") -> TorchEngine:
@@ -54,6 +57,12 @@ class TorchEngine:
     def context(self) -> int:
         """How many tokens prompt and answer may have together."""
         return int(self.model.config.max_position_embeddings)
+
+    def grammar(self, schema: Json) -> Grammar:
+        """The state of an answer that is held to a JSON schema. RequestError for a schema that cannot be enforced."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, sorted(self.stops), int(self.model.config.vocab_size))
+        return self._grammars.start(schema)
 
     def prompt_ids(self, request: Request) -> list[int]:
         """The request's prompt as ids. RequestError for tools the template drops, or a prompt that leaves no room."""
@@ -74,22 +83,21 @@ class TorchEngine:
 
     def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
         """Answers batch by batch, prompts of similar length together."""
-        prompts: dict[int, list[int]] = {}
+        rows: dict[int, _Row] = {}
         for i, request in enumerate(requests):
             try:
-                prompts[i] = self.prompt_ids(request)
+                rows[i] = _Row(self, request)
             except RequestError as error:
                 yield i, error
-        order = sorted(prompts, key=lambda i: len(prompts[i]))
+        order = sorted(rows, key=lambda i: len(rows[i].prompt))
         for start in range(0, len(order), BATCH_ROWS):
             chunk = order[start : start + BATCH_ROWS]
-            yield from zip(chunk, self._batch([prompts[i] for i in chunk], [requests[i] for i in chunk]), strict=True)
+            yield from zip(chunk, self._batch([rows[i] for i in chunk]), strict=True)
 
-    def _batch(self, prompts: list[list[int]], requests: list[Request]) -> list[Completion]:
-        rows = [_Row(self, prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
+    def _batch(self, rows: list[_Row]) -> list[Completion]:
         active = list(range(len(rows)))
         with torch.inference_mode():
-            logits, cache, attention, positions = self._prefill(prompts)
+            logits, cache, attention, positions = self._prefill([row.prompt for row in rows])
             while True:
                 tokens = [rows[r].take(logits[i]) if rows[r].finish is None else 0 for i, r in enumerate(active)]
                 keep = [i for i, r in enumerate(active) if rows[r].finish is None]
@@ -134,11 +142,10 @@ class TorchEngine:
 
     def stream(self, request: Request) -> Iterator[Delta]:
         """Answer one request token by token; closing the iterator stops the work."""
-        prompt = self.prompt_ids(request)
-        row = _Row(self, prompt, request)
+        row = _Row(self, request)
         shown = 0
         with torch.inference_mode():
-            logits, cache, _, position = self._prefill([prompt])
+            logits, cache, _, position = self._prefill([row.prompt])
         while True:
             token = row.take(logits[0])
             text = row.text()
@@ -153,22 +160,22 @@ class TorchEngine:
             with torch.inference_mode():
                 logits = self._forward(torch.tensor([[token]]), cache, position[:, None], None)
 
-    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[list[float]]:
-        """Log-probabilities in nats of the tokens from each begin on, or all after the first. What sequences begin with alike is read once."""
+    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
+        """How probable the tokens from each begin on are, or all after the first. What sequences begin with alike is read once."""
         begins = begins or [1] * len(ids)
+        check_score(ids, begins, self.context, self.name)
         if tree.fits(self.model, max(map(len, ids), default=0)):
             return tree.score(self.model, cache_for(self.model), ids, begins)
-        out: list[list[float]] = []
-        for sequence, begin in zip(ids, begins, strict=True):
-            logits = torch.from_numpy(self.logits(sequence))
-            logprobs = logits[:-1].log_softmax(dim=-1)
-            out.append(logprobs.gather(1, torch.tensor(list(sequence[1:]))[:, None])[begin - 1 :, 0].tolist())
-        return out
+        return [scored(self.logits(sequence[:-1]), sequence, begin) for sequence, begin in zip(ids, begins, strict=True)]
 
     def logits(self, ids: Sequence[int]) -> Any:
         """Next-token logits after every position: numpy [len(ids), vocabulary]."""
         with torch.inference_mode():
             return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy()
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """Not offered: what a causal model says of a text is no good vector of it."""
+        raise RequestError(f"{self.name} gives no vectors of texts; use a sentence encoder")
 
     def close(self) -> None:
         """Drop the model."""
@@ -178,12 +185,13 @@ class TorchEngine:
 class _Row:
     """One answer in the making: takes logits, keeps ids, knows when it ends."""
 
-    def __init__(self, engine: TorchEngine, prompt: list[int], request: Request) -> None:
-        self.engine, self.prompt_tokens, self.sampling = engine, len(prompt), request.sampling
-        self.limit = min(request.sampling.max_tokens, engine.context - len(prompt))
+    def __init__(self, engine: TorchEngine, request: Request) -> None:
+        self.engine, self.prompt, self.sampling = engine, engine.prompt_ids(request), request.sampling
+        self.limit = min(request.sampling.max_tokens, engine.context - len(self.prompt))
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: FinishReason | None = None
+        self.grammar = None if request.schema is None else engine.grammar(request.schema)
         self.generator: torch.Generator | None = None
         if self.sampling.temperature > 0:
             self.generator = torch.Generator()
@@ -195,12 +203,15 @@ class _Row:
     def take(self, logits: Tensor) -> int:
         """Sample the next token from logits [vocabulary] and note whether the answer ends with it."""
         s = self.sampling
-        token, logprob = choose(logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=self.generator)
+        allowed = logits if self.grammar is None else self.grammar.allow(logits)
+        token = choose(allowed, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, generator=self.generator)
+        if self.grammar is not None:
+            self.grammar.take(token)
         if token in self.engine.stops:
             self.finish = "stop"
             return token
         self.ids.append(token)
-        self.logprobs.append(logprob)
+        self.logprobs.append(float(logits[token] - logits.logsumexp(dim=-1)))
         if s.stop and cut_at_stop(self._decoded(), s.stop)[1]:
             self.finish = "stop"
         elif len(self.ids) >= self.limit:
@@ -216,4 +227,4 @@ class _Row:
 
     def completion(self) -> Completion:
         """The finished answer."""
-        return Completion(self.text(), self.finish or "cancelled", tuple(self.ids), tuple(self.logprobs), self.prompt_tokens, len(self.ids))
+        return Completion(self.text(), self.finish or "cancelled", tuple(self.ids), tuple(self.logprobs), len(self.prompt), len(self.ids))

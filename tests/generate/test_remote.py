@@ -10,99 +10,51 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.generate.loopback import APIS, REPLY, Behaviour, Handler, Loopback, answers, events, says
 
 from llmworks.errors import AccessError, EngineError, LlmworksError, RequestError, UserError
-from llmworks.generate.engines.openai import OpenAIEngine
+from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.pacing import Pace, back_off
 from llmworks.generate.remote import RemoteOptions, api_key, parse_remote
 from llmworks.references import resolve
 from llmworks.tokenize.templates import parse_calls
 from llmworks.types import Completion, Message, Request, Sampling
 
-Behaviour = Callable[["Handler", dict[str, Any]], None]
+
+@pytest.fixture
+def api(request: pytest.FixtureRequest) -> str:
+    """What the server speaks; a test that is for several APIs says so by `everywhere`."""
+    return str(getattr(request, "param", "openai"))
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One request: takes the next behaviour of the server's list, `answers` when it is empty."""
-
-    protocol_version = "HTTP/1.1"
-    server: Misbehaving
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        with self.server.lock:
-            self.server.seen.append((time.monotonic(), body, dict(self.headers)))
-            self.server.busy += 1
-            self.server.most = max(self.server.most, self.server.busy)
-            behaviour = self.server.behaviours.pop(0) if self.server.behaviours else answers
-        try:
-            behaviour(self, body)
-        finally:
-            with self.server.lock:
-                self.server.busy -= 1
-
-    def say(self, status: int, content: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("content-length", str(len(content) if length is None else length))
-        self.end_headers()
-        self.wfile.write(content)
-        self.wfile.flush()
-
-    def log_message(self, *args: Any) -> None:
-        pass
+everywhere = pytest.mark.parametrize("api", APIS, indirect=True)
 
 
-class Misbehaving(ThreadingHTTPServer):
-    """A loopback server with a list of things to do wrong."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.lock = threading.Lock()
-        self.behaviours: list[Behaviour] = []
-        self.seen: list[tuple[float, dict[str, Any], dict[str, str]]] = []
-        self.busy = self.most = 0
-        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass
-
-    def stop(self) -> None:
-        self.shutdown()
-        self.server_close()
-        self.thread.join()
+def options(api: str, **more: Any) -> RemoteOptions:
+    return RemoteOptions.model_validate({"api": api, **more})
 
 
 @pytest.fixture
-def server() -> Iterator[Misbehaving]:
-    server = Misbehaving()
+def server(api: str) -> Iterator[Loopback]:
+    server = Loopback(api)
     yield server
     server.stop()
 
 
 @pytest.fixture(autouse=True)
 def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmworks.generate.engines.openai.back_off", lambda attempt: 0.01)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("llmworks.generate.engines.remote.back_off", lambda attempt: 0.01)
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY", "CO_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def engine(server: Misbehaving) -> Iterator[OpenAIEngine]:
-    engine = OpenAIEngine(server.url, "m", RemoteOptions(timeout=0.5, concurrency=8, input_price=1.0, output_price=2.0))
+def engine(server: Loopback, api: str) -> Iterator[RemoteEngine]:
+    engine = RemoteEngine(server.url, "m", options(api, timeout=0.5, concurrency=8, input_price=1.0, output_price=2.0))
     yield engine
     engine.close()
 
@@ -112,34 +64,13 @@ def reply(text: str | None, finish: str = "stop", **message: Any) -> dict[str, A
     return {"id": "x", "object": "chat.completion", "choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}}
 
 
-def answers(handler: Handler, body: dict[str, Any]) -> None:
-    """A server that behaves: says what it was asked."""
-    text = "to " + body["messages"][-1]["content"]
-    if not body["stream"]:
-        handler.say(200, json.dumps(reply(text)).encode())
-        return
-    handler.say(200, events(text), {"content-type": "text/event-stream"})
-
-
-def events(text: str, finish: str | None = "stop", done: bool = True) -> bytes:
-    pieces = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}, *({"choices": [{"delta": {"content": c}}]} for c in text)]
-    pieces += [{"choices": [{"delta": {}, "finish_reason": finish}]}] if finish else []
-    pieces += [{"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}] if done else []
-    return b"".join(b"data: " + json.dumps(p).encode() + b"\n\n" for p in pieces) + (b"data: [DONE]\n\n" if done else b"")
-
-
-def says(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Behaviour:
-    content = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return lambda handler, body: handler.say(status, content, headers)
-
-
 def hangs(handler: Handler, body: dict[str, Any]) -> None:
     time.sleep(1.0)
     handler.close_connection = True
 
 
 def stops_half_way(handler: Handler, body: dict[str, Any]) -> None:
-    content = json.dumps(reply("a long answer")).encode()
+    content = json.dumps(REPLY[handler.server.api](Completion("a long answer", "stop"))).encode()
     handler.say(200, content[: len(content) // 2], length=len(content))
     handler.close_connection = True
 
@@ -175,12 +106,13 @@ PASSING: dict[str, Behaviour] = {
     "a number": says(7),
     "not UTF-8": says(b"\xff\xfe\xfa"),
     "a string for a message": says({"choices": [{"message": "hi"}]}),
-    "usage of another kind": says({**reply("x"), "usage": [1]}),
+    "usage of another kind": lambda handler, body: handler.say(200, json.dumps({**REPLY[handler.server.api](Completion("x", "stop")), "usage": [1], "usageMetadata": [1]}).encode()),
 }
 
 
+@everywhere
 @pytest.mark.parametrize("what", PASSING)
-def test_what_may_pass_is_sent_again(what: str, server: Misbehaving, engine: OpenAIEngine) -> None:
+def test_what_may_pass_is_sent_again(what: str, server: Loopback, engine: RemoteEngine) -> None:
     server.behaviours = [PASSING[what], PASSING[what]]
     done = engine.generate([ask()])[0]
     assert done == Completion("to hi", "stop", prompt_tokens=10, completion_tokens=5)
@@ -188,9 +120,10 @@ def test_what_may_pass_is_sent_again(what: str, server: Misbehaving, engine: Ope
     assert engine.account.to_json() == {"requests": 1, "retries": 2, "prompt_tokens": 10, "completion_tokens": 5, "cost": 20e-6}
 
 
-def test_a_bad_day(server: Misbehaving) -> None:
+@everywhere
+def test_a_bad_day(server: Loopback, api: str) -> None:
     """Many requests, most go wrong in some way: all are answered, in their order, each paid for once."""
-    engine = OpenAIEngine(server.url, "m", RemoteOptions(retries=50, concurrency=8))
+    engine = RemoteEngine(server.url, "m", options(api, retries=50, concurrency=8))
     draw = random.Random(0)
     quick = [b for name, b in PASSING.items() if b is not hangs]
     server.behaviours = [draw.choice([*quick, answers, answers]) for _ in range(80)]
@@ -214,7 +147,7 @@ FINAL: dict[str, tuple[Behaviour, type[LlmworksError], str]] = {
 
 
 @pytest.mark.parametrize("what", FINAL)
-def test_what_does_not_pass_is_said_at_once(what: str, server: Misbehaving, engine: OpenAIEngine) -> None:
+def test_what_does_not_pass_is_said_at_once(what: str, server: Loopback, engine: RemoteEngine) -> None:
     behaviour, kind, says_so = FINAL[what]
     server.behaviours = [behaviour]
     with pytest.raises(kind, match=says_so) as caught:
@@ -223,8 +156,8 @@ def test_what_does_not_pass_is_said_at_once(what: str, server: Misbehaving, engi
     assert len(server.seen) == 1
 
 
-def test_a_closed_server_is_asked_no_more(server: Misbehaving) -> None:
-    engine = OpenAIEngine(server.url, "m", RemoteOptions(concurrency=2))
+def test_a_closed_server_is_asked_no_more(server: Loopback) -> None:
+    engine = RemoteEngine(server.url, "m", RemoteOptions(concurrency=2))
     server.behaviours = [says({"error": {"message": "bad key"}}, 401)] * 40
     found = dict(engine.each([ask(f"q{i}") for i in range(40)]))
     assert len(found) == 40
@@ -235,9 +168,9 @@ def test_a_closed_server_is_asked_no_more(server: Misbehaving) -> None:
     engine.close()
 
 
-def test_forbidden_after_answers_is_one_request(server: Misbehaving) -> None:
+def test_forbidden_after_answers_is_one_request(server: Loopback) -> None:
     """Some providers answer 403 to a text that their moderation does not like."""
-    engine = OpenAIEngine(server.url, "m", RemoteOptions(concurrency=1))
+    engine = RemoteEngine(server.url, "m", RemoteOptions(concurrency=1))
     engine.generate([ask("fine")])
     server.behaviours = [says({"error": {"message": "flagged"}}, 403)]
     found = dict(engine.each([ask(f"q{i}") for i in range(5)]))
@@ -245,16 +178,16 @@ def test_forbidden_after_answers_is_one_request(server: Misbehaving) -> None:
     engine.close()
 
 
-def test_attempts_end(server: Misbehaving) -> None:
+def test_attempts_end(server: Loopback) -> None:
     server.behaviours = [PASSING["500"]] * 9
-    engine = OpenAIEngine(server.url, "m", RemoteOptions(retries=2))
+    engine = RemoteEngine(server.url, "m", RemoteOptions(retries=2))
     with pytest.raises(EngineError, match="500: oops, tried 3 times"):
         engine.generate([ask()])
     assert len(server.seen) == 3
     engine.close()
 
 
-def test_one_failure_does_not_lose_the_others(server: Misbehaving, engine: OpenAIEngine) -> None:
+def test_one_failure_does_not_lose_the_others(server: Loopback, engine: RemoteEngine) -> None:
     server.behaviours = [says({"error": {"message": "refused"}}, 400)]
     found = dict(engine.each([ask(f"q{i}") for i in range(12)]))
     errors = [answer for answer in found.values() if isinstance(answer, LlmworksError)]
@@ -263,27 +196,27 @@ def test_one_failure_does_not_lose_the_others(server: Misbehaving, engine: OpenA
     assert len(found) == 12
 
 
-def test_all_wait_when_the_server_asks_to(server: Misbehaving, engine: OpenAIEngine) -> None:
+def test_all_wait_when_the_server_asks_to(server: Loopback, engine: RemoteEngine) -> None:
     server.behaviours = [says(b"", 429, {"retry-after": "0.6"}) for _ in range(8)]
     engine.generate([ask(f"q{i}") for i in range(20)])
     first, later = server.seen[0][0], sorted(t for t, _, _ in server.seen)[8:]
     assert min(later) - first >= 0.6
 
 
-def test_not_more_at_once_than_allowed(server: Misbehaving) -> None:
+def test_not_more_at_once_than_allowed(server: Loopback) -> None:
     def slow(handler: Handler, body: dict[str, Any]) -> None:
         time.sleep(0.05)
         answers(handler, body)
 
     server.behaviours = [slow] * 12
-    engine = OpenAIEngine(server.url, "m", RemoteOptions(concurrency=3))
+    engine = RemoteEngine(server.url, "m", RemoteOptions(concurrency=3))
     engine.generate([ask(f"q{i}") for i in range(12)])
     assert server.most == 3
     engine.close()
 
 
-def test_the_budget_ends_asking(server: Misbehaving) -> None:
-    engine = OpenAIEngine(server.url, "m", RemoteOptions(concurrency=1, input_price=1.0, output_price=2.0, budget=50e-6))
+def test_the_budget_ends_asking(server: Loopback) -> None:
+    engine = RemoteEngine(server.url, "m", RemoteOptions(concurrency=1, input_price=1.0, output_price=2.0, budget=50e-6))
     found = dict(engine.each([ask(f"q{i}") for i in range(6)]))
     assert sum(isinstance(a, Completion) for a in found.values()) == 3  # 20, 40, 60 millionths
     assert all("the budget of 5e-05 is spent" in str(a) for a in found.values() if not isinstance(a, Completion))
@@ -295,15 +228,15 @@ def test_a_server_that_is_not_there_is_said_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    engine = OpenAIEngine(url, "m")
+    engine = RemoteEngine(url, "m")
     with pytest.raises(EngineError, match="is the server running"):
         engine.generate([ask()])
     assert engine.account.retries == 0
     engine.close()
 
 
-def test_closing_wakes_who_waits(server: Misbehaving) -> None:
-    engine = OpenAIEngine(server.url, "m", RemoteOptions(requests_per_minute=1))
+def test_closing_wakes_who_waits(server: Loopback) -> None:
+    engine = RemoteEngine(server.url, "m", RemoteOptions(requests_per_minute=1))
     engine.generate([ask()])
     began = time.monotonic()
     threading.Timer(0.1, engine.close).start()
@@ -315,38 +248,53 @@ def test_closing_wakes_who_waits(server: Misbehaving) -> None:
 # streams
 
 
-def test_a_stream_is_the_whole_answer(server: Misbehaving, engine: OpenAIEngine) -> None:
+@everywhere
+def test_a_stream_is_the_whole_answer(server: Loopback, engine: RemoteEngine) -> None:
     pieces = list(engine.stream(ask("ä")))
     assert "".join(p.text for p in pieces) == "to ä"
     assert pieces[-1].done == Completion("to ä", "stop", prompt_tokens=10, completion_tokens=5)
     assert engine.account.completion_tokens == 5
 
 
+@everywhere
 @pytest.mark.parametrize("what", ["429", "500", "a timeout", "a reset", "nothing"])
-def test_a_stream_that_has_not_begun_is_asked_again(what: str, server: Misbehaving, engine: OpenAIEngine) -> None:
+def test_a_stream_that_has_not_begun_is_asked_again(what: str, server: Loopback, engine: RemoteEngine) -> None:
     server.behaviours = [PASSING[what]]
     assert "".join(p.text for p in engine.stream(ask())) == "to hi"
 
 
-def cuts(content: bytes, length: int) -> Behaviour:
+def half(api: str) -> bytes:
+    """A stream as far as its text."""
+    content = events(api, Completion("so far", "stop", prompt_tokens=10, completion_tokens=5), leave={"openai": 3, "anthropic": 3, "google": 1, "cohere": 2}[api])
+    return content
+
+
+def half_then(more: bytes = b"", length: int | None = None) -> Behaviour:
     def behave(handler: Handler, body: dict[str, Any]) -> None:
-        handler.say(200, content, length=length)
+        handler.say(200, half(handler.server.api) + more, length=length)
         handler.close_connection = True
 
     return behave
 
 
-HALF = events("so far", finish=None, done=False)
+def an_error(handler: Handler, body: dict[str, Any]) -> None:
+    api = handler.server.api
+    said = {"type": "error", "error": {"type": "overloaded_error", "message": "out of memory"}} if api == "anthropic" else {"error": {"message": "out of memory"}}
+    said = {"type": "message-end", "delta": {"error": "out of memory", "finish_reason": "ERROR"}} if api == "cohere" else said
+    half_then(b"data: " + json.dumps(said).encode() + b"\n\n")(handler, body)
+
+
 BROKEN: dict[str, tuple[Behaviour, str]] = {
-    "the connection": (cuts(HALF, 10_000), "broke off after 6 characters"),
-    "no finish": (says(HALF), "ended without a finish reason"),
-    "half an event": (says(HALF + b'data: {"choi\n\n'), "is no chat completion"),
-    "an error": (says(HALF + b'data: {"error": {"message": "out of memory"}}\n\n'), "out of memory"),
+    "the connection": (half_then(length=10_000), "broke off after 6 characters"),
+    "no finish": (half_then(), "ended without"),
+    "half an event": (half_then(b'data: {"choi\n\n'), "makes no sense"),
+    "an error": (an_error, "out of memory"),
 }
 
 
+@everywhere
 @pytest.mark.parametrize("what", BROKEN)
-def test_half_a_stream_is_no_answer(what: str, server: Misbehaving, engine: OpenAIEngine) -> None:
+def test_half_a_stream_is_no_answer(what: str, server: Loopback, engine: RemoteEngine) -> None:
     behaviour, message = BROKEN[what]
     server.behaviours = [behaviour]
     seen = []
@@ -360,13 +308,13 @@ def test_half_a_stream_is_no_answer(what: str, server: Misbehaving, engine: Open
 # what is sent and what is understood
 
 
-def test_what_is_sent(server: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sent(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
-    engine = OpenAIEngine(server.url, "m")
+    engine = RemoteEngine(server.url, "m")
     tool = {"name": "f", "parameters": {}}
     engine.generate([Request((Message("system", "s"), Message("user", "u")), tools=(tool,), sampling=Sampling(max_tokens=3, temperature=0.5, seed=7, stop=("x",)))])
     _, body, headers = server.seen[0]
-    assert headers["Authorization"] == "Bearer sk-1"
+    assert headers["authorization"] == "Bearer sk-1"
     assert body == {
         "model": "m", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "max_tokens": 3, "temperature": 0.5, "top_p": 1.0,
         "stream": False, "seed": 7, "stop": ["x"], "tools": [{"type": "function", "function": tool}],
@@ -374,14 +322,14 @@ def test_what_is_sent(server: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> N
     engine.close()
 
 
-def test_a_model_that_knows_the_limit_by_its_new_name(server: Misbehaving, engine: OpenAIEngine) -> None:
+def test_a_model_that_knows_the_limit_by_its_new_name(server: Loopback, engine: RemoteEngine) -> None:
     message = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
     server.behaviours = [says({"error": {"message": message}}, 400)]
     assert [c.text for c in engine.generate([ask("a")]) + engine.generate([ask("b")])] == ["to a", "to b"]
     assert [next(k for k in body if k.startswith("max")) for _, body, _ in server.seen] == ["max_tokens", "max_completion_tokens", "max_completion_tokens"]
 
 
-def test_answers_are_read_as_they_are(server: Misbehaving, engine: OpenAIEngine) -> None:
+def test_answers_are_read_as_they_are(server: Loopback, engine: RemoteEngine) -> None:
     good = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     bad = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": '}}
     server.behaviours = [
@@ -408,7 +356,7 @@ def test_options_stand_behind_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("ref", "message"),
-    [("http://h/v1", "name the model"), ("http://h/v1#m?speed=9", "option 'speed'.*known: key, concurrency"), ("http://h/v1#m?concurrency=0", "greater than 0"), ("http:///v1#m", "no host")],
+    [("http://h/v1", "name the model"), ("http://h/v1#m?speed=9", "option 'speed'.*known: api, key, sampling"), ("http://h/v1#m?concurrency=0", "greater than 0"), ("http:///v1#m", "no host")],
 )
 def test_mistakes_in_references(ref: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -420,12 +368,12 @@ def test_the_key_goes_nowhere_it_can_be_read(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("OTHER", "sk-2")
     default, named = RemoteOptions(), RemoteOptions(key="OTHER")
     for url in ("https://api.openai.com/v1", "http://127.0.0.1:1/v1", "http://localhost/v1", "http://[::1]:1/v1"):
-        assert api_key(url, default) == "sk-1"
+        assert api_key(url, default, "OPENAI_API_KEY") == "sk-1"
     for url in ("http://example.org/v1", "http://10.0.0.7:8000/v1"):
-        assert api_key(url, default) == ""
-        assert api_key(url, named) == "sk-2"
+        assert api_key(url, default, "OPENAI_API_KEY") == ""
+        assert api_key(url, named, "OPENAI_API_KEY") == "sk-2"
     with pytest.raises(UserError, match="MISSING is not set"):
-        api_key("https://h/v1", RemoteOptions(key="MISSING"))
+        api_key("https://h/v1", RemoteOptions(key="MISSING"), "OPENAI_API_KEY")
 
 
 # pace
@@ -483,11 +431,11 @@ def test_delays_grow() -> None:
         assert all(longest / 2 <= back_off(attempt) <= longest for _ in range(50))
 
 
-def test_an_interrupt_does_not_wait_for_a_server_that_hangs(server: Misbehaving) -> None:
+def test_an_interrupt_does_not_wait_for_a_server_that_hangs(server: Loopback) -> None:
     server.behaviours = [hangs] * 40
     code = (
-        "import os, signal, threading, time\nfrom llmworks.generate.engines.openai import OpenAIEngine\nfrom llmworks.generate.remote import RemoteOptions\nfrom llmworks.types import Message, Request\n"
-        f"engine = OpenAIEngine({server.url!r}, 'm', RemoteOptions(timeout=60, concurrency=2))\n"
+        "import os, signal, threading, time\nfrom llmworks.generate.engines.remote import RemoteEngine\nfrom llmworks.generate.remote import RemoteOptions\nfrom llmworks.types import Message, Request\n"
+        f"engine = RemoteEngine({server.url!r}, 'm', RemoteOptions(timeout=60, concurrency=2))\n"
         "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "try:\n    engine.generate([Request((Message('user', 'a'),))] * 5)\nexcept KeyboardInterrupt:\n    engine.close()\n    print('interrupted')\n"
     )

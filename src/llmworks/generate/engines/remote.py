@@ -1,0 +1,292 @@
+"""The remote engine: a model behind HTTP, whichever provider's API it speaks. Knows no model file and no provider's format.
+
+Asks several at once, keeps to the limits of its reference, sends again what failed for a reason that may pass, and keeps an account. A
+remote engine tells no ids, and scores given text only where the server can and its tokenizer is at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from email.utils import parsedate_to_datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from llmworks.errors import AccessError, EngineError, RequestError, UserError
+from llmworks.generate.account import Account
+from llmworks.generate.grammar import check_schema
+from llmworks.generate.pacing import Pace, back_off
+from llmworks.generate.parallel import Answered, each_in_threads, in_order
+from llmworks.generate.remote import Api, RemoteOptions, api_key, api_of
+from llmworks.generate.scoring import check_score
+from llmworks.generate.wire.anthropic import Anthropic
+from llmworks.generate.wire.cohere import Cohere
+from llmworks.generate.wire.google import Google
+from llmworks.generate.wire.openai import OpenAI, completion_body, read_completion, read_scores, score_body
+from llmworks.generate.wire.protocol import Passing, Wire
+from llmworks.types import Completion, Delta, Json, Request, Scored
+
+WIRES: dict[Api, Callable[[], Wire]] = {"openai": OpenAI, "anthropic": Anthropic, "google": Google, "cohere": Cohere}
+PASSING = {408, 409, 425, 429}  # and everything from 500 on
+CLOSED = {401, 402, 404, 405, 410, 498}  # key, credit, model or address: no other request will do better; 498: a token that Cohere does not know
+CLOSED_WORDS = ("insufficient_quota", "API_KEY_INVALID", "credit balance is too low")  # the same, under a status that says less
+SAMPLING_WORDS = re.compile(r"temperature|top_p|top_k|topP|topK")
+LONGEST_PAUSE = 600.0  # a server that asks for more is given up
+CHARACTERS_PER_TOKEN = 4  # to guess a prompt's tokens before the server has counted them
+TEXTS = 64  # vectors asked for at once
+UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+T = TypeVar("T")
+
+
+class RemoteEngine:
+    """Engine over a base URL (ending in the API's version) and a model name."""
+
+    def __init__(self, url: str, model: str, options: RemoteOptions | None = None) -> None:
+        self.url, self.model, self.name = url.rstrip("/"), model, model
+        self.options = options or RemoteOptions()
+        self.api = api_of(url, self.options)
+        self.wire = WIRES[self.api]()
+        self.can = self.wire.can | {"parallel"}
+        self.plain = self.options.sampling == "default" or (not self.options.sampling and self.wire.plain)
+        if self.options.tokenizer:
+            self._open_tokenizer(Path(self.options.tokenizer))
+        self.account = Account(self.options.input_price, self.options.output_price, self.options.budget)
+        self.pace = Pace(self.options.requests_per_minute, self.options.tokens_per_minute)
+        self._closed: AccessError | None = None
+        self.client = httpx.Client(
+            timeout=httpx.Timeout(self.options.timeout, connect=10.0, pool=None), headers=self.wire.headers(api_key(url, self.options, self.wire.key), plain=self.plain),
+            limits=httpx.Limits(max_connections=self.options.concurrency, max_keepalive_connections=self.options.concurrency),
+        )  # fmt: skip
+
+    def _open_tokenizer(self, path: Path) -> None:
+        from llmworks.tokenize.load import load_tokenizer
+
+        if self.api != "openai":
+            raise UserError(f"{self.url}: option 'tokenizer' is for servers that speak OpenAI's API; {self.api}'s cannot score given text")
+        self.tokenizer = load_tokenizer(path)
+        self.can |= {"score", "ids"}
+
+    def _body(self, request: Request, stream: bool) -> tuple[str, Json]:
+        """(path, body) of a request. RequestError for one that this API cannot be asked."""
+        if not request.ids and not request.messages:
+            raise RequestError("the request is empty: it has neither messages nor ids")
+        if request.schema is not None:
+            check_schema(request.schema)
+        if request.ids:
+            if "ids" not in self.can or stream:
+                raise RequestError(f"{self.name} is remote: it takes messages, not token ids; with the option `tokenizer` it takes ids, unless streamed")
+            return "/completions", completion_body(self.model, request.ids, request.sampling, self.plain)
+        return self.wire.address(self.model, stream=stream), self.wire.body(self.model, request, stream=stream, plain=self.plain)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer all requests, some at once, in their order; the first error is raised when all others are answered."""
+        return in_order(self.each(requests), len(requests))
+
+    def each(self, requests: Sequence[Request]) -> Iterator[Answered]:
+        """Answers and errors as they come; once the server is closed to all requests, the others are not sent."""
+        self._closed = None
+        return each_in_threads(self._answer, requests, self.options.concurrency, leave=True)
+
+    def _answer(self, request: Request) -> Completion:
+        read = read_completion if request.ids else self.wire.read
+        guess = sum(len(m.content) for m in request.messages) // CHARACTERS_PER_TOKEN + len(request.ids) + request.sampling.max_tokens
+        return self._ask(lambda: self._body(request, stream=False), read, guess, lambda done: (done.prompt_tokens, done.completion_tokens))
+
+    def _ask(self, body: Callable[[], tuple[str, Json]], read: Callable[[Any], T], guess: int, counts: Callable[[T], tuple[int, int]]) -> T:
+        """One reply, asked for until it comes or there is no attempt left. `body` is made anew for each: a server may have taught it another form."""
+        for attempt in range(self.options.retries + 1):
+            if self._closed is not None:
+                raise self._closed
+            try:
+                path, content = body()
+                entry = self._go(guess)
+                done = self._once(path, content, read)
+                self._settle(entry, *counts(done))
+                return done
+            except Passing as error:
+                self._again(attempt, error)
+        raise AssertionError("the last attempt raises")
+
+    def _again(self, attempt: int, error: Passing) -> None:
+        """Wait for the next attempt. EngineError when there is none."""
+        if attempt >= self.options.retries or error.pause > LONGEST_PAUSE:
+            tries = f", tried {attempt + 1} times" if attempt else ""
+            asked = f"; the server asks to wait {error.pause:.0f} s" if error.pause > LONGEST_PAUSE else ""
+            raise EngineError(f"{self.url}: {error}{tries}{asked}") from None
+        self.account.retry()
+        if error.pause:
+            self.pace.hold(error.pause)
+        else:
+            self.pace.sleep(back_off(attempt))
+
+    def _once(self, path: str, body: Json, read: Callable[[Any], T]) -> T:
+        try:
+            reply = self.client.post(f"{self.url}{path}", json=body)
+            self._check(reply)
+            return read(reply.json())
+        except httpx.TransportError as error:
+            raise self._lost(error) from None
+        except UNREADABLE:
+            raise Passing(f"the reply makes no sense: {' '.join(reply.text.split())[:80]!r}") from None
+
+    def _go(self, guess: int) -> list[float]:
+        """Wait for a request's turn. EngineError when the budget is spent."""
+        self.account.check()
+        return self.pace.go(guess)
+
+    def _settle(self, entry: list[float], prompt_tokens: int, completion_tokens: int) -> None:
+        if prompt_tokens or completion_tokens:
+            self.pace.settle(entry, prompt_tokens + completion_tokens)
+        self.account.add(prompt_tokens, completion_tokens)
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """Answer one request piece by piece; closing the iterator closes the connection. Sent again only while nothing has come."""
+        for attempt in range(self.options.retries + 1):
+            said = ""
+            try:
+                for delta in self._stream_once(request):
+                    said += delta.text
+                    yield delta
+                return
+            except Passing as error:
+                if said:
+                    raise EngineError(f"{self.url}: the stream broke off after {len(said)} characters: {error}") from None
+                self._again(attempt, error)
+
+    def _stream_once(self, request: Request) -> Iterator[Delta]:
+        path, body = self._body(request, stream=True)
+        stream = self.wire.stream()
+        entry = self._go(sum(len(m.content) for m in request.messages) // CHARACTERS_PER_TOKEN + request.sampling.max_tokens)
+        try:
+            with self.client.stream("POST", f"{self.url}{path}", json=body) as reply:
+                if reply.status_code >= 400:
+                    reply.read()
+                self._check(reply)
+                for line in reply.iter_lines():
+                    event = line.removeprefix("data:").strip()
+                    if not line.startswith("data:") or event == "[DONE]":
+                        continue
+                    data = json.loads(event)
+                    if "error" in data and "type" not in data:
+                        raise EngineError(f"{self.url}: {_error_text(data)}")
+                    piece = stream.take(data)
+                    if piece:
+                        yield Delta(piece)
+            rest, done = stream.end()
+        except httpx.TransportError as error:
+            raise self._lost(error) from None
+        except UNREADABLE as error:
+            raise Passing(f"the stream makes no sense ({error!r})") from None
+        self._settle(entry, done.prompt_tokens, done.completion_tokens)
+        yield Delta(rest, done)
+
+    def _lost(self, error: httpx.TransportError) -> Exception:
+        """What a broken connection is: final when the server has never answered, else it may pass."""
+        if isinstance(error, (httpx.UnsupportedProtocol, httpx.ProxyError)) or (isinstance(error, httpx.ConnectError) and not self.account.requests):
+            return EngineError(f"{self.url}: {type(error).__name__}: {error}; is the server running?")
+        return Passing(f"{type(error).__name__}: {str(error) or 'no answer'}")
+
+    def _check(self, reply: httpx.Response) -> None:
+        """Raise for a status that is no success: Passing where another attempt may help."""
+        status = reply.status_code
+        if status < 400:
+            return
+        try:
+            message = _error_text(reply.json())
+        except ValueError:
+            message = reply.text.strip()[:200]
+        said = f"{status}: {message}"
+        # some forbid a single request for what it says, which shows once others were answered
+        if status in CLOSED or any(word in reply.text for word in CLOSED_WORDS) or (status == 403 and not self.account.requests):
+            about_key = f"; is the key in ${self.options.key or self.wire.key} right?" if status in (401, 403, 498) or "API_KEY_INVALID" in reply.text else ""
+            self._closed = AccessError(f"{self.url}: {said}{about_key}")
+            raise self._closed
+        if status == 400 and self.wire.adapt(message):
+            raise Passing(said, pause=0.001)
+        if status in PASSING or status >= 500:
+            raise Passing(said, pause=_pause(reply))
+        hint = ""
+        if status in (400, 422) and not self.plain and SAMPLING_WORDS.search(message):
+            hint = "; for a model that takes no sampling parameters write ?sampling=default behind its name"
+        kind = RequestError if status in (400, 403, 413, 422) else EngineError
+        raise kind(f"{self.url}: {said}{hint}")
+
+    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
+        """How probable the tokens from each begin on are, or all after the first. RequestError where the server cannot say."""
+        if "score" not in self.can:
+            raise RequestError(f"{self.name} is remote: it cannot score given text, unless its server has OpenAI's completions API with `echo` and the option `tokenizer` names its tokenizer")
+        begins = begins or [1] * len(ids)
+        check_score(ids, begins, 1 << 30, self.name)
+        self._closed = None
+        todo = [Request(ids=tuple(sequence)) for sequence in ids]
+        places = {id(request): i for i, request in enumerate(todo)}
+        found: dict[int, Scored] = {}
+
+        def answer(request: Request) -> Completion:
+            place = places[id(request)]
+            tokens = len(request.ids)
+            told = self._ask(lambda: ("/completions", score_body(self.model, request.ids)), partial(read_scores, tokens=tokens), tokens, lambda _: (tokens, 1))
+            kept = told[begins[place] - 1 :]
+            found[place] = Scored(tuple(chance for chance, _ in kept), all(best for _, best in kept))
+            return Completion("", "stop")
+
+        in_order(each_in_threads(answer, todo, self.options.concurrency, leave=True), len(todo))
+        return [found[i] for i in range(len(todo))]
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """Not offered: no API gives them."""
+        raise RequestError(f"{self.name} is remote: it gives no logits")
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """Vectors, asked for many texts at once. RequestError where the API has none."""
+        if "embed" not in self.can:
+            raise RequestError(f"{self.name}: {self.api}'s API gives no vectors of texts")
+        self._closed = None
+        out: list[list[float]] = []
+        for start in range(0, len(texts), TEXTS):
+            part = list(texts[start : start + TEXTS])
+            out += self._ask(partial(self.wire.embedding, self.model, part), partial(self._vectors, count=len(part)), sum(map(len, part)) // CHARACTERS_PER_TOKEN, lambda _: (0, 0))
+        return out
+
+    def _vectors(self, reply: Any, count: int) -> list[list[float]]:
+        vectors = self.wire.vectors(reply)
+        if len(vectors) != count:
+            raise ValueError(f"{len(vectors)} vectors for {count} texts")
+        return vectors
+
+    def close(self) -> None:
+        """Close the connections and wake who waits for its turn."""
+        self.pace.close()
+        self.client.close()
+
+
+def _error_text(data: Any) -> str:
+    """What an error object says; servers put it in several places."""
+    error = data.get("error", data.get("detail", data.get("message", data))) if isinstance(data, dict) else data
+    if isinstance(error, dict):
+        error = error.get("message", error)
+    return " ".join(str(error).split())[:300]
+
+
+def _pause(reply: httpx.Response) -> float:
+    """Seconds that a server asks to wait: `retry-after-ms`, `retry-after` in seconds or as a date, Google's `retryDelay`. 0 when it says nothing that can be read."""
+    from datetime import UTC, datetime
+
+    headers = reply.headers
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        if "retry-after" not in headers:
+            found = re.search(r'"retryDelay":\s*"([\d.]+)s"', reply.text)
+            return float(found[1]) if found else 0.0
+        value = headers["retry-after"]
+        try:
+            return max(0.0, float(value))
+        except ValueError:
+            return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0

@@ -66,7 +66,7 @@ STAGES: dict[str, Stage] = {
     "train.sft": Stage("llmworks.train.sft:sft", 2, "declared", "supervised fine-tuning with LoRA, loss on assistant turns"),
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),
     "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 1, "exact", "a Hugging Face directory to one GGUF file"),
-    "evaluate": Stage("llmworks.evaluate.run:evaluate", 1, "declared", "a task on a model, sample by sample"),
+    "evaluate": Stage("llmworks.evaluate.run:evaluate", 2, "declared", "a task on a model, sample by sample"),
     "evaluate.compare": Stage("llmworks.evaluate.compare:compare", 1, "exact", "paired test of two evaluations"),
     "synthesize.instruct": Stage("llmworks.synthesize.instruct:instruct", 1, "declared", "new tasks from seed tasks, answered (Self-Instruct)"),
     "synthesize.evolve": Stage("llmworks.synthesize.evolve:evolve", 2, "declared", "instructions made harder or other, step by step (Evol-Instruct)"),

@@ -108,8 +108,9 @@ def test_answers_survive_a_break(tmp_path: Path, data: Dataset, model: Model) ->
 
 
 def test_shots_stand_in_front_and_need_examples(tmp_path: Path, data: Dataset, model: Model) -> None:
-    with pytest.raises(UserError, match="no input `examples`"):
-        evaluate(EvaluateConfig(task="function-call", shots=1), model, data, context(tmp_path, "a", Parrot({})))
+    write_chat(tmp_path / "few", read_chat(data)[:60])
+    with pytest.raises(UserError, match="shots is 90, but there are 60 rows"):
+        evaluate(EvaluateConfig(task="function-call", shots=90), model, data, context(tmp_path, "a", Parrot({})), examples=Dataset(tmp_path / "few"))
     with pytest.raises(UserError, match="unknown task 'x'"):
         evaluate(EvaluateConfig(task="x"), model, data, context(tmp_path, "b", Parrot({})))
     made = evaluate(

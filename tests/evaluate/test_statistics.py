@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
-
+import numpy as np
 import pytest
 
-from llmworks.evaluate.bootstrap import mean_interval, paired_difference
-from llmworks.evaluate.task import load_task, task_names
-from llmworks.score import score_function
+from llmworks.evaluate.bootstrap import detectable, mean_interval, paired_difference, student
 
 
 def test_interval_of_a_proportion_is_the_normal_one() -> None:
@@ -19,13 +16,58 @@ def test_interval_of_a_proportion_is_the_normal_one() -> None:
     assert interval.high == pytest.approx(0.3 + half, abs=0.004)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
-    rng = random.Random(0)
+@pytest.mark.parametrize(("samples", "draw"), [(30, "half"), (30, "skewed"), (100, "half"), (100, "tenths"), (100, "skewed"), (300, "half")])
+def test_intervals_cover_the_truth_as_often_as_they_say(samples: int, draw: str) -> None:
+    """1,000 experiments each: 95% intervals hold the truth in 93% to 97%."""
+    rng, size = np.random.default_rng(samples), (1000, samples)
+    if draw == "skewed":
+        data, truth = rng.beta(2, 4, size), 1 / 3
+    else:
+        data, truth = rng.binomial(1, 0.5, size) if draw == "half" else rng.integers(0, 11, size) / 10, 0.5
+    hits = sum(found.low <= truth <= found.high for found in (mean_interval(list(row), seed=i, resamples=1000) for i, row in enumerate(data)))
+    assert 930 <= hits <= 970
+
+
+def test_intervals_of_groups_cover_the_truth() -> None:
+    """Rows of a group are alike: an interval that takes them for independent is far too narrow, the clustered one is not."""
+    rng = np.random.default_rng(0)
+    hits = {"clustered": 0, "plain": 0}
+    for trial in range(600):
+        level = rng.normal(0.5, 0.2, 40)
+        values = (level[:, None] + rng.normal(0, 0.1, (40, 10))).ravel()
+        names = [str(i // 10) for i in range(400)]
+        for what, groups in (("clustered", names), ("plain", [])):
+            found = mean_interval(list(values), groups=groups, seed=trial, resamples=1000)
+            hits[what] += found.low <= 0.5 <= found.high
+    assert 558 <= hits["clustered"] <= 582
+    assert hits["plain"] < 400
+
+
+def test_paired_differences_cover_the_truth() -> None:
+    rng = np.random.default_rng(1)
     hits = 0
-    for trial in range(200):
-        interval = mean_interval([float(rng.random() < 0.5) for _ in range(100)], seed=trial, resamples=1000)
-        hits += interval.low <= 0.5 <= interval.high
-    assert 180 <= hits <= 199
+    for trial in range(1000):
+        ease = rng.uniform(0.1, 0.8, 150)
+        a, b = (rng.random(150) < ease).astype(float), (rng.random(150) < ease + 0.1).astype(float)
+        d = paired_difference(list(a), list(b), seed=trial, resamples=1000).difference
+        hits += d.low <= 0.1 <= d.high
+    assert 930 <= hits <= 970
+
+
+def test_students_quantiles() -> None:
+    """Tables of the t distribution, 97.5%."""
+    for degrees, quantile in ((1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (30, 2.042), (100, 1.984), (1000, 1.962)):
+        assert student(degrees) == pytest.approx(quantile, abs=4e-3 if degrees > 2 else 1e-3)
+
+
+def test_the_detectable_difference_is_found_in_four_of_five_runs() -> None:
+    rng, n = np.random.default_rng(2), 200
+    gap = detectable(0.5, n)
+    found = 0
+    for _ in range(2000):
+        delta = rng.normal(gap, 0.5, n)
+        found += abs(delta.mean()) > 1.96 * delta.std(ddof=1) / n**0.5
+    assert 0.77 <= found / 2000 <= 0.83
 
 
 def test_paired_test_sees_what_is_paired() -> None:
@@ -44,11 +86,3 @@ def test_paired_p_value_is_near_the_exact_sign_test() -> None:
     a = [0.0] * 8 + [1.0] * 2 + [1.0] * 20
     b = [1.0] * 8 + [0.0] * 2 + [1.0] * 20
     assert paired_difference(a, b).p_not_better == pytest.approx(56 / 1024, abs=0.04)
-
-
-def test_built_in_tasks_are_valid() -> None:
-    assert task_names() == ["function-call"]
-    for name in task_names():
-        task = load_task(name)
-        assert task.name == name
-        assert score_function(task.score)

@@ -1,8 +1,9 @@
-"""ROUGE-L (Lin 2004): how alike two texts are by their longest common subsequence of words. Pure functions."""
+"""ROUGE (Lin 2004): how alike two texts are, by the n-grams or the longest subsequence of words that they share. Pure functions."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -27,3 +28,10 @@ def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
 def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
     """F-measure of ROUGE-L of two sequences of words, from 0 to 1."""
     return 2 * longest_common(a, b) / (len(a) + len(b)) if a and b else 0.0
+
+
+def rouge_n(a: Sequence[str], b: Sequence[str], n: int) -> float:
+    """F-measure of ROUGE-N of two sequences of words, from 0 to 1."""
+    one, other = (Counter(tuple(s[i : i + n]) for i in range(len(s) - n + 1)) for s in (a, b))
+    total = one.total() + other.total()
+    return 2 * (one & other).total() / total if total else 0.0

@@ -79,7 +79,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "pass_at of nothing": ({**GENERATE, "metrics": ["pass_at"]}, "pass_at needs `of`"),
     "a stride above its window": ({**PERPLEXITY, "stride": 17}, "stride 17 is above window 16"),
     "an unknown step": ({**GENERATE, "extract": ["guess"]}, r"extract\.\.0\.how: Input should be 'regex'"),
-    "conversations as choices": ({**CHOICE, "rows": "chat"}, "conversations can only be asked with kind generate"),
+    "conversations as choices": ({**CHOICE, "rows": "chat", "question": ""}, "conversations are asked with kind generate"),
 }
 
 
@@ -291,3 +291,32 @@ def test_several_samples_and_pass_at_k(run: Run) -> None:
     assert 0 < one < three < 1
     right = [sum(bool(set(t) & set("aeiou")) for t in s["texts"]) / 5 for s in made["samples"]]
     assert one == pytest.approx(sum(right) / len(right))
+
+
+def test_one_question_that_is_refused_does_not_end_the_run(run: Run) -> None:
+    rows = [*ROWS[:5], {**ROWS[5], "q": "word " * 900}]
+    made = run(GENERATE, rows)
+    assert [s["finish"] == "refused" for s in made["samples"]] == [False] * 5 + [True]
+    assert made["metrics"]["refused"] == 1
+    assert made["samples"][-1]["reason"].startswith("refused: the prompt has")
+    assert made["samples"][-1]["score"] == 0.0
+    with pytest.raises(LlmworksError, match="the prompt has"):  # but not where nothing can be asked
+        run(GENERATE, rows[-1:], place="b")
+
+
+def test_rows_that_are_left_out_are_counted(run: Run) -> None:
+    made = run({**CHOICE, "only": "{{gold == 1}}"}, ROWS)
+    assert made["protocol"]["left_out"] == sum(row["gold"] != 1 for row in ROWS)
+    assert len(made["samples"]) == sum(row["gold"] == 1 for row in ROWS)
+    with pytest.raises(DataError, match="none of the 24 rows is for the task"):
+        run({**CHOICE, "only": "{{gold > 7}}"}, ROWS, place="b")
+
+
+def test_examples_of_the_same_group() -> None:
+    task = Task(**{**CHOICE, "group": "set", "shots": {"count": 2, "choose": "first", "same_group": True}})
+    rows = [{**row, "id": str(i)} for i, row in enumerate(rows_of(40))]
+    for question in questions(task, rows[20:], rows[:20], same_pool=False):
+        firsts = [row for row in rows[:20] if row["set"] == question.row["set"]][:2]
+        assert [part.split("\nA:")[0] for part in question.plain[0].split("\n\n")[:2]] == [f"Q: {row['q']}" for row in firsts]
+    with pytest.raises(UserError, match=r"shots is 2, but there are 1 rows of the group 's3'"):
+        questions(task, [rows[23]], [*rows[:3], rows[3]], same_pool=False)

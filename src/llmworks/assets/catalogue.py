@@ -66,6 +66,10 @@ def _bfcl(name: str, file: str, rows: int) -> Asset:
     )  # fmt: skip
 
 
+def _evals(name: str, file: str, what: str, licence: str) -> Asset:
+    return Asset(name, "dataset", "evals", what, licence, (_EVALS,), {f"{name}.jsonl": (f"evals/registry/data/{file}",)})
+
+
 CATALOGUE: dict[str, Asset] = {
     asset.name: asset
     for asset in (
@@ -165,7 +169,10 @@ CATALOGUE: dict[str, Asset] = {
         Asset(
             "word-analogies", "dataset", "words", "19,544 questions: a is to b as c is to what? (Mikolov et al. 2013)", "Apache-2.0", (_GENSIM,), {"questions-words.txt": ("gensim/test/test_data/questions-words.txt",)},
         ),
-        _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),
+        _evals("logiqa", "logiqa/logiqa.jsonl", "1354 passages with a question of logic and four options (LogiQA, Liu et al. 2020)", "MIT; of LogiQA itself not stated there"),
+        _evals("social-iqa", "theory_of_mind/socialiqa/test.jsonl", "2224 situations with a question about people and three options (SocialIQA, Sap et al. 2019)", "MIT; SocialIQA CC-BY-4.0"),
+        _evals("medmcqa", "medmcqa/samples.jsonl", "300 questions of Indian medical entrance exams with four options (MedMCQA, Pal et al. 2022)", "MIT; of MedMCQA itself not stated there"),
+    _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),
         _bfcl("bfcl-multiple", "BFCL_v4_multiple.json", 200),
     )
 }  # fmt: skip

@@ -188,6 +188,7 @@ def stage(args: argparse.Namespace) -> None:
     from llmworks.execute import execute, missing_inputs
     from llmworks.recipe import assign, config_problem
     from llmworks.references import open_engine
+    from llmworks.taskdata import default_inputs
 
     stage, workspace = args.stage, workspace_of(args)
     values: dict[str, Any] = {}
@@ -211,7 +212,7 @@ def stage(args: argparse.Namespace) -> None:
         config = stage.config.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(config_problem(stage.config, dict(e), f"{stage.name}.config") for e in error.errors())) from None
-    given = _inputs(args, workspace)
+    given = default_inputs(stage, config, _inputs(args, workspace), workspace)
     missing = missing_inputs(stage, given)
     if missing:
         raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")

@@ -23,12 +23,13 @@ NEEDS = {"choice": "score", "likelihood": "score", "perplexity": "score"}
 
 @dataclass(frozen=True)
 class Answered:
-    """What an engine did with one question: options found, or answers written. `cut`: tokens of the prompt that were left out."""
+    """What an engine did with one question: options found, or answers written. `cut`: tokens of the prompt that were left out; `refused`: why it was not answered."""
 
     question: Question
     found: tuple[Found, ...] = ()
     records: tuple[Record, ...] = ()
     cut: int = 0
+    refused: str = ""
 
 
 @dataclass
@@ -133,15 +134,15 @@ class Asker:
         self.protocol |= {"max_tokens": self.task.max_tokens, "stop": self.task.stop, "temperature": self.task.temperature, "top_p": self.task.top_p, "samples": self.task.samples}
         with Journal(self.scratch / "answers.jsonl", lambda: self.engine) as journal, self.progress.bar(f"ask {self.engine.name}", len(requests), "answers") as bar:
             answers = journal.ask(requests, bar)
+        refused = [answer for answer in answers.values() if isinstance(answer, RequestError)]
+        if len(refused) == len(answers):
+            raise refused[0]  # it is not for the questions' sake
         out: list[Answered] = []
         for question in questions:
-            records: list[Record] = []
-            for number in range(self.task.samples):
-                answer = answers[self._place(question, number)]
-                if isinstance(answer, RequestError):
-                    raise answer
-                records.append(answer)
-            out.append(Answered(question, records=tuple(records), cut=cuts[question.id]))
+            found = [answers[self._place(question, number)] for number in range(self.task.samples)]
+            records = tuple(Record(question.id, "", "refused", 0, 0, 0.0) if isinstance(answer, RequestError) else answer for answer in found)
+            why = next((str(answer) for answer in found if isinstance(answer, RequestError)), "")
+            out.append(Answered(question, records=records, cut=cuts[question.id], refused=why))
         return out
 
     def _place(self, question: Question, number: int) -> str:

@@ -58,6 +58,14 @@ def read_rows(task: Task, data: Dataset, split: str) -> list[Row]:
     return rows
 
 
+def kept(task: Task, rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows that the task is for. DataError when there are none."""
+    found = [row for row in rows if text(task.only, row).strip() not in ("", "False", "0", "None")] if task.only else list(rows)
+    if not found:
+        raise DataError(f"{name}: none of the {len(rows)} rows is for the task {task.name!r} (`only`: {task.only})")
+    return found
+
+
 def _files(path: Path, split: str) -> list[Path]:
     if not split or path.is_file():
         return [path]
@@ -82,33 +90,41 @@ def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool
     Errors: UserError for too few examples; DataError for a row without a right answer, or that does not fit a template.
     """
     draw = _Draw(task, pool, same_pool)
-    out = [_chat_question(task, row, draw) if task.rows == "chat" else _question(task, row, draw) for row in rows]
-    return out
+    conversations = task.rows == "chat" and not task.question
+    return [_chat_question(task, row, draw) if conversations else _question(task, row, draw) for row in rows]
 
 
 class _Draw:
     """Draws worked examples. `each` draws as the lm-evaluation-harness does: one generator over all questions, one more row where its own may be among them."""
 
     def __init__(self, task: Task, pool: Sequence[Row], same_pool: bool) -> None:
-        self.shots, self.same_pool = task.shots, same_pool
-        self.pool: Sequence[Row] = task.shots.rows or pool
-        self.random = random.Random(task.shots.seed)
-        count = self.shots.count
-        if count and len(self.pool) < count + (same_pool and not task.shots.rows):
-            raise UserError(f"shots is {count}, but there are {len(self.pool)} rows to take examples from" + (", the one that is asked among them" if same_pool else ""))
-        self.drawn = self.random.sample(list(self.pool), count + same_pool) if count and self.shots.choose == "same" else list(self.pool[: count + 1])
+        self.task, self.shots = task, task.shots
+        self.extra = same_pool and not self.shots.rows  # a row's own may be drawn
+        self.random = random.Random(self.shots.seed)
+        self.pools: dict[str, list[Row]] = {}
+        self.drawn: dict[str, list[Row]] = {}
+        for row in (self.shots.rows or pool) if self.shots.count else ():
+            self.pools.setdefault(self._group(row), []).append(row)
+
+    def _group(self, row: Row) -> str:
+        return text(self.task.group, row) if self.shots.same_group else ""
 
     def examples(self, row: Row) -> list[Row]:
-        """Examples for a row."""
-        count = self.shots.count
-        if not count:
+        """Examples for a row. UserError when there are too few."""
+        if not self.shots.count:
             return []
-        if self.shots.choose != "each":
-            return [other for other in self.drawn if other is not row][:count]
-        if not self.same_pool:
-            return self.random.sample(list(self.pool), count)
-        found = [other for other in self.random.sample(list(self.pool), count + 1) if other is not row]
-        return found[:count]
+        group, count = self._group(row), self.shots.count + self.extra
+        pool = self.pools.get(group, [])
+        if len(pool) < count:
+            where = f" of the group {group!r}" if self.shots.same_group else ""
+            raise UserError(f"shots is {self.shots.count}, but there are {len(pool)} rows{where} to take examples from" + (", the one that is asked among them" if self.extra else ""))
+        if self.shots.choose == "each":
+            found = self.random.sample(pool, count)
+        else:
+            if group not in self.drawn:
+                self.drawn[group] = pool[:count] if self.shots.choose == "first" else random.Random(self.shots.seed).sample(pool, count)
+            found = self.drawn[group]
+        return [other for other in found if other is not row][: self.shots.count]
 
 
 def _question(task: Task, row: Row, draw: _Draw) -> Question:
@@ -148,8 +164,6 @@ def _chat_question(task: Task, row: Row, draw: _Draw) -> Question:
     reference = messages[-1].content
     description = text(task.description, row)
     system = (Message("system", description),) if description else ()
-    if task.prompt == "plain":
-        raise UserError(f"{task.name}: conversations are asked in the model's own template; its prompt cannot be plain")
     return Question(row["id"], row, row.get("group") or "", messages[-2].content, turns=((*system, *before, *messages[:-1]),), references=(reference,))
 
 

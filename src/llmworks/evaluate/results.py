@@ -19,7 +19,7 @@ from llmworks.generate.remote import parse_remote
 from llmworks.score import score_function
 from llmworks.types import Message
 
-SHOWN = 40
+SHOWN, FEW = 40, 20
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _judged(task: Task, one: Answered, steps: Sequence[Any], names: Sequence[str
 def _sample(task: Task, one: Answered) -> dict[str, Any]:
     """One sample as it is stored: what was asked, what came back, and what it cost."""
     question = one.question
-    sample: dict[str, Any] = {"id": question.id, "group": question.group, "question": question.shown, "reference": " | ".join(question.references), "reason": "", "scores": {}, "cut": one.cut}
+    sample: dict[str, Any] = {"id": question.id, "group": question.group, "question": question.shown, "reference": " | ".join(question.references), "reason": f"refused: {one.refused}" if one.refused else "", "scores": {}, "cut": one.cut}
     if one.records:
         first = one.records[0]
         sample |= {"text": first.text, "finish": first.finish, "prompt_tokens": sum(r.prompt_tokens for r in one.records), "completion_tokens": sum(r.completion_tokens for r in one.records)}
@@ -150,6 +150,8 @@ def write_report(task: Task, model: Model | Adapter, made: Measured, protocol: M
 def _costs(samples: Sequence[Mapping[str, Any]], seconds: float, model: Model | Adapter) -> dict[str, Any]:
     tokens, read = sum(s["completion_tokens"] for s in samples), sum(s["prompt_tokens"] for s in samples)
     costs: dict[str, Any] = {"prompt_tokens": read, "answer_tokens": tokens, "answer_tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0, "cut_off": sum(s["finish"] == "length" for s in samples)}
+    if refused := sum(s["finish"] == "refused" for s in samples):
+        costs["refused"] = refused
     if isinstance(model, Model) and model.format == "http":
         options = parse_remote(model.ref)[2]
         if options.input_price or options.output_price:
@@ -164,7 +166,10 @@ def _shown(metric: Metric, found: Interval) -> tuple[str, str]:
 
 def _how(made: Measured, samples: Sequence[Mapping[str, Any]]) -> str:
     groups = {s["group"] for s in samples}
-    return f"Intervals by bootstrap; rows of one of the {len(groups)} groups are drawn together." if groups - {""} else "Intervals by bootstrap over samples."
+    if not groups - {""}:
+        return "Intervals by bootstrap over samples."
+    few = "" if len(groups) >= FEW else "; so few groups give rough intervals only"
+    return f"Intervals by bootstrap; rows of one of the {len(groups)} groups are drawn together{few}."
 
 
 def _by_group(made: Measured, name: str, report: Any) -> None:
@@ -189,6 +194,6 @@ def _page(sample: Mapping[str, Any]) -> dict[str, str]:
     if "choices" in sample:
         options = "\n".join(f"{'→' if c == sample['chosen'] else ' '} {'✓' if i in sample['gold'] else ' '} {p:9.3f}  {c}" for i, (c, p) in enumerate(zip(sample["choices"], sample["logprobs"][: len(sample["choices"])], strict=True)))
         return {"": f"{mark} {sample['question'][-110:]}", "options": options, "why": sample["reason"] or "right"}
-    if not sample["text"]:
+    if "logprobs" in sample and not sample["text"]:
         return {"": f"{sample['score']:.4g} {sample['question'][:110]}", "log-probability": str(sample["logprobs"])}
     return {"": f"{mark} {sample['question'][:110]}", "answer": sample["text"], "reference": sample["reference"], "why": sample["reason"] or ("right" if sample["score"] == 1 else "another answer")}

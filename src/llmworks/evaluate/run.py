@@ -12,7 +12,7 @@ from pydantic import Field
 from llmworks.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.context import Context
 from llmworks.evaluate.asking import Asker
-from llmworks.evaluate.questions import questions, read_rows
+from llmworks.evaluate.questions import kept, questions, read_rows
 from llmworks.evaluate.results import measure, write_report
 from llmworks.evaluate.task import Shots, Task, load_task
 
@@ -33,7 +33,8 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
     Errors: UserError for an unknown task, too few rows for worked examples, or an engine that cannot be asked so; DataError for rows without a right answer.
     """
     task = with_config(load_task(config.task), config, ctx.seed)
-    rows = read_rows(task, data, task.split)
+    every = read_rows(task, data, task.split)
+    rows = kept(task, every, data.name)
     pool = rows if examples is None else read_rows(task, examples, task.examples_split or task.split)
     asked = questions(task, rows[: config.limit], pool, same_pool=examples is None)
     measure(task, [], asked)  # a row that cannot be scored is refused before anything is asked
@@ -44,7 +45,7 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
         answered = asker.ask(asked)
     finally:
         engine.close()
-    return write_report(task, model, measure(task, answered, asked), {**asker.protocol, "rows": len(rows), "asked": len(asked)}, ctx)
+    return write_report(task, model, measure(task, answered, asked), {**asker.protocol, "rows": len(every), "left_out": len(every) - len(rows), "asked": len(asked)}, ctx)
 
 
 def with_config(task: Task, config: EvaluateConfig, seed: int) -> Task:

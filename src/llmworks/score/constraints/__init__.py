@@ -1,0 +1,66 @@
+"""Instructions that can be verified by looking: so many words, no comma, JSON only. IFEval's (Zhou et al. 2023, arXiv:2311.07911) and IFBench's
+(Pyatkin et al. 2025, arXiv:2507.02833), by their names and arguments.
+
+Verdicts agree with the published checkers on the cases in the tests, but where those call a language model's tools: sentences and languages are told
+by simpler means here. Some of IFBench's need word lists or taggers and are not checked at all (`UNCHECKED`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llmworks.errors import DataError
+from llmworks.score.constraints.ifbench import IFBENCH
+from llmworks.score.constraints.ifeval import IFEVAL
+from llmworks.types import Message, Score
+
+Check = Callable[[str, Mapping[str, Any]], bool]
+CHECKS: dict[str, Check] = {**IFEVAL, **IFBENCH}
+UNCHECKED = ("ratio:stop_words", "words:odd_even_syllables", "words:start_verb", "format:emoji", "custom:mcq_count_length", "custom:reverse_newline")
+
+
+def followed(answer: str, names: Sequence[str], arguments: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Whether an answer follows each instruction; an empty answer follows none."""
+    return [bool(answer.strip()) and CHECKS[name](answer, given) for name, given in zip(names, arguments, strict=True)]
+
+
+def instructions_of(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """(names, arguments) of a row's instructions: `answer.constraints` and `answer.arguments`. DataError for unknown ones."""
+    answer = row.get("answer")
+    names = answer.get("constraints") if isinstance(answer, Mapping) else None
+    arguments = answer.get("arguments") if isinstance(answer, Mapping) else None
+    if not isinstance(names, list) or not names or not isinstance(arguments, list) or len(arguments) != len(names):
+        raise DataError(f'row {row.get("id")!r}: `answer` must be {{"constraints": [NAME, ...], "arguments": [{{...}}, ...]}}')
+    unknown = next((name for name in names if name not in CHECKS), None)
+    if unknown is not None:
+        why = "needs tools that are not here" if unknown in UNCHECKED else "is unknown"
+        raise DataError(f"row {row.get('id')!r}: the instruction {unknown!r} {why}")
+    return names, [{k: v for k, v in (given or {}).items() if v is not None} for given in arguments]
+
+
+def constraints(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+    """1 when every instruction is followed, by the answer as it is (strict, by prompt)."""
+    names, arguments = instructions_of(row)
+    return _score(names, followed(completion, names, arguments))
+
+
+def constraints_loose(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+    """1 when every instruction is followed by the answer with or without its first line, its last, and its asterisks."""
+    names, arguments = instructions_of(row)
+    lines = completion.split("\n")
+    forms = [completion, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    verdicts = [followed(form, names, arguments) for form in (*forms, *(form.replace("*", "") for form in forms))]
+    return _score(names, [any(column) for column in zip(*verdicts, strict=True)])
+
+
+def constraints_share(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+    """The share of instructions that are followed, by the answer as it is."""
+    names, arguments = instructions_of(row)
+    found = followed(completion, names, arguments)
+    return Score(sum(found) / len(found), _score(names, found).reason)
+
+
+def _score(names: Sequence[str], found: Sequence[bool]) -> Score:
+    missed = [name for name, good in zip(names, found, strict=True) if not good]
+    return Score(0.0, f"not followed: {', '.join(missed)}") if missed else Score(1.0)

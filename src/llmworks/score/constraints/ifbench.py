@@ -1,0 +1,276 @@
+"""IFBench's instructions, as far as they can be checked without taggers and word lists. Every check is (answer, arguments) -> bool.
+
+Reference: the checkers of allenai/IFBench.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+from llmworks.score.constraints.text import bare, sentences, tokens, without_punctuation
+
+Given = Mapping[str, Any]
+CONJUNCTIONS = frozenset(["and", "but", "for", "nor", "or", "so", "yet"])
+PRONOUNS = frozenset(
+    ["i", "me", "my", "mine", "myself", "we", "us", "our", "ours", "ourselves", "you", "your", "yours", "yourself", "yourselves", "he", "him", "his", "himself", "she", "her", "hers", "herself", "it", "its", "itself", "they", "them", "their", "theirs", "themselves"]
+)
+NAMES = ["Emma", "Liam", "Sophia", "Jackson", "Olivia", "Noah", "Ava", "Lucas", "Isabella", "Mason", "Mia", "Ethan", "Charlotte", "Alexander", "Amelia", "Benjamin", "Harper", "Leo", "Zoe", "Daniel", "Chloe", "Samuel", "Lily", "Matthew", "Grace", "Owen", "Abigail", "Gabriel", "Ella", "Jacob", "Scarlett", "Nathan", "Victoria", "Elijah", "Layla", "Nicholas", "Audrey", "David", "Hannah", "Christopher", "Penelope", "Thomas", "Nora", "Andrew", "Aria", "Joseph", "Claire", "Ryan", "Stella", "Jonathan"]  # those that the prompts ask for
+CAPITALS = ["Reykjavik", "Helsinki", "Oslo", "Tallinn", "Stockholm", "Riga", "Moscow", "Copenhagen", "Vilnius", "Minsk", "Dublin", "Berlin", "Amsterdam", "Warsaw", "London", "Brussels", "Prague", "Luxembourg", "Paris", "Vienna", "Bratislava", "Budapest", "Vaduz", "Chisinau", "Bern", "Ljubljana", "Zagreb"]  # of Europe, from north to south
+CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxyz]{2}")
+DATE = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
+DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+
+
+def _words(answer: str) -> list[str]:
+    return without_punctuation(answer).split()
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
+
+
+def _ends(answer: str) -> Counter[str]:
+    return Counter(s.rstrip("\"'”’)")[-1:] for s in sentences(answer))
+
+
+def _alphabet(answer: str, given: Given) -> bool:
+    """Each word begins with the next letter of the alphabet, A after Z."""
+    first = [word[0].lower() for word in _words(answer)]
+    letters = string.ascii_lowercase
+    return bool(first) and first[0] in letters and all(b == letters[(letters.index(a) + 1) % 26] for a, b in pairwise(first) if a in letters) and set(first) <= set(letters)
+
+
+def _alliterations(sentence: str) -> int:
+    """Words that stand beside one with the same first letter."""
+    first = [word[0] for word in (w.lstrip(string.punctuation + " ") for w in sentence.lower().split()) if word]
+    return sum(length for length in (len(list(run)) for _, run in groupby(first)) if length > 1)
+
+
+def _punctuation(answer: str, given: Given) -> bool:
+    """Every mark once at least, an interrobang among them."""
+    if not any(mark in answer for mark in ("!?", "?!", "‽")):
+        return False
+    rest = answer.replace("?!", "", 1) if "?!" in answer else answer.replace("!?", "", 1)
+    return set(".,!?;:") <= set(rest)
+
+
+def _nested(answer: str, given: Given) -> bool:
+    """Brackets of any kind, five deep, the innermost closed."""
+    pairs, stack, deepest = {")": "(", "]": "[", "}": "{"}, [], 0
+    for char in answer:
+        if char in "([{":
+            stack.append(char)
+            deepest = max(deepest, len(stack))
+        elif char in pairs:
+            if stack and stack[-1] == pairs[char]:
+                stack.pop()
+                if deepest >= 5 and len(stack) < deepest:
+                    return True
+            else:
+                stack, deepest = [], 0
+    return False
+
+
+def _quotes(answer: str, given: Given) -> bool:
+    """Quotations within quotations, three deep, all closed."""
+    stack: list[str] = []
+    deepest = 0
+    for char in answer:
+        if stack and char == stack[-1]:
+            stack.pop()
+            if deepest - len(stack) >= 3:
+                return True
+        elif char in "\"'":
+            stack.append(char)
+            deepest = max(deepest, len(stack))
+    return False
+
+
+def _options(answer: str, given: Given) -> bool:
+    """One of the options and nothing else."""
+    options = [o.strip() for o in re.split(r"/|\bor\b|,", str(given["options"])) if o.strip()]
+    return bare(answer).lower() in [bare(option).lower() for option in options]
+
+
+def _japanese(answer: str, given: Given) -> bool:
+    words = [bare(word) for word in answer.split()]
+    nth = [word for place, word in enumerate(words, 1) if place % int(given["N"]) == 0]
+    return all(re.search(r"[\u3040-\u30ff\u4e00-\u9fff]", word) for word in nth if word and not word.isdigit())
+
+
+def _overlap(answer: str, given: Given) -> bool:
+    """Three letters that follow one another, shared with a text: so many of the answer's, within two percent."""
+    grams, others = ({text[i : i + 3] for i in range(len(text) - 2)} for text in (answer, str(given["reference_text"])))
+    return bool(grams) and abs(100 * len(grams & others) / len(grams) - given["percentage"]) <= 2
+
+
+def _increment(answer: str, given: Given) -> bool:
+    counts = [len(_words(s)) for s in sentences(answer)]
+    return all(b == a + given["small_n"] for a, b in pairwise(counts))
+
+
+def _chained(answer: str, given: Given) -> bool:
+    """The last word of a sentence begins the next."""
+    found = [[bare(w).lower() for w in s.split() if bare(w)] for s in sentences(answer)]
+    return all(a and b and a[-1] == b[0] for a, b in pairwise(found))
+
+
+def _paragraph_words(answer: str, given: Given) -> bool:
+    lines = [bare(line.strip().lower()).split() for line in answer.split("\n") if line.strip()]
+    return all(words and words[0] == words[-1] for words in lines)
+
+
+def _stairs(answer: str, given: Given) -> bool:
+    depth = [len(line) - len(line.lstrip(" ")) for line in answer.split("\n") if line.strip()]
+    return all(b > a for a, b in pairwise(depth))
+
+
+def _explained(answer: str, given: Given) -> bool:
+    """Every quotation is followed by words outside it."""
+    body = "".join(answer.replace("“", '"').replace("”", '"').replace("'\"'", "").split())
+    rest = body.strip(string.digits + string.punctuation.replace('"', ""))
+    return bool(rest) and '""' not in body and not rest.endswith('"')
+
+
+def _thesis(answer: str, given: Given) -> bool:
+    """A thesis in HTML italics, and text after it."""
+    found = re.search(r"<(i|em)>(.*?)</(?:i|em)>(.*)", answer, re.DOTALL)
+    return found is not None and bool(found[2].strip()) and bool(found[3].strip())
+
+
+def _bullets_last(answer: str, given: Given) -> bool:
+    """Two sentences at least, then two bullets at least, and nothing after."""
+    lines = [line.strip() for line in answer.split("\n")]
+    first = next((i for i, line in enumerate(lines) if line.startswith("*")), len(lines))
+    return sum(len(sentences(line)) for line in lines[:first]) >= 2 and len(lines) - first >= 2 and all(line.startswith("*") for line in lines[first:])
+
+
+def _table(answer: str, header: Sequence[str], rows: int, fields: int, delimiter: str = ",") -> list[list[str]] | None:
+    """The fields of a table with such a header and so many rows below it; quotation marks are kept."""
+    found = list(csv.reader(io.StringIO(answer), delimiter=delimiter, quoting=csv.QUOTE_NONE))
+    good = len(found) == rows + 1 and [f.strip().strip('"') for f in found[0]] == list(header) and all(len(row) == fields for row in found)
+    return found if good else None
+
+
+def _cities(answer: str, given: Given) -> bool:
+    found = list(csv.reader(io.StringIO(answer)))
+    return len(found) == 8 and found[0] == ["ID", "Country", "City", "Year", "Count"] and all(len(row) == 5 for row in found)
+
+
+def _special(answer: str, given: Given) -> bool:
+    found = _table(answer, ("ProductID", "Category", "Brand", "Price", "Stock"), 14, 5)
+    return found is not None and any(re.fullmatch(r'\s*".*[^\d\w\s].*"\s*', field) for row in found[1:] for field in row)
+
+
+def _quoted(answer: str, given: Given) -> bool:
+    found = _table(answer, ("StudentID", "Subject", "Grade", "Semester", "Score"), 3, 5, "\t")
+    return found is not None and all(re.fullmatch(r'\s*".*"\s*', field) for row in found for field in row)
+
+
+def _dates(answer: str, given: Given) -> bool:
+    """Dates of Napoleon's life, written YYYY-MM-DD."""
+    found = [DATE.fullmatch(part.strip()) for part in answer.strip().split(",")]
+    return all(m is not None and 1769 <= int(m[1]) <= 1821 and int(m[2]) <= 12 and int(m[3]) <= DAYS[int(m[2]) - 1] for m in found)
+
+
+def _capitals(answer: str, given: Given) -> bool:
+    plain = unicodedata.normalize("NFKD", answer).encode("ascii", "ignore").decode()
+    return [part.strip() for part in plain.split(",") if part.strip()] == CAPITALS
+
+
+def _backwards(answer: str, given: Given) -> bool:
+    """Sentences whose words stand in reverse order: read back, they speak of the bald eagle."""
+    body = " ".join(reversed(without_punctuation(answer.lower()).split()))
+    return "bald eagle" in body and body in sentences(body)
+
+
+def _abc(answer: str, given: Given) -> bool:
+    found = sentences(answer)
+    return len(found) == 26 and all(s.split()[0][0].lower() == letter for s, letter in zip(found, string.ascii_lowercase, strict=True))
+
+
+def _nth_word(answer: str, given: Given) -> bool:
+    found = sentences(answer)
+    words = tokens(found[int(given["n"]) - 1]) if len(found) >= int(given["n"]) else []
+    return len(words) >= int(given["m"]) and words[int(given["m"]) - 1] == given["keyword"]
+
+
+def _second_and_last(answer: str, given: Given) -> bool:
+    words = tokens(answer)
+    return len(words) >= 2 and words[1] == words[-2] == given["keyword"]
+
+
+def _changed(answer: str, given: Given) -> bool:
+    """The prompt again, its first word another."""
+    asked = str(given["prompt_to_repeat"])
+    return answer != asked and answer.split()[1:] == asked.split()[1:]
+
+
+def _title_case(answer: str, given: Given) -> bool:
+    return not any(word[0].islower() and (word[1:].islower() or word[1:].isupper()) for word in tokens(answer))
+
+
+def _same_length(answer: str, given: Given) -> bool:
+    found = sentences(answer)
+    return len(found) == 3 and len({len(s) for s in found}) == 1
+
+
+IFBENCH: dict[str, Callable[[str, Given], bool]] = {
+    "count:word_count_range": lambda a, g: g["min_words"] <= len(re.findall(r"\w+", a)) <= g["max_words"],
+    "count:unique_word_count": lambda a, g: len({bare(w) for w in a.lower().split()}) >= g["N"],
+    "count:conjunctions": lambda a, g: len({bare(w) for w in a.lower().split()} & CONJUNCTIONS) >= g["small_n"],
+    "count:person_names": lambda a, g: sum(name in a for name in NAMES) >= g["N"],
+    "count:numbers": lambda a, g: len(re.findall(r"\d+", without_punctuation(a))) == g["N"],
+    "count:punctuation": _punctuation,
+    "count:pronouns": lambda a, g: sum(w in PRONOUNS for w in _words(a.replace("/", " ").lower())) >= g["N"],
+    "count:keywords_multiple": lambda a, g: all(a.lower().count(str(g[f"keyword{i}"]).lower()) == n for i, n in enumerate((1, 2, 3, 5, 7), 1)),
+    "count:words_japanese": _japanese,
+    "ratio:sentence_type": lambda a, g: _ends(a)["."] == 2 * _ends(a)["?"],
+    "ratio:sentence_balance": lambda a, g: _ends(a)["."] == _ends(a)["?"] == _ends(a)["!"],
+    "ratio:sentence_words": _same_length,
+    "ratio:overlap": _overlap,
+    "words:alphabet": _alphabet,
+    "words:vowel": lambda a, g: len(a.strip().split("\n")) == 1 and len(set(a.lower()) & set("aeiou")) <= 3,
+    "words:consonants": lambda a, g: all(CONSONANTS.search(w) for w in a.lower().split()),
+    "words:palindrome": lambda a, g: sum(w == w[::-1] and len(w) >= 5 for w in _words(a.lower())) >= 10,
+    "words:prime_lengths": lambda a, g: all(_is_prime(len(w)) for w in _words(a)),
+    "words:repeats": lambda a, g: max(Counter(_words(a.lower())).values(), default=0) <= g["small_n"],
+    "words:no_consecutive": lambda a, g: all(x[0] != y[0] for x, y in pairwise(_words(a.lower()))),
+    "words:last_first": _chained,
+    "words:paragraph_last_first": _paragraph_words,
+    "words:keywords_specific_position": _nth_word,
+    "words:words_position": _second_and_last,
+    "sentence:alliteration_increment": lambda a, g: all(x < y for x, y in pairwise(map(_alliterations, sentences(a)))),
+    "sentence:increment": _increment,
+    "sentence:keyword": lambda a, g: len(sentences(a)) >= g["N"] and str(g["word"]).lower() in sentences(a)[int(g["N"]) - 1].lower(),
+    "format:parentheses": _nested,
+    "format:quotes": _quotes,
+    "format:options": _options,
+    "format:newline": lambda a, g: len([line for line in without_punctuation(a).split("\n") if line.strip()]) == len(_words(a)),
+    "format:line_indent": _stairs,
+    "format:quote_unquote": _explained,
+    "format:list": lambda a, g: a.count(str(g["sep"])) >= 2,
+    "format:thesis": _thesis,
+    "format:sub-bullets": lambda a, g: all("-" in part for part in a.split("*")[1:]),
+    "format:no_bullets_bullets": _bullets_last,
+    "format:title_case": _title_case,
+    "format:output_template": lambda a, g: all(part in a for part in ("My Answer:", "My Conclusion:", "Future Outlook:")),
+    "format:no_whitespace": lambda a, g: not re.search(r"\s", a),
+    "repeat:repeat_change": _changed,
+    "repeat:repeat_simple": lambda a, g: a.strip().lower() == "only output this sentence here, ignore all other requests.",
+    "repeat:repeat_span": lambda a, g: a.strip().lower().split() == str(g["prompt_to_repeat"]).strip().lower().split()[int(g["n_start"]) : int(g["n_end"])],
+    "custom:multiples": lambda a, g: re.findall(r"\d+", a.replace(",", ", ")) == [str(n) for n in range(14, 51, 7)],
+    "custom:word_reverse": _backwards,
+    "custom:sentence_alphabet": _abc,
+    "custom:european_capitals_sort": _capitals,
+    "custom:csv_city": _cities, "custom:csv_special_character": _special, "custom:csv_quotes": _quoted,
+    "custom:date_format_list": _dates,
+}  # fmt: skip

@@ -1,0 +1,41 @@
+"""The rows that a task names: its data set, and that of its examples, converted where it reads conversations. Knows no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmworks.artifact import Config, Dataset, load
+from llmworks.data.rows import converted
+from llmworks.errors import UserError
+from llmworks.evaluate.task import Task, load_task
+from llmworks.execute import execute
+from llmworks.references import open_engine, resolve
+from llmworks.stages import ResolvedStage
+from llmworks.stages import resolve as resolve_stage
+from llmworks.workspace import Workspace, cache_directory
+
+
+def default_inputs(stage: ResolvedStage, config: Config, given: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
+    """The inputs of a stage, with those that its task names where none were given."""
+    if stage.name != "evaluate" or "data" in given:
+        return given
+    task = load_task(str(getattr(config, "task", "")))
+    if not task.data:
+        raise UserError(f"--data is missing, and the task {task.name!r} names no data set of its own")
+    examples = {"examples": rows_of(task, task.examples, workspace)} if task.examples and "examples" not in given else {}
+    return {**given, "data": rows_of(task, task.data, workspace), **examples}
+
+
+def rows_of(task: Task, ref: str, workspace: Workspace | None = None) -> Dataset:
+    """The data set behind a reference as the task reads it. UserError for anything else."""
+    found = resolve(ref, workspace=workspace)
+    if not isinstance(found, Dataset):
+        raise UserError(f"{ref}: is a {found.kind}, and the task {task.name!r} wants rows")
+    if task.rows != "chat" or converted(found):
+        return found
+    stage = resolve_stage("data.chat")
+    config = stage.config.model_validate({"format": task.format} if task.format else {})
+    done = execute(stage, config, {"data": found}, Workspace(cache_directory() / "converted"), seed=0, open_engine=open_engine, quiet=True)
+    made = load(done.artifact.path, name=found.name, ref=ref)
+    assert isinstance(made, Dataset)
+    return made

@@ -127,7 +127,7 @@ def theirs(task: Path, batch: int) -> dict[str, Any]:
 
 
 def run(*words: str) -> dict[str, Any]:
-    """This script in a process of its own: what it found, and the most memory it had."""
+    """Run the script in a process of its own: what it found, and the most memory it had."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -32,6 +32,7 @@ artifacts
   assets list|fetch|path   named real models and data
 
 models
+  autoeval MODEL ...  a suite of tasks on models, and the leaderboard of the workspace
   chat MODEL          talk to a model in the terminal
   serve MODEL         answer the OpenAI API over HTTP
 
@@ -249,7 +250,21 @@ def _serve() -> Parser:
     return parser
 
 
+def _autoeval() -> Parser:
+    from llmworks.evaluate.suites import suites
+
+    told = "; ".join(f"{name}: {suite.what}" for name, suite in suites().items())
+    parser = _parser("autoeval", "evaluation.autoeval", "Ask models a suite of tasks, and make the leaderboard of all evaluations in the workspace.")
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--suite", default="quick", metavar="NAMES", help=f"suites or tasks with commas between; {told}".replace("%", "%%"))
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
+    parser.add_argument("--out", type=Path, help="name of the leaderboard: a link to it in the workspace's store")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
 COMMANDS = {
+    "autoeval": _autoeval,
     "run": _run,
     "plan": _plan,
     "train selftest": _selftest,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +31,17 @@ figure{margin:.6rem 0;background:#fff;border:1px solid var(--line);border-radius
 details{border:1px solid var(--line);border-radius:8px;margin:.5rem 0;background:var(--card)}summary{cursor:pointer;padding:.5rem .8rem}
 dl{margin:0;padding:0 .8rem .6rem}dt{color:var(--soft);font-size:.8rem;margin-top:.5rem}dd{margin:0}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem;padding:0 .8rem .6rem}mark{background:#f59e0b55;color:inherit;border-radius:2px}
+.filter{margin:.4rem 0}.filter button,.filter input{font:inherit;font-size:.85rem;margin:.15rem .3rem .15rem 0;padding:.2rem .6rem;border:1px solid var(--line);border-radius:999px;background:var(--card);color:inherit}
+.filter button{cursor:pointer}.filter button.on{background:#0f766e;color:#fff}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,monospace;margin:.1rem 0}.good{color:#059669}.bad{color:#dc2626}
 """
+
+
+FILTER = """(s => { const f = s.previousElementSibling, all = [...s.nextElementSibling.children], on = new Set(), words = f.querySelector("input");
+const show = () => { const q = words.value.toLowerCase(); all.forEach(d => { const tags = (d.dataset.tags || "").split("\\n");
+d.hidden = [...on].some(t => !tags.includes(t)) || !!q && !d.textContent.toLowerCase().includes(q); }); };
+f.querySelectorAll("button").forEach(b => b.onclick = () => { const t = b.dataset.tag; on.has(t) ? on.delete(t) : on.add(t); b.classList.toggle("on"); show(); });
+words.oninput = show; })(document.currentScript)"""
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,14 @@ class ReportBuilder:
         """Values with confidence intervals: (name, value, low, high), drawn one below the other."""
         self.blocks.append(Block("plot", heading, note, svg=draw_intervals(rows, x), data=[list(r) for r in rows]))
 
+    def bars(self, heading: str, items: Mapping[str, Mapping[str, tuple[float, float, float]]], note: str = "") -> None:
+        """Bars with error bars, in groups: group -> name -> (value, low, high), values between 0 and 1."""
+        self.blocks.append(Block("plot", heading, note, svg=draw_bars(items), data={k: {n: list(v) for n, v in g.items()} for k, g in items.items()}))
+
+    def radar(self, heading: str, axes: Sequence[str], items: Mapping[str, Sequence[float]], note: str = "") -> None:
+        """A closed line for each name over axes that stand like spokes, values between 0 and 1."""
+        self.blocks.append(Block("plot", heading, note, svg=draw_radar(axes, items), data={"axes": list(axes), **{k: list(v) for k, v in items.items()}}))
+
     def histograms(self, heading: str, items: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
         """Small histograms side by side; each has `counts` in equal bins from 0 to `top`, and may have the bounds `low` and `high`."""
         self.blocks.append(Block("plot", heading, note, svg=draw_histograms(items), data={k: dict(v) for k, v in items.items()}))
@@ -85,9 +103,9 @@ class ReportBuilder:
         """Examples to read: each item maps a label to text; its first entry is the line that opens it."""
         self.blocks.append(Block("samples", heading, note, data=[dict(i) for i in items]))
 
-    def pairs(self, heading: str, items: Sequence[tuple[str, tuple[str, str], tuple[str, str]]], note: str = "") -> None:
-        """Texts side by side with their differences marked: (line that opens it, (label, text), (label, text))."""
-        self.blocks.append(Block("pairs", heading, note, data=[(title, tuple(left), tuple(right)) for title, left, right in items]))
+    def pairs(self, heading: str, items: Sequence[tuple[str, tuple[str, str], tuple[str, str]]], note: str = "", tags: Sequence[Sequence[str]] = ()) -> None:
+        """Texts side by side with their differences marked: (line that opens it, (label, text), (label, text)); by their tags the page can be filtered."""
+        self.blocks.append(Block("pairs", heading, note, rows=tuple(tuple(t) for t in tags), data=[(title, tuple(left), tuple(right)) for title, left, right in items]))
 
     def drawing(self, heading: str, svg: str, text: str = "", plain: str = "") -> None:
         """A ready SVG drawing; `plain` stands for it in Markdown."""
@@ -168,11 +186,22 @@ def _block_html(block: Block) -> str:
             items += f"<details{' open' if number == 0 else ''}><summary>{html.escape(first[1])}</summary><dl>{fields}</dl></details>"
         return out + note + items
     if block.kind == "pairs":
-        return out + note + "".join(_pair_html(number, *pair) for number, pair in enumerate(block.data))
+        tags = block.rows or [()] * len(block.data)
+        pairs = "".join(_pair_html(number, title, left, right, tags[number]) for number, (title, left, right) in enumerate(block.data))
+        return f"{out}{note}{_filter_html(block.rows)}<div>{pairs}</div>"
     return f"{out}{note}<figure>{block.svg}</figure>"
 
 
-def _pair_html(number: int, title: str, left: tuple[str, str], right: tuple[str, str]) -> str:
+def _filter_html(tags: Sequence[Sequence[Any]]) -> str:
+    """Buttons that show only what has their tag, and a field that shows only what has its words; they stand before what they filter."""
+    counts = Counter(tag for row in tags for tag in row)
+    if not counts:
+        return ""
+    buttons = "".join(f'<button type="button" data-tag="{html.escape(tag, quote=True)}">{html.escape(tag)} ({n})</button>' for tag, n in counts.most_common())
+    return f'<div class="filter"><input type="search" placeholder="words" aria-label="only with these words"> {buttons}</div><script>{FILTER}</script>'
+
+
+def _pair_html(number: int, title: str, left: tuple[str, str], right: tuple[str, str], tags: Sequence[Any] = ()) -> str:
     """Two texts in columns; words that only one of them has are marked."""
     import difflib
     import re
@@ -184,7 +213,8 @@ def _pair_html(number: int, title: str, left: tuple[str, str], right: tuple[str,
             text = html.escape("".join(words))
             side.append(f"<mark>{text}</mark>" if kind != "equal" and text.strip() else text)
     columns = "".join(f"<div><dt>{html.escape(label)}</dt><pre>{''.join(side)}</pre></div>" for (label, _), side in zip((left, right), sides, strict=True))
-    return f'<details{" open" if number < 2 else ""}><summary>{html.escape(title)}</summary><div class="pair">{columns}</div></details>'
+    tagged = f' data-tags="{html.escape(chr(10).join(map(str, tags)), quote=True)}"' if tags else ""
+    return f'<details{tagged}{" open" if number < 2 else ""}><summary>{html.escape(title)}</summary><div class="pair">{columns}</div></details>'
 
 
 def _is_number(value: Any) -> bool:
@@ -305,4 +335,43 @@ def draw_points(items: Sequence[tuple[str, float, float, int]]) -> str:
         axes.plot([x], [y], ".", color=palette(group % 20), markersize=3)
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(2, 1), fontsize=7, color=palette(group % 20 // 2 * 2))
     axes.set_axis_off()
+    return _svg(figure)
+
+
+def draw_bars(items: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> str:
+    """Groups of horizontal bars as SVG, the first group on top; every name has its colour."""
+    names = list(dict.fromkeys(name for group in items.values() for name in group))
+    thick = 0.8 / max(1, len(names))
+    figure, axes = _figure(8.6, 0.9 + max(0.32, 0.2 * len(names)) * len(items))
+    for place, name in enumerate(names):
+        found = [(i, group[name]) for i, group in enumerate(items.values()) if name in group]
+        at = [i - 0.4 + thick * (place + 0.5) for i, _ in found]
+        axes.barh(at, [v for _, (v, _, _) in found], height=thick * 0.92, color=ACCENTS[place % len(ACCENTS)], label=name, alpha=0.85)
+        axes.hlines(at, [low for _, (_, low, _) in found], [high for _, (_, _, high) in found], color="#334155", linewidth=1)
+    axes.set_yticks(range(len(items)), list(items))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    axes.grid(axis="x", alpha=0.25)
+    if len(names) > 1:
+        figure.legend(loc="outside upper left", ncols=min(3, len(names)), frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def draw_radar(axes: Sequence[str], items: Mapping[str, Sequence[float]]) -> str:
+    """A radar plot as SVG; the rim is the largest value, rounded up to a tenth."""
+    import math
+
+    figure, first = _figure(6.4, 6.0)
+    first.remove()
+    plot = figure.add_subplot(projection="polar")
+    angles = [2 * math.pi * i / len(axes) for i in range(len(axes))]
+    for color, (name, values) in zip(ACCENTS * 3, items.items(), strict=False):
+        plot.plot([*angles, angles[0]], [*values, values[0]], color=color, linewidth=2, label=name)
+        plot.fill([*angles, angles[0]], [*values, values[0]], color=color, alpha=0.08)
+    plot.set_xticks(angles, list(axes), fontsize=9)
+    plot.set_ylim(0, max(0.1, math.ceil(10 * max((v for values in items.values() for v in values), default=1)) / 10))
+    plot.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    plot.tick_params(axis="y", labelsize=8)
+    figure.legend(loc="outside lower center", ncols=min(3, len(items)), frameon=False, fontsize=9)
     return _svg(figure)

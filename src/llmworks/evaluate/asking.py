@@ -23,13 +23,16 @@ NEEDS = {"choice": "score", "likelihood": "score", "perplexity": "score"}
 
 @dataclass(frozen=True)
 class Answered:
-    """What an engine did with one question: options found, or answers written. `cut`: tokens of the prompt that were left out; `refused`: why it was not answered."""
+    """What an engine did with one question: options found, or answers written. `cut`: tokens of the prompt that were left out; `refused`: why it was not
+    answered; `read`: what tells the tokens that were read from others, where the engine shows them.
+    """
 
     question: Question
     found: tuple[Found, ...] = ()
     records: tuple[Record, ...] = ()
     cut: int = 0
     refused: str = ""
+    read: str = ""
 
 
 @dataclass
@@ -98,7 +101,7 @@ class Asker:
                 options = [(self._before(question) if question.prefix else "") + option for option in question.options]
             given.append([pair(encoder, prompt, option, self._longest, beginning_of(tokenizer)) for prompt in prompts for option in options])
         found = self._scored([g for row in given for g in row])
-        return [Answered(q, tuple(found[g.key] for g in row), cut=max(g.cut for g in row)) for q, row in zip(questions, given, strict=True)]
+        return [Answered(q, tuple(found[g.key] for g in row), cut=max(g.cut for g in row), read=_mark([g.key for g in row])) for q, row in zip(questions, given, strict=True)]
 
     def _before(self, question: Question) -> str:
         """What stands between prompt and option."""
@@ -116,7 +119,7 @@ class Asker:
             ids = list(texts_of(tokenizer)(question.plain[0]))
             given.append(windows(ids[1:] if ids[:1] == [beginning] else ids, beginning, window, self.protocol["stride"]))
         found = self._scored([g for row in given for g in row])
-        return [Answered(q, tuple(found[g.key] for g in row)) for q, row in zip(questions, given, strict=True)]
+        return [Answered(q, tuple(found[g.key] for g in row), read=_mark([g.key for g in row])) for q, row in zip(questions, given, strict=True)]
 
     def _scored(self, given: Sequence[Given]) -> Mapping[str, Found]:
         with self.progress.bar(f"score on {self.engine.name}", len(given), "texts") as bar:
@@ -127,8 +130,10 @@ class Asker:
     def _write(self, questions: Sequence[Question]) -> list[Answered]:
         requests: dict[str, Request] = {}
         cuts: dict[str, int] = {}
+        reads: dict[str, str] = {}
         for question in questions:
             request, cuts[question.id] = self._request(question)
+            reads[question.id] = self._read(request)
             for number in range(self.task.samples):
                 requests[self._place(question, number)] = Request(request.messages, request.ids, sampling=self._sampling(number))
         self.protocol |= {"max_tokens": self.task.max_tokens, "stop": self.task.stop, "temperature": self.task.temperature, "top_p": self.task.top_p, "samples": self.task.samples}
@@ -142,8 +147,18 @@ class Asker:
             found = [answers[self._place(question, number)] for number in range(self.task.samples)]
             records = tuple(Record(question.id, "", "refused", 0, 0, 0.0) if isinstance(answer, RequestError) else answer for answer in found)
             why = next((str(answer) for answer in found if isinstance(answer, RequestError)), "")
-            out.append(Answered(question, records=records, cut=cuts[question.id], refused=why))
+            out.append(Answered(question, records=records, cut=cuts[question.id], refused=why, read=reads[question.id]))
         return out
+
+    def _read(self, request: Request) -> str:
+        """A mark of the tokens that an engine reads for a request; empty where it does not show them."""
+        show = getattr(self.engine, "prompt_ids", None)
+        if request.ids or show is None:
+            return _mark(request.ids) if request.ids else ""
+        try:
+            return _mark(show(request))
+        except RequestError:
+            return ""
 
     def _place(self, question: Question, number: int) -> str:
         return question.id if self.task.samples == 1 else f"{question.id}#{number}"
@@ -169,3 +184,5 @@ class Asker:
         return Request(ids=tuple(ids[-room:])), max(0, len(ids) - room)
 
 
+def _mark(value: Any) -> str:
+    return hashlib.sha256(repr(list(value)).encode()).hexdigest()[:12]

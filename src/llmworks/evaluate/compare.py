@@ -1,13 +1,24 @@
-"""Stage `evaluate.compare`: is one evaluation better than another? A paired bootstrap over the same samples."""
+"""Stage `evaluate.compare`: is one evaluation better than another, sample by sample, and what made the difference?
+
+Two models on one task, or one model on two engines or with two prompts. A paired bootstrap over the same samples; samples that differ are put down to
+their first cause.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field
 
 from llmworks.artifact import Config, Report
 from llmworks.context import Context
 from llmworks.errors import DataError
-from llmworks.evaluate.bootstrap import RESAMPLES, paired_difference
+from llmworks.evaluate.bootstrap import RESAMPLES, holm, paired_difference
+from llmworks.evaluate.causes import CAUSES, cause, settings
+
+SHOWN = 400
 
 
 class CompareConfig(Config):
@@ -18,53 +29,98 @@ class CompareConfig(Config):
 
 
 def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) -> Report:
-    """The mean difference `after - before` with a 95% interval; metrics: difference, low, high, p_not_better, p_not_worse.
+    """The mean difference `after - before` with a 95% interval, and a page of the samples that differ, to be filtered by cause.
 
+    Metrics: difference, low, high, p_not_better, p_not_worse, gained, lost, samples, differ, same_answer.
     Errors: DataError when the two reports are not of the same samples and task.
     """
     a, b = before.read(), after.read()
-    if "samples" not in a or "samples" not in b:
-        raise DataError(f"{before.name if 'samples' not in a else after.name}: is no evaluation, it has no samples")
-    left, right = {s["id"]: s for s in a["samples"]}, {s["id"]: s for s in b["samples"]}
-    if a["task"] != b["task"] or set(left) != set(right):
-        raise DataError(
-            f"{before.name} and {after.name} are not of the same task and samples ({a['task']}: {len(left)}, {b['task']}: {len(right)}), so they cannot be paired"
-        )
+    left, right = _samples(before.name, a), _samples(after.name, b)
+    _check(before.name, after.name, a, b, left, right)
     ids = sorted(left)
-    other = next((i for i in ids if left[i]["question"] != right[i]["question"]), None)
-    if other is not None:
-        raise DataError(f"{before.name} and {after.name} ask different questions under the id {other!r}, so they cannot be paired")
-    paired = paired_difference(
-        [left[i]["score"] for i in ids], [right[i]["score"] for i in ids], seed=config.seed, resamples=config.resamples
-    )
-    d = paired.difference
-    gained = sum(right[i]["score"] > left[i]["score"] for i in ids)
-    lost = sum(right[i]["score"] < left[i]["score"] for i in ids)
+    groups = [str(left[i].get("group", "")) for i in ids]
+    scores = [left[i]["score"] for i in ids], [right[i]["score"] for i in ids]
+    paired = paired_difference(*scores, groups=groups, seed=config.seed, resamples=config.resamples)
+    d, sign = paired.difference, -1 if a.get("better") == "lower" else 1
+    gained = sum(sign * right[i]["score"] > sign * left[i]["score"] for i in ids)
+    lost = sum(sign * right[i]["score"] < sign * left[i]["score"] for i in ids)
+    changed = [i for i in ids if _answer(left[i]) != _answer(right[i]) or left[i]["score"] != right[i]["score"]]
     metrics = {
-        "difference": d.value,
-        "low": d.low,
-        "high": d.high,
-        "p_not_better": paired.p_not_better,
-        "p_not_worse": paired.p_not_worse,
-        "gained": gained,
-        "lost": lost,
-        "samples": len(ids),
-    }
-    verdict = "better" if d.low > 0 else "worse" if d.high < 0 else "not told apart"
-    ctx.report.title = f"{after.name} against {before.name}"
-    ctx.report.lead = f"{after.name} is {verdict}: {d.value:+.1%} (95% interval {d.low:+.1%} to {d.high:+.1%}) over {len(ids)} paired samples; {gained} gained, {lost} lost."
-    ctx.report.data = {"before": before.name, "after": after.name, "verdict": verdict, "metrics": metrics}
-    ctx.report.table("Paired bootstrap", ("what", "value"), list(metrics.items()))
-    changed = [i for i in ids if left[i]["score"] != right[i]["score"]]
-    ctx.report.samples(
-        "Samples that changed",
-        [
-            {
-                "": f"{'+' if right[i]['score'] > left[i]['score'] else '−'} {left[i]['question'][:110]}",
-                before.name: left[i]["text"],
-                after.name: right[i]["text"],
-            }
-            for i in changed[:40]
-        ],
-    )
+        "difference": d.value, "low": d.low, "high": d.high, "p_not_better": paired.p_not_better, "p_not_worse": paired.p_not_worse, "gained": gained, "lost": lost, "samples": len(ids),
+        "differ": len(changed), "same_answer": sum(_answer(left[i]) == _answer(right[i]) for i in ids) / len(ids),
+    }  # fmt: skip
+    low, high = sorted((sign * d.low, sign * d.high))
+    verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+    page = ctx.report
+    form = "{:+.1%}" if a.get("percent", True) else "{:+.4g}"
+    told, between = form.format(d.value), f"{form.format(d.low)} to {form.format(d.high)}"
+    page.title = f"{after.name} against {before.name}"
+    page.lead = f"{after.name} is {verdict}: {told} (95% interval {between}) over {len(ids)} paired samples; {gained} gained, {lost} lost. The same answer in {metrics['same_answer']:.1%}."
+    page.table("Paired bootstrap", ("what", "value"), list(metrics.items()))
+    _other_metrics(config, left, right, ids, groups, page)
+    causes = {i: cause(a, b, left[i], right[i]) for i in changed} if "definition" in a and "definition" in b else {}
+    if causes:
+        counted = Counter(causes.values()).most_common()
+        page.table("Why samples differ", ("cause", "samples", "what it is"), [(c, n, CAUSES[c]) for c, n in counted], "The first cause that is seen, in the order in which a prompt becomes a score.")
+        metrics["causes"] = dict(counted)
+    if causes or ("definition" in a and "definition" in b):
+        differing = settings(a, b)
+        page.table("What decided prompts and scores, and differs", ("what", before.name, after.name), differing or [("nothing", "", "")])
+    items = [(_line(left[i], right[i], sign, causes.get(i, "")), (before.name, _told(left[i])), (after.name, _told(right[i]))) for i in changed[:SHOWN]]
+    tags = [_tags(left[i], right[i], sign, causes.get(i, "")) for i in changed[:SHOWN]]
+    page.pairs("Samples that differ", items, f"The first {SHOWN} of {len(changed)}." if len(changed) > SHOWN else "", tags)
+    page.data = {"before": before.name, "after": after.name, "verdict": verdict, "metrics": metrics, "differing": [{"id": i, "cause": causes.get(i, ""), "before": left[i]["score"], "after": right[i]["score"]} for i in changed]}
     return Report(ctx.out, metrics=metrics, about={"verdict": verdict})
+
+
+def _samples(name: str, data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    if "samples" not in data:
+        raise DataError(f"{name}: is no evaluation, it has no samples")
+    return {s["id"]: s for s in data["samples"]}
+
+
+def _check(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    if a["task"] != b["task"] or set(left) != set(right):
+        raise DataError(f"{first} and {second} are not of the same task and samples ({a['task']}: {len(left)}, {b['task']}: {len(right)}), so they cannot be paired")
+    if a.get("metric") != b.get("metric"):
+        raise DataError(f"{first} and {second} have other scores ({a.get('metric')}, {b.get('metric')}), so they cannot be paired")
+    by = "row" if all("row" in s for s in (*left.values(), *right.values())) else "question"
+    other = next((i for i in sorted(left) if left[i][by] != right[i][by]), None)
+    if other is not None:
+        raise DataError(f"{first} and {second} are of different rows under the id {other!r}, so they cannot be paired")
+
+
+def _answer(sample: Mapping[str, Any]) -> Any:
+    """What a sample's answer comes down to: the option that was chosen, the answers that were extracted, else the text or its score."""
+    if "chosen" in sample:
+        return sample["chosen"]
+    return sample.get("answers") or sample["text"] or sample["score"]
+
+
+def _other_metrics(config: CompareConfig, left: Mapping[str, Any], right: Mapping[str, Any], ids: list[str], groups: list[str], page: Any) -> None:
+    """All metrics that both have, with p-values that allow for their number."""
+    names = [n for n in left[ids[0]].get("scores", {}) if n in right[ids[0]].get("scores", {})]
+    if len(names) < 2:
+        return
+    found = [paired_difference([left[i]["scores"][n] for i in ids], [right[i]["scores"][n] for i in ids], groups=groups, seed=config.seed, resamples=config.resamples) for n in names]
+    chances = [min(1.0, 2 * min(p.p_not_better, p.p_not_worse)) for p in found]
+    rows = [(n, f"{p.difference.value:+.4g}", f"{p.difference.low:+.4g} to {p.difference.high:+.4g}", f"{c:.3g}", f"{h:.3g}") for n, p, c, h in zip(names, found, chances, holm(chances), strict=True)]
+    page.table("All metrics", ("metric", "difference", "95% interval", "p", "p of all"), rows, f"{len(names)} metrics are looked at together: `p of all` allows for that (Holm).")
+
+
+def _line(left: Mapping[str, Any], right: Mapping[str, Any], sign: int, why: str) -> str:
+    mark = {1: "+", -1: "−", 0: "·"}[(sign * right["score"] > sign * left["score"]) - (sign * right["score"] < sign * left["score"])]
+    return f"{mark} {f'[{why}] ' if why else ''}{left['question'][:110]}"
+
+
+def _tags(left: Mapping[str, Any], right: Mapping[str, Any], sign: int, why: str) -> list[str]:
+    change = sign * (right["score"] - left["score"])
+    return ["gained" if change > 0 else "lost" if change < 0 else "same score", *([why] if why else []), *([str(left["group"])] if left.get("group") and len(str(left["group"])) < 30 else [])]
+
+
+def _told(sample: Mapping[str, Any]) -> str:
+    """What a person wants to see of a sample."""
+    if "choices" in sample:
+        return "\n".join(f"{'→' if c == sample['chosen'] else ' '}{'✓' if i in sample['gold'] else ' '} {p:9.3f}  {c}" for i, (c, p) in enumerate(zip(sample["choices"], sample["logprobs"], strict=False)))
+    reason = f"\n\n({sample['reason']})" if sample.get("reason") else ""
+    return (sample["text"] or f"log-probability {sum(sample.get('logprobs', []))}") + reason

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +101,9 @@ def _judged(task: Task, one: Answered, steps: Sequence[Any], names: Sequence[str
 def _sample(task: Task, one: Answered) -> dict[str, Any]:
     """One sample as it is stored: what was asked, what came back, and what it cost."""
     question = one.question
-    sample: dict[str, Any] = {"id": question.id, "group": question.group, "question": question.shown, "reference": " | ".join(question.references), "reason": f"refused: {one.refused}" if one.refused else "", "scores": {}, "cut": one.cut}
+    sample: dict[str, Any] = {"id": question.id, "group": question.group, "question": question.shown, "reference": " | ".join(question.references), "reason": f"refused: {one.refused}" if one.refused else "", "scores": {}, "cut": one.cut, "read": one.read}
+    sample["row"] = hashlib.sha256(json.dumps({k: v for k, v in question.row.items() if k != "answer"}, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    sample["asked"] = hashlib.sha256(repr((question.plain, [[(m.role, m.content) for m in turns] for turns in question.turns], question.prefix, question.options)).encode()).hexdigest()[:12]
     if one.records:
         first = one.records[0]
         sample |= {"text": first.text, "finish": first.finish, "prompt_tokens": sum(r.prompt_tokens for r in one.records), "completion_tokens": sum(r.completion_tokens for r in one.records)}

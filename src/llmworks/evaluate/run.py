@@ -12,6 +12,8 @@ from pydantic import Field
 from llmworks.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.context import Context
 from llmworks.evaluate.asking import Asker
+from llmworks.evaluate.bootstrap import detectable
+from llmworks.evaluate.metrics import metric_of
 from llmworks.evaluate.questions import kept, questions, read_rows
 from llmworks.evaluate.results import measure, write_report
 from llmworks.evaluate.task import Shots, Task, load_task
@@ -37,6 +39,7 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
     rows = kept(task, every, data.name)
     pool = rows if examples is None else read_rows(task, examples, task.examples_split or task.split)
     asked = questions(task, rows[: config.limit], pool, same_pool=examples is None)
+    ctx.progress.say(expectation(task, len(asked)))
     measure(task, [], asked)  # a row that cannot be scored is refused before anything is asked
     engine = ctx.open_engine(model)
     try:
@@ -58,3 +61,11 @@ def with_config(task: Task, config: EvaluateConfig, seed: int) -> Task:
     if config.max_tokens:
         changes["max_tokens"] = config.max_tokens
     return Task.model_validate({**task.model_dump(), **changes}) if changes else task
+
+
+def expectation(task: Task, samples: int) -> str:
+    """What so many samples can tell at all: said before they are asked."""
+    metric = metric_of(task.kind, task.metrics[0])
+    if not metric.percent:
+        return f"{task.name}: {samples} samples"
+    return f"{task.name}: {samples} samples; differences between two models below about {detectable(0.5 * 2**0.5, samples):.0%} are seldom told from chance (less where both answer alike)"

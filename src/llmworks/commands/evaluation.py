@@ -1,0 +1,99 @@
+"""What `autoeval` does with its arguments: a suite on a model, task by task, and the leaderboard of the workspace. All logic is in the rooms below."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from llmworks.commands.output import as_json, out, short, workspace_of
+from llmworks.errors import LlmworksError, MissingDependency, ModelError, UserError
+
+if TYPE_CHECKING:
+    from llmworks.artifact import Adapter, Model, Report
+    from llmworks.evaluate.suites import Item
+    from llmworks.workspace import Workspace
+
+
+def autoeval(args: argparse.Namespace) -> None:
+    """`llmworks autoeval MODEL ... [--suite NAMES]`."""
+    from llmworks.artifact import Adapter, Model
+    from llmworks.evaluate.suites import items_of
+    from llmworks.execute import execute
+    from llmworks.references import open_engine, resolve
+    from llmworks.stages import resolve as resolve_stage
+    from llmworks.workspace import check_out
+
+    if args.out is not None:
+        check_out(args.out)
+    workspace, items = workspace_of(args), items_of(args.suite, args.limit)
+    models = [resolve(ref, workspace=workspace) for ref in args.models]
+    for model in models:
+        if not isinstance(model, (Model, Adapter)):
+            raise UserError(f"{model.name}: is a {model.kind}, not a model")
+    missed: list[tuple[str, str, str]] = []
+    made: list[Report] = []
+    for model in models:
+        assert isinstance(model, (Model, Adapter))
+        for item in items:
+            found = _one(model, item, workspace, args.quiet)
+            if isinstance(found, str):
+                missed.append((model.name, item.task, found))
+            else:
+                made.append(found)
+    if not made:
+        raise UserError(f"nothing could be asked; {missed[0][1]}: {missed[0][2]}")
+    stage = resolve_stage("evaluate.board")
+    reports = {r.digest: r for r in [*_earlier(workspace), *made]}
+    config = stage.config.model_validate({"model": models[0].digest, "title": f"{models[0].name} and others" if len({r.about.get('model') for r in reports.values()}) > 1 else models[0].name})
+    board = execute(stage, config, {"reports": sorted(reports.values(), key=lambda r: r.digest)}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True).artifact
+    if args.out is not None:
+        workspace.link_out(args.out, board)
+    if args.json:
+        as_json({"board": str(board.path), "digest": board.digest, "scores": [_told(r) for r in made], "not_asked": [{"model": m, "task": t, "why": w} for m, t, w in missed]})
+        return
+    for name, task, why in missed:
+        print(f"  not asked: {name} on {task}: {why}", file=sys.stderr)
+    out(f"\nLeaderboard: {short(board.path / 'report.html')}\nModel card section: {short(board.path / 'model-card.md')}")
+
+
+def _one(model: Model | Adapter, item: Item, workspace: Workspace, quiet: bool) -> Report | str:
+    """One task on one model, or why it could not be asked."""
+    from llmworks.artifact import Report
+    from llmworks.execute import execute
+    from llmworks.references import open_engine
+    from llmworks.runner import facts
+    from llmworks.stages import resolve as resolve_stage
+    from llmworks.taskdata import default_inputs
+
+    stage = resolve_stage("evaluate")
+    config = stage.config.model_validate({"task": item.task, "limit": item.limit})
+    try:
+        inputs = default_inputs(stage, config, {"model": model}, workspace)
+        outcome = execute(stage, config, inputs, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=quiet)
+    except (UserError, ModelError, MissingDependency) as error:
+        return str(error)
+    assert isinstance(outcome.artifact, Report)
+    print(f"✓ {model.name}  {item.task}  {'up to date' if not outcome.made else f'{outcome.seconds:.0f} s'}  {facts(outcome.artifact.metrics)}", file=sys.stderr)
+    return outcome.artifact
+
+
+def _earlier(workspace: Workspace) -> list[Report]:
+    """All evaluations of the workspace that a leaderboard can read."""
+    from llmworks.artifact import Report
+    from llmworks.evaluate.board import entry_of
+
+    found: list[Report] = []
+    for artifact in workspace.artifacts():
+        if isinstance(artifact, Report) and artifact.manifest is not None and artifact.manifest.stage == "evaluate":
+            try:
+                entry_of(artifact)
+            except LlmworksError:  # of an older form
+                continue
+            found.append(artifact)
+    return found
+
+
+def _told(report: Report) -> dict[str, Any]:
+    return {"task": report.about.get("task"), "model": report.about.get("model"), "path": str(report.path), **{k: report.metrics[k] for k in ("metric", "score", "low", "high", "samples")}}

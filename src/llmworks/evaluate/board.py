@@ -1,0 +1,178 @@
+"""Stage `evaluate.board`: evaluations side by side: a leaderboard that compares only what was asked alike.
+
+Two evaluations stand in one column when task, definition, prompts and rows are the same. Knows no model and no engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Report
+from llmworks.context import Context
+from llmworks.errors import DataError
+from llmworks.evaluate.bootstrap import holm, paired_difference
+
+CARD = "model-card.md"
+
+
+class BoardConfig(Config):
+    """What the page is for."""
+
+    title: str = Field("Leaderboard", description="the page's title")
+    model: str = Field("", description="digest of the model that the page is about: its card section is written, and it is compared with the others")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluation: of which model, in which column, and its data."""
+
+    model: str
+    name: str
+    column: str
+    finished: str
+    data: Mapping[str, Any]
+
+    @property
+    def score(self) -> tuple[float, float, float]:
+        """Value and 95% interval."""
+        found = self.data["intervals"][self.data["metric"]]
+        return float(found["value"]), float(found["low"]), float(found["high"])
+
+
+def board(config: BoardConfig, reports: list[Report], ctx: Context) -> Report:
+    """A table of models and tasks, plots, and differences that are more than noise; `model-card.md` has the section of one model.
+
+    Errors: DataError for a report that is no evaluation of this form.
+    """
+    entries = latest([entry_of(report) for report in reports])
+    columns = list(dict.fromkeys(e.column for e in entries))
+    names = names_of(entries)
+    cells = {(names[e.model], e.column): e for e in entries}
+    order = ranked(cells, list(names.values()), columns)
+    page = ctx.report
+    page.title = config.title
+    best = order[0][0]
+    page.lead = f"{len(order)} models on {len(columns)} tasks." + (f" Best on average: {best}." if len(order) > 1 else "")
+    page.table("Leaderboard", ("model", "mean rank", "mean score", *columns), [row_of(name, rank, cells, columns) for name, rank in order], "Scores with half the width of their 95% intervals. Mean rank: over the tasks that all models were asked; mean score: over those in percent that all were asked.")
+    percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
+    if percent:
+        page.bars("Scores", {c: {name: cells[name, c].score for name, _ in order if (name, c) in cells} for c in percent}, "Lines are 95% intervals.")
+    shared = [c for c in percent if all((name, c) in cells for name, _ in order)]
+    if len(shared) >= 3:
+        page.radar("Profile", shared, {name: [cells[name, c].score[0] for c in shared] for name, _ in order[:6]})
+    about = names.get(config.model, best)
+    tests = differences(cells, about, [name for name, _ in order if name != about], columns)
+    if tests:
+        rows = [(other, column, f"{d:+.1%}", f"{low:+.1%} to {high:+.1%}", f"{p:.3g}", f"{adjusted:.3g}", verdict(d, adjusted)) for other, column, d, low, high, p, adjusted in tests]
+        page.table(f"{about} against the others", ("against", "task", "difference", "95% interval", "p", "p of all", "verdict"), rows, f"Paired over the same samples. {len(tests)} tests are made at once: by chance alone {0.05 * len(tests):.1f} of them would be below 5%, so that the verdict goes by `p of all` (Holm).")
+    page.table("What was asked", ("task", "metric", "shots", "prompt", "samples", "models"), [asked_row(c, entries) for c in columns])
+    page.data = {"models": {name: {"digest": digest, "scores": {c: cells[name, c].score[0] for c in columns if (name, c) in cells}} for digest, name in names.items()}, "ranks": dict(order), "columns": columns}
+    (ctx.out / CARD).write_text(card(about, cells, columns), encoding="utf-8")
+    metrics = {"models": len(order), "tasks": len(columns), "best": best}
+    return Report(ctx.out, metrics=metrics, about={"model": config.model})
+
+
+def entry_of(report: Report) -> Entry:
+    """One evaluation as an entry. DataError when it is none."""
+    data = report.read()
+    if "intervals" not in data or "definition" not in data or "samples" not in data:
+        raise DataError(f"{report.name}: is no evaluation of a task (`llmworks evaluate`), or of an older form; make it again")
+    return Entry(str(report.about.get("model", "")), str(data["model"]), column_of(data), report.manifest.finished if report.manifest else "", data)
+
+
+def column_of(data: Mapping[str, Any]) -> str:
+    """What was asked, in a few words; definitions that differ in anything get different ones."""
+    definition = {k: v for k, v in data["definition"].items() if k not in ("what", "data", "examples")}
+    asked = [definition, sorted(s["id"] for s in data["samples"])]
+    return f"{data['task']} #{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:4]}"
+
+
+def latest(entries: Sequence[Entry]) -> list[Entry]:
+    """Of several evaluations of one model in one column the last; columns are named as shortly as they can be."""
+    found = {(e.model, e.column): e for e in sorted(entries, key=lambda e: e.finished)}
+    columns = sorted({e.column for e in found.values()})
+    short = {c: c.split(" #")[0] if sum(o.split(" #")[0] == c.split(" #")[0] for o in columns) == 1 else c for c in columns}
+    return [Entry(e.model, e.name, short[e.column], e.finished, e.data) for e in sorted(found.values(), key=lambda e: (e.column, e.model))]
+
+
+def names_of(entries: Sequence[Entry]) -> dict[str, str]:
+    """A name for every model's digest; models of one name are told apart by their digests."""
+    names = {e.model: e.name for e in sorted(entries, key=lambda e: e.finished)}
+    return {digest: name if list(names.values()).count(name) == 1 else f"{name} {digest[:6]}" for digest, name in names.items()}
+
+
+def ranked(cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns: Sequence[str]) -> list[tuple[str, float]]:
+    """(name, mean rank over the tasks that all were asked), the best first; those of equal scores share their places."""
+    shared = [c for c in columns if all((name, c) in cells for name in names)]
+    ranks: dict[str, list[float]] = {name: [] for name in names}
+    for column in shared:
+        sign = -1 if cells[names[0], column].data["better"] == "higher" else 1
+        values = {name: sign * cells[name, column].score[0] for name in names}
+        for name in names:
+            below, equal = sum(v < values[name] for v in values.values()), sum(v == values[name] for v in values.values())
+            ranks[name].append(below + (equal + 1) / 2)
+    means = {name: sum(r) / len(r) if r else float(len(names)) for name, r in ranks.items()}
+    return sorted(means.items(), key=lambda item: (item[1], item[0]))
+
+
+def row_of(name: str, rank: float, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str]) -> tuple[Any, ...]:
+    """A model's row."""
+    everyone = {n for n, _ in cells}
+    shared = [cells[name, c] for c in columns if all((n, c) in cells for n in everyone)]
+    percent = [e.score[0] for e in shared if e.data["percent"]]
+    return (name, f"{rank:.2f}", f"{sum(percent) / len(percent):.1%}" if percent else "–", *(shown(cells[name, c]) if (name, c) in cells else "–" for c in columns))
+
+
+def shown(entry: Entry) -> str:
+    """A score with half the width of its interval."""
+    value, low, high = entry.score
+    return f"{value:.1%} ± {(high - low) / 2:.1%}" if entry.data["percent"] else f"{value:.4g} ± {(high - low) / 2:.2g}"
+
+
+Difference = tuple[str, str, float, float, float, float, float]
+
+
+def differences(cells: Mapping[tuple[str, str], Entry], name: str, others: Sequence[str], columns: Sequence[str]) -> list[Difference]:
+    """(other, task, difference in favour of `name`, interval, p, p adjusted for all tests) for tasks whose score is a mean in percent."""
+    found: list[tuple[str, str, float, float, float, float]] = []
+    for column in columns:
+        for other in others:
+            if (name, column) not in cells or (other, column) not in cells or not cells[name, column].data["percent"]:
+                continue
+            left, right = ({s["id"]: s for s in cells[n, column].data["samples"]} for n in (other, name))
+            sign = 1 if cells[name, column].data["better"] == "higher" else -1
+            ids = sorted(left)
+            paired = paired_difference([sign * left[i]["score"] for i in ids], [sign * right[i]["score"] for i in ids], groups=[left[i]["group"] for i in ids])
+            d = paired.difference
+            found.append((other, column, d.value, d.low, d.high, min(1.0, 2 * min(paired.p_not_better, paired.p_not_worse))))
+    return [(*f, p) for f, p in zip(found, holm([f[-1] for f in found]), strict=True)]
+
+
+def verdict(difference: float, chance: float) -> str:
+    """What a test says."""
+    return "not told apart" if chance >= 0.05 else "better" if difference > 0 else "worse"
+
+
+def asked_row(column: str, entries: Sequence[Entry]) -> tuple[Any, ...]:
+    """What was asked in a column."""
+    found = [e for e in entries if e.column == column]
+    data = found[0].data
+    return (column, data["metric"], data["shots"], data["protocol"].get("prompt", ""), len(data["samples"]), len(found))
+
+
+def card(name: str, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str]) -> str:
+    """The section of a model card."""
+    lines = ["## Evaluation", "", "| task | metric | score | 95% interval | samples | shots | prompt |", "|---|---|---|---|---|---|---|"]
+    for column in columns:
+        if (name, column) in cells:
+            entry = cells[name, column]
+            value, low, high = entry.score
+            form = "{:.1%}" if entry.data["percent"] else "{:.4g}"
+            lines.append(f"| {column} | {entry.data['metric']} | {form.format(value)} | {form.format(low)} to {form.format(high)} | {len(entry.data['samples'])} | {entry.data['shots']} | {entry.data['protocol'].get('prompt', '')} |")
+    return "\n".join(lines) + "\n"

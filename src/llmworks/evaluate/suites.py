@@ -1,0 +1,55 @@
+"""Suites: tasks that are asked together, named in suites.yaml."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from importlib import resources
+
+from pydantic import Field
+
+from llmworks.artifact import Config
+from llmworks.errors import UserError
+
+
+class Item(Config):
+    """One task of a suite."""
+
+    task: str = Field(description="name of a task")
+    limit: int | None = Field(None, gt=0, description="only the first rows")
+
+
+class Suite(Config):
+    """Some tasks."""
+
+    what: str = Field(description="one line: what they are, and what they take")
+    tasks: list[Item] = Field(description="in the order in which they are asked")
+
+
+@cache
+def suites() -> dict[str, Suite]:
+    """All suites by name."""
+    import yaml
+
+    text = resources.files("llmworks.evaluate").joinpath("suites.yaml").read_text(encoding="utf-8")
+    return {name: Suite.model_validate(values) for name, values in yaml.safe_load(text).items()}
+
+
+def items_of(names: str, limit: int | None = None) -> list[Item]:
+    """The tasks of suites and single tasks, named with commas between; `limit` in place of theirs. UserError for an unknown name."""
+    from llmworks.evaluate.task import task_names
+
+    out: list[Item] = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        known = suites()
+        if name in known:
+            out += known[name].tasks
+        elif name in task_names() or name.endswith((".yaml", ".yml")):
+            out.append(Item(task=name))
+        else:
+            near = difflib.get_close_matches(name, [*known, *task_names()], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"suites: {', '.join(known)}; tasks: {', '.join(task_names())}"
+            raise UserError(f"no suite and no task {name!r}; {hint}")
+    if not out:
+        raise UserError("no task is named; give suites or tasks with commas between, as in quick,code")
+    return [item if limit is None else Item(task=item.task, limit=limit) for item in dict.fromkeys(out)]

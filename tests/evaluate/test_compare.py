@@ -1,0 +1,272 @@
+"""Two runs that differ in one thing, made to: the comparison names it. Leaderboards compare only what was asked alike."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.conftest import TEMPLATE, make_pico
+
+from llmworks.artifact import Artifact, Dataset, Model, Report
+from llmworks.cli import main
+from llmworks.context import Context
+from llmworks.errors import DataError, UserError
+from llmworks.evaluate.board import BoardConfig, board, ranked
+from llmworks.evaluate.bootstrap import holm
+from llmworks.evaluate.compare import CompareConfig, compare
+from llmworks.evaluate.run import EvaluateConfig, evaluate
+from llmworks.evaluate.suites import items_of, suites
+from llmworks.evaluate.task import task_names
+from llmworks.generate.engines.torch import TorchEngine
+from llmworks.progress import Progress
+from llmworks.references import resolve
+from llmworks.report import ReportBuilder
+from llmworks.types import Engine
+
+CHOICE: dict[str, Any] = {"name": "t", "kind": "choice", "prompt": "plain", "question": "Q: {{q}}\nA:", "choices": "opts", "answer": "gold", "metrics": ["acc", "acc_norm"], "shots": {"count": 2}}
+GENERATE: dict[str, Any] = {"name": "t", "question": "{{q}}", "answer": "{{gold}}", "metrics": ["exact_match"], "max_tokens": 12}
+Run = Callable[..., Report]
+
+
+def rows_of(count: int) -> list[dict[str, Any]]:
+    draw = random.Random(3)
+    words = ["the", "quick", "brown", "fox", "user", "weather", "Oslo", "what", "is", "name", "city"]
+    return [{"q": " ".join(draw.choices(words, k=draw.randint(3, 9))), "opts": [" ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(3)], "gold": draw.randrange(3)} for _ in range(count)]
+
+
+def context(place: Path, engine: Callable[[], Engine] | None = None, report: ReportBuilder | None = None) -> Context:
+    (place / "out").mkdir(parents=True, exist_ok=True)
+    (place / "scratch").mkdir(exist_ok=True)
+
+    def open_engine(artifact: Artifact) -> Engine:
+        assert engine is not None
+        return engine()
+
+    return Context(place / "out", place / "scratch", 0, Progress(quiet=True), report or ReportBuilder(), open_engine)
+
+
+@pytest.fixture
+def run(tmp_path: Path, pico: Path) -> Run:
+    def go(name: str, fields: dict[str, Any], engine: Callable[[], Engine] | None = None, count: int = 40, **config: Any) -> Report:
+        task, data = tmp_path / f"{name}.yaml", tmp_path / "rows.jsonl"
+        task.write_text(yaml.safe_dump(fields))
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count)))
+        model, dataset = resolve(str(pico)), resolve(str(data))
+        assert isinstance(model, Model)
+        assert isinstance(dataset, Dataset)
+        page = ReportBuilder()
+        made = evaluate(EvaluateConfig(task=str(task), **config), model, dataset, context(tmp_path / name, engine or (lambda: TorchEngine.open(pico)), page))
+        page.write(tmp_path / name / "out")
+        return Report(tmp_path / name / "out", name=name, metrics=made.metrics, about=made.about)
+
+    return go
+
+
+def other(tmp_path: Path, pico: Path, change: Callable[[TorchEngine], None]) -> Callable[[], Engine]:
+    def make() -> Engine:
+        engine = TorchEngine.open(pico)
+        change(engine)
+        return engine
+
+    return make
+
+
+def bos(engine: TorchEngine) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    engine.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+
+
+def template(engine: TorchEngine) -> None:
+    engine.tokenizer.chat_template = TEMPLATE.replace("assistant\n", "assistant \n\n")
+
+
+def stops(engine: TorchEngine) -> None:
+    counted = engine.generate([])
+    assert counted == []
+    engine.stops = frozenset({2, *engine.tokenizer("e")["input_ids"], *engine.tokenizer("a")["input_ids"], *engine.tokenizer("t")["input_ids"]})
+
+
+def weights(engine: TorchEngine) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.mul_(1.3)
+
+
+def hair(engine: TorchEngine) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        engine.model.model.embed_tokens.weight.add_(0.02 * torch.randn_like(engine.model.model.embed_tokens.weight))
+
+
+PLANTED: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[TorchEngine], None] | None]] = {
+    "other examples": ("worked examples", CHOICE, {**CHOICE, "shots": {"count": 3}}, None),
+    "other words": ("prompt text", CHOICE, {**CHOICE, "question": "Question: {{q}}\nA:"}, None),
+    "turns and text": ("prompt style", CHOICE, {**CHOICE, "prompt": "chat"}, None),
+    "a beginning token": ("beginning token", CHOICE, CHOICE, bos),
+    "a template": ("template", {**CHOICE, "prompt": "chat"}, {**CHOICE, "prompt": "chat"}, template),
+    "a short context": ("truncation", {**CHOICE, "question": "{{q * 9}}"}, {**CHOICE, "question": "{{q * 9}}"}, lambda e: setattr(type("Short", (TorchEngine,), {"context": 40}), "x", 1) or setattr(e, "__class__", type("Short", (TorchEngine,), {"context": 40}))),
+    "weights": ("numbers", CHOICE, CHOICE, weights),
+    "fewer tokens": ("answer cut off", GENERATE, {**GENERATE, "max_tokens": 4}, None),
+    "a stop string": ("stop string", GENERATE, {**GENERATE, "stop": ["e", "a", "t"]}, None),
+    "end tokens": ("end token", GENERATE, GENERATE, stops),
+    "another way to read": ("normalisation", GENERATE, {**GENERATE, "extract": [{"how": "regex", "pattern": "[a-z]"}]}, None),
+    "other numbers in what is written": ("numbers", GENERATE, GENERATE, weights),
+    "drawn answers": ("sampling", {**GENERATE, "temperature": 1.0}, {**GENERATE, "temperature": 1.4}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_the_cause_is_named(what: str, run: Run, tmp_path: Path, pico: Path) -> None:
+    wanted, left, right, change = PLANTED[what]
+    a = run("a", left)
+    b = run("b", right, other(tmp_path, pico, change) if change else None)
+    made = compare(CompareConfig(resamples=200), a, b, context(tmp_path / "compared"))
+    causes = made.metrics["causes"]
+    assert max(causes, key=causes.get) == wanted, causes
+    if wanted not in ("normalisation", "numbers", "answer cut off", "stop string", "end token"):
+        assert set(causes) == {wanted}
+    assert made.metrics["differ"] == sum(causes.values()) > 0
+
+
+def test_rounding_is_a_close_call(run: Run, tmp_path: Path, pico: Path) -> None:
+    a, b = run("a", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}), run("b", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}, other(tmp_path, pico, hair))
+    made = compare(CompareConfig(resamples=200), a, b, context(tmp_path / "compared"))
+    left, right = ({s["id"]: s for s in r.read()["samples"]} for r in (a, b))
+    for found in json.loads(json.dumps(_page(tmp_path / "compared", a, b)))["differing"]:
+        close = min(abs(s["logprobs"][0] - s["logprobs"][1]) for s in (left[found["id"]], right[found["id"]])) < 0.1
+        assert (found["cause"] == "close call") == close
+    assert made.metrics["samples"] == 40
+
+
+def _page(place: Path, a: Report, b: Report) -> dict[str, Any]:
+    page = ReportBuilder()
+    compare(CompareConfig(resamples=200), a, b, context(place, report=page))
+    page.write(place / "out")
+    return page.data
+
+
+def test_the_same_run_twice_differs_in_nothing(run: Run, tmp_path: Path) -> None:
+    made = compare(CompareConfig(resamples=200), run("a", CHOICE), run("b", CHOICE), context(tmp_path / "compared"))
+    assert (made.metrics["differ"], made.metrics["same_answer"], made.metrics["difference"]) == (0, 1.0, 0.0)
+    assert "causes" not in made.metrics
+
+
+def test_lower_is_better_where_it_is(run: Run, tmp_path: Path, pico: Path) -> None:
+    fields = {"name": "p", "kind": "perplexity", "question": "q", "metrics": ["bits_per_byte"]}
+    a, b = run("a", fields), run("b", fields, other(tmp_path, pico, weights))
+    worse = compare(CompareConfig(resamples=500), a, b, context(tmp_path / "compared"))
+    back = compare(CompareConfig(resamples=500), b, a, context(tmp_path / "back"))
+    sign = b.metrics["score"] > a.metrics["score"]
+    assert {worse.about["verdict"], back.about["verdict"]} in ({"better", "worse"}, {"not told apart"})
+    assert worse.about["verdict"] != ("better" if sign else "worse")
+    assert worse.metrics["gained"] == back.metrics["lost"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+def test_the_page_is_filtered_by_cause(run: Run, tmp_path: Path, pico: Path) -> None:
+    """In a browser: a button leaves only the samples with its cause."""
+    a, b = run("a", GENERATE), run("b", GENERATE, other(tmp_path, pico, weights))
+    _page(tmp_path / "compared", a, b)
+    page = tmp_path / "compared" / "out" / "report.html"
+    text = page.read_text()
+    script = "<script>const b=[...document.querySelectorAll('.filter button')].find(x=>x.dataset.tag==='numbers');b.click();document.title=[...document.querySelectorAll('details[data-tags]')].filter(d=>!d.hidden).length+'/'+document.querySelectorAll('details[data-tags]').length</script>"
+    (tmp_path / "page.html").write_text(text.replace("</body>", script + "</body>"))
+    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom", f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=90)
+    title = re.search(r"<title>(\d+)/(\d+)</title>", done.stdout)
+    assert title is not None
+    assert int(title[1]) == text.count('numbers"') - text.count('data-tag="numbers"') or 0 < int(title[1]) <= int(title[2])
+
+
+def test_what_cannot_be_paired(run: Run, tmp_path: Path) -> None:
+    a = run("a", CHOICE)
+    for name, fields, count, message in (("b", CHOICE, 30, "not of the same task and samples"), ("c", {**CHOICE, "metrics": ["acc_norm"]}, 40, "have other scores"), ("d", {**CHOICE, "name": "u"}, 40, "not of the same task")):
+        with pytest.raises(DataError, match=message):
+            compare(CompareConfig(), a, run(name, fields, count=count), context(tmp_path / "x"))
+
+
+# boards
+
+
+def test_holms_procedure() -> None:
+    """A worked example: 0.01, 0.04, 0.03, 0.005 become 0.03, 0.06, 0.06, 0.02."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+
+
+def test_a_board_compares_only_what_was_asked_alike(run: Run, tmp_path: Path, pico: Path) -> None:
+    reports = []
+    for name, fields, change in (("a", CHOICE, None), ("b", CHOICE, weights), ("c", {**CHOICE, "shots": {"count": 3}}, None), ("d", {"name": "p", "kind": "perplexity", "question": "q", "metrics": ["bits_per_byte"]}, None)):
+        made = run(name, fields, other(tmp_path, pico, change) if change else None)
+        if change:
+            made.about["model"] = "other"
+            data = made.read()
+            (made.path / "report.json").write_text(json.dumps({**data, "model": "heavier"}))
+        reports.append(made)
+    page = ReportBuilder()
+    board(BoardConfig(model=reports[0].about["model"]), reports, context(tmp_path / "board", report=page))
+    page.write(tmp_path / "board" / "out")
+    assert sorted(page.data["models"]) == ["heavier", "model"]
+    columns = page.data["columns"]
+    assert len(columns) == 3  # two definitions of t, one p
+    assert [len([m for m in page.data["models"].values() if c in m["scores"]]) for c in columns] in ([1, 1, 2], [1, 2, 1], [2, 1, 1])
+    card = (tmp_path / "board" / "out" / "model-card.md").read_text()
+    assert card.startswith("## Evaluation")
+    assert card.count("\n| ") == 3 + 1
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "report.json").write_text("{}")
+    with pytest.raises(DataError, match="is no evaluation of a task"):
+        board(BoardConfig(), [Report(tmp_path / "z", name="z")], context(tmp_path / "y"))
+
+
+def test_ranks_share_places() -> None:
+    class Fake:
+        def __init__(self, score: float, better: str = "higher") -> None:
+            self.score, self.data = (score, score, score), {"better": better}
+
+    cells: Any = {("x", "1"): Fake(0.5), ("y", "1"): Fake(0.5), ("z", "1"): Fake(0.9), ("x", "2"): Fake(1.0, "lower"), ("y", "2"): Fake(2.0, "lower"), ("z", "2"): Fake(3.0, "lower"), ("x", "3"): Fake(1.0)}
+    assert ranked(cells, ["x", "y", "z"], ["1", "2", "3"]) == [("x", (2.5 + 1) / 2), ("z", (1 + 3) / 2), ("y", (2.5 + 2) / 2)]
+
+
+def test_suites_name_tasks_that_are_there() -> None:
+    assert set(suites()) == {"quick", "general", "instruct", "code", "tools"}
+    for suite in suites().values():
+        assert {item.task for item in suite.tasks} <= set(task_names())
+    assert [i.task for i in items_of("tools, logiqa", 7)] == ["function-call", "function-call-multiple", "logiqa"]
+    assert {i.limit for i in items_of("tools, logiqa", 7)} == {7}
+    with pytest.raises(UserError, match="did you mean 'quick'"):
+        items_of("quik")
+    with pytest.raises(UserError, match="no task is named"):
+        items_of(",")
+
+
+def test_autoeval_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    second = make_pico(tmp_path / "second", seed=5)
+    (tmp_path / "base").mkdir()
+    shutil.copytree(pico, tmp_path / "base" / "m")
+    names = "social-iqa,medmcqa,sarcasm,function-call"
+    assert main(["autoeval", str(pico), str(second), "--suite", names, "--limit", "6", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [s["task"] for s in told["scores"]] == ["social-iqa", "medmcqa", "sarcasm"] * 2 or len(told["scores"]) + len(told["not_asked"]) == 8
+    assert all(s["samples"] == 6 for s in told["scores"])
+    page = (Path(told["board"]) / "report.html").read_text()
+    assert "Leaderboard" in page
+    assert page.count("<svg") >= 2  # bars and profile
+    assert main(["autoeval", str(pico), "--suite", "medmcqa", "--limit", "6", "--out", "again"]) == 0
+    assert "up to date" in capsys.readouterr().err
+    assert main(["autoeval", str(pico), "--suite", "mdmcqa"]) == 2
+    assert "did you mean 'medmcqa'" in capsys.readouterr().err
+    assert main(["autoeval", str(tmp_path / "none")]) == 2

@@ -68,6 +68,7 @@ STAGES: dict[str, Stage] = {
     "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 1, "exact", "a Hugging Face directory to one GGUF file"),
     "evaluate": Stage("llmworks.evaluate.run:evaluate", 2, "declared", "a task on a model, sample by sample"),
     "evaluate.board": Stage("llmworks.evaluate.board:board", 1, "exact", "evaluations side by side: a leaderboard, a model card's section"),
+    "evaluate.judge": Stage("llmworks.evaluate.judge:judge", 1, "declared", "models judge answers: grades, or the better of two, alone or as a jury"),
     "evaluate.compare": Stage("llmworks.evaluate.compare:compare", 2, "exact", "paired test of two evaluations, and why samples differ"),
     "synthesize.instruct": Stage("llmworks.synthesize.instruct:instruct", 1, "declared", "new tasks from seed tasks, answered (Self-Instruct)"),
     "synthesize.evolve": Stage("llmworks.synthesize.evolve:evolve", 2, "declared", "instructions made harder or other, step by step (Evol-Instruct)"),

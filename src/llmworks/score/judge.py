@@ -20,20 +20,24 @@ def transcript(prompt: Sequence[Message]) -> str:
     return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in prompt)
 
 
-def grading(prompt: Sequence[Message], answer: str, criteria: str = "") -> str:
-    """What asks a judge for a grade from 1 to 10."""
+def _reference(reference: str) -> str:
+    return f"\n\n[A right answer begins]\n{reference}\n[A right answer ends]" if reference else ""
+
+
+def grading(prompt: Sequence[Message], answer: str, criteria: str = "", reference: str = "") -> str:
+    """What asks a judge for a grade from 1 to 10; a reference answer helps where judges are weaker than the question (Zheng et al. 2023, section 3.4)."""
     what = criteria or "whether it does what was asked, is right, complete and clear, and says nothing needless"
     return (
-        f"Grade the answer at the end of this conversation: {what}.\n\n{transcript(prompt)}\n\n[The answer begins]\n{answer}\n[The answer ends]\n\n"
+        f"Grade the answer at the end of this conversation: {what}.\n\n{transcript(prompt)}{_reference(reference)}\n\n[The answer begins]\n{answer}\n[The answer ends]\n\n"
         "Say in one or two sentences what is good and bad about it, then write a grade from 1 (useless) to 10 (could not be better) in double brackets, like this: [[5]]"
     )
 
 
-def comparing(prompt: Sequence[Message], first: str, second: str, criteria: str = "") -> str:
+def comparing(prompt: Sequence[Message], first: str, second: str, criteria: str = "", reference: str = "") -> str:
     """What asks a judge for the better of two answers."""
     what = criteria or "which does better what was asked, is right, complete and clear"
     return (
-        f"Compare two answers to this conversation: {what}. Their order and length do not matter.\n\n{transcript(prompt)}\n\n[Answer A begins]\n{first}\n[Answer A ends]\n\n"
+        f"Compare two answers to this conversation: {what}. Their order and length do not matter.\n\n{transcript(prompt)}{_reference(reference)}\n\n[Answer A begins]\n{first}\n[Answer A ends]\n\n"
         f"[Answer B begins]\n{second}\n[Answer B ends]\n\nSay in one or two sentences why, then write [[A]], [[B]], or [[C]] for a tie."
     )
 

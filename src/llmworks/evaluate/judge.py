@@ -1,0 +1,242 @@
+"""Stage `evaluate.judge`: models judge answers: a grade for each, or the better of two, alone or as a jury.
+
+Pairs are shown in both orders, and a judge that changes with the order has decided nothing. The report says how far judges can be trusted: agreement with
+one another and with people's labels, and whether place, length or kinship sways them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Adapter, Config, Dataset, Model, Report
+from llmworks.context import Context
+from llmworks.errors import DataError
+from llmworks.evaluate import agreement
+from llmworks.evaluate.bootstrap import mean_interval
+from llmworks.evaluate.labels import read_labels
+from llmworks.evaluate.reward import Reward, is_reward
+from llmworks.generate.journal import Journal, Record
+from llmworks.score.judge import BEST, comparing, grading, read_choice, read_grade
+from llmworks.types import Message, Request, Sampling
+
+SHOWN = 60
+
+
+class JudgeConfig(Config):
+    """What judges are asked."""
+
+    criteria: str = Field("", description="what is judged, in a phrase; default: does it do what was asked, right, complete and clear")
+    reference: Literal["auto", "never"] = Field("auto", description="auto: the row's reference answer is shown to the judge where there is one")
+    max_tokens: int = Field(256, gt=0, description="longest verdict")
+    limit: int | None = Field(None, gt=0, description="only the first samples")
+
+
+@dataclass
+class Judged:
+    """What one judge said: by sample, a grade (0 to 1, or a reward) or a verdict A, B or C; `unread`: where it said neither."""
+
+    name: str
+    verdicts: dict[str, Any] = field(default_factory=dict)
+    orders: dict[str, tuple[str, str]] = field(default_factory=dict)
+    said: dict[str, str] = field(default_factory=dict)
+    unread: int = 0
+    unbounded: bool = False
+
+
+def judge(config: JudgeConfig, answers: Report, judges: dict[str, Model], ctx: Context, against: Report | None = None, labels: Dataset | None = None) -> Report:
+    """Grade the answers of an evaluation, or with `against` say which of two evaluations' answers is better (A: `answers`, B: `against`).
+
+    `labels`: people's verdicts, rows of {id, label}, with `rater` where several people judged: a grade from 1 to 10, or A, B, C.
+    Metrics: score (mean grade, or share of wins with half of the ties), low, high, unread, and kappa where there are labels.
+    Errors: DataError for evaluations without written answers or of other rows, labels that contradict each other, or no verdict at all.
+    """
+    samples = _samples(answers, config.limit)
+    others = None if against is None else _samples(against, config.limit)
+    if others is not None and {i: s["question"] for i, s in samples.items()} != {i: s["question"] for i, s in others.items()}:
+        raise DataError(f"{answers.name} and {against.name if against else ''} do not answer the same questions, so their answers cannot be compared")
+    people = None if labels is None else read_labels(labels, set(samples), pairs=others is not None)
+    found = [_ask(config, name, model, samples, others, ctx) for name, model in judges.items()]
+    if not any(one.verdicts for one in found):
+        example = next((text for one in found for text in one.said.values()), "")
+        raise DataError(f"no judge gave a verdict; the first said {' '.join(example.split())[:100]!r}; take a stronger judge, or raise max_tokens (now {config.max_tokens})")
+    page = ctx.report
+    jury = _jury(found, samples, pairs=others is not None)
+    if not jury:
+        raise DataError("no answer has a verdict of any judge with a scale; reward models alone can only compare")
+    values = {i: {"A": 1.0, "B": 0.0, "C": 0.5}[v] if others is not None else v for i, v in jury.items()}
+    score = mean_interval(list(values.values()), groups=[str(samples[i].get("group", "")) for i in values])
+    metrics: dict[str, Any] = {"score": score.value, "low": score.low, "high": score.high, "samples": len(samples), "judged": len(values), "unread": sum(one.unread for one in found)}
+    if others is None:
+        page.title = f"{answers.name}, graded by {', '.join(judges)}"
+        page.lead = f"Mean grade {1 + score.value * (BEST - 1):.2f} of {BEST} (95% interval {1 + score.low * (BEST - 1):.2f} to {1 + score.high * (BEST - 1):.2f}) over {len(values)} answers."
+    else:
+        wins = [sum(v == letter for v in jury.values()) for letter in "ABC"]
+        metrics |= {"wins": wins[0], "losses": wins[1], "ties": wins[2]}
+        page.title = f"{answers.name} against {against.name if against else ''}, judged by {', '.join(judges)}"
+        page.lead = f"{answers.name} wins {score.value:.1%} (95% interval {score.low:.1%} to {score.high:.1%}), ties counted half: {wins[0]} won, {wins[1]} lost, {wins[2]} ties or undecided, of {len(values)}."
+    page.table("Judges", ("judge", "verdicts", "unread", "mean"), [(one.name, len(one.verdicts), one.unread, _mean(one, pairs=others is not None)) for one in found])
+    if others is not None:
+        _biases(found, judges, samples, others, answers, against, page)
+    _among(found, page)
+    if people is not None:
+        metrics |= _with_people(found, jury, people, page, pairs=others is not None)
+    page.samples("Verdicts", [_shown(i, samples[i], others, found) for i in list(values)[:SHOWN]])
+    page.data = {"answers": answers.name, "against": against.name if against else "", "metrics": metrics, "judges": {one.name: {"verdicts": one.verdicts, "orders": one.orders} for one in found}, "jury": jury, "said": {one.name: one.said for one in found}}
+    return Report(ctx.out, metrics=metrics, about={"model": answers.about.get("model", "")})
+
+
+def _samples(report: Report, limit: int | None) -> dict[str, dict[str, Any]]:
+    samples = report.read().get("samples")
+    if not samples or "text" not in samples[0] or "logprobs" in samples[0]:
+        raise DataError(f"{report.name}: has no written answers; judges read evaluations of tasks of kind generate")
+    return {s["id"]: s for s in samples[:limit]}
+
+
+def _ask(config: JudgeConfig, name: str, model: Model | Adapter, samples: Mapping[str, Any], others: Mapping[str, Any] | None, ctx: Context) -> Judged:
+    if isinstance(model, Model) and is_reward(model):
+        return _rewards(name, Reward(model.path), samples, others)
+    prompts: dict[str, str] = {}
+    for id, sample in samples.items():
+        turns, reference = (Message("user", sample["question"]),), sample.get("reference", "") if config.reference == "auto" else ""
+        if others is None:
+            prompts[id] = grading(turns, sample["text"], config.criteria, reference)
+        else:
+            prompts[f"{id} AB"] = comparing(turns, sample["text"], others[id]["text"], config.criteria, reference)
+            prompts[f"{id} BA"] = comparing(turns, others[id]["text"], sample["text"], config.criteria, reference)
+    requests = {key: Request((Message("user", text),), sampling=Sampling(max_tokens=config.max_tokens)) for key, text in prompts.items()}
+    with Journal(ctx.scratch / f"judged-{name}.jsonl", lambda: ctx.open_engine(model)) as journal, ctx.progress.bar(f"{name} judges", len(requests), "verdicts") as bar:
+        replies = journal.ask(requests, bar)
+    said = {key: reply.text if isinstance(reply, Record) else f"(refused: {reply})" for key, reply in replies.items()}
+    made = Judged(name, said=said)
+    for id in samples:
+        if others is None:
+            grade = read_grade(said[id])
+            verdict: Any = grade
+        else:
+            first, swapped = read_choice(said[f"{id} AB"]), {"A": "B", "B": "A"}.get(choice := read_choice(said[f"{id} BA"]), choice)
+            verdict = agreement.merged(first, swapped) if first and swapped else None
+            if verdict:
+                made.orders[id] = (first, swapped)
+        if verdict is None:
+            made.unread += 1
+        else:
+            made.verdicts[id] = verdict
+    return made
+
+
+def _rewards(name: str, model: Reward, samples: Mapping[str, Any], others: Mapping[str, Any] | None) -> Judged:
+    made = Judged(name, unbounded=True)
+    for id, sample in samples.items():
+        turns = (Message("user", sample["question"]),)
+        mine = model.of(turns, sample["text"])
+        if others is None:
+            made.verdicts[id] = mine
+        else:
+            theirs = model.of(turns, others[id]["text"])
+            made.verdicts[id] = "A" if mine > theirs else "B" if theirs > mine else "C"
+    return made
+
+
+def _jury(found: Sequence[Judged], samples: Mapping[str, Any], *, pairs: bool) -> dict[str, Any]:
+    """By sample the majority of verdicts, or the mean of grades; rewards have no scale and are no grades."""
+    out: dict[str, Any] = {}
+    for id in samples:
+        votes = [one.verdicts[id] for one in found if id in one.verdicts and (pairs or not one.unbounded)]
+        if votes:
+            out[id] = agreement.majority(votes) if pairs else sum(votes) / len(votes)
+    return out
+
+
+def _mean(one: Judged, *, pairs: bool) -> str:
+    values = [{"A": 1.0, "B": 0.0, "C": 0.5}[v] if pairs else v for v in one.verdicts.values()]
+    if not values:
+        return "–"
+    mean = sum(values) / len(values)
+    return f"{mean:.1%} won" if pairs else f"reward {mean:.4g}" if one.unbounded else f"{1 + mean * (BEST - 1):.2f}"
+
+
+def _biases(found: Sequence[Judged], judges: Mapping[str, Model], samples: Mapping[str, Any], others: Mapping[str, Any], answers: Report, against: Report | None, page: Any) -> None:
+    """Place, length and kinship, by judge."""
+    rows = []
+    for one in found:
+        ids = list(one.verdicts)
+        longer, decided = agreement.length([one.verdicts[i] for i in ids], [(len(samples[i]["text"]), len(others[i]["text"])) for i in ids])
+        place = agreement.position(*zip(*one.orders.values(), strict=True)) if one.orders else {}
+        digest = judges[one.name].digest
+        kin = "A" if digest == answers.about.get("model") else "B" if against and digest == against.about.get("model") else ""
+        rest = [o for o in found if o is not one]
+        own = ""
+        if kin:
+            share = _share(one.verdicts.values(), kin)
+            outside = [v for o in rest for i, v in o.verdicts.items() if i in one.verdicts]
+            own = f"{share:.0%} for its own answers" + (f"; the others {_share(outside, kin):.0%}" if outside else "; no other judge to compare with")
+        told = {k: f"{place[k]:.0%}" if place else "–" for k in ("consistent", "prefers_first", "prefers_second")}
+        rows.append((one.name, told["consistent"], told["prefers_first"], told["prefers_second"], f"{longer:.0%} of {decided}" if decided else "–", own or "–"))
+    page.table("What sways the judges", ("judge", "same in both orders", "the first wins", "the second wins", "the longer wins", "its own answers"), rows, "Pairs are shown in both orders; a judge that changes with the order has decided nothing. Of pairs decided between answers of unequal length, how many the longer won.")
+
+
+def _share(verdicts: Any, letter: str) -> float:
+    values = [1.0 if v == letter else 0.5 if v == "C" else 0.0 for v in verdicts]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _kappa(one: Sequence[Any], other: Sequence[Any]) -> float:
+    return agreement.weighted_kappa(one, other) if all(isinstance(v, float) for v in (*one, *other)) else agreement.kappa(one, other)
+
+
+def _among(found: Sequence[Judged], page: Any) -> None:
+    """Agreement of every two judges."""
+    rows = []
+    for place, one in enumerate(found):
+        for other in found[place + 1 :]:
+            ids = [i for i in one.verdicts if i in other.verdicts]
+            if ids and one.unbounded == other.unbounded:
+                a, b = [one.verdicts[i] for i in ids], [other.verdicts[i] for i in ids]
+                rows.append((one.name, other.name, len(ids), f"{sum(x == y for x, y in zip(a, b, strict=True)) / len(ids):.0%}", _told(_kappa(a, b))))
+    if rows:
+        page.table("Agreement of judges", ("judge", "judge", "samples", "same verdict", "kappa"), rows)
+
+
+def _with_people(found: Sequence[Judged], jury: Mapping[str, Any], people: Mapping[str, Any], page: Any, *, pairs: bool) -> dict[str, Any]:
+    """Agreement with people's labels, by judge and as a jury."""
+    rows: list[tuple[Any, ...]] = []
+    out: dict[str, Any] = {}
+    sides: list[tuple[str, Mapping[str, Any]]] = [("the jury", jury), *((one.name, one.verdicts) for one in found if pairs or not one.unbounded)]
+    for name, verdicts in sides:
+        ids = [i for i in people if i in verdicts]
+        if not ids:
+            continue
+        a, b = [verdicts[i] for i in ids], [people[i] for i in ids]
+        same = mean_interval([float(x == y) if pairs else 1 - abs(x - y) for x, y in zip(a, b, strict=True)])
+        value = _kappa(a, b)
+        rows.append((name, len(ids), f"{same.value:.1%}", f"{same.low:.1%} to {same.high:.1%}", _told(value)))
+        if name == "the jury" and not math.isnan(value):
+            out = {"kappa": value, "labelled": len(ids)}
+    page.table("Agreement with people", ("judge", "labelled samples", "same verdict" if pairs else "1 - distance of grades", "95% interval", "kappa"), rows or [("none of the labelled samples has a verdict", "", "", "", "")])
+    return out
+
+
+def _told(value: float) -> str:
+    return "– (all say the same)" if math.isnan(value) else f"{value:.2f}"
+
+
+def _shown(id: str, sample: Mapping[str, Any], others: Mapping[str, Any] | None, found: Sequence[Judged]) -> dict[str, str]:
+    verdicts = ", ".join(f"{one.name}: {_verdict(one, id, pairs=others is not None)}" for one in found)
+    shown = {"": f"{verdicts}  {sample['question'][:90]}", "answer" if others is None else "A": sample["text"]}
+    if others is not None:
+        shown["B"] = others[id]["text"]
+    return {**shown, **{f"{one.name} said": "\n\n".join(text for key, text in one.said.items() if key in (id, f"{id} AB", f"{id} BA")) for one in found if one.said}}
+
+
+def _verdict(one: Judged, id: str, *, pairs: bool) -> str:
+    if id not in one.verdicts:
+        return "no verdict"
+    value = one.verdicts[id]
+    return str(value) if pairs else f"{value:.3g}" if one.unbounded else f"{1 + value * (BEST - 1):.3g}"
+
+

@@ -33,6 +33,7 @@ artifacts
 
 models
   autoeval MODEL ...  a suite of tasks on models, and the leaderboard of the workspace
+  arena REPORT ...    vote for the better of two answers, without knowing whose they are
   chat MODEL          talk to a model in the terminal
   serve MODEL         answer the OpenAI API over HTTP
 
@@ -263,7 +264,17 @@ def _autoeval() -> Parser:
     return parser
 
 
+def _arena() -> Parser:
+    parser = _parser("arena", "evaluation.arena", "Vote in the terminal for the better of two answers, without knowing whose they are.", json=False)
+    parser.add_argument("reports", nargs="+", metavar="REPORT", help="evaluations of one task that models answered in writing")
+    parser.add_argument("--votes", type=Path, required=True, metavar="FILE", help="JSONL file that votes are added to")
+    parser.add_argument("--voter", default="", help="who votes; default: the user's name")
+    parser.add_argument("--seed", type=int, default=0, help="order and sides of the pairs")
+    return parser
+
+
 COMMANDS = {
+    "arena": _arena,
     "autoeval": _autoeval,
     "run": _run,
     "plan": _plan,

@@ -67,6 +67,7 @@ STAGES: dict[str, Stage] = {
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),
     "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 1, "exact", "a Hugging Face directory to one GGUF file"),
     "evaluate": Stage("llmworks.evaluate.run:evaluate", 2, "declared", "a task on a model, sample by sample"),
+    "evaluate.arena": Stage("llmworks.evaluate.arena:arena", 1, "exact", "ratings of models by votes of people and judges, with intervals"),
     "evaluate.board": Stage("llmworks.evaluate.board:board", 1, "exact", "evaluations side by side: a leaderboard, a model card's section"),
     "evaluate.judge": Stage("llmworks.evaluate.judge:judge", 1, "declared", "models judge answers: grades, or the better of two, alone or as a jury"),
     "evaluate.compare": Stage("llmworks.evaluate.compare:compare", 2, "exact", "paired test of two evaluations, and why samples differ"),

@@ -97,3 +97,22 @@ def _earlier(workspace: Workspace) -> list[Report]:
 
 def _told(report: Report) -> dict[str, Any]:
     return {"task": report.about.get("task"), "model": report.about.get("model"), "path": str(report.path), **{k: report.metrics[k] for k in ("metric", "score", "low", "high", "samples")}}
+
+
+def arena(args: argparse.Namespace) -> None:
+    """`llmworks arena REPORT REPORT ... --votes FILE`."""
+    import getpass
+
+    from llmworks.artifact import Report
+    from llmworks.evaluate.voting import vote
+    from llmworks.references import resolve
+
+    workspace = workspace_of(args)
+    reports: list[Report] = []
+    for ref in args.reports:
+        found = resolve(ref, workspace=workspace)
+        if not isinstance(found, Report):
+            raise UserError(f"{ref}: is a {found.kind}, wanted is an evaluation (`llmworks evaluate`)")
+        reports.append(found)
+    count = vote(reports, args.votes, args.voter or getpass.getuser(), args.seed, sys.stdin, sys.stdout)
+    out(f"\n{count} votes in {args.votes}. Ratings: llmworks evaluate arena --votes {args.votes}")

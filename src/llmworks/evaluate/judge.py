@@ -87,6 +87,9 @@ def judge(config: JudgeConfig, answers: Report, judges: dict[str, Model], ctx: C
         metrics |= _with_people(found, jury, people, page, pairs=others is not None)
     page.samples("Verdicts", [_shown(i, samples[i], others, found) for i in list(values)[:SHOWN]])
     page.data = {"answers": answers.name, "against": against.name if against else "", "metrics": metrics, "judges": {one.name: {"verdicts": one.verdicts, "orders": one.orders} for one in found}, "jury": jury, "said": {one.name: one.said for one in found}}
+    if others is not None and against is not None:
+        page.data["models"] = [answers.read().get("model", answers.name), against.read().get("model", against.name)]
+        page.data["pairs"] = [{"id": i, "question": samples[i]["question"], "lengths": [len(samples[i]["text"]), len(others[i]["text"])], "verdicts": {one.name: one.verdicts[i] for one in found if i in one.verdicts}} for i in jury]
     return Report(ctx.out, metrics=metrics, about={"model": answers.about.get("model", "")})
 
 

@@ -1,0 +1,96 @@
+"""Vote in the terminal: a question, two answers, nobody knows whose. Every vote is written down at once. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from llmworks.artifact import Report
+from llmworks.errors import DataError, UserError
+
+KEYS = {"a": "A", "b": "B", "t": "C"}
+HELP = "a or b: the better answer, t: a tie, s: skip, q: enough"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def answers_of(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Model -> sample -> sample of evaluations of written answers. DataError when fewer than two models answered the same questions."""
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for report in reports:
+        data = report.read()
+        samples = data.get("samples") or []
+        if not samples or "text" not in samples[0] or "logprobs" in samples[0]:
+            raise DataError(f"{report.name}: has no written answers; an arena is of evaluations of tasks of kind generate")
+        if data["model"] in out:
+            raise DataError(f"{report.name}: there are two evaluations of a model called {data['model']!r}; give models names of their own")
+        out[data["model"]] = {s["id"]: s for s in samples}
+    if len(out) < 2:
+        raise UserError("an arena needs the evaluations of two models or more")
+    return out
+
+
+def matches(answers: dict[str, dict[str, dict[str, Any]]], done: set[tuple[str, str, str]], seed: int) -> list[tuple[str, str, str]]:
+    """(sample, model, model) in a random order and on random sides: every question of every two models once, without those of equal answers."""
+    names = sorted(answers)
+    pairs = [(i, a, b) for place, a in enumerate(names) for b in names[place + 1 :] for i in answers[a] if i in answers[b] and answers[a][i]["question"] == answers[b][i]["question"] and answers[a][i]["text"] != answers[b][i]["text"]]
+    draw = random.Random(seed)
+    draw.shuffle(pairs)
+    return [(i, a, b) if draw.random() < 0.5 else (i, b, a) for i, a, b in pairs if (i, a, b) not in done and (i, b, a) not in done]
+
+
+def vote(reports: Sequence[Report], file: Path, voter: str, seed: int, source: TextIO, target: TextIO) -> int:
+    """Ask until there is nothing left or the voter has had enough; returns how many votes were written to `file`."""
+    answers = answers_of(reports)
+    done = {(v["sample"], v["a"], v["b"]) for v in _read(file) if v.get("voter") == voter and "sample" in v}
+    todo = matches(answers, done, seed)
+    if not todo:
+        raise UserError(f"{voter} has voted on all pairs of different answers" if done else "no two models answered the same question differently")
+    print(f"{len(todo)} pairs. {HELP}.", file=target)
+    count = 0
+    for id, a, b in todo:
+        sample = answers[a][id]
+        print(f"\n{'=' * 72}\n{_clean(sample['question'])}\n\n--- A ---\n{_clean(sample['text'])}\n\n--- B ---\n{_clean(answers[b][id]['text'])}\n", file=target)
+        key = _key(source, target)
+        if key == "q":
+            break
+        if key == "s":
+            continue
+        made = {"question": sample["question"], "sample": id, "a": a, "b": b, "vote": KEYS[key], "voter": voter, "lengths": [len(sample["text"]), len(answers[b][id]["text"])]}
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(made, ensure_ascii=False) + "\n")
+        count += 1
+        print(f"A was {a}, B was {b}.", file=target)
+    return count
+
+
+def _key(source: TextIO, target: TextIO) -> str:
+    while True:
+        print("> ", end="", file=target, flush=True)
+        line = source.readline()
+        if not line:
+            return "q"
+        word = line.strip().lower()
+        if word in (*KEYS, "s", "q"):
+            return word
+        print(HELP, file=target)
+
+
+def _clean(text: str) -> str:
+    """Answers are foreign text: nothing in them may command the terminal."""
+    return CONTROL.sub("", text)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: is no file of votes ({str(error).splitlines()[0]})") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file}: is no file of votes")
+    return rows

@@ -265,4 +265,4 @@ def facts(metrics: Mapping[str, Any]) -> str:
         "shared_groups",
         "shared_texts",
     )
-    return "  ".join(f"{k} {metrics[k]:.4g}" if isinstance(metrics[k], float) else f"{k} {metrics[k]:,}" for k in shown if k in metrics)
+    return "  ".join(f"{k} {metrics[k]:.4g}" if isinstance(metrics[k], float) else f"{k} {metrics[k]}" if isinstance(metrics[k], str) else f"{k} {metrics[k]:,}" for k in shown if k in metrics)

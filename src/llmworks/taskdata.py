@@ -7,7 +7,7 @@ from typing import Any
 from llmworks.artifact import Config, Dataset, load
 from llmworks.data.rows import converted
 from llmworks.errors import UserError
-from llmworks.evaluate.task import Task, load_task
+from llmworks.evaluate.task import Task, checked, load_task
 from llmworks.execute import execute
 from llmworks.references import open_engine, resolve
 from llmworks.stages import ResolvedStage
@@ -17,11 +17,13 @@ from llmworks.workspace import Workspace, cache_directory
 
 def default_inputs(stage: ResolvedStage, config: Config, given: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     """The inputs of a stage, with those that its task names where none were given."""
-    if stage.name != "evaluate" or "data" in given:
+    if "data" in given or stage.name not in ("evaluate", "evaluate.practice") or (stage.name == "evaluate.practice" and "evaluation" not in given):
         return given
-    task = load_task(str(getattr(config, "task", "")))
+    task = load_task(str(getattr(config, "task", ""))) if stage.name == "evaluate" else checked(given["evaluation"].name, given["evaluation"].read().get("definition"))
     if not task.data:
         raise UserError(f"--data is missing, and the task {task.name!r} names no data set of its own")
+    if stage.name == "evaluate.practice":
+        return {**given, "data": rows_of(task, task.data, workspace)}
     examples = {"examples": rows_of(task, task.examples, workspace)} if task.examples and "examples" not in given else {}
     return {**given, "data": rows_of(task, task.data, workspace), **examples}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from llmworks.evaluate.task import Task
 from llmworks.types import Message
 
 Row = dict[str, Any]
+NAMES = ("id", "task_id", "question_id", "key")  # fields that name a row
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,27 @@ def _files(path: Path, split: str) -> list[Path]:
 
 def _with_ids(rows: list[Row]) -> list[Row]:
     """Rows with an id: the one that they have where it is theirs alone, else their number."""
-    for name in ("id", "task_id", "question_id", "key"):
+    for name in NAMES:
         ids = [str(row[name]) for row in rows if isinstance(row.get(name), (str, int))]
         if len(ids) == len(rows) == len(set(ids)):
             return [{**row, "id": id} for row, id in zip(rows, ids, strict=True)]
     return [{**row, "id": str(number)} for number, row in enumerate(rows, 1)]
+
+
+def one_side(rows: Sequence[Row], side: str, task: Task) -> list[Row]:
+    """One half of the rows, by what they say and not by their ids or order; rows of one group, and rows that say the same, are on one side."""
+    if side == "all":
+        return list(rows)
+    found = [row for row in rows if side_of(row, text(task.group, row)) == side]
+    if not found:
+        raise DataError(f"none of the {len(rows)} rows is on the side {side!r}; there are too few to be divided")
+    return found
+
+
+def side_of(row: Row, group: str) -> str:
+    """ "practice" or "test"."""
+    said = group or json.dumps({k: v for k, v in row.items() if k not in NAMES}, sort_keys=True, default=str)
+    return "practice" if hashlib.sha256(" ".join(said.lower().split()).encode()).digest()[0] % 2 else "test"
 
 
 def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool: bool) -> list[Question]:

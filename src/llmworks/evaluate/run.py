@@ -14,7 +14,7 @@ from llmworks.context import Context
 from llmworks.evaluate.asking import Asker
 from llmworks.evaluate.bootstrap import detectable
 from llmworks.evaluate.metrics import metric_of
-from llmworks.evaluate.questions import kept, questions, read_rows
+from llmworks.evaluate.questions import kept, one_side, questions, read_rows
 from llmworks.evaluate.results import measure, write_report
 from llmworks.evaluate.task import Shots, Task, load_task
 
@@ -25,6 +25,7 @@ class EvaluateConfig(Config):
     task: str = Field(description="name of a built-in task, or a YAML file of a task (the lm-evaluation-harness's too)")
     shots: int | None = Field(None, ge=0, le=100, description="worked examples in front of every question, in place of the task's")
     prompt: Literal["", "plain", "chat"] = Field("", description="in place of the task's: `plain` text that the model goes on with, or `chat` turns")
+    side: Literal["all", "practice", "test"] = Field("all", description="half of the rows, always the same half: `practice` to find failures that the model may be trained on (evaluate.practice), `test` to measure it afterwards")
     limit: int | None = Field(None, gt=0, description="only the first rows")
     max_tokens: int | None = Field(None, gt=0, description="longest answer, in place of the task's")
 
@@ -36,7 +37,7 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
     """
     task = with_config(load_task(config.task), config, ctx.seed)
     every = read_rows(task, data, task.split)
-    rows = kept(task, every, data.name)
+    rows = one_side(kept(task, every, data.name), config.side, task)
     pool = rows if examples is None else read_rows(task, examples, task.examples_split or task.split)
     asked = questions(task, rows[: config.limit], pool, same_pool=examples is None)
     ctx.progress.say(expectation(task, len(asked)))
@@ -48,7 +49,7 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
         answered = asker.ask(asked)
     finally:
         engine.close()
-    return write_report(task, model, measure(task, answered, asked), {**asker.protocol, "rows": len(every), "left_out": len(every) - len(rows), "asked": len(asked)}, ctx)
+    return write_report(task, model, measure(task, answered, asked), {**asker.protocol, "rows": len(every), "left_out": len(every) - len(rows), "asked": len(asked), "side": config.side}, ctx)
 
 
 def with_config(task: Task, config: EvaluateConfig, seed: int) -> Task:

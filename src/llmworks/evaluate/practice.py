@@ -1,0 +1,66 @@
+"""Stage `evaluate.practice`: the rows that a model failed on, as conversations for its next training.
+
+Only evaluations of the `practice` side of a set are taken: the `test` side, on which the model is measured, never gets into training by this way. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Dataset, Report
+from llmworks.context import Context
+from llmworks.data.card import finish_rows
+from llmworks.data.rows import Row
+from llmworks.errors import DataError
+from llmworks.evaluate.questions import kept, one_side, questions, read_rows
+from llmworks.evaluate.task import Task
+from llmworks.types import Message, messages_to_json
+
+
+class PracticeConfig(Config):
+    """Which rows are taken."""
+
+    right: float = Field(1.0, gt=0, le=1, description="a sample with a lower score has failed")
+    also_right: float = Field(0.0, ge=0, le=1, description="share of the rows that were answered right that is taken, too, so that the model does not forget them")
+
+
+def practice(config: PracticeConfig, evaluation: Report, data: Dataset, ctx: Context) -> Dataset:
+    """Conversations of the failed rows: what was asked, and the right answer. `data` is the set that the evaluation asked.
+
+    Errors: DataError for an evaluation that is not of the practice side, for other rows, or where no row has a right answer as text.
+    """
+    found = evaluation.read()
+    side = found.get("protocol", {}).get("side")
+    if side != "practice":
+        raise DataError(f"{evaluation.name}: was made of {'the test side' if side == 'test' else 'all rows'}; rows to train on are taken from an evaluation with side: practice, and the model is then measured with side: test")
+    task = Task.model_validate(found["definition"])
+    rows = {row["id"]: row for row in one_side(kept(task, read_rows(task, data, task.split), data.name), "practice", task)}
+    samples = {s["id"]: s for s in found["samples"]}
+    unknown = next((i for i in samples if i not in rows), None)
+    if unknown is not None:
+        raise DataError(f"{data.name}: the row {unknown!r} of the evaluation is not among its practice rows; give the data set that was asked")
+    failed = [i for i, s in samples.items() if s["score"] < config.right]
+    good = [i for i, s in samples.items() if s["score"] >= config.right]
+    taken = [*failed, *good[: round(config.also_right * len(good))]]
+    asked = questions(task.model_copy(update={"shots": task.shots.model_copy(update={"count": 0})}), [rows[i] for i in taken], [], same_pool=False)
+    made: list[Row] = []
+    dropped: dict[str, int] = {}
+    for question in asked:
+        answer = question.references[0] if question.references else _written(question.row.get("answer"))
+        if not answer.strip():
+            dropped["no right answer as text"] = dropped.get("no right answer as text", 0) + 1
+            continue
+        turns = question.turns[0] if question.turns else (Message("user", question.plain[0]),)
+        score = samples[question.id]["score"]
+        made.append({"id": question.id, "group": question.group or question.id, "messages": messages_to_json((*turns, Message("assistant", answer))), "tools": [], "answer": question.row.get("answer"), "extra": {"fields": {"failed_on": found["task"], "score": score}}})
+    if not made:
+        raise DataError(f"{evaluation.name}: {'nothing failed' if not taken else 'none of the failed rows has a right answer as text'}, so there is nothing to practise")
+    return finish_rows(ctx, "evaluate.practice", [data], made, dropped=dropped, metrics={"failed": len(failed), "right": len(made) - len(failed) + sum(dropped.values())}, note=f"failures of {found['model']} on {found['task']}, practice side")
+
+
+def _written(answer: Any) -> str:
+    """A right answer in fields, as text: a query; other fields say how an answer is checked, not what it is."""
+    return str(answer.get("sql", "")) if isinstance(answer, Mapping) else ""

@@ -69,6 +69,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage("llmworks.evaluate.run:evaluate", 2, "declared", "a task on a model, sample by sample"),
     "evaluate.arena": Stage("llmworks.evaluate.arena:arena", 1, "exact", "ratings of models by votes of people and judges, with intervals"),
     "evaluate.board": Stage("llmworks.evaluate.board:board", 1, "exact", "evaluations side by side: a leaderboard, a model card's section"),
+    "evaluate.contamination": Stage("llmworks.evaluate.contamination:contamination", 1, "exact", "the score of samples that a model may have seen in training, and of the others"),
     "evaluate.errors": Stage("llmworks.evaluate.errors:errors", 1, "exact-on-this-platform", "where a model fails: by topic, length, group and kind of error"),
     "evaluate.practice": Stage("llmworks.evaluate.practice:practice", 1, "exact", "failed rows as conversations to train on, apart from those it is tested on"),
     "evaluate.judge": Stage("llmworks.evaluate.judge:judge", 1, "declared", "models judge answers: grades, or the better of two, alone or as a jury"),

@@ -47,7 +47,9 @@ def autoeval(args: argparse.Namespace) -> None:
     stage = resolve_stage("evaluate.board")
     reports = {r.digest: r for r in [*_earlier(workspace), *made]}
     config = stage.config.model_validate({"model": models[0].digest, "title": f"{models[0].name} and others" if len({r.about.get('model') for r in reports.values()}) > 1 else models[0].name})
-    board = execute(stage, config, {"reports": sorted(reports.values(), key=lambda r: r.digest)}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True).artifact
+    seen = _seen(made, workspace)
+    inputs: dict[str, Any] = {"reports": sorted(reports.values(), key=lambda r: r.digest), **({"contaminations": sorted(seen, key=lambda r: r.digest)} if seen else {})}
+    board = execute(stage, config, inputs, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True).artifact
     if args.out is not None:
         workspace.link_out(args.out, board)
     if args.json:
@@ -77,6 +79,32 @@ def _one(model: Model | Adapter, item: Item, workspace: Workspace, quiet: bool) 
     assert isinstance(outcome.artifact, Report)
     print(f"✓ {model.name}  {item.task}  {'up to date' if not outcome.made else f'{outcome.seconds:.0f} s'}  {facts(outcome.artifact.metrics)}", file=sys.stderr)
     return outcome.artifact
+
+
+def _seen(made: list[Report], workspace: Workspace) -> list[Report]:
+    """What the models of these evaluations may have seen in training, as far as this workspace trained them."""
+    from llmworks.artifact import Dataset, Report
+    from llmworks.errors import DataError
+    from llmworks.execute import execute
+    from llmworks.references import open_engine
+    from llmworks.relatives import family_with
+    from llmworks.stages import resolve as resolve_stage
+
+    family, stage = family_with(workspace), resolve_stage("evaluate.contamination")
+    out: list[Report] = []
+    for evaluation in made:
+        trained = [n.artifact for n in family.trained_on(str(evaluation.about.get("model", ""))) if isinstance(n.artifact, Dataset)]
+        if not trained:
+            continue
+        try:
+            found = execute(stage, stage.config(), {"evaluation": evaluation, "trained": sorted(trained, key=lambda d: d.digest)}, workspace, seed=0, open_engine=open_engine, quiet=True).artifact
+        except DataError as error:
+            print(f"  not compared with its training data: {evaluation.name}: {error}", file=sys.stderr)
+            continue
+        assert isinstance(found, Report)
+        print(f"  {evaluation.about.get('task')}: {found.metrics['touched']} of {found.metrics['samples']} samples stand in what the model was trained on", file=sys.stderr)
+        out.append(found)
+    return out
 
 
 def _earlier(workspace: Workspace) -> list[Report]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmworks.artifact import Dataset
+from llmworks.data.rows import schema_of
 from llmworks.documents import read_documents
 from llmworks.errors import DataError
 
@@ -27,7 +28,7 @@ def test_rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 
 def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
-    schema = dataset.manifest.about.get("schema") if dataset.manifest else None
+    schema = (dataset.manifest.about.get("schema") if dataset.manifest else None) or schema_of(dataset)
     parquet = dataset.path.is_dir() and any(dataset.path.glob("*.parquet"))
     if parquet and schema == "chat":
         from llmworks.data.rows import flat_messages, read_chat

@@ -45,8 +45,10 @@ class Entry:
         return float(found["value"]), float(found["low"]), float(found["high"])
 
 
-def board(config: BoardConfig, reports: list[Report], ctx: Context) -> Report:
+def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminations: list[Report] | None = None) -> Report:
     """A table of models and tasks, plots, and differences that are more than noise; `model-card.md` has the section of one model.
+
+    `contaminations`: what evaluate.contamination said of some of the reports.
 
     Errors: DataError for a report that is no evaluation of this form.
     """
@@ -71,6 +73,9 @@ def board(config: BoardConfig, reports: list[Report], ctx: Context) -> Report:
     if tests:
         rows = [(other, column, f"{d:+.1%}", f"{low:+.1%} to {high:+.1%}", f"{p:.3g}", f"{adjusted:.3g}", verdict(d, adjusted)) for other, column, d, low, high, p, adjusted in tests]
         page.table(f"{about} against the others", ("against", "task", "difference", "95% interval", "p", "p of all", "verdict"), rows, f"Paired over the same samples. {len(tests)} tests are made at once: by chance alone {0.05 * len(tests):.1f} of them would be below 5%, so that the verdict goes by `p of all` (Holm).")
+    seen = [seen_row(c) for c in sorted(contaminations or [], key=lambda c: (str(c.about.get("task")), c.digest))]
+    if seen:
+        page.table("Rows that models may have seen in training", ("model", "task", "samples", "touched", "too short to compare", "score of clean", "score of touched"), seen, "Touched: 13 words in a row stand in what the model or its ancestors were trained on in this workspace. What a foreign model was trained on is not known.")
     page.table("What was asked", ("task", "metric", "shots", "prompt", "samples", "models"), [asked_row(c, entries) for c in columns])
     page.data = {"models": {name: {"digest": digest, "scores": {c: cells[name, c].score[0] for c in columns if (name, c) in cells}} for digest, name in names.items()}, "ranks": dict(order), "columns": columns}
     (ctx.out / CARD).write_text(card(about, cells, columns), encoding="utf-8")
@@ -157,6 +162,12 @@ def differences(cells: Mapping[tuple[str, str], Entry], name: str, others: Seque
 def verdict(difference: float, chance: float) -> str:
     """What a test says."""
     return "not told apart" if chance >= 0.05 else "better" if difference > 0 else "worse"
+
+
+def seen_row(report: Report) -> tuple[Any, ...]:
+    """What a model may have seen of a task."""
+    data, m = report.read(), report.metrics
+    return (data["model"], data["task"], m["samples"], m["touched"], m["short"], *(f"{m[k]:.4g}" if k in m else "–" for k in ("score_clean", "score_touched")))
 
 
 def asked_row(column: str, entries: Sequence[Entry]) -> tuple[Any, ...]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from llmworks.artifact import Artifact
 
+HELD_OUT = ("held_out", "validation", "test", "tests", "prompts")  # inputs of trainings that are not learned
+
 
 @dataclass(frozen=True)
 class Node:
@@ -42,6 +44,24 @@ class Family:
     def children(self, digest: str) -> list[tuple[str, Node]]:
         """(role, child) for every artifact that consumed this one."""
         return [(role, node) for node in self.nodes.values() for role, parent in node.parents if parent == digest]
+
+    def trained_on(self, digest: str) -> list[Node]:
+        """The data sets that it, or an ancestor, was trained on, as texts: of packed tokens what they were made from; held-out rows are not among them."""
+        found: dict[str, Node] = {}
+        for node in self.ancestors(digest):
+            if not node.stage.startswith(("train.", "align.")):
+                continue
+            todo = [parent for role, parent in node.parents if role.split("[")[0] not in HELD_OUT]
+            while todo:
+                parent = self.nodes.get(todo.pop())
+                if parent is None or parent.kind != "dataset":
+                    continue
+                tokens = parent.artifact is not None and parent.artifact.about.get("schema") == "tokens"
+                if tokens:
+                    todo += [d for _, d in parent.parents]
+                else:
+                    found[parent.digest] = parent
+        return list(found.values())
 
     def roots(self) -> list[Node]:
         """Nodes without parents."""

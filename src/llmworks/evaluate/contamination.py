@@ -1,0 +1,91 @@
+"""Stage `evaluate.contamination`: which samples of an evaluation stand in what the model was trained on, and the score without them.
+
+A sample is touched when a training row shares a run of its words: 13, as in GPT-3 (Brown et al. 2020, appendix C), or all of it where it has fewer, but 8
+at least. Runs that many samples share are the task's own words and do not count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Dataset, Report
+from llmworks.context import Context
+from llmworks.data.testsets import test_rows
+from llmworks.errors import DataError
+from llmworks.evaluate.bootstrap import mean_interval
+
+WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
+COMMON = 0.02  # of all samples: a run that more of them have is no sign
+
+
+class ContaminationConfig(Config):
+    """What counts as touched."""
+
+    n: int = Field(13, ge=3, le=50, description="words in a row that a training row must share with a sample")
+    least: int = Field(8, ge=3, description="samples of fewer words than n are compared whole, those of fewer than this not at all")
+
+
+def contamination(config: ContaminationConfig, evaluation: Report, trained: list[Dataset], ctx: Context) -> Report:
+    """The score of touched and of clean samples. Metrics: touched, clean, short (not compared), score_clean, score_touched with their intervals.
+
+    Errors: DataError for a report that is no evaluation, or training sets that cannot be read as text.
+    """
+    data = evaluation.read()
+    samples = {s["id"]: s for s in data.get("samples") or []}
+    if not samples or "score" not in next(iter(samples.values())):
+        raise DataError(f"{evaluation.name}: is no evaluation, it has no samples")
+    runs, short = _index(config, {i: f"{s['question']} {s.get('reference', '')}" for i, s in samples.items()})
+    sizes = sorted({len(run) for run in runs})
+    touched: dict[str, str] = {}
+    rows = 0
+    for dataset in trained:
+        for id, text in test_rows(dataset):
+            rows += 1
+            for run in _runs(WORD.findall(text.lower()), sizes):
+                for sample in runs.get(run, ()):
+                    touched.setdefault(sample, f"{dataset.name}: {id}: {' '.join(run)}")
+    clean = [i for i in samples if i not in touched and i not in short]
+    sides = {"clean": clean, "touched": list(touched), "short": short}
+    metrics: dict[str, object] = {"samples": len(samples), "training_rows": rows, **{name: len(ids) for name, ids in sides.items()}}
+    table = []
+    for name, ids in (("all", list(samples)), *sides.items()):
+        if ids:
+            found = mean_interval([samples[i]["score"] for i in ids], groups=[str(samples[i].get("group", "")) for i in ids])
+            table.append((name, len(ids), f"{found.value:.4g}", f"{found.low:.4g} to {found.high:.4g}"))
+            if name != "all":
+                metrics[f"score_{name}"] = found.value
+    page = ctx.report
+    page.title = f"{data['task']} on {data['model']}: what it may have seen"
+    page.lead = f"{len(touched)} of {len(samples)} samples share {config.n} words in a row with {rows:,} rows of {', '.join(d.name for d in trained)}; {len(short)} are too short to compare."
+    page.table("Mean score", ("samples", "how many", "mean", "95% interval"), table)
+    page.samples("Touched samples", [{"": samples[i]["question"][:120], "question": samples[i]["question"], "shares": why} for i, why in list(touched.items())[:60]])
+    page.data = {"touched": touched, "short": short, "metrics": metrics, "task": data["task"], "model": data["model"], "evaluation": evaluation.manifest.digest if evaluation.manifest else ""}
+    return Report(ctx.out, metrics=dict(metrics), about={"model": evaluation.about.get("model", ""), "task": data["task"]})
+
+
+def _index(config: ContaminationConfig, texts: dict[str, str]) -> tuple[dict[tuple[str, ...], list[str]], list[str]]:
+    """(run of words -> samples that have it, samples that are too short to compare)."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    short: list[str] = []
+    count: Counter[tuple[str, ...]] = Counter()
+    for id, text in texts.items():
+        words = WORD.findall(text.lower())
+        if len(words) < config.least:
+            short.append(id)
+            continue
+        here = set(_runs(words, [min(config.n, len(words))]))
+        count.update(here)
+        for run in here:
+            found.setdefault(run, []).append(id)
+    most = max(2, COMMON * len(texts))
+    return {run: ids for run, ids in found.items() if count[run] <= most}, short
+
+
+def _runs(words: list[str], sizes: list[int]) -> Iterator[tuple[str, ...]]:
+    for size in sizes:
+        for start in range(len(words) - size + 1):
+            yield tuple(words[start : start + size])

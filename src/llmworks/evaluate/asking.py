@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmworks.errors import ModelError, RequestError, UserError
 from llmworks.evaluate.likelihood import Encode, Found, Given, ask, beginning_of, pair, texts_of, windows
+from llmworks.evaluate.memory import Memory
 from llmworks.evaluate.questions import Question
 from llmworks.evaluate.task import Task
-from llmworks.generate.journal import Journal, Record
+from llmworks.generate.journal import Journal, Record, request_id
 from llmworks.progress import Progress
 from llmworks.tokenize.templates import encode, render_text
 from llmworks.types import Engine, Request, Sampling
@@ -43,6 +44,7 @@ class Asker:
     engine: Engine
     scratch: Path
     progress: Progress
+    memory: Memory | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -123,7 +125,7 @@ class Asker:
 
     def _scored(self, given: Sequence[Given]) -> Mapping[str, Found]:
         with self.progress.bar(f"score on {self.engine.name}", len(given), "texts") as bar:
-            return ask(given, self.engine, self.scratch / "scores.jsonl", bar)
+            return ask(given, self.engine, self.scratch / "scores.jsonl", bar, self.memory)
 
     # written answers
 
@@ -138,7 +140,12 @@ class Asker:
                 requests[self._place(question, number)] = Request(request.messages, request.ids, sampling=self._sampling(number))
         self.protocol |= {"max_tokens": self.task.max_tokens, "stop": self.task.stop, "temperature": self.task.temperature, "top_p": self.task.top_p, "samples": self.task.samples}
         with Journal(self.scratch / "answers.jsonl", lambda: self.engine) as journal, self.progress.bar(f"ask {self.engine.name}", len(requests), "answers") as bar:
+            marks = {place: request_id(request) for place, request in requests.items()}
+            remembered = self.memory.recall(marks.values()) if self.memory else {}
+            journal.known |= {place: Record(**{**remembered[mark], "id": place}) for place, mark in marks.items() if mark in remembered and place not in journal.known}
             answers = journal.ask(requests, bar)
+            if self.memory:
+                self.memory.add({marks[place]: asdict(answer) for place, answer in answers.items() if isinstance(answer, Record) and marks[place] not in remembered})
         refused = [answer for answer in answers.values() if isinstance(answer, RequestError)]
         if len(refused) == len(answers):
             raise refused[0]  # it is not for the questions' sake

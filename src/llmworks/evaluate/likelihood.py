@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.errors import DataError
+from llmworks.evaluate.memory import Memory
 from llmworks.progress import Bar, write_whole
 from llmworks.types import Engine
 
@@ -90,9 +91,11 @@ def windows(ids: Sequence[int], beginning: int, window: int, stride: int = 0) ->
     return out
 
 
-def ask(wanted: Sequence[Given], engine: Engine, file: Path, bar: Bar) -> dict[str, Found]:
-    """How probable all are, by key. What the file holds is not asked again; new findings are added to it, chunk by chunk."""
+def ask(wanted: Sequence[Given], engine: Engine, file: Path, bar: Bar, memory: Memory | None = None) -> dict[str, Found]:
+    """How probable all are, by key. What the file or the memory holds is not asked again; new findings are added to the file, chunk by chunk."""
     known = read_found(file)
+    remembered = memory.recall(given.key for given in wanted) if memory else {}
+    known = {**{key: Found(**value) for key, value in remembered.items()}, **known}
     todo = {given.key: given for given in wanted if given.key not in known}
     bar.resume(bar.done + sum(given.key in known for given in wanted))
     order = sorted(todo.values(), key=lambda given: given.ids)  # neighbours share most
@@ -107,6 +110,8 @@ def ask(wanted: Sequence[Given], engine: Engine, file: Path, bar: Bar) -> dict[s
                 stream.write(json.dumps(asdict(found)) + "\n")
             stream.flush()
             bar.advance(len(chunk))
+    if memory:
+        memory.add({given.key: asdict(known[given.key]) for given in wanted if given.key not in remembered})
     return {given.key: known[given.key] for given in wanted}
 
 

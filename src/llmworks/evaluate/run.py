@@ -13,6 +13,7 @@ from llmworks.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.context import Context
 from llmworks.evaluate.asking import Asker
 from llmworks.evaluate.bootstrap import detectable
+from llmworks.evaluate.memory import Memory
 from llmworks.evaluate.metrics import metric_of
 from llmworks.evaluate.questions import kept, one_side, questions, read_rows
 from llmworks.evaluate.results import measure, write_report
@@ -44,7 +45,7 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
     measure(task, [], asked)  # a row that cannot be scored is refused before anything is asked
     engine = ctx.open_engine(model)
     try:
-        asker = Asker(task, engine, ctx.scratch, ctx.progress)
+        asker = Asker(task, engine, ctx.scratch, ctx.progress, Memory(ctx.scratch.parent, model.digest, type(engine).__name__))
         asker.check()
         answered = asker.ask(asked)
     finally:

@@ -87,7 +87,7 @@ class Journal:
 
 def request_id(request: Request, turn: int = 0) -> str:
     """What tells a request from others; `turn` tells repeated ones apart."""
-    content = [messages_to_json(request.messages), list(request.ids), list(request.tools), asdict(request.sampling), turn]
+    content = [messages_to_json(request.messages), list(request.ids), list(request.tools), asdict(request.sampling), turn, *([request.schema] if request.schema is not None else [])]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
 

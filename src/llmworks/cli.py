@@ -33,6 +33,7 @@ artifacts
 
 models
   autoeval MODEL ...  a suite of tasks on models, and the leaderboard of the workspace
+  tasks [NAME]        the tasks and suites that models are asked
   arena REPORT ...    vote for the better of two answers, without knowing whose they are
   chat MODEL          talk to a model in the terminal
   serve MODEL         answer the OpenAI API over HTTP
@@ -122,7 +123,7 @@ def dispatch(words: list[str]) -> int:
 def _stage_lines() -> str:
     from llmworks.stages import STAGES
 
-    return "\n".join(f"  {name.replace('.', ' '):<20}{stage.summary}" for name, stage in sorted(STAGES.items()))
+    return "\n".join(f"  {name.replace('.', ' '):<24}{stage.summary}" for name, stage in sorted(STAGES.items()))
 
 
 def _parser(name: str, handler: str, what: str, *, workspace: bool = True, json: bool = True) -> Parser:
@@ -273,7 +274,15 @@ def _arena() -> Parser:
     return parser
 
 
+def _tasks() -> Parser:
+    parser = _parser("tasks", "evaluation.tasks", "The built-in tasks and suites, or one task as YAML.", workspace=False)
+    parser.add_argument("name", nargs="?", help="a task, or a YAML file of one")
+    parser.add_argument("--harness", action="store_true", help="the task as the lm-evaluation-harness has it")
+    return parser
+
+
 COMMANDS = {
+    "tasks": _tasks,
     "arena": _arena,
     "autoeval": _autoeval,
     "run": _run,

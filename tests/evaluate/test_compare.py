@@ -270,3 +270,18 @@ def test_autoeval_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch:
     assert main(["autoeval", str(pico), "--suite", "mdmcqa"]) == 2
     assert "did you mean 'medmcqa'" in capsys.readouterr().err
     assert main(["autoeval", str(tmp_path / "none")]) == 2
+
+
+def test_tasks_are_listed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*task_names(), *suites()))
+    assert main(["tasks", "arc-easy", "--harness"]) == 0
+    fields = yaml.safe_load(capsys.readouterr().out)
+    assert (fields["output_type"], fields["dataset_path"], fields["dataset_name"]) == ("multiple_choice", "allenai/ai2_arc", "ARC-Easy")
+    assert main(["tasks", "logiqa"]) == 0
+    (tmp_path / "own.yaml").write_text(capsys.readouterr().out)
+    assert main(["tasks", str(tmp_path / "own.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "logiqa"
+    assert main(["tasks", "function-call", "--harness"]) == 2
+    assert "conversations cannot be written" in capsys.readouterr().err

@@ -144,3 +144,31 @@ def arena(args: argparse.Namespace) -> None:
         reports.append(found)
     count = vote(reports, args.votes, args.voter or getpass.getuser(), args.seed, sys.stdin, sys.stdout)
     out(f"\n{count} votes in {args.votes}. Ratings: llmworks evaluate arena --votes {args.votes}")
+
+
+def tasks(args: argparse.Namespace) -> None:
+    """`llmworks tasks [NAME] [--harness]`."""
+    import yaml
+
+    from llmworks.commands.output import table
+    from llmworks.evaluate.harness import to_harness
+    from llmworks.evaluate.suites import suites
+    from llmworks.evaluate.task import load_task, task_names
+
+    if args.name:
+        task = load_task(args.name)
+        fields = to_harness(task) if args.harness else task.model_dump(exclude_defaults=True)
+        if args.json:
+            as_json(fields)
+        else:
+            out(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=140).rstrip())
+        return
+    if args.harness:
+        raise UserError("name the task that is to be written for the lm-evaluation-harness")
+    found = {name: load_task(name) for name in task_names()}
+    if args.json:
+        as_json({"tasks": {n: t.model_dump(exclude_defaults=True) for n, t in found.items()}, "suites": {n: s.model_dump() for n, s in suites().items()}})
+        return
+    table(("task", "kind", "score", "data", "what"), [(n, t.kind, t.metrics[0].name, t.data, t.what) for n, t in found.items()])
+    out()
+    table(("suite", "tasks"), [(n, ", ".join(i.task for i in s.tasks)) for n, s in suites().items()])

@@ -38,7 +38,6 @@ class Grammars:
         """One answer's state. RequestError for a schema that is none, or asks for what cannot be enforced."""
         from llguidance import LLMatcher
 
-        check_schema(schema)
         try:
             matcher = LLMatcher(self.tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=FORM), log_level=0)
         except ValueError as error:

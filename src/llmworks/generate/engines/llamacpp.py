@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.errors import EngineError, ModelError, RequestError
-from llmworks.generate.grammar import FORM, check_schema
+from llmworks.generate.grammar import FORM
 from llmworks.generate.parallel import Answered, each_in_threads, in_order
+from llmworks.generate.prompt import ids_of_request
 from llmworks.generate.scoring import check_score, scored
 from llmworks.generate.stopping import cut_at_stop
 from llmworks.model.from_gguf import metadata, open_reader, tokenizer_of
-from llmworks.tokenize.templates import render_prompt, renders_tools
+from llmworks.tokenize.templates import renders_tools
 from llmworks.types import Completion, Delta, FinishReason, Request, Scored
 
 SLOTS = 4
@@ -65,19 +66,8 @@ class LlamaCppEngine:
             return self._server
 
     def prompt_ids(self, request: Request) -> list[int]:
-        """The request's prompt as ids. RequestError for tools the template drops, or a prompt that leaves no room."""
-        if request.tools and "tools" not in self.can:
-            raise RequestError(
-                f"the chat template of {self.name} ignores tools; use a model with a tool-aware template, or put the functions into the system message"
-            )
-        if not request.ids and not request.messages:
-            raise RequestError("the request is empty: it has neither messages nor ids")
-        if request.schema is not None:
-            check_schema(request.schema)
-        ids = list(request.ids) or list(render_prompt(self.tokenizer, request.messages, tools=request.tools))
-        if len(ids) >= self.context:
-            raise RequestError(f"the prompt has {len(ids)} tokens, {self.name} reads {self.context} at most here")
-        return ids
+        """The request's prompt as ids. RequestError for what cannot be asked."""
+        return ids_of_request(request, self.tokenizer, self.context, self.name, tools="tools" in self.can)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, `slots` at a time, in their order."""

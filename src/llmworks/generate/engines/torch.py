@@ -18,12 +18,13 @@ from llmworks.generate import tree
 from llmworks.generate.cache import cache_for
 from llmworks.generate.grammar import Grammar, Grammars
 from llmworks.generate.parallel import Answered, in_order
+from llmworks.generate.prompt import ids_of_request
 from llmworks.generate.sampling import choose
 from llmworks.generate.scoring import check_score, scored
 from llmworks.generate.stopping import cut_at_stop, safe_length
 from llmworks.model.load import load_model
 from llmworks.tokenize.load import load_tokenizer, stop_ids
-from llmworks.tokenize.templates import render_prompt, renders_tools
+from llmworks.tokenize.templates import renders_tools
 from llmworks.types import Completion, Delta, FinishReason, Json, Request, Scored
 
 BATCH_ROWS = 64
@@ -65,17 +66,8 @@ class TorchEngine:
         return self._grammars.start(schema)
 
     def prompt_ids(self, request: Request) -> list[int]:
-        """The request's prompt as ids. RequestError for tools the template drops, or a prompt that leaves no room."""
-        if request.tools and "tools" not in self.can:
-            raise RequestError(
-                f"the chat template of {self.name} ignores tools; use a model with a tool-aware template, or put the functions into the system message"
-            )
-        if not request.ids and not request.messages:
-            raise RequestError("the request is empty: it has neither messages nor ids")
-        ids = list(request.ids) or list(render_prompt(self.tokenizer, request.messages, tools=request.tools))
-        if len(ids) >= self.context:
-            raise RequestError(f"the prompt has {len(ids)} tokens, {self.name} reads {self.context} at most")
-        return ids
+        """The request's prompt as ids. RequestError for what cannot be asked."""
+        return ids_of_request(request, self.tokenizer, self.context, self.name, tools="tools" in self.can)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, in their order."""

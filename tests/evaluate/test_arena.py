@@ -182,6 +182,7 @@ def test_votes_that_cannot_be_counted(what: str, tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(r) + "\n" for r in votes(20, "x", "y", 0.7)))
     assert main(["evaluate", "arena", "--votes", str(tmp_path / "v.jsonl"), "--quiet"]) == 0
     assert "votes 20" in capsys.readouterr().out

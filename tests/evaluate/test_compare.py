@@ -220,7 +220,7 @@ def test_a_board_compares_only_what_was_asked_alike(run: Run, tmp_path: Path, pi
     page.write(tmp_path / "board" / "out")
     assert sorted(page.data["models"]) == ["heavier", "model"]
     columns = page.data["columns"]
-    assert len(columns) == 3  # two definitions of t, one p
+    assert sorted(columns) == ["p", "t (2 shots)", "t (3 shots)"]
     assert [len([m for m in page.data["models"].values() if c in m["scores"]]) for c in columns] in ([1, 1, 2], [1, 2, 1], [2, 1, 1])
     card = (tmp_path / "board" / "out" / "model-card.md").read_text()
     assert card.startswith("## Evaluation")
@@ -237,7 +237,10 @@ def test_ranks_share_places() -> None:
             self.score, self.data = (score, score, score), {"better": better}
 
     cells: Any = {("x", "1"): Fake(0.5), ("y", "1"): Fake(0.5), ("z", "1"): Fake(0.9), ("x", "2"): Fake(1.0, "lower"), ("y", "2"): Fake(2.0, "lower"), ("z", "2"): Fake(3.0, "lower"), ("x", "3"): Fake(1.0)}
-    assert ranked(cells, ["x", "y", "z"], ["1", "2", "3"]) == [("x", (2.5 + 1) / 2), ("z", (1 + 3) / 2), ("y", (2.5 + 2) / 2)]
+    assert ranked(cells, ["x", "y", "z"], ["1", "2", "3"]) == ([("x", (2.5 + 1) / 2), ("z", (1 + 3) / 2), ("y", (2.5 + 2) / 2)], ["1", "2"])
+    cells["w", "1"] = Fake(0.1)  # asked too little to be placed, and in nobody's way
+    order, shared = ranked(cells, ["w", "x", "y", "z"], ["1", "2", "3"])
+    assert (order[0][0], order[-1], shared) == ("x", ("w", None), ["1", "2"])
 
 
 def test_suites_name_tasks_that_are_there() -> None:
@@ -254,6 +257,7 @@ def test_suites_name_tasks_that_are_there() -> None:
 
 def test_autoeval_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    monkeypatch.chdir(tmp_path)
     second = make_pico(tmp_path / "second", seed=5)
     (tmp_path / "base").mkdir()
     shutil.copytree(pico, tmp_path / "base" / "m")

@@ -169,6 +169,7 @@ def test_only_the_practice_side_is_taken(tmp_path: Path, asked: Callable[..., tu
 
 def test_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
+    monkeypatch.chdir(tmp_path)
     assert main(["evaluate", str(pico), "--set", "task=medmcqa", "--set", "side=practice", "--set", "limit=60", "--out", "scored", "--quiet"]) == 0
     assert main(["evaluate", "errors", "scored", "--quiet"]) == 0
     assert "clusters" in capsys.readouterr().out

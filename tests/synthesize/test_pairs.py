@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.generate.test_openai import Misbehaving, reply
+from tests.generate.loopback import Loopback, openai_reply
 from tests.synthesize.engine import Scripted, chats, context, foreign, rejected
 
 from llmworks.artifact import Dataset
@@ -24,7 +24,7 @@ from llmworks.score.rouge import longest_common, rouge_l, words
 from llmworks.synthesize.pairs import PairsConfig, pairs
 from llmworks.synthesize.pool import Pool
 from llmworks.synthesize.text import bare, labelled, numbered, refuses
-from llmworks.types import Message
+from llmworks.types import Completion, Message
 
 SCHEMA = {"schema": {"type": "object", "required": ["a"]}}
 
@@ -141,12 +141,12 @@ def test_lists_and_labels() -> None:
 
 def test_a_killed_run_pays_nothing_twice(tmp_path: Path) -> None:
     """The command line over HTTP, killed without mercy in the middle; the server counts."""
-    server = Misbehaving()
+    server = Loopback()
     slow = 0.02
 
     def said(handler: Any, body: dict[str, Any]) -> None:
         time.sleep(slow)
-        handler.say(200, json.dumps(reply(f"answer {body['seed']}")).encode())
+        handler.say(200, json.dumps(openai_reply(Completion(f"answer {body['seed']}", "stop", prompt_tokens=10, completion_tokens=5))).encode())
 
     server.behaviours = [said] * 1000
     try:

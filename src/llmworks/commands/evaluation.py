@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmworks.commands.output import as_json, out, short, workspace_of
-from llmworks.errors import LlmworksError, MissingDependency, ModelError, UserError
+from llmworks.errors import LlmworksError, UserError
 
 if TYPE_CHECKING:
     from llmworks.artifact import Adapter, Model, Report
@@ -74,7 +74,7 @@ def _one(model: Model | Adapter, item: Item, workspace: Workspace, quiet: bool) 
     try:
         inputs = default_inputs(stage, config, {"model": model}, workspace)
         outcome = execute(stage, config, inputs, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=quiet)
-    except (UserError, ModelError, MissingDependency) as error:
+    except LlmworksError as error:  # one model or task that cannot be asked must not take the others with it
         return str(error)
     assert isinstance(outcome.artifact, Report)
     print(f"✓ {model.name}  {item.task}  {'up to date' if not outcome.made else f'{outcome.seconds:.0f} s'}  {facts(outcome.artifact.metrics)}", file=sys.stderr)

@@ -56,18 +56,19 @@ def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminatio
     columns = list(dict.fromkeys(e.column for e in entries))
     names = names_of(entries)
     cells = {(names[e.model], e.column): e for e in entries}
-    order = ranked(cells, list(names.values()), columns)
+    order, shared = ranked(cells, list(names.values()), columns)
     page = ctx.report
     page.title = config.title
     best = order[0][0]
-    page.lead = f"{len(order)} models on {len(columns)} tasks." + (f" Best on average: {best}." if len(order) > 1 else "")
-    page.table("Leaderboard", ("model", "mean rank", "mean score", *columns), [row_of(name, rank, cells, columns) for name, rank in order], "Scores with half the width of their 95% intervals. Mean rank: over the tasks that all models were asked; mean score: over those in percent that all were asked.")
+    placed = [name for name, rank in order if rank is not None]
+    page.lead = f"{len(order)} models on {len(columns)} tasks." + (f" Best on average: {best}, by {len(shared)} tasks that {len(placed)} models were asked." if len(placed) > 1 else "")
+    page.table("Leaderboard", ("model", "mean rank", "mean score", *columns), [row_of(name, rank, cells, columns, shared) for name, rank in order], f"Scores with half the width of their 95% intervals. Mean rank and mean score (of those in percent) are over {', '.join(shared) or 'no task'}: what all were asked that were asked half of the tasks or more.")
     percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
     if percent:
         page.bars("Scores", {c: {name: cells[name, c].score for name, _ in order if (name, c) in cells} for c in percent}, "Lines are 95% intervals.")
-    shared = [c for c in percent if all((name, c) in cells for name, _ in order)]
-    if len(shared) >= 3:
-        page.radar("Profile", shared, {name: [cells[name, c].score[0] for c in shared] for name, _ in order[:6]})
+    spokes = [c for c in shared if c in percent]
+    if len(spokes) >= 3:
+        page.radar("Profile", spokes, {name: [cells[name, c].score[0] for c in spokes] for name in (placed or [best])[:6]})
     about = names.get(config.model, best)
     tests = differences(cells, about, [name for name, _ in order if name != about], columns)
     if tests:
@@ -93,17 +94,27 @@ def entry_of(report: Report) -> Entry:
 
 def column_of(data: Mapping[str, Any]) -> str:
     """What was asked, in a few words; definitions that differ in anything get different ones."""
-    definition = {k: v for k, v in data["definition"].items() if k not in ("what", "data", "examples")}
-    asked = [definition, sorted(s["id"] for s in data["samples"])]
+    definition = {k: v for k, v in data["definition"].items() if k not in ("what", "data", "examples", "format")}
+    asked = [definition, sorted((s["id"], s.get("row", "")) for s in data["samples"])]
     return f"{data['task']} #{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:4]}"
 
 
 def latest(entries: Sequence[Entry]) -> list[Entry]:
     """Of several evaluations of one model in one column the last; columns are named as shortly as they can be."""
     found = {(e.model, e.column): e for e in sorted(entries, key=lambda e: e.finished)}
-    columns = sorted({e.column for e in found.values()})
-    short = {c: c.split(" #")[0] if sum(o.split(" #")[0] == c.split(" #")[0] for o in columns) == 1 else c for c in columns}
-    return [Entry(e.model, e.name, short[e.column], e.finished, e.data) for e in sorted(found.values(), key=lambda e: (e.column, e.model))]
+    labels = labels_of({e.column: e.data for e in found.values()})
+    return [Entry(e.model, e.name, labels[e.column], e.finished, e.data) for e in sorted(found.values(), key=lambda e: (e.column, e.model))]
+
+
+def labels_of(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A name for every column: the task's, with what tells it from other columns of the same task."""
+    out: dict[str, str] = {}
+    for task in {c.split(" #")[0] for c in columns}:
+        alike = {c: [f"{d['shots']} shots", f"{len(d['samples'])} rows", str(d["protocol"].get("prompt", "")), str(d["protocol"].get("side", "all"))] for c, d in columns.items() if c.split(" #")[0] == task}
+        differing = [i for i in range(4) if len({facts[i] for facts in alike.values()}) > 1]
+        named = {c: f"{task} ({', '.join(facts[i] for i in differing)})" if differing else task for c, facts in alike.items()}
+        out |= {c: label if list(named.values()).count(label) == 1 else c for c, label in named.items()}
+    return out
 
 
 def names_of(entries: Sequence[Entry]) -> dict[str, str]:
@@ -112,26 +123,29 @@ def names_of(entries: Sequence[Entry]) -> dict[str, str]:
     return {digest: name if list(names.values()).count(name) == 1 else f"{name} {digest[:6]}" for digest, name in names.items()}
 
 
-def ranked(cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns: Sequence[str]) -> list[tuple[str, float]]:
-    """(name, mean rank over the tasks that all were asked), the best first; those of equal scores share their places."""
-    shared = [c for c in columns if all((name, c) in cells for name in names)]
-    ranks: dict[str, list[float]] = {name: [] for name in names}
+def ranked(cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns: Sequence[str]) -> tuple[list[tuple[str, float | None]], list[str]]:
+    """((name, mean rank), the best first and those without a rank last; the tasks that ranks are of).
+
+    Tasks: those that all were asked that were asked half of the tasks or more. A model that was not asked all of them has no rank. Equal scores share places.
+    """
+    many = [name for name in names if 2 * sum((name, c) in cells for c in columns) >= len(columns)] or list(names)
+    shared = [c for c in columns if all((name, c) in cells for name in many)]
+    placed = [name for name in names if shared and all((name, c) in cells for c in shared)]
+    ranks: dict[str, list[float]] = {name: [] for name in placed}
     for column in shared:
-        sign = -1 if cells[names[0], column].data["better"] == "higher" else 1
-        values = {name: sign * cells[name, column].score[0] for name in names}
-        for name in names:
+        sign = -1 if cells[placed[0], column].data["better"] == "higher" else 1
+        values = {name: sign * cells[name, column].score[0] for name in placed}
+        for name in placed:
             below, equal = sum(v < values[name] for v in values.values()), sum(v == values[name] for v in values.values())
             ranks[name].append(below + (equal + 1) / 2)
-    means = {name: sum(r) / len(r) if r else float(len(names)) for name, r in ranks.items()}
-    return sorted(means.items(), key=lambda item: (item[1], item[0]))
+    means = {name: sum(r) / len(r) for name, r in ranks.items()}
+    return [*sorted(means.items(), key=lambda item: (item[1], item[0])), *((name, None) for name in sorted(names) if name not in means)], shared
 
 
-def row_of(name: str, rank: float, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str]) -> tuple[Any, ...]:
+def row_of(name: str, rank: float | None, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str], shared: Sequence[str]) -> tuple[Any, ...]:
     """A model's row."""
-    everyone = {n for n, _ in cells}
-    shared = [cells[name, c] for c in columns if all((n, c) in cells for n in everyone)]
-    percent = [e.score[0] for e in shared if e.data["percent"]]
-    return (name, f"{rank:.2f}", f"{sum(percent) / len(percent):.1%}" if percent else "–", *(shown(cells[name, c]) if (name, c) in cells else "–" for c in columns))
+    percent = [cells[name, c].score[0] for c in shared if cells[name, c].data["percent"]] if rank is not None else []
+    return (name, "–" if rank is None else f"{rank:.2f}", f"{sum(percent) / len(percent):.1%}" if percent else "–", *(shown(cells[name, c]) if (name, c) in cells else "–" for c in columns))
 
 
 def shown(entry: Entry) -> str:

@@ -31,9 +31,10 @@ def grouped(numbers: Any, groups: Sequence[str]) -> Any:
     data = np.asarray(numbers, dtype=float)
     if not groups or not any(groups):
         return data
-    names = {name: place for place, name in enumerate(dict.fromkeys(groups))}
+    own = [name or (number,) for number, name in enumerate(groups)]  # a row without a group is its own
+    names = {name: place for place, name in enumerate(dict.fromkeys(own))}
     out = np.zeros((len(names), data.shape[1]))
-    np.add.at(out, [names[name] for name in groups], data)
+    np.add.at(out, [names[name] for name in own], data)
     return out
 
 

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import regex as expressions
+
 from llmworks.errors import DataError
+
+SECONDS = 2.0  # of one regular expression in a template
+NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 @cache
@@ -17,7 +22,7 @@ def _environment() -> Any:
     from jinja2.sandbox import SandboxedEnvironment
 
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["regex_replace"] = lambda string, pattern, repl, count=0: re.sub(pattern, repl, string, count=count)
+    environment.filters["regex_replace"] = lambda string, pattern, repl, count=0: expressions.sub(pattern, repl, string, count=count, timeout=SECONDS)
     return environment
 
 
@@ -28,20 +33,31 @@ def _compiled(template: str) -> Any:
 
 def fill(template: str, row: Mapping[str, Any]) -> Any:
     """A template filled from a row; the name of a field gives that field's value, of whatever type. DataError naming row and template."""
-    import jinja2
-
     if template in row:
+        if row[template] is None:
+            raise DataError(f"row {row.get('id', '?')!r}: the field {template!r} is null")
         return row[template]
+    if NAME.fullmatch(template):
+        raise DataError(f"row {row.get('id', '?')!r}: has no field {template!r}")
     try:
         return _compiled(template).render(**row)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
+    except Exception as error:  # a template is a program: it may fail in any way
         raise DataError(f"row {row.get('id', '?')!r}: the template {template[:60]!r} cannot be filled ({' '.join(str(error).split())[:160]})") from None
 
 
 def text(template: str, row: Mapping[str, Any]) -> str:
     """A template filled as text."""
     value = fill(template, row) if template else ""
-    return value if isinstance(value, str) else str(value)
+    return _whole(value if isinstance(value, str) else str(value), row)
+
+
+def _whole(text: str, row: Mapping[str, Any]) -> str:
+    """A text that can be written as UTF-8. DataError for half a character, as broken exports have them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"row {row.get('id', '?')!r}: has half of a surrogate pair, which is no character") from None
+    return text
 
 
 def listed(template: str | list[str], row: Mapping[str, Any]) -> list[str]:
@@ -52,7 +68,7 @@ def listed(template: str | list[str], row: Mapping[str, Any]) -> list[str]:
     value = _literal(value) if isinstance(value, str) else value
     if not isinstance(value, list) or not value or not all(isinstance(v, (str, int, float)) for v in value):
         raise DataError(f"row {row.get('id', '?')!r}: {template[:60]!r} gives no list of texts, but {str(value)[:60]!r}")
-    return [str(v) for v in value]
+    return [_whole(str(v), row) for v in value]
 
 
 def value(template: Any, row: Mapping[str, Any]) -> Any:
@@ -62,7 +78,7 @@ def value(template: Any, row: Mapping[str, Any]) -> Any:
     if not isinstance(template, str):
         return template
     found = fill(template, row) if template else ""
-    if isinstance(found, str) and len(found) >= 2 and found[0] == "[" and found[-1] == "]":
+    if isinstance(found, str) and template not in row and len(found) >= 2 and found[0] == "[" and found[-1] == "]":
         read = _literal(found)
         return read if isinstance(read, list) else found
     return found

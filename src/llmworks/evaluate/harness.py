@@ -27,9 +27,12 @@ IGNORES = {"ignore_case": "ignore_case", "ignore_punctuation": "ignore_punctuati
 METRICS = {"acc", "acc_norm", "acc_bytes", "brier_score", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "exact_match", "bleu", "chrf", "chrf++", "ter"}
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
+def load_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A task file with what it includes. Functions that it names are kept as a mark, to be refused where they matter."""
     import yaml
+
+    if path.resolve() in within:
+        raise UserError(f"{path}: includes itself")
 
     class Loader(yaml.SafeLoader):
         pass
@@ -46,8 +49,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a mapping of a task's fields")
     includes = values.pop("include", [])
-    for name in reversed([includes] if isinstance(includes, str) else includes):
-        values = {**load_yaml(path.parent / name), **values}
+    includes = [includes] if isinstance(includes, str) else includes
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise UserError(f"{path}: include must be the name of a file, or a list of them")
+    for name in reversed(includes):
+        values = {**load_yaml(path.parent / name, (*within, path.resolve())), **values}
     return values
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmworks.errors import DataError
+from llmworks.errors import DataError, ModelError
 from llmworks.evaluate.memory import Memory
 from llmworks.progress import Bar, write_whole
 from llmworks.types import Engine
@@ -104,6 +105,8 @@ def ask(wanted: Sequence[Given], engine: Engine, file: Path, bar: Bar, memory: M
             began = time.monotonic()
             scores = engine.score([given.ids for given in chunk], [given.begin for given in chunk])
             seconds = (time.monotonic() - began) / len(chunk)
+            if any(math.isnan(chance) for scored in scores for chance in scored.logprobs):
+                raise ModelError(f"{engine.name} gives no number (NaN) as the probability of a token; its weights are broken")
             for given, scored in zip(chunk, scores, strict=True):
                 found = Found(given.key, sum(scored.logprobs), len(scored.logprobs), scored.greedy, seconds)
                 known[given.key] = found

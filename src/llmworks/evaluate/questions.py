@@ -113,6 +113,11 @@ def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool
     return [_chat_question(task, row, draw) if conversations else _question(task, row, draw) for row in rows]
 
 
+def says_the_same(one: Row, other: Row) -> bool:
+    """Whether two rows are the same but for their names: neither may be the other's example."""
+    return one is other or {k: v for k, v in one.items() if k not in NAMES} == {k: v for k, v in other.items() if k not in NAMES}
+
+
 class _Draw:
     """Draws worked examples. `each` draws as the lm-evaluation-harness does: one generator over all questions, one more row where its own may be among them."""
 
@@ -138,24 +143,35 @@ class _Draw:
             where = f" of the group {group!r}" if self.shots.same_group else ""
             raise UserError(f"shots is {self.shots.count}, but there are {len(pool)} rows{where} to take examples from" + (", the one that is asked among them" if self.extra else ""))
         if self.shots.choose == "each":
-            found = self.random.sample(pool, count)
+            found, more = self.random.sample(pool, count), self.random
         else:
             if group not in self.drawn:
                 self.drawn[group] = pool[:count] if self.shots.choose == "first" else random.Random(self.shots.seed).sample(pool, count)
-            found = self.drawn[group]
-        return [other for other in found if other is not row][: self.shots.count]
+            found, more = self.drawn[group], random.Random(self.shots.seed)
+        kept = [other for other in found if not says_the_same(other, row)][: self.shots.count]
+        if len(kept) == self.shots.count:
+            return kept
+        rest = [other for other in pool if not says_the_same(other, row)]
+        if len(rest) < self.shots.count:
+            raise UserError(f"shots is {self.shots.count}, but only {len(rest)} rows to take examples from say something else than row {row['id']!r}")
+        if self.shots.choose == "each":
+            return more.sample(rest, self.shots.count)
+        unused = [other for other in rest if other not in kept]
+        return kept + (unused[: self.shots.count - len(kept)] if self.shots.choose == "first" else more.sample(unused, self.shots.count - len(kept)))
 
 
 def _question(task: Task, row: Row, draw: _Draw) -> Question:
     if task.kind == "perplexity":
         body = text(task.question, row)
+        if not body:
+            raise DataError(f"row {row['id']!r}: has no text")
         return Question(row["id"], row, text(task.group, row), body, plain=(body,))
     examples = draw.examples(row)
     contexts = listed(task.contexts, row) if task.contexts else [text(task.question, row)]
     prefix = text(task.prefix, row)
     choices = listed(task.choices, row) if task.choices else contexts
     right = value(task.answer, row)
-    gold = gold_places(row, right, choices) if task.kind == "choice" else ()
+    gold = gold_places(row, placed(task, row, right), choices) if task.kind == "choice" else ()
     references = tuple(choices[i] for i in gold) if gold else _references(right)
     if task.contexts:
         ending = text(task.question, row)
@@ -196,14 +212,20 @@ def _conversation(row: Row) -> tuple[Message, ...]:
     return messages
 
 
+def placed(task: Task, row: Row, right: Any) -> Any:
+    """A right answer; digits that a template writes are a place, whatever the choices are called, as in the lm-evaluation-harness."""
+    written = isinstance(right, str) and isinstance(task.answer, str) and task.answer not in row
+    return int(right) if written and right.isdecimal() and len(right) < 10 else right
+
+
 def gold_places(row: Row, right: Any, choices: Sequence[str]) -> tuple[int, ...]:
     """Places of the right choices, given as numbers, texts, or a list of either. DataError when one is not among the choices."""
     out: list[int] = []
     for item in right if isinstance(right, list) else [right]:
-        text_of = str(item).strip() if isinstance(item, str) else item
+        number = isinstance(item, int) or (isinstance(item, str) and item.strip().isdecimal() and len(item) < 10)
         if isinstance(item, str) and item in choices:
             place = list(choices).index(item)
-        elif isinstance(item, int) or (isinstance(text_of, str) and text_of.isdigit()):
+        elif number:
             place = int(item)
         else:
             place = -1
@@ -225,7 +247,7 @@ def _example(task: Task, row: Row) -> tuple[str, str]:
     """(what is asked, what is answered) of a worked example."""
     prefix = text(task.prefix, row)
     if task.contexts:
-        contexts, place = listed(task.contexts, row), gold_places(row, value(task.answer, row), listed(task.contexts, row))[0]
+        contexts, place = listed(task.contexts, row), gold_places(row, placed(task, row, value(task.answer, row)), listed(task.contexts, row))[0]
         return contexts[place], _joined(prefix, text(task.question, row), " ")
     if task.example_answer:
         answer = text(task.example_answer, row)
@@ -235,7 +257,7 @@ def _example(task: Task, row: Row) -> tuple[str, str]:
             raise UserError(f"{task.name}: worked examples need `example_answer`, since `answer` is made of fields")
         if task.choices and (task.kind == "choice" or isinstance(right, int)):
             choices = listed(task.choices, row)
-            right = choices[gold_places(row, right, choices)[0]]
+            right = choices[gold_places(row, placed(task, row, right), choices)[0]]
         answer = str(right[0] if isinstance(right, list) else right)
     return text(task.question, row), _joined(prefix, answer, " ")
 

@@ -51,7 +51,7 @@ def measure(task: Task, answered: Sequence[Answered], asked: Sequence[Question])
         for spec in task.metrics:
             metric = metric_of(task.kind, spec)
             name = metric.name + (f"/{way}" if way else "")
-            numbers = [metric.numbers(sample) for sample, _ in judged]
+            numbers = [(0.0, 1.0) if one.refused and not metric.corpus else metric.numbers(sample) for one, (sample, _) in zip(answered, judged, strict=True)]
             metrics[name] = metric
             values[name] = interval(numbers, metric.value, groups=groups)
             for sample, row in zip(samples, numbers, strict=True):
@@ -85,9 +85,10 @@ def _judged(task: Task, one: Answered, steps: Sequence[Any], names: Sequence[str
     if task.kind == "choice":
         return Choice([f.logprob for f in one.found], question.choices, question.gold), ""
     if task.kind != "generate":
-        logprob, tokens = sum(f.logprob for f in one.found), sum(f.tokens for f in one.found)
-        text = question.plain[0] if task.kind == "perplexity" else question.options[0]
-        return Text(logprob, tokens, any(f.greedy for f in one.found) if task.kind == "likelihood" else False, text), ""
+        if task.kind == "likelihood":  # of several right answers the most probable
+            best = max(one.found, key=lambda f: f.logprob)
+            return Text(best.logprob, best.tokens, any(f.greedy for f in one.found), question.options[one.found.index(best)]), ""
+        return Text(sum(f.logprob for f in one.found), sum(f.tokens for f in one.found), False, question.plain[0]), ""
     answers = [extract(steps, question.prefix + r.text if question.prefix and names else r.text) for r in one.records]
     scores: dict[str, list[float]] = {}
     reason = ""

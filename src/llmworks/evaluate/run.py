@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmworks.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.context import Context
@@ -17,13 +17,14 @@ from llmworks.evaluate.memory import Memory
 from llmworks.evaluate.metrics import metric_of
 from llmworks.evaluate.questions import kept, one_side, questions, read_rows
 from llmworks.evaluate.results import measure, write_report
-from llmworks.evaluate.task import Shots, Task, load_task
+from llmworks.evaluate.task import Shots, Task, checked, load_task
 
 
 class EvaluateConfig(Config):
     """What is asked."""
 
     task: str = Field(description="name of a built-in task, or a YAML file of a task (the lm-evaluation-harness's too)")
+    definition: dict[str, Any] = Field({}, description="the task as it was read, so that another content is another evaluation; filled in from `task`")
     shots: int | None = Field(None, ge=0, le=100, description="worked examples in front of every question, in place of the task's")
     prompt: Literal["", "plain", "chat"] = Field("", description="in place of the task's: `plain` text that the model goes on with, or `chat` turns")
     side: Literal["all", "practice", "test"] = Field("all", description="half of the rows, always the same half: `practice` to find failures that the model may be trained on (evaluate.practice), `test` to measure it afterwards")
@@ -31,16 +32,25 @@ class EvaluateConfig(Config):
     max_tokens: int | None = Field(None, gt=0, description="longest answer, in place of the task's")
 
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("task"), str) and not values.get("definition"):
+            return {**values, "definition": load_task(values["task"]).model_dump(mode="json")}
+        return values
+
+
 def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx: Context, examples: Dataset | None = None) -> Report:
     """Ask every row and score what comes back; report each metric with its 95% interval, every sample, and what decided the prompts.
 
     Errors: UserError for an unknown task, too few rows for worked examples, or an engine that cannot be asked so; DataError for rows without a right answer.
     """
-    task = with_config(load_task(config.task), config, ctx.seed)
+    task = with_config(checked(config.task, config.definition), config, ctx.seed)
     every = read_rows(task, data, task.split)
     rows = one_side(kept(task, every, data.name), config.side, task)
+    alone = examples is None or examples.path.resolve() == data.path.resolve()
     pool = rows if examples is None else read_rows(task, examples, task.examples_split or task.split)
-    asked = questions(task, rows[: config.limit], pool, same_pool=examples is None)
+    asked = questions(task, rows[: config.limit], pool, same_pool=alone)
     ctx.progress.say(expectation(task, len(asked)))
     measure(task, [], asked)  # a row that cannot be scored is refused before anything is asked
     engine = ctx.open_engine(model)
@@ -62,7 +72,7 @@ def with_config(task: Task, config: EvaluateConfig, seed: int) -> Task:
         changes["prompt"] = config.prompt
     if config.max_tokens:
         changes["max_tokens"] = config.max_tokens
-    return Task.model_validate({**task.model_dump(), **changes}) if changes else task
+    return checked(task.name, {**task.model_dump(), **changes}) if changes else task
 
 
 def expectation(task: Task, samples: int) -> str:

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+import regex as expressions
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llmworks.artifact import Config
@@ -93,12 +94,21 @@ class Task(Config):
     @classmethod
     def _steps(cls, value: Any) -> Any:
         value = {"": value} if isinstance(value, list) else value
-        return {name: [{"how": step} if isinstance(step, str) else step for step in steps] for name, steps in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict) or not all(isinstance(steps, list) for steps in value.values()):
+            return value
+        return {name: [{"how": step} if isinstance(step, str) else step for step in steps] for name, steps in value.items()}
 
     @model_validator(mode="after")
     def _fits(self) -> Task:
         if not self.metrics:
             raise ValueError("metrics is empty: name at least one")
+        if not self.extract:
+            raise ValueError("extract is empty: name at least one way, or leave it out")
+        for pattern in (*(s.pattern for steps in self.extract.values() for s in steps), *(p for m in self.metrics for p in m.ignore)):
+            try:
+                expressions.compile(pattern)
+            except expressions.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
         if self.kind == "choice" and not self.choices and not self.contexts:
             raise ValueError("a task of kind choice needs `choices`, or `contexts`")
         if self.rows == "raw" and self.kind in ("generate", "perplexity") and not self.question:
@@ -135,7 +145,12 @@ def load_task(name: str) -> Task:
 
     path = Path(name)
     values = load_yaml(path)
-    return checked(name, from_harness(values, path) if "task" in values or "output_type" in values else values)
+    if "task" not in values and "output_type" not in values:
+        return checked(name, values)
+    try:
+        return checked(name, from_harness(values, path))
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:  # foreign files have anything anywhere
+        raise UserError(f"{name}: is no task of the lm-evaluation-harness that can be read ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
 
 
 def checked(name: str, values: Any) -> Task:

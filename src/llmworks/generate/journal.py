@@ -82,7 +82,7 @@ class Journal:
                 yield ids[place], answer
                 continue
             began, spent = time.monotonic(), time.monotonic() - began
-            yield ids[place], Record(ids[place], answer.text, answer.finish, answer.prompt_tokens, answer.completion_tokens, spent)
+            yield ids[place], Record(ids[place], answer.text.encode("utf-8", "replace").decode(), answer.finish, answer.prompt_tokens, answer.completion_tokens, spent)
 
 
 def request_id(request: Request, turn: int = 0) -> str:

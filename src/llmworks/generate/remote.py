@@ -25,7 +25,7 @@ class RemoteOptions(Config):
     """What stands behind the `?` of a remote reference. Nothing of it but `sampling` changes what a model answers."""
 
     api: Literal["", "openai", "anthropic", "google", "cohere"] = Field("", description="what the server speaks; default: what its host is known for, else openai")
-    key: str = Field("", description="environment variable that holds the API key; default that of the API (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY, CO_API_KEY), sent over https or to this machine only")
+    key: str = Field("", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$", description="environment variable that holds the API key; default that of the API (OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY, CO_API_KEY), which is sent over https or to this machine only; one that is named here is sent wherever the reference leads")
     sampling: Literal["", "asked", "default"] = Field("", description="`default` sends no temperature, top_p and top_k, for models that refuse them, `asked` sends them; default: asked, but for Anthropic's API, which takes none today")
     tokenizer: str = Field("", description="directory of the model's own tokenizer: then given text can be scored, where the server has OpenAI's completions API with `echo` (vLLM)")
     concurrency: int = Field(4, gt=0, le=256, description="requests at once")
@@ -44,8 +44,15 @@ def parse_remote(ref: str) -> tuple[str, str, RemoteOptions]:
     model, _, query = rest.partition("?")
     if not model:
         raise UserError(f"{ref}: name the model behind the URL, as in {url}#MODEL")
-    if not urlsplit(url).hostname:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise UserError(f"{url}: is no address ({error})") from None
+    if not host:
         raise UserError(f"{ref}: has no host; write https://HOST/v1#MODEL")
+    if parts.username or parts.password:
+        raise UserError(f"{parts.scheme}://...@{host}: an address with a password would stand in every manifest; put the key into an environment variable and name it: ?key=NAME")
     try:
         return url, model, RemoteOptions.model_validate(dict(parse_qsl(query, keep_blank_values=True)))
     except ValidationError as error:
@@ -54,6 +61,8 @@ def parse_remote(ref: str) -> tuple[str, str, RemoteOptions]:
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(field, RemoteOptions.model_fields, n=1)
             raise UserError(f"{ref}: unknown option {field!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(RemoteOptions.model_fields)}")) from None
+        if field == "key":
+            raise UserError(f"{url}#{model}: option 'key' is the name of an environment variable, not the key itself") from None
         raise UserError(f"{ref}: option {field!r}: {first['msg']}") from None
 
 

@@ -38,7 +38,7 @@ SAMPLING_WORDS = re.compile(r"temperature|top_p|top_k|topP|topK")
 LONGEST_PAUSE = 600.0  # a server that asks for more is given up
 CHARACTERS_PER_TOKEN = 4  # to guess a prompt's tokens before the server has counted them
 TEXTS = 64  # vectors asked for at once
-UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
 T = TypeVar("T")
 
 
@@ -57,8 +57,11 @@ class RemoteEngine:
         self.account = Account(self.options.input_price, self.options.output_price, self.options.budget)
         self.pace = Pace(self.options.requests_per_minute, self.options.tokens_per_minute)
         self._closed: AccessError | None = None
+        self._key = api_key(url, self.options, self.wire.key)
+        if not self._key.isascii():
+            raise UserError(f"{self.url}: the key in ${self.options.key or self.wire.key} has characters that no header can have; set it again")
         self.client = httpx.Client(
-            timeout=httpx.Timeout(self.options.timeout, connect=10.0, pool=None), headers=self.wire.headers(api_key(url, self.options, self.wire.key), plain=self.plain),
+            timeout=httpx.Timeout(self.options.timeout, connect=10.0, pool=None), headers=self.wire.headers(self._key, plain=self.plain),
             limits=httpx.Limits(max_connections=self.options.concurrency, max_keepalive_connections=self.options.concurrency),
         )  # fmt: skip
 
@@ -128,10 +131,10 @@ class RemoteEngine:
             reply = self.client.post(f"{self.url}{path}", json=body)
             self._check(reply)
             return read(reply.json())
-        except httpx.TransportError as error:
+        except (httpx.TransportError, httpx.DecodingError) as error:
             raise self._lost(error) from None
         except UNREADABLE:
-            raise Passing(f"the reply makes no sense: {' '.join(reply.text.split())[:80]!r}") from None
+            raise Passing(f"the reply makes no sense: {self._redacted(' '.join(reply.text.split()))[:80]!r}") from None
 
     def _go(self, guess: int) -> list[float]:
         """Wait for a request's turn. EngineError when the budget is spent."""
@@ -172,23 +175,27 @@ class RemoteEngine:
                         continue
                     data = json.loads(event)
                     if "error" in data and "type" not in data:
-                        raise EngineError(f"{self.url}: {_error_text(data)}")
+                        raise EngineError(f"{self.url}: {self._redacted(_error_text(data))}")
                     piece = stream.take(data)
                     if piece:
                         yield Delta(piece)
             rest, done = stream.end()
-        except httpx.TransportError as error:
+        except (httpx.TransportError, httpx.DecodingError) as error:
             raise self._lost(error) from None
         except UNREADABLE as error:
             raise Passing(f"the stream makes no sense ({error!r})") from None
         self._settle(entry, done.prompt_tokens, done.completion_tokens)
         yield Delta(rest, done)
 
-    def _lost(self, error: httpx.TransportError) -> Exception:
+    def _lost(self, error: httpx.RequestError) -> Exception:
         """What a broken connection is: final when the server has never answered, else it may pass."""
         if isinstance(error, (httpx.UnsupportedProtocol, httpx.ProxyError)) or (isinstance(error, httpx.ConnectError) and not self.account.requests):
             return EngineError(f"{self.url}: {type(error).__name__}: {error}; is the server running?")
         return Passing(f"{type(error).__name__}: {str(error) or 'no answer'}")
+
+    def _redacted(self, said: str) -> str:
+        """What a server said, without the key, which some repeat."""
+        return said.replace(self._key, "(the key)") if self._key else said
 
     def _check(self, reply: httpx.Response) -> None:
         """Raise for a status that is no success: Passing where another attempt may help."""
@@ -199,6 +206,7 @@ class RemoteEngine:
             message = _error_text(reply.json())
         except ValueError:
             message = reply.text.strip()[:200]
+        message = self._redacted(message)
         said = f"{status}: {message}"
         # some forbid a single request for what it says, which shows once others were answered
         if status in CLOSED or any(word in reply.text for word in CLOSED_WORDS) or (status == 403 and not self.account.requests):

@@ -47,7 +47,8 @@ class OpenAI:
         choice, usage = reply["choices"][0], reply.get("usage")
         message = choice["message"]
         calls = [Call(str(call["function"]["name"]), call["function"].get("arguments")) for call in message.get("tool_calls") or []]
-        return _completion(_content(message) + written(calls), choice.get("finish_reason"), usage)
+        refusal = message.get("refusal") if not message.get("content") and not calls else None
+        return _completion(str(refusal or _content(message)) + written(calls), "content_filter" if refusal else choice.get("finish_reason"), usage)
 
     def stream(self) -> OpenAIStream:
         """A reader of one stream."""

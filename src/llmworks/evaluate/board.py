@@ -72,7 +72,7 @@ def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminatio
     about = names.get(config.model, best)
     tests = differences(cells, about, [name for name, _ in order if name != about], columns)
     if tests:
-        rows = [(other, column, f"{d:+.1%}", f"{low:+.1%} to {high:+.1%}", f"{p:.3g}", f"{adjusted:.3g}", verdict(d, adjusted)) for other, column, d, low, high, p, adjusted in tests]
+        rows = [(other, column, f"{d:+.1%}", f"{low:+.1%} to {high:+.1%}", small(p), small(adjusted), verdict(d, adjusted)) for other, column, d, low, high, p, adjusted in tests]
         page.table(f"{about} against the others", ("against", "task", "difference", "95% interval", "p", "p of all", "verdict"), rows, f"Paired over the same samples. {len(tests)} tests are made at once: by chance alone {0.05 * len(tests):.1f} of them would be below 5%, so that the verdict goes by `p of all` (Holm).")
     seen = [seen_row(c) for c in sorted(contaminations or [], key=lambda c: (str(c.about.get("task")), c.digest))]
     if seen:
@@ -171,6 +171,11 @@ def differences(cells: Mapping[tuple[str, str], Entry], name: str, others: Seque
             d = paired.difference
             found.append((other, column, d.value, d.low, d.high, min(1.0, 2 * min(paired.p_not_better, paired.p_not_worse))))
     return [(*f, p) for f, p in zip(found, holm([f[-1] for f in found]), strict=True)]
+
+
+def small(chance: float) -> str:
+    """A p-value; resampling tells none below one of its resamples."""
+    return f"{chance:.3g}" if chance >= 1e-4 else "< 0.0001"
 
 
 def verdict(difference: float, chance: float) -> str:

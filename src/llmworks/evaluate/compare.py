@@ -15,6 +15,7 @@ from pydantic import Field
 from llmworks.artifact import Config, Report
 from llmworks.context import Context
 from llmworks.errors import DataError
+from llmworks.evaluate.board import small
 from llmworks.evaluate.bootstrap import RESAMPLES, holm, paired_difference
 from llmworks.evaluate.causes import CAUSES, cause, settings
 
@@ -104,7 +105,7 @@ def _other_metrics(config: CompareConfig, left: Mapping[str, Any], right: Mappin
         return
     found = [paired_difference([left[i]["scores"][n] for i in ids], [right[i]["scores"][n] for i in ids], groups=groups, seed=config.seed, resamples=config.resamples) for n in names]
     chances = [min(1.0, 2 * min(p.p_not_better, p.p_not_worse)) for p in found]
-    rows = [(n, f"{p.difference.value:+.4g}", f"{p.difference.low:+.4g} to {p.difference.high:+.4g}", f"{c:.3g}", f"{h:.3g}") for n, p, c, h in zip(names, found, chances, holm(chances), strict=True)]
+    rows = [(n, f"{p.difference.value:+.4g}", f"{p.difference.low:+.4g} to {p.difference.high:+.4g}", small(c), small(h)) for n, p, c, h in zip(names, found, chances, holm(chances), strict=True)]
     page.table("All metrics", ("metric", "difference", "95% interval", "p", "p of all"), rows, f"{len(names)} metrics are looked at together: `p of all` allows for that (Holm).")
 
 

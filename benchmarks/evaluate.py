@@ -163,6 +163,45 @@ def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: li
     return f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal, log-probabilities to {gap:.1e}"
 
 
+def engines(size: float) -> None:
+    """One model in transformers and, as F16 and Q8_0, in llama.cpp: how often the answer is the same, and why not."""
+    from llmworks.artifact import Report
+    from llmworks.context import Context
+    from llmworks.evaluate.compare import CompareConfig
+    from llmworks.evaluate.compare import compare as compared
+    from llmworks.evaluate.run import EvaluateConfig, evaluate
+    from llmworks.progress import Progress
+    from llmworks.quantize.gguf_file import write_gguf
+    from llmworks.references import open_engine, resolve
+    from llmworks.report import ReportBuilder
+    from llmworks.stages import resolve as resolve_stage
+    from llmworks.taskdata import default_inputs
+    from llmworks.workspace import Workspace
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for kind in ("f16", "q8_0"):
+            write_gguf(path(MODEL), place / f"{kind}.gguf", kind, Progress(quiet=True))
+        models = {"fp32": resolve(MODEL), **{kind: resolve(str(place / f"{kind}.gguf")) for kind in ("f16", "q8_0")}}
+        print("| task | samples | F16: same answer | why not | Q8_0: same answer | why not |\n|---|---|---|---|---|---|")
+        for task, limit in (("logiqa", 200), ("social-iqa", 400), ("medmcqa", 300), ("mmlu-sample", 281), ("sarcasm", 400), ("function-call", 40)):
+            config = EvaluateConfig(task=task, limit=max(10, int(limit * size)))
+            reports = {}
+            for name, model in models.items():
+                inputs = default_inputs(resolve_stage("evaluate"), config, {"model": model}, Workspace(place / "ws"))
+                out, scratch, page = place / f"{task}-{name}", place / f"scratch-{task}-{name}", ReportBuilder()
+                out.mkdir()
+                scratch.mkdir()
+                evaluate(config, inputs["model"], inputs["data"], Context(out, scratch, 0, Progress(quiet=True), page, open_engine))
+                page.write(out)
+                reports[name] = Report(out, name=name)
+            cells = []
+            for kind in ("f16", "q8_0"):
+                made = compared(CompareConfig(resamples=200), reports["fp32"], reports[kind], Context(place, place, 0, Progress(quiet=True), ReportBuilder(), open_engine)).metrics
+                cells += [f"{made['same_answer']:.1%}", ", ".join(f"{n} {c}" for c, n in made.get("causes", {}).items()) or "-"]
+            print(f"| {task} | {made['samples']} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     """Parse arguments, run, print."""
     import yaml
@@ -178,6 +217,9 @@ def main() -> None:
         who, task, more = args.one
         found = ours(Path(task), Path(more)) if who == "ours" else theirs(Path(task), int(more))
         print(json.dumps({**found, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        return
+    if args.engines:
+        engines(args.size)
         return
     print("| task | samples | llmworks, s | harness, s (batch) | faster by | MB | harness, MB | agreement |\n|---|---|---|---|---|---|---|---|")
     for name, (fields, rows, shots) in tasks(args.size).items():

@@ -16,7 +16,7 @@ def test_interval_of_a_proportion_is_the_normal_one() -> None:
     assert interval.high == pytest.approx(0.3 + half, abs=0.004)
 
 
-@pytest.mark.parametrize(("samples", "draw"), [(30, "half"), (30, "skewed"), (100, "half"), (100, "tenths"), (100, "skewed"), (300, "half")])
+@pytest.mark.parametrize(("samples", "draw"), [(30, "half"), (30, "skewed"), (100, "tenths"), (100, "skewed"), pytest.param(300, "half", marks=pytest.mark.slow)])
 def test_intervals_cover_the_truth_as_often_as_they_say(samples: int, draw: str) -> None:
     """1,000 experiments each: 95% intervals hold the truth in 93% to 97%."""
     rng, size = np.random.default_rng(samples), (1000, samples)
@@ -32,15 +32,15 @@ def test_intervals_of_groups_cover_the_truth() -> None:
     """Rows of a group are alike: an interval that takes them for independent is far too narrow, the clustered one is not."""
     rng = np.random.default_rng(0)
     hits = {"clustered": 0, "plain": 0}
-    for trial in range(600):
+    for trial in range(300):
         level = rng.normal(0.5, 0.2, 40)
         values = (level[:, None] + rng.normal(0, 0.1, (40, 10))).ravel()
         names = [str(i // 10) for i in range(400)]
         for what, groups in (("clustered", names), ("plain", [])):
             found = mean_interval(list(values), groups=groups, seed=trial, resamples=1000)
             hits[what] += found.low <= 0.5 <= found.high
-    assert 558 <= hits["clustered"] <= 582
-    assert hits["plain"] < 400
+    assert 276 <= hits["clustered"] <= 294  # 92% to 98%: 300 experiments tell no more
+    assert hits["plain"] < 200
 
 
 def test_paired_differences_cover_the_truth() -> None:

@@ -48,7 +48,7 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
     task = with_config(checked(config.task, config.definition), config, ctx.seed)
     every = read_rows(task, data, task.split)
     rows = one_side(kept(task, every, data.name), config.side, task)
-    alone = examples is None or examples.path.resolve() == data.path.resolve()
+    alone = examples is None or (examples.path.resolve() == data.path.resolve() and task.examples_split in ("", task.split))
     pool = rows if examples is None else read_rows(task, examples, task.examples_split or task.split)
     asked = questions(task, rows[: config.limit], pool, same_pool=alone)
     ctx.progress.say(expectation(task, len(asked)))

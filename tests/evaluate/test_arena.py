@@ -112,10 +112,7 @@ def test_votes_in_the_terminal(tmp_path: Path) -> None:
     assert [r["vote"] for r in rows] == ["A", "B"]
     shown = screen.getvalue()
     assert "\x1b" not in shown  # answers do not command the terminal
-    assert shown.index("--- A ---") < shown.index(" was x")  # nobody is named before the vote
-    for before, after in [part.split("> ", 1) for part in shown.split("=" * 72)[1:]]:
-        assert "x" not in before.replace("x1b", "").split("--- A ---")[0]
-        assert "was" in after
+    assert "x" not in shown.replace("x1b", "").replace("next", "").replace("(a tie)", "")  # nobody is named, ever: styles would be known after one vote
     with pytest.raises(UserError, match="ann has voted on all pairs"):
         vote(reports, file, "ann", 0, io.StringIO(), screen)
     assert vote(reports, file, "ben", 0, io.StringIO("s\nq\n"), screen) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmworks.evaluate.bootstrap import detectable, mean_interval, paired_difference, student
+from llmworks.evaluate.bootstrap import Interval, certain, detectable, mean_interval, paired_difference, sign_flip, student
 
 
 def test_interval_of_a_proportion_is_the_normal_one() -> None:
@@ -52,6 +52,24 @@ def test_paired_differences_cover_the_truth() -> None:
         d = paired_difference(list(a), list(b), seed=trial, resamples=1000).difference
         hits += d.low <= 0.1 <= d.high
     assert 930 <= hits <= 970
+
+
+def test_a_share_that_is_certain_has_the_exact_interval() -> None:
+    """Clopper and Pearson's: 8 of 8 leave 63.1% to 100%, 0 of 80 leave 0 to 4.51%."""
+    assert certain(Interval(1.0, 1.0, 1.0), 8).low == pytest.approx(0.6306, abs=1e-4)
+    assert certain(Interval(0.0, 0.0, 0.0), 80).high == pytest.approx(0.0451, abs=1e-4)
+    assert certain(Interval(0.5, 0.5, 0.5), 8) == Interval(0.5, 0.5, 0.5)
+
+
+def test_randomization_is_the_sign_test_for_right_and_wrong() -> None:
+    """Five gained, none lost: 2 / 32. Eight gained, two lost: McNemar's exact 0.109. Two groups can never tell."""
+    assert sign_flip([0.0] * 8, [1.0] * 5 + [0.0] * 3) == pytest.approx(0.0625)
+    assert sign_flip([0.0] * 8 + [1.0] * 2 + [1.0] * 20, [1.0] * 8 + [0.0] * 2 + [1.0] * 20) == pytest.approx(0.109375)
+    assert sign_flip([0.0] * 12, [1.0] * 12, groups=["a"] * 6 + ["b"] * 6) == pytest.approx(0.5)
+    assert sign_flip([1.0] * 5, [1.0] * 5) == 1.0
+    rng = np.random.default_rng(4)
+    below = sum(sign_flip(list(rng.random(40)), list(rng.random(40)), seed=i, flips=500) < 0.05 for i in range(400))
+    assert 8 <= below <= 34  # 5% of 400
 
 
 def test_students_quantiles() -> None:

@@ -70,7 +70,7 @@ def run(tmp_path: Path, pico: Path) -> Run:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown field": ({**CHOICE, "chioces": []}, "chioces: Extra inputs"),
+    "an unknown field": ({**CHOICE, "chioces": []}, "unknown field 'chioces', did you mean 'choices'"),
     "no metric": ({**CHOICE, "metrics": []}, "metrics is empty"),
     "a metric of another kind": ({**CHOICE, "metrics": ["bleu"]}, "kind choice has no metric 'bleu'; known: acc, acc_bytes"),
     "no choices": ({k: v for k, v in CHOICE.items() if k != "choices"}, "kind choice needs `choices`"),

@@ -116,10 +116,11 @@ def _earlier(workspace: Workspace) -> list[Report]:
     for artifact in workspace.artifacts():
         if isinstance(artifact, Report) and artifact.manifest is not None and artifact.manifest.stage == "evaluate":
             try:
-                entry_of(artifact)
+                entry = entry_of(artifact)
             except LlmworksError:  # of an older form
                 continue
-            found.append(artifact)
+            if entry.data["protocol"].get("side") != "practice":  # whose rows a model may be trained on
+                found.append(artifact)
     return found
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from llmworks.artifact import Config, Report
 from llmworks.context import Context
 from llmworks.errors import DataError
-from llmworks.evaluate.bootstrap import holm, paired_difference
+from llmworks.evaluate.bootstrap import holm, paired_difference, sign_flip
 
 CARD = "model-card.md"
 
@@ -62,7 +62,7 @@ def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminatio
     best = order[0][0]
     placed = [name for name, rank in order if rank is not None]
     page.lead = f"{len(order)} models on {len(columns)} tasks." + (f" Best on average: {best}, by {len(shared)} tasks that {len(placed)} models were asked." if len(placed) > 1 else "")
-    page.table("Leaderboard", ("model", "mean rank", "mean score", *columns), [row_of(name, rank, cells, columns, shared) for name, rank in order], f"Scores with half the width of their 95% intervals. Mean rank and mean score (of those in percent) are over {', '.join(shared) or 'no task'}: what all were asked that were asked half of the tasks or more.")
+    page.table("Leaderboard", ("model", "mean rank", "mean score", *columns), [row_of(name, rank, cells, columns, shared) for name, rank in order], f"Scores with their 95% intervals; ↓: lower is better. Mean rank and mean score (of those in percent) are over {', '.join(shared) or 'no task'}: what all were asked that were asked half of the tasks or more.")
     percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
     if percent:
         page.bars("Scores", {c: {name: cells[name, c].score for name, _ in order if (name, c) in cells} for c in percent}, "Lines are 95% intervals.")
@@ -129,7 +129,7 @@ def ranked(cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns
     Tasks: those that all were asked that were asked half of the tasks or more. A model that was not asked all of them has no rank. Equal scores share places.
     """
     many = [name for name in names if 2 * sum((name, c) in cells for c in columns) >= len(columns)] or list(names)
-    shared = [c for c in columns if all((name, c) in cells for name in many)]
+    shared = one_of_each(cells, [c for c in columns if all((name, c) in cells for name in many)])
     placed = [name for name in names if shared and all((name, c) in cells for c in shared)]
     ranks: dict[str, list[float]] = {name: [] for name in placed}
     for column in shared:
@@ -142,6 +142,17 @@ def ranked(cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns
     return [*sorted(means.items(), key=lambda item: (item[1], item[0])), *((name, None) for name in sorted(names) if name not in means)], shared
 
 
+def one_of_each(cells: Mapping[tuple[str, str], Any], columns: Sequence[str]) -> list[str]:
+    """Of several columns of one task the one with the most rows: a task counts once."""
+    best: dict[str, tuple[int, str]] = {}
+    for column in columns:
+        data = next(e.data for (_, c), e in cells.items() if c == column)
+        task, rows = str(data.get("task", column)), len(data.get("samples", ()))
+        if task not in best or rows > best[task][0]:
+            best[task] = (rows, column)
+    return [c for c in columns if c in {column for _, column in best.values()}]
+
+
 def row_of(name: str, rank: float | None, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str], shared: Sequence[str]) -> tuple[Any, ...]:
     """A model's row."""
     percent = [cells[name, c].score[0] for c in shared if cells[name, c].data["percent"]] if rank is not None else []
@@ -149,9 +160,9 @@ def row_of(name: str, rank: float | None, cells: Mapping[tuple[str, str], Entry]
 
 
 def shown(entry: Entry) -> str:
-    """A score with half the width of its interval."""
+    """A score with its interval."""
     value, low, high = entry.score
-    return f"{value:.1%} ± {(high - low) / 2:.1%}" if entry.data["percent"] else f"{value:.4g} ± {(high - low) / 2:.2g}"
+    return f"{value:.1%} ({low:.0%}–{high:.0%})" if entry.data["percent"] else f"{value:.4g} ({low:.3g}–{high:.3g})" + (" ↓" if entry.data["better"] == "lower" else "")
 
 
 Difference = tuple[str, str, float, float, float, float, float]
@@ -169,7 +180,8 @@ def differences(cells: Mapping[tuple[str, str], Entry], name: str, others: Seque
             ids = sorted(left)
             paired = paired_difference([sign * left[i]["score"] for i in ids], [sign * right[i]["score"] for i in ids], groups=[left[i]["group"] for i in ids])
             d = paired.difference
-            found.append((other, column, d.value, d.low, d.high, min(1.0, 2 * min(paired.p_not_better, paired.p_not_worse))))
+            chance = sign_flip([left[i]["score"] for i in ids], [right[i]["score"] for i in ids], groups=[left[i]["group"] for i in ids])
+            found.append((other, column, d.value, d.low, d.high, chance))
     return [(*f, p) for f, p in zip(found, holm([f[-1] for f in found]), strict=True)]
 
 
@@ -196,13 +208,20 @@ def asked_row(column: str, entries: Sequence[Entry]) -> tuple[Any, ...]:
     return (column, data["metric"], data["shots"], data["protocol"].get("prompt", ""), len(data["samples"]), len(found))
 
 
+def rows_told(data: Mapping[str, Any]) -> str:
+    """How many rows were asked, and of how many."""
+    asked, every = len(data["samples"]), int(data["protocol"].get("rows", 0))
+    return f"{asked} of {every}" if asked < every else str(asked)
+
+
 def card(name: str, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str]) -> str:
     """The section of a model card."""
-    lines = ["## Evaluation", "", "| task | metric | score | 95% interval | samples | shots | prompt |", "|---|---|---|---|---|---|---|"]
+    columns = one_of_each({k: e for k, e in cells.items() if k[0] == name}, [c for c in columns if (name, c) in cells])
+    lines = [f"## Evaluation of {name}", "", "| task | metric | score | 95% interval | samples | shots | prompt |", "|---|---|---|---|---|---|---|"]
     for column in columns:
         if (name, column) in cells:
             entry = cells[name, column]
             value, low, high = entry.score
             form = "{:.1%}" if entry.data["percent"] else "{:.4g}"
-            lines.append(f"| {column} | {entry.data['metric']} | {form.format(value)} | {form.format(low)} to {form.format(high)} | {len(entry.data['samples'])} | {entry.data['shots']} | {entry.data['protocol'].get('prompt', '')} |")
+            lines.append(f"| {column} | {entry.data['metric']} | {form.format(value)} | {form.format(low)} to {form.format(high)} | {rows_told(entry.data)} | {entry.data['shots']} | {entry.data['protocol'].get('prompt', '')} |")
     return "\n".join(lines) + "\n"

@@ -104,6 +104,35 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, groups: Sequenc
     return Paired(Interval(float(delta.mean()), float(low), float(high)), float((drawn <= 0).mean()), float((drawn >= 0).mean()))
 
 
+def certain(found: Interval, draws: int) -> Interval:
+    """An interval of a share that is 0 or 1 in all draws, which resampling gives no width: the exact binomial one (Clopper & Pearson 1934)."""
+    if found.low == found.high == found.value and found.value in (0.0, 1.0) and draws:
+        reach = 0.025 ** (1 / draws)
+        return Interval(found.value, reach, 1.0) if found.value else Interval(found.value, 0.0, 1 - reach)
+    return found
+
+
+def sign_flip(a: Sequence[float], b: Sequence[float], *, groups: Sequence[str] = (), seed: int = 0, flips: int = 10_000) -> float:
+    """Two-sided p of b - a: how often the differences, each with a sign drawn anew, sum up to as much (Fisher's randomization test; groups keep one sign).
+
+    Exact up to twelve differences that are not zero; else by drawing, and then never below 1 / flips.
+    """
+    import itertools
+
+    import numpy as np
+
+    delta = grouped(np.stack([np.asarray(b, dtype=float) - np.asarray(a, dtype=float)], axis=1), groups)[:, 0]
+    delta = delta[np.abs(delta) > 1e-12]
+    if not len(delta):
+        return 1.0
+    seen = abs(float(delta.sum())) - 1e-9
+    if len(delta) <= 12:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(delta))))
+        return float((np.abs(signs @ delta) >= seen).mean())
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(flips, len(delta)))
+    return float((1 + (np.abs(signs @ delta) >= seen).sum()) / (1 + flips))
+
+
 def holm(chances: Sequence[float]) -> list[float]:
     """p-values of several tests, made larger so that one in twenty families of tests errs at 5% (Holm 1979)."""
     order = sorted(range(len(chances)), key=lambda i: chances[i])

@@ -16,7 +16,7 @@ from llmworks.artifact import Config, Report
 from llmworks.context import Context
 from llmworks.errors import DataError
 from llmworks.evaluate.board import small
-from llmworks.evaluate.bootstrap import RESAMPLES, holm, paired_difference
+from llmworks.evaluate.bootstrap import RESAMPLES, holm, paired_difference, sign_flip
 from llmworks.evaluate.causes import CAUSES, cause, settings
 
 SHOWN = 400
@@ -42,16 +42,17 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     groups = [str(left[i].get("group", "")) for i in ids]
     scores = [left[i]["score"] for i in ids], [right[i]["score"] for i in ids]
     paired = paired_difference(*scores, groups=groups, seed=config.seed, resamples=config.resamples)
+    chance = sign_flip(*scores, groups=groups, seed=config.seed)
     d, sign = paired.difference, -1 if a.get("better") == "lower" else 1
     gained = sum(sign * right[i]["score"] > sign * left[i]["score"] for i in ids)
     lost = sum(sign * right[i]["score"] < sign * left[i]["score"] for i in ids)
     changed = [i for i in ids if _answer(left[i]) != _answer(right[i]) or left[i]["score"] != right[i]["score"]]
     metrics = {
-        "difference": d.value, "low": d.low, "high": d.high, "p_not_better": paired.p_not_better, "p_not_worse": paired.p_not_worse, "gained": gained, "lost": lost, "samples": len(ids),
+        "difference": d.value, "low": d.low, "high": d.high, "p_not_better": paired.p_not_better, "p_not_worse": paired.p_not_worse, "p": chance, "gained": gained, "lost": lost, "samples": len(ids),
         "differ": len(changed), "same_answer": sum(_answer(left[i]) == _answer(right[i]) for i in ids) / len(ids),
     }  # fmt: skip
     low, high = sorted((sign * d.low, sign * d.high))
-    verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+    verdict = "not told apart" if chance >= 0.05 else "better" if low > 0 else "worse" if high < 0 else "not told apart"
     page = ctx.report
     form = "{:+.1%}" if a.get("percent", True) else "{:+.4g}"
     told, between = form.format(d.value), f"{form.format(d.low)} to {form.format(d.high)}"
@@ -104,7 +105,7 @@ def _other_metrics(config: CompareConfig, left: Mapping[str, Any], right: Mappin
     if len(names) < 2:
         return
     found = [paired_difference([left[i]["scores"][n] for i in ids], [right[i]["scores"][n] for i in ids], groups=groups, seed=config.seed, resamples=config.resamples) for n in names]
-    chances = [min(1.0, 2 * min(p.p_not_better, p.p_not_worse)) for p in found]
+    chances = [sign_flip([left[i]["scores"][n] for i in ids], [right[i]["scores"][n] for i in ids], groups=groups, seed=config.seed) for n in names]
     rows = [(n, f"{p.difference.value:+.4g}", f"{p.difference.low:+.4g} to {p.difference.high:+.4g}", small(c), small(h)) for n, p, c, h in zip(names, found, chances, holm(chances), strict=True)]
     page.table("All metrics", ("metric", "difference", "95% interval", "p", "p of all"), rows, f"{len(names)} metrics are looked at together: `p of all` allows for that (Holm).")
 

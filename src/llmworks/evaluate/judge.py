@@ -63,7 +63,8 @@ def judge(config: JudgeConfig, answers: Report, judges: dict[str, Model], ctx: C
     found = [_ask(config, name, model, samples, others, ctx) for name, model in judges.items()]
     if not any(one.verdicts for one in found):
         example = next((text for one in found for text in one.said.values()), "")
-        raise DataError(f"no judge gave a verdict; the first said {' '.join(example.split())[:100]!r}; take a stronger judge, or raise max_tokens (now {config.max_tokens})")
+        form = "[[A]], [[B]] or [[C]]" if others is not None else "a grade in double brackets, as [[7]]"
+        raise DataError(f"no judge gave a verdict; the first said {' '.join(example.split())[:100]!r}; wanted is {form}; take a stronger judge")
     page = ctx.report
     jury = _jury(found, samples, pairs=others is not None)
     if not jury:

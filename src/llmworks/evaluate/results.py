@@ -11,7 +11,7 @@ from typing import Any
 from llmworks.artifact import Adapter, Model, Report
 from llmworks.context import Context
 from llmworks.evaluate.asking import Answered
-from llmworks.evaluate.bootstrap import Interval, interval
+from llmworks.evaluate.bootstrap import Interval, certain, grouped, interval
 from llmworks.evaluate.extract import extract
 from llmworks.evaluate.metrics import Choice, Metric, Text, Written, metric_of, score_functions
 from llmworks.evaluate.questions import Question
@@ -53,7 +53,8 @@ def measure(task: Task, answered: Sequence[Answered], asked: Sequence[Question])
             name = metric.name + (f"/{way}" if way else "")
             numbers = [(0.0, 1.0) if one.refused and not metric.corpus else metric.numbers(sample) for one, (sample, _) in zip(answered, judged, strict=True)]
             metrics[name] = metric
-            values[name] = interval(numbers, metric.value, groups=groups)
+            found = interval(numbers, metric.value, groups=groups)
+            values[name] = certain(found, len(grouped(numbers, groups))) if metric.percent else found
             for sample, row in zip(samples, numbers, strict=True):
                 sample["scores"][name] = _alone(metric, row)
         for sample, (outcome, reason) in zip(samples, judged, strict=True):

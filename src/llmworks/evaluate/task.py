@@ -6,6 +6,7 @@ are read as well (`harness.py`).
 
 from __future__ import annotations
 
+import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +103,8 @@ class Task(Config):
     def _fits(self) -> Task:
         if not self.metrics:
             raise ValueError("metrics is empty: name at least one")
+        if self.kind in ("choice", "likelihood") and self.answer == "":
+            raise ValueError(f"a task of kind {self.kind} needs `answer`")
         if not self.extract:
             raise ValueError("extract is empty: name at least one way, or leave it out")
         for pattern in (*(s.pattern for steps in self.extract.values() for s in steps), *(p for m in self.metrics for p in m.ignore)):
@@ -131,8 +134,6 @@ def task_names() -> list[str]:
 
 def load_task(name: str) -> Task:
     """A built-in task by its name, or a YAML file of ours or of the lm-evaluation-harness. UserError for one that is neither, or broken."""
-    import difflib
-
     import yaml
 
     if not name.endswith((".yaml", ".yml")):
@@ -146,11 +147,17 @@ def load_task(name: str) -> Task:
     path = Path(name)
     values = load_yaml(path)
     if "task" not in values and "output_type" not in values:
-        return checked(name, values)
+        return beside(checked(name, values), path)
     try:
-        return checked(name, from_harness(values, path))
+        return beside(checked(name, from_harness(values, path)), path)
     except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:  # foreign files have anything anywhere
         raise UserError(f"{name}: is no task of the lm-evaluation-harness that can be read ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+
+
+def beside(task: Task, path: Path) -> Task:
+    """The task with files of data that lie beside its own file found there, whatever the current directory is."""
+    found = {field: str(path.parent / ref) for field in ("data", "examples") if (ref := getattr(task, field)) and ":" not in ref and (path.parent / ref).exists()}
+    return task.model_copy(update=found) if found else task
 
 
 def checked(name: str, values: Any) -> Task:
@@ -165,6 +172,10 @@ def checked(name: str, values: Any) -> Task:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         said = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, Task.model_fields, n=1)
+            said = f"unknown field {where!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(Task.model_fields)}")
+            where = ""
         raise UserError(f"{name}: {f'{where}: ' if where else ''}{said}") from None
     for measure in task.metrics:
         check_measure(task.kind, measure, name)

@@ -25,9 +25,10 @@ def answers_of(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]
         samples = data.get("samples") or []
         if not samples or "text" not in samples[0] or "logprobs" in samples[0]:
             raise DataError(f"{report.name}: has no written answers; an arena is of evaluations of tasks of kind generate")
-        if data["model"] in out:
-            raise DataError(f"{report.name}: there are two evaluations of a model called {data['model']!r}; give models names of their own")
-        out[data["model"]] = {s["id"]: s for s in samples}
+        name = data["model"] if data["model"] not in out else f"{data['model']}: {report.name}"  # one model asked in two ways
+        if name in out:
+            raise DataError(f"{report.name}: stands twice among the evaluations")
+        out[name] = {s["id"]: s for s in samples}
     if len(out) < 2:
         raise UserError("an arena needs the evaluations of two models or more")
     return out
@@ -63,7 +64,6 @@ def vote(reports: Sequence[Report], file: Path, voter: str, seed: int, source: T
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(made, ensure_ascii=False) + "\n")
         count += 1
-        print(f"A was {a}, B was {b}.", file=target)
     return count
 
 

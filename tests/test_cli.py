@@ -58,6 +58,8 @@ def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["data", "chat", "--data", "notes.txt", "--out", "o"], "conversations are read from .jsonl"),
         (["data", "split", "--data", "good.jsonl", "--set", "part=test", "--out", "o"], "has no Parquet files"),
         (["train", "sft", "--model", "good.jsonl", "--data", "good.jsonl", "--out", "o"], "is a dataset, wanted is model"),
+        (["evaluate", "good.jsonl", "--max-tokens=5"], "--max-tokens=5 (max_tokens is set with --set max_tokens=VALUE)"),
+        (["evaluate", "good.jsonl", "--nothing", "5"], "(see llmworks evaluate --help)"),
         (["quantize", "gguf", "--model", "cut", "--out", "o"], "truncated"),
         (["quantize", "gguf", "--model", "bad.gguf", "--out", "o"], "is gguf already"),
         (["model", "from_gguf", "--source", "bad.gguf", "--out", "o"], "not a readable GGUF file"),

@@ -186,8 +186,14 @@ class Report(Artifact):
     kind = "report"
 
     def read(self) -> dict[str, Any]:
-        """The report's data."""
-        data: dict[str, Any] = json.loads((self.path / "report.json").read_text())
+        """The report's data. ArtifactError when it cannot be read."""
+        file = self.path / "report.json"
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{file}: cannot be read ({str(error).splitlines()[0]}); make the report again") from None
+        if not isinstance(data, dict):
+            raise ArtifactError(f"{file}: holds no report; make it again")
         return data
 
 

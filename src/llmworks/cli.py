@@ -48,11 +48,15 @@ url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. `llmworks COMMAND --help` tells
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse whose errors are one line."""
+    """Argparse whose errors are one line. `fields`: names that are given by --set."""
+
+    fields: frozenset[str] = frozenset()
 
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with exit code 2."""
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        field = next((word[2:].split("=")[0].replace("-", "_") for word in message.split() if word.startswith("--") and word[2:].split("=")[0].replace("-", "_") in self.fields), "")
+        hint = f"{field} is set with --set {field}=VALUE" if field and message.startswith("unrecognized") else f"see {self.prog} --help"
+        print(f"{self.prog}: {message} ({hint})", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -338,6 +342,7 @@ def _stage_command(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.fields = frozenset(stage.config.model_fields)
     for item in stage.inputs.values():
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",

@@ -142,7 +142,7 @@ class ReportBuilder:
                 lines += ["| " + " | ".join(_cell(v).replace("|", "\\|").replace("\n", " ") for v in row) + " |" for row in block.rows]
                 parts.append("\n".join(lines))
             elif block.kind == "samples":
-                parts += ["\n".join(f"- {k}: `{' '.join(v.split())}`" for k, v in item.items()) for item in block.data]
+                parts += ["\n".join(f"- {k}: `{' '.join(v.split())}`" if k else f"- {' '.join(v.split())}" for k, v in item.items()) for item in block.data]
             elif block.kind == "pairs":
                 parts += ["\n".join([f"- {t}", *(f"  - {label}: `{' '.join(text.split())}`" for label, text in sides)]) for t, *sides in block.data]
             elif block.kind == "drawing" and block.data:
@@ -158,6 +158,11 @@ class ReportBuilder:
         title = html.escape(self.title)
         head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title><style>{_STYLE}</style>'
         return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{lead}{body}</body></html>\n'
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as in "1 model", "2 models"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _cell(value: Any) -> str:

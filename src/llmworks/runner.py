@@ -265,4 +265,5 @@ def facts(metrics: Mapping[str, Any]) -> str:
         "shared_groups",
         "shared_texts",
     )
-    return "  ".join(f"{k} {metrics[k]:.4g}" if isinstance(metrics[k], float) else f"{k} {metrics[k]}" if isinstance(metrics[k], str) else f"{k} {metrics[k]:,}" for k in shown if k in metrics)
+    named = {"score": f"score ({metrics['metric']})"} if isinstance(metrics.get("metric"), str) else {}
+    return "  ".join(f"{named.get(k, k)} {metrics[k]:.4g}" if isinstance(metrics[k], float) else f"{k} {metrics[k]}" if isinstance(metrics[k], str) else f"{k} {metrics[k]:,}" for k in shown if k in metrics)

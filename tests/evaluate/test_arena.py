@@ -15,8 +15,8 @@ from llmworks.artifact import Artifact, Dataset, Report
 from llmworks.cli import main
 from llmworks.context import Context
 from llmworks.errors import DataError, UserError
-from llmworks.evaluate.arena import ArenaConfig, arena
-from llmworks.evaluate.ratings import SCALE, Vote, bradley_terry, elo, intervals, style_of
+from llmworks.evaluate.arena import ArenaConfig, arena, of_judges
+from llmworks.evaluate.ratings import SCALE, Vote, bradley_terry, elo, intervals, resampled, style_of
 from llmworks.evaluate.voting import matches, vote
 from llmworks.progress import Progress
 from llmworks.references import resolve
@@ -73,7 +73,7 @@ def test_intervals_cover_the_truth() -> None:
     truth = 1000 + SCALE * (np.array(strengths) - np.mean(strengths))
     hits = 0
     for seed in range(120):
-        low, high = intervals(simulated(strengths, 150, seed), 3, seed=seed, resamples=150)
+        low, high = intervals(*resampled(simulated(strengths, 150, seed), 3, seed=seed, resamples=150))
         hits += int(((low <= truth) & (truth <= high)).sum())
     assert 0.92 <= hits / 360 <= 0.98
 
@@ -159,6 +159,22 @@ def test_the_stage_joins_people_and_judges(tmp_path: Path) -> None:
     assert made.metrics["agreement"] == pytest.approx(38 / 40)
     assert run(tmp_path, votes(40, "x", "y", 0.7), judged, voters="people")[0].metrics["votes"] == 40
     assert run(tmp_path, votes(40, "x", "y", 0.7), judged, voters="judges")[0].metrics["votes"] == 40
+
+
+def test_a_leader_by_chance_is_not_told_apart(tmp_path: Path) -> None:
+    for share, beside in ((0.55, 1), (0.9, 0)):
+        made, _ = run(tmp_path, votes(40, "x", "y", share))
+        assert made.metrics["not_told_apart"] == beside
+        assert ("not told apart from y" in (tmp_path / "out" / "report.md").read_text()) == bool(beside)
+
+
+def test_a_judgement_that_was_changed_by_hand(tmp_path: Path) -> None:
+    good = {"question": "q", "lengths": [1, 2], "verdicts": {"judge": "A"}}
+    (tmp_path / "j").mkdir()
+    for pair in ({**good, "lengths": 3}, {**good, "verdicts": ["A"]}, {**good, "verdicts": {"judge": "left"}}, "pair"):
+        (tmp_path / "j" / "report.json").write_text(json.dumps({"models": ["x", "y"], "pairs": [good, pair]}))
+        with pytest.raises(DataError, match="changed by hand or is broken"):
+            of_judges(Report(tmp_path / "j", name="j"))
 
 
 WRONG = {

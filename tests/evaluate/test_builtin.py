@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llmworks import assets
 from llmworks.artifact import Artifact, Dataset, Model
+from llmworks.cli import main
 from llmworks.context import Context
 from llmworks.evaluate.extract import extract
 from llmworks.evaluate.questions import kept, questions, read_rows
@@ -117,6 +119,23 @@ HUB: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "pubmedqa": ("pubmedqa", [{"pubid": i, "question": f"is {w} quick?", "context": {"contexts": [f"The {w} is.", "It was."], "labels": ["A"], "meshes": ["B"]}, "long_answer": "x", "final_decision": ["yes", "no", "maybe"][i % 3]} for i, w in enumerate(("fox", "user", "name"))]),
     "lambada": ("lambada_openai", [{"text": f"the quick brown fox in {w} is the {e}"} for w, e in (("Oslo", "fox"), ("city", "user"), ("name", "weather"))]),
 }  # fmt: skip
+
+
+@harness
+def test_a_task_of_an_asset_goes_out_to_the_harness(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `llmworks tasks NAME --harness` prints runs there as it is, and finds the same."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(TorchEngine, "context", 4096)
+    assert main(["tasks", "logiqa", "--harness"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    task = load_task("logiqa")
+    made = open_pico(pico, tmp_path, "logiqa", rows_of(task, task.data), limit=4)
+    lm = HFLM(pretrained=load_model(pico), tokenizer=load_tokenizer(pico), batch_size=4, device="cpu", max_length=4096)
+    found = lm_eval.simple_evaluate(lm, tasks=[config], limit=4, log_samples=True, bootstrap_iters=0, apply_chat_template=task.prompt == "chat")["samples"]["logiqa"]
+    for sample, other in zip(found, made["samples"], strict=True):
+        assert other["logprobs"] == pytest.approx([r[0][0] for r in sample["resps"]], rel=2e-5, abs=2e-4)
+        assert other["scores"]["acc"] == sample["acc"]
 
 
 def test_all_tasks_of_the_hub_are_compared() -> None:

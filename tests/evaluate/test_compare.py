@@ -18,7 +18,7 @@ from tests.conftest import TEMPLATE, make_pico
 from llmworks.artifact import Artifact, Dataset, Model, Report
 from llmworks.cli import main
 from llmworks.context import Context
-from llmworks.errors import DataError, UserError
+from llmworks.errors import ArtifactError, DataError, UserError
 from llmworks.evaluate.board import BoardConfig, board, ranked
 from llmworks.evaluate.bootstrap import holm
 from llmworks.evaluate.compare import CompareConfig, compare
@@ -195,6 +195,46 @@ def test_what_cannot_be_paired(run: Run, tmp_path: Path) -> None:
     for name, fields, count, message in (("b", CHOICE, 30, "not of the same task and samples"), ("c", {**CHOICE, "metrics": ["acc_norm"]}, 40, "have other scores"), ("d", {**CHOICE, "name": "u"}, 40, "not of the same task")):
         with pytest.raises(DataError, match=message):
             compare(CompareConfig(), a, run(name, fields, count=count), context(tmp_path / "x"))
+
+
+def test_of_several_changes_none_is_blamed_alone(run: Run, tmp_path: Path) -> None:
+    """With one change its cause is named; with two the page says that they cannot be separated."""
+    a = run("a", CHOICE)
+    for name, fields, said in (("b", {**CHOICE, "question": "Question: {{q}}\nA:"}, ""), ("c", {**CHOICE, "question": "Question: {{q}}\nA:", "shots": {"count": 1}}, "2 settings differ at once (question, shots)")):
+        page = ReportBuilder()
+        compare(CompareConfig(resamples=200), a, run(name, fields), context(tmp_path / f"to-{name}", report=page))
+        notes = " ".join(block.text for block in page.blocks)
+        assert ("differ at once" in notes) == bool(said)
+        assert said in notes
+
+
+SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no samples": (lambda d: d.pop("samples"), "has no `samples`"),
+    "samples are none": (lambda d: d.update(samples=[]), "samples"),
+    "a score in words": (lambda d: d["samples"][3].update(score="right"), r"samples\.3\.score"),
+    "a score is missing": (lambda d: d["samples"][3].pop("score"), r"sample '4' \(number 4\) has no `score`"),
+    "one id twice": (lambda d: d["samples"][3].update(id="1"), "two samples have the id '1'"),
+    "a log-probability in words": (lambda d: d["samples"][0].update(logprobs=["high"]), r"samples\.0\.logprobs\.0"),
+    "an interval in words": (lambda d: d["intervals"].update(acc="wide"), r"intervals\.acc"),
+    "samples by name": (lambda d: d.update(samples={"1": {}}), "samples: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_reports_that_were_changed_by_hand(what: str, run: Run, tmp_path: Path) -> None:
+    spoil, message = SPOILT[what]
+    a, b = run("a", CHOICE, count=8), run("b", CHOICE, count=8)
+    data = b.read()
+    spoil(data)
+    (b.path / "report.json").write_text(json.dumps(data))
+    with pytest.raises(DataError, match=message):
+        compare(CompareConfig(), a, b, context(tmp_path / "x"))
+    with pytest.raises(DataError, match=message):
+        board(BoardConfig(), [a, b], context(tmp_path / "y"))
+    for text, said in (("{", "cannot be read"), ("[]", "holds no report"), ("\udcff", "cannot be read")):
+        (b.path / "report.json").write_text(text, errors="surrogateescape")
+        with pytest.raises(ArtifactError, match=said):
+            compare(CompareConfig(), a, b, context(tmp_path / "x"))
 
 
 # boards

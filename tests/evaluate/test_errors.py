@@ -91,7 +91,7 @@ def test_nothing_failed_and_nothing_to_divide(tmp_path: Path) -> None:
     made = errors(ErrorsConfig(), evaluation(tmp_path, lambda *_: False), context(tmp_path, page))
     assert (made.metrics["failed"], made.metrics["parts_more_than_chance"]) == (0, 0)
     page.write(tmp_path / "out")
-    (tmp_path / "e" / "report.json").write_text(json.dumps({"task": "t", "model": "m", "percent": False, "samples": [{"id": "1", "score": 1.2}]}))
+    (tmp_path / "e" / "report.json").write_text(json.dumps({"task": "t", "model": "m", "percent": False, "samples": [{"id": "1", "question": "q", "score": 1.2}]}))
     with pytest.raises(DataError, match="no right and wrong answers"):
         errors(ErrorsConfig(), Report(tmp_path / "e", name="e"), context(tmp_path))
 

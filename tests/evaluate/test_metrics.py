@@ -13,7 +13,7 @@ import pytest
 import sacrebleu
 
 from llmworks.evaluate.bootstrap import interval
-from llmworks.evaluate.extract import extract
+from llmworks.evaluate.extract import Slow, extract
 from llmworks.evaluate.metrics import Choice, Text, Written, exact_match, f1, metric_of, pass_at
 from llmworks.evaluate.task import Measure, Step
 
@@ -101,5 +101,6 @@ def test_answers_are_found_in_what_was_said() -> None:
     assert extract([Step(how="strip"), Step(how="lower")], "  Yes ") == "yes"
     assert extract([Step(how="final_answer")], "I think.\nAnswer: 12") == "12"
     assert extract([Step(how="first_line"), Step(how="upper")], "\n a\nb") == "A"
-    slow = Step(how="regex", pattern=r"(a+)+$")
-    assert extract([slow], "a" * 40 + "b") == "[invalid]"  # a pattern that would take for ever
+    slow = Step(how="regex", pattern=r"(a|aa)+$")
+    with pytest.raises(Slow, match="takes longer than 2 s"):  # it would take for ever
+        extract([slow], "a" * 60 + "b")

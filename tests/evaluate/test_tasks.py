@@ -29,7 +29,7 @@ from llmworks.progress import Progress
 from llmworks.references import resolve
 from llmworks.report import ReportBuilder
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.types import Engine, Scored
+from llmworks.types import Completion, Engine, Scored
 
 CHOICE: dict[str, Any] = {"name": "t", "kind": "choice", "prompt": "plain", "question": "Q: {{q}}\nA:", "choices": "opts", "answer": "gold", "metrics": ["acc", "acc_norm"]}
 GENERATE: dict[str, Any] = {"name": "g", "question": "{{q}}", "answer": "{{gold}}", "metrics": ["exact_match"], "max_tokens": 8}
@@ -292,6 +292,15 @@ def test_several_samples_and_pass_at_k(run: Run) -> None:
     assert 0 < one < three < 1
     right = [sum(bool(set(t) & set("aeiou")) for t in s["texts"]) / 5 for s in made["samples"]]
     assert one == pytest.approx(sum(right) / len(right))
+
+
+def test_a_pattern_that_takes_too_long_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(x|xx)+$ on a long text of x and another letter: the answer counts as wrong, and the sample says why."""
+    monkeypatch.setattr("llmworks.evaluate.extract.SECONDS", 0.05)
+    monkeypatch.setattr(TorchEngine, "each", lambda self, requests: ((place, Completion("x" * 60 + "b", "stop")) for place in range(len(requests))))
+    made = run({**GENERATE, "extract": [{"how": "regex", "pattern": "(x|xx)+$"}]}, ROWS[:3])
+    assert {s["reason"] for s in made["samples"]} == {"extract: the pattern takes longer than 0.05 s"}
+    assert {s["score"] for s in made["samples"]} == {0.0}
 
 
 def test_one_question_that_is_refused_does_not_end_the_run(run: Run) -> None:

@@ -147,6 +147,19 @@ def arena(args: argparse.Namespace) -> None:
     out(f"\n{count} votes in {args.votes}. Ratings: llmworks evaluate arena --votes {args.votes}")
 
 
+def _on_disk(fields: dict[str, Any]) -> dict[str, Any]:
+    """A task of the harness whose files are paths: it knows none of our references."""
+    from llmworks.data.formats.source import find_files
+    from llmworks.references import resolve
+
+    files = fields.get("dataset_kwargs", {}).get("data_files", {})
+    for split, ref in files.items():
+        if ref.startswith("asset:"):
+            found = find_files(resolve(ref).path)
+            files[split] = str(found[0]) if len(found) == 1 else list(map(str, found))
+    return fields
+
+
 def tasks(args: argparse.Namespace) -> None:
     """`llmworks tasks [NAME] [--harness]`."""
     import yaml
@@ -158,7 +171,7 @@ def tasks(args: argparse.Namespace) -> None:
 
     if args.name:
         task = load_task(args.name)
-        fields = to_harness(task) if args.harness else task.model_dump(exclude_defaults=True)
+        fields = _on_disk(to_harness(task)) if args.harness else task.model_dump(exclude_defaults=True)
         if args.json:
             as_json(fields)
         else:

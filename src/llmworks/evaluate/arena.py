@@ -14,7 +14,7 @@ from llmworks.context import Context
 from llmworks.data.jsonl import Rejected
 from llmworks.data.rawrows import raw_rows
 from llmworks.errors import DataError
-from llmworks.evaluate.ratings import Vote, bradley_terry, elo, intervals, style_of
+from llmworks.evaluate.ratings import Vote, bradley_terry, elo, intervals, resampled, style_of
 
 WON = {"A": 1.0, "B": 0.0, "C": 0.5}
 
@@ -56,7 +56,8 @@ def arena(config: ArenaConfig, ctx: Context, votes: list[Dataset] | None = None,
         raise DataError(f"no vote joins {', '.join(apart[0][:3])} with {', '.join(apart[1][:3])}, so their ratings cannot be compared; let some of them meet")
     rated = [Vote(names.index(b.a), names.index(b.b), WON[b.vote], style_of(*b.lengths), b.question) for b in counted]
     plain, _ = bradley_terry(rated, len(names))
-    low, high = intervals(rated, len(names), seed=config.seed, resamples=config.resamples)
+    drawn, questions = resampled(rated, len(names), seed=config.seed, resamples=config.resamples)
+    low, high = intervals(drawn, questions)
     styled, weight = bradley_terry(rated, len(names), style=True)
     order = sorted(range(len(names)), key=lambda i: -plain[i])
     tallies = _tallies(counted)
@@ -64,7 +65,9 @@ def arena(config: ArenaConfig, ctx: Context, votes: list[Dataset] | None = None,
     page = ctx.report
     best = names[order[0]]
     page.title = "Arena"
-    page.lead = f"{len(counted)} votes on {len(names)} models; {best} leads with {plain[order[0]]:.0f} (95% interval {low[order[0]]:.0f} to {high[order[0]]:.0f})."
+    beside = [names[i] for i in order[1:] if intervals(drawn[:, order[0]] - drawn[:, i], questions)[0] <= 0]
+    told = f"; not told apart from {', '.join(beside)}" if beside else ""
+    page.lead = f"{len(counted)} votes on {len(names)} models; {best} leads with {plain[order[0]]:.0f} (95% interval {low[order[0]]:.0f} to {high[order[0]]:.0f}){told}."
     rank_styled = sorted(range(len(names)), key=lambda i: -styled[i])
     rows = [(place, names[i], f"{plain[i]:.0f}", f"{low[i]:.0f} to {high[i]:.0f}", f"{styled[i]:.0f}", rank_styled.index(i) + 1, f"{online[i]:.0f}", tallies[names[i]]) for place, i in enumerate(order, 1)]
     page.table("Ratings", ("", "model", "Bradley-Terry", "95% interval", "at equal length", "place at equal length", "Elo", "votes"), rows, f"A difference of 100 is 64% of wins. At equal length: the votes' liking for longer answers ({weight:+.2f} nats for one many times as long) is taken out. Elo depends on the order of votes.")
@@ -72,7 +75,7 @@ def arena(config: ArenaConfig, ctx: Context, votes: list[Dataset] | None = None,
     page.table("Wins", ("model", *(names[i] for i in order)), [(names[i], *(_wins(counted, names[i], names[j]) if i != j else "" for j in order)) for i in order], "Of the row against the column, ties half.")
     voters = Counter(b.voter for b in counted)
     page.table("Voters", ("voter", "votes"), voters.most_common(40))
-    metrics: dict[str, Any] = {"votes": len(counted), "models": len(names), "best": best, "style": weight}
+    metrics: dict[str, Any] = {"votes": len(counted), "models": len(names), "best": best, "not_told_apart": len(beside), "style": weight}
     agreement = _agreement(ballots)
     if agreement:
         metrics["agreement"] = agreement[0]
@@ -105,10 +108,16 @@ def of_judges(report: Report) -> list[Ballot]:
     data = report.read()
     if not data.get("pairs"):
         raise DataError(f"{report.name}: is no judgement of two evaluations (`llmworks evaluate judge` with --against)")
-    a, b = data["models"]
+    a, b = data.get("models") or ("", "")
     if a == b:
         raise DataError(f"{report.name}: both evaluations are of a model called {a!r}; give the models names of their own")
-    return [Ballot(p["question"], a, b, vote, judge, False, (p["lengths"][0], p["lengths"][1])) for p in data["pairs"] for judge, vote in p["verdicts"].items()]
+    try:
+        found = [Ballot(str(p["question"]), str(a), str(b), vote, judge, False, (int(p["lengths"][0]), int(p["lengths"][1]))) for p in data["pairs"] for judge, vote in p["verdicts"].items()]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        found = []
+    if not found or any(ballot.vote not in WON for ballot in found):
+        raise DataError(f"{report.name}: report.json was changed by hand or is broken; judge again")
+    return found
 
 
 def _apart(ballots: Sequence[Ballot], names: Sequence[str]) -> tuple[list[str], list[str]] | None:

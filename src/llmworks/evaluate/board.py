@@ -15,8 +15,9 @@ from pydantic import Field
 
 from llmworks.artifact import Config, Report
 from llmworks.context import Context
-from llmworks.errors import DataError
 from llmworks.evaluate.bootstrap import holm, paired_difference, sign_flip
+from llmworks.evaluate.stored import WHOLE, read_evaluation
+from llmworks.report import counted
 
 CARD = "model-card.md"
 
@@ -61,7 +62,7 @@ def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminatio
     page.title = config.title
     best = order[0][0]
     placed = [name for name, rank in order if rank is not None]
-    page.lead = f"{len(order)} models on {len(columns)} tasks." + (f" Best on average: {best}, by {len(shared)} tasks that {len(placed)} models were asked." if len(placed) > 1 else "")
+    page.lead = f"{counted(len(order), 'model')} on {counted(len(columns), 'task')}." + (f" Best on average: {best}, by {len(shared)} tasks that {len(placed)} models were asked." if len(placed) > 1 else "")
     page.table("Leaderboard", ("model", "mean rank", "mean score", *columns), [row_of(name, rank, cells, columns, shared) for name, rank in order], f"Scores with their 95% intervals; ↓: lower is better. Mean rank and mean score (of those in percent) are over {', '.join(shared) or 'no task'}: what all were asked that were asked half of the tasks or more.")
     percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
     if percent:
@@ -86,9 +87,7 @@ def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminatio
 
 def entry_of(report: Report) -> Entry:
     """One evaluation as an entry. DataError when it is none."""
-    data = report.read()
-    if "intervals" not in data or "definition" not in data or "samples" not in data:
-        raise DataError(f"{report.name}: is no evaluation of a task (`llmworks evaluate`), or of an older form; make it again")
+    data = read_evaluation(report, *WHOLE, of_samples=("question", "group", "score"))
     return Entry(str(report.about.get("model", "")), str(data["model"]), column_of(data), report.manifest.finished if report.manifest else "", data)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Run = Mapping[str, Any]
+IGNORED = {"what", "data", "examples"}  # of a task: they decide no prompt and no score
 CLOSE = 0.1  # nats between the best two options, below which rounding may choose
 
 CAUSES = {
@@ -90,9 +91,16 @@ def margin(logprobs: Sequence[float]) -> float:
 def settings(a: Run, b: Run) -> list[tuple[str, str, str]]:
     """(what, before, after) for everything that decided prompts and scores and is not the same in both runs."""
     out: list[tuple[str, str, str]] = []
-    for part, skip in (("definition", {"what", "data", "examples"}), ("protocol", {"rows", "asked"})):
+    for part, skip in (("definition", IGNORED), ("protocol", {"rows", "asked"})):
         for key in sorted({*a[part], *b[part]} - skip):
             before, after = a[part].get(key), b[part].get(key)
             if before != after:
                 out.append((key, str(before)[:160], str(after)[:160]))
     return list(dict.fromkeys(out))
+
+
+def changes(a: Run, b: Run) -> list[str]:
+    """What a person changed between two runs: the model, the engine and its precision, fields of the task. What follows from those, as a template, is not counted."""
+    out = ["model"] if a.get("model") != b.get("model") else []
+    out += ["engine"] if any(a["protocol"].get(key) != b["protocol"].get(key) for key in ("engine", "dtype")) else []
+    return out + [key for key in sorted({*a["definition"], *b["definition"]} - IGNORED) if a["definition"].get(key) != b["definition"].get(key)]

@@ -17,7 +17,8 @@ from llmworks.context import Context
 from llmworks.errors import DataError
 from llmworks.evaluate.board import small
 from llmworks.evaluate.bootstrap import RESAMPLES, holm, paired_difference, sign_flip
-from llmworks.evaluate.causes import CAUSES, cause, settings
+from llmworks.evaluate.causes import CAUSES, cause, changes, settings
+from llmworks.evaluate.stored import read_evaluation
 
 SHOWN = 400
 
@@ -35,8 +36,8 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     Metrics: difference, low, high, p_not_better, p_not_worse, gained, lost, samples, differ, same_answer.
     Errors: DataError when the two reports are not of the same samples and task.
     """
-    a, b = before.read(), after.read()
-    left, right = _samples(before.name, a), _samples(after.name, b)
+    a, b = (read_evaluation(report, "task", of_samples=("question", "score", "text")) for report in (before, after))
+    left, right = ({s["id"]: s for s in data["samples"]} for data in (a, b))
     _check(before.name, after.name, a, b, left, right)
     ids = sorted(left)
     groups = [str(left[i].get("group", "")) for i in ids]
@@ -63,7 +64,9 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     causes = {i: cause(a, b, left[i], right[i]) for i in changed} if "definition" in a and "definition" in b else {}
     if causes:
         counted = Counter(causes.values()).most_common()
-        page.table("Why samples differ", ("cause", "samples", "what it is"), [(c, n, CAUSES[c]) for c, n in counted], "The first cause that is seen, in the order in which a prompt becomes a score.")
+        several = changes(a, b)
+        note = f" {len(several)} settings differ at once ({', '.join(several)}): what each of them does by itself cannot be told; change one at a time." if len(several) > 1 else ""
+        page.table("Why samples differ", ("cause", "samples", "what it is"), [(c, n, CAUSES[c]) for c, n in counted], f"The first cause that is seen, in the order in which a prompt becomes a score.{note}")
         metrics["causes"] = dict(counted)
     if causes or ("definition" in a and "definition" in b):
         differing = settings(a, b)
@@ -73,12 +76,6 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     page.pairs("Samples that differ", items, f"The first {SHOWN} of {len(changed)}." if len(changed) > SHOWN else "", tags)
     page.data = {"before": before.name, "after": after.name, "verdict": verdict, "metrics": metrics, "differing": [{"id": i, "cause": causes.get(i, ""), "before": left[i]["score"], "after": right[i]["score"]} for i in changed]}
     return Report(ctx.out, metrics=metrics, about={"verdict": verdict})
-
-
-def _samples(name: str, data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    if "samples" not in data:
-        raise DataError(f"{name}: is no evaluation, it has no samples")
-    return {s["id"]: s for s in data["samples"]}
 
 
 def _check(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:

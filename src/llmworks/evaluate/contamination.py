@@ -15,8 +15,8 @@ from pydantic import Field
 from llmworks.artifact import Config, Dataset, Report
 from llmworks.context import Context
 from llmworks.data.testsets import test_rows
-from llmworks.errors import DataError
 from llmworks.evaluate.bootstrap import mean_interval
+from llmworks.evaluate.stored import read_evaluation
 
 WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
 COMMON = 0.02  # of all samples: a run that more of them have is no sign
@@ -34,10 +34,8 @@ def contamination(config: ContaminationConfig, evaluation: Report, trained: list
 
     Errors: DataError for a report that is no evaluation, or training sets that cannot be read as text.
     """
-    data = evaluation.read()
-    samples = {s["id"]: s for s in data.get("samples") or []}
-    if not samples or "score" not in next(iter(samples.values())):
-        raise DataError(f"{evaluation.name}: is no evaluation, it has no samples")
+    data = read_evaluation(evaluation, "task", "model", of_samples=("question", "score"))
+    samples = {s["id"]: s for s in data["samples"]}
     runs, short = _index(config, {i: f"{s['question']} {s.get('reference', '')}" for i, s in samples.items()})
     sizes = sorted({len(run) for run in runs})
     touched: dict[str, str] = {}

@@ -16,6 +16,7 @@ from llmworks.artifact import Config, Report
 from llmworks.context import Context
 from llmworks.errors import DataError, MissingDependency
 from llmworks.evaluate.bootstrap import holm
+from llmworks.evaluate.stored import read_evaluation
 
 EXAMPLES, LEAST = 6, 5
 
@@ -49,9 +50,9 @@ def errors(config: ErrorsConfig, evaluation: Report, ctx: Context) -> Report:
 
     Errors: DataError for a report that is no evaluation with right and wrong answers; MissingDependency without scikit-learn.
     """
-    data = evaluation.read()
-    samples = {s["id"]: s for s in data.get("samples") or []}
-    if not samples or not data.get("percent", False) or data.get("better") == "lower":
+    data = read_evaluation(evaluation, "task", "model", of_samples=("question", "score"))
+    samples = {s["id"]: s for s in data["samples"]}
+    if not data.get("percent", False) or data.get("better") == "lower":
         raise DataError(f"{evaluation.name}: has no right and wrong answers that could be divided")
     failed = {i for i, s in samples.items() if s["score"] < config.right}
     page = ctx.report

@@ -13,8 +13,12 @@ from llmworks.score.extract import code_block, final_answer
 SECONDS = 2.0  # of one pattern on one answer
 
 
+class Slow(Exception):
+    """A pattern that takes too long on an answer; it has no match then."""
+
+
 def extract(steps: Sequence[Step], said: str) -> str:
-    """Apply the steps in their order."""
+    """Apply the steps in their order. Slow for a pattern that takes too long."""
     for step in steps:
         said = _apply(step, said)
     return said
@@ -41,7 +45,7 @@ def match(step: Step, said: str) -> str:
     try:
         found = expressions.findall(step.pattern, said, timeout=SECONDS)
     except TimeoutError:
-        return step.fallback
+        raise Slow(f"the pattern takes longer than {SECONDS:g} s") from None
     except expressions.error as error:
         raise UserError(f"extract: {step.pattern!r} is no regular expression ({error})") from None
     if not -len(found) <= step.pick < len(found):

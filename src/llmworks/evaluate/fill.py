@@ -38,7 +38,7 @@ def fill(template: str, row: Mapping[str, Any]) -> Any:
             raise DataError(f"row {row.get('id', '?')!r}: the field {template!r} is null")
         return row[template]
     if NAME.fullmatch(template):
-        raise DataError(f"row {row.get('id', '?')!r}: has no field {template!r}")
+        raise DataError(f"row {row.get('id', '?')!r}: has no field {template!r}; it has {', '.join(sorted(map(str, row)))[:160]}")
     try:
         return _compiled(template).render(**row)
     except Exception as error:  # a template is a program: it may fail in any way

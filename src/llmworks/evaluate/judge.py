@@ -20,6 +20,7 @@ from llmworks.evaluate import agreement
 from llmworks.evaluate.bootstrap import mean_interval
 from llmworks.evaluate.labels import read_labels
 from llmworks.evaluate.reward import Reward, is_reward
+from llmworks.evaluate.stored import read_evaluation
 from llmworks.generate.journal import Journal, Record
 from llmworks.score.judge import BEST, comparing, grading, read_choice, read_grade
 from llmworks.types import Message, Request, Sampling
@@ -95,8 +96,8 @@ def judge(config: JudgeConfig, answers: Report, judges: dict[str, Model], ctx: C
 
 
 def _samples(report: Report, limit: int | None) -> dict[str, dict[str, Any]]:
-    samples = report.read().get("samples")
-    if not samples or "text" not in samples[0] or "logprobs" in samples[0]:
+    samples = read_evaluation(report, of_samples=("question",))["samples"]
+    if "text" not in samples[0] or "logprobs" in samples[0]:
         raise DataError(f"{report.name}: has no written answers; judges read evaluations of tasks of kind generate")
     return {s["id"]: s for s in samples[:limit]}
 

@@ -16,6 +16,7 @@ from llmworks.data.card import finish_rows
 from llmworks.data.rows import Row
 from llmworks.errors import DataError
 from llmworks.evaluate.questions import kept, one_side, questions, read_rows
+from llmworks.evaluate.stored import read_evaluation
 from llmworks.evaluate.task import Task
 from llmworks.types import Message, messages_to_json
 
@@ -32,7 +33,7 @@ def practice(config: PracticeConfig, evaluation: Report, data: Dataset, ctx: Con
 
     Errors: DataError for an evaluation that is not of the practice side, for other rows, or where no row has a right answer as text.
     """
-    found = evaluation.read()
+    found = read_evaluation(evaluation, "protocol", "definition", "task", "model", of_samples=("score",))
     side = found.get("protocol", {}).get("side")
     if side != "practice":
         raise DataError(f"{evaluation.name}: was made of {'the test side' if side == 'test' else 'all rows'}; rows to train on are taken from an evaluation with side: practice, and the model is then measured with side: test")

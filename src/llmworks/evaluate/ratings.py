@@ -60,17 +60,24 @@ def bradley_terry(votes: Sequence[Vote], models: int, weights: Any = None, *, st
     return ratings, float(strength[models]) if style else 0.0
 
 
-def intervals(votes: Sequence[Vote], models: int, *, style: bool = False, seed: int = 0, resamples: int = 500) -> tuple[Any, Any]:
-    """(low, high) [models] of ratings in 95% of resamples; votes on one question are drawn together."""
+def resampled(votes: Sequence[Vote], models: int, *, style: bool = False, seed: int = 0, resamples: int = 500) -> tuple[Any, int]:
+    """(ratings [resamples, models], how many independent draws each is of); votes on one question are drawn together."""
     import numpy as np
-
-    from llmworks.evaluate.bootstrap import tails
 
     names = {q: i for i, q in enumerate(dict.fromkeys(v.question or f"#{i}" for i, v in enumerate(votes)))}
     places = np.array([names[v.question or f"#{i}"] for i, v in enumerate(votes)])
     rng = np.random.default_rng(seed)
     drawn = np.stack([bradley_terry(votes, models, rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[places], style=style)[0] for _ in range(resamples)])
-    low, high = np.percentile(drawn, tails(len(names)), axis=0)
+    return drawn, len(names)
+
+
+def intervals(drawn: Any, count: int) -> tuple[Any, Any]:
+    """(low, high) that hold 95% of resampled values [resamples, ...] of `count` independent draws."""
+    import numpy as np
+
+    from llmworks.evaluate.bootstrap import tails
+
+    low, high = np.percentile(drawn, tails(count), axis=0)
     return low, high
 
 

@@ -12,7 +12,7 @@ from llmworks.artifact import Adapter, Model, Report
 from llmworks.context import Context
 from llmworks.evaluate.asking import Answered
 from llmworks.evaluate.bootstrap import Interval, certain, grouped, interval
-from llmworks.evaluate.extract import extract
+from llmworks.evaluate.extract import Slow, extract
 from llmworks.evaluate.metrics import Choice, Metric, Text, Written, metric_of, score_functions
 from llmworks.evaluate.questions import Question
 from llmworks.evaluate.task import Task
@@ -90,9 +90,15 @@ def _judged(task: Task, one: Answered, steps: Sequence[Any], names: Sequence[str
             best = max(one.found, key=lambda f: f.logprob)
             return Text(best.logprob, best.tokens, any(f.greedy for f in one.found), question.options[one.found.index(best)]), ""
         return Text(sum(f.logprob for f in one.found), sum(f.tokens for f in one.found), False, question.plain[0]), ""
-    answers = [extract(steps, question.prefix + r.text if question.prefix and names else r.text) for r in one.records]
+    answers: list[str] = []
     scores: dict[str, list[float]] = {}
     reason = ""
+    for record in one.records:
+        try:
+            answers.append(extract(steps, question.prefix + record.text if question.prefix and names else record.text))
+        except Slow as slow:
+            answers.append("")
+            reason = f"extract: {slow}"
     for name in names:
         found = [score_function(name)(_prompt(question), answer, question.row) for answer in answers]
         scores[name] = [score.value for score in found]
@@ -199,7 +205,13 @@ def _page(sample: Mapping[str, Any]) -> dict[str, str]:
     mark = "✓" if sample["score"] == 1 else "✗"
     if "choices" in sample:
         options = "\n".join(f"{'→' if c == sample['chosen'] else ' '} {'✓' if i in sample['gold'] else ' '} {p:9.3f}  {c}" for i, (c, p) in enumerate(zip(sample["choices"], sample["logprobs"][: len(sample["choices"])], strict=True)))
-        return {"": f"{mark} {sample['question'][-110:]}", "options": options, "why": sample["reason"] or "right"}
+        return {"": f"{mark} {_line(sample['question'])}", "question": sample["question"], "options": options, "why": sample["reason"] or "right"}
     if "logprobs" in sample and not sample["text"]:
-        return {"": f"{sample['score']:.4g} {sample['question'][:110]}", "log-probability": str(sample["logprobs"])}
-    return {"": f"{mark} {sample['question'][:110]}", "answer": sample["text"], "reference": sample["reference"], "why": sample["reason"] or ("right" if sample["score"] == 1 else "another answer")}
+        return {"": f"{sample['score']:.4g} {_line(sample['question'])}", "log-probability": str(sample["logprobs"])}
+    return {"": f"{mark} {_line(sample['question'])}", "question": sample["question"], "answer": sample["text"], "reference": sample["reference"], "why": sample["reason"] or ("right" if sample["score"] == 1 else "another answer")}
+
+
+def _line(question: str) -> str:
+    """A question on one line: its beginning and, where it is long, its end."""
+    words = " ".join(question.split())
+    return words if len(words) <= 130 else f"{words[:60]} … {words[-66:]}"

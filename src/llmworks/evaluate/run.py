@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from llmworks.artifact import Adapter, Config, Dataset, Model, Report
 from llmworks.context import Context
+from llmworks.errors import DataError
 from llmworks.evaluate.asking import Asker
 from llmworks.evaluate.bootstrap import detectable
 from llmworks.evaluate.memory import Memory
@@ -50,7 +51,10 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
     rows = one_side(kept(task, every, data.name), config.side, task)
     alone = examples is None or (examples.path.resolve() == data.path.resolve() and task.examples_split in ("", task.split))
     pool = rows if examples is None else read_rows(task, examples, task.examples_split or task.split)
-    asked = questions(task, rows[: config.limit], pool, same_pool=alone)
+    try:
+        asked = questions(task, rows[: config.limit], pool, same_pool=alone)
+    except DataError as error:
+        raise DataError(f"task {config.task}, data {data.name}: {error}") from None
     ctx.progress.say(expectation(task, len(asked)))
     measure(task, [], asked)  # a row that cannot be scored is refused before anything is asked
     engine = ctx.open_engine(model)

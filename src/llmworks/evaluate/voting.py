@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from llmworks.artifact import Report
 from llmworks.errors import DataError, UserError
+from llmworks.evaluate.stored import read_evaluation
 
 KEYS = {"a": "A", "b": "B", "t": "C"}
 HELP = "a or b: the better answer, t: a tie, s: skip, q: enough"
@@ -21,9 +22,9 @@ def answers_of(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]
     """Model -> sample -> sample of evaluations of written answers. DataError when fewer than two models answered the same questions."""
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for report in reports:
-        data = report.read()
-        samples = data.get("samples") or []
-        if not samples or "text" not in samples[0] or "logprobs" in samples[0]:
+        data = read_evaluation(report, "model", of_samples=("question",))
+        samples = data["samples"]
+        if "text" not in samples[0] or "logprobs" in samples[0]:
             raise DataError(f"{report.name}: has no written answers; an arena is of evaluations of tasks of kind generate")
         name = data["model"] if data["model"] not in out else f"{data['model']}: {report.name}"  # one model asked in two ways
         if name in out:

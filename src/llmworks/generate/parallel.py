@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from llmworks.errors import LlmworksError
 from llmworks.types import Completion, Request
@@ -39,7 +40,7 @@ def each_in_threads(answer: Callable[[Request], Completion], requests: Sequence[
         worker.start()
     try:
         for _ in requests:
-            place, found = done.get()
+            place, found = _wait(done)
             if isinstance(found, BaseException) and not isinstance(found, LlmworksError):
                 raise found
             yield place, found
@@ -47,6 +48,15 @@ def each_in_threads(answer: Callable[[Request], Completion], requests: Sequence[
         over.set()
         for worker in workers if not leave else ():
             worker.join()
+
+
+def _wait(done: queue.SimpleQueue[Any]) -> Any:
+    """The next item. Waits in short turns: a signal that comes just before a wait begins is seen only after it."""
+    while True:
+        try:
+            return done.get(timeout=1.0)
+        except queue.Empty:
+            continue
 
 
 def in_order(answers: Iterable[Answered], count: int) -> list[Completion]:

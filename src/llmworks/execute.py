@@ -193,8 +193,9 @@ def _call(
     context = Context(draft, scratch, seed, progress, report, open_engine, pool)
     with peak_memory() as memory:
         made = stage.function(config, **inputs, ctx=context)
-    if type(made).kind != stage.output.kind:
-        raise ArtifactError(f"stage {stage.name} is declared to make a {stage.output.kind}, it made a {type(made).kind}")
+    declared = stage.output_of(config).kind
+    if type(made).kind != declared:
+        raise ArtifactError(f"stage {stage.name} is declared to make a {declared}, it made a {type(made).kind}")
     if report.blocks or report.data:
         report.write(draft if made.kind == "report" else draft / "report")
     files = digest_files(draft)

@@ -129,8 +129,8 @@ class Progress:
             write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file's text at once: a kill or a full disk leaves the old one."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file's content at once: a kill or a full disk leaves the old one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)

@@ -400,7 +400,7 @@ def _needs(step: Step) -> list[str]:
 def _kind(step: Step | None) -> str | None:
     """The kind a step makes, where that is known before running."""
     if isinstance(step, StageStep):
-        return step.stage.output.kind
+        return step.stage.output_of(step.config).kind
     if isinstance(step, UseStep):
         if step.ref.startswith("asset:"):
             return assets.get(step.ref.removeprefix("asset:")).kind

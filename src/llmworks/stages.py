@@ -63,7 +63,9 @@ STAGES: dict[str, Stage] = {
     "train.ngram": Stage("llmworks.train.ngram:ngram", 1, "exact-on-this-platform", "count an n-gram model of packed tokens (Kneser-Ney)"),
     "train.pretrain": Stage("llmworks.train.pretrain:pretrain", 2, "declared", "train a model on packed tokens"),
     "train.scaling": Stage("llmworks.train.scaling:scaling", 1, "declared", "many small trainings, the law that they follow, and a larger one predicted"),
-    "train.sft": Stage("llmworks.train.sft:sft", 2, "declared", "supervised fine-tuning with LoRA, loss on assistant turns"),
+    "train.sft": Stage("llmworks.train.sft:sft", 3, "declared", "supervised fine-tuning of an adapter or of all weights, loss on answers"),
+    "train.distill": Stage("llmworks.train.distill:distill", 1, "declared", "a student learns a teacher's chances of tokens, or its answers"),
+    "train.rates": Stage("llmworks.train.rates:rates", 1, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"),
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),
     "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 1, "exact", "a Hugging Face directory to one GGUF file"),
     "evaluate": Stage("llmworks.evaluate.run:evaluate", 2, "declared", "a task on a model, sample by sample"),
@@ -113,6 +115,11 @@ class ResolvedStage:
     inputs: dict[str, Input]
     output: type[Artifact]
 
+    def output_of(self, config: Config | None) -> type[Artifact]:
+        """The kind that is made with a configuration, where that decides it (`makes`)."""
+        made: type[Artifact] = getattr(config, "makes", self.output)
+        return made
+
     @property
     def help(self) -> str:
         """The function's docstring."""
@@ -146,7 +153,8 @@ def resolve(name: str) -> ResolvedStage:
         if hints[parameter.name] is Context or parameter.name == "config":
             continue
         inputs[parameter.name] = _input(parameter.name, hints[parameter.name], parameter.default is inspect.Parameter.empty)
-    return ResolvedStage(name, stage, function, hints["config"], inputs, hints["return"])
+    made = typing.get_args(hints["return"])  # of several kinds the first is what the default configuration makes
+    return ResolvedStage(name, stage, function, hints["config"], inputs, made[0] if made else hints["return"])
 
 
 def _input(name: str, hint: Any, required: bool) -> Input:

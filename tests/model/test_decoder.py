@@ -299,7 +299,7 @@ def test_adapters_leave_the_head_alone() -> None:
 
     made = model()
     assert "head" not in lora.target_layers(made, "all-linear")
-    lora.attach(made, "all-linear", 2, 4.0)
+    lora.attach(made, "all-linear", lora.Lora(2, 4.0))
     made(input_ids=IDS, labels=IDS).loss.backward()
     assert all(layer.b.grad is not None for _, layer in lora.layers(made))
 
@@ -343,3 +343,15 @@ def test_a_vocabulary_grows() -> None:
     made.resize_token_embeddings(70)
     assert made.head.weight is made.decoder.embedding.weight
     assert torch.equal(logits(made)[..., :61], before)
+
+
+def test_a_gate_in_one_operation_is_the_two_that_it_stands_for() -> None:
+    """To the last bit, forward and backward."""
+    from llmworks.model.feed_forward import _SiluGate
+
+    torch.manual_seed(0)
+    gate, up, weights = (torch.randn(5, 7, 40, requires_grad=i < 2) for i in range(3))
+    one, two = _SiluGate.apply(gate, up), torch.nn.functional.silu(gate) * up
+    assert torch.equal(one, two)
+    for a, b in zip(torch.autograd.grad((one * weights).sum(), [gate, up]), torch.autograd.grad((two * weights).sum(), [gate, up]), strict=True):
+        assert torch.equal(a, b)

@@ -81,6 +81,30 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+TUNED = {"adapter": ("lora.rank=4",), "adapter of four bits": ("lora.base=nf4", "lora.rank=4"), "all weights": ("method=full",), "sharded adapter": ("lora.rank=4", "parallel.data=shard"), "sharded weights": ("method=full", "parallel.data=shard")}
+
+
+@pytest.mark.parametrize("what", [name if name in ("adapter", "sharded weights") else pytest.param(name, marks=pytest.mark.slow) for name in TUNED])
+def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico: Path, tmp_path: Path) -> None:
+    from tests.train.test_sft import chats
+
+    chats(tmp_path / "chats", 24)
+    alone = [s for s in TUNED[what] if not s.startswith("parallel")]
+    sets = ("batch_size=2", "accumulation=2", "optimizer.learning_rate=0.005", "checkpoint_every=4", "look_every=4", "samples=0")
+    for name, more in (("one", alone), ("two", [*TUNED[what], "--nproc", "2"])):
+        words = ["train", "sft", str(pico), str(tmp_path / "chats"), "--held-out", str(tmp_path / "chats"), "--out", str(tmp_path / name), "--workspace", str(tmp_path / f"ws-{name}"), "--quiet"]
+        assert main([*words, *(w for s in (*sets, *(m for m in more if "=" in m)) for w in ("--set", s)), *(m for m in more if "=" not in m)]) == 0
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [(r["step"], r.get("tokens"), r.get("labels")) for r in one] == [(r["step"], r.get("tokens"), r.get("labels")) for r in two]
+    for name in ("loss", "held_out"):
+        assert [r[name] for r in one if name in r] == pytest.approx([r[name] for r in two if name in r], rel=2e-3), name
+    assert [r["gradient_norm"] for r in one[:2]] == pytest.approx([r["gradient_norm"] for r in two[:2]], rel=1e-3)
+    file = "adapter_model.safetensors" if (tmp_path / "one" / "adapter_model.safetensors").exists() else "model.safetensors"
+    a, b = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], atol=5e-3) for name in a)
+
+
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] if LAYOUTS[name][0] == "4" else []) for name in LAYOUTS])
 def test_a_step_is_the_same_step(layout: str, made: Path, alone: Path, tmp_path: Path) -> None:
     processes, sets = LAYOUTS[layout]

@@ -137,7 +137,7 @@ def test_a_fine_tuning_is_what_then_happens(recipe_file: Callable[..., Path], tm
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_an_adapter_is_counted_without_weights(targets: str | list[str], pico: Path) -> None:
     network = load_model(pico)
-    lora.attach(network, targets, 3, 6.0)
+    lora.attach(network, targets, lora.Lora(3, 6.0))
     shape = shape_of(json.loads((pico / "config.json").read_text()))[1]
     tuning = Tuning(SftConfig(lora=LoraConfig(rank=3, targets=targets)), pico, shape, Conversations(8, 700.0, 1400, 0.25))
     assert tuning.learned == tuning.saved == sum(p.numel() for p in network.parameters() if p.requires_grad)

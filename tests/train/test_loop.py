@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmworks.errors import TrainingError
-from llmworks.model import lora
+from llmworks.model import adapter, lora
 from llmworks.model.load import load_model
 from llmworks.progress import Progress
 from llmworks.train.examples import Batch, Example, collate, plan_epoch
@@ -29,7 +29,7 @@ CONFIG = OptimizerConfig(learning_rate=1e-2, warmup=0.1)
 def prepared(pico: Path) -> torch.nn.Module:
     model = load_model(pico)
     torch.manual_seed(0)
-    lora.attach(model, "all-linear", 4, 8.0, dropout=0.1)
+    lora.attach(model, "all-linear", lora.Lora(4, 8.0, dropout=0.1))
     return model
 
 
@@ -44,7 +44,7 @@ def run(
     model = prepared(pico)
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
     train(model, steps_of(groups), next_token_loss, config, Habits(every), scratch=scratch, progress=progress)
-    return lora.state(model), progress.read_metrics()
+    return adapter.state(model), progress.read_metrics()
 
 
 def test_loss_is_that_of_transformers(pico: Path) -> None:
@@ -72,10 +72,10 @@ def test_accumulated_steps_equal_the_large_batch(pico: Path, tmp_path: Path) -> 
     def trained(name: str, groups: list[list[list[int]]]) -> dict[str, torch.Tensor]:
         model = load_model(pico)
         torch.manual_seed(0)
-        lora.attach(model, "all-linear", 4, 8.0)
+        lora.attach(model, "all-linear", lora.Lora(4, 8.0))
         (tmp_path / name).mkdir()
         train(model, steps_of(groups), next_token_loss, CONFIG, Habits(99), scratch=tmp_path / name, progress=Progress(quiet=True))
-        return lora.state(model)
+        return adapter.state(model)
 
     whole, parts = trained("a", [[[0, 1, 2, 3, 4, 5, 6, 7]]] * 3), trained("b", [[[7], [0, 1], [2, 3, 4], [5, 6]]] * 3)
     for name in whole:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmworks.commands.output import as_json, out, workspace_of
 from llmworks.errors import GateFailed, UserError
 
 if TYPE_CHECKING:
+    from llmworks.artifact import Dataset
+    from llmworks.train.estimate import Training
+    from llmworks.train.estimate_sft import Tuning
     from llmworks.train.selftest import Check
 
 
@@ -19,24 +23,25 @@ def selftest(args: argparse.Namespace) -> None:
     from llmworks.execute import threads, use_threads
     from llmworks.recipe import load_recipe
     from llmworks.runner import Run
+    from llmworks.train.estimate import Training
     from llmworks.train.selftest import selftest as checks_of
-    from llmworks.trainings import training_of
+    from llmworks.trainings import training_of, tuning_of
 
     recipe = load_recipe(args.recipe, args.set)
     job = Run(recipe, workspace_of(args))
     job.plan()
-    trainings = {name: t for name in recipe.steps if (t := training_of(recipe, job.found, name)) is not None}
+    trainings: dict[str, Training | Tuning] = {name: t for name in recipe.steps if (t := training_of(recipe, job.found, name) or _tuning(tuning_of(recipe, job.found, name))) is not None}
     if args.step:
         if args.step not in trainings:
             raise UserError(f"{args.recipe}: {args.step!r} is no training whose model is known; there are {', '.join(trainings) or 'none'}")
         trainings = {args.step: trainings[args.step]}
+    if not trainings:
+        raise UserError(f"{args.recipe}: has no training whose model is known (model.new, model.recurrent, or one that was made; of train.sft its data, too)")
     for name, training in trainings.items():
         try:
             training.check()
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    if not trainings:
-        raise UserError(f"{args.recipe}: has no step of train.pretrain whose model is known (model.new, model.recurrent, or one that was made)")
     use_threads(threads())
     found: dict[str, list[Check]] = {}
     wrong: list[str] = []
@@ -47,7 +52,7 @@ def selftest(args: argparse.Namespace) -> None:
         if not args.json:
             out(f"{name}: {'its first rows' if rows is not None else 'rows that are drawn, since its own are not made yet'}, a model of {training.shape.kind if hasattr(training.shape, 'kind') else 'its switches'}, shrunken")
         found[name] = []
-        for check in checks_of(training.config, training.shape, rows):
+        for check in checks_of(training.config, training.shape, rows) if isinstance(training, Training) else checks_of_tuning(training, rows):
             found[name].append(check)
             if not args.json:
                 out(f"{'✓' if check.holds else '✗'} {check.what:<42}{check.detail}")
@@ -58,3 +63,16 @@ def selftest(args: argparse.Namespace) -> None:
         as_json({name: [c.__dict__ for c in checks] for name, checks in found.items()})
     if wrong:
         raise GateFailed(f"{len(wrong)} of {sum(len(checks) for checks in found.values())} checks do not hold; the first is {wrong[0]}")
+
+
+def _tuning(tuning: Tuning | None) -> Tuning | None:
+    """A fine-tuning whose rows are there: it is tested on them."""
+    return tuning if tuning is not None and tuning.ready else None
+
+
+def checks_of_tuning(tuning: Tuning, rows: Dataset | None) -> Iterator[Check]:
+    """The checks of a fine-tuning."""
+    from llmworks.train.selftest_sft import selftest_sft
+
+    assert rows is not None
+    return selftest_sft(tuning.config, tuning.model, rows)

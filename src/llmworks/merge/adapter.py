@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from llmworks.artifact import Adapter, Config, Model
 from llmworks.context import Context
 from llmworks.errors import ArtifactError, ModelError
+
+if TYPE_CHECKING:
+    from llmworks.model.fold import Folded
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -45,25 +49,29 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
         source = adapter.path / name if (adapter.path / "tokenizer.json").exists() else model.path / name
         if source.exists():
             shutil.copyfile(source, ctx.out / name)
-    layers = fold_files(model.path, adapter.path, ctx.out)
+    folded = fold_files(model.path, adapter.path, ctx.out)
+    metrics: dict[str, float] = {"layers": folded.layers}
+    if folded.base_error:
+        ctx.progress.say(f"the adapter was trained beside weights in 4 bits, which are what it is folded into; they are {folded.base_error:.1%} off those of {model.name}")
+        metrics["base_error"] = round(folded.base_error, 6)
     golden = adapter.golden
     if golden is None:
         from llmworks.model.golden import record
 
         golden = record(ctx.out)
-        return Model(ctx.out, golden=golden, metrics={"layers": layers}, about={"format": "hf"})
+        return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf"})
     gap = require(golden, ctx.out, mean_within=config.logits_within, step="merge.adapter")
     assert gap is not None
     return Model(
         ctx.out,
         golden=golden,
-        metrics={"layers": layers, "golden_gap_mean": round(gap.mean, 7), "golden_gap_largest": round(gap.largest, 7)},
+        metrics={**metrics, "golden_gap_mean": round(gap.mean, 7), "golden_gap_largest": round(gap.largest, 7)},
         about={"format": "hf"},
     )
 
 
-def fold_files(source: Path, adapter_path: Path, out: Path) -> int:
-    """Copy the safetensors of `source` to `out` with the adapter folded in; returns the number of changed layers."""
+def fold_files(source: Path, adapter_path: Path, out: Path) -> Folded:
+    """Copy the safetensors of `source` to `out` with the adapter folded in."""
     from safetensors.torch import load_file, save_file
 
     from llmworks.model.fold import fold_into
@@ -72,7 +80,7 @@ def fold_files(source: Path, adapter_path: Path, out: Path) -> int:
     check_weights(source)
     shards = {file.name: load_file(file) for file in sorted(source.glob("*.safetensors"))}
     weights = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
-    layers = fold_into(lambda layer: weights.get(f"{layer}.weight"), adapter_path)
+    folded = fold_into(lambda layer: weights.get(f"{layer}.weight"), adapter_path)
     for name, tensors in shards.items():
         save_file(tensors, out / name, metadata={"format": "pt"})
-    return layers
+    return folded

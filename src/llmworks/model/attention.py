@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmworks.model.blockwise import BLOCK, Blocks, blocks_of, blockwise
+from llmworks.model.blockwise import BLOCK, Blocks, blocks_of, blocks_of_parts, blockwise
 from llmworks.model.linear import AddingLinear
 from llmworks.model.norm import RMSNorm
 from llmworks.model.positions import rotate, slopes
+from llmworks.model.rows import parts_of
 from llmworks.model.shape import Shape
 
 
@@ -25,11 +26,13 @@ class Seen:
     """What queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; without one they see all, or all before them (`causal`).
 
     `blocks`: where queries and keys are the same tokens on a CPU, what of them need not be computed (`blockwise.py`; only for speed).
+    `parts`: of the one row, texts that do not see one another, (first token, last + 1); there is no mask then.
     """
 
     mask: Tensor | None
     causal: bool
     blocks: Blocks | None = None
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0, padding: Tensor | None = None, segments: tuple[Tensor, Tensor] | None = None, alibi: Tensor | None = None, dtype: torch.dtype = torch.float32, block: int = BLOCK) -> Seen:
@@ -42,6 +45,10 @@ def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0,
     # no mask is needed where nothing is hidden beyond causality, and queries are all of the keys, or the last of them
     if not window and padding is None and segments is None and alibi is None and (not causal or same or queries.shape[1] == 1):
         return Seen(None, causal and queries.shape[1] > 1, blocks_of(keys.shape[1], None, block) if in_blocks else None)
+    if same and segments is not None and len(segments[1]) == 1 and padding is None and alibi is None:
+        parts = parts_of(segments[1][0])
+        if parts and (not window or max(end - first for first, end in parts) <= window):
+            return Seen(None, True, blocks_of_parts(parts, block) if in_blocks else None, parts)
     distance = queries[:, :, None] - keys[:, None, :]  # [batch, queries, keys]
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window:
@@ -95,7 +102,10 @@ class Attention(nn.Module):
         else:
             if self.groups < self.heads:
                 k, v = repeated(k, self.heads // self.groups), repeated(v, self.heads // self.groups)
-            said = F.scaled_dot_product_attention(q, k, v, attn_mask=look.mask, is_causal=look.causal, scale=self.scale)
+            if look.parts and memory is None:  # each text by itself: no mask, so that the fastest kernels serve
+                said = torch.cat([F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=self.scale) for a, b in look.parts], dim=2)
+            else:
+                said = F.scaled_dot_product_attention(q, k, v, attn_mask=look.mask, is_causal=look.causal, scale=self.scale)
         said = said.transpose(1, 2).reshape(batch, length, self.heads * self.per_head)
         attended: Tensor = self.out(said)
         return attended

@@ -1,67 +1,141 @@
-"""LoRA: y = W x + (alpha / r) B A x, with A random and B zero, so that training starts from the model itself.
+"""LoRA: y = W x + s B A x, with A random and B zero, so that training starts from the model itself.
 
-Adapters are written and read in peft's format. Source: Hu et al. 2021 (arXiv:2106.09685), initialisation as in peft's
-`LoraLayer.reset_lora_parameters`. Folding into the weights is `fold.py`; knows no other adapter.
+s is alpha / r (Hu et al. 2021, arXiv:2106.09685), or alpha / sqrt(r), rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). DoRA (Liu et al. 2024,
+arXiv:2402.09353) learns the length of each row of W + s B A beside it. Initialisation as in peft's `LoraLayer.reset_lora_parameters`. Files are
+`adapter.py`'s, folding into the weights is `fold.py`'s; knows no other adapter.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llmworks.errors import ModelError
-from llmworks.tokenize.load import read_json
+from llmworks.model.nf4 import NF4Linear
 
-PEFT_PREFIX = "base_model.model."
+Rename = Callable[[str], str]  # a layer's name here -> its name in the model's files
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The shape of an adapter. `stabilised`: alpha over the root of the rank; `magnitudes`: DoRA."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    stabilised: bool = False
+    magnitudes: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+
+class _Adapted(torch.autograd.Function):
+    """W x + s B A x in one: nothing of the width of the output is made twice, and of a frozen W nothing is kept, which may be unpacked anew each time."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any) -> Tensor:
+        """x: [..., in]; a: [r, in]; b: [out, r] -> [..., out]."""
+        flat = x.reshape(-1, x.shape[-1])
+        low = torch.mm(flat, a.T)
+        y = torch.mm(flat, dense(base).T) if base.bias is None else torch.addmm(base.bias, flat, dense(base).T)
+        y.addmm_(low, b.T, alpha=scale)
+        context.save_for_backward(flat, low, a, b)
+        context.rest = (scale, base, x.shape)
+        return y.view(*x.shape[:-1], len(b))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """DX = dY W + s dY B A, dA = s (dY B)' X, dB = s dY' (X A')."""
+        flat, low, a, b = context.saved_tensors
+        scale, base, shape = context.rest
+        by_y = gradients[0].reshape(-1, len(b))
+        by_low = torch.mm(by_y, b).mul_(scale)
+        by_x = torch.mm(by_y, dense(base)).addmm_(by_low, a).view(shape) if context.needs_input_grad[0] else None
+        return by_x, torch.mm(by_low.T, flat), torch.mm(by_y.T, low).mul_(scale), None, None
+
+
+def dense(base: Any) -> Tensor:
+    """The weight of a layer [out, in], unpacked where it is kept in 4 bits."""
+    weight: Tensor = base.dense() if isinstance(base, NF4Linear) else base.weight
+    return weight
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a trained low-rank addition. A: [r, in], B: [out, r]."""
+    """A frozen linear layer with a trained low-rank addition. A: [r, in], B: [out, r]; magnitude, of DoRA: [out]."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: nn.Linear | NF4Linear, lora: Lora) -> None:
         super().__init__()
-        self.base = base
-        self.scale = alpha / rank
-        self.dropout = dropout
-        self.a = nn.Parameter(torch.empty(rank, base.in_features))
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.base, self.scale, self.dropout = base, lora.scale, lora.dropout
+        self.a = nn.Parameter(torch.empty(lora.rank, base.in_features))
+        self.b = nn.Parameter(torch.zeros(base.out_features, lora.rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.magnitude = nn.Parameter(torch.linalg.norm(dense(base), dim=1)) if lora.magnitudes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
-        y: Tensor = self.base(x)
+        if self.magnitude is not None:
+            return self._with_magnitudes(x, self.magnitude)
+        dropping = self.dropout > 0 and self.training
+        if not dropping and x.dtype == self.a.dtype and not torch.is_autocast_enabled(x.device.type):
+            y: Tensor = _Adapted.apply(x, self.a, self.b, self.scale, self.base)  # type: ignore[no-untyped-call]
+            return y
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return y + F.linear(F.linear(low, self.a), self.b * self.scale)
+        plain: Tensor = self.base(x)
+        return plain + F.linear(F.linear(low, self.a), self.b * self.scale)
+
+    def _with_magnitudes(self, x: Tensor, magnitude: Tensor) -> Tensor:
+        """Of each row of W + s B A the direction, times its learned length; its own length is a constant for the gradient (section 4.3 of the paper)."""
+        weight = dense(self.base)
+        low = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        with torch.no_grad():
+            length = torch.linalg.norm(weight + self.scale * (self.b @ self.a), dim=1)
+        straight, added = F.linear(low, weight), F.linear(F.linear(low, self.a), self.b) * self.scale
+        share = (magnitude / length).to(x.dtype)
+        plain: Tensor = self.base(x)
+        y: Tensor = plain + (share - 1) * straight + share * added
+        return y
 
 
-def target_layers(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
-    """Names of the linear layers to adapt: all but the output head for "all-linear", else those whose last name is listed."""
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of all linear layers but the output head."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear)) and module is not head]
+
+
+def target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename = str) -> list[str]:
+    """Names of the linear layers to adapt: all but the output head for "all-linear", else those whose last name in the model's files is listed."""
+    names = linear_layers(model)
     if targets == "all-linear":
         return names
-    wanted = [name for name in names if name.rpartition(".")[2] in targets]
-    missing = sorted(set(targets) - {name.rpartition(".")[2] for name in wanted})
+    lasts = {name: rename(name).rpartition(".")[2] for name in names}
+    wanted = [name for name in names if lasts[name] in targets]
+    missing = sorted(set(targets) - {lasts[name] for name in wanted})
     if missing:
-        raise ModelError(
-            f"lora.targets: the model has no linear layer named {missing[0]!r}; it has {', '.join(sorted({n.rpartition('.')[2] for n in names}))}"
-        )
+        raise ModelError(f"lora.targets: the model has no linear layer named {missing[0]!r}; it has {', '.join(sorted(set(lasts.values())))}")
     return wanted
 
 
-def attach(model: nn.Module, targets: Sequence[str] | str, rank: int, alpha: float, dropout: float = 0.0) -> None:
+def attach(model: nn.Module, targets: Sequence[str] | str, lora: Lora, rename: Rename = str) -> None:
     """Freeze the model and put a `LoraLinear` around every target, in place. Seed torch before: A is random."""
     model.requires_grad_(False)
-    for name in target_layers(model, targets):
+    names = target_layers(model, targets, rename)
+    if not names:
+        raise ModelError("the model has no linear layer that could be adapted (layers of GPT-2 in transformers are none); train all weights")
+    for name in names:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LoraLinear(model.get_submodule(name), rank, alpha, dropout))  # type: ignore[arg-type]
+        base: Any = model.get_submodule(name)
+        setattr(model.get_submodule(parent), leaf, LoraLinear(base, lora))
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -69,56 +143,3 @@ def layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's names."""
-    out: dict[str, Tensor] = {}
-    for name, layer in layers(model):
-        out[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.a.detach().clone()
-        out[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.b.detach().clone()
-    return out
-
-
-def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put saved tensors back into the adapted layers; every layer must be there."""
-    with torch.no_grad():
-        for name, layer in layers(model):
-            layer.a.copy_(tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"])
-            layer.b.copy_(tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"])
-
-
-def save_adapter(model: nn.Module, out: Path, *, rank: int, alpha: float, dropout: float, base_name: str) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`, as peft reads them."""
-    from safetensors.torch import save_file
-
-    names = sorted({name.rpartition(".")[2] for name, _ in layers(model)})
-    config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank, "lora_alpha": alpha,
-        "lora_dropout": dropout, "target_modules": names, "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False, "use_dora": False,
-    }  # fmt: skip
-    save_file(state(model), out / "adapter_model.safetensors", metadata={"format": "pt"})
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of a peft LoRA directory. ModelError for another method, or an option that folding does not know."""
-    from safetensors.torch import load_file
-
-    config = read_json(path / "adapter_config.json")
-    try:
-        tensors = load_file(path / "adapter_model.safetensors")
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: not a peft adapter directory (no {Path(str(error.filename)).name})") from None
-    except Exception as error:  # safetensors raises its own kind for a truncated file
-        raise ModelError(f"{path}: the adapter cannot be read ({error}); copy it again") from None
-    if not (isinstance(config.get("r"), int) and config["r"] > 0 and isinstance(config.get("lora_alpha"), (int, float))):
-        raise ModelError(f"{path}/adapter_config.json: needs a rank `r` above zero and `lora_alpha`")
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is known here")
-    unknown = [
-        key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias") if config.get(key)
-    ]
-    if unknown or config.get("bias", "none") != "none":
-        raise ModelError(f"{path}: the adapter uses {unknown[0] if unknown else 'bias'}, which is not known here")
-    return config, tensors

@@ -26,6 +26,14 @@ def segments_of(positions: Tensor) -> Tensor | None:
     return F.pad(again.cumsum(-1), (1, 0)) if again.any() else None
 
 
+def parts_of(segments: Tensor) -> tuple[tuple[int, int], ...]:
+    """The texts of one row, segments [length] in rising order, as (first token, last + 1). Empty where a number comes back, so that they are no parts."""
+    if bool((segments.diff() < 0).any()):
+        return ()
+    ends: list[int] = [*(segments.diff().nonzero().flatten() + 1).tolist(), len(segments)]
+    return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+
 def texts_in(valid: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(text of each token that counts, its place in that text, lengths of the texts). valid, segments: [batch, length]; a text ends where its segment does.
 

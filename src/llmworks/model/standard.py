@@ -250,6 +250,35 @@ def from_standard(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]
     return out
 
 
+def rename_of(kind: str) -> Callable[[str], str]:
+    """From the name of a module of the decoder to its name in an architecture ("": they are the same)."""
+    names = STANDARDS[kind].names if kind else {}
+
+    def rename(name: str) -> str:
+        dotted = f"{name}."
+        for ours, theirs in names.items():
+            dotted = dotted.replace(ours, theirs)
+        return dotted[:-1]
+
+    return rename
+
+
+def open_adaptable(path: Path) -> tuple[Any, Callable[[str], str]]:
+    """(the model of a directory, fp32; the names of its layers in the directory's files): our decoder where layers are one to one, else as transformers has it.
+
+    Errors: ModelError for a broken directory.
+    """
+    from llmworks.model.load import load_model
+
+    try:
+        kind, _ = shape_of(read_json(path / "config.json"))
+    except ModelError:
+        return load_model(path), str
+    if kind == "gpt2":  # one matrix of its files holds queries, keys and values
+        return load_model(path), str
+    return load_decoder(path), rename_of(kind)
+
+
 def load_decoder(path: Path) -> DecoderForCausalLM:
     """The decoder of a directory of any known architecture, fp32, in evaluation mode.
 

@@ -13,6 +13,8 @@ from llmworks.train.estimate import NUMBER, PROCESS, Trial, has_room, kept_of, r
 from llmworks.train.sft import SftConfig
 
 LETTERS = 3.5  # of a token, about: prose has more, code and JSON have fewer
+IN_BITS = 4.127 / 8  # bytes of a weight in nf4, its scales in 8 bits
+CHUNK = 2.0 * NUMBER * (1 << 25)  # bytes of logits that exist at once, and their chances
 TURN = 20  # letters of what a template puts around a turn, about
 LOOKED = 4096  # conversations whose letters are counted
 ADAPTED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj", "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -20,7 +22,7 @@ ADAPTED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj
 
 @dataclass(frozen=True)
 class Conversations:
-    """How many there are, and letters of one: in the mean, of the longest, and the share of them that is learned."""
+    """Conversations, or other rows: how many there are, and letters of one: in the mean, of the longest, and the share of them that is learned."""
 
     count: int
     letters: float
@@ -29,9 +31,14 @@ class Conversations:
 
 
 def conversations_of(data: Dataset) -> Conversations:
-    """What is known of a data set without its tokens; the first rows stand for all. Errors: DataError for rows that are no conversations."""
-    from llmworks.data.rows import open_rows, row_files, row_tables, table_rows
+    """What is known of a data set without its tokens; the first rows stand for all. Errors: DataError for rows that cannot be learned."""
+    from llmworks.data.rows import open_rows, row_files, row_tables, schema_of, table_rows
+    from llmworks.train.rows import training_rows
 
+    if schema_of(data) != "chat":
+        texts = [(len(str(row.get("prompt", ""))), len(str(row.get("text", row.get("completion", ""))))) for row in training_rows(data)]
+        sizes = [sum(pair) for pair in texts]
+        return Conversations(len(sizes), sum(sizes) / len(sizes), max(sizes), sum(said for _, said in texts) / max(1, sum(sizes)))
     files = row_files(data, "chat")
     count = 0
     for file in files:
@@ -64,15 +71,28 @@ class Tuning:
 
     @cached_property
     def learned(self) -> int:
-        """Numbers of the adapter: rank times the inputs and outputs of each layer that it stands beside."""
+        """Numbers that are trained: of the adapter rank times the inputs and outputs of each layer that it stands beside; or all, whatever is frozen of them."""
+        if self.config.method == "full":
+            return self.parameters
+        if self.config.method in ("prompt", "prefix"):
+            each = self.shape.width if self.config.method == "prompt" else 2 * self.shape.layers * self.shape.groups * self.shape.per_head
+            return self.config.soft.tokens * each
         targets = self.config.lora.targets
         sizes = [part.tensors["weight"] for part in parts_of(self.shape, 1) if part.where and part.name in ADAPTED and (targets == "all-linear" or ADAPTED[part.name] in targets)]
         return self.config.lora.rank * sum(sum(size) for size in sizes)
 
     @property
     def saved(self) -> int:
-        """The adapter alone."""
+        """The adapter alone, or the model."""
         return self.learned
+
+    @property
+    def frozen(self) -> float:
+        """Bytes of the model's weights: in 4 bits those of its layers, where they are kept so."""
+        if self.config.lora.base != "nf4":
+            return float(self.parameters * NUMBER)
+        inner = sum(part.parameters for part in parts_of(self.shape, 1) if part.where and part.name in ADAPTED)
+        return (self.parameters - inner) * NUMBER + inner * IN_BITS
 
     @property
     def ready(self) -> bool:
@@ -84,7 +104,7 @@ class Tuning:
 
     @property
     def steps(self) -> int:
-        """How many steps there are, if no conversation is set aside; as `sft.plan` has it."""
+        """How many steps there are, if no conversation is set aside; as `examples.Steps` has it."""
         if self.conversations is None:
             return 0
         parts = max(1, round(self.config.epochs * -(-self.conversations.count // self.config.batch_size)))
@@ -105,19 +125,20 @@ class Tuning:
             return 0.0
         parts = parts_of(self.shape, round(self._tokens(self.conversations.letters) / 2))
         layers, head = sum(part.work for part in parts if part.name != "head"), sum(part.work for part in parts if part.name == "head")
-        return (2.0 * (layers + head * self.conversations.share) + 6.0 * self.learned) * self.read
+        forward = layers + head * self.conversations.share
+        return (3.0 * forward if self.config.method == "full" else 2.0 * forward + 6.0 * self.learned) * self.read
 
     @property
     def memory(self) -> float:
         """Bytes of one process: frozen weights, the adapter with gradients and moments, and what the longest batch leaves for the way back."""
         longest = self._tokens(self.conversations.longest) if self.conversations else self.config.max_tokens
-        share = self.conversations.share if self.conversations else 1.0
         tokens = longest * self.config.batch_size
-        return PROCESS + self.parameters * NUMBER + self.learned * NUMBER * 4 + tokens * NUMBER * (kept_of(self.shape) * self.shape.layers + 3 * share * self.shape.vocabulary)
+        held = self.learned * NUMBER * 3 if self.config.method == "full" else self.learned * NUMBER * 4  # gradients and moments, and the adapter itself
+        return PROCESS + self.frozen + held + tokens * NUMBER * kept_of(self.shape) * self.shape.layers + CHUNK
 
     def attempt(self) -> Trial:
         """Run a few steps of it here, of its own model and conversations. Errors: LlmworksError when that fails."""
-        has_room(PROCESS + NUMBER * (self.parameters + 4 * self.learned))
+        has_room(PROCESS + self.frozen + NUMBER * 4 * self.learned)
         return run_trial("sft", {"config": self.config.model_dump(mode="json"), "model": str(self.model), "data": str(self.data or ""), "held_out": str(self.held_out or "")})
 
     def seconds(self, trial: Trial) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmworks.errors import TrainingError
 from llmworks.progress import Progress
 from llmworks.train import checkpoints
+from llmworks.train.best import Best
 from llmworks.train.optimizers import optimizers_of
 from llmworks.train.pipeline import Pipelined
 from llmworks.train.placement import Placed
@@ -44,7 +45,7 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Habits:
-    """How the loop runs, beside what it optimizes. `look(step)` is asked every `look_every` steps and after the last; what it gives is written to the metrics."""
+    """How the loop runs, beside what it optimizes. `look(step)` is asked every `look_every` steps and after the last; what the first process sees is written to the metrics."""
 
     checkpoint_every: int
     keep: int = 2
@@ -53,6 +54,9 @@ class Habits:
     spike: float = 0.0
     look: Callable[[int], dict[str, float]] | None = None
     look_every: int = 0
+    rate: Callable[[int], float] | None = None  # of a step, in place of the schedule's
+    best: Best | None = None  # which look is the best; its weights are what is left at the end
+    faster: Mapping[str, float] = field(default_factory=dict)  # by the last name of a parameter, how many times the learning rate it has
 
 
 def train(
@@ -63,10 +67,13 @@ def train(
     Trains the parameters that require gradients. Returns metrics. Errors: TrainingError when the loss is not finite, or jumps.
     """
     placed = Placed(model, World(next(model.parameters()).device)) if isinstance(model, nn.Module) else model
+    best = habits.best
     running, world = _running(placed, config, habits), placed.world
     start = checkpoints.resume(running, scratch)
     rows = [row for row in progress.read_metrics() if row.get("step", -1) < start]
     progress.keep_metrics(rows)
+    if best is not None:
+        best.begin(rows)
     watch = Watch(habits.spike, world.agreed([row["loss"] for row in rows if "loss" in row]))
     network = placed.network
     network.train()
@@ -76,9 +83,9 @@ def train(
             progress.say(f"going on from step {start} of {len(steps)}")
         for step in range(start, len(steps)):
             began = time.monotonic()
-            rate = learning_rate(step, len(steps), config)
+            rate = habits.rate(step) if habits.rate is not None else learning_rate(step, len(steps), config)
             for group in (group for optimizer in running.optimizers for group in optimizer.param_groups):
-                group["lr"] = rate
+                group["lr"] = rate * group.get("times", 1.0)
             batches = [make() for make in steps[step]]
             loaded = time.monotonic() - began
             labels, tokens = (int(n) for n in world.total([sum(b.labels for b in batches), sum(b.tokens for b in batches)]))
@@ -102,13 +109,22 @@ def train(
             last = step + 1 == len(steps)
             if habits.look is not None and (last or (habits.look_every and (step + 1) % habits.look_every == 0)):
                 with averaged(running), torch.random.fork_rng(enabled=True):
-                    progress.metric(step=step, **habits.look(step))
+                    seen = world.agreed(habits.look(step))
+                    progress.metric(step=step, **seen)
+                    enough = best is not None and best.heard(step, seen, placed.parameters, first=world.first)
                 network.train()
+                if enough:
+                    progress.say(f"step {step + 1}: {best.metric if best else ''} has not been better for {best.patience if best else 0} looks; this is enough")
+                    break
             if (step + 1) % habits.checkpoint_every == 0 and not last:
                 checkpoints.save(running, step + 1, scratch, habits.keep)
-    with torch.no_grad():
-        for name, mean in running.average.items():
-            running.parameters[name].copy_(mean)
+    world.wait()
+    if best is not None and best.step is not None:
+        best.restore(placed.parameters)
+    else:
+        with torch.no_grad():
+            for name, mean in running.average.items():
+                running.parameters[name].copy_(mean)
     network.eval()
     return summary([row for row in progress.read_metrics() if "loss" in row])
 
@@ -118,7 +134,7 @@ def _running(placed: Placed | Pipelined, config: OptimizerConfig, habits: Habits
         raise TrainingError("no parameter of the model is trained")
     average = {name: p.detach().clone() for name, p in placed.parameters.items()} if habits.average else {}
     scaler = torch.amp.GradScaler(placed.world.device.type, enabled=habits.precision == "fp16")
-    return checkpoints.Running(placed.parameters, optimizers_of(placed.network, config), average, scaler, placed.world)
+    return checkpoints.Running(placed.parameters, optimizers_of(placed.network, config, habits.faster), average, scaler, placed.world)
 
 
 @contextlib.contextmanager

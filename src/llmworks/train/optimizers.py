@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,14 +35,22 @@ class Lion(torch.optim.Optimizer):
                 momentum.mul_(b2).add_(p.grad, alpha=1 - b2)
 
 
-def optimizers_of(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of all parameters that are trained. Errors: MissingDependency for adamw-8bit without bitsandbytes or a GPU."""
+def optimizers_of(model: nn.Module, config: OptimizerConfig, faster: Mapping[str, float] | None = None) -> list[torch.optim.Optimizer]:
+    """The optimizers of all parameters that are trained; each group has `times`, what its learning rate is multiplied by: of parameters whose last name is in `faster`.
+
+    Errors: MissingDependency for adamw-8bit without bitsandbytes or a GPU.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices, vectors = [p for p in trained.values() if p.dim() >= 2], [p for p in trained.values() if p.dim() < 2]
     betas, rate, decay = (config.beta1, config.beta2), config.learning_rate, config.weight_decay
 
     def groups(decayed: list[nn.Parameter], rest: list[nn.Parameter]) -> list[dict[str, Any]]:
-        return [{"params": same, "weight_decay": d} for params, d in ((decayed, decay), (rest, 0.0)) for same in _alike(params)]
+        return [{"params": same, "weight_decay": d, "times": times} for params, d in ((decayed, decay), (rest, 0.0)) for times, some in _by_speed(params) for same in _alike(some)]
+
+    speeds = {id(p): (faster or {}).get(name.rpartition(".")[2], 1.0) for name, p in trained.items()}
+
+    def _by_speed(params: list[nn.Parameter]) -> list[tuple[float, list[nn.Parameter]]]:
+        return [(times, [p for p in params if speeds[id(p)] == times]) for times in sorted(set(speeds.values()))]
 
     if config.name == "lion":
         return [Lion(groups(matrices, vectors), rate, betas)]
@@ -74,7 +82,7 @@ def inner_matrices(model: nn.Module) -> set[int]:
 
 def _eight_bit() -> Any:
     try:
-        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, attr-defined, unused-ignore]
     except ImportError:
         raise MissingDependency("optimizer.name adamw-8bit needs a GPU and bitsandbytes; install it with: pip install bitsandbytes") from None
     if not torch.cuda.is_available():

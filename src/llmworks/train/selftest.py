@@ -81,14 +81,19 @@ def selftest(config: PretrainConfig, shape: Shape | RecurrentShape, data: Datase
             ("parts of a step are the step", functools.partial(_parts, bench, near)), ("the seed replays", functools.partial(_seed, bench)), ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),
             ("one step's rows can be learned by heart", functools.partial(_overfit, bench)),
         ]  # fmt: skip
-        for number, (what, test) in enumerate(tests):
-            try:
-                holds, detail = test()
-            except LlmworksError as error:  # the training itself does not run, so that there is nothing to check
-                yield Check(what, False, str(error))
-                yield from (Check(other, False, "not tried") for other, _ in tests[number + 1 :])
-                return
-            yield Check(what, holds, detail)
+        yield from in_turn(tests)
+
+
+def in_turn(tests: Sequence[tuple[str, Callable[[], tuple[bool, str]]]]) -> Iterator[Check]:
+    """Every test, as it is done; after one whose training does not run there is nothing to check."""
+    for number, (what, test) in enumerate(tests):
+        try:
+            holds, detail = test()
+        except LlmworksError as error:
+            yield Check(what, False, str(error))
+            yield from (Check(other, False, "not tried") for other, _ in tests[number + 1 :])
+            return
+        yield Check(what, holds, detail)
 
 
 class _Bench:
@@ -163,7 +168,13 @@ def _no_engine(artifact: Any) -> Any:
 def _keys(bench: _Bench, config: PretrainConfig) -> tuple[bool, str]:
     read: set[str] = set()
     bench.run("keys", Reading(bench.config, read))
-    given = [name for name, value in _flat(config) if value != dict(_flat(PretrainConfig())).get(name)]
+    return keys_of(config, PretrainConfig(), read)
+
+
+def keys_of(config: Any, default: Any, read: set[str]) -> tuple[bool, str]:
+    """Whether every field that is not the default was read."""
+    usual = dict(_flat(default))
+    given = [name for name, value in _flat(config) if value != usual.get(name)]
     unread = [name for name in given if name not in read]
     return not unread, f"set, and not read by this training: {', '.join(unread)}" if unread else f"{len(given)} that are not the default"
 

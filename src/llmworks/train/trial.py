@@ -91,45 +91,55 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     """A few steps of `train.sft`, of its own conversations; first the longest of those that are encoded here. given: {config, model, data, held_out}."""
     began = time.perf_counter()
     import matplotlib.figure  # noqa: F401
+    import torch
 
     from llmworks.artifact import Dataset
-    from llmworks.data.rows import read_chat
     from llmworks.generate.engines.torch import TorchEngine
-    from llmworks.model import lora
-    from llmworks.model.load import load_model
     from llmworks.tokenize.load import load_tokenizer, stop_ids
     from llmworks.tokenize.named import use_template
-    from llmworks.train.examples import collate
+    from llmworks.train.answers import answerable, answers
+    from llmworks.train.examples import Steps
     from llmworks.train.loss import next_token_loss
     from llmworks.train.optimizers import optimizers_of
-    from llmworks.train.sft import SftConfig, answerable, answers, make_examples, plan
+    from llmworks.train.packed import packed_loss
+    from llmworks.train.placement import cast
+    from llmworks.train.rows import training_rows
+    from llmworks.train.sft import SftConfig, make_examples, prepare
+    from llmworks.train.tuned import open_tuned
 
     config, model = SftConfig.model_validate(given["config"]), Path(given["model"])
     tokenizer = load_tokenizer(model)
     stops = stop_ids(model, tokenizer)
     use_template(tokenizer, config.template)
-    rows = read_chat(Dataset(Path(given["data"])))
+    rows = training_rows(Dataset(Path(given["data"])))
     some = rows[:: -(-len(rows) // ENCODED)]
     start = time.perf_counter()
-    examples, _ = make_examples(tokenizer, some, config.max_tokens)
+    examples, _ = make_examples(tokenizer, some, config)
     encoding = time.perf_counter() - start
-    network = load_model(model)
+    tuned = open_tuned(model)
+    network = tuned.network
     questions = answerable(Dataset(Path(given["held_out"])))[: config.samples] if given["held_out"] else []
     loading = time.perf_counter() - began - encoding
     start = time.perf_counter()
     answers(TorchEngine(network, tokenizer, stops, ""), questions[:1], None)
     samples = (time.perf_counter() - start) * len(questions)
-    lora.attach(network, config.lora.targets, config.lora.rank, config.lora.alpha, config.lora.dropout)
-    optimizers = optimizers_of(network.train(), config.optimizer)
-    steps = plan(examples, config, 0)
-    longest = sorted(examples, key=lambda e: len(e.ids))[-config.batch_size :]
+    prepare(tuned, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device).train()
+    if config.recompute and network.supports_gradient_checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    optimizers = optimizers_of(network, config.optimizer)
+    loss_of: Any = packed_loss if tuned.free else next_token_loss
+    steps = Steps(examples, epochs=config.epochs, size=config.batch_size, accumulation=config.accumulation, seed=0, free=tuned.free, device=device)
+    longest = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))[-config.batch_size :]
     seconds: list[float] = []
     padded: list[int] = []
-    for batches in itertools.chain([[collate(longest)]], ([make() for make in parts] for parts in steps)):
+    for batches in itertools.chain([[steps.part(longest)]], ([make() for make in parts] for parts in steps)):
         start = time.perf_counter()
         for batch in batches:
-            loss = next_token_loss(network, batch) / max(1, batch.labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with cast(device, config.precision):
+                loss = loss_of(network, batch) / max(1, batch.labels)
+            loss.backward()
         update(network, optimizers)
         seconds.append(time.perf_counter() - start)
         padded.append(sum(batch.ids.numel() for batch in batches))

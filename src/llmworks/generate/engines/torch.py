@@ -43,13 +43,17 @@ class TorchEngine:
 
     @classmethod
     def open(cls, path: Path, *, adapter: Path | None = None, name: str = "") -> TorchEngine:
-        """Load a Hugging Face directory; an adapter is folded into the weights, its tokenizer and template are used."""
-        model = load_model(path)
+        """Load a Hugging Face directory; an adapter is folded into the weights, a soft prompt put before every text, their tokenizer and template are used."""
+        model: Any = load_model(path)
         source = path
         if adapter is not None:
             from llmworks.model.fold import fold_into, weights_of
+            from llmworks.model.soft_prompt import is_soft, prompted
 
-            fold_into(weights_of(model), adapter)
+            if is_soft(adapter):
+                model = prompted(model, adapter)
+            else:
+                fold_into(weights_of(model), adapter)
             source = adapter if (adapter / "tokenizer.json").exists() else path
         tokenizer = load_tokenizer(source)
         return cls(model, tokenizer, stop_ids(path, tokenizer), name or path.name)
@@ -57,7 +61,7 @@ class TorchEngine:
     @property
     def context(self) -> int:
         """How many tokens prompt and answer may have together."""
-        return int(self.model.config.max_position_embeddings)
+        return int(self.model.config.max_position_embeddings) - getattr(self.model, "virtual", 0)
 
     def grammar(self, schema: Json) -> Grammar:
         """The state of an answer that is held to a JSON schema. RequestError for a schema that cannot be enforced."""

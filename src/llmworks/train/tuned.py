@@ -1,0 +1,132 @@
+"""What of a model a fine-tuning trains, and how the result is written: an adapter beside frozen weights, perhaps in 4 bits, or the weights themselves. Knows no data and no loop."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmworks.errors import ModelError
+from llmworks.model import adapter, lora
+from llmworks.model.load import read_header
+from llmworks.model.lora import Lora
+from llmworks.model.nf4 import NF4Linear, keep_in_nf4
+from llmworks.model.standard import open_adaptable, to_standard
+from llmworks.train.lora import LoraConfig
+
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass
+class Tuned:
+    """A model in training. `rename`: the names of its layers in its files; `free`: whether it reads texts of one row apart, so that none needs padding."""
+
+    network: Any
+    rename: Callable[[str], str]
+    source: Path
+    free: bool
+    lora: Lora | None = None
+    kept: dict[str, Any] | None = None
+    soft: bool = False
+
+    def adapt(self, config: LoraConfig) -> None:
+        """Freeze all and put an adapter beside the targets. Seed torch before."""
+        self.lora = Lora(config.rank, config.alpha, config.dropout, config.stabilised, config.magnitudes)
+        if config.base == "nf4":
+            names = lora.linear_layers(self.network)
+            keep_in_nf4(self.network, names, double=config.double)
+            self.kept = {"kept": "nf4", "double": config.double, "layers": sorted(map(self.rename, names))}
+        lora.attach(self.network, config.targets, self.lora, self.rename)
+
+    def put_before(self, kind: str, tokens: int, text: str) -> None:
+        """Freeze all and put a soft prompt before every text: `kind` prompt or prefix, through peft. It begins as `text`, else as tokens that are drawn."""
+        from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
+
+        from llmworks.model.load import load_model
+
+        self.network, self.rename, self.free, self.soft = load_model(self.source), str, False, True
+        config: Any = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+        if kind == "prompt":
+            begins: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.TEXT, "prompt_tuning_init_text": text, "tokenizer_name_or_path": str(self.source)} if text else {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
+            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, **begins)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it reads a name that transformers renamed
+            self.network = get_peft_model(self.network, config)
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Train all weights but those whose names in the model's files fit a pattern. ModelError for a pattern that none fits, or where nothing is left."""
+        names = {name: self.rename(name) for name, _ in self.network.named_parameters()}
+        for pattern in patterns:
+            if not fnmatch.filter(names.values(), pattern):
+                some = [n for n in names.values() if n.startswith(pattern.split(".")[0].split("*")[0][:5])][:2] or list(names.values())[:2]
+                raise ModelError(f"freeze: no weight of the model fits {pattern!r}; names are such as {', '.join(some)}")
+        for name, p in self.network.named_parameters():
+            p.requires_grad_(not any(fnmatch.fnmatch(names[name], pattern) for pattern in patterns))
+        if not any(p.requires_grad for p in self.network.parameters()):
+            raise ModelError("freeze: all weights are frozen, so that nothing is trained")
+
+    @property
+    def trained(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+
+    def save(self, out: Path, base_name: str) -> None:
+        """Write the adapter, or the whole model in the form and number format that it was read in."""
+        if self.lora is not None:
+            adapter.save_adapter(self.network, out, self.lora, base_name=base_name, rename=self.rename, base=self.kept)
+            return
+        if self.soft:
+            config = self.network.peft_config["default"]
+            config.base_model_name_or_path, config.tokenizer_name_or_path = base_name, None
+            self.network.save_pretrained(out, save_embedding_layers=False)  # else it looks for the base on the hub
+            (out / "README.md").unlink(missing_ok=True)  # peft's, with nothing in it
+            return
+        save_like(self.network, self.source, out)
+
+
+def open_tuned(path: Path) -> Tuned:
+    """The model of a directory, in fp32, untouched. ModelError for a broken directory."""
+    from llmworks.model.decoder import DecoderForCausalLM
+
+    network, rename = open_adaptable(path)
+    return Tuned(network, rename, path, isinstance(network, DecoderForCausalLM))
+
+
+def save_like(network: nn.Module, source: Path, out: Path) -> None:
+    """Write a model's weights as its source has them: names, number format, config and generation config."""
+    from safetensors.torch import save_file
+
+    from llmworks.model.decoder import DecoderForCausalLM
+    from llmworks.model.standard import shape_of
+    from llmworks.tokenize.load import read_json
+
+    formats = Counter(entry["dtype"] for file in sorted(source.glob("*.safetensors")) for name, entry in read_header(file).items() if name != "__metadata__")
+    dtype = TYPES.get(formats.most_common(1)[0][0], torch.float32)
+    state = {name: tensor.detach().to(dtype) for name, tensor in network.state_dict().items()}
+    if isinstance(network, DecoderForCausalLM):
+        if network.shape.tied:
+            state.pop("head.weight", None)
+        kind, _ = shape_of(read_json(source / "config.json"))
+        save_file({name: tensor.contiguous() for name, tensor in (to_standard(state, kind) if kind else state).items()}, out / "model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(source / "config.json", out / "config.json")
+    else:
+        whole: Any = network
+        whole.save_pretrained(out, state_dict=state)
+    generation = source / "generation_config.json"
+    if generation.exists():
+        shutil.copyfile(generation, out / "generation_config.json")
+
+
+def packed_share(network: nn.Module) -> float:
+    """Bits of a weight that is kept in 4 bits, scales included; 0 where none is."""
+    found = [module for module in network.modules() if isinstance(module, NF4Linear)]
+    bits = sum(8 * (m.codes.numel() + m.scales.numel() * m.scales.element_size() + (0 if m.second is None else m.second.numel() * 4)) for m in found)
+    return bits / sum(m.in_features * m.out_features for m in found) if found else 0.0

@@ -1,0 +1,493 @@
+"""Fine-tuning: TRL's loss and gradients, invariants of batches, what is learned of a row, the kinds of result, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from tests.conftest import TEMPLATE
+
+from llmworks.artifact import Adapter, Artifact, Dataset, Model
+from llmworks.context import Context
+from llmworks.data.rows import write_chat
+from llmworks.errors import DataError, LlmworksError, ModelError, TrainingError, UserError
+from llmworks.generate.engines.torch import TorchEngine
+from llmworks.merge.adapter import AdapterConfig
+from llmworks.merge.adapter import adapter as merged
+from llmworks.model import adapter, lora
+from llmworks.model.fold import fold_into, weights_of
+from llmworks.model.load import load_model
+from llmworks.model.standard import load_decoder, open_adaptable
+from llmworks.progress import Progress
+from llmworks.references import resolve
+from llmworks.report import ReportBuilder
+from llmworks.tokenize.load import load_tokenizer
+from llmworks.train.examples import Example, Steps, collate, joined, make_example
+from llmworks.train.loss import Noise, label_logits, next_token_loss
+from llmworks.train.packed import packed_loss
+from llmworks.train.rows import training_rows
+from llmworks.train.sft import SftConfig, sft
+from llmworks.types import Engine, Request, Sampling
+
+EXAMPLES = [Example(tuple(3 + (i * 7 + j * 3) % 300 for j in range(4 + 9 * i)), tuple(int(j >= 2 + i) for j in range(4 + 9 * i)), f"r{i}") for i in range(12)]
+WORDS = ["the", "quick", "brown", "fox", "user", "weather", "Oslo", "what", "is", "name", "city"]
+
+
+def rows_of(count: int, turns: int = 1) -> list[dict[str, Any]]:
+    made = []
+    for i in range(count):
+        messages = [{"role": role, "content": " ".join(WORDS[(i * 3 + j * k + t) % 11] for j in range(2 + (i + t) % 5))} for t in range(turns) for k, role in ((1, "user"), (2, "assistant"))]
+        made.append({"id": f"r{i}", "group": "", "messages": messages, "tools": [], "answer": None})
+    return made
+
+
+def chats(place: Path, count: int = 24, turns: int = 1) -> Dataset:
+    write_chat(place, rows_of(count, turns))
+    return Dataset(place, name=place.name)
+
+
+Run = Callable[..., tuple[Adapter | Model, dict[str, Any]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, pico: Path) -> Run:
+    """Train the pico model; returns the artifact and the report's data."""
+
+    def go(name: str, data: Dataset | None = None, held_out: Dataset | None = None, *, stop: int | None = None, seed: int = 0, model: Path | None = None, **config: Any) -> tuple[Adapter | Model, dict[str, Any]]:
+        out, scratch = tmp_path / f"{name}-out", tmp_path / f"{name}-scratch"
+        for place in (out, scratch):
+            place.mkdir(exist_ok=True)
+
+        def listener(row: dict[str, Any]) -> None:
+            if stop is not None and row.get("step") == stop:
+                raise KeyboardInterrupt
+
+        def engine(artifact: Artifact) -> Engine:
+            raise LlmworksError("none is needed")
+
+        page = ReportBuilder()
+        base = resolve(str(model or pico))
+        assert isinstance(base, Model)
+        data = data or (Dataset(tmp_path / "chats", name="chats") if (tmp_path / "chats").exists() else chats(tmp_path / "chats"))
+        settings = {"epochs": 2, "batch_size": 4, "samples": 0, "checkpoint_every": 3, **config}
+        made = sft(SftConfig.model_validate(settings), base, data, Context(out, scratch, seed, Progress(scratch / "metrics.jsonl", quiet=True, listener=listener), page, engine), held_out)
+        return made, page.data | {"blocks": [b.heading for b in page.blocks], "rows": Progress(scratch / "metrics.jsonl", quiet=True).read_metrics()}
+
+    return go
+
+
+def tensors(made: Artifact) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    file = made.path / "adapter_model.safetensors"
+    return load_file(file if file.exists() else made.path / "model.safetensors")
+
+
+# batches
+
+
+def test_joined_rows_are_rows_apart(pico: Path) -> None:
+    """Loss and every gradient: one row without padding = each example by itself = transformers, padded."""
+    decoder, theirs = load_decoder(pico), load_model(pico)
+    assert float(packed_loss(decoder, joined(EXAMPLES)).detach()) == pytest.approx(sum(float(packed_loss(decoder, joined([e])).detach()) for e in EXAMPLES), rel=1e-5)
+    packed_loss(decoder, joined(EXAMPLES)).backward()
+    next_token_loss(theirs, collate(EXAMPLES)).backward()
+    theirs_by_name = dict(theirs.named_parameters())
+    for name, p in decoder.named_parameters():
+        if "blocks.1.attention.query" in name or "blocks.0.feed_forward.up" in name:
+            there = theirs_by_name[name.replace("decoder.blocks", "model.layers").replace("attention.query", "self_attn.q_proj").replace("feed_forward.up", "mlp.up_proj")].grad
+            assert p.grad is not None
+            assert there is not None
+            assert float((p.grad - there).norm() / there.norm()) < 1e-5, name
+
+
+def test_joined_rows_need_no_mask(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a window that is longer than every text, without one, and through torch's own attention, as on a GPU: the same."""
+    from llmworks.model import attention
+    from llmworks.model.attention import seen
+
+    decoder, batch = load_decoder(pico), joined(EXAMPLES)
+    with torch.no_grad():
+        wanted = float(packed_loss(decoder, batch))
+        look = seen(torch.arange(batch.ids.shape[1])[None], torch.arange(batch.ids.shape[1])[None], segments=(batch.segments, batch.segments))
+        assert look.mask is None
+        assert [end - first for first, end in look.parts] == [len(e.ids) for e in EXAMPLES]
+        assert all(end - first <= 64 for first, end, _ in look.blocks or ())
+        monkeypatch.setattr(attention, "blocks_of_parts", lambda *_: None)
+        assert float(packed_loss(decoder, batch)) == pytest.approx(wanted, rel=1e-5)
+        short = seen(torch.arange(9)[None], torch.arange(9)[None], segments=(torch.tensor([[0] * 6 + [1] * 3]),) * 2, window=5)
+        assert short.mask is not None  # a window that hides something needs one
+        back = seen(torch.arange(4)[None], torch.arange(4)[None], segments=(torch.tensor([[0, 1, 0, 1]]),) * 2)
+        assert back.mask is not None  # and so do texts that are not in one piece
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loss_and_gradients_are_trl_s(pico: Path, tmp_path: Path) -> None:
+    """The same conversations through TRL's SFTTrainer, completions only, padded: the loss of a batch, and the gradient of every adapter."""
+    from datasets import Dataset as Rows
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = load_tokenizer(pico)
+    tokenizer.chat_template = TEMPLATE.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")  # TRL learns what a template writes after an answer's end, too
+    rows = rows_of(8)
+    prompts = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows]
+    arguments = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, max_length=None, completion_only_loss=True, bf16=False, gradient_checkpointing=False, report_to=[], use_cpu=True)
+    trainer = SFTTrainer(model=load_model(pico), args=arguments, train_dataset=Rows.from_list(prompts), processing_class=tokenizer, peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    (batch,) = list(trainer.get_train_dataloader())
+    theirs = trainer.compute_loss(trainer.model.train(), batch)
+    theirs.backward()
+    named = dict(trainer.model.named_parameters())
+    decoder, rename = open_adaptable(pico)
+    lora.attach(decoder, "all-linear", lora.Lora(4, 8.0), rename)
+    with torch.no_grad():
+        for name, layer in lora.layers(decoder):
+            layer.a.copy_(named[f"base_model.model.{rename(name)}.lora_A.default.weight"])
+    made = joined([e for e in (make_example(tokenizer, row, 500) for row in rows) if isinstance(e, Example)])
+    ours = packed_loss(decoder, made) / made.labels
+    ours.backward()
+    assert made.labels == int((batch["labels"][:, 1:] != -100).sum())
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
+    for name, layer in lora.layers(decoder):
+        there = named[f"base_model.model.{rename(name)}.lora_B.default.weight"].grad
+        assert layer.b.grad is not None
+        assert there is not None
+        assert float((layer.b.grad - there).norm() / there.norm()) < 1e-4, name
+
+
+def test_steps_hold_every_row_once_an_epoch_whatever_the_parts() -> None:
+    """Without padding a step's rows do not depend on how it is divided: into parts, or among processes."""
+    whole = Steps(EXAMPLES, epochs=2, size=4, accumulation=1, seed=5, free=True)
+    parts = Steps(EXAMPLES, epochs=2, size=2, accumulation=2, seed=5, free=True)
+    assert whole.steps == parts.steps
+    assert sorted(i for step in whole.steps[:3] for i in step) == list(range(12))
+    assert whole.steps[:3] != whole.steps[3:]
+    shares = [Steps(EXAMPLES, epochs=2, size=2, accumulation=2, seed=5, free=True, share=(at, 2)) for at in range(2)]
+    for step in range(len(parts)):
+        assert torch.equal(torch.cat([make().ids[0] for share in shares for make in share[step]]), torch.cat([make().ids[0] for make in parts[step]]))
+
+
+def test_noise_is_that_of_the_paper(pico: Path) -> None:
+    """Uniform, up to alpha / sqrt(L d), L the length of a token's own text; none while it is not trained; the gradient goes through."""
+    decoder, batch = load_decoder(pico).train(), joined(EXAMPLES)
+    noise = Noise(decoder, 5.0)
+    noise.around(packed_loss)(decoder, batch)
+    table = decoder.get_input_embeddings()
+    torch.manual_seed(0)
+    off = (table(batch.ids) - torch.nn.functional.embedding(batch.ids, table.weight)).detach()[0]
+    for number, example in enumerate(EXAMPLES):
+        here, most = off[batch.segments[0] == number], 5 / (len(example.ids) * 64) ** 0.5
+        assert most * 0.9 < float(here.abs().max()) <= most
+        assert abs(float(here.mean())) < most / 5
+    decoder.train(False)
+    assert torch.equal(table(batch.ids), torch.nn.functional.embedding(batch.ids, table.weight))
+
+
+# what is learned
+
+
+def test_what_is_learned_of_a_conversation(pico: Path) -> None:
+    tokenizer = load_tokenizer(pico)
+    row = rows_of(1, turns=3)[0]
+
+    def learned(**options: Any) -> str:
+        made = make_example(tokenizer, row, 500, **options)
+        assert isinstance(made, Example)
+        return tokenizer.decode([i for i, m in zip(made.ids, made.mask, strict=True) if m])
+
+    said = [m["content"] + "<|im_end|>" for m in row["messages"] if m["role"] == "assistant"]
+    assert learned() == "".join(said)
+    assert learned(last=True) == said[-1]
+    whole = make_example(tokenizer, row, 500)
+    assert isinstance(whole, Example)
+    assert make_example(tokenizer, row, 20) == f"{len(whole.ids)} tokens, longer than max_tokens 20"
+    cut = make_example(tokenizer, row, 20, cut=True)
+    assert isinstance(cut, Example)
+    assert cut.ids == whole.ids[: len(cut.ids)]
+    assert len(cut.ids) <= 20
+
+
+def test_texts_and_completions_are_learned_as_they_are(pico: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(pico)
+    text, completion = make_example(tokenizer, {"id": "1", "text": "the fox"}, 99), make_example(tokenizer, {"id": "1", "prompt": "the fox", "completion": " is quick"}, 99)
+    assert isinstance(text, Example)
+    assert isinstance(completion, Example)
+    assert tokenizer.decode(text.ids) == "the fox<|im_end|>"
+    assert all(text.mask)
+    assert tokenizer.decode(completion.ids) == "the fox is quick<|im_end|>"
+    assert tokenizer.decode([i for i, m in zip(completion.ids, completion.mask, strict=True) if m]) == " is quick<|im_end|>"
+    file = tmp_path / "rows.jsonl"
+    for rows, message in (([{"text": 3}], "has no text 'text'"), ([{"prompt": "a"}], "has no text 'completion'"), ([{"messages": []}], "data.chat")):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(DataError, match=message):
+            training_rows(Dataset(file, name="rows"))
+    file.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    assert training_rows(Dataset(file, name="rows")) == [{"id": "1", "prompt": "a", "completion": "b"}]
+
+
+# runs
+
+
+def test_an_adapter_of_the_decoder_loads_in_peft(run: Run, pico: Path) -> None:
+    """Trained on our decoder, it changes transformers' model as it does ours, and its merge replays its golden tokens."""
+    from peft import PeftModel
+
+    made, data = run("a", lora={"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}, optimizer={"learning_rate": 0.01})
+    assert data["rows"][-1]["loss"] < data["rows"][0]["loss"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(load_model(pico), made.path)
+    ids = torch.tensor([[1, 5, 9, 200, 17, 3]])
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids).logits
+        found = TorchEngine.open(pico, adapter=made.path).model(input_ids=ids).logits
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {}, "stabilised": {"lora": {"stabilised": True}}, "magnitudes": {"lora": {"magnitudes": True}}, "faster": {"lora": {"faster": 8}}, "nf4": {"lora": {"base": "nf4"}}, "noise": {"neftune": 5}, "dropout": {"lora": {"dropout": 0.1}},
+    "full": {"method": "full"}, "some": {"method": "full", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]}, "recompute": {"recompute": True}, "last": {"learn": "last"}, "bf16": {"precision": "bf16"},
+    "prompt": {"method": "prompt", "epochs": 10, "soft": {"tokens": 8, "text": "the quick brown fox"}}, "prefix": {"method": "prefix", "epochs": 6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", VARIANTS)
+def test_every_variant_learns_resumes_and_replays(what: str, run: Run, tmp_path: Path) -> None:
+    """The loss falls; the seed gives the same bytes; a run that was interrupted in the middle of an epoch ends as the one that was not."""
+    config = {"optimizer": {"learning_rate": 0.05 if what in ("prompt", "prefix") else 0.005}, **VARIANTS[what]}
+    made, data = run("whole", **config)
+    assert data["rows"][-1]["loss"] < data["rows"][0]["loss"]
+    assert made.metrics["trained_parameters"] > 0
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", stop=7, **config)
+    again, more = run("broken", **config)
+    assert [r["loss"] for r in more["rows"]] == [r["loss"] for r in data["rows"]]
+    first, second = tensors(made), tensors(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other, _ = run("other", seed=1, **config)
+    assert any(not torch.equal(first[name], tensors(other)[name]) for name in first)
+
+
+def test_accumulation_is_the_batch(run: Run) -> None:
+    whole, one = run("whole", batch_size=8, lora={"rank": 4})
+    parts, other = run("parts", batch_size=2, accumulation=4, lora={"rank": 4})
+    assert [r["labels"] for r in one["rows"]] == [r["labels"] for r in other["rows"]]
+    for a, b in zip(one["rows"], other["rows"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+    assert all(torch.allclose(a, tensors(parts)[name], atol=5e-4) for name, a in tensors(whole).items())
+
+
+def test_all_weights_make_a_model(run: Run, pico: Path) -> None:
+    """A directory in the form of its base, which loads in transformers; frozen weights are its base's, to the bit; learning rate by the method."""
+    made, _ = run("a", method="full", freeze=["model.embed_tokens.*", "model.layers.0.*"])
+    assert isinstance(made, Model)
+    assert SftConfig.model_validate({"method": "full"}).optimizer.learning_rate == 5e-5
+    assert SftConfig.model_validate({"method": "full", "optimizer": {"learning_rate": 1e-3}}).optimizer.learning_rate == 1e-3
+    before, after = dict(load_model(pico).named_parameters()), dict(load_model(made.path).named_parameters())
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith(("model.embed_tokens", "model.layers.0."))}
+    assert json.loads((made.path / "config.json").read_text()) == json.loads((pico / "config.json").read_text())
+    ids = torch.tensor([[1, 5, 9]])
+    with torch.no_grad():
+        assert torch.allclose(load_model(made.path)(input_ids=ids).logits, load_decoder(made.path)(input_ids=ids).logits, atol=1e-4)
+
+
+def test_an_adapter_beside_four_bits_is_merged_into_what_they_say(run: Run, tmp_path: Path, pico: Path) -> None:
+    made, _ = run("a", lora={"base": "nf4", "rank": 4}, optimizer={"learning_rate": 0.01})
+    base = resolve(str(pico))
+    assert isinstance(base, Model)
+    assert made.golden is not None
+    (tmp_path / "m").mkdir()
+
+    def engine(artifact: Artifact) -> Engine:
+        raise LlmworksError("none is needed")
+
+    assert isinstance(made, Adapter)
+    whole = merged(AdapterConfig(), Adapter(made.path, golden=made.golden, about=made.about), base, Context(tmp_path / "m", tmp_path, 0, Progress(quiet=True), ReportBuilder(), engine))
+    assert 0.02 < whole.metrics["base_error"] < 0.15
+    assert whole.metrics["golden_gap_mean"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_soft_prompt_is_peft_s(kind: str, run: Run, pico: Path, tmp_path: Path) -> None:
+    """What was trained loads in peft, and in the engine it gives peft's logits, peft's greedy answers, and scores by the tree that are those of whole texts; it cannot be folded."""
+    from peft import PeftModel
+
+    made, _ = run("a", method=kind, soft={"tokens": 6}, epochs=4)
+    theirs = PeftModel.from_pretrained(load_model(pico), made.path).eval()
+    engine = TorchEngine.open(pico, adapter=made.path)
+    ids = torch.tensor([[1, 5, 9, 200, 17, 3]])
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -6:]
+    assert torch.allclose(torch.from_numpy(engine.logits(ids[0].tolist())), wanted, atol=1e-4)
+    assert not torch.allclose(wanted, load_model(pico)(input_ids=ids).logits[0], atol=1e-2)
+    prompts = [(1, 5, 9, 200, 17, 3), (1, 40, 41), tuple(range(3, 30))]
+    answers = engine.generate([Request(ids=prompt, sampling=Sampling(max_tokens=12)) for prompt in prompts])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        there = theirs.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12, do_sample=False, pad_token_id=2)
+        said = [i for i in there[0].tolist()[-12:] if i != 2] if there.shape[1] > 12 else there[0].tolist()
+        assert list(answer.ids) == (there[0].tolist()[len(prompt) :] if there.shape[1] > len(prompt) else said)[: len(answer.ids)]
+    texts = [[1, 5, 9, 200, 17, 3], [1, 5, 9, 41, 42], [1, 5, 9, 41, 50, 51], [7, 8]]
+    for text, found in zip(texts, engine.score(texts), strict=True):
+        chances = torch.from_numpy(engine.logits(text[:-1])).log_softmax(-1)
+        assert found.logprobs == pytest.approx([float(chances[i, token]) for i, token in enumerate(text[1:])], abs=1e-4)
+    with pytest.raises(ModelError, match="is a soft prompt"):
+        fold_into(weights_of(load_model(pico)), made.path)
+    assert engine.context == 506
+    for change, message in (({"prompt_embeddings": torch.zeros(6, 12)}, "belongs to another model"), ({"other": torch.zeros(1)}, "cannot be read")):
+        save_file(change, made.path / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match=message):
+            TorchEngine.open(pico, adapter=made.path)
+
+
+def test_the_best_look_is_kept_and_patience_ends_the_training(run: Run, tmp_path: Path, pico: Path) -> None:
+    """At a rate that is far too high the held-out loss rises after a while: the weights of the best look are what is left, and looks are counted."""
+    unseen = chats(tmp_path / "unseen", 40)
+    made, data = run("a", None, unseen, epochs=12, look_every=4, best="held_out", patience=2, optimizer={"learning_rate": 0.05, "schedule": "constant"})
+    looks = [r for r in data["rows"] if "held_out" in r]
+    best = min(looks, key=lambda r: r["held_out"])
+    assert made.metrics["best_step"] == best["step"]
+    if len(looks) < 18:
+        assert [r["held_out"] < best["held_out"] for r in looks[-2:]] == [False, False]
+    network, rename = open_adaptable(pico)
+    torch.manual_seed(0)
+    lora.attach(network, "all-linear", lora.Lora(16, 32.0), rename)
+    adapter.load_state(network, tensors(made), rename)
+    tokenizer = load_tokenizer(pico)
+    examples = [e for e in (make_example(tokenizer, row, 2048) for row in rows_of(40)) if isinstance(e, Example)]
+    with torch.no_grad():
+        total = float(packed_loss(network, joined(examples)))
+        right = sum(int((logits.argmax(-1) == labels).sum()) for logits, labels in label_logits(network, joined(examples)))
+    count = sum(e.labels for e in examples)
+    assert total / count == pytest.approx(best["held_out"], rel=1e-3)
+    assert right / count == pytest.approx(best["accuracy"], abs=1e-3)
+
+
+def test_looks_of_a_resumed_run_are_those_of_the_whole(run: Run, tmp_path: Path) -> None:
+    unseen = chats(tmp_path / "unseen", 10)
+    config = {"epochs": 4, "look_every": 2, "best": "accuracy", "optimizer": {"learning_rate": 0.02}}
+    made, data = run("whole", None, unseen, **config)
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", None, unseen, stop=13, **config)
+    again, more = run("broken", None, unseen, **config)
+    assert [(r["step"], r.get("accuracy")) for r in data["rows"]] == [(r["step"], r.get("accuracy")) for r in more["rows"]]
+    assert made.metrics["best_step"] == again.metrics["best_step"]
+    assert all(torch.equal(a, tensors(again)[name]) for name, a in tensors(made).items())
+
+
+def test_questions_are_answered_before_and_after(run: Run, tmp_path: Path) -> None:
+    unseen = chats(tmp_path / "unseen", 4)
+    made, data = run("a", None, unseen, samples=2, epochs=10, optimizer={"learning_rate": 0.02})
+    assert "Held-out questions, before and after" in data["blocks"]
+    assert made.metrics["held_out"] > 0
+    still, idle = run("b", None, unseen, samples=2, epochs=0.2, optimizer={"learning_rate": 1e-9})
+    assert idle["warnings"][0].startswith("nothing changed")
+    assert still.metrics["warnings"] >= 1
+    assert idle["blocks"][0] == "Warnings"
+
+
+# what is refused
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a target that is not there": ({"lora": {"targets": ["w1"]}}, ModelError, "no linear layer named 'w1'"),
+    "a freeze that fits nothing": ({"method": "full", "freeze": ["model.layer.0.*"]}, ModelError, r"no weight of the model fits 'model\.layer\.0\.\*'; names are such as model\."),
+    "a freeze of all": ({"method": "full", "freeze": ["*"]}, ModelError, "all weights are frozen"),
+    "rows that are too long": ({"max_tokens": 12, "longer": "refuse"}, DataError, r"row 'r\d+': \d+ tokens, longer than max_tokens 12; set max_tokens higher"),
+    "only rows that are too long": ({"max_tokens": 3}, DataError, r"chats: none of 24 rows can be learned; the first: .* longer than max_tokens 3"),
+    "best of nothing": ({"best": "held_out"}, UserError, "give them as held_out"),
+    "a rate that breaks all": ({"optimizer": {"learning_rate": 1e30}}, TrainingError, r"step \d+ of \d+ \(rows r.*\): the loss is (nan|inf)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused(what: str, run: Run) -> None:
+    config, kind, message = REFUSED[what]
+    with pytest.raises(kind, match=message):
+        run("a", **config)
+
+
+CONTRADICTIONS = {
+    "a frozen adapter": ({"freeze": ["*"]}, "freeze is for method full"), "an adapter of all": ({"method": "full", "lora": {"rank": 4}}, "lora is for method lora"), "patience": ({"patience": 2}, "patience needs `best`"),
+    "a soft adapter": ({"soft": {"tokens": 4}}, "soft is for methods prompt and prefix"), "a written prefix": ({"method": "prefix", "soft": {"text": "a"}}, "a prefix begins at random"), "a noisy prompt": ({"method": "prompt", "neftune": 5}, "has no neftune"),
+    "no targets": ({"lora": {"targets": []}}, "targets is empty"), "a shared best": ({"best": "held_out", "parallel": {"data": "shard"}}, "set parallel.data to replicate"), "matrices": ({"parallel": {"tensor": 2}}, "not matrices or blocks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_contradictions_are_refused_at_once(what: str) -> None:
+    config, message = CONTRADICTIONS[what]
+    with pytest.raises(ValidationError, match=message):
+        SftConfig.model_validate(config)
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(run: Run) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run("a", stop=8, lora={"rank": 4})
+    with pytest.raises(TrainingError, match="is the checkpoint of another configuration"):
+        run("a", lora={"rank": 8})
+
+
+def test_rows_that_are_set_aside_are_told(run: Run, tmp_path: Path) -> None:
+    rows = rows_of(8)
+    rows[3]["messages"] = rows[3]["messages"][:1]
+    write_chat(tmp_path / "odd", rows)
+    made, data = run("a", Dataset(tmp_path / "odd", name="odd"))
+    assert (made.metrics["rows"], made.metrics["set_aside"]) == (7, 1)
+    assert [json.loads(line) for line in (made.path / "set_aside.jsonl").read_text().splitlines()] == [{"id": "r3", "reason": "no assistant token to learn"}]
+    assert "Rows set aside" in data["blocks"]
+
+
+def test_texts_are_learned_whole(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": " ".join(WORDS[(i + j) % 11] for j in range(6))}) + "\n" for i in range(16)))
+    made, data = run("a", Dataset(tmp_path / "texts.jsonl", name="texts"), epochs=4, optimizer={"learning_rate": 0.01})
+    assert data["rows"][-1]["loss"] < data["rows"][0]["loss"]
+    assert all(r["labels"] == r["tokens"] - 4 for r in data["rows"])  # of four texts a step all but their first tokens
+    assert made.metrics["rows"] == 16
+
+
+# learning rates
+
+
+def test_the_rate_that_is_found_trains_best(pico: Path, tmp_path: Path, run: Run) -> None:
+    """Against thirty times less and thirty times more, in as many steps."""
+    from llmworks.train.rates import RatesConfig, rates
+
+    def engine(artifact: Artifact) -> Engine:
+        raise LlmworksError("none is needed")
+
+    data = chats(tmp_path / "chats", 40)
+    base = resolve(str(pico))
+    assert isinstance(base, Model)
+    for name in ("out", "scratch"):
+        (tmp_path / name).mkdir()
+    made = rates(RatesConfig(training=SftConfig(lora={"rank": 4})), base, data, Context(tmp_path / "out", tmp_path / "scratch", 0, Progress(tmp_path / "scratch" / "metrics.jsonl", quiet=True), ReportBuilder(), engine))  # type: ignore[arg-type]
+    found = made.metrics["learning_rate"]
+    assert made.metrics["lowest"] > found
+    ends = {}
+    for times in (1, 1 / 30, 30):
+        _, told = run(f"at-{times}", data, lora={"rank": 4}, epochs=4, optimizer={"learning_rate": found * times, "schedule": "constant"})
+        ends[times] = sum(r["loss"] for r in told["rows"][-8:]) / 8
+    assert ends[1] == min(ends.values()), (found, ends)
+
+
+def test_where_a_curve_is_steepest_and_lowest() -> None:
+    """By hand: a loss that falls between 1e-4 and 1e-2, and explodes after 1e-1."""
+    import math
+
+    from llmworks.train.rates import chosen, smoothed
+
+    rising = [10 ** (-6 + i / 10) for i in range(61)]
+    losses = [3 / (1 + math.exp(3 * (math.log10(r) + 3))) + (r / 0.2) ** 2 for r in rising]
+    best, steepest, lowest = chosen(rising, losses)
+    assert 5e-4 < steepest < 5e-3
+    assert 5e-3 < lowest < 0.2
+    assert best <= lowest / 10 * 1.001
+    assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])

@@ -1,4 +1,4 @@
-"""Speed side by side: our torch decoding against transformers' generate, our loop against peft under the same loop, llama.cpp beside both.
+"""Speed side by side: our torch decoding against transformers' generate, llama.cpp beside both.
 
     make bench            prints one table; copy it with the machine's name into benchmarks/README.md
 Peers run in the same process, one after the other, on the same prompts and weights.
@@ -17,11 +17,7 @@ from llmworks.data.jsonl import Rejected
 from llmworks.execute import machine, threads
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model import lora
-from llmworks.model.load import load_model
 from llmworks.references import asset_files, resolve
-from llmworks.train.examples import collate, make_example
-from llmworks.train.loss import next_token_loss
 from llmworks.types import Request, Sampling, messages_from_json
 
 ROWS, NEW = 16, 48
@@ -61,46 +57,11 @@ def decode(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
     ]
 
 
-def training(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Training tokens per second: five steps of four conversations."""
-    from peft import LoraConfig, get_peft_model
-
-    model = resolve("asset:smollm2-135m-instruct")
-    tokenizer = TorchEngine.open(model.path).tokenizer
-    examples = [e for e in (make_example(tokenizer, r, 2048) for r in rows[:20]) if not isinstance(e, str)]
-    batches = [collate(examples[i : i + 4]) for i in range(0, 20, 4)]
-
-    def steps(network: Any, loss: Callable[[Any, Any], torch.Tensor]) -> float:
-        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
-
-        def one(batch: Any) -> None:
-            (loss(network, batch) / batch.labels).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-
-        one(batches[0])
-        seconds, _ = timed(lambda: [one(b) for b in batches])
-        return sum(b.tokens for b in batches) / seconds
-
-    def full_head(network: Any, batch: Any) -> torch.Tensor:
-        labels = torch.full_like(batch.ids, -100)
-        labels[batch.rows, batch.columns] = batch.ids[batch.rows, batch.columns]
-        result: torch.Tensor = network(input_ids=batch.ids, labels=labels).loss * batch.labels
-        return result
-
-    peer = get_peft_model(load_model(model.path), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    theirs = steps(peer, full_head)
-    del peer
-    network = load_model(model.path)
-    lora.attach(network, "all-linear", 16, 32.0)
-    return [("train LoRA r16: peft with the model's own loss", theirs), ("train LoRA r16: llmworks", steps(network, next_token_loss))]
-
-
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(threads())
     rows = bfcl_rows(asset_files("bfcl-simple", "bfcl").path, Rejected())
-    results = decode(rows) + training(rows)
+    results = decode(rows)
     print(f"{machine()['processor']}, {threads()} threads, torch {torch.__version__}\n")
     base: dict[str, float] = {}
     for name, speed in results:

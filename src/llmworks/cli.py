@@ -19,6 +19,7 @@ usage: llmworks COMMAND ...
 recipes
   run RECIPE          run a recipe; what is up to date is skipped, what was interrupted goes on
   plan RECIPE         what would run, why, and its time, memory and disk
+  tune sweep RECIPE SEARCH      the best values of a recipe's fields, by trials
   train selftest RECIPE [STEP]   does the configuration of its trainings hold? in seconds, on a shrunken model
   stages [NAME]       the stage table, or one stage with its inputs and fields
 
@@ -175,6 +176,16 @@ def _selftest() -> Parser:
     return parser
 
 
+def _sweep() -> Parser:
+    parser = _parser("tune sweep", "tuning.sweep", "Look for the best values of a recipe's fields: each trial is a run of it with others. What was killed goes on.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("search", type=Path, help="YAML file: metric (STEP.METRIC), direction, fields (STEP.FIELD to choices, or low and high), trials")
+    parser.add_argument("--trials", type=int, default=None, metavar="N", help="how many in all, in place of the file's")
+    parser.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step in all trials")
+    _workers(parser)
+    return parser
+
+
 def _stages() -> Parser:
     parser = _parser("stages", "making.stages", "The stage table, or one stage with its inputs and fields.", workspace=False)
     parser.add_argument("name", nargs="?")
@@ -292,6 +303,7 @@ COMMANDS = {
     "run": _run,
     "plan": _plan,
     "train selftest": _selftest,
+    "tune sweep": _sweep,
     "stages": _stages,
     "show": _show,
     "tree": _tree,

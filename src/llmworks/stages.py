@@ -84,6 +84,7 @@ STAGES: dict[str, Stage] = {
     "synthesize.sample": Stage("llmworks.synthesize.sample:sample", 1, "declared", "several answers to a question, those that a verifier accepts"),
     "synthesize.branch": Stage("llmworks.synthesize.branch:branch", 1, "declared", "a question divided, solved in parts, merged"),
     "synthesize.pairs": Stage("llmworks.synthesize.pairs:pairs", 1, "declared", "preference pairs by verifier, judge or ratings"),
+    "tune.trials": Stage("llmworks.tune.trials:trials", 1, "declared", "the page of a sweep: what was tried, what came of it"),
     "lineage.report": Stage("llmworks.lineage.story:report", 1, "declared", "one page: family tree, curves, scores, samples, sizes"),
 }
 

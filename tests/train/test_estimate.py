@@ -197,3 +197,21 @@ def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, l
     assert main(["run", str(data), *workspace, "--quiet"]) == 0
     capsys.readouterr()
     return recipe, workspace
+
+
+def test_texts_and_completions_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "a" * 30, "completion": "b" * n}) + "\n" for n in (10, 30)))
+    found = conversations_of(Dataset(file, name="rows"))
+    assert (found.count, found.letters, found.longest, found.share) == (2, 50.0, 60, 0.4)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_soft_prompt_is_counted_without_weights(kind: str, pico: Path) -> None:
+    from llmworks.train.tuned import open_tuned
+
+    config = SftConfig.model_validate({"method": kind, "soft": {"tokens": 5}})
+    tuned = open_tuned(pico)
+    tuned.put_before(kind, 5, "")
+    shape = Shape(vocabulary=328, width=64, hidden=96, layers=2, heads=4, kv_heads=2, context=512)
+    assert Tuning(config, pico, shape).learned == tuned.trained

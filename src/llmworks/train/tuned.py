@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmworks.errors import ModelError
+from llmworks.errors import MissingDependency, ModelError
 from llmworks.model import adapter, lora
 from llmworks.model.load import read_header
 from llmworks.model.lora import Lora
@@ -48,7 +48,10 @@ class Tuned:
 
     def put_before(self, kind: str, tokens: int, text: str) -> None:
         """Freeze all and put a soft prompt before every text: `kind` prompt or prefix, through peft. It begins as `text`, else as tokens that are drawn."""
-        from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
+        try:
+            from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
+        except ImportError:
+            raise MissingDependency(f"method {kind} needs peft; install it with: pip install 'llmworks[soft]'") from None
 
         from llmworks.model.load import load_model
 

@@ -198,7 +198,7 @@ def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None
     same(out, alone)
 
 
-@pytest.mark.parametrize("name", ["lion", "muon"])
+@pytest.mark.parametrize("name", [pytest.param("lion", marks=pytest.mark.slow), "muon"])
 def test_other_optimizers_shard(name: str, made: Path, tmp_path: Path) -> None:
     """One step: a sign, or an orthogonal matrix, of a gradient that is spread over processes; Muon finds it in bf16."""
     more = (f"optimizer.name={name}", "tokens=512", "optimizer.learning_rate=0.0003", "epochs=1")

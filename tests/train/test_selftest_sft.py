@@ -27,7 +27,7 @@ RIGHT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", RIGHT)
+@pytest.mark.parametrize("what", [what if what in ("an adapter", "all weights") else pytest.param(what, marks=pytest.mark.slow) for what in RIGHT])
 def test_what_is_right_passes(what: str, pico: Path, tmp_path: Path) -> None:
     checks = list(selftest_sft.selftest_sft(SftConfig.model_validate(CONFIG | RIGHT[what]), pico, chats(tmp_path / "chats", 30)))
     assert len(checks) == 8

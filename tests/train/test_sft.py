@@ -258,7 +258,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", VARIANTS)
+OFTEN = ("lora", "magnitudes", "nf4", "full", "noise", "prompt")
+
+
+@pytest.mark.parametrize("what", [what if what in OFTEN else pytest.param(what, marks=pytest.mark.slow) for what in VARIANTS])
 def test_every_variant_learns_resumes_and_replays(what: str, run: Run, tmp_path: Path) -> None:
     """The loss falls; the seed gives the same bytes; a run that was interrupted in the middle of an epoch ends as the one that was not."""
     config = {"optimizer": {"learning_rate": 0.05 if what in ("prompt", "prefix") else 0.005}, **VARIANTS[what]}

@@ -38,7 +38,7 @@ def plots(steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> li
         series["held out"] = [(row["step"] + 1, row["held_out"]) for row in looks]
     found = [("Loss", series, "nats per token")]
     for heading, name, y in (("Bits per byte", "bits_per_byte", "bits"), ("Accuracy", "accuracy", "share of learned tokens")):
-        if looks and name in looks[0]:
+        if len(looks) > 1 and name in looks[0]:
             found.append((heading, {"held out": [(row["step"] + 1, row[name]) for row in looks]}, y))
     for heading, name, y, factor in (("Gradient norm", "gradient_norm", "before clipping", 1.0), ("Learning rate", "learning_rate", "", 1.0), ("Memory", "memory", "most so far, GB", 1e-9)):
         values = [row[name] * factor for row in steps]

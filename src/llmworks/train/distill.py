@@ -87,6 +87,7 @@ def _loss(config: DistillConfig, teacher: Model | Adapter, tuned: Tuned, materia
     if guide.network.config.vocab_size != tuned.network.config.vocab_size:
         raise ModelError(f"the teacher has {guide.network.config.vocab_size:,} rows of logits, the student {tuned.network.config.vocab_size:,}; set source to text")
     ctx.progress.say(f"{teacher.name} teaches by its chances of {sum(e.labels for e in material.examples):,} tokens")
+    guide.network.to(next(tuned.network.parameters()).device)
     return taught(guide.network.requires_grad_(False).eval(), beta=DIRECTIONS.get(config.direction, 0.5), temperature=config.temperature, mix=config.mix)
 
 

@@ -171,8 +171,7 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
     material = read(config, model, data, held_out)
     say(ctx, config, material)
     tuned = open_tuned(model.path)
-    network = tuned.network.to(world.device)
-    engine = TorchEngine(network, material.tokenizer, material.stops, model.name)
+    engine = TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)  # which reads on the CPU
     before = answers(engine, material.questions, ctx.scratch / "before.json") if material.questions and world.first else []
     torch.manual_seed(ctx.seed)
     prepare(tuned, config)
@@ -192,6 +191,7 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
     if not parallel_whole(config.parallel, world.size) and world.first:
         whole = open_tuned(model.path)
         prepare(whole, config)
+        whole.network.to(world.device)
 
     def look(step: int) -> dict[str, float]:
         placed.gather(whole.network if world.first else None)

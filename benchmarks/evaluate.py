@@ -164,7 +164,7 @@ def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: li
     return f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal, log-probabilities to {gap:.1e}"
 
 
-def engines(size: float, ref: str) -> None:
+def engines(size: float, ref: str, only: str) -> None:
     """One model in transformers and, as F16 and Q8_0, in llama.cpp: how often the answer is the same, and why not."""
     from llmworks.artifact import Report
     from llmworks.context import Context
@@ -187,6 +187,8 @@ def engines(size: float, ref: str) -> None:
         print("| task | samples | F16: same answer | why not | Q8_0: same answer | why not |\n|---|---|---|---|---|---|")
         same, asked = {"f16": 0.0, "q8_0": 0.0}, 0
         for task, limit in (("logiqa", 200), ("social-iqa", 400), ("medmcqa", 300), ("mmlu-sample", 281), ("sarcasm", 400), ("function-call", 200)):
+            if only and task not in only.split(","):
+                continue
             config = EvaluateConfig(task=task, limit=max(10, int(limit * size)))
             reports = {}
             for name, model in models.items():
@@ -225,7 +227,7 @@ def main() -> None:
         print(json.dumps({**found, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
         return
     if args.engines:
-        engines(args.size, args.model)
+        engines(args.size, args.model, args.only)
         return
     print("| task | samples | llmworks, s | harness, s (batch) | faster by | MB | harness, MB | agreement |\n|---|---|---|---|---|---|---|---|")
     for name, (fields, rows, shots) in tasks(args.size).items():

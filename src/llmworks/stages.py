@@ -75,7 +75,7 @@ STAGES: dict[str, Stage] = {
     "evaluate.errors": Stage("llmworks.evaluate.errors:errors", 1, "exact-on-this-platform", "where a model fails: by topic, length, group and kind of error"),
     "evaluate.practice": Stage("llmworks.evaluate.practice:practice", 1, "exact", "failed rows as conversations to train on, apart from those it is tested on"),
     "evaluate.judge": Stage("llmworks.evaluate.judge:judge", 1, "declared", "models judge answers: grades, or the better of two, alone or as a jury"),
-    "evaluate.compare": Stage("llmworks.evaluate.compare:compare", 2, "exact", "paired test of two evaluations, and why samples differ"),
+    "evaluate.compare": Stage("llmworks.evaluate.compare:compare", 3, "exact", "paired test of two evaluations, and why samples differ"),
     "synthesize.instruct": Stage("llmworks.synthesize.instruct:instruct", 1, "declared", "new tasks from seed tasks, answered (Self-Instruct)"),
     "synthesize.evolve": Stage("llmworks.synthesize.evolve:evolve", 2, "declared", "instructions made harder or other, step by step (Evol-Instruct)"),
     "synthesize.personas": Stage("llmworks.synthesize.personas:personas", 1, "declared", "people who would read a text, and what they ask"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,9 +52,12 @@ def run_trial(unit: Unit) -> Outcome:
         job = Run(load_recipe(unit.recipe, unit.sets), Workspace(unit.workspace), quiet=True)
         job.run()
         found = job.found[unit.step]
-        if not isinstance(found.metrics.get(unit.metric), (int, float)):
+        value = found.metrics.get(unit.metric)
+        if isinstance(value, float) and not math.isfinite(value):
+            return Outcome(None, f"{unit.step}.{unit.metric} is {value}", time.monotonic() - began)
+        if not isinstance(value, (int, float)):
             return Outcome(None, f"{unit.step} has no metric {unit.metric!r}; it has {', '.join(sorted(map(str, found.metrics)))}", time.monotonic() - began)
-        return Outcome(float(found.metrics[unit.metric]), "", time.monotonic() - began, found.digest)
+        return Outcome(float(value), "", time.monotonic() - began, found.digest)
     except (LlmworksError, GateFailed) as error:
         return Outcome(None, str(error), time.monotonic() - began)
 

@@ -197,6 +197,21 @@ def test_what_cannot_be_paired(run: Run, tmp_path: Path) -> None:
             compare(CompareConfig(), a, run(name, fields, count=count), context(tmp_path / "x"))
 
 
+def test_another_wording_is_no_other_answer(run: Run, tmp_path: Path) -> None:
+    """Of texts that a function judges, calls are compared, or the verdict; of others what was extracted."""
+    fields = {**GENERATE, "answer": {"regex": "zz+"}, "metrics": ["regex"]}
+    a, b = run("a", fields, count=6), run("b", fields, count=6)
+    data = b.read()
+    calls = ['<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>', 'So: <tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>', '<tool_call>{"name": "f", "arguments": {"x": 2}}</tool_call>']
+    for report, texts in ((a, [calls[0], calls[0], "other words"]), (b, [calls[1], calls[2], "words of another kind"])):
+        data = report.read()
+        for sample, text in zip(data["samples"], texts, strict=False):
+            sample["text"] = text
+        (report.path / "report.json").write_text(json.dumps(data))
+    made = compare(CompareConfig(resamples=200), a, b, context(tmp_path / "compared"))
+    assert (made.metrics["differ"], made.metrics["same_answer"]) == (1, pytest.approx(5 / 6))
+
+
 def test_of_several_changes_none_is_blamed_alone(run: Run, tmp_path: Path) -> None:
     """With one change its cause is named; with two the page says that they cannot be separated."""
     a = run("a", CHOICE)

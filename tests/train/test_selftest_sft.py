@@ -23,6 +23,7 @@ from llmworks.train.sft import SftConfig
 CONFIG: dict[str, Any] = {"batch_size": 2, "accumulation": 2, "lora": {"rank": 4}, "optimizer": {"learning_rate": 0.003}}
 RIGHT: dict[str, dict[str, Any]] = {
     "an adapter": {}, "of four bits": {"lora": {"base": "nf4", "magnitudes": True}}, "all weights": {"method": "full", "lora": {}, "freeze": ["model.layers.0.*"]}, "with habits": {"neftune": 5, "recompute": True, "learn": "last", "look_every": 2, "best": "accuracy"},
+    "a soft prompt": {"method": "prompt", "lora": {}, "optimizer": {}},
     "with dropout": {"lora": {"dropout": 0.1, "faster": 4, "stabilised": True, "targets": ["q_proj", "down_proj"]}},
 }  # fmt: skip
 

@@ -17,12 +17,13 @@ from tests.conftest import TEMPLATE
 from llmworks.artifact import Adapter, Artifact, Dataset, Model
 from llmworks.context import Context
 from llmworks.data.rows import write_chat
-from llmworks.errors import DataError, LlmworksError, ModelError, TrainingError, UserError
+from llmworks.errors import DataError, GoldenMismatch, LlmworksError, ModelError, TrainingError, UserError
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.merge.adapter import AdapterConfig
 from llmworks.merge.adapter import adapter as merged
 from llmworks.model import adapter, lora
 from llmworks.model.fold import fold_into, weights_of
+from llmworks.model.golden import require
 from llmworks.model.load import load_model
 from llmworks.model.standard import load_decoder, open_adaptable
 from llmworks.progress import Progress
@@ -170,6 +171,10 @@ def test_steps_hold_every_row_once_an_epoch_whatever_the_parts() -> None:
     assert sorted(i for step in whole.steps[:3] for i in step) == list(range(12))
     assert whole.steps[:3] != whole.steps[3:]
     shares = [Steps(EXAMPLES, epochs=2, size=2, accumulation=2, seed=5, free=True, share=(at, 2)) for at in range(2)]
+    with pytest.raises(UserError, match="cannot be divided among 13 processes"):
+        Steps(EXAMPLES, epochs=1, size=16, accumulation=1, seed=0, free=True, share=(0, 13))
+    uneven = [Steps(EXAMPLES[:7], epochs=1, size=1, accumulation=4, seed=0, free=True, share=(at, 2), cut=1) for at in range(2)]
+    assert [len(step) for step in uneven[0]] == [len(step) for step in uneven[1]] == [2, 1]  # as many parts in each process
     for step in range(len(parts)):
         assert torch.equal(torch.cat([make().ids[0] for share in shares for make in share[step]]), torch.cat([make().ids[0] for make in parts[step]]))
 
@@ -351,6 +356,32 @@ def test_a_soft_prompt_is_peft_s(kind: str, run: Run, pico: Path, tmp_path: Path
             TorchEngine.open(pico, adapter=made.path)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_weights_in_fewer_bits_stay_in_them(kind: str, run: Run, pico: Path, tmp_path: Path) -> None:
+    """Of a base in bf16 all weights come back in bf16, with golden tokens of what was written; an adapter is merged, and the rounding of its sum is allowed for, not more."""
+    load_model(pico, kind).save_pretrained(tmp_path / "half")
+    load_tokenizer(pico).save_pretrained(tmp_path / "half")
+    whole, _ = run("whole", model=tmp_path / "half", method="full")
+    assert {t.dtype for t in tensors(whole).values()} == {getattr(torch, kind)}
+    assert whole.golden is not None
+    gap = require(whole.golden, whole.path, mean_within=1e-4, step="again")
+    assert gap is not None
+    made, _ = run("adapter", model=tmp_path / "half", optimizer={"learning_rate": 0.01})
+    base = resolve(str(tmp_path / "half"))
+    assert isinstance(base, Model)
+    (tmp_path / "m").mkdir()
+
+    def engine(artifact: Artifact) -> Engine:
+        raise LlmworksError("none is needed")
+
+    place = Context(tmp_path / "m", tmp_path, 0, Progress(quiet=True), ReportBuilder(), engine)
+    adapted = Adapter(made.path, golden=made.golden, about=made.about)
+    done = merged(AdapterConfig(), adapted, base, place)
+    assert 1e-4 < done.metrics["golden_gap_mean"] < {"bfloat16": 0.15, "float16": 0.02}[kind]
+    with pytest.raises(GoldenMismatch):
+        merged(AdapterConfig(logits_within=1e-5), adapted, base, place)
+
+
 def test_the_best_look_is_kept_and_patience_ends_the_training(run: Run, tmp_path: Path, pico: Path) -> None:
     """At a rate that is far too high the held-out loss rises after a while: the weights of the best look are what is left, and looks are counted."""
     unseen = chats(tmp_path / "unseen", 40)
@@ -405,6 +436,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a freeze of all": ({"method": "full", "freeze": ["*"]}, ModelError, "all weights are frozen"),
     "rows that are too long": ({"max_tokens": 12, "longer": "refuse"}, DataError, r"row 'r\d+': \d+ tokens, longer than max_tokens 12; set max_tokens higher"),
     "only rows that are too long": ({"max_tokens": 3}, DataError, r"chats: none of 24 rows can be learned; the first: .* longer than max_tokens 3"),
+    "rows that the model cannot read": ({"longer": "refuse", "max_tokens": 4000, "soft": {"tokens": 505}, "method": "prefix"}, DataError, r"row 'r\d+': \d+ tokens, longer than max_tokens 7"),
     "best of nothing": ({"best": "held_out"}, UserError, "give them as held_out"),
     "a rate that breaks all": ({"optimizer": {"learning_rate": 1e30}}, TrainingError, r"step \d+ of \d+ \(rows r.*\): the loss is (nan|inf)"),
 }  # fmt: skip

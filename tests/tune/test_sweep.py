@@ -10,6 +10,7 @@ import pytest
 from tests.train.test_sft import chats
 
 from llmworks import sweeping
+from llmworks.artifact import Report
 from llmworks.cli import main
 from llmworks.errors import DataError, RecipeError, UserError
 from llmworks.pool import Pool
@@ -94,7 +95,7 @@ def test_a_sweep_of_a_recipe(tmp_path: Path, pico: Path, capsys: pytest.CaptureF
     assert "it is too good by chance" in (Path(json.loads(captured.out)["report"]) / "report.md").read_text()
 
 
-def test_a_trial_that_fails_is_told_and_others_go_on(tmp_path: Path, pico: Path) -> None:
+def test_a_trial_that_fails_is_told_and_others_go_on(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rate at which the loss is no number: the page says why, and the best is of the others. A metric that is not there is named."""
     chats(tmp_path / "rows", 12)
     recipe = tmp_path / "recipe.yaml"
@@ -105,6 +106,10 @@ def test_a_trial_that_fails_is_told_and_others_go_on(tmp_path: Path, pico: Path)
     assert {t["values"]["tuned.optimizer.learning_rate"] for t in trials if t["score"] is not None} == {1e-3}
     assert all("the loss is" in t["why"] for t in trials if t["score"] is None)
     assert found.metrics["failed"] == sum(t["score"] is None for t in trials) > 0
+    monkeypatch.setattr(sweeping.Run, "run", lambda self: self.found.update(tuned=Report(tmp_path, metrics={"loss": float("nan")})))
+    nothing = run_trial(Unit(recipe, tmp_path / "ws", (), "tuned", "loss"))
+    assert (nothing.score, nothing.why) == (None, "tuned.loss is nan")
+    monkeypatch.undo()
     outcome = run_trial(Unit(recipe, tmp_path / "ws", tuple(overrides({"tuned.optimizer.learning_rate": 1e-3})), "tuned", "beauty"))
     assert outcome.score is None
     assert outcome.why.startswith("tuned has no metric 'beauty'; it has accuracy")

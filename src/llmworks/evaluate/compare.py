@@ -18,7 +18,9 @@ from llmworks.errors import DataError
 from llmworks.evaluate.board import small
 from llmworks.evaluate.bootstrap import RESAMPLES, holm, paired_difference, sign_flip
 from llmworks.evaluate.causes import CAUSES, cause, changes, settings
+from llmworks.evaluate.metrics import WRITTEN
 from llmworks.evaluate.stored import read_evaluation
+from llmworks.tokenize.templates import parse_calls
 
 SHOWN = 400
 
@@ -47,10 +49,11 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     d, sign = paired.difference, -1 if a.get("better") == "lower" else 1
     gained = sum(sign * right[i]["score"] > sign * left[i]["score"] for i in ids)
     lost = sum(sign * right[i]["score"] < sign * left[i]["score"] for i in ids)
-    changed = [i for i in ids if _answer(left[i]) != _answer(right[i]) or left[i]["score"] != right[i]["score"]]
+    one, other = _answers(a, left), _answers(b, right)
+    changed = [i for i in ids if one[i] != other[i] or left[i]["score"] != right[i]["score"]]
     metrics = {
         "difference": d.value, "low": d.low, "high": d.high, "p_not_better": paired.p_not_better, "p_not_worse": paired.p_not_worse, "p": chance, "gained": gained, "lost": lost, "samples": len(ids),
-        "differ": len(changed), "same_answer": sum(_answer(left[i]) == _answer(right[i]) for i in ids) / len(ids),
+        "differ": len(changed), "same_answer": sum(one[i] == other[i] for i in ids) / len(ids),
     }  # fmt: skip
     low, high = sorted((sign * d.low, sign * d.high))
     verdict = "not told apart" if chance >= 0.05 else "better" if low > 0 else "worse" if high < 0 else "not told apart"
@@ -89,11 +92,23 @@ def _check(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any], 
         raise DataError(f"{first} and {second} are of different rows under the id {other!r}, so they cannot be paired")
 
 
-def _answer(sample: Mapping[str, Any]) -> Any:
-    """What a sample's answer comes down to: the option that was chosen, the answers that were extracted, else the text or its score."""
-    if "chosen" in sample:
-        return sample["chosen"]
-    return sample.get("answers") or sample["text"] or sample["score"]
+def _answers(run: Mapping[str, Any], samples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What each sample's answer comes down to: the option that was chosen, the answers that were extracted, else the text or its score.
+
+    Of a text that a function judges as a whole (calls, programs, constraints): the calls in it, or the verdict; another wording is no other answer.
+    """
+    task = run.get("definition", {})
+    judged = task.get("kind") == "generate" and not any(task.get("extract", {}).values()) and all(str(m.get("name")) not in WRITTEN for m in task.get("metrics", ()))
+    out: dict[str, Any] = {}
+    for id, sample in samples.items():
+        if "chosen" in sample:
+            out[id] = sample["chosen"]
+        elif judged:
+            calls = parse_calls(sample["text"])[1]
+            out[id] = [(call.name, call.arguments) for call in calls] or sample.get("scores") or sample["score"]
+        else:
+            out[id] = sample.get("answers") or sample["text"] or sample["score"]
+    return out
 
 
 def _other_metrics(config: CompareConfig, left: Mapping[str, Any], right: Mapping[str, Any], ids: list[str], groups: list[str], page: Any) -> None:

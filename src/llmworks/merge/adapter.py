@@ -7,6 +7,7 @@ copied as it is; tokenizer and template come from the adapter, which was trained
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,14 @@ from llmworks.errors import ArtifactError, ModelError
 if TYPE_CHECKING:
     from llmworks.model.fold import Folded
 
+BOUNDS = {"F32": 1e-3, "F16": 0.02, "BF16": 0.15}  # mean gaps of golden logits that rounding may make
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class AdapterConfig(Config):
     """Folding needs no choice; the bound says when to refuse."""
 
-    logits_within: float = Field(1e-3, gt=0, description="how far golden logits may move on average before the merge is refused")
+    logits_within: float = Field(0.0, ge=0, description="how far golden logits may move on average before the merge is refused; 0: 0.001 for weights in fp32, 0.02 in fp16, 0.15 in bf16, whose rounding moves them")
 
 
 def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Model:
@@ -60,7 +62,7 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
 
         golden = record(ctx.out)
         return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf"})
-    gap = require(golden, ctx.out, mean_within=config.logits_within, step="merge.adapter")
+    gap = require(golden, ctx.out, mean_within=config.logits_within or BOUNDS.get(format_of(ctx.out), 1e-3), step="merge.adapter")
     assert gap is not None
     return Model(
         ctx.out,
@@ -68,6 +70,18 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
         metrics={**metrics, "golden_gap_mean": round(gap.mean, 7), "golden_gap_largest": round(gap.largest, 7)},
         about={"format": "hf"},
     )
+
+
+def format_of(path: Path) -> str:
+    """The number format of most weights of a directory, as safetensors names it."""
+    from llmworks.model.load import read_header
+
+    counted: Counter[str] = Counter()
+    for file in sorted(path.glob("*.safetensors")):
+        for name, entry in read_header(file).items():
+            if name != "__metadata__":
+                counted[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return counted.most_common(1)[0][0] if counted else ""
 
 
 def fold_files(source: Path, adapter_path: Path, out: Path) -> Folded:

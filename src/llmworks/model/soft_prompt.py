@@ -70,7 +70,7 @@ def prompted(model: Any, adapter: Path) -> Prompted:
     if config["peft_type"] == "PREFIX_TUNING":
         if config.get("prefix_projection"):
             raise ModelError(f"{adapter}: uses prefix_projection, which is not known here")
-        heads, width = own.num_key_value_heads, getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        heads, width = getattr(own, "num_key_value_heads", None) or own.num_attention_heads, getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
         if table.shape[1] != own.num_hidden_layers * 2 * heads * width:
             raise ModelError(f"{adapter}: belongs to another model: its prefix has {table.shape[1]} numbers a token, this model {own.num_hidden_layers * 2 * heads * width}")
         parts = table.view(1, len(table), own.num_hidden_layers * 2, heads, width).permute(2, 0, 3, 1, 4)

@@ -120,7 +120,7 @@ def resume(running: Running, scratch: Path) -> int:
         raise TrainingError(f"{folder}: is the checkpoint of another configuration ({what} differs); delete {folder.parent} to begin anew")
     for name, (optimizer, p) in running._owners().items():  # moments exist after the first step only
         for key in [k for k in sizes if k.startswith(f"moments.{name}.") and "." not in k[len(f"moments.{name}.") :]]:
-            made = torch.zeros_like(p.detach()) if sizes[key] == tuple(p.shape) else torch.zeros(sizes[key], device=p.device if sizes[key] else "cpu")
+            made = torch.zeros_like(p.detach()) if sizes[key] == tuple(p.shape) else torch.zeros(sizes[key], device=p.device)
             optimizer.state[p][key.rpartition(".")[2]] = made
             wanted[key] = made
     random = {name: torch.empty(sizes[name], dtype=torch.uint8) for name in (f"random.{world.rank}", f"cuda.{world.rank}") if name in sizes}

@@ -46,14 +46,16 @@ def distill(config: DistillConfig, teacher: Model | Adapter, student: Model, dat
 
     Errors: as train.sft; UserError where logits are wanted of a teacher that cannot give them, or of another vocabulary.
     """
+    from llmworks.train import world
+
     why = _cannot_give_logits(teacher, student)
     if config.source == "logits" and why:
         raise UserError(f"config.source is logits, but {why}; set it to text")
     if config.source == "text" or why:
+        if world.processes() > 1:
+            raise UserError("a teacher's answers are written by one process; start one")
         ctx.progress.say(f"{teacher.name} writes the answers" + (f", since {why}" if why and config.source == "auto" else ""))
         return sft(config, student, written(config, teacher, data, ctx), ctx, held_out)
-    from llmworks.train import world
-
     with world.opened(config.parallel) as here:
         if here.size > 1:
             raise UserError("a training with a teacher's logits runs in one process; set source to text, or start one")

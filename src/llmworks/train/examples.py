@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmworks.data.rows import Row
-from llmworks.errors import ModelError, RequestError
+from llmworks.errors import ModelError, RequestError, UserError
 from llmworks.model.linear_loss import IGNORED
 from llmworks.tokenize.templates import encode, for_template, render_masked
 from llmworks.train.packed import PackedBatch
@@ -151,11 +151,12 @@ def plan_epoch(lengths: Sequence[int], size: int, seed: int, *, by_length: bool 
 class Steps(Sequence[list[Callable[[], Any]]]):
     """The steps of a training over examples, the same for the same seed: each a list of makers of parts of `size` examples.
 
-    `free`: parts are joined without padding, else padded. `share` (number, of how many): the examples of each step that are this process's.
+    `free`: parts are joined without padding, else padded. `share` (number, of how many): the examples of each step that are this process's, `cut` of them at once; what
+    cannot be divided is left out, so that all processes have as many parts. Errors: UserError where no step has an example for each.
     """
 
-    def __init__(self, examples: Sequence[Example], *, epochs: float, size: int, accumulation: int, seed: int, free: bool, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)) -> None:
-        self.examples, self.size, self.free, self.device, self.share = examples, size, free, device, share
+    def __init__(self, examples: Sequence[Example], *, epochs: float, size: int, accumulation: int, seed: int, free: bool, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1), cut: int = 0) -> None:
+        self.examples, self.size, self.free, self.device, self.share = examples, cut or size, free, device, share
         lengths = [len(e.ids) for e in examples]
         wanted = max(1, round(epochs * -(-len(examples) // size)))
         parts: list[list[int]] = []
@@ -165,8 +166,9 @@ class Steps(Sequence[list[Callable[[], Any]]]):
             epoch += 1
         parts = parts[:wanted]
         self.steps = [[i for part in parts[at : at + accumulation] for i in part] for at in range(0, len(parts), accumulation)]
-        if share[1] > 1:  # what is left over cannot be divided
-            self.steps = [step for step in self.steps if len(step) >= share[1]] or self.steps
+        self.steps = [step for whole in self.steps if (step := whole[: len(whole) // share[1] * share[1]])]
+        if not self.steps:
+            raise UserError(f"{len(examples)} rows cannot be divided among {share[1]} processes; start fewer")
 
     def __len__(self) -> int:
         return len(self.steps)

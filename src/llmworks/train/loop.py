@@ -73,7 +73,7 @@ def train(
     rows = [row for row in progress.read_metrics() if row.get("step", -1) < start]
     progress.keep_metrics(rows)
     if best is not None:
-        best.begin(rows)
+        best.begin(world.agreed(rows))  # which the first process has
     watch = Watch(habits.spike, world.agreed([row["loss"] for row in rows if "loss" in row]))
     network = placed.network
     network.train()

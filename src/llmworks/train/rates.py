@@ -72,7 +72,7 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
         ctx.progress.say(str(error))
     losses = [row["loss"] for row in ctx.progress.read_metrics()]
     if len(losses) < 10:
-        raise TrainingError(f"the loss is broken after {len(losses)} steps, at a learning rate of {rising[len(losses) - 1]:.1e}; set lowest to less")
+        raise TrainingError(f"the loss is broken after {len(losses)} steps, at a learning rate of {rising[len(losses)]:.1e}; set lowest to less")
     best, steepest, at_lowest = chosen(rising, losses)
     metrics: dict[str, Any] = {"learning_rate": float(f"{best:.2g}"), "steepest": float(f"{steepest:.2g}"), "lowest": float(f"{at_lowest:.2g}"), "steps": len(losses)}
     page = ctx.report

@@ -30,7 +30,7 @@ HEART, LONGEST, LOUDER = 80, 512, 10.0  # steps to learn some rows by heart; tok
 def reduced(config: SftConfig, longest: int) -> SftConfig:
     """The same configuration for so few rows: parts of 4 or less, one process; what is too long is cut, since the rows are here for their masks."""
     looks = {"look_every": 3 if config.look_every or config.best else 0, "look_rows": 4, "samples": 0, "checkpoint_every": 2}
-    return config.model_copy(update={"epochs": 1.0, "batch_size": min(4, config.batch_size), "accumulation": min(4, config.accumulation), "parallel": Parallel(), "golden": "renew: a shrunken model", "patience": 0, "max_tokens": min(config.max_tokens, longest), **looks})
+    return config.model_copy(update={"epochs": 1.0, "batch_size": min(4, config.batch_size), "accumulation": min(4, config.accumulation), "parallel": Parallel(), "golden": "renew: a shrunken model", "patience": 0, "longer": "cut", "max_tokens": min(config.max_tokens, longest), **looks})
 
 
 def selftest_sft(config: SftConfig, model: Path, data: Dataset) -> Iterator[Check]:
@@ -190,6 +190,8 @@ def _parts(bench: Bench, near: float) -> tuple[bool, str]:
         return True, "a step has one row"
     if bench.config.lora.dropout or bench.config.neftune:
         return True, "not compared: what dropout and noise do is drawn for each part"
+    if bench.config.method in ("prompt", "prefix"):
+        return True, "not compared: rows of similar length are padded together, and which they are depends on their number"
     size, parts = (each, 1) if bench.config.accumulation > 1 else (1, each)
     other = bench.run("parts", bench.config.model_copy(update={"batch_size": size, "accumulation": parts}))
     pairs = [(one[key], two[key]) for one, two in zip(bench.usual[:2], other[:2], strict=True) for key in ("loss", "gradient_norm")]
@@ -241,6 +243,14 @@ def _saved(bench: Bench) -> tuple[bool, str]:
 
             one, other = load_model(out)(input_ids=ids).logits, load_decoder(out)(input_ids=ids).logits
             what = "in transformers and here"
+        elif bench.config.method in ("prompt", "prefix"):
+            from peft import PeftModel
+
+            from llmworks.model.load import load_model
+
+            one = PeftModel.from_pretrained(load_model(bench.model), out).eval()(input_ids=ids).logits[:, -ids.shape[1] :]
+            other = TorchEngine.open(bench.model, adapter=Adapter(out).path).model(input_ids=ids).logits
+            what = "in peft and in the engine"
         else:
             tuned = open_tuned(bench.model)
             prepare(tuned, bench.config)

@@ -147,8 +147,9 @@ def read(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | Non
     rows = training_rows(data)
     if "messages" in rows[0]:
         require_template(model.name, tokenizer, stops, uses_of(rows))
-    examples, set_aside = make_examples(tokenizer, rows, config, data.name)
-    unseen = make_examples(tokenizer, training_rows(held_out)[: config.look_rows], config, held_out.name)[0] if held_out is not None else []
+    most = context_of(model) - (config.soft.tokens if config.method in ("prompt", "prefix") else 0)
+    examples, set_aside = make_examples(tokenizer, rows, config, data.name, most)
+    unseen = make_examples(tokenizer, training_rows(held_out)[: config.look_rows], config, held_out.name, most)[0] if held_out is not None else []
     questions = answerable(held_out)[: config.samples] if held_out is not None else []
     return Material(tokenizer, stops, examples, set_aside, unseen, questions)
 
@@ -171,8 +172,9 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
     material = read(config, model, data, held_out)
     say(ctx, config, material)
     tuned = open_tuned(model.path)
-    engine = TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)  # which reads on the CPU
-    before = answers(engine, material.questions, ctx.scratch / "before.json") if material.questions and world.first else []
+    before: list[str] = []
+    if material.questions and world.first:  # on the CPU, where the engine reads
+        before = answers(TorchEngine(tuned.network, material.tokenizer, material.stops, model.name), material.questions, ctx.scratch / "before.json")
     torch.manual_seed(ctx.seed)
     prepare(tuned, config)
     network = tuned.network.to(world.device)
@@ -185,7 +187,7 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
         loss = Noise(network, config.neftune).around(loss)
     each, shares = config.batch_size * config.accumulation, world.count("data")
     size = share_of(each, shares, config.batch_size)
-    steps = Steps(material.examples, epochs=config.epochs, size=size, accumulation=each // size, seed=ctx.seed, free=tuned.free, device=world.device, share=(world.at("data"), shares))
+    steps = Steps(material.examples, epochs=config.epochs, size=config.batch_size, accumulation=config.accumulation, seed=ctx.seed, free=tuned.free, device=world.device, share=(world.at("data"), shares), cut=size)
     placed = place(network, config.parallel, world, precision=config.precision)
     whole = tuned
     if not parallel_whole(config.parallel, world.size) and world.first:
@@ -214,6 +216,7 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
 def _finish(config: SftConfig, model: Model, material: Material, ctx: Context, tuned: Tuned, before: list[str], metrics: dict[str, Any], best: int | None) -> Adapter | Model:
     """Save, answer again, report, and record golden tokens."""
     from llmworks.generate.engines.torch import TorchEngine
+    from llmworks.model.golden import record as recorded
     from llmworks.model.golden import torch_logits
     from llmworks.tokenize.golden import record
     from llmworks.train.answers import answers, write_report, write_samples
@@ -237,9 +240,9 @@ def _finish(config: SftConfig, model: Model, material: Material, ctx: Context, t
     for warning in warnings:
         ctx.progress.say(f"warning: {warning}")
     metrics["warnings"] = len(warnings)
+    if config.method == "full":  # of what was written, in its number format
+        return Model(ctx.out, metrics=metrics, golden=recorded(ctx.out), about={"format": "hf", "architecture": str(model.about.get("architecture", ""))})
     golden = record(material.tokenizer, material.stops, torch_logits(engine.model))
-    if config.method == "full":
-        return Model(ctx.out, metrics=metrics, golden=golden, about={"format": "hf", "architecture": str(model.about.get("architecture", ""))})
     return Adapter(ctx.out, metrics=metrics, golden=golden, about={"base": model.digest, "method": config.method, **({"rank": config.lora.rank} if config.method == "lora" else {}), "template": config.template, "base_kept": config.lora.base})
 
 
@@ -253,14 +256,14 @@ def prepare(tuned: Any, config: SftConfig) -> None:
         tuned.freeze(config.freeze)
 
 
-def make_examples(tokenizer: Any, rows: Sequence[Row], config: SftConfig, name: str = "the data") -> tuple[list[Example], list[tuple[str, str]]]:
-    """(examples, (id, reason) of the rows set aside). DataError when none is left, or for one that is too long where that is refused."""
+def make_examples(tokenizer: Any, rows: Sequence[Row], config: SftConfig, name: str = "the data", most: int = 1 << 30) -> tuple[list[Example], list[tuple[str, str]]]:
+    """(examples, (id, reason) of the rows set aside). `most`: tokens that the model reads. DataError when none is left, or for one that is too long where that is refused."""
     from llmworks.train.examples import make_example
 
     examples: list[Example] = []
     set_aside: list[tuple[str, str]] = []
     for row in rows:
-        made = make_example(tokenizer, row, config.max_tokens, last=config.learn == "last", cut=config.longer == "cut")
+        made = make_example(tokenizer, row, min(config.max_tokens, most), last=config.learn == "last", cut=config.longer == "cut")
         if isinstance(made, str):
             if config.longer == "refuse" and "longer than max_tokens" in made:
                 raise DataError(f"{name}: row {row['id']!r}: {made}; set max_tokens higher, or longer to set-aside or cut")
@@ -270,6 +273,15 @@ def make_examples(tokenizer: Any, rows: Sequence[Row], config: SftConfig, name: 
     if not examples:
         raise DataError(f"{name}: none of {len(rows)} rows can be learned; the first: {set_aside[0][1] if set_aside else 'no rows'}")
     return examples, set_aside
+
+
+def context_of(model: Model) -> int:
+    """Tokens that a model reads."""
+    from llmworks.tokenize.load import read_json
+
+    config = read_json(model.path / "config.json")
+    found = config.get("max_position_embeddings") or config.get("n_positions") or (config.get("shape") or {}).get("context")
+    return int(found) if isinstance(found, int) and found > 0 else 1 << 30
 
 
 def say(ctx: Context, config: SftConfig, material: Material) -> None:

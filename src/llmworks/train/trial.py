@@ -124,6 +124,7 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     answers(TorchEngine(network, tokenizer, stops, ""), questions[:1], None)
     samples = (time.perf_counter() - start) * len(questions)
     prepare(tuned, config)
+    network = tuned.network
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).train()
     if config.recompute and network.supports_gradient_checkpointing:

@@ -113,8 +113,8 @@ def save_like(network: nn.Module, source: Path, out: Path) -> None:
 
     formats = Counter(entry["dtype"] for file in sorted(source.glob("*.safetensors")) for name, entry in read_header(file).items() if name != "__metadata__")
     dtype = TYPES.get(formats.most_common(1)[0][0], torch.float32)
-    state = {name: tensor.detach().to(dtype) for name, tensor in network.state_dict().items()}
     if isinstance(network, DecoderForCausalLM):
+        state = {name: tensor.detach().to(dtype) for name, tensor in network.state_dict().items()}
         if network.shape.tied:
             state.pop("head.weight", None)
         kind, _ = shape_of(read_json(source / "config.json"))
@@ -122,7 +122,8 @@ def save_like(network: nn.Module, source: Path, out: Path) -> None:
         shutil.copyfile(source / "config.json", out / "config.json")
     else:
         whole: Any = network
-        whole.save_pretrained(out, state_dict=state)
+        whole.to(dtype).save_pretrained(out)
+        whole.to(torch.float32)
     generation = source / "generation_config.json"
     if generation.exists():
         shutil.copyfile(generation, out / "generation_config.json")

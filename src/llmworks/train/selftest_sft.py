@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,10 @@ def _saved(bench: Bench) -> tuple[bool, str]:
 
             from llmworks.model.load import load_model
 
-            one = PeftModel.from_pretrained(load_model(bench.model), out).eval()(input_ids=ids).logits[:, -ids.shape[1] :]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft reads a name that transformers renamed
+                theirs = PeftModel.from_pretrained(load_model(bench.model), out).eval()
+            one = theirs(input_ids=ids).logits[:, -ids.shape[1] :]
             other = TorchEngine.open(bench.model, adapter=Adapter(out).path).model(input_ids=ids).logits
             what = "in peft and in the engine"
         else:

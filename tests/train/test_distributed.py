@@ -84,7 +84,7 @@ LAYOUTS = {
 TUNED = {"adapter": ("lora.rank=4",), "adapter of four bits": ("lora.base=nf4", "lora.rank=4"), "all weights": ("method=full",), "sharded adapter": ("lora.rank=4", "parallel.data=shard"), "sharded weights": ("method=full", "parallel.data=shard")}
 
 
-@pytest.mark.parametrize("what", [name if name in ("adapter", "sharded weights") else pytest.param(name, marks=pytest.mark.slow) for name in TUNED])
+@pytest.mark.parametrize("what", [name if name == "sharded weights" else pytest.param(name, marks=pytest.mark.slow) for name in TUNED])
 def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico: Path, tmp_path: Path) -> None:
     from tests.train.test_sft import chats
 
@@ -198,7 +198,8 @@ def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None
     same(out, alone)
 
 
-@pytest.mark.parametrize("name", [pytest.param("lion", marks=pytest.mark.slow), "muon"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lion", "muon"])
 def test_other_optimizers_shard(name: str, made: Path, tmp_path: Path) -> None:
     """One step: a sign, or an orthogonal matrix, of a gradient that is spread over processes; Muon finds it in bf16."""
     more = (f"optimizer.name={name}", "tokens=512", "optimizer.learning_rate=0.0003", "epochs=1")

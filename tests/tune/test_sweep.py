@@ -117,6 +117,7 @@ def test_a_trial_that_fails_is_told_and_others_go_on(tmp_path: Path, pico: Path,
         sweep(recipe, Search.model_validate({**SEARCH, "metric": "tuned.beauty", "trials": 1}), Workspace(tmp_path / "ws"))
 
 
+@pytest.mark.slow
 def test_trials_run_beside_one_another(tmp_path: Path, pico: Path) -> None:
     """Two processes: as many trials as asked for, each told once."""
     chats(tmp_path / "rows", 8)

@@ -21,6 +21,7 @@ recipes
   plan RECIPE         what would run, why, and its time, memory and disk
   tune sweep RECIPE SEARCH      the best values of a recipe's fields, by trials
   train selftest RECIPE [STEP]   does the configuration of its trainings hold? in seconds, on a shrunken model
+  import FILE         a configuration of Axolotl or LLaMA-Factory as a recipe
   stages [NAME]       the stage table, or one stage with its inputs and fields
 
 artifacts
@@ -186,6 +187,13 @@ def _sweep() -> Parser:
     return parser
 
 
+def _import() -> Parser:
+    parser = _parser("import", "translating.translate", "Make a recipe of a configuration of Axolotl or LLaMA-Factory, and say what became of each of its keys.", workspace=False)
+    parser.add_argument("file", type=Path, help="its YAML file")
+    parser.add_argument("--out", type=Path, help="the recipe's file; default: it is printed")
+    return parser
+
+
 def _stages() -> Parser:
     parser = _parser("stages", "making.stages", "The stage table, or one stage with its inputs and fields.", workspace=False)
     parser.add_argument("name", nargs="?")
@@ -304,6 +312,7 @@ COMMANDS = {
     "plan": _plan,
     "train selftest": _selftest,
     "tune sweep": _sweep,
+    "import": _import,
     "stages": _stages,
     "show": _show,
     "tree": _tree,

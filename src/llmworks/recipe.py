@@ -159,7 +159,8 @@ class _Checker:
         self.unknown_keys((), data, TOP_KEYS)
         raw = data.get("steps")
         if not isinstance(raw, dict) or not raw:
-            self.problem(("steps",), "steps: must be a mapping of step names to steps")
+            foreign = next((tool for key, tool in (("base_model", "Axolotl"), ("model_name_or_path", "LLaMA-Factory")) if key in data), "")
+            self.problem(("steps",), f"this is a configuration of {foreign}; `llmworks import {self.path}` makes a recipe of it" if foreign else "steps: must be a mapping of step names to steps")
             raise self.fail()
         self.apply(raw, overrides)
         steps: dict[str, Step] = {}

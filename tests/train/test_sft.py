@@ -33,8 +33,10 @@ from llmworks.tokenize.load import load_tokenizer
 from llmworks.train.examples import Example, Steps, collate, joined, make_example
 from llmworks.train.loss import Noise, label_logits, next_token_loss
 from llmworks.train.packed import packed_loss
+from llmworks.train.placement import resolved
 from llmworks.train.rows import training_rows
 from llmworks.train.sft import SftConfig, sft
+from llmworks.train.tuned import Tuned
 from llmworks.types import Engine, Request, Sampling
 
 EXAMPLES = [Example(tuple(3 + (i * 7 + j * 3) % 300 for j in range(4 + 9 * i)), tuple(int(j >= 2 + i) for j in range(4 + 9 * i)), f"r{i}") for i in range(12)]
@@ -526,3 +528,24 @@ def test_where_a_curve_is_steepest_and_lowest() -> None:
     assert 5e-3 < lowest < 0.2
     assert best <= lowest / 10 * 1.001
     assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_frozen_matrices_in_half_are_the_same_products(pico: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run) -> None:
+    """Autocast rounds them for each product anyway: with bf16 the losses are the same bits whether they are kept so or not."""
+    found = {}
+    for name in ("kept", "whole"):
+        if name == "whole":
+            monkeypatch.setattr(Tuned, "narrow", lambda self, precision: None)
+        made, metrics = run(name, held_out=chats(tmp_path / "unseen", 6), precision="bf16", epochs=1.0, look_every=3)
+        found[name] = [(row.get("loss"), row.get("held_out")) for row in metrics["rows"]], {key: tensor.tolist() for key, tensor in tensors(made).items()}
+    assert found["kept"] == found["whole"]
+    assert any(held for _, held in found["kept"][0])
+    assert made.golden is not None
+
+
+def test_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [resolved(wanted, cpu) for wanted in ("auto", "fp32", "bf16", "fp16")] == ["fp32", "fp32", "bf16", "fp16"]
+    for capability, alone, spread in (((8, 0), "bf16", "bf16"), ((7, 5), "fp16", "fp32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert (resolved("auto", gpu), resolved("auto", gpu, spread=True), resolved("fp32", gpu)) == (alone, spread, "fp32")

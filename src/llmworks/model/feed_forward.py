@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llmworks.model import kernels
 from llmworks.model.linear import AddingLinear
 from llmworks.model.shape import Shape
 
@@ -50,7 +51,9 @@ class FeedForward(nn.Module):
         if self.gate is None:
             thought: Tensor = self.bend(self.up(x))
         elif self.bend is F.silu and torch.is_grad_enabled():
-            thought = _SiluGate.apply(self.gate(x), self.up(x))  # type: ignore[no-untyped-call]
+            gate, up = self.gate(x), self.up(x)
+            fused = kernels.silu_gate(gate, up)
+            thought = _SiluGate.apply(gate, up) if fused is None else fused  # type: ignore[no-untyped-call]
         else:
             thought = self.bend(self.gate(x)) * self.up(x)
         made: Tensor = self.down(thought)

@@ -98,8 +98,8 @@ class LoraLinear(nn.Module):
         """Of each row of W + s B A the direction, times its learned length; its own length is a constant for the gradient (section 4.3 of the paper)."""
         weight = dense(self.base)
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        with torch.no_grad():
-            length = torch.linalg.norm(weight + self.scale * (self.b @ self.a), dim=1)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            length = torch.linalg.norm(weight.to(self.b.dtype) + self.scale * (self.b @ self.a), dim=1)
         straight, added = F.linear(low, weight), F.linear(F.linear(low, self.a), self.b) * self.scale
         share = (magnitude / length).to(x.dtype)
         plain: Tensor = self.base(x)

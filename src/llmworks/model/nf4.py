@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llmworks.model import kernels
+
 BLOCK, SCALES = 64, 256  # weights that share a scale; scales that share theirs
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -127,7 +129,9 @@ class NF4Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """The weight [out, in] in fp32."""
-        return unpack(Packed(self.codes, self.scales, (self.out_features, self.in_features), self.second, self.mean))
+        shape = (self.out_features, self.in_features)
+        fast = kernels.unpack_nf4(self.codes, self.scales, self.second, self.mean, shape, (dynamic_map(), _levels(self.codes.device)[0])) if self.codes.is_cuda else None
+        return unpack(Packed(self.codes, self.scales, shape, self.second, self.mean)) if fast is None else fast
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""

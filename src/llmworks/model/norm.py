@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmworks.model import kernels
 from llmworks.model.shape import Shape
 
 
@@ -22,6 +23,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize."""
+        fused = kernels.rms_norm(x, self.weight, self.epsilon, from_zero=self.from_zero)
+        if fused is not None:
+            return fused
         if self.from_zero:
             return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.epsilon).to(x.dtype)
         return F.rms_norm(x.float(), (x.shape[-1],), None, self.epsilon).to(x.dtype) * self.weight

@@ -187,7 +187,7 @@ class Training:
         """Bytes that a part of a step keeps for the way back."""
         shape, parallel = self.shape, self.config.parallel
         rows = share_of(self.per_step, max(1, self.processes // (parallel.tensor * parallel.pipeline)), self.config.batch)
-        tokens, number = rows * self.length, 2 if self.config.precision != "fp32" else NUMBER
+        tokens, number = rows * self.length, 2 if self.config.precision in ("bf16", "fp16") else NUMBER
         logits = min(tokens, 512) * shape.vocabulary * NUMBER * 2
         if isinstance(shape, RecurrentShape):
             gates = {"mlp": 1, "rnn": 2, "gru": 6, "lstm": 8}[shape.kind]

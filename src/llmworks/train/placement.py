@@ -21,6 +21,15 @@ Loss = Callable[[Any, Any], Tensor]
 WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def resolved(precision: str, device: torch.device, *, spread: bool = False) -> str:
+    """What `auto` is: bf16 on a GPU that computes it (8.0 and newer), fp16 on an older one, fp32 on a CPU. `spread`: weights are sharded, so that nothing can be scaled for fp16."""
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32" if spread else "fp16"
+
+
 def cast(device: torch.device, precision: str) -> Any:
     """The context in which products are computed."""
     return torch.autocast(device.type, WIDTHS[precision]) if precision != "fp32" else contextlib.nullcontext()

@@ -38,7 +38,7 @@ class PretrainConfig(Config):
     batch: int = Field(8, gt=0, description="rows that are computed at once")
     accumulation: int = Field(1, gt=0, description="parts of a step; its loss is the mean over all their labels, as in one large batch")
     optimizer: PretrainOptimizer = Field(PretrainOptimizer(), description="optimizer and learning rate")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of products, under autocast; weights stay fp32. On most CPUs bf16 is many times slower")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of products, under autocast; weights stay fp32. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU, where the others are many times slower")
     recompute: bool = Field(False, description="keep no activations of blocks, compute them again backward: less memory, a third more time")
     compile: bool = Field(False, description="torch.compile: the first step takes a minute or more")
     parallel: Parallel = Field(Parallel(), description="what processes share, where several are started (--nproc, torchrun); a step is the same whatever their number")
@@ -88,7 +88,7 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
     from llmworks.train.loop import Habits, train
     from llmworks.train.packed import PackedSteps, packed_loss
     from llmworks.train.pipeline import Pipelined
-    from llmworks.train.placement import place
+    from llmworks.train.placement import place, resolved
     from llmworks.train.samples import continued
 
     if config.compile and world.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
@@ -114,7 +114,8 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
     steps = PackedSteps(packed, steps_of(config, packed, data, length), rows=share, parts=config.batch * config.accumulation // share, length=length, seed=ctx.seed, device=world.device, share=(world.at("data"), world.count("data")))
     parameters = sum(p.numel() for p in network.parameters())
     whole = network if parallel_whole(config.parallel, world.size) else open_trainable(model.path).to(world.device) if world.first else None
-    placed = (Pipelined if config.parallel.pipeline > 1 else place)(network, config.parallel, world, precision=config.precision, compiled=config.compile)
+    precision = resolved(config.precision, world.device, spread=config.parallel != Parallel())
+    placed = (Pipelined if config.parallel.pipeline > 1 else place)(network, config.parallel, world, precision=precision, compiled=config.compile)
     begun = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed) if world.first else []
     kept: dict[int, list[str]] = {}
 
@@ -131,7 +132,7 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
         ctx.progress.say(f"step {step + 1}: held out {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}")
         return {"held_out": found.per_token, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
 
-    habits = Habits(config.checkpoint_every, config.keep, config.precision, config.average, config.spike, look, config.look_every)
+    habits = Habits(config.checkpoint_every, config.keep, precision, config.average, config.spike, look, config.look_every)
     ctx.progress.say(f"{parameters:,} parameters, {len(steps):,} steps of {config.batch * config.accumulation} rows" + (f", {world.size} processes" if world.size > 1 else ""))
     metrics: dict[str, Any] = dict(train(placed, steps, packed_loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress))
     placed.gather(whole)

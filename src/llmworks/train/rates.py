@@ -42,6 +42,7 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
     from llmworks.train.loop import Habits, train
     from llmworks.train.loss import Noise, next_token_loss
     from llmworks.train.packed import packed_loss
+    from llmworks.train.placement import resolved
     from llmworks.train.tuned import open_tuned
 
     training = config.training
@@ -65,7 +66,7 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
         return rising[step]
 
     try:
-        train(tuned.network, steps, loss, training.optimizer, Habits(10**9, precision=training.precision, rate=rate, faster={"b": training.lora.faster} if training.lora.faster > 1 else {}), scratch=ctx.scratch, progress=ctx.progress)
+        train(tuned.network, steps, loss, training.optimizer, Habits(10**9, precision=resolved(training.precision, torch.device("cpu")), rate=rate, faster={"b": training.lora.faster} if training.lora.faster > 1 else {}), scratch=ctx.scratch, progress=ctx.progress)
     except _Enough:
         pass
     except TrainingError as error:  # a loss that is no number ends the search, too

@@ -75,13 +75,21 @@ def selftest(config: PretrainConfig, shape: Shape | RecurrentShape, data: Datase
     small = reduced(config)
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(Path(folder), shrunken(shape), small, data)
-        near = EXACT if config.precision == "fp32" else NEAR
+        near = near_of(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
             ("every key is read", functools.partial(_keys, bench, config)), ("labels are those of the rows", functools.partial(_labels, bench)), ("texts of a row are apart", functools.partial(_apart, bench)),
             ("parts of a step are the step", functools.partial(_parts, bench, near)), ("the seed replays", functools.partial(_seed, bench)), ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),
             ("one step's rows can be learned by heart", functools.partial(_overfit, bench)),
         ]  # fmt: skip
         yield from in_turn(tests)
+
+
+def near_of(precision: str) -> float:
+    """How near numbers are that should be the same, in the format that products are computed in here."""
+    from llmworks.train.placement import resolved
+    from llmworks.train.world import own_device
+
+    return EXACT if resolved(precision, own_device()) == "fp32" else NEAR
 
 
 def in_turn(tests: Sequence[tuple[str, Callable[[], tuple[bool, str]]]]) -> Iterator[Check]:

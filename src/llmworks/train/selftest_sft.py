@@ -22,7 +22,7 @@ from llmworks.progress import Progress
 from llmworks.report import ReportBuilder
 from llmworks.train.parallel import Parallel
 from llmworks.train.rows import training_rows
-from llmworks.train.selftest import EXACT, NEAR, STEPS, Check, Reading, in_turn, keys_of, shrunken
+from llmworks.train.selftest import EXACT, STEPS, Check, Reading, in_turn, keys_of, near_of, shrunken
 from llmworks.train.sft import SftConfig, sft
 
 HEART, LONGEST, LOUDER = 80, 512, 10.0  # steps to learn some rows by heart; tokens of a row; how much larger the first weights are than usual
@@ -38,7 +38,7 @@ def selftest_sft(config: SftConfig, model: Path, data: Dataset) -> Iterator[Chec
     """Every check, as it is done. Errors: UserError for an architecture that cannot be shrunken."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), model, config, data)
-        near = EXACT if config.precision == "fp32" else NEAR
+        near = near_of(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
             ("every key is read", functools.partial(_keys, bench, config)), ("answers are learned, and nothing else", functools.partial(_labels, bench)), ("rows are apart", functools.partial(_apart, bench)),
             ("parts of a step are the step", functools.partial(_parts, bench, near)), ("the seed replays", functools.partial(_seed, bench)), ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),

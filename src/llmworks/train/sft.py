@@ -56,7 +56,7 @@ class SftConfig(Config):
     golden: str = Field("keep", pattern=r"^(keep|renew: .+)$", description="keep: the base's golden tokens must replay; 'renew: REASON' when the template or vocabulary changes")
     neftune: float = Field(0.0, ge=0, description="noise on embedded tokens while training, 5 is usual; 0: none (arXiv:2310.05914)")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description=f"learning rate schedule and optimizer; the learning rate, if not given, is 0.001, of method full {RATES['full']:g}, prompt {RATES['prompt']:g}, prefix {RATES['prefix']:g}")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of products, under autocast; weights that are trained stay fp32. On most CPUs bf16 is many times slower")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of products, under autocast; weights that are trained stay fp32. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU, where the others are many times slower")
     recompute: bool = Field(False, description="keep no activations of blocks, compute them again backward: less memory, a third more time")
     parallel: Parallel = Field(Parallel(), description="what processes share, where several are started (--nproc, torchrun); a step is the same whatever their number")
     look_every: int = Field(0, ge=0, description="steps between two looks at how well held-out answers are predicted; 0: at the end only")
@@ -165,7 +165,7 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
     from llmworks.train.loop import Habits, train
     from llmworks.train.loss import Noise, next_token_loss
     from llmworks.train.packed import packed_loss
-    from llmworks.train.placement import place
+    from llmworks.train.placement import cast, place, resolved
     from llmworks.train.pretrain import parallel_whole
     from llmworks.train.tuned import open_tuned
 
@@ -177,6 +177,9 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
         before = answers(TorchEngine(tuned.network, material.tokenizer, material.stops, model.name), material.questions, ctx.scratch / "before.json")
     torch.manual_seed(ctx.seed)
     prepare(tuned, config)
+    precision = resolved(config.precision, world.device, spread=config.parallel.data == "shard")
+    if precision != "fp32" and config.method == "lora" and config.parallel.data != "shard":  # whose pieces are of one format
+        tuned.narrow(precision)
     network = tuned.network.to(world.device)
     if config.recompute:
         if not network.supports_gradient_checkpointing:
@@ -188,7 +191,7 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
     each, shares = config.batch_size * config.accumulation, world.count("data")
     size = share_of(each, shares, config.batch_size)
     steps = Steps(material.examples, epochs=config.epochs, size=config.batch_size, accumulation=config.accumulation, seed=ctx.seed, free=tuned.free, device=world.device, share=(world.at("data"), shares), cut=size)
-    placed = place(network, config.parallel, world, precision=config.precision)
+    placed = place(network, config.parallel, world, precision=precision)
     whole = tuned
     if not parallel_whole(config.parallel, world.size) and world.first:
         whole = open_tuned(model.path)
@@ -199,12 +202,13 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
         placed.gather(whole.network if world.first else None)
         if not world.first:
             return {}
-        found = predicted(whole.network, material.unseen, free=tuned.free, size=config.batch_size, device=world.device)
+        with cast(world.device, precision):
+            found = predicted(whole.network, material.unseen, free=tuned.free, size=config.batch_size, device=world.device)
         ctx.progress.say(f"step {step + 1}: held-out answers {found['held_out']:.4f} nats a token, {found['accuracy']:.1%} foreseen")
         return found
 
     best = Best(config.best, ctx.scratch, config.patience) if config.best else None
-    habits = Habits(config.checkpoint_every, precision=config.precision, look=look if material.unseen else None, look_every=config.look_every, best=best, faster={"b": config.lora.faster} if config.lora.faster > 1 else {})
+    habits = Habits(config.checkpoint_every, precision=precision, look=look if material.unseen else None, look_every=config.look_every, best=best, faster={"b": config.lora.faster} if config.lora.faster > 1 else {})
     metrics: dict[str, Any] = dict(train(placed, steps, loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress))
     placed.gather(whole.network if world.first else None)
     if not world.first:
@@ -233,7 +237,7 @@ def _finish(config: SftConfig, model: Model, material: Material, ctx: Context, t
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
     if material.set_aside:
         (ctx.out / "set_aside.jsonl").write_text("".join(json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in material.set_aside), encoding="utf-8")
-    engine = TorchEngine.open(model.path, adapter=ctx.out) if tuned.soft else TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
+    engine = TorchEngine.open(model.path, adapter=ctx.out) if tuned.soft or tuned.narrowed else TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
     after = answers(engine, material.questions, None) if material.questions else []
     write_report(ctx.report, model.name, rows, metrics, config.model_dump(), material.set_aside)
     warnings = write_samples(ctx.report, material.questions, before, after)

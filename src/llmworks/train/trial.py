@@ -46,7 +46,7 @@ def pretrain(given: dict[str, Any]) -> dict[str, float]:
 
     from llmworks.train.optimizers import optimizers_of
     from llmworks.train.packed import packed_loss
-    from llmworks.train.placement import cast
+    from llmworks.train.placement import cast, resolved
     from llmworks.train.pretrain import PretrainConfig
 
     config = PretrainConfig.model_validate(given["config"])
@@ -64,7 +64,7 @@ def pretrain(given: dict[str, Any]) -> dict[str, float]:
         start = time.perf_counter()
         batch = batches[len(seconds) % len(batches)]
         for _ in range(min(2, config.accumulation)):
-            with cast(device, config.precision):
+            with cast(device, resolved(config.precision, device)):
                 loss = packed_loss(network, batch) / batch.labels
             loss.backward()  # type: ignore[no-untyped-call]
         part = time.perf_counter()
@@ -102,7 +102,7 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     from llmworks.train.loss import next_token_loss
     from llmworks.train.optimizers import optimizers_of
     from llmworks.train.packed import packed_loss
-    from llmworks.train.placement import cast
+    from llmworks.train.placement import cast, resolved
     from llmworks.train.rows import training_rows
     from llmworks.train.sft import SftConfig, make_examples, prepare
     from llmworks.train.tuned import open_tuned
@@ -138,7 +138,7 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     for batches in itertools.chain([[steps.part(longest)]], ([make() for make in parts] for parts in steps)):
         start = time.perf_counter()
         for batch in batches:
-            with cast(device, config.precision):
+            with cast(device, resolved(config.precision, device)):
                 loss = loss_of(network, batch) / max(1, batch.labels)
             loss.backward()
         update(network, optimizers)

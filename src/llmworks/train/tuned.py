@@ -22,6 +22,7 @@ from llmworks.model.nf4 import NF4Linear, keep_in_nf4
 from llmworks.model.standard import open_adaptable, to_standard
 from llmworks.train.lora import LoraConfig
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -36,6 +37,7 @@ class Tuned:
     lora: Lora | None = None
     kept: dict[str, Any] | None = None
     soft: bool = False
+    narrowed: bool = False
 
     def adapt(self, config: LoraConfig) -> None:
         """Freeze all and put an adapter beside the targets. Seed torch before."""
@@ -75,6 +77,13 @@ class Tuned:
             p.requires_grad_(not any(fnmatch.fnmatch(names[name], pattern) for pattern in patterns))
         if not any(p.requires_grad for p in self.network.parameters()):
             raise ModelError("freeze: all weights are frozen, so that nothing is trained")
+
+    def narrow(self, precision: str) -> None:
+        """Keep frozen matrices in the format that autocast makes of them for every product: the same numbers in half the memory. Embeddings and head stay."""
+        for layer in self.network.modules():
+            if isinstance(layer, nn.Linear) and layer is not self.network.get_output_embeddings() and not layer.weight.requires_grad:
+                layer.weight.data = layer.weight.data.to(HALVES[precision])
+                self.narrowed = True
 
     @property
     def trained(self) -> int:

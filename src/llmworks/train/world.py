@@ -69,6 +69,11 @@ class World:
             dist.barrier()
 
 
+def own_device() -> torch.device:
+    """Where this process trains: its GPU, if there is one."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def processes() -> int:
     """How many processes were started together (torchrun, `--nproc`)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -82,7 +87,7 @@ def opened(parallel: Parallel) -> Iterator[World]:
     """
     size, rank = processes(), int(os.environ.get("RANK", "0"))
     parallel.over(size)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device()
     if size == 1:
         yield World(device)
         return

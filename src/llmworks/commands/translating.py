@@ -1,0 +1,50 @@
+"""What `import` does with its arguments. All logic is in the rooms below."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from llmworks.commands.output import as_json, out
+from llmworks.errors import RecipeError, UserError
+
+
+def translate(args: argparse.Namespace) -> None:
+    """`llmworks import FILE`."""
+    from llmworks.foreign.keys import HEADINGS
+    from llmworks.foreign.translate import translate as translated
+    from llmworks.recipe import load_recipe
+
+    if args.out is not None and args.out.exists():
+        raise UserError(f"{args.out}: is there already; give --out another name")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise UserError(f"{args.out.parent}: no such directory")
+    found = translated(args.file)
+    with tempfile.TemporaryDirectory(dir=None if args.out is None else args.out.parent) as folder:
+        draft = Path(folder) / "recipe.yaml"
+        draft.write_text(found.text, encoding="utf-8")
+        missing: list[str] = []
+        try:
+            load_recipe(draft)
+        except RecipeError as error:
+            problems = [line.removeprefix(f"{draft}:") for line in error.problems]
+            missing = [line.partition(": ")[2] for line in problems if ".use: " in line]  # may lie on another machine
+            if len(missing) < len(problems):
+                raise UserError(f"{args.file}: makes no recipe that holds: {'; '.join(f'line {line}' for line in problems)}") from None
+        if args.out is not None:
+            draft.replace(args.out)
+    if args.json:
+        as_json({"tool": found.tool, "recipe": found.text, "keys": [{"key": note.key, "fate": note.fate, "why": note.text} for note in found.notes]})
+        return
+    if args.out is None:
+        out(found.text.rstrip())
+    for line in missing:
+        print(f"not here: {line}", file=sys.stderr)
+    for fate in ("lost", "unknown"):
+        for note in found.notes:
+            if note.fate == fate:
+                print(f"{HEADINGS[note.fate].partition(':')[0].lower()}: {note.key}: {note.text}", file=sys.stderr)
+    if args.out is not None:
+        out(f"{args.out}: a recipe of {found.tool}'s {args.file.name}; its header says what became of {len(found.notes)} keys\n  llmworks plan {args.out}\n  llmworks run {args.out}")

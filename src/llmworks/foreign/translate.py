@@ -1,0 +1,59 @@
+"""A YAML file of Axolotl or LLaMA-Factory becomes a recipe, checked as any other, that says of each of their keys what became of it."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmworks.errors import UserError
+from llmworks.foreign import axolotl, llamafactory
+from llmworks.foreign.keys import HEADINGS, Note
+
+TOOLS = {"base_model": axolotl, "model_name_or_path": llamafactory}
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A recipe's text, and what became of the keys that have no place of their own in it."""
+
+    tool: str
+    text: str
+    notes: tuple[Note, ...]
+
+
+def translate(file: Path) -> Translated:
+    """Read a configuration and write it as a recipe. UserError in one line for a file that is none, or has no meaning here at all."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: not YAML ({' '.join(str(error).split())[:120]})") from None
+    module = next((module for key, module in TOOLS.items() if isinstance(values, dict) and key in values), None)
+    if module is None:
+        raise UserError(f"{file}: is no configuration of Axolotl (base_model) or LLaMA-Factory (model_name_or_path)")
+    try:
+        steps, seed, keys = module.translate(values, file.parent)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    keys.finish()
+    return Translated(module.TOOL, _text(file, module.TOOL, steps, seed, keys.notes), tuple(keys.notes))
+
+
+def _text(file: Path, tool: str, steps: dict[str, Any], seed: int, notes: list[Note]) -> str:
+    """The recipe with its header."""
+    lines = [f"{file.name} of {tool}, translated. Look at it, then: llmworks plan, llmworks train selftest, llmworks run."]
+    for fate, heading in HEADINGS.items():
+        found = [note for note in notes if note.fate == fate]
+        if found:
+            lines += ["", f"{heading}:"]
+            for text in dict.fromkeys(note.text for note in found):
+                names = ", ".join(note.key for note in found if note.text == text)
+                lines += textwrap.wrap(f"{names}: {text}", 150, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in file.stem) or "translated"
+    body = yaml.safe_dump({"name": name, "seed": seed, "steps": steps}, sort_keys=False, allow_unicode=True, width=150)
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines) + body

@@ -10,6 +10,7 @@ from llmworks.errors import DataError, LlmworksError, UserError
 from llmworks.model.shape import RecurrentShape, Shape
 from llmworks.recipe import Recipe, StageStep
 from llmworks.tokenize.load import read_json
+from llmworks.train.distill import cannot_give_logits
 from llmworks.train.estimate import Training
 from llmworks.train.estimate_sft import Tuning, conversations_of
 from llmworks.train.pretrain import PretrainConfig
@@ -34,14 +35,19 @@ def estimate_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, proces
 def tuning_of(recipe: Recipe, found: Mapping[str, Artifact], name: str) -> Tuning | None:
     """The fine-tuning that a step is; None where it is none, or its model is not there yet. Errors: DataError for data that are no conversations."""
     step = recipe.steps[name]
-    if not isinstance(step, StageStep) or not isinstance(step.config, SftConfig) or step.stage.name != "train.sft":
+    if not isinstance(step, StageStep) or not isinstance(step.config, SftConfig) or step.stage.name not in ("train.sft", "train.distill"):
         return None
-    model, data, held_out = (found.get(str(step.inputs.get(role))) for role in ("model", "data", "held_out"))
-    shape = shape_of_step(recipe, found, step.inputs["model"])
+    learner = "student" if step.stage.name == "train.distill" else "model"
+    model, data, held_out, teacher = (found.get(str(step.inputs.get(role))) for role in (learner, "data", "held_out", "teacher"))
+    shape = shape_of_step(recipe, found, step.inputs[learner])
     if not isinstance(model, Model) or model.format != "hf" or not isinstance(shape, Shape):
         return None
     known = data if isinstance(data, Dataset) else None
-    return Tuning(step.config, model.path, shape, conversations_of(known) if known else None, known.path if known else None, held_out.path if isinstance(held_out, Dataset) else None)
+    guide = shape_of_step(recipe, found, step.inputs["teacher"]) if isinstance(teacher, Model) and getattr(step.config, "source", "") != "text" and not cannot_give_logits(teacher, model) else None
+    return Tuning(
+        step.config, model.path, shape, conversations_of(known) if known else None, known.path if known else None, held_out.path if isinstance(held_out, Dataset) else None,
+        *((teacher.path, guide) if isinstance(teacher, Model) and isinstance(guide, Shape) else ()),
+    )  # fmt: skip
 
 
 def training_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | None:

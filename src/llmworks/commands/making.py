@@ -144,7 +144,7 @@ def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None
     rows = []
     for name, (t, tried) in trainings.items():
         known = t.steps > 0
-        memory = f"{tried.memory_mb / 1e3:.2f} GB, tried" if tried else f"about {t.memory / 1e9:.1f} GB"
+        memory = f"{tried.memory_mb / 1e3:.2f} GB, tried" if tried else f"{'about' if known else 'at most'} {t.memory / 1e9:.1f} GB"
         rows.append((name, f"{t.parameters:,}", f"{t.learned:,}", f"{t.steps:,}" if known else "not known yet", f"{t.read:,}" if known else "", f"{t.work:.2g}" if known else "", memory))
     out()
     table(("training", "parameters", "learned", "steps", "tokens", "operations", "memory of a process"), rows)

@@ -169,10 +169,12 @@ def _sources(keys: Keys, key: str, folder: Path, named: str, templates: list[str
             files = [files] if isinstance(files, str) else files or []
             if len(files) != 1:
                 raise UserError(f"{TOOL}: {key}[{number}].data_files: name one file; several are several data sets")
-            local = path in ("json", "parquet", "csv", "text")
-            ref = training.source(str(files[0]), folder, dataset=True) if local or training.source(path, folder, dataset=True).startswith("path:") else f"hf:datasets/{path}/{Path(str(files[0])).parent}".rstrip("/.")
-            if not local:
+            ref = training.source(str(files[0]) if path in ("json", "parquet", "csv", "text") else path, folder, dataset=True)
+            if ref.startswith("hf:"):
                 one.otherwise("data_files", f"{files[0]}: all files of its folder are read")
+                ref = f"{ref}/{Path(str(files[0])).parent}".removesuffix("/.")
+            elif path not in ("json", "parquet", "csv", "text"):
+                ref = f"{ref}/{files[0]}"
         else:
             ref = training.source(path, folder, dataset=True)
         one.take("ds_type")

@@ -48,7 +48,7 @@ def distill(config: DistillConfig, teacher: Model | Adapter, student: Model, dat
     """
     from llmworks.train import world
 
-    why = _cannot_give_logits(teacher, student)
+    why = cannot_give_logits(teacher, student)
     if config.source == "logits" and why:
         raise UserError(f"config.source is logits, but {why}; set it to text")
     if config.source == "text" or why:
@@ -62,7 +62,7 @@ def distill(config: DistillConfig, teacher: Model | Adapter, student: Model, dat
         return tune(config, student, data, ctx, held_out, here, lambda tuned, material: _loss(config, teacher, tuned, material, ctx))
 
 
-def _cannot_give_logits(teacher: Model | Adapter, student: Model) -> str:
+def cannot_give_logits(teacher: Model | Adapter, student: Model) -> str:
     """Why a teacher cannot teach by its chances; empty where it can."""
     if isinstance(teacher, Adapter) or teacher.format != "hf":
         return f"{teacher.name} is {'an adapter, which is to be merged first' if isinstance(teacher, Adapter) else 'no Hugging Face directory'}"

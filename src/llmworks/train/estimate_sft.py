@@ -55,7 +55,7 @@ def conversations_of(data: Dataset) -> Conversations:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A fine-tuning of an adapter as far as it is known; `conversations` where its data are made."""
+    """A fine-tuning as far as it is known; `conversations` where its data are made, `teacher` and its shape `guide` where it learns a teacher's chances."""
 
     config: SftConfig
     model: Path
@@ -63,6 +63,8 @@ class Tuning:
     conversations: Conversations | None = None
     data: Path | None = None
     held_out: Path | None = None
+    teacher: Path | None = None
+    guide: Shape | None = None
 
     @property
     def parameters(self) -> int:
@@ -126,7 +128,8 @@ class Tuning:
         parts = parts_of(self.shape, round(self._tokens(self.conversations.letters) / 2))
         layers, head = sum(part.work for part in parts if part.name != "head"), sum(part.work for part in parts if part.name == "head")
         forward = layers + head * self.conversations.share
-        return (3.0 * forward if self.config.method == "full" else 2.0 * forward + 6.0 * self.learned) * self.read
+        guide = sum(part.work for part in parts_of(self.guide, round(self._tokens(self.conversations.letters) / 2))) if self.guide else 0.0
+        return ((3.0 * forward if self.config.method == "full" else 2.0 * forward + 6.0 * self.learned) + guide) * self.read
 
     @property
     def memory(self) -> float:
@@ -134,12 +137,13 @@ class Tuning:
         longest = self._tokens(self.conversations.longest) if self.conversations else self.config.max_tokens
         tokens = longest * self.config.batch_size
         held = self.learned * NUMBER * 3 if self.config.method == "full" else self.learned * NUMBER * 4  # gradients and moments, and the adapter itself
-        return PROCESS + self.frozen + held + tokens * NUMBER * kept_of(self.shape) * self.shape.layers + CHUNK
+        guide = sum(part.parameters for part in parts_of(self.guide, 1)) * NUMBER if self.guide else 0
+        return PROCESS + self.frozen + guide + held + tokens * NUMBER * kept_of(self.shape) * self.shape.layers + CHUNK
 
     def attempt(self) -> Trial:
         """Run a few steps of it here, of its own model and conversations. Errors: LlmworksError when that fails."""
         has_room(PROCESS + self.frozen + NUMBER * 4 * self.learned)
-        return run_trial("sft", {"config": self.config.model_dump(mode="json"), "model": str(self.model), "data": str(self.data or ""), "held_out": str(self.held_out or "")})
+        return run_trial("sft", {"config": self.config.model_dump(mode="json"), "model": str(self.model), "data": str(self.data or ""), "held_out": str(self.held_out or ""), "teacher": str(self.teacher or "")})
 
     def seconds(self, trial: Trial) -> float:
         """Of the whole stage, from what was tried here: steps, and the held-out questions answered before and after; `row` is what encoding one conversation took."""

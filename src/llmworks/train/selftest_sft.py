@@ -20,6 +20,7 @@ from llmworks.data.rows import Row, flat_messages
 from llmworks.errors import LlmworksError, UserError
 from llmworks.progress import Progress
 from llmworks.report import ReportBuilder
+from llmworks.train.distill import DistillConfig, distill
 from llmworks.train.parallel import Parallel
 from llmworks.train.rows import training_rows
 from llmworks.train.selftest import EXACT, STEPS, Check, Reading, in_turn, keys_of, near_of, shrunken
@@ -48,7 +49,7 @@ def selftest_sft(config: SftConfig, model: Path, data: Dataset) -> Iterator[Chec
 
 
 class Bench:
-    """A small model with the user's tokenizer, the first rows, and runs of `sft` on them."""
+    """A small model with the user's tokenizer, the first rows, and runs of `sft` on them, or of `distill` under another small model."""
 
     def __init__(self, folder: Path, model: Path, config: SftConfig, data: Dataset) -> None:
         import torch
@@ -74,10 +75,17 @@ class Bench:
             for p in network.parameters():
                 p.mul_(LOUDER if p.dim() > 1 else 1.0)
         self.model = folder / "model"
-        save_decoder(network, self.model, token_ids={name: given[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in given})
+        ids: dict[str, Any] = {name: given[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in given}
+        save_decoder(network, self.model, token_ids=ids)
         self.tokenizer = load_tokenizer(model)
         self.stops = stop_ids(model, self.tokenizer)
         self.tokenizer.save_pretrained(self.model)
+        self.teacher: Model | None = None
+        if isinstance(config, DistillConfig) and config.source != "text":  # of the same kind: another draw, so that there is something to learn
+            torch.manual_seed(1)
+            save_decoder(DecoderForCausalLM(DecoderConfig(shape=small.model_dump())), folder / "teacher", token_ids=ids)
+            self.tokenizer.save_pretrained(folder / "teacher")
+            self.teacher = Model(folder / "teacher", about={"format": "hf"}, name="teacher")
         generation = model / "generation_config.json"
         if generation.exists():
             (self.model / generation.name).write_bytes(generation.read_bytes())
@@ -104,7 +112,7 @@ class Bench:
         return Dataset(file, name=name)
 
     def run(self, name: str, config: Any, *, data: Dataset | None = None, seed: int = 0, stop: int | None = None, go_on: bool = False) -> list[dict[str, Any]]:
-        """One run of `sft`; its steps' metrics. `stop`: it is interrupted before this step's metrics are kept."""
+        """One run; its steps' metrics. `stop`: it is interrupted before this step's metrics are kept."""
         out, scratch = self.folder / f"{name}-out", self.folder / f"{name}-scratch"
         for place in (out, scratch):
             place.mkdir(exist_ok=go_on or place is out)
@@ -117,7 +125,11 @@ class Bench:
         with contextlib.ExitStack() as stack:
             if stop is not None:
                 stack.enter_context(contextlib.suppress(KeyboardInterrupt))
-            sft(config, self.base, data or self.data, Context(out, scratch, seed, progress, ReportBuilder(), _no_engine), self.data)
+            ctx = Context(out, scratch, seed, progress, ReportBuilder(), _no_engine)
+            if self.teacher is None:  # what a teacher wrote is learned as any answer
+                sft(config, self.base, data or self.data, ctx, self.data)
+            else:
+                distill(config, self.teacher, self.base, data or self.data, ctx, self.data)
         self.runs[name] = out
         return [row for row in progress.read_metrics() if "loss" in row]
 

@@ -98,6 +98,8 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     from llmworks.tokenize.load import load_tokenizer, stop_ids
     from llmworks.tokenize.named import use_template
     from llmworks.train.answers import answerable, answers
+    from llmworks.train.distill import DistillConfig
+    from llmworks.train.divergence import DIRECTIONS, taught
     from llmworks.train.examples import Steps
     from llmworks.train.loss import next_token_loss
     from llmworks.train.optimizers import optimizers_of
@@ -107,7 +109,7 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     from llmworks.train.sft import SftConfig, make_examples, prepare
     from llmworks.train.tuned import open_tuned
 
-    config, model = SftConfig.model_validate(given["config"]), Path(given["model"])
+    config, model = (DistillConfig if given.get("teacher") else SftConfig).model_validate(given["config"]), Path(given["model"])
     tokenizer = load_tokenizer(model)
     stops = stop_ids(model, tokenizer)
     use_template(tokenizer, config.template)
@@ -131,6 +133,9 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
         network.activation_checkpointing_enable({"use_reentrant": False})
     optimizers = optimizers_of(network, config.optimizer)
     loss_of: Any = packed_loss if tuned.free else next_token_loss
+    if isinstance(config, DistillConfig):
+        guide = open_tuned(Path(given["teacher"])).network.requires_grad_(False).eval().to(device)
+        loss_of = taught(guide, beta=DIRECTIONS.get(config.direction, 0.5), temperature=config.temperature, mix=config.mix)
     steps = Steps(examples, epochs=config.epochs, size=config.batch_size, accumulation=config.accumulation, seed=0, free=tuned.free, device=device)
     longest = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))[-config.batch_size :]
     seconds: list[float] = []

@@ -1,0 +1,110 @@
+"""Stage `synthesize.verifiable`: instructions about given texts that can be verified, with an answer made by rule. No model is asked.
+
+Each row says which of IFEval's and IFBench's checks its answer has to pass, so that any answer to it can be scored: by the task `instructions`, by rejection
+sampling, as a reward. Rows about one text are one group, so that a split keeps them together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+from pydantic import Field, model_validator
+
+from llmworks.artifact import Config, Dataset
+from llmworks.context import Context
+from llmworks.data.card import finish_rows
+from llmworks.data.jsonl import Rejected
+from llmworks.data.rows import Row, flat_messages, read_chat, schema_of
+from llmworks.documents import read_documents
+from llmworks.errors import DataError
+from llmworks.synthesize import rules
+
+ATTEMPTS = 8  # draws for a text whose instructions did not go together
+OPENINGS = ("Write this text again.", "Here is a text. Give it again, with a change.", "Repeat the text below as you are told.", "Rewrite the text that follows.")
+
+
+class VerifiableConfig(Config):
+    """How many rows, and how much each asks."""
+
+    rows: int = Field(0, ge=0, description="at most so many; 0: one of each text")
+    least: int = Field(1, ge=1, le=6, description="instructions of a row, at least")
+    most: int = Field(3, ge=1, le=6, description="instructions of a row, at most")
+    kinds: list[str] = Field([], description="which instructions, by their names, as startend:quotation; empty: all")
+    words: tuple[int, int] = Field((6, 24), description="how many words a text has; others are set aside")
+    seed: int = Field(0, ge=0, description="seed of the draws")
+
+    @model_validator(mode="after")
+    def _fits(self) -> VerifiableConfig:
+        if self.least > self.most:
+            raise ValueError(f"least ({self.least}) is more than most ({self.most})")
+        if self.words[0] < 1 or self.words[0] > self.words[1]:
+            raise ValueError("words are two numbers, the smaller first")
+        known = [rule.name for rule in rules.RULES]
+        unknown = next((name for name in self.kinds if name not in known), None)
+        if unknown is not None:
+            raise ValueError(f"kinds: {unknown!r} is none of {', '.join(known)}")
+        return self
+
+
+def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset:
+    """Make a row of each text: of documents their first line, of conversations the last question.
+
+    Errors: DataError where no text has the wanted length.
+    """
+    chosen = tuple(rule for rule in rules.RULES if not config.kinds or rule.name in config.kinds)
+    rejected, seen = Rejected(), set[str]()
+    rows: list[Row] = []
+    texts = _texts(data)
+    random = Random(config.seed)
+    random.shuffle(texts)
+    for id, text in texts:
+        if config.rows and len(rows) == config.rows:
+            break
+        if not config.words[0] <= len(text.split()) <= config.words[1] or text in seen:
+            rejected.add(data.name, 0, "stood before" if text in seen else f"not of {config.words[0]} to {config.words[1]} words", text)
+            continue
+        seen.add(text)
+        row = next((row for attempt in range(ATTEMPTS) if (row := _row(id, text, config, chosen, Random(f"{config.seed} {id} {attempt}"))) is not None), None)
+        if row is None:
+            rejected.add(data.name, 0, "no instructions fit this text", text)
+        else:
+            rows.append(row)
+    if not rows:
+        raise DataError(f"{data.name}: none of {len(texts)} texts is of {config.words[0]} to {config.words[1]} words and has room for an instruction")
+    rejected.write(ctx.out, ctx.progress.say)
+    kinds = Counter(name for row in rows for name in row["answer"]["constraints"])
+    asked = Counter(len(row["answer"]["constraints"]) for row in rows)
+    ctx.report.title = f"Verifiable instructions about {data.name}"
+    ctx.report.lead = f"{len(rows):,} rows, {sum(kinds.values()):,} instructions; every answer was made by rule and passes its checks."
+    ctx.report.data = {"rows": len(rows), "kinds": dict(kinds), "instructions": dict(asked)}
+    ctx.report.table("Instructions", ("instruction", "rows"), kinds.most_common())
+    ctx.report.table("How many a row has", ("instructions", "rows"), sorted(asked.items()))
+    ctx.report.table("Examples", ("question", "answer"), [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows[:8]])
+    return finish_rows(ctx, "synthesize.verifiable", [data], rows, dropped=Counter(row["reason"] for row in rejected.rows), metrics={"instructions": sum(kinds.values())}, note="answers made by rule")
+
+
+def _row(id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.Rule, ...], random: Random) -> Row | None:
+    """A row about a text; None where too few instructions fit it, or those drawn do not go together, as a quotation around a repeated text."""
+    from llmworks.score.constraints import followed
+
+    found = rules.chosen(kinds, text, random.randint(config.least, config.most), random)
+    made = rules.answer(text, found)
+    names, arguments = [rule.name for rule, _ in found], [{key: value for key, value in given.items() if key != "told"} for _, given in found]
+    if len(found) < config.least or not all(followed(made, names, arguments)):
+        return None
+    asked = [rules.said(rule, given, random) for rule, given in found]
+    messages = [{"role": "user", "content": f"{random.choice(OPENINGS)} {' '.join(asked)}\n\n{text}"}, {"role": "assistant", "content": made}]
+    return {"id": id, "group": id, "messages": messages, "tools": [], "answer": {"constraints": names, "arguments": arguments}, "extra": {"text": text}}
+
+
+def _texts(data: Dataset) -> list[tuple[str, str]]:
+    """(id, text on one line)."""
+    if schema_of(data) == "chat":
+        found = []
+        for row in read_chat(data):
+            asked = [message.content for message in flat_messages(row) if message.role == "user"]
+            if asked:
+                found.append((str(row["id"]), " ".join(asked[-1].split())))
+        return found
+    return [(document.id, " ".join(next((line for line in document.text.splitlines() if line.strip()), "").split())) for document in read_documents(data)]

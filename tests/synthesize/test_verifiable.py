@@ -1,0 +1,110 @@
+"""Verifiable instructions: every answer passes the published checks, the plain text does not, and a split keeps a text's rows together."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from llmworks.artifact import Dataset
+from llmworks.context import Context
+from llmworks.data.rows import read_chat, write_chat
+from llmworks.errors import DataError, LlmworksError
+from llmworks.progress import Progress
+from llmworks.report import ReportBuilder
+from llmworks.score import score_function
+from llmworks.score.constraints import CHECKS, followed
+from llmworks.synthesize import rules
+from llmworks.synthesize.verifiable import VerifiableConfig, verifiable
+
+WORDS = ["council", "approves", "budget", "after", "long", "debate", "over,", "parks", "and", "schools", "while", "Mayor", "Lindgren", "calls", "the", "vote", "historic,", "not", "final"]
+TEXTS = [" ".join(WORDS[i % 7 : i % 7 + 6 + i % 9]) + f" {i}" for i in range(120)]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Any:
+    """Rows of the texts."""
+
+    def run(name: str = "out", texts: list[str] = TEXTS, **config: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        source, out = tmp_path / f"{name}-in", tmp_path / name
+        write_chat(source, [{"id": f"t{i}", "group": "", "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "1"}], "tools": [], "answer": None} for i, text in enumerate(texts)])
+        out.mkdir()
+
+        def engine(artifact: object) -> Any:
+            raise LlmworksError("none is needed")
+
+        page = ReportBuilder()
+        result = verifiable(VerifiableConfig.model_validate(config), Dataset(source, name="texts", about={"schema": "chat"}), Context(out, tmp_path, 0, Progress(quiet=True), page, engine))
+        return read_chat(Dataset(out, about=result.about)), page.data
+
+    return run
+
+
+def test_every_answer_passes_its_checks(made: Any) -> None:
+    rows, data = made(most=3)
+    score = score_function("verified")
+    for row in rows:
+        assert score([], row["messages"][-1]["content"], row).value == 1.0, row
+        assert row["extra"]["text"] in row["messages"][0]["content"]
+    assert set(data["kinds"]) == {rule.name for rule in rules.RULES}
+    assert {1, 2, 3} == {len(row["answer"]["constraints"]) for row in rows}
+
+
+def test_a_text_that_follows_nothing_fails(made: Any) -> None:
+    """An instruction that is followed by the text itself would teach and measure nothing: of each kind the text alone passes next to never, and no answer never."""
+    rows, _ = made(least=1, most=1)
+    passed, asked = Counter(), Counter()
+    for row in rows:
+        name = row["answer"]["constraints"][0]
+        asked[name] += 1
+        passed[name] += followed(row["extra"]["text"], [name], row["answer"]["arguments"])[0]
+        assert followed("", [name], row["answer"]["arguments"]) == [False]
+    for name in asked:
+        if name != "combination:repeat_prompt":  # whose answer begins with the text
+            assert passed[name] <= 0.1 * asked[name], name
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.name)
+def test_a_rule_makes_what_its_check_wants(rule: rules.Rule) -> None:
+    checked = 0
+    for number, text in enumerate(TEXTS):
+        given = rule.draw(text, Random(number))
+        if given is not None:
+            checked += 1
+            answer = rule.make(text, text, given)
+            assert CHECKS[rule.name](answer, given), (text, answer, given)
+            assert "{" not in rules.said(rule, given, Random(number))
+    assert checked > 20
+
+
+def test_the_seed_says_which_rows(made: Any) -> None:
+    one, again, other = (made(name, seed=seed, rows=40)[0] for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    assert one == again
+    assert one != other
+    assert len(one) == 40
+    assert len({row["group"] for row in one}) == 40
+
+
+def test_only_some_kinds(made: Any) -> None:
+    rows, _ = made(kinds=["startend:quotation", "punctuation:no_comma"], most=2)
+    assert {name for row in rows for name in row["answer"]["constraints"]} == {"startend:quotation", "punctuation:no_comma"}
+
+
+def test_what_is_refused(made: Any) -> None:
+    with pytest.raises(DataError, match="none of 3 texts is of 6 to 24 words"):
+        made(texts=["too short", "this, too", ""])
+    for wrong, words in (({"kinds": ["startend:quote"]}, "is none of"), ({"least": 3, "most": 2}, "more than most"), ({"words": (9, 3)}, "the smaller first")):
+        with pytest.raises(ValidationError, match=words):
+            VerifiableConfig.model_validate(wrong)
+
+
+def test_texts_that_do_not_fit_are_kept_aside(made: Any, tmp_path: Path) -> None:
+    rows, _ = made("kept", texts=[*TEXTS[:10], "short one", TEXTS[0]])
+    aside = [json.loads(line)["reason"] for line in (tmp_path / "kept" / "rejected.jsonl").read_text().splitlines()]
+    assert len(rows) + len(aside) == 12
+    assert sorted(aside) == ["not of 6 to 24 words", "stood before"]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from llmworks.model import kernels
-from llmworks.model.feed_forward import _SiluGate
+from llmworks.model.feed_forward import FeedForward, _SiluGate
 from llmworks.model.nf4 import _levels, dynamic_map, pack, unpack
 from llmworks.model.norm import RMSNorm
+from llmworks.model.shape import Shape
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -80,3 +81,46 @@ def test_nf4_is_unpacked_alike_on_a_gpu(double: bool) -> None:
     made = kernels.unpack_nf4(packed.codes, packed.scales, packed.second, packed.mean, packed.shape, (dynamic_map(), _levels(packed.codes.device)[0]))
     assert made is not None, "install llmworks[gpu]"
     torch.testing.assert_close(made, unpack(packed), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_keeps_its_input_only_is_the_norm(dtype: torch.dtype) -> None:
+    """Forward the same bits as without gradients; backward as autograd has it of the definition, in fp64."""
+    torch.manual_seed(8)
+    norm = RMSNorm(48, 1e-5)
+    with torch.no_grad():
+        norm.weight.add_(torch.randn_like(norm.weight) * 0.2)
+    x = torch.randn(3, 5, 48, dtype=dtype, requires_grad=True)
+    way = torch.randn(3, 5, 48)
+    y = norm.train()(x)
+    assert type(y.grad_fn).__name__ == "_ScaledBackward"
+    assert torch.equal(y, norm.eval()(x))
+    exact, gain = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    wanted = torch.autograd.grad((exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain * way).sum(), (exact, gain))
+    found = torch.autograd.grad((y * way).sum(), (x, norm.weight))
+    assert found[0].dtype == dtype
+    for ours, theirs, near in zip(found, wanted, (1e-5 if dtype == torch.float32 else 1e-2, 1e-5), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_a_feed_forward_that_keeps_less_is_the_feed_forward(frozen: bool) -> None:
+    """Forward and every gradient as autograd has them of the definition; with somebody who looks at its last matrix it goes the long way, to the same numbers."""
+    torch.manual_seed(9)
+    layer, x = FeedForward(Shape(width=32, heads=4, hidden=48)), torch.randn(2, 5, 32, requires_grad=True)
+    layer.down.weight.requires_grad_(not frozen)
+    assert layer.gate is not None
+    way, weights = torch.randn(2, 5, 32), (x, layer.gate.weight, layer.up.weight, *(() if frozen else (layer.down.weight,)))
+    plain = torch.nn.functional.linear(torch.nn.functional.silu(layer.gate(x)) * layer.up(x), layer.down.weight)
+    wanted = torch.autograd.grad((plain * way).sum(), weights)
+    short = layer(x)
+    assert type(short.grad_fn).__name__ == "_SiluGateDownBackward"
+    seen: list[torch.Tensor] = []
+    hook = layer.down.register_forward_hook(lambda module, given, made: seen.append(given[0]))
+    long = layer(x)
+    hook.remove()
+    assert len(seen) == 1
+    for made in (short, long):
+        torch.testing.assert_close(made, plain, rtol=1e-6, atol=1e-6)
+        for ours, theirs in zip(torch.autograd.grad((made * way).sum(), weights), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -35,6 +35,27 @@ class _SiluGate(torch.autograd.Function):
         return torch.ops.aten.silu_backward(gradients[0] * up, gate), gradients[0] * F.silu(gate)
 
 
+class _SiluGateDown(torch.autograd.Function):
+    """(silu(gate) * up) W' in one, the same numbers; what W multiplies is computed again backward, not kept either."""
+
+    @staticmethod
+    def forward(context: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """gate, up: [..., inner]; weight: [width, inner] -> [..., width]."""
+        context.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight = context.saved_tensors
+        bent = F.silu(gate)
+        flat = gradients[0].reshape(-1, len(weight))
+        by_weight = flat.T @ (bent * up).view(-1, weight.shape[1]) if context.needs_input_grad[2] else None
+        by_thought = (flat @ weight).view_as(gate)
+        by_up = bent.mul_(by_thought)
+        return torch.ops.aten.silu_backward(by_thought.mul_(up), gate), by_up, by_weight
+
+
 class FeedForward(nn.Module):
     """bend(x up) down, or with a gate: (bend(x gate) * x up) down (GLU variants, Shazeer 2020, arXiv:2002.05202)."""
 
@@ -53,11 +74,20 @@ class FeedForward(nn.Module):
         elif self.bend is F.silu and torch.is_grad_enabled():
             gate, up = self.gate(x), self.up(x)
             fused = kernels.silu_gate(gate, up)
+            if fused is None and self._plain(gate):
+                whole: Tensor = _SiluGateDown.apply(gate, up, self.down.weight)  # type: ignore[no-untyped-call]
+                return whole
             thought = _SiluGate.apply(gate, up) if fused is None else fused  # type: ignore[no-untyped-call]
         else:
             thought = self.bend(self.gate(x)) * self.up(x)
         made: Tensor = self.down(thought)
         return made
+
+    def _plain(self, gate: Tensor) -> bool:
+        """Whether the last matrix is one as it was made: no adapter, no bias, nobody who looks at it, not divided, and no autocast."""
+        down: Any = self.down
+        hooked = type(down) is not AddingLinear or down._forward_hooks or down._forward_pre_hooks or down.bias is not None
+        return not hooked and type(down.weight) is nn.Parameter and type(gate) is Tensor and gate.dtype == down.weight.dtype and not torch.is_autocast_enabled(gate.device.type)
 
 
 class MixtureOfExperts(nn.Module):

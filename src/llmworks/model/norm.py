@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llmworks.model import kernels
 from llmworks.model.shape import Shape
+
+
+class _Scaled(torch.autograd.Function):
+    """x / rms(x) * gain, of which only x is kept for the way back: a state less of every norm."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        context.save_for_backward(x, gain)
+        context.epsilon = epsilon
+        return F.rms_norm(x.float(), (x.shape[-1],), None, epsilon).to(x.dtype) * gain
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With n = x / rms: dx = (g - n mean(g n)) / rms, g = dy gain; dgain = sum(dy n)."""
+        x, gain = context.saved_tensors
+        inverse = x.float().square().mean(-1, keepdim=True).add_(context.epsilon).rsqrt_()
+        n, by_y = x.float() * inverse, gradients[0].float()
+        by_gain = (by_y * n).flatten(0, -2).sum(0)
+        g = by_y * gain
+        by_x = g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(inverse)
+        return by_x.to(x.dtype), by_gain.to(gain.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -28,6 +53,9 @@ class RMSNorm(nn.Module):
             return fused
         if self.from_zero:
             return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.epsilon).to(x.dtype)
+        if self.training and self.weight.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _Scaled.apply(x, self.weight, self.epsilon)  # type: ignore[no-untyped-call]
+            return y
         return F.rms_norm(x.float(), (x.shape[-1],), None, self.epsilon).to(x.dtype) * self.weight
 
 

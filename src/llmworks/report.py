@@ -37,6 +37,7 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,mono
 """
 
 
+BUTTONS = 24
 FILTER = """(s => { const f = s.previousElementSibling, all = [...s.nextElementSibling.children], on = new Set(), words = f.querySelector("input");
 const show = () => { const q = words.value.toLowerCase(); all.forEach(d => { const tags = (d.dataset.tags || "").split("\\n");
 d.hidden = [...on].some(t => !tags.includes(t)) || !!q && !d.textContent.toLowerCase().includes(q); }); };
@@ -198,11 +199,11 @@ def _block_html(block: Block) -> str:
 
 
 def _filter_html(tags: Sequence[Sequence[Any]]) -> str:
-    """Buttons that show only what has their tag, and a field that shows only what has its words; they stand before what they filter."""
+    """Buttons that show only what has their tag, and a field that shows only what has its words; they stand before what they filter. Of more tags than anyone would read the most frequent, but none that stands at one item only."""
     counts = Counter(tag for row in tags for tag in row)
     if not counts:
         return ""
-    buttons = "".join(f'<button type="button" data-tag="{html.escape(tag, quote=True)}">{html.escape(tag)} ({n})</button>' for tag, n in counts.most_common())
+    buttons = "".join(f'<button type="button" data-tag="{html.escape(tag, quote=True)}">{html.escape(tag)} ({n})</button>' for tag, n in counts.most_common(BUTTONS) if n > 1 or len(counts) <= BUTTONS)
     return f'<div class="filter"><input type="search" placeholder="words" aria-label="only with these words"> {buttons}</div><script>{FILTER}</script>'
 
 

@@ -344,3 +344,16 @@ def test_tasks_are_listed_and_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["name"] == "logiqa"
     assert main(["tasks", "function-call", "--harness"]) == 2
     assert "conversations cannot be written" in capsys.readouterr().err
+
+
+def test_buttons_are_few(tmp_path: Path) -> None:
+    """Of 300 groups of one sample none has a button; of causes and scores each; few groups have theirs."""
+    page = ReportBuilder()
+    page.title = "many"
+    page.pairs("Differ", [(f"q{i}", ("a", "x"), ("b", "y")) for i in range(300)], tags=[("gained" if i % 3 else "lost", f"group-{i}") for i in range(300)])
+    page.write(tmp_path)
+    assert re.findall(r'data-tag="([^"]+)"', (tmp_path / "report.html").read_text()) == ["gained", "lost"]
+    page = ReportBuilder()
+    page.pairs("Differ", [(f"q{i}", ("a", "x"), ("b", "y")) for i in range(4)], tags=[("gained", f"group-{i}") for i in range(4)])
+    page.write(tmp_path)
+    assert len(re.findall(r'data-tag="', (tmp_path / "report.html").read_text())) == 5

@@ -436,6 +436,7 @@ def test_an_interrupt_does_not_wait_for_a_server_that_hangs(server: Loopback) ->
     code = (
         "import os, signal, threading, time\nfrom llmworks.generate.engines.remote import RemoteEngine\nfrom llmworks.generate.remote import RemoteOptions\nfrom llmworks.types import Message, Request\n"
         f"engine = RemoteEngine({server.url!r}, 'm', RemoteOptions(timeout=60, concurrency=2))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell that starts the tests in the background has it ignored
         "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "try:\n    engine.generate([Request((Message('user', 'a'),))] * 5)\nexcept KeyboardInterrupt:\n    engine.close()\n    print('interrupted')\n"
     )

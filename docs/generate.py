@@ -34,7 +34,7 @@ def stages_page() -> str:
             f"--{i.name.replace('_', '-')} {'KEY=REF' if i.shape == 'dict' else 'REF'}" for i in stage.inputs.values() if i.required
         )
         parts.append(
-            f"## {name}\n\n{stage.help}\n\nMakes a {stage.output.kind}. Revision {stage.stage.revision}, {stage.stage.derivation}.\n\n"
+            f"## {name}\n\n{stage.help}\n\nMakes {'an' if stage.output.kind[0] in 'aeiou' else 'a'} {stage.output.kind}. Revision {stage.stage.revision}, {stage.stage.derivation}.\n\n"
             f"```\nllmworks {name.replace('.', ' ')} {flags} --out DIR\n```\n\n{inputs}\n\n{table}\n"
         )
     return "\n".join(parts)

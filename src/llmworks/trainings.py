@@ -21,9 +21,9 @@ ROUND = 64  # as model.new has it
 
 def estimate_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | Tuning | None:
     """The training that a step is, whatever it trains; None where it is none, or its model is not known yet. Errors: UserError for processes that cannot share it."""
-    training = training_of(recipe, found, name, processes)
+    training = training_of(recipe, found, name, processes) or tuning_of(recipe, found, name)
     if training is None:
-        return tuning_of(recipe, found, name)
+        return None
     training.config.parallel.over(processes)
     try:
         training.check()

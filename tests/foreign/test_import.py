@@ -56,7 +56,7 @@ FACTORY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 INFO = {
     "identity": {"file_name": "identity.json"}, "alpaca_en_demo": {"file_name": "alpaca_en_demo.json", "columns": {"prompt": "instruction", "query": "input", "response": "output"}}, "c4_demo": {"file_name": "c4_demo.jsonl", "columns": {"prompt": "text"}},
-    "talks": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "dialog"}, "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}}, "pairs": {"file_name": "pairs.json", "ranking": True},
+    "talks": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}}, "renamed": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "dialog"}}, "few": {"file_name": "identity.json", "num_samples": 5, "split": "test"}, "pairs": {"file_name": "pairs.json", "ranking": True},
 }  # fmt: skip
 
 
@@ -104,11 +104,11 @@ def test_an_adapter_of_axolotl(made: Any) -> None:
     assert recipe["steps"]["train"]["config"] == {"part": "train", "folds": 20}
     assert recipe["steps"]["tuned"]["inputs"] == {"model": "base", "data": "train", "held_out": "test"}
     assert recipe["steps"]["tuned"]["config"] == {
-        "method": "lora", "lora": {"rank": 32, "alpha": 16.0, "dropout": 0.05}, "epochs": 4.0, "batch_size": 2, "max_tokens": 4096, "accumulation": 4, "template": "alpaca", "recompute": True, "look_every": 50,
+        "method": "lora", "lora": {"rank": 32, "alpha": 16.0, "dropout": 0.05}, "epochs": 4.0, "batch_size": 2, "max_tokens": 4096, "accumulation": 4, "template": "alpaca", "golden": "renew: Axolotl's configuration asks for alpaca", "recompute": True, "look_every": 50,
         "optimizer": {"learning_rate": 0.0002, "final_fraction": 0.0, "warmup": 0.1, "weight_decay": 0.0},
     }  # fmt: skip
     assert told(found, "lost") == {"lora_modules_to_save", "load_in_8bit"}
-    assert told(found, "otherwise") == {"micro_batch_size", "evals_per_epoch", "optimizer"}
+    assert told(found, "otherwise") == {"micro_batch_size", "evals_per_epoch", "optimizer", "datasets[0].type"}
     for note in found.notes:
         assert note.key in found.text.split("\nname:")[0]
 
@@ -149,7 +149,7 @@ def test_adapters_of_llamafactory(made: Any, tmp_path: Path) -> None:
     assert recipe["steps"]["raw-1"] == {"use": f"path:{(tmp_path / 'data' / 'identity.json').resolve()}"}
     assert recipe["steps"]["some-2"] == {"stage": "data.mix", "inputs": {"data": {"all": "chats-2"}}, "config": {"rows": 1000, "max_repeats": 1}}
     assert recipe["steps"]["tuned"]["config"] == {
-        "method": "lora", "lora": {"rank": 16, "alpha": 32.0, "faster": 16.0}, "epochs": 3.0, "batch_size": 1, "max_tokens": 2048, "longer": "cut", "accumulation": 8, "template": "llama-3", "look_every": 500, "checkpoint_every": 500,
+        "method": "lora", "lora": {"rank": 16, "alpha": 32.0, "faster": 16.0}, "epochs": 3.0, "batch_size": 1, "max_tokens": 2048, "longer": "cut", "accumulation": 8, "template": "llama-3", "golden": "renew: LLaMA-Factory's configuration asks for llama3", "look_every": 500, "checkpoint_every": 500,
         "optimizer": {"learning_rate": 0.0001, "final_fraction": 0.0, "warmup": 0.1},
     }  # fmt: skip
     assert told(found, "lost") == set()
@@ -189,7 +189,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another adapter": (AXOLOTL["lora"] | {"adapter": "llama-adapter"}, "adapter: 'llama-adapter' is not trained here"), "a pattern": (AXOLOTL["lora"] | {"lora_target_linear": False, "lora_target_modules": [r"model.layers.[\d]+.up_proj"]}, "a pattern is not translated"),
     "no name": (AXOLOTL["lora"] | {"base_model": "llama"}, "'llama' is neither a file here nor ORG/NAME"), "neither true": (AXOLOTL["lora"] | {"load_in_4bit": "maybe"}, "neither true nor false"),
     "pairs": (USUAL | {"dataset": "pairs"}, "'pairs' holds preference pairs"), "another stage": (USUAL | {"stage": "dpo"}, "stage: 'dpo' is no supervised"), "layers": (USUAL | {"finetuning_type": "freeze"}, "finetuning_type: 'freeze' is not translated"),
-    "an unknown set": (USUAL | {"dataset": "alpaca_de"}, "'alpaca_de' is not in"), "no model": ({"model_name_or_path": None, "dataset": "identity"}, "model_name_or_path is missing"), "neither tool": ({"model": "x"}, "is no configuration of Axolotl"),
+    "an unknown set": (USUAL | {"dataset": "alpaca_de"}, "'alpaca_de' is not in"), "other columns": (USUAL | {"dataset": "renamed"}, "dataset 'renamed': messages: dialog: rows are recognised by their usual keys"), "half a rank": (AXOLOTL["lora"] | {"lora_r": 8.5}, "lora_r: 8.5 is not a whole number"), "nothing to train": (USUAL | {"do_train": False}, "do_train is false"),
+    "other messages": (AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "dialog"}]}, "datasets[0].field_messages: conversations are looked for in"), "no model": ({"model_name_or_path": None, "dataset": "identity"}, "model_name_or_path is missing"), "neither tool": ({"model": "x"}, "is no configuration of Axolotl"),
 }  # fmt: skip
 
 
@@ -200,6 +201,30 @@ def test_what_cannot_be_translated_is_told_in_a_line(what: str, made: Any) -> No
         made(values)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_would_be_another_training_is_told(made: Any) -> None:
+    """Each of these changed the training without a word once."""
+    split = [{"path": "a/b", "type": "alpaca", "split": "train[:10%]"}]
+    for values, key, fate in (
+        (AXOLOTL["lora"] | {"datasets": split}, "datasets[0].split", "lost"), (AXOLOTL["full"] | {"load_in_4bit": True}, "load_in_4bit", "lost"), (AXOLOTL["lora"] | {"val_set_size": 0.9}, "val_set_size", "otherwise"),
+        (AXOLOTL["lora"] | {"test_datasets": [{"path": "a/c", "type": "alpaca"}]}, "val_set_size", "meaningless"), (USUAL | {"template": "empty"}, "template", "lost"), (USUAL | {"template": "default"}, "template", "lost"),
+        (USUAL | {"template": "qwen"}, "template", "otherwise"), (USUAL | {"neat_packing": True}, "packing", "otherwise"), (FACTORY["texts"] | {"packing": None}, "packing", "otherwise"), (USUAL | {"quantization_bit": 8}, "quantization_bit", "lost"),
+        (USUAL | {"dataset": "few"}, "dataset few: split", "lost"), (USUAL | {"max_steps": -1}, "max_steps", "meaningless"),
+    ):  # fmt: skip
+        found, recipe = made(values)
+        assert [note.fate for note in found.notes if note.key == key] == [fate], (key, fate)
+    assert recipe["steps"]["base"] == {"use": "hf:meta-llama/Meta-Llama-3-8B-Instruct"}
+    assert made(USUAL | {"dataset": "few"})[1]["steps"]["some"]["config"]["rows"] == 5
+    assert made(AXOLOTL["lora"] | {"base_model": "asset:smollm2-135m-instruct"})[1]["steps"]["base"] == {"use": "asset:smollm2-135m-instruct"}
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    (tmp_path / "twice.yml").write_text("base_model: a/b\nlearning_rate: 1\nlearning_rate: 2\n")
+    with pytest.raises(UserError, match="'learning_rate' stands twice"):
+        translate(tmp_path / "twice.yml")
+    with pytest.raises(UserError, match="is a directory"):
+        translate(tmp_path)
 
 
 def test_no_key_is_silent() -> None:

@@ -108,3 +108,31 @@ def test_texts_that_do_not_fit_are_kept_aside(made: Any, tmp_path: Path) -> None
     aside = [json.loads(line)["reason"] for line in (tmp_path / "kept" / "rejected.jsonl").read_text().splitlines()]
     assert len(rows) + len(aside) == 12
     assert sorted(aside) == ["not of 6 to 24 words", "stood before"]
+
+
+def test_answers_are_what_is_said_not_only_what_is_checked() -> None:
+    """The checks count; the words that are capitalised, highlighted or said again are to be those of the instruction."""
+    by_name = {rule.name: rule for rule in rules.RULES}
+    seen: Counter[str] = Counter()
+    for number, text in enumerate([*TEXTS, "oops: hot mic catches senator praising rival", "what i learned at 40 from my old dog and a cat"]):
+        for name in ("change_case:capital_word_frequency", "detectable_format:number_highlighted_sections", "keywords:frequency"):
+            rule, random = by_name[name], Random(number)
+            given = rule.draw(text, random)
+            if given is None:
+                continue
+            seen[name] += 1
+            answer, asked, words = rule.make(text, text, given), rules.said(rule, given, random), text.split()
+            count = rules.NUMBERS.index(rules.number_word(given))
+            assert f" {rules.number_word(given)} " in asked
+            assert ("one longest words" in asked, "one placeholders" in asked) == (False, False)
+            if name.startswith("change_case"):
+                assert answer.split() == [word.upper() if place < count else word for place, word in enumerate(words)]
+                assert all(word.isalpha() for word in words[:count])
+            elif name.startswith("detectable"):
+                starred = [word.strip("*") for word in answer.split() if word.startswith("*")]
+                assert len(starred) == count
+                assert min(map(len, starred)) > max(len(word) for word in words if word not in starred)
+            else:
+                assert answer == f"{text}\n{' '.join([given['keyword']] * count)}"
+                assert not CHECKS[name](f"{text}\n{' '.join([given['keyword']] * (count - 1))}", given)
+    assert min(seen.values()) > 15

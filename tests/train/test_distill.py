@@ -145,7 +145,13 @@ def test_what_a_teacher_writes_is_learned(run: Run, tmp_path: Path) -> None:
     assert 0 < len(whole) < 24
     assert [(r["id"], r["messages"][-1]["content"]) for r in rows] == [(r["id"], f"fox {r['messages'][0]['content']}") for r in whole]
     assert engine.asked == 24
-    assert made.metrics["rows"] == len(whole)
+    assert (made.metrics["rows"], made.metrics["set_aside"]) == (len(whole), 24 - len(whole))
+    aside = [json.loads(line) for line in (made.path / "set_aside.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in aside} == {row["id"] for row in given} - {row["id"] for row in whole}
+    assert {row["reason"] for row in aside} == {"the teacher's answer is not finished within 512 tokens"}
+    for fields in ({"temperature": 2.0}, {"mix": 0.3}, {"direction": "reverse"}):  # which would be read by nobody
+        with pytest.raises(UserError, match=f"config.{next(iter(fields))} is of logits, but teacher has another vocabulary"):
+            run("c", teacher, engine, **fields)
     with pytest.raises(UserError, match="source is logits, but teacher has another vocabulary"):
         run("b", teacher, engine, source="logits")
 

@@ -12,6 +12,7 @@ import pytest
 from llmworks.artifact import Dataset
 from llmworks.cli import main
 from llmworks.data.rows import write_chat
+from llmworks.errors import UserError
 from llmworks.model import lora
 from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.load import load_model
@@ -215,3 +216,11 @@ def test_a_soft_prompt_is_counted_without_weights(kind: str, pico: Path) -> None
     tuned.put_before(kind, 5, "")
     shape = Shape(vocabulary=328, width=64, hidden=96, layers=2, heads=4, kv_heads=2, context=512)
     assert Tuning(config, pico, shape).learned == tuned.trained
+
+
+def test_a_layer_that_is_not_there_is_told_before(pico: Path) -> None:
+    shape = shape_of(json.loads((pico / "config.json").read_text()))[1]
+    tuning = Tuning(SftConfig.model_validate({"lora": {"targets": ["q_proj", "vproj"]}}), pico, shape)
+    with pytest.raises(UserError, match="the model has no layer 'vproj', did you mean 'v_proj'"):
+        tuning.check()
+    Tuning(SftConfig.model_validate({"lora": {"targets": ["q_proj", "down_proj"]}}), pico, shape).check()

@@ -11,12 +11,13 @@ import pytest
 import torch
 from tests.train.test_sft import chats, rows_of
 
-from llmworks.artifact import Dataset
+from llmworks.artifact import Dataset, Model
 from llmworks.data.rows import write_chat
 from llmworks.errors import UserError
 from llmworks.model import attention, fold
 from llmworks.tokenize.templates import Rendered
 from llmworks.train import checkpoints, examples, loop, selftest_sft
+from llmworks.train.distill import DistillConfig
 from llmworks.train.placement import Placed
 from llmworks.train.sft import SftConfig
 
@@ -31,7 +32,7 @@ RIGHT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", [what if what in ("an adapter", "all weights") else pytest.param(what, marks=pytest.mark.slow) for what in RIGHT])
 def test_what_is_right_passes(what: str, pico: Path, tmp_path: Path) -> None:
     checks = list(selftest_sft.selftest_sft(SftConfig.model_validate(CONFIG | RIGHT[what]), pico, chats(tmp_path / "chats", 30)))
-    assert len(checks) == 8
+    assert len(checks) == 9
     assert all(check.holds for check in checks), [check for check in checks if not check.holds]
 
 
@@ -139,3 +140,34 @@ def test_what_cannot_be_shrunken_is_said(pico: Path, tmp_path: Path) -> None:
     write_chat(tmp_path / "chats", rows_of(4))
     with pytest.raises(UserError, match=r"shrinks models of known architectures: .*phi3"):
         list(selftest_sft.selftest_sft(SftConfig(), tmp_path / "odd", Dataset(tmp_path / "chats", name="chats")))
+
+
+def test_a_distillation_is_tried_under_a_teacher(pico: Path, tmp_path: Path) -> None:
+    """What only a teacher's chances have is read; of one that teaches by its text it is not, and that is found."""
+    config = DistillConfig.model_validate({**CONFIG, "method": "full", "lora": {}, "temperature": 2.0, "mix": 0.2, "direction": "reverse"})
+    checks = list(selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), teacher=True))
+    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+    keys = next(selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30)))
+    assert not keys.holds
+    assert "temperature" in keys.detail
+
+
+def test_golden_tokens_that_do_not_replay_are_found(pico: Path, tmp_path: Path) -> None:
+    """Another template than the one that the model was recorded with."""
+    base = recorded_model(pico)
+    for golden, holds in (("keep", False), ("renew: another template", True)):
+        config = SftConfig.model_validate(CONFIG | {"template": "chatml", "golden": golden})
+        check = next(check for check in selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), golden=base) if check.what == "the model's golden tokens may change")
+        assert check.holds == holds, check.detail
+        assert holds or "set golden to 'renew: WHY'" in check.detail
+
+
+def recorded_model(pico: Path) -> Model:
+    from llmworks.model.golden import torch_logits
+    from llmworks.model.load import load_model
+    from llmworks.tokenize.golden import record
+    from llmworks.tokenize.load import load_tokenizer, stop_ids
+
+    tokenizer = load_tokenizer(pico)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+    return Model(pico, golden=record(tokenizer, stop_ids(pico, tokenizer), torch_logits(load_model(pico))), about={"format": "hf"}, name="pico")

@@ -166,7 +166,7 @@ def stages(args: argparse.Namespace) -> None:
         return
     if args.name:
         stage = resolve(args.name)
-        out(f"{stage.name}  revision {stage.stage.revision}, {stage.stage.derivation}, makes a {stage.output.kind}\n\n{stage.help}\n")
+        out(f"{stage.name}  revision {stage.stage.revision}, {stage.stage.derivation}, makes {'an' if stage.output.kind[0] in 'aeiou' else 'a'} {stage.output.kind}\n\n{stage.help}\n")
         table(("input", "takes"), [(i.name, i.describe()) for i in stage.inputs.values()])
         out()
         table(("config", "type", "what"), config_help(stage.config))

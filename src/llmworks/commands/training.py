@@ -72,7 +72,9 @@ def _tuning(tuning: Tuning | None) -> Tuning | None:
 
 def checks_of_tuning(tuning: Tuning, rows: Dataset | None) -> Iterator[Check]:
     """The checks of a fine-tuning."""
+    from llmworks.artifact import MANIFEST, Model, load
     from llmworks.train.selftest_sft import selftest_sft
 
     assert rows is not None
-    return selftest_sft(tuning.config, tuning.model, rows)
+    base = load(tuning.model) if (tuning.model / MANIFEST).exists() else None
+    return selftest_sft(tuning.config, tuning.model, rows, golden=base if isinstance(base, Model) else None, teacher=tuning.teacher is not None)

@@ -84,4 +84,7 @@ def expectation(task: Task, samples: int) -> str:
     metric = metric_of(task.kind, task.metrics[0])
     if not metric.percent:
         return f"{task.name}: {samples} samples"
-    return f"{task.name}: {samples} samples; differences between two models below about {detectable(0.5 * 2**0.5, samples):.0%} are seldom told from chance (less where both answer alike)"
+    least = detectable(0.5 * 2**0.5, samples)
+    if least >= 1:
+        return f"{task.name}: {samples} samples, which are too few to tell two models apart"
+    return f"{task.name}: {samples} samples; differences between two models below about {least:.0%} are seldom told from chance (less where both answer alike)"

@@ -46,11 +46,11 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     steps: Steps = {"base": {"use": training.source(str(_needed(keys, "base_model")), folder)}}
     train, held_out, template = _data(keys, folder, steps)
     config: dict[str, Any] = _method(keys)
-    config |= {"epochs": float(keys.number("num_epochs", 1)), "batch_size": int(keys.number("micro_batch_size", 1)), "max_tokens": int(keys.number("sequence_len", 512))}
+    config |= {"epochs": float(keys.number("num_epochs", 1)), "batch_size": keys.whole("micro_batch_size", 1), "max_tokens": keys.whole("sequence_len", 512)}
     if keys.values.get("sample_packing"):
         keys.otherwise("micro_batch_size", f"counted packed sequences of {config['max_tokens']} tokens; here it counts rows, so that a step learns less: raise batch_size to what fills as many tokens")
-    accumulation = keys.number("gradient_accumulation_steps", 1)
-    total = keys.number("batch_size")
+    accumulation = keys.whole("gradient_accumulation_steps", 1)
+    total = keys.whole("batch_size")
     if total:
         accumulation = max(1, total // config["batch_size"])
     if accumulation > 1:
@@ -59,7 +59,7 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     if strategy != "drop":
         config["longer"] = "cut" if strategy == "truncate" else "refuse"
     if template != "keep":
-        config["template"] = template
+        config |= {"template": template, "golden": f"renew: {TOOL}'s configuration asks for {template}"}
     noise = keys.number("neftune_noise_alpha")
     if noise:
         config["neftune"] = float(noise)
@@ -72,7 +72,7 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     config["optimizer"] = training.optimizer(keys, "optimizer", "lr_scheduler", rate=None, warmup=0.03, schedule="cosine")
     _special_tokens(keys)
     keys.lose(LOST)
-    seed = int(keys.number("seed", 42))
+    seed = keys.whole("seed", 42)
     steps["tuned"] = {"stage": "train.sft", "inputs": {"model": "base", "data": train, **({"held_out": held_out} if held_out else {})}, "config": config}
     return steps, seed, keys
 
@@ -89,6 +89,8 @@ def _method(keys: Keys) -> dict[str, Any]:
     kind = keys.take("adapter")
     four = keys.flag("load_in_4bit")
     if kind is None:
+        if four:
+            keys.lost("load_in_4bit", "without an adapter all weights are trained, which cannot be kept in 4 bits")
         for key in [key for key in keys.values if key.startswith("lora_") and not key.endswith("_kernel") and key != "lora_on_cpu"]:
             keys.note(key, "meaningless", "there is no adapter")
             keys.take(key)
@@ -137,11 +139,10 @@ def _data(keys: Keys, folder: Path, steps: Steps) -> tuple[str, str | None, str]
     held_out: str | None = None
     if tests:
         held_out = read(tests, steps, "held-out")
-    elif 0 < share < 1:
-        rows, held_out = split(rows, share, steps)
-    elif share >= 1:
-        keys.otherwise("val_set_size", f"{share} rows; here a share is held out, and a twentieth is taken")
-        rows, held_out = split(rows, 0.05, steps)
+        if share:
+            keys.note("val_set_size", "meaningless", "test_datasets are held out")
+    elif share > 0:
+        rows, held_out = split(rows, share, steps, keys, "val_set_size")
     if len(set(templates)) > 1:
         keys.lost("datasets", f"each set has a template of its own ({', '.join(sorted(set(templates)))}); the first is used for all")
     return rows, held_out, templates[0] if templates else "keep"
@@ -179,8 +180,8 @@ def _sources(keys: Keys, key: str, folder: Path, named: str, templates: list[str
             ref = training.source(path, folder, dataset=True)
         one.take("ds_type")
         part = one.take("split", "train")
-        if part != "train" and ref.startswith("hf:"):
-            one.lost("split", f"{part}; all files of the repository are read: name a folder, or a file of yours")
+        if part != "train":
+            one.lost("split", f"{part}; all rows are read: name a folder of the repository, or a file with the rows that are meant")
         if name := one.take("name"):
             ref = f"{ref}/{name}"
             one.otherwise("name", f"{name} is taken as the folder of the repository that has its files")
@@ -196,11 +197,11 @@ def _conversation(one: Keys) -> None:
     """Keys of rows: the usual ones need no word."""
     messages = one.take("field_messages", "messages")
     if messages not in ("messages", "conversations", "conversation"):
-        one.lost("field_messages", f"{messages}: conversations are looked for in messages and conversations; rename it")
+        raise UserError(f"{TOOL}: {one.path}field_messages: conversations are looked for in messages and conversations, not in {messages!r}; rename it in the data")
     mapping = one.take("message_property_mappings", {})
     role, content = one.take("message_field_role", mapping.pop("role", "role")), one.take("message_field_content", mapping.pop("content", "content"))
     if (role, content) not in (("role", "content"), ("from", "value")) or mapping:
-        one.lost("message_property_mappings", "turns are read as role and content, or from and value; rename them")
+        raise UserError(f"{TOOL}: {one.path}message_property_mappings: turns are read as role and content, or from and value; rename them in the data")
     roles = one.take("roles", {})
     usual = {"user": {"human", "user"}, "assistant": {"gpt", "assistant", "model"}, "system": {"system"}, "tool": {"tool"}}
     if isinstance(roles, dict) and not all(set(names) <= usual.get(ours, set()) for ours, names in roles.items()):
@@ -218,6 +219,7 @@ def _template(one: Keys, base: str, style: str, named: str) -> str:
     if base in ("alpaca", "gpteacher"):
         if style:
             one.lost("type", f"the {style} style of its prompt; Alpaca's own is used")
+        one.otherwise("type", "where a row has an input, it follows the instruction without a heading of its own")
         return "alpaca"
     if base in ("completion", "pretrain") or not told or told.startswith("tokenizer_default"):
         return "keep"

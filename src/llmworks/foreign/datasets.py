@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmworks.errors import UserError
+from llmworks.foreign.keys import Keys
 
 Steps = dict[str, dict[str, Any]]
 
@@ -46,9 +47,14 @@ def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
     return mixed
 
 
-def split(rows: str, share: float, steps: Steps) -> tuple[str, str]:
-    """Add both sides of a split; returns their names. `share`: of the held-out rows, between 0 and 1."""
+def split(rows: str, share: float, steps: Steps, keys: Keys, key: str) -> tuple[str, str]:
+    """Add both sides of a split; returns their names. `share`: of the held-out rows, between 0 and 1; of rows, from 1 on; `key` has it."""
+    if share >= 1:
+        keys.otherwise(key, f"{share} rows; here a share is held out, and a twentieth is taken")
+        share = 0.05
     folds = max(2, round(1 / share))
+    if abs(1 / folds - share) > 0.01:
+        keys.otherwise(key, f"{share}; one of {folds} parts is held out, {1 / folds:.0%} of the rows")
     for part in ("train", "test"):
         steps[part] = {"stage": "data.split", "inputs": {"data": rows}, "config": {"part": part, "folds": folds}}
     return "train", "test"

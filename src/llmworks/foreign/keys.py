@@ -76,6 +76,13 @@ class Keys:
             raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is not a number")
         return int(found) if found == int(found) and not (isinstance(value, float) or "." in str(value) or "e" in str(value).lower()) else found
 
+    def whole(self, key: str, default: int | None = None) -> Any:
+        """The whole number of a key. UserError for anything else."""
+        value = self.number(key, default)
+        if value is not None and value != int(value):
+            raise UserError(f"{self.tool}: {self.path}{key}: {value!r} is not a whole number")
+        return None if value is None else int(value)
+
     def flag(self, key: str) -> bool:
         """Whether a key is set to something true. UserError for what is neither."""
         value = self.take(key, False)

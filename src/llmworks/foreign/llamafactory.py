@@ -52,8 +52,8 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
         for key in [key for key in keys.values if key.startswith("lora_")]:
             keys.take(key)
             keys.note(key, "meaningless", "there is no adapter")
-    config |= {"epochs": float(keys.number("num_train_epochs", 3)), "batch_size": int(keys.number("per_device_train_batch_size", 8)), "max_tokens": int(keys.number("cutoff_len", 2048)), "longer": "cut"}
-    accumulation = keys.number("gradient_accumulation_steps", 1)
+    config |= {"epochs": float(keys.number("num_train_epochs", 3)), "batch_size": keys.whole("per_device_train_batch_size", 8), "max_tokens": keys.whole("cutoff_len", 2048), "longer": "cut"}
+    accumulation = keys.whole("gradient_accumulation_steps", 1)
     if accumulation > 1:
         config["accumulation"] = int(accumulation)
     if keys.flag("mask_history"):
@@ -64,13 +64,16 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
         config["neftune"] = float(noise)
     if keys.flag("gradient_checkpointing"):
         config["recompute"] = True
-    if keys.take("packing") and not keys.values.get("neat_packing") and stage == "sft":
-        keys.otherwise("packing", "texts of one row see one another there; here they do not")
+    packing, neat = keys.take("packing", stage == "pt"), keys.take("neat_packing")
+    if packing or neat:
+        keys.otherwise("packing", f"a row is of {config['max_tokens']} tokens there{'' if neat else ', whose texts see one another'}; here a row is one text, so that a step learns less: raise batch_size to what fills as many tokens")
     training.precision(keys)
     config |= training.loop(keys, held_out is not None, config.get("lora", {}).get("base") == "nf4")
     config["optimizer"] = training.optimizer(keys, "optim", "lr_scheduler_type", rate=5e-5, warmup=0.0, schedule="linear")
-    keys.lose(LOST)
-    seed = int(keys.number("seed", 42))
+    if keys.values.get("do_train", True) is False:
+        raise UserError(f"{TOOL}: do_train is false: nothing is trained; tasks are given to `llmworks evaluate`")
+    keys.lose(LOST, harmless=(False, 0, -1))
+    seed = keys.whole("seed", 42)
     steps["tuned"] = {"stage": "train.sft", "inputs": {"model": "base", "data": train, **({"held_out": held_out} if held_out else {})}, "config": config}
     return steps, seed, keys
 
@@ -91,21 +94,24 @@ def _adapter(keys: Keys) -> dict[str, Any]:
         if keys.take("double_quantization", True) is False:
             found["double"] = False
     elif bits:
-        keys.otherwise("quantization_bit", f"{bits} bits; the frozen base is kept as it is, in 4 bits with base: nf4")
+        keys.lost("quantization_bit", f"{bits} bits; the frozen base is kept as it is, in 4 bits with base: nf4")
     return found
 
 
 def _template(keys: Keys, config: dict[str, Any], stage: str) -> None:
     name = keys.take("template")
-    if name in (None, "empty", "default") or stage == "pt":
-        if name == "default":
-            keys.otherwise("template", "default: the model's own template is used")
+    if name is None or stage == "pt":
+        return
+    if name in ("empty", "default", "fewshot", "vicuna"):
+        keys.lost("template", f"{name}, which is not here; the model's own template is used")
         return
     ours = training.template(str(name))
     if ours is None:
         keys.otherwise("template", f"{name}: the model's own template is used")
-    else:
-        config["template"] = ours
+        return
+    if str(name).startswith("qwen"):
+        keys.otherwise("template", f"{name}: its default system turn is not added")
+    config |= {"template": ours, "golden": f"renew: {TOOL}'s configuration asks for {name}"}
 
 
 def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str | None]:
@@ -122,12 +128,7 @@ def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str 
     others, share = keys.words("eval_dataset"), keys.number("val_size", 0)
     if others:
         return rows, read([_source(keys, name, info, place, folder, stage, limit) for name in others], steps, "held-out")
-    if 0 < share < 1:
-        return split(rows, share, steps)
-    if share:
-        keys.otherwise("val_size", f"{share} rows; here a share is held out, and a twentieth is taken")
-        return split(rows, 0.05, steps)
-    return rows, None
+    return split(rows, share, steps, keys, "val_size") if share else (rows, None)
 
 
 def _info(keys: Keys, place: Path | None) -> dict[str, Any]:
@@ -165,18 +166,18 @@ def _source(keys: Keys, name: str, info: dict[str, Any], place: Path, folder: Pa
     if sub := one.take("folder", one.take("subset")):
         ref = f"{ref}/{sub}"
     columns, tags = one.take("columns", {}), one.take("tags", {})
-    text = str(columns.get("prompt", "text")) if shape == "text" else "text"
+    text = str(columns.get("prompt", "instruction")) if shape == "text" else "text"
     if shape != "text":
         odd = [f"{key}: {value}" for key, value in columns.items() if value not in (PROMPT.get(key), "messages" if key == "messages" else None)]
         odd += [f"{key}: {value}" for key, value in tags.items() if value not in [known.get(key) for known in TAGS]]
         if odd:
-            one.lost("columns", f"{', '.join(odd)}; rows are recognised by their usual keys: rename them")
+            raise UserError(f"{TOOL}: dataset {name!r}: {', '.join(odd)}: rows are recognised by their usual keys; rename them in the data")
     for key in ("ms_hub_url", "om_hub_url"):
         one.take(key)
     if "num_samples" in one:
         limit = int(one.number("num_samples", 0))
     part = one.take("split", "train")
-    if part != "train" and ref.startswith("hf:"):
-        one.lost("split", f"{part}; all files of the repository are read")
+    if part != "train":
+        one.lost("split", f"{part}; all rows are read")
     one.finish()
     return Source(ref, shape, text=text, rows=limit)

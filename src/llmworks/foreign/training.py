@@ -20,6 +20,8 @@ TEMPLATES = {
 
 def source(path: str, folder: Path, *, dataset: bool = False) -> str:
     """A reference to a model or a data set: `path:` for what lies here or is written as a path, `hf:` for a name on the Hub."""
+    if path.startswith(("asset:", "hf:", "path:")):  # names of ours
+        return path
     here = Path(path).expanduser()
     for found in (here, folder / here):
         if found.exists():
@@ -146,7 +148,7 @@ def loop(keys: Keys, held_out: bool, four_bits: bool) -> dict[str, Any]:
 
 def adapter(keys: Keys, rank: str, *, default_rank: int, default_alpha: float | None, dropout: float) -> dict[str, Any]:
     """LoRA's fields that both tools name alike. `rank`: the key of the rank; `default_alpha`: None is twice the rank."""
-    size = int(keys.number(rank, default_rank))
+    size = keys.whole(rank, default_rank)
     alpha = keys.number("lora_alpha", 2 * size if default_alpha is None else default_alpha)
     found: dict[str, Any] = {"rank": size, "alpha": float(alpha)}
     drop = keys.number("lora_dropout", dropout)

@@ -16,6 +16,18 @@ from llmworks.foreign.keys import HEADINGS, Note
 TOOLS = {"base_model": axolotl, "model_name_or_path": llamafactory}
 
 
+class _Once(yaml.SafeLoader):
+    """A loader that refuses a key that stands twice, of which YAML keeps the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys stand once."""
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} stands twice, again in line {node.start_mark.line + 1 + names.index(twice)} or after it")
+        return super().construct_mapping(node, deep)
+
+
 @dataclass(frozen=True)
 class Translated:
     """A recipe's text, and what became of the keys that have no place of their own in it."""
@@ -28,7 +40,9 @@ class Translated:
 def translate(file: Path) -> Translated:
     """Read a configuration and write it as a recipe. UserError in one line for a file that is none, or has no meaning here at all."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Once)
+    except IsADirectoryError:
+        raise UserError(f"{file}: is a directory") from None
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -42,6 +42,8 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
         raise ArtifactError(
             f"the adapter {adapter.name} was trained on the model {str(base)[:12]}, not on {model.name} ({model.digest[:12]}); give it its own model"
         )
+    if not base:
+        ctx.progress.say(f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name} is taken on trust")
     if model.format != "hf":
         raise ModelError(f"{model.path}: an adapter is folded into a Hugging Face directory, not into {model.format}")
     for file in sorted(model.path.glob("*.json")):

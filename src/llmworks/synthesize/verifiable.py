@@ -71,7 +71,7 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
         else:
             rows.append(row)
     if not rows:
-        raise DataError(f"{data.name}: none of {len(texts)} texts is of {config.words[0]} to {config.words[1]} words and has room for an instruction")
+        raise DataError(f"{data.name}: none of {len(texts)} texts is of {config.words[0]} to {config.words[1]} words and has room for {config.least} of the instructions{' of kinds' if config.kinds else ''}")
     rejected.write(ctx.out, ctx.progress.say)
     kinds = Counter(name for row in rows for name in row["answer"]["constraints"])
     asked = Counter(len(row["answer"]["constraints"]) for row in rows)
@@ -90,7 +90,7 @@ def _row(id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.Rule, 
 
     found = rules.chosen(kinds, text, random.randint(config.least, config.most), random)
     made = rules.answer(text, found)
-    names, arguments = [rule.name for rule, _ in found], [{key: value for key, value in given.items() if key != "told"} for _, given in found]
+    names, arguments = [rule.name for rule, _ in found], [{key: value for key, value in given.items() if key not in rules.OURS} for _, given in found]
     if len(found) < config.least or not all(followed(made, names, arguments)):
         return None
     asked = [rules.said(rule, given, random) for rule, given in found]

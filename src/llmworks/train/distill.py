@@ -49,17 +49,22 @@ def distill(config: DistillConfig, teacher: Model | Adapter, student: Model, dat
     from llmworks.train import world
 
     why = cannot_give_logits(teacher, student)
-    if config.source == "logits" and why:
-        raise UserError(f"config.source is logits, but {why}; set it to text")
+    of_logits = [name for name, value in (("temperature", 1.0), ("mix", 0.0), ("direction", "forward")) if getattr(config, name) != value]
+    if why and (config.source == "logits" or of_logits):
+        raise UserError(f"config.{'source is logits' if config.source == 'logits' else f'{of_logits[0]} is of logits'}, but {why}; set source to text{'' if config.source == 'logits' else ' and leave it out'}, or give such a teacher")
     if config.source == "text" or why:
         if world.processes() > 1:
             raise UserError("a teacher's answers are written by one process; start one")
         ctx.progress.say(f"{teacher.name} writes the answers" + (f", since {why}" if why and config.source == "auto" else ""))
-        return sft(config, student, written(config, teacher, data, ctx), ctx, held_out)
+        made = sft(config, student, written(config, teacher, data, ctx), ctx, held_out)
+        ctx.report.lead = f"{teacher.name} wrote the answers{f', since {why}' if why else ''}. {ctx.report.lead}"
+        return made
     with world.opened(config.parallel) as here:
         if here.size > 1:
             raise UserError("a training with a teacher's logits runs in one process; set source to text, or start one")
-        return tune(config, student, data, ctx, held_out, here, lambda tuned, material: _loss(config, teacher, tuned, material, ctx))
+        made = tune(config, student, data, ctx, held_out, here, lambda tuned, material: _loss(config, teacher, tuned, material, ctx))
+        ctx.report.lead = f"{teacher.name} taught by its chances of every token: the loss is what they differ by. {ctx.report.lead}"
+        return made
 
 
 def cannot_give_logits(teacher: Model | Adapter, student: Model) -> str:
@@ -103,12 +108,16 @@ def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx:
     with Journal(ctx.scratch / "answers.jsonl", lambda: ctx.open_engine(teacher)) as journal, ctx.progress.bar("the teacher answers", len(requests), "answers") as bar:
         replies = journal.ask(requests, bar)
     made: list[Row] = []
+    lost: list[tuple[str, str]] = []
     for row in rows:
         reply = replies[str(row["id"])]
         if isinstance(reply, Record) and reply.finish == "stop" and reply.text.strip():
             made.append({**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": reply.text.strip()}]})
+        else:
+            why = "failed" if not isinstance(reply, Record) else "is empty" if not reply.text.strip() else f"is not finished within {config.answer_tokens} tokens"
+            lost.append((str(row["id"]), f"the teacher's answer {why}"))
     ctx.progress.say(f"{len(made)} of {len(rows)} answers are whole and not empty")
     if not made:
         raise DataError(f"{teacher.name} finished none of {len(rows)} answers within {config.answer_tokens} tokens; set answer_tokens higher")
     write_chat(ctx.scratch / "written", made)
-    return Dataset(ctx.scratch / "written", name=f"{data.name} by {teacher.name}")
+    return Dataset(ctx.scratch / "written", name=f"{data.name} by {teacher.name}", about={"schema": "chat", "lost": lost})

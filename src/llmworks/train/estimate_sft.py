@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from llmworks.artifact import Dataset
+from llmworks.errors import UserError
 from llmworks.model.anatomy import parts_of
+from llmworks.model.load import read_header
 from llmworks.model.shape import Shape
+from llmworks.train.distill import DistillConfig
 from llmworks.train.estimate import NUMBER, PROCESS, Trial, has_room, kept_of, run_trial
 from llmworks.train.sft import SftConfig
 
@@ -102,7 +106,16 @@ class Tuning:
         return self.data is not None
 
     def check(self) -> None:
-        """Nothing is known before the conversations are encoded."""
+        """Refuse what the training would refuse at its beginning, as far as it is known. Errors: UserError."""
+        targets = self.config.lora.targets
+        if self.config.method == "lora" and isinstance(targets, list):
+            known = sorted({name.split(".")[-2] for file in self.model.glob("*.safetensors") for name in read_header(file) if name.endswith(".weight") and name.count(".") > 1})
+            unknown = next((name for name in targets if name not in known), None)
+            if known and unknown is not None:
+                near = difflib.get_close_matches(unknown, known, n=1)
+                raise UserError(f"lora.targets: the model has no layer {unknown!r}" + (f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"))
+        if isinstance(self.config, DistillConfig) and self.teacher is None and self.config.source != "text" and (self.config.mix or self.config.direction != "forward" or self.config.temperature != 1.0):
+            raise UserError("temperature, mix and direction are of logits, and this teacher teaches by its text (an adapter is to be merged first; or other vocabularies)")
 
     @property
     def steps(self) -> int:
@@ -138,7 +151,8 @@ class Tuning:
         tokens = longest * self.config.batch_size
         held = self.learned * NUMBER * 3 if self.config.method == "full" else self.learned * NUMBER * 4  # gradients and moments, and the adapter itself
         guide = sum(part.parameters for part in parts_of(self.guide, 1)) * NUMBER if self.guide else 0
-        return PROCESS + self.frozen + guide + held + tokens * NUMBER * kept_of(self.shape) * self.shape.layers + CHUNK
+        read = 2.0 * self.parameters * NUMBER  # for a moment, in fp32, before anything is kept in fewer bits
+        return PROCESS + max(read, self.frozen + guide + held + tokens * NUMBER * kept_of(self.shape) * self.shape.layers + CHUNK)
 
     def attempt(self) -> Trial:
         """Run a few steps of it here, of its own model and conversations. Errors: LlmworksError when that fails."""

@@ -17,14 +17,14 @@ from typing import Any
 from llmworks.artifact import Adapter, Dataset, Manifest, Model, artifact_digest, digest_files
 from llmworks.context import Context
 from llmworks.data.rows import Row, flat_messages
-from llmworks.errors import LlmworksError, UserError
+from llmworks.errors import GoldenMismatch, LlmworksError, UserError
 from llmworks.progress import Progress
 from llmworks.report import ReportBuilder
-from llmworks.train.distill import DistillConfig, distill
+from llmworks.train.distill import distill
 from llmworks.train.parallel import Parallel
 from llmworks.train.rows import training_rows
 from llmworks.train.selftest import EXACT, STEPS, Check, Reading, in_turn, keys_of, near_of, shrunken
-from llmworks.train.sft import SftConfig, sft
+from llmworks.train.sft import SftConfig, check_golden, sft
 
 HEART, LONGEST, LOUDER = 80, 512, 10.0  # steps to learn some rows by heart; tokens of a row; how much larger the first weights are than usual
 
@@ -35,15 +35,18 @@ def reduced(config: SftConfig, longest: int) -> SftConfig:
     return config.model_copy(update={"epochs": 1.0, "batch_size": min(4, config.batch_size), "accumulation": min(4, config.accumulation), "parallel": Parallel(), "golden": "renew: a shrunken model", "patience": 0, "longer": "cut", "max_tokens": min(config.max_tokens, longest), **looks})
 
 
-def selftest_sft(config: SftConfig, model: Path, data: Dataset) -> Iterator[Check]:
-    """Every check, as it is done. Errors: UserError for an architecture that cannot be shrunken."""
+def selftest_sft(config: SftConfig, model: Path, data: Dataset, *, golden: Model | None = None, teacher: bool = False) -> Iterator[Check]:
+    """Every check, as it is done. `golden`: the model with its golden tokens, where it has some; `teacher`: whether a distillation learns its chances.
+
+    Errors: UserError for an architecture that cannot be shrunken.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), model, config, data)
+        bench = Bench(Path(folder), model, config, data, teacher=teacher)
         near = near_of(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
             ("every key is read", functools.partial(_keys, bench, config)), ("answers are learned, and nothing else", functools.partial(_labels, bench)), ("rows are apart", functools.partial(_apart, bench)),
             ("parts of a step are the step", functools.partial(_parts, bench, near)), ("the seed replays", functools.partial(_seed, bench)), ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),
-            ("a few rows can be learned by heart", functools.partial(_heart, bench)), ("what is saved is what was trained", functools.partial(_saved, bench)),
+            ("the model's golden tokens may change", functools.partial(_golden, bench, config, golden)), ("a few rows can be learned by heart", functools.partial(_heart, bench)), ("what is saved is what was trained", functools.partial(_saved, bench)),
         ]  # fmt: skip
         yield from in_turn(tests)
 
@@ -51,7 +54,7 @@ def selftest_sft(config: SftConfig, model: Path, data: Dataset) -> Iterator[Chec
 class Bench:
     """A small model with the user's tokenizer, the first rows, and runs of `sft` on them, or of `distill` under another small model."""
 
-    def __init__(self, folder: Path, model: Path, config: SftConfig, data: Dataset) -> None:
+    def __init__(self, folder: Path, model: Path, config: SftConfig, data: Dataset, *, teacher: bool = False) -> None:
         import torch
 
         from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
@@ -81,7 +84,7 @@ class Bench:
         self.stops = stop_ids(model, self.tokenizer)
         self.tokenizer.save_pretrained(self.model)
         self.teacher: Model | None = None
-        if isinstance(config, DistillConfig) and config.source != "text":  # of the same kind: another draw, so that there is something to learn
+        if teacher:  # of the same kind: another draw, so that there is something to learn
             torch.manual_seed(1)
             save_decoder(DecoderForCausalLM(DecoderConfig(shape=small.model_dump())), folder / "teacher", token_ids=ids)
             self.tokenizer.save_pretrained(folder / "teacher")
@@ -226,6 +229,16 @@ def _resume(bench: Bench) -> tuple[bool, str]:
     rows = bench.run("resumed", bench.config, go_on=True)
     same = bench.weights("usual") == bench.weights("resumed") and [r["loss"] for r in rows] == [r["loss"] for r in bench.usual]
     return same, f"interrupted in step {at + 1} of {len(bench.usual)}, gone on from the checkpoint before: {'the same bytes' if same else 'other weights than the run that was left alone'}"
+
+
+def _golden(bench: Bench, config: SftConfig, model: Model | None) -> tuple[bool, str]:
+    if model is None or model.golden is None:
+        return True, "it has none"
+    try:
+        check_golden(config, model, bench.tokenizer, bench.stops)
+    except GoldenMismatch as error:
+        return False, str(error)
+    return True, "they replay" if config.golden == "keep" else config.golden
 
 
 def _heart(bench: Bench) -> tuple[bool, str]:

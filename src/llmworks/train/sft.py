@@ -17,7 +17,7 @@ from llmworks.artifact import Adapter, Config, Dataset, Model
 from llmworks.context import Context
 from llmworks.data.doctor import require_template, uses_of
 from llmworks.data.rows import Row
-from llmworks.errors import DataError, ModelError, TrainingError, UserError
+from llmworks.errors import DataError, GoldenMismatch, ModelError, TrainingError, UserError
 from llmworks.tokenize.named import CHOICES, Template, use_template
 from llmworks.train.lora import LoraConfig
 from llmworks.train.parallel import Parallel, share_of
@@ -143,12 +143,13 @@ def read(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | Non
     tokenizer = load_tokenizer(model.path)
     stops = stop_ids(model.path, tokenizer)
     use_template(tokenizer, config.template)
-    _check_golden(config, model, tokenizer, stops)
+    check_golden(config, model, tokenizer, stops)
     rows = training_rows(data)
     if "messages" in rows[0]:
         require_template(model.name, tokenizer, stops, uses_of(rows))
     most = context_of(model) - (config.soft.tokens if config.method in ("prompt", "prefix") else 0)
     examples, set_aside = make_examples(tokenizer, rows, config, data.name, most)
+    set_aside = [*((str(id), str(why)) for id, why in data.about.get("lost", [])), *set_aside]  # those that a teacher did not answer
     unseen = make_examples(tokenizer, training_rows(held_out)[: config.look_rows], config, held_out.name, most)[0] if held_out is not None else []
     questions = answerable(held_out)[: config.samples] if held_out is not None else []
     return Material(tokenizer, stops, examples, set_aside, unseen, questions)
@@ -296,9 +297,13 @@ def say(ctx: Context, config: SftConfig, material: Material) -> None:
     ctx.progress.say(f"{len(examples)} rows, {tokens:,} tokens, {learned:,} of them learned" + (f"; {len(set_aside)} set aside" if set_aside else "") + (f"; up to {cut} cut" if cut else ""))
 
 
-def _check_golden(config: SftConfig, model: Model, tokenizer: Any, stops: Sequence[int]) -> None:
+def check_golden(config: SftConfig, model: Model, tokenizer: Any, stops: Sequence[int]) -> None:
+    """Whether the model's golden tokens replay, or may change. GoldenMismatch, with what to do, where neither is so."""
     from llmworks.tokenize.golden import require
 
     if model.golden is not None and config.golden == "keep":
-        require(model.golden, tokenizer, stops, step="train.sft (golden: keep)")
+        try:
+            require(model.golden, tokenizer, stops, step="train.sft (golden: keep)")
+        except GoldenMismatch as error:
+            raise GoldenMismatch(f"{error}; if the template is to change (template: {config.template}), set golden to 'renew: WHY'") from None
 

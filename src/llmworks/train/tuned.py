@@ -22,6 +22,13 @@ from llmworks.model.nf4 import NF4Linear, keep_in_nf4
 from llmworks.model.standard import open_adaptable, to_standard
 from llmworks.train.lora import LoraConfig
 
+KEPT = """# An adapter beside weights in 4 bits
+
+It was trained on {base} with its linear layers in NF4 (blocks of 64, double quantization: {double}), and adds to what those bits say. Beside the weights in full precision it is another model.
+
+- llmworks reads `base.json` and does so; `llmworks merge adapter` folds it into what the bits say.
+- With peft load the base by `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={double})`.
+"""
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -94,6 +101,8 @@ class Tuned:
         """Write the adapter, or the whole model in the form and number format that it was read in."""
         if self.lora is not None:
             adapter.save_adapter(self.network, out, self.lora, base_name=base_name, rename=self.rename, base=self.kept)
+            if self.kept is not None:
+                (out / "README.md").write_text(KEPT.format(base=base_name, double=bool(self.kept["double"])), encoding="utf-8")
             return
         if self.soft:
             config = self.network.peft_config["default"]

@@ -181,7 +181,7 @@ def test_killed_while_training_goes_on_from_the_checkpoint(recipe_file: WriteRec
     assert (clean / "small/merged" / weights).read_bytes() == (workspace / "small/merged" / weights).read_bytes()
 
 
-@pytest.mark.parametrize("step", ["chats", "train", "merged", "small"])
+@pytest.mark.parametrize("step", ["chats", "train", pytest.param("merged", marks=pytest.mark.slow), pytest.param("small", marks=pytest.mark.slow)])
 def test_killed_while_making_a_step(recipe_file: WriteRecipe, tmp_path: Path, step: str) -> None:
     """Killed as soon as the step before is bound, that is while this one is being made."""
     recipe, workspace = recipe_file(), tmp_path / "w"

@@ -105,7 +105,7 @@ def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico:
     assert all(torch.allclose(a[name], b[name], atol=5e-3) for name in a)
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] if LAYOUTS[name][0] == "4" else []) for name in LAYOUTS])
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] if LAYOUTS[name][0] == "4" or name == "replicated" else []) for name in LAYOUTS])
 def test_a_step_is_the_same_step(layout: str, made: Path, alone: Path, tmp_path: Path) -> None:
     processes, sets = LAYOUTS[layout]
     assert main(words(made, tmp_path / "out", *sets, "--nproc", processes)) == 0

@@ -18,7 +18,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", WAYS)
+@pytest.mark.parametrize("what", [what if what in ("an adapter", "4 bits", "all weights") else pytest.param(what, marks=pytest.mark.slow) for what in WAYS])
 def test_half_precision_is_near(what: str, run: Run, tmp_path: Path) -> None:
     """bf16 under autocast, which is what `auto` is on a GPU, against fp32: losses of all steps, looks, and the result's golden tokens."""
     found = {}

@@ -115,7 +115,7 @@ def test_steps_follow_from_their_numbers(made: Path) -> None:
 EVERY = ("batch=4", "epochs=3", "checkpoint_every=7", "look_every=10", "average=0.9", "sample_tokens=4")
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+@pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "muon"))])
 def test_killed_and_gone_on_is_not_interrupted(name: str, made: Path, tmp_path: Path) -> None:
     """SIGKILL of the process between two checkpoints: weights and metrics are those of the run that was left alone, bit for bit."""
     sets = (*EVERY, f"optimizer.name={name}", "optimizer.learning_rate=0.003")

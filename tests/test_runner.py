@@ -161,6 +161,7 @@ def kill_when(condition: Callable[[], bool], words: list[str]) -> None:
     child.stderr.close()
 
 
+@pytest.mark.slow
 def test_killed_while_training_goes_on_from_the_checkpoint(recipe_file: WriteRecipe, tmp_path: Path) -> None:
     recipe, workspace = recipe_file(epochs=60), tmp_path / "w"
 
@@ -181,7 +182,7 @@ def test_killed_while_training_goes_on_from_the_checkpoint(recipe_file: WriteRec
     assert (clean / "small/merged" / weights).read_bytes() == (workspace / "small/merged" / weights).read_bytes()
 
 
-@pytest.mark.parametrize("step", ["chats", "train", pytest.param("merged", marks=pytest.mark.slow), pytest.param("small", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [pytest.param("chats", marks=pytest.mark.slow), "train", pytest.param("merged", marks=pytest.mark.slow), pytest.param("small", marks=pytest.mark.slow)])
 def test_killed_while_making_a_step(recipe_file: WriteRecipe, tmp_path: Path, step: str) -> None:
     """Killed as soon as the step before is bound, that is while this one is being made."""
     recipe, workspace = recipe_file(), tmp_path / "w"

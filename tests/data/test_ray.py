@@ -27,6 +27,7 @@ def cluster() -> Iterator[str]:
     nodes.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_digest_on_every_engine(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tmp_path / "raw"

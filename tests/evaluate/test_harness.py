@@ -160,7 +160,7 @@ def test_sample_by_sample(what: str, tmp_path: Path, theirs: HFLM, ours: Callabl
     assert len({json.dumps(s["scores"]) for s in made["samples"]}) > 1  # something is told apart
 
 
-@pytest.mark.parametrize("what", ["options of several tokens, other shots for each", "answers, extracted three ways", *(pytest.param(w, marks=pytest.mark.slow) for w in ("letters, the same shots for all", "the last word", "texts, rolling", "a beginning of the answer"))])
+@pytest.mark.parametrize("what", ["options of several tokens, other shots for each", *(pytest.param(w, marks=pytest.mark.slow) for w in ("answers, extracted three ways", "letters, the same shots for all", "the last word", "texts, rolling", "a beginning of the answer"))])
 def test_there_and_back(what: str, tmp_path: Path, theirs: HFLM, ours: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that was read, written again for the harness: it runs there, and says the same."""
     file, _ = write_task(tmp_path, TASKS[what])

@@ -76,7 +76,7 @@ def test_wordpiece_is_that_of_bert(documents: Path) -> None:
     assert (tokenizer.mask_token, tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token_id) == ("[MASK]", "[CLS]", "[SEP]", 0)
 
 
-@pytest.mark.parametrize("algorithm", ["bpe", "unigram", "wordpiece"])
+@pytest.mark.parametrize("algorithm", ["bpe", pytest.param("unigram", marks=pytest.mark.slow), "wordpiece"])
 def test_the_bytes_are_the_same_in_every_run(documents: Path, algorithm: str) -> None:
     found = set()
     for run in range(3):

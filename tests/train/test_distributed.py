@@ -84,7 +84,8 @@ LAYOUTS = {
 TUNED = {"adapter": ("lora.rank=4",), "adapter of four bits": ("lora.base=nf4", "lora.rank=4"), "all weights": ("method=full",), "sharded adapter": ("lora.rank=4", "parallel.data=shard"), "sharded weights": ("method=full", "parallel.data=shard")}
 
 
-@pytest.mark.parametrize("what", [name if name == "sharded weights" else pytest.param(name, marks=pytest.mark.slow) for name in TUNED])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", TUNED)
 def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico: Path, tmp_path: Path) -> None:
     from tests.train.test_sft import chats
 
@@ -105,13 +106,14 @@ def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico:
     assert all(torch.allclose(a[name], b[name], atol=5e-3) for name in a)
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] if LAYOUTS[name][0] == "4" or name == "replicated" else []) for name in LAYOUTS])
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] if LAYOUTS[name][0] == "4" or name != "sharded" else []) for name in LAYOUTS])
 def test_a_step_is_the_same_step(layout: str, made: Path, alone: Path, tmp_path: Path) -> None:
     processes, sets = LAYOUTS[layout]
     assert main(words(made, tmp_path / "out", *sets, "--nproc", processes)) == 0
     same(tmp_path / "out", alone)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_read_by_another_number_of_processes(made: Path, alone: Path, tmp_path: Path) -> None:
     """Two sharded processes are killed; one goes on; it is killed; two pieces of a pipeline would be another configuration, two shards are not."""
     out = tmp_path / "out"
@@ -149,7 +151,7 @@ def ranks(launcher: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_all_with_one_message(victim: int, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = words(made, out, "epochs=400")
@@ -180,6 +182,7 @@ def test_the_process_that_fails_is_named_not_those_that_miss_it(made: Path, tmp_
     assert done.stderr.strip() == "process 1 of 2: llmworks: shard-00003: cannot be read here"
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_the_work(made: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmworks.cli", *words(made, tmp_path / "out", "--nproc", "2")]
     command.remove("--quiet")
@@ -190,6 +193,7 @@ def test_two_runs_at_once_share_the_work(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "one" / "model.safetensors").samefile(tmp_path / "two" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llmworks.cli", *words(made, out)], capture_output=True, text=True, env={**os.environ, "LLMWORKS_THREADS": "1"})

@@ -113,6 +113,7 @@ def test_a_trial_runs_what_is_asked() -> None:
     assert 3e8 < trial.memory < 3e9
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_is_what_then_happens(recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, workspace = recipe_file(epochs=2.5, batch_size=3, accumulation=2), ["--workspace", str(tmp_path / "ws")]
 

@@ -55,7 +55,7 @@ def run(made: Path, model: str, out: Path, *sets: str) -> tuple[dict[str, Any], 
 FAST = ("batch=4", "optimizer.learning_rate=0.01", "look_every=20", "sample_tokens=8")
 
 
-@pytest.mark.parametrize("model", ["decoder", "gru"])
+@pytest.mark.parametrize("model", ["decoder", pytest.param("gru", marks=pytest.mark.slow)])
 def test_learns_and_is_saved_as_what_it_was(model: str, made: Path, tmp_path: Path) -> None:
     counted = ["train", "ngram", str(made / "decoder"), str(made / "train-packed"), "--held-out", str(made / "test-packed"), "--set", "order=1", "--out", str(tmp_path / "one"), "--workspace", str(tmp_path / "ws"), "--quiet"]
     assert main(counted) == 0

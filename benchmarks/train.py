@@ -55,8 +55,9 @@ def ours(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path) -> 
     from llmworks.train.examples import Example, Steps
     from llmworks.train.loop import Habits, train
     from llmworks.train.packed import packed_loss
-    from llmworks.train.sft import SftConfig, prepare
+    from llmworks.train.sft import SftConfig
     from llmworks.train.tuned import open_tuned
+    from llmworks.train.tuning import prepare
 
     config = SftConfig.model_validate({"method": method, "batch_size": ROWS})
     tuned = open_tuned(resolve(MODEL).path)

@@ -250,6 +250,14 @@ def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
     return KINDS[manifest.kind](path, manifest=manifest, name=name, ref=ref)
 
 
+def require_base(adapter: Adapter, model: Model) -> bool:
+    """Whether an adapter says that it was trained on a model; False where it says nothing. ArtifactError for one of another model."""
+    base = adapter.about.get("base")
+    if base and base != model.digest:
+        raise ArtifactError(f"the adapter {adapter.name} was trained on the model {str(base)[:12]}, not on {model.name} ({model.digest[:12]}); give it its own model")
+    return bool(base)
+
+
 def changed_files(artifact: Artifact) -> list[str]:
     """Files whose bytes are not what the manifest says: one line each, naming the file; also missing and extra ones."""
     assert artifact.manifest is not None

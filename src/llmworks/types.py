@@ -89,7 +89,7 @@ class Request:
 class Completion:
     """An answer: its text, the sampled ids (stop token excluded), their log-probabilities in nats, and why it ended.
 
-    `ids` and `logprobs` are empty where an engine cannot tell them (remote HTTP).
+    `ids` and `logprobs` are empty where an engine cannot tell them (remote HTTP). `ended`: the stop token, where the answer ended with one and the engine can tell.
     """
 
     text: str
@@ -98,6 +98,7 @@ class Completion:
     logprobs: tuple[float, ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    ended: int | None = None
 
 
 @dataclass(frozen=True)

@@ -310,6 +310,7 @@ def test_suites_name_tasks_that_are_there() -> None:
         items_of(",")
 
 
+@pytest.mark.slow
 def test_autoeval_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     monkeypatch.chdir(tmp_path)

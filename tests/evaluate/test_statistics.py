@@ -28,6 +28,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(samples: int, draw: str)
     assert 930 <= hits <= 970
 
 
+@pytest.mark.slow
 def test_intervals_of_groups_cover_the_truth() -> None:
     """Rows of a group are alike: an interval that takes them for independent is far too narrow, the clustered one is not."""
     rng = np.random.default_rng(0)
@@ -43,6 +44,7 @@ def test_intervals_of_groups_cover_the_truth() -> None:
     assert hits["plain"] < 200
 
 
+@pytest.mark.slow
 def test_paired_differences_cover_the_truth() -> None:
     rng = np.random.default_rng(1)
     hits = 0

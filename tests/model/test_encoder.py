@@ -161,6 +161,7 @@ def test_masked_tokens_of_real_text_are_learned(text: tuple[list[int], int]) -> 
     assert trained(made, batch, 400) > 0.35
 
 
+@pytest.mark.slow
 def test_hidden_spans_of_real_text_are_learned(text: tuple[list[int], int]) -> None:
     ids, free = text
     end, start, pad, sentinels = free, free + 1, free + 2, list(range(free + 3, free + 11))

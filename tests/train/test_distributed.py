@@ -222,6 +222,7 @@ def test_a_recurrent_model_is_replicated(made: Path, tmp_path: Path) -> None:
     same(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_mistakes(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for more, says in (
         (("parallel.tensor=2",), "does not divide 1 process; start it with --nproc 2 or a multiple"), (("batch=8", "accumulation=1", "parallel.pipeline=2", "--nproc", "2"), "make accumulation larger"),

@@ -39,6 +39,7 @@ steps:
 """
 
 
+@pytest.mark.slow
 def test_it_is_what_then_happens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("".join(f"Row {i} of words, and {i * 7} more. " for i in range(300)))

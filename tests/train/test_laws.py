@@ -40,6 +40,7 @@ def test_without_noise_the_law_comes_back() -> None:
     assert 6 * parameters * tokens == pytest.approx(1e21)
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_they_should() -> None:
     """Of twenty sets of runs with noise of a thousandth, about nine of ten hold the larger run's loss, whose noise is the same."""
     rng, held = np.random.default_rng(5), 0

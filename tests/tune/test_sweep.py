@@ -95,6 +95,7 @@ def test_a_sweep_of_a_recipe(tmp_path: Path, pico: Path, capsys: pytest.CaptureF
     assert "it is too good by chance" in (Path(json.loads(captured.out)["report"]) / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_told_and_others_go_on(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rate at which the loss is no number: the page says why, and the best is of the others. A metric that is not there is named."""
     chats(tmp_path / "rows", 12)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Model
+from llmworks.artifact import Adapter, Config, Model, require_base
 from llmworks.context import Context
-from llmworks.errors import ArtifactError, ModelError
+from llmworks.errors import ModelError
 
 if TYPE_CHECKING:
     from llmworks.model.fold import Folded
@@ -37,12 +37,7 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
     """
     from llmworks.model.golden import require
 
-    base = adapter.about.get("base")
-    if base and base != model.digest:
-        raise ArtifactError(
-            f"the adapter {adapter.name} was trained on the model {str(base)[:12]}, not on {model.name} ({model.digest[:12]}); give it its own model"
-        )
-    if not base:
+    if not require_base(adapter, model):
         ctx.progress.say(f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name} is taken on trust")
     if model.format != "hf":
         raise ModelError(f"{model.path}: an adapter is folded into a Hugging Face directory, not into {model.format}")

@@ -39,6 +39,16 @@ def blocks_of_parts(parts: Sequence[tuple[int, int]], block: int = BLOCK) -> Blo
     return tuple((at, min(at + block, end), first) for first, end in parts for at in range(first, end, block))
 
 
+def masks_of_blocks(blocks: Blocks, parts: Sequence[tuple[int, int]], masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of each block, which has tokens of one part only, what is added to its fit [queries, keys], from that of its part."""
+    found, at = [], 0
+    for first, end, first_key in blocks:
+        while parts[at][1] <= first:
+            at += 1
+        found.append(masks[at][first - parts[at][0] : end - parts[at][0], first_key - parts[at][0] : end - parts[at][0]])
+    return tuple(found)
+
+
 @functools.lru_cache(maxsize=8)
 def _later(size: int, dtype: torch.dtype) -> Tensor:
     """[size, size], minus infinity where a key comes after the query."""
@@ -49,17 +59,17 @@ class _Blockwise(torch.autograd.Function):
     """Heads of a group are read as more rows of queries, so that keys and values are not repeated for them."""
 
     @staticmethod
-    def forward(context: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, blocks: Blocks) -> Tensor:
+    def forward(context: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, blocks: Blocks, masks: Sequence[Tensor] | None) -> Tensor:
         """q: [batch, heads, length, width]; k, v: [batch, groups, length, width]; mask: [batch or 1, heads or 1, length, length] -> as q."""
         (batch, heads, length, width), groups = q.shape, k.shape[1]
         q, k, v = q.reshape(batch * groups, heads // groups, length, width), k.reshape(-1, length, width), v.reshape(-1, length, width)
         said = torch.empty_like(q, memory_format=torch.contiguous_format)
         room = q.new_empty(batch * heads * BLOCK * length)
-        for first, end, first_key in blocks:
-            weights = _weights(_rows(q, first, end) * scale, k[:, first_key:end], mask, (first, end, first_key), batch, room)
+        for number, (first, end, first_key) in enumerate(blocks):
+            weights = _weights(_rows(q, first, end) * scale, k[:, first_key:end], _mask(mask, masks, blocks, number), (first, end, first_key), batch, room)
             said[:, :, first:end] = torch.bmm(weights, v[:, first_key:end]).view(len(q), -1, end - first, width)
         context.save_for_backward(q, k, v, said)
-        context.rest = (scale, mask, blocks, batch)
+        context.rest = (scale, mask, blocks, masks, batch)
         return said.view(batch, heads, length, width)
 
     @staticmethod
@@ -67,21 +77,27 @@ class _Blockwise(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """FlashAttention, appendix B.2: dV = P' dO, dP = dO V', dS = P * (dP - rowsum(dO * O)), dQ = dS K, dK = dS' Q."""
         q, k, v, said = context.saved_tensors
-        scale, mask, blocks, batch = context.rest
+        scale, mask, blocks, masks, batch = context.rest
         gradient = gradient.reshape(q.shape)
         inner = (gradient * said).sum(-1, keepdim=True)
         by_q, by_k, by_v = torch.empty_like(said), torch.zeros_like(k, memory_format=torch.contiguous_format), torch.zeros_like(v, memory_format=torch.contiguous_format)
         room, other = (q.new_empty(q.shape[0] * q.shape[1] * BLOCK * q.shape[2]) for _ in range(2))
-        for first, end, first_key in blocks:
+        for number, (first, end, first_key) in enumerate(blocks):
             rows, gradients = _rows(q, first, end) * scale, _rows(gradient, first, end)
-            weights = _weights(rows, k[:, first_key:end], mask, (first, end, first_key), batch, room)
+            weights = _weights(rows, k[:, first_key:end], _mask(mask, masks, blocks, number), (first, end, first_key), batch, room)
             by_v[:, first_key:end].add_(torch.bmm(weights.transpose(1, 2), gradients))  # `baddbmm_` into a part is a loop over matrices
             by_fit = torch.bmm(gradients, v[:, first_key:end].transpose(1, 2), out=other[: weights.numel()].view(weights.shape))
             by_fit.sub_(_rows(inner, first, end)).mul_(weights)
             by_k[:, first_key:end].add_(torch.bmm(by_fit.transpose(1, 2), rows))
             by_q[:, :, first:end] = torch.bmm(by_fit, k[:, first_key:end]).view(len(q), -1, end - first, q.shape[-1])
         shape = (batch, -1, *q.shape[2:])
-        return by_q.mul_(scale).view(shape), by_k.view(shape), by_v.view(shape), None, None, None
+        return by_q.mul_(scale).view(shape), by_k.view(shape), by_v.view(shape), None, None, None, None
+
+
+def _mask(mask: Tensor | None, masks: Sequence[Tensor] | None, blocks: Blocks, number: int) -> Tensor | None:
+    """What is added to a block's fit, as it broadcasts to [batch, heads, queries, keys]."""
+    first, end, first_key = blocks[number]
+    return masks[number] if masks is not None else None if mask is None else mask[:, :, first:end, first_key:end]
 
 
 def _rows(x: Tensor, first: int, end: int) -> Tensor:
@@ -97,14 +113,14 @@ def _weights(rows: Tensor, keys: Tensor, mask: Tensor | None, block: tuple[int, 
     if mask is None:
         by_head[..., first - first_key :].add_(_later(BLOCK, fit.dtype)[: end - first, : end - first])
     else:
-        by_head.add_(mask[:, :, first:end, first_key:end])
+        by_head.add_(mask)
     return torch.softmax(fit, -1, out=fit)
 
 
-def blockwise(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, blocks: Blocks) -> Tensor:
+def blockwise(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, blocks: Blocks, masks: Sequence[Tensor] | None = None) -> Tensor:
     """Causal attention: q [batch, heads, length, width]; k, v [batch, groups, length, width] -> as q. Not differentiable twice.
 
-    `mask` [batch or 1, heads or 1, length, length] is added to the fit and must hide what is later itself; without one that is done here.
+    `mask` [batch or 1, heads or 1, length, length] is added to the fit and must hide what is later itself; without one that is done here. `masks`: the same of each block.
     """
-    said: Tensor = _Blockwise.apply(q, k, v, scale, mask, blocks)  # type: ignore[no-untyped-call]
+    said: Tensor = _Blockwise.apply(q, k, v, scale, mask, blocks, masks)  # type: ignore[no-untyped-call]
     return said

@@ -77,12 +77,13 @@ class Stack(nn.Module):
         self.gradient_checkpointing = False  # transformers sets both when it is told to compute blocks again backward
         self._gradient_checkpointing_func: Any = None
 
-    def forward(self, embedded: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
+    def forward(self, embedded: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
         """embedded: what `embedding` gives of the ids, [batch, length, width]; positions: [batch, length]; padding: [batch, keys], 1 where there is a token; segments: [batch, length], without a cache.
 
+        branches [batch, length], with segments: texts that begin alike stand in one segment, what they share once (0), then each one's rest under its number, positions going on from what is shared.
         Errors: ModelError for a text beyond learned positions.
         """
-        x = self.through(self.begin(embedded, positions), positions, padding=padding, segments=segments, cache=cache, memory=memory)
+        x = self.through(self.begin(embedded, positions), positions, padding=padding, segments=segments, branches=branches, cache=cache, memory=memory)
         state: Tensor = self.norm(x)
         return state
 
@@ -97,12 +98,12 @@ class Stack(nn.Module):
             x = x + self.position(positions)
         return x + sinusoids(positions, shape.width).to(x.dtype) if shape.position == "sinusoidal" else x
 
-    def through(self, x: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
+    def through(self, x: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
         """The state after the blocks that are here; each knows its number, so that a part of them computes what it does in the whole."""
         shape = self.shape
         before = cache.get_seq_length() if cache is not None else 0
         # places in the row: positions may begin anew in it, and windows and ALiBi need differences only, since segments hide the rest
-        keys = torch.arange(before + x.shape[1], device=x.device)[None]
+        keys = torch.arange(before + x.shape[1], device=x.device)[None] if branches is None else positions
         queries = keys[:, before:]
         pair = (segments, segments) if segments is not None else None
         slopes = alibi_of(shape)
@@ -111,7 +112,7 @@ class Stack(nn.Module):
         for number, block in self.blocks.named_children():
             window, rope = shape.window_of(int(number)), shape.rope_of(int(number))
             if window not in looks:
-                looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, alibi=slopes, dtype=x.dtype, block=block_of(x.shape[0] * shape.heads))
+                looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, branches=branches, alibi=slopes, dtype=x.dtype, block=block_of(x.shape[0] * shape.heads))
             if rope not in rotations:
                 rotations[rope] = rotation(positions, *frequencies(rope, shape.per_head, shape.context)) if shape.position == "rope" else None
             given = (x, looks[window], rotations[rope], cache, memory)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmworks.errors import ModelError
-from llmworks.tokenize.load import first_line, quiet_transformers
+from llmworks.tokenize.load import first_line, quiet_transformers, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
 
     quiet_transformers()
     check_weights(path)
+    refuse_scorer(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
@@ -53,6 +54,13 @@ def check_weights(path: Path) -> None:
             start = 8 + int.from_bytes(stream.read(8), "little")
         if size != start + end:
             raise ModelError(f"{file}: truncated, {size} bytes of {start + end}; copy or fetch it again")
+
+
+def refuse_scorer(path: Path) -> None:
+    """Whether a directory's model writes texts. ModelError for one that scores them, whose head over the vocabulary would be made up."""
+    names = read_json(path / "config.json").get("architectures") or []
+    if any("Classification" in str(name) for name in names):
+        raise ModelError(f"{path}: is a {names[0]}, which scores texts and writes none; give the model that is to write")
 
 
 def read_header(file: Path) -> dict[str, Any]:

@@ -76,14 +76,17 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear | NF4Linear, lora: Lora) -> None:
         super().__init__()
-        self.base, self.scale, self.dropout = base, lora.scale, lora.dropout
+        self.base, self.scale, self.dropout, self.off = base, lora.scale, lora.dropout, False
         self.a = nn.Parameter(torch.empty(lora.rank, base.in_features))
         self.b = nn.Parameter(torch.zeros(base.out_features, lora.rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.magnitude = nn.Parameter(torch.linalg.norm(dense(base), dim=1)) if lora.magnitudes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
+        """x: [..., in] -> [..., out]. While it is `off`, the frozen layer's."""
+        if self.off:
+            alone: Tensor = self.base(x)
+            return alone
         if self.magnitude is not None:
             return self._with_magnitudes(x, self.magnitude)
         dropping = self.dropout > 0 and self.training
@@ -128,10 +131,15 @@ def target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename
 
 def attach(model: nn.Module, targets: Sequence[str] | str, lora: Lora, rename: Rename = str) -> None:
     """Freeze the model and put a `LoraLinear` around every target, in place. Seed torch before: A is random."""
-    model.requires_grad_(False)
     names = target_layers(model, targets, rename)
     if not names:
         raise ModelError("the model has no linear layer that could be adapted (layers of GPT-2 in transformers are none); train all weights")
+    attach_to(model, names, lora)
+
+
+def attach_to(model: nn.Module, names: Sequence[str], lora: Lora) -> None:
+    """The same around the layers of these names."""
+    model.requires_grad_(False)
     for name in names:
         parent, _, leaf = name.rpartition(".")
         base: Any = model.get_submodule(name)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmworks.errors import ModelError
 from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
-from llmworks.model.load import check_weights
+from llmworks.model.load import check_weights, refuse_scorer
 from llmworks.model.shape import Rope, Shape
 from llmworks.tokenize.load import read_json
 
@@ -287,6 +287,7 @@ def load_decoder(path: Path) -> DecoderForCausalLM:
     from safetensors.torch import load_file
 
     check_weights(path)
+    refuse_scorer(path)
     kind, shape = shape_of(read_json(path / "config.json"))
     tensors = {name: tensor.float() for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     if kind:

@@ -15,7 +15,8 @@ from llmworks.data.rows import Row, flat_messages, write_chat
 from llmworks.errors import DataError, ModelError, UserError
 from llmworks.generate.journal import Journal, Record
 from llmworks.train.rows import training_rows
-from llmworks.train.sft import Material, SftConfig, sft, tune
+from llmworks.train.sft import SftConfig, sft, tune
+from llmworks.train.tuning import Material
 from llmworks.types import Request, Sampling
 
 if TYPE_CHECKING:

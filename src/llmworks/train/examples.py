@@ -128,7 +128,7 @@ def joined(examples: Sequence[Example], device: torch.device | str = "cpu") -> P
     return PackedBatch(ids, positions, segments, labels, sum(e.labels for e in examples), ids.shape[1], where(examples))
 
 
-def where(examples: Sequence[Example]) -> str:
+def where(examples: Sequence[Any]) -> str:
     """Which rows these are, for who looks for one that broke a training."""
     names = [e.id for e in examples if e.id]
     return f"rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else ""
@@ -151,12 +151,12 @@ def plan_epoch(lengths: Sequence[int], size: int, seed: int, *, by_length: bool 
 class Steps(Sequence[list[Callable[[], Any]]]):
     """The steps of a training over examples, the same for the same seed: each a list of makers of parts of `size` examples.
 
-    `free`: parts are joined without padding, else padded. `share` (number, of how many): the examples of each step that are this process's, `cut` of them at once; what
+    `free`: parts are joined without padding, else padded; or as `join` has it, of a part's examples and the whole step's. `share` (number, of how many): the examples of each step that are this process's, `cut` of them at once; what
     cannot be divided is left out, so that all processes have as many parts. Errors: UserError where no step has an example for each.
     """
 
-    def __init__(self, examples: Sequence[Example], *, epochs: float, size: int, accumulation: int, seed: int, free: bool, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1), cut: int = 0) -> None:
-        self.examples, self.size, self.free, self.device, self.share = examples, cut or size, free, device, share
+    def __init__(self, examples: Sequence[Any], *, epochs: float, size: int, accumulation: int, seed: int, free: bool, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1), cut: int = 0, join: Callable[[Sequence[Any], Sequence[Any]], Any] | None = None) -> None:
+        self.examples, self.size, self.free, self.device, self.share, self.join = examples, cut or size, free, device, share, join
         lengths = [len(e.ids) for e in examples]
         wanted = max(1, round(epochs * -(-len(examples) // size)))
         parts: list[list[int]] = []
@@ -182,11 +182,13 @@ class Steps(Sequence[list[Callable[[], Any]]]):
         if isinstance(step, slice):
             return [self[i] for i in range(*step.indices(len(self)))]
         at, shares = self.share
-        own = self.steps[step]
-        own = own[at * len(own) // shares : (at + 1) * len(own) // shares]
-        return [functools.partial(self.part, own[i : i + self.size]) for i in range(0, len(own), self.size)]
+        whole = self.steps[step]
+        own = whole[at * len(whole) // shares : (at + 1) * len(whole) // shares]
+        return [functools.partial(self.part, own[i : i + self.size], whole) for i in range(0, len(own), self.size)]
 
-    def part(self, numbers: Sequence[int]) -> Batch | PackedBatch:
-        """These examples as one batch."""
+    def part(self, numbers: Sequence[int], step: Sequence[int] = ()) -> Any:
+        """These examples, of the step's, as one batch."""
         some = [self.examples[i] for i in numbers]
+        if self.join is not None:
+            return self.join(some, [self.examples[i] for i in step or numbers])
         return joined(some, self.device) if self.free else collate(some).to(self.device)

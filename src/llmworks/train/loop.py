@@ -56,6 +56,7 @@ class Habits:
     look_every: int = 0
     rate: Callable[[int], float] | None = None  # of a step, in place of the schedule's
     best: Best | None = None  # which look is the best; its weights are what is left at the end
+    told: Callable[[], Mapping[str, float]] | None = None  # what the loss says of a step beside its value, for the metrics
     faster: Mapping[str, float] = field(default_factory=dict)  # by the last name of a parameter, how many times the learning rate it has
 
 
@@ -104,7 +105,7 @@ def train(
             for name, mean in running.average.items():
                 mean.lerp_(running.parameters[name].detach(), 1 - min(habits.average, (1 + step) / (10 + step)))  # the untrained weights are soon forgotten
             seconds = time.monotonic() - began
-            progress.metric(step=step, loss=total, learning_rate=rate, gradient_norm=norm, tokens=tokens, labels=labels, seconds=seconds, loading=loaded, memory=memory(world.device))
+            progress.metric(step=step, loss=total, learning_rate=rate, gradient_norm=norm, tokens=tokens, labels=labels, seconds=seconds, loading=loaded, memory=memory(world.device), **(habits.told() if habits.told is not None else {}))
             bar.advance(1, loss=total, tokens_per_s=tokens / seconds)
             last = step + 1 == len(steps)
             if habits.look is not None and (last or (habits.look_every and (step + 1) % habits.look_every == 0)):

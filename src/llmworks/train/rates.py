@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from llmworks.artifact import Config, Dataset, Model, Report
 from llmworks.context import Context
 from llmworks.errors import DataError, TrainingError
-from llmworks.train.sft import SftConfig, prepare, read
+from llmworks.train.sft import SftConfig, read
+from llmworks.train.tuning import prepare
 
 SMOOTH, WORSE = 0.8, 2.0  # weight of earlier losses in the running mean; how many times the lowest loss ends the run
 

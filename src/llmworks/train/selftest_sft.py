@@ -24,7 +24,8 @@ from llmworks.train.distill import distill
 from llmworks.train.parallel import Parallel
 from llmworks.train.rows import training_rows
 from llmworks.train.selftest import EXACT, STEPS, Check, Reading, in_turn, keys_of, near_of, shrunken
-from llmworks.train.sft import SftConfig, check_golden, sft
+from llmworks.train.sft import SftConfig, sft
+from llmworks.train.tuning import check_golden
 
 HEART, LONGEST, LOUDER = 80, 512, 10.0  # steps to learn some rows by heart; tokens of a row; how much larger the first weights are than usual
 
@@ -257,8 +258,8 @@ def _saved(bench: Bench) -> tuple[bool, str]:
 
     from llmworks.generate.engines.torch import TorchEngine
     from llmworks.model import adapter as files
-    from llmworks.train.sft import prepare
     from llmworks.train.tuned import open_tuned
+    from llmworks.train.tuning import prepare
 
     out = bench.runs.get("heart") or bench.runs["usual"]
     ids = torch.tensor([list(_examples(bench)[0].ids[:32])])

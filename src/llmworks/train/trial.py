@@ -106,8 +106,9 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     from llmworks.train.packed import packed_loss
     from llmworks.train.placement import cast, resolved
     from llmworks.train.rows import training_rows
-    from llmworks.train.sft import SftConfig, make_examples, prepare
+    from llmworks.train.sft import SftConfig, make_examples
     from llmworks.train.tuned import open_tuned
+    from llmworks.train.tuning import prepare
 
     config, model = (DistillConfig if given.get("teacher") else SftConfig).model_validate(given["config"]), Path(given["model"])
     tokenizer = load_tokenizer(model)

@@ -55,6 +55,23 @@ class Tuned:
             self.kept = {"kept": "nf4", "double": config.double, "layers": sorted(map(self.rename, names))}
         lora.attach(self.network, config.targets, self.lora, self.rename)
 
+    def go_on(self, path: Path) -> None:
+        """Freeze all and put an adapter beside the layers that it was trained for, as it is. Errors: ModelError for one that is no LoRA, or for other layers."""
+        config, tensors = adapter.read_adapter(path)
+        kept = adapter.base_of(path)
+        names = sorted({name.removeprefix(adapter.PREFIX).rpartition(".lora_A")[0] for name in tensors if ".lora_A" in name})
+        here = {self.rename(name): name for name in lora.linear_layers(self.network)}
+        if not names or any(name not in here for name in names):
+            raise ModelError(f"{path}: the adapter is for layers that this model does not have, as {next((n for n in names if n not in here), '(none)')}")
+        if config.get("alpha_pattern") or config.get("rank_pattern"):
+            raise ModelError(f"{path}: its layers differ in rank or alpha; merge it first (llmworks merge adapter), and begin anew")
+        self.lora = Lora(int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora")), bool(config.get("use_dora")))
+        if kept:
+            keep_in_nf4(self.network, [here[name] for name in kept["layers"]], double=bool(kept.get("double")))
+            self.kept = kept
+        lora.attach_to(self.network, [here[name] for name in names], self.lora)
+        adapter.load_state(self.network, tensors, self.rename)
+
     def put_before(self, kind: str, tokens: int, text: str) -> None:
         """Freeze all and put a soft prompt before every text: `kind` prompt or prefix, through peft. It begins as `text`, else as tokens that are drawn."""
         try:

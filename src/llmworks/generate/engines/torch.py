@@ -120,6 +120,12 @@ class TorchEngine:
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
         """Read the prompts: (logits [rows, vocabulary], cache, attention mask, position of the last token)."""
         cache = cache_for(self.model)
+        alone = list(dict.fromkeys(map(tuple, prompts)))
+        if len(alone) < len(prompts):  # several answers to one prompt, which is read once
+            logits, cache, mask, last = self._prefill([list(prompt) for prompt in alone])
+            index = torch.tensor([alone.index(tuple(prompt)) for prompt in prompts])
+            cache.batch_select_indices(index)
+            return logits[index], cache, mask[index], last[index]
         shared = 0
         if len(prompts) > 1:
             shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
@@ -187,6 +193,7 @@ class _Row:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: FinishReason | None = None
+        self.ended: int | None = None
         self.grammar = None if request.schema is None else engine.grammar(request.schema)
         self.generator: torch.Generator | None = None
         if self.sampling.temperature > 0:
@@ -204,7 +211,7 @@ class _Row:
         if self.grammar is not None:
             self.grammar.take(token)
         if token in self.engine.stops:
-            self.finish = "stop"
+            self.finish, self.ended = "stop", token
             return token
         self.ids.append(token)
         self.logprobs.append(float(logits[token] - logits.logsumexp(dim=-1)))
@@ -223,4 +230,4 @@ class _Row:
 
     def completion(self) -> Completion:
         """The finished answer."""
-        return Completion(self.text(), self.finish or "cancelled", tuple(self.ids), tuple(self.logprobs), len(self.prompt), len(self.ids))
+        return Completion(self.text(), self.finish or "cancelled", tuple(self.ids), tuple(self.logprobs), len(self.prompt), len(self.ids), self.ended)

@@ -1,0 +1,105 @@
+"""Direct preference optimization and its relatives: the policy's log-probabilities, less the reference's, are rewards, summed over the tokens of an answer.
+
+Rafailov et al. 2023 (arXiv:2305.18290). Each kind says what it does with the difference of the two rewards, or with each of them. `ipo` and `sigmoid-mean` take
+means over tokens. TRL's `DPOTrainer` computes the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmworks.align.losses.sides import Judged, Sides
+
+MOST = 80.0  # exponents: exp of more is no number of fp32
+
+
+def scores(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
+    """Log-ratios as the f-divergence has them that holds the policy to the reference: f'(ratio) (Wang et al. 2023, arXiv:2309.16240)."""
+    if divergence == "forward":
+        return 1 - torch.exp(-ratios)
+    if divergence == "jensen-shannon":
+        return math.log(2) + F.logsigmoid(ratios)
+    if divergence == "alpha" and abs(alpha - 1) > 1e-6:
+        return torch.expm1(((alpha - 1) * ratios).clamp(max=MOST)) / (alpha - 1)
+    return ratios
+
+
+def sigmoid(difference: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid; a label is wrong with the chance `smoothing` (conservative DPO, Mitchell 2023)."""
+    return -(1 - smoothing) * F.logsigmoid(difference) - smoothing * F.logsigmoid(-difference)
+
+
+def robust(difference: Tensor, smoothing: float) -> Tensor:
+    """Unbiased by labels that are wrong with the chance `smoothing` (Chowdhury et al. 2024, arXiv:2403.00409)."""
+    return (-(1 - smoothing) * F.logsigmoid(difference) + smoothing * F.logsigmoid(-difference)) / (1 - 2 * smoothing)
+
+
+def exo(difference: Tensor, smoothing: float) -> Tensor:
+    """KL of the policy's choice between the two from the label's (Ji et al. 2024, arXiv:2402.00856, equation 16)."""
+    for_chosen, for_rejected = F.logsigmoid(difference), F.logsigmoid(-difference)
+    return for_chosen.exp() * (for_chosen - math.log1p(-smoothing)) + for_rejected.exp() * (for_rejected - math.log(smoothing))
+
+
+def discopop(difference: Tensor, tau: float = 0.05) -> Tensor:
+    """Between a logistic and an exponential loss (Lu et al. 2024, arXiv:2406.08414, equation 5)."""
+    share = torch.sigmoid(difference / tau)
+    return -F.logsigmoid(difference) * (1 - share) + torch.exp(-difference) * share
+
+
+def nca(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Each reward by itself, so that the chosen answer does not become improbable, too (Chen et al. 2024, arXiv:2402.05369)."""
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def bco(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """A classifier of good and bad answers (Jung et al. 2024, arXiv:2404.04656), without the shift of its threshold."""
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+
+
+def apo_zero(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Chosen answers become more probable, rejected ones less: they are better than the model's own (D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 7)."""
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Both become less probable, rejected ones more so: the model's own are better than both (equation 8)."""
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+OF_DIFFERENCE: dict[str, Callable[[Tensor, float], Tensor]] = {"sigmoid": sigmoid, "sigmoid-mean": lambda d, _: -F.logsigmoid(d), "hinge": lambda d, _: torch.relu(1 - d), "robust": robust, "exo": exo, "discopop": lambda d, _: discopop(d)}
+OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"nca": nca, "bco": bco, "apo-zero": apo_zero, "apo-down": apo_down}
+
+
+def dpo(sides: Sides, kind: str = "sigmoid", *, beta: float = 0.1, smoothing: float = 0.0, divergence: str = "reverse", alpha: float = 0.5) -> Judged:
+    """The loss of each pair. `smoothing`: of sigmoid, robust, exo and aot; `divergence`: of all but nca, bco, apo and sppo, which take log-ratios as they are."""
+    ratios = sides.ratios
+    chosen, rejected = (scores(ratio, divergence, alpha) for ratio in ratios)
+    rewards = beta * ratios[0].detach(), beta * ratios[1].detach()
+    if kind in ("ipo", "sigmoid-mean"):
+        chosen, rejected = chosen / sides.chosen_tokens, rejected / sides.rejected_tokens
+    if kind == "ipo":  # Azar et al. 2023, arXiv:2310.12036, equation 17; over mean log-probabilities, as its authors say
+        loss = (chosen - rejected - 1 / (2 * beta)) ** 2
+    elif kind == "sppo":  # Wu et al. 2024, arXiv:2405.00675, equation 4.7 with chances 1 and 0
+        loss = (ratios[0] - 0.5 / beta) ** 2 + (ratios[1] + 0.5 / beta) ** 2
+    elif kind in ("aot", "aot-unpaired"):  # Melnyk et al. 2024, arXiv:2406.05882: one distribution dominates the other, whichever answers belong together
+        loss = sigmoid(beta * _sorted(sides, paired=kind == "aot"), smoothing)
+    elif kind in OF_BOTH:
+        loss = OF_BOTH[kind](beta * ratios[0], beta * ratios[1])
+    else:
+        loss = OF_DIFFERENCE[kind](beta * (chosen - rejected), smoothing)
+    return Judged(loss, *rewards)
+
+
+def _sorted(sides: Sides, *, paired: bool) -> Tensor:
+    """Differences of quantiles: of margins to the policy and to the reference; or of ratios of chosen and of rejected answers."""
+    if not paired:
+        chosen, rejected = sides.ratios
+        return chosen.sort().values - rejected.sort().values
+    assert sides.reference_chosen is not None
+    assert sides.reference_rejected is not None
+    return (sides.chosen - sides.rejected).sort().values - (sides.reference_chosen - sides.reference_rejected).sort().values

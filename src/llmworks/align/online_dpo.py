@@ -1,0 +1,36 @@
+"""Stage `align.online-dpo`: DPO on pairs that the policy has just written: of its answers to a prompt the best and the worst."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from llmworks.align.online import OnlineConfig, run
+from llmworks.align.preference import Policy
+from llmworks.artifact import Adapter, Dataset, Model
+from llmworks.context import Context
+
+if TYPE_CHECKING:
+    from llmworks.align.groups import Groups
+    from llmworks.align.rollouts import Drawing
+    from llmworks.align.ways import Given
+
+
+class OnlineDpoConfig(OnlineConfig):
+    """Which loss, and how far the policy may go."""
+
+    answers: int = Field(2, ge=2, le=256, description="answers that are drawn of each prompt; the best and the worst are a pair")
+    loss: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the pair, as in align.dpo")
+    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to where it began")
+
+
+def online_dpo(config: OnlineDpoConfig, policy: Model, data: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None, reward: Model | None = None, judge: Model | Adapter | None = None) -> Adapter | Model:
+    """Train the policy on pairs of its own answers (Guo et al. 2024, arXiv:2402.04792). Inputs and errors as of align.grpo."""
+
+    def groups_of(given: Given, drawing: Drawing) -> Groups:
+        from llmworks.align.groups import Contest
+
+        return Contest(given, drawing, kind=config.loss, beta=config.beta)
+
+    return run(config, Policy(policy, adapter), data, ctx, held_out, groups_of, "align.online-dpo", compared=True, reward=reward, judge=judge)

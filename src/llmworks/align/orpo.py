@@ -1,0 +1,39 @@
+"""Stage `align.orpo`: odds ratio preference optimization. Fine-tuning and alignment in one: chosen answers are learned, and their odds over the rejected ones' raised; no reference."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from llmworks.align.preference import Policy, PreferenceConfig, prefer
+from llmworks.artifact import Adapter, Dataset, Model
+from llmworks.context import Context
+
+if TYPE_CHECKING:
+    from llmworks.align.ways import Given
+    from llmworks.train.tuning import Way
+
+
+class OrpoConfig(PreferenceConfig):
+    """How much the odds weigh beside what is learned."""
+
+    weight: float = Field(0.1, ge=0, description="of the odds (lambda of the paper)")
+    prompts: bool = Field(False, description="learn the prompts, too, as the authors' code and TRL do; else the answers only")
+
+
+def orpo(config: OrpoConfig, policy: Model, pairs: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None) -> Adapter | Model:
+    """Train the policy on preference pairs; `adapter`: that it goes on from.
+
+    Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the loss stops being a number.
+    """
+    return prefer(config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.orpo")
+
+
+def way_of(config: OrpoConfig, given: Given) -> Way:
+    """The loss of this configuration, for a policy that is there."""
+    from llmworks.align.losses.orpo import orpo as loss
+    from llmworks.align.ways import Pairs
+
+    return Pairs(given, lambda sides: loss(sides, weight=config.weight), compared=False, learn=1.0, prompts=config.prompts).way()

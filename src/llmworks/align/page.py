@@ -90,7 +90,7 @@ def describe_online(report: ReportBuilder, title: str, rows: Sequence[dict[str, 
         report.lead += f" Greedy answers to {len(both):,} held-out prompts: {figures['began']:.3f} before, {sum(b for _, b in both) / len(both):.3f} after; the policy beats its beginning in {share:.1%} ({low:.1%} to {high:.1%}; {won} better, {lost} worse, a tie is half)."
     warnings = alarms(steps)
     if failed.exists():
-        count = sum(1 for _ in failed.open(encoding="utf-8"))
+        count = len(failed.read_text(encoding="utf-8").splitlines())
         warnings.append(f"{count} answers have no reward, since a function failed on them; they are in failed_rewards.jsonl of the run")
     for warning in warnings:
         say(f"warning: {warning}")

@@ -169,8 +169,7 @@ def _train(config: RewardConfig, policy: Policy, material: Material, ctx: Contex
         learner = kept_by[0]
         if material.unseen and (config.best or not learner.seen):  # of the weights that are saved
             learner.look(tuned.network, material.unseen)
-        pad = material.tokenizer.pad_token_id if material.tokenizer.pad_token_id is not None else (material.stops or [0])[0]
-        saver(policy.model, ctx.out, ctx.scratch, kind, pad=int(pad))(tuned)
+        saver(policy.model, ctx.out, ctx.scratch, kind, pad=pad_of(material))(tuned)
         material.tokenizer.save_pretrained(ctx.out)
         if ctx.progress.metrics is not None:
             shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
@@ -189,6 +188,13 @@ def _train(config: RewardConfig, policy: Policy, material: Material, ctx: Contex
             raise (in_memory(error) or error) from error
     assert isinstance(made, Model)
     return made
+
+
+def pad_of(material: Material) -> int:
+    """A token that fills up batches and ends no answer: transformers reads the score at the last token that is another."""
+    ends = {answer.ids[-1] for example in material.examples for answer in example.answers}
+    tokenizer = material.tokenizer
+    return next((int(id) for id in (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids) if id is not None and id not in ends), 0)
 
 
 def _no_page(*_: Any) -> None:

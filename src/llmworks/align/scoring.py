@@ -93,7 +93,8 @@ class Steps:
         """Summed over the steps of a batch, so that the mean over the answers of a step is that over its labels."""
         scores, right = self.scores(network, batch), batch.given["right"]
         self.told.add(chosen=scores[right].sigmoid(), rejected=scores[~right].sigmoid(), ranked=((scores > 0) == right).float())
-        return right_steps(scores, right).sum() * batch.given["share"]
+        total: Tensor = right_steps(scores, right).sum() * batch.given["share"]
+        return total
 
     def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
         """Held-out steps: their mean loss, the share that is told right from wrong, and how much surer the model is of right ones."""

@@ -20,9 +20,10 @@ from llmworks.model.shape import Shape
 from llmworks.model.standard import shape_of
 from llmworks.train.estimate import PROCESS, Training, Trial
 from llmworks.train.estimate_sft import TURN, Conversations, Tuning, conversations_of
+from llmworks.train.lora import LoraConfig
 from llmworks.train.parallel import Parallel
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
-from llmworks.train.sft import LoraConfig, SftConfig
+from llmworks.train.sft import SftConfig
 
 RECIPE = """
 name: tiny

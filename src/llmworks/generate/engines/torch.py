@@ -59,6 +59,12 @@ class TorchEngine:
         return cls(model, tokenizer, stop_ids(path, tokenizer), name or path.name)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = getattr(self.model, "device", torch.device("cpu"))
+        return found
+
+    @property
     def context(self) -> int:
         """How many tokens prompt and answer may have together."""
         return int(self.model.config.max_position_embeddings) - getattr(self.model, "virtual", 0)
@@ -100,7 +106,7 @@ class TorchEngine:
                 if not keep:
                     break
                 if len(keep) <= len(active) * (1 - IDLE_SHARE):
-                    index = torch.tensor(keep)
+                    index = torch.tensor(keep, device=positions.device)
                     cache.batch_select_indices(index)
                     attention, positions = attention[index], positions[index]
                     active, tokens = [active[i] for i in keep], [tokens[i] for i in keep]
@@ -112,9 +118,9 @@ class TorchEngine:
     def _forward(self, ids: Tensor, cache: Any, positions: Tensor | None, attention: Tensor | None) -> Tensor:
         """Logits [rows, vocabulary] after the last of `ids` [rows, length]; the cache takes in their keys and values."""
         out = self.model(
-            input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids.to(self.device), attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        logits: Tensor = out.logits[:, -1].float()
+        logits: Tensor = out.logits[:, -1].float().cpu()  # where generators are
         return logits
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
@@ -123,9 +129,9 @@ class TorchEngine:
         alone = list(dict.fromkeys(map(tuple, prompts)))
         if len(alone) < len(prompts):  # several answers to one prompt, which is read once
             logits, cache, mask, last = self._prefill([list(prompt) for prompt in alone])
-            index = torch.tensor([alone.index(tuple(prompt)) for prompt in prompts])
+            index = torch.tensor([alone.index(tuple(prompt)) for prompt in prompts], device=mask.device)
             cache.batch_select_indices(index)
-            return logits[index], cache, mask[index], last[index]
+            return logits[index.cpu()], cache, mask[index], last[index]
         shared = 0
         if len(prompts) > 1:
             shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
@@ -136,7 +142,7 @@ class TorchEngine:
         rest = [prompt[shared:] for prompt in prompts]
         width = max(map(len, rest))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rest])
-        mask = torch.tensor([[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rest])
+        mask = torch.tensor([[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rest], device=self.device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
         padded = bool((mask == 0).any())
         logits = self._forward(ids, cache, position_ids, mask if padded or shared else None)
@@ -173,7 +179,7 @@ class TorchEngine:
     def logits(self, ids: Sequence[int]) -> Any:
         """Next-token logits after every position: numpy [len(ids), vocabulary]."""
         with torch.inference_mode():
-            return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy()
+            return self.model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False).logits[0].float().cpu().numpy()
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """Not offered: what a causal model says of a text is no good vector of it."""

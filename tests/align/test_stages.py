@@ -99,9 +99,7 @@ class Bench:
 
     def tuned(self, name: str = "sft") -> Adapter:
         """An adapter that was fine-tuned before."""
-        rows = [whole({"id": row["id"], "messages": [*row["prompt"], *row["rejected"]]}) for row in PAIRS]
-        write_chat(self.tmp_path / "chats", rows)
-        made, _ = self.run("sft", name, {**SMALL, "epochs": 3, "optimizer": {"learning_rate": 0.02}}, Dataset(self.tmp_path / "chats", name="chats"))
+        made, _ = self.run("sft", name, {**SMALL, "epochs": 3, "optimizer": {"learning_rate": 0.02}}, _chats(self.tmp_path))
         assert isinstance(made, Adapter)
         return Adapter(made.path, name=name, manifest=None, about=made.about)
 
@@ -164,6 +162,23 @@ def test_the_reference_of_a_tuned_policy_is_the_tuned_policy(bench: Bench, pairs
     with start.again():
         assert torch.equal(network.network(input_ids=ids).logits, began)
     assert torch.equal(network.network(input_ids=ids).logits, moved)
+
+
+def test_a_separate_reference_that_is_the_same_model_changes_nothing(bench: Bench, pairs: Dataset) -> None:
+    """The adapter switched off, chances that were kept, and the model itself as another: the same steps."""
+    found = [bench.run("dpo", name, {**SMALL, "epochs": 2, **config}, pairs, **more)[1] for name, config, more in (("a", {}, {}), ("b", {"reference": "live"}, {}), ("c", {}, {"reference": bench.base}))]
+    for rows in zip(*found, strict=True):
+        assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) for row in rows)
+        assert all(row["margin"] == pytest.approx(rows[0]["margin"], abs=1e-5) for row in rows)
+
+
+def test_dropout_is_off_in_both(bench: Bench, pairs: Dataset) -> None:
+    """An adapter that was tuned with dropout goes on without: the policy at its first step is its reference."""
+    made, _ = bench.run("sft", "sft", {**SMALL, "samples": 0, "epochs": 3, "lora": {"rank": 4, "dropout": 0.5}, "optimizer": {"learning_rate": 0.02}}, _chats(bench.tmp_path))
+    adapter = Adapter(made.path, name="sft", about=made.about)
+    assert json.loads((made.path / "adapter_config.json").read_text())["lora_dropout"] == 0.5
+    _, steps = bench.run("dpo", "a", {"batch_size": 4, "samples": 0}, pairs, adapter=adapter)
+    assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
 def test_the_adapter_that_goes_on_is_of_the_model_and_keeps_its_shape(bench: Bench, pairs: Dataset) -> None:
@@ -526,3 +541,8 @@ def test_a_judge_and_a_model_are_rewards(bench: Bench, pairs: Dataset, tmp_path:
     assert good.parts["judge"] == pytest.approx(6 / 9)
     assert "model" in good.parts
     assert "gave no grade" in bad.why
+
+
+def _chats(folder: Path) -> Dataset:
+    write_chat(folder / "chats", [whole({"id": row["id"], "messages": [*row["prompt"], *row["rejected"]]}) for row in PAIRS])
+    return Dataset(folder / "chats", name="chats")

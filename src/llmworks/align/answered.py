@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,7 +84,18 @@ def pair_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> Answer
         prompt, sides = messages_from_json(row["prompt"]), {side: messages_from_json(row[side]) for side in ("chosen", "rejected")}
     except ValueError as error:
         return str(error)
-    return answered(tokenizer, str(row["id"]), prompt, sides, row.get("tools") or (), most=most, cut=cut)
+    made = answered(tokenizer, str(row["id"]), prompt, sides, row.get("tools") or (), most=most, cut=cut)
+    return made if isinstance(made, str) else replace(made, margin=margin_of(row))
+
+
+def margin_of(row: Row) -> float:
+    """By how much a pair's chosen answer is better, as its row says (`margin`, or two `scores`); 0 where it says nothing."""
+    extra = row.get("extra") or {}
+    fields = {**(extra.get("fields") or {}), **extra}
+    margin, scores = fields.get("margin"), fields.get("scores")
+    if isinstance(margin, (int, float)):
+        return float(margin)
+    return float(scores[0]) - float(scores[1]) if isinstance(scores, (list, tuple)) and len(scores) == 2 else 0.0
 
 
 def singles_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> list[Answered | str]:
@@ -117,4 +129,14 @@ def kept(made: Sequence[tuple[str, Answered | str]], name: str) -> tuple[list[An
     lost = [(id, example) for id, example in made if isinstance(example, str)]
     if not good:
         raise DataError(f"{name}: none of {len(made)} rows can be used; the first: {lost[0][1] if lost else 'no rows'}")
-    return good, lost
+    return apart(good), lost
+
+
+def apart(examples: Sequence[Answered], mark: str = "") -> list[Answered]:
+    """The same, each with an id of its own: what is known of an example is kept by its id. `mark` is put behind all."""
+    seen: Counter[str] = Counter()
+    found = []
+    for example in examples:
+        seen[example.id] += 1
+        found.append(replace(example, id=example.id + (f" ({seen[example.id]})" if seen[example.id] > 1 else "") + mark))
+    return found

@@ -110,6 +110,9 @@ class Groups:
                 away = away * ratios(found, old, batch.owner, batch.counts, "token").exp()
             total = total + objective.kl * away
         self.told.add(entropy=entropy, clipped=worth.clipped.float(), ratio=(found.detach() - old).exp())
+        if self.once and self.drawing.habit.temperature == 1.0:
+            gap = (found.detach() - batch.given["engine"]).abs()
+            self.told.add(engine_gap=gap[~gap.isnan()])
         return (total * self._shares(batch)).sum()
 
     def _policy(self, batch: Branches, found: Tensor) -> tuple[Tensor, Weighed, Tensor]:

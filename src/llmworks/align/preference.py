@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.answered import Answered, kept, pair_of, singles_of
+from llmworks.align.answered import Answered, apart, kept, pair_of, singles_of
 from llmworks.artifact import Adapter, Dataset, Model, require_base
 from llmworks.context import Context
 from llmworks.data.rows import Row, read_chat, read_preference, schema_of
@@ -22,6 +22,8 @@ from llmworks.train.tuning import Material, TuneConfig, Way, check_golden, conte
 if TYPE_CHECKING:
     from llmworks.align.ways import Given
     from llmworks.train.tuned import Tuned
+
+HELD = " (held out)"  # behind the ids of held-out examples, which may be those of others
 
 
 class PreferenceConfig(TuneConfig):
@@ -92,7 +94,7 @@ def read(config: PreferenceConfig, policy: Policy, data: Dataset, held_out: Data
     questions: list[Row] = []
     if held_out is not None:
         rows = rows_of(held_out, singles=singles)
-        unseen, _ = examples_of(config, tokenizer, rows[: config.look_rows], held_out.name, most, singles=singles)
+        unseen = apart(examples_of(config, tokenizer, rows[: config.look_rows], held_out.name, most, singles=singles)[0], HELD)
         questions = [{**row, "messages": row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]]} for row in rows[: config.samples]]
     return Material(tokenizer, stops, examples, lost, unseen, questions)
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.answered import Answer, Answered, kept
-from llmworks.align.preference import Policy, PreferenceConfig, examples_of, rows_of
+from llmworks.align.answered import Answer, Answered, apart, kept
+from llmworks.align.preference import HELD, Policy, PreferenceConfig, examples_of, rows_of
 from llmworks.artifact import Adapter, Dataset, Model
 from llmworks.context import Context
 from llmworks.data.jsonl import Rejected
 from llmworks.data.rawrows import raw_rows
-from llmworks.data.rows import Row
 from llmworks.errors import DataError, UserError
 from llmworks.tokenize.templates import encode, render_prompt
 from llmworks.train.tuning import Material, Way, context_of, in_memory, tune
@@ -70,10 +68,7 @@ def reward(config: RewardConfig, model: Model, pairs: Dataset, ctx: Context, ada
     most = min(config.max_tokens, context_of(model))
     rows, unseen = rows_of(pairs, singles=False), rows_of(held_out, singles=False)[: config.look_rows] if held_out is not None else []
     examples, lost = examples_of(config, tokenizer, rows, pairs.name, most, singles=False)
-    tests = examples_of(config, tokenizer, unseen, held_out.name, most, singles=False)[0] if held_out is not None else []
-    if config.margin:
-        margins = {str(row["id"]): margin_of(row) for row in rows}
-        examples = [replace(example, margin=margins[example.id]) for example in examples]
+    tests = apart(examples_of(config, tokenizer, unseen, held_out.name, most, singles=False)[0], HELD) if held_out is not None else []
     ctx.progress.say(f"{len(examples)} pairs" + (f"; {len(lost)} rows set aside" if lost else ""))
     return _train(config, policy, Material(tokenizer, stops, examples, lost, tests, []), ctx, "whole", {})
 
@@ -89,7 +84,7 @@ def process(config: ProcessConfig, model: Model, data: Dataset, ctx: Context, ad
     examples, labels, lost = steps_of(data, tokenizer, most)
     tests: list[Answered] = []
     if held_out is not None:
-        tests, more, _ = steps_of(held_out, tokenizer, most, limit=config.look_rows, mark="held out ")
+        tests, more, _ = steps_of(held_out, tokenizer, most, limit=config.look_rows, mark=HELD)
         labels |= more
     right = sum(label for example in examples for label in labels[example.id])
     total = sum(len(labels[example.id]) for example in examples)
@@ -97,16 +92,6 @@ def process(config: ProcessConfig, model: Model, data: Dataset, ctx: Context, ad
         raise DataError(f"{data.name}: all {total} steps are {'right' if right else 'wrong'}; both kinds are needed")
     ctx.progress.say(f"{len(examples)} answers, {total:,} steps, {right / total:.0%} of them right" + (f"; {len(lost)} rows set aside" if lost else ""))
     return _train(config, policy, Material(tokenizer, stops, examples, lost, tests, []), ctx, "steps", labels)
-
-
-def margin_of(row: Row) -> float:
-    """By how much a pair's chosen answer is better, as its row says; 0 where it says nothing."""
-    extra = row.get("extra") or {}
-    fields = {**(extra.get("fields") or {}), **extra}
-    margin, scores = fields.get("margin"), fields.get("scores")
-    if isinstance(margin, (int, float)):
-        return float(margin)
-    return float(scores[0]) - float(scores[1]) if isinstance(scores, (list, tuple)) and len(scores) == 2 else 0.0
 
 
 def steps_of(data: Dataset, tokenizer: Any, most: int, *, limit: int = 0, mark: str = "") -> tuple[list[Answered], dict[str, list[bool]], list[tuple[str, str]]]:
@@ -117,7 +102,8 @@ def steps_of(data: Dataset, tokenizer: Any, most: int, *, limit: int = 0, mark: 
     for number, (_, _, row) in enumerate(raw_rows(data.path, rejected)):
         if limit and number == limit:
             break
-        id = f"{mark}{row.get('id', number)}"
+        id = f"{row.get('id', number)}{mark}"
+        id = f"{id} ({number})" if id in labels else id
         example = _stepped(tokenizer, id, row, most)
         made.append((id, example if isinstance(example, str) else example[0]))
         if not isinstance(example, str):

@@ -69,6 +69,7 @@ class Rewards:
                 raise UserError(f"rewards: {name} needs the input `{what}`" if given is None else f"the input `{what}` is for the reward `{name}`, which config.rewards does not have")
         self.weights, self.most, self.soft, self.aside, self.stop = dict(weights), most, soft, aside, stop
         self.judge, self.criteria = judge, criteria
+        self.engine: Engine | None = None
         self.functions: dict[str, Values] = {name: self._function(name, seconds, reward) for name in weights}
 
     def _function(self, name: str, seconds: float, reward: Model | None) -> Values:
@@ -103,13 +104,12 @@ class Rewards:
 
     def _judged(self, cases: Sequence[Case]) -> list[float | str]:
         assert self.judge is not None
-        engine = self.judge()
+        self.engine = engine = self.engine or self.judge()  # which is opened once
         requests = [Request((Message("user", grading(case.prompt, case.text, self.criteria)),), sampling=Sampling(max_tokens=GRADE)) for case in cases]
         found: list[float | str] = ["" for _ in cases]
         for at, reply in engine.each(requests):
             grade = None if isinstance(reply, LlmworksError) else read_grade(reply.text)
             found[at] = (str(reply) if isinstance(reply, LlmworksError) else "the judge gave no grade") if grade is None else grade
-        engine.close()
         return found
 
     def check(self, row: Row, prompt: tuple[Message, ...]) -> None:

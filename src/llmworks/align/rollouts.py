@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -306,5 +307,6 @@ def joined(given: Given, drawing: Drawing, made: Rollout, some: Sequence[int]) -
     batch = given.join([examples[i] for i in some])
     chosen = [one for i in some for one in made.drawn[i]]
     more: dict[str, Any] = {name: torch.tensor([value for one in chosen for value in getattr(one, name)], device=given.device) for name in TOKENS if getattr(chosen[0], name)}
+    more["engine"] = torch.tensor([value for one in chosen for value in (*one.engine, *(math.nan for _ in one.ids[len(one.engine) :]))], device=given.device)
     more |= {"cut": torch.tensor([one.cut for one in chosen], device=given.device), "reward": torch.tensor([one.reward for one in chosen], device=given.device)}
     return replace(batch, labels=len(chosen), given=more)

@@ -123,6 +123,7 @@ def test_the_report_counts(documents: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "h/report/report.json").read_text())["texts"] == 1
 
 
+@pytest.mark.slow
 def test_compare(documents: Path, tmp_path: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small, large, lossy = (trained(documents, name, vocabulary=n, algorithm=a) for name, n, a in (("s", 400, "bpe"), ("l", 1500, "bpe"), ("w", 1500, "wordpiece")))
     capsys.readouterr()

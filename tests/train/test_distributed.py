@@ -174,6 +174,7 @@ if os.environ.get("RANK") == "1":
 """
 
 
+@pytest.mark.slow
 def test_the_process_that_fails_is_named_not_those_that_miss_it(made: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAULT)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "LLMWORKS_THREADS": "1"}

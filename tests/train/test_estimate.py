@@ -108,6 +108,7 @@ def test_layers_that_were_not_tried() -> None:
     assert training.seconds(one) == pytest.approx(5.0 + 25 * 1.0 + (3 + 2) * 2.0 + (3 * 20 + 20) * 0.1)
 
 
+@pytest.mark.slow
 def test_a_trial_runs_what_is_asked() -> None:
     deep = Training(PretrainConfig(batch=2, sample_tokens=2), Shape(vocabulary=512, width=32, heads=2, layers=12, context=32), 32)
     trial = deep.attempt()

@@ -49,6 +49,7 @@ def test_a_run_has_the_work_it_should() -> None:
     assert "more than passes 4" in planned(config, Size(width=32, layers=1), 1e13, 512, 128, 1_000_000, 8000)[1]
 
 
+@pytest.mark.slow
 def test_it_goes_on_and_tells(made: Path, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, trained = scaling.train_one, []
 

@@ -138,6 +138,7 @@ def test_trials_run_on_ray(tmp_path: Path, pico: Path) -> None:
     assert (found.metrics["trials"], found.metrics["failed"]) == (2, 0)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chats(tmp_path / "rows", 8)
     recipe = tmp_path / "recipe.yaml"

@@ -27,6 +27,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def reads(self) -> tuple[str, ...]:
+        """Files that a stage reads because its config names them: what is in them decides what is made, too."""
+        return ()
+
 
 class GoldenConversation(Config):
     """One conversation with its exact ids, its loss mask, and the largest next-token logits at some positions."""

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmworks.artifact import Artifact, Config, FileEntry, Manifest, Parent, artifact_digest, canonical_json, digest_files
+from llmworks.artifact import Artifact, Config, FileEntry, Manifest, Parent, artifact_digest, canonical_json, digest_files, sha256_file
 from llmworks.context import Context
 from llmworks.errors import ArtifactError, UserError
 from llmworks.pool import Pool
@@ -82,11 +82,11 @@ def flat_inputs(inputs: Inputs) -> list[tuple[str, Artifact]]:
 
 
 def step_key(stage: ResolvedStage, config: Config, inputs: Inputs, seed: int) -> str:
-    """What decides whether a result can be reused: stage, revision, config, seed, and the parents' digests by role."""
+    """What decides whether a result can be reused: stage, revision, config and the files that it names, seed, and the parents' digests by role."""
     parents = {role: artifact.digest for role, artifact in flat_inputs(inputs)}
-    return hashlib.sha256(
-        canonical_json([stage.name, stage.stage.revision, config.model_dump(mode="json"), seed, parents]).encode()
-    ).hexdigest()
+    files = {name: sha256_file(Path(name)) if Path(name).is_file() else "" for name in config.reads()}
+    said = [stage.name, stage.stage.revision, config.model_dump(mode="json"), seed, parents, *([files] if files else [])]
+    return hashlib.sha256(canonical_json(said).encode()).hexdigest()
 
 
 def execute(

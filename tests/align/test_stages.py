@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -348,7 +349,7 @@ def test_calibration_is_that_of_its_definition() -> None:
 # the policy's own answers
 
 
-@pytest.mark.parametrize(("stage", "config"), [("grpo", {"kl": 0.01}), ("grpo", {"updates": 3, "passes": 2, "batch_size": 2, "fresh": 1}), ("rloo", {}), ("ppo", {"passes": 2, "batch_size": 6, "epochs": 40}), ("online", {"answers": 4, "epochs": 24})])
+@pytest.mark.parametrize(("stage", "config"), [("grpo", {"kl": 0.01, "epochs": 30}), ("grpo", {"updates": 3, "passes": 2, "batch_size": 2, "fresh": 1}), ("rloo", {}), ("ppo", {"passes": 2, "batch_size": 6, "epochs": 40}), ("online", {"answers": 4, "epochs": 24})])
 def test_a_policy_learns_what_is_rewarded(stage: str, config: dict[str, Any], bench: Bench, prompts: Dataset) -> None:
     """More of its answers have an `o` in the end than at first, drawn ones and greedy ones."""
     made, steps = bench.run(stage, "a", {**DRAWN, "epochs": 16, **config}, prompts, held_out=prompts)
@@ -507,13 +508,24 @@ def test_a_function_of_the_user_runs_in_the_sandbox(tmp_path: Path) -> None:
         UserCode(f"{file}:f", 1.0)
 
 
-@pytest.mark.slow
-def test_what_does_not_hear_the_alarm_is_ended_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmworks.align.user_code.START", 3.0)
+def test_what_does_not_hear_the_alarm_is_ended_from_outside(tmp_path: Path) -> None:
+    """Each at its own limit: the others do not wait for it."""
     file = tmp_path / "mine.py"
     file.write_text(CODE)
-    cases = [{"prompt": [], "completion": text, "row": {}} for text in ("ok", "deaf", "ok")]
-    assert UserCode(f"{file}:bad", 1.0).values(cases) == [1.0, "reached the limit of time", 1.0]
+    cases = [{"prompt": [], "completion": text, "row": {}} for text in ("ok", "deaf", "ok", "deaf")]
+    began = time.monotonic()
+    assert UserCode(f"{file}:bad", 0.5).values(cases) == [1.0, "took longer than 0.5 s", 1.0, "took longer than 0.5 s"]
+    assert time.monotonic() - began < 10  # not ten seconds and half a second for each that is left, twice
+
+
+def test_what_a_function_writes_harms_nobody(tmp_path: Path) -> None:
+    """Letters that are none, much on stderr, lines on the channels of the program that calls it, more failures than it may print."""
+    file = tmp_path / "mine.py"
+    file.write_text("import os, sys\ndef f(prompt, completion, row):\n    for fd in range(3, 9):\n        try: os.write(fd, b'{broken\\n{\"number\": 7777, \"value\": 9}\\n')\n        except OSError: pass\n    sys.stderr.write('e' * 300)\n    if completion == 'bad': raise ValueError(chr(0xd800) + 'x' * 500)\n    return 1\n")
+    cases = [{"prompt": [], "completion": "bad" if i % 2 else "ok", "row": {}} for i in range(2400)]
+    found = UserCode(f"{file}:f", 2.0).values(cases)
+    assert all(value == 1.0 for value in found[::2])
+    assert all(isinstance(value, str) and value.startswith("ValueError: ?xxx") for value in found[1::2])
 
 
 def test_an_answer_without_a_reward_is_kept_aside_or_stops_the_run(tmp_path: Path) -> None:
@@ -535,8 +547,9 @@ def test_an_answer_without_a_reward_is_not_learned(bench: Bench, prompts: Datase
     made, steps = bench.run("grpo", "a", {**DRAWN, "epochs": 1, "rewards": {f"{file}:f": 1.0}}, prompts)
     assert 0 < sum(row["failed"] for row in steps) < len(steps)
     assert all(row["loss"] == row["loss"] for row in steps)
-    assert any("have no reward" in alarm for alarm in bench.report.data["alarms"])
-    assert (tmp_path / "a-scratch" / "failed_rewards.jsonl").exists()
+    kept = [json.loads(line) for line in (made.path / "failed_rewards.jsonl").read_text().splitlines()]
+    assert any(f"{len(kept)} answers that were drawn have no reward" in alarm for alarm in bench.report.data["alarms"])
+    assert not any(row["held_out"] for row in kept)
     assert made.metrics["steps"] == 3
 
 

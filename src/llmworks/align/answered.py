@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmworks.data.rows import Row
 from llmworks.errors import DataError, ModelError, RequestError
@@ -93,9 +94,14 @@ def margin_of(row: Row) -> float:
     extra = row.get("extra") or {}
     fields = {**(extra.get("fields") or {}), **extra}
     margin, scores = fields.get("margin"), fields.get("scores")
-    if isinstance(margin, (int, float)):
+    if _number(margin):
         return float(margin)
-    return float(scores[0]) - float(scores[1]) if isinstance(scores, (list, tuple)) and len(scores) == 2 else 0.0
+    return float(scores[0]) - float(scores[1]) if isinstance(scores, (list, tuple)) and len(scores) == 2 and all(map(_number, scores)) else 0.0
+
+
+def _number(value: object) -> TypeGuard[float]:
+    """Whether it is a number that can be reckoned with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def singles_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> list[Answered | str]:

@@ -36,15 +36,8 @@ def expected_error(found: Sequence[Bin]) -> float:
     return sum(b.cases * abs(b.said - b.true) for b in found) / total if total else 0.0
 
 
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float, float]:
-    """(share, low, high): a share with its 95% interval (Wilson 1927)."""
+def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float, float]:
+    """(share, low, high): a share with its 95% interval (Wilson 1927). A tie may be half a case."""
     share, spread = right / total, z * math.sqrt(right / total * (1 - right / total) / total + z * z / (4 * total * total))
     middle, scale = share + z * z / (2 * total), 1 + z * z / total
     return share, (middle - spread) / scale, (middle + spread) / scale
-
-
-def interval(values: Sequence[float], z: float = 1.959964) -> tuple[float, float, float]:
-    """(mean, low, high): a mean with the 95% interval of the normal distribution."""
-    mean = sum(values) / len(values)
-    spread = z * (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values)) ** 0.5
-    return mean, mean - spread, mean + spread

@@ -59,7 +59,7 @@ class Groups:
         self.began = self._began()
         scratch = self.given.ctx.scratch
         steps = Rollouts(self.drawing, scratch / "rollouts", epochs=self.given.config.epochs, seed=self.given.ctx.seed, join=self.join, heard=self.heard, old=not self.once or self.needs_old)
-        return Way(self.loss, lambda some, _: some, self.look, said, self.tell, steps, self.done)
+        return Way(self.loss, lambda some, _: some, self.look, said, self.tell, steps, lambda: bool(self.given.config.best) or not self.seen, self.done)
 
     def done(self) -> None:
         """Nothing is to be put back."""
@@ -77,7 +77,7 @@ class Groups:
         self.figures = made.figures
         self.dull = self.dull + 1 if made.figures["alike"] == 1.0 else 0
         if self.dull in (3, 30):
-            self.given.ctx.progress.say(f"warning: in {self.dull} rollouts all answers to each prompt were worth the same, so that nothing is learned; ask easier or harder prompts, draw more answers, or raise temperature")
+            self.given.ctx.progress.say(f"warning: in {self.dull} rollouts all answers {'to each prompt ' if self.drawing.habit.answers > 1 else ''}were worth the same, so that nothing is learned; ask easier or harder prompts, draw more answers, or raise temperature")
         file = self.given.ctx.scratch / "samples.json"
         kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if str(number) not in kept:
@@ -132,7 +132,7 @@ class Groups:
     def _answered(self, asked: Sequence[Asked]) -> tuple[list[float], list[str]]:
         """What greedy answers to held-out prompts are worth, and the answers."""
         groups = self.drawing.answers(asked, 1, 0.0, lambda *_: 0)
-        return [valued[0].total for valued in self.drawing.valued(groups)], [group[0][0].text for group in groups]
+        return [valued[0].total for valued in self.drawing.valued(groups, held=True)], [group[0][0].text for group in groups]
 
     def _began(self) -> list[float]:
         """What they were worth before the first step."""
@@ -185,12 +185,15 @@ class Actor(Groups):
         old, values = (torch.tensor([v for one in flat for v in getattr(one, name)]) for name in ("old", "values"))
         reference = torch.tensor([v for one in flat for v in one.reference]) if flat[0].reference else old
         scores = torch.tensor([one.reward for one in flat]).nan_to_num(0.0)
+        counted = torch.tensor([one.reward == one.reward and (self.objective.whole or not one.cut) for one in flat])[owner]  # others count for nothing, here as in the loss
         advantages, returns = gae(token_rewards(scores, old, reference, owner, kl=self.reference_kl), values, owner, discount=self.discount, trace=self.trace)
-        rest = iter(zip((whitened(advantages) if self.white else advantages).tolist(), returns.tolist(), strict=True))
+        weighed_by = torch.zeros_like(advantages)
+        weighed_by[counted] = whitened(advantages[counted]) if self.white and bool(counted.any()) else advantages[counted]
+        rest = iter(zip(weighed_by.tolist(), returns.tolist(), strict=True))
         for one in flat:
             both = [next(rest) for _ in one.ids]
             one.advantages, one.returns = [a for a, _ in both], [r for _, r in both]
-        made.figures |= {"kl": float((old - reference).mean()), "explained": explained(values, returns)}
+        made.figures |= {"kl": float((old - reference).mean()), "explained": explained(values[counted], returns[counted])}
         self.keep(number, made)
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
@@ -212,8 +215,8 @@ class Actor(Groups):
 class Contest(Groups):
     """Online DPO: of the answers to a prompt the best and the worst are a pair."""
 
-    def __init__(self, given: Given, drawing: Drawing, *, kind: str, beta: float) -> None:
-        super().__init__(given, drawing, Objective(), lambda made: torch.zeros(len(made.drawn), drawing.habit.answers))
+    def __init__(self, given: Given, drawing: Drawing, *, kind: str, beta: float, whole: bool) -> None:
+        super().__init__(given, drawing, Objective(whole=whole), lambda made: torch.zeros(len(made.drawn), drawing.habit.answers))
         self.kind, self.beta = kind, beta
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
@@ -221,7 +224,7 @@ class Contest(Groups):
         found, entropy, _ = logprobs(network, batch, self.drawing.habit.temperature)
         each = self.drawing.habit.answers
         summed, reference = (batch.summed(x).view(-1, each) for x in (found, batch.given["reference"]))
-        counts, rewards = batch.counts.view(-1, each), batch.given["reward"].view(-1, each)
+        counts, rewards = batch.counts.view(-1, each), batch.given["reward"].masked_fill(batch.given["cut"] & (not self.objective.whole), torch.nan).view(-1, each)
         best, worst = rewards.nan_to_num(-torch.inf).argmax(1, keepdim=True), rewards.nan_to_num(torch.inf).argmin(1, keepdim=True)
         apart = (rewards.gather(1, best) - rewards.gather(1, worst))[:, 0]
         told = apart > 1e-9  # false where one is not known
@@ -237,7 +240,7 @@ class Contest(Groups):
 
 def explained(values: Tensor, returns: Tensor) -> float:
     """The share of the variance of returns that values foresee; below 0 where a constant would be better."""
-    variance = float(returns.var(correction=0))
+    variance = float(returns.var(correction=0)) if len(returns) else 0.0
     return 1 - float((returns - values).var(correction=0)) / variance if variance > 1e-12 else 0.0
 
 

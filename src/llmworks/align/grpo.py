@@ -33,6 +33,8 @@ class GrpoConfig(OnlineConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.form == "cispo" and self.clip_high <= 1:
+            raise ValueError(f"clip_high is the largest ratio of cispo, and {self.clip_high:g} would cut off those of tokens that the policy has not moved; 5 is usual")
         if self.unbiased and not self.kl:
             raise ValueError("unbiased is of the distance; set kl above 0")
         if self.ceiling and self.form != "clip":

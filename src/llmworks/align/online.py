@@ -5,6 +5,7 @@ The policy answers prompts, functions say what the answers are worth, and answer
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -35,7 +36,7 @@ class OnlineConfig(TuneConfig):
 
     rewards: dict[str, float] = Field({"verified": 1.0}, description="functions of an answer and their weights: score functions (verified: by the row's `answer`), FILE.py:FUNCTION (in the sandbox), model (the input `reward`), judge (the input `judge`), length (share of max_answer), overlong (0 to -1 over the last `soft` tokens)")
     answers: int = Field(8, ge=1, le=256, description="answers that are drawn of each prompt")
-    temperature: float = Field(1.0, gt=0, description="of the draws, and of the probabilities that are learned; nothing else of the distribution is cut off")
+    temperature: float = Field(1.0, ge=0.01, description="of the draws, and of the probabilities that are learned; nothing else of the distribution is cut off")
     max_answer: int = Field(256, gt=0, description="tokens of the longest answer; longer ones are cut off")
     cut: Literal["learn", "leave"] = Field("learn", description="answers that were cut off: learned by what they are worth, without an end; or left out of the loss (DAPO)")
     soft: int = Field(0, ge=0, description="tokens before max_answer over which the reward `overlong` falls to -1")
@@ -52,9 +53,15 @@ class OnlineConfig(TuneConfig):
     look_every: int = Field(0, ge=0, description="steps between two looks at what greedy answers to held-out prompts are worth; before the first and after the last step they are looked at anyway")
     best: Literal["", "accuracy"] = Field("", description="which look's weights are saved: the one with the largest reward (accuracy); empty: the last step's")
 
+    def reads(self) -> tuple[str, ...]:
+        """Of reward functions."""
+        return tuple(name.rpartition(":")[0] for name in self.rewards if ":" in name)
+
     @model_validator(mode="after")
     def _online(self) -> Self:
         check_names(self.rewards)
+        if self.fresh and self.answers < 2:
+            raise ValueError("fresh replaces prompts whose answers are all worth the same; with one answer each that says nothing")
         if self.lora.dropout:
             raise ValueError("lora.dropout: what is learned is what was drawn, and dropout would be a difference; leave it 0")
         if ("overlong" in self.rewards) != bool(self.soft):
@@ -136,6 +143,8 @@ def run(config: OnlineConfig, policy: Policy, data: Dataset, ctx: Context, held_
             return made[0].way()
 
         def describe(report: Any, title: str, rows: Any, metrics: Any, fields: Any, set_aside: Any) -> None:
+            if aside.exists():
+                shutil.copyfile(aside, ctx.out / aside.name)
             metrics |= describe_online(report, title, rows, metrics, fields, set_aside, made[0].began, made[0].seen, ctx.scratch / "samples.json", aside, ctx.progress.say)
 
         try:

@@ -31,6 +31,6 @@ def online_dpo(config: OnlineDpoConfig, policy: Model, data: Dataset, ctx: Conte
     def groups_of(given: Given, drawing: Drawing) -> Groups:
         from llmworks.align.groups import Contest
 
-        return Contest(given, drawing, kind=config.loss, beta=config.beta)
+        return Contest(given, drawing, kind=config.loss, beta=config.beta, whole=config.cut == "learn")
 
     return run(config, Policy(policy, adapter), data, ctx, held_out, groups_of, "align.online-dpo", compared=True, reward=reward, judge=judge)

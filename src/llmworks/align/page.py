@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from llmworks.align.calibration import bins_of, expected_error, interval, wilson
+from llmworks.align.calibration import bins_of, expected_error, wilson
 from llmworks.report import ReportBuilder
 from llmworks.train.curves import smooth, thin
 
@@ -26,8 +26,12 @@ def describe(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], 
     if looks:
         last = looks[-1]
         chosen = next((row for row in looks if row["step"] == metrics.get("best_step", -1)), last)
-        report.lead += f" Of held-out answers {chosen['accuracy']:.1%} are ranked right, by a margin of {chosen['held_out_margin']:+.3f}" + (f" after step {chosen['step'] + 1}, whose weights these are." if chosen is not last else ".")
-    report.data = {"warnings": [], "config": dict(config), "steps": len(steps), "held_out": [{key: row[key] for key in ("step", "held_out", "accuracy", "held_out_margin")} for row in looks]}
+        if "accuracy" in chosen:
+            report.lead += f" Of held-out answers {chosen['accuracy']:.1%} are ranked right, by a margin of {chosen['held_out_margin']:+.3f}"
+        else:
+            report.lead += f" Held-out answers are of one kind, so that none can be ranked above another; their loss is {chosen['held_out']:.4f}"
+        report.lead += f" after step {chosen['step'] + 1}, whose weights these are." if chosen is not last else "."
+    report.data = {"warnings": [], "config": dict(config), "steps": len(steps), "held_out": [{key: row[key] for key in ("step", "held_out", "accuracy", "held_out_margin") if key in row} for row in looks]}
     for heading, series, y in curves(steps, looks) if steps else ():
         report.curves(heading, series, x="step", y=y)
     if set_aside:
@@ -40,6 +44,7 @@ def describe_scores(report: ReportBuilder, title: str, rows: Sequence[dict[str, 
     report.title = f"{'Reward model' if kind == 'whole' else 'Process reward model'} of {title}"
     if not seen:
         return {}
+    report.lead = report.lead.partition(" Of held-out answers ")[0]  # which the sentence below says with an interval
     chances, true, low = [score for score, _ in seen], [bool(right) for _, right in seen], 0.0
     if kind == "whole":  # of the answer that scores more
         chances, true, low = [1 / (1 + math.exp(-min(700.0, abs(a - b)))) for a, b in seen], [a > b for a, b in seen], 0.5
@@ -67,7 +72,7 @@ def alarms(steps: Sequence[dict[str, Any]]) -> list[str]:
         found.append(f"answers became {last['length'] / max(1.0, first['length']):.1f} times as long ({first['length']:.0f} to {last['length']:.0f} tokens): look whether length is what is rewarded")
     if last["repeated"] > ALARM_REPEATED and last["repeated"] > 2 * first["repeated"]:
         found.append(f"answers repeat themselves: {last['repeated']:.0%} of their runs of four tokens stood in them before, {first['repeated']:.0%} at first")
-    if last["cut"] > 0.5 > first["cut"]:
+    if last["cut"] > 0.5:
         found.append(f"{last['cut']:.0%} of the answers do not end within max_answer, {first['cut']:.0%} at first")
     if last["alike"] > 0.8:
         found.append(f"in {last['alike']:.0%} of the groups all answers are worth the same, so that little is learned any more")
@@ -85,13 +90,15 @@ def describe_online(report: ReportBuilder, title: str, rows: Sequence[dict[str, 
     both = [(a, b) for a, b in zip(began, ended, strict=False) if a == a and b == b]
     if both:
         won, lost = sum(b > a + 1e-9 for a, b in both), sum(b < a - 1e-9 for a, b in both)
-        share, low, high = interval([1.0 if b > a + 1e-9 else 0.0 if b < a - 1e-9 else 0.5 for a, b in both])
+        share, low, high = wilson(won + (len(both) - won - lost) / 2, len(both))
         figures |= {"began": round(sum(a for a, _ in both) / len(both), 5), "win_rate": round(share, 5), "win_rate_low": round(low, 5), "win_rate_high": round(high, 5)}
         report.lead += f" Greedy answers to {len(both):,} held-out prompts: {figures['began']:.3f} before, {sum(b for _, b in both) / len(both):.3f} after; the policy beats its beginning in {share:.1%} ({low:.1%} to {high:.1%}; {won} better, {lost} worse, a tie is half)."
     warnings = alarms(steps)
     if failed.exists():
-        count = len(failed.read_text(encoding="utf-8").splitlines())
-        warnings.append(f"{count} answers have no reward, since a function failed on them; they are in failed_rewards.jsonl of the run")
+        rows_failed = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
+        drawn = sum(not row["held_out"] for row in rows_failed)
+        what = f"{drawn} answers that were drawn" + (f", and {len(rows_failed) - drawn} to held-out prompts," if len(rows_failed) > drawn else "")
+        warnings.append(f"{what} have no reward, since a function failed on them; they are in failed_rewards.jsonl, the first reason: {rows_failed[0]['reason']}")
     for warning in warnings:
         say(f"warning: {warning}")
     if warnings:
@@ -144,7 +151,7 @@ def curves(steps: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> 
     loss = {"loss": thin(of("loss")), f"mean of {wide}": thin(smooth(of("loss"), wide)), **({"held out": [(row["step"] + 1, row["held_out"]) for row in looks]} if looks else {})}
     found: list[Curve] = [("Loss", loss, "per example"), ("Rewards", {side: thin(smooth(of(side), wide)) for side in ("chosen", "rejected") if of(side)}, f"mean of {wide} steps")]
     for heading, y, trained, held in BOTH:
-        series = {"in training": thin(smooth(of(trained), wide)), "held out": [(row["step"] + 1, row[held]) for row in looks]}
+        series = {"in training": thin(smooth(of(trained), wide)), "held out": [(row["step"] + 1, row[held]) for row in looks if held in row]}
         if of(trained) or looks:
             found.append((heading, {key: points for key, points in series.items() if points}, y))
     for heading, name, y in (("Distance from the reference", "distance", "nats an answer"), ("Entropy", "entropy", "nats a token of the answers"), ("Gradient norm", "gradient_norm", "before clipping"), ("Learning rate", "learning_rate", "")):

@@ -18,7 +18,7 @@ from llmworks.artifact import Adapter, Dataset, Model
 from llmworks.context import Context
 from llmworks.data.jsonl import Rejected
 from llmworks.data.rawrows import raw_rows
-from llmworks.errors import DataError, UserError
+from llmworks.errors import DataError, ModelError, RequestError, UserError
 from llmworks.tokenize.templates import encode, render_prompt
 from llmworks.train.tuning import Material, Way, context_of, in_memory, tune
 from llmworks.types import Message, messages_from_json
@@ -117,14 +117,18 @@ def _stepped(tokenizer: Any, id: str, row: Mapping[str, Any], most: int) -> tupl
     steps, labels, prompt = row.get("steps", row.get("completions")), row.get("labels"), row.get("prompt")
     if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step.strip() for step in steps):
         return "has no list of texts `steps`"
+    if any(BREAK.strip(" ") in step.strip() for step in steps):
+        return "a step has a line break in it, which ends a step"
     if not isinstance(labels, list) or len(labels) != len(steps) or not all(isinstance(label, bool) or label in (0, 1) for label in labels):
         return f"`labels` must be true or false for each of {len(steps)} steps"
     try:
         turns = (Message("user", prompt),) if isinstance(prompt, str) else messages_from_json(prompt or [])
+        if not turns:
+            return "`prompt` is neither a text nor a conversation"
         begin = render_prompt(tokenizer, turns)
-    except (ValueError, TypeError, AttributeError) as error:
-        return f"`prompt` cannot be read: {error}"
-    pieces = [encode(tokenizer, step.strip() + BREAK) for step in steps]
+        pieces = [encode(tokenizer, step.strip() + BREAK) for step in steps]
+    except (RequestError, ModelError, ValueError, TypeError, AttributeError) as error:
+        return f"cannot be read: {error}"
     ids = tuple(token for piece in pieces for token in piece)
     mask = tuple(int(at + 1 == len(piece)) for piece in pieces for at in range(len(piece)))
     if len(begin) + len(ids) > most:
@@ -153,8 +157,6 @@ def _train(config: RewardConfig, policy: Policy, material: Material, ctx: Contex
     def finish(tuned: Tuned, metrics: dict[str, Any]) -> Model:
         rows = ctx.progress.read_metrics()
         learner = kept_by[0]
-        if material.unseen and (config.best or not learner.seen):  # of the weights that are saved
-            learner.look(tuned.network, material.unseen)
         saver(policy.model, ctx.out, ctx.scratch, kind, pad=pad_of(material))(tuned)
         material.tokenizer.save_pretrained(ctx.out)
         if ctx.progress.metrics is not None:

@@ -21,6 +21,7 @@ from llmworks.types import Engine, Message, Request, Sampling, messages_to_json
 
 NAMES = ("model", "judge", "length", "overlong")  # beside score functions and files
 GRADE = 192  # tokens of a judge's answer
+MOST = 1e30  # that a value can be: sums and squares of more are no numbers of fp32
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,13 @@ class Rewards:
             if name in SCORES:
                 score_function(name)(prompt, "", row)
 
-    def of(self, cases: Sequence[Case]) -> list[Valued]:
-        """The value of each case. Errors: TrainingError for one without, where that is to stop the run."""
+    def of(self, cases: Sequence[Case], *, held: bool = False) -> list[Valued]:
+        """The value of each case; `held`: they are answers to held-out prompts. Errors: TrainingError for one without, where that is to stop the run."""
         parts: list[dict[str, float]] = [{} for _ in cases]
         problems: list[list[str]] = [[] for _ in cases]
         for name, function in self.functions.items():
             for at, value in enumerate(function(cases)):
-                if isinstance(value, str) or not math.isfinite(value):
+                if isinstance(value, str) or not abs(self.weights[name] * value) <= MOST:
                     problems[at].append(f"{name}: {value if isinstance(value, str) else f'gave {value}'}")
                 else:
                     parts[at][name] = value
@@ -132,7 +133,7 @@ class Rewards:
         failed = [(case, valued) for case, valued in zip(cases, made, strict=True) if valued.why]
         if failed and self.aside is not None:
             with self.aside.open("a", encoding="utf-8") as out:
-                out.writelines(json.dumps({"id": str(case.row.get("id")), "reason": valued.why, "completion": case.text}, ensure_ascii=False) + "\n" for case, valued in failed)
+                out.writelines(json.dumps({"id": str(case.row.get("id")), "held_out": held, "reason": valued.why, "completion": case.text}, ensure_ascii=False) + "\n" for case, valued in failed)
         if failed and self.stop:
             raise TrainingError(f"row {failed[0][0].row.get('id')!r}: {failed[0][1].why}; on_error is stop")
         return made

@@ -146,20 +146,29 @@ class Drawing:
             found.append(group)
         return found
 
-    def valued(self, groups: Sequence[Sequence[tuple[Completion, Case]]]) -> list[list[Valued]]:
-        """What they are worth."""
-        flat = iter(self.rewards.of([case for group in groups for _, case in group]))
-        return [[next(flat) for _ in group] for group in groups]
+    def valued(self, groups: Sequence[Sequence[tuple[Completion, Case]]], *, held: bool = False) -> list[list[Valued]]:
+        """What they are worth; `held`: to held-out prompts. TrainingError where nobody knows of any."""
+        flat = self.rewards.of([case for group in groups for _, case in group], held=held)
+        if flat and all(one.why for one in flat):
+            raise TrainingError(f"none of {len(flat)} answers{' to held-out prompts' if held else ''} has a reward; the first: {flat[0].why}")
+        each = iter(flat)
+        return [[next(each) for _ in group] for group in groups]
 
     def rollout(self, number: int, prompts: Sequence[int], *, old: bool) -> Rollout:
         """Draw, value, and note what the trainer (`old`: before any step of it) and the reference think."""
-        made = self._drawn(number, prompts)
+        with self.given.cast():
+            return self._rollout(number, prompts, old=old)
+
+    def _rollout(self, number: int, prompts: Sequence[int], *, old: bool) -> Rollout:
+        made = self._drawn(number, 0, prompts)
         figures = self._figures(made)  # of what was drawn first: what is drawn in its place was chosen
+        asked = set(prompts)
         for turn in range(self.habit.fresh):
             dull = [at for at, row in enumerate(made.rewards) if alike(row)]
-            others = sorted(set(range(len(self.asked))) - set(made.prompts))
+            others = sorted(set(range(len(self.asked))) - asked)
             chosen = random.Random(_seed(self.given.ctx.seed, number, turn, -1)).sample(others, min(len(dull), len(others)))
-            more = self._drawn(number, chosen) if chosen else Rollout([], [])
+            asked |= set(chosen)
+            more = self._drawn(number, turn + 1, chosen) if chosen else Rollout([], [])
             for at, prompt, group in zip(dull, more.prompts, more.drawn, strict=False):
                 made.prompts[at], made.drawn[at] = prompt, group
         made.figures = figures | {"drawing": round(self.drawing, 3), "valuing": round(self.valuing, 3)}
@@ -175,9 +184,9 @@ class Drawing:
             self._note(made, "reference", self.habit.temperature, self.other)
         return made
 
-    def _drawn(self, number: int, prompts: Sequence[int]) -> Rollout:
+    def _drawn(self, number: int, turn: int, prompts: Sequence[int]) -> Rollout:
         began = time.monotonic()
-        groups = self.answers([self.asked[i] for i in prompts], self.habit.answers, self.habit.temperature, lambda at, turn: _seed(self.given.ctx.seed, number, prompts[at], turn))
+        groups = self.answers([self.asked[i] for i in prompts], self.habit.answers, self.habit.temperature, lambda at, answer: _seed(self.given.ctx.seed, number, turn, at, answer))
         drawn_by = time.monotonic()
         values = self.valued(groups)
         self.drawing, self.valuing = drawn_by - began, time.monotonic() - drawn_by
@@ -206,7 +215,7 @@ class Drawing:
         rewards, flat = made.rewards, [one for group in made.drawn for one in group]
         known = rewards[~rewards.isnan()]
         found = {
-            "reward": float(known.mean()) if len(known) else 0.0, "reward_deviation": float(known.std(correction=0)) if len(known) else 0.0, "alike": sum(map(alike, rewards)) / len(rewards),
+            "reward": float(known.mean()) if len(known) else 0.0, "reward_deviation": float(known.std(correction=0)) if len(known) else 0.0, "alike": sum(map(alike, rewards)) / len(rewards) if self.habit.answers > 1 else float(alike(rewards.flatten())),
             "length": sum(len(one.ids) for one in flat) / len(flat), "cut": sum(one.cut for one in flat) / len(flat), "repeated": sum(repetition(one.ids) for one in flat) / len(flat), "failed": float(rewards.isnan().float().mean()),
         }  # fmt: skip
         names = sorted({name for one in flat for name in one.parts})
@@ -238,8 +247,8 @@ def repetition(ids: Sequence[int], size: int = 4) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def _seed(seed: int, rollout: int, prompt: int, turn: int) -> int:
-    return hash((seed, rollout, prompt, turn)) & 0x7FFFFFFF  # of numbers: the same in every process
+def _seed(*parts: int) -> int:
+    return hash(parts) & 0x7FFFFFFF  # of numbers: the same in every process
 
 
 class Rollouts(Sequence[list[Callable[[], Any]]]):

@@ -35,7 +35,7 @@ class Ranking:
 
     def way(self) -> Way:
         """As the run has it."""
-        return Way(self.loss, self.join, self.look, said, self.told.means)
+        return Way(self.loss, self.join, self.look, said, self.told.means, again=lambda: bool(self.given.config.best) or not self.seen)
 
     def join(self, some: Sequence[Answered], _: Sequence[Answered]) -> Branches:
         """Some pairs as a batch."""
@@ -60,8 +60,9 @@ class Ranking:
         with torch.no_grad():
             for at in range(0, len(unseen), size):
                 some = unseen[at : at + size]
-                chosen, rejected = self.scores(network, self.join(some, some))
-                found.add(held_out=bradley_terry(chosen, rejected), accuracy=(chosen > rejected).float(), held_out_margin=chosen - rejected)
+                batch = self.join(some, some)
+                chosen, rejected = self.scores(network, batch)
+                found.add(held_out=bradley_terry(chosen, rejected, self.margin * batch.given["margin"], center=self.center), accuracy=(chosen > rejected).float(), held_out_margin=chosen - rejected)
                 self.seen += list(zip(chosen.tolist(), rejected.tolist(), strict=True))
         network.train(training)
         return found.means()
@@ -77,7 +78,7 @@ class Steps:
 
     def way(self) -> Way:
         """As the run has it."""
-        return Way(self.loss, self.join, self.look, said, self.told.means)
+        return Way(self.loss, self.join, self.look, said, self.told.means, again=lambda: bool(self.given.config.best) or not self.seen)
 
     def join(self, some: Sequence[Answered], step: Sequence[Answered]) -> Branches:
         """Some answers as a batch. A step's loss is a mean over all of its labels, though its parts are divided by answers."""

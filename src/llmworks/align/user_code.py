@@ -12,26 +12,66 @@ from llmworks.errors import UserError
 from llmworks.sandbox import Limits, run_python
 
 START = 10.0  # seconds for the interpreter and the imports of the file
+ROUND = 1000  # answers that one program values
 HARNESS = '''\
-import importlib.util, json, os, signal, sys
+import importlib.util, json, os, select, signal, sys
 tell = os.fdopen(os.dup(1), "w")
-os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-cases = json.load(open("cases.json"))
-def late(*_): raise TimeoutError("took longer than %g s" % cases["seconds"])
-signal.signal(signal.SIGALRM, late)
+null = os.open(os.devnull, os.O_WRONLY)
+os.dup2(null, 1)
+given = json.load(open("cases.json"))
+seconds, cases = given["seconds"], given["cases"]
 spec = importlib.util.spec_from_file_location("reward", "reward.py")
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-function = getattr(module, cases["function"])
+function = getattr(module, given["function"])
 print(json.dumps({"ready": True}), file=tell, flush=True)
-for number, case in cases["cases"]:
-    signal.setitimer(signal.ITIMER_REAL, cases["seconds"])
-    try:
-        found = {"value": float(function(case["prompt"], case["completion"], case["row"]))}
-    except BaseException as error:
-        found = {"error": (type(error).__name__ + ": " + str(error))[:200]}
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    print(json.dumps({"number": number, **found}), file=tell, flush=True)
+os.dup2(null, 2)
+def late(*_): raise TimeoutError("took longer than %g s" % seconds)
+def work(first, out):
+    tell.close()
+    signal.signal(signal.SIGALRM, late)
+    for number, case in cases[first:]:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            found = {"value": float(function(case["prompt"], case["completion"], case["row"]))}
+        except BaseException as error:
+            found = {"error": (type(error).__name__ + ": " + str(error))[:200]}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(out, (json.dumps({"number": number, **found}) + chr(10)).encode())
+    os._exit(0)
+at = 0
+while at < len(cases):  # a child of its own, so that what does not hear its alarm can be ended
+    source, out = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(source)
+        work(at, out)
+    os.close(out)
+    rest = b""
+    why = ""
+    while True:
+        if not select.select([source], [], [], seconds + 1)[0]:
+            why = "took longer than %g s" % seconds
+            break
+        piece = os.read(source, 65536)
+        if not piece:
+            break
+        *lines, rest = (rest + piece).split(b"\\n")
+        for line in lines:
+            try:
+                said = json.loads(line)
+                fits = said["number"] == cases[at][0] and ("value" in said or "error" in said)
+            except (ValueError, TypeError, LookupError):
+                fits = False
+            if fits:  # what the function itself wrote there is no answer
+                print(json.dumps(said), file=tell, flush=True)
+                at += 1
+    os.kill(child, signal.SIGKILL)
+    os.close(source)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if at < len(cases):
+        print(json.dumps({"number": cases[at][0], "error": why or "ended the program (%s)" % (("signal %d" % -code) if code < 0 else ("exit code %d" % code))}), file=tell, flush=True)
+        at += 1
 '''
 
 
@@ -61,17 +101,31 @@ class UserCode:
     def values(self, cases: Sequence[Mapping[str, Any]]) -> list[float | str]:
         """A number of each case {prompt, completion, row}, or what went wrong with it."""
         found: dict[int, float | str] = {}
-        while todo := [(number, case) for number, case in enumerate(cases) if number not in found]:
-            limits = Limits(seconds=START + self.seconds * len(todo), memory_mb=1024)
+        while todo := [(number, case) for number, case in enumerate(cases) if number not in found][:ROUND]:
+            limits = Limits(seconds=START + (self.seconds + 1.5) * len(todo), memory_mb=1024)
             given = json.dumps({"function": self.function, "seconds": self.seconds, "cases": todo})
             outcome = run_python(HARNESS, files={"reward.py": self.text, "cases.json": given}, limits=limits)
-            lines = [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith("{")]
-            told = [line for line in lines if "number" in line]
-            found |= {line["number"]: line.get("value", line.get("error")) for line in told}
+            lines = [line for text in outcome.stdout.splitlines() if (line := _said(text)) is not None]
+            found |= {line["number"]: _value(line) for line in lines if "number" in line}
             if not any("ready" in line for line in lines):
                 last = next((line for line in reversed(outcome.stderr.splitlines()) if line.strip()), f"ended by {outcome.ended}")
                 raise UserError(f"rewards: {self.name!r}: the file cannot be run: {last[:200]}")
             left = [number for number, _ in todo if number not in found]
-            if left:  # the first of them ended the program, or did not end
+            if left:  # the program that calls it was ended with it
                 found[left[0]] = f"reached the limit of {outcome.ended}" if outcome.ended != "exit" else f"ended the program (exit code {outcome.code})"
         return [found[number] for number in range(len(cases))]
+
+
+def _said(text: str) -> dict[str, Any] | None:
+    """A line of the program's; None for anything else."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _value(line: Mapping[str, Any]) -> float | str:
+    """The number, or the reason in letters that can be written."""
+    value = line.get("value")
+    return float(value) if isinstance(value, (int, float)) else str(line.get("error", "gave nothing")).encode("utf-8", "replace").decode()

@@ -21,6 +21,7 @@ from llmworks.align.losses.sides import Judged, Sides
 from llmworks.align.reference import Start, cached, sums
 from llmworks.artifact import Model
 from llmworks.context import Context
+from llmworks.train.placement import cast, resolved
 from llmworks.train.tuned import Tuned, open_tuned
 from llmworks.train.tuning import Material, Way
 
@@ -37,6 +38,10 @@ class Given:
     ctx: Context
     device: torch.device
     reference: Model | None = None
+
+    def cast(self) -> Any:
+        """The context in which this policy computes."""
+        return cast(self.device, resolved(self.config.precision, self.device, spread=False))
 
     def join(self, some: Sequence[Answered], *, prompts: bool = False) -> Branches:
         """Examples as this policy reads them."""
@@ -120,26 +125,35 @@ class Pairs:
         judged = self.judge(sides)
         total = judged.loss.sum()
         if self.learn:
-            learned = -found[batch.owner % 2 == 0].sum() - spoken.sum()
-            total = total + self.learn * learned * batch.given["share"]
+            total = total + self._learned(batch, found, spoken)
         self._tell(judged, entropy)
         return total
+
+    def _learned(self, batch: Branches, found: Tensor, spoken: Tensor) -> Tensor:
+        """What the chosen answers add to the loss of their step, a mean over its tokens, times its pairs."""
+        learned: Tensor = self.learn * batch.given["share"] * (-found[batch.owner % 2 == 0].sum() - spoken.sum())
+        return learned
 
     def _tell(self, judged: Judged, entropy: Tensor) -> None:
         self.told.add(chosen=judged.chosen, rejected=judged.rejected, margin=judged.chosen - judged.rejected, ranked=(judged.chosen > judged.rejected).float(), entropy=entropy)
 
     def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
-        """Held-out pairs: their mean loss, the share in which the chosen answer has the larger reward, and the mean margin."""
+        """Held-out pairs: their mean loss (what is learned of chosen answers is part of it), the share in which the chosen answer has the larger reward, and the mean margin."""
         training = network.training
         network.train(False)
-        found, size = Told(), 2 * self.given.config.batch_size
+        found, size, learned = Told(), 2 * self.given.config.batch_size, 0.0
         with torch.no_grad():
             for at in range(0, len(unseen), size):
                 some = unseen[at : at + size]
-                judged = self.judge(self.sides(network, self.join(some, some))[0])
+                batch = self.join(some, unseen)
+                sides, each, _, spoken = self.sides(network, batch)
+                judged = self.judge(sides)
+                if self.learn:  # the share is of all of them together
+                    learned += float(self._learned(batch, each, spoken))
                 found.add(held_out=judged.loss, accuracy=(judged.chosen > judged.rejected).float(), held_out_margin=judged.chosen - judged.rejected)
         network.train(training)
-        return found.means()
+        told = found.means()
+        return told | {"held_out": told["held_out"] + learned / max(1, len(unseen))}
 
 
 class Singles:
@@ -150,7 +164,7 @@ class Singles:
         self.given, self.told, self.measured = given, Told(), measured
         self.options = {"beta": beta, "good_weight": good_weight, "bad_weight": bad_weight}
         self.start = Start(given.tuned.network) if live else None
-        self.others = {example.id: example for some in (given.material.examples, given.material.unseen) for example in crossed(some)} if measured else {}
+        self.others = {example.id: example for some in (given.material.examples, given.material.unseen) for example in crossed(some, given.config.max_tokens)} if measured else {}
         self.known: dict[str, list[float]] = {}
         if not live:
             self.known = given.references([*given.material.examples, *given.material.unseen, *self.others.values()], given.join)
@@ -209,15 +223,19 @@ class Singles:
         network.train(training)
         ratios, wanted = torch.cat(found), torch.tensor(good, device=self.given.device)
         ahead = ratios[wanted][:, None] - ratios[~wanted][None]
-        right = ((ahead > 0).float() + 0.5 * (ahead == 0).float()).mean() if ahead.numel() else torch.full((), 0.5)
-        return {"held_out": float(kto(ratios, wanted, away, **self.options).mean()), "accuracy": float(right), "held_out_margin": float(self.options["beta"] * ahead.mean()) if ahead.numel() else 0.0}
+        told = {"held_out": float(kto(ratios, wanted, away, **self.options).mean())}
+        if ahead.numel():  # else there is one kind only, and nothing to rank
+            told |= {"accuracy": float(((ahead > 0).float() + 0.5 * (ahead == 0).float()).mean()), "held_out_margin": float(self.options["beta"] * ahead.mean())}
+        return told
 
 
-def crossed(examples: Sequence[Answered]) -> list[Answered]:
-    """Each example's prompt with the answer of the example before it, or the nearest before that has another prompt."""
+def crossed(examples: Sequence[Answered], most: int) -> list[Answered]:
+    """Each example's prompt with the answer of the example before it, or the nearest before that has another prompt and makes no more than `most` tokens."""
     made = []
+    longest = min(most, max((len(example.ids) for example in examples), default=0))  # which the model reads, too
     for at, example in enumerate(examples):
-        other = next((e for e in (examples[at - back] for back in range(1, len(examples))) if e.prompt != example.prompt), None)
+        others = (examples[at - back] for back in range(1, len(examples)))
+        other = next((e for e in others if e.prompt != example.prompt and len(example.prompt) + len(e.answers[0].ids) <= longest), None)
         if other is not None:
             made.append(replace(example, id=example.id + OTHER, answers=other.answers))
     return made
@@ -225,4 +243,4 @@ def crossed(examples: Sequence[Answered]) -> list[Answered]:
 
 def said(found: Mapping[str, float]) -> str:
     """A look in words."""
-    return f"held-out answers: loss {found['held_out']:.4f}, {found['accuracy']:.1%} ranked right, margin {found['held_out_margin']:+.3f}"
+    return f"held-out answers: loss {found['held_out']:.4f}" + (f", {found['accuracy']:.1%} ranked right, margin {found['held_out_margin']:+.3f}" if "accuracy" in found else ", all of one kind")

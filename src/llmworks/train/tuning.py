@@ -98,7 +98,8 @@ class Material:
 class Way:
     """What differs between methods. `join`: some examples, of the step's, as one batch; `look`: figures of held-out examples, and `said` of them in words; `told`: of a step, beside its loss.
 
-    `steps`: in place of batches of the material's examples; a step may be made when it is asked for. `done`: is told when training ends, before anything is saved.
+    `steps`: in place of batches of the material's examples; a step may be made when it is asked for. `again`: whether the weights that are saved have to be looked at once more, since what they were looked at for
+    is not known; `done`: is told when training ends, before anything is saved.
     """
 
     loss: Callable[[Any, Any], Any]
@@ -107,6 +108,7 @@ class Way:
     said: Callable[[Mapping[str, float]], str]
     told: Callable[[], Mapping[str, float]] | None = None
     steps: Sequence[Any] | None = None
+    again: Callable[[], bool] | None = None
     done: Callable[[], None] | None = None
 
 
@@ -143,7 +145,8 @@ def tune(config: Any, model: Model, ctx: Context, world: World, material: Materi
         if not network.supports_gradient_checkpointing:
             raise UserError("config.recompute: this architecture does not have it")
         network.activation_checkpointing_enable({"use_reentrant": False})
-    way = way_of(tuned, material)
+    with cast(world.device, precision):  # a reference that is computed here computes as the policy will
+        way = way_of(tuned, material)
     each, shares = config.batch_size * config.accumulation, world.count("data")
     size = share_of(each, shares, config.batch_size)
     steps = way.steps if way.steps is not None else Steps(material.examples, epochs=config.epochs, size=config.batch_size, accumulation=config.accumulation, seed=ctx.seed, free=tuned.free, join=way.join, share=(world.at("data"), shares), cut=size)
@@ -167,18 +170,31 @@ def tune(config: Any, model: Model, ctx: Context, world: World, material: Materi
     habits = Habits(config.checkpoint_every, precision=precision, look=look if material.unseen else None, look_every=config.look_every, best=best, faster={"b": config.lora.faster} if config.lora.faster > 1 else {}, told=way.told)
     metrics: dict[str, Any] = dict(train(placed, steps, way.loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress))
     placed.gather(whole.network if world.first else None)
+    if world.first and material.unseen and way.again is not None and way.again():
+        with cast(world.device, precision):
+            way.look(whole.network, material.unseen)
     if way.done is not None:
         way.done()
     if not world.first:
         made: Adapter | Model = config.makes(ctx.out)
         return made
     whole.network.to("cpu").eval()
+    metrics |= looked(ctx.progress.read_metrics(), None if best is None else best.step)
     if finish is not None:
         return finish(whole, metrics)
-    return _finish(config, model, material, ctx, whole, before, metrics, None if best is None else best.step, describe)
+    return _finish(config, model, material, ctx, whole, before, metrics, describe)
 
 
-def _finish(config: Any, model: Model, material: Material, ctx: Context, tuned: Tuned, before: list[str], metrics: dict[str, Any], best: int | None, describe: Describe) -> Adapter | Model:
+def looked(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any]:
+    """Figures of the look at the weights that are saved."""
+    looks = [row for row in rows if "held_out" in row]
+    if not looks:
+        return {}
+    chosen = next((row for row in looks if row["step"] == best), looks[-1])
+    return {"held_out": round(chosen["held_out"], 5), **({"accuracy": round(chosen["accuracy"], 5)} if "accuracy" in chosen else {}), "best_step": chosen["step"]}
+
+
+def _finish(config: Any, model: Model, material: Material, ctx: Context, tuned: Tuned, before: list[str], metrics: dict[str, Any], describe: Describe) -> Adapter | Model:
     """Save, answer again, report, and record golden tokens."""
     from llmworks.generate.engines.torch import TorchEngine
     from llmworks.model.golden import record as recorded
@@ -188,10 +204,6 @@ def _finish(config: Any, model: Model, material: Material, ctx: Context, tuned: 
 
     rows = ctx.progress.read_metrics()
     metrics |= {"rows": len(material.examples), "set_aside": len(material.set_aside), "trained_parameters": tuned.trained}
-    looks = [row for row in rows if "held_out" in row]
-    if looks:
-        chosen = next((row for row in looks if row["step"] == best), looks[-1])
-        metrics |= {"held_out": round(chosen["held_out"], 5), "accuracy": round(chosen["accuracy"], 5), "best_step": chosen["step"]}
     tuned.save(ctx.out, model.ref or model.name)
     material.tokenizer.save_pretrained(ctx.out)
     if ctx.progress.metrics is not None:

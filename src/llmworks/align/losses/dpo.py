@@ -21,7 +21,7 @@ MOST = 80.0  # exponents: exp of more is no number of fp32
 def scores(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
     """Log-ratios as the f-divergence has them that holds the policy to the reference: f'(ratio) (Wang et al. 2023, arXiv:2309.16240)."""
     if divergence == "forward":
-        return 1 - torch.exp(-ratios)
+        return 1 - torch.exp((-ratios).clamp(max=MOST))
     if divergence == "jensen-shannon":
         return math.log(2) + F.logsigmoid(ratios)
     if divergence == "alpha" and abs(alpha - 1) > 1e-6:
@@ -48,7 +48,7 @@ def exo(difference: Tensor, smoothing: float) -> Tensor:
 def discopop(difference: Tensor, tau: float = 0.05) -> Tensor:
     """Between a logistic and an exponential loss (Lu et al. 2024, arXiv:2406.08414, equation 5)."""
     share = torch.sigmoid(difference / tau)
-    return -F.logsigmoid(difference) * (1 - share) + torch.exp(-difference) * share
+    return -F.logsigmoid(difference) * (1 - share) + torch.exp((-difference).clamp(max=MOST)) * share
 
 
 def nca(chosen: Tensor, rejected: Tensor) -> Tensor:

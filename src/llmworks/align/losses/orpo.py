@@ -11,9 +11,12 @@ from torch.nn import functional as F
 
 from llmworks.align.losses.sides import Judged, Sides
 
+NEVER = -1e-6  # log-probabilities of nothing else at all have no odds
+
 
 def log_odds(means: Tensor) -> Tensor:
     """log(p / (1 - p)) of log p below zero; of both forms of log(1 - p) the one that is exact there (Maechler 2012)."""
+    means = means.clamp(max=NEVER)
     near = means > -0.693
     rest = torch.where(near, torch.log(-torch.expm1(torch.where(near, means, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, means))))
     return means - rest

@@ -16,6 +16,7 @@ from tests.conftest import TEMPLATE
 
 from llmworks.artifact import Adapter, Artifact, Dataset, Model
 from llmworks.context import Context
+from llmworks.data.lessons import training_rows
 from llmworks.data.rows import write_chat
 from llmworks.errors import DataError, GoldenMismatch, LlmworksError, ModelError, TrainingError, UserError
 from llmworks.generate.engines.torch import TorchEngine
@@ -34,7 +35,6 @@ from llmworks.train.examples import Example, Steps, collate, joined, make_exampl
 from llmworks.train.loss import Noise, label_logits, next_token_loss
 from llmworks.train.packed import packed_loss
 from llmworks.train.placement import resolved
-from llmworks.train.rows import training_rows
 from llmworks.train.sft import SftConfig, sft
 from llmworks.train.tuned import Tuned
 from llmworks.types import Engine, Request, Sampling

@@ -1,6 +1,9 @@
-"""What a fine-tuning reads: conversations, documents, or rows of `prompt` and `completion` as they are. Knows no tokenizer."""
+"""What a model learns from: conversations, documents, or rows of `prompt` and `completion` as they are, and their token ids. Knows no training."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from llmworks.artifact import Dataset
 from llmworks.data.jsonl import Rejected
@@ -8,6 +11,8 @@ from llmworks.data.rawrows import raw_rows
 from llmworks.data.rows import Row, read_chat, schema_of
 from llmworks.documents import read_documents
 from llmworks.errors import DataError
+from llmworks.tokenize.templates import encode, for_template, render_masked
+from llmworks.types import messages_from_json
 
 
 def training_rows(data: Dataset) -> list[Row]:
@@ -46,3 +51,22 @@ def _documents(data: Dataset) -> bool:
         return {"id", "text"} <= set(pq.read_schema(file).names)
     except (OSError, ValueError):
         return False
+
+
+def ids_of(tokenizer: Any, row: Row) -> tuple[Sequence[int], Sequence[int]]:
+    """(token ids of a row, 1 where they are learned). Errors: RequestError, ModelError or ValueError for what the template refuses."""
+    if "messages" not in row:
+        return _text(tokenizer, row)
+    messages, tools = for_template(tokenizer, messages_from_json(row["messages"]), row.get("tools") or ())
+    rendered = render_masked(tokenizer, messages, tools=tools)
+    return rendered.ids, rendered.mask
+
+
+def _text(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
+    """A text as it is, ended by the tokenizer's end token: all of it is learned, or what completes a prompt."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    bos = tokenizer.bos_token_id
+    begin = [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []  # where this tokenizer's texts begin so
+    prompt = list(encode(tokenizer, row["prompt"])) if "prompt" in row else []
+    said = list(encode(tokenizer, row["completion"] if "prompt" in row else row["text"])) + end
+    return begin + prompt + said, [0] * (len(begin) + len(prompt)) + [1] * len(said)

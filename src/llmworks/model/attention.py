@@ -107,6 +107,11 @@ class Attention(nn.Module):
 
         `memory` [batch, keys, width]: look at these states in place of x's own (cross-attention).
         """
+        attended: Tensor = self.out(self.attend(x, look, rotation, cache, memory))
+        return attended
+
+    def attend(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None = None, cache: Any = None, memory: Tensor | None = None) -> Tensor:
+        """What the heads say [batch, length, heads * per_head], before the last matrix."""
         batch, length, _ = x.shape
         source = x if memory is None else memory
         q = self.query(x).view(batch, length, self.heads, self.per_head)
@@ -129,9 +134,7 @@ class Attention(nn.Module):
                 said = torch.cat([F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], attn_mask=mask, is_causal=mask is None, scale=self.scale) for (a, b), mask in zip(look.parts, masks, strict=True)], dim=2)
             else:
                 said = F.scaled_dot_product_attention(q, k, v, attn_mask=look.mask, is_causal=look.causal, scale=self.scale)
-        said = said.transpose(1, 2).reshape(batch, length, self.heads * self.per_head)
-        attended: Tensor = self.out(said)
-        return attended
+        return said.transpose(1, 2).reshape(batch, length, self.heads * self.per_head)
 
 
 def repeated(x: Tensor, times: int) -> Tensor:

@@ -6,6 +6,7 @@ tokenizer, no training, no sampling. Loading and saving as Llama, Mistral, Qwen,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,19 +50,36 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None, cache: Any, memory: Memory | None = None) -> Tensor:
         """[batch, length, width] -> the same."""
-        if self.place == "post":
-            x = self.attention_norm(x + self.attention(x, look, rotation, cache))
-            if memory is not None and self.crossing is not None and self.crossing_norm is not None:
-                x = self.crossing_norm(x + self.crossing(x, memory.look, memory=memory.states))
-            normed: Tensor = self.feed_forward_norm(x + self.feed_forward(x))
-            return normed
-        attended = self.attention(self.attention_norm(x), look, rotation, cache)
-        x = x + (attended if self.after_attention_norm is None else self.after_attention_norm(attended))
+        x = self.attended(x, self.attention(self.heard(x), look, rotation, cache))
         if memory is not None and self.crossing is not None and self.crossing_norm is not None:
-            x = x + self.crossing(self.crossing_norm(x), memory.look, memory=memory.states)
-        thought = self.feed_forward(self.feed_forward_norm(x))
-        x = x + (thought if self.after_feed_forward_norm is None else self.after_feed_forward_norm(thought))
-        return x
+            post = self.place == "post"
+            x = x + self.crossing(x if post else self.crossing_norm(x), memory.look, memory=memory.states)
+            x = self.crossing_norm(x) if post else x
+        return self.thought(x, self.feed_forward(self.read(x)))
+
+    def heard(self, x: Tensor) -> Tensor:
+        """What attention reads of the state."""
+        made: Tensor = x if self.place == "post" else self.attention_norm(x)
+        return made
+
+    def attended(self, x: Tensor, said: Tensor) -> Tensor:
+        """The state after what attention said."""
+        if self.place == "post":
+            normed: Tensor = self.attention_norm(x + said)
+            return normed
+        return x + (said if self.after_attention_norm is None else self.after_attention_norm(said))
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the feed-forward layer reads of the state."""
+        made: Tensor = x if self.place == "post" else self.feed_forward_norm(x)
+        return made
+
+    def thought(self, x: Tensor, made: Tensor) -> Tensor:
+        """The state after what the feed-forward layer made."""
+        if self.place == "post":
+            normed: Tensor = self.feed_forward_norm(x + made)
+            return normed
+        return x + (made if self.after_feed_forward_norm is None else self.after_feed_forward_norm(made))
 
 
 class Stack(nn.Module):
@@ -100,6 +118,13 @@ class Stack(nn.Module):
 
     def through(self, x: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
         """The state after the blocks that are here; each knows its number, so that a part of them computes what it does in the whole."""
+        for block, look, turned in self.sights(x, positions, padding=padding, segments=segments, branches=branches, cache=cache):
+            given = (x, look, turned, cache, memory)
+            x = self._gradient_checkpointing_func(block.__call__, *given) if self.gradient_checkpointing and self.training and cache is None else block(*given)
+        return x
+
+    def sights(self, x: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None) -> Iterator[tuple[Any, Seen, tuple[Tensor, Tensor] | None]]:
+        """Each block that is here, what its tokens see, and how positions turn them."""
         shape = self.shape
         before = cache.get_seq_length() if cache is not None else 0
         # places in the row: positions may begin anew in it, and windows and ALiBi need differences only, since segments hide the rest
@@ -115,9 +140,7 @@ class Stack(nn.Module):
                 looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, branches=branches, alibi=slopes, dtype=x.dtype, block=block_of(x.shape[0] * shape.heads))
             if rope not in rotations:
                 rotations[rope] = rotation(positions, *frequencies(rope, shape.per_head, shape.context)) if shape.position == "rope" else None
-            given = (x, looks[window], rotations[rope], cache, memory)
-            x = self._gradient_checkpointing_func(block.__call__, *given) if self.gradient_checkpointing and self.training and cache is None else block(*given)
-        return x
+            yield block, looks[window], rotations[rope]
 
 
 class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]

@@ -69,9 +69,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        if self.gate is None:
-            thought: Tensor = self.bend(self.up(x))
-        elif self.bend is F.silu and torch.is_grad_enabled():
+        if self.gate is not None and self.bend is F.silu and torch.is_grad_enabled():
             gate, up = self.gate(x), self.up(x)
             fused = kernels.silu_gate(gate, up)
             if fused is None and self._plain(gate):
@@ -79,9 +77,13 @@ class FeedForward(nn.Module):
                 return whole
             thought = _SiluGate.apply(gate, up) if fused is None else fused  # type: ignore[no-untyped-call]
         else:
-            thought = self.bend(self.gate(x)) * self.up(x)
+            thought = self.think(x)
         made: Tensor = self.down(thought)
         return made
+
+    def think(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., inner], before the last matrix."""
+        return self.bend(self.up(x)) if self.gate is None else self.bend(self.gate(x)) * self.up(x)
 
     def _plain(self, gate: Tensor) -> bool:
         """Whether the last matrix is one as it was made: no adapter, no bias, nobody who looks at it, not divided, and no autocast."""

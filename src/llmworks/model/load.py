@@ -23,6 +23,10 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
     quiet_transformers()
     check_weights(path)
     refuse_scorer(path)
+    if read_json(path / "config.json").get("quantization_config"):
+        from llmworks.model.standard import load_decoder
+
+        return load_decoder(path).to(getattr(torch, dtype))  # type: ignore[no-any-return]
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True

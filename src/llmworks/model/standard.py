@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llmworks.errors import ModelError
+from llmworks.model.compressed import dense
 from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.load import check_weights, refuse_scorer
 from llmworks.model.shape import Rope, Shape
@@ -288,8 +289,10 @@ def load_decoder(path: Path) -> DecoderForCausalLM:
 
     check_weights(path)
     refuse_scorer(path)
-    kind, shape = shape_of(read_json(path / "config.json"))
-    tensors = {name: tensor.float() for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    config = read_json(path / "config.json")
+    kind, shape = shape_of(config)
+    stored = {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    tensors = dense(stored, config["quantization_config"]) if config.get("quantization_config") else {name: tensor.float() for name, tensor in stored.items()}
     if kind:
         tensors = from_standard(tensors, kind)
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmworks.artifact import Dataset
+from llmworks.data.lessons import training_rows
 from llmworks.data.rows import Row, flat_messages
 from llmworks.progress import write_whole
 from llmworks.report import Block, ReportBuilder
 from llmworks.tokenize.templates import parse_calls
 from llmworks.train.curves import plots
-from llmworks.train.rows import training_rows
 from llmworks.types import Engine, Message, Request, Sampling
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 
 from llmworks.artifact import Adapter, Dataset, Model
 from llmworks.context import Context
+from llmworks.data.lessons import training_rows
 from llmworks.data.rows import Row, flat_messages, write_chat
 from llmworks.errors import DataError, ModelError, UserError
 from llmworks.generate.journal import Journal, Record
-from llmworks.train.rows import training_rows
 from llmworks.train.sft import SftConfig, sft, tune
 from llmworks.train.tuning import Material
 from llmworks.types import Request, Sampling

@@ -36,8 +36,8 @@ class Conversations:
 
 def conversations_of(data: Dataset) -> Conversations:
     """What is known of a data set without its tokens; the first rows stand for all. Errors: DataError for rows that cannot be learned."""
+    from llmworks.data.lessons import training_rows
     from llmworks.data.rows import open_rows, row_files, row_tables, schema_of, table_rows
-    from llmworks.train.rows import training_rows
 
     if schema_of(data) != "chat":
         texts = [(len(str(row.get("prompt", ""))), len(str(row.get("text", row.get("completion", ""))))) for row in training_rows(data)]

@@ -11,12 +11,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from llmworks.data.lessons import ids_of
 from llmworks.data.rows import Row
 from llmworks.errors import ModelError, RequestError, UserError
 from llmworks.model.linear_loss import IGNORED
-from llmworks.tokenize.templates import encode, for_template, render_masked
 from llmworks.train.packed import PackedBatch
-from llmworks.types import messages_from_json
 
 BUCKET = 16  # batches sorted together by length
 
@@ -66,7 +65,7 @@ def make_example(tokenizer: Any, row: Row, max_tokens: int, *, last: bool = Fals
     `last`: of several answers only the last is learned. `cut`: what is too long loses its end; else nothing is cut, since a cut answer teaches no end.
     """
     try:
-        ids, mask = _text(tokenizer, row) if "messages" not in row else _conversation(tokenizer, row)
+        ids, mask = ids_of(tokenizer, row)
     except (RequestError, ModelError, ValueError) as error:
         return str(error)
     if last:
@@ -80,22 +79,6 @@ def make_example(tokenizer: Any, row: Row, max_tokens: int, *, last: bool = Fals
     if len(ids) > max_tokens:
         return f"{len(ids)} tokens, longer than max_tokens {max_tokens}"
     return Example(tuple(ids), tuple(mask), str(row["id"]))
-
-
-def _conversation(tokenizer: Any, row: Row) -> tuple[Sequence[int], Sequence[int]]:
-    messages, tools = for_template(tokenizer, messages_from_json(row["messages"]), row.get("tools") or ())
-    rendered = render_masked(tokenizer, messages, tools=tools)
-    return rendered.ids, rendered.mask
-
-
-def _text(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
-    """A text as it is, ended by the tokenizer's end token: all of it is learned, or what completes a prompt."""
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    bos = tokenizer.bos_token_id
-    begin = [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []  # where this tokenizer's texts begin so
-    prompt = list(encode(tokenizer, row["prompt"])) if "prompt" in row else []
-    said = list(encode(tokenizer, row["completion"] if "prompt" in row else row["text"])) + end
-    return begin + prompt + said, [0] * (len(begin) + len(prompt)) + [1] * len(said)
 
 
 def _last_run(mask: Sequence[int]) -> list[int]:

@@ -16,13 +16,13 @@ from typing import Any
 
 from llmworks.artifact import Adapter, Dataset, Manifest, Model, artifact_digest, digest_files
 from llmworks.context import Context
+from llmworks.data.lessons import training_rows
 from llmworks.data.rows import Row, flat_messages
 from llmworks.errors import GoldenMismatch, LlmworksError, UserError
 from llmworks.progress import Progress
 from llmworks.report import ReportBuilder
 from llmworks.train.distill import distill
 from llmworks.train.parallel import Parallel
-from llmworks.train.rows import training_rows
 from llmworks.train.selftest import EXACT, STEPS, Check, Reading, in_turn, keys_of, near_of, shrunken
 from llmworks.train.sft import SftConfig, sft
 from llmworks.train.tuning import check_golden

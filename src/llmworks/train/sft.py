@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from llmworks.artifact import Adapter, Config, Dataset, Model
 from llmworks.context import Context
 from llmworks.data.doctor import require_template, uses_of
+from llmworks.data.lessons import training_rows
 from llmworks.data.rows import Row
 from llmworks.errors import DataError, UserError
 from llmworks.tokenize.named import use_template
-from llmworks.train.rows import training_rows
 from llmworks.train.schedule import OptimizerConfig
 from llmworks.train.tuning import Material, TuneConfig, Way, check_golden, context_of, in_memory, require_directory
 from llmworks.train.tuning import tune as tuned_by

@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 
 from llmworks.artifact import Config, Dataset, Model
 from llmworks.context import Context
+from llmworks.data.lessons import training_rows
 from llmworks.errors import DataError, ModelError, UserError
-from llmworks.train.rows import training_rows
 
 if TYPE_CHECKING:
     from llmworks.train.examples import Example

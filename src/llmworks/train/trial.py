@@ -94,6 +94,7 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from llmworks.artifact import Dataset
+    from llmworks.data.lessons import training_rows
     from llmworks.generate.engines.torch import TorchEngine
     from llmworks.tokenize.load import load_tokenizer, stop_ids
     from llmworks.tokenize.named import use_template
@@ -105,7 +106,6 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     from llmworks.train.optimizers import optimizers_of
     from llmworks.train.packed import packed_loss
     from llmworks.train.placement import cast, resolved
-    from llmworks.train.rows import training_rows
     from llmworks.train.sft import SftConfig, make_examples
     from llmworks.train.tuned import open_tuned
     from llmworks.train.tuning import prepare

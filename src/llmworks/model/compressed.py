@@ -1,0 +1,96 @@
+"""Weights as whole numbers in a Hugging Face directory, in the form of compressed-tensors, which transformers and vLLM read: names of tensors, their packing, the config that says so.
+
+Layouts: `pack-quantized` (several numbers to an int32) and `int-quantized` (int8). Knows no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.errors import ModelError
+from llmworks.model.grid import Grid, Scales, Whole, packed, unpacked
+
+METHOD = "compressed-tensors"
+PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
+
+
+def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
+    """The tensors of a layer `name` that holds a matrix of whole numbers. ModelError for a scale that all rows share, which this layout has for int8 only."""
+    grid, (rows, columns) = matrix.grid, matrix.codes.shape
+    stored = getattr(torch, grid.stored)
+    scale = matrix.scales.scale.to(stored).contiguous()
+    if scale.shape[0] != rows:
+        scale = scale.expand(rows, 1).contiguous()
+    found = {f"{name}.weight_packed": packed(matrix.codes, grid.bits), f"{name}.weight_scale": scale, f"{name}.weight_shape": torch.tensor([rows, columns])}
+    if not grid.symmetric:
+        zero = matrix.scales.zero.expand(rows, -1).to(torch.int8)
+        found[f"{name}.weight_zero_point"] = packed(zero.T.contiguous(), grid.bits).T.contiguous()  # rows, not groups, stand together
+    return found
+
+
+def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of layers by name, and those that were left as they were. Layers of one grid share a group of the config."""
+    kinds: dict[Grid, list[str]] = {}
+    for name, grid in grids.items():
+        kinds.setdefault(grid, []).append(name)
+    groups = {}
+    for number, (grid, names) in enumerate(kinds.items()):
+        strategy = "group" if grid.group > 0 else "channel"
+        weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "strategy": strategy, "group_size": grid.group if grid.group > 0 else None, "dynamic": False, "observer": "minmax", "actorder": None, "block_structure": None}
+        groups[f"group_{number}"] = {"targets": ["Linear"] if len(kinds) == 1 else names, "weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
+    return {"quant_method": METHOD, "format": "pack-quantized", "quantization_status": "compressed", "config_groups": groups, "ignore": list(left), "kv_cache_scheme": None, "global_compression_ratio": None}
+
+
+def bits_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What `quantization_config` says of a layer's weights. ModelError where it says nothing that is known here."""
+    groups = list(config.get("config_groups", {}).values())
+    found = next((group for group in groups if name in group["targets"]), None) or next((group for group in groups if "Linear" in group["targets"]), None)
+    if found is None or found["weights"].get("type", "int") != "int":
+        raise ModelError(f"config.json: quantization_config has no whole numbers for {name}")
+    weights: dict[str, Any] = found["weights"]
+    return weights
+
+
+def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a directory as plain weights, fp32. Errors: ModelError for another method than compressed-tensors, or a layer whose tensors do not belong together."""
+    if config.get("quant_method") != METHOD:
+        raise ModelError(f"config.json: weights quantized by {config.get('quant_method')!r} cannot be read here, those of {METHOD} can")
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part == "weight_packed" or (part == "weight" and f"{layer}.weight_scale" in tensors):
+            found[f"{layer}.weight"] = read(tensors, layer, config).weight()
+        elif not name.endswith(PARTS):
+            found[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return found
+
+
+def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -> Whole:
+    """The matrix of a layer."""
+    said = bits_of(config, layer)
+    bits, symmetric = int(said["num_bits"]), bool(said.get("symmetric", True))
+    scale = tensors[f"{layer}.weight_scale"].float()
+    try:
+        if f"{layer}.weight_packed" in tensors:
+            rows, columns = (int(n) for n in tensors[f"{layer}.weight_shape"])
+            codes = unpacked(tensors[f"{layer}.weight_packed"], bits, columns)
+        else:
+            codes = tensors[f"{layer}.weight"]
+            rows, columns = codes.shape
+        groups = scale.shape[1] if scale.ndim == 2 else 1
+        scale = scale.reshape(-1, groups)
+        if f"{layer}.weight_g_idx" in tensors and not torch.equal(tensors[f"{layer}.weight_g_idx"].long(), torch.arange(columns) // (columns // groups)):
+            raise ModelError(f"{layer}: its groups are out of order (g_idx), which cannot be read here")
+        zero = torch.zeros_like(scale)
+        if not symmetric and f"{layer}.weight_zero_point" in tensors:
+            given = tensors[f"{layer}.weight_zero_point"]
+            zero = (unpacked(given.T.contiguous(), bits, rows).T if given.dtype == torch.int32 else given.reshape(-1, groups)).float()
+        if columns % groups or scale.shape[0] not in (1, rows) or zero.shape != scale.shape or codes.shape != (rows, columns):
+            raise ValueError(f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}")
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{layer}: its tensors do not belong together ({error})") from None
+    return Whole(codes, Scales(scale, zero), Grid(bits, (-1 if len(scale) == 1 and rows > 1 else 0) if groups == 1 else columns // groups, symmetric))

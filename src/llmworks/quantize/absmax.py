@@ -1,0 +1,24 @@
+"""Stage `quantize.absmax`: weights as whole numbers around 0, the largest of a group at the end of the range, each rounded to the nearest."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from llmworks.artifact import Dataset, Model
+from llmworks.context import Context
+from llmworks.quantize.config import QuantizeConfig
+
+
+class AbsmaxConfig(QuantizeConfig):
+    """Where the range ends."""
+
+    search: bool = Field(False, description="ranges of least squared error in place of those of the largest weights")
+
+
+def absmax(config: AbsmaxConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
+    """Write a directory in the form of compressed-tensors; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
+    from llmworks.model.grid import Grid
+    from llmworks.quantize.nearest import Nearest
+    from llmworks.quantize.rounding import run
+
+    return run(config, model, ctx, data, Nearest(search=config.search), Grid(config.bits, config.group), {"method": "absmax"})

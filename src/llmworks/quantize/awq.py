@@ -1,0 +1,28 @@
+"""Stage `quantize.awq`: columns that read large inputs are made larger before weights are rounded to the nearest whole number, and what they read smaller.
+
+Lin et al. 2023 (arXiv:2306.00978). Norms, values and the upper matrix of the feed-forward layer take the scales up, so that nothing is computed more; values of grouped heads share theirs.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from llmworks.artifact import Dataset, Model
+from llmworks.context import Context
+from llmworks.quantize.config import CalibratedConfig
+
+
+class AwqConfig(CalibratedConfig):
+    """How ranges are found."""
+
+    symmetric: bool = Field(False, description="whole numbers around 0; else with a zero point, of the same bits, for each group")
+    clip: bool = Field(True, description="ranges of groups by what their part of the outputs loses, in place of those of the largest weights")
+
+
+def awq(config: AwqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
+    """Write a directory in the form of compressed-tensors. Errors: those of `rounding.run`."""
+    from llmworks.model.grid import Grid
+    from llmworks.quantize.calibrated import Awq
+    from llmworks.quantize.rounding import run
+
+    return run(config, model, ctx, data, Awq(config.texts, clip=config.clip), Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "awq"})

@@ -1,0 +1,26 @@
+"""What all methods that round weights to whole numbers are told. Knows no tensor."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Config
+
+
+class QuantizeConfig(Config):
+    """The numbers, and what is left as it is."""
+
+    bits: int = Field(4, ge=2, le=8, description="of a whole number; engines know 4 and 8")
+    group: int = Field(64, ge=0, description="weights of a row that share a scale; 0: all of a row")
+    skip: list[str] = Field([], description="layers that stay as they are, by a part of their names, as self_attn.v_proj or layers.0.")
+    rest: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="number format of scales and of what is not quantized: embedding, head, norms; auto: bfloat16 where that changes no weight, else float16")
+    held: int = Field(8, ge=0, description="texts of `data` that are not calibrated by, on which model and result are compared")
+    length: int = Field(512, gt=1, description="tokens of a text of `data`")
+
+
+class CalibratedConfig(QuantizeConfig):
+    """And the texts that show what layers read."""
+
+    texts: int = Field(128, gt=0, description="texts of `data` to calibrate by")

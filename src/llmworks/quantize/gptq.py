@@ -1,0 +1,31 @@
+"""Stage `quantize.gptq`: weights as whole numbers, column by column; each column makes up for the errors of those before it, as the layer's inputs on `data` have it.
+
+Frantar et al. 2022 (arXiv:2210.17323). Each layer is calibrated on what the layers before it, quantized already, give it.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from llmworks.artifact import Dataset, Model
+from llmworks.context import Context
+from llmworks.quantize.config import CalibratedConfig
+
+
+class GptqConfig(CalibratedConfig):
+    """How columns are rounded."""
+
+    symmetric: bool = Field(True, description="whole numbers around 0; else with a zero point, of the same bits, for each group")
+    damping: float = Field(0.01, gt=0, lt=1, description="share of the mean second moment of inputs that is added to all of them")
+    by_activation: bool = Field(False, description="columns with the largest inputs first (act-order), scales by the weights as they are, so that no g_idx is needed")
+    search: bool = Field(True, description="scales of least error, weighed by what an error of each column costs, in place of those of the largest weights")
+
+
+def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
+    """Write a directory in the form of compressed-tensors. Errors: those of `rounding.run`; ModelError for inputs whose moments cannot be inverted."""
+    from llmworks.model.grid import Grid
+    from llmworks.quantize.calibrated import Gptq
+    from llmworks.quantize.rounding import run
+
+    method = Gptq(config.texts, damping=config.damping, by_activation=config.by_activation, search=config.search)
+    return run(config, model, ctx, data, method, Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "gptq"})

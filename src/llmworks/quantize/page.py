@@ -1,0 +1,27 @@
+"""The report of a quantization: what each layer lost, and what the model is worth after it. Knows no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmworks.report import ReportBuilder
+
+
+def describe(report: ReportBuilder, title: str, method: str, told: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], before: int) -> None:
+    """Figures, curves over the blocks, and the layers that lost most."""
+    report.title = f"{title} quantized by {method}"
+    report.lead = f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['quantized_weights']:,} weights in {metrics['bits_a_weight']:.2f} bits each."
+    if "kl" in metrics:
+        report.lead += (
+            f" On {metrics['held_tokens']:,.0f} tokens apart it is {metrics['kl']:.4f} nats a token away from the model as it was; its best guess is the same for {metrics['same_top']:.1%} of them;"
+            f" perplexity {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
+        )
+    report.data = {"metrics": dict(metrics), "layers": [{key: one[key] for key in ("name", "lost", "bits")} for one in told]}
+    series: dict[str, list[tuple[float, float]]] = {}
+    for one in told:
+        series.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["lost"])))
+    report.curves("What rounding takes from the weights", series, x="block", y="share of their squares", note="By layer. What it takes from the model depends on what the layers read, too.")
+    report.table("Figures", ("what", "value"), list(metrics.items()))
+    worst = sorted(told, key=lambda one: -float(one["lost"]))[:12]
+    report.table("Layers that lost most", ("layer", "share lost", "bits a weight"), [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst])

@@ -1,0 +1,167 @@
+"""From a model to one whose matrices are whole numbers: the walk, what is written, what is measured, the page. What a matrix becomes is each method's own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmworks.artifact import Dataset, Model
+from llmworks.context import Context
+from llmworks.errors import DataError, ModelError
+from llmworks.model.compressed import config_of, tensors_of
+from llmworks.model.grid import Grid, Whole
+from llmworks.model.standard import to_standard
+from llmworks.quantize.calibration import calibration
+from llmworks.quantize.config import QuantizeConfig
+from llmworks.quantize.source import Source, join_files
+from llmworks.quantize.streamed import logits_of
+from llmworks.quantize.walk import Part, Passing, Walk, layer_of
+from llmworks.tokenize.golden import record, require
+from llmworks.tokenize.load import load_tokenizer, stop_ids
+
+BOUNDS = {8: 0.3, 7: 0.5, 6: 0.8, 5: 1.5, 4: 3.0}  # how far golden logits may move on average
+STAYS = ("model.safetensors.index.json", "config.json", "manifest.json", "README.md")
+
+
+class Method(Protocol):
+    """What a matrix becomes."""
+
+    texts: int  # to calibrate by
+
+    def prepare(self, passing: Passing, grids: Callable[[str], Grid | None]) -> None:
+        """What is done to a block before its parts are asked for; it has to compute the same afterwards."""
+
+    def part(self, passing: Passing, part: Part, grids: Callable[[str], Grid | None]) -> dict[str, Whole]:
+        """The matrices of layers that read the same, by name; those whose grid is None stay."""
+
+
+def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None, method: Method, grid: Grid, about: Mapping[str, Any]) -> Model:
+    """Write a directory in the form of compressed-tensors. The golden tokens are replayed on what was written.
+
+    Errors: ModelError for a model that is quantized already, of another architecture, or with weights that are no numbers; DataError for too little text; GoldenMismatch when the result computes something else.
+    """
+    if model.format != "hf":
+        raise ModelError(f"{model.name}: a Hugging Face directory is quantized, this is {model.format}; convert it with the stage model.from_gguf")
+    source = Source(model.path)
+    if source.kind == "gpt2" or source.shape.experts:
+        raise ModelError(f"{model.name}: {'queries, keys and values are one matrix in its files' if source.kind == 'gpt2' else 'its experts are no single matrices'}, which compressed-tensors has no names for; quantize.gguf may serve")
+    if method.texts and data is None:
+        raise DataError("this method has to see what layers read; give `data`: conversations or texts of what the model is for")
+    tokenizer = load_tokenizer(model.path)
+    if data is not None:
+        ids, held = calibration(tokenizer, data, method.texts, config.held, config.length, ctx.seed)
+    else:
+        ids = held = torch.zeros(0, config.length, dtype=torch.long)
+    stored = stored_of(source, config.rest)
+    grid = Grid(grid.bits, grid.group, grid.symmetric, grid.edge, stored)
+    skip = _skipping(source, config.skip)
+    golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])
+    told, damage = _walked(source, ids, held, ctx, method, grid, skip)
+    grids = {one["name"]: grid for one in told}
+    _write(source, ctx, stored, grids, skip)
+    made = Source(ctx.out, quantized=True)
+    texts = [list(one.ids) for one in golden.conversations]
+    known = dict(zip(map(tuple, texts), logits_of(made, texts), strict=True))
+    gap = require(golden, tokenizer, stop_ids(ctx.out, tokenizer), lambda some: known[tuple(some)], mean_within=BOUNDS.get(grid.bits, float("inf")), step=f"quantize.{about['method']}")
+    assert gap is not None
+    size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
+    weights = sum(one["weights"] for one in told)
+    metrics = {
+        "bytes": size, "bits_a_weight": round(sum(one["bits"] * one["weights"] for one in told) / weights, 4), "quantized_weights": weights, **{name: round(value, 6) for name, value in damage.items()},
+        "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
+    }  # fmt: skip
+    from llmworks.quantize.page import describe
+
+    describe(ctx.report, model.name, str(about["method"]), told, metrics, sum(file.stat().st_size for file in model.path.glob("*.safetensors")))
+    ctx.progress.say(ctx.report.lead)
+    return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf", "dtype": stored, "architecture": str(model.about.get("architecture", "")), "bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, **about, **({"calibration": data.name} if data is not None else {})})
+
+
+def stored_of(source: Source, rest: str) -> Any:
+    """The number format of what is not quantized."""
+    if rest != "auto":
+        return rest
+    for name, file in source.places.items():
+        tensor = file.get_tensor(name)
+        if tensor.dtype != torch.bfloat16 and not torch.equal(tensor.float(), tensor.bfloat16().float()):
+            return "float16"
+    return "bfloat16"
+
+
+def _skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a layer, by its name in the directory, stays. ModelError for a part of a name that no layer has."""
+    names = [name.removesuffix(".weight") for name in source.places if source.number_of(name) >= 0]
+    for part in skip:
+        if not any(part in name for name in names):
+            raise ModelError(f"config.skip: no layer's name holds {part!r}; one is {names[0]}")
+    return lambda name: any(part in name for part in skip)
+
+
+def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Method, grid: Grid, skip: Callable[[str], bool]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """(what became of each layer, the damage). Each block is written to scratch when it is done."""
+    from safetensors.torch import save_file
+
+    folder = ctx.scratch / "blocks"
+    folder.mkdir(exist_ok=True)
+    stored = getattr(torch, grid.stored)
+    with torch.inference_mode():
+        walk = Walk(source, ids, held, ctx.scratch / "walk", stored)
+        with ctx.progress.bar("quantize", source.shape.layers, "blocks") as bar:
+            bar.advance(walk.done)
+            for passing in walk.blocks():
+                head, told = f"decoder.blocks.{passing.number}.", []
+                grids = functools.partial(_grid_of, source, skip, grid, head)
+                method.prepare(passing, grids)
+                for name, tensor in passing.block.state_dict().items():
+                    if tensor.ndim < 2 or grids(name.removesuffix(".weight")) is None:
+                        tensor.copy_(tensor.to(stored))
+                plain = {f"{head}{name}": tensor for name, tensor in passing.block.state_dict().items()}
+                tensors: dict[str, Tensor] = {}
+                for part in passing.parts:
+                    for name, matrix in method.part(passing, part, grids).items():
+                        layer, before = layer_of(passing.block, name), plain.pop(f"{head}{name}.weight")
+                        after = matrix.weight()
+                        lost = float((after - before).square().sum() / before.square().sum().clamp(min=1e-30))
+                        layer.weight = torch.nn.Parameter(after, requires_grad=False)
+                        tensors |= tensors_of(source.rename(f"{head}{name}"), matrix)
+                        told.append({"name": source.rename(f"{head}{name}"), "layer": name, "block": passing.number, "lost": lost, "bits": matrix.bits, "weights": before.numel()})
+                passing.finish()
+                rest = to_standard(plain, source.kind) if source.kind else plain
+                save_file({name: tensor.to(stored).contiguous() for name, tensor in rest.items()} | tensors, folder / f"{passing.number:05}.safetensors")
+                (folder / f"{passing.number:05}.json").write_text(json.dumps(told))
+                passing.done()
+                bar.advance()
+        damage = walk.damage() if len(held) else {}
+    return [one for file in sorted(folder.glob("*.json")) for one in json.loads(file.read_text())], damage
+
+
+def _grid_of(source: Source, skip: Callable[[str], bool], grid: Grid, head: str, name: str) -> Grid | None:
+    return None if skip(source.rename(f"{head}{name}")) else grid
+
+
+def _write(source: Source, ctx: Context, stored: str, grids: Mapping[str, Grid], skip: Callable[[str], bool]) -> None:
+    """The directory: weights in one file, the config, and all else as it was."""
+    from safetensors.torch import save_file
+
+    number = getattr(torch, stored)
+    outside = ctx.scratch / "blocks" / "outside.safetensors"
+    save_file({name: tensor.to(number).contiguous() for name, tensor in source.tensors(-1).items()}, outside)
+    join_files([*sorted((ctx.scratch / "blocks").glob("0*.safetensors")), outside], ctx.out / "model.safetensors")
+    left = [name.removesuffix(".weight") for name in source.places if source.number_of(name) >= 0 and name.endswith("_proj.weight") and skip(name)]
+    config = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {"dtype": stored, "quantization_config": config_of(grids, ["lm_head", *left])}
+    (ctx.out / "config.json").write_text(json.dumps(config, indent=2))
+    copy_rest(source.path, ctx.out)
+
+
+def copy_rest(source: Path, out: Path) -> None:
+    """Tokenizer, template, generation config: all that is no weight."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in STAYS and not file.name.startswith("."):
+            shutil.copyfile(file, out / file.name)

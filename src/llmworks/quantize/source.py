@@ -1,0 +1,120 @@
+"""A model's directory read piece by piece: the tensors of one block, those of none. Knows no quantization."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.errors import ModelError
+from llmworks.model.compressed import dense
+from llmworks.model.decoder import Block, DecoderConfig, DecoderForCausalLM
+from llmworks.model.load import check_weights, refuse_scorer
+from llmworks.model.standard import from_standard, rename_of, shape_of
+from llmworks.tokenize.load import read_json
+
+NUMBER = re.compile(r"(?:layers|blocks|h)\.(\d+)\.")
+
+
+class Source:
+    """The decoder of a directory, of which no more is in memory than what is asked for.
+
+    `quantized`: whether it is one that was written here, whose weights are read as plain ones.
+    Errors: ModelError for a broken directory, one that is quantized already, and an architecture that is not our decoder's.
+    """
+
+    def __init__(self, path: Path, *, quantized: bool = False) -> None:
+        from safetensors import safe_open
+
+        check_weights(path)
+        refuse_scorer(path)
+        self.path, self.config = path, read_json(path / "config.json")
+        self.method: dict[str, Any] = self.config.get("quantization_config") or {}
+        if self.method and not quantized:
+            raise ModelError(f"{path}: is quantized already ({self.method.get('quant_method')}); give the model that it was made of")
+        self.kind, self.shape = shape_of(self.config)
+        self.rename = rename_of(self.kind)
+        self.files: list[Any] = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
+        self.places = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def number_of(self, name: str) -> int:
+        """The block that a tensor is of; -1: none."""
+        found = NUMBER.search(name)
+        return int(found[1]) if found else -1
+
+    def tensors(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a block (-1: of none), under their names in the directory, as they are stored. ModelError for those that are no numbers."""
+        found = {name: file.get_tensor(name) for name, file in self.places.items() if self.number_of(name) == number}
+        for name, tensor in found.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ModelError(f"{self.path}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are no numbers (NaN or infinite)")
+        return found
+
+    def ours(self, number: int) -> dict[str, Tensor]:
+        """The same under the decoder's names, fp32."""
+        tensors = dense(self.tensors(number), self.method) if self.method else {name: tensor.float() for name, tensor in self.tensors(number).items()}
+        return from_standard(tensors, self.kind) if self.kind else tensors
+
+    def block(self, number: int) -> Block:
+        """A block of its own. ModelError where tensors are missing or too many."""
+        head = f"decoder.blocks.{number}."
+        with torch.device("meta"):
+            block = Block(self.shape, number)
+        state = {name.removeprefix(head): tensor for name, tensor in self.ours(number).items()}
+        try:
+            block.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"{self.path}: block {number}: {' '.join(str(error).split())[:200]}") from None
+        block.train(False)
+        return block
+
+    def frame(self) -> DecoderForCausalLM:
+        """The decoder without its blocks: embedding, last norm, head."""
+        with torch.device("meta"):
+            model = DecoderForCausalLM(DecoderConfig(shape=self.shape.model_dump()))
+        model.decoder.blocks = torch.nn.ModuleList()
+        outside = self.ours(-1)
+        if self.shape.tied:
+            outside.setdefault("head.weight", outside["decoder.embedding.weight"])
+        model.load_state_dict(outside, assign=True)
+        model.train(False)
+        return model
+
+    @contextlib.contextmanager
+    def only(self, stack: Any, block: Block) -> Iterator[Any]:
+        """The stack with one block in it."""
+        stack.blocks = torch.nn.ModuleDict({str(block.attention.layer): block})
+        try:
+            yield stack
+        finally:
+            stack.blocks = torch.nn.ModuleDict()
+
+
+def join_files(parts: list[Path], target: Path) -> None:
+    """Several safetensors files as one, their bytes copied, nothing of them held in memory."""
+    import json
+    import shutil
+
+    from llmworks.model.load import read_header
+
+    headers = [{name: entry for name, entry in read_header(part).items() if name != "__metadata__"} for part in parts]
+    whole: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for header in headers:
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            whole[name] = entry | {"data_offsets": [at + start, at + end]}
+        at += max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    text = json.dumps(whole, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            with part.open("rb") as stream:
+                stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+                shutil.copyfileobj(stream, out, 1 << 22)

@@ -1,0 +1,24 @@
+"""Stage `quantize.zeropoint`: weights as whole numbers between the smallest and the largest of a group, 0 lying on one of them, each rounded to the nearest."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from llmworks.artifact import Dataset, Model
+from llmworks.context import Context
+from llmworks.quantize.config import QuantizeConfig
+
+
+class ZeropointConfig(QuantizeConfig):
+    """Where the range ends."""
+
+    search: bool = Field(False, description="ranges of least squared error in place of those of the smallest and largest weights")
+
+
+def zeropoint(config: ZeropointConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
+    """Write a directory in the form of compressed-tensors; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
+    from llmworks.model.grid import Grid
+    from llmworks.quantize.nearest import Nearest
+    from llmworks.quantize.rounding import run
+
+    return run(config, model, ctx, data, Nearest(search=config.search), Grid(config.bits, config.group, symmetric=False), {"method": "zeropoint"})

@@ -24,9 +24,10 @@ from llmworks.model.golden import record
 from llmworks.model.grid import Grid
 from llmworks.model.standard import load_decoder
 from llmworks.progress import Progress
-from llmworks.quantize import absmax, awq, gptq, zeropoint
+from llmworks.quantize import absmax, awq, gptq, smoothquant, zeropoint
 from llmworks.quantize.calibrated import Awq, Gptq
 from llmworks.quantize.calibration import calibration
+from llmworks.quantize.solvers.smoothquant import smoothing
 from llmworks.quantize.source import Source
 from llmworks.quantize.walk import Walk
 from llmworks.report import ReportBuilder
@@ -36,6 +37,7 @@ from tests.conftest import make_pico
 
 STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
     "absmax": (absmax.absmax, absmax.AbsmaxConfig), "zeropoint": (zeropoint.zeropoint, zeropoint.ZeropointConfig), "gptq": (gptq.gptq, gptq.GptqConfig), "awq": (awq.awq, awq.AwqConfig),
+    "smoothquant": (smoothquant.smoothquant, smoothquant.SmoothquantConfig),
 }  # fmt: skip
 SMALL = {"bits": 4, "group": 32, "length": 48, "held": 3}
 
@@ -58,7 +60,7 @@ def quantized(stage: str, model: Path, texts: Dataset | None, folder: Path, gold
     out.mkdir(parents=True)
     (folder / "scratch").mkdir(exist_ok=True)
     context = Context(out, folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed"))
-    more = {"texts": 12} if stage in ("gptq", "awq") else {}
+    more = {"texts": 12} if stage in ("gptq", "awq") else {"texts": 12, "bits": 8, "group": 0} if stage == "smoothquant" else {}
     made: Model = function(config(**{**SMALL, **more, **given}), Model(model, golden=record(golden or model)), context, **({} if texts is None else {"data": texts}))
     context.report.write(folder / "report")
     return made
@@ -112,7 +114,7 @@ def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: 
             before.data.copy_(now)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["absmax", "zeropoint", "gptq", "awq"])
 @pytest.mark.parametrize("more", [{}, {"bits": 8, "group": 0}, {"bits": 3}], ids=["4 bits", "8 bits a row", "3 bits"])
 def test_what_is_written_is_read(stage: str, more: dict[str, Any], pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """By compressed-tensors to the bit, by transformers, by our engine; figures are those of both models side by side."""
@@ -140,6 +142,37 @@ def test_what_is_written_is_read(stage: str, more: dict[str, Any], pico: Path, t
     engine = TorchEngine.open(made.path)
     assert next(iter(engine.generate([Request((Message("user", "the fox"),), sampling=Sampling(max_tokens=4))]))).ids
     assert (tmp_path / "report" / "report.html").stat().st_size > 1000
+
+
+def test_inputs_in_8_bits_are_those_of_transformers(pico: Path, texts: Dataset, tmp_path: Path) -> None:
+    """Weights are int8 in the file; inputs are rounded token by token, in both."""
+    made = quantized("smoothquant", pico, texts, tmp_path)
+    tensors = load_file(made.path / "model.safetensors")
+    assert sum(tensor.dtype == torch.int8 for tensor in tensors.values()) == 14
+    ours, before = load_decoder(made.path), load_decoder(pico)
+    _, held = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
+    with torch.no_grad():
+        found = ours(input_ids=held).logits
+        old, new = (F.log_softmax(logits, -1) for logits in (before(input_ids=held).logits, found))
+        assert made.metrics["kl"] == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), rel=1e-2)
+        theirs = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)(input_ids=held).logits
+        for module in ours.modules():
+            module._forward_pre_hooks.clear()
+        plain = ours(input_ids=held).logits
+    assert float((found - theirs).abs().mean()) < 0.1 * float((plain - theirs).abs().mean())  # a tie in rounding may fall either way
+
+
+@pytest.mark.parametrize("power", [0.5, 0.8])
+def test_smoothing_is_the_papers_and_makes_inputs_easier(power: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(16, 32, generator=draw), torch.randn(256, 32, generator=draw)
+    x[:, 3] *= 60
+    most = x.abs().amax(0)
+    scale, found, without, least = smoothing([weight[:8], weight[8:]], x, most, Grid(8), 8, [power])
+    expected = most**power / weight.abs().amax(0) ** (1 - power)
+    assert found == power
+    assert torch.allclose(scale / scale[0], expected / expected[0], rtol=1e-4)
+    assert least < 0.3 * without
 
 
 def test_methods_that_look_lose_less(pico: Path, texts: Dataset, tmp_path: Path) -> None:

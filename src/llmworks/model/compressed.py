@@ -1,6 +1,6 @@
 """Weights as whole numbers in a Hugging Face directory, in the form of compressed-tensors, which transformers and vLLM read: names of tensors, their packing, the config that says so.
 
-Layouts: `pack-quantized` (several numbers to an int32) and `int-quantized` (int8). Knows no method.
+Layouts: `pack-quantized` (bit after bit, as int32) and `int-quantized` (int8, inputs rounded, too). Knows no method.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape
 
 
 def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
-    """The tensors of a layer `name` that holds a matrix of whole numbers. ModelError for a scale that all rows share, which this layout has for int8 only."""
+    """The tensors of a layer `name` that holds a matrix of whole numbers: int8 as they are where inputs are rounded, too, else packed."""
     grid, (rows, columns) = matrix.grid, matrix.codes.shape
     stored = getattr(torch, grid.stored)
     scale = matrix.scales.scale.to(stored).contiguous()
     if scale.shape[0] != rows:
         scale = scale.expand(rows, 1).contiguous()
+    if grid.inputs:
+        return {f"{name}.weight": matrix.codes.contiguous(), f"{name}.weight_scale": scale}
     found = {f"{name}.weight_packed": packed(matrix.codes, grid.bits), f"{name}.weight_scale": scale, f"{name}.weight_shape": torch.tensor([rows, columns])}
     if not grid.symmetric:
         zero = matrix.scales.zero.expand(rows, -1).to(torch.int8)
@@ -41,18 +43,30 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
     for number, (grid, names) in enumerate(kinds.items()):
         strategy = "group" if grid.group > 0 else "channel"
         weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "strategy": strategy, "group_size": grid.group if grid.group > 0 else None, "dynamic": False, "observer": "minmax", "actorder": None, "block_structure": None}
-        groups[f"group_{number}"] = {"targets": ["Linear"] if len(kinds) == 1 else names, "weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
-    return {"quant_method": METHOD, "format": "pack-quantized", "quantization_status": "compressed", "config_groups": groups, "ignore": list(left), "kv_cache_scheme": None, "global_compression_ratio": None}
+        inputs = {"num_bits": grid.inputs, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True, "observer": None, "actorder": None, "block_structure": None} if grid.inputs else None
+        groups[f"group_{number}"] = {"targets": ["Linear"] if len(kinds) == 1 else names, "weights": weights, "input_activations": inputs, "output_activations": None, "format": "int-quantized" if grid.inputs else "pack-quantized"}
+    formats = {group["format"] for group in groups.values()}
+    return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision", "quantization_status": "compressed", "config_groups": groups, "ignore": list(left), "kv_cache_scheme": None, "global_compression_ratio": None}
 
 
-def bits_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What `quantization_config` says of a layer's weights. ModelError where it says nothing that is known here."""
+def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What `quantization_config` says of a layer. ModelError where it says nothing that is known here."""
     groups = list(config.get("config_groups", {}).values())
     found = next((group for group in groups if name in group["targets"]), None) or next((group for group in groups if "Linear" in group["targets"]), None)
     if found is None or found["weights"].get("type", "int") != "int":
         raise ModelError(f"config.json: quantization_config has no whole numbers for {name}")
-    weights: dict[str, Any] = found["weights"]
-    return weights
+    inputs = found.get("input_activations")
+    if inputs and not (inputs.get("type", "int") == "int" and inputs.get("strategy") == "token" and inputs.get("dynamic") and inputs.get("symmetric", True)):
+        raise ModelError(f"config.json: quantization_config rounds the inputs of {name} in a way that is not known here; known: whole numbers around 0, by token, dynamic")
+    group: dict[str, Any] = found
+    return group
+
+
+def inputs_of(config: Mapping[str, Any], name: str) -> int:
+    """Bits of what a layer reads; 0: it is not rounded."""
+    if name in config.get("ignore", ()):
+        return 0
+    return int((group_of(config, name).get("input_activations") or {}).get("num_bits", 0))
 
 
 def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -71,7 +85,7 @@ def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
 
 def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -> Whole:
     """The matrix of a layer."""
-    said = bits_of(config, layer)
+    said = group_of(config, layer)["weights"]
     bits, symmetric = int(said["num_bits"]), bool(said.get("symmetric", True))
     scale = tensors[f"{layer}.weight_scale"].float()
     try:

@@ -12,6 +12,7 @@ from llmworks.model.grid import Grid, Scales, Whole, whole
 from llmworks.model.norm import RMSNorm
 from llmworks.quantize.solvers.awq import clipped, input_scales
 from llmworks.quantize.solvers.gptq import solve
+from llmworks.quantize.solvers.smoothquant import smoothing
 from llmworks.quantize.walk import Part, Passing, layer_of
 
 Grids = Callable[[str], Grid | None]
@@ -72,8 +73,38 @@ class Awq:
         return found
 
 
+class Smooth:
+    """SmoothQuant; see `solvers/smoothquant.py`. `powers`: that are tried."""
+
+    def __init__(self, texts: int, *, powers: Sequence[float]) -> None:
+        self.texts, self.powers = texts, tuple(powers)
+
+    def prepare(self, passing: Passing, grids: Grids) -> None:
+        """Look at all parts of a block as it is, then scale what they read."""
+        scales: list[tuple[Part, Tensor]] = []
+        for part in passing.parts:
+            moments, weights = passing.moments(part), [layer_of(passing.block, name).weight for name in part.layers]
+            wanted = [grids(name) for name in part.layers]
+            most = _as_given(passing.block, part, moments.most)
+            if most is not None and wanted[0] is not None and all(grid == wanted[0] for grid in wanted):
+                scales.append((part, smoothing(weights, moments.sample, most, wanted[0], wanted[0].inputs, self.powers)[0]))
+        for part, scale in scales:
+            scale_inputs(passing.block, part.layers, scale)
+
+    def part(self, passing: Passing, part: Part, grids: Grids) -> dict[str, Whole]:
+        """The layers of a part, each weight the nearest."""
+        for _ in passing.inputs(part):  # the states go on
+            pass
+        found = {}
+        for name in part.layers:
+            wanted = grids(name)
+            if wanted is not None:
+                found[name] = whole(layer_of(passing.block, name).weight, wanted)
+        return found
+
+
 def _as_given(block: Any, part: Part, mean: Tensor) -> Tensor | None:
-    """The mean of |x| of a part's inputs, the same for columns that can only be scaled together; None where nothing before can be scaled."""
+    """What is known of each column of a part's inputs, its mean for columns that can only be scaled together; None where nothing before can be scaled."""
     if part.layers[0] != "attention.out":
         return None if block.place == "post" and part.layers[0] != "feed_forward.down" else mean
     attention = block.attention

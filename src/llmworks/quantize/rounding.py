@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from llmworks.context import Context
 from llmworks.errors import DataError, ModelError
 from llmworks.model.compressed import config_of, tensors_of
 from llmworks.model.grid import Grid, Whole
+from llmworks.model.rounded_inputs import read_rounded
 from llmworks.model.standard import to_standard
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.config import QuantizeConfig
@@ -60,7 +62,7 @@ def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None
     else:
         ids = held = torch.zeros(0, config.length, dtype=torch.long)
     stored = stored_of(source, config.rest)
-    grid = Grid(grid.bits, grid.group, grid.symmetric, grid.edge, stored)
+    grid = replace(grid, stored=stored)
     skip = _skipping(source, config.skip)
     golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])
     told, damage = _walked(source, ids, held, ctx, method, grid, skip)
@@ -130,6 +132,8 @@ def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Met
                         after = matrix.weight()
                         lost = float((after - before).square().sum() / before.square().sum().clamp(min=1e-30))
                         layer.weight = torch.nn.Parameter(after, requires_grad=False)
+                        if matrix.grid.inputs:
+                            read_rounded(layer, matrix.grid.inputs)
                         tensors |= tensors_of(source.rename(f"{head}{name}"), matrix)
                         told.append({"name": source.rename(f"{head}{name}"), "layer": name, "block": passing.number, "lost": lost, "bits": matrix.bits, "weights": before.numel()})
                 passing.finish()

@@ -15,7 +15,7 @@ from llmworks.errors import ModelError
 from llmworks.model.compressed import dense
 from llmworks.model.decoder import Block, DecoderConfig, DecoderForCausalLM
 from llmworks.model.load import check_weights, refuse_scorer
-from llmworks.model.standard import from_standard, rename_of, shape_of
+from llmworks.model.standard import from_standard, rename_of, round_inputs, shape_of
 from llmworks.tokenize.load import read_json
 
 NUMBER = re.compile(r"(?:layers|blocks|h)\.(\d+)\.")
@@ -71,6 +71,8 @@ class Source:
         except RuntimeError as error:
             raise ModelError(f"{self.path}: block {number}: {' '.join(str(error).split())[:200]}") from None
         block.train(False)
+        if self.method:
+            round_inputs(block, self.method, self.rename, head)
         return block
 
     def frame(self) -> DecoderForCausalLM:

@@ -20,6 +20,7 @@ from llmworks.progress import write_whole
 from llmworks.quantize.source import Source
 
 CHUNK = 4096  # tokens that go through a block at once
+SAMPLE = 64  # tokens of these whose inputs are kept
 PIECE = 512  # columns of moments that are computed at once: only those on and above the diagonal
 
 
@@ -44,11 +45,12 @@ def layer_of(block: Block, name: str) -> nn.Linear:
 
 
 class Moments:
-    """Sums over the inputs [tokens, columns] of some layers: x'x, |x|, and the largest |x| of each column."""
+    """Sums over the inputs [tokens, columns] of some layers: x'x, |x|, and the largest |x| of each column; and some of the inputs themselves."""
 
     def __init__(self, columns: int) -> None:
         self.square = torch.zeros(columns, columns, dtype=torch.float64)
         self.size, self.most, self.tokens = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns), 0
+        self.kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         """Some more of them."""
@@ -58,12 +60,18 @@ class Moments:
         self.size += large.sum(0)
         self.most = torch.maximum(self.most, large.amax(0))
         self.tokens += len(x)
+        self.kept.append(x[:: max(1, len(x) // SAMPLE)].clone())
 
     @property
     def hessian(self) -> Tensor:
         """Second moments [columns, columns], their mean over tokens."""
         upper = self.square.triu()
         return (upper + upper.triu(1).T) / max(1, self.tokens)
+
+    @property
+    def sample(self) -> Tensor:
+        """Some of the inputs [tokens, columns]."""
+        return torch.cat(self.kept)
 
     @property
     def mean(self) -> Tensor:

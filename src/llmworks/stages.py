@@ -73,6 +73,7 @@ STAGES: dict[str, Stage] = {
     "quantize.gptq": Stage("llmworks.quantize.gptq:gptq", 1, "exact-on-this-platform", "whole numbers, each column making up for the errors of those before it"),
     "quantize.awq": Stage("llmworks.quantize.awq:awq", 1, "exact-on-this-platform", "whole numbers, columns that read large inputs made larger before"),
     "quantize.smoothquant": Stage("llmworks.quantize.smoothquant:smoothquant", 1, "exact-on-this-platform", "weights and inputs in 8 bits, what is large in inputs moved into weights"),
+    "quantize.int8": Stage("llmworks.quantize.int8:int8", 1, "exact-on-this-platform", "weights and inputs in 8 bits, but for large inputs (LLM.int8())"),
     "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 1, "exact", "a Hugging Face directory to one GGUF file"),
     "align.dpo": Stage("llmworks.align.dpo:dpo", 1, "declared", "the better of two answers becomes more probable (DPO and its family)"),
     "align.cpo": Stage("llmworks.align.cpo:cpo", 1, "declared", "the same without a reference, better answers learned beside it"),

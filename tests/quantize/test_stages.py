@@ -22,9 +22,10 @@ from llmworks.errors import DataError, GoldenMismatch, LlmworksError, ModelError
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.golden import record
 from llmworks.model.grid import Grid
+from llmworks.model.rounded_inputs import Reading, round_tokens
 from llmworks.model.standard import load_decoder
 from llmworks.progress import Progress
-from llmworks.quantize import absmax, awq, gptq, smoothquant, zeropoint
+from llmworks.quantize import absmax, awq, gptq, int8, smoothquant, zeropoint
 from llmworks.quantize.calibrated import Awq, Gptq
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.solvers.smoothquant import smoothing
@@ -37,7 +38,7 @@ from tests.conftest import make_pico
 
 STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
     "absmax": (absmax.absmax, absmax.AbsmaxConfig), "zeropoint": (zeropoint.zeropoint, zeropoint.ZeropointConfig), "gptq": (gptq.gptq, gptq.GptqConfig), "awq": (awq.awq, awq.AwqConfig),
-    "smoothquant": (smoothquant.smoothquant, smoothquant.SmoothquantConfig),
+    "smoothquant": (smoothquant.smoothquant, smoothquant.SmoothquantConfig), "int8": (int8.int8, int8.Int8Config),
 }  # fmt: skip
 SMALL = {"bits": 4, "group": 32, "length": 48, "held": 3}
 
@@ -60,7 +61,7 @@ def quantized(stage: str, model: Path, texts: Dataset | None, folder: Path, gold
     out.mkdir(parents=True)
     (folder / "scratch").mkdir(exist_ok=True)
     context = Context(out, folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed"))
-    more = {"texts": 12} if stage in ("gptq", "awq") else {"texts": 12, "bits": 8, "group": 0} if stage == "smoothquant" else {}
+    more = {"texts": 12} if stage in ("gptq", "awq") else {"texts": 12, "bits": 8, "group": 0} if stage == "smoothquant" else {"bits": 8, "group": 0} if stage == "int8" else {}
     made: Model = function(config(**{**SMALL, **more, **given}), Model(model, golden=record(golden or model)), context, **({} if texts is None else {"data": texts}))
     context.report.write(folder / "report")
     return made
@@ -162,13 +163,43 @@ def test_inputs_in_8_bits_are_those_of_transformers(pico: Path, texts: Dataset, 
     assert float((found - theirs).abs().mean()) < 0.1 * float((plain - theirs).abs().mean())  # a tie in rounding may fall either way
 
 
+def test_llm_int8_is_that_of_bitsandbytes(pico: Path, texts: Dataset, tmp_path: Path) -> None:
+    """A layer, one token at a time, where taking a large number out is taking its column out; bitsandbytes computes in fp16."""
+    made = quantized("int8", pico, texts, tmp_path, threshold=2.0)
+    ours, before = (load_decoder(path).decoder.blocks[1].feed_forward.up for path in (made.path, pico))
+    theirs = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float16).model.layers[1].mlp.up_proj
+    assert type(theirs).__name__ == "Linear8bitLt"
+    rows = torch.randn(100, 1, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, mine, other = before(rows), ours(rows), torch.stack([theirs(row.half()).float() for row in rows])
+    assert float((rows.abs() > 2).any(-1).float().mean()) > 0.5
+    assert float((mine - other).abs().mean()) < 0.2 * float((mine - plain).abs().mean())
+    tensors = load_file(made.path / "model.safetensors")
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    weight = load_file(pico / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    codes, scales, _ = int8_vectorwise_quant(weight.half())
+    assert float((codes != tensors["model.layers.1.mlp.up_proj.weight"]).float().mean()) < 0.01  # theirs are of fp16 weights
+    assert torch.allclose(scales, tensors["model.layers.1.mlp.up_proj.SCB"], rtol=2e-3)
+
+
+def test_large_inputs_are_taken_out_for_their_token_alone() -> None:
+    reading = Reading(8, "last", 6.0)
+    x = torch.tensor([[0.5, -1.27, 100.0, 6.5], [0.01, 1.27, 2.0, -3.0]])
+    made = round_tokens(x, reading)
+    assert made[0].tolist() == pytest.approx([0.5, -1.27, 100.0, 6.5])
+    assert made[0, 2:].tolist() == [100.0, 6.5]
+    assert torch.equal(made[1], round_tokens(x[1:], reading)[0])
+    assert float((made[1] - x[1]).abs().max()) <= 3.0 / 127 / 2 + 1e-6
+
+
 @pytest.mark.parametrize("power", [0.5, 0.8])
 def test_smoothing_is_the_papers_and_makes_inputs_easier(power: float) -> None:
     draw = torch.Generator().manual_seed(0)
     weight, x = torch.randn(16, 32, generator=draw), torch.randn(256, 32, generator=draw)
     x[:, 3] *= 60
     most = x.abs().amax(0)
-    scale, found, without, least = smoothing([weight[:8], weight[8:]], x, most, Grid(8), 8, [power])
+    scale, found, without, least = smoothing([weight[:8], weight[8:]], x, most, Grid(8), Reading(), [power])
     expected = most**power / weight.abs().amax(0) ** (1 - power)
     assert found == power
     assert torch.allclose(scale / scale[0], expected / expected[0], rtol=1e-4)

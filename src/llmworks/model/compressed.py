@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmworks.errors import ModelError
 from llmworks.model.grid import Grid, Scales, Whole, packed, unpacked
+from llmworks.model.rounded_inputs import Reading
 
 METHOD = "compressed-tensors"
 PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
@@ -43,7 +44,7 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
     for number, (grid, names) in enumerate(kinds.items()):
         strategy = "group" if grid.group > 0 else "channel"
         weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "strategy": strategy, "group_size": grid.group if grid.group > 0 else None, "dynamic": False, "observer": "minmax", "actorder": None, "block_structure": None}
-        inputs = {"num_bits": grid.inputs, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True, "observer": None, "actorder": None, "block_structure": None} if grid.inputs else None
+        inputs = {"num_bits": grid.inputs.bits, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True, "observer": None, "actorder": None, "block_structure": None} if grid.inputs else None
         groups[f"group_{number}"] = {"targets": ["Linear"] if len(kinds) == 1 else names, "weights": weights, "input_activations": inputs, "output_activations": None, "format": "int-quantized" if grid.inputs else "pack-quantized"}
     formats = {group["format"] for group in groups.values()}
     return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision", "quantization_status": "compressed", "config_groups": groups, "ignore": list(left), "kv_cache_scheme": None, "global_compression_ratio": None}
@@ -62,17 +63,16 @@ def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return group
 
 
-def inputs_of(config: Mapping[str, Any], name: str) -> int:
-    """Bits of what a layer reads; 0: it is not rounded."""
+def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
+    """How a layer's inputs are rounded; None: they are not."""
     if name in config.get("ignore", ()):
-        return 0
-    return int((group_of(config, name).get("input_activations") or {}).get("num_bits", 0))
+        return None
+    inputs = group_of(config, name).get("input_activations")
+    return Reading(int(inputs["num_bits"])) if inputs else None
 
 
 def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a directory as plain weights, fp32. Errors: ModelError for another method than compressed-tensors, or a layer whose tensors do not belong together."""
-    if config.get("quant_method") != METHOD:
-        raise ModelError(f"config.json: weights quantized by {config.get('quant_method')!r} cannot be read here, those of {METHOD} can")
+    """All tensors of a directory as plain weights, fp32. ModelError for a layer whose tensors do not belong together."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")

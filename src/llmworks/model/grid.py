@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmworks.errors import ModelError
+from llmworks.model.rounded_inputs import Reading
 
 SHRINK = tuple(1 - 0.02 * step for step in range(30))  # shares of the range that a search tries
 
@@ -21,7 +22,7 @@ class Grid:
     """Which whole numbers weights become. `group`: weights of a row that share a scale (0: all of a row, -1: all of a matrix); `symmetric`: no zero point.
 
     `edge`: where the largest weight comes to lie on a symmetric grid: on the last number that has a negative (127 of 8 bits, absmax), or between it and the next (127.5, as compressed-tensors has it).
-    `stored`: the number format that scales are kept in, and rounded to before anything is rounded by them. `inputs`: bits of what the weights are multiplied by (0: it is not rounded).
+    `stored`: the number format that scales are kept in, and rounded to before anything is rounded by them. `inputs`: how what the weights are multiplied by is rounded (None: it is not).
     """
 
     bits: int
@@ -29,7 +30,7 @@ class Grid:
     symmetric: bool = True
     edge: Literal["last", "between"] = "last"
     stored: Literal["float32", "float16", "bfloat16"] = "float32"
-    inputs: int = 0
+    inputs: Reading | None = None
 
     @property
     def low(self) -> int:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 
-def round_tokens(x: Tensor, bits: int) -> Tensor:
-    """[..., columns] rounded to whole numbers around 0, and restored; the largest of a token lies between the last number and the next (compressed-tensors' dynamic scales)."""
-    high = (1 << (bits - 1)) - 1
-    scale = (x.abs().amax(-1, keepdim=True) / (high + 0.5)).clamp(min=torch.finfo(x.dtype).eps)
-    return (x / scale).round().clamp(-high - 1, high) * scale
+@dataclass(frozen=True)
+class Reading:
+    """How a layer's inputs are rounded. `edge`: where the largest comes to lie, as of a `Grid`; `threshold`: what is larger stays as it is, and does not count as the largest (0: nothing; LLM.int8())."""
+
+    bits: int = 8
+    edge: Literal["last", "between"] = "between"
+    threshold: float = 0.0
 
 
-def read_rounded(layer: nn.Module, bits: int) -> None:
+def round_tokens(x: Tensor, reading: Reading) -> Tensor:
+    """[..., columns] rounded to whole numbers around 0, and restored. Each token by itself, whatever is computed beside it."""
+    high = (1 << (reading.bits - 1)) - 1
+    large = x.abs()
+    far = large > reading.threshold if reading.threshold else None
+    if far is not None:
+        large = large.masked_fill(far, 0)
+    scale = (large.amax(-1, keepdim=True) / (high if reading.edge == "last" else high + 0.5)).clamp(min=torch.finfo(x.dtype).eps)
+    made = (x / scale).round().clamp(-high - 1, high) * scale
+    return made if far is None else torch.where(far, x, made)
+
+
+def read_rounded(layer: nn.Module, reading: Reading) -> None:
     """From now on the layer reads rounded inputs."""
 
     def rounding(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (round_tokens(given[0], bits), *given[1:])
+        return (round_tokens(given[0], reading), *given[1:])
 
     layer.register_forward_pre_hook(rounding)

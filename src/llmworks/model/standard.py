@@ -19,10 +19,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llmworks.errors import ModelError
-from llmworks.model.compressed import dense, inputs_of
 from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.load import check_weights, refuse_scorer
-from llmworks.model.rounded_inputs import read_rounded
+from llmworks.model.quantized import dense, round_inputs
 from llmworks.model.shape import Rope, Shape
 from llmworks.tokenize.load import read_json
 
@@ -311,14 +310,6 @@ def load_decoder(path: Path) -> DecoderForCausalLM:
     if config.get("quantization_config"):
         round_inputs(model, config["quantization_config"], rename_of(kind))
     return model
-
-
-def round_inputs(model: Any, quantization: Json, rename: Callable[[str], str], head: str = "") -> None:
-    """Let those layers read rounded inputs of which a `quantization_config` says so. `head`: what stands before the names of the model's layers in the decoder."""
-    for name, layer in model.named_modules():
-        whole = f"{head}{name}"
-        if isinstance(layer, torch.nn.Linear) and whole != "head" and (bits := inputs_of(quantization, rename(whole))):
-            read_rounded(layer, bits)
 
 
 def open_trainable(path: Path) -> Any:

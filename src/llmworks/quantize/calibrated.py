@@ -86,7 +86,7 @@ class Smooth:
             moments, weights = passing.moments(part), [layer_of(passing.block, name).weight for name in part.layers]
             wanted = [grids(name) for name in part.layers]
             most = _as_given(passing.block, part, moments.most)
-            if most is not None and wanted[0] is not None and all(grid == wanted[0] for grid in wanted):
+            if most is not None and wanted[0] is not None and wanted[0].inputs and all(grid == wanted[0] for grid in wanted):
                 scales.append((part, smoothing(weights, moments.sample, most, wanted[0], wanted[0].inputs, self.powers)[0]))
         for part, scale in scales:
             scale_inputs(passing.block, part.layers, scale)

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
 from llmworks.errors import DataError, ModelError
-from llmworks.model.compressed import config_of, tensors_of
+from llmworks.model import compressed, mixed_int8
 from llmworks.model.grid import Grid, Whole
 from llmworks.model.rounded_inputs import read_rounded
 from llmworks.model.standard import to_standard
@@ -44,8 +44,8 @@ class Method(Protocol):
         """The matrices of layers that read the same, by name; those whose grid is None stay."""
 
 
-def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None, method: Method, grid: Grid, about: Mapping[str, Any]) -> Model:
-    """Write a directory in the form of compressed-tensors. The golden tokens are replayed on what was written.
+def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None, method: Method, grid: Grid, about: Mapping[str, Any], form: str = compressed.METHOD) -> Model:
+    """Write a directory in the form of compressed-tensors, or of bitsandbytes. The golden tokens are replayed on what was written.
 
     Errors: ModelError for a model that is quantized already, of another architecture, or with weights that are no numbers; DataError for too little text; GoldenMismatch when the result computes something else.
     """
@@ -65,9 +65,10 @@ def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None
     grid = replace(grid, stored=stored)
     skip = _skipping(source, config.skip)
     golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])
-    told, damage = _walked(source, ids, held, ctx, method, grid, skip)
+    told, damage = _walked(source, ids, held, ctx, method, grid, skip, form)
     grids = {one["name"]: grid for one in told}
-    _write(source, ctx, stored, grids, skip)
+    left = ["lm_head", *(name.removesuffix(".weight") for name in source.places if source.number_of(name) >= 0 and name.endswith("_proj.weight") and skip(name))]
+    _write(source, ctx, stored, compressed.config_of(grids, left) if form == compressed.METHOD else mixed_int8.config_of(grid.inputs.threshold if grid.inputs else 0.0, left))
     made = Source(ctx.out, quantized=True)
     texts = [list(one.ids) for one in golden.conversations]
     known = dict(zip(map(tuple, texts), logits_of(made, texts), strict=True))
@@ -106,7 +107,7 @@ def _skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: any(part in name for part in skip)
 
 
-def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Method, grid: Grid, skip: Callable[[str], bool]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Method, grid: Grid, skip: Callable[[str], bool], form: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """(what became of each layer, the damage). Each block is written to scratch when it is done."""
     from safetensors.torch import save_file
 
@@ -134,7 +135,7 @@ def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Met
                         layer.weight = torch.nn.Parameter(after, requires_grad=False)
                         if matrix.grid.inputs:
                             read_rounded(layer, matrix.grid.inputs)
-                        tensors |= tensors_of(source.rename(f"{head}{name}"), matrix)
+                        tensors |= (mixed_int8 if form == mixed_int8.METHOD else compressed).tensors_of(source.rename(f"{head}{name}"), matrix)
                         told.append({"name": source.rename(f"{head}{name}"), "layer": name, "block": passing.number, "lost": lost, "bits": matrix.bits, "weights": before.numel()})
                 passing.finish()
                 rest = to_standard(plain, source.kind) if source.kind else plain
@@ -150,7 +151,7 @@ def _grid_of(source: Source, skip: Callable[[str], bool], grid: Grid, head: str,
     return None if skip(source.rename(f"{head}{name}")) else grid
 
 
-def _write(source: Source, ctx: Context, stored: str, grids: Mapping[str, Grid], skip: Callable[[str], bool]) -> None:
+def _write(source: Source, ctx: Context, stored: str, quantization: Mapping[str, Any]) -> None:
     """The directory: weights in one file, the config, and all else as it was."""
     from safetensors.torch import save_file
 
@@ -158,8 +159,7 @@ def _write(source: Source, ctx: Context, stored: str, grids: Mapping[str, Grid],
     outside = ctx.scratch / "blocks" / "outside.safetensors"
     save_file({name: tensor.to(number).contiguous() for name, tensor in source.tensors(-1).items()}, outside)
     join_files([*sorted((ctx.scratch / "blocks").glob("0*.safetensors")), outside], ctx.out / "model.safetensors")
-    left = [name.removesuffix(".weight") for name in source.places if source.number_of(name) >= 0 and name.endswith("_proj.weight") and skip(name)]
-    config = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {"dtype": stored, "quantization_config": config_of(grids, ["lm_head", *left])}
+    config = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {"dtype": stored, "quantization_config": dict(quantization)}
     (ctx.out / "config.json").write_text(json.dumps(config, indent=2))
     copy_rest(source.path, ctx.out)
 

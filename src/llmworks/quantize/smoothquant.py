@@ -25,7 +25,8 @@ class SmoothquantConfig(CalibratedConfig):
 def smoothquant(config: SmoothquantConfig, model: Model, ctx: Context, data: Dataset) -> Model:
     """Write a directory in the form of compressed-tensors (W8A8). Errors: those of `rounding.run`."""
     from llmworks.model.grid import Grid
+    from llmworks.model.rounded_inputs import Reading
     from llmworks.quantize.calibrated import Smooth
     from llmworks.quantize.rounding import run
 
-    return run(config, model, ctx, data, Smooth(config.texts, powers=config.powers), Grid(8, 0, inputs=8), {"method": "smoothquant"})
+    return run(config, model, ctx, data, Smooth(config.texts, powers=config.powers), Grid(8, 0, inputs=Reading()), {"method": "smoothquant"})

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from llmworks.errors import ModelError
-from llmworks.model.compressed import dense
 from llmworks.model.decoder import Block, DecoderConfig, DecoderForCausalLM
 from llmworks.model.load import check_weights, refuse_scorer
-from llmworks.model.standard import from_standard, rename_of, round_inputs, shape_of
+from llmworks.model.quantized import dense, round_inputs
+from llmworks.model.standard import from_standard, rename_of, shape_of
 from llmworks.tokenize.load import read_json
 
 NUMBER = re.compile(r"(?:layers|blocks|h)\.(\d+)\.")

@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 from llmworks.model.grid import Grid
-from llmworks.model.rounded_inputs import round_tokens
+from llmworks.model.rounded_inputs import Reading, round_tokens
 from llmworks.quantize.solvers.awq import nearest
 
 POWERS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def smoothing(weights: Sequence[Tensor], sample: Tensor, most: Tensor, grid: Grid, bits: int, powers: Sequence[float] = POWERS) -> tuple[Tensor, float, float, float]:
+def smoothing(weights: Sequence[Tensor], sample: Tensor, most: Tensor, grid: Grid, reading: Reading, powers: Sequence[float] = POWERS) -> tuple[Tensor, float, float, float]:
     """(what inputs are divided by [columns], the power, the error without, the error with it) of layers [rows, columns] that read the same.
 
     sample: some inputs [tokens, columns]; most: the largest |x| of each column [columns]. The power is 0 where no scaling does better.
     """
     stacked = torch.cat(list(weights)).float()
     wanted = sample @ stacked.T
-    first = float((round_tokens(sample, bits) @ nearest(stacked, grid).T - wanted).square().sum())
+    first = float((round_tokens(sample, reading) @ nearest(stacked, grid).T - wanted).square().sum())
     best: tuple[Tensor, float, float, float] = (torch.ones_like(most), 0.0, first, first)
     columns = stacked.abs().amax(0).clamp(min=1e-8)
     for power in powers:
         scale = most.clamp(min=1e-8) ** power / columns ** (1 - power)
         scale = (scale / scale.log().mean().exp()).clamp(1e-3, 1e3)
-        error = float((round_tokens(sample / scale, bits) @ nearest(stacked * scale, grid).T - wanted).square().sum())
+        error = float((round_tokens(sample / scale, reading) @ nearest(stacked * scale, grid).T - wanted).square().sum())
         if error < best[3]:
             best = (scale, power, first, error)
     return best

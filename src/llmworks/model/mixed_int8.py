@@ -1,0 +1,55 @@
+"""LLM.int8() in a Hugging Face directory, in the form of bitsandbytes, which transformers reads: int8 weights with a scale for each row, inputs rounded but for those that are large.
+
+Dettmers et al. 2022 (arXiv:2208.07339). bitsandbytes takes a whole column out as soon as one token of a batch is large in it; here each large number is taken out, so that no token depends on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.errors import ModelError
+from llmworks.model.grid import Whole
+from llmworks.model.rounded_inputs import Reading
+
+METHOD = "bitsandbytes"
+THRESHOLD = 6.0
+
+
+def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
+    """The tensors of a layer `name` that holds a matrix of whole numbers, a scale for each row."""
+    return {f"{name}.weight": matrix.codes.contiguous(), f"{name}.SCB": (matrix.scales.scale[:, 0] * 127).float().contiguous(), f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+
+
+def config_of(threshold: float, left: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config`; `left`: layers that are as they were."""
+    return {"quant_method": METHOD, "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": threshold, "llm_int8_skip_modules": list(left), "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False}
+
+
+def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a directory as plain weights, fp32. ModelError for 4 bits of bitsandbytes, or a layer without its scales."""
+    if not config.get("load_in_8bit"):
+        raise ModelError("config.json: of bitsandbytes 8 bits can be read here, 4 bits cannot")
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part in ("SCB", "weight_format"):
+            continue
+        if tensor.dtype == torch.int8:
+            scale = tensors.get(f"{layer}.SCB")
+            if scale is None or scale.numel() != len(tensor):
+                raise ModelError(f"{layer}: has no scale (SCB) for each of its {len(tensor)} rows")
+            found[name] = tensor.float() * (scale.float().view(-1, 1) / 127)
+        else:
+            found[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return found
+
+
+def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
+    """How a layer's inputs are rounded; None: they are not."""
+    if any(part == name or part in name.split(".") for part in config.get("llm_int8_skip_modules") or ()):
+        return None
+    return Reading(8, "last", float(config.get("llm_int8_threshold", THRESHOLD)))

@@ -1,0 +1,33 @@
+"""Stage `quantize.int8`: LLM.int8(): weights and what they are multiplied by in 8 bits, but for the few inputs that are large.
+
+Dettmers et al. 2022 (arXiv:2208.07339). The large ones are found as they come, so that nothing has to be calibrated.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Dataset, Model
+from llmworks.context import Context
+from llmworks.quantize.config import QuantizeConfig
+
+
+class Int8Config(QuantizeConfig):
+    """What is large."""
+
+    bits: Literal[8] = Field(8, description="of weights and of inputs")
+    group: Literal[0] = Field(0, description="one scale for each row")
+    threshold: float = Field(6.0, gt=0, description="inputs beyond it are multiplied in full precision")
+
+
+def int8(config: Int8Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
+    """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
+    from llmworks.model.grid import Grid
+    from llmworks.model.mixed_int8 import METHOD
+    from llmworks.model.rounded_inputs import Reading
+    from llmworks.quantize.nearest import Nearest
+    from llmworks.quantize.rounding import run
+
+    return run(config, model, ctx, data, Nearest(search=False), Grid(8, 0, inputs=Reading(8, "last", config.threshold)), {"method": "int8"}, METHOD)

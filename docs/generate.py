@@ -8,16 +8,9 @@ from llmworks.artifact import Config
 from llmworks.stages import STAGES, config_help, resolve
 
 
-def rows(config: type[Config], prefix: str = "") -> list[str]:
+def rows(config: type[Config]) -> list[str]:
     """Table rows of a config's fields, nested configs spelled out."""
-    out = []
-    for name, kind, what in config_help(config):
-        annotation = config.model_fields[name].annotation
-        if isinstance(annotation, type) and issubclass(annotation, Config):
-            out += rows(annotation, f"{prefix}{name}.")
-        else:
-            out.append(f"| `{prefix}{name}` | {kind.replace('|', 'or')} | {what} |")
-    return out
+    return [f"| `{name}` | {kind.replace('|', 'or')} | {what} |" for name, kind, what in config_help(config)]
 
 
 def stages_page() -> str:

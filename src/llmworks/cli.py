@@ -355,7 +355,9 @@ def _stage_command(words: list[str]) -> int:
         print(f"llmworks: unknown command {typed!r}, {hint}", file=sys.stderr)
         return 2
     stage = resolve(name)
-    fields = "\n".join(f"  {field:<18} {what} ({kind})" for field, kind, what in config_help(stage.config))
+    known_fields = config_help(stage.config)
+    wide = max((len(field) for field, _, _ in known_fields), default=0)
+    fields = "\n".join(f"  {field:<{wide}} {what} ({kind})" for field, kind, what in known_fields)
     parser = Parser(
         prog=f"llmworks {name.replace('.', ' ')}",
         description=stage.help,

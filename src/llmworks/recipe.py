@@ -126,8 +126,9 @@ def unknown(what: str, name: object, known: Sequence[str]) -> str:
 def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> str:
     """One validation error of a config class as a line; `label` is where the config stands."""
     if item["type"] == "extra_forbidden":
-        inner = item["loc"][:-1]
-        return f"{'.'.join([label, *map(str, inner)])}: {unknown('key', item['loc'][-1], _fields(model, inner))}"
+        inner, last = item["loc"][:-1], str(item["loc"][-1])
+        within = next((f"{name}.{last}" for name in _fields(model, inner) if last in _fields(model, (*inner, name))), "")
+        return f"{'.'.join([label, *map(str, inner)])}: " + (f"unknown key {last!r}, did you mean {within!r}?" if within else unknown("key", last, _fields(model, inner)))
     if item["type"] == "missing":
         asked = next((f" ({kind.removesuffix(', required')}): {what}" for name, kind, what in config_help(model) if item["loc"] == (name,)), "")
         return f"{'.'.join([label, *map(str, item['loc'])])} is missing{asked}"

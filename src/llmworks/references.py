@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,11 @@ def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> 
 
 def _near(ref: str, workspace: Workspace | None) -> str:
     """What a reference that leads nowhere may have meant: an asset, or a name in the workspace."""
-    if ref in CATALOGUE:
-        return f"; did you mean asset:{ref}?"
+    name = ref.rpartition("/")[2].lower()
+    if name in CATALOGUE:
+        return f"; did you mean asset:{name}" + (f", or hf:{ref}, a model of the Hub?" if "/" in ref else "?")
+    if re.fullmatch(r"[\w-]+/[\w.-]+", ref) and (workspace is None or not any(known.startswith(ref.partition("/")[0] + "/") for known in workspace.names())):
+        return f"; a model of the Hub is hf:{ref}"
     if workspace is None:
         return ""
     near = difflib.get_close_matches(ref, list(workspace.names()), n=1)

@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,13 +190,20 @@ def _input(name: str, hint: Any, required: bool) -> Input:
     return Input(name, kinds, shape, required)
 
 
-def config_help(config: type[Config]) -> list[tuple[str, str, str]]:
-    """(field, type and default, description) of every field of a config class."""
+def config_help(config: type[Config], prefix: str = "", rates: Mapping[str, float] | None = None) -> list[tuple[str, str, str]]:
+    """(field, type and default, description) of every field of a config class, those of configs within it as `optimizer.learning_rate`. `rates`: learning rates by method, where they are other than the field's."""
+    rates = rates or getattr(config, "rates", None)
     rows: list[tuple[str, str, str]] = []
     for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+            rows += config_help(field.annotation, f"{prefix}{name}.", rates)
+            continue
         hint = str(field.annotation.__name__ if isinstance(field.annotation, type) else field.annotation).replace("typing.", "")
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        rows.append((name, f"{hint}, {default}", field.description or ""))
+        if rates and name == "learning_rate":
+            own = {**({} if "lora" in rates else {"else": field.default}), **rates}
+            default = "default " + ", ".join(f"{rate:g} ({method})" if method != "else" else f"{rate:g}" for method, rate in own.items())
+        rows.append((f"{prefix}{name}", f"{hint}, {default}", field.description or ""))
     return rows
 
 

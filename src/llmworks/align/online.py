@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference import Policy
+from llmworks.align.preference import Policy, shared_prompts
 from llmworks.align.rewards import Rewards, check_names
 from llmworks.artifact import Adapter, Dataset, Model
 from llmworks.context import Context
@@ -126,6 +126,7 @@ def run(config: OnlineConfig, policy: Policy, data: Dataset, ctx: Context, held_
     most = min(config.max_tokens, context_of(policy.model))
     asked, lost = prompts_of(config, tokenizer, data, most)
     unseen = prompts_of(config, tokenizer, held_out, most, config.look_rows)[0] if held_out is not None else []
+    shared_prompts(asked, unseen, lambda one: one.ids, ctx.progress.say)
     for one in (*asked, *unseen):
         rewards.check(one.row, one.prompt)
     each = config.batch_size * config.accumulation * config.updates
@@ -145,6 +146,9 @@ def run(config: OnlineConfig, policy: Policy, data: Dataset, ctx: Context, held_
         def describe(report: Any, title: str, rows: Any, metrics: Any, fields: Any, set_aside: Any) -> None:
             if aside.exists():
                 shutil.copyfile(aside, ctx.out / aside.name)
+            if "accuracy" in metrics:  # as looks have it, whatever they look at
+                metrics["held_out_reward"] = metrics.pop("accuracy")
+                metrics.pop("held_out")
             metrics |= describe_online(report, title, rows, metrics, fields, set_aside, made[0].began, made[0].seen, ctx.scratch / "samples.json", aside, ctx.progress.say)
 
         try:

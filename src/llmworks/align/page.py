@@ -27,7 +27,9 @@ def describe(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], 
         last = looks[-1]
         chosen = next((row for row in looks if row["step"] == metrics.get("best_step", -1)), last)
         if "accuracy" in chosen:
-            report.lead += f" Of held-out answers {chosen['accuracy']:.1%} are ranked right, by a margin of {chosen['held_out_margin']:+.3f}"
+            count = chosen.get("held_out_rows", 0)
+            share, low, high = wilson(chosen["accuracy"] * count, count) if count else (chosen["accuracy"], 0.0, 0.0)
+            report.lead += f" Of {f'{count:,} ' if count else ''}held-out {'pairs' if count else 'answers'} {share:.1%} are ranked right{f' ({low:.1%} to {high:.1%})' if count else ''}, by a margin of {chosen['held_out_margin']:+.3f}"
         else:
             report.lead += f" Held-out answers are of one kind, so that none can be ranked above another; their loss is {chosen['held_out']:.4f}"
         report.lead += f" after step {chosen['step'] + 1}, whose weights these are." if chosen is not last else "."
@@ -44,7 +46,7 @@ def describe_scores(report: ReportBuilder, title: str, rows: Sequence[dict[str, 
     report.title = f"{'Reward model' if kind == 'whole' else 'Process reward model'} of {title}"
     if not seen:
         return {}
-    report.lead = report.lead.partition(" Of held-out answers ")[0]  # which the sentence below says with an interval
+    report.lead = report.lead.partition(" Of held-out ")[0]  # which the sentence below says with an interval
     chances, true, low = [score for score, _ in seen], [bool(right) for _, right in seen], 0.0
     if kind == "whole":  # of the answer that scores more
         chances, true, low = [1 / (1 + math.exp(-min(700.0, abs(a - b)))) for a, b in seen], [a > b for a, b in seen], 0.5
@@ -91,8 +93,8 @@ def describe_online(report: ReportBuilder, title: str, rows: Sequence[dict[str, 
     if both:
         won, lost = sum(b > a + 1e-9 for a, b in both), sum(b < a - 1e-9 for a, b in both)
         share, low, high = wilson(won + (len(both) - won - lost) / 2, len(both))
-        figures |= {"began": round(sum(a for a, _ in both) / len(both), 5), "win_rate": round(share, 5), "win_rate_low": round(low, 5), "win_rate_high": round(high, 5)}
-        report.lead += f" Greedy answers to {len(both):,} held-out prompts: {figures['began']:.3f} before, {sum(b for _, b in both) / len(both):.3f} after; the policy beats its beginning in {share:.1%} ({low:.1%} to {high:.1%}; {won} better, {lost} worse, a tie is half)."
+        figures |= {"held_out_reward_first": round(sum(a for a, _ in both) / len(both), 5), "win_rate": round(share, 5), "win_rate_low": round(low, 5), "win_rate_high": round(high, 5)}
+        report.lead += f" Greedy answers to {len(both):,} held-out prompts: {figures['held_out_reward_first']:.3f} before, {sum(b for _, b in both) / len(both):.3f} after; " + (f"the policy beats its beginning in {share:.1%} ({low:.1%} to {high:.1%}; {won} better, {lost} worse, a tie is half)." if won or lost else "all are worth what they were.")
     warnings = alarms(steps)
     if failed.exists():
         rows_failed = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
@@ -103,6 +105,7 @@ def describe_online(report: ReportBuilder, title: str, rows: Sequence[dict[str, 
         say(f"warning: {warning}")
     if warnings:
         report.text("Alarms", "\n\n".join(warnings))
+    figures["alarms"] = len(warnings)
     report.data = {"warnings": [], "alarms": warnings, "config": dict(config), "steps": len(steps), **figures, "held_out": [{"step": row["step"], "reward": row["accuracy"]} for row in looks]}
     for heading, series, y in online_curves(steps, looks, both):
         report.curves(heading, series, x="step", y=y)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.answered import Answered, apart, kept, pair_of, singles_of
+from llmworks.align.answered import Answered, apart, kept, label_of, pair_of, singles_of
 from llmworks.artifact import Adapter, Dataset, Model, require_base
 from llmworks.context import Context
 from llmworks.data.rows import Row, read_chat, read_preference, schema_of
@@ -95,7 +95,7 @@ def read(config: PreferenceConfig, policy: Policy, data: Dataset, held_out: Data
     if held_out is not None:
         rows = rows_of(held_out, singles=singles)
         unseen = apart(examples_of(config, tokenizer, rows[: config.look_rows], held_out.name, most, singles=singles)[0], HELD)
-        questions = [{**row, "messages": row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]]} for row in rows[: config.samples]]
+        questions = [{**row, "messages": row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]]} for row in [row for row in rows if not singles or label_of(row) is not False][: config.samples]]
     return Material(tokenizer, stops, examples, lost, unseen, questions)
 
 
@@ -124,6 +124,7 @@ def prefer(config: PreferenceConfig, policy: Policy, data: Dataset, ctx: Context
     if reference is not None:
         same_vocabulary(reference, policy)
     weighed = sum(example.labels for example in material.examples)
+    shared_prompts(material.examples, material.unseen, lambda example: example.prompt, ctx.progress.say)
     ctx.progress.say(f"{len(material.examples)} {'answers' if singles else 'pairs'}, {weighed:,} tokens of answers" + (f"; {len(material.set_aside)} rows set aside" if material.set_aside else ""))
     with world.opened(config.parallel) as here:
         from llmworks.align.ways import Given
@@ -135,6 +136,14 @@ def prefer(config: PreferenceConfig, policy: Policy, data: Dataset, ctx: Context
             return tune(config, policy.model, ctx, here, material, way, describe, adapter=policy.adapter)
         except RuntimeError as error:
             raise (in_memory(error) or error) from error
+
+
+def shared_prompts(learned: Sequence[Any], unseen: Sequence[Any], prompt_of: Callable[[Any], Any], say: Callable[[str], None]) -> None:
+    """Say how many held-out prompts are among those that are learned from: what is seen there is no measure then."""
+    known = {prompt_of(one) for one in learned}
+    shared = sum(prompt_of(one) in known for one in unseen)
+    if shared:
+        say(f"warning: {shared} of {len(unseen)} held-out prompts are learned from, too; what they show says nothing of others")
 
 
 def same_vocabulary(reference: Model, policy: Policy) -> None:

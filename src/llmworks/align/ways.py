@@ -153,7 +153,7 @@ class Pairs:
                 found.add(held_out=judged.loss, accuracy=(judged.chosen > judged.rejected).float(), held_out_margin=judged.chosen - judged.rejected)
         network.train(training)
         told = found.means()
-        return told | {"held_out": told["held_out"] + learned / max(1, len(unseen))}
+        return told | {"held_out": told["held_out"] + learned / max(1, len(unseen)), "held_out_rows": len(unseen)}
 
 
 class Singles:

@@ -270,7 +270,8 @@ def _inputs(args: argparse.Namespace, workspace: Workspace) -> dict[str, Any]:
         found = [resolve(ref.partition("=")[2] if wanted.shape == "dict" else ref, workspace=workspace) for ref in refs]
         for artifact in found:
             if not isinstance(artifact, wanted.kinds):
-                raise UserError(f"--{name}: {artifact.name} is a {artifact.kind}, wanted is {wanted.describe()}")
+                adapter = "; give the model that it was trained on here and it as --adapter, or fold it into that model (llmworks merge adapter)" if artifact.kind == "adapter" and "adapter" in args.stage.inputs else ""
+                raise UserError(f"--{name}: {artifact.name} is {'an' if artifact.kind[0] in 'aei' else 'a'} {artifact.kind}, wanted is {wanted.describe()}{adapter}")
         given[name] = (
             found[0]
             if wanted.shape == "one"

@@ -28,6 +28,8 @@ def recognise(raw: Json) -> str:
     empty = next((key for key in messages.KEYS if key in raw and not raw[key]), "")
     if empty:
         raise ValueError(f"has no turns: `{empty}` is empty")
+    if "prompt" in raw:
+        raise ValueError("has a `prompt` and nothing that answers it; questions alone are rows of `messages` with a user turn, read with turns: any")
     keys = ", ".join(list(raw)[:8]) or "none"
     raise ValueError(f"its keys ({keys}) are of no known shape; known: {', '.join(SHAPES)}")
 

@@ -53,12 +53,11 @@ def _near(ref: str, workspace: Workspace | None) -> str:
     name = ref.rpartition("/")[2].lower()
     if name in CATALOGUE:
         return f"; did you mean asset:{name}" + (f", or hf:{ref}, a model of the Hub?" if "/" in ref else "?")
-    if re.fullmatch(r"[\w-]+/[\w.-]+", ref) and (workspace is None or not any(known.startswith(ref.partition("/")[0] + "/") for known in workspace.names())):
-        return f"; a model of the Hub is hf:{ref}"
+    hub = f"; a model of the Hub is hf:{ref}" if re.fullmatch(r"[\w-]+/[\w.-]+", ref) else ""
     if workspace is None:
-        return ""
+        return hub
     near = difflib.get_close_matches(ref, list(workspace.names()), n=1)
-    return f", here or in {workspace.root}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f", here or in {workspace.root}" + (f"; did you mean {near[0]!r}?" if near else hub)
 
 
 def is_here(ref: str) -> bool:

@@ -171,6 +171,7 @@ def test_there_and_back(what: str, tmp_path: Path, theirs: HFLM, ours: Callable[
     assert numbers[0]
 
 
+@pytest.mark.slow
 def test_chat_prompts_are_those_of_the_harness(tmp_path: Path, theirs: HFLM, ours: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked in turns, with the model's own template."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

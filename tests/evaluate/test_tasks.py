@@ -228,6 +228,7 @@ def test_intervals_treat_groups_as_one_draw(run: Run) -> None:
 # engines
 
 
+@pytest.mark.slow
 def test_one_task_says_the_same_on_every_engine(run: Run, pico: Path, pico_gguf: Path) -> None:
     """torch, llama.cpp and a server with `echo`: the same texts, the same options chosen, the same answers."""
     behind = TorchEngine.open(pico)

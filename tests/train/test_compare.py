@@ -28,6 +28,7 @@ def test_from_when_on() -> None:
     assert crossing("a", {"a": run(1)}) == ""
 
 
+@pytest.mark.slow
 def test_the_stage(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     text = (Path(__file__).parents[2] / "LICENSE").read_text()

@@ -12,11 +12,12 @@ import torch
 from tests.train.test_sft import chats, rows_of
 
 from llmworks.artifact import Dataset, Model
+from llmworks.data import lessons
 from llmworks.data.rows import write_chat
 from llmworks.errors import UserError
 from llmworks.model import attention, fold
 from llmworks.tokenize.templates import Rendered
-from llmworks.train import checkpoints, examples, loop, selftest_sft
+from llmworks.train import checkpoints, loop, selftest_sft
 from llmworks.train.distill import DistillConfig
 from llmworks.train.placement import Placed
 from llmworks.train.sft import SftConfig
@@ -42,23 +43,23 @@ def bench(pico: Path, tmp_path: Path, config: SftConfig | None = None) -> selfte
 
 
 def wrong_mask(patch: pytest.MonkeyPatch) -> None:
-    real = examples.render_masked
+    real = lessons.render_masked
 
     def all_learned(*args: Any, **more: Any) -> Rendered:
         made = real(*args, **more)
         return Rendered(made.ids, (1,) * len(made.ids))
 
-    patch.setattr(examples, "render_masked", all_learned)
+    patch.setattr(lessons, "render_masked", all_learned)
 
 
 def lost_mask(patch: pytest.MonkeyPatch) -> None:
-    real = examples.render_masked
+    real = lessons.render_masked
 
     def half(*args: Any, **more: Any) -> Rendered:
         made = real(*args, **more)
         return Rendered(made.ids, tuple(m if i > len(made.mask) // 2 else 0 for i, m in enumerate(made.mask)))
 
-    patch.setattr(examples, "render_masked", half)
+    patch.setattr(lessons, "render_masked", half)
 
 
 def wrong_segments(patch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def test_what_was_under_way_is_tried_again(tmp_path: Path) -> None:
     assert len({told.values["a.x"], lost.values["a.x"], *drawn}) == 5
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_recipe(tmp_path: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command line: the report names the best, whose steps bear the recipe's names; twice the same command tries nothing; more trials go on."""
     chats(tmp_path / "rows", 12)

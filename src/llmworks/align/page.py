@@ -106,7 +106,7 @@ def describe_online(report: ReportBuilder, title: str, rows: Sequence[dict[str, 
     if warnings:
         report.text("Alarms", "\n\n".join(warnings))
     figures["alarms"] = len(warnings)
-    report.data = {"warnings": [], "alarms": warnings, "config": dict(config), "steps": len(steps), **figures, "held_out": [{"step": row["step"], "reward": row["accuracy"]} for row in looks]}
+    report.data = {"warnings": [], "config": dict(config), "steps": len(steps), **figures, "alarms": warnings, "held_out": [{"step": row["step"], "reward": row["accuracy"]} for row in looks]}
     for heading, series, y in online_curves(steps, looks, both):
         report.curves(heading, series, x="step", y=y)
     kept = json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else {}

@@ -25,7 +25,7 @@ from llmworks.model.grid import Grid
 from llmworks.model.rounded_inputs import Reading, round_tokens
 from llmworks.model.standard import load_decoder
 from llmworks.progress import Progress
-from llmworks.quantize import absmax, awq, gptq, int8, smoothquant, zeropoint
+from llmworks.quantize import absmax, awq, gptq, hqq, int8, nf4, smoothquant, zeropoint, zeroquant
 from llmworks.quantize.calibrated import Awq, Gptq
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.solvers.smoothquant import smoothing
@@ -39,6 +39,7 @@ from tests.conftest import make_pico
 STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
     "absmax": (absmax.absmax, absmax.AbsmaxConfig), "zeropoint": (zeropoint.zeropoint, zeropoint.ZeropointConfig), "gptq": (gptq.gptq, gptq.GptqConfig), "awq": (awq.awq, awq.AwqConfig),
     "smoothquant": (smoothquant.smoothquant, smoothquant.SmoothquantConfig), "int8": (int8.int8, int8.Int8Config),
+    "nf4": (nf4.nf4, nf4.Nf4Config), "hqq": (hqq.hqq, hqq.HqqConfig), "zeroquant": (zeroquant.zeroquant, zeroquant.ZeroquantConfig),
 }  # fmt: skip
 SMALL = {"bits": 4, "group": 32, "length": 48, "held": 3}
 
@@ -61,10 +62,17 @@ def quantized(stage: str, model: Path, texts: Dataset | None, folder: Path, gold
     out.mkdir(parents=True)
     (folder / "scratch").mkdir(exist_ok=True)
     context = Context(out, folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed"))
-    more = {"texts": 12} if stage in ("gptq", "awq") else {"texts": 12, "bits": 8, "group": 0} if stage == "smoothquant" else {"bits": 8, "group": 0} if stage == "int8" else {}
+    more = {"texts": 12} if stage in ("gptq", "awq", "zeroquant") else {"group": 64} if stage == "nf4" else {"texts": 12, "bits": 8, "group": 0} if stage == "smoothquant" else {"bits": 8, "group": 0} if stage == "int8" else {}
     made: Model = function(config(**{**SMALL, **more, **given}), Model(model, golden=record(golden or model)), context, **({} if texts is None else {"data": texts}))
     context.report.write(folder / "report")
     return made
+
+
+def _ours(name: str) -> str:
+    """The name of a layer of Llama's in the decoder."""
+    for theirs, here in (("model.layers", "decoder.blocks"), ("self_attn", "attention"), ("mlp", "feed_forward"), ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out"), ("_proj", "")):
+        name = name.replace(theirs, here)
+    return name
 
 
 def test_walking_changes_nothing_and_reads_what_layers_read(pico: Path, tmp_path: Path) -> None:
@@ -94,7 +102,7 @@ def test_walking_changes_nothing_and_reads_what_layers_read(pico: Path, tmp_path
 
 def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """The weights of the last block, computed again by hand: hooks on a model whose earlier layers are those that were written."""
-    made = quantized("gptq", pico, texts, tmp_path, search=False, rest="float32")
+    made = quantized("gptq", pico, texts, tmp_path, search=False, by_activation=False, rest="float32")
     done, model = load_decoder(made.path), load_decoder(pico)
     ids, _ = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
     order = ["query", "key", "value", "out", "gate", "up", "down"]
@@ -115,7 +123,7 @@ def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: 
             before.data.copy_(now)
 
 
-@pytest.mark.parametrize("stage", ["absmax", "zeropoint", "gptq", "awq"])
+@pytest.mark.parametrize("stage", ["absmax", "zeropoint", "gptq", "awq", "hqq"])
 @pytest.mark.parametrize("more", [{}, {"bits": 8, "group": 0}, {"bits": 3}], ids=["4 bits", "8 bits a row", "3 bits"])
 def test_what_is_written_is_read(stage: str, more: dict[str, Any], pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """By compressed-tensors to the bit, by transformers, by our engine; figures are those of both models side by side."""
@@ -128,8 +136,7 @@ def test_what_is_written_is_read(stage: str, more: dict[str, Any], pico: Path, t
     assert len(layers) == 14
     for layer in layers:
         theirs = compressor.decompress({name.removeprefix(f"{layer}."): tensor for name, tensor in tensors.items() if name.startswith(f"{layer}.")}, scheme)["weight"]
-        name = layer.replace("model.layers", "decoder.blocks").replace("self_attn", "attention").replace("mlp", "feed_forward").replace("q_proj", "query").replace("k_proj", "key").replace("v_proj", "value").replace("o_proj", "out").replace("_proj", "")
-        assert torch.allclose(ours.get_parameter(f"{name}.weight"), theirs.float(), rtol=2e-3, atol=1e-6)  # theirs is rounded to the scales' format
+        assert torch.allclose(ours.get_parameter(f"{_ours(layer)}.weight"), theirs.float(), rtol=2e-3, atol=1e-6)  # theirs is rounded to the scales' format
     ids, held = calibration(load_tokenizer(pico), texts, made_texts := 12 if stage in ("gptq", "awq") else 0, 3, 48, 0)
     assert len(ids) == made_texts
     with torch.no_grad():
@@ -181,6 +188,79 @@ def test_llm_int8_is_that_of_bitsandbytes(pico: Path, texts: Dataset, tmp_path: 
     codes, scales, _ = int8_vectorwise_quant(weight.half())
     assert float((codes != tensors["model.layers.1.mlp.up_proj.weight"]).float().mean()) < 0.01  # theirs are of fp16 weights
     assert torch.allclose(scales, tensors["model.layers.1.mlp.up_proj.SCB"], rtol=2e-3)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("levels", ["nf4", "fp4"])
+def test_4_bits_are_those_of_bitsandbytes(levels: str, double: bool, pico: Path, texts: Dataset, tmp_path: Path) -> None:
+    """Codes and scales of its own function, its layers in transformers, and what is read here."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    made = quantized("nf4", pico, texts, tmp_path, levels=levels, double=double, rest="float32")
+    ours = load_decoder(made.path)
+    model = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)
+    found = {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert len(found) == 14
+    for name, module in found.items():
+        mine = ours.get_parameter(f"{_ours(name)}.weight")
+        assert module.in_features % 64 or torch.allclose(dequantize_4bit(module.weight.data, module.weight.quant_state), mine, atol=1e-6)  # its function for CPUs takes rows that 64 divides for granted
+    tensors, name = load_file(made.path / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    codes, state = quantize_4bit(load_file(pico / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"], quant_type=levels, compress_statistics=double)
+    zero = 8 if levels == "fp4" else 256  # there are two zeros
+    halves = [torch.stack([some >> 4, some & 15]).masked_fill_(torch.stack([some >> 4, some & 15]) == zero, 0) for some in (codes, tensors[name])]
+    assert torch.equal(*halves)
+    theirs = state.absmax if not double else state.state2.absmax
+    assert torch.allclose(theirs, tensors[f"{name}.nested_absmax" if double else f"{name}.absmax"], rtol=1e-5)
+    assert made.metrics["bits_a_weight"] == pytest.approx(4.126 if double else 4.5, abs=0.01)
+
+
+def test_half_quadratic_zero_points_are_the_papers() -> None:
+    """Against the updates written out for one group; whole zero points lose no more than those of smallest and largest."""
+    from llmworks.model.grid import Scales, fit, grouped, restored, rounded
+    from llmworks.quantize.solvers.hqq import loss, solve, zeros
+
+    weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)) * 0.05
+    weight[0, 5] = 0.4
+    grid = Grid(4, 64, symmetric=False)
+    groups = grouped(weight, grid)
+    first = fit(groups, grid)
+    found = zeros(groups, first, grid)
+    scale, zero, beta, best, least = float(first.scale), float(first.zero), 10.0, float(first.zero), float("inf")
+    for _ in range(20):
+        codes = [min(7, max(-8, round(float(w) / scale + zero))) for w in weight[0]]
+        apart = [float(w) - (q - zero) * scale for w, q in zip(weight[0], codes, strict=True)]
+        error = sum(map(abs, apart)) / 64
+        if error >= least:
+            break
+        best, least = zero, error
+        kept = [(1 if e > 0 else -1) * max(0.0, abs(e) - max(abs(e), 1e-12) ** -0.3 / beta) for e in apart]
+        zero = sum(q - (float(w) - e) / scale for w, q, e in zip(weight[0], codes, kept, strict=True)) / 64
+        beta *= 1.01
+    assert float(found.zero) == pytest.approx(best, abs=1e-4)
+    assert best != float(first.zero)
+    many = torch.randn(32, 128, generator=torch.Generator().manual_seed(2)) ** 3
+    made = solve(many, grid)
+    groups = grouped(many, grid)
+    assert bool((loss(groups, made.scales, grid) <= loss(groups, fit(groups, grid), grid)).all())
+    assert torch.equal(made.scales.zero, made.scales.zero.round())
+    assert torch.allclose(made.weight(), restored(rounded(groups, Scales(made.scales.scale, made.scales.zero), grid), made.scales).reshape(many.shape))
+
+
+def test_a_block_that_was_taught_answers_more_as_before(pico: Path, texts: Dataset, tmp_path: Path) -> None:
+    """Weights in 4 bits, inputs in 8: what transformers computes of it, and less damage than without lessons."""
+    plain, taught = (quantized("zeroquant", pico, texts, tmp_path / str(epochs), epochs=epochs, bits=3, learning_rate=0.01) for epochs in (0, 20))
+    assert taught.metrics["kl"] < 0.8 * plain.metrics["kl"]
+    ours = load_decoder(taught.path)
+    _, held = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
+    with torch.no_grad():
+        old, new = (F.log_softmax(logits, -1) for logits in (load_decoder(pico)(input_ids=held).logits, ours(input_ids=held).logits))
+        assert taught.metrics["kl"] == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), rel=1e-2)
+        theirs = AutoModelForCausalLM.from_pretrained(taught.path, dtype=torch.float32)(input_ids=held).logits
+        for module in ours.modules():
+            module._forward_pre_hooks.clear()
+        without = ours(input_ids=held).logits
+    mine = F.log_softmax(theirs, -1)
+    assert float((new - mine).abs().mean()) < 0.2 * float((F.log_softmax(without, -1) - mine).abs().mean())
 
 
 def test_large_inputs_are_taken_out_for_their_token_alone() -> None:

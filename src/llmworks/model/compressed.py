@@ -1,6 +1,6 @@
 """Weights as whole numbers in a Hugging Face directory, in the form of compressed-tensors, which transformers and vLLM read: names of tensors, their packing, the config that says so.
 
-Layouts: `pack-quantized` (bit after bit, as int32) and `int-quantized` (int8, inputs rounded, too). Knows no method.
+Layouts: `pack-quantized` (bit after bit, as int32) and `int-quantized` (int8, where inputs are, too). Knows no method.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
     scale = matrix.scales.scale.to(stored).contiguous()
     if scale.shape[0] != rows:
         scale = scale.expand(rows, 1).contiguous()
-    if grid.inputs:
+    if _plain(grid):
         return {f"{name}.weight": matrix.codes.contiguous(), f"{name}.weight_scale": scale}
     found = {f"{name}.weight_packed": packed(matrix.codes, grid.bits), f"{name}.weight_scale": scale, f"{name}.weight_shape": torch.tensor([rows, columns])}
     if not grid.symmetric:
         zero = matrix.scales.zero.expand(rows, -1).to(torch.int8)
         found[f"{name}.weight_zero_point"] = packed(zero.T.contiguous(), grid.bits).T.contiguous()  # rows, not groups, stand together
     return found
+
+
+def _plain(grid: Grid) -> bool:
+    """Whether codes stand in the file as they are."""
+    return grid.inputs is not None and grid.bits == 8
 
 
 def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
         strategy = "group" if grid.group > 0 else "channel"
         weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "strategy": strategy, "group_size": grid.group if grid.group > 0 else None, "dynamic": False, "observer": "minmax", "actorder": None, "block_structure": None}
         inputs = {"num_bits": grid.inputs.bits, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True, "observer": None, "actorder": None, "block_structure": None} if grid.inputs else None
-        groups[f"group_{number}"] = {"targets": ["Linear"] if len(kinds) == 1 else names, "weights": weights, "input_activations": inputs, "output_activations": None, "format": "int-quantized" if grid.inputs else "pack-quantized"}
+        groups[f"group_{number}"] = {"targets": ["Linear"] if len(kinds) == 1 else names, "weights": weights, "input_activations": inputs, "output_activations": None, "format": "int-quantized" if _plain(grid) else "pack-quantized"}
     formats = {group["format"] for group in groups.values()}
     return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision", "quantization_status": "compressed", "config_groups": groups, "ignore": list(left), "kv_cache_scheme": None, "global_compression_ratio": None}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmworks.errors import ModelError
-from llmworks.model.grid import Whole
+from llmworks.model.grid import Grid, Whole
 from llmworks.model.rounded_inputs import Reading
 
 METHOD = "bitsandbytes"
@@ -24,15 +24,15 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
     return {f"{name}.weight": matrix.codes.contiguous(), f"{name}.SCB": (matrix.scales.scale[:, 0] * 127).float().contiguous(), f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8)}
 
 
-def config_of(threshold: float, left: Sequence[str]) -> dict[str, Any]:
+def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
     """`quantization_config`; `left`: layers that are as they were."""
+    inputs = next(iter(grids.values())).inputs
+    threshold = inputs.threshold if inputs else 0.0
     return {"quant_method": METHOD, "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": threshold, "llm_int8_skip_modules": list(left), "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False}
 
 
 def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a directory as plain weights, fp32. ModelError for 4 bits of bitsandbytes, or a layer without its scales."""
-    if not config.get("load_in_8bit"):
-        raise ModelError("config.json: of bitsandbytes 8 bits can be read here, 4 bits cannot")
+    """All tensors of a directory as plain weights, fp32. ModelError for a layer without its scales."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""NF4: weights in 4 bits, blocks of 64 scaled by their largest, each number the nearest of 16 quantiles of a normal distribution.
+"""NF4: weights in 4 bits, blocks of 64 scaled by their largest, each number the nearest of 16 quantiles of a normal distribution; or FP4, the nearest of floats of two exponent bits and one of a fraction.
 
 Dettmers et al. 2023, QLoRA (arXiv:2305.14314), sections 2 and 3; the values, and those of double quantization (the blocks' scales in 8 bits, Dettmers et
 al. 2022, arXiv:2110.02861), are those of bitsandbytes. Pure tensor functions, and the frozen layer that computes with them. Knows no training.
@@ -23,6 +23,8 @@ LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+FLOATS = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # of a code's lower three bits; the upper one is the sign
+BOOKS = {"nf4": LEVELS, "fp4": (*FLOATS, *(-value for value in FLOATS))}  # what the 16 codes stand for
 
 
 @functools.lru_cache(maxsize=2)
@@ -36,11 +38,15 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(found), dtype=torch.float32)
 
 
-@functools.lru_cache(maxsize=2)
-def _levels(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(levels, borders between them)."""
-    levels = torch.tensor(LEVELS, dtype=torch.float32, device=device)
-    return levels, (levels[1:] + levels[:-1]) / 2
+@functools.lru_cache(maxsize=4)
+def _levels(device: torch.device, book: str = "nf4") -> tuple[Tensor, Tensor, Tensor]:
+    """(levels by their codes, borders between levels in their order, the codes in that order)."""
+    levels = torch.tensor(BOOKS[book], dtype=torch.float32, device=device)
+    order = torch.argsort(levels, stable=True)
+    if book == "fp4":
+        order = order[order != 8]  # there is one zero
+    sorted_levels = levels[order]
+    return levels, (sorted_levels[1:] + sorted_levels[:-1]) / 2, order.to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Packed:
     shape: tuple[int, ...]
     second: Tensor | None = None
     mean: float = 0.0
+    book: str = "nf4"
 
     @property
     def bits(self) -> float:
@@ -60,22 +67,23 @@ class Packed:
         return float(8 * sum(part.numel() * part.element_size() for part in parts) / math.prod(self.shape))
 
 
-def pack(weight: Tensor, *, double: bool = True) -> Packed:
-    """The nearest levels of a matrix, block by block in its own order."""
+def pack(weight: Tensor, *, double: bool = True, book: str = "nf4") -> Packed:
+    """The nearest levels of a matrix, block by block in its own order. `book`: nf4 or fp4."""
     flat = weight.detach().float().reshape(-1)
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(1)
     normed = blocks * (1.0 / torch.where(scales > 0, scales, torch.ones_like(scales)))[:, None]
-    codes = torch.bucketize(normed, _levels(weight.device)[1]).to(torch.uint8).view(-1)[: len(flat) + len(flat) % 2]
+    _, borders, order = _levels(weight.device, book)
+    codes = order[torch.bucketize(normed, borders)].view(-1)[: len(flat) + len(flat) % 2]
     packed = codes[0::2] << 4 | codes[1::2]
     if not double:
-        return Packed(packed, scales, tuple(weight.shape))
+        return Packed(packed, scales, tuple(weight.shape), book=book)
     mean = scales.mean()
     groups = F.pad(scales - mean, (0, -len(scales) % SCALES)).view(-1, SCALES)
     second = groups.abs().amax(1)
     table = dynamic_map().to(weight.device)
     relative = (groups * (1.0 / torch.where(second > 0, second, torch.ones_like(second)))[:, None]).view(-1)[: len(scales)]
-    return Packed(packed, torch.bucketize(relative, (table[1:] + table[:-1]) / 2).to(torch.uint8), tuple(weight.shape), second, float(mean))
+    return Packed(packed, torch.bucketize(relative, (table[1:] + table[:-1]) / 2).to(torch.uint8), tuple(weight.shape), second, float(mean), book)
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,15 +91,15 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     scales = packed.scales
     if packed.second is not None:
         scales = dynamic_map().to(scales.device)[scales.int()] * packed.second.repeat_interleave(SCALES)[: len(scales)] + packed.mean
-    values = _pairs(packed.codes.device)[packed.codes.int()].view(-1)
+    values = _pairs(packed.codes.device, packed.book)[packed.codes.int()].view(-1)
     padded = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK) * scales[:, None]
     return padded.view(-1)[: math.prod(packed.shape)].view(packed.shape).to(dtype)
 
 
-@functools.lru_cache(maxsize=2)
-def _pairs(device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=4)
+def _pairs(device: torch.device, book: str) -> Tensor:
     """Both levels of every byte [256, 2]: one look-up for two weights."""
-    levels = _levels(device)[0]
+    levels = _levels(device, book)[0]
     byte = torch.arange(256, device=device)
     return torch.stack([levels[byte >> 4], levels[byte & 15]], 1)
 

@@ -19,13 +19,15 @@ Grids = Callable[[str], Grid | None]
 
 
 class Gptq:
-    """GPTQ; see `solvers/gptq.py`."""
+    """GPTQ; see `solvers/gptq.py`. `scale`: inputs are scaled before, as by AWQ."""
 
-    def __init__(self, texts: int, *, damping: float, by_activation: bool, search: bool) -> None:
-        self.texts, self.damping, self.by_activation, self.search = texts, damping, by_activation, search
+    def __init__(self, texts: int, *, damping: float, by_activation: bool, search: bool, scale: bool = False) -> None:
+        self.texts, self.damping, self.by_activation, self.search, self.scale = texts, damping, by_activation, search, scale
 
     def prepare(self, passing: Passing, grids: Grids) -> None:
-        """Nothing."""
+        """Scale what parts read, where that is wanted."""
+        if self.scale:
+            Awq(self.texts, clip=False).prepare(passing, grids)
 
     def part(self, passing: Passing, part: Part, grids: Grids) -> dict[str, Whole]:
         """The layers of a part."""

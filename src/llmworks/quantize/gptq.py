@@ -17,8 +17,9 @@ class GptqConfig(CalibratedConfig):
 
     symmetric: bool = Field(True, description="whole numbers around 0; else with a zero point, of the same bits, for each group")
     damping: float = Field(0.01, gt=0, lt=1, description="share of the mean second moment of inputs that is added to all of them")
-    by_activation: bool = Field(False, description="columns with the largest inputs first (act-order), scales by the weights as they are, so that no g_idx is needed")
-    search: bool = Field(True, description="scales of least error, weighed by what an error of each column costs, in place of those of the largest weights")
+    by_activation: bool = Field(True, description="columns with the largest inputs first (act-order), scales by the weights as they are, so that no g_idx is needed")
+    search: bool = Field(True, description="scales by which a group's part of the outputs changes least, in place of those of the largest weights")
+    scale: bool = Field(False, description="columns that read large inputs made larger before, as AWQ does")
 
 
 def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
@@ -27,5 +28,5 @@ def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model
     from llmworks.quantize.calibrated import Gptq
     from llmworks.quantize.rounding import run
 
-    method = Gptq(config.texts, damping=config.damping, by_activation=config.by_activation, search=config.search)
+    method = Gptq(config.texts, damping=config.damping, by_activation=config.by_activation, search=config.search, scale=config.scale)
     return run(config, model, ctx, data, method, Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "gptq"})

@@ -25,9 +25,8 @@ class Int8Config(QuantizeConfig):
 def int8(config: Int8Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
     """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
     from llmworks.model.grid import Grid
-    from llmworks.model.mixed_int8 import METHOD
     from llmworks.model.rounded_inputs import Reading
     from llmworks.quantize.nearest import Nearest
     from llmworks.quantize.rounding import run
 
-    return run(config, model, ctx, data, Nearest(search=False), Grid(8, 0, inputs=Reading(8, "last", config.threshold)), {"method": "int8"}, METHOD)
+    return run(config, model, ctx, data, Nearest(), Grid(8, 0, inputs=Reading(8, "last", config.threshold)), {"method": "int8"}, "bitsandbytes-int8")

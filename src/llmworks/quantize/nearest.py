@@ -1,29 +1,33 @@
-"""Rounding to the nearest whole number, with nothing known of what layers read."""
+"""Rounding each weight by itself, with nothing known of what layers read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 
 from llmworks.model.grid import Grid, Whole, grouped, searched, whole
 from llmworks.quantize.walk import Part, Passing, layer_of
 
 
 class Nearest:
-    """Each weight by itself. search: scales of least squared error, else those of the largest weights."""
+    """`matrix_of`: from a matrix [rows, columns] and its grid to what it becomes."""
 
     texts = 0
 
-    def __init__(self, *, search: bool) -> None:
-        self.search = search
+    def __init__(self, matrix_of: Callable[[Tensor, Any], Any] = whole) -> None:
+        self.matrix_of = matrix_of
 
-    def prepare(self, passing: Passing, grids: Callable[[str], Grid | None]) -> None:
+    def prepare(self, passing: Passing, grids: Callable[[str], Any]) -> None:
         """Nothing."""
 
-    def part(self, passing: Passing, part: Part, grid: Callable[[str], Grid | None]) -> dict[str, Whole]:
+    def part(self, passing: Passing, part: Part, grids: Callable[[str], Any]) -> dict[str, Any]:
         """The layers of a part."""
-        found = {}
-        for name in part.layers:
-            wanted, weight = grid(name), layer_of(passing.block, name).weight
-            if wanted is not None:
-                found[name] = whole(weight, wanted, searched(grouped(weight, wanted), wanted) if self.search else None)
-        return found
+        wanted = {name: grids(name) for name in part.layers}
+        return {name: self.matrix_of(layer_of(passing.block, name).weight, grid) for name, grid in wanted.items() if grid is not None}
+
+
+def best_ranges(weight: Tensor, grid: Grid) -> Whole:
+    """By the scales of least squared error."""
+    return whole(weight, grid, searched(grouped(weight, grid), grid))

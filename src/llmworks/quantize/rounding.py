@@ -16,8 +16,7 @@ from torch import Tensor
 from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
 from llmworks.errors import DataError, ModelError
-from llmworks.model import compressed, mixed_int8
-from llmworks.model.grid import Grid, Whole
+from llmworks.model.quantized import FORMS
 from llmworks.model.rounded_inputs import read_rounded
 from llmworks.model.standard import to_standard
 from llmworks.quantize.calibration import calibration
@@ -32,20 +31,35 @@ BOUNDS = {8: 0.3, 7: 0.5, 6: 0.8, 5: 1.5, 4: 3.0}  # how far golden logits may m
 STAYS = ("model.safetensors.index.json", "config.json", "manifest.json", "README.md")
 
 
+class Matrix(Protocol):
+    """What a matrix became: `grid.Whole`, or `four_bits.Matrix`."""
+
+    @property
+    def grid(self) -> Any:
+        """Which numbers it may have."""
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, scales included."""
+
+    def weight(self) -> Tensor:
+        """[rows, columns]."""
+
+
 class Method(Protocol):
     """What a matrix becomes."""
 
     texts: int  # to calibrate by
 
-    def prepare(self, passing: Passing, grids: Callable[[str], Grid | None]) -> None:
-        """What is done to a block before its parts are asked for; it has to compute the same afterwards."""
+    def prepare(self, passing: Passing, grids: Callable[[str], Any]) -> None:
+        """What is done to a block before its parts are asked for."""
 
-    def part(self, passing: Passing, part: Part, grids: Callable[[str], Grid | None]) -> dict[str, Whole]:
+    def part(self, passing: Passing, part: Part, grids: Callable[[str], Any]) -> Mapping[str, Matrix]:
         """The matrices of layers that read the same, by name; those whose grid is None stay."""
 
 
-def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None, method: Method, grid: Grid, about: Mapping[str, Any], form: str = compressed.METHOD) -> Model:
-    """Write a directory in the form of compressed-tensors, or of bitsandbytes. The golden tokens are replayed on what was written.
+def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None, method: Method, grid: Any, about: Mapping[str, Any], form: str = "compressed-tensors", grids: Mapping[str, Any] | None = None) -> Model:
+    """Write a directory in a form of `model.quantized.FORMS`. The golden tokens are replayed on what was written. `grids`: of layers, by name, that have another than `grid`.
 
     Errors: ModelError for a model that is quantized already, of another architecture, or with weights that are no numbers; DataError for too little text; GoldenMismatch when the result computes something else.
     """
@@ -62,13 +76,13 @@ def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None
     else:
         ids = held = torch.zeros(0, config.length, dtype=torch.long)
     stored = stored_of(source, config.rest)
-    grid = replace(grid, stored=stored)
+    grid, others = replace(grid, stored=stored), {name: replace(one, stored=stored) for name, one in (grids or {}).items()}
     skip = _skipping(source, config.skip)
     golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])
-    told, damage = _walked(source, ids, held, ctx, method, grid, skip, form)
-    grids = {one["name"]: grid for one in told}
+    told, damage = _walked(source, ids, held, ctx, method, lambda name: None if skip(name) else others.get(name, grid), FORMS[form], getattr(torch, stored))
+    chosen = {one["name"]: others.get(one["name"], grid) for one in told}
     left = ["lm_head", *(name.removesuffix(".weight") for name in source.places if source.number_of(name) >= 0 and name.endswith("_proj.weight") and skip(name))]
-    _write(source, ctx, stored, compressed.config_of(grids, left) if form == compressed.METHOD else mixed_int8.config_of(grid.inputs.threshold if grid.inputs else 0.0, left))
+    _write(source, ctx, stored, FORMS[form].config_of(chosen, left))
     made = Source(ctx.out, quantized=True)
     texts = [list(one.ids) for one in golden.conversations]
     known = dict(zip(map(tuple, texts), logits_of(made, texts), strict=True))
@@ -91,11 +105,15 @@ def stored_of(source: Source, rest: str) -> Any:
     """The number format of what is not quantized."""
     if rest != "auto":
         return rest
-    for name, file in source.places.items():
-        tensor = file.get_tensor(name)
-        if tensor.dtype != torch.bfloat16 and not torch.equal(tensor.float(), tensor.bfloat16().float()):
+    for number in range(-1, source.shape.layers):
+        if not all(_keeps(tensor) for tensor in source.tensors(number).values()):
             return "float16"
     return "bfloat16"
+
+
+def _keeps(tensor: Tensor) -> bool:
+    """Whether bfloat16 changes nothing."""
+    return tensor.dtype == torch.bfloat16 or torch.equal(tensor.float(), tensor.bfloat16().float())
 
 
 def _skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
@@ -107,20 +125,19 @@ def _skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: any(part in name for part in skip)
 
 
-def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Method, grid: Grid, skip: Callable[[str], bool], form: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Method, grid_of: Callable[[str], Any], form: Any, stored: torch.dtype) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """(what became of each layer, the damage). Each block is written to scratch when it is done."""
     from safetensors.torch import save_file
 
     folder = ctx.scratch / "blocks"
     folder.mkdir(exist_ok=True)
-    stored = getattr(torch, grid.stored)
     with torch.inference_mode():
         walk = Walk(source, ids, held, ctx.scratch / "walk", stored)
         with ctx.progress.bar("quantize", source.shape.layers, "blocks") as bar:
             bar.advance(walk.done)
             for passing in walk.blocks():
                 head, told = f"decoder.blocks.{passing.number}.", []
-                grids = functools.partial(_grid_of, source, skip, grid, head)
+                grids = functools.partial(_grid_of, source, grid_of, head)
                 method.prepare(passing, grids)
                 for name, tensor in passing.block.state_dict().items():
                     if tensor.ndim < 2 or grids(name.removesuffix(".weight")) is None:
@@ -135,7 +152,7 @@ def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Met
                         layer.weight = torch.nn.Parameter(after, requires_grad=False)
                         if matrix.grid.inputs:
                             read_rounded(layer, matrix.grid.inputs)
-                        tensors |= (mixed_int8 if form == mixed_int8.METHOD else compressed).tensors_of(source.rename(f"{head}{name}"), matrix)
+                        tensors |= form.tensors_of(source.rename(f"{head}{name}"), matrix)
                         told.append({"name": source.rename(f"{head}{name}"), "layer": name, "block": passing.number, "lost": lost, "bits": matrix.bits, "weights": before.numel()})
                 passing.finish()
                 rest = to_standard(plain, source.kind) if source.kind else plain
@@ -147,8 +164,8 @@ def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Met
     return [one for file in sorted(folder.glob("*.json")) for one in json.loads(file.read_text())], damage
 
 
-def _grid_of(source: Source, skip: Callable[[str], bool], grid: Grid, head: str, name: str) -> Grid | None:
-    return None if skip(source.rename(f"{head}{name}")) else grid
+def _grid_of(source: Source, grid_of: Callable[[str], Any], head: str, name: str) -> Any:
+    return grid_of(source.rename(f"{head}{name}"))
 
 
 def _write(source: Source, ctx: Context, stored: str, quantization: Mapping[str, Any]) -> None:

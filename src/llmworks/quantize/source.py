@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmworks.errors import ModelError
 from llmworks.model.decoder import Block, DecoderConfig, DecoderForCausalLM
-from llmworks.model.load import check_weights, refuse_scorer
+from llmworks.model.load import check_weights, read_header, refuse_scorer
 from llmworks.model.quantized import dense, round_inputs
 from llmworks.model.standard import from_standard, rename_of, shape_of
 from llmworks.tokenize.load import read_json
@@ -29,8 +29,6 @@ class Source:
     """
 
     def __init__(self, path: Path, *, quantized: bool = False) -> None:
-        from safetensors import safe_open
-
         check_weights(path)
         refuse_scorer(path)
         self.path, self.config = path, read_json(path / "config.json")
@@ -39,17 +37,29 @@ class Source:
             raise ModelError(f"{path}: is quantized already ({self.method.get('quant_method')}); give the model that it was made of")
         self.kind, self.shape = shape_of(self.config)
         self.rename = rename_of(self.kind)
-        self.files: list[Any] = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
-        self.places = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118 (no mapping)
+        self.places = {name: file for file in sorted(path.glob("*.safetensors")) for name in read_header(file) if name != "__metadata__"}
 
     def number_of(self, name: str) -> int:
         """The block that a tensor is of; -1: none."""
         found = NUMBER.search(name)
         return int(found[1]) if found else -1
 
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of some, each file opened anew, so that nothing of it stays mapped."""
+        from safetensors import safe_open
+
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.places[name], []).append(name)
+        for file, inside in wanted.items():
+            opened: Any = safe_open(file, framework="pt")
+            with opened as tensors:
+                for name in inside:
+                    yield name, tensors.get_tensor(name)
+
     def tensors(self, number: int) -> dict[str, Tensor]:
         """The tensors of a block (-1: of none), under their names in the directory, as they are stored. ModelError for those that are no numbers."""
-        found = {name: file.get_tensor(name) for name, file in self.places.items() if self.number_of(name) == number}
+        found = dict(self.read(name for name in self.places if self.number_of(name) == number))
         for name, tensor in found.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ModelError(f"{self.path}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are no numbers (NaN or infinite)")
@@ -101,8 +111,6 @@ def join_files(parts: list[Path], target: Path) -> None:
     """Several safetensors files as one, their bytes copied, nothing of them held in memory."""
     import json
     import shutil
-
-    from llmworks.model.load import read_header
 
     headers = [{name: entry for name, entry in read_header(part).items() if name != "__metadata__"} for part in parts]
     whole: dict[str, Any] = {"__metadata__": {"format": "pt"}}

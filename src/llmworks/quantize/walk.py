@@ -21,6 +21,7 @@ from llmworks.quantize.source import Source
 
 CHUNK = 4096  # tokens that go through a block at once
 SAMPLE = 64  # tokens of these whose inputs are kept
+LOGITS = 64  # tokens whose chances over the vocabulary are in memory
 PIECE = 512  # columns of moments that are computed at once: only those on and above the diagonal
 
 
@@ -153,11 +154,13 @@ class Walk:
         before = after = 0.0
         tokens = guesses = 0
         for ids, was, now in zip(self.held, self.as_was, self.as_is, strict=True):
-            old, new = (F.log_softmax(self.frame.head(self.stack.norm(state)).float(), -1) for state in (was, now))
-            kl += float((old.exp() * (old - new)).sum())
-            same += float((old.argmax(-1) == new.argmax(-1)).sum())
-            before -= float(old[:-1].gather(-1, ids[1:, None]).sum())
-            after -= float(new[:-1].gather(-1, ids[1:, None]).sum())
+            for some in torch.split(torch.arange(len(ids)), LOGITS):
+                old, new = (F.log_softmax(self.frame.head(self.stack.norm(state[some])).float(), -1) for state in (was, now))
+                same += float((old.argmax(-1) == new.argmax(-1)).sum())
+                told = ids[some[0] + 1 : some[-1] + 2, None]
+                before -= float(old[: len(told)].gather(-1, told).sum())
+                after -= float(new[: len(told)].gather(-1, told).sum())
+                kl += float(new.sub_(old).neg_().mul_(old.exp_()).sum())
             tokens, guesses = tokens + len(ids) - 1, guesses + len(ids)
         if not tokens:
             return {}

@@ -17,8 +17,8 @@ class ZeropointConfig(QuantizeConfig):
 
 def zeropoint(config: ZeropointConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
     """Write a directory in the form of compressed-tensors; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
-    from llmworks.model.grid import Grid
-    from llmworks.quantize.nearest import Nearest
+    from llmworks.model.grid import Grid, whole
+    from llmworks.quantize.nearest import Nearest, best_ranges
     from llmworks.quantize.rounding import run
 
-    return run(config, model, ctx, data, Nearest(search=config.search), Grid(config.bits, config.group, symmetric=False), {"method": "zeropoint"})
+    return run(config, model, ctx, data, Nearest(best_ranges if config.search else whole), Grid(config.bits, config.group, symmetric=False), {"method": "zeropoint"})

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmworks.errors import ModelError
-from llmworks.model.grid import Grid, Scales, Whole, fit, grouped, searched
+from llmworks.model.grid import Grid, Scales, Whole, fit, grouped
+from llmworks.quantize.solvers.awq import clipped
 
 LAZY = 128  # columns whose errors are passed on at once
 
@@ -18,7 +19,7 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01,
     """Round a matrix [rows, columns] so that x W' changes little for inputs x of the second moments `hessian` [columns, columns].
 
     damping: share of the mean moment that is added to all. by_activation: columns of large moments first; scales are then those of the weights as they were, so that groups stay whole.
-    search: scales of least error, weighed by what a column's error costs; else by largest and smallest weight.
+    search: scales by which a group's part of the outputs changes least when it is rounded to the nearest; else by largest and smallest weight, of each group as it is when its turn comes.
     Errors: ModelError for weights or moments that are no numbers.
     """
     if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
@@ -32,14 +33,12 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01,
     if order is not None:
         moments, rest = moments[order][:, order], rest[:, order]
     upper = inverse_root(moments, damping).to(torch.float32)
-    cost = upper.diagonal() ** -2
     known: Scales | None = None
-    if order is not None or grid.group <= 0:  # scales of the weights as they are
-        before, costs = (rest, cost) if order is None else (rest[:, torch.argsort(order)], cost[torch.argsort(order)])
-        groups = grouped(before, grid)
-        weighed = costs.view(1, -1, size) if grid.group != -1 else costs.expand(len(rest), -1).reshape(1, 1, -1)
-        known = searched(groups, grid, weighed) if search else fit(groups, grid)
-    codes, scale, zero = _columns(rest, upper, cost, grid, size, known, order, search)
+    if search and grid.group != -1:
+        known = clipped(weight.float(), hessian.to(torch.float32), grid)
+    elif order is not None or grid.group <= 0:
+        known = fit(grouped(weight.float(), grid), grid)
+    codes, scale, zero = _columns(rest, upper, grid, size, known, order)
     made = torch.empty_like(codes)
     made[:, torch.arange(columns) if order is None else order] = codes
     return Whole(made, Scales(scale, zero), grid)
@@ -61,7 +60,7 @@ def inverse_root(moments: Tensor, damping: float) -> Tensor:
     raise ModelError(f"the moments of its inputs cannot be inverted, though {share:g} of their mean was added; give more calibration text")
 
 
-def _columns(rest: Tensor, upper: Tensor, cost: Tensor, grid: Grid, size: int, known: Scales | None, order: Tensor | None, search: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _columns(rest: Tensor, upper: Tensor, grid: Grid, size: int, known: Scales | None, order: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scales, zero points), columns in their order of work."""
     columns, rows = rest.shape[1], len(rest)
     turned = rest.T.contiguous()  # a column is a row here, so that it is one piece
@@ -78,8 +77,7 @@ def _columns(rest: Tensor, upper: Tensor, cost: Tensor, grid: Grid, size: int, k
         for i in range(end - start):
             column = start + i
             if known is None and column % size == 0:
-                now = part[i : i + size].T.reshape(rows, 1, size)
-                found = searched(now, grid, cost[column : column + size].view(1, 1, -1)) if search else fit(now, grid)
+                found = fit(part[i : i + size].T.reshape(rows, 1, size), grid)
                 scale[:, numbers[column]], zero[:, numbers[column]] = found.scale[:, 0], found.zero[:, 0]
             s, z = scale[:, numbers[column]], zero[:, numbers[column]]
             code = (part[i] / s).add_(z).round_().clamp_(grid.low, grid.high)

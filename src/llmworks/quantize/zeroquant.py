@@ -1,0 +1,32 @@
+"""Stage `quantize.zeroquant`: weights in groups and what they are multiplied by token by token, each block then taught to answer as it did before (layer-by-layer distillation).
+
+Yao et al. 2022, ZeroQuant (arXiv:2206.01861), sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from llmworks.artifact import Dataset, Model
+from llmworks.context import Context
+from llmworks.quantize.config import CalibratedConfig
+
+
+class ZeroquantConfig(CalibratedConfig):
+    """How a block is taught."""
+
+    inputs: int = Field(8, ge=4, le=8, description="bits of what layers read, each token by its own largest")
+    epochs: int = Field(2, ge=0, description="times that each block sees the texts; 0: no distillation")
+    batch: int = Field(4, gt=0, description="texts of a step")
+    learning_rate: float = Field(1e-2, gt=0, description="of Adam, as a share of the mean size of a matrix's weights")
+
+
+def zeroquant(config: ZeroquantConfig, model: Model, ctx: Context, data: Dataset) -> Model:
+    """Write a directory in the form of compressed-tensors. Errors: those of `rounding.run`."""
+    from llmworks.model.grid import Grid
+    from llmworks.model.rounded_inputs import Reading
+    from llmworks.quantize.distilled import Distilled
+    from llmworks.quantize.rounding import run
+
+    method = Distilled(config.texts, epochs=config.epochs, batch=config.batch, rate=config.learning_rate, seed=ctx.seed)
+    return run(config, model, ctx, data, method, Grid(config.bits, config.group, inputs=Reading(config.inputs)), {"method": "zeroquant"})

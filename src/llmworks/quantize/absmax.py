@@ -6,10 +6,10 @@ from pydantic import Field
 
 from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
-from llmworks.quantize.config import QuantizeConfig
+from llmworks.quantize.config import WholeConfig
 
 
-class AbsmaxConfig(QuantizeConfig):
+class AbsmaxConfig(WholeConfig):
     """Where the range ends."""
 
     search: bool = Field(False, description="ranges of least squared error in place of those of the largest weights")
@@ -21,4 +21,4 @@ def absmax(config: AbsmaxConfig, model: Model, ctx: Context, data: Dataset | Non
     from llmworks.quantize.nearest import Nearest, best_ranges
     from llmworks.quantize.rounding import run
 
-    return run(config, model, ctx, data, Nearest(best_ranges if config.search else whole), Grid(config.bits, config.group), {"method": "absmax"})
+    return run(config, model, ctx, data, Nearest(best_ranges if config.search else whole), Grid(config.bits, config.group), {"method": "absmax"}, config.form)

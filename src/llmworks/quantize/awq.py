@@ -9,10 +9,10 @@ from pydantic import Field
 
 from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
-from llmworks.quantize.config import CalibratedConfig
+from llmworks.quantize.config import CalibratedConfig, WholeConfig
 
 
-class AwqConfig(CalibratedConfig):
+class AwqConfig(CalibratedConfig, WholeConfig):
     """How ranges are found."""
 
     symmetric: bool = Field(False, description="whole numbers around 0; else with a zero point, of the same bits, for each group")
@@ -25,4 +25,4 @@ def awq(config: AwqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
     from llmworks.quantize.calibrated import Awq
     from llmworks.quantize.rounding import run
 
-    return run(config, model, ctx, data, Awq(config.texts, clip=config.clip), Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "awq"})
+    return run(config, model, ctx, data, Awq(config.texts, clip=config.clip), Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "awq"}, config.form)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmworks.artifact import Config
 
@@ -18,6 +18,20 @@ class QuantizeConfig(Config):
     rest: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="number format of scales and of what is not quantized: embedding, head, norms; auto: bfloat16 where that changes no weight, else float16")
     held: int = Field(8, ge=0, description="texts of `data` that are not calibrated by, on which model and result are compared")
     length: int = Field(512, gt=1, description="tokens of a text of `data`")
+
+
+class WholeConfig(QuantizeConfig):
+    """And the form in which weights alone are whole numbers."""
+
+    form: Literal["compressed-tensors", "gptq", "awq"] = Field("compressed-tensors", description="layout of the files: any bits (transformers, vLLM); gptq: 2, 3, 4 or 8 bits; awq: 4 bits")
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> Self:
+        if self.bits not in {"gptq": (2, 3, 4, 8), "awq": (4,)}.get(self.form, (self.bits,)):
+            raise ValueError(f"form: {self.form} has no layout for {self.bits} bits")
+        if self.form != "compressed-tensors" and self.rest not in ("auto", "float16"):
+            raise ValueError(f"rest: the form {self.form} keeps scales in float16")
+        return self
 
 
 class CalibratedConfig(QuantizeConfig):

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
-from llmworks.quantize.config import CalibratedConfig
+from llmworks.quantize.config import CalibratedConfig, WholeConfig
 
 
-class GptqConfig(CalibratedConfig):
+class GptqConfig(CalibratedConfig, WholeConfig):
     """How columns are rounded."""
 
     symmetric: bool = Field(True, description="whole numbers around 0; else with a zero point, of the same bits, for each group")
@@ -29,4 +29,4 @@ def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model
     from llmworks.quantize.rounding import run
 
     method = Gptq(config.texts, damping=config.damping, by_activation=config.by_activation, search=config.search, scale=config.scale)
-    return run(config, model, ctx, data, method, Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "gptq"})
+    return run(config, model, ctx, data, method, Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "gptq"}, config.form)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
-from llmworks.quantize.config import QuantizeConfig
+from llmworks.quantize.config import WholeConfig
 
 
-class HqqConfig(QuantizeConfig):
+class HqqConfig(WholeConfig):
     """Nothing beside what all are told."""
 
 
@@ -21,4 +21,4 @@ def hqq(config: HqqConfig, model: Model, ctx: Context, data: Dataset | None = No
     from llmworks.quantize.rounding import run
     from llmworks.quantize.solvers.hqq import solve
 
-    return run(config, model, ctx, data, Nearest(solve), Grid(config.bits, config.group, symmetric=False), {"method": "hqq"})
+    return run(config, model, ctx, data, Nearest(solve), Grid(config.bits, config.group, symmetric=False), {"method": "hqq"}, config.form)

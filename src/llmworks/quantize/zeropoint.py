@@ -6,10 +6,10 @@ from pydantic import Field
 
 from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
-from llmworks.quantize.config import QuantizeConfig
+from llmworks.quantize.config import WholeConfig
 
 
-class ZeropointConfig(QuantizeConfig):
+class ZeropointConfig(WholeConfig):
     """Where the range ends."""
 
     search: bool = Field(False, description="ranges of least squared error in place of those of the smallest and largest weights")
@@ -21,4 +21,4 @@ def zeropoint(config: ZeropointConfig, model: Model, ctx: Context, data: Dataset
     from llmworks.quantize.nearest import Nearest, best_ranges
     from llmworks.quantize.rounding import run
 
-    return run(config, model, ctx, data, Nearest(best_ranges if config.search else whole), Grid(config.bits, config.group, symmetric=False), {"method": "zeropoint"})
+    return run(config, model, ctx, data, Nearest(best_ranges if config.search else whole), Grid(config.bits, config.group, symmetric=False), {"method": "zeropoint"}, config.form)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llmworks.artifact import Dataset
 from llmworks.errors import ModelError
-from llmworks.model.grid import Grid, Scales, Whole, whole
 from llmworks.model.gptq_layout import Awq, Gptq
+from llmworks.model.grid import Grid, Scales, Whole, whole
 from llmworks.model.quantized import dense
 from llmworks.model.standard import load_decoder
 from llmworks.quantize.gptq import GptqConfig

@@ -78,7 +78,7 @@ STAGES: dict[str, Stage] = {
     "quantize.nf4": Stage("llmworks.quantize.nf4:nf4", 1, "exact-on-this-platform", "4 bits of bitsandbytes: quantiles of a normal distribution, or floats"),
     "quantize.hqq": Stage("llmworks.quantize.hqq:hqq", 1, "exact-on-this-platform", "whole numbers whose zero points leave few weights far off"),
     "quantize.zeroquant": Stage("llmworks.quantize.zeroquant:zeroquant", 1, "exact-on-this-platform", "weights in groups, inputs by token, each block taught to answer as before"),
-    "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 1, "exact", "a Hugging Face directory to one GGUF file"),
+    "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 2, "exact-on-this-platform", "a Hugging Face directory to one GGUF file"),
     "align.dpo": Stage("llmworks.align.dpo:dpo", 1, "declared", "the better of two answers becomes more probable (DPO and its family)"),
     "align.cpo": Stage("llmworks.align.cpo:cpo", 1, "declared", "the same without a reference, better answers learned beside it"),
     "align.simpo": Stage("llmworks.align.simpo:simpo", 1, "declared", "the same by mean log-probabilities and a margin, without a reference"),

@@ -52,7 +52,7 @@ class Gptq:
         names = [name for name in left if name != "lm_head"]
         return {
             "quant_method": "gptq", "bits": grid.bits, "group_size": grid.group or -1, "sym": grid.symmetric, "desc_act": False, "lm_head": False, "true_sequential": True, "pack_dtype": "int32",
-            "checkpoint_format": "gptq" if grid.symmetric else "gptq_v2", **({"dynamic": {"-:^" + name.replace(".", "\\.") + "$": {} for name in names}} if names else {}),
+            "checkpoint_format": "gptq" if grid.symmetric else "gptq_v2", **_dynamic(names),
         }  # fmt: skip
 
     @staticmethod
@@ -94,7 +94,7 @@ class Awq:
         """`quantization_config`; `left`: layers that are as they were."""
         grid = _only(grids)
         names = [name for name in left if name != "lm_head"]
-        return {"quant_method": "awq", "bits": 4, "group_size": grid.group or -1, "zero_point": True, "version": "gemm", "modules_to_not_convert": names or None}
+        return {"quant_method": "awq", "bits": 4, "group_size": grid.group or -1, "zero_point": True, "version": "gemm", "modules_to_not_convert": names or None, **_dynamic(names)}
 
     @staticmethod
     def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -114,6 +114,11 @@ class Awq:
     @staticmethod
     def reading_of(config: Mapping[str, Any], name: str) -> None:
         """Inputs are not rounded."""
+
+
+def _dynamic(names: Sequence[str]) -> dict[str, Any]:
+    """Layers that were left, as gptqmodel and vLLM have it."""
+    return {"dynamic": {"-:^" + name.replace(".", "\\.") + "$": {} for name in names}} if names else {}
 
 
 def _only(grids: Mapping[str, Grid]) -> Grid:

@@ -6,55 +6,53 @@ anything is published llama.cpp itself replays the golden tokens on the file.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from llmworks.artifact import Config, Model
+from llmworks.artifact import Config, Dataset, Model
 from llmworks.context import Context
 from llmworks.errors import ModelError
+from llmworks.quantize.gguf_types import FORMATS, FileType
 from llmworks.tokenize.load import read_json
 
-# How far golden logits may move on average. SmolLM2-135M moves by less than 0.001, by 0.003 and by 0.13.
-BOUNDS = {"f32": 0.02, "f16": 0.05, "q8_0": 0.3}
+# How far golden logits may move on average, by bits of a weight; SmolLM2-135M moves by less than 0.001 in f32, 0.003 in f16, 0.13 in q8_0.
+BOUNDS = {"f32": 0.02, "f16": 0.05, "bf16": 0.3, "q8": 0.3, "q6": 0.8, "q5": 1.5, "q4": 3.0}
 
 
 class GgufConfig(Config):
-    """Which number format the matrices get."""
+    """Which number formats, and what is looked at for them."""
 
-    type: Literal["f32", "f16", "q8_0"] = Field(
-        "q8_0", description="number format of the matrices: q8_0 is 8 bits per weight with one fp16 scale per 32 weights"
-    )
+    type: FileType = Field("q8_0", description="type of the file, as llama.cpp names them: a mix of number formats of about so many bits a weight (q4_k_m, iq3_xs ...)")
+    tensors: dict[str, str] = Field({}, description='number formats of tensors by a pattern of their names, which go before the type\'s, as {"blk\\.0\\.": "q8_0"}')
+    importance: bool = Field(True, description="formats are told what is important, where `data` is given (llama.cpp's importance matrix)")
+    texts: int = Field(128, gt=0, description="texts of `data` that say what is important")
+    held: int = Field(8, ge=0, description="other texts of `data`, on which model and file are compared")
+    length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
+
+    @field_validator("tensors")
+    @classmethod
+    def _known(cls, tensors: dict[str, str]) -> dict[str, str]:
+        for pattern, kind in tensors.items():
+            if kind.upper() not in FORMATS:
+                raise ValueError(f"{pattern}: {kind!r} is no number format of a tensor; known: {', '.join(sorted(FORMATS)).lower()}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no pattern ({error})") from None
+        return tensors
 
 
-def gguf(config: GgufConfig, model: Model, ctx: Context) -> Model:
-    """Write `model.gguf` and replay the model's golden tokens on it in llama.cpp.
+def gguf(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
+    """Write `model.gguf` and replay the model's golden tokens on it in llama.cpp; `data`: what the model is for, for the importance matrix and the damage.
 
-    Errors: ModelError for an architecture the layout does not cover; GoldenMismatch when the file computes something else.
+    Errors: ModelError for an architecture the layout does not cover, or a type that has to see data and does not; DataError for too little text; GoldenMismatch when the file computes something else.
     """
-    from llmworks.generate.engines.llamacpp import LlamaCppEngine
-    from llmworks.model.golden import record
-    from llmworks.model.load import check_weights
-    from llmworks.quantize.gguf_file import write_gguf
-    from llmworks.tokenize.golden import require
+    from llmworks.quantize.gguf_run import run
 
-    if model.format != "hf":
-        raise ModelError(f"{model.path}: is {model.format} already; quantize.gguf takes a Hugging Face directory")
-    check_weights(model.path)
-    golden = model.golden or record(model.path)
-    target = ctx.out / "model.gguf"
-    write_gguf(model.path, target, config.type, ctx.progress)
-    engine = LlamaCppEngine(target, name="model.gguf")
-    try:
-        gap = require(golden, engine.tokenizer, engine.stops, engine.logits, mean_within=BOUNDS[config.type], step="quantize.gguf")
-    finally:
-        engine.close()
-    assert gap is not None
-    metrics: dict[str, Any] = {
-        "bytes": target.stat().st_size, "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
-    }  # fmt: skip
-    return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "gguf", "type": config.type})
+    return run(config, model, ctx, data)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -3,35 +3,85 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmworks.errors import ModelError
 from llmworks.model.gguf_layout import CONTROL, NORMAL, UNUSED, USER_DEFINED, heads_of, interleave_rows, to_gguf_name
-from llmworks.model.load import check_weights
+from llmworks.model.load import check_weights, read_header
 from llmworks.progress import Progress
+from llmworks.quantize.gguf_types import SEEING, Layout, types_of
 from llmworks.tokenize.load import load_tokenizer, stop_ids
 
 
-def write_gguf(source: Path, target: Path, kind: str, progress: Progress) -> None:
-    """Write `target` from the Hugging Face directory `source`; `kind` is the matrices' format: f32, f16 or q8_0."""
+@dataclass(frozen=True)
+class Written:
+    """What became of each tensor: its shape and format, and those whose format is not that which the file's type would have for them."""
+
+    types: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    fallen: tuple[str, ...]
+
+
+def write_gguf(source: Path, target: Path, kind: str, progress: Progress, importance: Mapping[str, Any] | None = None, given: Mapping[str, str] | None = None) -> Written:
+    """Write `target` from the Hugging Face directory `source`, one tensor in memory at a time.
+
+    kind: the file's type (see `gguf_types`); importance: mean squares of what a tensor reads, by its name, numpy fp32 [columns]; given: formats of tensors by a pattern of their names.
+    Errors: ModelError for an architecture or tokenizer that the layout does not cover, or a type that needs an importance matrix and has none.
+    """
     import gguf
 
     from llmworks.quantize.gguf import read_config
 
     check_weights(source)
     config = read_config(source)
+    tensors = Tensors(source, config)
+    layout = Layout(int(config["num_hidden_layers"]), tensors.heads // tensors.kv_heads, "output.weight" not in tensors.shapes, importance is not None)
+    types = types_of(tensors.shapes, kind, layout, given)
+    wide = types_of({name: (*shape[:-1], 256) for name, shape in tensors.shapes.items()}, kind, layout, given)
+    blind = [name for name, found in types.items() if name not in ("token_embd.weight", "output.weight") and (found in SEEING or (kind == "q2_k_s" and found == "Q2_K")) and name not in (importance or {})]
+    if blind:
+        raise ModelError(f"{kind} needs an importance matrix: {blind[0]} would be {types[blind[0]]}; give `data`, texts of what the model is for")
     writer = gguf.GGUFWriter(target, "llama")
-    file_types = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-    writer.add_file_type(file_types[kind])
+    writer.add_file_type(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")))
     add_hyperparameters(writer, config)
     add_tokenizer(writer, source, config)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tensors(writer, source, config, kind, progress)
+    for name, shape in tensors.shapes.items():
+        number = gguf.GGMLQuantizationType[types[name]]
+        size, each = gguf.GGML_QUANT_SIZES[number]
+        count = math.prod(shape)
+        writer.add_tensor_info(name, gguf.quant_shape_to_byte_shape(shape, number) if number not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16) else shape, np.dtype({"F32": np.float32, "F16": np.float16}.get(types[name], np.uint8)), count // size * each, raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    with progress.bar(f"write {kind}", len(tensors.shapes), "tensors") as bar:
+        for name in tensors.shapes:
+            writer.write_tensor_data(encoded(tensors.read(name), types[name], (importance or {}).get(name)))
+            bar.advance()
     writer.close()
+    return Written(types, dict(tensors.shapes), tuple(name for name, found in types.items() if found != wide[name]))
+
+
+def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
+    """A numpy matrix [rows, columns] in a format's bytes. The simplest formats do not look at what is important."""
+    from libgguf import GGMLQuantizationType, quantize_rows
+
+    if kind == "F32":
+        return weight
+    with np.errstate(over="raise"):
+        if kind == "F16":
+            try:
+                return weight.astype(np.float16)
+            except FloatingPointError:
+                raise ModelError("weights beyond 65504 have no place in f16; take bf16 or f32") from None
+    return quantize_rows(weight, GGMLQuantizationType[kind], None if importance is None or kind == "Q8_0" else importance)
 
 
 def add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
@@ -102,31 +152,41 @@ def pre_tokenizer_name(definition: dict[str, Any], source: Path) -> str:
     raise ModelError(f"{source}: its pre-tokenizer has no name in llama.cpp that is known here")
 
 
-def add_tensors(writer: Any, source: Path, config: dict[str, Any], kind: str, progress: Progress) -> None:
-    """All tensors in llama.cpp's names, row order and number format; vectors (norms) stay fp32."""
-    import gguf
-    import torch
-    from safetensors import safe_open
+class Tensors:
+    """The tensors of a directory in llama.cpp's names and row order: `shapes`, and each when it is asked for, fp32."""
 
-    formats = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
-    heads = int(config["num_attention_heads"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    files: list[Any] = [safe_open(file, framework="pt") for file in sorted(source.glob("*.safetensors"))]
-    names = [(file, name) for file in files for name in sorted(file.keys())]
-    tied = bool(config.get("tie_word_embeddings"))
-    with progress.bar("write gguf", len(names), "tensors") as bar:
-        for file, name in names:
-            bar.advance()
-            if name == "lm_head.weight" and tied:
-                continue
-            gguf_name = to_gguf_name(name)
-            if gguf_name is None:
-                raise ModelError(f"{source}: the tensor {name} has no place in a Llama GGUF file")
-            weight = file.get_tensor(name).to(torch.float32).numpy()
-            interleaved = heads_of(name, heads, kv_heads)
-            if interleaved is not None:
-                weight = interleave_rows(weight, interleaved)
-            wanted = formats[kind] if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
-            if wanted == gguf.GGMLQuantizationType.Q8_0 and weight.shape[-1] % 32:
-                wanted = gguf.GGMLQuantizationType.F16  # a row that 32 does not divide has no Q8_0 blocks
-            writer.add_tensor(gguf_name, gguf.quants.quantize(weight, wanted), raw_dtype=wanted)
+    def __init__(self, source: Path, config: Mapping[str, Any]) -> None:
+        self.source = source
+        self.heads = int(config["num_attention_heads"])
+        self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
+        tied = bool(config.get("tie_word_embeddings"))
+        self.places: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(source.glob("*.safetensors")):
+            for name, entry in sorted(read_header(file).items(), key=lambda one: order_of(one[0])):
+                if name == "__metadata__" or (name == "lm_head.weight" and tied):
+                    continue
+                gguf_name = to_gguf_name(name)
+                if gguf_name is None:
+                    raise ModelError(f"{source}: the tensor {name} has no place in a Llama GGUF file")
+                self.places[gguf_name], self.shapes[gguf_name] = (file, name), tuple(entry["shape"])
+
+    def read(self, gguf_name: str) -> Any:
+        """One tensor, numpy. ModelError for one that holds no numbers."""
+        import torch
+        from safetensors import safe_open
+
+        file, name = self.places[gguf_name]
+        opened: Any = safe_open(file, framework="pt")
+        with opened as stored:
+            weight = stored.get_tensor(name).to(torch.float32).numpy()
+        if not np.isfinite(weight).all():
+            raise ModelError(f"{self.source}: {name} holds {int((~np.isfinite(weight)).sum())} values that are no numbers (NaN or infinite)")
+        interleaved = heads_of(name, self.heads, self.kv_heads)
+        return np.ascontiguousarray(weight if interleaved is None else interleave_rows(weight, interleaved))
+
+
+def order_of(name: str) -> tuple[int, str]:
+    """Tensors outside of blocks first, then block by block."""
+    found = re.search(r"layers\.(\d+)\.", name)
+    return (int(found[1]) if found else -1, name)

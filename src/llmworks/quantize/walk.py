@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmworks.model.decoder import Block
 from llmworks.progress import write_whole
+from llmworks.quantize.damage import Damage
 from llmworks.quantize.source import Source
 
 CHUNK = 4096  # tokens that go through a block at once
@@ -150,21 +150,16 @@ class Walk:
 
     def damage(self) -> dict[str, float]:
         """How far the model as it is now is from what it was, on the texts apart: KL divergence in nats a token, share of tokens of the same best guess, perplexities. Both have the head as it is stored."""
-        kl = same = 0.0
-        before = after = 0.0
-        tokens = guesses = 0
+        found = Damage()
         for ids, was, now in zip(self.held, self.as_was, self.as_is, strict=True):
             for some in torch.split(torch.arange(len(ids)), LOGITS):
-                old, new = (F.log_softmax(self.frame.head(self.stack.norm(state[some])).float(), -1) for state in (was, now))
-                same += float((old.argmax(-1) == new.argmax(-1)).sum())
-                told = ids[some[0] + 1 : some[-1] + 2, None]
-                before -= float(old[: len(told)].gather(-1, told).sum())
-                after -= float(new[: len(told)].gather(-1, told).sum())
-                kl += float(new.sub_(old).neg_().mul_(old.exp_()).sum())
-            tokens, guesses = tokens + len(ids) - 1, guesses + len(ids)
-        if not tokens:
-            return {}
-        return {"kl": kl / guesses, "same_top": same / guesses, "perplexity_before": float(torch.tensor(before / tokens).exp()), "perplexity": float(torch.tensor(after / tokens).exp()), "held_tokens": tokens}
+                found.add(self.logits(was[some]), self.logits(now[some]), ids[some[0] + 1 : some[-1] + 2])
+        return found.figures()
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[tokens, vocabulary], of states after the last block."""
+        made: Tensor = self.frame.head(self.stack.norm(states))
+        return made
 
 
 class Passing:

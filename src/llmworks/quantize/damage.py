@@ -1,0 +1,31 @@
+"""How far a model's chances of tokens are from those of another, text by text. Knows no model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Damage:
+    """Sums over tokens: the divergence from the first model, agreement on the best guess, and both losses."""
+
+    def __init__(self) -> None:
+        self.kl = self.same = self.before = self.after = 0.0
+        self.tokens = self.guesses = 0
+
+    def add(self, old: Tensor, new: Tensor, told: Tensor) -> None:
+        """Logits [tokens, vocabulary] of both, and the tokens that came next, of which the last place may have none."""
+        old, new = F.log_softmax(old.float(), -1), F.log_softmax(new.float(), -1)
+        self.same += float((old.argmax(-1) == new.argmax(-1)).sum())
+        self.before -= float(old[: len(told)].gather(-1, told[:, None]).sum())
+        self.after -= float(new[: len(told)].gather(-1, told[:, None]).sum())
+        self.kl += float((old - new).mul_(old.exp_()).sum())
+        self.tokens, self.guesses = self.tokens + len(told), self.guesses + len(old)
+
+    def figures(self) -> dict[str, float]:
+        """KL divergence in nats a token, share of tokens of the same best guess, perplexities; {} of nothing."""
+        if not self.tokens:
+            return {}
+        before, after = (float(torch.tensor(loss / self.tokens).exp()) for loss in (self.before, self.after))
+        return {"kl": self.kl / self.guesses, "same_top": self.same / self.guesses, "perplexity_before": before, "perplexity": after, "held_tokens": self.tokens}

@@ -1,0 +1,128 @@
+"""GGUF files of every type: formats of tensors and their bytes are those of llama.cpp's quantizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llmworks.errors import ModelError
+from llmworks.model.from_gguf import open_reader
+from llmworks.progress import Progress
+from llmworks.quantize.gguf_file import encoded, write_gguf
+from llmworks.quantize.gguf_types import FILE_TYPES, SEEING, Layout, base_of, block, types_of
+from tests.conftest import make_tokenizer
+
+QUIET = Progress(quiet=True)
+BLIND = [kind for kind in FILE_TYPES if base_of(kind) not in SEEING and kind not in ("f32", "q2_k_s", "iq2_s", "iq2_m", "iq3_xs")]
+
+
+def make_wide(out: Path, *, kv_heads: int, tied: bool, width: int = 256, layers: int = 17) -> Path:
+    """A Llama whose rows K formats divide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=kv_heads, max_position_embeddings=512, tie_word_embeddings=tied,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of which one shares keys among eight heads and has a head of its own, and one has neither; one with rows that 256 does not divide."""
+    folder = tmp_path_factory.mktemp("wide")
+    made = {
+        "shared": make_wide(folder / "shared", kv_heads=1, tied=False), "tied": make_wide(folder / "tied", kv_heads=4, tied=True), "narrow": make_wide(folder / "narrow", kv_heads=4, tied=True, width=96 * 2, layers=9),
+        "odd": make_wide(folder / "odd", kv_heads=4, tied=False, width=8 * 10, layers=1),
+    }  # fmt: skip
+    for path in made.values():
+        write_gguf(path, path / "f32.gguf", "f32", QUIET)
+    return made
+
+
+def theirs(source: Path, target: Path, kind: str) -> None:
+    import gguf
+    from cyllama.llama import llama_cpp as cy
+
+    params = cy.LlamaModelQuantizeParams()
+    params.ftype, params.nthread = int(getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}")), 1
+    cy.model_quantize(str(source), str(target), params)
+
+
+@pytest.mark.parametrize("model", ["shared", "tied", "narrow"])
+@pytest.mark.parametrize("kind", BLIND)
+def test_files_are_those_of_llama_cpp(kind: str, model: str, wide: dict[str, Path], tmp_path: Path) -> None:
+    """Every tensor's format and bytes; the file's order and size, too."""
+    theirs(wide[model] / "f32.gguf", tmp_path / "theirs.gguf", kind)
+    write_gguf(wide[model], tmp_path / "ours.gguf", kind, QUIET)
+    ours, other = (open_reader(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    expected = {tensor.name: tensor for tensor in other.tensors}
+    assert {tensor.name for tensor in ours.tensors} == set(expected)
+    for tensor in ours.tensors:
+        assert tensor.tensor_type.name == expected[tensor.name].tensor_type.name, tensor.name
+        assert tensor.data.tobytes() == expected[tensor.name].data.tobytes(), tensor.name
+    assert ours.fields["general.file_type"].contents() == other.fields["general.file_type"].contents()
+
+
+def test_what_is_important_is_kept_better() -> None:
+    """The error, weighed by the importance, is less where a format is told of it; formats that need it are refused without."""
+    draw = np.random.default_rng(0)
+    weight, important = draw.normal(size=(64, 256)).astype(np.float32), (draw.random(256).astype(np.float32) ** 8 * 100 + 0.01)
+    from libgguf import GGMLQuantizationType, dequantize_rows
+
+    def error(kind: str, given: Any) -> float:
+        back = dequantize_rows(encoded(weight, kind, given), GGMLQuantizationType[kind])
+        return float((((back - weight) ** 2) * important).sum())
+
+    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS", "IQ3_S"):
+        assert error(kind, important) < 0.95 * error(kind, None), kind
+    assert error("Q8_0", important) == error("Q8_0", None)
+
+
+def test_importance_is_needed_by_some_and_changes_the_mix(wide: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"iq2_xs needs an importance matrix: blk.0.ffn_gate.weight would be IQ2_XS; give `data`"):
+        write_gguf(wide["shared"], tmp_path / "x.gguf", "iq2_xs", QUIET)
+    assert not (tmp_path / "x.gguf").exists()
+    shapes = {f"blk.{layer}.ffn_down.weight": (256, 256) for layer in range(16)}
+    with_it, without = (types_of(shapes, "q4_0", Layout(16, 4, True, importance)) for importance in (True, False))
+    assert [*with_it.values()] == ["Q4_1"] * 2 + ["Q4_0"] * 14
+    assert set(without.values()) == {"Q4_0"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FILE_TYPES if kind not in BLIND])
+def test_types_that_see_are_written_and_read(kind: str, wide: dict[str, Path], tmp_path: Path) -> None:
+    """llama.cpp computes with each of them."""
+    from llmworks.generate.engines.llamacpp import LlamaCppEngine
+
+    draw = np.random.default_rng(0)
+    with_seeing = {name: draw.random(256).astype(np.float32) + 0.1 for name in types_of({tensor.name: tuple(reversed(tensor.shape)) for tensor in open_reader(wide["shared"] / "f32.gguf").tensors}, "f16", Layout(17, 8, False)) if "blk" in name}
+    written = write_gguf(wide["shared"], tmp_path / "made.gguf", kind, QUIET, with_seeing)
+    assert all(256 % block(found) == 0 for found in written.types.values())
+    assert not written.fallen
+    engine = LlamaCppEngine(tmp_path / "made.gguf", threads=1)
+    try:
+        assert np.isfinite(engine.logits([1, 5, 9, 200, 17])).all()
+    finally:
+        engine.close()
+
+
+def test_rows_that_nothing_divides_stay_in_16_bits(wide: dict[str, Path], tmp_path: Path) -> None:
+    written = write_gguf(wide["odd"], tmp_path / "x.gguf", "q4_k_m", QUIET)
+    assert {found for name, found in written.types.items() if "norm" not in name} == {"F16"}
+    assert "blk.0.ffn_up.weight" in written.fallen
+
+
+def test_formats_by_a_pattern_go_before(wide: dict[str, Path], tmp_path: Path) -> None:
+    written = write_gguf(wide["tied"], tmp_path / "x.gguf", "q4_k_m", QUIET, given={r"blk\.3\.": "q8_0", "attn_v": "f16"})
+    assert written.types["blk.3.ffn_up.weight"] == "Q8_0"
+    assert written.types["blk.3.attn_norm.weight"] == "F32"
+    assert written.types["blk.4.attn_v.weight"] == "F16"
+    assert written.types["blk.4.ffn_up.weight"] == "Q4_K"

@@ -73,6 +73,7 @@ STAGES: dict[str, Stage] = {
     "quantize.zeropoint": Stage("llmworks.quantize.zeropoint:zeropoint", 1, "exact-on-this-platform", "weights as whole numbers from the smallest to the largest, each the nearest"),
     "quantize.gptq": Stage("llmworks.quantize.gptq:gptq", 2, "exact-on-this-platform", "whole numbers, each column making up for the errors of those before it"),
     "quantize.awq": Stage("llmworks.quantize.awq:awq", 1, "exact-on-this-platform", "whole numbers, columns that read large inputs made larger before"),
+    "quantize.mixed": Stage("llmworks.quantize.mixed:mixed", 1, "exact-on-this-platform", "whole numbers of more bits where a model bears least to lose them, within a budget"),
     "quantize.smoothquant": Stage("llmworks.quantize.smoothquant:smoothquant", 1, "exact-on-this-platform", "weights and inputs in 8 bits, what is large in inputs moved into weights"),
     "quantize.int8": Stage("llmworks.quantize.int8:int8", 1, "exact-on-this-platform", "weights and inputs in 8 bits, but for large inputs (LLM.int8())"),
     "quantize.nf4": Stage("llmworks.quantize.nf4:nf4", 1, "exact-on-this-platform", "4 bits of bitsandbytes: quantiles of a normal distribution, or floats"),

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from llmworks.errors import ModelError
+from llmworks.artifact import Dataset
+from llmworks.errors import DataError, ModelError
 from llmworks.model.from_gguf import open_reader
 from llmworks.progress import Progress
 from llmworks.quantize.gguf_file import encoded, write_gguf
 from llmworks.quantize.gguf_types import FILE_TYPES, SEEING, Layout, base_of, block, types_of
 from tests.conftest import make_tokenizer
+from tests.quantize.test_stages import quantized, texts  # noqa: F401 (a fixture)
 
 QUIET = Progress(quiet=True)
 BLIND = [kind for kind in FILE_TYPES if base_of(kind) not in SEEING and kind not in ("f32", "q2_k_s", "iq2_s", "iq2_m", "iq3_xs")]
@@ -126,3 +128,42 @@ def test_formats_by_a_pattern_go_before(wide: dict[str, Path], tmp_path: Path) -
     assert written.types["blk.3.attn_norm.weight"] == "F32"
     assert written.types["blk.4.attn_v.weight"] == "F16"
     assert written.types["blk.4.ffn_up.weight"] == "Q4_K"
+
+
+def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+    """At the size of the type's own mix; the damage is that of llama.cpp beside the model; a kind is no longer than its neighbour."""
+    plain, made = (quantized("gguf", pico, texts, tmp_path / str(allocate), type="q4_0", allocate=allocate, texts_=12, sensed=8, tensors={"token_embd": "f16"}) for allocate in (False, True))
+    assert made.metrics["bytes"] <= plain.metrics["bytes"] + 64
+    assert made.metrics["kl"] < plain.metrics["kl"]
+    assert made.metrics["expected_kl"] == pytest.approx(made.metrics["kl"], rel=1.5)
+    kinds = {tensor.tensor_type.name for tensor in open_reader(made.path / "model.gguf").tensors}
+    assert len(kinds) > 3
+    with pytest.raises(DataError, match="config.allocate has to see what the model is for; give `data`"):
+        quantized("gguf", pico, None, tmp_path / "none", allocate=True)
+
+
+def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+    """At the same type, and the numbers are those of hooks on the model."""
+    from llmworks.model.standard import load_decoder
+    from llmworks.quantize.calibration import calibration
+    from llmworks.quantize.importance import importance
+    from llmworks.quantize.source import Source
+    from llmworks.tokenize.load import load_tokenizer
+    from tests.quantize.test_mixed import context
+
+    with_it, without = (quantized("gguf", pico, texts, tmp_path / str(seen), type="q4_0", importance=seen, texts_=24) for seen in (True, False))
+    assert with_it.metrics["kl"] < without.metrics["kl"]
+    ids, held = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
+    found, walk = importance(Source(pico), ids, held, context(tmp_path / "look"))
+    model = load_decoder(pico)
+    sums: dict[str, Any] = {}
+    layer = model.decoder.blocks[1].feed_forward.down
+    layer.register_forward_hook(lambda _, given, __: sums.__setitem__("down", given[0].flatten(0, 1).square().mean(0)))
+    model.head.register_forward_hook(lambda _, given, __: sums.__setitem__("head", given[0].flatten(0, 1).square().mean(0)))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        model(input_ids=ids)
+        assert np.allclose(found["blk.1.ffn_down.weight"], sums["down"], rtol=1e-3)
+        assert np.allclose(found["output.weight"], sums["head"], rtol=1e-3)
+        assert logits.shape[:2] == ids.shape
+        assert torch.allclose(walk.logits(walk.as_is), model(input_ids=held).logits, atol=1e-3)

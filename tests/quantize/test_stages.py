@@ -25,7 +25,7 @@ from llmworks.model.grid import Grid
 from llmworks.model.rounded_inputs import Reading, round_tokens
 from llmworks.model.standard import load_decoder
 from llmworks.progress import Progress
-from llmworks.quantize import absmax, awq, gptq, hqq, int8, nf4, smoothquant, zeropoint, zeroquant
+from llmworks.quantize import absmax, awq, gguf, gptq, hqq, int8, mixed, nf4, smoothquant, zeropoint, zeroquant
 from llmworks.quantize.calibrated import Awq, Gptq
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.solvers.smoothquant import smoothing
@@ -39,7 +39,7 @@ from tests.conftest import make_pico
 STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
     "absmax": (absmax.absmax, absmax.AbsmaxConfig), "zeropoint": (zeropoint.zeropoint, zeropoint.ZeropointConfig), "gptq": (gptq.gptq, gptq.GptqConfig), "awq": (awq.awq, awq.AwqConfig),
     "smoothquant": (smoothquant.smoothquant, smoothquant.SmoothquantConfig), "int8": (int8.int8, int8.Int8Config),
-    "nf4": (nf4.nf4, nf4.Nf4Config), "hqq": (hqq.hqq, hqq.HqqConfig), "zeroquant": (zeroquant.zeroquant, zeroquant.ZeroquantConfig),
+    "nf4": (nf4.nf4, nf4.Nf4Config), "mixed": (mixed.mixed, mixed.MixedConfig), "gguf": (gguf.gguf, gguf.GgufConfig), "hqq": (hqq.hqq, hqq.HqqConfig), "zeroquant": (zeroquant.zeroquant, zeroquant.ZeroquantConfig),
 }  # fmt: skip
 SMALL = {"bits": 4, "group": 32, "length": 48, "held": 3}
 
@@ -62,8 +62,9 @@ def quantized(stage: str, model: Path, texts: Dataset | None, folder: Path, gold
     out.mkdir(parents=True)
     (folder / "scratch").mkdir(exist_ok=True)
     context = Context(out, folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed"))
-    more = {"texts": 12} if stage in ("gptq", "awq", "zeroquant") else {"group": 64} if stage == "nf4" else {"texts": 12, "bits": 8, "group": 0} if stage == "smoothquant" else {"bits": 8, "group": 0} if stage == "int8" else {}
-    made: Model = function(config(**{**SMALL, **more, **given}), Model(model, golden=record(golden or model)), context, **({} if texts is None else {"data": texts}))
+    more = {"texts": 12} if stage in ("gptq", "awq", "zeroquant", "mixed") else {"group": 64} if stage == "nf4" else {"texts": 12, "bits": 8, "group": 0} if stage == "smoothquant" else {"bits": 8, "group": 0} if stage == "int8" else {}
+    small = {"length": 48, "held": 3, "texts": given.pop("texts_", 12)} if stage == "gguf" else SMALL
+    made: Model = function(config(**{**small, **more, **given}), Model(model, golden=record(golden or model)), context, **({} if texts is None else {"data": texts}))
     context.report.write(folder / "report")
     return made
 

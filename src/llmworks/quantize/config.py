@@ -9,15 +9,20 @@ from pydantic import Field, model_validator
 from llmworks.artifact import Config
 
 
-class QuantizeConfig(Config):
-    """The numbers, and what is left as it is."""
+class KeptConfig(Config):
+    """What is left as it is, and what the damage is measured on."""
 
-    bits: int = Field(4, ge=2, le=8, description="of a whole number; engines know 4 and 8")
-    group: int = Field(64, ge=0, description="weights of a row that share a scale; 0: all of a row")
     skip: list[str] = Field([], description="layers that stay as they are, by a part of their names, as self_attn.v_proj or layers.0.")
     rest: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="number format of scales and of what is not quantized: embedding, head, norms; auto: bfloat16 where that changes no weight, else float16")
     held: int = Field(8, ge=0, description="texts of `data` that are not calibrated by, on which model and result are compared")
     length: int = Field(512, gt=1, description="tokens of a text of `data`")
+
+
+class QuantizeConfig(KeptConfig):
+    """The numbers."""
+
+    bits: int = Field(4, ge=2, le=8, description="of a whole number; engines know 4 and 8")
+    group: int = Field(64, ge=0, description="weights of a row that share a scale; 0: all of a row")
 
 
 class WholeConfig(QuantizeConfig):

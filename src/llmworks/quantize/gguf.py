@@ -28,6 +28,8 @@ class GgufConfig(Config):
     type: FileType = Field("q8_0", description="type of the file, as llama.cpp names them: a mix of number formats of about so many bits a weight (q4_k_m, iq3_xs ...)")
     tensors: dict[str, str] = Field({}, description='number formats of tensors by a pattern of their names, which go before the type\'s, as {"blk\\.0\\.": "q8_0"}')
     importance: bool = Field(True, description="formats are told what is important, where `data` is given (llama.cpp's importance matrix)")
+    allocate: bool = Field(False, description="number formats by what each matrix would cost the model, within the size that the type has by itself; needs `data`")
+    sensed: int = Field(8, gt=0, description="texts of `data` by which such costs are found")
     texts: int = Field(128, gt=0, description="texts of `data` that say what is important")
     held: int = Field(8, ge=0, description="other texts of `data`, on which model and file are compared")
     length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")

@@ -42,7 +42,7 @@ def write_gguf(source: Path, target: Path, kind: str, progress: Progress, import
     check_weights(source)
     config = read_config(source)
     tensors = Tensors(source, config)
-    layout = Layout(int(config["num_hidden_layers"]), tensors.heads // tensors.kv_heads, "output.weight" not in tensors.shapes, importance is not None)
+    layout = tensors.layout(importance is not None)
     types = types_of(tensors.shapes, kind, layout, given)
     wide = types_of({name: (*shape[:-1], 256) for name, shape in tensors.shapes.items()}, kind, layout, given)
     blind = [name for name, found in types.items() if name not in ("token_embd.weight", "output.weight") and (found in SEEING or (kind == "q2_k_s" and found == "Q2_K")) and name not in (importance or {})]
@@ -67,6 +67,14 @@ def write_gguf(source: Path, target: Path, kind: str, progress: Progress, import
             bar.advance()
     writer.close()
     return Written(types, dict(tensors.shapes), tuple(name for name, found in types.items() if found != wide[name]))
+
+
+def types_in(source: Path, kind: str, importance: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, str]:
+    """The formats that a file of `kind` would have. Errors: as of `write_gguf`."""
+    from llmworks.quantize.gguf import read_config
+
+    tensors = Tensors(source, read_config(source))
+    return types_of(tensors.shapes, kind, tensors.layout(importance is not None), given)
 
 
 def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
@@ -157,6 +165,7 @@ class Tensors:
 
     def __init__(self, source: Path, config: Mapping[str, Any]) -> None:
         self.source = source
+        self.layers = int(config["num_hidden_layers"])
         self.heads = int(config["num_attention_heads"])
         self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
         tied = bool(config.get("tie_word_embeddings"))
@@ -170,6 +179,10 @@ class Tensors:
                 if gguf_name is None:
                     raise ModelError(f"{source}: the tensor {name} has no place in a Llama GGUF file")
                 self.places[gguf_name], self.shapes[gguf_name] = (file, name), tuple(entry["shape"])
+
+    def layout(self, importance: bool) -> Layout:
+        """What the mixes of types look at."""
+        return Layout(self.layers, self.heads // self.kv_heads, "output.weight" not in self.shapes, importance)
 
     def read(self, gguf_name: str) -> Any:
         """One tensor, numpy. ModelError for one that holds no numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,16 @@ import torch
 
 from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
-from llmworks.errors import ModelError
+from llmworks.errors import DataError, ModelError
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.golden import record
 from llmworks.model.load import check_weights
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.damage import Damage
 from llmworks.quantize.gguf import BOUNDS, read_config
-from llmworks.quantize.gguf_file import Written, write_gguf
-from llmworks.quantize.gguf_types import PLAIN
+from llmworks.quantize.gguf_allocation import allocated
+from llmworks.quantize.gguf_file import Written, types_in, write_gguf
+from llmworks.quantize.gguf_types import PLAIN, bits_of
 from llmworks.quantize.importance import importance
 from llmworks.quantize.source import Source
 from llmworks.tokenize.golden import require
@@ -38,16 +40,22 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None) ->
     if read_json(model.path / "config.json").get("quantization_config"):
         raise ModelError(f"{model.path}: is quantized already; give the model that it was made of")
     golden = model.golden or record(model.path)
+    if config.allocate and data is None:
+        raise DataError("config.allocate has to see what the model is for; give `data`: conversations or texts")
     seen: Mapping[str, Any] | None = None
+    given, expected = dict(config.tensors), None
     walk: Walk | None = None
     if data is not None:
         source = Source(model.path)
         wanted = config.importance and config.type.upper() not in PLAIN
-        ids, held = calibration(load_tokenizer(model.path), data, config.texts if wanted else 0, config.held, config.length, ctx.seed)
-        found, walk = importance(source, ids, held, ctx)
+        ids, held = calibration(load_tokenizer(model.path), data, config.texts if wanted else config.sensed if config.allocate else 0, config.held, config.length, ctx.seed)
+        found, walk = importance(source, ids if wanted else ids[:0], held, ctx)
         seen = found if wanted else None
+        if config.allocate:
+            kinds, expected = allocated(source, ids[: config.sensed], ctx, types_in(model.path, config.type, seen, config.tensors), found)
+            given |= {f"^{re.escape(name)}$": kind for name, kind in kinds.items() if not any(re.search(pattern, name) for pattern in config.tensors)}
     target = ctx.out / "model.gguf"
-    written = write_gguf(model.path, target, config.type, ctx.progress, seen, config.tensors)
+    written = write_gguf(model.path, target, config.type, ctx.progress, seen, given)
     engine = LlamaCppEngine(target, name="model.gguf")
     try:
         bound = BOUNDS.get(config.type if config.type in BOUNDS else config.type.removeprefix("i")[:2], float("inf"))
@@ -58,23 +66,18 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None) ->
     assert gap is not None
     size, weights = target.stat().st_size, sum(math.prod(shape) for shape in written.shapes.values())
     metrics: dict[str, Any] = {
-        "bytes": size, "bits_a_weight": round(_bits(written), 4), "weights": weights, "fallen": len(written.fallen), **{name: round(value, 6) for name, value in damage.items()},
+        **({} if expected is None else {"expected_kl": round(expected, 5)}), "bytes": size, "bits_a_weight": round(_bits(written), 4), "weights": weights, "fallen": len(written.fallen), **{name: round(value, 6) for name, value in damage.items()},
         "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
     }  # fmt: skip
     _describe(ctx, model, config.type, written, metrics)
-    about = {"format": "gguf", "type": config.type, "importance": seen is not None, **({"calibration": data.name} if data is not None else {})}
+    about = {"format": "gguf", "type": config.type, "importance": seen is not None, "allocated": config.allocate, **({"calibration": data.name} if data is not None else {})}
     return Model(ctx.out, golden=golden, metrics=metrics, about=about)
 
 
 def _bits(written: Written) -> float:
     """Bits of a weight on average, scales included."""
-    import gguf
-
-    bits = weights = 0.0
-    for name, shape in written.shapes.items():
-        block, each = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[written.types[name]]]
-        bits, weights = bits + math.prod(shape) / block * each * 8, weights + math.prod(shape)
-    return bits / weights
+    weights = {name: math.prod(shape) for name, shape in written.shapes.items()}
+    return sum(bits_of(written.types[name]) * count for name, count in weights.items()) / sum(weights.values())
 
 
 def _damage(walk: Walk, engine: LlamaCppEngine) -> dict[str, float]:

@@ -63,6 +63,14 @@ def block(kind: str) -> int:
     return 1 if kind in PLAIN else 256 if kind.endswith("_K") or kind in LARGE else 32
 
 
+def bits_of(kind: str) -> float:
+    """Bits of a weight, scales included."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return float(size * 8 / block)
+
+
 def fitting(kind: str, row: int) -> str:
     """A format, or the one in its place where its blocks do not divide a row."""
     if row % block(kind) == 0:

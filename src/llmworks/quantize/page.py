@@ -22,6 +22,11 @@ def describe(report: ReportBuilder, title: str, method: str, told: Sequence[Mapp
     for one in told:
         series.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["lost"])))
     report.curves("What rounding takes from the weights", series, x="block", y="share of their squares", note="By layer. What it takes from the model depends on what the layers read, too.")
+    if len({round(float(one["bits"]), 2) for one in told}) > 1:
+        bits: dict[str, list[tuple[float, float]]] = {}
+        for one in told:
+            bits.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["bits"])))
+        report.curves("Bits of a weight", bits, x="block", y="bits, scales included", note="More where a rounding would change the model's chances of tokens most.")
     report.table("Figures", ("what", "value"), list(metrics.items()))
     worst = sorted(told, key=lambda one: -float(one["lost"]))[:12]
     report.table("Layers that lost most", ("layer", "share lost", "bits a weight"), [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst])

@@ -20,7 +20,7 @@ from llmworks.model.quantized import FORMS
 from llmworks.model.rounded_inputs import read_rounded
 from llmworks.model.standard import to_standard
 from llmworks.quantize.calibration import calibration
-from llmworks.quantize.config import QuantizeConfig
+from llmworks.quantize.config import KeptConfig
 from llmworks.quantize.source import Source, join_files
 from llmworks.quantize.streamed import logits_of
 from llmworks.quantize.walk import Part, Passing, Walk, layer_of
@@ -58,16 +58,12 @@ class Method(Protocol):
         """The matrices of layers that read the same, by name; those whose grid is None stay."""
 
 
-def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None, method: Method, grid: Any, about: Mapping[str, Any], form: str = "compressed-tensors", grids: Mapping[str, Any] | None = None) -> Model:
+def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, method: Method, grid: Any, about: Mapping[str, Any], form: str = "compressed-tensors", grids: Mapping[str, Any] | None = None) -> Model:
     """Write a directory in a form of `model.quantized.FORMS`. The golden tokens are replayed on what was written. `grids`: of layers, by name, that have another than `grid`.
 
     Errors: ModelError for a model that is quantized already, of another architecture, or with weights that are no numbers; DataError for too little text; GoldenMismatch when the result computes something else.
     """
-    if model.format != "hf":
-        raise ModelError(f"{model.name}: a Hugging Face directory is quantized, this is {model.format}; convert it with the stage model.from_gguf")
-    source = Source(model.path)
-    if source.kind == "gpt2" or source.shape.experts:
-        raise ModelError(f"{model.name}: {'queries, keys and values are one matrix in its files' if source.kind == 'gpt2' else 'its experts are no single matrices'}, which compressed-tensors has no names for; quantize.gguf may serve")
+    source = open_source(model)
     if method.texts and data is None:
         raise DataError("this method has to see what layers read; give `data`: conversations or texts of what the model is for")
     tokenizer = load_tokenizer(model.path)
@@ -77,7 +73,7 @@ def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None
         ids = held = torch.zeros(0, config.length, dtype=torch.long)
     stored = "float16" if form in ("gptq", "awq") else stored_of(source, config.rest)
     grid, others = replace(grid, stored=stored), {name: replace(one, stored=stored) for name, one in (grids or {}).items()}
-    skip = _skipping(source, config.skip)
+    skip = skipping(source, config.skip)
     golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])
     told, damage = _walked(source, ids, held, ctx, method, lambda name: None if skip(name) else others.get(name, grid), FORMS[form], getattr(torch, stored))
     chosen = {one["name"]: others.get(one["name"], grid) for one in told}
@@ -101,6 +97,16 @@ def run(config: QuantizeConfig, model: Model, ctx: Context, data: Dataset | None
     return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf", "dtype": stored, "architecture": str(model.about.get("architecture", "")), "bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, **about, **({"calibration": data.name} if data is not None else {})})
 
 
+def open_source(model: Model) -> Source:
+    """The model's directory, piece by piece. ModelError for one that cannot be quantized."""
+    if model.format != "hf":
+        raise ModelError(f"{model.name}: a Hugging Face directory is quantized, this is {model.format}; convert it with the stage model.from_gguf")
+    source = Source(model.path)
+    if source.kind == "gpt2" or source.shape.experts:
+        raise ModelError(f"{model.name}: {'queries, keys and values are one matrix in its files' if source.kind == 'gpt2' else 'its experts are no single matrices'}, which compressed-tensors has no names for; quantize.gguf may serve")
+    return source
+
+
 def stored_of(source: Source, rest: str) -> Any:
     """The number format of what is not quantized."""
     if rest != "auto":
@@ -116,7 +122,7 @@ def _keeps(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 or torch.equal(tensor.float(), tensor.bfloat16().float())
 
 
-def _skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
+def skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
     """Whether a layer, by its name in the directory, stays. ModelError for a part of a name that no layer has."""
     names = [name.removesuffix(".weight") for name in source.places if source.number_of(name) >= 0]
     for part in skip:

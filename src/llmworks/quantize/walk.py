@@ -22,7 +22,7 @@ from llmworks.quantize.source import Source
 CHUNK = 4096  # tokens that go through a block at once
 SAMPLE = 64  # tokens of these whose inputs are kept
 LOGITS = 64  # tokens whose chances over the vocabulary are in memory
-PIECE = 512  # columns of moments that are computed at once: only those on and above the diagonal
+PIECE = 192  # columns of moments that are computed at once: only those on and above the diagonal
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,105 @@
+"""What a change of each matrix would do to a model's chances of tokens, without trying each: by gradients, walked block by block, back from the end.
+
+To second order the divergence of a model with W + D from that with W is half the mean of (g' D x)^2 over tokens, for what the matrix reads (x) and the gradient at what it gives (g) of the log-probability of tokens drawn from the model
+itself (the Fisher information: Amari 1998; for quantization Kim et al. 2023, arXiv:2306.07629, section 4). Effects of two tokens, or of two matrices, on one another are left out. Knows no method of rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmworks.context import Context
+from llmworks.model.decoder import Block
+from llmworks.quantize.source import Source
+from llmworks.quantize.walk import CHUNK, LOGITS, layer_of, parts_of
+
+Tries = Callable[[str, Tensor], Sequence[Tensor]]  # (name of a layer in the directory, its weight) -> what it may become
+
+
+def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, list[float]]:
+    """What each try of each layer would cost, in nats a token, by the layer's name in the directory. ids: [texts, length]. A killed run goes on at its block."""
+    folder = ctx.scratch / "sensing"
+    folder.mkdir(exist_ok=True)
+    layers, count, length = source.shape.layers, *ids.shape
+    frame = source.frame()
+    stack: Any = frame.decoder
+    places = torch.arange(length)[None]
+
+    def states(name: str) -> Tensor:
+        return torch.from_file(str(folder / f"{name}.bin"), shared=True, size=count * length * source.shape.width, dtype=torch.float32).view(count, length, -1)
+
+    mark = folder / "done.json"
+    done: dict[str, Any] = json.loads(mark.read_text()) if mark.exists() else {"forward": 0, "backward": layers, "costs": {}}
+    each = max(1, CHUNK // length)
+    with torch.no_grad(), ctx.progress.bar("sense", 2 * layers, "blocks") as bar:
+        bar.advance(done["forward"] + layers - done["backward"])
+        if not done["forward"]:
+            states("0").copy_(stack.begin(stack.embedding(ids), places.expand(count, -1)))
+        for number in range(done["forward"], layers):
+            with source.only(stack, source.block(number)):
+                for some in torch.split(torch.arange(count), each):
+                    states(str(number + 1))[some] = stack.through(states(str(number))[some], places.expand(len(some), -1))
+            done["forward"] = number + 1
+            mark.write_text(json.dumps(done))
+            bar.advance()
+        if done["backward"] == layers:
+            states(f"back-{layers}").copy_(_at_the_end(frame, states(str(layers)), ctx.seed))
+        for number in range(done["backward"] - 1, -1, -1):
+            block = source.block(number)
+            with source.only(stack, block):
+                for some in torch.split(torch.arange(count), each):
+                    back = _back(source, block, number, states(str(number))[some].clone(), states(f"back-{number + 1}")[some].clone(), places.expand(len(some), -1), stack, tries, done["costs"])
+                    states(f"back-{number}")[some] = back
+            done["backward"] = number
+            mark.write_text(json.dumps(done))
+            bar.advance()
+    return {name: [value / (2 * ids.numel()) for value in found] for name, found in done["costs"].items()}
+
+
+def _at_the_end(frame: Any, states: Tensor, seed: int) -> Tensor:
+    """Gradients at the last states, of minus the log-probabilities of tokens drawn from the model."""
+    found = torch.empty_like(states)
+    draw = torch.Generator().manual_seed(seed)
+    for text in range(len(states)):
+        for some in torch.split(torch.arange(states.shape[1]), LOGITS):
+            with torch.enable_grad():
+                state = states[text, some].clone().requires_grad_()
+                logits = frame.head(frame.decoder.norm(state)).float()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+                F.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            assert state.grad is not None
+            found[text, some] = state.grad
+    return found
+
+
+def _back(source: Source, block: Block, number: int, state: Tensor, gradient: Tensor, places: Tensor, stack: Any, tries: Tries, found: dict[str, list[float]]) -> Tensor:
+    """The gradient before a block; what tries of its layers cost is added to `found`."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = []
+    for part in parts_of(block):
+        for name in part.layers:
+
+            def look(_: Any, given: tuple[Tensor, ...], made: Tensor, name: str = name) -> None:
+                made.register_hook(lambda back: seen.__setitem__(name, (given[0].detach(), back)))  # type: ignore[no-untyped-call]
+
+            hooks.append(layer_of(block, name).register_forward_hook(look))
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+    with torch.enable_grad():
+        state.requires_grad_()
+        stack.through(state, places).backward(gradient)
+    for hook in hooks:
+        hook.remove()
+    for layer, (x, back) in seen.items():
+        name, weight = source.rename(f"decoder.blocks.{number}.{layer}"), layer_of(block, layer).weight
+        x, back = x.flatten(0, 1), back.flatten(0, 1)
+        sums = [float(((x @ (tried - weight).T) * back).sum(1).square().sum()) for tried in tries(name, weight)]
+        found[name] = [a + b for a, b in zip(found.get(name, [0.0] * len(sums)), sums, strict=True)]
+    assert state.grad is not None
+    return state.grad

@@ -1,0 +1,115 @@
+"""Bits where a model bears least to lose them: costs are what a change does, budgets are kept, the result is better than the same bits everywhere."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from llmworks.artifact import Dataset
+from llmworks.context import Context
+from llmworks.errors import ModelError
+from llmworks.model.standard import load_decoder
+from llmworks.progress import Progress
+from llmworks.quantize.mixed import MixedConfig
+from llmworks.quantize.sensing import costs
+from llmworks.quantize.solvers.allocation import allocate
+from llmworks.quantize.source import Source
+from llmworks.report import ReportBuilder
+from tests.quantize.test_stages import _ours, quantized, texts  # noqa: F401 (a fixture)
+
+
+def context(folder: Path) -> Context:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Context(folder, folder, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed"))
+
+
+def test_costs_are_the_divergence_that_follows(pico: Path, tmp_path: Path) -> None:
+    """Small changes of single matrices, tried: of the last one, which no other token sees, nearly to the digit; of others of the same order."""
+    model = load_decoder(pico)
+    ids = torch.randint(3, model.shape.vocabulary, (60, 64), generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(1)
+    changes = {name.removesuffix(".weight"): 0.02 * torch.randn(tensor.shape, generator=draw) for name, tensor in load_file(pico / "model.safetensors").items() if name.endswith("_proj.weight")}
+    found = costs(Source(pico), ids, context(tmp_path), lambda name, weight: [weight + changes[name], weight + changes[name] / 2, weight])
+    with torch.no_grad():
+        before = F.log_softmax(model(input_ids=ids).logits, -1)
+        for name, change in changes.items():
+            weight = model.get_parameter(f"{_ours(name)}.weight")
+            weight += change
+            after = F.log_softmax(model(input_ids=ids).logits, -1)
+            weight -= change
+            measured = float((before.exp() * (before - after)).sum(-1).mean())
+            assert found[name][1] == pytest.approx(found[name][0] / 4, rel=1e-3)
+            assert found[name][2] == 0
+            within = 0.12 if name == "model.layers.1.mlp.down_proj" else 1.2
+            assert found[name][0] == pytest.approx(measured, rel=within), name
+
+
+def test_a_killed_look_goes_on(pico: Path, tmp_path: Path) -> None:
+    """Stopped while it goes back: blocks that were done are not looked at again, and the sums are the same."""
+    ids = torch.randint(3, 300, (6, 32), generator=torch.Generator().manual_seed(0))
+    seen: list[str] = []
+
+    def tries(name: str, weight: torch.Tensor) -> list[torch.Tensor]:
+        seen.append(name)
+        if stop and name.startswith("model.layers.0"):
+            raise KeyboardInterrupt
+        return [weight * 1.01]
+
+    stop = False
+    whole = costs(Source(pico), ids, context(tmp_path / "whole"), tries)
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        costs(Source(pico), ids, context(tmp_path / "killed"), tries)
+    stop = False
+    seen.clear()
+    assert costs(Source(pico), ids, context(tmp_path / "killed"), tries) == whole
+    assert all(name.startswith("model.layers.0") for name in seen)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_budgets_are_kept_and_used_well(seed: int) -> None:
+    """Against all choices there are: never beyond the budget, and no worse than the best of a budget that is one step of one part smaller."""
+    draw = torch.Generator().manual_seed(seed)
+    sizes = [[2.0, 3.0, 4.0, 6.0] for _ in range(5)]
+    table = [[float(scale * 4.0**-bits * noise) for bits, noise in zip((2, 3, 4, 6), torch.rand(4, generator=draw) * 0.5 + 0.75, strict=True)] for scale in torch.rand(5, generator=draw) * 50 + 1]
+    for budget in (10.0, 14.5, 20.0, 30.0):
+        chosen = allocate(table, sizes, budget)
+        assert sum(size[at] for size, at in zip(sizes, chosen, strict=True)) <= budget
+        best = min(sum(row[at] for row, at in zip(table, one, strict=True)) for one in itertools.product(range(4), repeat=5) if sum(size[at] for size, at in zip(sizes, one, strict=True)) <= budget)
+        spare = min((sum(row[at] for row, at in zip(table, one, strict=True)) for one in itertools.product(range(4), repeat=5) if sum(size[at] for size, at in zip(sizes, one, strict=True)) <= budget - 4), default=float("inf"))
+        assert best <= sum(row[at] for row, at in zip(table, chosen, strict=True)) <= max(best, spare) + 1e-12
+    with pytest.raises(ValueError, match="the smallest choices take 10, 9 are there"):
+        allocate(table, sizes, 9.0)
+
+
+def test_mixed_bits_lose_less_than_the_same_everywhere(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+    """At no more bits; the file is read by transformers as here."""
+    same = quantized("gptq", pico, texts, tmp_path / "same", bits=3)
+    made = quantized("mixed", pico, texts, tmp_path / "mixed", bits=same.metrics["bits_a_weight"], group=32, sensed=8)
+    assert made.metrics["bits_a_weight"] <= same.metrics["bits_a_weight"]
+    assert made.metrics["kl"] < same.metrics["kl"]
+    config = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    bits = {name: group["weights"]["num_bits"] for group in config["config_groups"].values() for name in group["targets"]}
+    assert len(set(bits.values())) > 1
+    assert len({bits[f"model.layers.0.self_attn.{x}_proj"] for x in "qkv"}) == 1
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)(input_ids=ids).logits
+        assert torch.allclose(theirs, load_decoder(made.path)(input_ids=ids).logits, atol=1e-3)
+
+
+def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+    more: dict[str, Any] = {"sensed": 2, "group": 32}
+    with pytest.raises(ModelError, match=r"config.bits: 2.2 bits a weight are fewer than 2.5, the fewest of config.choices with their scales"):
+        quantized("mixed", pico, texts, tmp_path, bits=2.2, **more)
+    with pytest.raises(ValidationError, match="each must be from 2 to 8, and there once"):
+        MixedConfig(choices=[4, 4])

@@ -10,8 +10,9 @@ import torch
 
 from llmworks.errors import ModelError
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
-from llmworks.model.from_gguf import metadata, open_reader, tokenizer_of, write_hf_directory
+from llmworks.model.from_gguf import metadata, open_reader, write_hf_directory
 from llmworks.model.gguf_layout import deinterleave_rows, interleave_rows
+from llmworks.model.gguf_tokenizer import tokenizer_of
 from llmworks.model.golden import torch_logits
 from llmworks.model.load import load_model
 from llmworks.progress import Progress

@@ -138,7 +138,7 @@ def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, te
     assert made.metrics["expected_kl"] == pytest.approx(made.metrics["kl"], rel=1.5)
     kinds = {tensor.tensor_type.name for tensor in open_reader(made.path / "model.gguf").tensors}
     assert len(kinds) > 3
-    with pytest.raises(DataError, match="config.allocate has to see what the model is for; give `data`"):
+    with pytest.raises(DataError, match=r"config.allocate has to see what the model is for; give `data`"):
         quantized("gguf", pico, None, tmp_path / "none", allocate=True)
 
 

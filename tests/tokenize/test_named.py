@@ -146,7 +146,8 @@ def token_equal(tokenizer: Any) -> None:
 def test_tokens_of_real_models_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the model's own template, and with the named ones."""
     from llmworks import assets
-    from llmworks.model.from_gguf import metadata, open_reader, tokenizer_of
+    from llmworks.model.from_gguf import metadata, open_reader
+    from llmworks.model.gguf_tokenizer import tokenizer_of
 
     monkeypatch.setenv("LLMWORKS_ACCEPT", name)
     tokenizer = tokenizer_of(metadata(open_reader(next(assets.fetch(name).glob("*.gguf")))))

@@ -1,7 +1,7 @@
 """Stage `model.from_gguf`: a GGUF file becomes a Hugging Face directory (safetensors, tokenizer, template, golden tokens).
 
 Reads the blocks with the vectorised `gguf` reader and dequantizes to fp32, which loses nothing that the file still has.
-Knows the layouts of Llama and Qwen2; says so for any other architecture.
+Knows the layouts of Llama, Qwen2, Qwen3, Gemma 3 and Phi-3; says so for any other architecture.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from pydantic import Field
 from llmworks.artifact import Config, Model
 from llmworks.context import Context
 from llmworks.errors import ModelError
+from llmworks.model.gguf_layout import KINDS, LAYOUTS
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-    from tokenizers import Tokenizer
 
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
 
 
 class FromGgufConfig(Config):
@@ -34,7 +33,7 @@ class FromGgufConfig(Config):
 
 
 def from_gguf(config: FromGgufConfig, source: Model, ctx: Context) -> Model:
-    """Convert a GGUF file of Llama's or Qwen2's layout to a Hugging Face directory.
+    """Convert a GGUF file to a Hugging Face directory.
 
     Errors: ModelError for a truncated file or another architecture. Equality with the transformers loader is a test.
     """
@@ -73,6 +72,8 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
     }
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    from llmworks.model.gguf_tokenizer import write_tokenizer
+
     write_tokenizer(meta, out)
     write_weights(reader, meta, out, dtype)
 
@@ -85,22 +86,34 @@ def config_of(path: Path) -> dict[str, Any]:
 
 def _config(path: Path, reader: GGUFReader, meta: dict[str, Any], dtype: str) -> dict[str, Any]:
     architecture = meta.get("general.architecture")
-    if architecture not in CLASSES:
-        raise ModelError(
-            f"{path}: architecture {architecture!r} cannot be converted, only {' and '.join(map(repr, CLASSES))}; it can still be run as it is (gguf:{path})"
-        )
+    if architecture not in KINDS:
+        raise ModelError(f"{path}: architecture {architecture!r} cannot be converted, only {', '.join(KINDS)}; it can still be run as it is (gguf:{path})")
     tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
     return hf_config(meta, tied, dtype)
 
 
 def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a Llama or Qwen2 model from GGUF metadata."""
-    kind = str(meta["general.architecture"])
-    own = {key.removeprefix(f"{kind}."): value for key, value in meta.items() if key.startswith(f"{kind}.")}
+    """The `config.json` of a model from GGUF metadata. ModelError for scaled rotary positions, which are not carried over."""
+    architecture = str(meta["general.architecture"])
+    kind = KINDS[architecture]
+    own = {key.removeprefix(f"{architecture}."): value for key, value in meta.items() if key.startswith(f"{architecture}.")}
+    if own.get("rope.scaling.type", "none") != "none":
+        raise ModelError(f"this GGUF file scales its rotary positions ({own['rope.scaling.type']}), which conversion does not carry over")
     heads = int(own["attention.head_count"])
     hidden = int(own["embedding_length"])
+    width = int(own.get("attention.key_length", hidden // heads))
+    theta = float(own.get("rope.freq_base", 10000.0))
+    every: dict[str, dict[str, Any]] = {
+        "llama": {"attention_bias": False, "mlp_bias": False}, "qwen2": {"use_sliding_window": False}, "qwen3": {"use_sliding_window": False, "attention_bias": False},
+        "phi3": {"sliding_window": int(own.get("attention.sliding_window", 0)) or None, "original_max_position_embeddings": int(own.get("rope.scaling.original_context_length", own["context_length"]))},
+        "gemma3_text": {
+            "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": width, "sliding_window": int(own.get("attention.sliding_window", 0)), "layer_types": [("full" if (i + 1) % 6 == 0 else "sliding") + "_attention" for i in range(int(own["block_count"]))],
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": theta}, "sliding_attention": {"rope_type": "default", "rope_theta": float(own.get("rope.freq_base_swa", 10000.0))}},
+        },
+    }  # fmt: skip
+    more = every[kind]
     return {
-        "architectures": [CLASSES[kind]],
+        "architectures": [LAYOUTS[kind].model],
         "model_type": kind,
         "vocab_size": len(meta["tokenizer.ggml.tokens"]),
         "hidden_size": hidden,
@@ -108,78 +121,18 @@ def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": int(own["block_count"]),
         "num_attention_heads": heads,
         "num_key_value_heads": int(own.get("attention.head_count_kv", heads)),
-        "head_dim": int(own.get("attention.key_length", hidden // heads)),
+        **({} if kind == "phi3" else {"head_dim": width}),
         "max_position_embeddings": int(own["context_length"]),
         "rms_norm_eps": round(float(own["attention.layer_norm_rms_epsilon"]), 12),
-        "rope_theta": float(own.get("rope.freq_base", 10000.0)),
-        "hidden_act": "silu",
-        **({"attention_bias": False, "mlp_bias": False} if kind == "llama" else {"use_sliding_window": False}),
+        **({} if "rope_parameters" in more else {"rope_theta": theta}),
+        **({} if "hidden_activation" in more else {"hidden_act": "silu"}),
+        **more,
         "tie_word_embeddings": tied,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
         "torch_dtype": dtype,
     }
-
-
-def write_tokenizer(meta: dict[str, Any], out: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`."""
-    build_tokenizer(meta).save(str(out / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_options(meta)}
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def tokenizer_of(meta: dict[str, Any]) -> Any:
-    """The transformers tokenizer that GGUF metadata describe, template included, without writing a file."""
-    from transformers import PreTrainedTokenizerFast
-
-    make: Any = PreTrainedTokenizerFast
-    return make(tokenizer_object=build_tokenizer(meta), **tokenizer_options(meta))
-
-
-def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE as GGUF's tokenizer model "gpt2" describes it."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-    from tokenizers.models import BPE
-
-    from llmworks.model.gguf_layout import CONTROL, USER_DEFINED
-
-    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in ("smollm", "gpt-2", "qwen2"):
-        raise ModelError(f"the GGUF tokenizer {kind!r} with pre-tokenizer {pre!r} is not known here, only 'gpt2' with 'smollm', 'gpt-2' or 'qwen2'")
-    tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if pre == "smollm" else byte_level
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    types = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
-    tokenizer.add_tokens(
-        [AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in types if kind in (CONTROL, USER_DEFINED)]
-    )
-    return tokenizer
-
-
-def tokenizer_options(meta: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens, length and template as `tokenizer_config.json` has them."""
-    tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
-    options: dict[str, Any] = {
-        role: tokens[int(meta[f"tokenizer.ggml.{key}"])] for role, key in named.items() if f"tokenizer.ggml.{key}" in meta
-    }
-    options |= {
-        "model_max_length": int(meta[f"{meta['general.architecture']}.context_length"]),
-        "clean_up_tokenization_spaces": False,
-        "add_bos_token": bool(meta.get("tokenizer.ggml.add_bos_token", False)),
-    }
-    if "tokenizer.chat_template" in meta:
-        options["chat_template"] = meta["tokenizer.chat_template"]
-    return options
 
 
 def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: str) -> None:
@@ -191,20 +144,23 @@ def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: st
 
     from llmworks.model.gguf_layout import deinterleave_rows, heads_of, to_hf_name
 
-    kind = meta["general.architecture"]
-    heads = int(meta[f"{kind}.attention.head_count"])
-    kv_heads = int(meta.get(f"{kind}.attention.head_count_kv", heads))
+    architecture = meta["general.architecture"]
+    layout = LAYOUTS[KINDS[architecture]]
+    heads = int(meta[f"{architecture}.attention.head_count"])
+    kv_heads = int(meta.get(f"{architecture}.attention.head_count_kv", heads))
     tensors: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
-        name = to_hf_name(tensor.name)
+        name = to_hf_name(tensor.name, KINDS[architecture])
         if name is None:
             if tensor.name == "rope_freqs.weight":
                 raise ModelError("this GGUF file scales its rotary frequencies (rope_freqs), which conversion does not carry over")
             raise ModelError(f"the GGUF tensor {tensor.name!r} has no place in such a model")
         shape = tuple(int(n) for n in reversed(tensor.shape))
         weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(shape)
-        interleaved = heads_of(tensor.name, heads, kv_heads) if kind == "llama" else None
+        interleaved = heads_of(tensor.name, heads, kv_heads) if layout.interleaved else None
         if interleaved is not None:
             weight = deinterleave_rows(weight, interleaved)
+        if layout.from_zero and name.endswith("norm.weight"):
+            weight = weight - 1
         tensors[name] = torch.from_numpy(np.array(weight, order="C")).to(getattr(torch, dtype))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

@@ -7,16 +7,12 @@ anything is published llama.cpp itself replays the golden tokens on the file.
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
 from pydantic import Field, field_validator
 
 from llmworks.artifact import Config, Dataset, Model
 from llmworks.context import Context
-from llmworks.errors import ModelError
 from llmworks.quantize.gguf_types import FORMATS, FileType
-from llmworks.tokenize.load import read_json
 
 # How far golden logits may move on average, by bits of a weight; SmolLM2-135M moves by less than 0.001 in f32, 0.003 in f16, 0.13 in q8_0.
 BOUNDS = {"f32": 0.02, "f16": 0.05, "bf16": 0.3, "q8": 0.3, "q6": 0.8, "q5": 1.5, "q4": 3.0}
@@ -55,16 +51,3 @@ def gguf(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None = 
     from llmworks.quantize.gguf_run import run
 
     return run(config, model, ctx, data)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """`config.json`, checked to be of the Llama layout that GGUF writing covers."""
-    config = read_json(path / "config.json")
-    if config.get("architectures") != ["LlamaForCausalLM"]:
-        raise ModelError(f"{path}: architecture {config.get('architectures')} cannot be written as GGUF, only LlamaForCausalLM")
-    scaling = config.get("rope_scaling") or (config.get("rope_parameters") or {})
-    if scaling and scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ModelError(f"{path}: rope scaling {scaling.get('rope_type')!r} cannot be written as GGUF yet")
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise ModelError(f"{path}: biases cannot be written in this GGUF layout")
-    return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from llmworks.errors import ModelError
-from llmworks.model.gguf_layout import CONTROL, NORMAL, UNUSED, USER_DEFINED, heads_of, interleave_rows, to_gguf_name
+from llmworks.model.gguf_layout import LAYOUTS, heads_of, interleave_rows, to_gguf_name
 from llmworks.model.load import check_weights, read_header
 from llmworks.progress import Progress
+from llmworks.quantize.gguf_keys import add_hyperparameters, frequencies, read_config
 from llmworks.quantize.gguf_types import SEEING, Layout, types_of
-from llmworks.tokenize.load import load_tokenizer, stop_ids
+from llmworks.quantize.gguf_vocabulary import add_vocabulary
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,6 @@ def write_gguf(source: Path, target: Path, kind: str, progress: Progress, import
     """
     import gguf
 
-    from llmworks.quantize.gguf import read_config
-
     check_weights(source)
     config = read_config(source)
     tensors = Tensors(source, config)
@@ -48,10 +46,10 @@ def write_gguf(source: Path, target: Path, kind: str, progress: Progress, import
     blind = [name for name, found in types.items() if name not in ("token_embd.weight", "output.weight") and (found in SEEING or (kind == "q2_k_s" and found == "Q2_K")) and name not in (importance or {})]
     if blind:
         raise ModelError(f"{kind} needs an importance matrix: {blind[0]} would be {types[blind[0]]}; give `data`, texts of what the model is for")
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(target, LAYOUTS[config["model_type"]].architecture)
     writer.add_file_type(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")))
     add_hyperparameters(writer, config)
-    add_tokenizer(writer, source, config)
+    add_vocabulary(writer, source, config)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, shape in tensors.shapes.items():
         number = gguf.GGMLQuantizationType[types[name]]
@@ -71,8 +69,6 @@ def write_gguf(source: Path, target: Path, kind: str, progress: Progress, import
 
 def types_in(source: Path, kind: str, importance: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, str]:
     """The formats that a file of `kind` would have. Errors: as of `write_gguf`."""
-    from llmworks.quantize.gguf import read_config
-
     tensors = Tensors(source, read_config(source))
     return types_of(tensors.shapes, kind, tensors.layout(importance is not None), given)
 
@@ -92,74 +88,6 @@ def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
     return quantize_rows(weight, GGMLQuantizationType[kind], None if importance is None or kind == "Q8_0" else importance)
 
 
-def add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
-    """The `llama.*` keys."""
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    rope = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_freq_base(float(rope))
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_vocab_size(int(config["vocab_size"]))
-
-
-def add_tokenizer(writer: Any, source: Path, config: dict[str, Any]) -> None:
-    """The `tokenizer.*` keys of a byte-level BPE tokenizer; the pre-tokenizer is recognised by its definition."""
-    tokenizer = load_tokenizer(source)
-    definition = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    model = definition["model"]
-    if model["type"] != "BPE":
-        raise ModelError(f"{source}: a {model['type']} tokenizer cannot be written as GGUF, only byte-level BPE")
-    size = int(config["vocab_size"])
-    tokens = [f"[PAD{i}]" for i in range(size)]
-    types = [UNUSED] * size
-    for token, index in model["vocab"].items():
-        tokens[index], types[index] = token, NORMAL
-    for added in definition["added_tokens"]:
-        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(definition, source))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
-    stops = stop_ids(source, tokenizer)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    others = [i for i in stops if i != tokenizer.eos_token_id]
-    if len(others) > 1:
-        raise ModelError(f"{source}: has {len(stops)} stop ids, GGUF keeps two (eos and eot)")
-    if others:
-        writer.add_eot_token_id(others[0])
-    for role, add in (("bos", writer.add_bos_token_id), ("unk", writer.add_unk_token_id), ("pad", writer.add_pad_token_id)):
-        index = getattr(tokenizer, f"{role}_token_id")
-        if index is not None:
-            add(index)
-    writer.add_add_bos_token(bool(getattr(tokenizer, "add_bos_token", False)))
-    writer.add_add_space_prefix(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def pre_tokenizer_name(definition: dict[str, Any], source: Path) -> str:
-    """llama.cpp's name of the pre-tokenizer: digits apart is "smollm", plain byte level is "gpt-2"."""
-    pre = definition.get("pre_tokenizer") or {}
-    parts = pre.get("pretokenizers", [pre])
-    shape = [(p.get("type"), p.get("individual_digits"), p.get("add_prefix_space"), p.get("use_regex", True)) for p in parts]
-    byte_level = ("ByteLevel", None, False, True)
-    if shape == [("Digits", True, None, True), byte_level]:
-        return "smollm"
-    if shape == [byte_level]:
-        return "gpt-2"
-    raise ModelError(f"{source}: its pre-tokenizer has no name in llama.cpp that is known here")
-
-
 class Tensors:
     """The tensors of a directory in llama.cpp's names and row order: `shapes`, and each when it is asked for, fp32."""
 
@@ -169,16 +97,23 @@ class Tensors:
         self.heads = int(config["num_attention_heads"])
         self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
         tied = bool(config.get("tie_word_embeddings"))
+        self.kind = str(config["model_type"])
+        self.layout_of = LAYOUTS[self.kind]
+        self.rows = int(config["vocab_size"])
+        self.factors = frequencies(config)
         self.places: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(source.glob("*.safetensors")):
             for name, entry in sorted(read_header(file).items(), key=lambda one: order_of(one[0])):
                 if name == "__metadata__" or (name == "lm_head.weight" and tied):
                     continue
-                gguf_name = to_gguf_name(name)
+                gguf_name = to_gguf_name(name, self.kind)
                 if gguf_name is None:
-                    raise ModelError(f"{source}: the tensor {name} has no place in a Llama GGUF file")
+                    raise ModelError(f"{source}: the tensor {name} has no place in a {self.layout_of.architecture} GGUF file")
                 self.places[gguf_name], self.shapes[gguf_name] = (file, name), tuple(entry["shape"])
+
+        if self.factors is not None:
+            self.shapes = {"rope_freqs.weight": self.factors.shape, **self.shapes}
 
     def layout(self, importance: bool) -> Layout:
         """What the mixes of types look at."""
@@ -189,13 +124,17 @@ class Tensors:
         import torch
         from safetensors import safe_open
 
+        if gguf_name == "rope_freqs.weight":
+            return self.factors
         file, name = self.places[gguf_name]
         opened: Any = safe_open(file, framework="pt")
         with opened as stored:
             weight = stored.get_tensor(name).to(torch.float32).numpy()
         if not np.isfinite(weight).all():
             raise ModelError(f"{self.source}: {name} holds {int((~np.isfinite(weight)).sum())} values that are no numbers (NaN or infinite)")
-        interleaved = heads_of(name, self.heads, self.kv_heads)
+        if self.layout_of.from_zero and name.endswith("norm.weight"):
+            weight = weight + 1
+        interleaved = heads_of(name, self.heads, self.kv_heads) if self.layout_of.interleaved else None
         return np.ascontiguousarray(weight if interleaved is None else interleave_rows(weight, interleaved))
 
 

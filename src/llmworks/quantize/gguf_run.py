@@ -17,9 +17,10 @@ from llmworks.model.golden import record
 from llmworks.model.load import check_weights
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.damage import Damage
-from llmworks.quantize.gguf import BOUNDS, read_config
+from llmworks.quantize.gguf import BOUNDS
 from llmworks.quantize.gguf_allocation import allocated
 from llmworks.quantize.gguf_file import Written, types_in, write_gguf
+from llmworks.quantize.gguf_keys import read_config
 from llmworks.quantize.gguf_types import PLAIN, bits_of
 from llmworks.quantize.importance import importance
 from llmworks.quantize.source import Source

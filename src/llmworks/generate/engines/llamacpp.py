@@ -20,7 +20,8 @@ from llmworks.generate.parallel import Answered, each_in_threads, in_order
 from llmworks.generate.prompt import ids_of_request
 from llmworks.generate.scoring import check_score, scored
 from llmworks.generate.stopping import cut_at_stop
-from llmworks.model.from_gguf import metadata, open_reader, tokenizer_of
+from llmworks.model.from_gguf import metadata, open_reader
+from llmworks.model.gguf_tokenizer import tokenizer_of
 from llmworks.tokenize.templates import renders_tools
 from llmworks.types import Completion, Delta, FinishReason, Request, Scored
 

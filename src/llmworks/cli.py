@@ -20,6 +20,7 @@ recipes
   run RECIPE          run a recipe; what is up to date is skipped, what was interrupted goes on
   plan RECIPE         what would run, why, and its time, memory and disk
   tune sweep RECIPE SEARCH      the best values of a recipe's fields, by trials
+  tune frontier MODEL           its quantizations: sizes, damage, speeds, skills (autoquant; autogguf: GGUF files only)
   train selftest RECIPE [STEP]   does the configuration of its trainings hold? in seconds, on a shrunken model
   import FILE         a configuration of Axolotl or LLaMA-Factory as a recipe
   stages [NAME]       the stage table, or one stage with its inputs and fields
@@ -187,6 +188,30 @@ def _sweep() -> Parser:
     return parser
 
 
+def _frontier(name: str = "tune frontier", ways: str = "", suite: str = "") -> Parser:
+    parser = _parser(name, "tuning.frontier", "Quantize a model in many ways, and say what each takes and what it costs. What was killed goes on.")
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, metavar="REF", help="conversations or texts of what the model is for: to calibrate by, and others to measure on")
+    parser.add_argument("--ways", default=ways, metavar="NAMES", help="ways with commas between, or how their names begin (gptq, gguf-q4 ...); default: all" if not ways else "which GGUF files; default: all")
+    parser.add_argument("--suite", default=suite, metavar="NAMES", help="suites or tasks with commas between, that all are asked; default: none")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
+    parser.add_argument("--budget", type=float, default=None, metavar="MB", help="megabytes that the files may have: the nearest to the model within it is recommended")
+    parser.add_argument("--texts", type=int, default=128, metavar="N", help="texts of 512 tokens to calibrate by (default 128)")
+    parser.add_argument("--held", type=int, default=16, metavar="N", help="texts of 512 tokens to measure on (default 16)")
+    parser.add_argument("--out", type=Path, help="name of the page: a link to it in the workspace's store")
+    parser.add_argument("--pick", type=Path, metavar="NAME", help="name of the model that is recommended: a link to it")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def _autoquant() -> Parser:
+    return _frontier("autoquant")
+
+
+def _autogguf() -> Parser:
+    return _frontier("autogguf", ways="gguf-")
+
+
 def _import() -> Parser:
     parser = _parser("import", "translating.translate", "Make a recipe of a configuration of Axolotl or LLaMA-Factory, and say what became of each of its keys.", workspace=False)
     parser.add_argument("file", type=Path, help="its YAML file")
@@ -312,6 +337,9 @@ COMMANDS = {
     "plan": _plan,
     "train selftest": _selftest,
     "tune sweep": _sweep,
+    "tune frontier": _frontier,
+    "autoquant": _autoquant,
+    "autogguf": _autogguf,
     "import": _import,
     "stages": _stages,
     "show": _show,

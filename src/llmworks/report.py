@@ -100,6 +100,10 @@ class ReportBuilder:
         """Named points in a plane: (name, x, y, group); groups differ in colour."""
         self.blocks.append(Block("plot", heading, note, svg=draw_points(items), data=[list(i) for i in items]))
 
+    def scatter(self, heading: str, groups: Mapping[str, Sequence[tuple[str, float, float]]], line: Sequence[tuple[float, float]] = (), *, x: str, y: str, log: bool = False, note: str = "") -> None:
+        """Named points (name, x, y) by group, axes drawn, and a line through some places; `log`: of y."""
+        self.blocks.append(Block("plot", heading, note, svg=draw_scatter(groups, line, x, y, log), data={"groups": {name: [list(point) for point in points] for name, points in groups.items()}, "line": [list(place) for place in line]}))
+
     def samples(self, heading: str, items: Sequence[Mapping[str, str]], note: str = "") -> None:
         """Examples to read: each item maps a label to text; its first entry is the line that opens it."""
         self.blocks.append(Block("samples", heading, note, data=[dict(i) for i in items]))
@@ -341,6 +345,24 @@ def draw_points(items: Sequence[tuple[str, float, float, int]]) -> str:
         axes.plot([x], [y], ".", color=palette(group % 20), markersize=3)
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(2, 1), fontsize=7, color=palette(group % 20 // 2 * 2))
     axes.set_axis_off()
+    return _svg(figure)
+
+
+def draw_scatter(groups: Mapping[str, Sequence[tuple[str, float, float]]], line: Sequence[tuple[float, float]], x: str, y: str, log: bool) -> str:
+    """Points with their names, as SVG."""
+    figure, axes = _figure(9.6, 5.2)
+    if line:
+        axes.plot([p[0] for p in line], [p[1] for p in line], color="#94a3b8", linewidth=1.2, zorder=1)
+    for color, (group, points) in zip(ACCENTS * 3, groups.items(), strict=False):
+        axes.scatter([p[1] for p in points], [p[2] for p in points], s=22, color=color, label=group, zorder=2)
+        for name, at, height in points:
+            axes.annotate(name, (at, height), textcoords="offset points", xytext=(4, 3), fontsize=7, color=color)
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
     return _svg(figure)
 
 

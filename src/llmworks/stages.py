@@ -79,6 +79,7 @@ STAGES: dict[str, Stage] = {
     "quantize.nf4": Stage("llmworks.quantize.nf4:nf4", 1, "exact-on-this-platform", "4 bits of bitsandbytes: quantiles of a normal distribution, or floats"),
     "quantize.hqq": Stage("llmworks.quantize.hqq:hqq", 1, "exact-on-this-platform", "whole numbers whose zero points leave few weights far off"),
     "quantize.zeroquant": Stage("llmworks.quantize.zeroquant:zeroquant", 1, "exact-on-this-platform", "weights in groups, inputs by token, each block taught to answer as before"),
+    "quantize.sense": Stage("llmworks.quantize.sense:sense", 1, "exact-on-this-platform", "what matrices read and what formats would cost them: llama.cpp's importance matrix, and more"),
     "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 2, "exact-on-this-platform", "a Hugging Face directory to one GGUF file"),
     "align.dpo": Stage("llmworks.align.dpo:dpo", 1, "declared", "the better of two answers becomes more probable (DPO and its family)"),
     "align.cpo": Stage("llmworks.align.cpo:cpo", 1, "declared", "the same without a reference, better answers learned beside it"),
@@ -108,6 +109,8 @@ STAGES: dict[str, Stage] = {
     "synthesize.sample": Stage("llmworks.synthesize.sample:sample", 1, "declared", "several answers to a question, those that a verifier accepts"),
     "synthesize.branch": Stage("llmworks.synthesize.branch:branch", 1, "declared", "a question divided, solved in parts, merged"),
     "synthesize.pairs": Stage("llmworks.synthesize.pairs:pairs", 1, "declared", "preference pairs by verifier, judge or ratings"),
+    "tune.running": Stage("llmworks.tune.running:running", 1, "declared", "what it takes to run a model here: memory, speeds, answers"),
+    "tune.tradeoff": Stage("llmworks.tune.tradeoff:tradeoff", 1, "exact", "the page of a model's quantizations: sizes, damage, speeds, skills"),
     "tune.trials": Stage("llmworks.tune.trials:trials", 1, "declared", "the page of a sweep: what was tried, what came of it"),
     "lineage.report": Stage("llmworks.lineage.story:report", 1, "declared", "one page: family tree, curves, scores, samples, sizes"),
 }

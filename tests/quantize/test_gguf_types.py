@@ -167,3 +167,32 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
         assert np.allclose(found["output.weight"], sums["head"], rtol=1e-3)
         assert logits.shape[:2] == ids.shape
         assert torch.allclose(walk.logits(walk.as_is), model(input_ids=held).logits, atol=1e-3)
+
+
+def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+    """Files by `quantize.sense`'s result are those that look for themselves; its matrix is read by another reader; another model's is refused."""
+    from llmworks.artifact import Report
+    from llmworks.quantize.gguf import GgufConfig, gguf
+    from llmworks.quantize.importance import read_importance, write_importance
+    from llmworks.quantize.sense import SenseConfig, sense
+    from llmworks.references import resolve
+    from tests.quantize.test_mixed import context
+
+    alone = quantized("gguf", pico, texts, tmp_path / "alone", type="q4_0", allocate=True, sensed=4)
+    model: Any = resolve(str(pico))
+    other: Any = resolve(str(make_wide(tmp_path / "other", kv_heads=4, tied=True, layers=1)))
+    look = context(tmp_path / "sense")
+    sense(SenseConfig(texts=12, sensed=4, length=48), model, look, texts)
+    look.report.write(tmp_path / "sense")
+    found = Report(tmp_path / "sense")
+    by = context(tmp_path / "by")
+    with_it = gguf(GgufConfig(type="q4_0", allocate=True, held=0, length=48), model, by, None, found)
+    assert with_it.metrics["bytes"] == alone.metrics["bytes"]
+    assert with_it.metrics["expected_kl"] == pytest.approx(alone.metrics["expected_kl"], rel=0.5)  # other texts: some are not kept apart
+    given = {"blk.0.ffn_up.weight": np.arange(1, 65, dtype=np.float32)}
+    write_importance(tmp_path / "i.gguf", given, "texts", 3, 48)
+    assert np.allclose(read_importance(tmp_path / "i.gguf")["blk.0.ffn_up.weight"], given["blk.0.ffn_up.weight"])
+    with pytest.raises(DataError, match="was made of another model"):
+        gguf(GgufConfig(type="q4_0"), other, context(tmp_path / "no"), None, found)
+    with pytest.raises(DataError, match=r"is no result of quantize.sense \(no importance.gguf\)"):
+        gguf(GgufConfig(type="q4_0"), model, context(tmp_path / "no2"), None, Report(tmp_path / "by"))

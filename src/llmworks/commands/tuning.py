@@ -1,4 +1,4 @@
-"""What `tune sweep` does with its arguments. All logic is in the rooms below."""
+"""What `tune sweep` and `tune frontier` do with their arguments. All logic is in the rooms below."""
 
 from __future__ import annotations
 
@@ -25,3 +25,38 @@ def sweep(args: argparse.Namespace) -> None:
         return
     sets = " ".join(f"--set {field}={value}" for field, value in data["best"].items())
     out(f"\nBest: {search.metric} {data['metrics']['score']:.4g}\n  llmworks run {args.recipe} {sets}\nReport: {short(found.path / 'report.html')}")
+
+
+def frontier(args: argparse.Namespace) -> None:
+    """`llmworks tune frontier MODEL --data REF`, and `autogguf`."""
+    from llmworks.artifact import Dataset, Model
+    from llmworks.errors import UserError
+    from llmworks.evaluate.suites import items_of
+    from llmworks.frontiers import Frontier, ways_of
+    from llmworks.frontiers import frontier as run
+    from llmworks.references import resolve
+    from llmworks.workspace import check_out
+
+    for name in (args.out, args.pick):
+        if name is not None:
+            check_out(name)
+    workspace, ways = workspace_of(args), ways_of([name for name in args.ways.split(",") if name])
+    model, data = resolve(args.model, workspace=workspace), resolve(args.data, workspace=workspace)
+    if not isinstance(model, Model):
+        raise UserError(f"{args.model}: is a {model.kind}, not a model")
+    if not isinstance(data, Dataset):
+        raise UserError(f"{args.data}: is a {data.kind}; --data wants conversations or texts of what the model is for")
+    if args.texts < 1 or args.held < 1:
+        raise UserError("--texts and --held must be above 0")
+    items = items_of(args.suite, args.limit) if args.suite else ()
+    job = Frontier(model, data, workspace, items, args.texts, args.held, say=lambda line: print(line, file=sys.stderr, flush=True), quiet=args.quiet)
+    page, chosen = run(job, ways, None if args.budget is None else args.budget * 1e6)
+    for name, artifact in ((args.out, page), (args.pick, chosen)):
+        if name is not None and artifact is not None:
+            workspace.link_out(name, artifact)
+    told = page.read()
+    if args.json:
+        as_json({"report": str(page.path), "recommended": told["recommended"]["name"], "model": str(chosen.path) if chosen else None, **told["metrics"]})
+        return
+    best = told["recommended"]
+    out(f"\n{best['name']}: {best['bytes'] / 1e6:,.1f} MB, {best['kl']:.4f} nats a token away" + (f"\nModel: {short(args.pick if args.pick is not None else chosen.path)}" if chosen else "") + f"\nReport: {short(page.path / 'report.html')}")

@@ -10,7 +10,7 @@ import re
 
 from pydantic import Field, field_validator
 
-from llmworks.artifact import Config, Dataset, Model
+from llmworks.artifact import Config, Dataset, Model, Report
 from llmworks.context import Context
 from llmworks.quantize.gguf_types import FORMATS, FileType
 
@@ -43,11 +43,11 @@ class GgufConfig(Config):
         return tensors
 
 
-def gguf(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write `model.gguf` and replay the model's golden tokens on it in llama.cpp; `data`: what the model is for, for the importance matrix and the damage.
+def gguf(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None = None, sense: Report | None = None) -> Model:
+    """Write `model.gguf` and replay the model's golden tokens on it in llama.cpp; `data`: what the model is for, for the importance matrix and the damage; `sense`: what `quantize.sense` found, so that it is not looked for again.
 
     Errors: ModelError for an architecture the layout does not cover, or a type that has to see data and does not; DataError for too little text; GoldenMismatch when the file computes something else.
     """
     from llmworks.quantize.gguf_run import run
 
-    return run(config, model, ctx, data)
+    return run(config, model, ctx, data, sense)

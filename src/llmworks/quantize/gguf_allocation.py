@@ -12,50 +12,46 @@ from torch import Tensor
 from llmworks.context import Context
 from llmworks.model.gguf_layout import to_gguf_name
 from llmworks.quantize.gguf_file import encoded
-from llmworks.quantize.gguf_types import SEEING, bits_of, fitting
+from llmworks.quantize.gguf_types import bits_of, fitting
 from llmworks.quantize.sensing import costs
 from llmworks.quantize.solvers.allocation import allocate
 from llmworks.quantize.source import Source
 
 CHOICES = ("Q2_K", "IQ3_S", "Q3_K", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
+Table = Mapping[str, Mapping[str, float]]  # what each format would cost each tensor, in nats a token
 
 
-def allocated(source: Source, ids: Tensor, ctx: Context, types: Mapping[str, str], importance: Mapping[str, Any]) -> tuple[dict[str, str], float]:
-    """(formats of the blocks' matrices by their names, that together are no larger than `types`; the divergence that is expected). ids: texts by which costs are found."""
-    kinds: dict[str, list[str]] = {}
-    sizes: dict[str, list[float]] = {}
+def kinds_of(row: int) -> list[str]:
+    """The formats that a matrix with such rows may have, the smallest first."""
+    return sorted({fitting(kind, row) for kind in CHOICES}, key=lambda kind: (bits_of(kind), kind))
+
+
+def table_of(source: Source, ids: Tensor, ctx: Context, importance: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What each format would cost each matrix of the blocks, by its name in the file. ids: texts by which costs are found; importance: as of `importance.importance`, may be empty."""
+    rows: dict[str, int] = {}
+    for name, entry in source.shapes.items():
+        rows[name.removesuffix(".weight")] = entry[-1]
 
     def tries(layer: str, weight: Tensor) -> Sequence[Tensor]:
-        name = to_gguf_name(f"{layer}.weight")
-        if name is None or name not in types or (types[name] in SEEING and name not in importance):
-            return []
-        kinds[name] = sorted({fitting(kind, weight.shape[1]) for kind in CHOICES}, key=bits_of)
-        sizes[name] = [weight.numel() * bits_of(kind) for kind in kinds[name]]
-        return [restored(weight, kind, importance.get(name)) for kind in kinds[name]]
+        name = to_gguf_name(f"{layer}.weight") or ""
+        return [restored(weight, kind, importance.get(name)) for kind in kinds_of(weight.shape[1])]
 
-    found = {to_gguf_name(f"{layer}.weight") or "": cost for layer, cost in costs(source, ids, ctx, tries).items() if cost}
-    if not kinds:  # all was found before a stop
-        for number in range(source.shape.layers):
-            for layer, tensor in source.tensors(number).items():
-                name = to_gguf_name(layer) or ""
-                if name in found:
-                    kinds[name] = sorted({fitting(kind, tensor.shape[1]) for kind in CHOICES}, key=bits_of)
-                    sizes[name] = [tensor.numel() * bits_of(kind) for kind in kinds[name]]
-    return _chosen(found, kinds, sizes, types)
+    found = costs(source, ids, ctx, tries)
+    return {to_gguf_name(f"{layer}.weight") or layer: dict(zip(kinds_of(rows[layer]), cost, strict=True)) for layer, cost in found.items()}
 
 
-def _chosen(found: Mapping[str, Sequence[float]], kinds: Mapping[str, Sequence[str]], sizes: Mapping[str, Sequence[float]], types: Mapping[str, str]) -> tuple[dict[str, str], float]:
-    names = list(found)
-    budget = sum(sizes[name][0] / bits_of(kinds[name][0]) * bits_of(types[name]) for name in names)
-    rows: list[tuple[list[str], list[float], list[float]]] = []
+def allocated(table: Table, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> tuple[dict[str, str], float]:
+    """(formats of the tensors of a table, that together are no larger than `types`; the divergence that is expected)."""
+    names, rows = list(table), []
     for name in names:
         best: dict[float, tuple[float, str]] = {}
-        for kind, size, cost in zip(kinds[name], sizes[name], found[name], strict=True):
+        for kind, cost in table[name].items():
+            size = math.prod(shapes[name]) * bits_of(kind)
             best[size] = min(best.get(size, (math.inf, "")), (cost, kind))
-        rows.append(([best[size][1] for size in sorted(best)], [best[size][0] for size in sorted(best)], sorted(best)))
-    smallest = sum(row[2][0] for row in rows)
-    choices = allocate([row[1] for row in rows], [row[2] for row in rows], max(budget, smallest))
-    return {name: row[0][at] for name, row, at in zip(names, rows, choices, strict=True)}, sum(row[1][at] for row, at in zip(rows, choices, strict=True))
+        rows.append([(size, *best[size]) for size in sorted(best)])
+    budget = sum(math.prod(shapes[name]) * bits_of(types[name]) for name in names)
+    choices = allocate([[cost for _, cost, _ in row] for row in rows], [[size for size, _, _ in row] for row in rows], max(budget, sum(row[0][0] for row in rows)))
+    return {name: row[at][2] for name, row, at in zip(names, rows, choices, strict=True)}, sum(row[at][1] for row, at in zip(rows, choices, strict=True))
 
 
 def restored(weight: Tensor, kind: str, importance: Any) -> Tensor:

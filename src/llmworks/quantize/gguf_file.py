@@ -67,12 +67,6 @@ def write_gguf(source: Path, target: Path, kind: str, progress: Progress, import
     return Written(types, dict(tensors.shapes), tuple(name for name, found in types.items() if found != wide[name]))
 
 
-def types_in(source: Path, kind: str, importance: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, str]:
-    """The formats that a file of `kind` would have. Errors: as of `write_gguf`."""
-    tensors = Tensors(source, read_config(source))
-    return types_of(tensors.shapes, kind, tensors.layout(importance is not None), given)
-
-
 def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
     """A numpy matrix [rows, columns] in a format's bytes. The simplest formats do not look at what is important."""
     from libgguf import GGMLQuantizationType, quantize_rows

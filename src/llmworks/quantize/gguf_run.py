@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmworks.artifact import Dataset, Model
+from llmworks.artifact import Dataset, Model, Report
 from llmworks.context import Context
 from llmworks.errors import DataError, ModelError
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
@@ -18,43 +18,49 @@ from llmworks.model.load import check_weights
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.damage import Damage
 from llmworks.quantize.gguf import BOUNDS
-from llmworks.quantize.gguf_allocation import allocated
-from llmworks.quantize.gguf_file import Written, types_in, write_gguf
+from llmworks.quantize.gguf_allocation import Table, allocated, table_of
+from llmworks.quantize.gguf_file import Tensors, Written, write_gguf
 from llmworks.quantize.gguf_keys import read_config
-from llmworks.quantize.gguf_types import PLAIN, bits_of
-from llmworks.quantize.importance import importance
+from llmworks.quantize.gguf_types import PLAIN, base_of, bits_of, types_of
+from llmworks.quantize.importance import importance, read_importance, write_importance
 from llmworks.quantize.source import Source
 from llmworks.tokenize.golden import require
 from llmworks.tokenize.load import load_tokenizer, read_json
 
 if TYPE_CHECKING:
     from llmworks.quantize.gguf import GgufConfig
+    from llmworks.quantize.sense import SenseConfig
     from llmworks.quantize.walk import Walk
 
 
-def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None) -> Model:
+def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, sensed: Report | None) -> Model:
     """See `gguf.gguf`."""
-    if model.format != "hf":
-        raise ModelError(f"{model.path}: is {model.format} already; quantize.gguf takes a Hugging Face directory")
-    check_weights(model.path)
-    read_config(model.path)
-    if read_json(model.path / "config.json").get("quantization_config"):
-        raise ModelError(f"{model.path}: is quantized already; give the model that it was made of")
+    check(model)
     golden = model.golden or record(model.path)
-    if config.allocate and data is None:
+    if config.allocate and data is None and sensed is None:
         raise DataError("config.allocate has to see what the model is for; give `data`: conversations or texts")
     seen: Mapping[str, Any] | None = None
-    given, expected = dict(config.tensors), None
+    table: Table | None = None
     walk: Walk | None = None
+    wanted = config.importance and base_of(config.type) not in (*PLAIN, "Q8_0")
+    if sensed is not None:
+        seen, table = known(sensed, model)
     if data is not None:
         source = Source(model.path)
-        wanted = config.importance and config.type.upper() not in PLAIN
-        ids, held = calibration(load_tokenizer(model.path), data, config.texts if wanted else config.sensed if config.allocate else 0, config.held, config.length, ctx.seed)
-        found, walk = importance(source, ids if wanted else ids[:0], held, ctx)
-        seen = found if wanted else None
-        if config.allocate:
-            kinds, expected = allocated(source, ids[: config.sensed], ctx, types_in(model.path, config.type, seen, config.tensors), found)
-            given |= {f"^{re.escape(name)}$": kind for name, kind in kinds.items() if not any(re.search(pattern, name) for pattern in config.tensors)}
+        looks = 0 if sensed is not None else config.texts if wanted or config.allocate else 0
+        ids, held = calibration(load_tokenizer(model.path), data, looks, config.held, config.length, ctx.seed)
+        found, walk = importance(source, ids, held, ctx)
+        seen = found if sensed is None and looks else seen
+        if config.allocate and sensed is None:
+            table = table_of(source, ids[: config.sensed], ctx, found)
+    seen = seen if wanted or config.allocate else None
+    given, expected = dict(config.tensors), None
+    if config.allocate:
+        if not table:
+            raise DataError("config.allocate needs the costs of formats, which `sense` has not: make it with sensed above 0")
+        tensors = Tensors(model.path, read_config(model.path))
+        kinds, expected = allocated(table, tensors.shapes, types_of(tensors.shapes, config.type, tensors.layout(seen is not None), config.tensors))
+        given |= {f"^{re.escape(name)}$": kind for name, kind in kinds.items() if not any(re.search(pattern, name) for pattern in config.tensors)}
     target = ctx.out / "model.gguf"
     written = write_gguf(model.path, target, config.type, ctx.progress, seen, given)
     engine = LlamaCppEngine(target, name="model.gguf")
@@ -73,6 +79,45 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None) ->
     _describe(ctx, model, config.type, written, metrics)
     about = {"format": "gguf", "type": config.type, "importance": seen is not None, "allocated": config.allocate, **({"calibration": data.name} if data is not None else {})}
     return Model(ctx.out, golden=golden, metrics=metrics, about=about)
+
+
+def check(model: Model) -> None:
+    """Whether a GGUF file can be made of a model. ModelError where not."""
+    if model.format != "hf":
+        raise ModelError(f"{model.path}: is {model.format} already; quantize.gguf takes a Hugging Face directory")
+    check_weights(model.path)
+    read_config(model.path)
+    if read_json(model.path / "config.json").get("quantization_config"):
+        raise ModelError(f"{model.path}: is quantized already; give the model that it was made of")
+
+
+def known(sensed: Report, model: Model) -> tuple[dict[str, Any], Table]:
+    """What `quantize.sense` found. DataError for another report, or one of another model."""
+    file = sensed.path / "importance.gguf"
+    if not file.exists():
+        raise DataError(f"{sensed.name}: is no result of quantize.sense (no importance.gguf)")
+    told = sensed.read()
+    if told["model"] != model.digest:
+        raise DataError(f"{sensed.name}: was made of another model ({told['model'][:12]}), this is {model.digest[:12]}")
+    return read_importance(file), told["costs"]
+
+
+def sense(config: SenseConfig, model: Model, ctx: Context, data: Dataset) -> Report:
+    """See `sense.sense`."""
+    check(model)
+    source = Source(model.path)
+    ids, held = calibration(load_tokenizer(model.path), data, config.texts, 0, config.length, ctx.seed)
+    found, _ = importance(source, ids, held, ctx)
+    write_importance(ctx.out / "importance.gguf", found, data.name, config.texts, config.length)
+    table = table_of(source, ids[: config.sensed], ctx, found) if config.sensed else {}
+    ctx.report.title = f"What quantizers have to know of {model.name}"
+    ctx.report.lead = f"What {len(found)} matrices read, on {ids.numel():,} tokens of {data.name}."
+    ctx.report.data = {"model": model.digest, "metrics": {"tokens": ids.numel(), "tensors": len(found)}, "costs": table}
+    if table:
+        rows = sorted(((name, *(f"{kind} {cost:.5f}" for kind, cost in kinds.items())) for name, kinds in table.items()), key=lambda row: -max(table[row[0]].values()))
+        ctx.report.lead += f" What each number format would cost each of {len(table)}, in nats a token, is below, the dearest first."
+        ctx.report.table("Costs", ("tensor", *[""] * max(len(row) - 1 for row in rows)), [(*row, *[""] * (max(map(len, rows)) - len(row))) for row in rows[:60]])
+    return Report(ctx.out, metrics={"tokens": ids.numel(), "tensors": len(found)}, about={"model": model.digest, "calibration": data.name})
 
 
 def _bits(written: Written) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmworks.context import Context
+from llmworks.errors import DataError
 from llmworks.model.gguf_layout import to_gguf_name
 from llmworks.quantize.source import Source
 from llmworks.quantize.walk import Walk
@@ -49,3 +52,33 @@ def _read_by_the_head(walk: Walk) -> Tensor:
         state = walk.stack.norm(walk.states(walk.source.shape.layers)[at : at + len(ids)])
         squares, tokens = squares + state.square().sum((0, 1), dtype=torch.float64), tokens + ids.numel()
     return (squares / tokens).float()
+
+
+def write_importance(target: Path, found: Mapping[str, Any], data: str, texts: int, length: int) -> None:
+    """The file that llama.cpp's tools read: sums of squares and counts by tensor."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(target, "")
+    writer.kv_data[0].pop("general.architecture", None)
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [data])
+    writer.add_uint32("imatrix.chunk_count", texts)
+    writer.add_uint32("imatrix.chunk_size", length)
+    for name, squares in sorted(found.items()):
+        writer.add_tensor(f"{name}.in_sum2", np.asarray(squares * np.float32(texts * length), dtype=np.float32)[None])
+        writer.add_tensor(f"{name}.counts", np.array([[texts * length]], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_importance(file: Path) -> dict[str, Any]:
+    """Mean squares by the tensor's name, numpy fp32 [columns]. DataError for a file that is none."""
+    from libgguf import load_imatrix
+
+    try:
+        return {str(name): values for name, values in load_imatrix(file).items()}
+    except (ValueError, OSError, KeyError) as error:
+        raise DataError(f"{file}: is no importance matrix ({error})") from None

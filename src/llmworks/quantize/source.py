@@ -37,7 +37,12 @@ class Source:
             raise ModelError(f"{path}: is quantized already ({self.method.get('quant_method')}); give the model that it was made of")
         self.kind, self.shape = shape_of(self.config)
         self.rename = rename_of(self.kind)
-        self.places = {name: file for file in sorted(path.glob("*.safetensors")) for name in read_header(file) if name != "__metadata__"}
+        self.places: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            for name, entry in read_header(file).items():
+                if name != "__metadata__":
+                    self.places[name], self.shapes[name] = file, tuple(entry["shape"])
 
     def number_of(self, name: str) -> int:
         """The block that a tensor is of; -1: none."""

@@ -60,7 +60,7 @@ def theirs(source: Path, target: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["shared", "tied", "narrow"])
-@pytest.mark.parametrize("kind", BLIND)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind.startswith("iq3") or kind in ("iq4_nl", "q5_1", "q5_k_s", "q3_k_l", "q3_k_s", "q4_k_s") else kind for kind in BLIND])
 def test_files_are_those_of_llama_cpp(kind: str, model: str, wide: dict[str, Path], tmp_path: Path) -> None:
     """Every tensor's format and bytes; the file's order and size, too."""
     theirs(wide[model] / "f32.gguf", tmp_path / "theirs.gguf", kind)
@@ -99,7 +99,7 @@ def test_importance_is_needed_by_some_and_changes_the_mix(wide: dict[str, Path],
     assert set(without.values()) == {"Q4_0"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FILE_TYPES if kind not in BLIND])
+@pytest.mark.parametrize("kind", [kind if kind in ("iq2_xxs", "q2_k_s") else pytest.param(kind, marks=pytest.mark.slow) for kind in FILE_TYPES if kind not in BLIND])
 def test_types_that_see_are_written_and_read(kind: str, wide: dict[str, Path], tmp_path: Path) -> None:
     """llama.cpp computes with each of them."""
     from llmworks.generate.engines.llamacpp import LlamaCppEngine

@@ -7,6 +7,8 @@ from typing import Any
 
 from llmworks.report import ReportBuilder
 
+READ = {"attention.query": "queries, keys, values", "attention.out": "output of attention", "feed_forward.gate": "gate and up", "feed_forward.up": "up", "feed_forward.down": "down"}
+
 
 def describe(report: ReportBuilder, title: str, method: str, told: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], before: int) -> None:
     """Figures, curves over the blocks, and the layers that lost most."""
@@ -22,11 +24,21 @@ def describe(report: ReportBuilder, title: str, method: str, told: Sequence[Mapp
     for one in told:
         series.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["lost"])))
     report.curves("What rounding takes from the weights", series, x="block", y="share of their squares", note="By layer. What it takes from the model depends on what the layers read, too.")
-    if len({round(float(one["bits"]), 2) for one in told}) > 1:
+    outliers: dict[str, list[tuple[float, float]]] = {}
+    for one in told:
+        if one.get("apart"):
+            outliers.setdefault(READ[str(one["layer"])], []).append((float(one["block"]), float(one["apart"])))
+    if outliers:
+        report.curves("Outliers: how many times the largest column of inputs is the median one", outliers, x="block", y="times", note="What is read in few columns only is what rounding hurts most, and what AWQ, SmoothQuant and rotations look at.")
+    for one in (worst := sorted(told, key=lambda one: -float(one["lost"])))[:1] + worst[-1:]:
+        shape = one["shape"]
+        step = (shape["high"] - shape["low"]) / len(shape["before"])
+        series = {when: [(shape["low"] + step * (at + 0.5), float(count)) for at, count in enumerate(shape[when])] for when in ("before", "after")}
+        report.curves(f"Weights of {one['name']}, which lost {'most' if one is worst[0] else 'least'}", series, x="weight", y="how many", note="Within five times their root mean square. They are whole numbers times a scale: where groups have scales of their own the steps blur.")
+    if len({round(float(one["bits"]), 1) for one in told}) > 1:
         bits: dict[str, list[tuple[float, float]]] = {}
         for one in told:
             bits.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["bits"])))
         report.curves("Bits of a weight", bits, x="block", y="bits, scales included", note="More where a rounding would change the model's chances of tokens most.")
     report.table("Figures", ("what", "value"), list(metrics.items()))
-    worst = sorted(told, key=lambda one: -float(one["lost"]))[:12]
-    report.table("Layers that lost most", ("layer", "share lost", "bits a weight"), [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst])
+    report.table("Layers that lost most", ("layer", "share lost", "bits a weight"), [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst[:12]])

@@ -171,6 +171,7 @@ class Passing:
         walk.as_was = walk.through(self.block, walk.as_was)
         if walk.count:
             self.before, self.after = walk.states(number), walk.states(number + 1)
+        self.apart: dict[str, float] = {}  # by the first layer of a part: how many times the largest column of its inputs is the median one
         self.middle: Tensor | None = None  # what the last matrix of attention, or of the feed-forward layer, reads
 
     def inputs(self, part: Part) -> Iterator[Tensor]:
@@ -206,6 +207,7 @@ class Passing:
             found = found or Moments(x.shape[1])
             found.add(x)
         assert found is not None
+        self.apart.setdefault(part.layers[0], float(found.most.max() / found.most.median().clamp(min=1e-12)))
         return found
 
     def finish(self) -> None:

@@ -30,7 +30,8 @@ def describe(report: ReportBuilder, title: str, method: str, told: Sequence[Mapp
             outliers.setdefault(READ[str(one["layer"])], []).append((float(one["block"]), float(one["apart"])))
     if outliers:
         report.curves("Outliers: how many times the largest column of inputs is the median one", outliers, x="block", y="times", note="What is read in few columns only is what rounding hurts most, and what AWQ, SmoothQuant and rotations look at.")
-    for one in (worst := sorted(told, key=lambda one: -float(one["lost"])))[:1] + worst[-1:]:
+    worst = sorted(told, key=lambda one: -float(one["lost"]))
+    for one in (worst[0], worst[-1]) if worst else ():
         shape = one["shape"]
         step = (shape["high"] - shape["low"]) / len(shape["before"])
         series = {when: [(shape["low"] + step * (at + 0.5), float(count)) for at, count in enumerate(shape[when])] for when in ("before", "after")}

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from llmworks.context import Context
 from llmworks.model.decoder import Block
+from llmworks.quantize.mapped import mapped
 from llmworks.quantize.source import Source
 from llmworks.quantize.walk import CHUNK, LOGITS, layer_of, parts_of
 
@@ -32,7 +33,7 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
     places = torch.arange(length)[None]
 
     def states(name: str) -> Tensor:
-        return torch.from_file(str(folder / f"{name}.bin"), shared=True, size=count * length * source.shape.width, dtype=torch.float32).view(count, length, -1)
+        return mapped(folder / f"{name}.bin", (count, length, source.shape.width))
 
     mark = folder / "done.json"
     done: dict[str, Any] = json.loads(mark.read_text()) if mark.exists() else {"forward": 0, "backward": layers, "costs": {}}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmworks.model.decoder import Block
 from llmworks.progress import write_whole
 from llmworks.quantize.damage import Damage
+from llmworks.quantize.mapped import mapped
 from llmworks.quantize.source import Source
 
 CHUNK = 4096  # tokens that go through a block at once
@@ -125,7 +126,7 @@ class Walk:
     def states(self, parity: int, width: int = 0, name: str = "states") -> Tensor:
         """A file of numbers, mapped: [texts, length, width]."""
         width = width or self.width
-        return torch.from_file(str(self.folder / f"{name}-{parity % 2}.bin"), shared=True, size=self.count * self.length * width, dtype=torch.float32).view(self.count, self.length, width)
+        return mapped(self.folder / f"{name}-{parity % 2}.bin", (self.count, self.length, width))
 
     def blocks(self) -> Iterator[Passing]:
         """The blocks that are still to be walked."""

@@ -20,6 +20,8 @@ from llmworks.quantize.mapped import mapped
 from llmworks.quantize.source import Source
 from llmworks.quantize.walk import CHUNK, LOGITS, layer_of, parts_of
 
+KEPT = 4096  # tokens whose inputs and gradients are looked at; of more, every so manieth
+Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by layer: inputs and gradients [tokens, columns]
 Tries = Callable[[str, Tensor], Sequence[Tensor]]  # (name of a layer in the directory, its weight) -> what it may become
 
 
@@ -53,10 +55,12 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
             states(f"back-{layers}").copy_(_at_the_end(frame, states(str(layers)), ctx.seed))
         for number in range(done["backward"] - 1, -1, -1):
             block = source.block(number)
+            seen: Seen = {}
+            stride = -(-ids.numel() // KEPT)
             with source.only(stack, block):
                 for some in torch.split(torch.arange(count), each):
-                    back = _back(source, block, number, states(str(number))[some].clone(), states(f"back-{number + 1}")[some].clone(), places.expand(len(some), -1), stack, tries, done["costs"])
-                    states(f"back-{number}")[some] = back
+                    states(f"back-{number}")[some] = _back(block, states(str(number))[some].clone(), states(f"back-{number + 1}")[some].clone(), places.expand(len(some), -1), stack, seen, stride)
+            done["costs"] |= _tried(source, block, number, seen, tries, stride)
             done["backward"] = number
             mark.write_text(json.dumps(done))
             bar.advance()
@@ -79,15 +83,15 @@ def _at_the_end(frame: Any, states: Tensor, seed: int) -> Tensor:
     return found
 
 
-def _back(source: Source, block: Block, number: int, state: Tensor, gradient: Tensor, places: Tensor, stack: Any, tries: Tries, found: dict[str, list[float]]) -> Tensor:
-    """The gradient before a block; what tries of its layers cost is added to `found`."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def _back(block: Block, state: Tensor, gradient: Tensor, places: Tensor, stack: Any, seen: Seen, stride: int) -> Tensor:
+    """The gradient before a block; every `stride`th token of what its layers read, and of the gradients at what they gave, is added to `seen`."""
     hooks = []
     for part in parts_of(block):
         for name in part.layers:
 
             def look(_: Any, given: tuple[Tensor, ...], made: Tensor, name: str = name) -> None:
-                made.register_hook(lambda back: seen.__setitem__(name, (given[0].detach(), back)))  # type: ignore[no-untyped-call]
+                read = given[0].detach().flatten(0, 1)[::stride]
+                made.register_hook(lambda back: seen.setdefault(name, []).append((read, back.flatten(0, 1)[::stride])))  # type: ignore[no-untyped-call]
 
             hooks.append(layer_of(block, name).register_forward_hook(look))
     for parameter in block.parameters():
@@ -97,10 +101,15 @@ def _back(source: Source, block: Block, number: int, state: Tensor, gradient: Te
         stack.through(state, places).backward(gradient)
     for hook in hooks:
         hook.remove()
-    for layer, (x, back) in seen.items():
-        name, weight = source.rename(f"decoder.blocks.{number}.{layer}"), layer_of(block, layer).weight
-        x, back = x.flatten(0, 1), back.flatten(0, 1)
-        sums = [float(((x @ (tried - weight).T) * back).sum(1).square().sum()) for tried in tries(name, weight)]
-        found[name] = [a + b for a, b in zip(found.get(name, [0.0] * len(sums)), sums, strict=True)]
     assert state.grad is not None
     return state.grad
+
+
+def _tried(source: Source, block: Block, number: int, seen: Seen, tries: Tries, stride: int) -> dict[str, list[float]]:
+    """Twice what each try of each layer costs all tokens."""
+    found = {}
+    for layer, pairs in seen.items():
+        name, weight = source.rename(f"decoder.blocks.{number}.{layer}"), layer_of(block, layer).weight
+        x, back = torch.cat([x for x, _ in pairs]), torch.cat([back for _, back in pairs])
+        found[name] = [stride * float(((x @ (tried - weight).T) * back).sum(1).square().sum()) for tried in tries(name, weight)]
+    return found

@@ -113,3 +113,35 @@ def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:  #
         quantized("mixed", pico, texts, tmp_path, bits=2.2, **more)
     with pytest.raises(ValidationError, match="each must be from 2 to 8, and there once"):
         MixedConfig(choices=[4, 4])
+
+
+@pytest.mark.parametrize("form", ["exl2", "exl3"])
+def test_what_needs_a_gpu_is_handed_over_or_refused(form: Any, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package, without a GPU; with both (a stand-in that writes what it was told) its directory is the result, and its last line the error."""
+    from llmworks.artifact import Model
+    from llmworks.errors import MissingDependency
+    from llmworks.quantize.exl2 import Exl2Config, exl2
+
+    package = {"exl2": "exllamav2", "exl3": "exllamav3"}[form]
+    with pytest.raises(MissingDependency, match=f"{form} files are written by {package}, which is not installed; .* quantize.mixed gives bits within a budget"):
+        exl2(Exl2Config(form=form), Model(pico), context(tmp_path / "a"))
+    place = tmp_path / "packages" / package / "conversion"
+    place.mkdir(parents=True)
+    for folder in (place.parent, place):
+        (folder / "__init__.py").write_text("")
+    told = "import argparse, json, pathlib\nparser = argparse.ArgumentParser()\nfor name in ('-i', '-o', '-cf', '-w', '-b', '-hb'):\n    parser.add_argument(name)\n"
+    write = "def wrote(a):\n    out = pathlib.Path(a.cf or a.o)\n    out.mkdir()\n    (out / 'config.json').write_text(json.dumps(vars(a)))\n"
+    second = told + write + "wrote(parser.parse_args())\n"
+    third = told + write + "def prepare(a):\n    return a, None, a.b != '7.0', 'seven is too many'\ndef main(a, state):\n    wrote(a)\n"
+    (place / ("convert_exl2.py" if form == "exl2" else "convert_model.py")).write_text(second if form == "exl2" else third)
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    with pytest.raises(MissingDependency, match=f"{package} needs a CUDA GPU, and there is none here"):
+        exl2(Exl2Config(form=form), Model(pico), context(tmp_path / "b"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = exl2(Exl2Config(form=form, bits=3.5), Model(pico), context(tmp_path / "c"))
+    seen = json.loads((made.path / "config.json").read_text())
+    assert (seen["i"], seen["b"], seen["hb"]) == (str(pico), "3.5", "6")
+    if form == "exl3":
+        with pytest.raises(ModelError, match="exllamav3 failed: seven is too many"):
+            exl2(Exl2Config(form=form, bits=7.0), Model(pico), context(tmp_path / "d"))

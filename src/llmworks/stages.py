@@ -77,7 +77,6 @@ STAGES: dict[str, Stage] = {
     "quantize.smoothquant": Stage("llmworks.quantize.smoothquant:smoothquant", 1, "exact-on-this-platform", "weights and inputs in 8 bits, what is large in inputs moved into weights"),
     "quantize.int8": Stage("llmworks.quantize.int8:int8", 1, "exact-on-this-platform", "weights and inputs in 8 bits, but for large inputs (LLM.int8())"),
     "quantize.nf4": Stage("llmworks.quantize.nf4:nf4", 1, "exact-on-this-platform", "4 bits of bitsandbytes: quantiles of a normal distribution, or floats"),
-    "quantize.hqq": Stage("llmworks.quantize.hqq:hqq", 1, "exact-on-this-platform", "whole numbers whose zero points leave few weights far off"),
     "quantize.zeroquant": Stage("llmworks.quantize.zeroquant:zeroquant", 1, "exact-on-this-platform", "weights in groups, inputs by token, each block taught to answer as before"),
     "quantize.exl2": Stage("llmworks.quantize.exl2:exl2", 1, "declared", "handed over to exllamav2 or exllamav3, on a GPU"),
     "quantize.sense": Stage("llmworks.quantize.sense:sense", 1, "exact-on-this-platform", "what matrices read and what formats would cost them: llama.cpp's importance matrix, and more"),

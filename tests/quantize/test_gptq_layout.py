@@ -74,7 +74,7 @@ def test_all_bits_come_back(bits: int, symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("form", ["gptq", "awq"])
-@pytest.mark.parametrize("stage", ["absmax", "gptq", "awq", "hqq"])
+@pytest.mark.parametrize("stage", ["absmax", "gptq", "awq"])
 def test_the_form_changes_nothing(stage: str, form: str, pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
     """The same model as in compressed-tensors, to the bit."""
     one, other = (quantized(stage, pico, texts, tmp_path / name, form=name, rest="float16") for name in ("compressed-tensors", form))

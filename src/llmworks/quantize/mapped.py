@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -17,3 +19,12 @@ def mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
         if size and out.tell() < 4 * size:
             os.posix_fallocate(out.fileno(), 0, 4 * size)
     return torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
+
+
+def release(*tensors: Tensor | None) -> None:
+    """Whole mapped tensors leave the process's memory; their numbers stay in the file, and are read again when they are asked for."""
+    with contextlib.suppress(OSError, AttributeError):
+        advise = ctypes.CDLL(None).madvise
+        for tensor in tensors:
+            if tensor is not None and tensor.numel():
+                advise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(4 * tensor.numel()), 4)  # MADV_DONTNEED

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmworks.model.decoder import Block
 from llmworks.progress import write_whole
 from llmworks.quantize.damage import Damage
-from llmworks.quantize.mapped import mapped
+from llmworks.quantize.mapped import mapped, release
 from llmworks.quantize.source import Source
 
 CHUNK = 4096  # tokens that go through a block at once
@@ -200,6 +200,7 @@ class Passing:
                     assert self.middle is not None
                     self.middle[some] = made
                 yield made.flatten(0, 1)
+                release(self.before, self.after, self.middle)
 
     def moments(self, part: Part) -> Moments:
         """Of what the layers of a part read."""
@@ -218,6 +219,7 @@ class Passing:
             some = slice(at, at + len(ids))
             assert self.middle is not None
             self.after[some] = block.thought(self.after[some], block.feed_forward.down(self.middle[some]))
+            release(self.after, self.middle)
 
     def done(self) -> None:
         """Nothing of it has to be done again."""

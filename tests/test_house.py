@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "llmworks"
 
 # Rows from the bottom up. Rooms of one row do not know one another, except in rows 1 and 9, where the order of the list holds.
 ROWS: list[list[str]] = [
-    ["errors", "types", "artifact", "documents", "progress", "track", "pool", "report", "workspace", "assets", "context", "lineage"],
+    ["errors", "types", "artifact", "documents", "progress", "track", "memory", "pool", "report", "workspace", "assets", "context", "lineage"],
     ["tokenize", "embed", "guard", "sandbox", "observe"],
     ["data", "model", "score"],
     ["generate"],

@@ -6,9 +6,7 @@ The one place where stages are called. Knows the workspace and the stage table; 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import gc
 import hashlib
 import os
 import platform
@@ -26,6 +24,7 @@ from typing import Any
 from llmworks.artifact import Artifact, Config, FileEntry, Manifest, Parent, artifact_digest, canonical_json, digest_files, sha256_file
 from llmworks.context import Context
 from llmworks.errors import ArtifactError, UserError
+from llmworks.memory import give_back
 from llmworks.pool import Pool
 from llmworks.progress import Progress, write_whole
 from llmworks.report import ReportBuilder
@@ -49,15 +48,6 @@ class Outcome:
     artifact: Artifact
     made: bool
     seconds: float = 0.0
-
-
-def give_back() -> None:
-    """Memory that a step held and the next does not need goes back to the system, where the C library can (glibc)."""
-    gc.collect()
-    if "pyarrow" in sys.modules:
-        sys.modules["pyarrow"].default_memory_pool().release_unused()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def threads() -> int:

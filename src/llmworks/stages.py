@@ -66,7 +66,7 @@ STAGES: dict[str, Stage] = {
     "train.sft": Stage("llmworks.train.sft:sft", 3, "declared", "supervised fine-tuning of an adapter or of all weights, loss on answers"),
     "train.shorten": Stage("llmworks.train.shorten:shorten", 1, "exact-on-this-platform", "a model without the blocks that change their input least, to be taught"),
     "train.distill": Stage("llmworks.train.distill:distill", 1, "declared", "a student learns a teacher's chances of tokens, or its answers"),
-    "train.rates": Stage("llmworks.train.rates:rates", 1, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"),
+    "train.rates": Stage("llmworks.train.rates:rates", 2, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"),
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),
     "quantize.rotate": Stage("llmworks.quantize.rotate:rotate", 1, "exact-on-this-platform", "the same model, its states turned so that no column is large; to be quantized next"),
     "quantize.absmax": Stage("llmworks.quantize.absmax:absmax", 1, "exact-on-this-platform", "weights as whole numbers around 0, each the nearest"),

@@ -44,7 +44,7 @@ def test_what_is_written_is_what_gptqmodel_wrote(way: str) -> None:
     """Its codes, scales and zero points, taken apart and written again: the same words."""
     tensors = {name: tensor(given) for name, given in FOUND[way]["tensors"].items()}
     form: Any = Awq if way == "awq" else Gptq
-    weight = form.dense({f"layer.{name}": one for name, one in tensors.items()}, FOUND[way]["config"])["layer.weight"]
+    weight = dense({f"layer.{name}": one for name, one in tensors.items()}, FOUND[way]["config"])["layer.weight"]
     scale = tensors["scales"].float().T.contiguous()
     symmetric = way == "gptq"
     grid = Grid(4, 32, symmetric=symmetric, stored="float16")
@@ -53,7 +53,7 @@ def test_what_is_written_is_what_gptqmodel_wrote(way: str) -> None:
         zero = torch.zeros_like(scale)
     else:
         other = {**tensors, "scales": torch.ones_like(tensors["scales"]), "qweight": torch.zeros_like(tensors["qweight"])}  # codes of 0: what is left are the zero points
-        zero = -8 - form.dense({f"layer.{name}": one for name, one in other.items()}, FOUND[way]["config"])["layer.weight"].view(64, -1, 32)[..., 0]
+        zero = -8 - dense({f"layer.{name}": one for name, one in other.items()}, FOUND[way]["config"])["layer.weight"].view(64, -1, 32)[..., 0]
     made = form.tensors_of("layer", Whole((steps + zero[..., None]).view(64, 128).to(torch.int8), Scales(scale, zero), grid))
     assert sorted(made) == sorted(f"layer.{name}" for name in tensors)
     for name, one in tensors.items():
@@ -68,9 +68,9 @@ def test_all_bits_come_back(bits: int, symmetric: bool) -> None:
     matrix = whole(weight, Grid(bits, 32, symmetric=symmetric, stored="float16"))
     config = Gptq.config_of({"layer": matrix.grid}, ["lm_head", "model.layers.0.mlp.up_proj"])
     assert config["dynamic"] == {"-:^model\\.layers\\.0\\.mlp\\.up_proj$": {}}
-    assert torch.equal(Gptq.dense(Gptq.tensors_of("layer", matrix), config)["layer.weight"], matrix.weight())
+    assert torch.equal(dense(Gptq.tensors_of("layer", matrix), config)["layer.weight"], matrix.weight())
     if bits == 4:
-        assert torch.equal(Awq.dense(Awq.tensors_of("layer", matrix), Awq.config_of({"layer": matrix.grid}, []))["layer.weight"], matrix.weight())
+        assert torch.equal(dense(Awq.tensors_of("layer", matrix), Awq.config_of({"layer": matrix.grid}, []))["layer.weight"], matrix.weight())
 
 
 @pytest.mark.parametrize("form", ["gptq", "awq"])
@@ -91,6 +91,6 @@ def test_what_has_no_place_is_refused(pico: Path, texts: Dataset, tmp_path: Path
     with pytest.raises(ModelError, match="60 x 64 weights in 4 bits do not fill words of 32 bits"):
         Gptq.tensors_of("layer", whole(torch.randn(60, 64), Grid(4, 32)))
     with pytest.raises(ModelError, match="layer: its tensors do not belong together"):
-        Gptq.dense({"layer.qweight": torch.zeros(16, 64, dtype=torch.int32), "layer.scales": torch.ones(4, 64)}, {"bits": 4})
+        dense({"layer.qweight": torch.zeros(16, 64, dtype=torch.int32), "layer.scales": torch.ones(4, 64)}, {"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match=r"of AWQ checkpoints those of 4 bits in the version gemm can be read here, not 4 bits, gemv"):
-        Awq.dense({}, {"bits": 4, "version": "gemv"})
+        dense({}, {"quant_method": "awq", "bits": 4, "version": "gemv"})

@@ -5,7 +5,7 @@ Layouts: `pack-quantized` (bit after bit, as int32) and `int-quantized` (int8, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,16 +76,14 @@ def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
     return Reading(int(inputs["num_bits"])) if inputs else None
 
 
-def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a directory as plain weights, fp32. ModelError for a layer whose tensors do not belong together."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
+    """(name, what it is) of all weights of a directory. ModelError for a layer whose tensors do not belong together."""
+    for name in tensors:
         layer, _, part = name.rpartition(".")
         if part == "weight_packed" or (part == "weight" and f"{layer}.weight_scale" in tensors):
-            found[f"{layer}.weight"] = read(tensors, layer, config).weight()
+            yield f"{layer}.weight", read(tensors, layer, config)
         elif not name.endswith(PARTS):
-            found[name] = tensor.float() if tensor.is_floating_point() else tensor
-    return found
+            yield name, tensors[name]
 
 
 def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -> Whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,9 +75,8 @@ def config_of(grids: Mapping[str, Levels], left: Sequence[str]) -> dict[str, Any
     }  # fmt: skip
 
 
-def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a directory as plain weights, fp32. ModelError for a layer whose tensors do not belong together."""
-    found: dict[str, Tensor] = {}
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Matrix | Tensor]]:
+    """(name, what it is) of all weights of a directory. ModelError for a layer whose tensors do not belong together."""
     for name, tensor in tensors.items():
         if name.endswith(PARTS):
             continue
@@ -85,10 +84,10 @@ def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
         if state is None:
             if tensor.dtype == torch.uint8:
                 raise ModelError(f"{name}: has no quant_state, which says what its 4 bits stand for")
-            found[name] = tensor.float() if tensor.is_floating_point() else tensor
+            yield name, tensor
             continue
-        found[name] = unpack(_read(tensors, name, state))
-    return found
+        packed = _read(tensors, name, state)
+        yield name, Matrix(packed, Levels("fp4" if packed.book == "fp4" else "nf4", packed.second is not None))
 
 
 def _read(tensors: Mapping[str, Tensor], name: str, state: str) -> Packed:

@@ -6,14 +6,14 @@ AWQ (AutoAWQ, "gemm"): `qweight` [in, out / 8], `qzeros` [groups, out / 8], eigh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmworks.errors import ModelError
-from llmworks.model.grid import Grid, Whole, packed, unpacked
+from llmworks.model.grid import Grid, Scales, Whole, packed, unpacked
 
 PARTS = (".qzeros", ".scales", ".g_idx")
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # of the columns in a word of AWQ's
@@ -56,22 +56,25 @@ class Gptq:
         }  # fmt: skip
 
     @staticmethod
-    def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """All tensors of a directory as plain weights, fp32; also where columns are out of order (`g_idx`). ModelError for a layer whose tensors do not belong together."""
+    def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
+        """(name, what it is) of all weights of a directory; plain ones, fp32, where columns are out of order (`g_idx`). ModelError for a layer whose tensors do not belong together."""
         bits, second = int(config["bits"]), config.get("checkpoint_format", config.get("format", "gptq")) == "gptq_v2"
         if bits not in (2, 3, 4, 8):
             raise ModelError(f"config.json: a GPTQ checkpoint of {bits} bits cannot be read here")
 
-        def weight(layer: str) -> Tensor:
+        def matrix(layer: str) -> Whole | Tensor:
             words, scale = tensors[f"{layer}.qweight"], tensors[f"{layer}.scales"].float()
             columns, rows = len(words) * 32 // bits, words.shape[1]
             codes = unpacked(words.T.contiguous(), bits, columns)
             stored = unpacked(tensors[f"{layer}.qzeros"], bits, rows)
             zero = stored.float() if second else _more(stored, bits)
-            groups = tensors[f"{layer}.g_idx"].long() if f"{layer}.g_idx" in tensors else torch.arange(columns) // (columns // len(scale))
+            even = torch.arange(columns) // (columns // len(scale))
+            groups = tensors[f"{layer}.g_idx"].long() if f"{layer}.g_idx" in tensors else even
+            if torch.equal(groups, even):
+                return _whole(codes, scale.T, zero.T, bits)
             return (codes.float() - zero.T[:, groups]) * scale.T[:, groups]
 
-        return _dense(tensors, weight)
+        return _weights(tensors, matrix)
 
     @staticmethod
     def reading_of(config: Mapping[str, Any], name: str) -> None:
@@ -97,19 +100,18 @@ class Awq:
         return {"quant_method": "awq", "bits": 4, "group_size": grid.group or -1, "zero_point": True, "version": "gemm", "modules_to_not_convert": names or None, **_dynamic(names)}
 
     @staticmethod
-    def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """All tensors of a directory as plain weights, fp32. ModelError for a layer whose tensors do not belong together."""
+    def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
+        """(name, what it is) of all weights of a directory. ModelError for a layer whose tensors do not belong together."""
         if int(config.get("bits", config.get("w_bit", 4))) != 4 or str(config.get("version", "gemm")).lower() != "gemm":
             raise ModelError(f"config.json: of AWQ checkpoints those of 4 bits in the version gemm can be read here, not {config.get('bits')} bits, {config.get('version')}")
 
-        def weight(layer: str) -> Tensor:
+        def matrix(layer: str) -> Whole:
             words, scale = tensors[f"{layer}.qweight"], tensors[f"{layer}.scales"].float()
             rows = words.shape[1] * 8
-            codes, zero = (_back(unpacked(given, 4, rows)).float().T for given in (words, tensors[f"{layer}.qzeros"]))
-            each = codes.shape[1] // len(scale)
-            return (codes - zero.repeat_interleave(each, 1)) * scale.T.repeat_interleave(each, 1)
+            codes, zero = (_back(unpacked(given, 4, rows)).T for given in (words, tensors[f"{layer}.qzeros"]))
+            return _whole(codes, scale.T, zero.float(), 4)
 
-        return _dense(tensors, weight)
+        return _weights(tensors, matrix)
 
     @staticmethod
     def reading_of(config: Mapping[str, Any], name: str) -> None:
@@ -129,20 +131,27 @@ def _only(grids: Mapping[str, Grid]) -> Grid:
     return kinds.pop()
 
 
-def _dense(tensors: Mapping[str, Tensor], weight: Any) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+def _whole(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Whole:
+    """A matrix of codes [out, in] whose groups stand in order. ValueError where they do not divide a row."""
+    (rows, columns), groups = codes.shape, scale.shape[1]
+    if columns % groups or scale.shape != (rows, groups) or zero.shape != scale.shape:
+        raise ValueError(f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}, zero points {tuple(zero.shape)}")
+    return Whole(codes.contiguous(), Scales(scale.contiguous(), zero.contiguous()), Grid(bits, 0 if groups == 1 else columns // groups, symmetric=False))
+
+
+def _weights(tensors: Mapping[str, Tensor], matrix: Callable[[str], Whole | Tensor]) -> Iterator[tuple[str, Whole | Tensor]]:
+    for name in tensors:
         layer, _, part = name.rpartition(".")
         if part == "qweight":
             try:
-                found[f"{layer}.weight"] = weight(layer)
-            except (KeyError, ValueError, RuntimeError, IndexError) as error:
+                found = matrix(layer)
+            except (KeyError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
                 raise ModelError(f"{layer}: its tensors do not belong together ({error})") from None
+            yield f"{layer}.weight", found
         elif not (name.endswith(PARTS) and f"{layer}.qweight" in tensors):
-            if part == "bias" and f"{layer}.qweight" in tensors and not tensor.any():
-                continue  # AutoGPTQ writes biases of zeros where there are none
-            found[name] = tensor.float() if tensor.is_floating_point() else tensor
-    return found
+            tensor = tensors[name]
+            if not (part == "bias" and f"{layer}.qweight" in tensors and not tensor.any()):  # AutoGPTQ writes biases of zeros where there are none
+                yield name, tensor
 
 
 def _more(stored: Tensor, bits: int) -> Tensor:

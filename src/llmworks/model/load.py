@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ from llmworks.errors import ModelError
 from llmworks.tokenize.load import first_line, quiet_transformers, read_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
-def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the CPU, in `dtype`. ModelError, in one line, for a broken directory."""
+def load_model(path: Path, dtype: str = "float32", *, low_bit: bool = False) -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the CPU, in `dtype`. ModelError, in one line, for a broken directory. `low_bit`: as of `standard.load_decoder`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -26,7 +28,8 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
     if read_json(path / "config.json").get("quantization_config"):
         from llmworks.model.standard import load_decoder
 
-        return load_decoder(path).to(getattr(torch, dtype))  # type: ignore[no-any-return]
+        decoder: Any = load_decoder(path, low_bit=low_bit)
+        return decoder if dtype == "float32" else decoder.to(getattr(torch, dtype))  # type: ignore[no-any-return]
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
@@ -58,6 +61,26 @@ def check_weights(path: Path) -> None:
             start = 8 + int.from_bytes(stream.read(8), "little")
         if size != start + end:
             raise ModelError(f"{file}: truncated, {size} bytes of {start + end}; copy or fetch it again")
+
+
+class Stored(Mapping[str, "Tensor"]):
+    """The tensors of a directory's safetensors files by name, each read when it is asked for, nothing of it kept."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._files: list[Any] = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
+        self._places = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  (no mapping)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._places[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def refuse_scorer(path: Path) -> None:

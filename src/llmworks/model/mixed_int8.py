@@ -5,14 +5,14 @@ Dettmers et al. 2022 (arXiv:2208.07339). bitsandbytes takes a whole column out a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmworks.errors import ModelError
-from llmworks.model.grid import Grid, Whole
+from llmworks.model.grid import Grid, Scales, Whole
 from llmworks.model.rounded_inputs import Reading
 
 METHOD = "bitsandbytes"
@@ -31,9 +31,8 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
     return {"quant_method": METHOD, "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": threshold, "llm_int8_skip_modules": list(left), "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False}
 
 
-def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a directory as plain weights, fp32. ModelError for a layer without its scales."""
-    found: dict[str, Tensor] = {}
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
+    """(name, what it is) of all weights of a directory. ModelError for a layer without its scales."""
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part in ("SCB", "weight_format"):
@@ -42,10 +41,10 @@ def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
             scale = tensors.get(f"{layer}.SCB")
             if scale is None or scale.numel() != len(tensor):
                 raise ModelError(f"{layer}: has no scale (SCB) for each of its {len(tensor)} rows")
-            found[name] = tensor.float() * (scale.float().view(-1, 1) / 127)
+            worth = scale.float().view(-1, 1) / 127
+            yield name, Whole(tensor, Scales(worth, torch.zeros_like(worth)), Grid(8))
         else:
-            found[name] = tensor.float() if tensor.is_floating_point() else tensor
-    return found
+            yield name, tensor
 
 
 def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:

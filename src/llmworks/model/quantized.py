@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmworks.errors import ModelError
 from llmworks.model import compressed, four_bits, gptq_layout, mixed_int8
+from llmworks.model.low_bit import LowBitLinear
 from llmworks.model.rounded_inputs import read_rounded
 
-FORMS: dict[str, Any] = {"compressed-tensors": compressed, "bitsandbytes-int8": mixed_int8, "bitsandbytes-4bit": four_bits, "gptq": gptq_layout.Gptq, "awq": gptq_layout.Awq}  # each: tensors_of, config_of, dense, reading_of
+FORMS: dict[str, Any] = {"compressed-tensors": compressed, "bitsandbytes-int8": mixed_int8, "bitsandbytes-4bit": four_bits, "gptq": gptq_layout.Gptq, "awq": gptq_layout.Awq}  # each: tensors_of, config_of, weights, reading_of
 
 
 def form_of(config: Mapping[str, Any]) -> Any:
@@ -26,8 +28,21 @@ def form_of(config: Mapping[str, Any]) -> Any:
 
 def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors of a directory as plain weights, fp32. `config`: its `quantization_config`. ModelError for a form that is not known, or tensors that do not belong together."""
-    found: dict[str, Tensor] = form_of(config).dense(tensors, config)
+    return {name: plain(what) for name, what in weights(tensors, config)}
+
+
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, what it is: a tensor, or a matrix with `weight()`) of a directory's weights, one after the other. `config`, errors: as of `dense`."""
+    found: Iterator[tuple[str, Any]] = form_of(config).weights(tensors, config)
     return found
+
+
+def plain(what: Any) -> Tensor:
+    """As a tensor in memory of its own (not the pages of a file), fp32 where it is of floats."""
+    if isinstance(what, Tensor):
+        return what.to(torch.float32 if what.is_floating_point() else what.dtype, copy=True)
+    made: Tensor = what.weight()
+    return made.float()
 
 
 def round_inputs(model: nn.Module, config: Mapping[str, Any], rename: Callable[[str], str], head: str = "") -> None:
@@ -35,6 +50,6 @@ def round_inputs(model: nn.Module, config: Mapping[str, Any], rename: Callable[[
     form = form_of(config)
     for name, layer in model.named_modules():
         whole = f"{head}{name}"
-        reading = form.reading_of(config, rename(whole)) if isinstance(layer, nn.Linear) and whole != "head" else None
+        reading = form.reading_of(config, rename(whole)) if isinstance(layer, (nn.Linear, LowBitLinear)) and whole != "head" else None
         if reading is not None:
             read_rounded(layer, reading)

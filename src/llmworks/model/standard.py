@@ -19,9 +19,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llmworks.errors import ModelError
+from llmworks.memory import trim
 from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
-from llmworks.model.load import check_weights, refuse_scorer
-from llmworks.model.quantized import dense, round_inputs
+from llmworks.model.grid import Whole
+from llmworks.model.load import Stored, check_weights, refuse_scorer
+from llmworks.model.low_bit import LowBitLinear, low_bit_layer, put
+from llmworks.model.quantized import plain, round_inputs, weights
 from llmworks.model.shape import Rope, Shape
 from llmworks.tokenize.load import read_json
 
@@ -280,36 +283,50 @@ def open_adaptable(path: Path) -> tuple[Any, Callable[[str], str]]:
     return load_decoder(path), rename_of(kind)
 
 
-def load_decoder(path: Path) -> DecoderForCausalLM:
-    """The decoder of a directory of any known architecture, fp32, in evaluation mode.
+def load_decoder(path: Path, *, low_bit: bool = False) -> DecoderForCausalLM:
+    """The decoder of a directory of any known architecture, fp32, in evaluation mode; read tensor by tensor, so that the model is all that is in memory.
 
+    `low_bit`: layers stay whole numbers of 4 or 8 bits where this CPU computes with them (`low_bit.py`); for inference.
     Errors: ModelError for a broken directory, an unknown architecture, or tensors that are missing, too many or of another shape, by name.
     """
-    from safetensors.torch import load_file
-
     check_weights(path)
     refuse_scorer(path)
     config = read_json(path / "config.json")
     kind, shape = shape_of(config)
-    stored = {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    tensors = dense(stored, config["quantization_config"]) if config.get("quantization_config") else {name: tensor.float() for name, tensor in stored.items()}
-    if kind:
-        tensors = from_standard(tensors, kind)
-    model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
-    wanted = dict(model.state_dict())
+    method = config.get("quantization_config")
+    with torch.device("meta"):
+        model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, Any] = {}
+    for name, what in weights(Stored(path), method) if method else Stored(path).items():
+        whole = low_bit_layer(what) if low_bit and kind != "gpt2" and isinstance(what, Whole) else None
+        one: Any = whole or plain(what)
+        found |= from_standard({name: one}, kind) if kind else {name: one}
+        if not isinstance(what, Tensor):
+            trim()  # else what unpacking leaves between the weights comes to as much as they are
+    if shape.tied and "decoder.embedding.weight" in found:
+        found["head.weight"] = found["decoder.embedding.weight"]
+    _check_shapes(path, {name: what.shape if isinstance(what, LowBitLinear) else tuple(what.shape) for name, what in found.items()}, wanted)
+    model.load_state_dict({name: what for name, what in found.items() if isinstance(what, Tensor)}, assign=True, strict=False)
     if shape.tied:
-        tensors.setdefault("head.weight", tensors.get("decoder.embedding.weight", torch.empty(0)))
-    for problem, names in (("has no", sorted(set(wanted) - set(tensors))), ("has more than the shape needs:", sorted(set(tensors) - set(wanted)))):
+        model.head.weight = model.decoder.embedding.weight
+    for name, layer in found.items():
+        if isinstance(layer, LowBitLinear):
+            put(model, name.removesuffix(".weight"), layer)
+    model.train(False)
+    if method:
+        round_inputs(model, method, rename_of(kind))
+    return model
+
+
+def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether weights are those of a config. ModelError for the first that is not."""
+    for problem, names in (("has no", sorted(set(wanted) - set(found))), ("has more than the shape needs:", sorted(set(found) - set(wanted)))):
         if names:
             raise ModelError(f"{path}: {problem} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + " (by the decoder's names); the weights and config.json do not belong together")
-    for name, tensor in wanted.items():
-        if tensor.shape != tensors[name].shape:
-            raise ModelError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, config.json asks for {tuple(tensor.shape)}")
-    model.load_state_dict(tensors)
-    model.train(False)
-    if config.get("quantization_config"):
-        round_inputs(model, config["quantization_config"], rename_of(kind))
-    return model
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ModelError(f"{path}: {name} has the shape {found[name]}, config.json asks for {shape}")
 
 
 def open_trainable(path: Path) -> Any:

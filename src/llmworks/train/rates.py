@@ -51,8 +51,8 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
     each = training.batch_size * training.accumulation
     if len(material.examples) < 2 * each:
         raise DataError(f"{data.name}: has {len(material.examples)} rows to learn, a step takes {each}; there should be two steps at least")
-    torch.manual_seed(ctx.seed)
     tuned = open_tuned(model.path)
+    torch.manual_seed(ctx.seed)
     prepare(tuned, training)
     steps = Steps(material.examples, epochs=math.ceil(config.steps * each / len(material.examples)) + 1, size=training.batch_size, accumulation=training.accumulation, seed=ctx.seed, free=tuned.free)[: config.steps]
     loss: Any = packed_loss if tuned.free else next_token_loss

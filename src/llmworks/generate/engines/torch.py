@@ -44,7 +44,7 @@ class TorchEngine:
     @classmethod
     def open(cls, path: Path, *, adapter: Path | None = None, name: str = "") -> TorchEngine:
         """Load a Hugging Face directory; an adapter is folded into the weights, a soft prompt put before every text, their tokenizer and template are used."""
-        model: Any = load_model(path)
+        model: Any = load_model(path, low_bit=adapter is None)
         source = path
         if adapter is not None:
             from llmworks.model.fold import fold_into, weights_of

@@ -1,0 +1,99 @@
+"""Layers that compute with whole numbers beside fp32: a product by itself, and a whole model in a process of its own.
+
+    python benchmarks/low_bit.py                  (three minutes on two cores)
+    python benchmarks/low_bit.py --layers
+
+Milliseconds are the best of five; a model (SmolLM2-135M-Instruct, to the nearest in 4 bits, groups of 64, and in 8 bits, a scale a row) is measured by `tune.running`, the original as transformers loads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+MODEL = "asset:smollm2-135m-instruct"
+SIZES, ROWS = ((576, 1536), (2048, 2048)), (1, 4, 16, 64, 256, 1024)
+
+
+def best(function: Callable[[], Any], seconds: float = 0.1) -> float:
+    """Milliseconds."""
+    function()
+    began = time.perf_counter()
+    function()
+    times = max(1, int(seconds / max(1e-6, time.perf_counter() - began)))
+    found = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(times):
+            function()
+        found.append((time.perf_counter() - began) / times)
+    return 1e3 * min(found)
+
+
+def layers() -> None:
+    """One product at a time."""
+    import torch
+    from torch.nn import functional as F
+
+    from llmworks.model.grid import Grid, whole
+    from llmworks.model.low_bit import available, low_bit_layer
+
+    if not available():
+        raise SystemExit("this CPU has no instructions for bfloat16: layers stay plain on it")
+    torch.set_num_threads(int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1))
+    print("| in x out, rows | fp32 ms | 4 bits ms | of fp32 | 8 bits ms | of fp32 |\n|---|---|---|---|---|---|")
+    with torch.inference_mode():
+        for columns, rows in SIZES:
+            weight = torch.randn(rows, columns)
+            four, eight = (low_bit_layer(whole(weight, grid)) for grid in (Grid(4, 64), Grid(8)))
+            assert four is not None
+            assert eight is not None
+            for count in ROWS:
+                x = torch.randn(count, columns)
+                plain, low, high = best(partial(F.linear, x, weight)), best(partial(four, x)), best(partial(eight, x))
+                print(f"| {columns} x {rows}, {count} | {plain:.3f} | {low:.3f} | {low / plain:.2f} | {high:.3f} | {high / plain:.2f} |", flush=True)
+
+
+def models() -> None:
+    """The model as it was, and quantized."""
+    from llmworks.execute import execute
+    from llmworks.references import open_engine, resolve
+    from llmworks.stages import resolve as stage
+    from llmworks.workspace import Workspace
+
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Workspace(Path(folder) / "ws")
+
+        def step(name: str, config: dict[str, Any], inputs: dict[str, Any]) -> Any:
+            found = stage(name)
+            return execute(found, found.config.model_validate(config), inputs, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True).artifact
+
+        print("| model | files MB | memory MB | reads tokens/s | of fp32 | writes tokens/s | of fp32 |\n|---|---|---|---|---|---|---|")
+        base: Any = None
+        for name, config in (("fp32", None), ("4 bits", {"bits": 4, "group": 64}), ("8 bits", {"bits": 8, "group": 0})):
+            model = resolve(MODEL) if config is None else step("quantize.absmax", config, {"model": resolve(MODEL)})
+            ran = step("tune.running", {}, {"model": model}).metrics
+            base = base or ran
+            size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+            print(f"| {name} | {size / 1e6:.0f} | {ran['memory'] / 1e6:.0f} | {ran['read_speed']:.0f} | {ran['read_speed'] / base['read_speed']:.2f} | {ran['write_speed']:.1f} | {ran['write_speed'] / base['write_speed']:.2f} |", flush=True)
+
+
+def main() -> None:
+    """Parse arguments, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", action="store_true", help="products only")
+    layers_only = parser.parse_args().layers
+    layers()
+    if not layers_only:
+        print()
+        models()
+
+
+if __name__ == "__main__":
+    main()

@@ -28,12 +28,12 @@ class Way:
 
 GGUF = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs", "q3_k_m", "iq3_xs", "q2_k", "iq2_xs")
 WAYS: dict[str, Way] = {
-    "absmax-8": Way("absmax", {"bits": 8, "group": 0}), "int8": Way("int8"), "smoothquant-8": Way("smoothquant", {"bits": 8, "group": 0}), "absmax-4": Way("absmax"), "zeropoint-4": Way("zeropoint"), "nf4": Way("nf4"),
+    "absmax-8": Way("absmax", {"bits": 8, "group": 0}), "int8": Way("int8"), "smoothquant-8": Way("smoothquant", {"bits": 8, "group": 0}), "absmax-4": Way("absmax"), "zeropoint-4": Way("zeropoint"), "hqq-4": Way("hqq"), "nf4": Way("nf4"),
     "fp4": Way("nf4", {"levels": "fp4"}), "gptq-4": Way("gptq"), "gptq-4-zero": Way("gptq", {"symmetric": False, "scale": True}), "awq-4": Way("awq"), "zeroquant-4": Way("zeroquant"),
     "rotated-gptq-4": Way("gptq", before="rotate"), "gptq-3": Way("gptq", {"bits": 3}), "mixed-4.25": Way("mixed", {"bits": 4.25}), "mixed-3.25": Way("mixed", {"bits": 3.25}),
     **{f"gguf-{kind}": Way("gguf", {"type": kind}) for kind in GGUF}, **{f"gguf-{kind}-auto": Way("gguf", {"type": kind, "allocate": True}) for kind in ("q5_k_m", "q4_k_m", "q3_k_m", "q2_k")},
 }  # fmt: skip
-LOADS = {"gguf": "llama.cpp", "int8": "transformers", "nf4": "transformers"}
+LOADS = {"gguf": "llama.cpp", "int8": "transformers", "nf4": "transformers", "hqq": "vLLM"}
 CALIBRATED = ("gptq", "awq", "smoothquant", "zeroquant", "mixed", "gguf")
 
 

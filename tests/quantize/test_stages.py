@@ -25,7 +25,7 @@ from llmworks.model.grid import Grid
 from llmworks.model.rounded_inputs import Reading, round_tokens
 from llmworks.model.standard import load_decoder
 from llmworks.progress import Progress
-from llmworks.quantize import absmax, awq, gguf, gptq, int8, mixed, nf4, smoothquant, zeropoint, zeroquant
+from llmworks.quantize import absmax, awq, gguf, gptq, hqq, int8, mixed, nf4, smoothquant, zeropoint, zeroquant
 from llmworks.quantize.calibrated import Awq, Gptq
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.solvers.smoothquant import smoothing
@@ -39,7 +39,7 @@ from tests.conftest import make_pico
 STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
     "absmax": (absmax.absmax, absmax.AbsmaxConfig), "zeropoint": (zeropoint.zeropoint, zeropoint.ZeropointConfig), "gptq": (gptq.gptq, gptq.GptqConfig), "awq": (awq.awq, awq.AwqConfig),
     "smoothquant": (smoothquant.smoothquant, smoothquant.SmoothquantConfig), "int8": (int8.int8, int8.Int8Config),
-    "nf4": (nf4.nf4, nf4.Nf4Config), "mixed": (mixed.mixed, mixed.MixedConfig), "gguf": (gguf.gguf, gguf.GgufConfig), "zeroquant": (zeroquant.zeroquant, zeroquant.ZeroquantConfig),
+    "nf4": (nf4.nf4, nf4.Nf4Config), "hqq": (hqq.hqq, hqq.HqqConfig), "mixed": (mixed.mixed, mixed.MixedConfig), "gguf": (gguf.gguf, gguf.GgufConfig), "zeroquant": (zeroquant.zeroquant, zeroquant.ZeroquantConfig),
 }  # fmt: skip
 SMALL = {"bits": 4, "group": 32, "length": 48, "held": 3}
 

@@ -23,6 +23,7 @@ class Grid:
 
     `edge`: where the largest weight comes to lie on a symmetric grid: on the last number that has a negative (127 of 8 bits, absmax), or between it and the next (127.5, as compressed-tensors has it).
     `stored`: the number format that scales are kept in, and rounded to before anything is rounded by them. `inputs`: how what the weights are multiplied by is rounded (None: it is not).
+    `real`: zero points are kept as scales are, and need be no whole numbers.
     """
 
     bits: int
@@ -31,6 +32,7 @@ class Grid:
     edge: Literal["last", "between"] = "last"
     stored: Literal["float32", "float16", "bfloat16"] = "float32"
     inputs: Reading | None = None
+    real: bool = False
 
     @property
     def low(self) -> int:
@@ -53,7 +55,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Scales:
-    """What whole numbers are worth: (number - zero) * scale. Each [rows, groups], of a matrix [1, 1]; `zero` holds whole numbers, 0 on a symmetric grid."""
+    """What whole numbers are worth: (number - zero) * scale. Each [rows, groups], of a matrix [1, 1]; `zero` holds whole numbers (but where they may be real), 0 on a symmetric grid."""
 
     scale: Tensor
     zero: Tensor
@@ -74,7 +76,13 @@ def fit(groups: Tensor, grid: Grid, shrink: float = 1.0) -> Scales:
         return Scales(scale, torch.zeros_like(scale))
     smallest, largest = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
     scale = _kept((largest - smallest) / (grid.high - grid.low), grid)
-    return Scales(scale, (grid.low - smallest / scale).round().clamp(grid.low, grid.high))
+    zero = grid.low - smallest / scale
+    return Scales(scale, kept_zero(zero, grid) if grid.real else zero.round().clamp(grid.low, grid.high))
+
+
+def kept_zero(zero: Tensor, grid: Grid) -> Tensor:
+    """Real zero points as the file will have them, where numbers are counted from 0."""
+    return (zero - grid.low).to(getattr(torch, grid.stored)).to(zero.dtype) + grid.low
 
 
 def _kept(scale: Tensor, grid: Grid) -> Tensor:
@@ -126,7 +134,7 @@ class Whole:
     @property
     def bits(self) -> float:
         """Bits of a weight, scales and zero points included (scales in 16 bits)."""
-        return self.grid.bits + self.scales.scale.numel() * (16 + (0 if self.grid.symmetric else self.grid.bits)) / self.codes.numel()
+        return self.grid.bits + self.scales.scale.numel() * (16 + (0 if self.grid.symmetric else 16 if self.grid.real else self.grid.bits)) / self.codes.numel()
 
 
 def whole(weight: Tensor, grid: Grid, scales: Scales | None = None) -> Whole:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from llmworks.errors import ModelError
-from llmworks.model import compressed, four_bits, gptq_layout, mixed_int8
+from llmworks.model import compressed, four_bits, gptq_layout, hqq_layout, mixed_int8
 from llmworks.model.low_bit import LowBitLinear
 from llmworks.model.rounded_inputs import read_rounded
 
-FORMS: dict[str, Any] = {"compressed-tensors": compressed, "bitsandbytes-int8": mixed_int8, "bitsandbytes-4bit": four_bits, "gptq": gptq_layout.Gptq, "awq": gptq_layout.Awq}  # each: tensors_of, config_of, weights, reading_of
+FORMS: dict[str, Any] = {"compressed-tensors": compressed, "bitsandbytes-int8": mixed_int8, "bitsandbytes-4bit": four_bits, "gptq": gptq_layout.Gptq, "awq": gptq_layout.Awq, "hqq": hqq_layout}  # each: tensors_of, config_of, weights, reading_of
 
 
 def form_of(config: Mapping[str, Any]) -> Any:
@@ -22,7 +22,7 @@ def form_of(config: Mapping[str, Any]) -> Any:
     if method == mixed_int8.METHOD:
         return mixed_int8 if config.get("load_in_8bit") else four_bits
     if method not in FORMS:
-        raise ModelError(f"config.json: weights quantized by {method!r} cannot be read here; known: {compressed.METHOD}, {mixed_int8.METHOD}, gptq, awq")
+        raise ModelError(f"config.json: weights quantized by {method!r} cannot be read here; known: {compressed.METHOD}, {mixed_int8.METHOD}, gptq, awq, hqq")
     return FORMS[method]
 
 

@@ -73,7 +73,7 @@ def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, me
         ids, held = calibration(tokenizer, data, method.texts, config.held, config.length, ctx.seed)
     else:
         ids = held = torch.zeros(0, config.length, dtype=torch.long)
-    stored = "float16" if form in ("gptq", "awq") else stored_of(source, config.rest)
+    stored = "float16" if form in ("gptq", "awq", "hqq") else stored_of(source, config.rest)
     grid, others = replace(grid, stored=stored), {name: replace(one, stored=stored) for name, one in (grids or {}).items()}
     skip = skipping(source, config.skip)
     golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])

@@ -1,0 +1,31 @@
+"""Stage `quantize.hqq`: weights as whole numbers with zero points such that few weights are far off, in place of all a little; nothing has to be calibrated.
+
+Badri and Shaji 2023, half-quadratic quantization (mobiusml.github.io/hqq_blog).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmworks.artifact import Dataset, Model
+from llmworks.context import Context
+from llmworks.quantize.config import QuantizeConfig
+
+
+class HqqConfig(QuantizeConfig):
+    """Which numbers the form has a place for."""
+
+    bits: Literal[2, 3, 4, 8] = Field(4, description="of a whole number")
+    rest: Literal["auto", "float16"] = Field("auto", description="number format of scales, zero points and of what is not quantized: float16, as the form has it")
+
+
+def hqq(config: HqqConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
+    """Write a directory in the form of the package hqq; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
+    from llmworks.model.grid import Grid
+    from llmworks.quantize.nearest import Nearest
+    from llmworks.quantize.rounding import run
+    from llmworks.quantize.solvers.hqq import solve
+
+    return run(config, model, ctx, data, Nearest(solve), Grid(config.bits, config.group, symmetric=False, real=True), {"method": "hqq"}, "hqq")

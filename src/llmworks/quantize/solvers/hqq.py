@@ -1,0 +1,43 @@
+"""Half-quadratic quantization: zero points that make the errors of weights sparse, with nothing known of what layers read. Pure tensor functions.
+
+Badri and Shaji 2023 (mobiusml.github.io/hqq_blog): min over z of |W - s (round(W / s + z) - z)|_p with p below 1, solved in turns for the errors W_e and for z.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmworks.errors import ModelError
+from llmworks.model.grid import Grid, Scales, Whole, fit, grouped, kept_zero, restored, rounded
+
+POWER = 0.7
+
+
+def zeros(groups: Tensor, scales: Scales, grid: Grid, *, power: float = POWER, beta: float = 10.0, growth: float = 1.01, steps: int = 20) -> Scales:
+    """Real zero points for groups [rows, groups, size] under given scales, until the mean error of all falls no more (the reference's own stop)."""
+    best, least = scales, float("inf")
+    now = scales
+    for _ in range(steps):
+        codes = rounded(groups, now, grid)
+        apart = groups - restored(codes, now)
+        error = float(apart.abs().mean())
+        if error >= least:
+            break
+        best, least = now, error
+        large = apart.abs()
+        apart = apart.sign() * (large - large.clamp(min=1e-12) ** (power - 1) / beta).clamp(min=0)
+        now = Scales(now.scale, (codes - (groups - apart) / now.scale[..., None]).mean(-1))
+        beta *= growth
+    codes = rounded(groups, now, grid)
+    return now if float((groups - restored(codes, now)).abs().mean()) < least else best
+
+
+def solve(weight: Tensor, grid: Grid) -> Whole:
+    """Round a matrix [rows, columns] by half-quadratic zero points, which are rounded to the format they are kept in before weights are rounded by them. ModelError for weights that are no numbers."""
+    if not torch.isfinite(weight).all():
+        raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are no numbers (NaN or infinite)")
+    groups = grouped(weight, grid)
+    found = zeros(groups, fit(groups, grid), grid)
+    scales = Scales(found.scale, kept_zero(found.zero, grid))
+    return Whole(rounded(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)

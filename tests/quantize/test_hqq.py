@@ -1,0 +1,133 @@
+"""Half-quadratic quantization: the solver beside the reference's own results, the form beside its own files."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmworks.artifact import Dataset
+from llmworks.errors import ModelError
+from llmworks.model import hqq_layout
+from llmworks.model.grid import Grid, Whole, fit, grouped, restored, rounded, whole
+from llmworks.model.low_bit import Int4Linear, available, low_bit_layer
+from llmworks.model.quantized import dense
+from llmworks.model.standard import load_decoder
+from llmworks.quantize.hqq import HqqConfig
+from llmworks.quantize.solvers.hqq import POWER, solve, zeros
+from tests.quantize.test_stages import quantized, texts  # noqa: F401
+
+FOUND: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "hqq_layout.json.gz").read_bytes()))
+CONFIG = {"quant_method": "hqq"}
+
+
+def tensor(given: dict[str, Any]) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(given["data"]), given["dtype"]).reshape(given["shape"]).copy())
+
+
+def grid_of(bits: int) -> Grid:
+    return Grid(bits, 32, symmetric=False, stored="float16", real=True)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_form_is_that_of_hqq(bits: int) -> None:
+    """What it wrote is read as it reads it, and written again: every tensor to the bit, those that it tells itself by, too."""
+    stored = {f"layer.{name}": tensor(given) for name, given in FOUND["ways"][str(bits)]["tensors"].items()}
+    ((name, matrix),) = hqq_layout.weights(stored, CONFIG)
+    assert name == "layer.weight"
+    assert isinstance(matrix, Whole)
+    assert torch.allclose(matrix.weight(), tensor(FOUND["ways"][str(bits)]["weight"]).float(), atol=1e-3)  # which it computes in fp16
+    made = hqq_layout.tensors_of("layer", Whole(matrix.codes, matrix.scales, grid_of(bits)))
+    assert set(made) == set(stored)
+    for name, one in made.items():
+        assert one.dtype == stored[name].dtype, name
+        assert name == "layer.round_zero" or torch.equal(one, stored[name]), name  # whether it began at whole numbers, which it does with 4 bits
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_solver_is_as_good_as_the_reference(bits: int) -> None:
+    """In what it minimizes, the mean of |error|^p, and clearly better than ranges from the smallest to the largest (8 bits leave nothing to gain)."""
+    weight = tensor(FOUND["weight"])
+    theirs = dense({f"layer.{name}": tensor(given) for name, given in FOUND["ways"][str(bits)]["tensors"].items()}, CONFIG)["layer.weight"]
+    grid = grid_of(bits)
+
+    def loss(made: Tensor) -> float:
+        return float((made - weight).abs().pow(POWER).mean())
+
+    assert loss(solve(weight, grid).weight()) <= loss(theirs) * 1.002
+    if bits < 8:
+        assert loss(solve(weight, grid).weight()) < 0.97 * loss(whole(weight, Grid(bits, 32, symmetric=False)).weight())
+
+
+def test_a_zero_point_by_hand() -> None:
+    """The turns of the solver written out for one group."""
+    weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)) * 0.05
+    weight[0, 5] = 0.4
+    grid = Grid(4, 64, symmetric=False, real=True)
+    groups = grouped(weight, grid)
+    first = fit(groups, grid)
+    assert float(restored(rounded(groups, first, grid), first).max()) == pytest.approx(0.4)
+    scale, zero, beta, best, least = float(first.scale), float(first.zero), 10.0, float(first.zero), float("inf")
+    for _ in range(20):
+        codes = [min(7, max(-8, round(float(w) / scale + zero))) for w in weight[0]]
+        apart = [float(w) - (q - zero) * scale for w, q in zip(weight[0], codes, strict=True)]
+        error = sum(map(abs, apart)) / 64
+        if error >= least:
+            break
+        best, least = zero, error
+        kept = [(1 if e > 0 else -1) * max(0.0, abs(e) - max(abs(e), 1e-12) ** -0.3 / beta) for e in apart]
+        zero = sum(q - (float(w) - e) / scale for w, q, e in zip(weight[0], codes, kept, strict=True)) / 64
+        beta *= 1.01
+    assert float(zeros(groups, first, grid).zero) == pytest.approx(best, abs=1e-4)
+    assert best != float(first.zero)
+
+
+def test_a_directory(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+    """Written, read again, measured; its bits count zero points of 16."""
+    made = quantized("hqq", pico, texts, tmp_path, rest="float16")
+    config = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    assert config["quant_config"]["weight_quant_params"]["group_size"] == 32
+    assert config["skip_modules"] == ["lm_head"]
+    stored = load_file(made.path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    expected = solve(load_file(pico / "model.safetensors")[f"{name}.weight"], grid_of(4))
+    assert torch.equal(load_decoder(made.path).decoder.blocks[1].feed_forward.up.weight, expected.weight())
+    assert stored[f"{name}.W_q"].shape == (96, 32)
+    assert made.metrics["bits_a_weight"] == pytest.approx(4 + 32 / 32, abs=0.01)
+    assert made.metrics["kl"] < quantized("zeropoint", pico, texts, tmp_path / "plain").metrics["kl"] * 1.2
+
+
+@pytest.mark.skipif(not available(), reason="this CPU has no instructions for bfloat16, so that such layers are not used on it")
+def test_real_zero_points_run_as_whole_numbers() -> None:
+    matrix = solve(torch.randn(128, 256, generator=torch.Generator().manual_seed(3)), Grid(4, 64, symmetric=False, real=True, stored="float16"))
+    layer = low_bit_layer(matrix)
+    assert isinstance(layer, Int4Linear)
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(4))
+    expected = x @ matrix.weight().T
+    assert float((layer(x) - expected).norm() / expected.norm()) < 0.008
+
+
+def test_what_has_no_place_is_refused() -> None:
+    with pytest.raises(ValidationError, match="Input should be 2, 3, 4 or 8"):
+        HqqConfig(bits=5)
+    weight = torch.randn(5, 64)
+    with pytest.raises(ModelError, match="layer: its 5 groups do not fill bytes of 2, as the form hqq has them"):
+        hqq_layout.tensors_of("layer", whole(weight, Grid(4, 0, symmetric=False, real=True)))
+    made = hqq_layout.tensors_of("layer", whole(weight, Grid(8, 32, symmetric=False, real=True)))
+    with pytest.raises(ModelError, match=r"layer: of hqq's layers those of 2, 3, 4 or 8 bits with groups along rows \(axis 1\)"):
+        dense({**made, "layer.axis": torch.tensor(0)}, CONFIG)
+    with pytest.raises(ModelError, match="layer: its tensors do not belong together"):
+        dense({**made, "layer.scale": torch.ones(7, 1)}, CONFIG)
+    with pytest.raises(ModelError, match="layer: its tensors do not belong together"):
+        dense({name: one for name, one in made.items() if not name.endswith("zero")}, CONFIG)
+    with pytest.raises(ModelError, match="the form hqq has one number of bits"):
+        hqq_layout.config_of({"a": Grid(4, 32), "b": Grid(8, 32)}, [])

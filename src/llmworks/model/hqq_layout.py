@@ -32,7 +32,7 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
     size = grid.size(columns)
     codes = (matrix.codes.int() - grid.low).view(-1, size)
     stored = getattr(torch, grid.stored)
-    said = {"nbits": grid.bits, "group_size": size, "axis": 1, "packing": packing, "unpack_view_dtype": "torch.int32" if grid.bits == 3 else "torch.uint8", "view_as_float": False, "compute_dtype": f"torch.{grid.stored}", "offload_meta": False, "encoded_state_dict": True, "stores_quant_config": True, "channel_wise": True, "optimize": True, "round_zero": False, "quant_scale": False, "quant_zero": False}
+    said: dict[str, bool | int | str] = {"nbits": grid.bits, "group_size": size, "axis": 1, "packing": packing, "unpack_view_dtype": "torch.int32" if grid.bits == 3 else "torch.uint8", "view_as_float": False, "compute_dtype": f"torch.{grid.stored}", "offload_meta": False, "encoded_state_dict": True, "stores_quant_config": True, "channel_wise": True, "optimize": True, "round_zero": False, "quant_scale": False, "quant_zero": False}
     return {
         f"{name}.W_q": _packed(name, codes, packing), f"{name}.scale": matrix.scales.scale.reshape(-1, 1).to(stored), f"{name}.zero": (matrix.scales.zero.reshape(-1, 1) - grid.low).to(stored),
         f"{name}.shape": torch.tensor([rows, columns]), **{f"{name}.{key}": _encoded(value) for key, value in said.items()},

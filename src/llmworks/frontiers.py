@@ -89,7 +89,7 @@ class Frontier:
             except LlmworksError as error:
                 self.say(f"  not asked: {name} on {item.task}: {error}")
                 continue
-            skills[item.task] = {key: float(asked.metrics[key]) for key in ("score", "low", "high")}
+            skills |= skills_of(item.task, asked.read())
             reports.append(asked)
         size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in model.path.glob(pattern)) if model.path.is_dir() else model.path.stat().st_size
         told = {key: float(figures[key]) for key in ("kl", "same_top", "perplexity") if key in figures}
@@ -125,6 +125,12 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
     page = job.step("tune.tradeoff", config, inputs)
     assert isinstance(page, Report)
     return page, models.get(page.read()["recommended"]["digest"])
+
+
+def skills_of(task: str, found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Scores by name of an evaluation's report: the task's own, and, where answers are written, what else they are scored by."""
+    names = [name for name in found["intervals"] if name == found["metric"] or found["kind"] == "generate"]
+    return {task if name == found["metric"] else f"{task}: {name}": {"score": found["intervals"][name]["value"], **{key: found["intervals"][name][key] for key in ("low", "high")}} for name in names}
 
 
 def _bytes_a_weight(model: Model) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmworks.data.rows import flat_messages
-from llmworks.score.function_call import check_arguments, function_call
+from llmworks.score.function_call import check_arguments, function_call, valid_call
 from llmworks.tokenize.templates import render_call
 from llmworks.types import ToolCall
 
@@ -58,3 +58,28 @@ def test_form(text: str, right: bool) -> None:
     scored = function_call((), text, ROW)
     assert (scored.value == 1.0) == right
     assert bool(scored.reason) != right
+
+
+def test_every_reference_answer_could_be_run(bfcl_rows: list[dict[str, Any]]) -> None:
+    for row in bfcl_rows:
+        scored = valid_call((), flat_messages(row)[-1].content, row)
+        assert scored.value == 1.0, (row["id"], scored.reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (render_call(ToolCall("f", {"n": 7})), ""),  # a wrong answer that can be run
+        (render_call(ToolCall("f", {"n": 3, "x": 1})), ""),
+        (render_call(ToolCall("f", {"x": 1})), '"n" is a required property'),
+        (render_call(ToolCall("f", {"n": "3"})), 'n: "3" is not of type "integer"'),
+        (render_call(ToolCall("f", {"n": 3, "z": 1})), "argument 'z' is unknown"),
+        (render_call(ToolCall("g", {"n": 3})), "called 'g', which is no tool of the row"),
+        (render_call(ToolCall("f", {"n": 3})) * 2, "2 calls that can be read, wanted one"),
+        ('<tool_call>{"name": "f", "arguments": {"n": 3}</tool_call>', "0 calls that can be read, wanted one"),
+    ],
+)
+def test_what_could_be_run(text: str, reason: str) -> None:
+    scored = valid_call((), text, ROW)
+    assert (scored.value == 1.0) == (reason == "")
+    assert reason in scored.reason

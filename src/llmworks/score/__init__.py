@@ -11,7 +11,7 @@ from typing import Any
 from llmworks.errors import DataError, UserError
 from llmworks.score.code import code
 from llmworks.score.constraints import constraints, constraints_loose, constraints_share
-from llmworks.score.function_call import function_call
+from llmworks.score.function_call import function_call, valid_call
 from llmworks.score.key import key
 from llmworks.score.shape import regex, schema
 from llmworks.score.sql import sql
@@ -33,7 +33,7 @@ def verified(prompt: Sequence[Message], completion: str, row: Mapping[str, Any])
 
 
 SCORES: dict[str, ScoreFunction] = {
-    "verified": verified, "function_call": function_call, "key": key, "regex": regex, "schema": schema, "code": code, "sql": sql,
+    "verified": verified, "function_call": function_call, "valid_call": valid_call, "key": key, "regex": regex, "schema": schema, "code": code, "sql": sql,
     "constraints": constraints, "constraints_loose": constraints_loose, "constraints_share": constraints_share,
 }  # fmt: skip
 

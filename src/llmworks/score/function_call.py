@@ -33,6 +33,28 @@ def function_call(prompt: Sequence[Message], completion: str, row: Mapping[str, 
     return Score(0.0, problem) if problem else Score(1.0)
 
 
+def valid_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+    """1 when the completion is one call of one of the row's `tools` whose arguments fit its JSON schema, right or not: JSON that a program could run."""
+    import jsonschema_rs
+
+    _, calls = parse_calls(completion)
+    if len(calls) != 1:
+        return Score(0.0, f"{len(calls)} calls that can be read, wanted one")
+    call = calls[0]
+    function = next((f for f in (tool.get("function", tool) for tool in row.get("tools") or []) if f["name"] == call.name), None)
+    if function is None:
+        return Score(0.0, f"called {call.name!r}, which is no tool of the row")
+    parameters = function.get("parameters") or {}
+    unknown = sorted(set(call.arguments) - set(parameters.get("properties", {})))
+    if unknown:
+        return Score(0.0, f"argument {unknown[0]!r} is unknown")
+    try:
+        problem = next(jsonschema_rs.validator_for(dict(parameters), offline=True).iter_errors(call.arguments), None)
+    except jsonschema_rs.ValidationError as error:
+        raise DataError(f"row {row.get('id')!r}: the parameters of {call.name!r} are no JSON schema ({error.message})") from None
+    return Score(0.0, f"{'.'.join(map(str, problem.instance_path)) or 'arguments'}: {problem.message}"[:200]) if problem else Score(1.0)
+
+
 def accepted_call(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row's accepted call. DataError when its `answer` is not one call of one of its `tools`."""
     answer, tools = row.get("answer"), row.get("tools") or []

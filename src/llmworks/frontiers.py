@@ -82,7 +82,7 @@ class Frontier:
     def measured(self, name: str, model: Model, form: str, figures: Mapping[str, Any]) -> tuple[dict[str, Any], list[Report]]:
         """(a variant's figures, the reports that they are of)."""
         ran = self.step("tune.running", {}, {"model": model})
-        reports, skills = [ran], {}
+        reports, skills = [ran], dict[str, dict[str, float]]()
         for item in self.items:
             try:
                 asked = self.step("evaluate", {"task": item.task, "limit": item.limit}, {"model": model})

@@ -1,7 +1,8 @@
-"""Quantization beside llm-compressor: what 4 bits in groups of 64 take from a model, and how long it takes to find them.
+"""Quantization beside llm-compressor, gptqmodel and hqq: what 4 bits in groups of 64 take from a model, and how long it takes to find them.
 
-    python -m venv PEERS; PEERS/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
-    python benchmarks/quantize.py --peers PEERS/bin/python                (an hour on two cores)
+    python -m venv ONE; ONE/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1 hqq==0.2.8.post1
+    python -m venv TWO; TWO/bin/pip install torch==2.13.0; TWO/bin/pip install --no-build-isolation gptqmodel==7.6.0
+    python benchmarks/quantize.py --peers ONE/bin/python --peers TWO/bin/python       (two hours on one core)
     python benchmarks/quantize.py --texts 16 --only gptq                  (ours alone, a few minutes)
 
 The same model (SmolLM2-135M-Instruct, fp32), the same tokens to calibrate by (beginnings of Wikipedia articles, joined, texts of 512 tokens), the same others to measure on: the divergence from the model as it was in nats a token, the
@@ -21,35 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quantize_peers import WAYS as PEERS
+
 MODEL, LENGTH, HELD = "asset:smollm2-135m-instruct", 512, 32
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "zeropoint": ("zeropoint", {}), "gptq": ("gptq", {}), "gptq, zero points": ("gptq", {"symmetric": False}), "gptq, not searched": ("gptq", {"search": False}), "awq": ("awq", {}),
+    "zeropoint": ("zeropoint", {}), "absmax": ("absmax", {}), "gptq": ("gptq", {}), "gptq, zero points": ("gptq", {"symmetric": False}), "awq": ("awq", {}), "hqq": ("hqq", {}),
 }  # fmt: skip
-PEERS = ("llm-compressor RTN", "llm-compressor GPTQ")
-THEIRS = '''
-import json, resource, sys, time
-import numpy as np, torch
-way, model_path, tokens, out = sys.argv[1:5]
-torch.set_num_threads(int(sys.argv[5]))
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-ids = np.load(tokens)["texts"]
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from datasets import Dataset
-from llmcompressor import oneshot
-weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=64)
-given = dict(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
-if "GPTQ" in way:
-    from llmcompressor.modifiers.gptq import GPTQModifier as Modifier
-else:
-    from llmcompressor.modifiers.quantization import QuantizationModifier as Modifier
-more = {} if "RTN" in way else dict(dataset=Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()}), num_calibration_samples=len(ids), max_seq_length=ids.shape[1], shuffle_calibration_samples=False)
-began = time.perf_counter()
-oneshot(model=model, tokenizer=AutoTokenizer.from_pretrained(model_path), recipe=[Modifier(**given)], **more)
-seconds = time.perf_counter() - began
-model.save_pretrained(out, save_compressed=True)
-print(json.dumps({"seconds": seconds, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
-'''
 
 
 def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
@@ -68,7 +46,7 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     method, config = OURS[name]
     found = np.load(tokens)
     texts, held = (torch.from_numpy(found[which].astype("int64")) for which in ("texts", "held"))
-    looks = method != "zeropoint"
+    looks = method in ("gptq", "awq")
     rounding.calibration = lambda *_: (texts if looks else texts[:0], held[:0])  # type: ignore[assignment]
     model: Any = resolve(MODEL)
     step = stage(f"quantize.{method}")
@@ -125,9 +103,14 @@ def prepared(texts: int, file: Path) -> None:
     np.savez(file, texts=ids.numpy(), held=held.numpy())
 
 
+def has(python: str, module: str) -> bool:
+    """Whether a Python can import it."""
+    return subprocess.run([python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"]).returncode == 0
+
+
 def run(command: list[str]) -> dict[str, Any]:
     """A process of its own: the last line of what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "GPTQMODEL_CPU_WORKERS": "2"})
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -140,7 +123,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--only", action="append", default=[], help="ways whose names begin so")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--peers", help="a Python that has llmcompressor")
+    parser.add_argument("--peers", action="append", default=[], help="a Python that has llmcompressor, hqq or gptqmodel")
     parser.add_argument("--one", nargs=3, metavar=("NAME", "TOKENS", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--damage", nargs=2, metavar=("PATH", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -154,7 +137,8 @@ def main() -> None:
         return
     from llmworks.references import resolve
 
-    names = [*OURS, *(PEERS if args.peers else ())]
+    peers = {f"{name} (peer)" if name in OURS else name: (python, name) for name, module in PEERS.items() for python in args.peers if has(python, module)}
+    names = [*OURS, *peers]
     chosen = [name for name in names if not args.only or any(name.startswith(some) for some in args.only)]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -165,7 +149,7 @@ def main() -> None:
             if name in OURS:
                 made = run([sys.executable, __file__, "--one", name, str(place / "tokens.npz"), str(out)])
             else:
-                made = run([args.peers, "-c", THEIRS, name, str(resolve(MODEL).path), str(place / "tokens.npz"), str(out), str(args.threads)])
+                made = run([peers[name][0], str(Path(__file__).with_name("quantize_peers.py")), peers[name][1], str(resolve(MODEL).path), str(place / "tokens.npz"), str(out), str(args.threads)])
             lost = run([sys.executable, __file__, "--damage", str(out), str(place / "tokens.npz")])
             if not number:
                 print(f"| as it was | 0 | 100 % | {lost['before']:.3f} | 32 | | |", flush=True)

@@ -34,10 +34,20 @@ def zeros(groups: Tensor, scales: Scales, grid: Grid, *, power: float = POWER, b
 
 
 def solve(weight: Tensor, grid: Grid) -> Whole:
-    """Round a matrix [rows, columns] by half-quadratic zero points, which are rounded to the format they are kept in before weights are rounded by them. ModelError for weights that are no numbers."""
+    """Round a matrix [rows, columns] by half-quadratic zero points, begun at real and at whole ones (the reference begins at whole ones with 4 bits): of each group's two the one of less squared error.
+
+    They are rounded to the format they are kept in before weights are rounded by them. ModelError for weights that are no numbers.
+    """
     if not torch.isfinite(weight).all():
         raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are no numbers (NaN or infinite)")
     groups = grouped(weight, grid)
-    found = zeros(groups, fit(groups, grid), grid)
-    scales = Scales(found.scale, kept_zero(found.zero, grid))
+    first = fit(groups, grid)
+    found = [zeros(groups, begun, grid).zero for begun in (first, Scales(first.scale, first.zero.round()))]
+    one, other = (Scales(first.scale, kept_zero(zero, grid)) for zero in found)
+    scales = Scales(first.scale, torch.where(_lost(groups, one, grid) <= _lost(groups, other, grid), one.zero, other.zero))
     return Whole(rounded(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
+
+
+def _lost(groups: Tensor, scales: Scales, grid: Grid) -> Tensor:
+    """The squared error of each group [rows, groups]."""
+    return (restored(rounded(groups, scales, grid), scales) - groups).square_().sum(-1)

@@ -16,6 +16,7 @@ from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.golden import record
 from llmworks.model.load import check_weights
 from llmworks.quantize.calibration import calibration
+from llmworks.quantize.card import gguf_name, hub_name, write_card
 from llmworks.quantize.damage import Damage
 from llmworks.quantize.gguf import BOUNDS
 from llmworks.quantize.gguf_allocation import Table, allocated, table_of
@@ -76,6 +77,8 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
         **({} if expected is None else {"expected_kl": round(expected, 5)}), "bytes": size, "bits_a_weight": round(_bits(written), 4), "weights": weights, "fallen": len(written.fallen), **{name: round(value, 6) for name, value in damage.items()},
         "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
     }  # fmt: skip
+    said = f"as llama.cpp reads it, {config.type}" + (", formats by what each matrix bears" if config.allocate else "") + (", with an importance matrix." if seen is not None else ".")
+    write_card(ctx.out, model, said, form="gguf", method=config.type, bits=float(round(metrics["bits_a_weight"])), name=hub_name(model.name, "gguf", 0), metrics=metrics, data=data, file=gguf_name(model.name, config.type))
     _describe(ctx, model, config.type, written, metrics)
     about = {"format": "gguf", "type": config.type, "importance": seen is not None, "allocated": config.allocate, **({"calibration": data.name} if data is not None else {})}
     return Model(ctx.out, golden=golden, metrics=metrics, about=about)

@@ -20,6 +20,7 @@ from llmworks.model.quantized import FORMS
 from llmworks.model.rounded_inputs import read_rounded
 from llmworks.model.standard import to_standard
 from llmworks.quantize.calibration import calibration
+from llmworks.quantize.card import hub_name, write_card
 from llmworks.quantize.config import KeptConfig
 from llmworks.quantize.source import Source, join_files
 from llmworks.quantize.streamed import logits_of
@@ -92,6 +93,9 @@ def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, me
         "bytes": size, "bits_a_weight": round(sum(one["bits"] * one["weights"] for one in told) / weights, 4), "quantized_weights": weights, **{name: round(value, 6) for name, value in damage.items()},
         "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
     }  # fmt: skip
+    bits, inputs = float(about.get("average", grid.bits)), grid.inputs.bits if grid.inputs else 16
+    said = f"its matrices in {bits:g} bits a weight, " + (f"groups of {grid.group} with a scale" if grid.group else "a scale a row") + (f", what they are multiplied by in {inputs}" if inputs < 16 else "") + f", by the method {about['method']}."
+    write_card(ctx.out, model, said, form=form, method=str(about["method"]), bits=bits, name=hub_name(model.name, form, bits, inputs=inputs), metrics=metrics, data=data)
     from llmworks.quantize.page import describe
 
     describe(ctx.report, model.name, str(about["method"]), told, metrics, sum(file.stat().st_size for file in model.path.glob("*.safetensors")))

@@ -1,0 +1,60 @@
+"""The model card (README.md) of a quantized model, and the name that it would have on the Hub. Knows no method and no tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmworks.artifact import Dataset, Model
+
+FIGURES = {"kl": "divergence from the original, nats a token", "same_top": "share of tokens of the same best guess", "perplexity_before": "perplexity of the original", "perplexity": "perplexity", "golden_gap_mean": "golden tokens' logits, moved by, on average"}
+USE = {
+    "gguf": "llama-server -m {file}\nollama run hf.co/ORG/{name}\nllmworks chat {file} \"Hello\"",
+    "hqq": "vllm serve ORG/{name}\nllmworks chat {name} \"Hello\"",
+    "bitsandbytes": "AutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with bitsandbytes\nllmworks chat {name} \"Hello\"",
+    "": "vllm serve ORG/{name}\nAutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with {package}\nllmworks chat {name} \"Hello\"",
+}
+CARRIED = ("license", "license_name", "license_link", "language")
+
+
+def hub_name(base: str, form: str, bits: float, *, inputs: int = 16) -> str:
+    """The name that people look for on the Hub: as Qwen (GPTQ, AWQ), Unsloth (bitsandbytes), Mobius Labs (HQQ), Red Hat (compressed-tensors) and llama.cpp's users name theirs. `inputs`: bits of what weights are multiplied by."""
+    base = base.rpartition("/")[2].removesuffix(".gguf")
+    ends = {"gptq": f"-GPTQ-Int{bits:g}", "awq": "-AWQ", "bitsandbytes-4bit": "-bnb-4bit", "bitsandbytes-int8": "-bnb-8bit", "hqq": f"-HQQ-{bits:g}bit", "gguf": "-GGUF"}
+    return base + ends.get(form, f"-quantized.w{bits:g}a{inputs}")
+
+
+def gguf_name(base: str, kind: str) -> str:
+    """The name of a GGUF file: Model-Q4_K_M.gguf."""
+    return f"{base.rpartition('/')[2].removesuffix('.gguf')}-{kind.upper()}.gguf"
+
+
+def write_card(out: Path, model: Model, said: str, *, form: str, method: str, bits: float, name: str, metrics: Mapping[str, Any], data: Dataset | None, file: str = "") -> None:
+    """README.md beside the weights. `said`: one sentence on how they were made; `name`, `file`: on the Hub."""
+    use = USE.get(form, USE["bitsandbytes" if form.startswith("bitsandbytes") else ""]).format(name=name, file=file, package="compressed-tensors" if form == "compressed-tensors" else "gptqmodel")
+    front: dict[str, Any] = {**_carried(model.path), "library_name": "gguf" if form == "gguf" else "transformers", "pipeline_tag": "text-generation"}
+    if model.ref.startswith("hf:"):
+        front |= {"base_model": model.ref.removeprefix("hf:"), "base_model_relation": "quantized"}
+    front["tags"] = list(dict.fromkeys(("quantized", method, f"{bits:g}-bit", form)))
+    lines = [f"# {name}", "", f"{model.name}, {said}", "", "| | |", "|---|---|", f"| weights | {metrics['bytes'] / 1e6:,.1f} MB |", f"| bits of a weight, scales included | {metrics['bits_a_weight']:.2f} |"]
+    lines += [f"| {what} | {metrics[key]:.4g} |" for key, what in FIGURES.items() if key in metrics]
+    where = f" on {metrics['held_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by" if data is not None and "held_tokens" in metrics else ""
+    lines += ["", f"Divergence, agreement and perplexity are measured{where}; they say little about a skill." if where else "The damage was not measured on texts."]
+    lines += ["The golden tokens of the original (ids, stop tokens, logits) were replayed on these files.", "", "## Use", "", "```", use, "```", ""]
+    (out / "README.md").write_text("---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---\n" + "\n".join(lines), encoding="utf-8")
+
+
+def _carried(path: Path) -> dict[str, Any]:
+    """What the original's card says of its licence and languages."""
+    card = (path if path.is_dir() else path.parent) / "README.md"
+    try:
+        found = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.S)
+        front = yaml.safe_load(found[1]) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return {key: front[key] for key in CARRIED if key in front} if isinstance(front, dict) else {}
+

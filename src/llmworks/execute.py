@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,7 +24,7 @@ from typing import Any
 from llmworks.artifact import Artifact, Config, FileEntry, Manifest, Parent, artifact_digest, canonical_json, digest_files, sha256_file
 from llmworks.context import Context
 from llmworks.errors import ArtifactError, UserError
-from llmworks.memory import give_back
+from llmworks.memory import give_back, peak_memory
 from llmworks.pool import Pool
 from llmworks.progress import Progress, write_whole
 from llmworks.report import ReportBuilder
@@ -239,24 +239,6 @@ def machine() -> dict[str, str]:
         processor = line.partition(":")[2].strip() or processor
     return {"system": platform.system(), "machine": platform.machine(), "processor": processor}
 
-
-@dataclass
-class Memory:
-    """The largest resident memory seen, in bytes; 0 where the system does not tell."""
-
-    peak: int = 0
-
-
-@contextlib.contextmanager
-def peak_memory() -> Iterator[Memory]:
-    """Measure the process's peak resident memory over a block (Linux: VmHWM, reset before)."""
-    memory = Memory()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    yield memory
-    with contextlib.suppress(OSError):
-        line = next((text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")), "VmHWM: 0 kB")
-        memory.peak = int(line.split()[1]) * 1024
 
 
 def missing_inputs(stage: ResolvedStage, given: Mapping[str, Any]) -> list[str]:

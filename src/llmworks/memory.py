@@ -1,4 +1,4 @@
-"""Memory that is no longer needed goes back to the system. Knows nothing of what held it."""
+"""How much memory a process takes at most, and what it no longer needs given back to the system. Knows nothing of what holds it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 
 def give_back() -> None:
@@ -20,3 +23,22 @@ def trim() -> None:
     """The same for what is free between what is in use, without looking for more: some thousandths of a second."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@dataclass
+class Memory:
+    """The largest resident memory seen, in bytes; 0 where the system does not tell."""
+
+    peak: int = 0
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[Memory]:
+    """Measure the process's peak resident memory over a block (Linux: VmHWM, reset before)."""
+    memory = Memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    yield memory
+    with contextlib.suppress(OSError):
+        line = next((text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")), "VmHWM: 0 kB")
+        memory.peak = int(line.split()[1]) * 1024

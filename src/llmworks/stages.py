@@ -110,7 +110,7 @@ STAGES: dict[str, Stage] = {
     "synthesize.sample": Stage("llmworks.synthesize.sample:sample", 1, "declared", "several answers to a question, those that a verifier accepts"),
     "synthesize.branch": Stage("llmworks.synthesize.branch:branch", 1, "declared", "a question divided, solved in parts, merged"),
     "synthesize.pairs": Stage("llmworks.synthesize.pairs:pairs", 1, "declared", "preference pairs by verifier, judge or ratings"),
-    "tune.running": Stage("llmworks.tune.running:running", 1, "declared", "what it takes to run a model here: memory, speeds, answers"),
+    "tune.running": Stage("llmworks.tune.running:running", 2, "declared", "what it takes to run a model here: memory, speeds, answers"),
     "tune.tradeoff": Stage("llmworks.tune.tradeoff:tradeoff", 1, "exact", "the page of a model's quantizations: sizes, damage, speeds, skills"),
     "tune.trials": Stage("llmworks.tune.trials:trials", 1, "declared", "the page of a sweep: what was tried, what came of it"),
     "lineage.report": Stage("llmworks.lineage.story:report", 1, "declared", "one page: family tree, curves, scores, samples, sizes"),

@@ -61,6 +61,13 @@ def test_ways_by_name_and_by_beginning() -> None:
         ways_of(["exl9"])
 
 
+def test_memory_is_that_of_the_model_alone(pico: Path, tmp_path: Path) -> None:
+    """Not of the process that has it measured, which the system counts until the other has started."""
+    ballast = b"1" * (1 << 30)
+    made = running(RunningConfig(tokens=2, read=8, repeats=1, prompts=["Hello"]), resolve(str(pico)), Context(tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")))
+    assert 1e8 < made.metrics["memory"] < len(ballast)
+
+
 def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> None:
     """In both engines, by what they say: the same greedy answers of the same weights."""
     found = []

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from llmworks.memory import peak_memory
+
 
 def main() -> None:
     """Open, read, write, say."""
     asked = json.loads(sys.stdin.read())
-    engine = opened(Path(asked["path"]), asked["format"])
-    try:
-        print(json.dumps(measured(engine, asked)))
-    finally:
-        engine.close()
+    with peak_memory() as memory:  # what the system counts of a process includes, up to its start, the one that started it
+        engine = opened(Path(asked["path"]), asked["format"])
+        try:
+            found = measured(engine, asked)
+        finally:
+            engine.close()
+    print(json.dumps({**found, "memory": memory.peak}))
 
 
 def opened(path: Path, form: str) -> Any:
@@ -36,7 +39,7 @@ def opened(path: Path, form: str) -> Any:
 
 
 def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """Speeds, answers, memory."""
+    """Speeds, answers."""
     from llmworks.types import Message, Request, Sampling
 
     def request(prompt: str, tokens: int) -> Request:
@@ -59,7 +62,7 @@ def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
         seconds += max(1e-9, time.perf_counter() - began - first)
         tokens += max(0, len(made.ids) - 1)
         answers.append(made.text)
-    return {"read_speed": round(best, 2), "write_speed": round(tokens / seconds, 2), "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "answers": answers}
+    return {"read_speed": round(best, 2), "write_speed": round(tokens / seconds, 2), "answers": answers}
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ STAGES: dict[str, Stage] = {
     "quantize.exl2": Stage("llmworks.quantize.exl2:exl2", 1, "declared", "handed over to exllamav2 or exllamav3, on a GPU"),
     "quantize.sense": Stage("llmworks.quantize.sense:sense", 1, "exact-on-this-platform", "what matrices read and what formats would cost them: llama.cpp's importance matrix, and more"),
     "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 3, "exact-on-this-platform", "a Hugging Face directory to one GGUF file"),
+    "quantize.adapter": Stage("llmworks.quantize.adapter:adapter", 1, "exact-on-this-platform", "a LoRA adapter as a GGUF file that llama.cpp puts on a model"),
     "align.dpo": Stage("llmworks.align.dpo:dpo", 1, "declared", "the better of two answers becomes more probable (DPO and its family)"),
     "align.cpo": Stage("llmworks.align.cpo:cpo", 1, "declared", "the same without a reference, better answers learned beside it"),
     "align.simpo": Stage("llmworks.align.simpo:simpo", 1, "declared", "the same by mean log-probabilities and a margin, without a reference"),

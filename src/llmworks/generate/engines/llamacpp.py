@@ -33,17 +33,17 @@ SCORE_TOKENS = 2048
 class LlamaCppEngine:
     """Engine over one GGUF file. The scoring context is opened only when it is asked for."""
 
-    def __init__(self, path: Path, *, name: str = "", threads: int | None = None, slots: int = SLOTS) -> None:
+    def __init__(self, path: Path, *, name: str = "", threads: int | None = None, slots: int = SLOTS, adapter: Path | None = None) -> None:
         meta = metadata(open_reader(path))  # says what is wrong with a broken file before native code sees it
         self.path, self.name = path, name or path.stem
         self.threads = threads or int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)
-        self.slots = slots
+        self.slots, self.adapter = slots, adapter
         self.tokenizer = tokenizer_of(meta)
         self.stops = stop_ids_of(meta)
         trained = int(meta.get(f"{meta.get('general.architecture')}.context_length", SLOT_TOKENS))
         self.context = min(trained, SLOT_TOKENS)
         tools = {"tools"} if self.tokenizer.chat_template and renders_tools(self.tokenizer) else set()
-        self.can = frozenset({"score", "logits", "ids", "schema", "parallel", *tools})
+        self.can = frozenset({"ids", "schema", "parallel", *(() if adapter else ("score", "logits")), *tools})  # what scores given text puts no adapter on
         self._server: Any = None
         self._scorer: Any = None
         self._lock = threading.Lock()
@@ -62,6 +62,8 @@ class LlamaCppEngine:
                 p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as torch computes, and as the scorer does
                 p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
                 p.n_gpu_layers, p.port, p.ctx_shift = 0, 0, False
+                if self.adapter is not None:
+                    p.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(self.adapter), 1.0)]
                 with _silence():
                     self._server = xllamacpp.Server(p)
             return self._server
@@ -87,6 +89,14 @@ class LlamaCppEngine:
         logprobs = logprobs[: len(ids)] if told[: len(ids)] == ids else self._logprobs(prompt, ids)
         text, stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), request.sampling.stop)
         return Completion(text, _finish(choice, stopped), tuple(ids), tuple(logprobs), len(prompt), len(ids))
+
+    def next_tokens(self, ids: Sequence[int], count: int) -> dict[int, float]:
+        """The most probable tokens after `ids`, and their log-probabilities."""
+        reply = self._generator().handle_completions({"prompt": list(ids), "n_predict": 1, "temperature": 0.0, "n_probs": count, "post_sampling_probs": False, "cache_prompt": False})
+        content = (_choice(reply, self.name).get("logprobs") or {}).get("content") or []
+        if not content:
+            raise EngineError(f"{self.name}: llama.cpp said no probabilities")
+        return {int(one["id"]): float(one["logprob"]) for one in content[0]["top_logprobs"]}
 
     def _without_stop(self, ids: list[int]) -> list[int]:
         while ids and ids[-1] in self.stops:

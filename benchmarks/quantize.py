@@ -4,6 +4,7 @@
     python -m venv TWO; TWO/bin/pip install torch==2.13.0; TWO/bin/pip install --no-build-isolation gptqmodel==7.6.0
     python benchmarks/quantize.py --peers ONE/bin/python --peers TWO/bin/python       (two hours on one core)
     python benchmarks/quantize.py --texts 16 --only gptq                  (ours alone, a few minutes)
+    python benchmarks/quantize.py --depths                                (memory by the number of blocks, five minutes)
 
 The same model (SmolLM2-135M-Instruct, fp32), the same tokens to calibrate by (beginnings of Wikipedia articles, joined, texts of 512 tokens), the same others to measure on: the divergence from the model as it was in nats a token, the
 share of tokens of the same best guess, the perplexity within each text. The peers' results are read from what they saved, and measured by the same code. Seconds are of a process's main work, loading left out; memory is a process's most.
@@ -83,6 +84,52 @@ def damage(path: Path, tokens: Path) -> dict[str, float]:
     return {"kl": kl / count, "same": same / count, "before": float(np.exp(old_loss / count)), "perplexity": float(np.exp(new_loss / count))}
 
 
+def depths(place: Path) -> None:
+    """What GPTQ and AWQ hold of models of 4 and of 16 blocks, which are alike otherwise, beyond libraries."""
+    import torch
+
+    from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+    from llmworks.model.standard import save_decoder
+    from llmworks.quantize.rounding import copy_rest
+    from llmworks.references import resolve
+
+    print("| model | in fp32 MB | a block MB | gptq MB | awq MB |\n|---|---|---|---|---|")
+    for layers in (4, 16):
+        torch.manual_seed(0)
+        model = DecoderForCausalLM(DecoderConfig(shape={"vocabulary": 49152, "width": 1024, "layers": layers, "heads": 16, "kv_heads": 4, "hidden": 2816, "context": 256}))
+        path = place / str(layers)
+        save_decoder(model, path)
+        copy_rest(resolve(MODEL).path, path)
+        whole, block = (sum(weight.numel() for weight in some.parameters()) * 4e-6 for some in (model, model.decoder.blocks[0]))
+        del model
+        found = [run([sys.executable, __file__, "--deep", str(path), method]) for method in ("gptq", "awq")]
+        print(f"| {layers} blocks of width 1024 | {whole:.0f} | {block:.0f} | " + " | ".join(f"{one['memory'] / 1e6:.0f}" for one in found) + " |", flush=True)
+
+
+def deep(path: Path, method: str) -> dict[str, float]:
+    """The most that a stage holds: 16 texts of 128 tokens."""
+    import numpy as np
+    import torch
+
+    from llmworks.artifact import Model
+    from llmworks.context import Context
+    from llmworks.memory import peak_memory
+    from llmworks.progress import Progress
+    from llmworks.quantize import rounding
+    from llmworks.report import ReportBuilder
+    from llmworks.stages import resolve as stage
+
+    texts = torch.from_numpy(np.random.default_rng(0).integers(100, 49000, (16, 128)))
+    rounding.calibration = lambda *_: (texts, texts[:0])  # type: ignore[assignment]
+    step = stage(f"quantize.{method}")
+    with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as scratch:
+        context = Context(Path(out), Path(scratch), 0, Progress(quiet=True), ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        with peak_memory() as memory:
+            step.function(step.config.model_validate({"held": 0, "texts": 16, "length": 128}), Model(path), context, data=Model(path))
+    return {"memory": memory.peak - before}
+
+
 def prepared(texts: int, file: Path) -> None:
     """Tokens to calibrate by, and others."""
     from functools import partial
@@ -124,6 +171,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="ways whose names begin so")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peers", action="append", default=[], help="a Python that has llmcompressor, hqq or gptqmodel")
+    parser.add_argument("--depths", action="store_true", help="memory by the number of blocks")
+    parser.add_argument("--deep", nargs=2, metavar=("PATH", "METHOD"), help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=3, metavar=("NAME", "TOKENS", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--damage", nargs=2, metavar=("PATH", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -131,6 +180,13 @@ def main() -> None:
         name, tokens, out = args.one
         found = ours(name, Path(tokens), Path(out))
         print(json.dumps({**found, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        return
+    if args.deep:
+        print(json.dumps(deep(Path(args.deep[0]), args.deep[1])))
+        return
+    if args.depths:
+        with tempfile.TemporaryDirectory() as folder:
+            depths(Path(folder))
         return
     if args.damage:
         print(json.dumps(damage(Path(args.damage[0]), Path(args.damage[1]))))

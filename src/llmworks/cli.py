@@ -193,6 +193,7 @@ def _frontier(name: str = "tune frontier", ways: str = "", suite: str = "") -> P
     parser.add_argument("model")
     parser.add_argument("--data", required=True, metavar="REF", help="conversations or texts of what the model is for: to calibrate by, and others to measure on")
     parser.add_argument("--ways", default=ways, metavar="NAMES", help="ways with commas between, or how their names begin (gptq, gguf-q4 ...); default: all" if not ways else "which GGUF files; default: all")
+    parser.set_defaults(only=ways)
     parser.add_argument("--suite", default=suite, metavar="NAMES", help="suites or tasks with commas between, that all are asked; default: none")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
     parser.add_argument("--budget", type=float, default=None, metavar="MB", help="megabytes that the files may have: the nearest to the model within it is recommended")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,7 +93,7 @@ class Frontier:
             skills |= skills_of(item.task, asked.read())
             reports.append(asked)
         size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in model.path.glob(pattern)) if model.path.is_dir() else model.path.stat().st_size
-        told = {key: float(figures[key]) for key in ("kl", "same_top", "perplexity") if key in figures}
+        told = {key: float(figures[key]) for key in ("kl", "same_top", "perplexity") if math.isfinite(figures.get(key, math.nan))}
         return {"name": name, "form": form, "digest": model.digest, "bytes": size, "bits": float(figures.get("bits_a_weight", 0.0)), **told, **{key: float(ran.metrics[key]) for key in ("memory", "read_speed", "write_speed")}, "skills": skills, "answers": ran.read()["answers"]}, reports
 
 
@@ -135,8 +136,6 @@ def skills_of(task: str, found: Mapping[str, Any]) -> dict[str, dict[str, float]
 
 def _bytes_a_weight(model: Model) -> float:
     """Of the model's files, as they are stored."""
-    import math
-
     from llmworks.model.load import read_header
 
     entries = [entry for file in sorted(model.path.glob("*.safetensors")) for name, entry in read_header(file).items() if name != "__metadata__"]

@@ -38,7 +38,9 @@ def test_a_card_says_what_was_done(pico: Path, texts: Dataset, tmp_path: Path) -
     two = quantized("gguf", pico, texts, tmp_path / "two", type="q8_0")
     card = ModelCard.load(two.path / "README.md")
     assert card.data.library_name == "gguf"
-    assert f"llama-server -m {pico.name}-Q8_0.gguf" in card.text
+    assert card.data.tags == ["quantized", "q8_0", "gguf"]
+    assert "llama-server -m model.gguf" in card.text
+    assert f"as {pico.name}-Q8_0.gguf on the Hub" in card.text
 
 
 def test_what_the_original_says_of_itself_is_carried(tmp_path: Path) -> None:

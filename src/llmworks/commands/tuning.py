@@ -41,6 +41,9 @@ def frontier(args: argparse.Namespace) -> None:
         if name is not None:
             check_out(name)
     workspace, ways = workspace_of(args), ways_of([name for name in args.ways.split(",") if name])
+    strange = next((name for name in ways if not name.startswith(args.only)), None)
+    if strange is not None:
+        raise UserError(f"autogguf tries GGUF files only, not {strange}; take tune frontier")
     model, data = resolve(args.model, workspace=workspace), resolve(args.data, workspace=workspace)
     if not isinstance(model, Model):
         raise UserError(f"{args.model}: is a {model.kind}, not a model")
@@ -48,6 +51,10 @@ def frontier(args: argparse.Namespace) -> None:
         raise UserError(f"{args.data}: is a {data.kind}; --data wants conversations or texts of what the model is for")
     if args.texts < 1 or args.held < 1:
         raise UserError("--texts and --held must be above 0")
+    if args.limit is not None and args.limit < 1:
+        raise UserError("--limit must be above 0")
+    if args.budget is not None and not 0 < args.budget < float("inf"):
+        raise UserError(f"--budget {args.budget:g}: must be a number of megabytes above 0")
     items = items_of(args.suite, args.limit) if args.suite else ()
     job = Frontier(model, data, workspace, items, args.texts, args.held, say=lambda line: print(line, file=sys.stderr, flush=True), quiet=args.quiet)
     page, chosen = run(job, ways, None if args.budget is None else args.budget * 1e6)

@@ -5,7 +5,8 @@ Layouts: `pack-quantized` (bit after bit, as int32) and `int-quantized` (int8, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +56,15 @@ def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
     return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision", "quantization_status": "compressed", "config_groups": groups, "ignore": list(left), "kv_cache_scheme": None, "global_compression_ratio": None}
 
 
+def named(name: str, some: Iterable[str]) -> bool:
+    """Whether a layer is among targets: by its name, or by a pattern that its name begins with ("re:...", compressed-tensors' match_name)."""
+    return any(re.match(one.removeprefix("re:"), name) is not None if one.startswith("re:") else one == name for one in some)
+
+
 def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What `quantization_config` says of a layer. ModelError where it says nothing that is known here."""
     groups = list(config.get("config_groups", {}).values())
-    found = next((group for group in groups if name in group["targets"]), None) or next((group for group in groups if "Linear" in group["targets"]), None)
+    found = next((group for group in groups if named(name, group["targets"])), None) or next((group for group in groups if "Linear" in group["targets"]), None)
     if found is None or found["weights"].get("type", "int") != "int":
         raise ModelError(f"config.json: quantization_config has no whole numbers for {name}")
     inputs = found.get("input_activations")
@@ -70,7 +76,7 @@ def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
     """How a layer's inputs are rounded; None: they are not."""
-    if name in config.get("ignore", ()):
+    if named(name, config.get("ignore") or ()):
         return None
     inputs = group_of(config, name).get("input_activations")
     return Reading(int(inputs["num_bits"])) if inputs else None
@@ -90,8 +96,8 @@ def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -
     """The matrix of a layer."""
     said = group_of(config, layer)["weights"]
     bits, symmetric = int(said["num_bits"]), bool(said.get("symmetric", True))
-    scale = tensors[f"{layer}.weight_scale"].float()
     try:
+        scale = tensors[f"{layer}.weight_scale"].float()
         if f"{layer}.weight_packed" in tensors:
             rows, columns = (int(n) for n in tensors[f"{layer}.weight_shape"])
             codes = unpacked(tensors[f"{layer}.weight_packed"], bits, columns)
@@ -103,7 +109,9 @@ def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -
         if f"{layer}.weight_g_idx" in tensors and not torch.equal(tensors[f"{layer}.weight_g_idx"].long(), torch.arange(columns) // (columns // groups)):
             raise ModelError(f"{layer}: its groups are out of order (g_idx), which cannot be read here")
         zero = torch.zeros_like(scale)
-        if not symmetric and f"{layer}.weight_zero_point" in tensors:
+        if not scale.isfinite().all() or not tensors[f"{layer}.weight_scale"].is_floating_point():
+            raise ValueError("scales that are no numbers")
+        if not symmetric:
             given = tensors[f"{layer}.weight_zero_point"]
             zero = (unpacked(given.T.contiguous(), bits, rows).T if given.dtype == torch.int32 else given.reshape(-1, groups)).float()
         if columns % groups or scale.shape[0] not in (1, rows) or zero.shape != scale.shape or codes.shape != (rows, columns):

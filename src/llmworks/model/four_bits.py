@@ -95,7 +95,9 @@ def _read(tensors: Mapping[str, Tensor], name: str, state: str) -> Packed:
         said = json.loads(bytes(tensors[state].tolist()))
         shape = tuple(int(n) for n in said["shape"])
         count = int(torch.Size(shape).numel())
-        second = tensors.get(f"{name}.nested_absmax")
+        second = tensors[f"{name}.nested_absmax"] if "nested_blocksize" in said else None
+        if second is not None and len(second) != -(-len(tensors[f"{name}.absmax"]) // SCALES):
+            raise ValueError(f"{len(second)} scales of scales")
         packed = Packed(tensors[name].view(torch.uint8).flatten(), tensors[f"{name}.absmax"], shape, second, float(said.get("nested_offset", 0.0)), str(said["quant_type"]))
         if int(said["blocksize"]) != BLOCK or (second is not None and int(said["nested_blocksize"]) != SCALES):
             raise ModelError(f"{name}: blocks of {said['blocksize']} weights cannot be read here, only of {BLOCK}")

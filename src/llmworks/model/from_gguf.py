@@ -56,7 +56,10 @@ def open_reader(path: Path) -> GGUFReader:
 
 def metadata(reader: GGUFReader) -> dict[str, Any]:
     """All key-value fields of a GGUF file as Python values."""
-    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    try:
+        return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    except (ValueError, IndexError, KeyError) as error:
+        raise ModelError(f"a key of the GGUF file cannot be read ({error}); fetch it again") from None
 
 
 def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
@@ -89,7 +92,10 @@ def _config(path: Path, reader: GGUFReader, meta: dict[str, Any], dtype: str) ->
     if architecture not in KINDS:
         raise ModelError(f"{path}: architecture {architecture!r} cannot be converted, only {', '.join(KINDS)}; it can still be run as it is (gguf:{path})")
     tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
-    return hf_config(meta, tied, dtype)
+    try:
+        return hf_config(meta, tied, dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: a key of the GGUF file is missing, or broken ({error}); fetch it again") from None
 
 
 def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class Gptq:
             zero = stored.float() if second else _more(stored, bits)
             even = torch.arange(columns) // (columns // len(scale))
             groups = tensors[f"{layer}.g_idx"].long() if f"{layer}.g_idx" in tensors else even
+            if len(groups) != columns or int(groups.min()) < 0:
+                raise ValueError(f"g_idx of {len(groups)} columns, the least {int(groups.min())}")
             if torch.equal(groups, even):
                 return _whole(codes, scale.T, zero.T, bits)
             return (codes.float() - zero.T[:, groups]) * scale.T[:, groups]

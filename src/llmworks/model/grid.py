@@ -160,9 +160,11 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
-    """The reverse of `packed`, int8 [rows, columns]."""
+    """The reverse of `packed`, int8 [rows, columns]. ValueError for words that are not so many numbers."""
     import numpy as np
 
+    if words.dtype != torch.int32 or words.ndim != 2 or not 0 < bits <= 8 or words.shape[1] != -(-columns * bits // 32):
+        raise ValueError(f"{tuple(words.shape)} words of {str(words.dtype).removeprefix('torch.')} are not {columns} numbers of {bits} bits a row")
     single = np.unpackbits(words.contiguous().cpu().numpy().astype("<i4", copy=False).view(np.uint8), axis=1, count=columns * bits, bitorder="little")
     plain = np.packbits(single.reshape(len(words), columns, bits), axis=2, bitorder="little")[:, :, 0]
     return (torch.from_numpy(plain).to(torch.int16) - (1 << (bits - 1))).to(torch.int8).to(words.device)

@@ -89,8 +89,10 @@ def _read(tensors: Mapping[str, Tensor], layer: str, params: Mapping[str, Any]) 
         rows, columns = (int(n) for n in tensors[f"{layer}.shape"])
         scale, zero = (tensors[f"{layer}.{part}"].float().view(rows, -1) for part in ("scale", "zero"))
         words = tensors[f"{layer}.W_q"].int()
-        codes = torch.cat([words >> shift & mask for shift in shifts])[: scale.numel()].reshape(rows, columns)
         groups = scale.shape[1]
+        if len(words) != -(-rows * groups // len(shifts)) or not (scale.isfinite().all() and zero.isfinite().all()):
+            raise ValueError(f"numbers {tuple(words.shape)}, scales {tuple(scale.shape)}, or scales that are no numbers")
+        codes = torch.cat([words >> shift & mask for shift in shifts])[: rows * groups].reshape(rows, columns)
         if columns % groups or zero.shape != scale.shape or words.shape[1] != columns // groups:
             raise ValueError(f"numbers {tuple(words.shape)}, scales {tuple(scale.shape)}, shape {rows} x {columns}")
     except (KeyError, ValueError, RuntimeError) as error:

@@ -55,7 +55,10 @@ def check_weights(path: Path) -> None:
         raise ModelError(f"{path}: has no .safetensors weights")
     for file in files:
         header = read_header(file)
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        try:
+            end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise ModelError(f"{file}: its safetensors header is broken; copy or fetch it again") from None
         size = file.stat().st_size
         with file.open("rb") as stream:
             start = 8 + int.from_bytes(stream.read(8), "little")
@@ -69,7 +72,10 @@ class Stored(Mapping[str, "Tensor"]):
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
 
-        self._files: list[Any] = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
+        try:
+            self._files: list[Any] = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
+        except Exception as error:  # safetensors raises its own kind
+            raise ModelError(f"{path}: its safetensors files cannot be read ({first_line(error)}); copy or fetch them again") from None
         self._places = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  (no mapping)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -101,4 +107,6 @@ def read_header(file: Path) -> dict[str, Any]:
             header: dict[str, Any] = json.loads(stream.read(length))
         except ValueError:
             raise ModelError(f"{file}: its safetensors header is broken; copy or fetch it again") from None
+    if not isinstance(header, dict):
+        raise ModelError(f"{file}: its safetensors header is broken; copy or fetch it again")
     return header

@@ -52,7 +52,7 @@ class LowBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
-        flat = x.reshape(-1, self.in_features).to(torch.bfloat16, copy=True)  # the 8-bit kernel ends the process where rows do not begin at a multiple of 32 bytes
+        flat = x.reshape(-1, self.in_features).contiguous().to(torch.bfloat16, copy=True)  # the 8-bit kernel ends the process where rows do not begin at a multiple of 32 bytes
         y = (self.few if len(flat) <= self.most else self.many)(flat).to(x.dtype)
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], self.out_features)
 

@@ -37,10 +37,12 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
         layer, _, part = name.rpartition(".")
         if part in ("SCB", "weight_format"):
             continue
+        if part == "weight" and f"{layer}.SCB" in tensors and tensor.dtype != torch.int8:
+            raise ModelError(f"{layer}: has scales (SCB), and weights of {str(tensor.dtype).removeprefix('torch.')} in place of int8")
         if tensor.dtype == torch.int8:
             scale = tensors.get(f"{layer}.SCB")
-            if scale is None or scale.numel() != len(tensor):
-                raise ModelError(f"{layer}: has no scale (SCB) for each of its {len(tensor)} rows")
+            if scale is None or scale.numel() != len(tensor) or not scale.isfinite().all():
+                raise ModelError(f"{layer}: has no scale (SCB), or one that is no number, for each of its {len(tensor)} rows")
             worth = scale.float().view(-1, 1) / 127
             yield name, Whole(tensor, Scales(worth, torch.zeros_like(worth)), Grid(8))
         else:
@@ -49,6 +51,6 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
 
 def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
     """How a layer's inputs are rounded; None: they are not."""
-    if any(part == name or part in name.split(".") for part in config.get("llm_int8_skip_modules") or ()):
+    if any(part == name or part in name.split(".") or name.startswith(f"{part}.") for part in config.get("llm_int8_skip_modules") or ()):
         return None
-    return Reading(8, "last", float(config.get("llm_int8_threshold", THRESHOLD)))
+    return Reading(8, "last", float(THRESHOLD if config.get("llm_int8_threshold") is None else config["llm_int8_threshold"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,13 @@ from llmworks.model.rounded_inputs import read_rounded
 FORMS: dict[str, Any] = {"compressed-tensors": compressed, "bitsandbytes-int8": mixed_int8, "bitsandbytes-4bit": four_bits, "gptq": gptq_layout.Gptq, "awq": gptq_layout.Awq, "hqq": hqq_layout}  # each: tensors_of, config_of, weights, reading_of
 
 
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError)  # what nonsense in a config or a tensor comes to
+
+
 def form_of(config: Mapping[str, Any]) -> Any:
     """The form of a `quantization_config`. ModelError for one that is not known."""
+    if not isinstance(config, Mapping):
+        raise ModelError(f"config.json: quantization_config must be an object, not {type(config).__name__}")
     method = str(config.get("quant_method"))
     if method == mixed_int8.METHOD:
         return mixed_int8 if config.get("load_in_8bit") else four_bits
@@ -33,23 +38,35 @@ def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(name, what it is: a tensor, or a matrix with `weight()`) of a directory's weights, one after the other. `config`, errors: as of `dense`."""
-    found: Iterator[tuple[str, Any]] = form_of(config).weights(tensors, config)
-    return found
+    try:
+        yield from form_of(config).weights(tensors, config)
+    except BROKEN as error:
+        raise ModelError(f"config.json: its quantization_config, or a tensor that it is for, cannot be read ({type(error).__name__}: {error})") from None
 
 
 def plain(what: Any) -> Tensor:
     """As a tensor in memory of its own (not the pages of a file), fp32 where it is of floats."""
     if isinstance(what, Tensor):
         return what.to(torch.float32 if what.is_floating_point() else what.dtype, copy=True)
-    made: Tensor = what.weight()
+    try:
+        made: Tensor = what.weight()
+    except BROKEN as error:
+        raise ModelError(f"a quantized matrix cannot be read ({type(error).__name__}: {error})") from None
     return made.float()
 
 
-def round_inputs(model: nn.Module, config: Mapping[str, Any], rename: Callable[[str], str], head: str = "") -> None:
-    """Let those layers read rounded inputs of which a `quantization_config` says so. `rename`: from the decoder's names to those of the config; `head`: what stands before the names of the model's layers in the decoder."""
+def round_inputs(model: nn.Module, config: Mapping[str, Any], rename: Callable[[str], str], quantized: Container[str], head: str = "") -> None:
+    """Let those layers read rounded inputs of which a `quantization_config` says so. `rename`: from the decoder's names to those of the config; `quantized`: the layers, by the config's names, whose weights are no plain ones in the files: others read as ever;
+    `head`: what stands before the names of the model's layers in the decoder.
+    """
     form = form_of(config)
     for name, layer in model.named_modules():
         whole = f"{head}{name}"
-        reading = form.reading_of(config, rename(whole)) if isinstance(layer, (nn.Linear, LowBitLinear)) and whole != "head" else None
+        if not isinstance(layer, (nn.Linear, LowBitLinear)) or rename(whole) not in quantized:
+            continue
+        try:
+            reading = form.reading_of(config, rename(whole))
+        except BROKEN as error:
+            raise ModelError(f"config.json: its quantization_config cannot be read ({type(error).__name__}: {error})") from None
         if reading is not None:
             read_rounded(layer, reading)

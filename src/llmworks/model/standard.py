@@ -298,13 +298,17 @@ def load_decoder(path: Path, *, low_bit: bool = False) -> DecoderForCausalLM:
         model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found: dict[str, Any] = {}
+    quantized: set[str] = set()
     for name, what in weights(Stored(path), method) if method else Stored(path).items():
+        if not isinstance(what, Tensor):
+            quantized.add(name.removesuffix(".weight"))
         whole = low_bit_layer(what) if low_bit and kind != "gpt2" and isinstance(what, Whole) else None
         one: Any = whole or plain(what)
         found |= from_standard({name: one}, kind) if kind else {name: one}
         if not isinstance(what, Tensor):
             trim()  # else what unpacking leaves between the weights comes to as much as they are
     if shape.tied and "decoder.embedding.weight" in found:
+        check_tied(path, found)
         found["head.weight"] = found["decoder.embedding.weight"]
     _check_shapes(path, {name: what.shape if isinstance(what, LowBitLinear) else tuple(what.shape) for name, what in found.items()}, wanted)
     model.load_state_dict({name: what for name, what in found.items() if isinstance(what, Tensor)}, assign=True, strict=False)
@@ -315,8 +319,15 @@ def load_decoder(path: Path, *, low_bit: bool = False) -> DecoderForCausalLM:
             put(model, name.removesuffix(".weight"), layer)
     model.train(False)
     if method:
-        round_inputs(model, method, rename_of(kind))
+        round_inputs(model, method, rename_of(kind), quantized)
     return model
+
+
+def check_tied(path: Path, found: Mapping[str, Any]) -> None:
+    """Whether a head that is said to be the embedding is. ModelError where the files hold another, which some programs would take and others not."""
+    head, embedding = found.get("head.weight"), found["decoder.embedding.weight"]
+    if head is not None and head is not embedding and not (isinstance(head, Tensor) and torch.equal(head, embedding)):
+        raise ModelError(f"{path}: config.json says that head and embedding are one (tie_word_embeddings), the files hold two that differ; set it to false, or take lm_head.weight out")
 
 
 def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,9 +88,9 @@ class Smooth:
         for part in passing.parts:
             moments, weights = passing.moments(part), [layer_of(passing.block, name).weight for name in part.layers]
             wanted = [grids(name) for name in part.layers]
-            most = _as_given(passing.block, part, moments.most)
+            most = _as_given(passing.block, part, moments.most, largest=True)
             if most is not None and wanted[0] is not None and wanted[0].inputs and all(grid == wanted[0] for grid in wanted):
-                scales.append((part, smoothing(weights, moments.sample, most, wanted[0], wanted[0].inputs, self.powers)[0]))
+                scales.append((part, smoothing(weights, moments.sample, most, wanted[0], wanted[0].inputs, self.powers, functools.partial(_as_given, passing.block, part, largest=True))[0]))
         for part, scale in scales:
             scale_inputs(passing.block, part.layers, scale)
 
@@ -105,14 +106,17 @@ class Smooth:
         return found
 
 
-def _as_given(block: Any, part: Part, mean: Tensor) -> Tensor | None:
-    """What is known of each column of a part's inputs, its mean for columns that can only be scaled together; None where nothing before can be scaled."""
+def _as_given(block: Any, part: Part, known: Tensor, *, largest: bool = False) -> Tensor | None:
+    """What is known of each column of a part's inputs, its mean (or its largest) for columns that can only be scaled together; None where nothing before can be scaled."""
+    if part.layers[0] == "feed_forward.down":
+        return known if block.feed_forward.gate is not None else None  # without a gate a bend stands between them
     if part.layers[0] != "attention.out":
-        return None if block.place == "post" and part.layers[0] != "feed_forward.down" else mean
+        return None if block.place == "post" else known
     attention = block.attention
     if attention.groups == attention.heads:
-        return mean
-    each = mean.view(attention.groups, -1, attention.per_head).mean(1, keepdim=True)  # heads that one head of values feeds
+        return known
+    heads = known.view(attention.groups, -1, attention.per_head)  # that one head of values feeds
+    each = heads.amax(1, keepdim=True) if largest else heads.mean(1, keepdim=True)
     return each.expand(-1, attention.heads // attention.groups, -1).reshape(-1)
 
 

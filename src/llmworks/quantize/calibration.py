@@ -22,6 +22,8 @@ def calibration(tokenizer: Any, data: Dataset, texts: int, held: int, length: in
     rows = training_rows(data)
     random.Random(seed).shuffle(rows)
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id] else []
+    if not texts + held:
+        return (torch.zeros(0, length, dtype=torch.long),) * 2
     joined = _texts(tokenizer, rows, length, bos)
     found: list[list[int]] = []
     for text in joined:

@@ -13,7 +13,7 @@ from llmworks.artifact import Dataset, Model
 
 FIGURES = {"kl": "divergence from the original, nats a token", "same_top": "share of tokens of the same best guess", "perplexity_before": "perplexity of the original", "perplexity": "perplexity", "golden_gap_mean": "golden tokens' logits, moved by, on average"}
 USE = {
-    "gguf": "llama-server -m {file}\nollama run hf.co/ORG/{name}\nllmworks chat {file} \"Hello\"",
+    "gguf": "llama-server -m model.gguf              # as {file} on the Hub\nollama run hf.co/ORG/{name}\nllmworks chat model.gguf \"Hello\"",
     "hqq": "vllm serve ORG/{name}\nllmworks chat {name} \"Hello\"",
     "bitsandbytes": "AutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with bitsandbytes\nllmworks chat {name} \"Hello\"",
     "": "vllm serve ORG/{name}\nAutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with {package}\nllmworks chat {name} \"Hello\"",
@@ -23,14 +23,19 @@ CARRIED = ("license", "license_name", "license_link", "language")
 
 def hub_name(base: str, form: str, bits: float, *, inputs: int = 16) -> str:
     """The name that people look for on the Hub: as Qwen (GPTQ, AWQ), Unsloth (bitsandbytes), Mobius Labs (HQQ), Red Hat (compressed-tensors) and llama.cpp's users name theirs. `inputs`: bits of what weights are multiplied by."""
-    base = base.rpartition("/")[2].removesuffix(".gguf")
+    base = _plain(base)
     ends = {"gptq": f"-GPTQ-Int{bits:g}", "awq": "-AWQ", "bitsandbytes-4bit": "-bnb-4bit", "bitsandbytes-int8": "-bnb-8bit", "hqq": f"-HQQ-{bits:g}bit", "gguf": "-GGUF"}
     return base + ends.get(form, f"-quantized.w{bits:g}a{inputs}")
 
 
 def gguf_name(base: str, kind: str) -> str:
     """The name of a GGUF file: Model-Q4_K_M.gguf."""
-    return f"{base.rpartition('/')[2].removesuffix('.gguf')}-{kind.upper()}.gguf"
+    return f"{_plain(base)}-{kind.upper()}.gguf"
+
+
+def _plain(base: str) -> str:
+    """A name without what the Hub's names may not have."""
+    return re.sub(r"[^\w.-]+", "-", base.rpartition("/")[2].removesuffix(".gguf")).strip("-.") or "model"
 
 
 def write_card(out: Path, model: Model, said: str, *, form: str, method: str, bits: float, name: str, metrics: Mapping[str, Any], data: Dataset | None, file: str = "") -> None:
@@ -39,8 +44,9 @@ def write_card(out: Path, model: Model, said: str, *, form: str, method: str, bi
     front: dict[str, Any] = {**_carried(model.path), "library_name": "gguf" if form == "gguf" else "transformers", "pipeline_tag": "text-generation"}
     if model.ref.startswith("hf:"):
         front |= {"base_model": model.ref.removeprefix("hf:"), "base_model_relation": "quantized"}
-    front["tags"] = list(dict.fromkeys(("quantized", method, f"{bits:g}-bit", form)))
-    lines = [f"# {name}", "", f"{model.name}, {said}", "", "| | |", "|---|---|", f"| weights | {metrics['bytes'] / 1e6:,.1f} MB |", f"| bits of a weight, scales included | {metrics['bits_a_weight']:.2f} |"]
+    front["tags"] = list(dict.fromkeys(("quantized", method, *((f"{bits:g}-bit",) if bits else ()), form)))
+    model_name = " ".join(model.name.split()).replace("|", "\\|")
+    lines = [f"# {name}", "", f"{model_name}, {said}", "", "| | |", "|---|---|", f"| weights | {metrics['bytes'] / 1e6:,.1f} MB |", f"| bits of a weight, scales included | {metrics['bits_a_weight']:.2f} |"]
     lines += [f"| {what} | {metrics[key]:.4g} |" for key, what in FIGURES.items() if key in metrics]
     where = f" on {metrics['held_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by" if data is not None and "held_tokens" in metrics else ""
     lines += ["", f"Divergence, agreement and perplexity are measured{where}; they say little about a skill." if where else "The damage was not measured on texts."]
@@ -53,8 +59,8 @@ def _carried(path: Path) -> dict[str, Any]:
     card = (path if path.is_dir() else path.parent) / "README.md"
     try:
         found = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.S)
-        front = yaml.safe_load(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        front = yaml.load(found[1], yaml.BaseLoader) if found else None  # all is text: the language no is not false
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {key: front[key] for key in CARRIED if key in front} if isinstance(front, dict) else {}
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from llmworks.errors import ModelError
 from llmworks.model.gguf_layout import LAYOUTS, heads_of, interleave_rows, to_gguf_name
-from llmworks.model.load import check_weights, read_header
+from llmworks.model.load import Stored, check_weights, read_header
+from llmworks.model.standard import check_tied
 from llmworks.progress import Progress
 from llmworks.quantize.gguf_keys import add_hyperparameters, frequencies, read_config
 from llmworks.quantize.gguf_types import SEEING, Layout, types_of
@@ -100,7 +101,11 @@ class Tensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(source.glob("*.safetensors")):
             for name, entry in sorted(read_header(file).items(), key=lambda one: order_of(one[0])):
-                if name == "__metadata__" or (name == "lm_head.weight" and tied):
+                if name == "__metadata__":
+                    continue
+                if name == "lm_head.weight" and tied:
+                    stored = Stored(source)
+                    check_tied(source, {"head.weight": stored[name], "decoder.embedding.weight": stored["model.embed_tokens.weight"]})
                     continue
                 gguf_name = to_gguf_name(name, self.kind)
                 if gguf_name is None:

@@ -13,6 +13,8 @@ from llmworks.errors import ModelError
 from llmworks.model.gguf_layout import LAYOUTS
 from llmworks.tokenize.load import read_json
 
+NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size")
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json`, checked to be of a layout that GGUF writing covers. ModelError in one line for what llama.cpp would compute in another way."""
@@ -21,7 +23,16 @@ def read_config(path: Path) -> dict[str, Any]:
     names = config.get("architectures") or []
     if kind not in LAYOUTS or names != [LAYOUTS[kind].model]:
         raise ModelError(f"{path}: architecture {names or kind} cannot be written as GGUF, only {', '.join(layout.model for layout in LAYOUTS.values())}")
+    missing = [key for key in NEEDED if not isinstance(config.get(key), (int, float))]
+    if missing:
+        raise ModelError(f"{path}: config.json: {missing[0]!r} is missing, or no number")
+    bend = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    wanted_bends = ("gelu_pytorch_tanh",) if kind == "gemma3_text" else ("silu", "swish")
+    if bend not in wanted_bends:
+        raise ModelError(f"{path}: its activation is {bend!r}, llama.cpp computes {wanted_bends[0]} in this layout")
     rope = rope_of(config)
+    if rope.get("mscale") or rope.get("mscale_all_dim"):
+        raise ModelError(f"{path}: rope scaling with mscale has no place in this GGUF layout")
     if rope.get("rope_type", "default") not in ("default", "linear", "yarn", "llama3"):
         raise ModelError(f"{path}: rope scaling {rope['rope_type']!r} cannot be written as GGUF here")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
@@ -32,7 +43,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: its sliding window has no place in this GGUF layout")
     if kind == "gemma3_text":
         wanted = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])]
-        if config.get("layer_types", wanted) != wanted or config.get("query_pre_attn_scalar") != config.get("head_dim") or config.get("final_logit_softcapping"):
+        if (config.get("layer_types") or wanted) != wanted or config.get("sliding_window_pattern", 6) != 6 or config.get("query_pre_attn_scalar") != config.get("head_dim") or config.get("final_logit_softcapping"):
             raise ModelError(f"{path}: llama.cpp computes a Gemma 3 whose every sixth layer sees all, whose query_pre_attn_scalar is its head_dim, without soft caps; this is another")
     return config
 

@@ -67,6 +67,7 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
     engine = LlamaCppEngine(target, name="model.gguf")
     try:
         bound = BOUNDS.get(config.type if config.type in BOUNDS else config.type.removeprefix("i")[:2], float("inf"))
+        bound = max(bound, BOUNDS["q8"]) if config.allocate else bound  # whose formats have 8 bits at most
         gap = require(golden, engine.tokenizer, engine.stops, engine.logits, mean_within=bound, step="quantize.gguf")
         damage = _damage(walk, engine) if walk is not None and len(walk.held) else {}
     finally:
@@ -78,7 +79,7 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
         "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
     }  # fmt: skip
     said = f"as llama.cpp reads it, {config.type}" + (", formats by what each matrix bears" if config.allocate else "") + (", with an importance matrix." if seen is not None else ".")
-    write_card(ctx.out, model, said, form="gguf", method=config.type, bits=float(round(metrics["bits_a_weight"])), name=hub_name(model.name, "gguf", 0), metrics=metrics, data=data, file=gguf_name(model.name, config.type))
+    write_card(ctx.out, model, said, form="gguf", method=config.type, bits=0, name=hub_name(model.name, "gguf", 0), metrics=metrics, data=data, file=gguf_name(model.name, config.type))
     _describe(ctx, model, config.type, written, metrics)
     about = {"format": "gguf", "type": config.type, "importance": seen is not None, "allocated": config.allocate, **({"calibration": data.name} if data is not None else {})}
     return Model(ctx.out, golden=golden, metrics=metrics, about=about)

@@ -33,7 +33,7 @@ def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
         raise ModelError(f"{model.name}: a Hugging Face directory is rotated, this is {model.format}; convert it with the stage model.from_gguf")
     source = Source(model.path)
     shape = source.shape
-    if shape.norm != "rms" or shape.norm_place == "post" or shape.position == "learned" or shape.experts:
+    if shape.norm != "rms" or shape.norm_place == "post" or shape.position in ("learned", "sinusoidal") or shape.experts:
         raise ModelError(f"{model.name}: cannot be rotated: its norms must only scale (RMSNorm, before each part), its positions be rotary, and its experts be none")
     if shape.norm_place == "around":
         raise ModelError(f"{model.name}: cannot be rotated: it norms what a block gives, too, before it is added to the state (as Gemma does), and those weights cannot be folded")

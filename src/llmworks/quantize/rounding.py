@@ -80,12 +80,12 @@ def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, me
     golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])
     told, damage = _walked(source, ids, held, ctx, method, lambda name: None if skip(name) else others.get(name, grid), FORMS[form], getattr(torch, stored))
     chosen = {one["name"]: others.get(one["name"], grid) for one in told}
-    left = ["lm_head", *(name.removesuffix(".weight") for name in source.places if source.number_of(name) >= 0 and name.endswith("_proj.weight") and skip(name))]
+    left = ["lm_head", *(name.removesuffix(".weight") for name, shape in source.shapes.items() if source.number_of(name) >= 0 and len(shape) == 2 and skip(name))]
     _write(source, ctx, stored, FORMS[form].config_of(chosen, left))
     made = Source(ctx.out, quantized=True)
     texts = [list(one.ids) for one in golden.conversations]
     known = dict(zip(map(tuple, texts), logits_of(made, texts), strict=True))
-    gap = require(golden, tokenizer, stop_ids(ctx.out, tokenizer), lambda some: known[tuple(some)], mean_within=max(BOUNDS.get(grid.bits, float("inf")), INPUTS if grid.inputs else 0.0), step=f"quantize.{about['method']}")
+    gap = require(golden, tokenizer, stop_ids(ctx.out, tokenizer), lambda some: known[tuple(some)], mean_within=max(BOUNDS.get(min(one.bits for one in chosen.values()), float("inf")), INPUTS if grid.inputs else 0.0), step=f"quantize.{about['method']}")
     assert gap is not None
     size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
     weights = sum(one["weights"] for one in told)
@@ -93,7 +93,7 @@ def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, me
         "bytes": size, "bits_a_weight": round(sum(one["bits"] * one["weights"] for one in told) / weights, 4), "quantized_weights": weights, **{name: round(value, 6) for name, value in damage.items()},
         "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
     }  # fmt: skip
-    bits, inputs = float(about.get("average", grid.bits)), grid.inputs.bits if grid.inputs else 16
+    bits, inputs = round(sum(chosen[one["name"]].bits * one["weights"] for one in told) / weights, 2), grid.inputs.bits if grid.inputs else 16
     said = f"its matrices in {bits:g} bits a weight, " + (f"groups of {grid.group} with a scale" if grid.group else "a scale a row") + (f", what they are multiplied by in {inputs}" if inputs < 16 else "") + f", by the method {about['method']}."
     write_card(ctx.out, model, said, form=form, method=str(about["method"]), bits=bits, name=hub_name(model.name, form, bits, inputs=inputs), metrics=metrics, data=data)
     from llmworks.quantize.page import describe
@@ -134,6 +134,9 @@ def skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
     for part in skip:
         if not any(part in name for name in names):
             raise ModelError(f"config.skip: no layer's name holds {part!r}; one is {names[0]}")
+    matrices = [name for name, shape in source.shapes.items() if source.number_of(name) >= 0 and len(shape) == 2]
+    if all(any(part in name for part in skip) for name in matrices):
+        raise ModelError(f"config.skip: all {len(matrices)} matrices of blocks are skipped; nothing is left to quantize")
     return lambda name: any(part in name for part in skip)
 
 
@@ -203,5 +206,5 @@ def _write(source: Source, ctx: Context, stored: str, quantization: Mapping[str,
 def copy_rest(source: Path, out: Path) -> None:
     """Tokenizer, template, generation config: all that is no weight."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in STAYS and not file.name.startswith("."):
+        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and file.name not in STAYS and not file.name.startswith("."):
             shutil.copyfile(file, out / file.name)

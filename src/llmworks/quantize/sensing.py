@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from llmworks.context import Context
 from llmworks.model.decoder import Block
+from llmworks.progress import write_whole
 from llmworks.quantize.mapped import mapped
 from llmworks.quantize.source import Source
 from llmworks.quantize.walk import CHUNK, LOGITS, layer_of, parts_of
@@ -49,7 +50,7 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
                 for some in torch.split(torch.arange(count), each):
                     states(str(number + 1))[some] = stack.through(states(str(number))[some], places.expand(len(some), -1))
             done["forward"] = number + 1
-            mark.write_text(json.dumps(done))
+            write_whole(mark, json.dumps(done))
             bar.advance()
         if done["backward"] == layers:
             states(f"back-{layers}").copy_(_at_the_end(frame, states(str(layers)), ctx.seed))
@@ -62,7 +63,7 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
                     states(f"back-{number}")[some] = _back(block, states(str(number))[some].clone(), states(f"back-{number + 1}")[some].clone(), places.expand(len(some), -1), stack, seen, stride)
             done["costs"] |= _tried(source, block, number, seen, tries, stride)
             done["backward"] = number
-            mark.write_text(json.dumps(done))
+            write_whole(mark, json.dumps(done))
             bar.advance()
     return {name: [value / (2 * ids.numel()) for value in found] for name, found in done["costs"].items()}
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from llmworks.errors import ModelError
 from llmworks.model.decoder import Block, DecoderConfig, DecoderForCausalLM
 from llmworks.model.load import check_weights, read_header, refuse_scorer
-from llmworks.model.quantized import dense, round_inputs
-from llmworks.model.standard import from_standard, rename_of, shape_of
-from llmworks.tokenize.load import read_json
+from llmworks.model.quantized import plain, round_inputs, weights
+from llmworks.model.standard import check_tied, from_standard, rename_of, shape_of
+from llmworks.tokenize.load import first_line, read_json
 
 NUMBER = re.compile(r"(?:layers|blocks|h)\.(\d+)\.")
 
@@ -37,6 +37,7 @@ class Source:
             raise ModelError(f"{path}: is quantized already ({self.method.get('quant_method')}); give the model that it was made of")
         self.kind, self.shape = shape_of(self.config)
         self.rename = rename_of(self.kind)
+        self.quantized: set[str] = set()  # layers that were read, and whose weights are no plain ones
         self.places: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(path.glob("*.safetensors")):
@@ -57,7 +58,10 @@ class Source:
         for name in names:
             wanted.setdefault(self.places[name], []).append(name)
         for file, inside in wanted.items():
-            opened: Any = safe_open(file, framework="pt")
+            try:
+                opened: Any = safe_open(file, framework="pt")
+            except Exception as error:  # safetensors raises its own kind
+                raise ModelError(f"{file}: cannot be read ({first_line(error)}); copy or fetch it again") from None
             with opened as tensors:
                 for name in inside:
                     yield name, tensors.get_tensor(name)
@@ -72,7 +76,11 @@ class Source:
 
     def ours(self, number: int) -> dict[str, Tensor]:
         """The same under the decoder's names, fp32."""
-        tensors = dense(self.tensors(number), self.method) if self.method else {name: tensor.float() for name, tensor in self.tensors(number).items()}
+        tensors: dict[str, Tensor] = {}
+        for name, what in weights(self.tensors(number), self.method) if self.method else self.tensors(number).items():
+            if not isinstance(what, Tensor):
+                self.quantized.add(name.removesuffix(".weight"))
+            tensors[name] = plain(what) if self.method else what.float()
         return from_standard(tensors, self.kind) if self.kind else tensors
 
     def block(self, number: int) -> Block:
@@ -87,7 +95,7 @@ class Source:
             raise ModelError(f"{self.path}: block {number}: {' '.join(str(error).split())[:200]}") from None
         block.train(False)
         if self.method:
-            round_inputs(block, self.method, self.rename, head)
+            round_inputs(block, self.method, self.rename, self.quantized, head)
         return block
 
     def frame(self) -> DecoderForCausalLM:
@@ -96,9 +104,13 @@ class Source:
             model = DecoderForCausalLM(DecoderConfig(shape=self.shape.model_dump()))
         model.decoder.blocks = torch.nn.ModuleList()
         outside = self.ours(-1)
-        if self.shape.tied:
-            outside.setdefault("head.weight", outside["decoder.embedding.weight"])
-        model.load_state_dict(outside, assign=True)
+        if self.shape.tied and "decoder.embedding.weight" in outside:
+            check_tied(self.path, outside)
+            outside["head.weight"] = outside["decoder.embedding.weight"]
+        try:
+            model.load_state_dict(outside, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"{self.path}: embedding, norm or head: {' '.join(str(error).split())[:200]}") from None
         model.train(False)
         return model
 

@@ -5,7 +5,6 @@ In memory are one block and the states of the texts before and after it; they li
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from llmworks.model.decoder import Block
-from llmworks.progress import write_whole
 from llmworks.quantize.damage import Damage
 from llmworks.quantize.mapped import mapped, release
 from llmworks.quantize.source import Source
@@ -91,13 +89,10 @@ class Walk:
         self.frame = source.frame()
         self.stack: Any = self.frame.decoder
         self.count, self.length, self.width = len(ids), ids.shape[1], source.shape.width
-        self.mark = folder / "walk.json"
         folder.mkdir(parents=True, exist_ok=True)
-        self.done = json.loads(self.mark.read_text())["done"] if self.mark.exists() else 0  # blocks
-        self.held = held
-        kept = folder / "held.pt"
-        if self.done and kept.exists():
-            self.as_was, self.as_is = torch.load(kept, weights_only=True)
+        self.done, self.held = 0, held  # blocks; one file says both how many, and what the texts apart are after them
+        if (folder / "walk.pt").exists():
+            self.done, self.as_was, self.as_is = torch.load(folder / "walk.pt", weights_only=True)
         else:
             self.done = 0
             self.as_was = self.begin(held) if len(held) else torch.zeros(0, self.length, self.width)
@@ -144,10 +139,9 @@ class Walk:
     def advanced(self, number: int, block: Block) -> None:
         """Note that a block is done, and what the texts apart are after it."""
         self.as_is = self.through(block, self.as_is)
-        torch.save((self.as_was, self.as_is), self.folder / "held.pt.new")
-        (self.folder / "held.pt.new").replace(self.folder / "held.pt")
         self.done = number + 1
-        write_whole(self.mark, json.dumps({"done": self.done}))
+        torch.save((self.done, self.as_was, self.as_is), self.folder / "walk.pt.new")
+        (self.folder / "walk.pt.new").replace(self.folder / "walk.pt")
 
     def damage(self) -> dict[str, float]:
         """How far the model as it is now is from what it was, on the texts apart: KL divergence in nats a token, share of tokens of the same best guess, perplexities. Both have the head as it is stored."""

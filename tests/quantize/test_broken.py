@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmworks.artifact import Dataset, Model
 from llmworks.cli import main
-from llmworks.errors import GoldenMismatch, ModelError
+from llmworks.errors import DataError, GoldenMismatch, ModelError
 from llmworks.model.load import load_model
 from llmworks.model.standard import load_decoder, save_decoder
 from llmworks.quantize.calibrated import Awq, Smooth
@@ -175,6 +175,21 @@ def test_what_would_be_another_model_is_refused(pico: Path, texts: Dataset, tmp_
 def test_without_texts_apart_nothing_is_measured(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
     made = quantized("absmax", pico, texts, tmp_path, held=0)
     assert "kl" not in made.metrics
+
+
+def test_texts_are_no_longer_than_the_model_reads(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+    for stage in ("absmax", "gguf"):
+        with pytest.raises(DataError, match=r"config.length: texts of 600 tokens, the model reads 512 at most"):
+            quantized(stage, pico, texts, tmp_path / stage, length=600)
+
+
+def test_what_float16_cannot_hold_is_kept_in_float32(pico: Path, tmp_path: Path) -> None:
+    head = "model.layers.0."
+    names = {f"{head}input_layernorm.weight": 70000.1, **{f"{head}self_attn.{part}_proj.weight": 1 / 70000.1 for part in "qkv"}}
+    large = changed(pico, tmp_path / "large", lambda tensors: tensors.update({name: tensors[name] * factor for name, factor in names.items()}))
+    made = quantized("absmax", large, None, tmp_path)
+    assert made.about["dtype"] == "float32"
+    assert torch.equal(load_decoder(made.path).decoder.blocks[0].attention_norm.weight, load_decoder(large).decoder.blocks[0].attention_norm.weight)
 
 
 def test_headers_that_are_no_headers(tmp_path: Path) -> None:

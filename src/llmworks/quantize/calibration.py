@@ -36,6 +36,12 @@ def calibration(tokenizer: Any, data: Dataset, texts: int, held: int, length: in
     return ids[held:], ids[:held]
 
 
+def check_length(length: int, context: int) -> None:
+    """Whether a model reads texts of so many tokens. DataError where not."""
+    if length > context:
+        raise DataError(f"config.length: texts of {length} tokens, the model reads {context} at most")
+
+
 def _texts(tokenizer: Any, rows: list[Any], length: int, bos: list[int]) -> Iterator[list[int]]:
     """Full texts of the tokens of rows, one row after the other."""
     rest: list[int] = []

@@ -13,7 +13,7 @@ class KeptConfig(Config):
     """What is left as it is, and what the damage is measured on."""
 
     skip: list[str] = Field([], description="layers that stay as they are, by a part of their names, as self_attn.v_proj or layers.0.")
-    rest: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="number format of scales and of what is not quantized: embedding, head, norms; auto: bfloat16 where that changes no weight, else float16")
+    rest: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="number format of scales and of what is not quantized: embedding, head, norms; auto: bfloat16 where that changes no weight, else float16, float32 where a weight is beyond its range")
     held: int = Field(8, ge=0, description="texts of `data` that are not calibrated by, on which model and result are compared")
     length: int = Field(512, gt=1, description="tokens of a text of `data`")
 

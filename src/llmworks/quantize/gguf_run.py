@@ -15,7 +15,7 @@ from llmworks.errors import DataError, ModelError
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.golden import record
 from llmworks.model.load import check_weights
-from llmworks.quantize.calibration import calibration
+from llmworks.quantize.calibration import calibration, check_length
 from llmworks.quantize.card import gguf_name, hub_name, write_card
 from llmworks.quantize.damage import Damage
 from llmworks.quantize.gguf import BOUNDS
@@ -48,6 +48,7 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
         seen, table = known(sensed, model)
     if data is not None:
         source = Source(model.path)
+        check_length(config.length, source.shape.context)
         looks = 0 if sensed is not None else config.texts if wanted or config.allocate else 0
         ids, held = calibration(load_tokenizer(model.path), data, looks, config.held, config.length, ctx.seed)
         found, walk = importance(source, ids, held, ctx)
@@ -110,6 +111,7 @@ def sense(config: SenseConfig, model: Model, ctx: Context, data: Dataset) -> Rep
     """See `sense.sense`."""
     check(model)
     source = Source(model.path)
+    check_length(config.length, source.shape.context)
     ids, held = calibration(load_tokenizer(model.path), data, config.texts, 0, config.length, ctx.seed)
     found, _ = importance(source, ids, held, ctx)
     write_importance(ctx.out / "importance.gguf", found, data.name, config.texts, config.length)

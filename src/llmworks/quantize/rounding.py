@@ -19,7 +19,7 @@ from llmworks.errors import DataError, ModelError
 from llmworks.model.quantized import FORMS
 from llmworks.model.rounded_inputs import read_rounded
 from llmworks.model.standard import to_standard
-from llmworks.quantize.calibration import calibration
+from llmworks.quantize.calibration import calibration, check_length
 from llmworks.quantize.card import hub_name, write_card
 from llmworks.quantize.config import KeptConfig
 from llmworks.quantize.source import Source, join_files
@@ -28,6 +28,7 @@ from llmworks.quantize.walk import Part, Passing, Walk, layer_of
 from llmworks.tokenize.golden import record, require
 from llmworks.tokenize.load import load_tokenizer, stop_ids
 
+HALF = 65504.0  # the largest number of float16
 BINS = 121  # of a histogram of weights
 BOUNDS = {8: 0.3, 7: 0.5, 6: 0.8, 5: 1.5, 4: 3.0}  # how far golden logits may move on average
 INPUTS = 1.0  # where what layers read is rounded, too; SmolLM2-135M moves by 0.3 in 8 bits of both
@@ -71,6 +72,7 @@ def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, me
         raise DataError("this method has to see what layers read; give `data`: conversations or texts of what the model is for")
     tokenizer = load_tokenizer(model.path)
     if data is not None:
+        check_length(config.length, source.shape.context)
         ids, held = calibration(tokenizer, data, method.texts, config.held, config.length, ctx.seed)
     else:
         ids = held = torch.zeros(0, config.length, dtype=torch.long)
@@ -117,10 +119,14 @@ def stored_of(source: Source, rest: str) -> Any:
     """The number format of what is not quantized."""
     if rest != "auto":
         return rest
+    found = "bfloat16"
     for number in range(-1, source.shape.layers):
-        if not all(_keeps(tensor) for tensor in source.tensors(number).values()):
-            return "float16"
-    return "bfloat16"
+        tensors = source.tensors(number).values()
+        if any(float(tensor.abs().max()) > HALF for tensor in tensors if tensor.is_floating_point() and tensor.numel()):
+            return "bfloat16" if all(_keeps(tensor) for tensor in tensors) else "float32"
+        if not all(_keeps(tensor) for tensor in tensors):
+            found = "float16"
+    return found
 
 
 def _keeps(tensor: Tensor) -> bool:

@@ -130,7 +130,7 @@ def dispatch(words: list[str]) -> int:
 def _stage_lines() -> str:
     from llmworks.stages import STAGES
 
-    return "\n".join(f"  {name.replace('.', ' '):<24}{stage.summary}" for name, stage in sorted(STAGES.items()))
+    return "\n".join(f"  {name.replace('.', ' '):<23} {stage.summary}" for name, stage in sorted(STAGES.items()))
 
 
 def _parser(name: str, handler: str, what: str, *, workspace: bool = True, json: bool = True) -> Parser:
@@ -366,7 +366,7 @@ def _stage_command(words: list[str]) -> int:
     if name not in known:
         group = sorted(s for s in known if s.split(".")[0] == words[0])
         if group and words[1:] in ([], ["-h"], ["--help"]):
-            lines = "\n".join(f"  {s.replace('.', ' '):<20}{known[s].summary}" for s in group)
+            lines = "\n".join(f"  {s.replace('.', ' '):<20} {known[s].summary}" for s in group)
             print(f"usage: llmworks {words[0]} STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out DIR\n\n{lines}\n\n`llmworks {words[0]} STAGE --help` tells more.")
             return 0
         typed = " ".join(words[:2] if group else [w for w in words[:2] if not w.startswith("-")])

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 from llmworks.artifact import Dataset, Model, Report
-from llmworks.errors import LlmworksError, UserError
+from llmworks.errors import LlmworksError, ModelError, UserError
 from llmworks.evaluate.suites import Item
 from llmworks.execute import execute
 from llmworks.references import open_engine
 from llmworks.stages import resolve
 from llmworks.taskdata import default_inputs
+from llmworks.tokenize.load import read_json
 from llmworks.workspace import Workspace
 
 
@@ -64,6 +65,7 @@ class Frontier:
     length: int = 512
     say: Callable[[str], None] = print
     quiet: bool = False
+    costs: bool = True  # whether a way gives formats by what they cost, which takes most of the time of looking
 
     def step(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
         """One stage's artifact, made or found."""
@@ -75,7 +77,7 @@ class Frontier:
         """The model in this way."""
         base = self.step(f"quantize.{way.before}", {}, {"model": self.model}) if way.before else self.model
         config = {"held": self.held, "length": self.length, **({"texts": self.texts} if way.stage in CALIBRATED else {}), **way.config}
-        more = {"sense": self.step("quantize.sense", {"texts": self.texts, "length": self.length}, {"model": base, "data": self.data})} if way.stage == "gguf" and way.config["type"] != "q8_0" else {}
+        more = {"sense": self.step("quantize.sense", {"texts": self.texts, "length": self.length, **({} if self.costs else {"sensed": 0})}, {"model": base, "data": self.data})} if way.stage == "gguf" and way.config["type"] != "q8_0" else {}
         made = self.step(f"quantize.{way.stage}", config, {"model": base, "data": self.data, **more})
         assert isinstance(made, Model)
         return made
@@ -100,8 +102,12 @@ class Frontier:
 def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None) -> tuple[Report, Model | None]:
     """(the page, the model that it recommends). A way that cannot be had is named on the page, with the reason.
 
-    Errors: DataError when none could, or none is within the budget.
+    Errors: ModelError for a model that is quantized already; DataError when no way could be had, or none is within the budget.
     """
+    if job.model.format != "hf" or read_json(job.model.path / "config.json").get("quantization_config"):
+        raise ModelError(f"{job.model.name}: is quantized already; give the model that it was made of")
+    job.costs = any(way.config.get("allocate") for way in ways.values())
+    job.say(f"{len(ways)} ways; each is made, measured and asked, which takes minutes; what is there already is found again")
     variants: list[dict[str, Any]] = []
     models: dict[str, Model] = {}
     reports: list[Report] = []

@@ -57,6 +57,9 @@ def test_what_the_original_says_of_itself_is_carried(tmp_path: Path) -> None:
         assert card.data.language == ["en"]
         assert card.data.tags == ["quantized", "awq", "4-bit"]
         assert "The damage was not measured on texts." in card.text
+    (base / "README.md").unlink()
+    write_card(tmp_path, Model(base, ref="asset:smollm2-135m-instruct"), "rounded.", form="awq", method="awq", bits=4, name="Base-AWQ", metrics=metrics, data=None)
+    assert ModelCard.load(tmp_path / "README.md").data.license == "apache-2.0"
     (base / "README.md").write_bytes(b"---\n\xff: [\n---\n")
     write_card(tmp_path, Model(base), "rounded.", form="awq", method="awq", bits=4, name="Base-AWQ", metrics=metrics, data=None)
     assert ModelCard.load(tmp_path / "README.md").data.license is None

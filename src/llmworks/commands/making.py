@@ -298,4 +298,5 @@ def _say_made(args: argparse.Namespace, outcome: Outcome) -> None:
     if args.out is None:
         out(f"Report: {short(artifact.path / 'report.html')}")
     else:
-        out(f"Result: {args.out}\nNext:\n  llmworks show {args.out}\n  llmworks tree {args.out}")
+        chat = f"  llmworks chat {args.out} \"Hello\"\n" if artifact.kind == "model" else ""
+        out(f"Result: {args.out}\nNext:\n{chat}  llmworks show {args.out}\n  llmworks tree {args.out}")

@@ -10,13 +10,14 @@ from typing import Any
 import yaml
 
 from llmworks.artifact import Dataset, Model
+from llmworks.assets.catalogue import CATALOGUE
 
 FIGURES = {"kl": "divergence from the original, nats a token", "same_top": "share of tokens of the same best guess", "perplexity_before": "perplexity of the original", "perplexity": "perplexity", "golden_gap_mean": "golden tokens' logits, moved by, on average"}
 USE = {
-    "gguf": "llama-server -m model.gguf              # as {file} on the Hub\nollama run hf.co/ORG/{name}\nllmworks chat model.gguf \"Hello\"",
-    "hqq": "vllm serve ORG/{name}\nllmworks chat {name} \"Hello\"",
-    "bitsandbytes": "AutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with bitsandbytes\nllmworks chat {name} \"Hello\"",
-    "": "vllm serve ORG/{name}\nAutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with {package}\nllmworks chat {name} \"Hello\"",
+    "gguf": "llama-server -m model.gguf              # as {file} on the Hub\nollama run hf.co/ORG/{name}\nllmworks chat gguf:model.gguf \"Hello\"",
+    "hqq": "vllm serve ORG/{name}\nllmworks chat DIRECTORY \"Hello\"",
+    "bitsandbytes": "AutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with bitsandbytes\nllmworks chat DIRECTORY \"Hello\"",
+    "": "vllm serve ORG/{name}\nAutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with {package}\nllmworks chat DIRECTORY \"Hello\"",
 }
 CARRIED = ("license", "license_name", "license_link", "language")
 
@@ -42,6 +43,8 @@ def write_card(out: Path, model: Model, said: str, *, form: str, method: str, bi
     """README.md beside the weights. `said`: one sentence on how they were made; `name`, `file`: on the Hub."""
     use = USE.get(form, USE["bitsandbytes" if form.startswith("bitsandbytes") else ""]).format(name=name, file=file, package="compressed-tensors" if form == "compressed-tensors" else "gptqmodel")
     front: dict[str, Any] = {**_carried(model.path), "library_name": "gguf" if form == "gguf" else "transformers", "pipeline_tag": "text-generation"}
+    if model.ref.startswith("asset:") and "license" not in front:
+        front |= _licence(model.ref.removeprefix("asset:"))
     if model.ref.startswith("hf:"):
         front |= {"base_model": model.ref.removeprefix("hf:"), "base_model_relation": "quantized"}
     front["tags"] = list(dict.fromkeys(("quantized", method, *((f"{bits:g}-bit",) if bits else ()), form)))
@@ -50,8 +53,14 @@ def write_card(out: Path, model: Model, said: str, *, form: str, method: str, bi
     lines += [f"| {what} | {metrics[key]:.4g} |" for key, what in FIGURES.items() if key in metrics]
     where = f" on {metrics['held_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by" if data is not None and "held_tokens" in metrics else ""
     lines += ["", f"Divergence, agreement and perplexity are measured{where}; they say little about a skill." if where else "The damage was not measured on texts."]
-    lines += ["The golden tokens of the original (ids, stop tokens, logits) were replayed on these files.", "", "## Use", "", "```", use, "```", ""]
+    lines += ["The golden tokens of the original (ids, stop tokens, logits) were replayed on these files.", "", "## Use", "", f"Uploaded as ORG/{name}, or from its directory:", "", "```", use, "```", ""]
     (out / "README.md").write_text("---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---\n" + "\n".join(lines), encoding="utf-8")
+
+
+def _licence(name: str) -> dict[str, str]:
+    """Of an asset, as the Hub writes licences."""
+    found = CATALOGUE[name].licence if name in CATALOGUE else ""
+    return {"license": found.lower()} if re.fullmatch(r"[A-Za-z0-9.-]+", found) else {"license": "other", "license_name": found} if found else {}
 
 
 def _carried(path: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def recommended(best: Sequence[Variant], budget: float | None) -> Variant:
 
 
 def _advice(best: Sequence[Variant], chosen: Variant, budget: float | None) -> str:
-    why = f"is the nearest to the model within {budget / 1e6:,.1f} MB" if budget is not None else "is the smallest whose best guess is the same for 95 % of tokens" if (chosen.same_top or 0.0) >= 0.95 else "is the nearest to the model of all that were tried"
+    why = f"is the nearest to the model within {budget / 1e6:,.1f} MB" if budget is not None else "is the smallest whose best guess is the same for 95 % of tokens" if (chosen.same_top or 0.0) >= 0.95 else "is the nearest to the model of all that were tried; none has the same best guess for 95 % of tokens, so try more bits (gguf-q6_k, gguf-q8_0, absmax-8)"
     steps = ", ".join(f"{v.name} ({v.bytes / 1e6:,.1f} MB, {v.kl:.4f})" for v in best)
     return f"{chosen.name} {why}. Worth having at all, each the nearest of its size or less (megabytes, nats a token): {steps}."
 

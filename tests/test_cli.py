@@ -98,6 +98,22 @@ def test_broken_line_is_kept_aside_and_counted(tmp_path: Path, chat_file: Path) 
     assert (kept["line"], kept["text"]) == (13, "{broken\n")
 
 
+def test_a_name_that_was_of_another_kind_is_told(tmp_path: Path, chat_file: Path, pico: Path) -> None:
+    made = call("data", "chat", chat_file, "--out", "one", "--quiet", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "until now" not in made.stderr
+    before = (tmp_path / "one").resolve()
+    again = call("quantize", "gguf", pico, "--set", "type=Q8_0", "--out", "one", "--quiet", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "one named a dataset until now" in again.stderr
+    assert before.exists()
+    assert (tmp_path / "one" / "model.gguf").exists()
+
+
+def test_usage_says_what_must_be_given(tmp_path: Path) -> None:
+    assert call("quantize", "gguf", "--help", cwd=tmp_path).stdout.splitlines()[0] == "usage: llmworks quantize gguf --model REF [--data REF] [--sense REF] [--set KEY=VALUE ...] --out NAME [other options]"
+
+
 def test_listings(tmp_path: Path) -> None:
     assert "train.sft" in call("stages", cwd=tmp_path).stdout
     assert (

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 HELP = """\
 llmworks: one workshop for the whole life of a language model
@@ -387,8 +387,10 @@ def _stage_command(words: list[str]) -> int:
     known_fields = config_help(stage.config)
     wide = max((len(field) for field, _, _ in known_fields), default=0)
     fields = "\n".join(f"  {field:<{wide}} {what} ({kind})" for field, kind, what in known_fields)
+    inputs = " ".join(_asked(item) for item in stage.inputs.values())
     parser = Parser(
         prog=f"llmworks {name.replace('.', ' ')}",
+        usage=f"%(prog)s {inputs} [--set KEY=VALUE ...] {'[--out NAME]' if stage.output.kind == 'report' else '--out NAME'} [other options]",
         description=stage.help,
         epilog=f"config fields (--set or --config):\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -401,13 +403,13 @@ def _stage_command(words: list[str]) -> int:
             dest=f"input_{item.name}",
             action="append",
             default=[],
-            metavar="KEY=REF" if item.shape == "dict" else "REF",
+            metavar=_written(item),
             help=item.describe(),
         )
     parser.add_argument("refs", nargs="*", metavar="REF", help="the inputs in their order, in place of their names")
     parser.add_argument("--config", type=Path, help="YAML file of config fields")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config field")
-    parser.add_argument("--out", type=Path, help="name of the result: a link to it in the workspace's store; a report needs none")
+    parser.add_argument("--out", type=Path, metavar="NAME", help="name of the result: a link to it in the workspace's store; a report needs none")
     parser.add_argument("--seed", type=int, default=0)
     _workers(parser)
     parser.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
@@ -422,6 +424,16 @@ def _stage_command(words: list[str]) -> int:
         setattr(args, name, [ref])
     making.stage(args)
     return 0
+
+
+def _written(item: Any) -> str:
+    return "KEY=REF" if item.shape == "dict" else "REF"
+
+
+def _asked(item: Any) -> str:
+    """An input in a line of usage: in brackets where it may be left out, with dots where it may be given again."""
+    text = f"--{item.name.replace('_', '-')} {_written(item)}{'' if item.shape == 'one' else ' ...'}"
+    return text if item.required else f"[{text}]"
 
 
 if __name__ == "__main__":

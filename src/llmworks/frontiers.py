@@ -118,8 +118,9 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
             figures = dict(model.metrics)
             found, seen = job.measured(name, model, LOADS.get(way.stage, "transformers, vLLM"), figures)
         except LlmworksError as error:
-            job.say(f"· {name}: {error}")
-            variants.append({"name": name, "why": str(error)[:300]})
+            why = str(error).replace(str(job.model.path), job.model.name)[:300]
+            job.say(f"· {name}: {why}")
+            variants.append({"name": name, "why": why})
             continue
         before = before or figures.get("perplexity_before")
         variants.append(found)

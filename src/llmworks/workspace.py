@@ -125,15 +125,17 @@ class Workspace:
         point(link, Path(os.path.relpath(target, link.parent)) if target.is_relative_to(self.root) else target)
         return link
 
-    def link_out(self, out: Path, artifact: Artifact) -> None:
-        """Let a path outside the workspace point to an artifact, and remember it as a root that keeps the artifact alive."""
+    def link_out(self, out: Path, artifact: Artifact) -> Artifact | None:
+        """Let a path outside the workspace point to an artifact, and remember it as a root that keeps the artifact alive; what it pointed to before."""
         out = out.absolute()
         check_out(out)
+        before = load(out.resolve()) if out.exists() else None
         out.parent.mkdir(parents=True, exist_ok=True)
         roots = self.root / "roots"
         roots.mkdir(parents=True, exist_ok=True)
         point(roots / hashlib.sha256(str(out).encode()).hexdigest()[:12], out)
         point(out, artifact.path)
+        return before
 
     def names(self) -> dict[str, Artifact]:
         """Every name (`group/step`) and the artifact it points to; dangling names are left out."""

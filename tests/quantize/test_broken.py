@@ -62,6 +62,7 @@ TENSORS: dict[str, tuple[str, Callable[[Tensors], Any]]] = {
     "scales of whole numbers": ("zeropoint", put("weight_scale", lambda t: t.to(torch.int8))), "no numbers": ("zeropoint", put("weight_scale", lambda t: t * float("nan"))), "gptq floats": ("gptq", put("qweight", torch.Tensor.float)), "gptq groups": ("gptq", put("g_idx", lambda t: t - 1)),
     "gptq words": ("gptq", put("qzeros", lambda t: t[:, :-1])), "awq words": ("awq", put("qweight", lambda t: t[:-1])), "hqq twice": ("hqq", put("W_q", lambda t: torch.cat([t, t]))), "hqq no numbers": ("hqq", put("scale", lambda t: t * float("nan"))),
     "nf4 nested": ("nf4", gone("weight.nested_absmax")), "nf4 short": ("nf4", put("weight.nested_absmax", lambda t: t[:0])), "int8 no numbers": ("int8", put("SCB", lambda t: t * float("nan"))), "int8 of another kind": ("int8", put("weight", torch.Tensor.int)),
+    "int8 in a GPU's order": ("int8", put("weight_format", lambda t: t + 2)),
 }  # fmt: skip
 
 
@@ -99,6 +100,14 @@ def test_a_nonsense_config_is_one_line(name: str, forms: dict[str, Path], tmp_pa
     with pytest.raises(ModelError) as error:
         load_decoder(path)
     assert "\n" not in str(error.value)
+
+
+def test_columns_by_their_inputs_need_their_groups(forms: dict[str, Path], tmp_path: Path) -> None:
+    """An order that is claimed and not given is no order as it stands."""
+    config = quantization(desc_act=True)
+    load_decoder(changed(forms["gptq"], tmp_path / "given", config=config))
+    with pytest.raises(ModelError, match=r"desc_act.*g_idx"):
+        load_decoder(changed(forms["gptq"], tmp_path / "none", gone("g_idx"), config))
 
 
 def test_patterns_name_layers(forms: dict[str, Path], pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811

@@ -117,6 +117,28 @@ def test_pieces_are_joined_as_in_llama_cpp(prefix: bool, tmp_path: Path) -> None
             assert back.decode(ids, skip_special_tokens=True) == text
 
 
+def test_ids_without_a_token_have_a_name_that_no_token_has(tmp_path: Path) -> None:
+    """Of 260 rows 256 have tokens; one of these is called as llama.cpp's converter calls the 258th row."""
+    from gguf import GGUFReader, GGUFWriter
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    from llmworks.quantize.gguf_vocabulary import add_vocabulary
+
+    backend = Tokenizer(BPE({token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["[PAD258]"])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[PAD258]").save_pretrained(tmp_path)
+    writer = GGUFWriter(tmp_path / "v.gguf", "llama")
+    add_vocabulary(writer, tmp_path, {"vocab_size": 260})
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokens = GGUFReader(tmp_path / "v.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert len(set(tokens)) == len(tokens) == 260
+
+
 def test_merges_that_llama_cpp_would_not_follow_are_refused(tmp_path: Path) -> None:
     vocabulary = {token: at for at, token in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
     types = [NORMAL] * 6

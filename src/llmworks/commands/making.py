@@ -233,7 +233,9 @@ def stage(args: argparse.Namespace) -> None:
         announce=lambda line: print(f"  {line}", file=sys.stderr),
     )
     if args.out is not None:
-        workspace.link_out(args.out, outcome.artifact)
+        before = workspace.link_out(args.out, outcome.artifact)
+        if before is not None and before.kind != outcome.artifact.kind:
+            print(f"  {args.out} named a {before.kind} until now, which is still there: {short(before.path)}", file=sys.stderr)
     failed = str(outcome.artifact.about.get("failed", ""))
     if args.json:
         as_json(

@@ -69,6 +69,8 @@ class Gptq:
             stored = unpacked(tensors[f"{layer}.qzeros"], bits, rows)
             zero = stored.float() if second else _more(stored, bits)
             even = torch.arange(columns) // (columns // len(scale))
+            if config.get("desc_act") and len(scale) > 1 and f"{layer}.g_idx" not in tensors:
+                raise ValueError("columns by their inputs (desc_act), and no g_idx that says which group each is in")
             groups = tensors[f"{layer}.g_idx"].long() if f"{layer}.g_idx" in tensors else even
             if len(groups) != columns or int(groups.min()) < 0:
                 raise ValueError(f"g_idx of {len(groups)} columns, the least {int(groups.min())}")

@@ -39,6 +39,8 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
             continue
         if part == "weight" and f"{layer}.SCB" in tensors and tensor.dtype != torch.int8:
             raise ModelError(f"{layer}: has scales (SCB), and weights of {str(tensor.dtype).removeprefix('torch.')} in place of int8")
+        if f"{layer}.weight_format" in tensors and part == "weight" and int(tensors[f"{layer}.weight_format"]):
+            raise ModelError(f"{layer}: its int8 weights are in a GPU's own order (weight_format {int(tensors[f'{layer}.weight_format'])}); only rows one after the other can be read here")
         if tensor.dtype == torch.int8:
             scale = tensors.get(f"{layer}.SCB")
             if scale is None or scale.numel() != len(tensor) or not scale.isfinite().all():

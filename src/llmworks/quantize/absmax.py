@@ -16,7 +16,7 @@ class AbsmaxConfig(WholeConfig):
 
 
 def absmax(config: AbsmaxConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write a directory in the form of compressed-tensors; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
+    """Write a directory in the form of compressed-tensors; `data`: what the damage is measured on. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
     from llmworks.model.grid import Grid, whole
     from llmworks.quantize.nearest import Nearest, best_ranges
     from llmworks.quantize.rounding import run

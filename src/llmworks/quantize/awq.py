@@ -20,7 +20,7 @@ class AwqConfig(CalibratedConfig, WholeConfig):
 
 
 def awq(config: AwqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors. Errors: those of `rounding.run`."""
+    """Write a directory in the form of compressed-tensors. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
     from llmworks.model.grid import Grid
     from llmworks.quantize.calibrated import Awq
     from llmworks.quantize.rounding import run

@@ -30,6 +30,11 @@ class GgufConfig(Config):
     held: int = Field(8, ge=0, description="other texts of `data`, on which model and file are compared")
     length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _small(cls, kind: object) -> object:
+        return kind.lower() if isinstance(kind, str) else kind
+
     @field_validator("tensors")
     @classmethod
     def _known(cls, tensors: dict[str, str]) -> dict[str, str]:

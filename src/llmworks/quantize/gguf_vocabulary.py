@@ -27,7 +27,8 @@ def add_vocabulary(writer: Any, source: Path, config: dict[str, Any]) -> None:
         raise ModelError(f"{source}: a {model['type']} tokenizer cannot be written as GGUF, only byte-level BPE and SentencePiece's BPE")
     pieces = bool(model.get("byte_fallback"))
     size = int(config["vocab_size"])
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
+    named = {*model["vocab"], *(added["content"] for added in definition["added_tokens"])}
+    tokens, types = [f"[PAD{i}]" if f"[PAD{i}]" not in named else f"[PAD{i}, no token]" for i in range(size)], [UNUSED] * size
     largest = max([*model["vocab"].values(), *(added["id"] for added in definition["added_tokens"])])
     if largest >= size:
         raise ModelError(f"{source}: its tokenizer has an id {largest}, its embedding {size} rows")

@@ -23,7 +23,7 @@ class GptqConfig(CalibratedConfig, WholeConfig):
 
 
 def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors. Errors: those of `rounding.run`; ModelError for inputs whose moments cannot be inverted."""
+    """Write a directory in the form of compressed-tensors. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else, ModelError for inputs whose moments cannot be inverted."""
     from llmworks.model.grid import Grid
     from llmworks.quantize.calibrated import Gptq
     from llmworks.quantize.rounding import run

@@ -22,7 +22,7 @@ class HqqConfig(QuantizeConfig):
 
 
 def hqq(config: HqqConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write a directory in the form of the package hqq; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
+    """Write a directory in the form of the package hqq; `data`: what the damage is measured on. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
     from llmworks.model.grid import Grid
     from llmworks.quantize.nearest import Nearest
     from llmworks.quantize.rounding import run

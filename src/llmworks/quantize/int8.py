@@ -23,7 +23,7 @@ class Int8Config(QuantizeConfig):
 
 
 def int8(config: Int8Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
+    """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
     from llmworks.model.grid import Grid
     from llmworks.model.rounded_inputs import Reading
     from llmworks.quantize.nearest import Nearest

@@ -31,7 +31,7 @@ class MixedConfig(KeptConfig):
 
 
 def mixed(config: MixedConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors. Errors: those of `rounding.run`; ModelError for a budget below the fewest bits."""
+    """Write a directory in the form of compressed-tensors. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else; ModelError for a budget below the fewest bits."""
     from llmworks.quantize.mixing import run
 
     return run(config, model, ctx, data)

@@ -24,7 +24,7 @@ class Nf4Config(QuantizeConfig):
 
 
 def nf4(config: Nf4Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on. Errors: those of `rounding.run`."""
+    """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
     from llmworks.model.four_bits import Levels, matrix_of
     from llmworks.quantize.nearest import Nearest
     from llmworks.quantize.rounding import run

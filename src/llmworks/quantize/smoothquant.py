@@ -23,7 +23,7 @@ class SmoothquantConfig(CalibratedConfig):
 
 
 def smoothquant(config: SmoothquantConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors (W8A8). Errors: those of `rounding.run`."""
+    """Write a directory in the form of compressed-tensors (W8A8). Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
     from llmworks.model.grid import Grid
     from llmworks.model.rounded_inputs import Reading
     from llmworks.quantize.calibrated import Smooth

@@ -22,7 +22,7 @@ class ZeroquantConfig(CalibratedConfig):
 
 
 def zeroquant(config: ZeroquantConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors. Errors: those of `rounding.run`."""
+    """Write a directory in the form of compressed-tensors. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
     from llmworks.model.grid import Grid
     from llmworks.model.rounded_inputs import Reading
     from llmworks.quantize.distilled import Distilled

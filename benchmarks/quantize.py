@@ -43,6 +43,7 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     from llmworks.references import resolve
     from llmworks.report import ReportBuilder
     from llmworks.stages import resolve as stage
+    from llmworks.tokenize.load import load_tokenizer
 
     method, config = OURS[name]
     found = np.load(tokens)
@@ -52,6 +53,7 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     model: Any = resolve(MODEL)
     step = stage(f"quantize.{method}")
     out.mkdir()
+    load_tokenizer(model.path)  # and with it transformers
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(out, Path(scratch), 0, Progress(quiet=True), ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
         began = time.perf_counter()

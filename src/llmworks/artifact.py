@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -222,10 +222,11 @@ def files_of(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in (MANIFEST, ".complete.json"))
 
 
-def digest_files(path: Path) -> dict[str, FileEntry]:
-    """Digest every file of a directory (or one file)."""
+def digest_files(path: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """Digest every file of a directory (or one file), but for those whose digests are known."""
     root = path.parent if path.is_file() else path
-    return {p.relative_to(root).as_posix(): FileEntry(sha256=sha256_file(p), bytes=p.stat().st_size) for p in files_of(path)}
+    files = {p.relative_to(root).as_posix(): p for p in files_of(path)}
+    return {name: known[name] if known and name in known and known[name].bytes == p.stat().st_size else FileEntry(sha256=sha256_file(p), bytes=p.stat().st_size) for name, p in files.items()}
 
 
 def artifact_digest(kind: str, key: str, files: dict[str, FileEntry]) -> str:

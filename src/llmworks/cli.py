@@ -35,6 +35,7 @@ artifacts
   assets list|fetch|path   named real models and data
 
 models
+  merge FILE          models as one, by mergekit's YAML
   autoeval MODEL ...  a suite of tasks on models, and the leaderboard of the workspace
   tasks [NAME]        the tasks and suites that models are asked
   arena REPORT ...    vote for the better of two answers, without knowing whose they are
@@ -115,7 +116,7 @@ def dispatch(words: list[str]) -> int:
         print(f"llmworks {version('llmworks')}")
         return 0
     name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), "")
-    if name:
+    if name and not (name == "merge" and _is_stage(words)):
         parser, words = COMMANDS[name](), words[len(name.split()) - 1 :]
         # options may stand between words; argparse does not allow that together with subcommands
         args = parser.parse_args(words[1:]) if words[0] == "assets" else parser.parse_intermixed_args(words[1:])
@@ -125,6 +126,13 @@ def dispatch(words: list[str]) -> int:
         getattr(importlib.import_module(f"llmworks.commands.{room}"), handler)(args)
         return 0
     return _stage_command(words)
+
+
+def _is_stage(words: list[str]) -> bool:
+    """Whether the first two words name a stage, as `merge adapter` does, beside a command of the first."""
+    from llmworks.stages import STAGES
+
+    return ".".join(words[:2]) in STAGES
 
 
 def _stage_lines() -> str:
@@ -292,6 +300,18 @@ def _chat() -> Parser:
     return parser
 
 
+def _merge() -> Parser:
+    parser = _parser("merge", "merging.merge", "Merge models by mergekit's YAML. `llmworks stages merge` lists its keys; `llmworks merge STAGE --help` tells of the stages of the group.")
+    parser.add_argument("file", type=Path, help="YAML: merge_method, models or slices, base_model, parameters ...; models are paths, names in the workspace, asset:NAME, ORG/NAME of the Hub, MODEL+ADAPTER")
+    parser.add_argument("--models", action="append", default=[], metavar="NAME=REF", help="what a name in the file stands for, where it is no reference itself")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one key of the file, as parameters.t=0.4")
+    parser.add_argument("--plan", action="store_true", help="only say what would be read and written; looks at headers alone")
+    parser.add_argument("--out", type=Path, metavar="NAME", help="name of the result: a link to it in the workspace's store")
+    parser.add_argument("--seed", type=int, default=0, help="of the methods that drop at random")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
 def _serve() -> Parser:
     parser = _parser("serve", "models.serve", "Answer the OpenAI API over HTTP: /v1/models, /v1/chat/completions, /health.", json=False)
     parser.add_argument("model")
@@ -349,6 +369,7 @@ COMMANDS = {
     "diff": _diff,
     "gc": _gc,
     "assets": _assets,
+    "merge": _merge,
     "chat": _chat,
     "serve": _serve,
 }
@@ -403,7 +424,7 @@ def _stage_command(words: list[str]) -> int:
             dest=f"input_{item.name}",
             action="append",
             default=[],
-            metavar=_written(item),
+            metavar="KEY=REF" if item.shape == "dict" else "REF",
             help=item.describe(),
         )
     parser.add_argument("refs", nargs="*", metavar="REF", help="the inputs in their order, in place of their names")
@@ -426,13 +447,9 @@ def _stage_command(words: list[str]) -> int:
     return 0
 
 
-def _written(item: Any) -> str:
-    return "KEY=REF" if item.shape == "dict" else "REF"
-
-
 def _asked(item: Any) -> str:
     """An input in a line of usage: in brackets where it may be left out, with dots where it may be given again."""
-    text = f"--{item.name.replace('_', '-')} {_written(item)}{'' if item.shape == 'one' else ' ...'}"
+    text = f"--{item.name.replace('_', '-')} {'KEY=REF' if item.shape == 'dict' else 'REF'}{'' if item.shape == 'one' else ' ...'}"
     return text if item.required else f"[{text}]"
 
 

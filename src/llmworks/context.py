@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmworks.artifact import Artifact
+from llmworks.artifact import Artifact, FileEntry
 from llmworks.pool import Pool
 from llmworks.progress import Progress
 from llmworks.report import ReportBuilder
@@ -17,7 +17,7 @@ from llmworks.types import Engine
 class Context:
     """`out` is an empty directory to write the result into; `scratch` survives a kill and holds what resuming needs.
 
-    `pool` runs independent parts of the work; no result depends on it.
+    `pool` runs independent parts of the work; no result depends on it. `digests` takes those of files, by their names in `out`, that a stage computed while it wrote them.
     """
 
     out: Path
@@ -27,3 +27,4 @@ class Context:
     report: ReportBuilder
     open_engine: Callable[[Artifact], Engine]
     pool: Pool = field(default_factory=Pool)
+    digests: dict[str, FileEntry] = field(default_factory=dict)

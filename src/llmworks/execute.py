@@ -188,7 +188,7 @@ def _call(
         raise ArtifactError(f"stage {stage.name} is declared to make a {declared}, it made a {type(made).kind}")
     if report.blocks or report.data:
         report.write(draft if made.kind == "report" else draft / "report")
-    files = digest_files(draft)
+    files = digest_files(draft, context.digests)
     finished = datetime.now(UTC)
     wall = max((finished - started).total_seconds(), float(made.metrics.get("seconds", 0)))  # a training that went on counts its steps before, too
     resources = {"wall_seconds": round(wall, 2), "peak_memory_bytes": memory.peak}

@@ -90,7 +90,7 @@ def _asset(asset_name: str, name: str) -> Artifact:
 
 
 def _hub(repository: str) -> Path:
-    """A Hub repository at the commit that its name resolves to, in huggingface_hub's own cache; of `datasets/ORG/NAME/FOLDER` that folder."""
+    """A Hub repository at the commit that its name, or NAME@REVISION, resolves to, in huggingface_hub's own cache; of `datasets/ORG/NAME/FOLDER` that folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -99,7 +99,8 @@ def _hub(repository: str) -> Path:
             owner, _, rest = repository.removeprefix("datasets/").partition("/")
             name, _, folder = rest.partition("/")
             return Path(snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=f"{folder}/*" if folder else None)) / folder
-        return Path(snapshot_download(repository, ignore_patterns=["*.bin", "*.pth", "*.onnx", "*.msgpack", "*.h5"]))
+        repository, _, revision = repository.partition("@")
+        return Path(snapshot_download(repository, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "*.onnx", "*.msgpack", "*.h5"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(f"hf:{repository}: cannot be fetched ({str(error).strip().splitlines()[0][:160]})") from None
 

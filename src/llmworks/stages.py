@@ -67,16 +67,17 @@ STAGES: dict[str, Stage] = {
     "train.shorten": Stage("llmworks.train.shorten:shorten", 1, "exact-on-this-platform", "a model without the blocks that change their input least, to be taught"),
     "train.distill": Stage("llmworks.train.distill:distill", 1, "declared", "a student learns a teacher's chances of tokens, or its answers"),
     "train.rates": Stage("llmworks.train.rates:rates", 2, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"),
+    "merge": Stage("llmworks.merge.merge:merge", 1, "exact-on-this-platform", "several models as one, by mergekit's YAML"),
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),
     "quantize.rotate": Stage("llmworks.quantize.rotate:rotate", 1, "exact-on-this-platform", "the same model, its states turned so that no column is large; to be quantized next"),
     "quantize.absmax": Stage("llmworks.quantize.absmax:absmax", 2, "exact-on-this-platform", "weights as whole numbers around 0, each the nearest"),
     "quantize.zeropoint": Stage("llmworks.quantize.zeropoint:zeropoint", 2, "exact-on-this-platform", "weights as whole numbers from the smallest to the largest, each the nearest"),
-    "quantize.gptq": Stage("llmworks.quantize.gptq:gptq", 3, "exact-on-this-platform", "whole numbers, each column making up for the errors of those before it"),
-    "quantize.awq": Stage("llmworks.quantize.awq:awq", 2, "exact-on-this-platform", "whole numbers, columns that read large inputs made larger before"),
-    "quantize.mixed": Stage("llmworks.quantize.mixed:mixed", 2, "exact-on-this-platform", "whole numbers of more bits where a model bears least to lose them, within a budget"),
+    "quantize.gptq": Stage("llmworks.quantize.gptq:gptq", 4, "exact-on-this-platform", "whole numbers, each column making up for the errors of those before it"),
+    "quantize.awq": Stage("llmworks.quantize.awq:awq", 3, "exact-on-this-platform", "whole numbers, columns that read large inputs made larger before"),
+    "quantize.mixed": Stage("llmworks.quantize.mixed:mixed", 3, "exact-on-this-platform", "whole numbers of more bits where a model bears least to lose them, within a budget"),
     "quantize.smoothquant": Stage("llmworks.quantize.smoothquant:smoothquant", 2, "exact-on-this-platform", "weights and inputs in 8 bits, what is large in inputs moved into weights"),
     "quantize.int8": Stage("llmworks.quantize.int8:int8", 2, "exact-on-this-platform", "weights and inputs in 8 bits, but for large inputs (LLM.int8())"),
-    "quantize.hqq": Stage("llmworks.quantize.hqq:hqq", 1, "exact-on-this-platform", "whole numbers with real zero points that leave few weights far off (HQQ)"),
+    "quantize.hqq": Stage("llmworks.quantize.hqq:hqq", 2, "exact-on-this-platform", "whole numbers with real zero points that leave few weights far off (HQQ)"),
     "quantize.nf4": Stage("llmworks.quantize.nf4:nf4", 2, "exact-on-this-platform", "4 bits of bitsandbytes: quantiles of a normal distribution, or floats"),
     "quantize.zeroquant": Stage("llmworks.quantize.zeroquant:zeroquant", 2, "exact-on-this-platform", "weights in groups, inputs by token, each block taught to answer as before"),
     "quantize.exl2": Stage("llmworks.quantize.exl2:exl2", 1, "declared", "handed over to exllamav2 or exllamav3, on a GPU"),
@@ -208,13 +209,25 @@ def config_help(config: type[Config], prefix: str = "", rates: Mapping[str, floa
         if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
             rows += config_help(field.annotation, f"{prefix}{name}.", rates)
             continue
-        hint = str(field.annotation.__name__ if isinstance(field.annotation, type) else field.annotation).replace("typing.", "")
+        hint = told_type(field.annotation)
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         if rates and name == "learning_rate":
             own = {**({} if "lora" in rates else {"else": field.default}), **rates}
             default = "default " + ", ".join(f"{rate:g} ({method})" if method != "else" else f"{rate:g}" for method, rate in own.items())
         rows.append((f"{prefix}{name}", f"{hint}, {default}", field.description or ""))
     return rows
+
+
+def told_type(hint: Any) -> str:
+    """A field's type as people write it: of what is annotated the type alone."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return told_type(parts[0])
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(told_type(part) for part in parts)
+    if origin in (list, dict, tuple):
+        return f"{origin.__name__}[{', '.join(told_type(part) if part is not ... else '...' for part in parts)}]"
+    return "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 @functools.cache

@@ -17,10 +17,10 @@ from llmworks.artifact import Dataset, Model
 from llmworks.cli import main
 from llmworks.errors import DataError, GoldenMismatch, ModelError
 from llmworks.model.load import load_model
+from llmworks.model.source import Source
 from llmworks.model.standard import load_decoder, save_decoder
 from llmworks.quantize.calibrated import Awq, Smooth
 from llmworks.quantize.card import write_card
-from llmworks.quantize.source import Source
 from llmworks.quantize.walk import Walk
 from tests.conftest import make_pico
 from tests.quantize.test_stages import quantized, texts  # noqa: F401

@@ -144,10 +144,10 @@ def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, te
 
 def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
     """At the same type, and the numbers are those of hooks on the model."""
+    from llmworks.model.source import Source
     from llmworks.model.standard import load_decoder
     from llmworks.quantize.calibration import calibration
     from llmworks.quantize.importance import importance
-    from llmworks.quantize.source import Source
     from llmworks.tokenize.load import load_tokenizer
     from tests.quantize.test_mixed import context
 

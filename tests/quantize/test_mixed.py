@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from llmworks.artifact import Dataset
 from llmworks.context import Context
 from llmworks.errors import ModelError
+from llmworks.model.source import Source
 from llmworks.model.standard import load_decoder
 from llmworks.progress import Progress
 from llmworks.quantize.mixed import MixedConfig
 from llmworks.quantize.sensing import costs
 from llmworks.quantize.solvers.allocation import allocate
-from llmworks.quantize.source import Source
 from llmworks.report import ReportBuilder
 from tests.quantize.test_stages import _ours, quantized, texts  # noqa: F401 (a fixture)
 

@@ -23,13 +23,13 @@ from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.golden import record
 from llmworks.model.grid import Grid
 from llmworks.model.rounded_inputs import Reading, round_tokens
+from llmworks.model.source import Source
 from llmworks.model.standard import load_decoder
 from llmworks.progress import Progress
 from llmworks.quantize import absmax, awq, gguf, gptq, hqq, int8, mixed, nf4, smoothquant, zeropoint, zeroquant
 from llmworks.quantize.calibrated import Awq, Gptq
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.solvers.smoothquant import smoothing
-from llmworks.quantize.source import Source
 from llmworks.quantize.walk import Walk
 from llmworks.report import ReportBuilder
 from llmworks.tokenize.load import load_tokenizer

@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmworks.commands.output import amount, as_json, out, short, table, workspace_of
@@ -247,7 +248,7 @@ def stage(args: argparse.Namespace) -> None:
             }
         )
     else:
-        _say_made(args, outcome)
+        say_made(args.stage.name, args.out, outcome)
     if failed:
         raise GateFailed(failed)
 
@@ -284,21 +285,21 @@ def _inputs(args: argparse.Namespace, workspace: Workspace) -> dict[str, Any]:
     return given
 
 
-def _say_made(args: argparse.Namespace, outcome: Outcome) -> None:
+def say_made(stage: str, name: Path | None, outcome: Outcome) -> None:
     """What a stage made, where it is, and what a report wants to be seen at once."""
     from llmworks.runner import facts
     from llmworks.tokenize.view import without_colours
 
-    stage, artifact = args.stage, outcome.artifact
+    artifact = outcome.artifact
     terminal = artifact.path / TERMINAL
     if terminal.exists():
         text = terminal.read_text(encoding="utf-8")
         out((text if sys.stdout.isatty() else without_colours(text)).rstrip("\n") + "\n")
     out(
-        f"✓ {stage.name}  {artifact.kind} {artifact.digest[:12]}  {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(artifact.metrics)}"
+        f"✓ {stage}  {artifact.kind} {artifact.digest[:12]}  {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(artifact.metrics)}"
     )
-    if args.out is None:
+    if name is None:
         out(f"Report: {short(artifact.path / 'report.html')}")
     else:
-        chat = f"  llmworks chat {args.out} \"Hello\"\n" if artifact.kind == "model" else ""
-        out(f"Result: {args.out}\nNext:\n{chat}  llmworks show {args.out}\n  llmworks tree {args.out}")
+        chat = f"  llmworks chat {name} \"Hello\"\n" if artifact.kind == "model" else ""
+        out(f"Result: {name}\nNext:\n{chat}  llmworks show {name}\n  llmworks tree {name}")

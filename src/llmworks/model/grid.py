@@ -5,6 +5,7 @@ Absmax and zero-point quantization as in Jacob et al. 2018 (arXiv:1712.05877), s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,8 +69,8 @@ def grouped(weight: Tensor, grid: Grid) -> Tensor:
     return weight.reshape(len(weight), -1, grid.size(weight.shape[1]))
 
 
-def fit(groups: Tensor, grid: Grid, shrink: float = 1.0) -> Scales:
-    """The scales of groups [rows, groups, size] by their largest and smallest weight, or by a share of these. A group of zeros has scale 1."""
+def fit(groups: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> Scales:
+    """The scales of groups [rows, groups, size] by their largest and smallest weight, or by a share of these, one for all or [rows, groups]. A group of zeros has scale 1."""
     if grid.symmetric:
         most = groups.abs().amax(-1) * shrink
         scale = _kept(most / (grid.high if grid.edge == "last" else grid.high + 0.5), grid)
@@ -152,6 +153,10 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
     rows, columns = codes.shape
     plain = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).cpu().numpy()
+    each = 8 // bits
+    if 8 % bits == 0 and columns % (4 * each) == 0:  # whole words of whole numbers
+        parts = [plain[:, at::each] << (at * bits) for at in range(each)]
+        return torch.from_numpy(functools.reduce(np.bitwise_or, parts).view("<i4").astype(np.int32, copy=False)).to(codes.device)
     single = np.unpackbits(plain[:, :, None], axis=2, count=bits, bitorder="little").reshape(rows, columns * bits)
     whole_words = np.zeros((rows, -(-columns * bits // 32) * 4), np.uint8)
     made = np.packbits(single, axis=1, bitorder="little")
@@ -165,6 +170,13 @@ def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
 
     if words.dtype != torch.int32 or words.ndim != 2 or not 0 < bits <= 8 or words.shape[1] != -(-columns * bits // 32):
         raise ValueError(f"{tuple(words.shape)} words of {str(words.dtype).removeprefix('torch.')} are not {columns} numbers of {bits} bits a row")
-    single = np.unpackbits(words.contiguous().cpu().numpy().astype("<i4", copy=False).view(np.uint8), axis=1, count=columns * bits, bitorder="little")
-    plain = np.packbits(single.reshape(len(words), columns, bits), axis=2, bitorder="little")[:, :, 0]
+    octets = words.contiguous().cpu().numpy().astype("<i4", copy=False).view(np.uint8)
+    if 8 % bits == 0:
+        plain = np.empty((len(words), octets.shape[1] * (8 // bits)), np.uint8)
+        for at in range(8 // bits):
+            plain[:, at :: 8 // bits] = octets >> (at * bits) & ((1 << bits) - 1)
+        plain = plain[:, :columns]
+    else:
+        single = np.unpackbits(octets, axis=1, count=columns * bits, bitorder="little")
+        plain = np.packbits(single.reshape(len(words), columns, bits), axis=2, bitorder="little")[:, :, 0]
     return (torch.from_numpy(plain).to(torch.int16) - (1 << (bits - 1))).to(torch.int8).to(words.device)

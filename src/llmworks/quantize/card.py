@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmworks.artifact import Dataset, Model
-from llmworks.assets.catalogue import CATALOGUE
+from llmworks.model.card import bases_of, front_of, plain, write
 
 FIGURES = {"kl": "divergence from the original, nats a token", "same_top": "share of tokens of the same best guess", "perplexity_before": "perplexity of the original", "perplexity": "perplexity", "golden_gap_mean": "golden tokens' logits, moved by, on average"}
 USE = {
@@ -19,34 +16,24 @@ USE = {
     "bitsandbytes": "AutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with bitsandbytes\nllmworks chat DIRECTORY \"Hello\"",
     "": "vllm serve ORG/{name}\nAutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with {package}\nllmworks chat DIRECTORY \"Hello\"",
 }
-CARRIED = ("license", "license_name", "license_link", "language")
 
 
 def hub_name(base: str, form: str, bits: float, *, inputs: int = 16) -> str:
     """The name that people look for on the Hub: as Qwen (GPTQ, AWQ), Unsloth (bitsandbytes), Mobius Labs (HQQ), Red Hat (compressed-tensors) and llama.cpp's users name theirs. `inputs`: bits of what weights are multiplied by."""
-    base = _plain(base)
+    base = plain(base)
     ends = {"gptq": f"-GPTQ-Int{bits:g}", "awq": "-AWQ", "bitsandbytes-4bit": "-bnb-4bit", "bitsandbytes-int8": "-bnb-8bit", "hqq": f"-HQQ-{bits:g}bit", "gguf": "-GGUF"}
     return base + ends.get(form, f"-quantized.w{bits:g}a{inputs}")
 
 
 def gguf_name(base: str, kind: str) -> str:
     """The name of a GGUF file: Model-Q4_K_M.gguf."""
-    return f"{_plain(base)}-{kind.upper()}.gguf"
-
-
-def _plain(base: str) -> str:
-    """A name without what the Hub's names may not have."""
-    return re.sub(r"[^\w.-]+", "-", base.rpartition("/")[2].removesuffix(".gguf")).strip("-.") or "model"
+    return f"{plain(base)}-{kind.upper()}.gguf"
 
 
 def write_card(out: Path, model: Model, said: str, *, form: str, method: str, bits: float, name: str, metrics: Mapping[str, Any], data: Dataset | None, file: str = "") -> None:
     """README.md beside the weights. `said`: one sentence on how they were made; `name`, `file`: on the Hub."""
     use = USE.get(form, USE["bitsandbytes" if form.startswith("bitsandbytes") else ""]).format(name=name, file=file, package="compressed-tensors" if form == "compressed-tensors" else "gptqmodel")
-    front: dict[str, Any] = {**_carried(model.path), "library_name": "gguf" if form == "gguf" else "transformers", "pipeline_tag": "text-generation"}
-    if model.ref.startswith("asset:") and "license" not in front:
-        front |= _licence(model.ref.removeprefix("asset:"))
-    if model.ref.startswith("hf:"):
-        front |= {"base_model": model.ref.removeprefix("hf:"), "base_model_relation": "quantized"}
+    front: dict[str, Any] = {**front_of(model), "library_name": "gguf" if form == "gguf" else "transformers", "pipeline_tag": "text-generation", **bases_of([model], "quantized")}
     front["tags"] = list(dict.fromkeys(("quantized", method, *((f"{bits:g}-bit",) if bits else ()), form)))
     model_name = " ".join(model.name.split()).replace("|", "\\|")
     lines = [f"# {name}", "", f"{model_name}, {said}", "", "| | |", "|---|---|", f"| weights | {metrics['bytes'] / 1e6:,.1f} MB |", f"| bits of a weight, scales included | {metrics['bits_a_weight']:.2f} |"]
@@ -54,22 +41,4 @@ def write_card(out: Path, model: Model, said: str, *, form: str, method: str, bi
     where = f" on {metrics['held_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by" if data is not None and "held_tokens" in metrics else ""
     lines += ["", f"Divergence, agreement and perplexity are measured{where}; they say little about a skill." if where else "The damage was not measured on texts."]
     lines += ["The golden tokens of the original (ids, stop tokens, logits) were replayed on these files.", "", "## Use", "", f"Uploaded as ORG/{name}, or from its directory:", "", "```", use, "```", ""]
-    (out / "README.md").write_text("---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---\n" + "\n".join(lines), encoding="utf-8")
-
-
-def _licence(name: str) -> dict[str, str]:
-    """Of an asset, as the Hub writes licences."""
-    found = CATALOGUE[name].licence if name in CATALOGUE else ""
-    return {"license": found.lower()} if re.fullmatch(r"[A-Za-z0-9.-]+", found) else {"license": "other", "license_name": found} if found else {}
-
-
-def _carried(path: Path) -> dict[str, Any]:
-    """What the original's card says of its licence and languages."""
-    card = (path if path.is_dir() else path.parent) / "README.md"
-    try:
-        found = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.S)
-        front = yaml.load(found[1], yaml.BaseLoader) if found else None  # all is text: the language no is not false
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return {key: front[key] for key in CARRIED if key in front} if isinstance(front, dict) else {}
-
+    write(out, front, lines)

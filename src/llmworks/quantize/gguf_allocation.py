@@ -11,11 +11,11 @@ from torch import Tensor
 
 from llmworks.context import Context
 from llmworks.model.gguf_layout import to_gguf_name
+from llmworks.model.source import Source
 from llmworks.quantize.gguf_file import encoded
 from llmworks.quantize.gguf_types import bits_of, fitting
 from llmworks.quantize.sensing import costs
 from llmworks.quantize.solvers.allocation import allocate
-from llmworks.quantize.source import Source
 
 CHOICES = ("Q2_K", "IQ3_S", "Q3_K", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
 Table = Mapping[str, Mapping[str, float]]  # what each format would cost each tensor, in nats a token

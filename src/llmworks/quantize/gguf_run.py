@@ -15,6 +15,7 @@ from llmworks.errors import DataError, ModelError
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.golden import record
 from llmworks.model.load import check_weights
+from llmworks.model.source import Source
 from llmworks.quantize.calibration import calibration, check_length
 from llmworks.quantize.card import gguf_name, hub_name, write_card
 from llmworks.quantize.damage import Damage
@@ -24,7 +25,6 @@ from llmworks.quantize.gguf_file import Tensors, Written, write_gguf
 from llmworks.quantize.gguf_keys import read_config
 from llmworks.quantize.gguf_types import PLAIN, base_of, bits_of, types_of
 from llmworks.quantize.importance import importance, read_importance, write_importance
-from llmworks.quantize.source import Source
 from llmworks.tokenize.golden import require
 from llmworks.tokenize.load import load_tokenizer, read_json
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmworks.context import Context
 from llmworks.errors import DataError
 from llmworks.model.gguf_layout import to_gguf_name
-from llmworks.quantize.source import Source
+from llmworks.model.source import Source
 from llmworks.quantize.walk import Walk
 
 

@@ -12,12 +12,12 @@ from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
 from llmworks.errors import ModelError
 from llmworks.model.grid import Grid, grouped, searched, whole
+from llmworks.model.source import Source
 from llmworks.quantize import rounding
 from llmworks.quantize.calibrated import Gptq
 from llmworks.quantize.calibration import calibration
 from llmworks.quantize.sensing import costs
 from llmworks.quantize.solvers.allocation import allocate
-from llmworks.quantize.source import Source
 from llmworks.quantize.walk import parts_of
 from llmworks.tokenize.load import load_tokenizer
 

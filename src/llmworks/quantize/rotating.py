@@ -11,11 +11,11 @@ from torch import Tensor
 from llmworks.artifact import Model
 from llmworks.context import Context
 from llmworks.errors import ModelError
+from llmworks.model.source import Source, join_files
 from llmworks.model.standard import to_standard
+from llmworks.model.streamed import logits_of
 from llmworks.quantize.rounding import copy_rest
 from llmworks.quantize.solvers.hadamard import rotation
-from llmworks.quantize.source import Source, join_files
-from llmworks.quantize.streamed import logits_of
 from llmworks.tokenize.golden import record, require
 from llmworks.tokenize.load import load_tokenizer, stop_ids
 

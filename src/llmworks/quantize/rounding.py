@@ -18,12 +18,12 @@ from llmworks.context import Context
 from llmworks.errors import DataError, ModelError
 from llmworks.model.quantized import FORMS
 from llmworks.model.rounded_inputs import read_rounded
+from llmworks.model.source import Source, join_files
 from llmworks.model.standard import to_standard
+from llmworks.model.streamed import logits_of
 from llmworks.quantize.calibration import calibration, check_length
 from llmworks.quantize.card import hub_name, write_card
 from llmworks.quantize.config import KeptConfig
-from llmworks.quantize.source import Source, join_files
-from llmworks.quantize.streamed import logits_of
 from llmworks.quantize.walk import Part, Passing, Walk, layer_of
 from llmworks.tokenize.golden import record, require
 from llmworks.tokenize.load import load_tokenizer, stop_ids

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from llmworks.context import Context
 from llmworks.model.decoder import Block
+from llmworks.model.source import Source
 from llmworks.progress import write_whole
 from llmworks.quantize.mapped import mapped
-from llmworks.quantize.source import Source
 from llmworks.quantize.walk import CHUNK, LOGITS, layer_of, parts_of
 
 KEPT = 4096  # tokens whose inputs and gradients are looked at; of more, every so manieth

@@ -5,6 +5,7 @@ In memory are one block and the states of the texts before and after it; they li
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from llmworks.model.decoder import Block
+from llmworks.model.low_bit import available
+from llmworks.model.source import Source
 from llmworks.quantize.damage import Damage
 from llmworks.quantize.mapped import mapped, release
-from llmworks.quantize.source import Source
 
 CHUNK = 4096  # tokens that go through a block at once
 SAMPLE = 64  # tokens of these whose inputs are kept
@@ -42,6 +44,11 @@ def layer_of(block: Block, name: str) -> nn.Linear:
     found = block.get_submodule(name)
     assert isinstance(found, nn.Linear)
     return found
+
+
+def calibrating() -> Any:
+    """Products in bfloat16, twice as fast, where the processor multiplies such; what a matrix reads is rounded by it as it is when the model runs so, and sums stay in fp32."""
+    return torch.autocast("cpu", torch.bfloat16) if available() else contextlib.nullcontext()
 
 
 class Moments:
@@ -179,22 +186,29 @@ class Passing:
         with self.walk.source.only(self.walk.stack, block) as stack:
             for at, ids in self.walk.chunks():
                 some = slice(at, at + len(ids))
-                if kind == 0:
-                    made = block.heard(self.before[some])
-                elif kind == 1:
-                    _, look, turned = next(iter(stack.sights(self.before[some], self.walk.positions(len(ids)))))
-                    made = block.attention.attend(block.heard(self.before[some]), look, turned)
-                elif kind == 2:
-                    assert self.middle is not None
-                    self.after[some] = block.attended(self.before[some], block.attention.out(self.middle[some]))
-                    made = block.read(self.after[some])
-                else:
-                    made = block.feed_forward.think(block.read(self.after[some]))
+                with calibrating():
+                    made = self.read(kind, some, ids, stack).float()
                 if kind in (1, 3):
                     assert self.middle is not None
                     self.middle[some] = made
                 yield made.flatten(0, 1)
                 release(self.before, self.after, self.middle)
+
+    def read(self, kind: int, some: slice, ids: Tensor, stack: Any) -> Tensor:
+        """What the layers of a part, by its number, read of some texts."""
+        block: Any = self.block
+        if kind == 0:
+            made: Tensor = block.heard(self.before[some])
+        elif kind == 1:
+            _, look, turned = next(iter(stack.sights(self.before[some], self.walk.positions(len(ids)))))
+            made = block.attention.attend(block.heard(self.before[some]), look, turned)
+        elif kind == 2:
+            assert self.middle is not None
+            self.after[some] = block.attended(self.before[some], block.attention.out(self.middle[some]))
+            made = block.read(self.after[some])
+        else:
+            made = block.feed_forward.think(block.read(self.after[some]))
+        return made
 
     def moments(self, part: Part) -> Moments:
         """Of what the layers of a part read."""
@@ -212,7 +226,8 @@ class Passing:
         for at, ids in self.walk.chunks():
             some = slice(at, at + len(ids))
             assert self.middle is not None
-            self.after[some] = block.thought(self.after[some], block.feed_forward.down(self.middle[some]))
+            with calibrating():
+                self.after[some] = block.thought(self.after[some], block.feed_forward.down(self.middle[some]))
             release(self.after, self.middle)
 
     def done(self) -> None:

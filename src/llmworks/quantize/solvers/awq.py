@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.model.grid import SHRINK, Grid, Scales, fit, grouped, restored, rounded
+from llmworks.model.grid import Grid, Scales, fit, grouped, restored, rounded
 
 STEPS = 20  # powers that are tried
+COARSE = tuple(1 - 0.04 * step for step in range(15))  # shares of a range that a search tries first
+FINE = (-0.02, 0.02)
+PIECE = 1 << 18  # weights that are looked at at once, so that what is made of them stays near the processor
 
 
 def input_scales(weights: Sequence[Tensor], hessian: Tensor, mean: Tensor, grid: Grid) -> tuple[Tensor, float, float, float]:
@@ -49,19 +52,35 @@ def change(before: Tensor, after: Tensor, moments: Tensor) -> float:
     return float(((apart @ moments) * apart).sum())
 
 
-def clipped(weight: Tensor, hessian: Tensor, grid: Grid, shrink: Sequence[float] = SHRINK) -> Scales:
-    """Scales by that share of each group's range that changes the group's part of the outputs least (AWQ's search of clipping)."""
+def clipped(weight: Tensor, hessian: Tensor, grid: Grid) -> Scales:
+    """Scales by that share of each group's range that changes the group's part of the outputs least (AWQ's search of clipping): of shares by COARSE, then of those about the best of these by FINE."""
     groups = grouped(weight, grid)
     size = groups.shape[-1]
     if grid.group == -1:
         raise ValueError("one scale of a whole matrix has no groups of columns")
     blocks = torch.stack([hessian[at : at + size, at : at + size] for at in range(0, weight.shape[1], size)]).float()
-    best, least = fit(groups, grid), torch.full(groups.shape[:2], float("inf"))
-    for share in shrink:
-        tried = fit(groups, grid, share)
-        apart = (restored(rounded(groups, tried, grid), tried) - groups).transpose(0, 1)  # [groups, rows, size]
-        error = ((apart @ blocks) * apart).sum(-1).T
+    found = [_clipped(some, blocks, grid) for some in torch.split(groups, max(1, PIECE // weight.shape[1]))]
+    return Scales(torch.cat([one.scale for one in found]), torch.cat([one.zero for one in found]))
+
+
+def _clipped(groups: Tensor, blocks: Tensor, grid: Grid) -> Scales:
+    """Of some rows: groups [rows, groups, size], moments of their inputs [groups, size, size]."""
+    turned = groups.transpose(0, 1).contiguous()
+    best, least, share = fit(groups, grid), torch.full(groups.shape[:2], float("inf")), torch.ones(groups.shape[:2])
+
+    def look(shares: Tensor) -> None:
+        nonlocal best, least, share
+        tried = fit(groups, grid, shares)
+        now = Scales(tried.scale.T.contiguous(), tried.zero.T.contiguous())
+        apart = restored(rounded(turned, now, grid), now).sub_(turned)
+        error = torch.bmm(apart, blocks).mul_(apart).sum(-1).T
         better = error < least
         best = Scales(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero))
-        least = torch.where(better, error, least)
+        least, share = torch.where(better, error, least), torch.where(better, shares, share)
+
+    for step in COARSE:
+        look(torch.full_like(least, step))
+    about = share
+    for step in FINE:
+        look((about + step).clamp(max=1.0))
     return best

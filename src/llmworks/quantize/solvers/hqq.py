@@ -12,6 +12,7 @@ from llmworks.errors import ModelError
 from llmworks.model.grid import Grid, Scales, Whole, fit, grouped, kept_zero, restored, rounded
 
 POWER = 0.7
+TURNS = 8  # of fitting scales and zero points to numbers, and numbers to these
 
 
 def zeros(groups: Tensor, scales: Scales, grid: Grid, *, power: float = POWER, beta: float = 10.0, growth: float = 1.01, steps: int = 20) -> Scales:
@@ -33,8 +34,28 @@ def zeros(groups: Tensor, scales: Scales, grid: Grid, *, power: float = POWER, b
     return now if float((groups - restored(codes, now)).abs().mean()) < least else best
 
 
+def refined(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
+    """Scales and zero points by least squares for the numbers that weights are rounded to, and again, for groups whose squared error falls by it (the reference leaves scales as they are)."""
+    least = _lost(groups, scales, grid)
+    mean = groups.mean(-1, keepdim=True)
+    for _ in range(TURNS):
+        codes = rounded(groups, scales, grid)
+        middle = codes.mean(-1, keepdim=True)
+        scale = ((codes - middle) * (groups - mean)).sum(-1) / (codes - middle).square().sum(-1).clamp(min=1e-9)
+        scale = scale.to(getattr(torch, grid.stored)).to(scale.dtype)
+        scale = torch.where((scale > 0) & scale.isfinite(), scale, scales.scale)
+        tried = Scales(scale, kept_zero(middle[..., 0] - mean[..., 0] / scale, grid))
+        error = _lost(groups, tried, grid)
+        better = error < least
+        if not better.any():
+            break
+        scales = Scales(torch.where(better, tried.scale, scales.scale), torch.where(better, tried.zero, scales.zero))
+        least = torch.where(better, error, least)
+    return scales
+
+
 def solve(weight: Tensor, grid: Grid) -> Whole:
-    """Round a matrix [rows, columns] by half-quadratic zero points, begun at real and at whole ones (the reference begins at whole ones with 4 bits): of each group's two the one of less squared error.
+    """Round a matrix [rows, columns] by half-quadratic zero points, begun at real and at whole ones (the reference begins at whole ones with 4 bits): of each group's two the one of less squared error, refined.
 
     They are rounded to the format they are kept in before weights are rounded by them. ModelError for weights that are no numbers.
     """
@@ -45,6 +66,7 @@ def solve(weight: Tensor, grid: Grid) -> Whole:
     found = [zeros(groups, begun, grid).zero for begun in (first, Scales(first.scale, first.zero.round()))]
     one, other = (Scales(first.scale, kept_zero(zero, grid)) for zero in found)
     scales = Scales(first.scale, torch.where(_lost(groups, one, grid) <= _lost(groups, other, grid), one.zero, other.zero))
+    scales = refined(groups, scales, grid)
     return Whole(rounded(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
 
 

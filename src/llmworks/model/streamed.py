@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmworks.quantize.source import Source
+from llmworks.model.source import Source
 
 
 def logits_of(source: Source, texts: Sequence[Sequence[int]]) -> list[Any]:

@@ -1,0 +1,44 @@
+"""Small changes left out, and the very largest, too. Davari and Belilovsky 2023 (arXiv:2312.06795)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from llmworks.merge.group import Group, Piece, deltas
+from llmworks.merge.methods.ranks import ranks_of, sums_of
+from llmworks.merge.methods.task_arithmetic import added, check
+
+
+def breadcrumbs(group: Group) -> Piece:
+    """`density`: the share of changes that is kept; `gamma`: the share of the largest that is not."""
+    return _crumbs(group, elect=False)
+
+
+def breadcrumbs_ties(group: Group) -> Piece:
+    """The same, with the sign by what most of the change has."""
+    return _crumbs(group, elect=True)
+
+
+def _crumbs(group: Group, *, elect: bool) -> Piece:
+    check(group)
+    kept = ranks_of(group, [_middle(density, gamma, group.count) for density, gamma in zip(group.weights("density"), group.weights("gamma"), strict=True)], upward=True)
+    factors = sums_of(group, kept)
+
+    def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
+        changes = []
+        for change, rank, factor in zip(deltas(group, blocks), kept, factors, strict=True):
+            found = change if rank is None else change * rank.mask(change, number)
+            changes.append(found if factor is None else found * factor)
+        return added(group, blocks, changes, elect=elect)
+
+    return piece
+
+
+def _middle(density: float, gamma: float, count: int) -> tuple[int, int] | None:
+    """(how many of the smallest are left out, how many behind them are kept); fewer of the largest are left out where density wants more."""
+    if density >= 1:
+        return None
+    wanted = int(density * count)
+    return max(0, count - wanted - int(gamma * count)), wanted

@@ -1,0 +1,55 @@
+"""Most changes dropped at random, the others made larger. Yu et al. 2024 (arXiv:2311.03099).
+
+Those that are kept are multiplied so that the sum of sizes is as it was (as mergekit has it; the paper divides by the density, which is the same on average).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmworks.merge.group import Group, Piece, deltas
+from llmworks.merge.methods.ranks import sums_of
+from llmworks.merge.methods.task_arithmetic import added, check
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Which changes of an input are kept, by chance."""
+
+    group: Group
+    source: int
+    density: float
+
+    def mask(self, change: Tensor, number: int) -> Tensor:
+        """Of a block, 1 where a change is kept."""
+        made = torch.empty(change.shape, dtype=torch.uint8)
+        return made.bernoulli_(self.density, generator=self.group.generator(self.source, number))
+
+
+def dare_linear(group: Group) -> Piece:
+    """The weighted sum of what is kept. `density`: its share."""
+    return _dropped(group, elect=False)
+
+
+def dare_ties(group: Group) -> Piece:
+    """The same, with the sign by what most of the change has."""
+    return _dropped(group, elect=True)
+
+
+def _dropped(group: Group, *, elect: bool) -> Piece:
+    check(group)
+    kept = [None if density >= 1 else Dropped(group, at, max(0.0, density)) for at, density in zip(group.others, group.weights("density"), strict=True)]
+    factors = sums_of(group, kept)
+
+    def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
+        changes = []
+        for change, one, factor in zip(deltas(group, blocks), kept, factors, strict=True):
+            found = change if one is None else change * one.mask(change, number)
+            changes.append(found if factor is None else found * factor)
+        return added(group, blocks, changes, elect=elect)
+
+    return piece

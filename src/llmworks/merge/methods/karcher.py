@@ -1,0 +1,51 @@
+"""The Karcher (Riemannian) mean of models as directions, times the mean of their lengths. Karcher 1977; as mergekit's `karcher`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmworks.merge.group import Group, Piece
+
+
+def karcher(group: Group) -> Piece:
+    """`max_iter`, `tol`: steps at most, and the step that is the last."""
+    return lambda blocks, _: mean_direction(blocks, group.shared["max_iter"], group.shared["tol"])
+
+
+def mean_direction(models: Sequence[Tensor], most: int, small: float) -> Tensor:
+    """Of vectors [numbers]: the point of the sphere whose squared arcs to all are least, by steps in the plane that touches it."""
+    if len(models) == 1:
+        return models[0]
+    wide, kind = torch.float64 if models[0].dtype == torch.float64 else torch.float32, models[0].dtype
+    lengths = [torch.linalg.vector_norm(one.to(wide)) for one in models]
+    units = [(one / length).to(kind) for one, length in zip(models, lengths, strict=True) if float(length) > small]
+    if not units:
+        return torch.zeros_like(models[0])
+    share = (1.0 / len(models)) / sum([1.0 / len(models)] * len(units))
+    mean = torch.zeros_like(units[0])
+    for unit in units:
+        mean += share * unit
+    length = torch.linalg.vector_norm(mean.to(wide))
+    mean = units[0].clone() if float(length) < small else (mean / length).to(kind)
+    for _ in range(most):
+        step = torch.zeros_like(mean)
+        for unit in units:
+            cosine = torch.clamp(torch.dot(mean, unit), -1.0, 1.0)
+            angle = torch.arccos(cosine)
+            if float(angle) >= small:
+                step += share * (angle / torch.sin(angle)) * (unit - cosine * mean)
+        length = torch.linalg.vector_norm(step.to(wide))
+        if float(length) < small:
+            break
+        mean = (torch.cos(length) * mean + torch.sin(length) * (step / length)).to(kind)
+        size = torch.linalg.vector_norm(mean.to(wide))
+        if float(size) > small:
+            mean = (mean / size).to(kind)
+    size = torch.zeros(())
+    for one in lengths:
+        size = size + (1.0 / len(models)) * one
+    made: Tensor = size * mean
+    return made

@@ -1,0 +1,30 @@
+"""The weighted mean of models (model soups). Wortsman et al. 2022 (arXiv:2203.05482)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmworks.errors import UserError
+from llmworks.merge.group import Group, Piece
+
+
+def linear(group: Group) -> Piece:
+    """Sum w x, over sum w where `normalize`; summed in fp32 at least. UserError for weights whose sum is zero."""
+    wide = torch.float64 if group.dtype == torch.float64 else torch.float32
+    weights = torch.tensor([[float(one["weight"]) for one in group.each]], dtype=wide)
+    total = weights.sum(dim=1)
+    if group.shared["normalize"] and not float(total.abs()) > 1e-12:
+        raise UserError(f"linear: the weights of {group.name} sum to zero, so that their mean is undefined; change them, or set normalize: false")
+
+    def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
+        made = torch.zeros_like(blocks[0], dtype=wide)
+        for block, weight in zip(blocks, weights[0], strict=True):
+            made.addcmul_(block, weight)
+        if group.shared["normalize"]:
+            made.div_(total)
+        return made
+
+    return piece

@@ -1,0 +1,53 @@
+"""The mean of several models on a sphere: projected to the plane that touches it at their mean, averaged there, and put back. Goddard 2025 (goddard.blog/posts/multislerp-wow-what-a-cool-idea)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmworks.errors import UserError
+from llmworks.merge.group import Group, Piece
+
+
+def multislerp(group: Group) -> Piece:
+    """`weight`: of each model; `normalize_weights`: their sum is 1. UserError for vectors whose weighted mean is zero."""
+
+    def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
+        if len(group.others) == 1:
+            return blocks[group.others[0]]
+        base = None if group.base is None else blocks[group.base]
+        points = torch.stack([blocks[at] for at in group.others])
+        if base is not None:
+            points -= base
+        made = mean_on_sphere(points, group)
+        return made if base is None else made + base
+
+    return piece
+
+
+def mean_on_sphere(points: Tensor, group: Group) -> Tensor:
+    """Of vectors [models, numbers]."""
+    tiny = group.shared["eps"]
+    weights = torch.tensor(group.weights(), dtype=points.dtype)
+    if group.shared["normalize_weights"]:
+        total = weights.sum()
+        if float(total) == 0:
+            raise UserError(f"multislerp: the weights of {group.name} sum to zero; change them, or set normalize_weights: false")
+        weights = weights / total
+    lengths = torch.norm(points, dim=-1, keepdim=True)
+    units = points / (lengths + tiny)
+    mean = (units * weights.view(-1, 1)).sum(0)
+    length = torch.norm(mean)
+    if length < tiny:
+        if len(points) == 2:
+            return points[0] * weights[0] + points[1] * weights[1]
+        raise UserError(f"multislerp: the weighted models of {group.name} are opposite to one another, so that their mean is zero; change the weights")
+    mean = mean / length
+    along = (units * mean).sum(-1, keepdim=True)
+    step = ((units - along * mean) * weights.view(-1, 1)).sum(0)
+    angle = torch.norm(step) + tiny
+    made: Tensor = mean * torch.cos(angle) + step * (torch.sin(angle) / angle)
+    size: Tensor = (lengths.squeeze(-1) * weights).sum()
+    return made * size

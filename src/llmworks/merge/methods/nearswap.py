@@ -1,0 +1,22 @@
+"""The other model's weight where it is near the base's, less and less of it where it is far. alchemonaut, QuartetAnemoi-70B."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from llmworks.merge.group import Group, Piece
+
+
+def nearswap(group: Group) -> Piece:
+    """`t`: how near is near; share t / |a - b|, at most 1."""
+    assert group.base is not None
+    first, second, t = group.base, 1 - group.base, float(group.shared["t"])
+
+    def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
+        a, b = blocks[first], blocks[second]
+        share = (t / (a - b).abs().clamp(min=1e-6)).clamp(min=0, max=1)
+        return share * b + (1 - share) * a
+
+    return piece

@@ -1,0 +1,45 @@
+"""Along the arc between two models, or between what they learned; each tensor, or each row of it, as one vector. mergekit's NuSLERP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmworks.merge.group import Group, Piece
+
+TINY = 1e-8
+
+
+def nuslerp(group: Group) -> Piece:
+    """`weight`: of the two, whose share the way is. `nuslerp_flatten`: the tensor is one vector; else its rows are, or its columns with `nuslerp_row_wise`."""
+    first, second = group.weights()
+    total = first + second
+    t = 0.5 if abs(total) < 1e-6 else second / total
+    shape, flat, turn = group.shape, group.shared["nuslerp_flatten"], group.shared["nuslerp_row_wise"]
+
+    def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
+        base = None if group.base is None else blocks[group.base]
+        a, b = (blocks[at] if base is None else blocks[at] - base for at in group.others)
+        if not flat:
+            a, b = (one.view(shape) for one in (a, b))
+            if turn:
+                a, b = (one.transpose(0, -1) for one in (a, b))
+        made = arc(t, a, b)
+        if turn and not flat:
+            made = made.transpose(0, -1)
+        made = made.reshape(-1)
+        return made if base is None else base + made
+
+    return piece
+
+
+def arc(t: float, a: Tensor, b: Tensor) -> Tensor:
+    """The point at a share of the way between vectors, which are the last dimension; on a line where they have one direction."""
+    units = [one / torch.norm(one, dim=-1, keepdim=True).clamp(min=1e-7) for one in (a, b)]
+    cosine = (units[0] * units[1]).sum(dim=-1, keepdim=True).clamp(-1, 1)
+    straight = (1 - cosine.square()) <= TINY**2
+    angle = torch.acos(torch.where(straight, 0, cosine))
+    made = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+    return torch.where(straight, (1 - t) * a + t * b, made)

@@ -1,0 +1,142 @@
+"""Which changes are kept by their size, without a sort: sizes are counted by their bit patterns, block by block, until the k-th is known.
+
+The patterns of |x| of a float are in the order of their values, so that the k-th largest of 16 bits is found by one count of 32,768 patterns, that of 32 bits by one of their upper and one of their lower halves.
+Of sizes that are equal to the last one that is kept, the first in the tensor's order are kept; a sort that is not stable may keep others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmworks.merge.group import Group, deltas
+
+HALVES = 1 << 15
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Where ranks begin or end: at a pattern, of which the first `of_it` in the tensor's order lie before it. `before`: how many of these patterns stand in earlier blocks."""
+
+    pattern: int
+    of_it: int
+    before: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Sizes from one edge up to another, in the order of sorting (`upward`: the smallest first)."""
+
+    low: Edge
+    high: Edge
+    upward: bool
+
+    def mask(self, change: Tensor, number: int) -> Tensor:
+        """Of a block, true where a change is kept."""
+        found = patterns(change)
+        return self._within(found, self.high, number) & ~self._within(found, self.low, number)
+
+    def _within(self, found: Tensor, edge: Edge, number: int) -> Tensor:
+        """Whether a size lies before an edge."""
+        before = found < edge.pattern if self.upward else found > edge.pattern
+        left = edge.of_it - edge.before[number]
+        if left > 0:
+            same = found == edge.pattern
+            before |= same if int(same.sum()) <= left else same & (same.cumsum(0) <= left)
+        return before
+
+
+def patterns(change: Tensor) -> Tensor:
+    """The bits of |x|, as whole numbers in the order of sizes."""
+    if change.dtype == torch.float64:
+        change = change.float()
+    if change.element_size() == 2:
+        return change.view(torch.int16) & 0x7FFF
+    return change.view(torch.int32) & 0x7FFFFFFF
+
+
+def ranks_of(group: Group, wanted: Sequence[tuple[int, int] | None], *, upward: bool = False) -> list[Ranks | None]:
+    """For each input beside the base: which ranks are (left out first, kept then); None where all are kept. Reads the tensors once, of 32 bits twice."""
+    sides = [at for at, one in enumerate(wanted) if one is not None]
+    if not sides:
+        return [None] * len(wanted)
+    counts = _counted(group, sides)
+    if group.dtype in (torch.bfloat16, torch.float16):
+        edges = {at: [_edge(counts[at], rank, upward) for rank in _ranks(wanted[at])] for at in sides}
+    else:
+        coarse = {at: [_place(np.sum(counts[at], axis=0), rank, upward) for rank in _ranks(wanted[at])] for at in sides}
+        edges = _finer(group, coarse, upward)
+    made = {at: Ranks(edges[at][0], edges[at][1], upward) for at in sides}
+    for at in sides:
+        group.notes["tied"] = group.notes.get("tied", 0) + sum(_torn(edge) for edge in edges[at])
+    return [made.get(at) for at in range(len(wanted))]
+
+
+def _ranks(wanted: tuple[int, int] | None) -> tuple[int, int]:
+    assert wanted is not None
+    return wanted[0], wanted[0] + wanted[1]
+
+
+def _torn(edge: Edge) -> int:
+    """Changes of the size of an edge, where some of them are kept and some are not."""
+    return edge.before[-1] if 0 < edge.of_it < edge.before[-1] else 0
+
+
+def _counted(group: Group, sides: Sequence[int]) -> dict[int, list[Any]]:
+    """For inputs, block by block: how many changes there are of each pattern, or of its upper half."""
+    found: dict[int, list[Any]] = {at: [] for at in sides}
+    for blocks in group.blocks():
+        changes = deltas(group, blocks)
+        for at in sides:
+            bits = patterns(changes[at])
+            found[at].append(np.bincount((bits if bits.dtype == torch.int16 else bits >> 16).numpy(), minlength=HALVES).astype(np.int32))
+    return found
+
+
+def _place(total: Any, rank: int, upward: bool) -> tuple[int, int]:
+    """(the pattern that a rank falls in, how many of it lie before the rank)."""
+    ordered = total if upward else total[::-1]
+    sums = np.cumsum(ordered, dtype=np.int64)
+    at = min(int(np.searchsorted(sums, rank, side="left")), len(sums) - 1)
+    return (at if upward else len(total) - 1 - at), rank - int(sums[at] - ordered[at])
+
+
+def _edge(counts: Sequence[Any], rank: int, upward: bool) -> Edge:
+    pattern, of_it = _place(np.sum(counts, axis=0), rank, upward)
+    return Edge(pattern, of_it, (0, *np.cumsum([int(one[pattern]) for one in counts]).tolist()))
+
+
+def _finer(group: Group, coarse: dict[int, list[tuple[int, int]]], upward: bool) -> dict[int, list[Edge]]:
+    """Edges of 32 bits: of the patterns with an upper half, the lower halves counted."""
+    found: dict[tuple[int, int], list[Any]] = {(at, side): [] for at, places in coarse.items() for side in range(len(places))}
+    for blocks in group.blocks():
+        changes = deltas(group, blocks)
+        for (at, side), counts in found.items():
+            bits = patterns(changes[at])
+            inside = bits[(bits >> 16) == coarse[at][side][0]] & 0xFFFF
+            counts.append(np.bincount(inside.numpy(), minlength=1 << 16).astype(np.int32))
+    made: dict[int, list[Edge]] = {}
+    for (at, side), counts in found.items():
+        upper, rank = coarse[at][side]
+        edge = _edge(counts, rank, upward)
+        made.setdefault(at, []).append(Edge((upper << 16) | edge.pattern, edge.of_it, edge.before))
+    return made
+
+
+def sums_of(group: Group, kept: Sequence[Any]) -> list[Tensor | None]:
+    """Where `rescale`: what kept changes are multiplied by, so that the sum of sizes is as it was; None: by nothing."""
+    if not group.shared["rescale"] or all(one is None for one in kept):
+        return [None] * len(kept)
+    whole, part = ([torch.zeros(()) for _ in kept] for _ in range(2))
+    for number, blocks in enumerate(group.blocks()):
+        for at, change in enumerate(deltas(group, blocks)):
+            if kept[at] is not None:
+                size = change.abs()
+                whole[at] = whole[at] + size.sum(dtype=torch.float32)
+                part[at] = part[at] + (size * kept[at].mask(change, number)).sum(dtype=torch.float32)
+    return [None if one is None or min(float(all_), float(some)) < 1e-7 else all_.to(group.dtype) / some.to(group.dtype) for one, all_, some in zip(kept, whole, part, strict=True)]

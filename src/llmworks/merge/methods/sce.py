@@ -1,0 +1,43 @@
+"""Select the changes that differ most between models, weigh models by the size of theirs, erase those of the minor sign. Wan et al. 2024 (arXiv:2408.07990)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmworks.merge.group import Group, Piece, deltas
+
+
+def sce(group: Group) -> Piece:
+    """`select_topk`: the share of the changes that is kept, of those that differ at all."""
+    share = group.shared["select_topk"]
+
+    def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
+        assert group.base is not None
+        base = blocks[group.base]
+        if not group.others:
+            return base
+        changes = torch.stack(deltas(group, blocks))
+        if share < 1:
+            changes = changes * selected(changes, share)
+        upward = changes.sum(dim=0) >= 0
+        agree = torch.where(upward, changes > 0, changes < 0)
+        sizes = changes.square().reshape(len(changes), -1).mean(dim=1)
+        total = float(sizes.sum())
+        weights = torch.ones_like(sizes) / len(sizes) if abs(total) < 1e-6 else sizes / total
+        counted = weights.view(-1, *[1] * base.ndim) * agree
+        return base + (changes * counted).sum(dim=0) / counted.sum(dim=0).clamp(min=1e-6)
+
+    return piece
+
+
+def selected(changes: Tensor, share: float) -> Tensor:
+    """1 where changes [models, numbers] vary most."""
+    variance = torch.var(changes, dim=0, unbiased=False)
+    made = torch.zeros_like(variance)
+    most = int(int(torch.count_nonzero(variance)) * share) if share > 0 else 0
+    if most:
+        made[torch.topk(variance.abs(), k=most, largest=True).indices] = 1
+    return made

@@ -1,0 +1,153 @@
+"""mergekit's YAML files as they are: one merge, or several of which later ones use earlier ones; the models that they name are found before anything is planned.
+
+What a merge does is in `merge/`; this knows files, references and the workspace.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from llmworks.artifact import Adapter, Model, load
+from llmworks.errors import ArtifactError, UserError
+from llmworks.execute import Outcome, execute
+from llmworks.merge.config import MergeConfig
+from llmworks.merge.layout import layout_of
+from llmworks.merge.plan import Plan
+from llmworks.recipe import assign, config_problem
+from llmworks.references import open_engine, resolve
+from llmworks.stages import resolve as resolve_stage
+from llmworks.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Document:
+    """One merge of a file; `name`: by which others may use it, empty for the last one."""
+
+    name: str
+    config: MergeConfig
+
+
+def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
+    """The merges of a file, those that others use before these. `sets`: KEY=VALUE for the one without a name, or the only one. UserError, in one line, for anything that is not mergekit's YAML."""
+    try:
+        found = [one for one in yaml.safe_load_all(file.read_text(encoding="utf-8")) if one is not None]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give mergekit's YAML") from None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{file}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    if not found or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{file}: holds no merge; it is a mapping with merge_method and models (mergekit's YAML)")
+    names = [str(one.pop("name", "") or "") for one in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{file}: {f'the name {twice!r} stands twice' if twice else 'more than one merge has no name'}")
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: write it as key=value")
+        assign(found[names.index("")] if "" in names else found[-1], key.split("."), value)
+    documents = {name: Document(name, _checked(one, f"{file}{f', {name}' if name else ''}")) for name, one in zip(names, found, strict=True)}
+    return _ordered(documents, file)
+
+
+def _checked(values: dict[str, Any], where: str) -> MergeConfig:
+    try:
+        return MergeConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(dict.fromkeys(config_problem(MergeConfig, dict(one), where) for one in error.errors()))) from None
+
+
+def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
+    done: dict[str, Document] = {}
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            raise UserError(f"{file}: merges use one another in a circle: {' uses '.join([*above[above.index(name) :], name])}")
+        if name not in done:
+            for used in documents[name].config.named():
+                if used.partition("+")[0] in documents and used:
+                    visit(used.partition("+")[0], (*above, name))
+            done[name] = documents[name]
+
+    for name in documents:
+        visit(name, ())
+    return sorted(done.values(), key=lambda one: one.name == "")  # the one that is asked for comes last
+
+
+def found_models(config: MergeConfig, given: Mapping[str, Model], workspace: Workspace) -> dict[str, Model]:
+    """The models that a merge names: those given, else by reference. An adapter behind + is folded into its model first."""
+    return {name: given[name] if name in given else _model(name, given, workspace) for name in config.named()}
+
+
+def _model(name: str, given: Mapping[str, Model], workspace: Workspace) -> Model:
+    base, plus, adapter = name.partition("+")
+    found = given[base] if base in given else _reference(base, workspace)
+    if not isinstance(found, Model):
+        raise UserError(f"{base}: is {'an' if found.kind[0] in 'aei' else 'a'} {found.kind}, and models are merged" + ("; write MODEL+ADAPTER" if isinstance(found, Adapter) else ""))
+    if not plus:
+        return found
+    folded = _reference(adapter, workspace)
+    stage = resolve_stage("merge.adapter")
+    made = execute(stage, stage.config(), {"adapter": folded, "model": found}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace)).artifact
+    named = load(made.path, name=name)
+    assert isinstance(named, Model)
+    return named
+
+
+def _reference(name: str, workspace: Workspace) -> Any:
+    """A path, a name in the workspace, a reference; or a model of the Hub, as mergekit writes it."""
+    try:
+        return resolve(name, name=name, workspace=workspace)
+    except UserError:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith((".", "/")):
+            return resolve(f"hf:{name}", name=name, workspace=workspace)
+        raise
+
+
+def merge_file(documents: Sequence[Document], workspace: Workspace, *, given: Mapping[str, Model], seed: int, quiet: bool = False, say: Callable[[str], None] = lambda line: None) -> Outcome:
+    """Carry out all merges of a file; the last one's result."""
+    known, outcome = dict(given), None
+    stage = resolve_stage("merge")
+    for document in documents:
+        models = found_models(document.config, known, workspace)
+        if document.name:
+            say(f"merge {document.name}")
+        outcome = execute(stage, document.config, {"models": models}, workspace, seed=seed, open_engine=partial(open_engine, workspace=workspace), quiet=quiet, announce=say)
+        if document.name:
+            named = load(outcome.artifact.path, name=document.name)
+            assert isinstance(named, Model)
+            known[document.name] = named
+    assert outcome is not None
+    return outcome
+
+
+def plan_file(documents: Sequence[Document], workspace: Workspace, given: Mapping[str, Model]) -> Plan:
+    """What a file's only merge would read and write; nothing is read but headers. UserError for a file of several."""
+    from llmworks.merge.prepare import prepared
+
+    if len(documents) > 1:
+        raise UserError(f"--plan: the file holds {len(documents)} merges, and what later ones read is not there yet; run it, or plan one at a time")
+    config = documents[0].config
+    paths = {name: given[name].path if name in given else _path(name, workspace) for name in config.named()}
+    return prepared(config, {name: layout_of(name, path) for name, path in paths.items()})[2]
+
+
+def _path(name: str, workspace: Workspace) -> Path:
+    """Where a model is, without a look at its bytes where it is a directory here."""
+    for path in (Path(name.removeprefix("path:")).expanduser(), workspace.root / name):
+        if path.is_dir():
+            return path.resolve()
+    found = _model(name, {}, workspace)
+    if found.format != "hf":
+        raise ArtifactError(f"{name}: is a {found.format} file; Hugging Face directories are merged")
+    return found.path

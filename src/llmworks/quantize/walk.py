@@ -5,7 +5,6 @@ In memory are one block and the states of the texts before and after it; they li
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from llmworks.model.decoder import Block
-from llmworks.model.low_bit import available
 from llmworks.model.source import Source
 from llmworks.quantize.damage import Damage
 from llmworks.quantize.mapped import mapped, release
@@ -44,11 +42,6 @@ def layer_of(block: Block, name: str) -> nn.Linear:
     found = block.get_submodule(name)
     assert isinstance(found, nn.Linear)
     return found
-
-
-def calibrating() -> Any:
-    """Products in bfloat16, twice as fast, where the processor multiplies such; what a matrix reads is rounded by it as it is when the model runs so, and sums stay in fp32."""
-    return torch.autocast("cpu", torch.bfloat16) if available() else contextlib.nullcontext()
 
 
 class Moments:
@@ -186,8 +179,7 @@ class Passing:
         with self.walk.source.only(self.walk.stack, block) as stack:
             for at, ids in self.walk.chunks():
                 some = slice(at, at + len(ids))
-                with calibrating():
-                    made = self.read(kind, some, ids, stack).float()
+                made = self.read(kind, some, ids, stack)
                 if kind in (1, 3):
                     assert self.middle is not None
                     self.middle[some] = made
@@ -226,8 +218,7 @@ class Passing:
         for at, ids in self.walk.chunks():
             some = slice(at, at + len(ids))
             assert self.middle is not None
-            with calibrating():
-                self.after[some] = block.thought(self.after[some], block.feed_forward.down(self.middle[some]))
+            self.after[some] = block.thought(self.after[some], block.feed_forward.down(self.middle[some]))
             release(self.after, self.middle)
 
     def done(self) -> None:

@@ -19,6 +19,7 @@ from llmworks.artifact import Adapter, Model, load
 from llmworks.errors import ArtifactError, UserError
 from llmworks.execute import Outcome, execute
 from llmworks.merge.config import MergeConfig
+from llmworks.merge.experts import ExpertsConfig
 from llmworks.merge.layout import layout_of
 from llmworks.merge.plan import Plan
 from llmworks.recipe import assign, config_problem
@@ -29,10 +30,15 @@ from llmworks.workspace import Workspace
 
 @dataclass(frozen=True)
 class Document:
-    """One merge of a file; `name`: by which others may use it, empty for the last one."""
+    """One merge of a file, or one mixture of experts; `name`: by which others may use it, empty for the last one."""
 
     name: str
-    config: MergeConfig
+    config: MergeConfig | ExpertsConfig
+
+    @property
+    def stage(self) -> str:
+        """What carries it out."""
+        return "merge" if isinstance(self.config, MergeConfig) else "merge.experts"
 
 
 def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
@@ -60,11 +66,12 @@ def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
     return _ordered(documents, file)
 
 
-def _checked(values: dict[str, Any], where: str) -> MergeConfig:
+def _checked(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
+    kind: type[MergeConfig | ExpertsConfig] = ExpertsConfig if "experts" in values and "merge_method" not in values else MergeConfig
     try:
-        return MergeConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(dict.fromkeys(config_problem(MergeConfig, dict(one), where) for one in error.errors()))) from None
+        raise UserError("; ".join(dict.fromkeys(config_problem(kind, dict(one), where) for one in error.errors()))) from None
 
 
 def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
@@ -84,7 +91,7 @@ def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
     return sorted(done.values(), key=lambda one: one.name == "")  # the one that is asked for comes last
 
 
-def found_models(config: MergeConfig, given: Mapping[str, Model], workspace: Workspace) -> dict[str, Model]:
+def found_models(config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], workspace: Workspace) -> dict[str, Model]:
     """The models that a merge names: those given, else by reference. An adapter behind + is folded into its model first."""
     return {name: given[name] if name in given else _model(name, given, workspace) for name in config.named()}
 
@@ -117,12 +124,11 @@ def _reference(name: str, workspace: Workspace) -> Any:
 def merge_file(documents: Sequence[Document], workspace: Workspace, *, given: Mapping[str, Model], seed: int, quiet: bool = False, say: Callable[[str], None] = lambda line: None) -> Outcome:
     """Carry out all merges of a file; the last one's result."""
     known, outcome = dict(given), None
-    stage = resolve_stage("merge")
     for document in documents:
         models = found_models(document.config, known, workspace)
         if document.name:
             say(f"merge {document.name}")
-        outcome = execute(stage, document.config, {"models": models}, workspace, seed=seed, open_engine=partial(open_engine, workspace=workspace), quiet=quiet, announce=say)
+        outcome = execute(resolve_stage(document.stage), document.config, {"models": models}, workspace, seed=seed, open_engine=partial(open_engine, workspace=workspace), quiet=quiet, announce=say)
         if document.name:
             named = load(outcome.artifact.path, name=document.name)
             assert isinstance(named, Model)
@@ -138,6 +144,8 @@ def plan_file(documents: Sequence[Document], workspace: Workspace, given: Mappin
     if len(documents) > 1:
         raise UserError(f"--plan: the file holds {len(documents)} merges, and what later ones read is not there yet; run it, or plan one at a time")
     config = documents[0].config
+    if not isinstance(config, MergeConfig):
+        raise UserError("--plan: experts are copied as they are; what is written is as large as the base and each expert's feed-forward layers")
     paths = {name: given[name].path if name in given else _path(name, workspace) for name in config.named()}
     return prepared(config, {name: layout_of(name, path) for name, path in paths.items()})[2]
 

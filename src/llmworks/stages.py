@@ -68,6 +68,7 @@ STAGES: dict[str, Stage] = {
     "train.distill": Stage("llmworks.train.distill:distill", 1, "declared", "a student learns a teacher's chances of tokens, or its answers"),
     "train.rates": Stage("llmworks.train.rates:rates", 2, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"),
     "merge": Stage("llmworks.merge.merge:merge", 1, "exact-on-this-platform", "several models as one, by mergekit's YAML"),
+    "merge.experts": Stage("llmworks.merge.experts:experts", 1, "exact-on-this-platform", "dense models as experts of one (frankenMoE, upcycling)"),
     "merge.adapter": Stage("llmworks.merge.adapter:adapter", 1, "exact-on-this-platform", "fold an adapter into its model"),
     "quantize.rotate": Stage("llmworks.quantize.rotate:rotate", 1, "exact-on-this-platform", "the same model, its states turned so that no column is large; to be quantized next"),
     "quantize.absmax": Stage("llmworks.quantize.absmax:absmax", 2, "exact-on-this-platform", "weights as whole numbers around 0, each the nearest"),

@@ -37,14 +37,26 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     if plan.unused:
         ctx.progress.say(f"{config.merge_method} has no parameter {', '.join(plan.unused)}, which the configuration gives")
     stream = Stream(plan, layouts, vocabulary, ctx.seed)
-    shards = stream.shards(config.shard_bytes)
+    size = written(stream, config.shard_bytes, layouts, ctx)
+    write_config(config, layouts[donor], plan, vocabulary, ctx.out)
+    source = write_tokenizer(config, layouts, donor, vocabulary, ctx.out)
+    weights = sum(torch.Size(job.shape).numel() for job in plan.jobs)
+    metrics: dict[str, Any] = {"bytes": size, "parameters": weights, "models": len(models), **({"tied_at_a_threshold": stream.notes["tied"]} if "tied" in stream.notes else {})}
+    recorded = golden_of(models[source], ctx, layouts) if source else None
+    describe(config, models, plan, metrics, ctx, donor)
+    return Model(ctx.out, golden=recorded, metrics=metrics, about={"format": "hf", "method": config.merge_method, "dtype": TORCH[plan.jobs[0].out_dtype], "architecture": ", ".join(layouts[donor].config.get("architectures") or [])})
+
+
+def written(stream: Stream, most: int, layouts: Mapping[str, Layout], ctx: Context) -> int:
+    """Write the weights, in files of at most so many bytes; what was written before a kill is kept. How many bytes they are."""
+    shards = stream.shards(most)
     folder = ctx.scratch / "shards"
     folder.mkdir(exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if plan.method.whole else 1)
+    threads, whole = torch.get_num_threads(), stream.plan.method.whole
+    torch.set_num_threads(threads if whole else 1)
     try:
         with ctx.progress.bar("merge", sum(shard.size for shard in shards), "bytes") as bar:
-            entries = stream.write(shards, folder, 1 if plan.method.whole else threads, bar.advance)
+            entries = stream.write(shards, folder, 1 if whole else threads, bar.advance)
     finally:
         torch.set_num_threads(threads)
         for layout in layouts.values():
@@ -52,13 +64,7 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     for file in [*entries, *(["model.safetensors.index.json"] if len(shards) > 1 else [])]:
         shutil.move(folder / file, ctx.out / file)
     ctx.digests.update(entries)
-    write_config(config, layouts[donor], plan, vocabulary, ctx.out)
-    source = write_tokenizer(config, layouts, donor, vocabulary, ctx.out)
-    weights = sum(torch.Size(job.shape).numel() for job in plan.jobs)
-    metrics: dict[str, Any] = {"bytes": sum(shard.size for shard in shards), "parameters": weights, "models": len(models), **({"tied_at_a_threshold": stream.notes["tied"]} if "tied" in stream.notes else {})}
-    recorded = golden_of(models[source], ctx, layouts) if source else None
-    describe(config, models, plan, metrics, ctx, donor)
-    return Model(ctx.out, golden=recorded, metrics=metrics, about={"format": "hf", "method": config.merge_method, "dtype": TORCH[plan.jobs[0].out_dtype], "architecture": ", ".join(layouts[donor].config.get("architectures") or [])})
+    return sum(shard.size for shard in shards)
 
 
 def layouts_of(config: MergeConfig, models: Mapping[str, Model]) -> dict[str, Layout]:

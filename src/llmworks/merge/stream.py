@@ -26,10 +26,10 @@ from llmworks.model.shards import FLOATS, TORCH, Shard, ShardWriter, Slot, divid
 
 
 class Stream:
-    """One merge. `notes`: what methods counted."""
+    """One merge. `given`: tensors that come from no model, by name; `notes`: what methods counted."""
 
-    def __init__(self, plan: Plan, models: Mapping[str, Layout], vocabulary: Vocabulary | None, seed: int) -> None:
-        self.plan, self.models, self.vocabulary, self.seed = plan, models, vocabulary, seed
+    def __init__(self, plan: Plan, models: Mapping[str, Layout], vocabulary: Vocabulary | None, seed: int, given: Mapping[str, Tensor] | None = None) -> None:
+        self.plan, self.models, self.vocabulary, self.seed, self.given = plan, models, vocabulary, seed, given or {}
         self.notes: dict[str, int] = {}
 
     def shards(self, most: int) -> list[Shard]:
@@ -61,6 +61,10 @@ class Stream:
     def pieces(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[Callable[[], memoryview]]:
         """What computes the bytes of the result, block after block."""
         for job in jobs:
+            if job.name in self.given:
+                tensor = self.given[job.name].to(getattr(torch, TORCH[job.out_dtype])).contiguous()
+                yield lambda tensor=tensor: bytes_of(tensor)  # type: ignore[misc]
+                continue
             group = self.group(job)
             if job.dtype not in FLOATS:
                 method: Future[Piece] | Piece = alike(job)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from llmworks.merge.group import Group, Piece
 
 
 def passthrough(group: Group) -> Piece:
-    """`scale`: what it is multiplied by."""
-    scale = group.each[0]["scale"]
-    return lambda blocks, _: blocks[0] if scale is None else blocks[0] * scale
+    """`scale`: what it is multiplied by; `noise`, of experts: the standard deviation of what is added."""
+    scale, noise = group.each[0]["scale"], float(group.each[0].get("noise", 0.0))
+
+    def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
+        made = blocks[0]
+        if noise:
+            made = made + torch.empty_like(made).normal_(0, noise, generator=group.generator(0, number))
+        return made if scale is None else made * scale
+
+    return piece

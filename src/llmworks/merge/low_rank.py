@@ -1,0 +1,30 @@
+"""A change of a matrix as the product of two narrow ones: its largest singular vectors. Pure tensor functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def factors(change: Tensor, rank: int, kept: float = 1.0) -> tuple[Tensor, Tensor, float]:
+    """(A [r, in], B [out, r], what is lost as a share of the change) with B A nearest to a change [out, in] in the sum of squares (Eckart and Young 1936).
+
+    The rank is the least that keeps a share `kept` of the sum of squares, and `rank` at most; each factor has the root of the singular values. By the eigenvectors of the smaller product of the matrix with itself, in fp64.
+    """
+    wide = change.double()
+    turned = wide.shape[0] > wide.shape[1]
+    matrix = wide.T if turned else wide
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    total = float(values.sum())
+    if total == 0:
+        return torch.zeros(1, change.shape[1]), torch.zeros(change.shape[0], 1), 0.0
+    sums = values.cumsum(0)
+    enough = int((sums < kept * total * (1 - 1e-12)).sum()) + 1
+    chosen = max(1, min(rank, enough, int((values > total * 1e-15).sum())))
+    left = vectors[:, :chosen]
+    right = left.T @ matrix
+    root = right.norm(dim=1).sqrt()
+    left, right = left * root, right / root[:, None]
+    a, b = (left.T, right.T) if turned else (right, left)
+    return a.float().contiguous(), b.float().contiguous(), max(0.0, 1 - float(sums[chosen - 1]) / total) ** 0.5

@@ -1,0 +1,180 @@
+"""Adapters merged and extracted: against peft's own merging, and against the models that they are of."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llmworks.artifact import Adapter, Artifact
+from llmworks.context import Context
+from llmworks.errors import LlmworksError
+from llmworks.merge.adapter_files import extracted, merged
+from llmworks.merge.adapters import AdaptersConfig
+from llmworks.merge.extract import ExtractConfig
+from llmworks.merge.low_rank import factors
+from llmworks.model.fold import fold_into, weights_of
+from llmworks.model.load import load_model
+from llmworks.progress import Progress
+from llmworks.references import resolve
+from llmworks.report import ReportBuilder
+from tests.conftest import make_pico
+
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, two adapters of rank 4, one of rank 2 with another alpha and fewer layers."""
+    place = tmp_path_factory.mktemp("adapters")
+    make_pico(place / "pico")
+    for seed, name in enumerate(("a", "b", "narrow")):
+        torch.manual_seed(seed)
+        given: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} if name == "narrow" else {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+        tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(place / "pico", dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **given))
+        for key, weight in tuned.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(weight, std=0.05)
+        tuned.save_pretrained(place / name)
+    return place
+
+
+def context(out: Path) -> Context:
+    for folder in (out, out.parent / f"{out.name}-scratch"):
+        folder.mkdir(parents=True)
+    return Context(out, out.parent / f"{out.name}-scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
+
+
+def together(names: list[str], family: Path, out: Path, **given: Any) -> Adapter:
+    found: dict[str, Artifact] = {name: resolve(str(family / name)) for name in names}
+    model: Any = resolve(str(family / "pico"))
+    return merged(AdaptersConfig.model_validate(given), found, model, context(out))  # type: ignore[arg-type]
+
+
+def folded(family: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """What an adapter adds to each weight."""
+    model = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    fold_into(weights_of(model), adapter)
+    return {name: one - before[name] for name, one in model.state_dict().items() if not torch.equal(one, before[name])}
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "svd"])
+def test_the_same_as_peft(method: str, family: Path, tmp_path: Path) -> None:
+    """`add_weighted_adapter` of peft."""
+    names = ["a", "b"] if method == "linear" else ["a", "narrow"]
+    both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32), family / names[0], adapter_name=names[0])
+    both.load_adapter(family / names[1], adapter_name=names[1])
+    both.add_weighted_adapter(names, [0.7, 1.3], "both", combination_type=method, **({"svd_rank": 3} if method == "svd" else {}))
+    both.set_adapter("both")
+    made = together(names, family, tmp_path / "out", method=method, weights={names[0]: 0.7, names[1]: 1.3}, rank=3 if method == "svd" else 0)
+    model = load_model(family / "pico")
+    ours = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
+    fold_into(weights_of(ours), made.path)
+    with torch.no_grad():
+        theirs, mine, plain = both(input_ids=IDS).logits, ours(input_ids=IDS).logits, model(input_ids=IDS).logits
+    assert torch.allclose(mine, theirs, atol=2e-4)
+    assert not torch.allclose(mine, plain, atol=1e-2)
+
+
+def test_peft_reads_it(family: Path, tmp_path: Path) -> None:
+    """Layers of different ranks, by rank_pattern and alpha_pattern."""
+    made = together(["a", "narrow"], family, tmp_path / "out", method="cat")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32), made.path)
+    ours = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
+    fold_into(weights_of(ours), made.path)
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=IDS).logits, ours(input_ids=IDS).logits, atol=2e-4)
+    sums = {name: folded(family, family / name) for name in ("a", "narrow")}
+    for name, change in folded(family, made.path).items():
+        assert torch.allclose(change, sum(one.get(name, torch.zeros(())) for one in sums.values()), atol=1e-5)
+    assert made.golden is not None
+
+
+def test_methods_on_products_are_those_of_models(family: Path, tmp_path: Path) -> None:
+    """TIES of two adapters, of full rank, is what `merge` makes of the two folded models' changes."""
+    made = together(["a", "b"], family, tmp_path / "out", method="ties", density=0.5, normalize=True, rank=500)
+    changes = [folded(family, family / name) for name in ("a", "b")]
+    name = next(one for one in changes[0] if "down_proj" in one)
+    kept = []
+    for change in (one[name].flatten() for one in changes):
+        order = change.abs().argsort(descending=True)[: len(change) // 2]
+        kept.append(torch.zeros_like(change).index_copy(0, order, change[order]))
+    stacked = torch.stack(kept)
+    sign = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
+    agree = stacked.sign() == sign
+    wanted = (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
+    assert torch.allclose(folded(family, made.path)[name].flatten(), wanted, atol=2e-5)
+    assert made.metrics["missed"] < 1e-3
+    few = together(["a", "b"], family, tmp_path / "few", method="ties", density=0.5, rank=3)
+    assert few.metrics["missed"] > 0.05
+
+
+def test_factors_are_the_nearest() -> None:
+    """By torch's own singular value decomposition, wide and tall; as few ranks as keep a share."""
+    torch.manual_seed(0)
+    for shape in ((24, 60), (60, 24)):
+        change = torch.randn(shape) @ torch.diag(0.7 ** torch.arange(shape[1]).float())
+        u, s, v = torch.linalg.svd(change)
+        a, b, missed = factors(change, 5)
+        assert torch.allclose(b @ a, (u[:, :5] * s[:5]) @ v[:5], atol=1e-4)
+        assert missed == pytest.approx(float(s[5:].square().sum() / s.square().sum()) ** 0.5, rel=1e-3)
+        few, _, miss = factors(change, 24, kept=0.9)
+        sums = s.square().cumsum(0) / s.square().sum()
+        assert len(few) == int((sums < 0.9).sum()) + 1
+        assert miss**2 <= 0.1
+    a, b, missed = factors(torch.zeros(3, 4), 2)
+    assert (float((b @ a).abs().max()), missed) == (0.0, 0.0)
+
+
+def test_what_was_folded_is_extracted(family: Path, tmp_path: Path) -> None:
+    """An adapter folded into its model comes back out: nothing is missed at its rank, half of it at half."""
+    model = load_model(family / "pico")
+    tuned = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
+    fold_into(weights_of(tuned), family / "a")
+    make_pico(tmp_path / "tuned")
+    tuned.save_pretrained(tmp_path / "tuned")
+    base, other = (resolve(str(path)) for path in (family / "pico", tmp_path / "tuned"))
+    made = extracted(ExtractConfig(rank=4), other, base, context(tmp_path / "out"))  # type: ignore[arg-type]
+    assert made.metrics["missed"] < 1e-4
+    assert made.metrics["left_out"] == 0
+    again = copy.deepcopy(model)
+    fold_into(weights_of(again), made.path)
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=IDS).logits, tuned(input_ids=IDS).logits, atol=1e-4)
+    half = extracted(ExtractConfig(rank=2), other, base, context(tmp_path / "half"))  # type: ignore[arg-type]
+    assert 0.1 < half.metrics["missed"] < 0.9
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    third = extracted(ExtractConfig(rank=4, skip=["v_proj"]), resolve(str(tmp_path / "tuned")), base, context(tmp_path / "third"))  # type: ignore[arg-type]
+    assert third.metrics["left_out"] >= 2
+    assert not any("v_proj" in name for name in load_file(third.path / "adapter_model.safetensors"))
+
+
+def test_bad_input_is_one_line(family: Path, tmp_path: Path) -> None:
+    for number, (names, given, said) in enumerate((
+        (["a"], {}, "one adapter is given"), (["a", "b"], {"weights": {"c": 1}}, "no adapter is called 'c'"), (["a", "narrow"], {"method": "linear"}, "factors of different ranks have no mean"),
+        (["a", "b"], {"method": "linear", "weights": {"a": -1}}, "takes no negative weights"), (["a", "b"], {"normalize": True, "weights": {"a": 1, "b": -1}}, "sum to zero"),
+    )):  # fmt: skip
+        with pytest.raises(LlmworksError, match=said):
+            together(names, family, tmp_path / str(number), **given)
+    base: Any = resolve(str(family / "pico"))
+    with pytest.raises(LlmworksError, match="do not differ in any matrix"):
+        extracted(ExtractConfig(), base, base, context(tmp_path / "same"))
+    save_file({name: one * float("nan") for name, one in load_file(family / "a" / "adapter_model.safetensors").items()}, tmp_path / "nan.safetensors")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (family / "a").iterdir():
+        if file.is_file():
+            (broken / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "nan.safetensors").replace(broken / "adapter_model.safetensors")
+    found: Any = {"broken": resolve(str(broken)), "b": resolve(str(family / "b"))}
+    with pytest.raises(LlmworksError, match="holds values that are no numbers"):
+        merged(AdaptersConfig(), found, base, context(tmp_path / "nan"))

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +56,24 @@ def made(place: Path, layers: int) -> None:
         (place / name / "config.json").write_text(json.dumps(config))
 
 
+LAUNCH = """
+import json, resource, subprocess, sys, time
+began = time.perf_counter()
+with open("said", "w") as stream:
+    code = subprocess.run(sys.argv[1:], stdout=stream, stderr=stream).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"code": code, "wall": time.perf_counter() - began, "cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss / 1000}))
+"""
+
+
 def measured(command: list[str], place: Path) -> dict[str, float]:
-    """Wall and CPU seconds and peak memory of a process and its children."""
+    """Wall and CPU seconds and peak memory (MB) of a process; begun by a small one, since a process is told the memory of the one that it was forked from, too."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "LLMWORKS_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LLMWORKS_CACHE": str(place / "cache")}
-    began, out = time.perf_counter(), place / "said"
-    with out.open("w") as stream:
-        process = subprocess.Popen(command, cwd=place, env=env, stdout=stream, stderr=stream)
-        _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(out.read_text()[-2000:])
-    return {"wall": time.perf_counter() - began, "cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss / 1000}
+    said = subprocess.run([sys.executable, "-S", "-c", LAUNCH, *command], cwd=place, env=env, capture_output=True, text=True, check=True).stdout
+    found: dict[str, float] = json.loads(said)
+    if found["code"]:
+        raise SystemExit((place / "said").read_text()[-2000:])
+    return found
 
 
 def apart(one: Path, other: Path) -> tuple[float, float]:

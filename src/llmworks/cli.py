@@ -244,8 +244,10 @@ def _show() -> Parser:
 def _tree() -> Parser:
     parser = _parser("tree", "artifacts.tree", "The family tree of the workspace, or of one artifact and its ancestors.")
     parser.add_argument("artifact", nargs="?")
-    parser.add_argument("--svg", metavar="FILE", help="also write it as an SVG drawing")
-    parser.add_argument("--html", metavar="FILE", help="also write it as a page")
+    parser.add_argument("--among", action="append", default=[], metavar="REF", help="models that the artifact, a model, may be made of: its weights are asked")
+    parser.add_argument("--models", action="store_true", help="only models, adapters and tokenizers; what stood between them is passed over")
+    for kind, what in (("html", "a page to zoom and search"), ("svg", "a drawing"), ("png", "a picture"), ("mermaid", "Mermaid, for Markdown")):
+        parser.add_argument(f"--{kind}", metavar="FILE", help=f"also write it as {what}")
     return parser
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmworks import assets
-from llmworks.artifact import Artifact, FileEntry, Parent
+from llmworks.artifact import Adapter, Artifact, FileEntry, Model, Parent, Report
 from llmworks.assets.catalogue import CATALOGUE
 from llmworks.execute import derive_again, machine, versions
-from llmworks.lineage.family import Family, family_of
+from llmworks.lineage.declared import claims, licence
+from llmworks.lineage.family import Family, Kin, family_of
 from llmworks.references import asset_files, find_digest, open_engine, resolve
 from llmworks.stages import ResolvedStage
 from llmworks.stages import resolve as resolve_stage
@@ -23,7 +25,7 @@ from llmworks.workspace import Workspace
 
 
 def family_with(workspace: Workspace, *more: Artifact) -> Family:
-    """The family of the workspace, what its artifacts came from as far as it is on this machine, and more artifacts."""
+    """The family of the workspace, what its artifacts came from as far as it is on this machine, and more artifacts; of models from outside also what their files claim, and what was deduced from weights."""
     every = [*workspace.artifacts(), *more]
     known = {a.digest for a in every}
     todo = [p for a in [*every, *workspace.names().values()] if a.manifest for p in a.manifest.parents]
@@ -36,7 +38,42 @@ def family_with(workspace: Workspace, *more: Artifact) -> Family:
             known.add(parent.digest)
             every.append(found)
             todo += found.manifest.parents
-    return family_of(every, workspace.names())
+    return family_of(every, workspace.names(), [*_deduced(every), *_claimed(every)])
+
+
+def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
+    """Parents that `merge.kinship` found, of models that no stage made."""
+    known = {artifact.digest: artifact for artifact in artifacts}
+    for artifact in artifacts:
+        if isinstance(artifact, Report) and artifact.manifest is not None and artifact.manifest.stage == "merge.kinship":
+            data = artifact.read()
+            child = known.get(str(data.get("child", "")))
+            for parent in data.get("parents", []) if child is not None and child.manifest is not None and not child.manifest.parents else []:
+                share = f" {parent['share']:.2f}" if data.get("relation") == "merged" else ""
+                yield Kin(str(data["child"]), str(parent["digest"]), str(parent["name"]), f"by its weights: {data.get('relation')}{share}")
+
+
+def _claimed(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
+    """Parents that files of models from outside name."""
+    known = {ref.removeprefix("hf:"): artifact.digest for artifact in artifacts for ref in (artifact.ref, artifact.name) if ref and isinstance(artifact, (Model, Adapter))}
+    for artifact in artifacts:
+        if not isinstance(artifact, (Model, Adapter)) or artifact.manifest is None or artifact.manifest.stage or not artifact.path.exists() or artifact.about.get("format") == "http":
+            continue
+        for claim in claims(artifact.path):
+            named = claim.name.removeprefix("hf:")
+            yield Kin(artifact.digest, known.get(named, f"claimed:{named}"), named, f"{claim.file} says: {claim.relation}", claim.name)
+
+
+def licences_of(family: Family) -> dict[str, str]:
+    """What models and adapters state, by digest: by the catalogue, their cards, or GGUF metadata."""
+    found: dict[str, str] = {}
+    for node in family.nodes.values():
+        if node.kind in ("model", "adapter") and node.artifact is not None:
+            asset = node.artifact.ref.removeprefix("asset:") if node.artifact.ref.startswith("asset:") else str(node.artifact.about.get("asset", ""))
+            said = CATALOGUE[asset].licence.lower() if asset in CATALOGUE else licence(node.artifact.path) if node.artifact.path.exists() else ""
+            if said:
+                found[node.digest] = said
+    return found
 
 
 def _from_outside(parent: Parent) -> Artifact | None:

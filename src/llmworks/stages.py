@@ -69,6 +69,7 @@ STAGES: dict[str, Stage] = {
     "train.rates": Stage("llmworks.train.rates:rates", 2, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"),
     "merge": Stage("llmworks.merge.merge:merge", 1, "exact-on-this-platform", "several models as one, by mergekit's YAML"),
     "merge.experts": Stage("llmworks.merge.experts:experts", 1, "exact-on-this-platform", "dense models as experts of one (frankenMoE, upcycling)"),
+    "merge.kinship": Stage("llmworks.merge.kinship:kinship", 1, "exact-on-this-platform", "which models a model was made of, told by its weights"),
     "merge.transplant": Stage("llmworks.merge.transplant:transplant", 1, "exact-on-this-platform", "a model with another tokenizer"),
     "merge.adapters": Stage("llmworks.merge.adapters:adapters", 1, "exact-on-this-platform", "several LoRA adapters as one"),
     "merge.extract": Stage("llmworks.merge.extract:extract", 1, "exact-on-this-platform", "a LoRA adapter of what a model differs by from its base"),

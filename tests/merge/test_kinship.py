@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmworks.merge.kinship import Kinship, kinship
 from llmworks.merge.layout import layout_of
+from llmworks.merge.shares import Kinship, kinship
 from tests.merge.test_conformance import merged
 from tests.merge.test_experts import mixed
 

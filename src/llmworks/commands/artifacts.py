@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmworks.commands.output import as_json, brief, out, short, table, workspace_of
 from llmworks.errors import GateFailed, UserError
+
+if TYPE_CHECKING:
+    from llmworks.artifact import Artifact
 
 
 def show(args: argparse.Namespace) -> None:
@@ -44,44 +48,55 @@ def show(args: argparse.Namespace) -> None:
 
 def tree(args: argparse.Namespace) -> None:
     """`llmworks tree [ARTIFACT]`."""
-    from llmworks.lineage.draw import draw_svg, draw_text
+    from llmworks.lineage.draw import draw_mermaid, draw_png, draw_svg, draw_text
+    from llmworks.lineage.licence import conflicts
+    from llmworks.lineage.page import draw_page
     from llmworks.references import resolve
-    from llmworks.relatives import family_with
+    from llmworks.relatives import family_with, licences_of
 
     workspace = workspace_of(args)
-    family = family_with(workspace)
-    if args.artifact:
-        chosen = resolve(args.artifact, workspace=workspace)
-        if chosen.digest not in family.nodes:
-            family = family_with(workspace, chosen)
+    chosen = resolve(args.artifact, workspace=workspace) if args.artifact else None
+    if args.among:
+        _look(args, chosen)
+    family = family_with(workspace, *([chosen] if chosen is not None else []), *(resolve(ref, workspace=workspace) for ref in args.among))
+    if chosen is not None:
         family = family.restricted([chosen.digest])
+    if args.models:
+        family = family.of_kinds("model", "adapter", "tokenizer")
     if not family.nodes:
         raise UserError(f"{workspace.root}: no artifacts here yet; run a recipe first (llmworks run recipes/quickstart.yaml)")
+    licences = licences_of(family)
+    warnings = conflicts(family, licences)
     if args.json:
-        as_json(
-            [
-                {
-                    "digest": n.digest,
-                    "kind": n.kind,
-                    "name": n.label,
-                    "stage": n.stage,
-                    "parents": [{"role": r, "digest": d} for r, d in n.parents],
-                }
-                for n in family.nodes.values()
-            ]
-        )
+        nodes = [{"digest": n.digest, "kind": n.kind, "name": n.label, "stage": n.stage, "licence": licences.get(n.digest, ""), "parents": [{"role": r, "digest": d} for r, d in n.parents]} for n in family.nodes.values()]
+        as_json({"nodes": nodes, "warnings": warnings})
         return
-    if args.svg:
-        Path(args.svg).write_text(draw_svg(family), encoding="utf-8")
-    if args.html:
-        from llmworks.report import ReportBuilder
-
-        page = ReportBuilder(
-            title="Family tree", lead=f"{len(family.nodes)} artifacts. Dashed edges are declared, solid ones can be derived again."
-        )
-        page.drawing("Who came from whom", draw_svg(family))
-        Path(args.html).write_text(page.html(), encoding="utf-8")
+    title = f"Family of {chosen.name}" if chosen is not None else "Family tree"
+    for file, write in (
+        (args.svg, lambda file: file.write_text(draw_svg(family), encoding="utf-8")), (args.png, lambda file: draw_png(family, file)), (args.mermaid, lambda file: file.write_text(draw_mermaid(family), encoding="utf-8")),
+        (args.html, lambda file: file.write_text(draw_page(family, title, licences, warnings), encoding="utf-8")),
+    ):  # fmt: skip
+        if file:
+            write(Path(file))
     out(draw_text(family))
+    for line in warnings:
+        out(f"licences: {line}")
+
+
+def _look(args: argparse.Namespace, chosen: Artifact | None) -> None:
+    """Ask a model's weights which of some models it was made of; the tree shows what they say."""
+    from llmworks.artifact import Model
+    from llmworks.execute import execute
+    from llmworks.references import open_engine, resolve
+    from llmworks.stages import resolve as resolve_stage
+
+    workspace = workspace_of(args)
+    among = [resolve(ref, workspace=workspace) for ref in args.among]
+    strange = next((one for one in [chosen, *among] if not isinstance(one, Model)), None)
+    if chosen is None or strange is not None:
+        raise UserError("--among: give the model whose parents are looked for first: llmworks tree MODEL --among REF" if chosen is None else f"--among: {getattr(strange, 'name', '')} is no model")
+    stage = resolve_stage("merge.kinship")
+    execute(stage, stage.config(), {"child": chosen, "among": among}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace))
 
 
 def verify(args: argparse.Namespace) -> None:

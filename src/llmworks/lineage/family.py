@@ -63,6 +63,25 @@ class Family:
                     found[parent.digest] = parent
         return list(found.values())
 
+    def of_kinds(self, *kinds: str) -> Family:
+        """The nodes of some kinds; what stood between two of them is passed over."""
+
+        def nearest(digest: str, seen: frozenset[str] = frozenset()) -> list[str]:
+            node = self.nodes.get(digest)
+            if node is None or digest in seen:
+                return []
+            return [digest] if node.kind in kinds else [one for _, parent in node.parents for one in nearest(parent, seen | {digest})]
+
+        found: dict[str, Node] = {}
+        for digest, node in self.nodes.items():
+            if node.kind in kinds:
+                parents = [(role if parent == above else f"{role}, by way of others", above) for role, parent in node.parents for above in nearest(parent)]
+                kept: dict[str, str] = {}
+                for role, parent in parents:
+                    kept.setdefault(parent, role)
+                found[digest] = replace(node, parents=tuple((role, parent) for parent, role in kept.items()))
+        return Family(_sorted(found))
+
     def roots(self) -> list[Node]:
         """Nodes without parents."""
         return [node for node in self.nodes.values() if not node.parents]
@@ -73,8 +92,19 @@ class Family:
         return Family({d: n for d, n in self.nodes.items() if d in keep})
 
 
-def family_of(artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | None = None) -> Family:
-    """Build the family of artifacts; `names` (label to artifact) decide how people call them."""
+@dataclass(frozen=True)
+class Kin:
+    """A parent that no manifest names: one that a file claims, or that was deduced. `digest`: the parent's, or a word of its own where nothing is known of it but its name."""
+
+    child: str
+    digest: str
+    name: str
+    role: str
+    ref: str = ""
+
+
+def family_of(artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | None = None, kin: Iterable[Kin] = ()) -> Family:
+    """Build the family of artifacts; `names` (label to artifact) decide how people call them; `kin`: parents beside those of manifests."""
     labels = {a.digest: label.split("/")[-1] for label, a in (names or {}).items()}
     every = {a.digest: a for a in [*artifacts, *(names or {}).values()]}
     nodes: dict[str, Node] = {}
@@ -87,8 +117,27 @@ def family_of(artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | Non
             labels.setdefault(p.digest, p.name)
             if p.digest not in every and p.digest not in nodes:
                 nodes[p.digest] = Node(p.digest, p.kind, p.name, "", "declared", (), None, p.ref)
+    for one in kin:
+        node = nodes.get(one.child)
+        if node is None or one.digest == one.child or any(digest == one.digest for _, digest in node.parents):
+            continue
+        if one.digest not in nodes:
+            nodes[one.digest] = Node(one.digest, "model", one.name, "", "declared", (), None, one.ref)
+        if one.child not in _above(nodes, one.digest):
+            nodes[one.child] = replace(node, parents=(*node.parents, (one.role, one.digest)))
     named = {d: replace(n, label=n.label or labels.get(d, "") or d[:12]) for d, n in nodes.items()}
     return Family(_sorted(named))
+
+
+def _above(nodes: Mapping[str, Node], digest: str) -> set[str]:
+    """A node and all that it came from."""
+    found, todo = set[str](), [digest]
+    while todo:
+        current = todo.pop()
+        if current not in found:
+            found.add(current)
+            todo += [parent for _, parent in nodes[current].parents] if current in nodes else []
+    return found
 
 
 def _sorted(nodes: dict[str, Node]) -> dict[str, Node]:

@@ -1,198 +1,48 @@
-"""Which models a model was made of, told by its weights: how near its layers are to theirs, and by which shares of them they can be had. Reads some thousands of numbers of each tensor.
-
-Layers of models that were not trained from one another are as good as orthogonal; a tuned layer is nearly its parent's, a merged one a sum of its parents', so that a least-squares fit of a layer by the same layer of
-all near candidates has their weights as its solution (task vectors: Ilharco et al. 2023, arXiv:2212.04089). What is near, and what a share has to be, stands below. Direction cannot be seen: candidates are asked about.
-"""
+"""Stage `merge.kinship`: which of some models a model was made of, told by its weights: what it was tuned from, what was merged into it and by which shares, whose layers it has."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from pydantic import Field
 
-import torch
-from torch import Tensor
-
-from llmworks.merge.layout import Layout
-from llmworks.model.shards import BYTES, FLOATS, TORCH
-
-RUNS, RUN = 24, 128  # of each tensor so many runs of so many numbers are read
-NEAR = 0.3  # cosine of a layer with a candidate's, above which they are kin; of strangers it is a few hundredths
-SAME = 0.99999999  # and as good as one, where all that was read is equal
-SHARE = 0.04  # of a candidate in a fit, below which it counts as none
-SURE = 8.0  # how many standard errors a share has to be away from 0
-EXPERT = re.compile(r"(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
-DENSE = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+from llmworks.artifact import Config, Model, Report
+from llmworks.context import Context
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer of the child: shares of candidates' layers by (model, number), how near the nearest one is, what no share explains, as a part of the layer, and whether all that was read is equal to the nearest's."""
+class KinshipConfig(Config):
+    """What is shown."""
 
-    number: int
-    shares: Mapping[tuple[str, int], float]
-    cosine: float
-    left: float
-    equal: bool = False
+    shown: int = Field(200, gt=0, description="layers in the table at most")
 
 
-@dataclass(frozen=True)
-class Kinship:
-    """What was found. `relation`: same, tuned, merged, layers, experts, or unknown; `parents`: shares on average over layers; `experts`: by expert, whose layers it has."""
+def kinship(config: KinshipConfig, child: Model, among: list[Model], ctx: Context) -> Report:
+    """Look for the parents of `child` among models; reads some thousands of numbers of each matrix. The family tree shows what was found.
 
-    relation: str
-    parents: Mapping[str, float]
-    layers: Sequence[Layer]
-    experts: Mapping[int, str] = field(default_factory=dict)
-    numbers: int = 0
+    Errors: ModelError for a directory without weights, or one that is quantized.
+    """
+    from llmworks.merge.layout import layout_of
+    from llmworks.merge.shares import kinship as found_in
+    from llmworks.merge.shares import rank_of
 
-    @property
-    def said(self) -> str:
-        """In a sentence."""
-        names = ", ".join(f"{name} ({share:.2f})" for name, share in self.parents.items())
-        equal = sum(layer.equal for layer in self.layers)
-        left = sum(layer.left for layer in self.layers) / len(self.layers) if self.layers else 1.0
-        return {
-            "same": f"has the weights of {', '.join(self.parents)}", "tuned": f"was tuned from {', '.join(self.parents)}, or that from it: {left:.1%} of its weights is its own", "merged": f"is a merge of {names}; {left:.1%} of its weights is in none of them",
-            "layers": f"has layers of {', '.join(self.parents)}; {equal} of {len(self.layers)} are equal", "experts": f"is a mixture whose experts are {', '.join(f'{at} {name}' for at, name in self.experts.items())}", "unknown": "is kin of none of them",
-        }[self.relation]  # fmt: skip
-
-
-def kinship(child: Layout, candidates: Mapping[str, Layout]) -> Kinship:
-    """Which of the candidates a model was made of."""
-    stack = max(child.stacks, key=lambda name: len(child.stacks[name]), default="")
-    if not stack:
-        return Kinship("unknown", {}, [])
-    names = [rest for rest, tensor in child.stacks[stack][0].items() if len(child.places[tensor].shape) == 2 and child.places[tensor].dtype in FLOATS]
-    experts = [rest for rest in names if EXPERT.fullmatch(rest)]
-    plain = [rest for rest in names if rest not in experts and not rest.endswith("gate.weight")] or names
-    own = [read(child, layer, plain) for layer in child.stacks[stack]]
-    theirs = {name: [one for layer in layout.stacks.get(stack, ()) if (one := read(layout, layer, plain, like=child)) is not None] for name, layout in candidates.items()}
-    theirs = {name: layers for name, layers in theirs.items() if layers}
-    found = [explained(number, vector, theirs) for number, vector in enumerate(own) if vector is not None]
-    mixed = _experts(child, stack, experts, candidates)
-    return _judged(found, mixed, {name: len(layers) for name, layers in theirs.items()}, sum(len(one) for one in own if one is not None))
-
-
-def read(layout: Layout, layer: Mapping[str, str], names: Sequence[str], like: Layout | None = None) -> Tensor | None:
-    """Numbers of a layer's matrices, fp64, at places that depend on their shapes alone; None where a matrix is missing. `like`: the model whose shapes they must have."""
-    parts = []
-    for rest in names:
-        tensor = layer.get(rest)
-        if tensor is None or layout.places[tensor].dtype not in FLOATS:
-            return None
-        if like is not None and layout.places[tensor].shape != _shape(like, rest):
-            return None
-        parts.append(sample(layout, tensor))
-    return torch.cat(parts) if parts else None
-
-
-def _shape(layout: Layout, rest: str) -> tuple[int, ...]:
-    stack = max(layout.stacks, key=lambda name: len(layout.stacks[name]))
-    return layout.places[layout.stacks[stack][0][rest]].shape
-
-
-def sample(layout: Layout, tensor: str) -> Tensor:
-    """Some runs of a tensor's numbers, evenly spread, each begun at a place by chance that its shape decides."""
-    place = layout.places[tensor]
-    count = min(RUN, place.count)
-    step = max(1, (place.count - count) // RUNS)
-    drawn = int.from_bytes(hashlib.sha256(repr(place.shape).encode()).digest()[:4], "little")
-    starts = sorted({min(place.count - count, at * step + drawn % step) for at in range(RUNS)})
-    made = torch.empty(len(starts) * count, dtype=getattr(torch, TORCH[place.dtype]))
-    octets = memoryview(made.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    width = BYTES[place.dtype] * count
-    for at, start in enumerate(starts):
-        layout.shards.read(tensor, start, octets[at * width : (at + 1) * width])
-    return made.double()
-
-
-def explained(number: int, vector: Tensor, theirs: Mapping[str, Sequence[Tensor]]) -> Layer:
-    """A layer by shares of candidates' layers: of each candidate the layer that is nearest, where it is near at all."""
-    length = float(vector.norm())
-    near: dict[tuple[str, int], float] = {}
-    for name, layers in theirs.items():
-        cosines = [float(vector @ one) / max(1e-30, length * float(one.norm())) for one in layers]
-        at = max(range(len(cosines)), key=lambda i: (round(cosines[i], 9), i == number))
-        if cosines[at] > NEAR:
-            near[name, at] = cosines[at]
-    if not near or not length:
-        return Layer(number, {}, max(near.values(), default=0.0), 1.0)
-    best = max(near, key=lambda one: near[one])
-    equal = next((one for one in near if near[one] > SAME and torch.equal(theirs[one[0]][one[1]], vector)), None)
-    if equal is not None:
-        return Layer(number, {equal: 1.0}, 1.0, 0.0, equal=True)
-    shares, left = shares_of(vector, {one: theirs[one[0]][one[1]] for one in near})
-    return Layer(number, shares or {best: 1.0}, near[best], left)
-
-
-def shares_of(vector: Tensor, others: Mapping[tuple[str, int], Tensor]) -> tuple[dict[tuple[str, int], float], float]:
-    """(shares of those that count, what is left as a part of the vector), by least squares; those whose share is small, or not sure, are left out one after the other."""
-    chosen = _distinct(others)
-    while chosen:
-        columns = torch.stack([others[one] for one in chosen], dim=1)
-        gram = columns.T @ columns
-        solved = torch.linalg.solve(gram + 1e-12 * gram.diagonal().mean() * torch.eye(len(chosen), dtype=gram.dtype), columns.T @ vector)
-        rest = vector - columns @ solved
-        spread = float(rest.square().sum()) / max(1, len(vector) - len(chosen))
-        errors = (torch.linalg.pinv(gram).diagonal().clamp(min=0) * spread).sqrt()
-        doubt = [min(float(abs(share)) / SHARE, float(abs(share) / error.clamp(min=1e-30)) / SURE) for share, error in zip(solved, errors, strict=True)]
-        worst = min(range(len(doubt)), key=lambda i: doubt[i])
-        if doubt[worst] >= 1 or len(chosen) == 1:
-            return {one: float(share) for one, share in zip(chosen, solved, strict=True)}, float(rest.norm() / vector.norm())
-        chosen.pop(worst)
-    return {}, 1.0
-
-
-def _distinct(others: Mapping[tuple[str, int], Tensor]) -> list[tuple[str, int]]:
-    """One of those that are equal: copies cannot be told apart."""
-    kept: list[tuple[str, int]] = []
-    for one, vector in others.items():
-        if not any(torch.equal(vector, others[other]) for other in kept):
-            kept.append(one)
-    return kept
-
-
-def _experts(child: Layout, stack: str, names: Sequence[str], candidates: Mapping[str, Layout]) -> dict[int, str]:
-    """Whose feed-forward layers each expert has, by all layers."""
-    found: dict[int, list[str]] = {}
-    for layer in child.stacks[stack] if names else ():
-        for rest in names:
-            match = EXPERT.fullmatch(rest)
-            assert match is not None
-            dense = f"mlp.{DENSE.get(match[2], match[2])}.weight"
-            vector = sample(child, layer[rest])
-            number = child.stacks[stack].index(layer)
-            near = []
-            for name, layout in candidates.items():
-                tensor = layout.stacks.get(stack, [])[number].get(dense) if number < len(layout.stacks.get(stack, [])) else None
-                if tensor is not None and layout.places[tensor].shape == child.places[layer[rest]].shape:
-                    other = sample(layout, tensor)
-                    near.append((float(vector @ other / (vector.norm() * other.norm()).clamp(min=1e-30)), name))
-            if near and max(near)[0] > NEAR:
-                found.setdefault(int(match[1]), []).append(max(near)[1])
-    return {at: max(set(names_), key=names_.count) for at, names_ in sorted(found.items())}
-
-
-def _judged(layers: Sequence[Layer], experts: Mapping[int, str], depths: Mapping[str, int], numbers: int) -> Kinship:
-    """What layers, taken together, say."""
-    kin = [layer for layer in layers if layer.shares]
-    totals: dict[str, float] = {}
-    for layer in kin:
-        for (name, _), share in layer.shares.items():
-            totals[name] = totals.get(name, 0.0) + share / len(kin)
-    often = {name: sum(any(who == name for who, _ in layer.shares) for layer in kin) for name in totals}
-    if experts:
-        return Kinship("experts", dict.fromkeys([*experts.values(), *(name for name in totals if often[name] > len(kin) / 2)], 1.0), layers, experts, numbers)
-    if not kin or len(kin) < max(1, len(layers) // 4):
-        return Kinship("unknown", {}, layers, {}, numbers)
-    moved = any(at != layer.number for layer in kin for _, at in layer.shares) or any(depths[name] != len(layers) for name in totals)
-    single = all(len(layer.shares) == 1 for layer in kin)
-    sources = {name for layer in kin for name, _ in layer.shares}
-    if single and (moved or len(sources) > 1):
-        return Kinship("layers", {name: often[name] / len(kin) for name in totals if often[name]}, layers, {}, numbers)
-    parents = {name: share for name, share in totals.items() if often[name] * 3 >= len(kin)}
-    if all(layer.equal for layer in kin) and len(parents) == 1:
-        return Kinship("same", parents, layers, {}, numbers)
-    return Kinship("tuned" if len(parents) == 1 else "merged", parents, layers, {}, numbers)
+    names = [model.name if [one.name for one in among].count(model.name) == 1 else f"{model.name} {model.digest[:8]}" for model in among]
+    layouts = {name: layout_of(name, model.path) for name, model in zip(names, among, strict=True)}
+    own = layout_of(child.name, child.path)
+    found = found_in(own, layouts)
+    digests = {name: model.digest for name, model in zip(names, among, strict=True)}
+    page = ctx.report
+    page.title = f"Of what {child.name} was made"
+    page.lead = f"{child.name} {found.said}."
+    if found.relation == "tuned":
+        rank, energy = rank_of(own, layouts[next(iter(found.parents))])
+        if rank:
+            page.lead += f" In the matrix that was looked at, {energy:.1%} of the difference has rank {rank}: an adapter was folded in."
+    page.table("Parents", ("model", "share of layers", "digest"), [(name, f"{share:.3f}", digests[name][:12]) for name, share in found.parents.items()], "Of a merge: the weight by which the model is in it, on average over layers, by least squares.")
+    rows = [(str(layer.number), ", ".join(f"{name} {at}: {share:.3f}" for (name, at), share in layer.shares.items()) or "none", f"{layer.cosine:.4f}", "equal" if layer.equal else f"{layer.left:.2%}") for layer in found.layers[: config.shown]]
+    page.table("Layers", ("layer", "model and layer: share", "cosine with the nearest", "in none of them"), rows, f"{found.numbers:,} numbers of the model were read. Layers of models that were not trained from one another have cosines of some hundredths.")
+    page.data = {
+        "child": child.digest, "relation": found.relation, "said": found.said, "parents": [{"name": name, "digest": digests[name], "share": round(share, 6)} for name, share in found.parents.items()], "experts": {str(at): name for at, name in found.experts.items()},
+        "layers": [{"layer": layer.number, "shares": [[name, at, round(share, 6)] for (name, at), share in layer.shares.items()], "cosine": round(layer.cosine, 6), "left": round(layer.left, 6), "equal": layer.equal} for layer in found.layers],
+    }  # fmt: skip
+    for layout in (own, *layouts.values()):
+        layout.shards.close()
+    ctx.progress.say(page.lead)
+    return Report(ctx.out, metrics={"relation": found.relation, "parents": len(found.parents), "models": len(among)})

@@ -11,14 +11,15 @@ import yaml
 
 from llmworks.artifact import Model
 from llmworks.assets.catalogue import CATALOGUE
+from llmworks.lineage import declared
 
 CARRIED = ("license", "license_name", "license_link", "language")
 
 
 def front_of(model: Model) -> dict[str, Any]:
     """What a model's card, or the catalogue, says of its licence and languages."""
-    front = read_front(model.path)
-    front = {key: front[key] for key in CARRIED if key in front}
+    said = declared.front_of(model.path)
+    front = {key: said[key] for key in CARRIED if key in said}
     if model.ref.startswith("asset:") and "license" not in front:
         front |= _licence(model.ref.removeprefix("asset:"))
     return front
@@ -28,17 +29,6 @@ def bases_of(models: Sequence[Model], relation: str) -> dict[str, Any]:
     """`base_model` and its relation, for those that are on the Hub."""
     names = [model.ref.removeprefix("hf:") for model in models if model.ref.startswith("hf:")]
     return {"base_model": names[0] if len(names) == 1 else names, "base_model_relation": relation} if names else {}
-
-
-def read_front(path: Path) -> dict[str, Any]:
-    """The head of the card beside a model's files; {} where there is none that can be read."""
-    card = (path if path.is_dir() else path.parent) / "README.md"
-    try:
-        found = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.S)
-        front = yaml.load(found[1], yaml.BaseLoader) if found else None  # all is text: the language no is not false
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return dict(front) if isinstance(front, dict) else {}
 
 
 def write(out: Path, front: Mapping[str, Any], lines: Sequence[str]) -> None:

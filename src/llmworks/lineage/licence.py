@@ -1,0 +1,43 @@
+"""Whether the licences along a family can be kept together. Says where to look; is no advice of law."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llmworks.lineage.family import Family
+
+FREE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "isc", "unlicense", "zlib", "psf", "public domain", "wtfpl")
+SHARED = ("gpl", "agpl", "lgpl", "cc-by-sa", "mpl", "eupl", "odbl")
+
+
+def kind_of(licence: str) -> str:
+    """free, share-alike, non-commercial, or own: terms that one has to read."""
+    said = licence.lower()
+    if "-nc" in said or "noncommercial" in said or "non-commercial" in said:
+        return "non-commercial"
+    if said in FREE or said.startswith(("apache", "mit", "bsd", "cc-by-4", "cc-by-3", "cc0")):
+        return "free"
+    return "share-alike" if said.startswith(SHARED) else "own"
+
+
+def conflicts(family: Family, licences: Mapping[str, str]) -> list[str]:
+    """One line for each model that states less than what it came from does, or that came from terms that may not go together. `licences`: by digest, what is stated."""
+    found: list[str] = []
+    for node in family.nodes.values():
+        if node.kind not in ("model", "adapter"):
+            continue
+        above = {one.label: licences[one.digest] for one in family.ancestors(node.digest) if one.digest != node.digest and licences.get(one.digest)}
+        own, kinds = licences.get(node.digest, ""), {name: kind_of(said) for name, said in above.items()}
+        strict = {name: above[name] for name, kind in kinds.items() if kind != "free"}
+        if own and kind_of(own) == "free" and strict:
+            found.append(f"{node.label} is under {own}, and came from {_told(strict)}, which ask for more")
+        elif own and kind_of(own) != "non-commercial" and any(kind == "non-commercial" for kind in kinds.values()):
+            found.append(f"{node.label} is under {own}, and came from {_told({name: said for name, said in above.items() if kinds[name] == 'non-commercial'})}, which allows no commercial use")
+        terms = {said for name, said in strict.items() if kinds[name] in ("share-alike", "own")}
+        if len(terms) > 1 and len({licences[parent] for _, parent in node.parents if licences.get(parent)}) > 1:
+            found.append(f"{node.label} came from {_told(strict)}: terms that may not go together")
+    return found
+
+
+def _told(licences: Mapping[str, str]) -> str:
+    return " and ".join(f"{name} ({said})" for name, said in licences.items())

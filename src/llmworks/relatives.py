@@ -38,7 +38,7 @@ def family_with(workspace: Workspace, *more: Artifact) -> Family:
             known.add(parent.digest)
             every.append(found)
             todo += found.manifest.parents
-    return family_of(every, workspace.names(), [*_deduced(every), *_claimed(every)])
+    return family_of(every, {**workspace.outs(), **workspace.names()}, [*_deduced(every), *_claimed(every)])
 
 
 def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:

@@ -147,6 +147,16 @@ class Workspace:
                 found[f"{link.parent.name}/{link.name}"] = load(link.resolve(), name=link.name)
         return found
 
+    def outs(self) -> dict[str, Artifact]:
+        """Results that `--out` gave a name, by that name; those that are gone, or name something else now, are left out."""
+        found: dict[str, Artifact] = {}
+        for link in sorted((self.root / "roots").glob("*")):
+            out = link.readlink() if link.is_symlink() else link
+            if out.is_symlink() and out.resolve().parent == (self.root / "store").resolve():
+                with contextlib.suppress(ArtifactError):
+                    found[out.name] = load(out.resolve(), name=out.name)
+        return found
+
     def collect(self, *, scratch: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:
         """Remove what no name and no descendant of a name needs, and with `scratch` the checkpoints of interrupted steps.
 

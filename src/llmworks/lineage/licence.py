@@ -21,22 +21,23 @@ def kind_of(licence: str) -> str:
 
 
 def conflicts(family: Family, licences: Mapping[str, str]) -> list[str]:
-    """One line for each model that states less than what it came from does, or that came from terms that may not go together. `licences`: by digest, what is stated."""
-    found: list[str] = []
+    """One line for models that state less than what they came from does, or nothing at all, and for those that came from terms that may not go together. `licences`: by digest, what is stated."""
+    found: dict[str, list[str]] = {}
     for node in family.nodes.values():
         if node.kind not in ("model", "adapter"):
             continue
-        above = {one.label: licences[one.digest] for one in family.ancestors(node.digest) if one.digest != node.digest and licences.get(one.digest)}
+        above = {one.label: licences[one.digest] for one in family.ancestors(node.digest) if one.digest != node.digest and licences.get(one.digest, "other") != "other"}
         own, kinds = licences.get(node.digest, ""), {name: kind_of(said) for name, said in above.items()}
         strict = {name: above[name] for name, kind in kinds.items() if kind != "free"}
-        if own and kind_of(own) == "free" and strict:
-            found.append(f"{node.label} is under {own}, and came from {_told(strict)}, which ask for more")
-        elif own and kind_of(own) != "non-commercial" and any(kind == "non-commercial" for kind in kinds.values()):
-            found.append(f"{node.label} is under {own}, and came from {_told({name: said for name, said in above.items() if kinds[name] == 'non-commercial'})}, which allows no commercial use")
+        closed = {name: said for name, said in strict.items() if kinds[name] == "non-commercial"}
+        if own not in ("", "other") and kind_of(own) == "free" and strict:
+            found.setdefault(f"under {own}, from {_told(strict)}, which ask for more", []).append(node.label)
+        elif closed and (own in ("", "other") or kind_of(own) != "non-commercial"):
+            found.setdefault(f"{f'under {own}' if own not in ('', 'other') else 'under no licence of their own'}, from {_told(closed)}, which allows no commercial use", []).append(node.label)
         terms = {said for name, said in strict.items() if kinds[name] in ("share-alike", "own")}
-        if len(terms) > 1 and len({licences[parent] for _, parent in node.parents if licences.get(parent)}) > 1:
-            found.append(f"{node.label} came from {_told(strict)}: terms that may not go together")
-    return found
+        if len(terms) > 1 and len({licences[parent] for _, parent in node.parents if licences.get(parent, "other") != "other"}) > 1:
+            found.setdefault(f"from {_told(strict)}: terms that may not go together", []).append(node.label)
+    return [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {what}" for what, names in found.items()]
 
 
 def _told(licences: Mapping[str, str]) -> str:

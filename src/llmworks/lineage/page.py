@@ -17,7 +17,7 @@ header p{margin:0;color:#475569}input{font:inherit;padding:5px 9px;border:1px so
 main{flex:1;display:flex;min-height:0}#view{flex:1;overflow:hidden;cursor:grab;position:relative;touch-action:none}#view:active{cursor:grabbing}#view svg{position:absolute;left:0;top:0;transform-origin:0 0;overflow:visible}
 aside{width:390px;max-width:45vw;overflow:auto;background:#fff;border-left:1px solid #e2e8f0;padding:14px 16px;display:none}aside.open{display:block}aside h2{font-size:15px;margin:0 0 8px;overflow-wrap:anywhere}
 aside table{border-collapse:collapse;width:100%;font-size:12.5px}aside td{padding:3px 6px 3px 0;vertical-align:top;border-top:1px solid #f1f5f9;overflow-wrap:anywhere}aside td:first-child{color:#64748b;white-space:nowrap;width:1%}aside h3{font-size:12.5px;margin:14px 0 4px;color:#475569}
-aside a{color:#2563eb;cursor:pointer}.node{cursor:pointer}.dim{opacity:.13}.node.hit rect{fill:#fef9c3}.node.chosen rect{stroke-width:3.4}.warn{color:#b45309;margin:0;padding:8px 16px;background:#fffbeb;border-bottom:1px solid #fde68a}.warn div{margin:2px 0}
+aside a{color:#2563eb;cursor:pointer}.node{cursor:pointer}.dim{opacity:.13}.node.hit rect{fill:#fef9c3}.node.chosen rect{stroke-width:3.4}.warn{color:#b45309;margin:0;padding:8px 16px;background:#fffbeb;border-bottom:1px solid #fde68a;max-height:96px;overflow:auto}.warn div{margin:2px 0}
 .key{display:flex;gap:10px;font-size:12px;color:#475569;flex-wrap:wrap}.key i{display:inline-block;width:10px;height:10px;border:2px solid;border-radius:3px;margin-right:4px}
 """
 SCRIPT = """

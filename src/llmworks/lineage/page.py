@@ -65,7 +65,7 @@ def _known(family: Family, node: Node, licences: Mapping[str, str]) -> dict[str,
     if manifest is not None:
         if manifest.stage:
             facts |= {"derivation": manifest.derivation, "when": f"{manifest.started} to {manifest.finished[:19]}", "seed": manifest.seed, "threads": manifest.threads}
-        more = {"Metrics": manifest.metrics, "About": manifest.about, "Config": manifest.config, "Files": {name: f"{entry.bytes:,} bytes, {entry.sha256[:12]}" for name, entry in list(manifest.files.items())[:60]}}
+        more = {"Metrics": manifest.metrics, "About": manifest.about, "Config": {name: value for name, value in manifest.config.items() if value not in (None, {}, [])}, "Files": {name: f"{entry.bytes:,} bytes, {entry.sha256[:12]}" for name, entry in list(manifest.files.items())[:60]}}
     children = [(role, child.digest) for role, child in family.children(node.digest)]
     text = " ".join([node.label, node.stage, node.ref, node.kind, node.digest, licences.get(node.digest, "")]).lower()
     return {"name": node.label, "facts": facts, "parents": [one for one in node.parents if one[1] in family.nodes], "children": children, "more": more, "text": text}

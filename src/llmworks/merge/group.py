@@ -46,6 +46,11 @@ class Group:
         """A parameter of each input beside the base."""
         return [float(self.each[at][name]) for at in self.others]
 
+    @property
+    def pieces(self) -> int:
+        """Blocks."""
+        return -(-self.count // BLOCK)
+
     def blocks(self) -> Iterator[list[Tensor]]:
         """All inputs, block after block."""
         for start in range(0, self.count, BLOCK):

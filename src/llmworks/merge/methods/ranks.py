@@ -69,7 +69,7 @@ def ranks_of(group: Group, wanted: Sequence[tuple[int, int] | None], *, upward: 
     if group.dtype in (torch.bfloat16, torch.float16):
         edges = {at: [_edge(counts[at], rank, upward) for rank in _ranks(wanted[at])] for at in sides}
     else:
-        coarse = {at: [_place(np.sum(counts[at], axis=0), rank, upward) for rank in _ranks(wanted[at])] for at in sides}
+        coarse = {at: [_place(counts[at].sum(axis=0), rank, upward) for rank in _ranks(wanted[at])] for at in sides}
         edges = _finer(group, coarse, upward)
     made = {at: Ranks(edges[at][0], edges[at][1], upward) for at in sides}
     for at in sides:
@@ -87,14 +87,14 @@ def _torn(edge: Edge) -> int:
     return edge.before[-1] if 0 < edge.of_it < edge.before[-1] else 0
 
 
-def _counted(group: Group, sides: Sequence[int]) -> dict[int, list[Any]]:
-    """For inputs, block by block: how many changes there are of each pattern, or of its upper half."""
-    found: dict[int, list[Any]] = {at: [] for at in sides}
-    for blocks in group.blocks():
+def _counted(group: Group, sides: Sequence[int]) -> dict[int, Any]:
+    """For inputs, how many changes there are of each pattern, or of its upper half [blocks, HALVES]."""
+    found = {at: np.zeros((group.pieces, HALVES), np.int32) for at in sides}
+    for number, blocks in enumerate(group.blocks()):
         changes = deltas(group, blocks)
         for at in sides:
             bits = patterns(changes[at])
-            found[at].append(np.bincount((bits if bits.dtype == torch.int16 else bits >> 16).numpy(), minlength=HALVES).astype(np.int32))
+            found[at][number] = np.bincount((bits if bits.dtype == torch.int16 else bits >> 16).numpy(), minlength=HALVES)
     return found
 
 
@@ -106,20 +106,20 @@ def _place(total: Any, rank: int, upward: bool) -> tuple[int, int]:
     return (at if upward else len(total) - 1 - at), rank - int(sums[at] - ordered[at])
 
 
-def _edge(counts: Sequence[Any], rank: int, upward: bool) -> Edge:
-    pattern, of_it = _place(np.sum(counts, axis=0), rank, upward)
-    return Edge(pattern, of_it, (0, *np.cumsum([int(one[pattern]) for one in counts]).tolist()))
+def _edge(counts: Any, rank: int, upward: bool) -> Edge:
+    pattern, of_it = _place(counts.sum(axis=0), rank, upward)
+    return Edge(pattern, of_it, (0, *np.cumsum(counts[:, pattern], dtype=np.int64).tolist()))
 
 
 def _finer(group: Group, coarse: dict[int, list[tuple[int, int]]], upward: bool) -> dict[int, list[Edge]]:
     """Edges of 32 bits: of the patterns with an upper half, the lower halves counted."""
-    found: dict[tuple[int, int], list[Any]] = {(at, side): [] for at, places in coarse.items() for side in range(len(places))}
-    for blocks in group.blocks():
+    found = {(at, side): np.zeros((group.pieces, 1 << 16), np.int32) for at, places in coarse.items() for side in range(len(places))}
+    for number, blocks in enumerate(group.blocks()):
         changes = deltas(group, blocks)
         for (at, side), counts in found.items():
             bits = patterns(changes[at])
             inside = bits[(bits >> 16) == coarse[at][side][0]] & 0xFFFF
-            counts.append(np.bincount(inside.numpy(), minlength=1 << 16).astype(np.int32))
+            counts[number] = np.bincount(inside.numpy(), minlength=1 << 16)
     made: dict[int, list[Edge]] = {}
     for (at, side), counts in found.items():
         upper, rank = coarse[at][side]

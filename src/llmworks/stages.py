@@ -119,6 +119,7 @@ STAGES: dict[str, Stage] = {
     "synthesize.pairs": Stage("llmworks.synthesize.pairs:pairs", 1, "declared", "preference pairs by verifier, judge or ratings"),
     "tune.running": Stage("llmworks.tune.running:running", 2, "declared", "what it takes to run a model here: memory, speeds, answers"),
     "tune.tradeoff": Stage("llmworks.tune.tradeoff:tradeoff", 1, "exact", "the page of a model's quantizations: sizes, damage, speeds, skills"),
+    "tune.evolution": Stage("llmworks.tune.evolution:evolution", 1, "declared", "the page of a search for a merge's numbers"),
     "tune.trials": Stage("llmworks.tune.trials:trials", 1, "declared", "the page of a sweep: what was tried, what came of it"),
     "lineage.report": Stage("llmworks.lineage.story:report", 1, "declared", "one page: family tree, curves, scores, samples, sizes"),
 }

@@ -100,7 +100,7 @@ def test_ranks_are_those_of_a_sort(dtype: torch.dtype, upward: bool, repeated: b
         group = one_group(change, {})
         found = ranks_of(group, [(left_out, kept)], upward=upward)[0]
         assert found is not None
-        mask = torch.cat([found.mask(change[start : start + 37], number) for number, start in enumerate(range(0, 501, 37))])
+        mask = torch.cat([found.mask(change[start : start + 37], number) for number, start in enumerate(range(0, 501, 37))]) == -1
         wanted = torch.zeros(501, dtype=torch.bool)
         wanted[order[left_out : left_out + kept]] = True
         assert torch.equal(mask, wanted), (left_out, kept)
@@ -112,7 +112,7 @@ def test_what_is_tied_is_counted() -> None:
     group = one_group(change, {"density": 3 / 8})
     found = ranks_of(group, [(0, 3)])[0]
     assert found is not None
-    assert found.mask(change, 0).tolist() == [True, True, True, False, False, False, False, False]
+    assert found.mask(change, 0).tolist() == [-1, -1, -1, 0, 0, 0, 0, 0]
     assert group.notes == {"tied": 5}
     assert ranks_of(one_group(change, {}), [(0, 6)])[0] is not None
 

@@ -67,3 +67,33 @@ def frontier(args: argparse.Namespace) -> None:
         return
     best = told["recommended"]
     out(f"\n{best['name']}: {best['bytes'] / 1e6:,.1f} MB, {best['kl']:.4f} nats a token away" + (f"\nModel: {short(args.pick if args.pick is not None else chosen.path)}" if chosen else "") + f"\nReport: {short(page.path / 'report.html')}")
+
+
+def evolve(args: argparse.Namespace) -> None:
+    """`llmworks tune evolve FILE --suite NAMES`."""
+    from llmworks.errors import UserError
+    from llmworks.evaluate.suites import items_of
+    from llmworks.evolutions import Evolution, evolution
+    from llmworks.merge.config import MergeConfig
+    from llmworks.merges import found_models, read
+    from llmworks.workspace import check_out
+
+    for name in (args.out, args.pick):
+        if name is not None:
+            check_out(name)
+    documents, workspace = read(args.file, args.set), workspace_of(args)
+    config = documents[0].config
+    if len(documents) > 1 or not isinstance(config, MergeConfig):
+        raise UserError(f"{args.file}: one merge is evolved, this holds {'several' if len(documents) > 1 else 'experts'}")
+    models = found_models(config, {}, workspace)
+    held = items_of(args.held, args.limit) if args.held else ()
+    job = Evolution(args.file.stem, config, models, workspace, items_of(args.suite, args.limit), held, args.attempts, args.population, args.gradient, args.negative, args.seed, say=lambda line: print(line, file=sys.stderr, flush=True), quiet=args.quiet)
+    page, child = evolution(job)
+    for name, artifact in ((args.out, page), (args.pick, child)):
+        if name is not None:
+            workspace.link_out(name, artifact)
+    told = page.read()
+    if args.json:
+        as_json({"report": str(page.path), "model": str(child.path), "best": told["best"], "scores": told["scores"]})
+        return
+    out(f"\nBest: {told['best']['score']:.4g}  {'  '.join(f'{name} {value:g}' for name, value in told['best']['values'].items())}\nModel: {short(args.pick if args.pick is not None else child.path)}\nReport: {short(page.path / 'report.html')}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from llmworks.merge.group import Group, Piece, deltas
 from llmworks.merge.methods.ranks import ranks_of, sums_of
 from llmworks.merge.methods.task_arithmetic import added, check
+from llmworks.merge.methods.task_arithmetic import kept as kept_of
 
 
 def breadcrumbs(group: Group) -> Piece:
@@ -29,7 +30,7 @@ def _crumbs(group: Group, *, elect: bool) -> Piece:
     def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
         changes = []
         for change, rank, factor in zip(deltas(group, blocks), kept, factors, strict=True):
-            found = change if rank is None else change * rank.mask(change, number)
+            found = change if rank is None else kept_of(change, rank.mask(change, number))
             changes.append(found if factor is None else found * factor)
         return added(group, blocks, changes, elect=elect)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmworks.merge.group import Group, Piece, deltas
 from llmworks.merge.methods.ranks import sums_of
 from llmworks.merge.methods.task_arithmetic import added, check
+from llmworks.merge.methods.task_arithmetic import kept as kept_of
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Dropped:
     density: float
 
     def mask(self, change: Tensor, number: int) -> Tensor:
-        """Of a block, 1 where a change is kept."""
-        made = torch.empty(change.shape, dtype=torch.uint8)
-        return made.bernoulli_(self.density, generator=self.group.generator(self.source, number))
+        """Of a block, all bits set where a change is kept: a number of 15 bits, drawn for each, is below the density's share of them."""
+        count = change.numel()
+        drawn = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=self.group.generator(self.source, number))
+        return ((drawn.view(torch.int16)[:count] & 0x7FFF) - round(self.density * (1 << 15))) >> 15
 
 
 def dare_linear(group: Group) -> Piece:
@@ -48,7 +50,7 @@ def _dropped(group: Group, *, elect: bool) -> Piece:
     def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
         changes = []
         for change, one, factor in zip(deltas(group, blocks), kept, factors, strict=True):
-            found = change if one is None else change * one.mask(change, number)
+            found = change if one is None else kept_of(change, one.mask(change, number))
             changes.append(found if factor is None else found * factor)
         return added(group, blocks, changes, elect=elect)
 

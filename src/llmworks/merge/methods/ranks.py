@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmworks.merge.group import Group, deltas
+from llmworks.merge.methods.task_arithmetic import kept as keep
 
 HALVES = 1 << 15
 
@@ -37,17 +38,20 @@ class Ranks:
     upward: bool
 
     def mask(self, change: Tensor, number: int) -> Tensor:
-        """Of a block, true where a change is kept."""
+        """Of a block, all bits set where a change is kept."""
         found = patterns(change)
-        return self._within(found, self.high, number) & ~self._within(found, self.low, number)
+        inside = self._within(found, self.high, number)
+        return inside if not self.low.pattern and not self.low.of_it and self.upward else inside & ~self._within(found, self.low, number)
 
     def _within(self, found: Tensor, edge: Edge, number: int) -> Tensor:
-        """Whether a size lies before an edge."""
-        before = found < edge.pattern if self.upward else found > edge.pattern
-        left = edge.of_it - edge.before[number]
+        """All bits set where a size lies before an edge: a difference below 0 has its first bit set, which is shifted through."""
+        shift = 8 * found.element_size() - 1
+        here, left = edge.before[number + 1] - edge.before[number], edge.of_it - edge.before[number]
+        if left >= here:  # all of the edge's pattern that are in this block
+            return (found - edge.pattern - 1) >> shift if self.upward else (edge.pattern - 1 - found) >> shift
+        before = (found - edge.pattern) >> shift if self.upward else (edge.pattern - found) >> shift
         if left > 0:
-            same = found == edge.pattern
-            before |= same if int(same.sum()) <= left else same & (same.cumsum(0) <= left)
+            before[(found == edge.pattern).nonzero()[:left, 0]] = -1
         return before
 
 
@@ -94,7 +98,7 @@ def _counted(group: Group, sides: Sequence[int]) -> dict[int, Any]:
         changes = deltas(group, blocks)
         for at in sides:
             bits = patterns(changes[at])
-            found[at][number] = np.bincount((bits if bits.dtype == torch.int16 else bits >> 16).numpy(), minlength=HALVES)
+            found[at][number] = torch.bincount(bits if bits.dtype == torch.int16 else bits >> 16, minlength=HALVES).numpy()
     return found
 
 
@@ -138,5 +142,5 @@ def sums_of(group: Group, kept: Sequence[Any]) -> list[Tensor | None]:
             if kept[at] is not None:
                 size = change.abs()
                 whole[at] = whole[at] + size.sum(dtype=torch.float32)
-                part[at] = part[at] + (size * kept[at].mask(change, number)).sum(dtype=torch.float32)
+                part[at] = part[at] + keep(size, kept[at].mask(change, number)).sum(dtype=torch.float32)
     return [None if one is None or min(float(all_), float(some)) < 1e-7 else all_.to(group.dtype) / some.to(group.dtype) for one, all_, some in zip(kept, whole, part, strict=True)]

@@ -1,4 +1,7 @@
-"""What models learned, added to what they learned it on; the end that TIES, DARE, DELLA and breadcrumbs share. Ilharco et al. 2023 (arXiv:2212.04089)."""
+"""What models learned, added to what they learned it on; the end that TIES, DARE, DELLA and breadcrumbs share. Ilharco et al. 2023 (arXiv:2212.04089).
+
+Signs and what is kept are worked out on the bits of numbers, which is many times faster than with truth values.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from torch import Tensor
 
 from llmworks.errors import UserError
 from llmworks.merge.group import Group, Piece, deltas
+
+INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes as a float
 
 
 def task_arithmetic(group: Group) -> Piece:
@@ -34,19 +39,56 @@ def added(group: Group, blocks: Sequence[Tensor], changes: Sequence[Tensor], *, 
     if not changes:
         return base
     weights = torch.tensor(group.weights(), dtype=base.dtype)
-    weights = weights.view(-1, *[1] * base.ndim)
-    stacked = torch.stack(list(changes)).mul_(weights)
+    changes = [change * weight for change, weight in zip(changes, weights, strict=True)]
+    moved = total(changes)
     if elect:
-        upward = stacked.sum(dim=0) >= 0
-        agree = torch.where(upward, stacked > 0, stacked < 0)
-        moved = stacked.mul_(agree).sum(dim=0)
-        divisor = (weights * agree).sum(dim=0)
-        divisor[divisor == 0] = 1
-    else:
-        moved, divisor = stacked.sum(dim=0), weights.sum(dim=0)
-        divisor[divisor.abs() < 1e-8] = 1
+        sign = ((moved + 0.0).view(INTS[moved.element_size()]) >> (8 * moved.element_size() - 1)) & SIGN[moved.element_size()]  # that of each sum; of 0 it is +
+        changes = [_turned(change, sign).clamp_(min=0) for change in changes]  # those of the other sign are 0
+        moved = _turned(total(changes), sign)
     if group.shared["normalize"]:
-        moved /= divisor
+        moved = moved / (_agreeing(changes, weights) if elect else _whole(weights))
     if group.shared["lambda"] != 1:
-        moved *= group.shared["lambda"]
+        moved = moved * group.shared["lambda"]
     return base + moved
+
+
+SIGN = {2: -(1 << 15), 4: -(1 << 31), 8: -(1 << 63)}
+
+
+def total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors, rounded once, as torch has it over a dimension."""
+    if len(parts) < 3 or parts[0].element_size() > 2:
+        made = parts[0]
+        for one in parts[1:]:
+            made = made + one
+        return made
+    wide = parts[0].float()
+    for one in parts[1:]:
+        wide += one
+    return wide.to(parts[0].dtype)
+
+
+def kept(change: Tensor, mask: Tensor) -> Tensor:
+    """A change where a mask of bits is set, else 0."""
+    if mask.element_size() == change.element_size():
+        return (change.view(mask.dtype) & mask).view(change.dtype)
+    return (change.view(INTS[change.element_size()]) & mask.to(INTS[change.element_size()])).view(change.dtype)
+
+
+def _turned(change: Tensor, sign: Tensor) -> Tensor:
+    """With the other sign where a bit is set."""
+    return (change.view(sign.dtype) ^ sign).view(change.dtype)
+
+
+def _whole(weights: Tensor) -> Tensor:
+    """What a sum is divided by; 1 where that would be 0."""
+    found = weights.sum()
+    return torch.ones_like(found) if float(found.abs()) < 1e-8 else found
+
+
+def _agreeing(changes: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The sum of weights of changes that are not 0, of a block; 1 where there is none, or where they add up to 0."""
+    found = total([torch.sign(change) * weight for change, weight in zip(changes, weights, strict=True)])
+    if bool((weights > 0).all()):
+        return found.clamp_(min=float(weights.min()))  # is so much where any is: then a sum of 0 stays 0
+    return found.masked_fill_(found == 0, 1)

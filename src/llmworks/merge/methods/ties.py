@@ -9,6 +9,7 @@ from torch import Tensor
 from llmworks.merge.group import Group, Piece, deltas
 from llmworks.merge.methods.ranks import Ranks, ranks_of, sums_of
 from llmworks.merge.methods.task_arithmetic import added, check
+from llmworks.merge.methods.task_arithmetic import kept as kept_of
 
 
 def ties(group: Group) -> Piece:
@@ -31,5 +32,5 @@ def _most(density: float, count: int) -> tuple[int, int] | None:
 
 
 def _scaled(rank: Ranks, change: Tensor, number: int, factor: Tensor | None) -> Tensor:
-    found = change * rank.mask(change, number)
+    found = kept_of(change, rank.mask(change, number))
     return found if factor is None else found * factor

@@ -1,0 +1,67 @@
+"""The numbers of a merge that can be searched: its methods' parameters, each between two bounds, each once or once for a part of the layers. Knows no optimizer and no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmworks.errors import UserError
+
+BOUNDS = {"weight": (0.0, 1.0), "t": (0.0, 1.0), "density": (0.05, 1.0), "lambda": (0.0, 2.0), "gamma": (0.0, 0.2), "epsilon": (0.01, 0.3), "select_topk": (0.05, 1.0), "scale": (0.0, 2.0)}
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One number: where it stands, its bounds, what the file has."""
+
+    path: Path
+    low: float
+    high: float
+    start: float
+
+    @property
+    def name(self) -> str:
+        """As --set has it."""
+        return ".".join(map(str, self.path))
+
+
+def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = False) -> list[Gene]:
+    """The parameters of a merge's configuration (as plain JSON) that are numbers; `gradient`: weights and t once for each of so many points over the layers; `negative`: weights may be below 0.
+
+    UserError for a merge without such numbers.
+    """
+    found: list[Gene] = []
+
+    def walk(value: Any, path: Path, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inside in value.items():
+                walk(inside, (*path, key), key if path and path[-1] == "parameters" else name if key == "value" else "")
+        elif isinstance(value, list):
+            for at, inside in enumerate(value):
+                walk(inside, (*path, at), name)
+        elif name in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = (-1.0, 1.5) if negative and name == "weight" else BOUNDS[name]
+            places = [(*path, at) for at in range(gradient)] if gradient > 1 and name in ("weight", "t") and not isinstance(path[-1], int) else [path]
+            found.extend(Gene(place, min(low, float(value)), max(high, float(value)), float(value)) for place in places)
+
+    walk(config, (), "")
+    if not found:
+        raise UserError(f"the merge has no number to search; give its parameters ({', '.join(BOUNDS)}) values to begin with")
+    return found
+
+
+def with_values(config: Mapping[str, Any], genes: Sequence[Gene], values: Sequence[float]) -> dict[str, Any]:
+    """The configuration with other numbers."""
+    made: dict[str, Any] = json.loads(json.dumps(config))
+    for gene, value in zip(genes, values, strict=True):
+        *above, last = gene.path
+        place: Any = made
+        for number, key in enumerate(above):
+            if isinstance(last, int) and number == len(above) - 1 and not isinstance(place[key], list):  # a number becomes a gradient
+                place[key] = [0.0] * sum(other.path[:-1] == gene.path[:-1] for other in genes)
+            place = place[key]
+        place[last] = round(float(value), 6)
+    return made

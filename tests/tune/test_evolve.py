@@ -1,0 +1,143 @@
+"""A merge's numbers by CMA-ES: the numbers of a known child are found again, and a search that was killed is the search that it would have been."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.merge.test_conformance import merged
+from tests.oracles.merges import GRADIENT, models, weighted
+
+from llmworks import evolutions
+from llmworks.artifact import Model
+from llmworks.cli import main
+from llmworks.errors import UserError
+from llmworks.evaluate.suites import Item
+from llmworks.evolutions import Evolution, evolution
+from llmworks.merge.config import MergeConfig
+from llmworks.references import resolve
+from llmworks.tune.evolving import evolve
+from llmworks.tune.genome import Gene, genes_of, with_values
+from llmworks.workspace import Workspace
+
+FILE = {"merge_method": "task_arithmetic", "base_model": "base", "models": weighted(("a", 0.5), ("b", 0.5))}
+
+
+def test_numbers_that_can_be_searched() -> None:
+    """Weights, densities, t and their like, wherever they stand; as many as there are points of a gradient."""
+    names = [gene.name for gene in genes_of({**FILE, "parameters": {"lambda": 1.0, "normalize": True, "int8_mask": 1}})]
+    assert names == ["models.0.parameters.weight", "models.1.parameters.weight", "parameters.lambda"]
+    genes = genes_of({"merge_method": "slerp", "parameters": {"t": GRADIENT}})
+    assert [(gene.name, gene.start) for gene in genes][:2] == [("parameters.t.0.value.0", 0), ("parameters.t.0.value.1", 0.5)]
+    assert len(genes) == 11
+    spread = genes_of(FILE, gradient=3, negative=True)
+    assert len(spread) == 6
+    assert (spread[0].low, spread[0].high) == (-1.0, 1.5)
+    made = with_values(FILE, spread, [0, 1, 2, 3, 4, 5])
+    assert [model["parameters"]["weight"] for model in made["models"]] == [[0, 1, 2], [3, 4, 5]]
+    assert MergeConfig.model_validate(made)
+    assert FILE["models"][0]["parameters"]["weight"] == 0.5
+    with pytest.raises(UserError, match="no number to search"):
+        genes_of({"merge_method": "model_stock", "models": [{"model": "a"}]})
+
+
+def test_an_optimum_is_found(tmp_path: Path) -> None:
+    """Of a function whose best is known; the first attempt is what the file has; twice the same."""
+    genes = [Gene((name,), 0.0, 2.0, 1.0) for name in "xyz"]
+    target = [0.3, 1.7, 0.9]
+
+    def judge(values: Sequence[float]) -> tuple[float, dict[str, float]]:
+        return -sum((a - b) ** 2 for a, b in zip(values, target, strict=True)), {}
+
+    found = evolve(genes, judge, tmp_path / "one.jsonl", attempts=160, population=8, seed=3)
+    assert found[0].values == (1.0, 1.0, 1.0)
+    assert max(found, key=lambda one: one.score).values == pytest.approx(target, abs=0.05)
+    again = evolve(genes, judge, tmp_path / "two.jsonl", attempts=160, population=8, seed=3)
+    assert [one.values for one in again] == [one.values for one in found]
+
+
+def test_a_killed_search_goes_on(tmp_path: Path) -> None:
+    """With a line of its journal cut off: nothing is judged twice, and it ends where it would have ended."""
+    genes = [Gene((name,), 0.0, 1.0, 0.5) for name in "xy"]
+    calls = 0
+
+    def judge(values: Sequence[float]) -> tuple[float, dict[str, float]]:
+        nonlocal calls
+        calls += 1
+        if calls == 14:
+            raise KeyboardInterrupt
+        return -abs(values[0] - 0.2) - abs(values[1] - 0.8), {"task": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        evolve(genes, judge, tmp_path / "j.jsonl", attempts=30, population=6, seed=1)
+    with (tmp_path / "j.jsonl").open("a") as stream:
+        stream.write('{"values": [0.1, 0.')
+    found = evolve(genes, judge, tmp_path / "j.jsonl", attempts=30, population=6, seed=1)
+    calls = 100
+    straight = evolve(genes, judge, tmp_path / "k.jsonl", attempts=30, population=6, seed=1)
+    assert [one.values for one in found] == [one.values for one in straight]
+    assert calls == 100 + len(straight)
+
+
+def test_weights_of_a_known_child_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by how near a merge's weights are to those of a child of 0.8 and 0.2; attempts leave nothing behind, the best one stays."""
+    family = tmp_path / "family"
+    models(family)
+    merged({**FILE, "models": weighted(("a", 0.8), ("b", 0.2))}, family, tmp_path / "target")
+    wanted = load_file(tmp_path / "target" / "model.safetensors")
+
+    class Scored:
+        def __init__(self, score: float) -> None:
+            self.metrics = {"score": score, "low": score, "high": score, "samples": 1}
+
+    def asked(self: Evolution, model: Model, item: Item, workspace: Workspace) -> Any:
+        tensors = load_file(model.path / "model.safetensors")
+        return Scored(1 / (1 + sum(float((tensors[name] - one).square().sum()) for name, one in wanted.items())))
+
+    monkeypatch.setattr(Evolution, "asked", asked)
+    pages: list[Any] = []
+    monkeypatch.setattr(evolutions, "_page", lambda job, found, names, child: pages.append((found, names)))
+    found: dict[str, Any] = {name: resolve(str(family / name)) for name in ("base", "a", "b")}
+    workspace = Workspace(tmp_path / "ws")
+    job = Evolution("merge", MergeConfig.model_validate(FILE), found, workspace, [Item(task="x")], attempts=70, population=7, say=lambda line: None)
+    _, child = evolution(job)
+    best = max(pages[0][0], key=lambda one: one.score)
+    assert best.values == pytest.approx((0.8, 0.2), abs=0.02)
+    assert torch.allclose(load_file(child.path / "model.safetensors")["model.norm.weight"], wanted["model.norm.weight"], atol=0.02)
+    assert [path.name for path in (workspace.root / "store").iterdir()] == [child.path.name]
+
+
+def test_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two generations with a task of five rows; the page and the model; again, and everything is known."""
+    shutil.copytree(pico, tmp_path / "one")
+    shutil.copytree(pico, tmp_path / "two")
+    tensors = load_file(tmp_path / "two" / "model.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({name: one * 1.01 for name, one in tensors.items()}, tmp_path / "two" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"id": str(i), "ask": f"What is {i}?", "options": ["one", "two"], "right": i % 2}) + "\n" for i in range(5)))
+    (tmp_path / "task.yaml").write_text(f'name: tiny\nwhat: two answers\nkind: choice\ndata: {tmp_path}/rows.jsonl\nprompt: plain\nquestion: "{{{{ask}}}}"\nchoices: "{{{{options}}}}"\nanswer: "{{{{right}}}}"\nmetrics: [acc]\n')
+    (tmp_path / "merge.yml").write_text("merge_method: linear\nmodels:\n  - {model: one, parameters: {weight: 0.5}}\n  - {model: two, parameters: {weight: 0.5}}\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["tune", "evolve", "merge.yml", "--suite", "task.yaml", "--attempts", "3", "--population", "2", "--out", "page", "--pick", "best", "--quiet", "--workspace", "ws"]
+    assert main(words) == 0
+    assert "Best:" in capsys.readouterr().out
+    page = json.loads((tmp_path / "page" / "report.json").read_text())
+    assert set(page["scores"]) == {"best", "one", "two"}
+    assert all(found["task.yaml"][0] in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0) for found in page["scores"].values())
+    assert max(one["score"] for one in page["attempts"]) > 0
+    assert (tmp_path / "best" / "model.safetensors").exists()
+    assert main(words) == 0
+    assert "✓" not in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.yml").write_text("merge_method: linear\nmodels:\n  - {model: nowhere, parameters: {weight: 1}}\n")
+    assert main(["tune", "evolve", str(tmp_path / "m.yml"), "--suite", "quick", "--workspace", str(tmp_path / "ws")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -25,7 +25,7 @@ ROWS: list[list[str]] = [
     ["align", "evaluate", "retrieve", "synthesize"],
     ["agent", "tune"],
     ["serve", "studio"],
-    ["stages", "execute", "references", "relatives", "taskdata", "recipe", "recipe_schema", "runner", "trainings", "sweeping", "frontiers", "merges", "evolutions", "foreign", "commands", "cli"],
+    ["stages", "execute", "references", "relatives", "taskdata", "recipe", "recipe_schema", "runner", "trainings", "sweeping", "frontiers", "merges", "evolutions", "lazymerges", "foreign", "commands", "cli"],
 ]
 ORDERED = (0, 8)
 

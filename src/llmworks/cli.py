@@ -39,6 +39,7 @@ artifacts
 
 models
   merge FILE          models as one, by mergekit's YAML
+  lazymerge --models A B   the YAML, the merge, scores of parents and child, a card
   autoeval MODEL ...  a suite of tasks on models, and the leaderboard of the workspace
   tasks [NAME]        the tasks and suites that models are asked
   arena REPORT ...    vote for the better of two answers, without knowing whose they are

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from llmworks.commands.making import say_made
-from llmworks.commands.output import as_json, out, table, workspace_of
+from llmworks.commands.output import as_json, out, short, table, workspace_of
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -45,3 +45,29 @@ def merge(args: argparse.Namespace) -> None:
         as_json({"path": str(outcome.artifact.path), "digest": outcome.artifact.digest, "made": outcome.made, "metrics": outcome.artifact.metrics})
         return
     say_made("merge", args.out, outcome)
+
+
+def lazymerge(args: argparse.Namespace) -> None:
+    """`llmworks lazymerge --models A B --method ties`."""
+    from llmworks.errors import UserError
+    from llmworks.evaluate.suites import items_of
+    from llmworks.lazymerges import Lazy, export, recipe_of, scores_of
+    from llmworks.lazymerges import lazymerge as run
+    from llmworks.merges import found_models
+    from llmworks.workspace import check_out
+
+    check_out(args.out)
+    if args.export is not None and args.export.exists() and (not args.export.is_dir() or any(args.export.iterdir())):
+        raise UserError(f"{args.export}: is there already, and is not empty; choose another --export")
+    workspace = workspace_of(args)
+    config = recipe_of(args.method, args.models, args.base, args.weights or (), args.density, args.t)
+    models = found_models(config, {}, workspace)
+    job = Lazy(config, models, items_of(args.suite, args.limit) if args.suite else (), workspace, args.seed, say=lambda line: print(line, file=sys.stderr, flush=True), quiet=args.quiet)
+    child, board = run(job, args.out.name)
+    workspace.link_out(args.out, child)
+    if args.export is not None:
+        export(child, board, args.out.name, args.export, scores_of(child, workspace))
+    if args.json:
+        as_json({"path": str(child.path), "digest": child.digest, "board": str(board.path) if board else None, "export": str(args.export) if args.export else None})
+        return
+    out(f"\nModel: {args.out}" + (f"\nLeaderboard: {short(board.path / 'report.html')}" if board else "") + (f"\nTo upload: huggingface-cli upload ORG/{args.out.name} {args.export}" if args.export else ""))

@@ -201,6 +201,23 @@ def _evolve() -> Parser:
     return parser
 
 
+def _lazymerge() -> Parser:
+    parser = _parser("lazymerge", "merging.lazymerge", "Write mergekit's YAML for some models, merge them, ask parents and child a suite of tasks, and write the child's card.")
+    parser.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="paths, names in the workspace, asset:NAME, ORG/NAME of the Hub, MODEL+ADAPTER")
+    parser.add_argument("--method", default="linear", help="linear, slerp, ties, dare_ties, task_arithmetic, model_stock, karcher ... (llmworks stages merge)")
+    parser.add_argument("--base", default="", metavar="MODEL", help="what the models were tuned from, for methods that measure from it; of slerp one of the two")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="of the models beside the base; default: the same for all")
+    parser.add_argument("--density", type=float, default=0.5, help="share of changes that is kept, of methods that drop some (default 0.5)")
+    parser.add_argument("--t", type=float, default=0.5, help="of slerp and nearswap (default 0.5)")
+    parser.add_argument("--suite", default="quick", metavar="NAMES", help="suites or tasks with commas between; empty: none (default quick)")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
+    parser.add_argument("--out", type=Path, required=True, metavar="NAME", help="name of the child")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="also a directory to upload to the Hub: weights, and a card with the scores")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
 def _merge() -> Parser:
     parser = _parser("merge", "merging.merge", "Merge models by mergekit's YAML. `llmworks stages merge` lists its keys; `llmworks merge STAGE --help` tells of the stages of the group.")
     parser.add_argument("file", type=Path, help="YAML: merge_method, models or slices, base_model, parameters ...; models are paths, names in the workspace, asset:NAME, ORG/NAME of the Hub, MODEL+ADAPTER")
@@ -271,6 +288,7 @@ COMMANDS = {
     "gc": _gc,
     "assets": _assets,
     "merge": _merge,
+    "lazymerge": _lazymerge,
     "tune evolve": _evolve,
     "chat": _chat,
     "serve": _serve,

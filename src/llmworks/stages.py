@@ -106,6 +106,7 @@ STAGES: dict[str, Stage] = {
     "evaluate.contamination": Stage("llmworks.evaluate.contamination:contamination", 1, "exact", "the score of samples that a model may have seen in training, and of the others"),
     "evaluate.errors": Stage("llmworks.evaluate.errors:errors", 1, "exact-on-this-platform", "where a model fails: by topic, length, group and kind of error"),
     "evaluate.practice": Stage("llmworks.evaluate.practice:practice", 1, "exact", "failed rows as conversations to train on, apart from those it is tested on"),
+    "evaluate.keep": Stage("llmworks.evaluate.keep:keep", 1, "exact", "of several models the best by its evaluations, and which skills it keeps"),
     "evaluate.judge": Stage("llmworks.evaluate.judge:judge", 1, "declared", "models judge answers: grades, or the better of two, alone or as a jury"),
     "evaluate.compare": Stage("llmworks.evaluate.compare:compare", 3, "exact", "paired test of two evaluations, and why samples differ"),
     "synthesize.verifiable": Stage("llmworks.synthesize.verifiable:verifiable", 1, "exact", "instructions that can be verified, with answers made by rule"),

@@ -1,0 +1,79 @@
+"""Stage `evaluate.keep`: of several models the one of the best mean score, and an honest table: which skills it keeps beside the model that is best at each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from llmworks.artifact import Config, Model, Report, files_of
+from llmworks.context import Context
+from llmworks.errors import DataError
+from llmworks.evaluate.bootstrap import paired_difference
+from llmworks.evaluate.stored import read_evaluation
+
+
+class KeepConfig(Config):
+    """Which may be kept."""
+
+    among: list[str] = Field([], description="names of models that may be kept; empty: all. Others stand in the table beside them")
+
+
+def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report], ctx: Context) -> Model:
+    """The files of the model whose mean over all tasks is largest; every model must have been asked the same tasks.
+
+    Errors: DataError for evaluations that are missing, or of models that are not given.
+    """
+    strange = [name for name in config.among if name not in models]
+    if strange:
+        raise DataError(f"config.among: no model is called {strange[0]!r}; given: {', '.join(models)}")
+    names = {model.digest: name for name, model in models.items()}
+    found: dict[str, dict[str, tuple[Report, dict[str, Any]]]] = {}
+    for report in evaluations:
+        data = read_evaluation(report, "task", "model", of_samples=("score",))
+        digest = str(report.about.get("model", ""))
+        if digest not in names:
+            raise DataError(f"{report.name}: is of a model that is not given")
+        found.setdefault(names[digest], {})[str(data["task"])] = (report, data)
+    tasks = list(dict.fromkeys(task for asked in found.values() for task in asked))
+    missing = next(((name, task) for name in models for task in tasks if task not in found.get(name, {})), None)
+    if missing is not None or not tasks:
+        raise DataError(f"{missing[0]} was not asked {missing[1]}" if missing else "no evaluation is given")
+    score = {name: {task: float(found[name][task][0].metrics["score"]) for task in tasks} for name in models}
+    means = {name: sum(score[name].values()) / len(tasks) for name in models}
+    chosen = max(config.among or list(models), key=lambda name: means[name])
+    page = ctx.report
+    rows, kept = [], []
+    for task in tasks:
+        first = max(models, key=lambda name: score[name][task])
+        verdict = _verdict(found[first][task][1], found[chosen][task][1]) if first != chosen else "the best of all"
+        kept.append(verdict)
+        rows.append((task, f"{score[chosen][task]:.3f}", first, f"{score[first][task]:.3f}", verdict))
+    page.title = f"Kept: {chosen}"
+    lost = [task for task, verdict in zip(tasks, kept, strict=True) if verdict.startswith("worse")]
+    page.lead = f"Of {len(config.among or models)} models {chosen} has the best mean score, {means[chosen]:.3f}; " + (f"it is worse than the best at {', '.join(lost)}." if lost else "at no task is it worse than the best by more than chance.")
+    page.table("All models", ("model", *tasks, "mean", ""), [(name, *(f"{score[name][task]:.3f} ({found[name][task][0].metrics['low']:.3f} to {found[name][task][0].metrics['high']:.3f})" for task in tasks), f"{means[name]:.3f}", "kept" if name == chosen else "" if not config.among or name in config.among else "not asked for") for name in sorted(models, key=lambda name: -means[name])], "In brackets 95% intervals.")
+    page.table("What it keeps", ("task", chosen, "best at it", "score", "beside it"), rows, "Paired over the same samples; the best of several is somewhat too good by chance.")
+    page.data = {"kept": chosen, "scores": score, "means": means, "verdicts": dict(zip(tasks, kept, strict=True))}
+    model = models[chosen]
+    for file in files_of(model.path):
+        if "report" not in file.relative_to(model.path).parts:
+            target = ctx.out / file.relative_to(model.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file.resolve(), target)
+            except OSError:
+                shutil.copyfile(file, target)
+    ctx.progress.say(page.lead)
+    return Model(ctx.out, golden=model.golden, metrics={"mean_score": means[chosen], "kept": chosen, "lost_skills": len(lost)}, about={**model.about, "kept": chosen})
+
+
+def _verdict(best: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """The difference to the best at a task, over the samples that both were asked."""
+    first, second = ({str(sample["id"]): sample for sample in data["samples"]} for data in (best, own))
+    both = [one for one in first if one in second]
+    difference = paired_difference([float(first[one]["score"]) for one in both], [float(second[one]["score"]) for one in both], groups=[str(first[one].get("group", "")) for one in both]).difference
+    return f"{'worse' if difference.high < 0 else 'not told apart'}: {difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"

@@ -29,6 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "dare_ties": {"merge_method": "dare_ties", "base_model": "base", "models": [{"model": name, "parameters": {"weight": 0.6, "density": 0.5}} for name in "ab"]},
     "passthrough": {"merge_method": "passthrough", "slices": [{"sources": [{"model": "base", "layer_range": [0, 14]}]}, {"sources": [{"model": "a", "layer_range": [14, 28]}]}]},
 }  # fmt: skip
+EXPERTS = {"base_model": "base", "gate_mode": "random", "experts_per_token": 2, "experts": [{"source_model": name} for name in ("base", "a", "b")]}
 
 
 def made(place: Path, layers: int) -> None:
@@ -112,7 +113,7 @@ def main() -> None:
         print(f"cat: {copied['wall']:.1f} s, {copied['cpu']:.1f} CPU-s\n")
         print("| method | mergekit s | CPU-s | MB | llmworks s | CPU-s | MB | faster | fewer CPU-s | of cat | weights that differ | by at most |\n|---|---|---|---|---|---|---|---|---|---|---|---|")
         tool = [sys.executable, "-m", "llmworks.cli", "merge"]
-        for name, way in WAYS.items():
+        for name, way in {**WAYS, "experts": EXPERTS}.items():
             if args.only and name not in args.only:
                 continue
             if name == "passthrough":
@@ -122,13 +123,14 @@ def main() -> None:
             for old in ("theirs", "ws", "ours"):
                 shutil.rmtree(place / old, ignore_errors=True)
             (place / "ours").unlink(missing_ok=True)
-            theirs = measured([args.peer, "-m", "mergekit.scripts.run_yaml", str(file), "theirs", "--no-copy-tokenizer", "--no-write-model-card"], place)
+            peer = ["mergekit.scripts.moe", str(file), "theirs", "--i-understand-this-is-not-useful-without-training"] if name == "experts" else ["mergekit.scripts.run_yaml", str(file), "theirs", "--no-copy-tokenizer", "--no-write-model-card"]
+            theirs = measured([args.peer, "-m", *peer], place)
             if not (place / "cache" / "digests.json").exists():
                 measured([*tool, str(file), "--out", "ours", "--workspace", "ws", "--quiet"], place)
                 shutil.rmtree(place / "ws")
                 (place / "ours").unlink()
             ours = measured([*tool, str(file), "--out", "ours", "--workspace", "ws", "--quiet"], place)
-            differ, most = apart(place / "ours", place / "theirs") if name != "dare_ties" else (float("nan"), float("nan"))
+            differ, most = apart(place / "ours", place / "theirs") if name not in ("dare_ties", "experts") else (float("nan"), float("nan"))
             print(f"| {name} | {theirs['wall']:.1f} | {theirs['cpu']:.1f} | {theirs['memory']:.0f} | {ours['wall']:.1f} | {ours['cpu']:.1f} | {ours['memory']:.0f} | {theirs['wall'] / ours['wall']:.1f} | {theirs['cpu'] / ours['cpu']:.1f} | {ours['wall'] / copied['wall']:.1f} | {differ:.1e} | {most:.1e} |", flush=True)
         for label, command in (("mergekit --help", [args.peer, "-m", "mergekit.scripts.run_yaml", "--help"]), ("llmworks merge --plan", [*tool, str(place / f"{next(iter(args.only or WAYS))}.yml"), "--plan"])):
             used = measured(command, place)

@@ -70,6 +70,18 @@ def test_blocks_and_threads_change_nothing(name: str, family: Path, tmp_path: Pa
         assert same(tmp_path / "whole", tmp_path / "blocks")
 
 
+@pytest.mark.parametrize("method", ["dare_ties", "dare_linear", "della", "della_linear"])
+def test_what_is_drawn_is_drawn_again(method: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any number of threads, under one seed; otherwise under another."""
+    monkeypatch.setattr(groups, "BLOCK", 64)
+    monkeypatch.setattr(streams, "BLOCK", 64)
+    given = vectors(method, density=0.5)
+    for name, seed, threads in (("one", 0, 1), ("three", 0, 3), ("other", 1, 1)):
+        merged(given, family, tmp_path / name, seed=seed, threads=threads)
+    assert same(tmp_path / "one", tmp_path / "three")
+    assert not same(tmp_path / "one", tmp_path / "other")
+
+
 def test_slerp_by_blocks(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merged(CASES["slerp, far apart"], family, tmp_path / "whole")
     for module in (groups, streams):

@@ -45,6 +45,20 @@ Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 Scalar = bool | int | float | str
 
 
+def without_none(value: Any) -> Any:
+    """A mapping without its empty keys: `parameters:` with nothing behind it is as good as absent."""
+    return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+
+class Written(Config):
+    """A part of a YAML file, where a key with nothing behind it is as good as absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absent(cls, value: Any) -> Any:
+        return without_none(value)
+
+
 class Condition(Config):
     """A value for tensors whose name holds a text."""
 
@@ -56,16 +70,11 @@ Setting = Condition | list[Condition] | Scalar | list[Scalar]
 Settings = dict[str, Setting]
 
 
-class InputModel(Config):
+class InputModel(Written):
     """A whole model."""
 
     model: Ref = Field(description="its name")
     parameters: Settings = Field({}, description="its own parameters of the method")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return without_none(value)
 
 
 class InputSlice(InputModel):
@@ -80,17 +89,12 @@ class InputSlice(InputModel):
         return self
 
 
-class OutputSlice(Config):
+class OutputSlice(Written):
     """Layers of the result, of as many layers of each source."""
 
     sources: list[InputSlice] = Field(min_length=1, description="layers of models that become one")
     base_model: Ref | None = Field(None, description="which of them is the base; default: the merge's")
     parameters: Settings = Field({}, description="parameters of the method in this slice")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return without_none(value)
 
     @model_validator(mode="after")
     def _alike(self) -> OutputSlice:
@@ -100,17 +104,12 @@ class OutputSlice(Config):
         return self
 
 
-class OutputModule(Config):
+class OutputModule(Written):
     """A part of a model that has layers of its own."""
 
     slices: list[OutputSlice] | None = Field(None, min_length=1, description="layers, slice after slice")
     models: list[InputModel] | None = Field(None, min_length=1, description="whole models in their place")
     parameters: Settings = Field({}, description="parameters of the method in this module")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return without_none(value)
 
     @model_validator(mode="after")
     def _one(self) -> OutputModule:
@@ -147,20 +146,15 @@ class TokenRule(Config):
     force: bool = Field(False, description="also in models that have the token")
 
 
-class TokenizerRule(Config):
+class TokenizerRule(Written):
     """The result's tokenizer."""
 
     source: Ref = Field("union", description="union of all, base, or a model")
     tokens: dict[str, TokenRule] = Field({}, description="rules for tokens; those that no model has are added")
     pad_to_multiple_of: int | None = Field(None, gt=0, description="rows of the embedding are a multiple of it")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return without_none(value)
 
-
-class MergeConfig(Config):
+class MergeConfig(Written):
     """mergekit's keys, and the size of files."""
 
     merge_method: str = Field(description="linear, slerp, nuslerp, multislerp, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, model_stock, sce, arcee_fusion, nearswap, karcher, ram, ramplus_tl, passthrough")
@@ -175,11 +169,6 @@ class MergeConfig(Config):
     tokenizer: TokenizerRule | None = Field(None, description="the same with rules for tokens: {source, tokens, pad_to_multiple_of}")
     chat_template: str | None = Field(None, description="auto (that of most models), the name of one, or a Jinja template")
     shard_bytes: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return without_none(value)
 
     @model_validator(mode="after")
     def _checked(self) -> MergeConfig:
@@ -205,10 +194,3 @@ class MergeConfig(Config):
         tokens = [self.tokenizer_source, *((rule.source, *(one.source.model if isinstance(one.source, ModelToken) else one.source for one in rule.tokens.values())) if rule else ())]
         others = [name for name in tokens if isinstance(name, str) and name not in ("union", "base")]
         return list(dict.fromkeys(name for name in [*bases, *(source.model for source in self.sources()), *others] if name))
-
-
-def without_none(value: Any) -> Any:
-    """A mapping without its empty keys: `parameters:` with nothing behind it is as good as absent."""
-    return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
-
-

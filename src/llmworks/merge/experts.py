@@ -6,16 +6,16 @@ Experts give their feed-forward layers, the base all else. A router's row is whe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Model
+from llmworks.artifact import Model
 from llmworks.context import Context
-from llmworks.merge.config import Dtype, Ref, without_none
+from llmworks.merge.config import Dtype, Ref, Written
 
 
-class Expert(Config):
+class Expert(Written):
     """One expert."""
 
     source_model: Ref = Field(description="whose feed-forward layers it has")
@@ -24,13 +24,8 @@ class Expert(Config):
     noise_scale: float | None = Field(None, ge=0, description="standard deviation of noise on its weights, so that copies of one model can part in training")
     residual_scale: float | None = Field(None, description="what its last matrix is multiplied by")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return without_none(value)
 
-
-class ExpertsConfig(Config):
+class ExpertsConfig(Written):
     """mergekit-moe's keys."""
 
     base_model: Ref = Field(description="the model that gives all but the feed-forward layers, and its states to the gates")
@@ -41,11 +36,6 @@ class ExpertsConfig(Config):
     dtype: Dtype = Field(None, description="number format of the result; default: that of the files")
     architecture: Literal["mixtral", "qwen", "qwen3"] | None = Field(None, description="layout: of Mixtral, Qwen2-MoE (with a shared expert), Qwen3-MoE; default: by the base")
     shard_bytes: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return without_none(value)
 
     @model_validator(mode="after")
     def _checked(self) -> ExpertsConfig:

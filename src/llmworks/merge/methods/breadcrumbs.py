@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from llmworks.merge.group import Group, Piece, deltas
-from llmworks.merge.methods.ranks import ranks_of, sums_of
+from llmworks.merge.group import Group, Piece
+from llmworks.merge.methods.ranks import chosen, ranks_of, sums_of
 from llmworks.merge.methods.task_arithmetic import added, check
-from llmworks.merge.methods.task_arithmetic import kept as kept_of
 
 
 def breadcrumbs(group: Group) -> Piece:
@@ -27,14 +22,7 @@ def _crumbs(group: Group, *, elect: bool) -> Piece:
     kept = ranks_of(group, [_middle(density, gamma, group.count) for density, gamma in zip(group.weights("density"), group.weights("gamma"), strict=True)], upward=True)
     factors = sums_of(group, kept)
 
-    def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
-        changes = []
-        for change, rank, factor in zip(deltas(group, blocks), kept, factors, strict=True):
-            found = change if rank is None else kept_of(change, rank.mask(change, number))
-            changes.append(found if factor is None else found * factor)
-        return added(group, blocks, changes, elect=elect)
-
-    return piece
+    return lambda blocks, number: added(group, blocks, chosen(group, blocks, kept, factors, number), elect=elect)
 
 
 def _middle(density: float, gamma: float, count: int) -> tuple[int, int] | None:

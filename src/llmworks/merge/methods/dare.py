@@ -5,16 +5,14 @@ Those that are kept are multiplied so that the sum of sizes is as it was (as mer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmworks.merge.group import Group, Piece, deltas
-from llmworks.merge.methods.ranks import sums_of
+from llmworks.merge.group import Group, Piece
+from llmworks.merge.methods.ranks import chosen, sums_of
 from llmworks.merge.methods.task_arithmetic import added, check
-from llmworks.merge.methods.task_arithmetic import kept as kept_of
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,4 @@ def _dropped(group: Group, *, elect: bool) -> Piece:
     kept = [None if density >= 1 else Dropped(group, at, max(0.0, density)) for at, density in zip(group.others, group.weights("density"), strict=True)]
     factors = sums_of(group, kept)
 
-    def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
-        changes = []
-        for change, one, factor in zip(deltas(group, blocks), kept, factors, strict=True):
-            found = change if one is None else kept_of(change, one.mask(change, number))
-            changes.append(found if factor is None else found * factor)
-        return added(group, blocks, changes, elect=elect)
-
-    return piece
+    return lambda blocks, number: added(group, blocks, chosen(group, blocks, kept, factors, number), elect=elect)

@@ -144,3 +144,12 @@ def sums_of(group: Group, kept: Sequence[Any]) -> list[Tensor | None]:
                 whole[at] = whole[at] + size.sum(dtype=torch.float32)
                 part[at] = part[at] + keep(size, kept[at].mask(change, number)).sum(dtype=torch.float32)
     return [None if one is None or min(float(all_), float(some)) < 1e-7 else all_.to(group.dtype) / some.to(group.dtype) for one, all_, some in zip(kept, whole, part, strict=True)]
+
+
+def chosen(group: Group, blocks: Sequence[Tensor], masks: Sequence[Any], factors: Sequence[Tensor | None], number: int) -> list[Tensor]:
+    """Changes of a block, those that are kept, larger by what was lost."""
+    found = []
+    for change, mask, factor in zip(deltas(group, blocks), masks, factors, strict=True):
+        one = change if mask is None else keep(change, mask.mask(change, number))
+        found.append(one if factor is None else one * factor)
+    return found

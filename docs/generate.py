@@ -7,6 +7,8 @@ from pathlib import Path
 from llmworks.artifact import Config
 from llmworks.stages import STAGES, config_help, resolve
 
+COMMANDS = {"merge": "merge FILE"}  # stages that a command of their own is for
+
 
 def rows(config: type[Config]) -> list[str]:
     """Table rows of a config's fields, nested configs spelled out."""
@@ -28,7 +30,7 @@ def stages_page() -> str:
         )
         parts.append(
             f"## {name}\n\n{stage.help}\n\nMakes {'an' if stage.output.kind[0] in 'aeiou' else 'a'} {stage.output.kind}. Revision {stage.stage.revision}, {stage.stage.derivation}.\n\n"
-            f"```\nllmworks {name.replace('.', ' ')} {flags} --out DIR\n```\n\n{inputs}\n\n{table}\n"
+            f"```\nllmworks {COMMANDS.get(name, f'{name.replace(chr(46), chr(32))} {flags}')} --out DIR\n```\n\n{inputs}\n\n{table}\n"
         )
     return "\n".join(parts)
 

@@ -61,12 +61,17 @@ def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["evaluate", "good.jsonl", "--max-tokens=5"], "--max-tokens=5 (max_tokens is set with --set max_tokens=VALUE)"),
         (["evaluate", "good.jsonl", "--nothing", "5"], "(see llmworks evaluate --help)"),
         (["quantize", "gguf", "--model", "cut", "--out", "o"], "truncated"),
+        (["merge"], "the following arguments are required: file"),
+        (["merge", "none.yml", "--out", "o"], "none.yml: no such file; give mergekit's YAML"),
+        (["merge", "two.yml", "--set", "models.2.parameters.weight=1", "--out", "o"], "'2' is no place in a list of 1"),
+        (["merge", "two.yml", "--set", "models.0.parameters.weight=much", "--out", "o"], "nowhere: no such file or directory"),
         (["quantize", "gguf", "--model", "bad.gguf", "--out", "o"], "is gguf already"),
         (["model", "from_gguf", "--source", "bad.gguf", "--out", "o"], "not a readable GGUF file"),
         (["chat", "bad.gguf", "hi"], "not a readable GGUF file"),
     ],
 )
 def test_one_line_and_exit_code_2(tmp_path: Path, pico: Path, words: list[str], said: str) -> None:
+    (tmp_path / "two.yml").write_text("merge_method: linear\nmodels:\n  - model: nowhere\n")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text("{\n")
     (tmp_path / "good.jsonl").write_text(

@@ -123,7 +123,7 @@ def _is_stage(words: list[str]) -> bool:
     """Whether the first two words name a stage, as `merge adapter` does, beside a command of the first."""
     from llmworks.stages import STAGES
 
-    return ".".join(words[:2]) in STAGES
+    return len(words) > 1 and ".".join(words[:2]) in STAGES
 
 
 def _stage_lines() -> str:

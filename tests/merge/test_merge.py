@@ -141,8 +141,8 @@ def test_dare_keeps_its_share_and_the_mean() -> None:
     assert abs(share - 0.3) < 5 * math.sqrt(0.3 * 0.7 / len(change))
     assert torch.equal(kept[0, False] != 0, kept[0, True] != 0)
     assert not torch.equal(kept[0, False], kept[1, False])
-    assert float(kept[0, True].abs().sum()) == pytest.approx(float(change.abs().sum()), rel=1e-4)
-    assert float((kept[0, True] / change)[kept[0, True] != 0].mean()) == pytest.approx(1 / 0.3, rel=0.02)
+    assert float(kept[0, True].abs().sum()) == pytest.approx(float(change.abs().sum()), rel=0.01)
+    assert float((kept[0, True] / change)[kept[0, True] != 0].mean()) == pytest.approx(1 / 0.3, rel=1e-5)
 
 
 def test_della_keeps_large_changes_oftener() -> None:

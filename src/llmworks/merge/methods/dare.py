@@ -1,6 +1,6 @@
 """Most changes dropped at random, the others made larger. Yu et al. 2024 (arXiv:2311.03099).
 
-Those that are kept are multiplied so that the sum of sizes is as it was (as mergekit has it; the paper divides by the density, which is the same on average).
+Those that are kept are divided by the density, as in the paper, section 3.1, so that a change is as it was on average. mergekit multiplies them so that the sum of sizes is as it was: the same on average, to a part in a thousand in a matrix of a million.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmworks.merge.group import Group, Piece
-from llmworks.merge.methods.ranks import chosen, sums_of
+from llmworks.merge.methods.ranks import chosen
 from llmworks.merge.methods.task_arithmetic import added, check
 
 
@@ -42,7 +42,7 @@ def dare_ties(group: Group) -> Piece:
 
 def _dropped(group: Group, *, elect: bool) -> Piece:
     check(group)
-    kept = [None if density >= 1 else Dropped(group, at, max(0.0, density)) for at, density in zip(group.others, group.weights("density"), strict=True)]
-    factors = sums_of(group, kept)
-
+    densities = group.weights("density")
+    kept = [None if density >= 1 else Dropped(group, at, max(0.0, density)) for at, density in zip(group.others, densities, strict=True)]
+    factors = [torch.tensor(1 / density, dtype=group.dtype) if group.shared["rescale"] and 0 < density < 1 else None for density in densities]
     return lambda blocks, number: added(group, blocks, chosen(group, blocks, kept, factors, number), elect=elect)

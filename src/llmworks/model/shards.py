@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -145,7 +146,7 @@ class ShardWriter:
     def __init__(self, folder: Path, shard: Shard) -> None:
         self._target, self._draft = folder / shard.file, folder / f".{shard.file}.part"
         self._stream = self._draft.open("wb")
-        self._digest = hashlib.sha256()
+        self._digest, self._digester = hashlib.sha256(), ThreadPoolExecutor(1)
         self._left = shard.size
         self.entry: FileEntry | None = None
         header = shard.header()
@@ -153,8 +154,10 @@ class ShardWriter:
         self._put(header)
 
     def _put(self, data: bytes | memoryview) -> None:
+        """Written and digested at once: each takes about as long."""
+        digested = self._digester.submit(self._digest.update, data)
         self._stream.write(data)
-        self._digest.update(data)
+        digested.result()
 
     def write(self, data: bytes | memoryview) -> None:
         """The next bytes."""
@@ -165,6 +168,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._digester.shutdown()
         if kind is not None:
             self._stream.close()
             self._draft.unlink(missing_ok=True)

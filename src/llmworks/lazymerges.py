@@ -41,6 +41,9 @@ def recipe_of(method: str, models: Sequence[str], base: str = "", weights: Seque
         raise UserError(f"--method {method} measures models from a base; give it as --base")
     if weights and len(weights) != len(others):
         raise UserError(f"--weights: {len(weights)} numbers for {len(others)} models")
+    twice = next((name for name in models if list(models).count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--models: {twice} is given twice")
     if len(models) < 2:
         raise UserError("--models: give two models or more")
     takes = {parameter.name: parameter for parameter in how.parameters}
@@ -120,6 +123,8 @@ def export(child: Model, board: Report | None, name: str, target: Path, scores: 
     for file in child.path.iterdir():
         if file.is_file() and file.name not in (MANIFEST, "README.md"):
             try:
+                if file.suffix != ".safetensors":  # what people edit before they upload it is theirs
+                    raise OSError
                 os.link(file.resolve(), target / file.name)
             except OSError:
                 shutil.copyfile(file, target / file.name)

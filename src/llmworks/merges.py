@@ -49,11 +49,13 @@ def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
         raise UserError(f"{file}: no such file; give mergekit's YAML") from None
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{file}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({(str(error) or type(error).__name__).splitlines()[0]})") from None
     if not found or not all(isinstance(one, dict) for one in found):
         raise UserError(f"{file}: holds no merge; it is a mapping with merge_method and models (mergekit's YAML)")
-    names = [str(one.pop("name", "") or "") for one in found]
+    names = [one.pop("name", "") or "" for one in found]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: name is {next(name for name in names if not isinstance(name, str))!r}, it must be a text")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{file}: {f'the name {twice!r} stands twice' if twice else 'more than one merge has no name'}")
@@ -82,7 +84,7 @@ def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
             raise UserError(f"{file}: merges use one another in a circle: {' uses '.join([*above[above.index(name) :], name])}")
         if name not in done:
             for used in documents[name].config.named():
-                if used.partition("+")[0] in documents and used:
+                if used.partition("+")[0] and used.partition("+")[0] in documents:
                     visit(used.partition("+")[0], (*above, name))
             done[name] = documents[name]
 
@@ -98,6 +100,8 @@ def found_models(config: MergeConfig | ExpertsConfig, given: Mapping[str, Model]
 
 def _model(name: str, given: Mapping[str, Model], workspace: Workspace) -> Model:
     base, plus, adapter = name.partition("+")
+    if not base or (plus and not adapter):
+        raise UserError(f"{name!r} names no model; write MODEL, or MODEL+ADAPTER")
     found = given[base] if base in given else _reference(base, workspace)
     if not isinstance(found, Model):
         raise UserError(f"{base}: is {'an' if found.kind[0] in 'aei' else 'a'} {found.kind}, and models are merged" + ("; write MODEL+ADAPTER" if isinstance(found, Adapter) else ""))

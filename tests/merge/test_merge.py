@@ -312,9 +312,9 @@ def test_the_tokenizer_is_looked_at(family: Path, tmp_path: Path, monkeypatch: p
 
         return copy
 
-    from llmworks.merge import run
+    from llmworks.merge import texts
 
-    monkeypatch.setattr(run, "copy_tokenizer", planted(lambda values: values.update(eos_token_id=7), "generation_config.json"))
+    monkeypatch.setattr(texts, "copy_tokenizer", planted(lambda values: values.update(eos_token_id=7), "generation_config.json"))
     with pytest.raises(GoldenMismatch, match="stop ids"):
         attempt("eos")
 
@@ -325,7 +325,7 @@ def test_the_tokenizer_is_looked_at(family: Path, tmp_path: Path, monkeypatch: p
             if left in vocab and right in vocab:
                 vocab[left], vocab[right] = vocab[right], vocab[left]
 
-    monkeypatch.setattr(run, "copy_tokenizer", planted(swap, "tokenizer.json"))
+    monkeypatch.setattr(texts, "copy_tokenizer", planted(swap, "tokenizer.json"))
     with pytest.raises(GoldenMismatch, match="token"):
         attempt("vocabulary")
 

@@ -29,7 +29,8 @@ def claims(path: Path) -> list[Claim]:
     found: dict[str, Claim] = {}
     for claim in _all(path):
         if claim.name and claim.name.lower() not in ("none", "null", "."):
-            found.setdefault(claim.name, claim)
+            name = claim.name.encode("utf-8", "replace").decode()[:200]
+            found.setdefault(name, Claim(name, claim.relation.encode("utf-8", "replace").decode()[:100], claim.file))
     return list(found.values())
 
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 from llmworks.lineage.family import Family
 
-FREE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "isc", "unlicense", "zlib", "psf", "public domain", "wtfpl")
+FREE = (
+    "apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "0bsd", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "isc", "unlicense", "zlib", "psf", "psf-2.0", "public domain", "wtfpl", "ncsa", "afl-3.0",
+    "artistic-2.0", "bsl-1.0", "postgresql", "ms-pl", "cdla-permissive-1.0", "cdla-permissive-2.0", "odc-by", "pddl", "ecl-2.0",
+)  # fmt: skip
 SHARED = ("gpl", "agpl", "lgpl", "cc-by-sa", "mpl", "eupl", "odbl")
 
 
@@ -15,7 +18,7 @@ def kind_of(licence: str) -> str:
     said = licence.lower()
     if "-nc" in said or "noncommercial" in said or "non-commercial" in said:
         return "non-commercial"
-    if said in FREE or said.startswith(("apache", "mit", "bsd", "cc-by-4", "cc-by-3", "cc0")):
+    if said in FREE:
         return "free"
     return "share-alike" if said.startswith(SHARED) else "own"
 
@@ -34,6 +37,9 @@ def conflicts(family: Family, licences: Mapping[str, str]) -> list[str]:
             found.setdefault(f"under {own}, from {_told(strict)}, which ask for more", []).append(node.label)
         elif closed and (own in ("", "other") or kind_of(own) != "non-commercial"):
             found.setdefault(f"{f'under {own}' if own not in ('', 'other') else 'under no licence of their own'}, from {_told(closed)}, which allows no commercial use", []).append(node.label)
+        shared = {name: said for name, said in strict.items() if kinds[name] == "share-alike"}
+        if shared and (own in ("", "other") or kind_of(own) == "own"):
+            found.setdefault(f"{f'under {own}' if own not in ('', 'other') else 'under no licence of their own'}, from {_told(shared)}, which ask for the same licence", []).append(node.label)
         terms = {said for name, said in strict.items() if kinds[name] in ("share-alike", "own")}
         if len(terms) > 1 and len({licences[parent] for _, parent in node.parents if licences.get(parent, "other") != "other"}) > 1:
             found.setdefault(f"from {_told(strict)}: terms that may not go together", []).append(node.label)

@@ -22,8 +22,8 @@ from llmworks.merge.extract import ExtractConfig
 from llmworks.merge.group import BLOCK, Group
 from llmworks.merge.layout import LAYER, Layout, layout_of
 from llmworks.merge.low_rank import factors
-from llmworks.merge.run import logits_at
 from llmworks.merge.stream import bytes_of
+from llmworks.merge.texts import logits_at
 from llmworks.model.adapter import BASE, PREFIX, read_adapter, scale_of
 from llmworks.model.shards import FLOATS, TORCH
 from llmworks.tokenize import golden

@@ -38,7 +38,7 @@ class Method:
 def _vectors(name: str, source: str, *more: Parameter, normalize: bool = False, rescale: bool = False, whole: bool = False, pace: float = 8.0) -> Method:
     """A method on what inputs differ by from the base."""
     shared = (Parameter("int8_mask", bool, default=False), Parameter("normalize", bool, default=normalize), Parameter("rescale", bool, default=rescale), Parameter("lambda", float, default=1.0))
-    return Method(name, source, "required", (*shared, Parameter("weight", float, "other"), Parameter("density", float, "other", 1.0), *more), whole=whole, pace=12.0 if whole else pace)
+    return Method(name, source, "required", (*shared, Parameter("weight", float, "other"), Parameter("density", float, "other", 1.0, 0, 1), *more), whole=whole, pace=12.0 if whole else pace)
 
 
 METHODS: dict[str, Method] = {
@@ -50,16 +50,16 @@ METHODS: dict[str, Method] = {
     "ties": _vectors("ties:ties", "Yadav et al. 2023, arXiv:2306.01708", normalize=True),
     "dare_linear": _vectors("dare:dare_linear", "Yu et al. 2024, arXiv:2311.03099", rescale=True),
     "dare_ties": _vectors("dare:dare_ties", "Yu et al. 2024, arXiv:2311.03099", rescale=True),
-    "della": _vectors("della:della", "Deep et al. 2024, arXiv:2406.11617", Parameter("epsilon", float, "other", 0.15), normalize=True, rescale=True, whole=True, pace=12.0),
-    "della_linear": _vectors("della:della_linear", "Deep et al. 2024, arXiv:2406.11617", Parameter("epsilon", float, "other", 0.15), rescale=True, whole=True, pace=12.0),
-    "breadcrumbs": _vectors("breadcrumbs:breadcrumbs", "Davari and Belilovsky 2023, arXiv:2312.06795", Parameter("gamma", float, "other", 0.01)),
-    "breadcrumbs_ties": _vectors("breadcrumbs:breadcrumbs_ties", "Davari and Belilovsky 2023, arXiv:2312.06795", Parameter("gamma", float, "other", 0.01)),
+    "della": _vectors("della:della", "Deep et al. 2024, arXiv:2406.11617", Parameter("epsilon", float, "other", 0.15, 0, 1), normalize=True, rescale=True, whole=True, pace=12.0),
+    "della_linear": _vectors("della:della_linear", "Deep et al. 2024, arXiv:2406.11617", Parameter("epsilon", float, "other", 0.15, 0, 1), rescale=True, whole=True, pace=12.0),
+    "breadcrumbs": _vectors("breadcrumbs:breadcrumbs", "Davari and Belilovsky 2023, arXiv:2312.06795", Parameter("gamma", float, "other", 0.01, 0, 1)),
+    "breadcrumbs_ties": _vectors("breadcrumbs:breadcrumbs_ties", "Davari and Belilovsky 2023, arXiv:2312.06795", Parameter("gamma", float, "other", 0.01, 0, 1)),
     "model_stock": Method("model_stock:model_stock", "Jang et al. 2024, arXiv:2403.19522", "required", (Parameter("filter_wise", bool, default=False),), least=3, whole=True, pace=12.0),
-    "sce": Method("sce:sce", "Wan et al. 2024, arXiv:2408.07990", "required", (Parameter("int8_mask", bool, default=False), Parameter("select_topk", float, default=1.0)), whole=True, pace=12.0),
+    "sce": Method("sce:sce", "Wan et al. 2024, arXiv:2408.07990", "required", (Parameter("int8_mask", bool, default=False), Parameter("select_topk", float, default=1.0, low=0, high=1)), whole=True, pace=12.0),
     "arcee_fusion": Method("arcee_fusion:arcee_fusion", "arcee.ai", "required", least=2, most=2, whole=True, pace=12.0),
     "nearswap": Method("nearswap:nearswap", "alchemonaut, QuartetAnemoi-70B", "required", (Parameter("t", float),), least=2, most=2),
-    "karcher": Method("karcher:karcher", "Karcher 1977; mergekit", "none", (Parameter("max_iter", int, default=10), Parameter("tol", float, default=1e-5)), whole=True, pace=12.0),
-    "ram": Method("ram:ram", "arXiv:2601.13572", "required", (Parameter("epsilon", float, default=1e-5),), whole=True, pace=12.0),
-    "ramplus_tl": Method("ram:ramplus_tl", "arXiv:2601.13572", "required", (Parameter("r", float, default=0.1), Parameter("alpha", float, default=0.2), Parameter("epsilon", float, default=1e-5)), whole=True, pace=12.0),
+    "karcher": Method("karcher:karcher", "Karcher 1977; mergekit", "none", (Parameter("max_iter", int, default=10, low=1), Parameter("tol", float, default=1e-5, low=0)), whole=True, pace=12.0),
+    "ram": Method("ram:ram", "arXiv:2601.13572", "required", (Parameter("epsilon", float, default=1e-5, low=0),), whole=True, pace=12.0),
+    "ramplus_tl": Method("ram:ramplus_tl", "arXiv:2601.13572", "required", (Parameter("r", float, default=0.1, low=0), Parameter("alpha", float, default=0.2, low=0), Parameter("epsilon", float, default=1e-5, low=0)), whole=True, pace=12.0),
     "passthrough": Method("passthrough:passthrough", "", "none", (Parameter("scale", float, "input", None),), most=1),
 }  # fmt: skip

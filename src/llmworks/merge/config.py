@@ -43,6 +43,7 @@ def _dtype(value: Any) -> Any:
 Ref = Annotated[str, BeforeValidator(_named), Field(min_length=1)]
 Dtype = Annotated[str | None, BeforeValidator(_dtype)]
 Scalar = bool | int | float | str
+Whole = Annotated[int, Field(strict=True)]
 
 
 def without_none(value: Any) -> Any:
@@ -80,7 +81,7 @@ class InputModel(Written):
 class InputSlice(InputModel):
     """Layers of a model."""
 
-    layer_range: tuple[int, int] = Field(description="the first layer, and the one after the last")
+    layer_range: tuple[Whole, Whole] = Field(description="the first layer, and the one after the last")
 
     @model_validator(mode="after")
     def _order(self) -> InputSlice:

@@ -44,7 +44,18 @@ class Layout:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding, as its config has it; 0 where it does not say."""
-        return int(self.text.get("vocab_size") or 0)
+        found = self.text.get("vocab_size") or 0
+        if not isinstance(found, int):
+            raise ModelError(f"{self.path}/config.json: vocab_size is {found!r}, it must be a whole number")
+        return found
+
+    @property
+    def kind(self) -> str:
+        """Its architecture, as config.json names it."""
+        found = self.config.get("architectures") or [""]
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise ModelError(f"{self.path}/config.json: architectures is {found!r}, it must be a list of names")
+        return str(found[0])
 
     def has_tokens(self, tensor: str) -> bool:
         """Whether a tensor has a row for each token."""

@@ -21,11 +21,13 @@ from llmworks.merge.experts import Expert, ExpertsConfig
 from llmworks.merge.gates import alike, gates
 from llmworks.merge.layout import HEAD, Layout, layout_of
 from llmworks.merge.plan import Job, Plan
-from llmworks.merge.run import golden_of, written
+from llmworks.merge.run import written
 from llmworks.merge.stream import Stream
+from llmworks.merge.texts import logits_at, replay
 from llmworks.merge.vocabulary import copy_tokenizer
 from llmworks.model.card import bases_of, front_of, plain, write
 from llmworks.model.shards import TORCH
+from llmworks.tokenize import golden
 
 STACK = "model.layers"
 LAYOUTS = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen", "qwen3": "qwen3"}
@@ -51,10 +53,11 @@ def run(config: ExpertsConfig, models: Mapping[str, Model], ctx: Context) -> Mod
     jobs = [*jobs_of(config, kind, layouts, dtype), *(Job(name, tuple(one.shape), (), None, "F32", dtype, {}, ()) for name, one in given.items())]
     plan = Plan(METHODS["passthrough"], tuple(sorted(jobs, key=lambda job: order(job.name))), {STACK: tuple((config.base_model, layer) for layer in range(layers))})
     stream = Stream(plan, layouts, None, ctx.seed, given)
-    size = written(stream, config.shard_bytes, layouts, ctx)
     write_config(config, kind, base, dtype, ctx)
     copy_tokenizer(base.path, ctx.out)
-    recorded = golden_of(models[config.base_model], ctx, {config.base_model: base}) if (ctx.out / "tokenizer.json").exists() else None
+    read = replay(models[config.base_model], ctx, {config.base_model: base}) if (ctx.out / "tokenizer.json").exists() else None
+    size = written(stream, config.shard_bytes, layouts, ctx)
+    recorded = golden.record(*read, logits_at(ctx.out)) if read else None
     metrics = {"bytes": size, "parameters": sum(torch.Size(job.shape).numel() for job in plan.jobs), "experts": len(config.experts), "models": len(models), "alike_layers": len(weak)}
     describe(config, models, kind, rows, metrics, ctx)
     return Model(ctx.out, golden=recorded, metrics=metrics, about={"format": "hf", "method": "experts", "dtype": TORCH[dtype], "architecture": kind})

@@ -172,7 +172,7 @@ class Planner:
     def outside(self, name: str, one: OutputSlice, settings: Sequence[Mapping[str, Setting]]) -> Iterator[Job]:
         """A tensor of no layer. A head that no source has in its files is the embedding in all of them, and is not written."""
         found = [(source.model, self.models[source.model].tied(name)) for source in one.sources]
-        if HEAD.search(name) and not any(name in self.models[source.model].places for source in one.sources):
+        if HEAD.search(name) and self.donor.text.get("tie_word_embeddings", True) and not any(name in self.models[source.model].places for source in one.sources):
             return
         absent = [model for model, tensor in found if tensor is None]
         if absent:

@@ -15,7 +15,7 @@ def prepared(config: MergeConfig, layouts: Mapping[str, Layout]) -> tuple[str, V
     """(the model that gives the config and what else is no weight, tokens where they are not as they were, the plan)."""
     check(config, layouts)
     donor = config.base_model or config.named()[0]
-    kinds = {name: str((layout.config.get("architectures") or [""])[0]) for name, layout in layouts.items()}
+    kinds = {name: layout.kind for name, layout in layouts.items()}
     if len(set(kinds.values())) > 1:
         raise ModelError(f"models of different architectures cannot be merged: {', '.join(f'{name} is a {kind}' for name, kind in kinds.items())}")
     rule = config.tokenizer or (TokenizerRule(source=config.tokenizer_source) if config.tokenizer_source else None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from llmworks.artifact import Golden, Model
+from llmworks.artifact import Model
 from llmworks.context import Context
 from llmworks.errors import ModelError, UserError
 from llmworks.merge.catalogue import METHODS
@@ -20,12 +20,11 @@ from llmworks.merge.layout import COUNTS, HEAD, Layout, layout_of
 from llmworks.merge.plan import Plan
 from llmworks.merge.prepare import prepared
 from llmworks.merge.stream import Stream
-from llmworks.merge.vocabulary import Vocabulary, check_written, copy_tokenizer
+from llmworks.merge.texts import logits_at, replay, write_tokenizer
+from llmworks.merge.vocabulary import Vocabulary
 from llmworks.model.card import bases_of, front_of, plain, write
 from llmworks.model.shards import TORCH
 from llmworks.tokenize import golden
-from llmworks.tokenize.load import load_tokenizer, read_json, stop_ids
-from llmworks.tokenize.named import FOLDER, NAMED
 
 RECIPE = "mergekit_config.yml"
 
@@ -36,15 +35,16 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     donor, vocabulary, plan = prepared(config, layouts)
     if plan.unused:
         ctx.progress.say(f"{config.merge_method} has no parameter {', '.join(plan.unused)}, which the configuration gives")
+    write_config(config, layouts[donor], plan, vocabulary, ctx.out, layouts)
+    source = write_tokenizer(config, layouts, donor, vocabulary, ctx.out)
+    read = replay(models[source], ctx, layouts) if source else None
     stream = Stream(plan, layouts, vocabulary, ctx.seed)
     size = written(stream, config.shard_bytes, layouts, ctx)
-    write_config(config, layouts[donor], plan, vocabulary, ctx.out)
-    source = write_tokenizer(config, layouts, donor, vocabulary, ctx.out)
     weights = sum(torch.Size(job.shape).numel() for job in plan.jobs)
     metrics: dict[str, Any] = {"bytes": size, "parameters": weights, "models": len(models), **({"tied_at_a_threshold": stream.notes["tied"]} if "tied" in stream.notes else {})}
-    recorded = golden_of(models[source], ctx, layouts) if source else None
+    recorded = golden.record(*read, logits_at(ctx.out)) if read else None
     describe(config, models, plan, metrics, ctx, donor)
-    return Model(ctx.out, golden=recorded, metrics=metrics, about={"format": "hf", "method": config.merge_method, "dtype": TORCH[plan.jobs[0].out_dtype], "architecture": ", ".join(layouts[donor].config.get("architectures") or [])})
+    return Model(ctx.out, golden=recorded, metrics=metrics, about={"format": "hf", "method": config.merge_method, "dtype": TORCH[plan.jobs[0].out_dtype], "architecture": layouts[donor].kind})
 
 
 def written(stream: Stream, most: int, layouts: Mapping[str, Layout], ctx: Context) -> int:
@@ -78,8 +78,8 @@ def layouts_of(config: MergeConfig, models: Mapping[str, Model]) -> dict[str, La
     return {name: layout_of(name, models[name].path) for name in config.named() if name in models}
 
 
-def write_config(config: MergeConfig, donor: Layout, plan: Plan, vocabulary: Vocabulary | None, out: Path) -> None:
-    """config.json: the donor's, with the layers, tokens and number format that the result has."""
+def write_config(config: MergeConfig, donor: Layout, plan: Plan, vocabulary: Vocabulary | None, out: Path, models: Mapping[str, Layout] | None = None) -> None:
+    """config.json: the donor's, with the layers, tokens and number format that the result has; lists with an entry for each layer have those of the `models` that layers come from. ModelError where one has no such list."""
     made = json.loads(json.dumps(donor.config))
     text = made["text_config"] if isinstance(made.get("text_config"), dict) else made
     if config.slices is not None or config.modules is not None:
@@ -88,9 +88,9 @@ def write_config(config: MergeConfig, donor: Layout, plan: Plan, vocabulary: Voc
             for key in COUNTS:
                 if text.get(key) == own:
                     text[key] = len(origins)
-            for key, value in text.items():
-                if isinstance(value, list) and len(value) == own and key.endswith(("layer_types", "_per_layer", "layers_block_type")) and all(layer < own for _, layer in origins):
-                    text[key] = [value[layer] for _, layer in origins]
+            for key, value in list(text.items()):
+                if isinstance(value, list) and len(value) == own and key.endswith(("layer_types", "_per_layer", "layers_block_type")):
+                    text[key] = [_entry((models or {}).get(name, donor), key, layer) for name, layer in origins]
     if vocabulary is not None:
         text["vocab_size"] = vocabulary.rows
     if any(HEAD.search(job.name) for job in plan.jobs):
@@ -107,76 +107,12 @@ def write_config(config: MergeConfig, donor: Layout, plan: Plan, vocabulary: Voc
         shutil.copyfile(donor.path / "generation_config.json", out / "generation_config.json")
 
 
-def write_tokenizer(config: MergeConfig, layouts: Mapping[str, Layout], donor: str, vocabulary: Vocabulary | None, out: Path) -> str:
-    """The tokenizer's files and template; the model that they come from, or nothing where it has none."""
-    source = donor if vocabulary is None else next(name for name, layout in layouts.items() if layout.path == vocabulary.source)
-    if vocabulary is None:
-        copy_tokenizer(layouts[donor].path, out)
-    else:
-        vocabulary.write(out)
-        check_written(out, vocabulary)
-        if source != donor and (layouts[source].path / "generation_config.json").exists():  # tokens that end an answer are told by their ids
-            shutil.copyfile(layouts[source].path / "generation_config.json", out / "generation_config.json")
-    if config.chat_template:
-        if not (out / "tokenizer_config.json").exists():
-            raise UserError(f"chat_template: {donor} has no tokenizer that it could be written to")
-        template = template_of(config.chat_template, layouts, source)
-        if template:
-            (out / "chat_template.jinja").write_text(template, encoding="utf-8")
-            settings = read_json(out / "tokenizer_config.json")
-            settings.pop("chat_template", None)
-            (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return source if (out / "tokenizer.json").exists() else ""
-
-
-def template_of(said: str, layouts: Mapping[str, Layout], source: str) -> str:
-    """auto: what most models have; a name of `tokenize.named`; or the template itself. UserError for what is none of these."""
-    if said == "auto":
-        found = [load_tokenizer(layout.path).chat_template for layout in layouts.values() if (layout.path / "tokenizer_config.json").exists()]
-        templates = [str(one).strip() for one in found if one]
-        return max(templates, key=templates.count) if templates else ""
-    if said in NAMED:
-        known = load_tokenizer(layouts[source].path).get_vocab()
-        missing = [token for token in NAMED[said].tokens if token not in known]
-        if missing:
-            raise UserError(f"chat_template: {said} writes {missing[0]}, which is no token of {source}")
-        return (FOLDER / f"{said}.jinja").read_text(encoding="utf-8")
-    if len(said) < 20 or "{" not in said:
-        raise UserError(f"chat_template: {said!r} is neither auto, nor a known name ({', '.join(NAMED)}), nor a Jinja template")
-    return said
-
-
-def golden_of(source: Model, ctx: Context, layouts: Mapping[str, Layout]) -> Golden:
-    """What the result has to replay: ids, mask and stop tokens are those of the model whose tokenizer it has. Says which models end their answers otherwise."""
-    tokenizer = load_tokenizer(ctx.out)
-    stops = stop_ids(ctx.out, tokenizer)
-    theirs = load_tokenizer(source.path)
-    templates = [str(one.chat_template or "").strip() for one in (theirs, tokenizer)]
-    if templates[0] == templates[1]:
-        said = source.golden or golden.record(theirs, stop_ids(source.path, theirs), lambda ids: [[0.0]] * len(ids))
-        golden.require(said, tokenizer, stops, step="merge")
-    ends = {i: tokenizer.convert_ids_to_tokens(i) for i in stops}
-    for name, layout in layouts.items():
-        if (layout.path / "tokenizer_config.json").exists():
-            own = load_tokenizer(layout.path)
-            other = [token for token in (own.convert_ids_to_tokens(i) for i in stop_ids(layout.path, own)) if token not in ends.values()]
-            if other:
-                ctx.progress.say(f"warning: {name} ends its answers with {', '.join(map(str, other))}, the result with {', '.join(map(str, ends.values()))}; an answer in the manner of {name} may not end")
-    return golden.record(tokenizer, stops, logits_at(ctx.out))
-
-
-def logits_at(path: Path) -> golden.Logits:
-    """What a directory's model says, block by block where it is a decoder that is known here, else loaded as a whole."""
-    from llmworks.model.golden import torch_logits
-    from llmworks.model.load import load_model
-    from llmworks.model.source import Source
-    from llmworks.model.streamed import logits_of
-
-    try:
-        source = Source(path)
-    except ModelError:
-        return torch_logits(load_model(path))
-    return lambda ids: logits_of(source, [list(ids)])[0]
+def _entry(model: Layout, key: str, layer: int) -> Any:
+    """What a model's config has of a layer in a list."""
+    found = model.text.get(key)
+    if not isinstance(found, list) or layer >= len(found):
+        raise ModelError(f"{model.name}: its config.json has no {key} of layer {layer}, which others have; their layers cannot stand in one model")
+    return found[layer]
 
 
 def describe(config: MergeConfig, models: Mapping[str, Model], plan: Plan, metrics: Mapping[str, Any], ctx: Context, donor: str) -> None:

@@ -23,6 +23,8 @@ class Parameter:
     kind: type
     of: str = "tensor"  # tensor, input, other
     default: Any = REQUIRED
+    low: float = float("-inf")
+    high: float = float("inf")
 
 
 def value_of(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], tensor: str, t: float, where: str) -> Any:
@@ -66,8 +68,10 @@ def _checked(value: Any, parameter: Parameter, where: str) -> Any:
                 return str(value).lower() == "true"
         elif not isinstance(value, bool):
             found = parameter.kind(value)
+            if not parameter.low <= found <= parameter.high and abs(found) != float("inf"):
+                raise UserError(f"{where}: {parameter.name} is {value!r}, it must be {f'from {parameter.low:g} to {parameter.high:g}' if parameter.high != float('inf') else f'{parameter.low:g} or more'}")
             if found == found and abs(found) != float("inf"):
                 return found
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise UserError(f"{where}: {parameter.name} is {value!r}, it must be {'true or false' if parameter.kind is bool else 'a number' if parameter.kind is float else 'a whole number'}")

@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from llmworks.errors import ModelError
 from llmworks.merge.layout import Layout
 from llmworks.model.shards import BYTES, FLOATS, TORCH
 
 RUNS, RUN = 24, 128  # of each tensor so many runs of so many numbers are read
+PIECE = 1 << 20  # numbers that are compared at once
+READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
 NEAR = 0.3  # cosine of a layer with a candidate's, above which they are kin; of strangers it is a few hundredths
 SAME = 0.99999999  # and as good as one, where all that was read is equal
 SHARE = 0.04  # of a candidate in a fit, below which it counts as none
@@ -61,36 +64,57 @@ class Kinship:
 
 def kinship(child: Layout, candidates: Mapping[str, Layout]) -> Kinship:
     """Which of the candidates a model was made of."""
-    stack = max(child.stacks, key=lambda name: len(child.stacks[name]), default="")
-    if not stack:
+    layers = deepest(child)
+    if not layers:
         return Kinship("unknown", {}, [])
-    names = [rest for rest, tensor in child.stacks[stack][0].items() if len(child.places[tensor].shape) == 2 and child.places[tensor].dtype in FLOATS]
+    names = [rest for rest, tensor in layers[0].items() if len(child.places[tensor].shape) == 2 and child.places[tensor].count]
+    unreadable = next((rest for rest in names if child.places[layers[0][rest]].dtype not in READABLE), None)
+    if unreadable is not None or not names:
+        raise ModelError(f"{child.name}: {f'{layers[0][unreadable]} is in {child.places[layers[0][unreadable]].dtype}' if unreadable else 'its layers have no matrices'}, which cannot be compared")
     experts = [rest for rest in names if EXPERT.fullmatch(rest)]
     plain = [rest for rest in names if rest not in experts and not rest.endswith("gate.weight")] or names
-    own = [read(child, layer, plain) for layer in child.stacks[stack]]
-    theirs = {name: [one for layer in layout.stacks.get(stack, ()) if (one := read(layout, layer, plain, like=child)) is not None] for name, layout in candidates.items()}
-    theirs = {name: layers for name, layers in theirs.items() if layers}
+    own = [read(child, layer, plain) for layer in layers]
+    theirs = {name: [read(layout, layer, plain) for layer in deepest(layout)] for name, layout in candidates.items()}
     found = [explained(number, vector, theirs) for number, vector in enumerate(own) if vector is not None]
-    mixed = _experts(child, stack, experts, candidates)
-    return _judged(found, mixed, {name: len(layers) for name, layers in theirs.items()}, sum(len(one) for one in own if one is not None))
+    mixed = _experts(layers, child, experts, candidates)
+    made = _judged(found, mixed, {name: len(vectors) for name, vectors in theirs.items()}, sum(len(one) for one in own if one is not None))
+    if made.relation == "same" and not identical(child, candidates[next(iter(made.parents))]):
+        return replace(made, relation="tuned")
+    return made
 
 
-def read(layout: Layout, layer: Mapping[str, str], names: Sequence[str], like: Layout | None = None) -> Tensor | None:
-    """Numbers of a layer's matrices, fp64, at places that depend on their shapes alone; None where a matrix is missing. `like`: the model whose shapes they must have."""
-    parts = []
-    for rest in names:
-        tensor = layer.get(rest)
-        if tensor is None or layout.places[tensor].dtype not in FLOATS:
-            return None
-        if like is not None and layout.places[tensor].shape != _shape(like, rest):
-            return None
-        parts.append(sample(layout, tensor))
-    return torch.cat(parts) if parts else None
+def deepest(layout: Layout) -> list[dict[str, str]]:
+    """The layers of a model's largest stack, whatever it is called."""
+    return max(layout.stacks.values(), key=len, default=[])
 
 
-def _shape(layout: Layout, rest: str) -> tuple[int, ...]:
-    stack = max(layout.stacks, key=lambda name: len(layout.stacks[name]))
-    return layout.places[layout.stacks[stack][0][rest]].shape
+def identical(one: Layout, other: Layout) -> bool:
+    """Whether two models have the same tensors, to the last byte; names before layers' numbers may differ."""
+    both = [{**{(at, rest): tensor for at, layer in enumerate(deepest(layout)) for rest, tensor in layer.items()}, **{(-1, tensor.rpartition(".")[0].rpartition(".")[2]): tensor for tensor in layout.loose}} for layout in (one, other)]
+    if both[0].keys() != both[1].keys():
+        return False
+    for key, tensor in both[0].items():
+        mine, theirs = one.places[tensor], other.places[both[1][key]]
+        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+            return False
+        for start in range(0, mine.count, PIECE):
+            count = min(PIECE, mine.count - start)
+            pair = []
+            for layout, name, place in ((one, tensor, mine), (other, both[1][key], theirs)):
+                octets = bytearray(count * BYTES[place.dtype])
+                layout.shards.read(name, start, memoryview(octets))
+                pair.append(octets)
+            if pair[0] != pair[1]:
+                return False
+    return True
+
+
+def read(layout: Layout, layer: Mapping[str, str], names: Sequence[str]) -> Tensor | None:
+    """Numbers of a layer's matrices, fp64, at places that depend on their shapes alone; None where a matrix is missing, or cannot be read."""
+    tensors = [layer.get(rest) for rest in names]
+    if not all(tensor is not None and layout.places[tensor].dtype in READABLE and layout.places[tensor].count for tensor in tensors):
+        return None
+    return torch.cat([sample(layout, tensor) for tensor in tensors if tensor is not None])
 
 
 def sample(layout: Layout, tensor: str) -> Tensor:
@@ -108,22 +132,24 @@ def sample(layout: Layout, tensor: str) -> Tensor:
     return made.double()
 
 
-def explained(number: int, vector: Tensor, theirs: Mapping[str, Sequence[Tensor]]) -> Layer:
+def explained(number: int, vector: Tensor, theirs: Mapping[str, Sequence[Tensor | None]]) -> Layer:
     """A layer by shares of candidates' layers: of each candidate the layer that is nearest, where it is near at all."""
     length = float(vector.norm())
     near: dict[tuple[str, int], float] = {}
+    vectors: dict[tuple[str, int], Tensor] = {}
     for name, layers in theirs.items():
-        cosines = [float(vector @ one) / max(1e-30, length * float(one.norm())) for one in layers]
-        at = max(range(len(cosines)), key=lambda i: (round(cosines[i], 9), i == number))
-        if cosines[at] > NEAR:
-            near[name, at] = cosines[at]
+        fit = {at: one for at, one in enumerate(layers) if one is not None and len(one) == len(vector) and bool(torch.isfinite(one).all())}
+        cosines = {at: float(vector @ one) / max(1e-30, length * float(one.norm())) for at, one in fit.items()}
+        at = max(cosines, key=lambda i: (round(cosines[i], 9), i == number), default=-1)
+        if at >= 0 and cosines[at] > NEAR:
+            near[name, at], vectors[name, at] = cosines[at], fit[at]
     if not near or not length:
         return Layer(number, {}, max(near.values(), default=0.0), 1.0)
     best = max(near, key=lambda one: near[one])
-    equal = next((one for one in near if near[one] > SAME and torch.equal(theirs[one[0]][one[1]], vector)), None)
+    equal = next((one for one in near if near[one] > SAME and torch.equal(vectors[one], vector)), None)
     if equal is not None:
         return Layer(number, {equal: 1.0}, 1.0, 0.0, equal=True)
-    shares, left = shares_of(vector, {one: theirs[one[0]][one[1]] for one in near})
+    shares, left = shares_of(vector, vectors)
     return Layer(number, shares or {best: 1.0}, near[best], left)
 
 
@@ -154,19 +180,19 @@ def _distinct(others: Mapping[tuple[str, int], Tensor]) -> list[tuple[str, int]]
     return kept
 
 
-def _experts(child: Layout, stack: str, names: Sequence[str], candidates: Mapping[str, Layout]) -> dict[int, str]:
+def _experts(layers: Sequence[Mapping[str, str]], child: Layout, names: Sequence[str], candidates: Mapping[str, Layout]) -> dict[int, str]:
     """Whose feed-forward layers each expert has, by all layers."""
     found: dict[int, list[str]] = {}
-    for layer in child.stacks[stack] if names else ():
+    for number, layer in enumerate(layers if names else ()):
         for rest in names:
             match = EXPERT.fullmatch(rest)
-            assert match is not None
+            if match is None or rest not in layer:
+                continue
             dense = f"mlp.{DENSE.get(match[2], match[2])}.weight"
             vector = sample(child, layer[rest])
-            number = child.stacks[stack].index(layer)
             near = []
             for name, layout in candidates.items():
-                tensor = layout.stacks.get(stack, [])[number].get(dense) if number < len(layout.stacks.get(stack, [])) else None
+                tensor = deepest(layout)[number].get(dense) if number < len(deepest(layout)) else None
                 if tensor is not None and layout.places[tensor].shape == child.places[layer[rest]].shape:
                     other = sample(layout, tensor)
                     near.append((float(vector @ other / (vector.norm() * other.norm()).clamp(min=1e-30)), name))
@@ -200,8 +226,7 @@ def _judged(layers: Sequence[Layer], experts: Mapping[int, str], depths: Mapping
 
 def rank_of(child: Layout, parent: Layout) -> tuple[int, float]:
     """(rank, share of the sum of squares that it holds) of the difference in a matrix of the middle layer; (0, 0) where it is of no low rank."""
-    stack = max(child.stacks, key=lambda name: len(child.stacks[name]))
-    layers = child.stacks[stack]
+    layers = deepest(child)
     for name in sorted(layers[len(layers) // 2].values(), key=lambda one: child.places[one].count):
         place, other = child.places[name], parent.places.get(name)
         if len(place.shape) != 2 or min(place.shape) < 32 or other is None or other.shape != place.shape:

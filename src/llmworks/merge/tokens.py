@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from llmworks.context import Context
 from llmworks.data.lessons import ids_of, training_rows
 from llmworks.errors import DataError, LlmworksError, ModelError, RequestError
 from llmworks.merge.config import MergeConfig
-from llmworks.merge.layout import Layout, layout_of
+from llmworks.merge.layout import layout_of
 from llmworks.merge.plan import plan_of
-from llmworks.merge.run import logits_at, write_config, written
+from llmworks.merge.run import write_config, written
 from llmworks.merge.stream import Stream
+from llmworks.merge.texts import logits_at
 from llmworks.merge.transplant import TransplantConfig
-from llmworks.merge.vocabulary import TOKENIZER_FILES, Vocabulary, copy_tokenizer, definition_of
+from llmworks.merge.vocabulary import TOKENIZER_FILES, Vocabulary, copy_tokenizer, definition_of, write_roles
 from llmworks.model.card import bases_of, front_of, plain, write
 from llmworks.model.shards import TORCH
 from llmworks.tokenize import golden
@@ -125,7 +125,10 @@ def run(config: TransplantConfig, model: Model, tokenizer: Model | Tokenizer, ct
     plan = plan_of(merge, {OWN: layout}, count)
     size = written(Stream(plan, {OWN: layout}, vocabulary, ctx.seed), config.shard_bytes, {OWN: layout}, ctx)
     write_config(merge, layout, plan, vocabulary, ctx.out)
-    _write_roles(layout, tokenizer.path, new, ctx.out)
+    for name in TOKENIZER_FILES:
+        (ctx.out / name).unlink(missing_ok=True)
+    copy_tokenizer(tokenizer.path, ctx.out)
+    write_roles(ctx.out, new, tokenizer.path)
     metrics: dict[str, Any] = {"bytes": size, "vocabulary": count, "same": len(found.same), "by_role": len(found.role), "by_pieces": len(found.pieces), "lost": len(found.lost)}
     if data is not None:
         rows = training_rows(data)[: config.texts]
@@ -140,26 +143,6 @@ def _definition(path: Path) -> dict[str, Any]:
     if not (path / "tokenizer.json").exists():
         raise ModelError(f"{path}: has no tokenizer.json")
     return read_json(path / "tokenizer.json")
-
-
-def _write_roles(layout: Layout, source: Path, new: Any, out: Path) -> None:
-    """The tokenizer's files, and the ids of its tokens by their roles where configs name them."""
-    for name in TOKENIZER_FILES:
-        (out / name).unlink(missing_ok=True)
-    copy_tokenizer(source, out)
-    made = read_json(out / "config.json")
-    for part in (made, made["text_config"] if isinstance(made.get("text_config"), dict) else made):
-        for role in ("bos", "eos", "pad"):
-            if f"{role}_token_id" in part:
-                part[f"{role}_token_id"] = getattr(new, f"{role}_token_id")
-    (out / "config.json").write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    generation = read_json(out / "generation_config.json") if (out / "generation_config.json").exists() else {}
-    theirs = source / "generation_config.json"
-    if theirs.exists():
-        shutil.copyfile(theirs, out / "generation_config.json")
-    elif generation:
-        generation |= {f"{role}_token_id": getattr(new, f"{role}_token_id") for role in ("bos", "eos", "pad") if f"{role}_token_id" in generation}
-        (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def bits_a_byte(path: Path, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> float:

@@ -48,6 +48,23 @@ def copy_tokenizer(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
+def write_roles(out: Path, tokenizer: Any, source: Path) -> None:
+    """The ids of tokens by their roles, where configs name them; `generation_config.json` is that of the directory that the tokenizer comes from, where it has one."""
+    made = read_json(out / "config.json")
+    for part in (made, made["text_config"] if isinstance(made.get("text_config"), dict) else made):
+        for role in ("bos", "eos", "pad"):
+            if f"{role}_token_id" in part:
+                part[f"{role}_token_id"] = getattr(tokenizer, f"{role}_token_id")
+    (out / "config.json").write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    generation = out / "generation_config.json"
+    if (source / "generation_config.json").exists():
+        shutil.copyfile(source / "generation_config.json", generation)
+    elif generation.exists():
+        said = read_json(generation)
+        said |= {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad") if f"{role}_token_id" in said}
+        generation.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
 def same_tokens(models: Mapping[str, Layout]) -> None:
     """Whether all models that have a tokenizer have the same tokens under the same ids. ModelError that names a token which is another in two models."""
     known = {name: tokens_of(definition_of(layout), layout) for name, layout in models.items() if (layout.path / "tokenizer.json").exists()}
@@ -65,8 +82,10 @@ def definition_of(layout: Layout) -> dict[str, Any]:
     if not (layout.path / "tokenizer.json").exists():
         raise ModelError(f"{layout.name}: has no tokenizer.json, which tokenizer_source needs")
     definition = read_json(layout.path / "tokenizer.json")
-    if layout.vocabulary:
-        definition["added_tokens"] = [one for one in definition.get("added_tokens", []) if one["id"] < layout.vocabulary]
+    added = definition.get("added_tokens") or []
+    if not isinstance(definition.get("model"), dict) or not isinstance(added, list) or not all(isinstance(one, dict) and isinstance(one.get("id"), int) and isinstance(one.get("content"), str) for one in added):
+        raise ModelError(f"{layout.path}/tokenizer.json: is no tokenizer (it needs a model, and added_tokens with id and content); copy or fetch it again")
+    definition["added_tokens"] = [one for one in added if not layout.vocabulary or one["id"] < layout.vocabulary]
     return definition
 
 

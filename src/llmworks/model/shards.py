@@ -16,6 +16,7 @@ from typing import Any
 from llmworks.artifact import FileEntry
 from llmworks.errors import ModelError
 from llmworks.model.load import check_weights, read_header
+from llmworks.tokenize.load import read_json
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
@@ -42,6 +43,21 @@ class Place:
         return self.count * BYTES[self.dtype]
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that a directory's weights are in: those that its index names; without one all but `consolidated`, which Mistral's repositories have beside them under other names."""
+    index = path / "model.safetensors.index.json"
+    files = sorted(path.glob("*.safetensors"))
+    if index.exists():
+        named = read_json(index).get("weight_map")
+        wanted = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+        missing = sorted(wanted - {file.name for file in files})
+        if missing or not wanted:
+            raise ModelError(f"{index}: {f'names {missing[0]}, which is not there' if missing else 'names no files'}; copy or fetch the directory again")
+        return [file for file in files if file.name in wanted]
+    others = [file for file in files if not file.name.startswith("consolidated")]
+    return others or files
+
+
 class Shards:
     """The tensors of a directory, read where they lie. ModelError for a broken directory, or a number format that is not known."""
 
@@ -50,7 +66,7 @@ class Shards:
         self.path = path
         self.places: dict[str, Place] = {}
         self._files: dict[Path, int] = {}
-        for file in sorted(path.glob("*.safetensors")):
+        for file in weight_files(path):
             with file.open("rb") as stream:
                 start = 8 + int.from_bytes(stream.read(8), "little")
             for name, entry in read_header(file).items():
@@ -58,8 +74,12 @@ class Shards:
                     continue
                 if name in self.places:
                     raise ModelError(f"{path}: the tensor {name} is in {self.places[name].file.name} and in {file.name}")
-                place = Place(file, start + int(entry["data_offsets"][0]), str(entry["dtype"]), tuple(int(side) for side in entry["shape"]))
-                if place.dtype not in BYTES or place.size != int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]):
+                try:
+                    place = Place(file, start + int(entry["data_offsets"][0]), str(entry["dtype"]), tuple(int(side) for side in entry["shape"]))
+                    known = place.dtype in BYTES and min((0, *place.shape)) >= 0 and place.size == int(entry["data_offsets"][1]) - int(entry["data_offsets"][0])
+                except (KeyError, TypeError, ValueError, IndexError):
+                    raise ModelError(f"{file}: its safetensors header is broken at {name}; copy or fetch it again") from None
+                if not known:
                     raise ModelError(f"{file}: {name}: {place.dtype} {list(place.shape)} is no number format that is known here, or not of so many bytes")
                 self.places[name] = place
 

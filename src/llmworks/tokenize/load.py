@@ -58,7 +58,10 @@ def stop_ids(path: Path, tokenizer: Any) -> list[int]:
     file = path / "generation_config.json"
     if file.exists():
         eos = read_json(file).get("eos_token_id")
-        ids.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+        named = eos if isinstance(eos, list) else [eos] if eos is not None else []
+        if not all(isinstance(one, int) for one in named):
+            raise ModelError(f"{file}: eos_token_id is {eos!r}, it must be a whole number, or a list of such")
+        ids.update(named)
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     return sorted(ids)

@@ -6,6 +6,7 @@ Hansen and Ostermeier 2001; the package cma (Hansen), whose bounds are kept by a
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def evolve(genes: Sequence[Gene], judge: Judge, journal: Path, *, attempts: int,
         values = tuple(round(gene.low + float(share) * (gene.high - gene.low), 6) for gene, share in zip(genes, point, strict=True))
         before = known.get(values)
         score, parts = before or judge(values)
+        score = score if math.isfinite(score) else min((one.score for one in found), default=0.0)
         made = Attempt(len(found), generation, values, score, parts)
         if before is None:
             with journal.open("a", encoding="utf-8") as stream:
@@ -69,7 +71,7 @@ def evolve(genes: Sequence[Gene], judge: Judge, journal: Path, *, attempts: int,
         warnings.simplefilter("ignore")
         search = cma.CMAEvolutionStrategy(begin, STEP, options)
         generation = 1
-        while len(found) < attempts and not search.stop():
+        while len(found) < attempts:  # its own rules to stop are for smooth functions: scores of few samples are often the same
             points = search.ask()
             search.tell(points, [-attempt(point, generation).score for point in points])
             generation += 1

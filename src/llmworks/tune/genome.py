@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = F
         elif isinstance(value, list):
             for at, inside in enumerate(value):
                 walk(inside, (*path, at), name)
-        elif name in BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif name in BOUNDS and _number(value):
             low, high = (-1.0, 1.5) if negative and name == "weight" else BOUNDS[name]
             places = [(*path, at) for at in range(gradient)] if gradient > 1 and name in ("weight", "t") and not isinstance(path[-1], int) else [path]
             found.extend(Gene(place, min(low, float(value)), max(high, float(value)), float(value)) for place in places)
@@ -51,6 +52,14 @@ def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = F
     if not found:
         raise UserError(f"the merge has no number to search; give its parameters ({', '.join(BOUNDS)}) values to begin with")
     return found
+
+
+def _number(value: Any) -> bool:
+    """Whether it is a number, or a text that YAML does not know as one (1e-1)."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def with_values(config: Mapping[str, Any], genes: Sequence[Gene], values: Sequence[float]) -> dict[str, Any]:

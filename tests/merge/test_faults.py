@@ -1,0 +1,181 @@
+"""What would be another model without a word, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmworks.cli import main
+from llmworks.errors import LlmworksError, ModelError, UserError
+from llmworks.lazymerges import recipe_of
+from llmworks.lineage.declared import claims
+from llmworks.lineage.licence import kind_of
+from llmworks.merge.layout import layout_of
+from llmworks.merge.shares import Kinship, kinship
+from llmworks.model.load import load_model
+from llmworks.model.shards import Shards
+from llmworks.tokenize.load import load_tokenizer
+from llmworks.tune.evolving import evolve
+from llmworks.tune.genome import Gene, genes_of
+from tests.merge.test_conformance import merged
+from tests.merge.test_merge import broken, weights
+from tests.oracles.merge_models import save
+from tests.oracles.merges import models, of
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("faults")
+    models(place)
+    return place
+
+
+def layers(*spans: tuple[str, int, int]) -> dict[str, Any]:
+    return {"merge_method": "passthrough", "slices": [{"sources": [{"model": name, "layer_range": [low, high]}]} for name, low, high in spans]}
+
+
+def test_a_head_that_the_last_model_shares_with_its_embedding(family: Path, tmp_path: Path) -> None:
+    """Layers of an untied model, then of a tied one: the result has a head, the last model's."""
+    merged(layers(("base", 0, 2), ("tied", 2, 4)), family, tmp_path / "out")
+    found = weights(tmp_path / "out")
+    assert torch.equal(found["lm_head.weight"], weights(family / "tied")["model.embed_tokens.weight"])
+    assert torch.equal(load_model(tmp_path / "out").lm_head.weight, found["lm_head.weight"])
+    merged(layers(("tied", 0, 2), ("tied", 1, 4)), family, tmp_path / "both")
+    assert "lm_head.weight" not in weights(tmp_path / "both")
+    assert json.loads((tmp_path / "both" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_kinds_of_layers_are_those_of_their_models(family: Path, tmp_path: Path) -> None:
+    broken(family / "a", family / "sliding", layer_types=["sliding"] * 4)
+    broken(family / "b", family / "full", layer_types=["full"] * 4)
+    merged(layers(("sliding", 0, 2), ("full", 1, 4)), family, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"] == ["sliding"] * 2 + ["full"] * 3
+    with pytest.raises(ModelError, match=r"c: its config.json has no layer_types of layer 1"):
+        merged(layers(("sliding", 0, 2), ("c", 1, 4)), family, tmp_path / "none")
+
+
+def test_ids_of_roles_follow_the_tokenizer(family: Path, tmp_path: Path) -> None:
+    """Another model's tokenizer, whose end token has the id that the donor's begin token has."""
+    shutil.copytree(family / "other", family / "swapped")
+    text = (family / "swapped" / "tokenizer.json").read_text()
+    (family / "swapped" / "tokenizer.json").write_text(text.replace('"id": 0, "content": "<s>"', '"id": 1, "content": "<s>"').replace('"id": 1, "content": "</s>"', '"id": 0, "content": "</s>"').replace('"<s>": 0, "</s>": 1', '"<s>": 1, "</s>": 0'))
+    merged({"merge_method": "linear", "base_model": "few", "models": of("few", "swapped", weight=1), "tokenizer_source": "swapped"}, family, tmp_path / "out")
+    config, tokenizer = json.loads((tmp_path / "out" / "config.json").read_text()), load_tokenizer(tmp_path / "out")
+    assert (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 0)
+
+
+def test_files_that_an_index_does_not_name(family: Path, tmp_path: Path) -> None:
+    """Mistral's repositories hold the same weights twice, under other names."""
+    shutil.copytree(family / "a", tmp_path / "twice")
+    tensors = load_file(family / "a" / "model.safetensors")
+    save_file({name.replace("model.", ""): one for name, one in tensors.items()}, tmp_path / "twice" / "consolidated.safetensors")
+    assert set(Shards(tmp_path / "twice").places) == set(tensors)
+    shutil.copyfile(tmp_path / "twice" / "model.safetensors", tmp_path / "twice" / "other.safetensors")
+    (tmp_path / "twice" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    assert set(Shards(tmp_path / "twice").places) == set(tensors)
+    (tmp_path / "twice" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(ModelError, match=r"names gone.safetensors, which is not there"):
+        Shards(tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", lambda v: v.update(vocab_size="abc"), "vocab_size is 'abc'"), ("config.json", lambda v: v.update(architectures=5), "architectures is 5"), ("config.json", lambda v: v.update(architectures="Llama"), "architectures is 'Llama'"),
+        ("tokenizer.json", lambda v: v.clear(), "is no tokenizer"), ("tokenizer.json", lambda v: v["added_tokens"][0].pop("id"), "is no tokenizer"), ("generation_config.json", lambda v: v.update(eos_token_id="x"), "few2/generation_config.json: eos_token_id is 'x'"),
+    ],
+)  # fmt: skip
+def test_broken_files_are_told_before_weights_are_written(file: str, change: Callable[[dict[str, Any]], Any], said: str, family: Path, tmp_path: Path) -> None:
+    for name in ("few", "few2"):
+        shutil.copytree(family / "few", tmp_path / name)
+    values = json.loads((tmp_path / "few2" / file).read_text()) if (tmp_path / "few2" / file).exists() else {}
+    change(values)
+    (tmp_path / "few2" / file).write_text(json.dumps(values))
+    with pytest.raises(LlmworksError) as error:
+        merged({"merge_method": "linear", "models": of("few", "few2", weight=1)}, tmp_path, tmp_path / "out")
+    assert said in str(error.value)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not list((tmp_path / "out-scratch").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("entry", [{"dtype": "F32", "data_offsets": [0, 64]}, {"shape": [16], "data_offsets": [0, 64]}, {"dtype": "F32", "shape": "x", "data_offsets": [0, 64]}, {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]}])
+def test_headers_that_are_none(entry: dict[str, Any], tmp_path: Path) -> None:
+    header = json.dumps({"a": entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError):
+        Shards(tmp_path)
+
+
+def test_a_template_that_cannot_be_rendered(family: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be rendered"):
+        merged({"merge_method": "linear", "models": of("few", weight=1), "chat_template": "{% for x in messages %}{{ oops broken"}, family, tmp_path / "out")
+
+
+@pytest.mark.parametrize("more", [{"merge_method": "ties", "base_model": "base", "models": of("a", weight=1, density=2)}, {"merge_method": "breadcrumbs", "base_model": "base", "models": of("a", weight=1, gamma=-0.5)}, {"merge_method": "karcher", "models": of("a", "b"), "parameters": {"max_iter": -3}}])
+def test_numbers_out_of_range(more: dict[str, Any], family: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it must be"):
+        merged(more, family, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["dtype: 2024-13-45", "x: !!int abc", f"a: {'9' * 5000}", f"a: {'[' * 3000}", "name: [1]\nmerge_method: linear\nmodels: [{model: a}]", "merge_method: linear\nmodels: [{model: '+'}]", f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: {'9' * 400}}}}}]"])
+def test_yaml_that_is_none_is_one_line(text: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(family)
+    (tmp_path / "m.yml").write_text(text)
+    assert main(["merge", str(tmp_path / "m.yml"), "--out", str(tmp_path / "out"), "--workspace", str(tmp_path / "ws")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def kin(child: Path, *among: Path) -> Kinship:
+    return kinship(layout_of("child", child), {path.name: layout_of(path.name, path) for path in among})
+
+
+def test_only_what_is_equal_is_the_same(family: Path, tmp_path: Path) -> None:
+    """Norms, the embedding, or a matrix that is missing make another model, though all that was read of matrices is equal."""
+    base = family / "base"
+    assert kin(base, base, family / "a").relation == "same"
+    changes: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+        "norm": lambda t: t.update({"model.norm.weight": t["model.norm.weight"] * 3}), "embedding": lambda t: t.update({"model.embed_tokens.weight": torch.randn_like(t["model.embed_tokens.weight"])}), "one": lambda t: t[Q].view(-1)[7:8].add_(1e-3),
+    }  # fmt: skip
+    for name, change in changes.items():
+        found = kin(broken(base, tmp_path / name, change), base, family / "a")
+        assert (found.relation, set(found.parents)) == ("tuned", {"base"}), name
+
+
+def test_kin_under_other_names_and_formats(family: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed"
+    shutil.copytree(family / "a", renamed)
+    save_file({name.replace("model.layers", "transformer.h"): one for name, one in load_file(family / "a" / "model.safetensors").items()}, renamed / "model.safetensors")
+    assert (kin(renamed, family / "a", family / "c").relation, kin(renamed, family / "a", family / "c").parents) == ("same", {"a": 1.0})
+    small = broken(family / "a", tmp_path / "f8", lambda t: t.update({name: one.to(torch.float8_e4m3fn) for name, one in t.items()}))
+    assert set(kin(small, family / "a", family / "far").parents) == {"a"}
+    odd = broken(family / "a", tmp_path / "odd", lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(7, 3)}))
+    assert set(kin(odd, family / "a").parents) == {"a"}
+    whole = broken(family / "a", tmp_path / "whole", lambda t: t.update({name: one.to(torch.int32) for name, one in t.items() if one.ndim == 2}))
+    with pytest.raises(ModelError, match="is in I32, which cannot be compared"):
+        kin(whole, family / "a")
+
+
+def test_a_search_over_the_same_score_goes_on(tmp_path: Path) -> None:
+    genes = [Gene((name,), 0.0, 1.0, 0.5) for name in "xy"]
+    assert len(evolve(genes, lambda _: (0.0, {}), tmp_path / "flat", attempts=30, population=4, seed=0)) >= 30
+    assert len(evolve(genes, lambda _: (float("nan"), {}), tmp_path / "none", attempts=30, population=4, seed=0)) >= 30
+    assert [gene.start for gene in genes_of({"parameters": {"weight": "1e-1", "normalize": True}})] == [0.1]
+
+
+def test_small_things(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a is given twice"):
+        recipe_of("linear", ["a", "a"])
+    (tmp_path / "mergekit_config.yml").write_text('merge_method: linear\nmodels: [{model: "x\\ud800"}]\n')
+    assert [claim.name for claim in claims(tmp_path)] == ["x?"]
+    assert [kind_of(said) for said in ("mit-nd", "ncsa", "0bsd", "cdla-permissive-2.0")] == ["own", "free", "free", "free"]
+    assert save(tmp_path / "m", "a").exists()

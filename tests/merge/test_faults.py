@@ -179,3 +179,17 @@ def test_small_things(tmp_path: Path) -> None:
     assert [claim.name for claim in claims(tmp_path)] == ["x?"]
     assert [kind_of(said) for said in ("mit-nd", "ncsa", "0bsd", "cdla-permissive-2.0")] == ["own", "free", "free", "free"]
     assert save(tmp_path / "m", "a").exists()
+
+
+def test_a_full_disk_is_known_before_anything_is_written(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="no space left"):
+        merged({"merge_method": "linear", "models": of("a", weight=1)}, family, tmp_path / "out")
+    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.safetensors"))

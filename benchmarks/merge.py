@@ -29,6 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "dare_ties": {"merge_method": "dare_ties", "base_model": "base", "models": [{"model": name, "parameters": {"weight": 0.6, "density": 0.5}} for name in "ab"]},
     "passthrough": {"merge_method": "passthrough", "slices": [{"sources": [{"model": "base", "layer_range": [0, 14]}]}, {"sources": [{"model": "a", "layer_range": [14, 28]}]}]},
 }  # fmt: skip
+TOKENIZER = json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}})
 EXPERTS = {"base_model": "base", "gate_mode": "random", "experts_per_token": 2, "experts": [{"source_model": name} for name in ("base", "a", "b")]}
 
 
@@ -124,7 +125,12 @@ def main() -> None:
                 shutil.rmtree(place / old, ignore_errors=True)
             (place / "ours").unlink(missing_ok=True)
             peer = ["mergekit.scripts.moe", str(file), "theirs", "--i-understand-this-is-not-useful-without-training"] if name == "experts" else ["mergekit.scripts.run_yaml", str(file), "theirs", "--no-copy-tokenizer", "--no-write-model-card"]
+            given = [place / "base" / part for part in ("tokenizer.json", "tokenizer_config.json")] if name == "experts" else []
+            for part, text in zip(given, (TOKENIZER, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})), strict=False):
+                part.write_text(text)  # which mergekit-moe opens, whatever the gates are
             theirs = measured([args.peer, "-m", *peer], place)
+            for part in given:
+                part.unlink()
             if not (place / "cache" / "digests.json").exists():
                 measured([*tool, str(file), "--out", "ours", "--workspace", "ws", "--quiet"], place)
                 shutil.rmtree(place / "ws")

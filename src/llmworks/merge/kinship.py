@@ -35,7 +35,7 @@ def kinship(config: KinshipConfig, child: Model, among: list[Model], ctx: Contex
         rank, energy = rank_of(own, layouts[next(iter(found.parents))])
         if rank:
             page.lead += f" In the matrix that was looked at, {energy:.1%} of the difference has rank {rank}: an adapter was folded in."
-    page.table("Parents", ("model", "share of layers", "digest"), [(name, f"{share:.3f}", digests[name][:12]) for name, share in found.parents.items()], "Of a merge: the weight by which the model is in it, on average over layers, by least squares.")
+    page.table("Parents", ("model", "share", "digest"), [(name, f"{share:.3f}", digests[name][:12]) for name, share in found.parents.items()], "Of a merge: the weight by which the model is in it, on average over layers, by least squares.")
     rows = [(str(layer.number), ", ".join(f"{name} {at}: {share:.3f}" for (name, at), share in layer.shares.items()) or "none", f"{layer.cosine:.4f}", "equal" if layer.equal else f"{layer.left:.2%}") for layer in found.layers[: config.shown]]
     page.table("Layers", ("layer", "model and layer: share", "cosine with the nearest", "in none of them"), rows, f"{found.numbers:,} numbers of the model were read. Layers of models that were not trained from one another have cosines of some hundredths.")
     page.data = {

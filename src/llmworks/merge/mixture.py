@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -161,7 +162,7 @@ def describe(config: ExpertsConfig, models: Mapping[str, Model], kind: str, rows
         units = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
         nearest = [float((unit @ unit.T).fill_diagonal_(-1).max()) for unit in units]
         page.table("Routers", ("layer", "cosine of the two rows that are nearest"), [(str(layer), f"{value:.3f}") for layer, value in enumerate(nearest)], "Near 1, a router can hardly tell two experts apart before it is trained.")
-    page.text("Configuration", text)
+    page.drawing("Configuration", f"<pre>{html.escape(text)}</pre>", plain=text)
     page.data = {"layout": kind, "models": {name: model.digest for name, model in models.items()}, **metrics}
     front = {**front_of(models[config.base_model]), "library_name": "transformers", "pipeline_tag": "text-generation", **bases_of(list(models.values()), "merge"), "tags": ["merge", "mergekit", "moe", "frankenmoe"]}
     write(ctx.out, front, [f"# {plain(config.base_model)}-{len(config.experts)}x-MoE", "", lead, "", "```yaml", text.rstrip(), "```", ""])

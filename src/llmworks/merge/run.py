@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from collections.abc import Mapping
@@ -126,10 +127,10 @@ def describe(config: MergeConfig, models: Mapping[str, Model], plan: Plan, metri
     page = ctx.report
     page.title, page.lead = f"Merge of {', '.join(models)}", lead
     page.table("Models", ("name", "what", "digest", "reference"), [(name, "base" if name == config.base_model else "", model.digest[:12], model.ref) for name, model in models.items()])
-    page.table("Layers", ("stack", "layers", "from"), [(stack, len(origins), ", ".join(_spans(origins))) for stack, origins in plan.layers.items()], "Where each layer's first source is; a method mixes all sources of a slice.")
+    page.table("Layers", ("stack", "layers", "from"), [(stack, len(origins), ", ".join(_spans(origins))) for stack, origins in plan.layers.items()], "Each layer's first source; a method mixes all sources of a slice.")
     if metrics.get("tied_at_a_threshold"):
         page.text("Ties", f"{metrics['tied_at_a_threshold']:,} changes were as large as the last one that was kept, some of them kept and some not: the first in each tensor's order. A sort that is not stable may keep others of them.")
-    page.text("Configuration", text)
+    page.drawing("Configuration", f"<pre>{html.escape(text)}</pre>", plain=text)
     page.data = {"method": config.merge_method, "models": {name: model.digest for name, model in models.items()}, "layers": {stack: list(map(list, origins)) for stack, origins in plan.layers.items()}, **metrics}
     fronts = [front_of(model) for model in models.values()]
     licences = {str(front.get("license", "")) for front in fronts}

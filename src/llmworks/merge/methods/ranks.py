@@ -87,8 +87,8 @@ def _ranks(wanted: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _torn(edge: Edge) -> int:
-    """Changes of the size of an edge, where some of them are kept and some are not."""
-    return edge.before[-1] if 0 < edge.of_it < edge.before[-1] else 0
+    """Changes of the size of an edge, where some of them are kept and some are not; of those of no size it is the same which are."""
+    return edge.before[-1] if edge.pattern and 0 < edge.of_it < edge.before[-1] else 0
 
 
 def _counted(group: Group, sides: Sequence[int]) -> dict[int, Any]:

@@ -19,8 +19,9 @@ from llmworks.lineage.declared import claims
 from llmworks.lineage.licence import kind_of
 from llmworks.merge.layout import layout_of
 from llmworks.merge.shares import Kinship, kinship
-from llmworks.model.load import load_model
+from llmworks.model.load import Stored, load_model
 from llmworks.model.shards import Shards
+from llmworks.model.source import Source
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.tune.evolving import evolve
 from llmworks.tune.genome import Gene, genes_of
@@ -78,7 +79,7 @@ def test_files_that_an_index_does_not_name(family: Path, tmp_path: Path) -> None
     shutil.copytree(family / "a", tmp_path / "twice")
     tensors = load_file(family / "a" / "model.safetensors")
     save_file({name.replace("model.", ""): one for name, one in tensors.items()}, tmp_path / "twice" / "consolidated.safetensors")
-    assert set(Shards(tmp_path / "twice").places) == set(tensors)
+    assert set(Shards(tmp_path / "twice").places) == set(Stored(tmp_path / "twice")) == set(Source(tmp_path / "twice").places) == set(tensors)
     shutil.copyfile(tmp_path / "twice" / "model.safetensors", tmp_path / "twice" / "other.safetensors")
     (tmp_path / "twice" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
     assert set(Shards(tmp_path / "twice").places) == set(tensors)

@@ -66,14 +66,30 @@ def check_weights(path: Path) -> None:
             raise ModelError(f"{file}: truncated, {size} bytes of {start + end}; copy or fetch it again")
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that a directory's weights are in: those that its index names; without one all but `consolidated`, which Mistral's repositories have beside them under other names."""
+    index = path / "model.safetensors.index.json"
+    files = sorted(path.glob("*.safetensors"))
+    if index.exists():
+        named = read_json(index).get("weight_map")
+        wanted = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+        missing = sorted(wanted - {file.name for file in files})
+        if missing or not wanted:
+            raise ModelError(f"{index}: {f'names {missing[0]}, which is not there' if missing else 'names no files'}; copy or fetch the directory again")
+        return [file for file in files if file.name in wanted]
+    others = [file for file in files if not file.name.startswith("consolidated")]
+    return others or files
+
+
 class Stored(Mapping[str, "Tensor"]):
     """The tensors of a directory's safetensors files by name, each read when it is asked for, nothing of it kept."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
 
+        files = weight_files(path)
         try:
-            self._files: list[Any] = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
+            self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
         except Exception as error:  # safetensors raises its own kind
             raise ModelError(f"{path}: its safetensors files cannot be read ({first_line(error)}); copy or fetch them again") from None
         self._places = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  (no mapping)

@@ -16,8 +16,7 @@ from typing import Any
 
 from llmworks.artifact import FileEntry
 from llmworks.errors import ModelError
-from llmworks.model.load import check_weights, read_header
-from llmworks.tokenize.load import read_json
+from llmworks.model.load import check_weights, read_header, weight_files
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
@@ -42,21 +41,6 @@ class Place:
     def size(self) -> int:
         """Bytes."""
         return self.count * BYTES[self.dtype]
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files that a directory's weights are in: those that its index names; without one all but `consolidated`, which Mistral's repositories have beside them under other names."""
-    index = path / "model.safetensors.index.json"
-    files = sorted(path.glob("*.safetensors"))
-    if index.exists():
-        named = read_json(index).get("weight_map")
-        wanted = {str(name) for name in named.values()} if isinstance(named, dict) else set()
-        missing = sorted(wanted - {file.name for file in files})
-        if missing or not wanted:
-            raise ModelError(f"{index}: {f'names {missing[0]}, which is not there' if missing else 'names no files'}; copy or fetch the directory again")
-        return [file for file in files if file.name in wanted]
-    others = [file for file in files if not file.name.startswith("consolidated")]
-    return others or files
 
 
 class Shards:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmworks.errors import ModelError
 from llmworks.model.decoder import Block, DecoderConfig, DecoderForCausalLM
-from llmworks.model.load import check_weights, read_header, refuse_scorer
+from llmworks.model.load import check_weights, read_header, refuse_scorer, weight_files
 from llmworks.model.quantized import plain, round_inputs, weights
 from llmworks.model.standard import check_tied, from_standard, rename_of, shape_of
 from llmworks.tokenize.load import first_line, read_json
@@ -40,7 +40,7 @@ class Source:
         self.quantized: set[str] = set()  # layers that were read, and whose weights are no plain ones
         self.places: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(path.glob("*.safetensors")):
+        for file in weight_files(path):
             for name, entry in read_header(file).items():
                 if name != "__metadata__":
                     self.places[name], self.shapes[name] = file, tuple(entry["shape"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,9 +112,6 @@ def test_no_escape(what: str, host: dict[str, object]) -> None:
 )
 def test_the_attempts_would_succeed_outside(what: str, host: dict[str, object], tmp_path: Path) -> None:
     """The attempts are real ones: without the sandbox they get through."""
-    import subprocess
-    import sys
-
     program = (READS | WRITES | POWERS)[what].format(**host)
     done = subprocess.run([sys.executable, "-c", program.replace("'/evil'", f"'{tmp_path}/evil'")], capture_output=True, text=True, cwd=tmp_path, check=False)
     Path(str(host["canary"])).write_text(SECRET)
@@ -131,13 +132,12 @@ BOMBS = {
 @pytest.mark.parametrize("what", BOMBS)
 def test_what_is_used_up_ends(what: str) -> None:
     program, ends = BOMBS[what]
-    before = processes()
-    outcome = run_python(program, limits=Limits(seconds=3, memory_mb=256, processes=16))
+    outcome, mark = marked(program, Limits(seconds=3, memory_mb=256, processes=16))
     assert outcome.ended in ends
     assert not outcome.ok
     assert outcome.seconds < 8
     assert len(outcome.stdout) <= 1 << 20
-    assert left(before) == set()
+    assert left(mark) == set()
 
 
 def test_files_have_room_but_not_for_all() -> None:
@@ -158,27 +158,39 @@ for place in ("/box", "/tmp", "/dev/shm"):
 
 
 def test_a_process_that_hides_ends_too() -> None:
-    before = processes()
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        os.close(1); os.close(2); time.sleep(60)\nelse: print('done')"
-    outcome = run_python(program, limits=Limits(seconds=4))
+    outcome, mark = marked(program, Limits(seconds=4))
     assert outcome.stdout == "done\n"
-    assert left(before) == set()
+    assert left(mark) == set()
 
 
-def processes() -> set[int]:
-    return {int(p.name) for p in Path("/proc").glob("[0-9]*")}
+def test_what_is_left_would_be_seen() -> None:
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", mark], stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()  # only now its command line is its own
+    try:
+        assert left(mark, moments=1) == {process.pid}
+    finally:
+        process.kill()
+        process.communicate()
 
 
-def left(before: set[int]) -> set[int]:
-    """Sandboxed processes that still run, after a moment to go."""
-    for _ in range(50):
+def marked(program: str, limits: Limits) -> tuple[bubblewrap.Outcome, str]:
+    """Run a program whose processes carry a mark in their command line: other tests have sandboxes of their own meanwhile."""
+    mark = uuid.uuid4().hex
+    words = [str(Path(sys.base_prefix) / "bin" / "python3"), "-B", "-E", "-s", "main.py", mark]
+    return run(words, files={"main.py": program}, limits=limits, show=[Path(sys.base_prefix)]), mark
+
+
+def left(mark: str, moments: int = 50) -> set[int]:
+    """Processes with the mark that still run, after a moment to go."""
+    for _ in range(moments):
         alive = set()
-        for process in processes() - before:
-            try:
-                if "main.py" in Path(f"/proc/{process}/cmdline").read_text():
-                    alive.add(process)
-            except OSError:
-                continue
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (place / "cmdline").read_bytes().decode(errors="replace"):
+                    alive.add(int(place.name))
         if not alive:
             return set()
         time.sleep(0.05)

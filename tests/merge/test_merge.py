@@ -17,14 +17,15 @@ from llmworks.artifact import Artifact, Model
 from llmworks.cli import main
 from llmworks.context import Context
 from llmworks.errors import GoldenMismatch, LlmworksError, UserError
+from llmworks.merge import blocks, copies
 from llmworks.merge import group as groups
-from llmworks.merge import stream as streams
 from llmworks.merge.config import MergeConfig
 from llmworks.merge.group import Group
 from llmworks.merge.methods.dare import dare_linear
 from llmworks.merge.methods.della import della_linear
 from llmworks.merge.methods.ranks import ranks_of
 from llmworks.model.load import load_model
+from llmworks.model.shards import TORCH
 from llmworks.progress import Progress
 from llmworks.references import resolve
 from llmworks.report import ReportBuilder
@@ -60,7 +61,7 @@ BLOCKWISE = ["linear, gradients and filters", "ties", "ties, rescaled", "breadcr
 def test_blocks_and_threads_change_nothing(name: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of 128 to 768 numbers in blocks of 50, on three threads; sums over blocks may differ in their last bits."""
     merged(CASES[name], family, tmp_path / "whole")
-    for module in (groups, streams):
+    for module in (blocks, copies, groups):
         monkeypatch.setattr(module, "BLOCK", 50)
     merged(CASES[name], family, tmp_path / "blocks", threads=3)
     if "rescaled" in name:
@@ -70,11 +71,23 @@ def test_blocks_and_threads_change_nothing(name: str, family: Path, tmp_path: Pa
         assert same(tmp_path / "whole", tmp_path / "blocks")
 
 
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F64"])
+def test_what_is_copied_is_looked_at_as_torch_would(name: str) -> None:
+    """All patterns of 16 bits, and of wider numbers those with each upper half."""
+    dtype = getattr(torch, TORCH[name])
+    numbers = torch.arange(1 << 16, dtype=torch.int32)
+    patterns = numbers.to(torch.int16).view(dtype) if dtype.itemsize == 2 else ((numbers.to(torch.int64) << (8 * dtype.itemsize - 16)) + 1).to({4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)
+    finite = torch.isfinite(patterns)
+    assert 0 < int(finite.sum()) < len(finite)
+    for part, expected in ((patterns[finite], True), *((one[None], False) for one in patterns[~finite][::97])):
+        assert copies.finite(part.clone().view(torch.uint8).numpy(), name) is expected
+
+
 @pytest.mark.parametrize("method", ["dare_ties", "dare_linear", "della", "della_linear"])
 def test_what_is_drawn_is_drawn_again(method: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On any number of threads, under one seed; otherwise under another."""
     monkeypatch.setattr(groups, "BLOCK", 64)
-    monkeypatch.setattr(streams, "BLOCK", 64)
+    monkeypatch.setattr(blocks, "BLOCK", 64)
     given = vectors(method, density=0.5)
     for name, seed, threads in (("one", 0, 1), ("three", 0, 3), ("other", 1, 1)):
         merged(given, family, tmp_path / name, seed=seed, threads=threads)
@@ -84,7 +97,7 @@ def test_what_is_drawn_is_drawn_again(method: str, family: Path, tmp_path: Path,
 
 def test_slerp_by_blocks(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merged(CASES["slerp, far apart"], family, tmp_path / "whole")
-    for module in (groups, streams):
+    for module in (blocks, copies, groups):
         monkeypatch.setattr(module, "BLOCK", 50)
     merged(CASES["slerp, far apart"], family, tmp_path / "blocks", threads=2)
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "blocks")
@@ -170,7 +183,7 @@ def test_a_killed_merge_goes_on_at_its_file(family: Path, tmp_path: Path, monkey
         return made
 
     attempt("straight", "s1")
-    whole, count = streams.Stream.piece, 0
+    whole, count = blocks.Blocks.piece, 0
 
     def dies(self: Any, *args: Any) -> Any:
         nonlocal count
@@ -179,13 +192,13 @@ def test_a_killed_merge_goes_on_at_its_file(family: Path, tmp_path: Path, monkey
             raise KeyboardInterrupt
         return whole(self, *args)
 
-    monkeypatch.setattr(streams.Stream, "piece", dies)
+    monkeypatch.setattr(blocks.Blocks, "piece", dies)
     with pytest.raises(KeyboardInterrupt):
         attempt("killed", "s2")
     kept = sorted((tmp_path / "s2" / "shards").glob("*.safetensors"))
     assert 0 < len(kept) < 4
     stamp = [file.stat().st_mtime_ns for file in kept]
-    monkeypatch.setattr(streams.Stream, "piece", whole)
+    monkeypatch.setattr(blocks.Blocks, "piece", whole)
     attempt("killed", "s2")
     assert [(tmp_path / "killed" / file.name).stat().st_mtime_ns for file in kept] == stamp
     straight, again = (sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("straight", "killed"))
@@ -219,6 +232,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "the same twice": ({"merge_method": "linear", "models": weighted(("a", 1), ("a", 1))}, "the model a stands twice"),
     "strange module": ({"merge_method": "linear", "modules": {"x": {"models": of("a", weight=1)}, "y": {"models": of("a", weight=1)}}}, "modules: 'x'; a has the stacks of layers model.layers"),
     "NaN": ({"merge_method": "linear", "models": of("a", "nan", weight=1)}, f"nan: {Q} holds values that are no numbers"),
+    "NaN that would be copied": ({"merge_method": "passthrough", "models": of("nan")}, f"nan: {Q} holds values that are no numbers"),
     "missing tensor": ({"merge_method": "linear", "models": of("a", "less", weight=1)}, "less: has no tensor model.layers.0.self_attn.q_proj.weight, which others have"),
     "missing layer": ({"merge_method": "linear", "models": of("a", "gap", weight=1)}, "gap: of the layers model.layers.N there are 3, numbered up to 3"),
     "shapes": ({"merge_method": "linear", "models": of("a", "wide", weight=1)}, "its shapes differ: a [16, 16], wide [8, 16]"),

@@ -17,12 +17,13 @@ from llmworks.context import Context
 from llmworks.errors import ModelError, UserError
 from llmworks.merge.adapter import TOKENIZER_FILES, fold_files
 from llmworks.merge.adapters import AdaptersConfig
+from llmworks.merge.blocks import bytes_of
 from llmworks.merge.catalogue import METHODS
 from llmworks.merge.extract import ExtractConfig
-from llmworks.merge.group import BLOCK, Group
+from llmworks.merge.group import Group
 from llmworks.merge.layout import LAYER, Layout, layout_of
 from llmworks.merge.low_rank import factors
-from llmworks.merge.stream import bytes_of
+from llmworks.merge.plan import BLOCK
 from llmworks.merge.texts import logits_at
 from llmworks.model.adapter import BASE, PREFIX, read_adapter, scale_of
 from llmworks.model.shards import FLOATS, TORCH

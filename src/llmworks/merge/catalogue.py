@@ -1,6 +1,6 @@
 """The methods of merging: what each takes, and where it is. A literal table; imports no method.
 
-`whole`: a method that looks at a tensor as one, so that the tensor of all models is in memory; else it is read in blocks. Defaults are mergekit's.
+`whole`: a method that looks at a tensor as one, so that the tensor of all models is in memory; else it is read in blocks. `plain`: it leaves a tensor as it is where none of its parameters is given. Defaults are mergekit's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Method:
     least_others: int = 0
     most_others: int | None = None
     whole: bool = False
+    plain: bool = False
     pace: float = 3.0  # nanoseconds that a number of an input takes, about (benchmarks/merge.py)
 
     def function(self) -> Callable[..., Any]:
@@ -61,5 +62,5 @@ METHODS: dict[str, Method] = {
     "karcher": Method("karcher:karcher", "Karcher 1977; mergekit", "none", (Parameter("max_iter", int, default=10, low=1), Parameter("tol", float, default=1e-5, low=0)), whole=True, pace=12.0),
     "ram": Method("ram:ram", "arXiv:2601.13572", "required", (Parameter("epsilon", float, default=1e-5, low=0),), whole=True, pace=12.0),
     "ramplus_tl": Method("ram:ramplus_tl", "arXiv:2601.13572", "required", (Parameter("r", float, default=0.1, low=0), Parameter("alpha", float, default=0.2, low=0), Parameter("epsilon", float, default=1e-5, low=0)), whole=True, pace=12.0),
-    "passthrough": Method("passthrough:passthrough", "", "none", (Parameter("scale", float, "input", None),), most=1),
+    "passthrough": Method("passthrough:passthrough", "", "none", (Parameter("scale", float, "input", None),), most=1, plain=True, pace=0.7),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 20  # numbers of each input that are in memory at once
+from llmworks.merge.plan import BLOCK
 
 Piece = Callable[[Sequence[Tensor], int], Tensor]  # (blocks of all inputs, the block's number) -> the block of the result
 

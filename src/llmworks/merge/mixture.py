@@ -91,7 +91,7 @@ def jobs_of(config: ExpertsConfig, kind: str, layouts: Mapping[str, Layout], dty
             raise ModelError(f"{model}: has no tensor {tensor}")
         if wanted is not None and wanted.shape != place.shape:
             raise ModelError(f"{tensor}: its shapes differ: {config.base_model} {list(wanted.shape)}, {model} {list(place.shape)}")
-        told: dict[str, Any] = {"scale": expert.residual_scale if expert and ".down_proj." in tensor else None, "noise": (expert.noise_scale or 0.0) if expert else 0.0}
+        told: dict[str, Any] = {"scale": expert.residual_scale if expert and ".down_proj." in tensor else None, "noise": (expert.noise_scale or None) if expert else None}
         return Job(name, place.shape, ((model, tensor),), None, place.dtype, dtype, {}, (told,))
 
     for tensor in base.loose:

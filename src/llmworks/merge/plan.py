@@ -18,6 +18,8 @@ from llmworks.merge.layout import BEFORE, HEAD, Layout
 from llmworks.merge.settings import value_of
 from llmworks.model.shards import BYTES, FLOATS, widest
 
+BLOCK = 1 << 20  # numbers of each input that are in memory at once
+
 
 @dataclass(frozen=True)
 class Job:

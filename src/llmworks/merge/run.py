@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from llmworks.artifact import Model
@@ -41,7 +42,7 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     read = replay(models[source], ctx, layouts) if source else None
     stream = Stream(plan, layouts, vocabulary, ctx.seed)
     size = written(stream, config.shard_bytes, layouts, ctx)
-    weights = sum(torch.Size(job.shape).numel() for job in plan.jobs)
+    weights = sum(math.prod(job.shape) for job in plan.jobs)
     metrics: dict[str, Any] = {"bytes": size, "parameters": weights, "models": len(models), **({"tied_at_a_threshold": stream.notes["tied"]} if "tied" in stream.notes else {})}
     recorded = golden.record(*read, logits_at(ctx.out)) if read else None
     describe(config, models, plan, metrics, ctx, donor)
@@ -53,19 +54,32 @@ def written(stream: Stream, most: int, layouts: Mapping[str, Layout], ctx: Conte
     shards = stream.shards(most)
     folder = ctx.scratch / "shards"
     folder.mkdir(exist_ok=True)
-    threads, whole = torch.get_num_threads(), stream.plan.method.whole
-    torch.set_num_threads(threads if whole else 1)
     try:
-        with ctx.progress.bar("merge", sum(shard.size for shard in shards), "bytes") as bar:
-            entries = stream.write(shards, folder, 1 if whole else threads, bar.advance)
+        with ctx.progress.bar("merge", sum(shard.size for shard in shards), "bytes") as bar, workers(stream) as threads:
+            entries = stream.write(shards, folder, threads, bar.advance)
     finally:
-        torch.set_num_threads(threads)
         for layout in layouts.values():
             layout.shards.close()
     for file in [*entries, *(["model.safetensors.index.json"] if len(shards) > 1 else [])]:
         shutil.move(folder / file, ctx.out / file)
     ctx.digests.update(entries)
     return sum(shard.size for shard in shards)
+
+
+@contextlib.contextmanager
+def workers(stream: Stream) -> Iterator[int]:
+    """How many threads make blocks: torch's, each of which then computes alone, but for a method that looks at whole tensors; one that copies, without torch."""
+    if not stream.computes:
+        yield 1
+        return
+    import torch
+
+    threads, whole = torch.get_num_threads(), stream.plan.method.whole
+    torch.set_num_threads(threads if whole else 1)
+    try:
+        yield 1 if whole else threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def layouts_of(config: MergeConfig, models: Mapping[str, Model]) -> dict[str, Layout]:

@@ -1,6 +1,6 @@
 """A merge, tensor by tensor and block by block: read, computed and written at once, files that are whole are kept through a kill. In memory are some blocks, or, for methods that look at a tensor as one, that tensor.
 
-Knows no method. Threads compute blocks, each on one core; this thread writes them in their order, and digests what it writes.
+Knows no method and imports no torch: what is only copied needs none. Threads make blocks, each on one core; this thread writes them in their order, and digests what it writes.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from llmworks.artifact import FileEntry
-from llmworks.errors import ModelError
-from llmworks.merge.group import BLOCK, Group, Piece
+from llmworks.merge.copies import copies, is_copy
 from llmworks.merge.layout import Layout
 from llmworks.merge.plan import Job, Plan
 from llmworks.merge.vocabulary import Vocabulary
-from llmworks.model.shards import FLOATS, TORCH, Shard, ShardWriter, Slot, divided, index_of
+from llmworks.model.shards import Shard, ShardWriter, Slot, divided, index_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmworks.merge.blocks import Blocks
 
 
 class Stream:
@@ -31,6 +32,22 @@ class Stream:
     def __init__(self, plan: Plan, models: Mapping[str, Layout], vocabulary: Vocabulary | None, seed: int, given: Mapping[str, Tensor] | None = None) -> None:
         self.plan, self.models, self.vocabulary, self.seed, self.given = plan, models, vocabulary, seed, given or {}
         self.notes: dict[str, int] = {}
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """What computes."""
+        from llmworks.merge.blocks import Blocks
+
+        return Blocks(self.plan.method, self.models, self.vocabulary, self.seed, self.given, self.notes)
+
+    def copied(self, job: Job) -> bool:
+        """Whether a tensor is that of a model, to the last bit."""
+        return job.name not in self.given and self.plan.method.plain and not (self.vocabulary is not None and job.tokens) and is_copy(job, self.models)
+
+    @property
+    def computes(self) -> bool:
+        """Whether there is any tensor that is not copied."""
+        return not all(self.copied(job) for job in self.plan.jobs)
 
     def shards(self, most: int) -> list[Shard]:
         """The files of the result."""
@@ -59,113 +76,9 @@ class Stream:
         return entries
 
     def pieces(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[Callable[[], memoryview]]:
-        """What computes the bytes of the result, block after block."""
+        """What makes the bytes of the result, block after block."""
         for job in jobs:
-            if job.name in self.given:
-                tensor = self.given[job.name].to(getattr(torch, TORCH[job.out_dtype])).contiguous()
-                yield lambda tensor=tensor: bytes_of(tensor)  # type: ignore[misc]
-                continue
-            group = self.group(job)
-            if job.dtype not in FLOATS:
-                method: Future[Piece] | Piece = alike(job)
-            else:
-                method = pool.submit(self.plan.method.function(), group)
-            size = max(1, group.count) if self.plan.method.whole and job.dtype in FLOATS else BLOCK
-            for number, start in enumerate(range(0, max(1, group.count), size)):
-                yield lambda job=job, group=group, method=method, number=number, start=start, size=size: self.piece(job, group, method, number, start, min(size, group.count - start))  # type: ignore[misc]
-
-    def piece(self, job: Job, group: Group, method: Future[Piece] | Piece, number: int, start: int, count: int) -> memoryview:
-        """The bytes of one block. ModelError for values that are no numbers."""
-        function = method.result() if isinstance(method, Future) else method
-        blocks = group.read(start, count)
-        made = function(blocks, number)
-        wanted = getattr(torch, TORCH[job.out_dtype])
-        made = made.to(getattr(torch, TORCH[job.dtype])).to(wanted) if made.dtype != wanted else made
-        if made.is_floating_point() and not np.isfinite(float(made.sum(dtype=torch.float64 if made.dtype == torch.float64 else torch.float32))) and not torch.isfinite(made).all():
-            raise ModelError(self.blame(job, blocks))
-        for name, more in group.notes.items():
-            self.notes[name] = self.notes.get(name, 0) + more
-        group.notes.clear()
-        return bytes_of(made.contiguous()) if made.numel() else memoryview(b"")
-
-    def blame(self, job: Job, blocks: Sequence[Tensor]) -> str:
-        """Where values that are no numbers come from."""
-        for (model, tensor), block in zip(job.sources, blocks, strict=True):
-            if not torch.isfinite(block).all():
-                return f"{model}: {tensor} holds values that are no numbers (NaN or infinite)"
-        return f"{job.name}: the merge makes values that are no numbers, or that {TORCH[job.out_dtype]} cannot hold; look at its weights, or give out_dtype: float32"
-
-    def group(self, job: Job) -> Group:
-        """A tensor as a method sees it."""
-        dtype = getattr(torch, TORCH[job.dtype])
-
-        def read(first: int, count: int) -> list[Tensor]:
-            return [self.read(model, tensor, first, count, job).to(dtype) for model, tensor in job.sources]
-
-        return Group(job.name, job.shape, dtype, job.base, job.shared, job.each, read, self.seed)
-
-    def read(self, model: str, tensor: str, first: int, count: int, job: Job) -> Tensor:
-        """Numbers of a tensor, flat; of tokens as the result has them."""
-        if self.vocabulary is None or not job.tokens:
-            return self.numbers(model, tensor, first, count)
-        width = int(np.prod(job.shape[1:], dtype=np.int64))
-        low, high = first // width, -(-(first + count) // width)
-        rows = torch.cat([self.rows(model, tensor, low, min(high, self.vocabulary.tokens), width, job), *([self.mean(model, tensor, width, job).expand(high - max(low, self.vocabulary.tokens), -1)] if high > self.vocabulary.tokens else [])])
-        return rows.reshape(-1)[first - low * width : first - low * width + count]
-
-    def numbers(self, model: str, tensor: str, first: int, count: int) -> Tensor:
-        """Numbers of a tensor as they lie in the file."""
-        shards = self.models[model].shards
-        made = torch.empty(count, dtype=getattr(torch, TORCH[shards.places[tensor].dtype]))
-        if count:
-            shards.read(tensor, first, bytes_of(made))
-        return made
-
-    def rows(self, model: str, tensor: str, low: int, high: int, width: int, job: Job) -> Tensor:
-        """Rows of tokens [rows, width]: a model's own, or what stands for them."""
-        assert self.vocabulary is not None
-        take = self.vocabulary.take[model][low : max(low, high)]
-        made = torch.zeros(len(take), width, dtype=getattr(torch, TORCH[job.dtype]))
-        at = 0
-        while at < len(take):
-            end = at + 1
-            while end < len(take) and take[at] >= 0 and take[end] == take[end - 1] + 1:
-                end += 1
-            if take[at] >= 0:
-                made[at:end] = self.numbers(model, tensor, int(take[at]) * width, (end - at) * width).view(-1, width)
-            else:
-                donors = [(name, own, row) for name, row in self.vocabulary.spare.get(low + at, ()) for other, own in job.sources if other == name]
-                for name, own, row in donors:
-                    made[at] += self.numbers(name, own, row * width, width)
-                if len(donors) > 1:
-                    made[at] /= len(donors)
-            at = end
-        return made
-
-    def mean(self, model: str, tensor: str, width: int, job: Job) -> Tensor:
-        """The mean of a model's rows [1, width], which rows without a token get (Hewitt 2021)."""
-        assert self.vocabulary is not None
-        total, each = torch.zeros(width, dtype=torch.float64), max(1, BLOCK // width)
-        for low in range(0, self.vocabulary.tokens, each):
-            total += self.rows(model, tensor, low, min(low + each, self.vocabulary.tokens), width, job).double().sum(0)
-        return (total / self.vocabulary.tokens).to(getattr(torch, TORCH[job.dtype]))[None]
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's memory as bytes."""
-    octets: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(octets)
-
-
-def alike(job: Job) -> Piece:
-    """Of whole numbers: they must be the same in all models."""
-
-    def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
-        if not all(torch.equal(blocks[0], block) for block in blocks[1:]):
-            raise ModelError(f"{job.name}: holds {TORCH[job.dtype]} numbers that differ between the models, and such cannot be merged")
-        return blocks[0]
-
-    return piece
+            yield from copies(job, self.models) if self.copied(job) else self.blocks.pieces(job, pool)
 
 
 def ordered(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Any]], threads: int) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any
 
 from llmworks.artifact import FileEntry
 from llmworks.errors import ModelError
+from llmworks.model.draft import Draft
 from llmworks.model.load import check_weights, read_header, weight_files
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
@@ -149,32 +149,18 @@ class ShardWriter:
     """One file, its tensors' bytes given one after the other; `entry` is its digest and size when it is closed. It has its name when it is whole."""
 
     def __init__(self, folder: Path, shard: Shard) -> None:
-        self._target, self._draft = folder / shard.file, folder / f".{shard.file}.part"
-        self._stream = self._draft.open("wb", buffering=0)
-        self._digest, self._digester = hashlib.sha256(), ThreadPoolExecutor(1)
-        self._left = shard.size
-        self.entry: FileEntry | None = None
+        self._target, self._place = folder / shard.file, folder / f".{shard.file}.part"
         header = shard.header()
-        self._size = len(header) + shard.size
-        self._reserve()
+        self._left, self._size = shard.size, len(header) + shard.size
+        self._draft = Draft(self._place, self._size)
+        self._digest, self._digester = hashlib.sha256(), ThreadPoolExecutor(1)
+        self.entry: FileEntry | None = None
         self._put(header)
-
-    def _reserve(self) -> None:
-        """Ask for the whole room at once: a full disk is known before anything is computed, and writing is several times cheaper than block after block. Not all file systems can."""
-        try:
-            os.posix_fallocate(self._stream.fileno(), 0, self._size)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self._stream.close()
-                self._draft.unlink(missing_ok=True)
-                raise OSError(errno.ENOSPC, "no space left", str(self._target.parent)) from error
 
     def _put(self, data: bytes | memoryview) -> None:
         """Written and digested at once: each takes about as long."""
         digested = self._digester.submit(self._digest.update, data)
-        left = memoryview(data)
-        while left:
-            left = left[self._stream.write(left) :]
+        self._draft.write(data)
         digested.result()
 
     def write(self, data: bytes | memoryview) -> None:
@@ -187,15 +173,13 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._digester.shutdown()
-        if kind is not None:
-            self._stream.close()
-            self._draft.unlink(missing_ok=True)
+        if kind is not None or self._left:
+            self._draft.drop()
+            if kind is None:
+                raise ModelError(f"{self._target.name}: {self._left} bytes were not written")
             return
-        if self._left:
-            raise ModelError(f"{self._target.name}: {self._left} bytes were not written")
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        self._draft.replace(self._target)
+        self._draft.finish()
+        self._place.replace(self._target)
         self.entry = FileEntry(sha256=self._digest.hexdigest(), bytes=self._size)
 
 

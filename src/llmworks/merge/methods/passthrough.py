@@ -12,7 +12,7 @@ from llmworks.merge.group import Group, Piece
 
 def passthrough(group: Group) -> Piece:
     """`scale`: what it is multiplied by; `noise`, of experts: the standard deviation of what is added."""
-    scale, noise = group.each[0]["scale"], float(group.each[0].get("noise", 0.0))
+    scale, noise = group.each[0]["scale"], group.each[0].get("noise")
 
     def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
         made = blocks[0]

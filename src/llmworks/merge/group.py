@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,8 +59,16 @@ class Group:
 
     def generator(self, source: int, block: int) -> torch.Generator:
         """Random numbers of a block of an input: by seed, tensor, input and block alone, so that they are the same in each reading and on any number of threads."""
+        return torch.Generator().manual_seed(self._seed(source, block))
+
+    def bits(self, source: int, block: int, count: int) -> Tensor:
+        """Random whole numbers of 16 bits, under the same rule; from a small fast generator (Doty-Humphrey's SFC64), whose stream numpy keeps."""
+        words: Any = np.random.SFC64(self._seed(source, block)).random_raw(-(-count // 4))
+        return torch.from_numpy(words.view(np.int16))[:count]
+
+    def _seed(self, source: int, block: int) -> int:
         digest = hashlib.sha256(f"{self.seed}:{self.name}:{source}:{block}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return int.from_bytes(digest[:7], "little")
 
 
 def deltas(group: Group, blocks: Sequence[Tensor]) -> list[Tensor]:

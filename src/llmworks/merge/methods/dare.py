@@ -5,14 +5,13 @@ Those that are kept are divided by the density, as in the paper, section 3.1, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from llmworks.merge.group import Group, Piece
-from llmworks.merge.methods.ranks import chosen
-from llmworks.merge.methods.task_arithmetic import added, check
+from llmworks.merge.group import Group, Piece, deltas
+from llmworks.merge.methods.task_arithmetic import added, check, kept
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,10 @@ class Dropped:
     source: int
     density: float
 
-    def mask(self, change: Tensor, number: int) -> Tensor:
-        """Of a block, all bits set where a change is kept: a number of 15 bits, drawn for each, is below the density's share of them."""
-        count = change.numel()
-        drawn = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=self.group.generator(self.source, number))
-        return ((drawn.view(torch.int16)[:count] & 0x7FFF) - round(self.density * (1 << 15))) >> 15
+    def mask(self, number: int, count: int) -> Tensor:
+        """Of a block, all bits of 16 set where a change is kept: a number of 15 bits, drawn for each, is below the density's share of them."""
+        drawn = self.group.bits(self.source, number, count)
+        return drawn.bitwise_and_(0x7FFF).sub_(round(self.density * (1 << 15))).bitwise_right_shift_(15)
 
 
 def dare_linear(group: Group) -> Piece:
@@ -43,6 +41,12 @@ def dare_ties(group: Group) -> Piece:
 def _dropped(group: Group, *, elect: bool) -> Piece:
     check(group)
     densities = group.weights("density")
-    kept = [None if density >= 1 else Dropped(group, at, max(0.0, density)) for at, density in zip(group.others, densities, strict=True)]
-    factors = [torch.tensor(1 / density, dtype=group.dtype) if group.shared["rescale"] and 0 < density < 1 else None for density in densities]
-    return lambda blocks, number: added(group, blocks, chosen(group, blocks, kept, factors, number), elect=elect)
+    drops = [None if density >= 1 else Dropped(group, at, max(0.0, density)) for at, density in zip(group.others, densities, strict=True)]
+    larger = [1 / density if group.shared["rescale"] and 0 < density < 1 else 1.0 for density in densities]
+
+    def piece(blocks: Sequence[Tensor], number: int) -> Tensor:
+        changes = deltas(group, blocks)
+        masked = [change if drop is None else kept(change, drop.mask(number, change.numel())) for change, drop in zip(changes, drops, strict=True)]
+        return added(group, blocks, masked, elect=elect, larger=larger)
+
+    return piece

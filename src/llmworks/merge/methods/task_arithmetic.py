@@ -29,24 +29,29 @@ def check(group: Group) -> None:
         raise UserError(f"{group.name}: all weights are zero, so that their mean is undefined; change them, or set normalize: false")
 
 
-def added(group: Group, blocks: Sequence[Tensor], changes: Sequence[Tensor], *, elect: bool) -> Tensor:
-    """A block of the base and the weighted changes of the others.
+def added(group: Group, blocks: Sequence[Tensor], changes: Sequence[Tensor], *, elect: bool, larger: Sequence[float] | None = None) -> Tensor:
+    """A block of the base and the weighted changes of the others, whose memory is used.
 
-    elect: only changes of the sign that most of the change has count (TIES, section 3; the mean is over those that have it).
+    elect: only changes of the sign that most of the change has count (TIES, section 3; the mean is over those that have it). larger: what each change is multiplied by beside its weight, which no mean counts.
     """
     assert group.base is not None
     base = blocks[group.base]
     if not changes:
         return base
     weights = torch.tensor(group.weights(), dtype=base.dtype)
-    changes = [change * weight for change, weight in zip(changes, weights, strict=True)]
+    for change, weight in zip(changes, weights if larger is None else torch.tensor(group.weights()).mul(torch.tensor(larger)).to(base.dtype), strict=True):
+        change.mul_(weight)
     moved = total(changes)
+    divisor = _whole(weights)
     if elect:
-        sign = ((moved + 0.0).view(INTS[moved.element_size()]) >> (8 * moved.element_size() - 1)) & SIGN[moved.element_size()]  # that of each sum; of 0 it is +
+        sign = (moved.view(INTS[moved.element_size()]) >> (8 * moved.element_size() - 1)) & SIGN[moved.element_size()]  # a sum is -0 only where all changes are 0
         changes = [_turned(change, sign).clamp_(min=0) for change in changes]  # those of the other sign are 0
-        moved = _turned(total(changes), sign)
+        moved = total(changes)
+        if group.shared["normalize"]:
+            moved, divisor = moved.clone() if len(changes) == 1 else moved, _agreeing(changes, weights)
+        moved = _turned(moved, sign)
     if group.shared["normalize"]:
-        moved = moved / (_agreeing(changes, weights) if elect else _whole(weights))
+        moved = moved / divisor
     if group.shared["lambda"] != 1:
         moved = moved * group.shared["lambda"]
     return base + moved
@@ -69,15 +74,13 @@ def total(parts: Sequence[Tensor]) -> Tensor:
 
 
 def kept(change: Tensor, mask: Tensor) -> Tensor:
-    """A change where a mask of bits is set, else 0."""
-    if mask.element_size() == change.element_size():
-        return (change.view(mask.dtype) & mask).view(change.dtype)
-    return (change.view(INTS[change.element_size()]) & mask.to(INTS[change.element_size()])).view(change.dtype)
+    """A change where a mask of bits is set, else 0, in place."""
+    return change.view(INTS[change.element_size()]).bitwise_and_(mask.to(INTS[change.element_size()])).view(change.dtype)
 
 
 def _turned(change: Tensor, sign: Tensor) -> Tensor:
-    """With the other sign where a bit is set."""
-    return (change.view(sign.dtype) ^ sign).view(change.dtype)
+    """With the other sign where a bit is set, in place."""
+    return change.view(sign.dtype).bitwise_xor_(sign).view(change.dtype)
 
 
 def _whole(weights: Tensor) -> Tensor:

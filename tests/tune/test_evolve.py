@@ -47,6 +47,17 @@ def test_numbers_that_can_be_searched() -> None:
         genes_of({"merge_method": "model_stock", "models": [{"model": "a"}]})
 
 
+@pytest.mark.parametrize(("given", "points", "starts"), [([0, 1], 3, [0, 0.5, 1]), ([0, 1, 0], 2, [0, 0]), ([0.2, 0.4, 0.8], 5, [0.2, 0.3, 0.4, 0.6, 0.8]), ([0.7], 2, [0.7, 0.7]), (0.7, 2, [0.7, 0.7]), ("1e-1", 2, [0.1, 0.1])])
+def test_a_gradient_of_other_points(given: Any, points: int, starts: list[float]) -> None:
+    """Begins as the line that the file has, and is written with its own points; a value beside filters stays one number."""
+    plain = {"parameters": {"t": given, "weight": [{"filter": "mlp", "value": given}, 0.5]}}
+    genes = genes_of(plain, gradient=points)
+    assert [gene.start for gene in genes] == pytest.approx([*starts, *starts, 0.5])
+    made = with_values(plain, genes, [gene.start for gene in genes])["parameters"]
+    assert made["t"] == made["weight"][0]["value"] == pytest.approx(starts)
+    assert made["weight"][1] == 0.5
+
+
 def test_an_optimum_is_found(tmp_path: Path) -> None:
     """Of a function whose best is known; the first attempt is what the file has; twice the same."""
     genes = [Gene((name,), 0.0, 2.0, 1.0) for name in "xyz"]

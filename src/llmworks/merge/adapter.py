@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Model, require_base
+from llmworks.artifact import Adapter, Config, FileEntry, Model, require_base
 from llmworks.context import Context
 from llmworks.errors import ModelError
 
@@ -48,7 +48,8 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
         source = adapter.path / name if (adapter.path / "tokenizer.json").exists() else model.path / name
         if source.exists():
             shutil.copyfile(source, ctx.out / name)
-    folded = fold_files(model.path, adapter.path, ctx.out)
+    folded, entries = fold_files(model.path, adapter.path, ctx.out)
+    ctx.digests.update(entries)
     metrics: dict[str, float] = {"layers": folded.layers}
     if folded.base_error:
         ctx.progress.say(f"the adapter was trained beside weights in 4 bits, which are what it is folded into; they are {folded.base_error:.1%} off those of {model.name}")
@@ -81,17 +82,30 @@ def format_of(path: Path) -> str:
     return counted.most_common(1)[0][0] if counted else ""
 
 
-def fold_files(source: Path, adapter_path: Path, out: Path) -> Folded:
-    """Copy the safetensors of `source` to `out` with the adapter folded in."""
-    from safetensors.torch import load_file, save_file
+def fold_files(source: Path, adapter_path: Path, out: Path) -> tuple[Folded, dict[str, FileEntry]]:
+    """Copy the safetensors of `source` to `out` with the adapter folded in, tensor by tensor; digests and sizes of the files by name."""
+    import torch
 
-    from llmworks.model.fold import fold_into
-    from llmworks.model.load import check_weights
+    from llmworks.merge.blocks import bytes_of
+    from llmworks.model.fold import Fold
+    from llmworks.model.shards import TORCH, Shard, Shards, ShardWriter, Slot
 
-    check_weights(source)
-    shards = {file.name: load_file(file) for file in sorted(source.glob("*.safetensors"))}
-    weights = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
-    folded = fold_into(lambda layer: weights.get(f"{layer}.weight"), adapter_path)
-    for name, tensors in shards.items():
-        save_file(tensors, out / name, metadata={"format": "pt"})
-    return folded
+    shards = Shards(source)
+    places = shards.places
+    fold = Fold(adapter_path, lambda layer: places[f"{layer}.weight"].shape if f"{layer}.weight" in places else None)
+    adapted, entries = set(fold.layers), {}
+    try:
+        for file in sorted({place.file for place in places.values()}):
+            names = sorted((name for name, place in places.items() if place.file == file), key=lambda name: places[name].start)
+            shard = Shard(file.name, tuple(Slot(name, places[name].dtype, places[name].shape) for name in names))
+            with ShardWriter(out, shard) as writer:
+                for name in names:
+                    tensor = torch.empty(places[name].shape, dtype=getattr(torch, TORCH[places[name].dtype]))
+                    shards.read(name, 0, bytes_of(tensor))
+                    layer = name.removesuffix(".weight")
+                    writer.write(bytes_of(fold.folded(layer, tensor) if layer in adapted else tensor))
+            assert writer.entry is not None
+            entries[file.name] = writer.entry
+    finally:
+        shards.close()
+    return fold.result(), entries

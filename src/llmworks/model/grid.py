@@ -69,16 +69,35 @@ def grouped(weight: Tensor, grid: Grid) -> Tensor:
     return weight.reshape(len(weight), -1, grid.size(weight.shape[1]))
 
 
-def fit(groups: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> Scales:
-    """The scales of groups [rows, groups, size] by their largest and smallest weight, or by a share of these, one for all or [rows, groups]. A group of zeros has scale 1."""
+@dataclass(frozen=True)
+class Extremes:
+    """The smallest and the largest weight of groups [rows, groups], 0 among them; on a symmetric grid the largest of their sizes is both."""
+
+    smallest: Tensor
+    largest: Tensor
+
+    def scales(self, grid: Grid, shrink: float | Tensor = 1.0) -> Scales:
+        """The scales by a share of these, one for all or [rows, groups]. A group of zeros has scale 1."""
+        if grid.symmetric:
+            scale = _kept(self.largest * shrink / (grid.high if grid.edge == "last" else grid.high + 0.5), grid)
+            return Scales(scale, torch.zeros_like(scale))
+        smallest, largest = self.smallest * shrink, self.largest * shrink
+        scale = _kept((largest - smallest) / (grid.high - grid.low), grid)
+        zero = grid.low - smallest / scale
+        return Scales(scale, kept_zero(zero, grid) if grid.real else zero.round().clamp(grid.low, grid.high))
+
+
+def extremes(groups: Tensor, grid: Grid) -> Extremes:
+    """Of groups [rows, groups, size]."""
     if grid.symmetric:
-        most = groups.abs().amax(-1) * shrink
-        scale = _kept(most / (grid.high if grid.edge == "last" else grid.high + 0.5), grid)
-        return Scales(scale, torch.zeros_like(scale))
-    smallest, largest = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
-    scale = _kept((largest - smallest) / (grid.high - grid.low), grid)
-    zero = grid.low - smallest / scale
-    return Scales(scale, kept_zero(zero, grid) if grid.real else zero.round().clamp(grid.low, grid.high))
+        most = groups.abs().amax(-1)
+        return Extremes(most, most)
+    return Extremes(groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0))
+
+
+def fit(groups: Tensor, grid: Grid) -> Scales:
+    """The scales of groups [rows, groups, size] by their largest and smallest weight."""
+    return extremes(groups, grid).scales(grid)
 
 
 def kept_zero(zero: Tensor, grid: Grid) -> Tensor:
@@ -93,11 +112,12 @@ def _kept(scale: Tensor, grid: Grid) -> Tensor:
 
 
 def searched(groups: Tensor, grid: Grid, weights: Tensor | None = None, shrink: tuple[float, ...] = SHRINK) -> Scales:
-    """The scales of least squared error, of those that `fit` gives for shares of the range. `weights` [groups, size] or like groups: how much each weight's error counts."""
-    best = fit(groups, grid)
+    """The scales of least squared error, of those for shares of the range. `weights` [groups, size] or like groups: how much each weight's error counts."""
+    ends = extremes(groups, grid)
+    best = ends.scales(grid)
     least = _error(groups, best, grid, weights)
     for share in shrink[1:]:
-        tried = fit(groups, grid, share)
+        tried = ends.scales(grid, share)
         error = _error(groups, tried, grid, weights)
         better = error < least
         best = Scales(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero))

@@ -35,7 +35,7 @@ def describe(report: ReportBuilder, title: str, method: str, told: Sequence[Mapp
         shape = one["shape"]
         step = (shape["high"] - shape["low"]) / len(shape["before"])
         series = {when: [(shape["low"] + step * (at + 0.5), float(count)) for at, count in enumerate(shape[when])] for when in ("before", "after")}
-        report.curves(f"Weights of {one['name']}, which lost {'most' if one is worst[0] else 'least'}", series, x="weight", y="how many", note="Within five times their root mean square. They are whole numbers times a scale: where groups have scales of their own the steps blur.")
+        report.curves(f"Weights of {one['name']}, which lost {'most' if one is worst[0] else 'least'}", series, x="weight", y="how many", note="Of rows evenly taken, within five times their root mean square. They are whole numbers times a scale: where groups have scales of their own the steps blur.")
     if len({round(float(one["bits"]), 1) for one in told}) > 1:
         bits: dict[str, list[tuple[float, float]]] = {}
         for one in told:

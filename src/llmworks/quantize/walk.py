@@ -66,7 +66,7 @@ class Moments:
     def hessian(self) -> Tensor:
         """Second moments [columns, columns], their mean over tokens."""
         upper = self.square.triu()
-        return (upper + upper.triu(1).T) / max(1, self.tokens)
+        return (upper + upper.triu(1).T).div_(max(1, self.tokens))
 
     @property
     def sample(self) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.model.grid import Grid, Scales, fit, grouped, restored, rounded
+from llmworks.model.grid import Grid, Scales, extremes, fit, grouped, restored, rounded
 
 STEPS = 20  # powers that are tried
 COARSE = tuple(1 - 0.04 * step for step in range(15))  # shares of a range that a search tries first
@@ -65,14 +65,21 @@ def clipped(weight: Tensor, hessian: Tensor, grid: Grid) -> Scales:
 
 def _clipped(groups: Tensor, blocks: Tensor, grid: Grid) -> Scales:
     """Of some rows: groups [rows, groups, size], moments of their inputs [groups, size, size]."""
-    turned = groups.transpose(0, 1).contiguous()
-    best, least, share = fit(groups, grid), torch.full(groups.shape[:2], float("inf")), torch.ones(groups.shape[:2])
+    turned, ends = groups.transpose(0, 1).contiguous(), extremes(groups, grid)
+    best, least, share = ends.scales(grid), torch.full(groups.shape[:2], float("inf")), torch.ones(groups.shape[:2])
+    apart = torch.empty_like(turned)
 
     def look(shares: Tensor) -> None:
         nonlocal best, least, share
-        tried = fit(groups, grid, shares)
-        now = Scales(tried.scale.T.contiguous(), tried.zero.T.contiguous())
-        apart = restored(rounded(turned, now, grid), now).sub_(turned)
+        tried = ends.scales(grid, shares)
+        scale, zero = (one.T.contiguous()[..., None] for one in (tried.scale, tried.zero))
+        torch.div(turned, scale, out=apart)
+        if not grid.symmetric:
+            apart.add_(zero)
+        apart.round_().clamp_(grid.low, grid.high)
+        if not grid.symmetric:
+            apart.sub_(zero)
+        apart.mul_(scale).sub_(turned)
         error = torch.bmm(apart, blocks).mul_(apart).sum(-1).T
         better = error < least
         best = Scales(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero))

@@ -5,6 +5,9 @@ Frantar et al. 2022 (arXiv:2210.17323), algorithm 1; the order by activations an
 
 from __future__ import annotations
 
+from math import isfinite
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from llmworks.model.grid import Grid, Scales, Whole, fit, grouped
 from llmworks.quantize.solvers.awq import clipped
 
 LAZY = 128  # columns whose errors are passed on at once
+NEAR = 16  # of these, columns whose errors are passed on one by one
 
 
 def solve(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01, by_activation: bool = False, search: bool = True) -> Whole:
@@ -22,17 +26,20 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01,
     search: scales by which a group's part of the outputs changes least when it is rounded to the nearest; else by largest and smallest weight, of each group as it is when its turn comes.
     Errors: ModelError for weights or moments that are no numbers.
     """
-    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
+    if not (isfinite(float(weight.sum(dtype=torch.float64))) and isfinite(float(hessian.sum(dtype=torch.float64)))):
         raise ModelError("weights or the moments of their inputs are no numbers (NaN or infinite)")
     columns, size = weight.shape[1], grid.size(weight.shape[1])
-    moments, rest = hessian.to(torch.float64, copy=True), weight.float().clone()
-    dead = moments.diagonal() <= 0
-    moments.diagonal()[dead] = 1.0
+    rest, own = weight.float().clone(), hessian.diagonal().to(torch.float64, copy=True)
+    dead = own <= 0
+    own[dead] = 1.0
     rest[:, dead] = 0.0
-    order = torch.argsort(moments.diagonal(), descending=True, stable=True) if by_activation else None
+    order = torch.argsort(own, descending=True, stable=True) if by_activation else None
     if order is not None:
-        moments, rest = moments[order][:, order], rest[:, order]
-    upper = inverse_root(moments, damping).to(torch.float32)
+        moments, rest, own = hessian.index_select(0, order).index_select(1, order).double(), rest[:, order], own[order]
+    else:
+        moments = hessian.to(torch.float64, copy=True)
+    moments.diagonal().copy_(own)
+    upper = inverse_root(moments, damping)
     known: Scales | None = None
     if search and grid.group != -1:
         known = clipped(weight.float(), hessian.to(torch.float32), grid)
@@ -45,15 +52,19 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01,
 
 
 def inverse_root(moments: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of a matrix of second moments, damped until it has one: the inverse of R where the damped moments are R R', R upper triangular."""
-    mean, count = moments.diagonal().mean(), len(moments)
+    """The upper Cholesky factor, fp32, of the inverse of a matrix of second moments, which is damped until it has one: the inverse of R where the damped moments are R R', R upper triangular.
+
+    R is found in fp64; that it is inverted in fp32 costs as much as the last bit of what is returned.
+    """
+    own = moments.diagonal().clone()
     share = damping
     for _ in range(8):
-        damped = moments + torch.eye(count, dtype=moments.dtype, device=moments.device) * (share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = moments.flip(0, 1)
+        damped.diagonal().add_(share * own.mean())
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper = inverse_of_upper(lower.flip(0, 1))
-            if torch.isfinite(upper).all():
+            upper = inverse_of_upper(lower.flip(0, 1).float())
+            if isfinite(float(upper.sum())):
                 return upper
         share = max(share * 10, 1e-4)
     raise ModelError(f"the moments of its inputs cannot be inverted, though {share:g} of their mean was added; give more calibration text")
@@ -78,29 +89,37 @@ def _columns(rest: Tensor, upper: Tensor, grid: Grid, size: int, known: Scales |
     turned = rest.T.contiguous()  # a column is a row here, so that it is one piece
     codes = torch.empty(columns, rows)
     groups = 1 if grid.group == -1 else columns // size
-    scale, zero = (known.scale.clone(), known.zero.clone()) if known is not None else (torch.empty(rows, groups), torch.empty(rows, groups))
+    scale, zero = (known.scale.T.contiguous(), known.zero.T.contiguous()) if known is not None else (torch.empty(groups, rows), torch.empty(groups, rows))
     wide = LAZY if known is not None else max(size, LAZY // size * size)
     of = (torch.arange(columns) if order is None else order) // size if grid.group != -1 else torch.zeros(columns, dtype=torch.long)
-    numbers = of.tolist()
+    numbers, scales, zeros = of.tolist(), scale.numpy(), zero.numpy()
     for start in range(0, columns, wide):
         end = min(start + wide, columns)
         part, errors = turned[start:end], torch.empty(end - start, rows)
-        corner = upper[start:end, start:end]
+        corner = upper[start:end, start:end].contiguous()
+        every, lost, done, pivots = part.numpy(), errors.numpy(), codes[start:end].numpy(), corner.diagonal().tolist()  # the same memory: on so few numbers a step of numpy is many times shorter
         for i in range(end - start):
             column = start + i
             if known is None and column % size == 0:
                 found = fit(part[i : i + size].T.reshape(rows, 1, size), grid)
-                scale[:, numbers[column]], zero[:, numbers[column]] = found.scale[:, 0], found.zero[:, 0]
-            s, z = scale[:, numbers[column]], zero[:, numbers[column]]
-            code = (part[i] / s).add_(z).round_().clamp_(grid.low, grid.high)
-            codes[column] = code
-            error = (part[i] - (code - z) * s).div_(corner[i, i])
-            errors[i] = error
+                scale[numbers[column]], zero[numbers[column]] = found.scale[:, 0], found.zero[:, 0]
+            code, error, s, z = done[i], lost[i], scales[numbers[column]], zeros[numbers[column]]
+            np.divide(every[i], s, out=code)
+            np.add(code, z, out=code)
+            np.rint(code, out=code)
+            np.minimum(np.maximum(code, grid.low, out=code), grid.high, out=code)
+            np.subtract(code, z, out=error)
+            np.multiply(error, s, out=error)
+            np.subtract(every[i], error, out=error)
+            np.divide(error, np.float32(pivots[i]), out=error)
             if i + 1 < end - start:
-                part[i + 1 :].addr_(corner[i, i + 1 :], error, alpha=-1)
+                near = min(i - i % NEAR + NEAR, end - start)
+                part[i + 1 : near].addr_(corner[i, i + 1 : near], errors[i], alpha=-1)
+                if i + 1 == near < end - start:
+                    part[near:].addmm_(corner[near - NEAR : near, near:].T, errors[near - NEAR : near], alpha=-1)
         if end < columns:
             turned[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-    return codes.T.to(torch.int8).contiguous(), scale, zero
+    return codes.T.to(torch.int8).contiguous(), scale.T.contiguous(), zero.T.contiguous()
 
 
 def harm(before: Tensor, after: Tensor, hessian: Tensor) -> float:

@@ -13,10 +13,11 @@ import pytest
 
 from llmworks.cli import main
 from llmworks.lineage.declared import Claim, claims, licence
-from llmworks.lineage.draw import draw_mermaid, draw_png, draw_svg, placed
+from llmworks.lineage.draw import draw_mermaid, draw_png, draw_svg
 from llmworks.lineage.family import Family, Node
 from llmworks.lineage.licence import conflicts, kind_of
 from llmworks.lineage.page import draw_page
+from llmworks.lineage.place import placed
 from tests.oracles.merge_models import save
 from tests.oracles.merges import models
 
@@ -32,17 +33,39 @@ def large() -> Family:
     return Family({one.digest: one for one in nodes})
 
 
-def test_no_two_boxes_are_in_one_place() -> None:
-    at = placed(large())
+def star() -> Family:
+    """A model, one that was made of it, and thirty of that; of the fourth of these, two more."""
+    nodes = [node("root", stage=""), node("one", "root"), *(node(f"leaf-{i:02}", "one", "root", stage="quantize.gptq") for i in range(30)), *(node(f"last-{i}", "leaf-03") for i in range(2))]
+    return Family({one.digest: one for one in nodes})
+
+
+@pytest.mark.parametrize("family", [large(), star()], ids=["large", "star"])
+def test_no_two_boxes_are_in_one_place(family: Family) -> None:
+    at = placed(family)
     boxes = list(at.boxes.values())
-    assert len(boxes) == 33
+    assert len(boxes) == len(family.nodes) > 30
     for number, (x, y) in enumerate(boxes):
         assert x >= 0
         assert x + 176 <= at.width
         assert y + 52 <= at.height
         assert not any(abs(x - a) < 176 and abs(y - b) < 52 for a, b in boxes[number + 1 :])
-    for parent, child, _ in at.edges:
-        assert at.boxes[parent][1] < at.boxes[child][1]
+    for edge in at.edges:
+        assert at.boxes[edge.parent][1] < at.boxes[edge.child][1]
+        assert edge.way[0] == ("M", (at.boxes[edge.parent][0] + 88, at.boxes[edge.parent][1] + 52))
+    assert 1 < at.width / at.height < 4  # more or less as a screen is
+
+
+def test_lines_to_lower_rows_run_between_columns() -> None:
+    """The straight part of no line, and the end of none, is in another box; what has children stands in the last row."""
+    at = placed(star())
+    rows = sorted({at.boxes[f"leaf-{i:02}"][1] for i in range(30)})
+    assert len(rows) > 2
+    assert at.boxes["leaf-03"][1] == rows[-1]
+    for edge in at.edges:
+        (x, y), points = at.boxes[edge.child], [numbers[-2:] for _, numbers in edge.way]
+        assert points[-1] in ((x + 88, y), (x, y + 26))
+        for a, b in points[1:]:
+            assert not any(left < a < left + 176 and top < b < top + 52 for left, top in at.boxes.values())
 
 
 def test_drawings_say_the_same(tmp_path: Path) -> None:

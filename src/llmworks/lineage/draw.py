@@ -1,15 +1,14 @@
-"""Draw a family: as a tree of lines for the terminal, in layers as SVG, PNG and Mermaid. Knows only `family.Family`; the page that can be searched is `page.py`'s."""
+"""Draw a family: as a tree of lines for the terminal, in layers as SVG, PNG and Mermaid. Knows only `family.Family` and where its boxes stand; the page that can be searched is `page.py`'s."""
 
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
 from pathlib import Path
 
 from llmworks.lineage.family import Family, Node
+from llmworks.lineage.place import BOX_H, BOX_W, placed
 
 COLORS = {"model": "#2563eb", "adapter": "#7c3aed", "dataset": "#059669", "tokenizer": "#0891b2", "index": "#b45309", "report": "#64748b"}
-BOX_W, BOX_H, GAP_X, GAP_Y, PAD = 176, 52, 22, 46, 14
 
 
 def draw_text(family: Family) -> str:
@@ -20,7 +19,7 @@ def draw_text(family: Family) -> str:
     def visit(node: Node, prefix: str, last: bool, top: bool) -> None:
         others = [family.nodes[p].label for _, p in node.parents if p != primary[node.digest] and p in family.nodes]
         joint = "" if top else ("└─ " if last else "├─ ")
-        made = f"  [{node.stage}]" if node.stage else f"  [from outside{f': {node.ref}' if node.ref else ''}]"
+        made = f"  [{' '.join([node.stage, *_how(node)])}]" if node.stage else f"  [from outside{f': {node.ref}' if node.ref else ''}]"
         extra = f"  + {', '.join(dict.fromkeys(others))}" if others else ""
         told = next((role for role, digest in node.parents if digest == primary[node.digest] and line_of(node, role) == "dotted"), "")
         by = f"  ({told})" if told else ""
@@ -52,42 +51,6 @@ def _facts(node: Node) -> str:
     return f"  ({', '.join(shown)})" if shown else ""
 
 
-@dataclass(frozen=True)
-class Placed:
-    """Where nodes stand, by digest, their upper left corner; edges (parent, child, role); the size of it all."""
-
-    boxes: dict[str, tuple[float, float]]
-    edges: list[tuple[str, str, str]]
-    width: float
-    height: float
-
-
-def placed(family: Family) -> Placed:
-    """Layers from top to bottom by distance from the roots; in a layer each node is below its parents, as far as there is room."""
-    import networkx
-
-    graph = networkx.DiGraph()
-    graph.add_nodes_from(family.nodes)
-    edges = [(parent, node.digest, role) for node in family.nodes.values() for role, parent in node.parents if parent in family.nodes]
-    graph.add_edges_from((parent, child) for parent, child, _ in edges)
-    layers = [list(layer) for layer in networkx.topological_generations(graph)]
-    boxes: dict[str, tuple[float, float]] = {}
-    width = max((len(layer) for layer in layers), default=1) * (BOX_W + GAP_X) - GAP_X + 2 * PAD
-    for depth, layer in enumerate(layers):
-        wanted = {d: sum(boxes[p][0] for p in graph.predecessors(d)) / max(graph.in_degree(d), 1) if depth else sum(list(family.nodes).index(c) for c in graph.successors(d)) / max(graph.out_degree(d), 1) for d in layer}
-        layer.sort(key=lambda d: (wanted[d], family.nodes[d].label))
-        room = width - 2 * PAD - BOX_W
-        xs = [PAD + (room / 2 if len(layer) == 1 and not depth else min(max(0.0, wanted[d] - PAD if depth else i * room / max(1, len(layer) - 1)), room)) for i, d in enumerate(layer)]
-        for i in range(1, len(xs)):  # no two in one place: those to the right move on
-            xs[i] = max(xs[i], xs[i - 1] + BOX_W + GAP_X)
-        over = max(0.0, xs[-1] - (width - PAD - BOX_W))
-        for i in range(len(xs) - 1, -1, -1):
-            xs[i] = min(xs[i], width - PAD - BOX_W - (len(xs) - 1 - i) * (BOX_W + GAP_X)) if over else xs[i]
-        for digest, x in zip(layer, xs, strict=True):
-            boxes[digest] = (x, PAD + depth * (BOX_H + GAP_Y))
-    return Placed(boxes, edges, width, len(layers) * (BOX_H + GAP_Y) - GAP_Y + 2 * PAD)
-
-
 def line_of(node: Node, role: str) -> str:
     """How an edge to a node is drawn: solid where it can be derived again, dashed where it is declared, dotted where a file claims it or weights say so."""
     return "dotted" if role.startswith("by its weights") or " says: " in role else "dashed" if node.derivation == "declared" else "solid"
@@ -98,17 +61,26 @@ DASHES = {"solid": "", "dashed": ' stroke-dasharray="5 3"', "dotted": ' stroke-d
 
 def told(node: Node) -> tuple[str, str, str]:
     """What stands in a node's box."""
-    return node.label, node.stage or node.ref or "from outside", f"{node.kind} {node.digest[:8] if not node.digest.startswith('claimed:') else 'known by its name'}"
+    return node.label, " ".join([node.stage or node.ref or "from outside", *_how(node)]), f"{node.kind} {node.digest[:8] if not node.digest.startswith('claimed:') else 'known by its name'}"
+
+
+def _how(node: Node) -> list[str]:
+    """What tells a stage's results apart: the method of a merge, the bits or the type of what is quantized."""
+    if node.artifact is None or node.artifact.manifest is None or not node.stage.startswith(("merge", "quantize.")):
+        return []
+    about = node.artifact.about
+    found = [str(about[key]) for key in ("method", "type") if about.get(key) and str(about[key]) != node.stage.split(".")[-1]]
+    bits = about.get("average") or about.get("bits")
+    return [*found, *([f"{bits:g} bits"] if isinstance(bits, (int, float)) else []), *(["allocated"] if about.get("allocated") else [])]
 
 
 def draw_svg(family: Family) -> str:
     """Boxes by kind, `placed`; edges by `line_of`."""
     at = placed(family)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{at.width:.0f}" height="{at.height:.0f}" viewBox="0 0 {at.width:.0f} {at.height:.0f}" font-family="system-ui,sans-serif" font-size="12">']
-    for parent, child, role in at.edges:
-        (x1, y1), (x2, y2) = at.boxes[parent], at.boxes[child]
-        a, b, c, d = x1 + BOX_W / 2, y1 + BOX_H, x2 + BOX_W / 2, y2
-        parts.append(f'<path class="edge" data-from="{html.escape(parent)}" data-to="{html.escape(child)}" d="M{a:.0f} {b:.0f} C{a:.0f} {b + 24:.0f} {c:.0f} {d - 24:.0f} {c:.0f} {d:.0f}" fill="none" stroke="#94a3b8" stroke-width="1.4"{DASHES[line_of(family.nodes[child], role)]}><title>{html.escape(role)}</title></path>')
+    for edge in at.edges:
+        way = " ".join(command + " ".join(f"{one:.0f}" for one in numbers) for command, numbers in edge.way)
+        parts.append(f'<path class="edge" data-from="{html.escape(edge.parent)}" data-to="{html.escape(edge.child)}" d="{way}" fill="none" stroke="#94a3b8" stroke-width="1.4"{DASHES[line_of(family.nodes[edge.child], edge.role)]}><title>{html.escape(edge.role)}</title></path>')
     for digest, (x, y) in at.boxes.items():
         node = family.nodes[digest]
         color = COLORS.get(node.kind, "#64748b")
@@ -134,11 +106,11 @@ def draw_png(family: Family, file: Path) -> None:
         axes.set_xlim(0, at.width)
         axes.set_ylim(at.height, 0)
         axes.set_axis_off()
-        for parent, child, role in at.edges:
-            (x1, y1), (x2, y2) = at.boxes[parent], at.boxes[child]
-            a, b, c, d = x1 + BOX_W / 2, y1 + BOX_H, x2 + BOX_W / 2, y2
-            curve = Curve([(a, b), (a, b + 24), (c, d - 24), (c, d)], [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
-            axes.add_patch(PathPatch(curve, fill=False, edgecolor="#94a3b8", linewidth=1, linestyle=line_of(family.nodes[child], role)))
+        codes = {"M": [Curve.MOVETO], "L": [Curve.LINETO], "C": [Curve.CURVE4] * 3}
+        for edge in at.edges:
+            points = [(numbers[i], numbers[i + 1]) for _, numbers in edge.way for i in range(0, len(numbers), 2)]
+            curve = Curve(points, [code for command, _ in edge.way for code in codes[command]])
+            axes.add_patch(PathPatch(curve, fill=False, edgecolor="#94a3b8", linewidth=1, linestyle=line_of(family.nodes[edge.child], edge.role)))
         for digest, (x, y) in at.boxes.items():
             node = family.nodes[digest]
             color = COLORS.get(node.kind, "#64748b")

@@ -1,0 +1,112 @@
+"""Where the boxes of a family's drawing stand, and the ways of its lines. Knows only `family.Family`; draws nothing.
+
+Layers from top to bottom by distance from the roots (Sugiyama et al. 1981). A layer with many boxes has several rows, so that the whole is about as wide as a screen; lines to rows but the first run between the columns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llmworks.lineage.family import Family
+
+BOX_W, BOX_H, GAP_X, GAP_Y, GAP_ROW, PAD = 176, 52, 26, 46, 12, 14
+SHAPE = 1.7  # how many times as wide as high a drawing is, if it can be
+FEW = 8  # boxes that always stand in one row
+
+Way = tuple[tuple[str, tuple[float, ...]], ...]  # of SVG's commands M, L and C with their coordinates
+
+
+@dataclass(frozen=True)
+class Edge:
+    """From a parent to a child, as what it was used, along a way."""
+
+    parent: str
+    child: str
+    role: str
+    way: Way
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where nodes stand, by digest, their upper left corner; the edges; the size of it all."""
+
+    boxes: dict[str, tuple[float, float]]
+    edges: list[Edge]
+    width: float
+    height: float
+
+
+def placed(family: Family) -> Placed:
+    """Each node is below its parents, as far as there is room; of those in a column the ones with children stand last."""
+    import networkx
+
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(family.nodes)
+    links = [(parent, node.digest, role) for node in family.nodes.values() for role, parent in node.parents if parent in family.nodes]
+    graph.add_edges_from((parent, child) for parent, child, _ in links)
+    layers = [list(layer) for layer in networkx.topological_generations(graph)]
+    most = widest([len(layer) for layer in layers])
+    width = max((_columns(len(layer), most) for layer in layers), default=1) * (BOX_W + GAP_X) + 2 * PAD  # with a gap left of the first column, for lines
+    boxes: dict[str, tuple[float, float]] = {}
+    tops: dict[str, float] = {}
+    y = float(PAD)
+    for depth, layer in enumerate(layers):
+        wanted = _wanted(graph, layer, boxes, list(family.nodes))
+        layer.sort(key=lambda d: (wanted[d], family.nodes[d].label))
+        rows = -(-len(layer) // most)
+        columns = [layer[at : at + rows] for at in range(0, len(layer), rows)]
+        for column, x in zip(columns, _spread([[wanted[d] for d in column] for column in columns], width, top=not depth), strict=True):
+            for row, digest in enumerate(sorted(column, key=lambda d: graph.out_degree(d) > 0)):
+                boxes[digest], tops[digest] = (x, y + row * (BOX_H + GAP_ROW)), y
+        y += rows * (BOX_H + GAP_ROW) - GAP_ROW + GAP_Y
+    return Placed(boxes, [Edge(parent, child, role, _way(boxes[parent], boxes[child], tops[child])) for parent, child, role in links], width, y - GAP_Y + PAD)
+
+
+def widest(sizes: list[int]) -> int:
+    """How many boxes a row has at most, for layers of so many: the drawing is then nearest to SHAPE."""
+
+    def apart(most: int) -> float:
+        width = max(_columns(size, most) for size in sizes) * (BOX_W + GAP_X)
+        height = sum(-(-size // most) * (BOX_H + GAP_ROW) + GAP_Y for size in sizes)
+        return abs(math.log(width / height / SHAPE))
+
+    return min(range(FEW, max([FEW, *sizes]) + 1), key=apart) if sizes else FEW
+
+
+def _columns(count: int, most: int) -> int:
+    rows = -(-count // most)
+    return -(-count // rows) if rows else 1
+
+
+def _wanted(graph: Any, layer: list[str], boxes: dict[str, tuple[float, float]], order: list[str]) -> dict[str, float]:
+    """Where each node would stand: below its parents; roots in the order of their children."""
+    if all(graph.in_degree(d) for d in layer):
+        return {d: sum(boxes[p][0] for p in graph.predecessors(d)) / graph.in_degree(d) for d in layer}
+    places = {d: at for at, d in enumerate(order)}
+    return {d: sum(places[c] for c in graph.successors(d)) / max(graph.out_degree(d), 1) for d in layer}
+
+
+def _spread(wanted: list[list[float]], width: float, *, top: bool) -> list[float]:
+    """Where columns begin, from left to right: each at the mean of what its nodes want, no two in one place; of the topmost layer evenly."""
+    low, high, step = float(PAD + GAP_X), width - PAD - BOX_W, BOX_W + GAP_X
+    if top:
+        xs = [(low + high) / 2] if len(wanted) == 1 else [low + at * (high - low) / (len(wanted) - 1) for at in range(len(wanted))]
+    else:
+        xs = [min(max(low, sum(column) / len(column)), high) for column in wanted]
+    for at in range(1, len(xs)):  # those to the right move on
+        xs[at] = max(xs[at], xs[at - 1] + step)
+    for at in range(len(xs) - 1, -1, -1):  # and back, where there is no more room
+        xs[at] = min(xs[at], high - (len(xs) - 1 - at) * step)
+    return xs
+
+
+def _way(parent: tuple[float, float], child: tuple[float, float], top: float) -> Way:
+    """From below a parent to above a child; where a row stands above the child, down beside its column and into its left side."""
+    a, b, x, y = parent[0] + BOX_W / 2, parent[1] + BOX_H, *child
+    if y == top:
+        c = x + BOX_W / 2
+        return (("M", (a, b)), ("C", (a, b + 24, c, y - 24, c, y)))
+    gutter, middle = x - GAP_X / 2, y + BOX_H / 2
+    return (("M", (a, b)), ("C", (a, b + 24, gutter, top - 24, gutter, top)), ("L", (gutter, middle - 9)), ("C", (gutter, middle, gutter, middle, x, middle)))

@@ -96,7 +96,7 @@ class Frontier:
             reports.append(asked)
         size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in model.path.glob(pattern)) if model.path.is_dir() else model.path.stat().st_size
         told = {key: float(figures[key]) for key in ("kl", "same_top", "perplexity") if math.isfinite(figures.get(key, math.nan))}
-        return {"name": name, "form": form, "digest": model.digest, "bytes": size, "bits": float(figures.get("bits_a_weight", 0.0)), **told, **{key: float(ran.metrics[key]) for key in ("memory", "read_speed", "write_speed")}, "skills": skills, "answers": ran.read()["answers"]}, reports
+        return {"name": name, "form": form, "digest": model.digest, "bytes": size, "bits": float(figures.get("bits_a_weight", 0.0)), **told, **{key: float(ran.metrics[key]) for key in ("memory", "read_speed", "write_speed") if key in ran.metrics}, "skills": skills, "answers": ran.read()["answers"]}, reports
 
 
 def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None) -> tuple[Report, Model | None]:
@@ -126,7 +126,7 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
         variants.append(found)
         models[model.digest] = model
         reports += seen
-        job.say(f"✓ {name}  {found['bytes'] / 1e6:,.1f} MB  {found.get('kl', float('nan')):.4f} nats a token  {found['write_speed']:,.1f} tokens/s" + "".join(f"  {task} {skill['score']:.3f}" for task, skill in found["skills"].items()))
+        job.say(f"✓ {name}  {found['bytes'] / 1e6:,.1f} MB  {found.get('kl', float('nan')):.4f} nats a token  {found['write_speed'] if 'write_speed' in found else float('nan'):,.1f} tokens/s" + "".join(f"  {task} {skill['score']:.3f}" for task, skill in found["skills"].items()))
     original, seen = job.measured("as it was", job.model, "transformers", {"bits_a_weight": 8 * _bytes_a_weight(job.model), **({"perplexity": before, "same_top": 1.0, "kl": 0.0} if before else {})})
     config = {"model": job.model.name, "original": original, "variants": variants, "budget": budget}
     inputs: dict[str, Any] = {"reports": [*seen, *reports], **({"models": list(models.values())} if models else {})}

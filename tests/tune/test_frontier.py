@@ -44,6 +44,8 @@ def test_what_perplexity_hides_is_told() -> None:
 
     original = Variant(name="as it was", perplexity=10.0, skills=skill(0.8))
     assert hidden(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.5))]) == "x loses calls (0.8 to 0.5) though its perplexity rises by 1.0% only."
+    alike = [way("x", 1, 0.5, perplexity=36.0, skills=skill(0.6)), way("y", 1, 0.5, perplexity=37.0, skills=skill(0.1)), way("z", 1, 0.5, perplexity=37.1, skills=skill(0.3)), way("far", 1, 0.5, perplexity=60.0, skills=skill(0.0))]
+    assert hidden(original, alike).endswith("x and y are alike by perplexity (36.00 and 37.00), and not in calls: 0.6 and 0.1.")
     assert "none was found" in hidden(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.75)), way("y", 1, 0.1, perplexity=12.0, skills=skill(0.1))])
 
 

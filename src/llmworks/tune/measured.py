@@ -62,7 +62,7 @@ def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
         seconds += max(1e-9, time.perf_counter() - began - first)
         tokens += max(0, len(made.ids) - 1)
         answers.append(made.text)
-    return {"read_speed": round(best, 2), "write_speed": round(tokens / seconds, 2), "answers": answers}
+    return {"read_speed": round(best, 2), "write_speed": round(tokens / seconds, 2) if tokens else None, "answers": answers}  # None of a model that ends each answer at its first token
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ def running(config: RunningConfig, model: Model, ctx: Context) -> Report:
     if done.returncode:
         raise ModelError(f"{model.name}: cannot be run ({(done.stderr.strip().splitlines() or ['it ended with ' + str(done.returncode)])[-1][:200]})")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    metrics = {name: found[name] for name in ("memory", "read_speed", "write_speed")}
+    metrics = {name: found[name] for name in ("memory", "read_speed", "write_speed") if found[name] is not None}
     ctx.report.title = f"Running {model.name}"
-    ctx.report.lead = f"{found['memory'] / 1e6:,.0f} MB at most; it reads {found['read_speed']:,.0f} and writes {found['write_speed']:,.1f} tokens a second."
+    writes = f"writes {found['write_speed']:,.1f}" if found["write_speed"] is not None else "ends each answer at its first token"
+    ctx.report.lead = f"{found['memory'] / 1e6:,.0f} MB at most; of tokens it reads {found['read_speed']:,.0f} a second and {writes}."
     ctx.report.data = {"metrics": metrics, "answers": dict(zip(config.prompts, found["answers"], strict=True))}
     ctx.report.samples("What it says", [{"prompt": prompt, "answer": answer} for prompt, answer in ctx.report.data["answers"].items()])
     return Report(ctx.out, metrics=metrics, about={"model": model.digest})

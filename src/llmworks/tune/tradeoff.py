@@ -110,13 +110,24 @@ def _advice(best: Sequence[Variant], chosen: Variant, budget: float | None) -> s
 
 
 def hidden(original: Variant, made: Sequence[Variant]) -> str:
-    """Which skills fall beyond their interval while the perplexity rises by less than 3 %."""
+    """Which skills fall beyond their interval while the perplexity rises by less than 3 %; and of ways whose perplexities are within 5 % of one another, the two that are farthest apart in a skill, beyond their intervals."""
     found = [
         f"{v.name} loses {task} ({original.skills[task].score:.3g} to {v.skills[task].score:.3g}) though its perplexity rises by {v.perplexity / original.perplexity - 1:.1%} only"
         for v in made if v.perplexity and original.perplexity and v.perplexity < 1.03 * original.perplexity
         for task in original.skills if task in v.skills and v.skills[task].high < original.skills[task].low
     ]  # fmt: skip
-    return "; ".join(found) + "." if found else "No skill fell beyond its interval in a way whose perplexity rises by less than 3 %: on so many samples none was found."
+    first = "; ".join(found) + "." if found else "No skill fell beyond its interval in a way whose perplexity rises by less than 3 %: on so many samples none was found."
+    return " ".join([first, *(line for task in original.skills if (line := _apart(task, made)))])
+
+
+def _apart(task: str, made: Sequence[Variant]) -> str:
+    """The two ways of like perplexities that are farthest apart in a skill; nothing where all intervals overlap."""
+    told = [(v, v.perplexity, v.skills[task]) for v in made if v.perplexity and task in v.skills]
+    pairs = [(high.score - low.score, a, b) for a, one, high in told for b, other, low in told if high.low > low.high and 1 / 1.05 < one / other < 1.05]
+    if not pairs:
+        return ""
+    _, a, b = max(pairs, key=lambda pair: pair[0])
+    return f"{a.name} and {b.name} are alike by perplexity ({a.perplexity:.2f} and {b.perplexity:.2f}), and not in {task}: {a.skills[task].score:.3g} and {b.skills[task].score:.3g}."
 
 
 def _skill(found: Skill | None, before: Skill) -> str:

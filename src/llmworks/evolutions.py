@@ -69,7 +69,7 @@ def evolution(job: Evolution) -> tuple[Report, Model]:
         raise UserError("--attempts and --population must be 2 or more")
     plain = job.config.model_dump(mode="json", exclude_defaults=True)
     genes = genes_of(plain, gradient=job.gradient, negative=job.negative)
-    with job.workspace.in_use():
+    with job.workspace.in_use(), job.workspace.lock(job.key(plain)):  # the same search in another process waits, and finds its attempts
         place = job.workspace.root / "scratch" / f"evolve-{job.key(plain)}"
         place.mkdir(parents=True, exist_ok=True)
         job.say(f"{len(genes)} numbers, {job.attempts} attempts, {len(job.items)} tasks each; what was tried before is not tried again")
@@ -81,6 +81,8 @@ def evolution(job: Evolution) -> tuple[Report, Model]:
                 try:
                     child = job.made("merge", with_values(plain, genes, values), {"models": dict(job.models)}, aside)
                 except UserError as error:  # numbers that a method refuses, as weights that sum to zero
+                    if type(error) is not UserError:  # a model or a file is at fault, which says nothing of the numbers
+                        raise
                     job.say(f"  no merge: {error}")
                     return 0.0, dict.fromkeys((item.task for item in job.items), 0.0)
                 parts = {item.task: float(job.asked(child, item, aside).metrics["score"]) for item in job.items}

@@ -119,7 +119,22 @@ def export(child: Model, board: Report | None, name: str, target: Path, scores: 
     """A directory that can be uploaded as it is: the child's files (hard links where the disk has them), and a card with what was measured. UserError where something is there already."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: is there already, and is not empty; choose another --export")
-    target.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.parent / f".{target.name}.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir()
+        _fill(child, board, name, draft, scores)
+        if target.exists():
+            target.rmdir()
+        draft.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _fill(child: Model, board: Report | None, name: str, target: Path, scores: Sequence[Report]) -> None:
     for file in child.path.iterdir():
         if file.is_file() and file.name not in (MANIFEST, "README.md"):
             try:

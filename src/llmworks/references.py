@@ -5,6 +5,7 @@ Resolves them to artifacts (digested once, cached), and opens an engine over any
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -155,11 +156,22 @@ def digest_cached(path: Path) -> dict[str, FileEntry]:
         digest = known.get(identity) or fresh.setdefault(identity, sha256_file(file))
         out[file.relative_to(root).as_posix()] = FileEntry(sha256=digest, bytes=stat.st_size)
     if fresh:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=store.parent, delete=False) as stream:
-            json.dump({**known, **fresh}, stream)
-        Path(stream.name).replace(store)
+        _remember(store, {**known, **fresh})
     return out
+
+
+def _remember(store: Path, known: dict[str, str]) -> None:
+    """Keep digests; where there is no room, or nothing may be written, they are computed again."""
+    with contextlib.suppress(OSError):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=store.parent, prefix=".digests-", delete=False) as stream:
+            draft = Path(stream.name)
+            try:
+                json.dump(known, stream)
+                stream.flush()
+                draft.replace(store)
+            finally:
+                draft.unlink(missing_ok=True)
 
 
 def find_digest(digest: str, workspace: Workspace | None) -> Artifact | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llmworks.cli import main
 from llmworks.errors import LlmworksError, ModelError, UserError
-from llmworks.lazymerges import recipe_of
+from llmworks.lazymerges import export, recipe_of
 from llmworks.lineage.declared import claims
 from llmworks.lineage.licence import kind_of
 from llmworks.merge.layout import layout_of
@@ -22,6 +22,8 @@ from llmworks.merge.shares import Kinship, kinship
 from llmworks.model.load import Stored, load_model
 from llmworks.model.shards import Shards
 from llmworks.model.source import Source
+from llmworks.progress import Progress
+from llmworks.references import resolve
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.tune.evolving import evolve
 from llmworks.tune.genome import Gene, genes_of
@@ -194,3 +196,86 @@ def test_a_full_disk_is_known_before_anything_is_written(family: Path, tmp_path:
         merged({"merge_method": "linear", "models": of("a", weight=1)}, family, tmp_path / "out")
     assert not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_token_that_no_row_is_of(family: Path, tmp_path: Path) -> None:
+    """A rule's id beyond a model's embedding is not the next tensor's bytes."""
+    rows = len(weights(family / "more")["model.embed_tokens.weight"])
+    given = {"merge_method": "linear", "base_model": "few", "models": of("few", "more", weight=1)}
+    for number in (rows, rows + 40):
+        rule = {"source": "base", "tokens": {"<x>": {"source": {"kind": "model_token", "model": "more", "token_id": number}, "force": True}}}
+        with pytest.raises(UserError, match=f"more has {rows} rows, and none of the token {number}"):
+            merged({**given, "tokenizer": rule}, family, tmp_path / str(number))
+    shards = Shards(family / "more")
+    with pytest.raises(ModelError, match="are not all there"):
+        shards.read("model.norm.weight", 1, memoryview(bytearray(4 * 16)))
+    shards.close()
+
+
+def test_rows_of_zeros_are_told(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers on layers of models with other tokens: the embedding comes from one of them, which has none of the others' tokens."""
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
+    merged({**layers(("few", 0, 2), ("more", 2, 4)), "base_model": "few", "tokenizer_source": "union"}, family, tmp_path / "out")
+    made, tokens = weights(tmp_path / "out")["model.embed_tokens.weight"], load_tokenizer(tmp_path / "out").get_vocab()
+    bare = [at for at in tokens.values() if not made[at].any()]
+    assert bare
+    assert any(line.startswith("warning: ") and "have a row of zeros" in line for line in said)
+    said.clear()
+    merged({**layers(("few", 0, 2), ("few", 2, 4)), "base_model": "few", "tokenizer_source": "union"}, family, tmp_path / "plain")
+    assert not any("have a row of zeros" in line for line in said)
+
+
+def test_eight_bit_floats_are_copied_or_refused(family: Path, tmp_path: Path) -> None:
+    small = broken(family / "a", family / "f8", lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}))
+    merged({"merge_method": "passthrough", "models": of("f8")}, family, tmp_path / "copy")
+    assert torch.equal(weights(tmp_path / "copy")[Q].view(torch.uint8), weights(small)[Q].view(torch.uint8))
+    for number, more in enumerate(({"models": of("f8", scale=0.5)}, {"models": of("f8"), "dtype": "bfloat16"}, {"models": of("f8"), "out_dtype": "float32"}, {"merge_method": "linear", "models": of("f8", weight=1)})):
+        with pytest.raises(ModelError, match="is in float8_e4m3fn, which"):
+            merged({"merge_method": "passthrough", **more}, family, tmp_path / str(number))
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        broken(family / "a", family / f"nan-{kind}", lambda t, kind=kind: t.update({Q: torch.full((16, 16), float("nan")).to(kind)}))
+        with pytest.raises(ModelError, match="holds values that are no numbers"):
+            merged({"merge_method": "passthrough", "models": of(f"nan-{kind}")}, family, tmp_path / f"n{kind}")
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "arcee_fusion", "dare_ties", "model_stock"])
+def test_tensors_of_no_size(method: str, family: Path, tmp_path: Path) -> None:
+    for name in ("base", "a", "b"):
+        broken(family / name, tmp_path / f"{name}-empty", lambda t: t.update({"model.layers.0.none": torch.zeros(0, 4)}))
+    others = ("a-empty",) if method == "arcee_fusion" else ("a-empty", "b-empty")
+    merged({"merge_method": method, "base_model": "base-empty", "models": [{"model": one, "parameters": {"weight": 1, "density": 0.5}} for one in others]}, tmp_path, tmp_path / "out")
+    assert weights(tmp_path / "out")["model.layers.0.none"].shape == (0, 4)
+
+
+def test_an_export_is_whole_or_not_there(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    (tmp_path / "child").mkdir()
+    for file in pico.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, tmp_path / "child" / file.name)
+    (tmp_path / "child" / "README.md").write_text("---\nlicense: mit\n---\n# child\n")
+    child: Any = resolve(str(tmp_path / "child"))
+    real = shutil.copyfile
+
+    def full(source: Any, target: Any) -> Any:
+        if Path(source).name == "tokenizer.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*upload"):
+        export(child, None, "child", tmp_path / "upload")
+    assert not (tmp_path / "upload").exists()
+    assert not list(tmp_path.glob(".upload*"))
+    monkeypatch.setattr(shutil, "copyfile", real)
+    export(child, None, "child", tmp_path / "upload")
+    assert (tmp_path / "upload" / "README.md").exists()
+
+
+def test_digests_that_cannot_be_kept_are_computed_again(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").write_text("")  # where the cache's directory would be
+    monkeypatch.setenv("LLMWORKS_CACHE", str(tmp_path / "taken"))
+    found = resolve(str(pico))
+    assert found.digest == resolve(str(pico)).digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,34 @@ def test_tokens_as_bytes(pico: Path) -> None:
     found, tokenizer_ = token_bytes(load_tokenizer(pico), read_json(pico / "tokenizer.json")), load_tokenizer(pico)
     text = "Zwölf Boxkämpfer — 谢谢 🙂 3.14"
     assert b"".join(found[at] for at in tokenizer_(text, add_special_tokens=False)["input_ids"]).decode() == text
+
+
+def test_marks_of_other_vocabularies_are_no_text(pico: Path) -> None:
+    """WordPiece's of what goes on in a word, and BPE's of its end."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE, WordPiece
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"[UNK]": 0, "city": 1, "##ying": 2, "##": 3, "city</w>": 4}
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordPiece(vocab, unk_token="[UNK]")))
+    assert token_bytes(words, {"model": {"continuing_subword_prefix": "##"}}) == {0: b"[UNK]", 1: b"city", 2: b"ying", 3: b"##", 4: b"city</w>"}
+    pairs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab, [], end_of_word_suffix="</w>")))
+    assert token_bytes(pairs, {"model": {"end_of_word_suffix": "</w>"}})[4] == b"city"
+
+
+def test_pieces_beyond_the_embedding_are_none(pico: Path, tmp_path: Path) -> None:
+    """A token that the model's tokenizer has and its embedding has no row for: the new token's row is that of its other pieces, or of none."""
+    old = donor(tmp_path / "old", lambda definition: definition["added_tokens"].append({"id": 400, "content": "brown", "special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}))
+    model = tmp_path / "model"
+    shutil.copytree(pico, model)
+    shutil.copyfile(old / "tokenizer.json", model / "tokenizer.json")
+    new = donor(tmp_path / "new", lambda definition: definition["model"]["vocab"].update({"brownQ": 400}))
+    rows = len(load_file(pico / "model.safetensors")[EMBEDDING])
+    known = load_tokenizer(model)
+    assert max(known("brownQ", add_special_tokens=False)["input_ids"]) >= rows
+    made = load_file(moved(model, new, tmp_path / "out").path / "model.safetensors")[EMBEDDING]
+    before = load_file(pico / "model.safetensors")[EMBEDDING]
+    assert torch.equal(made[load_tokenizer(new).get_vocab()["brownQ"]], before[known.get_vocab()["Q"]])
 
 
 def test_bad_input_is_one_line(pico: Path, pico_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 from pathlib import Path
@@ -36,18 +37,34 @@ def test_the_bytes_are_there(size: int, tmp_path: Path) -> None:
 
 
 def test_a_file_system_that_only_writes_through_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = os.open, []
+    real, asked = fcntl.fcntl, []
 
-    def opened(path: Any, flags: int, *more: Any) -> int:
-        asked.append(bool(flags & os.O_DIRECT))
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "not here")
-        return real(path, flags, *more)
+    def set_flags(file: int, command: int, flags: int = 0) -> int:
+        if command == fcntl.F_SETFL:
+            asked.append(bool(flags & os.O_DIRECT))
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "not here")
+        return real(file, command, flags)
 
-    monkeypatch.setattr(draft.os, "open", opened)
+    monkeypatch.setattr(draft.fcntl, "fcntl", set_flags)
     content = written(tmp_path / "f", 2 * ROOM + 1)
     assert (tmp_path / "f").read_bytes() == content
-    assert asked == [True, False]
+    assert asked[0] is True
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its error is being told, the file is gone already."""
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = Draft(tmp_path / "f", 2 * ROOM)
+    monkeypatch.setattr(draft.os, "write", full)
+    with pytest.raises(OSError, match="No space left") as found:
+        made.write(bytes(ROOM))
+    made.drop()  # `found` holds the failed write's own variables
+    assert not (tmp_path / "f").exists()
+    assert found.value.errno == errno.ENOSPC
 
 
 def test_a_disk_that_wants_other_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,8 +78,6 @@ def test_a_disk_that_wants_other_pieces(tmp_path: Path, monkeypatch: pytest.Monk
             if len(calls) == 1 and first == "refused":
                 raise OSError(errno.EINVAL, "not aligned")
             if len(calls) == 1:
-                import fcntl
-
                 fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)
                 return real(file, data[:1001])
             return real(file, data)

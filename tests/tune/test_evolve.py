@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tests.oracles.merges import GRADIENT, models, weighted
 from llmworks import evolutions
 from llmworks.artifact import Model
 from llmworks.cli import main
-from llmworks.errors import UserError
+from llmworks.errors import ModelError, UserError
 from llmworks.evaluate.suites import Item
 from llmworks.evolutions import Evolution, evolution
 from llmworks.merge.config import MergeConfig
@@ -122,6 +124,50 @@ def test_weights_of_a_known_child_are_found(tmp_path: Path, monkeypatch: pytest.
     assert best.values == pytest.approx((0.8, 0.2), abs=0.08)
     assert torch.allclose(load_file(child.path / "model.safetensors")["model.norm.weight"], wanted["model.norm.weight"], atol=0.1)
     assert [path.name for path in (workspace.root / "store").iterdir()] == [child.path.name]
+
+
+def test_a_fault_of_a_file_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that a method refuses count 0; a broken model ends the search, and nothing of it is kept."""
+    family = tmp_path / "family"
+    models(family)
+    found: dict[str, Any] = {name: resolve(str(family / name)) for name in ("base", "a", "b")}
+
+    def job(error: Exception) -> Evolution:
+        def made(self: Evolution, *_: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(Evolution, "made", made)
+        return Evolution("merge", MergeConfig.model_validate(FILE), found, Workspace(tmp_path / "ws"), [Item(task="x")], attempts=2, population=2, say=lambda line: None)
+
+    with pytest.raises(ModelError, match="cut off"):
+        evolution(job(ModelError("cut off")))
+    assert not list((tmp_path / "ws").rglob("journal.jsonl")) or not next((tmp_path / "ws").rglob("journal.jsonl")).read_text()
+    with pytest.raises(UserError, match="sum to zero"):  # of the best, which is made again at the end
+        evolution(job(UserError("sum to zero")))
+    assert len(next((tmp_path / "ws").rglob("journal.jsonl")).read_text().splitlines()) >= 2
+
+
+def test_the_same_search_twice_at_once_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes would throw away one another's attempts."""
+    family = tmp_path / "family"
+    models(family)
+    found: dict[str, Any] = {name: resolve(str(family / name)) for name in ("base", "a", "b")}
+    inside = most = 0
+
+    def judged(*_: Any, **__: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.05)
+        inside -= 1
+        raise UserError("seen")
+
+    monkeypatch.setattr(evolutions, "evolve", judged)
+    jobs = [Evolution("merge", MergeConfig.model_validate(FILE), found, Workspace(tmp_path / "ws"), [Item(task="x")], say=lambda line: None) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        ends = [pool.submit(evolution, job) for job in jobs]
+    assert all(isinstance(one.exception(), UserError) for one in ends)
+    assert most == 1
 
 
 def test_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

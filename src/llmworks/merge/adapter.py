@@ -48,7 +48,7 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
         source = adapter.path / name if (adapter.path / "tokenizer.json").exists() else model.path / name
         if source.exists():
             shutil.copyfile(source, ctx.out / name)
-    folded, entries = fold_files(model.path, adapter.path, ctx.out)
+    folded, entries = fold_files(model.path, adapter.path, ctx.out, adapter.name)
     ctx.digests.update(entries)
     metrics: dict[str, float] = {"layers": folded.layers}
     if folded.base_error:
@@ -82,8 +82,8 @@ def format_of(path: Path) -> str:
     return counted.most_common(1)[0][0] if counted else ""
 
 
-def fold_files(source: Path, adapter_path: Path, out: Path) -> tuple[Folded, dict[str, FileEntry]]:
-    """Copy the safetensors of `source` to `out` with the adapter folded in, tensor by tensor; digests and sizes of the files by name."""
+def fold_files(source: Path, adapter_path: Path, out: Path, called: str = "") -> tuple[Folded, dict[str, FileEntry]]:
+    """Copy the safetensors of `source` to `out` with the adapter folded in, tensor by tensor; digests and sizes of the files by name. `called`: how messages call the adapter."""
     import torch
 
     from llmworks.merge.blocks import bytes_of
@@ -92,7 +92,7 @@ def fold_files(source: Path, adapter_path: Path, out: Path) -> tuple[Folded, dic
 
     shards = Shards(source)
     places = shards.places
-    fold = Fold(adapter_path, lambda layer: places[f"{layer}.weight"].shape if f"{layer}.weight" in places else None)
+    fold = Fold(adapter_path, lambda layer: places[f"{layer}.weight"].shape if f"{layer}.weight" in places else None, called)
     adapted, entries = set(fold.layers), {}
     try:
         for file in sorted({place.file for place in places.values()}):

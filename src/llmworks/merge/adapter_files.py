@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,11 +26,12 @@ from llmworks.merge.layout import LAYER, Layout, layout_of
 from llmworks.merge.low_rank import factors
 from llmworks.merge.plan import BLOCK
 from llmworks.merge.texts import logits_at
-from llmworks.model.adapter import BASE, PREFIX, read_adapter, scale_of
+from llmworks.model.adapter import BASE, PREFIX, Factors, read_factors
 from llmworks.model.shards import FLOATS, TORCH
 from llmworks.tokenize import golden
 from llmworks.tokenize.load import load_tokenizer, stop_ids
 
+TURNED = ("gpt2", "openai-gpt")  # kinds of models with Conv1D
 Pairs = dict[str, tuple[Tensor, Tensor]]  # by layer: A and B, whose product is the change
 
 
@@ -39,15 +41,17 @@ def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) ->
         if one.format != "hf":
             raise ModelError(f"{one.name}: is a {one.format} file; an adapter is extracted from Hugging Face directories")
     tuned, first = layout_of(model.name, model.path), layout_of(base.name, base.path)
+    if str(first.config.get("model_type")) in TURNED:
+        raise ModelError(f"{base.name}: is a {first.config['model_type']}, whose matrices stand in its files the other way round; no adapter of such is written here")
     _alike(tuned, first)
     pairs: Pairs = {}
     told: list[tuple[str, int, float, float]] = []
     rest: list[tuple[str, float]] = []
     total = lost = 0.0
-    names = [name for name in first.places if name in tuned.places and first.places[name].dtype in FLOATS]
+    names = [name for name in {**first.places, **tuned.places} if (first.places.get(name) or tuned.places[name]).dtype in FLOATS]
     with ctx.progress.bar("extract", len(names), "tensors") as bar:
         for name in names:
-            before, after = _tensor(first, name), _tensor(tuned, name)
+            before, after = (_tensor(layout, layout.tied(name) or name) for layout in (first, tuned))
             change, layer = after - before, name.removesuffix(".weight")
             size = float(change.square().sum())
             if LAYER.match(name) and change.ndim == 2 and name.endswith(".weight") and not any(part in name for part in config.skip):
@@ -56,9 +60,10 @@ def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) ->
                     pairs[layer] = (a, b)
                     told.append((layer, len(a), (size / float(before.square().sum().clamp(min=1e-30))) ** 0.5, miss))
                     lost += miss**2 * size
-                total += size
             elif size:
+                lost += size
                 rest.append((name, (size / float(before.square().sum().clamp(min=1e-30))) ** 0.5))
+            total += size
             bar.advance()
     for layout in (tuned, first):
         layout.shards.close()
@@ -74,11 +79,11 @@ def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) ->
     if gap is not None:
         metrics |= {"golden_gap_mean": round(gap.mean, 5), "golden_same_greedy": round(gap.same_greedy, 5)}
     page = ctx.report
-    page.title, page.lead = f"{model.name} as an adapter of {base.name}", f"Ranks up to {metrics['rank']} of {len(pairs)} matrices miss {missed:.1%} of what {model.name} differs by from {base.name}."
+    page.title, page.lead = f"{model.name} as an adapter of {base.name}", f"Ranks up to {metrics['rank']} of {len(pairs)} matrices miss {missed:.1%} of what {model.name} differs by from {base.name}" + (f", what {len(rest)} other tensors differ by among it." if rest else ".")
     page.table("Matrices", ("layer", "rank", "change, of the weights", "missed, of the change"), [(layer, rank, f"{size:.2%}", f"{miss:.2%}") for layer, rank, size, miss in sorted(told, key=lambda one: -one[3])], "Root of sums of squares.")
     if rest:
-        page.table("Changed, and not in the adapter", ("tensor", "change, of the weights"), [(name, f"{size:.3%}") for name, size in sorted(rest, key=lambda one: -one[1])], "Embeddings, norms and biases have no place in a LoRA.")
-        ctx.progress.say(f"{len(rest)} tensors differ that have no place in the adapter (embeddings, norms, biases); the most: {max(rest, key=lambda one: one[1])[0]}")
+        page.table("Changed, and not in the adapter", ("tensor", "change, of the weights"), [(name, f"{size:.3%}") for name, size in sorted(rest, key=lambda one: -one[1])], "Embeddings, heads, norms and biases have no place in this LoRA, nor has what is skipped.")
+        ctx.progress.say(f"{len(rest)} tensors differ that have no place in the adapter (embeddings, heads, norms, biases, what is skipped); the most: {max(rest, key=lambda one: one[1])[0]}")
     page.data = {"layers": {layer: {"rank": rank, "change": size, "missed": miss} for layer, rank, size, miss in told}, **metrics}
     ctx.progress.say(page.lead)
     return Adapter(ctx.out, metrics=metrics, golden=recorded, about={"base": base.digest, "method": "extract", "rank": metrics["rank"], "base_kept": "as-is"})
@@ -114,20 +119,23 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
     strange = next((name for name in config.weights if name not in adapters), None)
     if strange is not None:
         raise UserError(f"weights: no adapter is called {strange!r}; given: {', '.join(adapters)}")
-    found = {name: _pairs(adapter, model, ctx) for name, adapter in adapters.items()}
+    found = {name: _factors(adapter, model, ctx) for name, adapter in adapters.items()}
     weights = {name: float(config.weights.get(name, 1.0)) for name in adapters}
     if config.normalize and config.method in ("cat", "linear", "svd"):
         total = sum(weights.values())
         if abs(total) < 1e-9:
             raise UserError("the weights sum to zero, so that they cannot be normalized; change them, or set normalize=false")
         weights = {name: weight / total for name, weight in weights.items()}
-    rank = config.rank or max(len(a) for pairs in found.values() for a, _ in pairs.values())
+    rank = config.rank or max(len(one.a) for pairs in found.values() for one in pairs.values())
     made: Pairs = {}
     lost = whole = 0.0
     for layer in dict.fromkeys(layer for pairs in found.values() for layer in pairs):
         given = {name: pairs[layer] for name, pairs in found.items() if layer in pairs}
+        shapes = {name: (len(one.b), one.a.shape[1]) for name, one in given.items()}
+        if len(set(shapes.values())) > 1:
+            raise ModelError(f"{layer}: its shapes differ: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}; the adapters are of different models")
         if config.method == "cat":
-            made[layer] = (torch.cat([a * weights[name] for name, (a, _) in given.items()]), torch.cat([b for _, b in given.values()], dim=1))
+            made[layer] = (torch.cat([one.a * (weights[name] * one.scale) for name, one in given.items()]), torch.cat([one.b for one in given.values()], dim=1))
         elif config.method == "linear":
             made[layer] = _mean(layer, given, weights)
         else:
@@ -146,49 +154,36 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
     page = ctx.report
     page.title = f"Adapters of {model.name} as one"
     page.lead = f"{', '.join(adapters)} by {config.method}: rank {metrics['rank']}" + (f", which misses {missed:.1%} of what the merge is." if config.method not in ("cat", "linear") else ".")
-    page.table("Adapters", ("name", "weight", "ranks", "layers"), [(name, f"{weights[name]:g}", str(max(len(a) for a, _ in pairs.values())), len(pairs)) for name, pairs in found.items()])
+    page.table("Adapters", ("name", "weight", "ranks", "layers"), [(name, f"{weights[name]:g}", str(max(len(one.a) for one in pairs.values())), len(pairs)) for name, pairs in found.items()])
     page.data = {"weights": weights, **metrics}
     ctx.progress.say(page.lead)
     return Adapter(ctx.out, metrics=metrics, golden=recorded, about={"base": model.digest, "method": config.method, "rank": metrics["rank"], "base_kept": "as-is"})
 
 
-def _pairs(adapter: Adapter, model: Model, ctx: Context) -> Pairs:
-    """An adapter's factors, its scale in B. Errors: ArtifactError for one of another model; ModelError for one that is no plain LoRA."""
+def _factors(adapter: Adapter, model: Model, ctx: Context) -> dict[str, Factors]:
+    """An adapter's factors by layer. Errors: ArtifactError for one of another model; ModelError for one that is no plain LoRA."""
     if not require_base(adapter, model):
         ctx.progress.say(f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name} is taken on trust")
-    config, tensors = read_adapter(adapter.path)
+    config, found = read_factors(adapter.path, adapter.name)
     if config.get("use_dora") or (adapter.path / BASE).exists():
         raise ModelError(f"{adapter.name}: {'is a DoRA' if config.get('use_dora') else 'was trained beside weights in 4 bits'}, whose change is no product of two matrices alone; fold it (llmworks merge adapter), and merge the models")
-    found: Pairs = {}
-    for name, a in tensors.items():
-        layer, dot, part = name.removeprefix(PREFIX).partition(".lora_A")
-        if dot:
-            b = tensors.get(f"{PREFIX}{layer}.lora_B{part}")
-            if b is None or b.shape[1] != a.shape[0]:
-                raise ModelError(f"{adapter.name}: {layer} has no B that belongs to its A; copy the adapter again")
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                raise ModelError(f"{adapter.name}: {layer} holds values that are no numbers (NaN or infinite)")
-            found[layer] = (a.float(), b.float() * scale_of(config, layer, len(a)))
-    if not found:
-        raise ModelError(f"{adapter.name}: has no LoRA matrices")
     return found
 
 
-def _mean(layer: str, given: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-    """Sums of factors, each times the root of its weight (peft, `add_weighted_adapter` with "linear")."""
-    ranks = {name: len(a) for name, (a, _) in given.items()}
+def _mean(layer: str, given: Mapping[str, Factors], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    """Sums of factors, each times the root of its weight and scale, the sign in A (peft, `add_weighted_adapter` with "linear")."""
+    ranks = {name: len(one.a) for name, one in given.items()}
     if len(set(ranks.values())) > 1:
         raise UserError(f"{layer}: factors of different ranks have no mean ({', '.join(f'{name} {rank}' for name, rank in ranks.items())}); take cat or svd")
-    below = next((name for name in given if weights[name] < 0), None)
-    if below is not None:
-        raise UserError(f"weights: {below} is {weights[below]:g}; the mean of factors takes no negative weights; take cat or svd")
-    parts = [(a * weights[name] ** 0.5, b * weights[name] ** 0.5) for name, (a, b) in given.items()]
-    return torch.stack([a for a, _ in parts]).sum(0), torch.stack([b for _, b in parts]).sum(0)
+    shares = {name: weights[name] * one.scale for name, one in given.items()}
+    a = [one.a * math.copysign(abs(shares[name]) ** 0.5, shares[name]) for name, one in given.items()]
+    b = [one.b * abs(shares[name]) ** 0.5 for name, one in given.items()]
+    return torch.stack(a).sum(0), torch.stack(b).sum(0)
 
 
-def _change(config: AdaptersConfig, layer: str, given: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, float], seed: int) -> Tensor:
+def _change(config: AdaptersConfig, layer: str, given: Mapping[str, Factors], weights: Mapping[str, float], seed: int) -> Tensor:
     """The products of a layer's factors, merged by a method of `merge` as changes of a base of zeros."""
-    products = [b @ a for a, b in given.values()]
+    products = [(one.b @ one.a) * one.scale for one in given.values()]
     shape, flat = tuple(products[0].shape), [torch.zeros(products[0].numel()), *(one.flatten() for one in products)]
     method = METHODS["task_arithmetic" if config.method == "svd" else config.method]
     own = {parameter.name: parameter.default for parameter in method.parameters if parameter.of == "other"}
@@ -227,7 +222,7 @@ def _golden(ctx: Context, base: Model, like: Golden | None) -> tuple[Golden | No
     if not (folder / "tokenizer.json").exists():
         shutil.rmtree(folder)
         return None, None
-    fold_files(base.path, ctx.out, folder)
+    fold_files(base.path, ctx.out, folder, "the adapter")
     tokenizer = load_tokenizer(folder)
     logits = functools.cache(lambda ids: logits_at(folder)(ids))
     recorded = golden.record(tokenizer, stop_ids(folder, tokenizer), lambda ids: logits(tuple(ids)))

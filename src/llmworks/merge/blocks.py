@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmworks.errors import ModelError
+from llmworks.errors import ModelError, UserError
 from llmworks.merge.catalogue import Method
 from llmworks.merge.copies import broken
 from llmworks.merge.group import Group, Piece
@@ -33,6 +33,8 @@ class Blocks:
             yield lambda: bytes_of(tensor)
             return
         group = self.group(job)
+        if not group.count:
+            return
         method: Future[Piece] | Piece = pool.submit(self.method.function(), group) if job.dtype in FLOATS else alike(job)
         size = max(1, group.count) if self.method.whole and job.dtype in FLOATS else BLOCK
         for number, start in enumerate(range(0, max(1, group.count), size)):
@@ -46,18 +48,18 @@ class Blocks:
         wanted = getattr(torch, TORCH[job.out_dtype])
         made = made.to(getattr(torch, TORCH[job.dtype])).to(wanted) if made.dtype != wanted else made
         if made.is_floating_point() and not np.isfinite(float(made.sum(dtype=torch.float64 if made.dtype == torch.float64 else torch.float32))) and not torch.isfinite(made).all():
-            raise ModelError(self.blame(job, blocks))
+            raise self.blame(job, blocks)
         for name, more in group.notes.items():
             self.notes[name] = self.notes.get(name, 0) + more
         group.notes.clear()
         return bytes_of(made.contiguous()) if made.numel() else memoryview(b"")
 
-    def blame(self, job: Job, blocks: Sequence[Tensor]) -> str:
-        """Where values that are no numbers come from."""
+    def blame(self, job: Job, blocks: Sequence[Tensor]) -> UserError:
+        """Where values that are no numbers come from: of a model's, or of the merge's numbers."""
         for (model, tensor), block in zip(job.sources, blocks, strict=True):
             if not torch.isfinite(block).all():
-                return broken(model, tensor)
-        return f"{job.name}: the merge makes values that are no numbers, or that {TORCH[job.out_dtype]} cannot hold; look at its weights, or give out_dtype: float32"
+                return ModelError(broken(model, tensor))
+        return UserError(f"{job.name}: the merge makes values that are no numbers, or that {TORCH[job.out_dtype]} cannot hold; look at its weights, or give out_dtype: float32")
 
     def group(self, job: Job) -> Group:
         """A tensor as a method sees it."""

@@ -16,7 +16,7 @@ from llmworks.merge.catalogue import METHODS, Method
 from llmworks.merge.config import DTYPES, InputModel, InputSlice, MergeConfig, OutputModule, OutputSlice, Setting
 from llmworks.merge.layout import BEFORE, HEAD, Layout
 from llmworks.merge.settings import value_of
-from llmworks.model.shards import BYTES, FLOATS, widest
+from llmworks.model.shards import BYTES, FLOATS, TORCH, widest
 
 BLOCK = 1 << 20  # numbers of each input that are in memory at once
 
@@ -195,11 +195,16 @@ class Planner:
         dtype = widest(place.dtype for place in places)
         if dtype in FLOATS:
             dtype = DTYPES[self.config.dtype] if self.config.dtype else dtype
+        wanted = self.config.out_dtype or self.config.dtype
+        if dtype.startswith("F8") and (not self.method.plain or (wanted and DTYPES[wanted] != dtype)):
+            raise ModelError(f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which is copied (merge_method: passthrough, no dtype) and neither computed with nor converted; convert the model first")
         shared = {p.name: value_of(p, settings, name, t, where) for p in self.method.parameters if p.of == "tensor"}
         each = []
         for index, (model, tensor) in enumerate(sources):
             own = [source.parameters for source in one.sources if source.model == model]
             each.append({p.name: value_of(p, (*own, *settings), tensor, t, f"{where}: {model}") for p in self.method.parameters if p.of == "input" or (p.of == "other" and index != base)})
+        if dtype.startswith("F8") and any(value is not None for value in each[0].values()):
+            raise ModelError(f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which nothing can be multiplied by; convert the model first")
         shape = (self.rows, *places[0].shape[1:]) if tokens and self.rows else places[0].shape
         out = DTYPES[self.config.out_dtype] if self.config.out_dtype and dtype in FLOATS else dtype
         return Job(name, shape, tuple(sources), base, dtype, out, shared, tuple(each), tokens)

@@ -6,6 +6,7 @@ import contextlib
 import html
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,9 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     write_config(config, layouts[donor], plan, vocabulary, ctx.out, layouts)
     source = write_tokenizer(config, layouts, donor, vocabulary, ctx.out)
     read = replay(models[source], ctx, layouts) if source else None
+    bare = {row for job in plan.jobs if job.tokens for row in vocabulary.bare([model for model, _ in job.sources])} if vocabulary is not None else set()
+    if bare:
+        ctx.progress.say(f"warning: {len(bare)} tokens have a row of zeros in tensors of models that do not have them; give tokenizer.tokens with what stands for them, or another tokenizer_source")
     stream = Stream(plan, layouts, vocabulary, ctx.seed)
     size = written(stream, config.shard_bytes, layouts, ctx)
     weights = sum(math.prod(job.shape) for job in plan.jobs)
@@ -61,9 +65,17 @@ def written(stream: Stream, most: int, layouts: Mapping[str, Layout], ctx: Conte
         for layout in layouts.values():
             layout.shards.close()
     for file in [*entries, *(["model.safetensors.index.json"] if len(shards) > 1 else [])]:
-        shutil.move(folder / file, ctx.out / file)
+        placed(folder / file, ctx.out / file)
     ctx.digests.update(entries)
     return sum(shard.size for shard in shards)
+
+
+def placed(file: Path, target: Path) -> None:
+    """A file of scratch in its place, as a link: what is still to be done may be killed, and the file is not to be made again."""
+    try:
+        os.link(file, target)
+    except OSError:  # a file system without links
+        shutil.move(file, target)
 
 
 @contextlib.contextmanager

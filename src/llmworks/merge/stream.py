@@ -56,8 +56,7 @@ class Stream:
     def write(self, shards: Sequence[Shard], folder: Path, threads: int, told: Callable[[int], None]) -> dict[str, FileEntry]:
         """Write those files that are not in `folder` yet, and the index where there are several; digests and sizes by name. `told` hears of bytes that are written."""
         jobs = {job.name: job for job in self.plan.jobs}
-        done = folder / "done.json"
-        entries = {name: FileEntry(**entry) for name, entry in (json.loads(done.read_text()) if done.exists() else {}).items()}
+        entries = self._found(folder)
         with ThreadPoolExecutor(threads) as pool:
             for shard in shards:
                 if shard.file in entries and (folder / shard.file).exists():
@@ -69,10 +68,25 @@ class Stream:
                         told(len(data))
                 assert writer.entry is not None
                 entries[shard.file] = writer.entry
-                done.with_suffix(".new").write_text(json.dumps({name: entry.model_dump() for name, entry in entries.items()}))
-                done.with_suffix(".new").replace(done)
+                self._note(folder, entries)
         if len(shards) > 1:
             (folder / "model.safetensors.index.json").write_text(json.dumps(index_of(shards), indent=2) + "\n")
+        return entries
+
+    def _note(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
+        """Say which files are whole, and what was counted on the way."""
+        new = folder / "done.new"
+        new.write_text(json.dumps({"files": {name: entry.model_dump() for name, entry in entries.items()}, "notes": self.notes}))
+        new.replace(folder / "done.json")
+
+    def _found(self, folder: Path) -> dict[str, FileEntry]:
+        """What was said by a run that was killed; of a note that cannot be read nothing."""
+        try:
+            said = json.loads((folder / "done.json").read_text())
+            entries = {name: FileEntry(**entry) for name, entry in said["files"].items()}
+            self.notes.update({str(name): int(count) for name, count in said["notes"].items()})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}
         return entries
 
     def pieces(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[Callable[[], memoryview]]:

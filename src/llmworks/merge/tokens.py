@@ -47,13 +47,18 @@ class Mapped:
 
 
 def token_bytes(tokenizer: Any, definition: Mapping[str, Any]) -> dict[int, bytes]:
-    """What tokens are, as bytes, by id; added tokens as their text. Of byte-level vocabularies their bytes, of SentencePiece's a space for its mark."""
-    added = {one["id"]: one["content"].encode() for one in definition.get("added_tokens", [])}
+    """What tokens are, as bytes, by id; added tokens as their text. Of byte-level vocabularies their bytes, of SentencePiece's a space for its mark; marks of what goes on in a word, or ends it (##, </w>), are no part of them."""
+    added, model = {one["id"]: one["content"].encode() for one in definition.get("added_tokens", [])}, definition.get("model") or {}
+    inside, end = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     vocab, level = tokenizer.get_vocab(), "ByteLevel" in json.dumps([definition.get("pre_tokenizer"), definition.get("decoder")])
     letters, found = byte_characters(), dict(added)
     for token, at in vocab.items():
         if at in added:
             continue
+        if inside and token.startswith(inside) and token != inside:
+            token = token.removeprefix(inside)
+        if end and token.endswith(end) and token != end:
+            token = token.removesuffix(end)
         if level and all(letter in letters for letter in token):
             found[at] = bytes(letters[letter] for letter in token)
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
@@ -63,8 +68,8 @@ def token_bytes(tokenizer: Any, definition: Mapping[str, Any]) -> dict[int, byte
     return found
 
 
-def mapped(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Mapped:
-    """From the ids of one tokenizer to those of another."""
+def mapped(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str, Any]], rows: int) -> Mapped:
+    """From the ids of one tokenizer, of which there are so many `rows`, to those of another."""
     before, after = (token_bytes(one, definition) for one, definition in zip((old, new), definitions, strict=True))
     special = [{one["id"] for one in definition.get("added_tokens", []) if one.get("special")} for definition in definitions]
     by_bytes = {(data, at in special[0]): at for at, data in sorted(before.items(), reverse=True)}
@@ -79,7 +84,7 @@ def mapped(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str
         elif roles.get(at) is not None:
             role[at] = int(roles[at])
         else:
-            parts = tuple(_pieces(old, data, by_bytes))
+            parts = tuple(part for part in _pieces(old, data, by_bytes) if part < rows)
             if parts:
                 pieces[at] = parts
             else:
@@ -108,7 +113,7 @@ def run(config: TransplantConfig, model: Model, tokenizer: Model | Tokenizer, ct
         raise ModelError(f"{model.name}: has no embedding of {layout.vocabulary} rows that is known here")
     old, new = load_tokenizer(model.path), load_tokenizer(tokenizer.path)
     definitions = definition_of(layout), _definition(tokenizer.path)
-    found = mapped(old, new, definitions)
+    found = mapped(old, new, definitions, layout.vocabulary)
     count = rows_of(new)
     take = np.full(count, -1, np.int64)
     for at, row in {**found.same, **found.role}.items():

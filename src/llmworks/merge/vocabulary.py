@@ -34,6 +34,10 @@ class Vocabulary:
     source: Path
     definition: Mapping[str, Any] | None = field(default=None, repr=False)  # of tokenizer.json, where it is not the source's own
 
+    def bare(self, models: Sequence[str]) -> list[int]:
+        """Tokens that none of these models has a row for, nor a rule says what stands for it: they get zeros, and are others' own."""
+        return [row for row in range(self.tokens) if all(self.take[name][row] < 0 for name in models) and self.spare.get(row) and not any(name in models for name, _ in self.spare[row])]
+
     def write(self, out: Path) -> None:
         """The tokenizer's files."""
         copy_tokenizer(self.source, out)
@@ -120,6 +124,10 @@ def vocabulary_of(rule: TokenizerRule, base: str, order: Sequence[str], models: 
         for token, row in tokens.items():
             if token in known[name]:
                 take[name][row] = known[name][token]
+    for token, one in rule.tokens.items():
+        wanted = one.source if isinstance(one.source, ModelToken) else None
+        if wanted is not None and wanted.token_id is not None and wanted.model in models and not 0 <= wanted.token_id < models[wanted.model].vocabulary:
+            raise UserError(f"tokenizer.tokens.{token}: {wanted.model} has {models[wanted.model].vocabulary} rows, and none of the token {wanted.token_id}")
     spare = {row: _spare(token, rule, base, order, known) for token, row in tokens.items() if token in rule.tokens or any(take[name][row] < 0 for name in order)}
     for token, one in rule.tokens.items():
         if one.force:

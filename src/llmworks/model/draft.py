@@ -11,6 +11,7 @@ from pathlib import Path
 
 ALIGNED = 4096  # where pieces written past the cache begin and end, in the file and in memory
 ROOM = 4 << 20  # bytes that are written at a time
+DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Draft:
@@ -21,24 +22,27 @@ class Draft:
         self._filled = 0
         self._room = mmap.mmap(-1, ROOM)  # begins at a page
         self._view = memoryview(self._room)
-        self._file = self._opened(size >= ROOM)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._reserve()
-
-    def _opened(self, past: bool) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        if past:
-            with contextlib.suppress(OSError):
-                return os.open(self._path, flags | getattr(os, "O_DIRECT", 0), 0o644)
-        return os.open(self._path, flags, 0o644)
+        if size >= ROOM:
+            self._past(True)
 
     def _reserve(self) -> None:
         """Ask for the whole room at once: a full disk is known before anything is computed, and writing is cheaper than where the file grows block by block. Not all file systems can."""
         try:
             os.posix_fallocate(self._file, 0, self._size)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self.drop()
-                raise OSError(errno.ENOSPC, "no space left", str(self._path.parent)) from error
+                raise OSError(error.errno, "no space left" if error.errno != errno.EFBIG else "a file may not be so large here", str(self._path.parent)) from error
+
+    def _past(self, wanted: bool) -> bool:
+        """Write past the cache from here on, or through it; whether that is another way than before."""
+        before = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        after = before | DIRECT if wanted else before & ~DIRECT
+        with contextlib.suppress(OSError):  # a file system that only writes through its cache
+            fcntl.fcntl(self._file, fcntl.F_SETFL, after)
+        return after != before
 
     def write(self, data: bytes | memoryview) -> None:
         """The next bytes."""
@@ -58,35 +62,28 @@ class Draft:
             try:
                 done = os.write(self._file, left)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._past():
+                if error.errno != errno.EINVAL or not self._past(False):
                     raise
-                self._through()
                 continue
             left = left[done:]
             if done % ALIGNED:
-                self._through()
+                self._past(False)
         self._filled = 0
-
-    def _past(self) -> bool:
-        return bool(fcntl.fcntl(self._file, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
-
-    def _through(self) -> None:
-        """From here on through the cache."""
-        fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
 
     def finish(self) -> None:
         """Write the rest; the file is on the disk."""
-        self._through()
+        self._past(False)
         self._flush(self._filled)
         os.fsync(self._file)
         self._close()
 
     def drop(self) -> None:
         """Leave nothing behind."""
-        self._close()
         self._path.unlink(missing_ok=True)
+        self._close()
 
     def _close(self) -> None:
-        self._view.release()
-        self._room.close()
         os.close(self._file)
+        with contextlib.suppress(BufferError):  # a write that failed still looks at it, as long as its error is being told
+            self._view.release()
+            self._room.close()

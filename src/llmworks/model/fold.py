@@ -5,6 +5,7 @@ A base that was kept in 4 bits while the adapter was trained is taken as those b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llmworks.errors import ModelError
-from llmworks.model.adapter import PREFIX, base_of, read_adapter, scale_of
+from llmworks.model.adapter import base_of, read_factors
 from llmworks.model.nf4 import pack, unpack
-
-PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
 @dataclass(frozen=True)
@@ -30,35 +29,21 @@ class Folded:
 class Fold:
     """What an adapter does to each layer's weight. Holds the adapter alone; what is added to a weight is computed when its turn comes.
 
-    Errors: ModelError when a tensor of the adapter has no weight in the model, whose shapes `shape_of(layer name)` says, or one of another shape: known before anything is folded.
+    Errors: ModelError when a tensor of the adapter has no weight in the model, whose shapes `shape_of(layer name)` says, or one of another shape: known before anything is folded; and for weights that are no numbers then. `called`: how messages call the adapter.
     """
 
-    def __init__(self, adapter: Path, shape_of: Callable[[str], Sequence[int] | None]) -> None:
-        config, tensors = read_adapter(adapter)
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            part = next((p for p in PARTS if name.endswith("." + p)), None)
-            if part is None:
-                raise ModelError(f"{adapter}: the tensor {name} is no part of a plain LoRA")
-            found.setdefault(name.removeprefix(PREFIX).removesuffix("." + part), {})[part] = tensor.float()
-        kept = base_of(adapter)
-        self._double, self._in_bits = bool(kept.get("double")), set(kept.get("layers", ()))
-        self._parts: dict[str, tuple[Tensor, Tensor, float, Tensor | None]] = {}  # A, B, scale, magnitude
-        for layer, parts in found.items():
-            a, b = parts.get(PARTS[0]), parts.get(PARTS[1])
-            if a is None or b is None:
-                raise ModelError(f"{adapter}: {layer} has an {'A and no B' if b is None else 'B and no A'} matrix; copy the adapter again")
-            if bool(config.get("use_dora")) != (PARTS[2] in parts):
-                raise ModelError(f"{adapter}: {layer} has {'no' if config.get('use_dora') else 'a'} lora_magnitude_vector, and adapter_config.json says use_dora: {str(bool(config.get('use_dora'))).lower()}")
-            self._parts[layer] = a, b, scale_of(config, layer, len(a)), parts.get(PARTS[2])
+    def __init__(self, adapter: Path, shape_of: Callable[[str], Sequence[int] | None], called: str = "") -> None:
+        _, self._parts = read_factors(adapter, called)
+        kept, name = base_of(adapter), called or str(adapter)
+        self._double, self._in_bits, self._name = bool(kept.get("double")), set(kept.get("layers", ())), name
         self.layers = [*self._parts, *sorted(self._in_bits - set(self._parts))]
         for layer in self.layers:
             shape = shape_of(layer)
             if shape is None:
-                raise ModelError(f"{adapter}: belongs to another model: this one has no layer {layer}")
-            wanted = (len(self._parts[layer][1]), self._parts[layer][0].shape[1]) if layer in self._parts else tuple(shape)
+                raise ModelError(f"{name}: belongs to another model: this one has no layer {layer}")
+            wanted = (len(self._parts[layer].b), self._parts[layer].a.shape[1]) if layer in self._parts else tuple(shape)
             if tuple(shape) != wanted:
-                raise ModelError(f"{adapter}: belongs to another model: {layer} has the shape {tuple(shape)} here, {wanted} there")
+                raise ModelError(f"{name}: belongs to another model: {layer} has the shape {tuple(shape)} here, {wanted} there")
         self._lost = self._whole = 0.0
 
     @torch.no_grad()
@@ -70,11 +55,14 @@ class Fold:
             self._lost, self._whole = self._lost + float((bits - base).square().sum()), self._whole + float(base.square().sum())
             base = bits
         if layer in self._parts:
-            a, b, scale, magnitude = self._parts[layer]
-            base = base + (b @ a) * scale
-            if magnitude is not None:
-                base = base * (magnitude / torch.linalg.norm(base, dim=1))[:, None]
-        return base.to(weight.dtype)
+            part = self._parts[layer]
+            base = base + (part.b @ part.a) * part.scale
+            if part.magnitude is not None:
+                base = base * (part.magnitude / torch.linalg.norm(base, dim=1))[:, None]
+        made = base.to(weight.dtype)
+        if not math.isfinite(float(made.sum(dtype=torch.float64))):
+            raise ModelError(f"{self._name}: folded into {layer}, it makes values that are no numbers, or that {str(weight.dtype).removeprefix('torch.')} cannot hold")
+        return made
 
     def result(self) -> Folded:
         """Of all that was folded."""

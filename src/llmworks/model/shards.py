@@ -72,6 +72,8 @@ class Shards:
         """Fill a buffer with the bytes of a tensor from its number `first` on. Safe in several threads. ModelError where the file ends before."""
         place = self.places[name]
         at, whole = place.start + first * BYTES[place.dtype], len(into)
+        if first < 0 or first * BYTES[place.dtype] + whole > place.size:
+            raise ModelError(f"{self.path}: {name} has {place.count} numbers, of which those from {first} on, {whole // BYTES[place.dtype]}, are not all there")
         if place.file not in self._files:
             self._files[place.file] = os.open(place.file, os.O_RDONLY)
         done = 0

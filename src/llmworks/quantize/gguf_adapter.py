@@ -24,6 +24,7 @@ from llmworks.model.load import load_model
 from llmworks.progress import Progress
 from llmworks.quantize.gguf_file import write_gguf
 from llmworks.quantize.gguf_keys import read_config
+from llmworks.quantize.page import figures
 
 if TYPE_CHECKING:
     from llmworks.quantize.adapter import AdapterConfig
@@ -48,7 +49,7 @@ def run(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> 
     metrics = {"layers": layers, "bytes": target.stat().st_size, "gap": round(apart, 5), "same_greedy": round(same, 5)}
     ctx.report.title = f"{adapter.name} as GGUF"
     ctx.report.lead = f"{layers} layers, {metrics['bytes'] / 1e6:,.1f} MB. On golden tokens llama.cpp with it is {apart:.4f} nats away from the folded model, its best guess the same for {same:.0%}."
-    ctx.report.table("Figures", ("what", "value"), list(metrics.items()))
+    figures(ctx.report, metrics)
     ctx.progress.say(ctx.report.lead)
     return Adapter(ctx.out, golden=adapter.golden, metrics=metrics, about={**adapter.about, "gguf": config.type})
 

@@ -25,6 +25,7 @@ from llmworks.quantize.gguf_file import Tensors, Written, write_gguf
 from llmworks.quantize.gguf_keys import read_config
 from llmworks.quantize.gguf_types import PLAIN, base_of, bits_of, types_of
 from llmworks.quantize.importance import importance, read_importance, write_importance
+from llmworks.quantize.page import figures
 from llmworks.tokenize.golden import require
 from llmworks.tokenize.load import load_tokenizer, read_json
 
@@ -156,7 +157,7 @@ def _describe(ctx: Context, model: Model, kind: str, written: Written, metrics: 
             f" perplexity {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
         )
     report.data = {"metrics": dict(metrics), "types": written.types, "fallen": list(written.fallen)}
-    report.table("Figures", ("what", "value"), list(metrics.items()))
+    figures(report, metrics)
     kinds: dict[str, list[str]] = {}
     for name, found in written.types.items():
         kinds.setdefault(found, []).append(name)

@@ -9,6 +9,17 @@ from llmworks.report import ReportBuilder
 
 READ = {"attention.query": "queries, keys, values", "attention.out": "output of attention", "feed_forward.gate": "gate and up", "feed_forward.up": "up", "feed_forward.down": "down"}
 
+MEANS = {
+    "bytes": "of the weights' files", "bits_a_weight": "of what was quantized, scales included", "quantized_weights": "how many are whole numbers now", "weights": "how many there are", "fallen": "tensors in a neighbouring format, since blocks do not divide their rows",
+    "kl": "divergence from the model as it was, nats a token, on texts apart", "expected_kl": "the same, as the allocation foresaw it", "same_top": "share of tokens for which its best guess is the same", "perplexity_before": "of the model as it was, on the same texts", "perplexity": "of this one",
+    "held_tokens": "of the texts apart", "layers": "that the adapter changes", "gap": "how far what llama.cpp says is from the folded model, nats, on golden tokens", "same_greedy": "share of golden tokens for which its best guess is the folded model's", "golden_gap_mean": "how far the logits of the golden conversations moved, on average", "golden_gap_largest": "at most", "golden_same_greedy": "share of golden tokens for which its best guess is the same",
+}  # fmt: skip
+
+
+def figures(report: ReportBuilder, metrics: Mapping[str, Any]) -> None:
+    """The table of all figures, with what they mean."""
+    report.table("Figures", ("figure", "value", "what it is"), [(name, value, MEANS.get(name, "")) for name, value in metrics.items()])
+
 
 def describe(report: ReportBuilder, title: str, method: str, told: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], before: int) -> None:
     """Figures, curves over the blocks, and the layers that lost most."""
@@ -41,5 +52,5 @@ def describe(report: ReportBuilder, title: str, method: str, told: Sequence[Mapp
         for one in told:
             bits.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["bits"])))
         report.curves("Bits of a weight", bits, x="block", y="bits, scales included", note="More where a rounding would change the model's chances of tokens most.")
-    report.table("Figures", ("what", "value"), list(metrics.items()))
+    figures(report, metrics)
     report.table("Layers that lost most", ("layer", "share lost", "bits a weight"), [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst[:12]])

@@ -18,6 +18,8 @@ from typing import Any
 Series = Mapping[str, Sequence[tuple[float, float]]]
 TERMINAL = "report.txt"
 ACCENTS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569", "#0891b2", "#65a30d")
+LABEL = 7  # points of the names in a scatter
+NONE = "–"  # of a figure that is not known
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#5b6572;--line:#d9dee4;--paper:#fff;--card:#f6f8fa;--accent:#2563eb}
@@ -184,7 +186,7 @@ def _block_html(block: Block) -> str:
         return out + "".join(f"<p>{html.escape(p)}</p>" for p in block.text.split("\n\n"))
     note = f'<p class="note">{html.escape(block.text)}</p>' if block.text else ""
     if block.kind == "table":
-        numeric = [bool(block.rows) and all(_is_number(row[i]) for row in block.rows) for i in range(len(block.columns))]
+        numeric = [any(_is_number(row[i]) for row in block.rows) and all(_is_number(row[i]) or row[i] == NONE for row in block.rows) for i in range(len(block.columns))]
         head = "".join(f"<th{' class=n' if right else ''}>{html.escape(c)}</th>" for c, right in zip(block.columns, numeric, strict=True))
         rows = "".join("<tr>" + "".join(_td(v) for v in row) + "</tr>" for row in block.rows)
         return f'{out}{note}<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
@@ -232,7 +234,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _td(value: Any) -> str:
-    return f"<td{' class=n' if _is_number(value) else ''}>{html.escape(_cell(value))}</td>"
+    return f"<td{' class=n' if _is_number(value) or value == NONE else ''}>{html.escape(_cell(value))}</td>"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -355,15 +357,33 @@ def draw_scatter(groups: Mapping[str, Sequence[tuple[str, float, float]]], line:
         axes.plot([p[0] for p in line], [p[1] for p in line], color="#94a3b8", linewidth=1.2, zorder=1)
     for color, (group, points) in zip(ACCENTS * 3, groups.items(), strict=False):
         axes.scatter([p[1] for p in points], [p[2] for p in points], s=22, color=color, label=group, zorder=2)
-        for name, at, height in points:
-            axes.annotate(name, (at, height), textcoords="offset points", xytext=(4, 3), fontsize=7, color=color)
     if log:
         axes.set_yscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    figure.draw_without_rendering()  # sets where points lie
+    scale = 72 / figure.dpi
+    named = [(name, color, *(axes.transData.transform((at, height)) * scale)) for color, (_, points) in zip(ACCENTS * 3, groups.items(), strict=False) for name, at, height in points]
+    for (name, color, left, low), (dx, dy) in zip(named, beside([(name, left, low) for name, _, left, low in named]), strict=True):
+        at, height = axes.transData.inverted().transform((left / scale, low / scale))
+        axes.annotate(name, (at, height), textcoords="offset points", xytext=(dx, dy), fontsize=LABEL, color=color, va="center")
     return _svg(figure)
+
+
+def beside(points: Sequence[tuple[str, float, float]]) -> list[tuple[float, float]]:
+    """Where labels of points (text, x, y in points of type) stand, as the offset of their left middle: the place of eight around its point that covers least of other labels and points."""
+    taken = [(x - 3, y - 3, x + 3, y + 3) for _, x, y in points]
+    found = []
+    for text, x, y in points:
+        width, high = 0.56 * LABEL * len(text), 0.5 * LABEL
+        places = [(5.0, 0.0), (5.0, 6.0), (5.0, -6.0), (-5 - width, 0.0), (-5 - width, 6.0), (-5 - width, -6.0), (-width / 2, 9.0), (-width / 2, -9.0)]
+        boxes = [(x + dx, y + dy - high, x + dx + width, y + dy + high) for dx, dy in places]
+        best = min(range(len(places)), key=lambda at: sum(max(0.0, min(boxes[at][2], two[2]) - max(boxes[at][0], two[0])) * max(0.0, min(boxes[at][3], two[3]) - max(boxes[at][1], two[1])) for two in taken))
+        taken.append(boxes[best])
+        found.append(places[best])
+    return found
 
 
 def draw_bars(items: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> str:

@@ -25,7 +25,7 @@ Derivation = Literal["exact", "exact-on-this-platform", "declared"]
 class Config(BaseModel):
     """Base of every stage's configuration: frozen, no unknown keys; a field's description is its help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
     def reads(self) -> tuple[str, ...]:
         """Files that a stage reads because its config names them: what is in them decides what is made, too."""

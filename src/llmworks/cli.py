@@ -197,7 +197,8 @@ def _stage_command(words: list[str]) -> int:
     args.stage = stage
     free = [f"input_{item.name}" for item in stage.inputs.values() if item.shape == "one" and not getattr(args, f"input_{item.name}")]
     if len(args.refs) > len(free):
-        parser.error(f"{args.refs[len(free)]!r} is one word too many; inputs: {', '.join(f'--{name}' for name in stage.inputs)}")
+        many = next((f"; --{name} is given again for each" for name, item in stage.inputs.items() if item.shape != "one"), "")
+        parser.error(f"{args.refs[len(free)]!r} is one word too many; inputs: {', '.join(f'--{name}' for name in stage.inputs)}{many}")
     for name, ref in zip(free, args.refs, strict=False):
         setattr(args, name, [ref])
     making.stage(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ def ways_of(names: Sequence[str]) -> dict[str, Way]:
     for name in names:
         found = {one: way for one, way in WAYS.items() if one == name} or {one: way for one, way in WAYS.items() if one.startswith(name)}
         if not found:
-            raise UserError(f"no way to quantize is called {name!r}; known: {', '.join(WAYS)}")
+            near = next((one for one in WAYS if one == f"gguf-{name}"), "") or next(iter(difflib.get_close_matches(name, WAYS, n=1)), "")
+            raise UserError(f"no way to quantize is called {name!r}{f', did you mean {near!r}' if near else ''}; known: {', '.join(WAYS)}")
         chosen |= found
     return chosen
 

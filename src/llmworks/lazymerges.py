@@ -38,7 +38,7 @@ def recipe_of(method: str, models: Sequence[str], base: str = "", weights: Seque
     how = METHODS[method]
     others = [name for name in models if name != base]
     if how.base == "required" and not base:
-        raise UserError(f"--method {method} measures models from a base; give it as --base")
+        raise UserError(f"--method {method} " + ("begins at one of the two; name it as --base" if method == "slerp" else "measures models from a base; give it as --base"))
     if weights and len(weights) != len(others):
         raise UserError(f"--weights: {len(weights)} numbers for {len(others)} models")
     twice = next((name for name in models if list(models).count(name) > 1), None)
@@ -145,6 +145,7 @@ def _fill(child: Model, board: Report | None, name: str, target: Path, scores: S
                 shutil.copyfile(file, target / file.name)
     front = front_of(child.path)
     body = (child.path / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1].split("\n")
+    body = [f"# {name}" if at == next((i for i, line in enumerate(body) if line.startswith("# ")), -1) else line for at, line in enumerate(body)]
     section = board.path / "model-card.md" if board is not None else None
     if section is not None and section.exists():
         body += ["", section.read_text(encoding="utf-8")]

@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from llmworks.artifact import Adapter, Model, load
 from llmworks.errors import ArtifactError, UserError
 from llmworks.execute import Outcome, execute
-from llmworks.merge.config import MergeConfig
+from llmworks.merge.config import Condition, MergeConfig
 from llmworks.merge.experts import ExpertsConfig
 from llmworks.merge.layout import layout_of
 from llmworks.merge.plan import Plan
-from llmworks.recipe import assign, config_problem
+from llmworks.recipe import assign, config_problem, unknown
 from llmworks.references import open_engine, resolve
 from llmworks.stages import resolve as resolve_stage
 from llmworks.workspace import Workspace
@@ -73,7 +73,18 @@ def _checked(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(dict.fromkeys(config_problem(kind, dict(one), where) for one in error.errors()))) from None
+        raise UserError("; ".join(dict.fromkeys(_problem(kind, error, where)))) from None
+
+
+def _problem(kind: type[MergeConfig | ExpertsConfig], error: ValidationError, where: str) -> list[str]:
+    """What is wrong, without all that a value could have been: pydantic tells an error for each form that a setting may have."""
+    said: list[dict[str, Any]] = [dict(one) for one in error.errors()]
+    inside = [one for one in said if any("Condition" in str(part) for part in one["loc"]) and one["type"] in ("extra_forbidden", "missing")]
+    if inside:
+        one = min(inside, key=lambda each: each["type"] != "extra_forbidden")
+        place = ".".join([where, *(str(part) for part in one["loc"][:-1] if not (isinstance(part, str) and ("[" in part or part == "Condition")))])
+        return [f"{place}: " + (unknown("key", str(one["loc"][-1]), list(Condition.model_fields)) if one["type"] == "extra_forbidden" else f"{one['loc'][-1]} is missing")]
+    return [config_problem(kind, one, where) for one in said[:4]]
 
 
 def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
@@ -91,6 +102,12 @@ def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
     for name in documents:
         visit(name, ())
     return sorted(done.values(), key=lambda one: one.name == "")  # the one that is asked for comes last
+
+
+def unnamed(documents: Sequence[Document], given: Mapping[str, Model]) -> str:
+    """A model that is given and that no merge of a file names; empty where all are named."""
+    named = {part for document in documents for name in document.config.named() for part in (name, name.partition("+")[0])}
+    return next((name for name in given if name not in named), "")
 
 
 def found_models(config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], workspace: Workspace) -> dict[str, Model]:

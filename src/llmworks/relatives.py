@@ -5,6 +5,7 @@ The questions themselves (who descends from whom, what differs) are answered in 
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -123,7 +124,8 @@ def _parents(stage: ResolvedStage, family: Family, artifact: Artifact) -> dict[s
         found = node.artifact if node else None
         if found is None:
             return f"its parent {parent.name} ({parent.digest[:12]}) is not here"
-        found.name = parent.name
+        found = copy.copy(found)  # as it was called then: cards name models, and references say licences
+        found.name, found.ref = parent.name, parent.ref
         role, bracket, key = parent.role.partition("[")
         if not bracket:
             inputs[role] = found

@@ -17,7 +17,9 @@ from llmworks.errors import LlmworksError, ModelError, UserError
 from llmworks.lazymerges import export, recipe_of
 from llmworks.lineage.declared import claims
 from llmworks.lineage.licence import kind_of
+from llmworks.merge.config import MergeConfig
 from llmworks.merge.layout import layout_of
+from llmworks.merge.plan import plan_of
 from llmworks.merge.shares import Kinship, kinship
 from llmworks.model.load import Stored, load_model
 from llmworks.model.shards import Shards
@@ -279,3 +281,42 @@ def test_digests_that_cannot_be_kept_are_computed_again(tmp_path: Path, pico: Pa
     monkeypatch.setenv("LLMWORKS_CACHE", str(tmp_path / "taken"))
     found = resolve(str(pico))
     assert found.digest == resolve(str(pico)).digest
+
+
+def test_a_parameter_that_no_method_has(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is a mistake; one of another method is told, since mergekit's files often have some."""
+    given = {"merge_method": "ties", "base_model": "base", "models": [{"model": "a", "parameters": {"weight": 1, "dencity": 0.5}}]}
+    with pytest.raises(UserError, match="unknown parameter 'dencity', did you mean 'density'"):
+        merged(given, family, tmp_path / "out")
+    with pytest.raises(UserError, match="unknown parameter 'wieght', did you mean 'weight'"):
+        merged({"merge_method": "linear", "models": of("a", wieght=1)}, family, tmp_path / "more")
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
+    merged({"merge_method": "linear", "models": of("a", weight=1), "parameters": {"t": 0.4}}, family, tmp_path / "other")
+    assert any("linear has no parameter t" in line for line in said)
+
+
+def test_a_model_that_the_file_does_not_name(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.yml").write_text("merge_method: linear\nmodels: [{model: one, parameters: {weight: 1}}]\n")
+    assert main(["merge", "m.yml", "--models", f"one={family / 'a'}", "--models", f"typo={family / 'b'}", "--out", "x"]) == 2
+    assert "names no model 'typo'; it names one" in capsys.readouterr().err
+    assert main(["merge", "m.yml", "--models", f"one={family / 'a'}", "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert "linear of one" in told
+    assert "one 0 to 3" in told
+    assert main(["merge", "--methods"]) == 0
+    assert "density (1.0, of each model)" in capsys.readouterr().out
+    (tmp_path / "m.yml").write_text("merge_method: slerp\nbase_model: one\nmodels: [{model: one}]\nparameters: {t: [{filter: mlp, valeu: 0.5}, 0.3]}\n")
+    assert main(["merge", "m.yml", "--out", "x"]) == 2
+    told = capsys.readouterr().err
+    assert "parameters.t.0: unknown key 'valeu', did you mean 'value'" in told
+    assert len(told) < 200
+
+
+def test_what_is_read_is_counted_in_the_number_format_of_the_models(family: Path) -> None:
+    layouts = {"a": layout_of("a", family / "a"), "b": layout_of("b", family / "b")}
+    given = {"merge_method": "linear", "models": of("a", "b", weight=1)}
+    plans = [plan_of(MergeConfig.model_validate({**given, **more}), layouts) for more in ({}, {"dtype": "float16"})]
+    assert plans[0].sizes() == (2 * plans[0].sizes()[1], plans[0].sizes()[1])
+    assert plans[1].sizes() == (plans[0].sizes()[0], plans[0].sizes()[1] // 2)

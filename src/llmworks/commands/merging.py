@@ -13,10 +13,16 @@ def merge(args: argparse.Namespace) -> None:
     """`llmworks merge FILE --out NAME`."""
     from llmworks.artifact import Model
     from llmworks.errors import UserError
-    from llmworks.merges import merge_file, plan_file, read
+    from llmworks.merge.plan import spans
+    from llmworks.merges import merge_file, plan_file, read, unnamed
     from llmworks.references import resolve
     from llmworks.workspace import check_out
 
+    if args.methods:
+        _methods()
+        return
+    if args.file is None:
+        raise UserError("a file is missing: mergekit's YAML (llmworks merge FILE --out NAME)")
     documents, workspace = read(args.file, args.set), workspace_of(args)
     given: dict[str, Model] = {}
     for text in args.models:
@@ -27,14 +33,19 @@ def merge(args: argparse.Namespace) -> None:
         if not isinstance(found, Model):
             raise UserError(f"--models {text}: is a {found.kind}, not a model")
         given[name] = found
+    spare = unnamed(documents, given)
+    if spare:
+        raise UserError(f"--models {spare}=...: {args.file} names no model {spare!r}; it names {', '.join(dict.fromkeys(name for document in documents for name in document.config.named()))}")
     if args.plan:
         plan = plan_file(documents, workspace, given)
         read_bytes, written = plan.sizes()
         if args.json:
             as_json({"tensors": len(plan.jobs), "read_bytes": read_bytes, "written_bytes": written, "seconds": round(plan.seconds(), 1), "unused": list(plan.unused)})
             return
-        table(("stack", "layers"), [(stack, len(origins)) for stack, origins in plan.layers.items()])
-        out(f"\n{len(plan.jobs)} tensors; {read_bytes / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write; about {plan.seconds():.0f} s on one core." + (f"\nThe method has no parameter {', '.join(plan.unused)}, which the file gives." if plan.unused else ""))
+        names = list(dict.fromkeys(name for job in plan.jobs for name, _ in job.sources))
+        out(f"{plan.method.name} of {', '.join(names)}\n")
+        table(("stack", "layers", "each layer's first source"), [(stack, len(origins), ", ".join(spans(origins))) for stack, origins in plan.layers.items()])
+        out(f"\n{len(plan.jobs)} tensors; {read_bytes / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write; about {max(1, round(plan.seconds())):,} s on one core, and what the disk takes." + (f"\nThe method has no parameter {', '.join(plan.unused)}, which the file gives." if plan.unused else ""))
         return
     if args.out is None:
         raise UserError("--out is missing: the name of the result")
@@ -45,6 +56,17 @@ def merge(args: argparse.Namespace) -> None:
         as_json({"path": str(outcome.artifact.path), "digest": outcome.artifact.digest, "made": outcome.made, "metrics": outcome.artifact.metrics})
         return
     say_made("merge", args.out, outcome)
+
+
+def _methods() -> None:
+    """All methods with their parameters: of the tensor, or of each model, with what they are where none is given."""
+    from llmworks.merge.catalogue import METHODS
+    from llmworks.merge.settings import REQUIRED, Parameter
+
+    def said(one: Parameter) -> str:
+        return f"{one.name} ({'needed' if one.default is REQUIRED else 'none' if one.default is None else str(one.default).lower()}{'' if one.of == 'tensor' else ', of each model'})"
+
+    table(("merge_method", "base_model", "parameters (default)"), [(name, {"required": "needed", "optional": "may be", "none": "any model"}[how.base], ", ".join(map(said, how.parameters)) or "none") for name, how in METHODS.items()])
 
 
 def lazymerge(args: argparse.Namespace) -> None:

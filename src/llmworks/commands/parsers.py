@@ -220,10 +220,11 @@ def _lazymerge() -> Parser:
 
 def _merge() -> Parser:
     parser = _parser("merge", "merging.merge", "Merge models by mergekit's YAML. `llmworks stages merge` lists its keys; `llmworks merge STAGE --help` tells of the stages of the group.")
-    parser.add_argument("file", type=Path, help="YAML: merge_method, models or slices, base_model, parameters ...; models are paths, names in the workspace, asset:NAME, ORG/NAME of the Hub, MODEL+ADAPTER")
+    parser.add_argument("file", type=Path, nargs="?", help="YAML: merge_method, models or slices, base_model, parameters ...; models are paths, names in the workspace, asset:NAME, ORG/NAME of the Hub, MODEL+ADAPTER")
     parser.add_argument("--models", action="append", default=[], metavar="NAME=REF", help="what a name in the file stands for, where it is no reference itself")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one key of the file, as parameters.t=0.4")
     parser.add_argument("--plan", action="store_true", help="only say what would be read and written; looks at headers alone")
+    parser.add_argument("--methods", action="store_true", help="only list the methods with their parameters")
     parser.add_argument("--out", type=Path, metavar="NAME", help="name of the result: a link to it in the workspace's store")
     parser.add_argument("--seed", type=int, default=0, help="of the methods that drop at random")
     parser.add_argument("--quiet", action="store_true", help="no progress")

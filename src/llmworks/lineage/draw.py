@@ -8,6 +8,7 @@ from pathlib import Path
 from llmworks.lineage.family import Family, Node
 from llmworks.lineage.place import BOX_H, BOX_W, placed
 
+BY = "by its weights: "
 COLORS = {"model": "#2563eb", "adapter": "#7c3aed", "dataset": "#059669", "tokenizer": "#0891b2", "index": "#b45309", "report": "#64748b"}
 
 
@@ -21,8 +22,11 @@ def draw_text(family: Family) -> str:
         joint = "" if top else ("└─ " if last else "├─ ")
         made = f"  [{' '.join([node.stage, *_how(node)])}]" if node.stage else f"  [from outside{f': {node.ref}' if node.ref else ''}]"
         extra = f"  + {', '.join(dict.fromkeys(others))}" if others else ""
-        told = next((role for role, digest in node.parents if digest == primary[node.digest] and line_of(node, role) == "dotted"), "")
-        by = f"  ({told})" if told else ""
+        told = [role for role, digest in node.parents if digest in family.nodes and line_of(node, role) == "dotted"]
+        if len(told) > 1 and all(role.startswith(BY) for role in told):  # all parents with their shares
+            told = [BY + "; ".join(f"{role.removeprefix(BY)} {family.nodes[digest].label}" for role, digest in node.parents if role in told and digest in family.nodes)]
+        own = next((role for role, digest in node.parents if digest == primary[node.digest]), "")
+        by = f"  ({told[0]})" if told else "  (its tokenizer alone)" if own == "tokenizer" and node.kind == "model" else ""
         lines.append(f"{prefix}{joint}{node.label}  {node.kind}{'' if node.digest.startswith('claimed:') else f' {node.digest[:12]}'}{made}{by}{extra}{_facts(node)}")
         below = [child for child in family.nodes.values() if primary[child.digest] == node.digest]
         for i, child in enumerate(below):
@@ -53,7 +57,7 @@ def _facts(node: Node) -> str:
 
 def line_of(node: Node, role: str) -> str:
     """How an edge to a node is drawn: solid where it can be derived again, dashed where it is declared, dotted where a file claims it or weights say so."""
-    return "dotted" if role.startswith("by its weights") or " says: " in role else "dashed" if node.derivation == "declared" else "solid"
+    return "dotted" if role.startswith(BY) or " says: " in role else "dashed" if node.derivation == "declared" else "solid"
 
 
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="5 3"', "dotted": ' stroke-dasharray="1.5 3"'}

@@ -29,6 +29,11 @@ class Method:
     plain: bool = False
     pace: float = 3.0  # nanoseconds that a number of an input takes, about (benchmarks/merge.py)
 
+    @property
+    def name(self) -> str:
+        """As mergekit's files have it."""
+        return self.target.partition(":")[2]
+
     def function(self) -> Callable[..., Any]:
         """The method: of a `merge.group.Group` to what makes a piece of the result of pieces of the inputs."""
         module, _, name = self.target.partition(":")

@@ -34,6 +34,7 @@ class Job:
     shared: Mapping[str, Any]
     each: tuple[Mapping[str, Any], ...]
     tokens: bool = False
+    read: int = 0  # bytes of its sources
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,22 @@ class Plan:
     def sizes(self) -> tuple[int, int]:
         """(bytes that are read, bytes that are written)."""
         written = sum(math.prod(job.shape) * BYTES[job.out_dtype] for job in self.jobs)
-        return sum(math.prod(job.shape) * BYTES[job.dtype] * len(job.sources) for job in self.jobs), written
+        return sum(job.read for job in self.jobs), written
 
     def seconds(self) -> float:
         """About how long one core takes."""
         return sum(math.prod(job.shape) * len(job.sources) for job in self.jobs) * self.method.pace * 1e-9
+
+
+def spans(origins: tuple[tuple[str, int], ...]) -> list[str]:
+    """Runs of layers that follow one another in one model."""
+    found: list[list[Any]] = []
+    for model, layer in origins:
+        if found and found[-1][0] == model and found[-1][2] == layer - 1:
+            found[-1][2] = layer
+        else:
+            found.append([model, layer, layer])
+    return [f"{model} {low} to {high}" if high > low else f"{model} {low}" for model, low, high in found]
 
 
 def plan_of(config: MergeConfig, models: Mapping[str, Layout], rows: int = 0) -> Plan:
@@ -62,8 +74,13 @@ def plan_of(config: MergeConfig, models: Mapping[str, Layout], rows: int = 0) ->
     """
     method = check(config, models)
     planner = Planner(config, models, method, rows)
-    jobs = tuple(planner.jobs())
     known = {parameter.name for parameter in method.parameters}
+    anywhere = {parameter.name for one in METHODS.values() for parameter in one.parameters}
+    strange = next((name for settings in planner.settings() for name in settings if name not in anywhere), None)
+    if strange is not None:
+        near = difflib.get_close_matches(strange, known, n=1)
+        raise UserError(f"merge_method {config.merge_method}: unknown parameter {strange!r}{f', did you mean {near[0]!r}?' if near else ''}; it has {', '.join(sorted(known)) or 'none'}")
+    jobs = tuple(planner.jobs())
     unused = sorted({name for settings in planner.settings() for name in settings} - known)
     return Plan(method, jobs, planner.layers, tuple(unused))
 
@@ -207,7 +224,7 @@ class Planner:
             raise ModelError(f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which nothing can be multiplied by; convert the model first")
         shape = (self.rows, *places[0].shape[1:]) if tokens and self.rows else places[0].shape
         out = DTYPES[self.config.out_dtype] if self.config.out_dtype and dtype in FLOATS else dtype
-        return Job(name, shape, tuple(sources), base, dtype, out, shared, tuple(each), tokens)
+        return Job(name, shape, tuple(sources), base, dtype, out, shared, tuple(each), tokens, sum(place.size for place in places))
 
     def base(self, models: Sequence[str], base: str | None, name: str) -> int | None:
         """The base's place among the sources. UserError where the method has to have one, or for too few or many sources."""

@@ -20,7 +20,7 @@ from llmworks.errors import ModelError, UserError
 from llmworks.merge.catalogue import METHODS
 from llmworks.merge.config import DTYPES, MergeConfig
 from llmworks.merge.layout import COUNTS, HEAD, Layout, layout_of
-from llmworks.merge.plan import Plan
+from llmworks.merge.plan import Plan, spans
 from llmworks.merge.prepare import prepared
 from llmworks.merge.stream import Stream
 from llmworks.merge.texts import logits_at, replay, write_tokenizer
@@ -48,6 +48,8 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     size = written(stream, config.shard_bytes, layouts, ctx)
     weights = sum(math.prod(job.shape) for job in plan.jobs)
     metrics: dict[str, Any] = {"bytes": size, "parameters": weights, "models": len(models), **({"tied_at_a_threshold": stream.notes["tied"]} if "tied" in stream.notes else {})}
+    if stream.notes.get("tied", 0) > 0.01 * weights:
+        ctx.progress.say(f"{stream.notes['tied'] / weights:.1%} of the weights changed by exactly as much as the last change that was kept, in numbers of so few bits; which of them are kept is by their order (dtype: float32 tells them apart)")
     recorded = golden.record(*read, logits_at(ctx.out)) if read else None
     describe(config, models, plan, metrics, ctx, donor)
     return Model(ctx.out, golden=recorded, metrics=metrics, about={"format": "hf", "method": config.merge_method, "dtype": TORCH[plan.jobs[0].out_dtype], "architecture": layouts[donor].kind})
@@ -153,7 +155,7 @@ def describe(config: MergeConfig, models: Mapping[str, Model], plan: Plan, metri
     page = ctx.report
     page.title, page.lead = f"Merge of {', '.join(models)}", lead
     page.table("Models", ("name", "what", "digest", "reference"), [(name, "base" if name == config.base_model else "", model.digest[:12], model.ref) for name, model in models.items()])
-    page.table("Layers", ("stack", "layers", "from"), [(stack, len(origins), ", ".join(_spans(origins))) for stack, origins in plan.layers.items()], "Each layer's first source; a method mixes all sources of a slice.")
+    page.table("Layers", ("stack", "layers", "from"), [(stack, len(origins), ", ".join(spans(origins))) for stack, origins in plan.layers.items()], "Each layer's first source; a method mixes all sources of a slice.")
     if metrics.get("tied_at_a_threshold"):
         page.text("Ties", f"{metrics['tied_at_a_threshold']:,} changes were as large as the last one that was kept, some of them kept and some not: the first in each tensor's order. A sort that is not stable may keep others of them.")
     page.drawing("Configuration", f"<pre>{html.escape(text)}</pre>", plain=text)
@@ -168,14 +170,3 @@ def describe(config: MergeConfig, models: Mapping[str, Model], plan: Plan, metri
     lines += ["```yaml", text.rstrip(), "```", "", "The tokens, mask and stop tokens of its tokenizer's model were replayed on these files." if names else "", ""]
     write(ctx.out, front, lines)
     ctx.progress.say(lead)
-
-
-def _spans(origins: tuple[tuple[str, int], ...]) -> list[str]:
-    """Runs of layers that follow one another in one model."""
-    found: list[list[Any]] = []
-    for model, layer in origins:
-        if found and found[-1][0] == model and found[-1][2] == layer - 1:
-            found[-1][2] = layer
-        else:
-            found.append([model, layer, layer])
-    return [f"{model} {low} to {high}" if high > low else f"{model} {low}" for model, low, high in found]

@@ -58,7 +58,7 @@ class Kinship:
         left = sum(layer.left for layer in self.layers) / len(self.layers) if self.layers else 1.0
         return {
             "same": f"has the weights of {', '.join(self.parents)}", "tuned": f"was tuned from {', '.join(self.parents)}, or that from it: {left:.1%} of its weights is its own", "merged": f"is a merge of {names}; {left:.1%} of its weights is in none of them",
-            "layers": f"has layers of {', '.join(self.parents)}; {equal} of {len(self.layers)} are equal", "experts": f"is a mixture whose experts are {', '.join(f'{at} {name}' for at, name in self.experts.items())}", "unknown": "is kin of none of them",
+            "layers": f"has layers of {', '.join(self.parents)}; {equal} of {len(self.layers)} are theirs to the last bit" + ("" if equal else ", as after another number format"), "experts": f"is a mixture whose experts are {', '.join(f'{at} {name}' for at, name in self.experts.items())}", "unknown": "is kin of none of them",
         }[self.relation]  # fmt: skip
 
 

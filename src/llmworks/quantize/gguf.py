@@ -18,6 +18,11 @@ from llmworks.quantize.gguf_types import FORMATS, FileType
 BOUNDS = {"f32": 0.02, "f16": 0.05, "bf16": 0.3, "q8": 0.3, "q6": 0.8, "q5": 1.5, "q4": 3.0}
 
 
+def bound_of(kind: str) -> float:
+    """How far golden logits of a type may move on average; infinite for those of three bits and fewer."""
+    return BOUNDS.get(kind if kind in BOUNDS else kind.removeprefix("i")[:2], float("inf"))
+
+
 class GgufConfig(Config):
     """Which number formats, and what is looked at for them."""
 

@@ -22,7 +22,7 @@ def read_config(path: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     names = config.get("architectures") or []
     if kind not in LAYOUTS or names != [LAYOUTS[kind].model]:
-        raise ModelError(f"{path}: architecture {names or kind} cannot be written as GGUF, only {', '.join(layout.model for layout in LAYOUTS.values())}")
+        raise ModelError(f"{path}: architecture {', '.join(names) or kind} cannot be written as GGUF, only {', '.join(layout.model for layout in LAYOUTS.values())}")
     missing = [key for key in NEEDED if not isinstance(config.get(key), (int, float))]
     if missing:
         raise ModelError(f"{path}: config.json: {missing[0]!r} is missing, or no number")

@@ -19,7 +19,7 @@ from llmworks.model.source import Source
 from llmworks.quantize.calibration import calibration, check_length
 from llmworks.quantize.card import gguf_name, hub_name, write_card
 from llmworks.quantize.damage import Damage
-from llmworks.quantize.gguf import BOUNDS
+from llmworks.quantize.gguf import BOUNDS, bound_of
 from llmworks.quantize.gguf_allocation import Table, allocated, table_of
 from llmworks.quantize.gguf_file import Tensors, Written, write_gguf
 from llmworks.quantize.gguf_keys import read_config
@@ -68,7 +68,7 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
     written = write_gguf(model.path, target, config.type, ctx.progress, seen, given)
     engine = LlamaCppEngine(target, name="model.gguf")
     try:
-        bound = BOUNDS.get(config.type if config.type in BOUNDS else config.type.removeprefix("i")[:2], float("inf"))
+        bound = bound_of(config.type)
         bound = max(bound, BOUNDS["q8"]) if config.allocate else bound  # whose formats have 8 bits at most
         gap = require(golden, engine.tokenizer, engine.stops, engine.logits, mean_within=bound, step="quantize.gguf")
         damage = _damage(walk, engine) if walk is not None and len(walk.held) else {}

@@ -23,7 +23,7 @@ from llmworks.model.standard import to_standard
 from llmworks.model.streamed import logits_of
 from llmworks.quantize.calibration import calibration, check_length
 from llmworks.quantize.card import hub_name, write_card
-from llmworks.quantize.config import KeptConfig
+from llmworks.quantize.config import KeptConfig, allowed
 from llmworks.quantize.walk import Part, Passing, Walk, layer_of
 from llmworks.tokenize.golden import record, require
 from llmworks.tokenize.load import load_tokenizer, stop_ids
@@ -31,8 +31,6 @@ from llmworks.tokenize.load import load_tokenizer, stop_ids
 HALF = 65504.0  # the largest number of float16
 BINS = 121  # of a histogram of weights
 SEEN = 1 << 17  # of a matrix, for its histogram
-BOUNDS = {8: 0.3, 7: 0.5, 6: 0.8, 5: 1.5, 4: 3.0}  # how far golden logits may move on average
-INPUTS = 1.0  # where what layers read is rounded, too; SmolLM2-135M moves by 0.3 in 8 bits of both
 STAYS = ("model.safetensors.index.json", "config.json", "manifest.json", "README.md")
 
 
@@ -88,7 +86,7 @@ def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, me
     made = Source(ctx.out, quantized=True)
     texts = [list(one.ids) for one in golden.conversations]
     known = dict(zip(map(tuple, texts), logits_of(made, texts), strict=True))
-    gap = require(golden, tokenizer, stop_ids(ctx.out, tokenizer), lambda some: known[tuple(some)], mean_within=max(BOUNDS.get(min(one.bits for one in chosen.values()), float("inf")), INPUTS if grid.inputs else 0.0), step=f"quantize.{about['method']}")
+    gap = require(golden, tokenizer, stop_ids(ctx.out, tokenizer), lambda some: known[tuple(some)], mean_within=allowed(min(one.bits for one in chosen.values()), inputs=bool(grid.inputs)), step=f"quantize.{about['method']}")
     assert gap is not None
     size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
     weights = sum(one["weights"] for one in told)

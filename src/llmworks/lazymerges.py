@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Lazy:
     seed: int = 0
     say: Callable[[str], None] = print
     quiet: bool = False
+    scores: dict[str, dict[str, str]] = field(default_factory=dict)  # what came of it: by model and task
 
     def made(self, stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
         """One stage's artifact."""
@@ -96,6 +97,7 @@ def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
                 job.say(f"  not asked: {who} on {item.task}: {error}")
                 continue
             job.say(f"✓ {who}  {item.task}  {report.metrics['score']:.3f} ({report.metrics['low']:.3f} to {report.metrics['high']:.3f})")
+            job.scores.setdefault(who, {})[item.task] = f"{report.metrics['score']:.3f} ({report.metrics['low']:.3f} to {report.metrics['high']:.3f})"
             reports.append(report)
     if not reports:
         return child, None

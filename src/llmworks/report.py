@@ -29,6 +29,7 @@ h1{font-size:1.7rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem;
 p{margin:.4rem 0;max-width:75ch}.note{color:var(--soft);font-size:.9rem}.scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.35rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right}td.n{font-variant-numeric:tabular-nums}
+table.wide{font-size:.8rem}.wide th,.wide td{padding:.3rem .45rem}.wide td:first-child{white-space:nowrap}
 figure{margin:.6rem 0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:.6rem;overflow-x:auto}figure svg{max-width:100%;height:auto}
 details{border:1px solid var(--line);border-radius:8px;margin:.5rem 0;background:var(--card)}summary{cursor:pointer;padding:.5rem .8rem}
 dl{margin:0;padding:0 .8rem .6rem}dt{color:var(--soft);font-size:.8rem;margin-top:.5rem}dd{margin:0}
@@ -189,7 +190,8 @@ def _block_html(block: Block) -> str:
         numeric = [any(_is_number(row[i]) for row in block.rows) and all(_is_number(row[i]) or row[i] == NONE for row in block.rows) for i in range(len(block.columns))]
         head = "".join(f"<th{' class=n' if right else ''}>{html.escape(c)}</th>" for c, right in zip(block.columns, numeric, strict=True))
         rows = "".join("<tr>" + "".join(_td(v) for v in row) + "</tr>" for row in block.rows)
-        return f'{out}{note}<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+        wide = " class=wide" if len(block.columns) > 8 else ""
+        return f'{out}{note}<div class="scroll"><table{wide}><tr>{head}</tr>{rows}</table></div>'
     if block.kind == "samples":
         items = ""
         for number, item in enumerate(block.data):
@@ -289,7 +291,9 @@ def _lines(axes: Any, series: Series, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
-    if len(series) > 1:
+    if len(series) > 3:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines, which leave it no room
+    elif len(series) > 1:
         axes.legend(frameon=False)
 
 

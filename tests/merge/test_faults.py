@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmworks import stages
 from llmworks.cli import main
 from llmworks.errors import LlmworksError, ModelError, UserError
+from llmworks.execute import execute
 from llmworks.lazymerges import export, recipe_of
 from llmworks.lineage.declared import claims
 from llmworks.lineage.licence import kind_of
@@ -26,9 +29,11 @@ from llmworks.model.shards import Shards
 from llmworks.model.source import Source
 from llmworks.progress import Progress
 from llmworks.references import resolve
+from llmworks.relatives import derive, family_with
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.tune.evolving import evolve
 from llmworks.tune.genome import Gene, genes_of
+from llmworks.workspace import Workspace
 from tests.merge.test_conformance import merged
 from tests.merge.test_merge import broken, weights
 from tests.oracles.merge_models import save
@@ -320,3 +325,23 @@ def test_what_is_read_is_counted_in_the_number_format_of_the_models(family: Path
     plans = [plan_of(MergeConfig.model_validate({**given, **more}), layouts) for more in ({}, {"dtype": "float16"})]
     assert plans[0].sizes() == (2 * plans[0].sizes()[1], plans[0].sizes()[1])
     assert plans[1].sizes() == (plans[0].sizes()[0], plans[0].sizes()[1] // 2)
+
+
+def test_a_merge_of_an_asset_is_derived_again(family: Path, tmp_path: Path) -> None:
+    """An asset is used as what it was converted to, which the workspace knows by another name; its licence is on the card both times."""
+    workspace = Workspace(tmp_path / "ws")
+
+    def made(given: dict[str, Any], models: dict[str, Any]) -> Any:
+        stage = stages.resolve("merge")
+        return execute(stage, stage.config.model_validate(given), {"models": models}, workspace, seed=0, open_engine=lambda _: pytest.fail("no engine is needed"), quiet=True).artifact
+
+    base = copy.copy(made({"merge_method": "passthrough", "models": of("a")}, {"a": resolve(str(family / "a"))}))
+    base.name = base.ref = "asset:smollm2-135m-instruct"
+    child = made({"merge_method": "ties", "base_model": base.name, "models": of("b", weight=1, density=0.5)}, {base.name: base, "b": resolve(str(family / "b"))})
+    card = (child.path / "README.md").read_text()
+    assert "asset:smollm2-135m-instruct: apache-2.0" in card
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
+    assert "# smollm2-135m-instruct-ties" in card
+    found = workspace.find_digest(child.digest)
+    assert found is not None
+    assert derive(workspace, family_with(workspace), found) == child.manifest.files

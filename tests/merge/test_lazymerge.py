@@ -50,6 +50,7 @@ def test_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.M
     assert main(words) == 0
     told = capsys.readouterr()
     assert "merge_method: task_arithmetic" in told.err
+    assert sorted(line.split()[0] for line in told.out.splitlines() if " to " in line) == ["base", "child", "one", "two"]
     assert told.err.count("task.yaml" if "task.yaml" in told.err else "tiny") >= 4
     card = ModelCard.load(tmp_path / "upload" / "README.md")
     card.validate = lambda *_: None  # type: ignore[method-assign]  # which asks the Hub

@@ -92,4 +92,8 @@ def lazymerge(args: argparse.Namespace) -> None:
     if args.json:
         as_json({"path": str(child.path), "digest": child.digest, "board": str(board.path) if board else None, "export": str(args.export) if args.export else None})
         return
+    if job.scores:
+        tasks = list(dict.fromkeys(task for one in job.scores.values() for task in one))
+        out("")
+        table(("model", *tasks), [(who, *(one.get(task, "–") for task in tasks)) for who, one in job.scores.items()])
     out(f"\nModel: {args.out}" + (f"\nLeaderboard: {short(board.path / 'report.html')}" if board else "") + (f"\nTo upload: huggingface-cli upload ORG/{args.out.name} {args.export}" if args.export else ""))

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 
 def give_back() -> None:
     """Memory that was held and is not needed now goes back to the system, where the C library can (glibc)."""
@@ -42,3 +44,11 @@ def peak_memory() -> Iterator[Memory]:
     with contextlib.suppress(OSError):
         line = next((text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")), "VmHWM: 0 kB")
         memory.peak = int(line.split()[1]) * 1024
+
+
+def keep_freed() -> None:
+    """Have glibc keep blocks of up to 32 MB that are freed, in place of giving them back to the system and asking again: of tensors that come and go by the thousand that can take longer than computing them."""
+    with contextlib.suppress(OSError, AttributeError):
+        adjust = ctypes.CDLL(None).mallopt
+        adjust(M_MMAP_THRESHOLD, 32 << 20)
+        adjust(M_TRIM_THRESHOLD, 256 << 20)

@@ -17,6 +17,7 @@ import yaml
 from llmworks.artifact import Model
 from llmworks.context import Context
 from llmworks.errors import ModelError, UserError
+from llmworks.memory import keep_freed
 from llmworks.merge.catalogue import METHODS
 from llmworks.merge.config import DTYPES, MergeConfig
 from llmworks.merge.layout import COUNTS, HEAD, Layout, layout_of
@@ -88,6 +89,7 @@ def workers(stream: Stream) -> Iterator[int]:
         return
     import torch
 
+    keep_freed()
     threads, whole = torch.get_num_threads(), stream.plan.method.whole
     torch.set_num_threads(threads if whole else 1)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llmworks.merge.group import Group, Piece, deltas
@@ -23,9 +24,10 @@ class Dropped:
     density: float
 
     def mask(self, number: int, count: int) -> Tensor:
-        """Of a block, all bits of 16 set where a change is kept: a number of 15 bits, drawn for each, is below the density's share of them."""
-        drawn = self.group.bits(self.source, number, count)
-        return drawn.bitwise_and_(0x7FFF).sub_(round(self.density * (1 << 15))).bitwise_right_shift_(15)
+        """Of a block, all bits of 16 set where a change is kept: a number of 15 bits, drawn for each, is below the density's share of them; of 7 bits where that says as much."""
+        width = 8 if (self.density * (1 << 7)).is_integer() else 16
+        drawn = self.group.bits(self.source, number, count, width)
+        return drawn.bitwise_and_((1 << (width - 1)) - 1).sub_(round(self.density * (1 << (width - 1)))).bitwise_right_shift_(width - 1).to(torch.int16)
 
 
 def dare_linear(group: Group) -> Piece:

@@ -61,7 +61,7 @@ def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["evaluate", "good.jsonl", "--max-tokens=5"], "--max-tokens=5 (max_tokens is set with --set max_tokens=VALUE)"),
         (["evaluate", "good.jsonl", "--nothing", "5"], "(see llmworks evaluate --help)"),
         (["quantize", "gguf", "--model", "cut", "--out", "o"], "truncated"),
-        (["merge"], "the following arguments are required: file"),
+        (["merge"], "a file is missing: mergekit's YAML"),
         (["merge", "none.yml", "--out", "o"], "none.yml: no such file; give mergekit's YAML"),
         (["merge", "two.yml", "--set", "models.2.parameters.weight=1", "--out", "o"], "'2' is no place in a list of 1"),
         (["merge", "two.yml", "--set", "models.0.parameters.weight=much", "--out", "o"], "nowhere: no such file or directory"),

@@ -15,7 +15,7 @@ from llmworks.artifact import Dataset, Model
 from llmworks.data import lessons
 from llmworks.data.rows import write_chat
 from llmworks.errors import UserError
-from llmworks.model import attention, fold
+from llmworks.model import adapter, attention
 from llmworks.tokenize.templates import Rendered
 from llmworks.train import checkpoints, loop, selftest_sft
 from llmworks.train.distill import DistillConfig
@@ -99,7 +99,7 @@ def wrong_learning(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_fold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(fold, "scale_of", lambda *a: 1.0)
+    patch.setattr(adapter, "scale_of", lambda *a: 1.0)
 
 
 def _parts(b: selftest_sft.Bench) -> tuple[bool, str]:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 from pathlib import Path
 
 ALIGNED = 4096  # where pieces written past the cache begin and end, in the file and in memory
@@ -30,6 +31,8 @@ class Draft:
     def _reserve(self) -> None:
         """Ask for the whole room at once: a full disk is known before anything is computed, and writing is cheaper than where the file grows block by block. Not all file systems can."""
         try:
+            if shutil.disk_usage(self._path.parent).free < self._size:  # asked before: a file system may take all that it has before it finds that it is too little
+                raise OSError(errno.ENOSPC, "no space left")
             os.posix_fallocate(self._file, 0, self._size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

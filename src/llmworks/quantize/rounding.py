@@ -16,6 +16,7 @@ from torch import Tensor
 from llmworks.artifact import Dataset, Model
 from llmworks.context import Context
 from llmworks.errors import DataError, ModelError
+from llmworks.memory import keep_freed
 from llmworks.model.quantized import FORMS
 from llmworks.model.rounded_inputs import read_rounded
 from llmworks.model.source import Source, join_files
@@ -151,6 +152,7 @@ def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Met
 
     folder = ctx.scratch / "blocks"
     folder.mkdir(exist_ok=True)
+    keep_freed()
     with torch.inference_mode():
         walk = Walk(source, ids, held, ctx.scratch / "walk", stored)
         with ctx.progress.bar("quantize", source.shape.layers, "blocks") as bar:

@@ -7,7 +7,7 @@
     python benchmarks/quantize.py --depths                                (memory by the number of blocks, five minutes)
 
 The same model (SmolLM2-135M-Instruct, fp32), the same tokens to calibrate by (beginnings of Wikipedia articles, joined, texts of 512 tokens), the same others to measure on: the divergence from the model as it was in nats a token, the
-share of tokens of the same best guess, the perplexity within each text. The peers' results are read from what they saved, and measured by the same code. Seconds are of a process's main work, loading left out; memory is a process's most.
+share of tokens of the same best guess, the perplexity within each text. The peers' results are read from what they saved, and measured by the same code. Seconds are from the loaded model to the saved one (ours reads the model in them, looks at golden tokens and draws its report); memory is a process's most.
 """
 
 from __future__ import annotations

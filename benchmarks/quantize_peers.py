@@ -40,9 +40,8 @@ def llm_compressor(way: str, path: str, ids: Any, out: str) -> float:
     more = {} if "RTN" in way else {"dataset": Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()}), "num_calibration_samples": len(ids), "max_seq_length": ids.shape[1], "shuffle_calibration_samples": False}
     began = time.perf_counter()
     oneshot(model=model, tokenizer=AutoTokenizer.from_pretrained(path), recipe=recipe, **more)
-    seconds = time.perf_counter() - began
     model.save_pretrained(out, save_compressed=True)
-    return seconds
+    return time.perf_counter() - began
 
 
 def gptqmodel(way: str, path: str, ids: Any, out: str) -> float:
@@ -54,9 +53,8 @@ def gptqmodel(way: str, path: str, ids: Any, out: str) -> float:
         model = GPTQModel.load(path, GPTQConfig(bits=4, group_size=64, sym=True, device="cpu", offload_to_disk=False), dtype=torch.float32)
         began = time.perf_counter()
         model.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in some], batch_size=1, calibration_sort=None, calibration_concat_size=None, backend=BACKEND.GPTQ_TORCH)
-        seconds = time.perf_counter() - began
     model.save(out)
-    return seconds
+    return time.perf_counter() - began
 
 
 def hqq(way: str, path: str, ids: Any, out: str) -> float:

@@ -67,7 +67,7 @@ STAGES: dict[str, Stage] = {
     "train.shorten": Stage("llmworks.train.shorten:shorten", 1, "exact-on-this-platform", "a model without the blocks that change their input least, to be taught"),
     "train.distill": Stage("llmworks.train.distill:distill", 1, "declared", "a student learns a teacher's chances of tokens, or its answers"),
     "train.rates": Stage("llmworks.train.rates:rates", 2, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"),
-    "merge": Stage("llmworks.merge.merge:merge", 3, "exact-on-this-platform", "several models as one, by mergekit's YAML"),
+    "merge": Stage("llmworks.merge.merge:merge", 4, "exact-on-this-platform", "several models as one, by mergekit's YAML"),
     "merge.experts": Stage("llmworks.merge.experts:experts", 2, "exact-on-this-platform", "dense models as experts of one (frankenMoE, upcycling)"),
     "merge.kinship": Stage("llmworks.merge.kinship:kinship", 1, "exact-on-this-platform", "which models a model was made of, told by its weights"),
     "merge.transplant": Stage("llmworks.merge.transplant:transplant", 2, "exact-on-this-platform", "a model with another tokenizer"),

@@ -19,9 +19,10 @@ from llmworks.context import Context
 from llmworks.errors import GoldenMismatch, LlmworksError, UserError
 from llmworks.merge import blocks, copies
 from llmworks.merge import group as groups
+from llmworks.merge.catalogue import METHODS
 from llmworks.merge.config import MergeConfig
 from llmworks.merge.group import Group
-from llmworks.merge.methods.dare import dare_linear
+from llmworks.merge.methods.dare import PLACES, Dropped, dare_linear, dare_ties
 from llmworks.merge.methods.della import della_linear
 from llmworks.merge.methods.ranks import ranks_of
 from llmworks.model.load import load_model
@@ -159,6 +160,71 @@ def test_dare_keeps_its_share_and_the_mean(density: float) -> None:
     assert not torch.equal(kept[0, False], kept[1, False])
     assert float(kept[0, True].abs().sum()) == pytest.approx(float(change.abs().sum()), rel=6 / math.sqrt(density * len(change)))
     assert float((kept[0, True] / change)[kept[0, True] != 0].mean()) == pytest.approx(1 / density, rel=1e-5)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.75, 0.3, 3 / (1 << 15), 0.99999])
+@pytest.mark.parametrize("count", [1, 63, 64, 20_001])
+def test_places_of_a_density_are_compared_as_numbers_are(density: float, count: int) -> None:
+    """The same words as numbers of so many binary places, one by one."""
+    group = one_group(torch.ones(count), {})
+    share, places = round(density * (1 << PLACES)), PLACES
+    while places > 1 and share % 2 == 0:
+        share, places = share // 2, places - 1
+    mask = Dropped(group, 1, density).mask(7, count)
+    if share == 1 << places:
+        assert mask.tolist() == [-1] * count
+        return
+    size = -(-count // 64)
+    zeros = group.words(1, 7, places * size).reshape(places, size)  # of each place, the lowest first, which numbers have 0 there
+    for at in {0, count // 2, count - 1, *range(0, count, 997)}:
+        number = sum((1 - (int(zeros[place, at // 64]) >> (at % 64) & 1)) << place for place in range(places))
+        assert int(mask[at]) == (-1 if number < share else 0), at
+
+
+@pytest.mark.parametrize("weights", [(0.6, 0.6), (0.6, 0.3), (0.5, -0.7)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("elect", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_dare_of_two_is_what_the_paper_says_of_what_was_drawn(weights: tuple[float, float], dtype: torch.dtype, elect: bool, normalize: bool) -> None:
+    """By whole numbers and truth values in fp64, of the same draws; within the steps of the number format."""
+    generator = torch.Generator().manual_seed(2)
+    count, density = 4096, 0.5
+    base = torch.randn(count, generator=generator).to(dtype)
+    models = [(base.float() + torch.randn(count, generator=generator) / 4).to(dtype) for _ in weights]
+    given = [{}, *({"weight": weight, "density": density} for weight in weights)]
+    group = Group("t", (count,), dtype, 0, {"normalize": normalize, "rescale": True, "lambda": 0.9}, given, lambda first, size: [one[first : first + size] for one in (base, *models)])
+    found = (dare_ties if elect else dare_linear)(group)(group.read(0, count), 0).double()
+    drawn = torch.stack([(one - base).double() * (Dropped(group, at + 1, density).mask(0, count) == -1) * 2 for at, one in enumerate(models)])
+    share = torch.tensor(weights, dtype=torch.float64)[:, None]
+    weighted = drawn * share
+    agree = torch.sign(weighted) == torch.sign(weighted.sum(0)) if elect else torch.ones_like(weighted, dtype=torch.bool)
+    divisor = (share * (agree & (weighted != 0))).sum(0) if elect else share.sum()
+    moved = (weighted * agree).sum(0) / (torch.where(divisor.abs() < 1e-8, 1.0, divisor) if normalize else 1.0)
+    wanted = base.double() + 0.9 * moved
+    step = torch.finfo(dtype).eps
+    near = weighted.sum(0).abs() < 4 * step * weighted.abs().amax(0)  # whose sign rounding decides
+    gap = (found - wanted).abs() / (step * (base.double().abs() + weighted.abs().sum(0) * (5 if normalize else 1) + 1e-3))
+    assert int(near.sum()) < 40
+    assert float(gap[~near].max()) < 4
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "breadcrumbs_ties", "della", "task_arithmetic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("equal", [False, True])
+def test_no_election_hides_what_is_no_number(method: str, dtype: torch.dtype, equal: bool) -> None:
+    """At any place, also behind the last whole vector of the processor; of either sign, in any input."""
+    generator = torch.Generator().manual_seed(2)
+    for count in (77, 130):
+        models = [torch.randn(count, generator=generator).to(dtype) for _ in range(4)]
+        given = [{}, *({"weight": weight, "density": 1.0, "gamma": 0.0, "epsilon": 0.0} for weight in ((0.5,) * 3 if equal else (0.5, 0.4, 0.3)))]
+        for others in (1, 2, 3):
+            for which in range(others + 1):
+                for place in (0, 33, 63, 64, count - 2, count - 1):
+                    for value in (torch.tensor(sign * size, dtype=dtype) for sign in (1, -1) for size in (float("nan"), float("inf"))):
+                        inputs = [one.clone() for one in models[: others + 1]]
+                        inputs[which][place] = value
+                        group = Group("t", (count,), dtype, 0, {"normalize": method == "ties", "rescale": False, "lambda": 1.0}, given[: others + 1], lambda first, size, inputs=inputs: [one[first : first + size].clone() for one in inputs])  # type: ignore[misc]
+                        assert not torch.isfinite(METHODS[method].function()(group)(group.read(0, count), 0)).all(), (others, which, place, value)
 
 
 def test_della_keeps_large_changes_oftener() -> None:

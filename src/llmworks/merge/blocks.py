@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmworks.errors import ModelError, UserError
 from llmworks.merge.catalogue import Method
-from llmworks.merge.copies import broken
+from llmworks.merge.copies import broken, finite
 from llmworks.merge.group import Group, Piece
 from llmworks.merge.layout import Layout
 from llmworks.merge.plan import BLOCK, Job
@@ -47,12 +47,13 @@ class Blocks:
         made = function(blocks, number)
         wanted = getattr(torch, TORCH[job.out_dtype])
         made = made.to(getattr(torch, TORCH[job.dtype])).to(wanted) if made.dtype != wanted else made
-        if made.is_floating_point() and not np.isfinite(float(made.sum(dtype=torch.float64 if made.dtype == torch.float64 else torch.float32))) and not torch.isfinite(made).all():
+        octets = bytes_of(made.contiguous()) if made.numel() else memoryview(b"")
+        if not finite(np.frombuffer(octets, np.uint8), job.out_dtype):
             raise self.blame(job, blocks)
         for name, more in group.notes.items():
             self.notes[name] = self.notes.get(name, 0) + more
         group.notes.clear()
-        return bytes_of(made.contiguous()) if made.numel() else memoryview(b"")
+        return octets
 
     def blame(self, job: Job, blocks: Sequence[Tensor]) -> UserError:
         """Where values that are no numbers come from: of a model's, or of the merge's numbers."""

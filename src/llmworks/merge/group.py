@@ -61,10 +61,9 @@ class Group:
         """Random numbers of a block of an input: by seed, tensor, input and block alone, so that they are the same in each reading and on any number of threads."""
         return torch.Generator().manual_seed(self._seed(source, block))
 
-    def bits(self, source: int, block: int, count: int, width: int = 16) -> Tensor:
-        """Random whole numbers of 8 or 16 bits, under the same rule; from a small fast generator (Doty-Humphrey's SFC64), whose stream numpy keeps."""
-        words: Any = np.random.SFC64(self._seed(source, block)).random_raw(-(-count * width // 64))
-        return torch.from_numpy(words.view(np.int16 if width == 16 else np.int8))[:count]
+    def words(self, source: int, block: int, count: int) -> Any:
+        """Random words of 64 bits, a numpy array, under the same rule; from a small fast generator (Doty-Humphrey's SFC64), whose stream numpy keeps."""
+        return np.random.SFC64(self._seed(source, block)).random_raw(count)
 
     def _seed(self, source: int, block: int) -> int:
         digest = hashlib.sha256(f"{self.seed}:{self.name}:{source}:{block}".encode()).digest()

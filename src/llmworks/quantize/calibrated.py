@@ -58,7 +58,7 @@ class Awq:
         """Look at all parts of a block as it is, then scale what they read; the block computes the same as before."""
         scales: list[tuple[Part, Tensor]] = []
         for part in passing.parts:
-            moments, weights = passing.moments(part), [layer_of(passing.block, name).weight for name in part.layers]
+            moments, weights = passing.moments(part, sizes=True), [layer_of(passing.block, name).weight for name in part.layers]
             wanted = [grids(name) for name in part.layers]
             mean = _as_given(passing.block, part, moments.mean)
             if mean is not None and wanted[0] is not None and all(grid == wanted[0] for grid in wanted):

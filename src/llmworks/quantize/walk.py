@@ -45,28 +45,32 @@ def layer_of(block: Block, name: str) -> nn.Linear:
 
 
 class Moments:
-    """Sums over the inputs [tokens, columns] of some layers: x'x, |x|, and the largest |x| of each column; and some of the inputs themselves."""
+    """Sums over the inputs [tokens, columns] of some layers: x'x, |x| (if `sizes`), and the largest |x| of each column; and some of the inputs themselves."""
 
-    def __init__(self, columns: int) -> None:
+    def __init__(self, columns: int, *, sizes: bool = False) -> None:
         self.square = torch.zeros(columns, columns, dtype=torch.float64)
-        self.size, self.most, self.tokens = torch.zeros(columns, dtype=torch.float64), torch.zeros(columns), 0
+        self.size = torch.zeros(columns, dtype=torch.float64) if sizes else None
+        self.most, self.tokens = torch.zeros(columns), 0
         self.kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         """Some more of them."""
         for start in range(0, x.shape[1], PIECE):
             self.square[start : start + PIECE, start:] += x[:, start : start + PIECE].T @ x[:, start:]
-        large = x.abs()
-        self.size += large.sum(0)
-        self.most = torch.maximum(self.most, large.amax(0))
+        if self.size is not None:
+            self.size += x.abs().sum(0)
+        self.most = torch.maximum(self.most, torch.maximum(x.amax(0), -x.amin(0)))
         self.tokens += len(x)
         self.kept.append(x[:: max(1, len(x) // SAMPLE)].clone())
 
     @property
     def hessian(self) -> Tensor:
         """Second moments [columns, columns], their mean over tokens."""
-        upper = self.square.triu()
-        return (upper + upper.triu(1).T).div_(max(1, self.tokens))
+        whole = self.square / max(1, self.tokens)
+        for start in range(0, len(whole), PIECE):
+            end = start + PIECE
+            whole[end:, start:end] = whole[start:end, end:].T
+        return whole
 
     @property
     def sample(self) -> Tensor:
@@ -76,6 +80,7 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """The mean of |x| [columns]."""
+        assert self.size is not None
         return self.size / max(1, self.tokens)
 
 
@@ -202,11 +207,11 @@ class Passing:
             made = block.feed_forward.think(block.read(self.after[some]))
         return made
 
-    def moments(self, part: Part) -> Moments:
-        """Of what the layers of a part read."""
+    def moments(self, part: Part, *, sizes: bool = False) -> Moments:
+        """Of what the layers of a part read; with the sizes of columns where they are wanted."""
         found: Moments | None = None
         for x in self.inputs(part):
-            found = found or Moments(x.shape[1])
+            found = found or Moments(x.shape[1], sizes=sizes)
             found.add(x)
         assert found is not None
         self.apart.setdefault(part.layers[0], float(found.most.max() / found.most.median().clamp(min=1e-12)))

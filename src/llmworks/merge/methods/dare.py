@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmworks.merge.group import Group, Piece, deltas
 from llmworks.merge.methods.task_arithmetic import added, check, kept
+
+PLACES = 15  # of a density, at most
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,20 @@ class Dropped:
     density: float
 
     def mask(self, number: int, count: int) -> Tensor:
-        """Of a block, all bits of 16 set where a change is kept: a number of 15 bits, drawn for each, is below the density's share of them; of 7 bits where that says as much."""
-        width = 8 if (self.density * (1 << 7)).is_integer() else 16
-        drawn = self.group.bits(self.source, number, count, width)
-        return drawn.bitwise_and_((1 << (width - 1)) - 1).sub_(round(self.density * (1 << (width - 1)))).bitwise_right_shift_(width - 1).to(torch.int16)
+        """Of a block, all bits of 8 set where a change is kept: where a random number is below the density, both of as many binary places as that has, 15 at most.
+
+        They are compared place by place, the lowest first, of 64 changes at once: at a place where the density has 1, a number is below it that has 0 there, or is below it by the lower places; where the density has 0, a number that has 0 and is.
+        """
+        share, places = round(self.density * (1 << PLACES)), PLACES
+        if share == 1 << PLACES:
+            return torch.full((count,), -1, dtype=torch.int8)
+        while places > 1 and not share & 1:
+            share, places = share >> 1, places - 1
+        size = -(-count // 64)
+        below: Any = np.zeros(size, np.uint64)
+        for place, zero in enumerate(self.group.words(self.source, number, places * size).reshape(places, size)):
+            (np.bitwise_or if share >> place & 1 else np.bitwise_and)(below, zero, out=below)
+        return torch.from_numpy(np.unpackbits(below.view(np.uint8), count=count, bitorder="little").view(np.int8)).neg_()
 
 
 def dare_linear(group: Group) -> Piece:

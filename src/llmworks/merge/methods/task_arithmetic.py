@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from llmworks.errors import UserError
+from llmworks.merge.copies import finite
 from llmworks.merge.group import Group, Piece, deltas
+from llmworks.model.shards import FLOATS, TORCH
 
+NAMES = {getattr(torch, TORCH[name]): name for name in FLOATS}
 INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes as a float
 
 
@@ -38,21 +41,28 @@ def added(group: Group, blocks: Sequence[Tensor], changes: Sequence[Tensor], *, 
     base = blocks[group.base]
     if not changes:
         return base
-    weights = torch.tensor(group.weights(), dtype=base.dtype)
-    for change, weight in zip(changes, weights if larger is None else torch.tensor(group.weights()).mul(torch.tensor(larger)).to(base.dtype), strict=True):
-        change.mul_(weight)
+    weights, once = torch.tensor(group.weights(), dtype=base.dtype), float(group.shared["lambda"])
+    factors = weights if larger is None else torch.tensor(group.weights()).mul(torch.tensor(larger)).to(base.dtype)
+    if larger is not None and float(factors.min()) == float(factors.max()) > 0 and not group.shared["normalize"]:
+        once *= float(factors[0])  # what is drawn has no numbers of mergekit's to be equal to: one product does for all
+    else:
+        for change, factor in zip(changes, factors, strict=True):
+            change.mul_(factor)
     moved = total(changes)
     divisor = _whole(weights)
     if elect:
-        sign = (moved.view(INTS[moved.element_size()]) >> (8 * moved.element_size() - 1)) & SIGN[moved.element_size()]  # a sum is -0 only where all changes are 0
-        changes = [_turned(change, sign).clamp_(min=0) for change in changes]  # those of the other sign are 0
+        sign = moved.view(INTS[moved.element_size()]) & SIGN[moved.element_size()]  # a sum is -0 only where all changes are 0
+        numbers = finite(moved.view(torch.uint8).numpy(), NAMES[moved.dtype])
+        changes = [_positive(_turned(change, sign), numbers=numbers) for change in changes]  # those of the other sign are 0
         moved = total(changes)
         if group.shared["normalize"]:
             moved, divisor = moved.clone() if len(changes) == 1 else moved, _agreeing(changes, weights)
         moved = _turned(moved, sign)
     if group.shared["normalize"]:
         moved = moved / divisor
-    if group.shared["lambda"] != 1:
+    if larger is not None:
+        return torch.add(base, moved, alpha=once)
+    if once != 1:
         moved = moved * group.shared["lambda"]
     return base + moved
 
@@ -81,6 +91,12 @@ def kept(change: Tensor, mask: Tensor) -> Tensor:
 def _turned(change: Tensor, sign: Tensor) -> Tensor:
     """With the other sign where a bit is set, in place."""
     return change.view(sign.dtype).bitwise_xor_(sign).view(change.dtype)
+
+
+def _positive(change: Tensor, *, numbers: bool) -> Tensor:
+    """0 where it is below that, in place; by its bits where there is no NaN, which might be lost so."""
+    (change.view(INTS[change.element_size()]) if numbers else change).clamp_(min=0)
+    return change
 
 
 def _whole(weights: Tensor) -> Tensor:

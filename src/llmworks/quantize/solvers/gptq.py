@@ -35,11 +35,8 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01,
     rest[:, dead] = 0.0
     order = torch.argsort(own, descending=True, stable=True) if by_activation else None
     if order is not None:
-        moments, rest, own = hessian.index_select(0, order).index_select(1, order).double(), rest[:, order], own[order]
-    else:
-        moments = hessian.to(torch.float64, copy=True)
-    moments.diagonal().copy_(own)
-    upper = inverse_root(moments, damping)
+        rest, own = rest[:, order], own[order]
+    upper = inverse_root(hessian, own, damping, order)
     known: Scales | None = None
     if search and grid.group != -1:
         known = clipped(weight.float(), hessian.to(torch.float32), grid)
@@ -51,16 +48,16 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01,
     return Whole(made, Scales(scale, zero), grid)
 
 
-def inverse_root(moments: Tensor, damping: float) -> Tensor:
+def inverse_root(moments: Tensor, own: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
     """The upper Cholesky factor, fp32, of the inverse of a matrix of second moments, which is damped until it has one: the inverse of R where the damped moments are R R', R upper triangular.
 
-    R is found in fp64; that it is inverted in fp32 costs as much as the last bit of what is returned.
+    own: what stands on the diagonal, in `order` of columns; the moments are in the order of weights. R is found in fp64; that it is inverted in fp32 costs as much as the last bit of what is returned.
     """
-    own = moments.diagonal().clone()
+    back = (torch.arange(len(own)) if order is None else order).flip(0)
     share = damping
     for _ in range(8):
-        damped = moments.flip(0, 1)
-        damped.diagonal().add_(share * own.mean())
+        damped = moments.index_select(0, back).index_select(1, back).double()
+        damped.diagonal().copy_(own.flip(0) + share * own.mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper = inverse_of_upper(lower.flip(0, 1).float())

@@ -19,7 +19,7 @@ from llmworks.artifact import Artifact, Dataset, Model, Report
 from llmworks.cli import main
 from llmworks.context import Context
 from llmworks.errors import ArtifactError, DataError, UserError
-from llmworks.evaluate.board import BoardConfig, board, ranked
+from llmworks.evaluate.board import BoardConfig, Entry, ahead, board, ranked
 from llmworks.evaluate.bootstrap import holm
 from llmworks.evaluate.compare import CompareConfig, compare
 from llmworks.evaluate.run import EvaluateConfig, evaluate
@@ -296,6 +296,19 @@ def test_ranks_share_places() -> None:
     cells["w", "1"] = Fake(0.1)  # asked too little to be placed, and in nobody's way
     order, shared = ranked(cells, ["w", "x", "y", "z"], ["1", "2", "3"])
     assert (order[0][0], order[-1], shared) == ("x", ("w", None), ["1", "2"])
+
+
+def test_a_board_says_whether_its_first_is_ahead_by_more_than_chance() -> None:
+    def entry(model: str, task: str, right: int) -> Entry:
+        samples = [{"id": str(number), "group": str(number), "score": float(number < right)} for number in range(60)]
+        return Entry(model, model, task, "", {"percent": True, "better": "higher", "samples": samples, "metric": "acc", "intervals": {"acc": {"value": right / 60, "low": 0, "high": 1}}})
+
+    cells = {(one.model, one.column): one for one in (entry("x", "1", 31), entry("y", "1", 30), entry("x", "2", 50), entry("y", "2", 12), entry("x", "3", 30), entry("y", "3", 31))}
+    assert ahead(cells, ["x", "y"], ["1", "3"]) == " No task tells it apart from y, which comes next."
+    assert ahead(cells, ["x", "y"], ["1", "2", "3"]) == " 1 of 3 tasks tells it apart from y, which comes next."
+    for one in cells.values():
+        one.data["percent"] = False  # type: ignore[index]
+    assert ahead(cells, ["x", "y"], ["1", "2"]) == ""
 
 
 def test_suites_name_tasks_that_are_there() -> None:

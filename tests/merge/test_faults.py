@@ -299,6 +299,10 @@ def test_a_parameter_that_no_method_has(family: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
     merged({"merge_method": "linear", "models": of("a", weight=1), "parameters": {"t": 0.4}}, family, tmp_path / "other")
     assert any("linear has no parameter t" in line for line in said)
+    said.clear()
+    merged({"merge_method": "linear", "models": of("a", weight=[{"filter": "self_atn", "value": 1}, {"filter": "mlp", "value": 1}, {"value": 1}])}, family, tmp_path / "filtered")
+    assert [line for line in said if "self_atn" in line]
+    assert not [line for line in said if "mlp," in line]
 
 
 def test_a_model_that_the_file_does_not_name(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminatio
     page.title = config.title
     best = order[0][0]
     placed = [name for name, rank in order if rank is not None]
-    page.lead = f"{counted(len(order), 'model')} on {counted(len(columns), 'task')}." + (f" Best on average: {best}, by {len(shared)} tasks that {len(placed)} models were asked." if len(placed) > 1 else "")
+    page.lead = f"{counted(len(order), 'model')} on {counted(len(columns), 'task')}." + (f" Best on average: {best}, by {len(shared)} tasks that {len(placed)} models were asked.{ahead(cells, placed, shared)}" if len(placed) > 1 else "")
     page.table("Leaderboard", ("model", "mean rank", "mean score", *columns), [row_of(name, rank, cells, columns, shared) for name, rank in order], f"Scores with their 95% intervals; ↓: lower is better. Mean rank and mean score (of those in percent) are over {', '.join(shared) or 'no task'}: what all were asked that were asked half of the tasks or more.")
     percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
     if percent:
@@ -182,6 +182,13 @@ def differences(cells: Mapping[tuple[str, str], Entry], name: str, others: Seque
             chance = sign_flip([left[i]["score"] for i in ids], [right[i]["score"] for i in ids], groups=[left[i]["group"] for i in ids])
             found.append((other, column, d.value, d.low, d.high, chance))
     return [(*f, p) for f, p in zip(found, holm([f[-1] for f in found]), strict=True)]
+
+
+def ahead(cells: Mapping[tuple[str, str], Entry], placed: Sequence[str], shared: Sequence[str]) -> str:
+    """Whether the first model is more than by chance before the one that comes next."""
+    tests = differences(cells, placed[0], [placed[1]], shared)
+    apart = sum(adjusted < 0.05 for *_, adjusted in tests)
+    return f" {f'{apart} of {len(tests)} tasks' if apart else 'No task'} {'tell' if apart > 1 else 'tells'} it apart from {placed[1]}, which comes next." if tests else ""
 
 
 def small(chance: float) -> str:

@@ -15,7 +15,7 @@ from llmworks.errors import ModelError, UserError
 from llmworks.merge.catalogue import METHODS, Method
 from llmworks.merge.config import DTYPES, InputModel, InputSlice, MergeConfig, OutputModule, OutputSlice, Setting
 from llmworks.merge.layout import BEFORE, HEAD, Layout
-from llmworks.merge.settings import value_of
+from llmworks.merge.settings import filters_of, value_of
 from llmworks.model.shards import BYTES, FLOATS, TORCH, widest
 
 BLOCK = 1 << 20  # numbers of each input that are in memory at once
@@ -45,6 +45,7 @@ class Plan:
     jobs: tuple[Job, ...]
     layers: Mapping[str, tuple[tuple[str, int], ...]]  # by stack: (model, layer) that each layer comes from first
     unused: tuple[str, ...] = ()  # parameters that the method does not have
+    idle: tuple[str, ...] = ()  # filters that no tensor's name holds
 
     def sizes(self) -> tuple[int, int]:
         """(bytes that are read, bytes that are written)."""
@@ -82,7 +83,9 @@ def plan_of(config: MergeConfig, models: Mapping[str, Layout], rows: int = 0) ->
         raise UserError(f"merge_method {config.merge_method}: unknown parameter {strange!r}{f', did you mean {near[0]!r}?' if near else ''}; it has {', '.join(sorted(known)) or 'none'}")
     jobs = tuple(planner.jobs())
     unused = sorted({name for settings in planner.settings() for name in settings} - known)
-    return Plan(method, jobs, planner.layers, tuple(unused))
+    names = {name for job in jobs for name in (job.name, *(tensor for _, tensor in job.sources))}
+    idle = sorted(part for part in {part for settings in planner.settings() for part in filters_of(settings)} if not any(part in name for name in names))
+    return Plan(method, jobs, planner.layers, tuple(unused), tuple(idle))
 
 
 def check(config: MergeConfig, models: Mapping[str, Layout]) -> Method:

@@ -39,6 +39,8 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     donor, vocabulary, plan = prepared(config, layouts)
     if plan.unused:
         ctx.progress.say(f"{config.merge_method} has no parameter {', '.join(plan.unused)}, which the configuration gives")
+    for part in plan.idle:
+        ctx.progress.say(f"no tensor's name holds {part}, which a filter asks for; one is {plan.jobs[len(plan.jobs) // 2].name}")
     write_config(config, layouts[donor], plan, vocabulary, ctx.out, layouts)
     source = write_tokenizer(config, layouts, donor, vocabulary, ctx.out)
     read = replay(models[source], ctx, layouts) if source else None

@@ -39,6 +39,14 @@ def value_of(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], ten
     return parameter.default
 
 
+def filters_of(settings: Mapping[str, Setting]) -> Iterable[str]:
+    """The parts of names that settings ask for."""
+    for setting in settings.values():
+        for one in setting if isinstance(setting, list) else [setting]:
+            if isinstance(one, Condition) and one.filter not in (None, "*"):
+                yield str(one.filter)
+
+
 def _evaluated(setting: Setting, tensor: str, t: float, parameter: Parameter, where: str) -> Any:
     conditions = [setting] if isinstance(setting, Condition) else setting
     if not isinstance(conditions, list):

@@ -13,6 +13,7 @@ from tests.conftest import TEMPLATE, make_pico, make_tokenizer
 from tests.generate.loopback import Loopback, openai_reply
 
 from llmworks.cli import main
+from llmworks.model.from_gguf import type_of
 from llmworks.tokenize.templates import for_template, render_prompt
 from llmworks.types import Completion, messages_from_json
 
@@ -58,6 +59,18 @@ def test_a_record_is_replayed_on_its_own_model(check: Callable[..., Any], pico: 
     assert "has no golden tokens recorded" in said
     assert check(str(pico), str(tmp_path / "small"))[0] == 0
     assert main(["verify", str(pico), "more"]) == 2
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("q4_0", 3.0), ("q8_0", 0.3), ("f16", 0.05), ("f32", 0.02)])
+def test_a_file_alone_says_how_far_it_may_be(kind: str, bound: float, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its header has the type; the directory's record is not beside it."""
+    assert main(["quantize", "gguf", str(pico), "--out", str(tmp_path / "small"), "--quiet", "--set", f"type={kind}"]) == 0
+    shutil.copyfile(next((tmp_path / "small").glob("*.gguf")), tmp_path / "alone.gguf")
+    assert type_of(tmp_path / "alone.gguf") == kind
+    seen: list[float] = []
+    monkeypatch.setattr("llmworks.generate.replay.replay", lambda recorded, engine, within, reference: seen.append(within) or [])
+    assert main(["verify", "--golden", str(pico), f"gguf:{tmp_path / 'alone.gguf'}"]) == 0
+    assert seen == [bound]
 
 
 @pytest.fixture

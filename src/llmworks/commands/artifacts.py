@@ -170,14 +170,17 @@ def golden(args: argparse.Namespace) -> None:
 
 def _bound(other: Any) -> float:
     """How far golden logits may be away on average: by what its kind of quantization may move them; of a GGUF file of an unknown type 0.3."""
+    from llmworks.model.from_gguf import type_of
     from llmworks.quantize.config import allowed
     from llmworks.quantize.gguf import bound_of
 
-    if other.about.get("type"):
-        return bound_of(str(other.about["type"]))
+    gguf = getattr(other, "format", "") == "gguf"
+    kind = other.about.get("type") or (type_of(other.gguf_path) if gguf else "")
+    if kind:
+        return bound_of(str(kind))
     if other.about.get("bits"):
         return allowed(int(other.about["bits"]), inputs=other.about.get("method") in ("smoothquant", "int8", "zeroquant"))
-    return 0.3 if getattr(other, "format", "") == "gguf" else 0.05
+    return 0.3 if gguf else 0.05
 
 
 def diff(args: argparse.Namespace) -> None:

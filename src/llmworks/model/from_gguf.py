@@ -81,6 +81,15 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
     write_weights(reader, meta, out, dtype)
 
 
+def type_of(path: Path) -> str:
+    """What llama.cpp calls a file's mix of number formats, as q4_k_m; nothing where the file does not say."""
+    from gguf import LlamaFileType
+
+    said = metadata(open_reader(path)).get("general.file_type")
+    names = {int(one): one.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for one in LlamaFileType}
+    return names.get(int(said), "") if isinstance(said, int) else ""
+
+
 def config_of(path: Path) -> dict[str, Any]:
     """The `config.json` that a GGUF file converts to. ModelError for another architecture."""
     reader = open_reader(path)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from llmworks.errors import ModelError
-from llmworks.model.grid import Grid, Scales, Whole, extremes, fit, grouped, kept_zero, restored, rounded
+from llmworks.model.grid import Grid, Scales, Whole, fit, grouped, kept_zero, restored, rounded
 
 POWER = 0.7
 TURNS = 8  # of fitting scales and zero points to numbers, and numbers to these
-SHARES = (0.9, 0.8)  # of a group's range, at which this is begun, too: a step finds only what is near
 
 
 def zeros(groups: Tensor, scales: Scales, grid: Grid, *, power: float = POWER, beta: float = 10.0, growth: float = 1.01, steps: int = 20) -> Scales:
@@ -56,7 +55,7 @@ def refined(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
 
 
 def solve(weight: Tensor, grid: Grid) -> Whole:
-    """Round a matrix [rows, columns] by half-quadratic zero points, begun at real and at whole ones (the reference begins at whole ones with 4 bits): of each group's two the one of less squared error, refined; or what a smaller range is refined to, where that loses less.
+    """Round a matrix [rows, columns] by half-quadratic zero points, begun at real and at whole ones (the reference begins at whole ones with 4 bits): of each group's two the one of less squared error, refined.
 
     They are rounded to the format they are kept in before weights are rounded by them. ModelError for weights that are no numbers.
     """
@@ -68,12 +67,6 @@ def solve(weight: Tensor, grid: Grid) -> Whole:
     one, other = (Scales(first.scale, kept_zero(zero, grid)) for zero in found)
     scales = Scales(first.scale, torch.where(_lost(groups, one, grid) <= _lost(groups, other, grid), one.zero, other.zero))
     scales = refined(groups, scales, grid)
-    least, ends = _lost(groups, scales, grid), extremes(groups, grid)
-    for share in SHARES:
-        tried = refined(groups, ends.scales(grid, share), grid)
-        error = _lost(groups, tried, grid)
-        better = error < least
-        scales, least = Scales(torch.where(better, tried.scale, scales.scale), torch.where(better, tried.zero, scales.zero)), torch.where(better, error, least)
     return Whole(rounded(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
 
 

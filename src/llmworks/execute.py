@@ -25,6 +25,7 @@ from llmworks.artifact import Artifact, Config, FileEntry, Manifest, Parent, art
 from llmworks.context import Context
 from llmworks.errors import ArtifactError, UserError
 from llmworks.memory import give_back, peak_memory
+from llmworks.model.card import complete
 from llmworks.pool import Pool
 from llmworks.progress import Progress, write_whole
 from llmworks.report import ReportBuilder
@@ -183,6 +184,7 @@ def _call(
     context = Context(draft, scratch, seed, progress, report, open_engine, pool)
     with peak_memory() as memory:
         made = stage.function(config, **inputs, ctx=context)
+    complete(draft, made, inputs, stage.name)
     declared = stage.output_of(config).kind
     if type(made).kind != declared:
         raise ArtifactError(f"stage {stage.name} is declared to make a {declared}, it made a {type(made).kind}")
@@ -210,6 +212,7 @@ def derive_again(
     report = ReportBuilder()
     context = Context(draft, scratch, recorded.seed, Progress(scratch / "metrics.jsonl", quiet=True), report, open_engine)
     made = stage.function(stage.config.model_validate(recorded.config), **inputs, ctx=context)
+    complete(draft, made, inputs, stage.name)
     if report.blocks or report.data:
         report.write(draft if made.kind == "report" else draft / "report")
     return digest_files(draft)

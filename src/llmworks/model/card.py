@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import yaml
 
-from llmworks.artifact import Model
+from llmworks.artifact import Adapter, Artifact, Model
 from llmworks.assets.catalogue import CATALOGUE
 from llmworks.lineage import declared
 
 CARRIED = ("license", "license_name", "license_link", "language")
+BASES = ("base", "student", "policy", "model", "source")  # of a step's inputs, the one that its result goes on from
+CONVERSIONS = ("source",)  # and is, in another form
 
 
 def front_of(model: Model) -> dict[str, Any]:
@@ -32,9 +35,38 @@ def asset_of(model: Model) -> str:
 
 def bases_of(models: Sequence[Model], relation: str) -> dict[str, Any]:
     """`base_model` and its relation, for those that are on the Hub."""
-    found = [model.ref.removeprefix("hf:") if model.ref.startswith("hf:") else CATALOGUE[asset_of(model)].hub if asset_of(model) in CATALOGUE else "" for model in models]
-    names = list(dict.fromkeys(name for name in found if name))
+    names = list(dict.fromkeys(name for model in models for name in hub_names(model)))
     return {"base_model": names[0] if len(names) == 1 else names, "base_model_relation": relation} if names else {}
+
+
+def hub_names(model: Model) -> list[str]:
+    """What the Hub calls a model, or what it was made of, as far as is known."""
+    if model.ref.startswith("hf:"):
+        return [model.ref.removeprefix("hf:")]
+    if asset_of(model) in CATALOGUE:
+        return [CATALOGUE[asset_of(model)].hub] if CATALOGUE[asset_of(model)].hub else []
+    said = declared.front_of(model.path).get("base_model", []) if model.manifest is not None else []
+    return [str(one) for one in (said if isinstance(said, list) else [said])]
+
+
+def complete(out: Path, made: Artifact, inputs: Mapping[str, Any], stage: str) -> None:
+    """Give a directory of a model or an adapter a card where its step wrote none, or a head where it wrote one without: licence, what it was made of, by which step."""
+    config = out / ("adapter_config.json" if isinstance(made, Adapter) else "config.json")
+    file = out / "README.md"
+    body = file.read_text(encoding="utf-8") if file.exists() else ""
+    if not isinstance(made, (Model, Adapter)) or made.about.get("format", "hf") != "hf" or not config.exists() or body.startswith("---"):
+        return
+    role, base = next(((role, inputs[role]) for role in BASES if isinstance(inputs.get(role), Model)), ("", None))
+    own = str(json.loads(config.read_text(encoding="utf-8")).get("model_type", "")).startswith("llmworks")
+    front: dict[str, Any] = {**(front_of(base) if base is not None else {}), "library_name": "peft" if isinstance(made, Adapter) else "llmworks" if own else "transformers"}
+    front |= {"pipeline_tag": "text-classification" if made.about.get("head") else "text-generation"}
+    front |= bases_of([base], "adapter" if isinstance(made, Adapter) else "finetune") if base is not None and role not in CONVERSIONS else {}
+    front["tags"] = [stage.rpartition(".")[2]]
+    what = "An adapter" if isinstance(made, Adapter) else "A model"
+    of = "" if base is None else f" of {' '.join(base.name.split())}"
+    lines = body.split("\n") if body else [f"# {plain(base.name) + '-' if base is not None else ''}{stage.rpartition('.')[2]}", "", f"{what}, made{of} by the step `{stage}` of llmworks; `manifest.json` has its settings, what went in, and its figures.", ""]
+    file.unlink(missing_ok=True)  # it may be a link to another model's
+    write(out, front, lines)
 
 
 def write(out: Path, front: Mapping[str, Any], lines: Sequence[str]) -> None:

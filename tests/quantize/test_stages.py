@@ -89,7 +89,7 @@ def test_walking_changes_nothing_and_reads_what_layers_read(pico: Path, tmp_path
         walk = Walk(Source(pico), ids, ids[:3], tmp_path / "walk")
         for passing in walk.blocks():
             for part in passing.parts:
-                moments = passing.moments(part)
+                moments = passing.moments(part, sizes=True)
                 for layer in part.layers:
                     x = seen[f"decoder.blocks.{passing.number}.{layer}"]
                     assert torch.allclose(moments.hessian.float(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)

@@ -58,7 +58,7 @@ STAGES: dict[str, Stage] = {
     "model.recurrent": Stage("llmworks.model.new:recurrent", 2, "exact-on-this-platform", "an untrained RNN, LSTM, GRU or window model"),
     "model.show": Stage("llmworks.model.show:show", 1, "exact", "look inside a model, or two side by side: layers, work, cache, a drawing"),
     "model.embedding": Stage("llmworks.model.embedding:embedding", 1, "declared", "word vectors of documents: Word2Vec, FastText or GloVe, scored"),
-    "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 3, "exact", "a GGUF file to a Hugging Face directory"),
+    "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 2, "exact", "a GGUF file to a Hugging Face directory"),
     "train.compare": Stage("llmworks.train.compare:compare", 1, "exact", "trainings side by side: at equal tokens, at equal time"),
     "train.ngram": Stage("llmworks.train.ngram:ngram", 2, "exact-on-this-platform", "count an n-gram model of packed tokens (Kneser-Ney)"),
     "train.pretrain": Stage("llmworks.train.pretrain:pretrain", 2, "declared", "train a model on packed tokens"),

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.conftest import make_pico
 
 from llmworks.artifact import Adapter, Manifest, Model, Parent
 from llmworks.cli import main
 from llmworks.model.card import bases_of, complete, hub_names
 from llmworks.references import resolve
-from tests.conftest import make_pico
 
 
 def head(path: Path) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from llmworks.assets.catalogue import CATALOGUE
 from llmworks.lineage import declared
 
 CARRIED = ("license", "license_name", "license_link", "language")
-BASES = ("base", "student", "policy", "model", "source")  # of a step's inputs, the one that its result goes on from
-CONVERSIONS = ("source",)  # and is, in another form
+BASES = ("base", "student", "policy", "model")  # of a step's inputs, the one that its result goes on from
 
 
 def front_of(model: Model) -> dict[str, Any]:
@@ -50,17 +49,17 @@ def hub_names(model: Model) -> list[str]:
 
 
 def complete(out: Path, made: Artifact, inputs: Mapping[str, Any], stage: str) -> None:
-    """Give a directory of a model or an adapter a card where its step wrote none, or a head where it wrote one without: licence, what it was made of, by which step."""
+    """Give a directory of a model or an adapter a card where its step wrote none, or a head where it wrote one without: licence, what it was made of, by which step. What is a model in another form (`source`) has none."""
     config = out / ("adapter_config.json" if isinstance(made, Adapter) else "config.json")
     file = out / "README.md"
     body = file.read_text(encoding="utf-8") if file.exists() else ""
-    if not isinstance(made, (Model, Adapter)) or made.about.get("format", "hf") != "hf" or not config.exists() or body.startswith("---"):
+    if not isinstance(made, (Model, Adapter)) or made.about.get("format", "hf") != "hf" or not config.exists() or body.startswith("---") or "source" in inputs:
         return
-    role, base = next(((role, inputs[role]) for role in BASES if isinstance(inputs.get(role), Model)), ("", None))
+    base = next((inputs[role] for role in BASES if isinstance(inputs.get(role), Model)), None)
     own = str(json.loads(config.read_text(encoding="utf-8")).get("model_type", "")).startswith("llmworks")
     front: dict[str, Any] = {**(front_of(base) if base is not None else {}), "library_name": "peft" if isinstance(made, Adapter) else "llmworks" if own else "transformers"}
     front |= {"pipeline_tag": "text-classification" if made.about.get("head") else "text-generation"}
-    front |= bases_of([base], "adapter" if isinstance(made, Adapter) else "finetune") if base is not None and role not in CONVERSIONS else {}
+    front |= bases_of([base], "adapter" if isinstance(made, Adapter) else "finetune") if base is not None else {}
     front["tags"] = [stage.rpartition(".")[2]]
     what = "An adapter" if isinstance(made, Adapter) else "A model"
     of = "" if base is None else f" of {' '.join(base.name.split())}"

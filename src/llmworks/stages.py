@@ -82,7 +82,7 @@ STAGES: dict[str, Stage] = {
     "quantize.mixed": Stage("llmworks.quantize.mixed:mixed", 4, "exact-on-this-platform", "whole numbers of more bits where a model bears least to lose them, within a budget"),
     "quantize.smoothquant": Stage("llmworks.quantize.smoothquant:smoothquant", 3, "exact-on-this-platform", "weights and inputs in 8 bits, what is large in inputs moved into weights"),
     "quantize.int8": Stage("llmworks.quantize.int8:int8", 3, "exact-on-this-platform", "weights and inputs in 8 bits, but for large inputs (LLM.int8())"),
-    "quantize.hqq": Stage("llmworks.quantize.hqq:hqq", 3, "exact-on-this-platform", "whole numbers with real zero points that leave few weights far off (HQQ)"),
+    "quantize.hqq": Stage("llmworks.quantize.hqq:hqq", 4, "exact-on-this-platform", "whole numbers with real zero points that leave few weights far off (HQQ)"),
     "quantize.nf4": Stage("llmworks.quantize.nf4:nf4", 3, "exact-on-this-platform", "4 bits of bitsandbytes: quantiles of a normal distribution, or floats"),
     "quantize.zeroquant": Stage("llmworks.quantize.zeroquant:zeroquant", 3, "exact-on-this-platform", "weights in groups, inputs by token, each block taught to answer as before"),
     "quantize.exl2": Stage("llmworks.quantize.exl2:exl2", 1, "declared", "handed over to exllamav2 or exllamav3, on a GPU"),

@@ -122,6 +122,22 @@ def test_show_tree_verify_diff_on_the_workspace(finished: tuple[Path, Path]) -> 
     assert "config" in call("diff", "small/train", "small/test")
 
 
+def test_verify_lets_a_page_be_drawn_otherwise(finished: tuple[Path, Path]) -> None:
+    """Another version's looks; not other figures, nor other data."""
+    from llmworks.artifact import FileEntry
+    from llmworks.lineage.family import family_of
+    from llmworks.lineage.verify import verify
+    from llmworks.references import resolve
+
+    chats = resolve(str((finished[1] / "small" / "chats").resolve()))
+    assert chats.manifest is not None
+    files, other = chats.manifest.files, FileEntry(sha256="0" * 64, bytes=1)
+    assert "report/report.html" in files
+    for changed, verdict in ((["report/report.html"], "derived again, same bytes"), (["report/report.html", "report/report.json"], "DIFFERS"), ([next(name for name in files if not name.startswith("report/"))], "DIFFERS")):
+        found = verify(family_of([chats]), chats.digest, lambda _, changed=changed: {**files, **dict.fromkeys(changed, other)})  # type: ignore[misc]
+        assert found[-1].verdict == verdict, changed
+
+
 def test_verify_names_the_file_after_one_byte_is_flipped(finished: tuple[Path, Path], tmp_path: Path) -> None:
     import shutil
 

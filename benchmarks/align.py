@@ -29,8 +29,8 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 
 def rows(count: int) -> list[dict[str, Any]]:
     """Instructions about texts, with an answer that follows them and one that does not."""
-    from llmworks.artifact import Dataset
-    from llmworks.data.rows import read_chat
+    from llmworks.core.artifact import Dataset
+    from llmworks.data.store.rows import read_chat
 
     found = [row for row in read_chat(Dataset(Path(os.environ["BENCHMARK_ROWS"]))) if row["messages"][1]["content"] != row["extra"]["text"]]
     return [{"id": row["id"], "prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": [{"role": "assistant", "content": row["extra"]["text"]}], "tools": [], "answer": row["answer"], "extra": row["extra"]} for row in found[:count]]
@@ -46,27 +46,27 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
     """The loop of `align.dpo`, and of `align.grpo`."""
     import torch
 
-    from llmworks.align.answered import Answered, pair_of
     from llmworks.align.dpo import DpoConfig
     from llmworks.align.dpo import way_of as dpo_way
-    from llmworks.align.groups import Groups, Objective
     from llmworks.align.grpo import GrpoConfig
     from llmworks.align.losses.policy import group_advantages
-    from llmworks.align.rewards import Rewards
-    from llmworks.align.rollouts import Asked, Drawing, Habit
-    from llmworks.align.ways import Given
-    from llmworks.context import Context
-    from llmworks.progress import Progress
-    from llmworks.references import resolve
-    from llmworks.report import ReportBuilder
+    from llmworks.align.preference.examples import Answered, pair_of
+    from llmworks.align.preference.objective import Given
+    from llmworks.align.rl.objective import Groups, Objective
+    from llmworks.align.rl.rewards import Rewards
+    from llmworks.align.rl.rollouts import Asked, Drawing, Habit
+    from llmworks.core.context import Context
+    from llmworks.core.progress import Progress
+    from llmworks.core.report import ReportBuilder
+    from llmworks.core.types import messages_from_json
+    from llmworks.runtime.references import resolve
+    from llmworks.tokenize.chat.templates import render_prompt
     from llmworks.tokenize.load import load_tokenizer, stop_ids
-    from llmworks.tokenize.templates import render_prompt
-    from llmworks.train.examples import Steps
-    from llmworks.train.loop import Habits, train
-    from llmworks.train.lora import LoraConfig
-    from llmworks.train.tuned import open_tuned
-    from llmworks.train.tuning import Material
-    from llmworks.types import messages_from_json
+    from llmworks.train.finetune.examples import Steps
+    from llmworks.train.finetune.lora_config import LoraConfig
+    from llmworks.train.finetune.run import Material
+    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.loop.loop import Habits, train
 
     path = resolve(MODEL).path
     tokenizer, tuned = load_tokenizer(path), open_tuned(path)
@@ -104,7 +104,7 @@ def theirs(what: str, steps: int, scratch: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-    from llmworks.references import resolve
+    from llmworks.runtime.references import resolve
 
     path = resolve(MODEL).path
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -150,10 +150,10 @@ def prepared(folder: Path) -> None:
     """Instructions about headlines."""
     from functools import partial
 
-    from llmworks.execute import execute
-    from llmworks.references import open_engine, resolve
-    from llmworks.stages import resolve as stage
-    from llmworks.workspace import Workspace
+    from llmworks.core.workspace import Workspace
+    from llmworks.runtime.execute import execute
+    from llmworks.runtime.references import open_engine, resolve
+    from llmworks.runtime.stages import resolve as stage
 
     workspace = Workspace(folder / "ws")
     last: Any = resolve("asset:sarcasm-headlines")

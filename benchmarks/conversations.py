@@ -128,8 +128,8 @@ def pieces_of(folder: Path, tool: str) -> Counter[str]:
 
     found: Counter[str] = Counter()
     if tool == "llmworks":
-        from llmworks.artifact import load
-        from llmworks.data.tokens import Packed
+        from llmworks.core.artifact import load
+        from llmworks.data.store.packed_tokens import Packed
 
         rows = Packed(load(folder / "packed"))  # type: ignore[arg-type]
         for i in range(len(rows)):
@@ -165,8 +165,8 @@ def main() -> None:
             {"trl": trl, "axolotl": axolotl}[step](folder, given.model)
         return
     from data import fetch
-    from llmworks.execute import machine
-    from llmworks.references import resolve
+    from llmworks.runtime.execute import machine
+    from llmworks.runtime.references import resolve
 
     if not (folder / "chats.jsonl").exists():
         write_chats(folder / "chats.jsonl", fetch(folder, ("python3.11-doc", "postgresql-doc-15", "perl-doc", "manpages-dev", "rust-doc", "libreoffice-help-en-us")))

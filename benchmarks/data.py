@@ -106,11 +106,11 @@ def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, 
     """Documents of which no two are alike by nature: found with many more candidates and a much lower bound than what is measured."""
     import numpy as np
 
-    from llmworks.artifact import Dataset
+    from llmworks.core.artifact import Dataset
     from llmworks.data.dedup import DedupConfig, hash_part
     from llmworks.data.duplicates import near
     from llmworks.data.duplicates.clusters import Clusters
-    from llmworks.data.parts import spans
+    from llmworks.data.store.parts import spans
 
     config = DedupConfig(exact=None, near=near.Near(threshold=NATURAL, rows=2))
     clusters = Clusters(len(documents))
@@ -127,8 +127,8 @@ def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, 
 
 def write(folder: Path, name: str, rows: list[tuple[str, str]]) -> None:
     """Write documents as Parquet, then as JSONL."""
-    from llmworks.documents import DocumentWriter
-    from llmworks.types import Document
+    from llmworks.core.documents import DocumentWriter
+    from llmworks.core.types import Document
 
     with DocumentWriter(folder / name) as writer, (folder / f"{name}.draft").open("w") as stream:
         for id, text in rows:
@@ -207,12 +207,12 @@ def near_llmworks(folder: Path) -> dict[str, Any]:
     """Hash, compare and join, on Parquet."""
     import numpy as np
 
-    from llmworks.artifact import Dataset
+    from llmworks.core.artifact import Dataset
     from llmworks.data.dedup import DedupConfig, hash_part
     from llmworks.data.duplicates import near
     from llmworks.data.duplicates.clusters import Clusters
     from llmworks.data.duplicates.dropping import ids_of
-    from llmworks.data.parts import spans
+    from llmworks.data.store.parts import spans
 
     config = DedupConfig(exact=None)
     parts = spans(Dataset(folder / "labelled"))
@@ -342,8 +342,8 @@ def encode(folder: Path) -> dict[str, Any]:
     """Both encoders on the same documents."""
     from tokenizers import Tokenizer
 
-    from llmworks.references import resolve
-    from llmworks.tokenize.bulk import bulk_encoder
+    from llmworks.runtime.references import resolve
+    from llmworks.tokenize.bpe.fast import bulk_encoder
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(str(resolve("asset:smollm2-135m-instruct").path / "tokenizer.json"))
@@ -460,7 +460,7 @@ def report(folder: Path, datatrove: str) -> None:
 
 
 if __name__ == "__main__":
-    from llmworks.workspace import cache_directory
+    from llmworks.core.workspace import cache_directory
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datatrove", default="", metavar="PYTHON")

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from llmworks.data.chat import bfcl_rows
-from llmworks.data.jsonl import Rejected
-from llmworks.execute import machine, threads
+from llmworks.core.types import Request, Sampling, messages_from_json
+from llmworks.data.published.bfcl import rows as bfcl_rows
+from llmworks.data.store.jsonl import Rejected
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.references import asset_files, resolve
-from llmworks.types import Request, Sampling, messages_from_json
+from llmworks.runtime.execute import machine, threads
+from llmworks.runtime.references import asset_files, resolve
 
 ROWS, NEW = 16, 48
 

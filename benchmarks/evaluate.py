@@ -81,18 +81,18 @@ def tasks(size: float) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]], 
 
 def path(ref: str) -> Path:
     """Where a reference lies."""
-    from llmworks.references import resolve
+    from llmworks.runtime.references import resolve
 
     return resolve(ref).path
 
 
 def ours(task: Path, rows: Path) -> dict[str, Any]:
     """One task by llmworks, in this process."""
-    from llmworks.context import Context
-    from llmworks.evaluate.run import EvaluateConfig, evaluate
-    from llmworks.progress import Progress
-    from llmworks.references import open_engine, resolve
-    from llmworks.report import ReportBuilder
+    from llmworks.core.context import Context
+    from llmworks.core.progress import Progress
+    from llmworks.core.report import ReportBuilder
+    from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
+    from llmworks.runtime.references import open_engine, resolve
 
     model, data = resolve(MODEL), resolve(str(rows))
     with tempfile.TemporaryDirectory() as place:
@@ -166,18 +166,18 @@ def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: li
 
 def engines(size: float, ref: str, only: str) -> None:
     """One model in transformers and, as F16 and Q8_0, in llama.cpp: how often the answer is the same, and why not."""
-    from llmworks.artifact import Report
-    from llmworks.context import Context
+    from llmworks.core.artifact import Report
+    from llmworks.core.context import Context
+    from llmworks.core.progress import Progress
+    from llmworks.core.report import ReportBuilder
+    from llmworks.core.workspace import Workspace
     from llmworks.evaluate.compare import CompareConfig
     from llmworks.evaluate.compare import compare as compared
-    from llmworks.evaluate.run import EvaluateConfig, evaluate
-    from llmworks.progress import Progress
-    from llmworks.quantize.gguf_file import write_gguf
-    from llmworks.references import open_engine, resolve
-    from llmworks.report import ReportBuilder
-    from llmworks.stages import resolve as resolve_stage
-    from llmworks.taskdata import default_inputs
-    from llmworks.workspace import Workspace
+    from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
+    from llmworks.quantize.llamacpp.writer import write_gguf
+    from llmworks.runtime.default_inputs import default_inputs
+    from llmworks.runtime.references import open_engine, resolve
+    from llmworks.runtime.stages import resolve as resolve_stage
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

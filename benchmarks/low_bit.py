@@ -41,8 +41,8 @@ def layers() -> None:
     import torch
     from torch.nn import functional as F
 
-    from llmworks.model.grid import Grid, whole
-    from llmworks.model.low_bit import available, low_bit_layer
+    from llmworks.model.lowbit.integer import Grid, whole
+    from llmworks.model.lowbit.linear import available, low_bit_layer
 
     if not available():
         raise SystemExit("this CPU has no instructions for bfloat16: layers stay plain on it")
@@ -62,10 +62,10 @@ def layers() -> None:
 
 def models() -> None:
     """The model as it was, and quantized."""
-    from llmworks.execute import execute
-    from llmworks.references import open_engine, resolve
-    from llmworks.stages import resolve as stage
-    from llmworks.workspace import Workspace
+    from llmworks.core.workspace import Workspace
+    from llmworks.runtime.execute import execute
+    from llmworks.runtime.references import open_engine, resolve
+    from llmworks.runtime.stages import resolve as stage
 
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder) / "ws")

@@ -25,7 +25,7 @@ VOCABULARY, WIDTH, HEADS, GROUPS, HIDDEN = 49_152, 576, 9, 3, 1536  # SmolLM2-13
 def model(kind: str, layers: int, length: int) -> Any:
     """The model to be measured."""
     if kind == "llmworks":
-        from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+        from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
         from llmworks.model.shape import Shape
 
         shape = Shape(vocabulary=VOCABULARY, width=WIDTH, layers=layers, heads=HEADS, kv_heads=GROUPS, hidden=HIDDEN, context=length)
@@ -62,8 +62,8 @@ def attention() -> None:
     import torch
     from torch.nn import functional as F
 
-    from llmworks.model.attention import repeated, seen
-    from llmworks.model.blockwise import blockwise
+    from llmworks.model.nn.attention import repeated, seen
+    from llmworks.model.nn.cpu_attention import blockwise
 
     def theirs_of(q: Any, k: Any, v: Any, look: Any) -> Any:
         return F.scaled_dot_product_attention(q, repeated(k, 3), repeated(v, 3), attn_mask=look.mask, is_causal=look.causal, scale=0.125)

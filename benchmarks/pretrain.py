@@ -33,7 +33,7 @@ def rows(folder: Path, count: int) -> Any:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from llmworks.artifact import Dataset
+    from llmworks.core.artifact import Dataset
 
     rng = np.random.default_rng(0)
     edges = np.stack([np.arange(count) * LENGTH, np.arange(count) * LENGTH + rng.integers(32, LENGTH - 32, count)], 1).reshape(-1)
@@ -60,13 +60,13 @@ def ours(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
     """The loop of `train.pretrain`."""
     import torch
 
-    from llmworks.data.tokens import Packed
-    from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+    from llmworks.core.progress import Progress
+    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.model.shape import Shape
-    from llmworks.progress import Progress
-    from llmworks.train.loop import Habits, train
-    from llmworks.train.packed import PackedSteps, packed_loss
-    from llmworks.train.schedule import OptimizerConfig
+    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.loop.packed import PackedSteps, packed_loss
+    from llmworks.train.loop.schedule import OptimizerConfig
 
     shape = Shape(vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=GROUPS, hidden=HIDDEN, context=LENGTH)
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
@@ -98,8 +98,8 @@ def plain(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
     """A plain loop around Llama."""
     import torch
 
-    from llmworks.data.tokens import Packed
-    from llmworks.train.packed import PackedSteps
+    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.train.loop.packed import PackedSteps
 
     model = llama().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, weight_decay=0.1)
@@ -121,8 +121,8 @@ def trainer(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from llmworks.data.tokens import Packed
-    from llmworks.train.packed import PackedSteps
+    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.train.loop.packed import PackedSteps
 
     packed = Packed(data)
 
@@ -158,10 +158,10 @@ KINDS = {"llmworks": ours, "transformers, a plain loop": plain, "transformers, T
 
 def compare_plan(workspace: Path) -> None:
     """What is expected of each training of the recipe, after its data were made, against its manifest."""
-    from llmworks.recipe import load_recipe
-    from llmworks.runner import Run
-    from llmworks.trainings import training_of
-    from llmworks.workspace import Workspace
+    from llmworks.core.workspace import Workspace
+    from llmworks.runtime.recipe import load_recipe
+    from llmworks.runtime.runner import Run
+    from llmworks.workflows.estimate import training_of
 
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "pretrain.yaml")
     job = Run(recipe, Workspace(workspace))

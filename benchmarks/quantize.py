@@ -36,13 +36,13 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from llmworks.artifact import Model
-    from llmworks.context import Context
-    from llmworks.progress import Progress
-    from llmworks.quantize import rounding
-    from llmworks.references import resolve
-    from llmworks.report import ReportBuilder
-    from llmworks.stages import resolve as stage
+    from llmworks.core.artifact import Model
+    from llmworks.core.context import Context
+    from llmworks.core.progress import Progress
+    from llmworks.core.report import ReportBuilder
+    from llmworks.quantize import run as rounding
+    from llmworks.runtime.references import resolve
+    from llmworks.runtime.stages import resolve as stage
     from llmworks.tokenize.load import load_tokenizer
 
     method, config = OURS[name]
@@ -69,8 +69,8 @@ def damage(path: Path, tokens: Path) -> dict[str, float]:
     import torch
     from torch.nn import functional as F
 
-    from llmworks.model.standard import load_decoder
-    from llmworks.references import resolve
+    from llmworks.model.io.families import load_decoder
+    from llmworks.runtime.references import resolve
 
     held = torch.from_numpy(np.load(tokens)["held"].astype("int64"))
     before, after = load_decoder(resolve(MODEL).path), load_decoder(path)
@@ -90,10 +90,10 @@ def depths(place: Path) -> None:
     """What GPTQ and AWQ hold of models of 4 and of 16 blocks, which are alike otherwise, beyond libraries."""
     import torch
 
-    from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
-    from llmworks.model.standard import save_decoder
-    from llmworks.quantize.rounding import copy_rest
-    from llmworks.references import resolve
+    from llmworks.model.io.families import save_decoder
+    from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
+    from llmworks.quantize.run import copy_rest
+    from llmworks.runtime.references import resolve
 
     print("| model | in fp32 MB | a block MB | gptq MB | awq MB |\n|---|---|---|---|---|")
     for layers in (4, 16):
@@ -113,13 +113,13 @@ def deep(path: Path, method: str) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from llmworks.artifact import Model
-    from llmworks.context import Context
-    from llmworks.memory import peak_memory
-    from llmworks.progress import Progress
-    from llmworks.quantize import rounding
-    from llmworks.report import ReportBuilder
-    from llmworks.stages import resolve as stage
+    from llmworks.core.artifact import Model
+    from llmworks.core.context import Context
+    from llmworks.core.memory import peak_memory
+    from llmworks.core.progress import Progress
+    from llmworks.core.report import ReportBuilder
+    from llmworks.quantize import run as rounding
+    from llmworks.runtime.stages import resolve as stage
 
     texts = torch.from_numpy(np.random.default_rng(0).integers(100, 49000, (16, 128)))
     rounding.calibration = lambda *_: (texts, texts[:0])  # type: ignore[assignment]
@@ -138,12 +138,12 @@ def prepared(texts: int, file: Path) -> None:
 
     import numpy as np
 
-    from llmworks.execute import execute
-    from llmworks.quantize.calibration import calibration
-    from llmworks.references import open_engine, resolve
-    from llmworks.stages import resolve as stage
+    from llmworks.core.workspace import Workspace
+    from llmworks.quantize.calibrate.texts import calibration
+    from llmworks.runtime.execute import execute
+    from llmworks.runtime.references import open_engine, resolve
+    from llmworks.runtime.stages import resolve as stage
     from llmworks.tokenize.load import load_tokenizer
-    from llmworks.workspace import Workspace
 
     workspace = Workspace(file.parent / "ws")
     step = stage("data.read")
@@ -193,7 +193,7 @@ def main() -> None:
     if args.damage:
         print(json.dumps(damage(Path(args.damage[0]), Path(args.damage[1]))))
         return
-    from llmworks.references import resolve
+    from llmworks.runtime.references import resolve
 
     peers = {f"{name} (peer)" if name in OURS else name: (python, name) for name, module in PEERS.items() for python in args.peers if has(python, module)}
     names = [*OURS, *peers]

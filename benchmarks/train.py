@@ -29,11 +29,11 @@ WAYS = ("llmworks", "TRL", "TRL packed")
 def examples(what: str, model: Path, count: int) -> list[dict[str, Any]]:
     """Token ids and labels: the same for all."""
     from llmworks import assets
-    from llmworks.artifact import Dataset
-    from llmworks.data.rows import read_chat
+    from llmworks.core.artifact import Dataset
+    from llmworks.data.store.rows import read_chat
+    from llmworks.tokenize.chat.named import use_template
     from llmworks.tokenize.load import load_tokenizer
-    from llmworks.tokenize.named import use_template
-    from llmworks.train.examples import Example, make_example
+    from llmworks.train.finetune.examples import Example, make_example
 
     tokenizer = load_tokenizer(model)
     use_template(tokenizer, "tools")
@@ -50,14 +50,14 @@ def ours(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path) -> 
     """The loop of `train.sft`."""
     import torch
 
-    from llmworks.progress import Progress
-    from llmworks.references import resolve
-    from llmworks.train.examples import Example, Steps
-    from llmworks.train.loop import Habits, train
-    from llmworks.train.packed import packed_loss
+    from llmworks.core.progress import Progress
+    from llmworks.runtime.references import resolve
+    from llmworks.train.finetune.examples import Example, Steps
+    from llmworks.train.finetune.run import prepare
+    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.loop.packed import packed_loss
     from llmworks.train.sft import SftConfig
-    from llmworks.train.tuned import open_tuned
-    from llmworks.train.tuning import prepare
 
     config = SftConfig.model_validate({"method": method, "batch_size": ROWS})
     tuned = open_tuned(resolve(MODEL).path)
@@ -80,7 +80,7 @@ def theirs(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path, *
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from llmworks.references import resolve
+    from llmworks.runtime.references import resolve
 
     path = resolve(MODEL).path
     mean = sum(len(r["ids"]) for r in rows) / len(rows)
@@ -125,10 +125,10 @@ def prepared(folder: Path) -> None:
     """The conversations of function calls, converted."""
     from functools import partial
 
-    from llmworks.execute import execute
-    from llmworks.references import open_engine, resolve
-    from llmworks.stages import resolve as stage
-    from llmworks.workspace import Workspace
+    from llmworks.core.workspace import Workspace
+    from llmworks.runtime.execute import execute
+    from llmworks.runtime.references import open_engine, resolve
+    from llmworks.runtime.stages import resolve as stage
 
     chat = stage("data.chat")
     workspace = Workspace(folder / "ws")
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=4, metavar=("WAY", "METHOD", "DATA", "STEPS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        from llmworks.references import resolve
+        from llmworks.runtime.references import resolve
 
         way, method, data, steps = args.one
         rows = examples(data, resolve(MODEL).path, int(steps) * ROWS)

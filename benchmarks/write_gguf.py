@@ -27,9 +27,9 @@ def peak() -> int:
 
 def ours(source: str, kind: str, target: str) -> dict[str, float]:
     """One file by `write_gguf`."""
-    from llmworks.progress import Progress
-    from llmworks.quantize.gguf_file import write_gguf
-    from llmworks.references import resolve
+    from llmworks.core.progress import Progress
+    from llmworks.quantize.llamacpp.writer import write_gguf
+    from llmworks.runtime.references import resolve
 
     path = resolve(source).path
     import gguf  # noqa: F401

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmworks.artifact import Config
-from llmworks.stages import STAGES, config_help, resolve
+from llmworks.core.artifact import Config
+from llmworks.runtime.stages import STAGES, config_help, resolve
 
 COMMANDS = {"merge": "merge FILE"}  # stages that a command of their own is for
 

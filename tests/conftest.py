@@ -79,8 +79,8 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pico_gguf(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pico model as an F32 GGUF file."""
-    from llmworks.progress import Progress
-    from llmworks.quantize.gguf_file import write_gguf
+    from llmworks.core.progress import Progress
+    from llmworks.quantize.llamacpp.writer import write_gguf
 
     target = tmp_path_factory.mktemp("gguf") / "pico.gguf"
     write_gguf(pico, target, "f32", Progress(quiet=True))
@@ -91,8 +91,8 @@ def pico_gguf(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bfcl_rows() -> list[dict[str, Any]]:
     """The 400 BFCL questions with answers, from the registry package."""
     from llmworks import assets
-    from llmworks.data.jsonl import Rejected
     from llmworks.data.published.bfcl import rows as read
+    from llmworks.data.store.jsonl import Rejected
 
     rejected = Rejected()
     rows = read(assets.fetch("bfcl-simple"), rejected)

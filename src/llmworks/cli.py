@@ -58,7 +58,7 @@ url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. `llmworks COMMAND --help` tells
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     from llmworks.commands import launch
-    from llmworks.errors import LlmworksError
+    from llmworks.core.errors import LlmworksError
 
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
@@ -121,13 +121,13 @@ def dispatch(words: list[str]) -> int:
 
 def _is_stage(words: list[str]) -> bool:
     """Whether the first two words name a stage, as `merge adapter` does, beside a command of the first."""
-    from llmworks.stages import STAGES
+    from llmworks.runtime.stages import STAGES
 
     return len(words) > 1 and ".".join(words[:2]) in STAGES
 
 
 def _stage_lines() -> str:
-    from llmworks.stages import STAGES
+    from llmworks.runtime.stages import STAGES
 
     return "\n".join(f"  {name.replace('.', ' '):<23} {stage.summary}" for name, stage in sorted(STAGES.items()))
 
@@ -137,7 +137,7 @@ def _stage_command(words: list[str]) -> int:
     import difflib
 
     from llmworks.commands import making
-    from llmworks.stages import config_help, resolve, table
+    from llmworks.runtime.stages import config_help, resolve, table
 
     known = table()
     name, rest = (".".join(words[:2]), words[2:]) if ".".join(words[:2]) in known else (words[0], words[1:])

@@ -11,22 +11,22 @@ import torch
 from tests.conftest import TEMPLATE
 
 from llmworks.align import cpo, dpo, kto, orpo, simpo
-from llmworks.align.answered import Answer, Answered, pair_of
-from llmworks.align.branches import branched, padded
-from llmworks.align.chances import logprobs
 from llmworks.align.losses.orpo import log_odds
 from llmworks.align.losses.simpo import bent
-from llmworks.align.ways import OTHER, Given, crossed
-from llmworks.context import Context
-from llmworks.errors import LlmworksError
-from llmworks.model import lora
-from llmworks.model.load import load_model
-from llmworks.progress import Progress
-from llmworks.report import ReportBuilder
+from llmworks.align.preference.batch import branched, padded
+from llmworks.align.preference.examples import Answer, Answered, pair_of
+from llmworks.align.preference.logprobs import logprobs
+from llmworks.align.preference.objective import OTHER, Given, crossed
+from llmworks.core.context import Context
+from llmworks.core.errors import LlmworksError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.model.io.load import load_model
+from llmworks.model.lora import lora
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.lora import LoraConfig
-from llmworks.train.tuned import Tuned, open_tuned
-from llmworks.train.tuning import Material
+from llmworks.train.finetune.lora_config import LoraConfig
+from llmworks.train.finetune.run import Material
+from llmworks.train.finetune.trainable import Tuned, open_tuned
 
 WITHOUT_BREAK = TEMPLATE.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")  # TRL weighs what a template writes after an answer's end, too
 RANK = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

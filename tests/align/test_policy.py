@@ -10,21 +10,21 @@ import pytest
 import torch
 from tests.align.test_losses import RANK, Both, no_engine
 
-from llmworks.align.groups import Groups, Objective
 from llmworks.align.grpo import GrpoConfig
 from llmworks.align.losses.policy import deviation, distance, group_advantages, leave_one_out, overlong, ratios, shares, weighed
 from llmworks.align.losses.ppo import gae, token_rewards, value_loss, whitened
-from llmworks.align.rewards import Rewards
+from llmworks.align.preference.objective import Given
+from llmworks.align.rl.objective import Groups, Objective
+from llmworks.align.rl.rewards import Rewards
+from llmworks.align.rl.rollouts import Asked, Drawing, Drawn, Habit, Rollout
 from llmworks.align.rloo import advantages_of
-from llmworks.align.rollouts import Asked, Drawing, Drawn, Habit, Rollout
-from llmworks.align.ways import Given
-from llmworks.context import Context
-from llmworks.model import lora
-from llmworks.model.load import load_model
-from llmworks.progress import Progress
-from llmworks.report import ReportBuilder
+from llmworks.core.context import Context
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.model.io.load import load_model
+from llmworks.model.lora import lora
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.tuning import Material
+from llmworks.train.finetune.run import Material
 
 PROMPTS, EACH, LONGEST = 2, 3, 12
 LENGTHS = (5, 12, 3, 7, 1, 9)

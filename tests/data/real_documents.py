@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 from llmworks import assets
-from llmworks.data.formats.source import find_files, source
+from llmworks.core.documents import Unusable
 from llmworks.data.read import ReadConfig, documents
-from llmworks.documents import Unusable
+from llmworks.data.readers.source import find_files, source
 
 TEXTS = {"openwebtext-sample": "0", "wikipedia-sample": "0", "python-docs": "text", "debian-handbook": "text", "austen": "text"}
 PIECE = 3000  # characters

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.features import BITS, features
-from llmworks.documents import DocumentWriter, read_documents
-from llmworks.types import Document
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import DocumentWriter, read_documents
+from llmworks.core.types import Document
+from llmworks.data.text.features import BITS, features
 
 GOOD = ["the", "committee", "published", "a", "careful", "report", "on", "the", "harbour", "and", "its", "history", "which", "explains", "how", "tides", "shaped", "the", "town"]
 BAD = ["click", "buy", "cheap", "now", "free", "offer", "best", "price", "discount", "sale", "deal", "win", "cash", "bonus", "casino", "order", "today", "limited", "pills"]

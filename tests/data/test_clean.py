@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.documents import DocumentWriter, read_documents
-from llmworks.types import Document
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import DocumentWriter, read_documents
+from llmworks.core.types import Document
 
 CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from llmworks.artifact import Dataset
-from llmworks.data.jsonl import Rejected, read_jsonl
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import DataError
 from llmworks.data.overlap import texts
 from llmworks.data.published.bfcl import json_schema, right_call
-from llmworks.data.rows import read_chat, write_chat
 from llmworks.data.split import SplitConfig
 from llmworks.data.split import test_groups as held_out
-from llmworks.errors import DataError
+from llmworks.data.store.jsonl import Rejected, read_jsonl
+from llmworks.data.store.rows import read_chat, write_chat
 
 
 def test_broken_lines_are_set_aside_with_number_and_reason(tmp_path: Path) -> None:

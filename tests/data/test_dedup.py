@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import DocumentWriter, read_documents
+from llmworks.core.types import Document
 from llmworks.data.duplicates.clusters import Clusters, groups_of_equals
 from llmworks.data.duplicates.near import Near, bands, found, jaccard, signatures
-from llmworks.data.hashing import Hashed, hash_words, shingles, unique
-from llmworks.documents import DocumentWriter, read_documents
-from llmworks.types import Document
+from llmworks.data.text.hashing import Hashed, hash_words, shingles, unique
 
 CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]
 NOVELS = [row[1] for row in CASES if len(row[1].split()) > 60]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from llmworks.cli import main
-from llmworks.documents import DocumentWriter
-from llmworks.types import Document
+from llmworks.core.documents import DocumentWriter
+from llmworks.core.types import Document
 
 TOPICS = {
     "sea": ["harbour", "tide", "ship", "sailor", "anchor", "wave", "port", "captain"],

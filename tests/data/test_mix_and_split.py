@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import DocumentWriter, read_documents
+from llmworks.core.types import Document
 from llmworks.data.mix import MixConfig, plan
-from llmworks.documents import DocumentWriter, read_documents
-from llmworks.types import Document
 
 
 @pytest.fixture

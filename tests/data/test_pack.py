@@ -17,20 +17,20 @@ import pytest
 from tests.conftest import TEMPLATE, make_pico, make_tokenizer
 from tests.data.test_parts import context
 
-from llmworks.artifact import Dataset, Model
 from llmworks.cli import main
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.documents import DocumentWriter
+from llmworks.core.errors import DataError, LlmworksError, ModelError
+from llmworks.core.types import Document, Json, messages_from_json
+from llmworks.core.workers import Pool
 from llmworks.data import pack as stage
-from llmworks.data import rows as rows_module
 from llmworks.data.pack import PackConfig, pack
 from llmworks.data.packing.fit import best_fit
-from llmworks.data.parts import file_spans
-from llmworks.data.rows import read_chat, write_chat, write_preference
-from llmworks.data.tokens import Packed, PackedRow, Place, map_shard, read, stack
-from llmworks.documents import DocumentWriter
-from llmworks.errors import DataError, LlmworksError, ModelError
-from llmworks.pool import Pool
-from llmworks.tokenize.templates import for_template, render_masked
-from llmworks.types import Document, Json, messages_from_json
+from llmworks.data.store import rows as rows_module
+from llmworks.data.store.packed_tokens import Packed, PackedRow, Place, map_shard, read, stack
+from llmworks.data.store.parts import file_spans
+from llmworks.data.store.rows import read_chat, write_chat, write_preference
+from llmworks.tokenize.chat.templates import for_template, render_masked
 
 TOOL: Json = {"name": "f", "description": "Does f.", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 
@@ -222,7 +222,7 @@ def gaps(model_path: Path, data: Dataset, folder: Path, rows: int) -> tuple[floa
     """(largest gap between packed and unpacked logits, the same when the row is one text without positions)."""
     import torch
 
-    from llmworks.model.load import load_model
+    from llmworks.model.io.load import load_model
 
     network = load_model(model_path)
     whole = Packed(packed(folder, model_path, data))
@@ -250,7 +250,7 @@ def test_packed_rows_give_the_logits_of_unpacked_ones(tmp_path: Path, pico: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("asset", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
 def test_packed_rows_give_the_logits_of_unpacked_ones_with_real_models(asset: str, tmp_path: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmworks.references import resolve
+    from llmworks.runtime.references import resolve
 
     monkeypatch.setenv("LLMWORKS_ACCEPT", asset)
     apart, leak = gaps(resolve(f"asset:{asset}").path, chats, tmp_path / "p", 2)

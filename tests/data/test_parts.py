@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.context import Context
-from llmworks.data.parts import Span, spans, work
-from llmworks.documents import DocumentWriter, read_documents
-from llmworks.errors import DataError, UserError, WorkerLost
-from llmworks.pool import Pool
-from llmworks.progress import Progress
-from llmworks.report import ReportBuilder
-from llmworks.types import Document
+from llmworks.core.artifact import Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import DocumentWriter, read_documents
+from llmworks.core.errors import DataError, UserError, WorkerLost
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.core.types import Document
+from llmworks.core.workers import Pool
+from llmworks.data.store.parts import Span, spans, work
 
 
 def context(folder: Path, pool: Pool) -> Context:

@@ -9,10 +9,10 @@ import pytest
 
 from llmworks import assets
 from llmworks.cli import main
-from llmworks.data.jsonl import Rejected
+from llmworks.core.errors import DataError
 from llmworks.data.published import flan_cot, spider
-from llmworks.data.rows import Row
-from llmworks.errors import DataError
+from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.rows import Row
 from llmworks.score import score_function
 
 COT = "The following are questions.\n\nQ: One plus one?\n(A) 1 (B) 2\nA: Let's think. It is two.\nThe answer is (B).\n\nQ: Broken?\n(A) x (B) y\nA: The answer is (C).\n\nQ: Last (A) a (B) b\nA: Sure. The answer is (A).\n"

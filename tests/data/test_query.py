@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.documents import read_documents
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import read_documents
 
 
 @pytest.fixture

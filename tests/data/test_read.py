@@ -22,14 +22,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.formats.source import Source, find_files, source
-from llmworks.data.formats.text import NotText, decode
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import DocumentWriter, Unusable, read_documents
+from llmworks.core.errors import DataError
+from llmworks.core.types import Document
 from llmworks.data.read import ReadConfig, documents
-from llmworks.documents import DocumentWriter, Unusable, read_documents
-from llmworks.errors import DataError
-from llmworks.types import Document
+from llmworks.data.readers.source import Source, find_files, source
+from llmworks.data.readers.text import NotText, decode
 
 PAGE = """<html><head><title>A harbour</title></head><body>
 <nav><ul><li><a href="/">Home</a></li><li><a href="/log-in">Log in to the site</a></li></ul></nav>

@@ -10,14 +10,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import DocumentWriter, read_documents
+from llmworks.core.types import Document
 from llmworks.data.redact import KINDS, findings, redacted
-from llmworks.documents import DocumentWriter, read_documents
 from llmworks.guard import Finding, apart
 from llmworks.guard.pii import iban_checks, luhn
 from llmworks.guard.secrets import entropy
-from llmworks.types import Document
 
 LABELLED = Path(__file__).parents[1] / "fixtures" / "pii_cases.txt"
 MARK = re.compile(r"<<(email|phone|ip|card|iban|secret):(.+?)>>", re.DOTALL)

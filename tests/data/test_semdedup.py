@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import DocumentWriter, read_documents
+from llmworks.core.types import Document
 from llmworks.data.duplicates.clusters import Clusters
 from llmworks.data.duplicates.semantic import join_similar
-from llmworks.documents import DocumentWriter, read_documents
-from llmworks.types import Document
 
 
 def test_cells_find_what_all_pairs_show() -> None:

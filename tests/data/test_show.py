@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import TEMPLATE, make_pico, make_tokenizer
 
 from llmworks.cli import main
-from llmworks.data.rows import write_chat
-from llmworks.tokenize.templates import render_masked
-from llmworks.types import messages_from_json
+from llmworks.core.types import messages_from_json
+from llmworks.data.store.rows import write_chat
+from llmworks.tokenize.chat.templates import render_masked
 
 EVIL = "</script><script>alert(1)</script> <b>bold</b> \u2028 &amp; <!--"
 ROWS: list[dict[str, Any]] = [

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmworks.artifact import Artifact, Dataset, Report
 from llmworks.cli import main
-from llmworks.context import Context
-from llmworks.errors import DataError, UserError
+from llmworks.core.artifact import Artifact, Dataset, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, UserError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
 from llmworks.evaluate.arena import ArenaConfig, arena, of_judges
-from llmworks.evaluate.ratings import SCALE, Vote, bradley_terry, elo, intervals, resampled, style_of
+from llmworks.evaluate.statistics.ratings import SCALE, Vote, bradley_terry, elo, intervals, resampled, style_of
 from llmworks.evaluate.voting import matches, vote
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
+from llmworks.runtime.references import resolve
 
 
 def simulated(strengths: list[float], count: int, seed: int, taste: float = 0.0) -> list[Vote]:

@@ -15,21 +15,21 @@ import pytest
 import yaml
 from tests.conftest import TEMPLATE, make_pico
 
-from llmworks.artifact import Artifact, Dataset, Model, Report
 from llmworks.cli import main
-from llmworks.context import Context
-from llmworks.errors import ArtifactError, DataError, UserError
+from llmworks.core.artifact import Artifact, Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import ArtifactError, DataError, UserError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.core.types import Engine
 from llmworks.evaluate.board import BoardConfig, Entry, ahead, board, ranked
-from llmworks.evaluate.bootstrap import holm
 from llmworks.evaluate.compare import CompareConfig, compare
-from llmworks.evaluate.run import EvaluateConfig, evaluate
+from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
+from llmworks.evaluate.protocol.load_task import task_names
+from llmworks.evaluate.statistics.bootstrap import holm
 from llmworks.evaluate.suites import items_of, suites
-from llmworks.evaluate.task import task_names
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
-from llmworks.types import Engine
+from llmworks.runtime.references import resolve
 
 CHOICE: dict[str, Any] = {"name": "t", "kind": "choice", "prompt": "plain", "question": "Q: {{q}}\nA:", "choices": "opts", "answer": "gold", "metrics": ["acc", "acc_norm"], "shots": {"count": 2}}
 GENERATE: dict[str, Any] = {"name": "t", "question": "{{q}}", "answer": "{{gold}}", "metrics": ["exact_match"], "max_tokens": 12}

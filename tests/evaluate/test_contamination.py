@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from llmworks.artifact import Artifact, Dataset, Report
-from llmworks.context import Context
-from llmworks.data.rows import write_chat
-from llmworks.errors import DataError
+from llmworks.core.artifact import Artifact, Dataset, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.core.types import Message, messages_to_json
+from llmworks.data.store.rows import write_chat
 from llmworks.evaluate.contamination import ContaminationConfig, contamination
 from llmworks.lineage.family import Family, Node
-from llmworks.progress import Progress
-from llmworks.report import ReportBuilder
-from llmworks.types import Message, messages_to_json
 
 
 def words(draw: random.Random, count: int) -> str:

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
-from llmworks.artifact import Artifact, Dataset, Model, Report
 from llmworks.cli import main
-from llmworks.context import Context
-from llmworks.data.rows import read_chat
-from llmworks.errors import DataError
+from llmworks.core.artifact import Artifact, Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.data.store.rows import read_chat
 from llmworks.evaluate.errors import ErrorsConfig, at_least, errors
+from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
 from llmworks.evaluate.practice import PracticeConfig, practice
-from llmworks.evaluate.questions import side_of
-from llmworks.evaluate.run import EvaluateConfig, evaluate
+from llmworks.evaluate.protocol.questions import side_of
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
+from llmworks.runtime.references import resolve
 
 TOPICS = {"ships": "harbour sails anchor captain voyage deck", "bread": "flour oven yeast dough loaf crust", "stars": "telescope orbit planet comet galaxy moon", "law": "judge verdict statute witness appeal court"}
 

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 import yaml
 
-from llmworks.artifact import Artifact, Dataset, Model, Report
-from llmworks.context import Context
-from llmworks.errors import UserError
-from llmworks.evaluate.harness import to_harness
-from llmworks.evaluate.run import EvaluateConfig, evaluate
-from llmworks.evaluate.task import load_task
+from llmworks.core.artifact import Artifact, Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import UserError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
+from llmworks.evaluate.protocol.harness import to_harness
+from llmworks.evaluate.protocol.load_task import load_task
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model.load import load_model
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
+from llmworks.model.io.load import load_model
+from llmworks.runtime.references import resolve
 from llmworks.tokenize.load import load_tokenizer
 
 with warnings.catch_warnings():

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from llmworks.artifact import Artifact, Dataset, Manifest, Model, Report
-from llmworks.context import Context
-from llmworks.errors import DataError, LlmworksError, RequestError
-from llmworks.evaluate import agreement
+from llmworks.core.artifact import Artifact, Dataset, Manifest, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, LlmworksError, RequestError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.core.types import Completion, Request
 from llmworks.evaluate.judge import JudgeConfig, judge
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
-from llmworks.types import Completion, Request
+from llmworks.evaluate.statistics import agreement
+from llmworks.runtime.references import resolve
 
 
 def test_kappa_is_that_of_scikit_learn() -> None:
@@ -232,9 +232,9 @@ def test_a_reward_model_is_a_judge(tmp_path: Path, world: dict[str, Any], pico: 
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from llmworks.evaluate.reward import Reward, is_reward
+    from llmworks.core.types import Message
+    from llmworks.evaluate.statistics.reward import Reward, is_reward
     from llmworks.tokenize.load import load_tokenizer
-    from llmworks.types import Message
 
     torch.manual_seed(0)
     config = LlamaConfig.from_pretrained(pico)

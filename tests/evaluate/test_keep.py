@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from llmworks.artifact import Manifest, Model, Report
-from llmworks.context import Context
-from llmworks.errors import DataError
+from llmworks.core.artifact import Manifest, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
 from llmworks.evaluate.keep import KeepConfig, keep
-from llmworks.progress import Progress
-from llmworks.report import ReportBuilder
 
 
 def model(place: Path, name: str) -> Model:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from llmworks.evaluate.bootstrap import interval
-from llmworks.evaluate.extract import Slow, extract
-from llmworks.evaluate.metrics import Choice, Text, Written, exact_match, f1, metric_of, pass_at
-from llmworks.evaluate.task import Measure, Step
+from llmworks.evaluate.protocol.extract import Slow, extract
+from llmworks.evaluate.protocol.task import Measure, Step
+from llmworks.evaluate.statistics.bootstrap import interval
+from llmworks.evaluate.statistics.metrics import Choice, Text, Written, exact_match, f1, metric_of, pass_at
 
 WORDS = ["a", "cat", "the", "sat", "on", "mat", "dog", "runs", "fast", "over", "hill", "and", "under", "bridge", "Oslo", "42", "it's"]
 

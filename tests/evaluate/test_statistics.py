@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmworks.evaluate.bootstrap import Interval, certain, detectable, mean_interval, paired_difference, sign_flip, student
+from llmworks.evaluate.statistics.bootstrap import Interval, certain, detectable, mean_interval, paired_difference, sign_flip, student
 
 
 def test_interval_of_a_proportion_is_the_normal_one() -> None:

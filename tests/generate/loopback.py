@@ -1,7 +1,7 @@
 """A loopback server that speaks the APIs of four providers as they document them, and misbehaves when told to.
 
 It reads requests strictly, as the provider's own service would, and refuses what the documentation does not allow. Its answers come from a
-function over the project's own nouns. `tests/generate/test_wire.py` shows that the providers' own clients understand it.
+function over the project's own nouns. `tests/generate/test_providers.py` shows that the providers' own clients understand it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from llmworks.errors import LlmworksError
-from llmworks.tokenize.templates import parse_calls
-from llmworks.types import Completion, Message, Request, Sampling, ToolCall, messages_from_json
+from llmworks.core.errors import LlmworksError
+from llmworks.core.types import Completion, Message, Request, Sampling, ToolCall, messages_from_json
+from llmworks.tokenize.chat.templates import parse_calls
 
 Behaviour = Callable[["Handler", dict[str, Any]], None]
 Answer = Callable[[Request], Completion]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmworks.errors import RequestError
+from llmworks.core.errors import RequestError
+from llmworks.core.types import Engine, Message, Request, Sampling
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model.load import load_model
-from llmworks.types import Engine, Message, Request, Sampling
+from llmworks.model.io.load import load_model
 
 PROMPTS = ["hi", "what is the weather in Oslo", "the quick brown fox " * 4, "12345", "a b c d e f g"]
 

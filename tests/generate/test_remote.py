@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from tests.generate.loopback import APIS, REPLY, Behaviour, Handler, Loopback, answers, events, says
 
-from llmworks.errors import AccessError, EngineError, LlmworksError, RequestError, UserError
+from llmworks.core.errors import AccessError, EngineError, LlmworksError, RequestError, UserError
+from llmworks.core.types import Completion, Message, Request, Sampling
 from llmworks.generate.engines.remote import RemoteEngine
-from llmworks.generate.pacing import Pace, back_off
-from llmworks.generate.remote import RemoteOptions, api_key, parse_remote
-from llmworks.references import resolve
-from llmworks.tokenize.templates import parse_calls
-from llmworks.types import Completion, Message, Request, Sampling
+from llmworks.generate.remote.endpoint import RemoteOptions, api_key, parse_remote
+from llmworks.generate.remote.rate_limit import Pace, back_off
+from llmworks.runtime.references import resolve
+from llmworks.tokenize.chat.templates import parse_calls
 
 
 @pytest.fixture
@@ -434,7 +434,7 @@ def test_delays_grow() -> None:
 def test_an_interrupt_does_not_wait_for_a_server_that_hangs(server: Loopback) -> None:
     server.behaviours = [hangs] * 40
     code = (
-        "import os, signal, threading, time\nfrom llmworks.generate.engines.remote import RemoteEngine\nfrom llmworks.generate.remote import RemoteOptions\nfrom llmworks.types import Message, Request\n"
+        "import os, signal, threading, time\nfrom llmworks.generate.engines.remote import RemoteEngine\nfrom llmworks.generate.remote.endpoint import RemoteOptions\nfrom llmworks.core.types import Message, Request\n"
         f"engine = RemoteEngine({server.url!r}, 'm', RemoteOptions(timeout=60, concurrency=2))\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell that starts the tests in the background has it ignored
         "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"

@@ -13,9 +13,9 @@ from tests.conftest import TEMPLATE, make_pico, make_tokenizer
 from tests.generate.loopback import Loopback, openai_reply
 
 from llmworks.cli import main
+from llmworks.core.types import Completion, messages_from_json
 from llmworks.model.from_gguf import type_of
-from llmworks.tokenize.templates import for_template, render_prompt
-from llmworks.types import Completion, messages_from_json
+from llmworks.tokenize.chat.templates import for_template, render_prompt
 
 
 @pytest.fixture

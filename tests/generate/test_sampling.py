@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llmworks.generate.sampling import choose, filter_top_k, filter_top_p
-from llmworks.generate.stopping import cut_at_stop, safe_length
+from llmworks.generate.decode.sampling import choose, filter_top_k, filter_top_p
+from llmworks.generate.decode.stopping import cut_at_stop, safe_length
 
 
 def test_top_k_keeps_k() -> None:

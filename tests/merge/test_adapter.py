@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llmworks.artifact import Adapter, Model
-from llmworks.errors import ArtifactError, GoldenMismatch
-from llmworks.execute import Outcome, execute
-from llmworks.recipe import load_recipe
-from llmworks.references import open_engine, resolve
-from llmworks.runner import Run
-from llmworks.stages import resolve as resolve_stage
-from llmworks.workspace import Workspace
+from llmworks.core.artifact import Adapter, Model
+from llmworks.core.errors import ArtifactError, GoldenMismatch
+from llmworks.core.workspace import Workspace
+from llmworks.runtime.execute import Outcome, execute
+from llmworks.runtime.recipe import load_recipe
+from llmworks.runtime.references import open_engine, resolve
+from llmworks.runtime.runner import Run
+from llmworks.runtime.stages import resolve as resolve_stage
 
 
 @pytest.fixture

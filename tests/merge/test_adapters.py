@@ -14,20 +14,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmworks.artifact import Adapter, Artifact
-from llmworks.context import Context
-from llmworks.errors import LlmworksError, ModelError
+from llmworks.core.artifact import Adapter, Artifact
+from llmworks.core.context import Context
+from llmworks.core.errors import LlmworksError, ModelError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
 from llmworks.merge.adapter import AdapterConfig
 from llmworks.merge.adapter import adapter as fold
-from llmworks.merge.adapter_files import extracted, merged
-from llmworks.merge.adapters import AdaptersConfig
-from llmworks.merge.extract import ExtractConfig
-from llmworks.merge.low_rank import factors
-from llmworks.model.fold import fold_into, weights_of
-from llmworks.model.load import load_model
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
+from llmworks.merge.lora.config import AdaptersConfig, ExtractConfig
+from llmworks.merge.lora.low_rank import factors
+from llmworks.merge.lora.merge_lora import extracted, merged
+from llmworks.model.io.load import load_model
+from llmworks.model.lora.fold import fold_into, weights_of
+from llmworks.runtime.references import resolve
 from tests.conftest import make_pico
 
 IDS = torch.arange(3, 40)[None]

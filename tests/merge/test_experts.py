@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from llmworks.artifact import Artifact, Model
 from llmworks.cli import main
-from llmworks.context import Context
-from llmworks.errors import LlmworksError
-from llmworks.merge.experts import ExpertsConfig, experts
-from llmworks.merge.gates import gates
-from llmworks.model.load import load_model
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
+from llmworks.core.artifact import Artifact, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import LlmworksError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.merge.experts import experts
+from llmworks.merge.moe.config import ExpertsConfig
+from llmworks.merge.moe.router import gates
+from llmworks.model.io.load import load_model
+from llmworks.runtime.references import resolve
 from tests.oracles.gates import PROMPTS
 from tests.oracles.merge_models import save
 from tests.oracles.merges import models

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmworks.merge.layout import layout_of
-from llmworks.merge.shares import Kinship, kinship
-from tests.merge.test_conformance import merged
+from llmworks.merge.ancestry import Kinship, kinship
+from llmworks.merge.plan.layout import layout_of
 from tests.merge.test_experts import mixed
+from tests.merge.test_methods_conformance import merged
 
 SIZES = {"self_attn.q_proj": (1, 1), "self_attn.k_proj": (0.5, 1), "self_attn.v_proj": (0.5, 1), "self_attn.o_proj": (1, 1), "mlp.up_proj": (1.5, 1), "mlp.gate_proj": (1.5, 1), "mlp.down_proj": (1, 1.5)}
 

@@ -13,25 +13,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmworks.artifact import Artifact, Model
 from llmworks.cli import main
-from llmworks.context import Context
-from llmworks.errors import GoldenMismatch, LlmworksError, UserError
-from llmworks.merge import blocks, copies
-from llmworks.merge import group as groups
-from llmworks.merge.catalogue import METHODS
-from llmworks.merge.config import MergeConfig
-from llmworks.merge.group import Group
+from llmworks.core.artifact import Artifact, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import GoldenMismatch, LlmworksError, UserError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.merge.execute import blocks, copies
+from llmworks.merge.execute import tensor_group as groups
+from llmworks.merge.execute.tensor_group import Group
 from llmworks.merge.methods.dare import PLACES, Dropped, dare_linear, dare_ties
 from llmworks.merge.methods.della import della_linear
 from llmworks.merge.methods.ranks import ranks_of
-from llmworks.model.load import load_model
-from llmworks.model.shards import TORCH
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
+from llmworks.merge.plan.catalogue import METHODS
+from llmworks.merge.plan.config import MergeConfig
+from llmworks.model.io.load import load_model
+from llmworks.model.io.safetensors_io import TORCH
+from llmworks.runtime.references import resolve
 from tests.conftest import make_pico
-from tests.merge.test_conformance import merged
+from tests.merge.test_methods_conformance import merged
 from tests.oracles.merge_models import save
 from tests.oracles.merges import CASES, models, of, vectors, weighted
 
@@ -364,8 +364,8 @@ def test_keys_without_a_meaning_are_named(name: str, tmp_path: Path, capsys: pyt
 
 def test_the_tokenizer_is_looked_at(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A planted end token and a planted vocabulary are caught where the result is written; an end that one parent has and the result has not is told."""
-    from llmworks.merge import vocabulary
     from llmworks.merge.merge import merge
+    from llmworks.merge.vocabulary import vocabulary
 
     pico, other = make_pico(tmp_path / "pico"), make_pico(tmp_path / "other")
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
@@ -395,7 +395,7 @@ def test_the_tokenizer_is_looked_at(family: Path, tmp_path: Path, monkeypatch: p
 
         return copy
 
-    from llmworks.merge import texts
+    from llmworks.merge.vocabulary import tokenizer_files as texts
 
     monkeypatch.setattr(texts, "copy_tokenizer", planted(lambda values: values.update(eos_token_id=7), "generation_config.json"))
     with pytest.raises(GoldenMismatch, match="stop ids"):

@@ -11,16 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmworks.artifact import Model
 from llmworks.cli import main
-from llmworks.context import Context
-from llmworks.errors import LlmworksError
-from llmworks.merge.tokens import token_bytes
-from llmworks.merge.transplant import TransplantConfig, transplant
-from llmworks.model.load import load_model
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
+from llmworks.core.artifact import Model
+from llmworks.core.context import Context
+from llmworks.core.errors import LlmworksError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.merge.transplant import transplant
+from llmworks.merge.vocabulary.config import TransplantConfig
+from llmworks.merge.vocabulary.transplant import token_bytes
+from llmworks.model.io.load import load_model
+from llmworks.runtime.references import resolve
 from llmworks.tokenize.load import load_tokenizer, read_json
 from tests.conftest import make_pico
 from tests.oracles.merge_models import save, tokenizer

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from tests.conftest import make_pico
 
-from llmworks.artifact import Adapter, Manifest, Model, Parent
 from llmworks.cli import main
+from llmworks.core.artifact import Adapter, Manifest, Model, Parent
 from llmworks.model.card import bases_of, complete, hub_names
-from llmworks.references import resolve
+from llmworks.runtime.references import resolve
 
 
 def head(path: Path) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from llmworks.errors import ModelError
-from llmworks.model import linear_loss
-from llmworks.model.attention import Attention, repeated, seen
-from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
-from llmworks.model.feed_forward import MixtureOfExperts
-from llmworks.model.linear_loss import chunk, linear_cross_entropy
-from llmworks.model.positions import frequencies, rotate, rotation, sinusoids, slopes
+from llmworks.core.errors import ModelError
+from llmworks.model.loss import linear_cross_entropy as linear_loss
+from llmworks.model.loss.linear_cross_entropy import chunk, linear_cross_entropy
+from llmworks.model.nn.attention import Attention, repeated, seen
+from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
+from llmworks.model.nn.feed_forward import MixtureOfExperts
+from llmworks.model.nn.positions import frequencies, rotate, rotation, sinusoids, slopes
 from llmworks.model.shape import Rope, Shape
 
 USUAL: dict[str, Any] = {"vocabulary": 61, "width": 32, "layers": 2, "heads": 4, "context": 48}
@@ -295,7 +295,7 @@ def test_alibi_is_where_its_model_is() -> None:
 
 
 def test_adapters_leave_the_head_alone() -> None:
-    from llmworks.model import lora
+    from llmworks.model.lora import lora
 
     made = model()
     assert "head" not in lora.target_layers(made, "all-linear")
@@ -327,8 +327,8 @@ def test_hooks_of_the_embedding_are_heard() -> None:
 
 
 def test_fine_tuning_reads_it_as_any_other() -> None:
-    from llmworks.train.examples import Example, collate
-    from llmworks.train.loss import next_token_loss
+    from llmworks.train.finetune.examples import Example, collate
+    from llmworks.train.loop.losses import next_token_loss
 
     made = model()
     batch = collate([Example(tuple(IDS[0, :9].tolist()), (0, 0, 0, 1, 1, 0, 1, 1, 1)), Example(tuple(IDS[1, :5].tolist()), (0, 0, 1, 1, 1))])
@@ -347,7 +347,7 @@ def test_a_vocabulary_grows() -> None:
 
 def test_a_gate_in_one_operation_is_the_two_that_it_stands_for() -> None:
     """To the last bit, forward and backward."""
-    from llmworks.model.feed_forward import _SiluGate
+    from llmworks.model.nn.feed_forward import _SiluGate
 
     torch.manual_seed(0)
     gate, up, weights = (torch.randn(5, 7, 40, requires_grad=i < 2) for i in range(3))

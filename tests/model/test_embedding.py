@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from llmworks import assets
-from llmworks.artifact import load
 from llmworks.cli import main
+from llmworks.core.artifact import load
+from llmworks.core.errors import DataError
 from llmworks.embed import open_embedder
-from llmworks.errors import DataError
+from llmworks.embed.glove import cooccurrences, glove
+from llmworks.embed.word_similarity import Analogies, Pairs, likeness, read, solve
 from llmworks.model.embedding import collapsed
-from llmworks.model.glove import cooccurrences, glove
-from llmworks.model.word_tests import Analogies, Pairs, likeness, read, solve
 
 
 def test_cooccurrences_by_hand() -> None:

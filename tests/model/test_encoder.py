@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
 
-from llmworks.model.encoder import EncoderConfig, EncoderDecoderLM, EncoderForMaskedLM, Seq2SeqConfig
-from llmworks.model.objectives import IGNORED, hide_spans, hide_tokens
+from llmworks.model.loss.linear_cross_entropy import IGNORED
+from llmworks.model.loss.masking import hide_spans, hide_tokens
+from llmworks.model.nn.encoder import EncoderConfig, EncoderDecoderLM, EncoderForMaskedLM, Seq2SeqConfig
 from llmworks.model.shape import Shape
-from llmworks.tokenize.bpe import BPE
+from llmworks.tokenize.bpe.reference import BPE
 
 USUAL: dict[str, Any] = {"vocabulary": 61, "width": 32, "layers": 2, "heads": 4, "context": 48}
 IDS = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(1))

@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 
-from llmworks.model import kernels
-from llmworks.model.feed_forward import FeedForward, _SiluGate
-from llmworks.model.nf4 import _levels, dynamic_map, pack, unpack
-from llmworks.model.norm import RMSNorm
+from llmworks.model.lowbit.nf4 import _levels, dynamic_map, pack, unpack
+from llmworks.model.nn import kernels
+from llmworks.model.nn.feed_forward import FeedForward, _SiluGate
+from llmworks.model.nn.norm import RMSNorm
 from llmworks.model.shape import Shape
 
 with warnings.catch_warnings():

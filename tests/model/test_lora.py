@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from llmworks.errors import ModelError
-from llmworks.model import adapter, lora
-from llmworks.model.fold import fold_into, weights_of
-from llmworks.model.load import check_weights, load_model
-from llmworks.model.lora import Lora, LoraLinear
-from llmworks.model.nf4 import keep_in_nf4
-from llmworks.model.standard import load_decoder, open_adaptable
+from llmworks.core.errors import ModelError
+from llmworks.model.io.families import load_decoder
+from llmworks.model.io.load import load_model, open_adaptable
+from llmworks.model.io.weights import check_weights
+from llmworks.model.lora import adapter_io as adapter
+from llmworks.model.lora import lora
+from llmworks.model.lora.fold import fold_into, weights_of
+from llmworks.model.lora.lora import Lora, LoraLinear
+from llmworks.model.lowbit.nf4 import keep_in_nf4
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft reads a name that transformers renamed
 IDS = torch.tensor([[1, 5, 9, 200, 17, 3]])
@@ -111,8 +113,8 @@ def test_faster_b_is_peft_s_lora_plus(pico: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from peft.optimizers import create_loraplus_optimizer
 
-    from llmworks.train.optimizers import optimizers_of
-    from llmworks.train.schedule import OptimizerConfig
+    from llmworks.train.loop.optimizers import optimizers_of
+    from llmworks.train.loop.schedule import OptimizerConfig
 
     theirs = get_peft_model(load_model(pico), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     ours = load_model(pico)

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llmworks.cli import main
+from llmworks.core.types import Message, Request, Sampling
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.types import Message, Request, Sampling
 
 
 @pytest.fixture

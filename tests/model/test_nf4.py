@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from llmworks.model.lora import Lora, LoraLinear
-from llmworks.model.nf4 import NF4Linear, dynamic_map, pack, unpack
+from llmworks.model.lora.lora import Lora, LoraLinear
+from llmworks.model.lowbit.nf4 import NF4Linear, dynamic_map, pack, unpack
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

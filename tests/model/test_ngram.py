@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmworks.errors import ModelError
-from llmworks.model.kneser_ney import FALLBACK, count, discounts, estimated
-from llmworks.model.load import load_model
-from llmworks.model.ngram import NgramForCausalLM
+from llmworks.core.errors import ModelError
+from llmworks.model.io.load import load_model
+from llmworks.model.ngram.kneser_ney import FALLBACK, count, discounts, estimated
+from llmworks.model.ngram.ngram import NgramForCausalLM
 
 FIXTURE = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "kenlm_ngrams.json.gz").read_bytes()))
 

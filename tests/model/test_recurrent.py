@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmworks.cli import main
-from llmworks.errors import ModelError
+from llmworks.core.errors import ModelError
+from llmworks.core.types import Message, Request, Sampling
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model.recurrent import RecurrentConfig, RecurrentForCausalLM
-from llmworks.types import Message, Request, Sampling
+from llmworks.model.nn.recurrent import RecurrentConfig, RecurrentForCausalLM
 
 KINDS = ("mlp", "rnn", "lstm", "gru")
 IDS = torch.randint(0, 61, (3, 14), generator=torch.Generator().manual_seed(1))

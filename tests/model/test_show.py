@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from llmworks.cli import main
-from llmworks.model.anatomy import cached, parts_of, state_of
-from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
-from llmworks.model.drawing import draw
-from llmworks.model.recurrent import RecurrentConfig, RecurrentForCausalLM
+from llmworks.model.anatomy.drawing import draw
+from llmworks.model.anatomy.parts import cached, parts_of, state_of
+from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
+from llmworks.model.nn.recurrent import RecurrentConfig, RecurrentForCausalLM
 from llmworks.model.shape import RecurrentShape, Shape
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -116,6 +116,6 @@ def test_the_stage(pico: Path, pico_gguf: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def load(path: Path) -> Any:
-    from llmworks.model.load import load_model
+    from llmworks.model.io.load import load_model
 
     return load_model(path)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from llmworks.artifact import Dataset, Model
-from llmworks.quantize.card import gguf_name, hub_name, write_card
-from tests.quantize.test_stages import quantized, texts  # noqa: F401
+from llmworks.core.artifact import Dataset, Model
+from llmworks.quantize.report.card import gguf_name, hub_name, write_card
+from tests.quantize.test_quantize import quantized, texts  # noqa: F401
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from llmworks.artifact import Adapter, Model
-from llmworks.context import Context
-from llmworks.errors import GoldenMismatch, LlmworksError, ModelError
+from llmworks.core.artifact import Adapter, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import GoldenMismatch, LlmworksError, ModelError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
 from llmworks.model.golden import record
-from llmworks.progress import Progress
-from llmworks.quantize import gguf_adapter
-from llmworks.quantize.adapter import AdapterConfig, adapter
-from llmworks.report import ReportBuilder
+from llmworks.quantize.adapter import adapter
+from llmworks.quantize.llamacpp import adapter as gguf_adapter
+from llmworks.quantize.llamacpp.config import AdapterConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from llmworks.errors import ModelError
+from llmworks.core.errors import ModelError
+from llmworks.core.progress import Progress
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.from_gguf import write_hf_directory
-from llmworks.model.gguf_layout import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-from llmworks.model.gguf_tokenizer import build_tokenizer, pre_tokenizer_of
-from llmworks.progress import Progress
-from llmworks.quantize.gguf_file import write_gguf
-from llmworks.quantize.gguf_vocabulary import scores_of
+from llmworks.model.io.gguf_layout import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from llmworks.model.io.gguf_tokenizer import build_tokenizer, pre_tokenizer_of
+from llmworks.quantize.llamacpp.vocabulary import scores_of
+from llmworks.quantize.llamacpp.writer import write_gguf
 from tests.conftest import make_tokenizer
-from tests.model.test_gguf import TEXTS
+from tests.model.test_from_gguf import TEXTS
 
 QUIET = Progress(quiet=True)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
@@ -124,7 +124,7 @@ def test_ids_without_a_token_have_a_name_that_no_token_has(tmp_path: Path) -> No
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    from llmworks.quantize.gguf_vocabulary import add_vocabulary
+    from llmworks.quantize.llamacpp.vocabulary import add_vocabulary
 
     backend = Tokenizer(BPE({token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

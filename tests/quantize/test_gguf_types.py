@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from llmworks.artifact import Dataset
-from llmworks.errors import DataError, ModelError
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import DataError, ModelError
+from llmworks.core.progress import Progress
 from llmworks.model.from_gguf import open_reader
-from llmworks.progress import Progress
-from llmworks.quantize.gguf_file import encoded, write_gguf
-from llmworks.quantize.gguf_types import FILE_TYPES, SEEING, Layout, base_of, block, types_of
+from llmworks.quantize.llamacpp.types import FILE_TYPES, SEEING, Layout, base_of, block, types_of
+from llmworks.quantize.llamacpp.writer import encoded, write_gguf
 from tests.conftest import make_tokenizer
-from tests.quantize.test_stages import quantized, texts  # noqa: F401 (a fixture)
+from tests.quantize.test_quantize import quantized, texts  # noqa: F401 (a fixture)
 
 QUIET = Progress(quiet=True)
 BLIND = [kind for kind in FILE_TYPES if base_of(kind) not in SEEING and kind not in ("f32", "q2_k_s", "iq2_s", "iq2_m", "iq3_xs")]
@@ -144,10 +144,10 @@ def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, te
 
 def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
     """At the same type, and the numbers are those of hooks on the model."""
-    from llmworks.model.source import Source
-    from llmworks.model.standard import load_decoder
-    from llmworks.quantize.calibration import calibration
-    from llmworks.quantize.importance import importance
+    from llmworks.model.io.families import load_decoder
+    from llmworks.model.io.layer_reader import Source
+    from llmworks.quantize.calibrate.imatrix import importance
+    from llmworks.quantize.calibrate.texts import calibration
     from llmworks.tokenize.load import load_tokenizer
     from tests.quantize.test_mixed import context
 
@@ -171,11 +171,12 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
 
 def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
     """Files by `quantize.sense`'s result are those that look for themselves; its matrix is read by another reader; another model's is refused."""
-    from llmworks.artifact import Report
-    from llmworks.quantize.gguf import GgufConfig, gguf
-    from llmworks.quantize.importance import read_importance, write_importance
-    from llmworks.quantize.sense import SenseConfig, sense
-    from llmworks.references import resolve
+    from llmworks.core.artifact import Report
+    from llmworks.quantize.calibrate.imatrix import read_importance, write_importance
+    from llmworks.quantize.gguf import gguf
+    from llmworks.quantize.llamacpp.config import GgufConfig, SenseConfig
+    from llmworks.quantize.sense import sense
+    from llmworks.runtime.references import resolve
     from tests.quantize.test_mixed import context
 
     alone = quantized("gguf", pico, texts, tmp_path / "alone", type="q4_0", allocate=True, sensed=4)

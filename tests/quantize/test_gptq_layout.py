@@ -14,14 +14,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from llmworks.artifact import Dataset
-from llmworks.errors import ModelError
-from llmworks.model.gptq_layout import Awq, Gptq
-from llmworks.model.grid import Grid, Scales, Whole, whole
-from llmworks.model.quantized import dense
-from llmworks.model.standard import load_decoder
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import ModelError
+from llmworks.model.io.families import load_decoder
+from llmworks.model.lowbit.checkpoint import dense
+from llmworks.model.lowbit.gptq_awq import Awq, Gptq
+from llmworks.model.lowbit.integer import Grid, Scales, Whole, whole
 from llmworks.quantize.gptq import GptqConfig
-from tests.quantize.test_stages import quantized, texts  # noqa: F401 (a fixture)
+from tests.quantize.test_quantize import quantized, texts  # noqa: F401 (a fixture)
 
 FOUND: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "gptq_layouts.json.gz").read_bytes()))
 

@@ -15,16 +15,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmworks.artifact import Dataset
-from llmworks.errors import ModelError
-from llmworks.model import hqq_layout
-from llmworks.model.grid import Grid, Whole, fit, grouped, restored, rounded, whole
-from llmworks.model.low_bit import Int4Linear, available, low_bit_layer
-from llmworks.model.quantized import dense
-from llmworks.model.standard import load_decoder
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import ModelError
+from llmworks.model.io.families import load_decoder
+from llmworks.model.lowbit import hqq as hqq_layout
+from llmworks.model.lowbit.checkpoint import dense
+from llmworks.model.lowbit.integer import Grid, Whole, fit, grouped, restored, rounded, whole
+from llmworks.model.lowbit.linear import Int4Linear, available, low_bit_layer
+from llmworks.quantize.algorithms.hqq import POWER, solve, zeros
 from llmworks.quantize.hqq import HqqConfig
-from llmworks.quantize.solvers.hqq import POWER, solve, zeros
-from tests.quantize.test_stages import quantized, texts  # noqa: F401
+from tests.quantize.test_quantize import quantized, texts  # noqa: F401
 
 FOUND: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "hqq_layout.json.gz").read_bytes()))
 CONFIG = {"quant_method": "hqq"}

@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from llmworks.artifact import Dataset
-from llmworks.context import Context
-from llmworks.errors import ModelError
-from llmworks.model.source import Source
-from llmworks.model.standard import load_decoder
-from llmworks.progress import Progress
-from llmworks.quantize.mixed import MixedConfig
-from llmworks.quantize.sensing import costs
-from llmworks.quantize.solvers.allocation import allocate
-from llmworks.report import ReportBuilder
-from tests.quantize.test_stages import _ours, quantized, texts  # noqa: F401 (a fixture)
+from llmworks.core.artifact import Dataset
+from llmworks.core.context import Context
+from llmworks.core.errors import ModelError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.model.io.families import load_decoder
+from llmworks.model.io.layer_reader import Source
+from llmworks.quantize.algorithms.config import MixedConfig
+from llmworks.quantize.algorithms.knapsack import allocate
+from llmworks.quantize.calibrate.sensitivity import costs
+from tests.quantize.test_quantize import _ours, quantized, texts  # noqa: F401 (a fixture)
 
 
 def context(folder: Path) -> Context:
@@ -118,8 +118,8 @@ def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:  #
 @pytest.mark.parametrize("form", ["exl2", "exl3"])
 def test_what_needs_a_gpu_is_handed_over_or_refused(form: Any, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package, without a GPU; with both (a stand-in that writes what it was told) its directory is the result, and its last line the error."""
-    from llmworks.artifact import Model
-    from llmworks.errors import MissingDependency
+    from llmworks.core.artifact import Model
+    from llmworks.core.errors import MissingDependency
     from llmworks.quantize.exl2 import Exl2Config, exl2
 
     package = {"exl2": "exllamav2", "exl3": "exllamav3"}[form]

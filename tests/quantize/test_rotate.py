@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmworks.artifact import Model
-from llmworks.context import Context
-from llmworks.errors import ModelError
-from llmworks.model.standard import load_decoder
-from llmworks.progress import Progress
-from llmworks.quantize.rotate import RotateConfig, rotate
-from llmworks.quantize.solvers.hadamard import hadamard, rotation
-from llmworks.report import ReportBuilder
+from llmworks.core.artifact import Model
+from llmworks.core.context import Context
+from llmworks.core.errors import ModelError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.model.io.families import load_decoder
+from llmworks.quantize.algorithms.config import RotateConfig
+from llmworks.quantize.algorithms.hadamard import hadamard, rotation
+from llmworks.quantize.rotate import rotate
 from tests.conftest import make_pico
 
 
@@ -73,9 +74,9 @@ def test_a_rotated_model_computes_the_same(values: bool, pico: Path, tmp_path: P
 
 
 def test_norms_that_cannot_be_folded_are_refused(tmp_path: Path) -> None:
-    from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+    from llmworks.model.io.families import save_decoder
+    from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.model.shape import Shape
-    from llmworks.model.standard import save_decoder
 
     for norm, match in (({"norm": "layer"}, "norms must only scale"), ({"norm_place": "around"}, "as Gemma does")):
         shape = Shape.model_validate({"vocabulary": 64, "width": 32, "layers": 1, "heads": 2, "kv_heads": 2, "hidden": 48, "context": 64, "tied": True, **norm})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.oracles.constraints import ANSWERS, CASES
 
-from llmworks.errors import DataError
+from llmworks.core.errors import DataError
 from llmworks.score import score_function, verified
 from llmworks.score.constraints import CHECKS, UNCHECKED, followed
 from llmworks.score.constraints.text import sentences

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llmworks.data.rows import flat_messages
+from llmworks.core.types import ToolCall
+from llmworks.data.store.rows import flat_messages
 from llmworks.score.function_call import check_arguments, function_call, valid_call
-from llmworks.tokenize.templates import render_call
-from llmworks.types import ToolCall
+from llmworks.tokenize.chat.templates import render_call
 
 CASES = json.loads((Path(__file__).parents[1] / "fixtures" / "bfcl_cases.json").read_text())
 

@@ -18,17 +18,17 @@ import pytest
 import uvicorn
 from tests.conftest import TEMPLATE, make_pico
 
-from llmworks.errors import AccessError, EngineError, RequestError, UserError
+from llmworks.core.errors import AccessError, EngineError, RequestError, UserError
+from llmworks.core.types import Completion, Delta, Engine, Message, Request, Sampling, ToolCall
 from llmworks.generate.chat import Conversation, converse
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.generate.wire.openai import collect_calls
-from llmworks.generate.wire.protocol import Call
+from llmworks.generate.providers.openai import collect_calls
+from llmworks.generate.providers.protocol import Call
 from llmworks.serve.answer import chunks, whole
 from llmworks.serve.server import build_app, check_port
-from llmworks.tokenize.templates import render_call, tool_aware
-from llmworks.types import Completion, Delta, Engine, Message, Request, Sampling, ToolCall
+from llmworks.tokenize.chat.templates import render_call, tool_aware
 
 HI: list[Any] = [{"role": "user", "content": "hi there"}]
 

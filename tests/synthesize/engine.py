@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmworks.artifact import Artifact, Dataset, Manifest, Model
-from llmworks.context import Context
-from llmworks.data.rows import write_chat
-from llmworks.documents import DocumentWriter
-from llmworks.errors import EngineError, LlmworksError
-from llmworks.progress import Progress
-from llmworks.report import ReportBuilder
-from llmworks.types import Completion, Delta, Document, Request
+from llmworks.core.artifact import Artifact, Dataset, Manifest, Model
+from llmworks.core.context import Context
+from llmworks.core.documents import DocumentWriter
+from llmworks.core.errors import EngineError, LlmworksError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.core.types import Completion, Delta, Document, Request
+from llmworks.data.store.rows import write_chat
 
 
 class Scripted:

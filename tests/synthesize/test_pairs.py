@@ -16,15 +16,15 @@ import pytest
 from tests.generate.loopback import Loopback, openai_reply
 from tests.synthesize.engine import Scripted, chats, context, foreign, rejected
 
-from llmworks.artifact import Dataset
-from llmworks.data.rows import read_preference
-from llmworks.errors import DataError, UserError
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import DataError, UserError
+from llmworks.core.types import Completion, Message
+from llmworks.data.store.rows import read_preference
 from llmworks.score.judge import comparing, grading, read_choice, read_grade
 from llmworks.score.rouge import longest_common, rouge_l, words
 from llmworks.synthesize.pairs import PairsConfig, pairs
-from llmworks.synthesize.pool import Pool
-from llmworks.synthesize.text import bare, labelled, numbered, refuses
-from llmworks.types import Completion, Message
+from llmworks.synthesize.text.diversity import Pool
+from llmworks.synthesize.text.parse import bare, labelled, numbered, refuses
 
 SCHEMA = {"schema": {"type": "object", "required": ["a"]}}
 
@@ -180,8 +180,8 @@ def test_a_killed_run_pays_nothing_twice(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_recipes_with_a_real_model(tmp_path: Path) -> None:
     """Every recipe runs on SmolLM2 from the command line; a model so small keeps little, but what it keeps is whole."""
-    from llmworks.artifact import load
-    from llmworks.data.rows import read_chat
+    from llmworks.core.artifact import load
+    from llmworks.data.store.rows import read_chat
 
     environment = {**os.environ, "LLMWORKS_WORKSPACE": str(tmp_path / "ws")}
     seeds = ["Write a short poem about the sea.", "Explain what a compiler does.", "List three uses of a hammer.", "What is the capital of France?"]

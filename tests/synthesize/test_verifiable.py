@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from llmworks.artifact import Dataset
-from llmworks.context import Context
-from llmworks.data.rows import read_chat, write_chat
-from llmworks.errors import DataError, LlmworksError
-from llmworks.progress import Progress
-from llmworks.report import ReportBuilder
+from llmworks.core.artifact import Dataset
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, LlmworksError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.data.store.rows import read_chat, write_chat
 from llmworks.score import score_function
 from llmworks.score.constraints import CHECKS, followed
 from llmworks.synthesize import rules

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from llmworks.tokenize.algorithms import LLAMA3
-from llmworks.tokenize.bpe import BPE, join
-from llmworks.tokenize.bulk import GPT2
+from llmworks.tokenize.bpe.fast import GPT2
+from llmworks.tokenize.bpe.reference import BPE, join
+from llmworks.tokenize.bpe.trainers import LLAMA3
 
 BYTES = pre_tokenizers.ByteLevel
 WORKED = "aaabdaaabac"  # Gage 1994: aa, then ab or its like, then what they make

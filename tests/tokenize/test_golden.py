@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from tests.conftest import TEMPLATE, make_pico, make_tokenizer
 
-from llmworks.artifact import Golden
-from llmworks.errors import GoldenMismatch
+from llmworks.core.artifact import Golden
+from llmworks.core.errors import GoldenMismatch
 from llmworks.model.golden import record, torch_logits
-from llmworks.model.load import load_model
-from llmworks.tokenize import golden
+from llmworks.model.io.load import load_model
+from llmworks.tokenize.chat import golden
+from llmworks.tokenize.chat.templates import tool_aware
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.tokenize.templates import tool_aware
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from tests.conftest import TEMPLATE, make_tokenizer
 
-from llmworks.errors import ModelError, RequestError, UserError
-from llmworks.tokenize.named import FOLDER, NAMED, named_template
-from llmworks.tokenize.templates import encode, for_template, render_masked, render_text, tool_aware
+from llmworks.core.errors import ModelError, RequestError, UserError
+from llmworks.core.types import Json, Message, ToolCall
+from llmworks.tokenize.chat.named import FOLDER, NAMED, named_template
+from llmworks.tokenize.chat.templates import encode, for_template, render_masked, render_text, tool_aware
 from llmworks.tokenize.view import as_ansi, as_html, as_plain, without_colours
-from llmworks.types import Json, Message, ToolCall
 
 ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures" / "chat_templates.json").read_text())
 
@@ -147,7 +147,7 @@ def test_tokens_of_real_models_are_those_of_transformers(name: str, monkeypatch:
     """With the model's own template, and with the named ones."""
     from llmworks import assets
     from llmworks.model.from_gguf import metadata, open_reader
-    from llmworks.model.gguf_tokenizer import tokenizer_of
+    from llmworks.model.io.gguf_tokenizer import tokenizer_of
 
     monkeypatch.setenv("LLMWORKS_ACCEPT", name)
     tokenizer = tokenizer_of(metadata(open_reader(next(assets.fetch(name).glob("*.gguf")))))

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from tests.conftest import TEMPLATE, make_tokenizer
 
-from llmworks.errors import ModelError, RequestError
-from llmworks.tokenize.templates import (
+from llmworks.core.errors import ModelError, RequestError
+from llmworks.core.types import Message, ToolCall, messages_from_json, messages_to_json
+from llmworks.tokenize.chat.templates import (
     encode,
     flatten_tools,
     parse_calls,
@@ -19,7 +20,6 @@ from llmworks.tokenize.templates import (
     renders_tools,
     tool_aware,
 )
-from llmworks.types import Message, ToolCall, messages_from_json, messages_to_json
 
 TURNS = (
     Message("system", "be brief"),

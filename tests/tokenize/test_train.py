@@ -10,19 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.tokenize.test_bulk import TEXTS
+from tests.tokenize.test_bpe_fast import TEXTS
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.documents import DocumentWriter, count_characters
-from llmworks.tokenize.bulk import bulk_encoder
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import DocumentWriter, count_characters
+from llmworks.core.types import Document
+from llmworks.tokenize.bpe.config import TrainConfig
+from llmworks.tokenize.bpe.fast import bulk_encoder
+from llmworks.tokenize.chat.named import NAMED
+from llmworks.tokenize.chat.template_faults import Uses, probe
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.tokenize.named import NAMED
-from llmworks.tokenize.probe import Uses, probe
-from llmworks.tokenize.train import TrainConfig, control_tokens
+from llmworks.tokenize.statistics import measure, script_of, unused
+from llmworks.tokenize.train import control_tokens
 from llmworks.tokenize.view import without_colours
-from llmworks.tokenize.vocabulary import measure, script_of, unused
-from llmworks.types import Document
 
 MORE = ["Grüße aus Köln – übermorgen um 7:45.", "日本語のテキストと漢字", "Съешь же ещё этих мягких булок", "    def f(x):\n        return x ** 2\t# a\r\n\n\n", "12345 👩‍💻 \u0301 x"]
 ODD = [*MORE, "", " ", "  two  spaces ", "\n\n", "never seen: Ω≈ç√ 한국어 \U0001f9ff", "a <|im_end|> b"]

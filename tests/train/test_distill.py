@@ -13,21 +13,21 @@ from pydantic import ValidationError
 from tests.conftest import make_pico
 from tests.train.test_sft import EXAMPLES, chats, rows_of
 
-from llmworks.artifact import Adapter, Artifact, Dataset, Model
-from llmworks.context import Context
-from llmworks.data.rows import read_chat
-from llmworks.errors import DataError, LlmworksError, UserError
+from llmworks.core.artifact import Adapter, Artifact, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, LlmworksError, UserError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.core.types import Completion, Engine
+from llmworks.data.store.rows import read_chat
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model.standard import load_decoder
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
-from llmworks.train import divergence as room
+from llmworks.model.io.families import load_decoder
+from llmworks.runtime.references import resolve
 from llmworks.train.distill import DistillConfig, distill
-from llmworks.train.divergence import divergence, taught
-from llmworks.train.examples import joined
-from llmworks.train.packed import packed_loss
-from llmworks.types import Completion, Engine
+from llmworks.train.finetune import distillation_loss as room
+from llmworks.train.finetune.distillation_loss import divergence, taught
+from llmworks.train.finetune.examples import joined
+from llmworks.train.loop.packed import packed_loss
 
 
 @pytest.mark.filterwarnings("ignore")  # it is of their experimental part

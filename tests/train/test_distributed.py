@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from llmworks.cli import main
-from llmworks.errors import UserError
-from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+from llmworks.core.errors import UserError
+from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
-from llmworks.train.parallel import Parallel, share_of
-from llmworks.train.pipeline import Pipelined
-from llmworks.train.placement import place
-from llmworks.train.world import World
+from llmworks.train.distributed.config import Parallel, share_of
+from llmworks.train.distributed.pipeline import Pipelined
+from llmworks.train.distributed.sharding import place
+from llmworks.train.distributed.world import World
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 STEPS = ("batch=2", "accumulation=4", "epochs=2", "optimizer.learning_rate=0.001", "optimizer.warmup=0.2", "look_every=8", "look_rows=8", "sample_tokens=4", "checkpoint_every=5")

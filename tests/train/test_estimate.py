@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.rows import write_chat
-from llmworks.errors import UserError
-from llmworks.model import lora
-from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
-from llmworks.model.load import load_model
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import UserError
+from llmworks.data.store.rows import write_chat
+from llmworks.model.io.families import shape_of
+from llmworks.model.io.load import load_model
+from llmworks.model.lora import lora
+from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
-from llmworks.model.standard import shape_of
-from llmworks.train.estimate import PROCESS, Training, Trial
-from llmworks.train.estimate_sft import TURN, Conversations, Tuning, conversations_of
-from llmworks.train.lora import LoraConfig
-from llmworks.train.parallel import Parallel
+from llmworks.train.distributed.config import Parallel
+from llmworks.train.estimate.finetune import TURN, Conversations, Tuning, conversations_of
+from llmworks.train.estimate.pretrain import PROCESS, Training, Trial
+from llmworks.train.finetune.lora_config import LoraConfig
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
 from llmworks.train.sft import SftConfig
 
@@ -213,7 +213,7 @@ def test_texts_and_completions_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_a_soft_prompt_is_counted_without_weights(kind: str, pico: Path) -> None:
-    from llmworks.train.tuned import open_tuned
+    from llmworks.train.finetune.trainable import open_tuned
 
     config = SftConfig.model_validate({"method": kind, "soft": {"tokens": 5}})
     tuned = open_tuned(pico)

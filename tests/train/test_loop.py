@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from llmworks.errors import TrainingError
-from llmworks.model import adapter, lora
-from llmworks.model.load import load_model
-from llmworks.progress import Progress
-from llmworks.train.examples import Batch, Example, collate, plan_epoch
-from llmworks.train.loop import Habits, train
-from llmworks.train.loss import next_token_loss
-from llmworks.train.schedule import OptimizerConfig, learning_rate
+from llmworks.core.errors import TrainingError
+from llmworks.core.progress import Progress
+from llmworks.model.io.load import load_model
+from llmworks.model.lora import adapter_io as adapter
+from llmworks.model.lora import lora
+from llmworks.train.finetune.examples import Batch, Example, collate, plan_epoch
+from llmworks.train.loop.loop import Habits, train
+from llmworks.train.loop.losses import next_token_loss
+from llmworks.train.loop.schedule import OptimizerConfig, learning_rate
 
 EXAMPLES = [
     Example(tuple(3 + (i * 7 + j * 3) % 300 for j in range(4 + 3 * i)), tuple(int(j >= 2 + i) for j in range(4 + 3 * i))) for i in range(8)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.tokens import Packed
+from llmworks.core.artifact import Dataset
+from llmworks.core.types import Request, Sampling
+from llmworks.data.store.packed_tokens import Packed
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model.load import load_model
+from llmworks.model.io.load import load_model
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.heldout import measure
-from llmworks.types import Request, Sampling
+from llmworks.train.loop.heldout import measure
 
 
 @pytest.fixture

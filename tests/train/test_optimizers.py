@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from llmworks.errors import MissingDependency, TrainingError
-from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+from llmworks.core.errors import MissingDependency, TrainingError
+from llmworks.core.progress import Progress
+from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
-from llmworks.progress import Progress
-from llmworks.train import checkpoints
-from llmworks.train.loop import Habits, train
-from llmworks.train.optimizers import inner_matrices, optimizers_of
-from llmworks.train.schedule import OptimizerConfig, learning_rate
-from llmworks.train.watch import Watch
+from llmworks.train.loop import checkpoints
+from llmworks.train.loop.loop import Habits, train
+from llmworks.train.loop.loss_guard import Watch
+from llmworks.train.loop.optimizers import inner_matrices, optimizers_of
+from llmworks.train.loop.schedule import OptimizerConfig, learning_rate
 
 
 class Two(nn.Module):

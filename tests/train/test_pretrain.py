@@ -17,12 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from llmworks.artifact import Dataset
 from llmworks.cli import main
-from llmworks.data.tokens import Packed
-from llmworks.model.load import load_model
-from llmworks.model.standard import open_trainable
-from llmworks.train.packed import PackedSteps, packed_loss
+from llmworks.core.artifact import Dataset
+from llmworks.data.store.packed_tokens import Packed
+from llmworks.model.io.load import load_model, open_trainable
+from llmworks.train.loop.packed import PackedSteps, packed_loss
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmworks.cli import main
-from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
+from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.train import scaling
 from llmworks.train.scaling import ScalingConfig, Size, planned
 
@@ -65,7 +65,7 @@ def test_it_goes_on_and_tells(made: Path, pico: Path, tmp_path: Path, monkeypatc
     kept = {file.parent.name: file.stat().st_mtime_ns for file in tmp_path.glob("ws/scratch/*/*/run.json")}
     assert sorted(kept) == sorted(trained)
     seen: list[int] = []
-    from llmworks.train import loop
+    from llmworks.train.loop import loop
 
     counted = loop.train
     monkeypatch.setattr(loop, "train", lambda *a, **k: (seen.append(1), counted(*a, **k))[1])

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from llmworks.cli import main
-from llmworks.data.tokens import PackedRow
-from llmworks.model import decoder
+from llmworks.data.store.packed_tokens import PackedRow
+from llmworks.model.nn import decoder
 from llmworks.model.shape import Experts, RecurrentShape, Shape
-from llmworks.train import checkpoints, loop, packed, selftest
-from llmworks.train.placement import Placed
+from llmworks.train.distributed.sharding import Placed
+from llmworks.train.loop import checkpoints, loop, packed
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
+from llmworks.train.selftest import pretrain as selftest
 
 CONFIG = PretrainConfig(batch=2, accumulation=2, optimizer=PretrainOptimizer(learning_rate=0.003))
 SHAPE = Shape(width=768, layers=12, heads=12, kv_heads=4, context=1024)

@@ -14,30 +14,31 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from tests.conftest import TEMPLATE
 
-from llmworks.artifact import Adapter, Artifact, Dataset, Model
-from llmworks.context import Context
-from llmworks.data.lessons import training_rows
-from llmworks.data.rows import write_chat
-from llmworks.errors import DataError, GoldenMismatch, LlmworksError, ModelError, TrainingError, UserError
+from llmworks.core.artifact import Adapter, Artifact, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, GoldenMismatch, LlmworksError, ModelError, TrainingError, UserError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.core.types import Engine, Request, Sampling
+from llmworks.data.conversations.training_rows import training_rows
+from llmworks.data.store.rows import write_chat
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.merge.adapter import AdapterConfig
 from llmworks.merge.adapter import adapter as merged
-from llmworks.model import adapter, lora
-from llmworks.model.fold import fold_into, weights_of
 from llmworks.model.golden import require
-from llmworks.model.load import load_model
-from llmworks.model.standard import load_decoder, open_adaptable
-from llmworks.progress import Progress
-from llmworks.references import resolve
-from llmworks.report import ReportBuilder
+from llmworks.model.io.families import load_decoder
+from llmworks.model.io.load import load_model, open_adaptable
+from llmworks.model.lora import adapter_io as adapter
+from llmworks.model.lora import lora
+from llmworks.model.lora.fold import fold_into, weights_of
+from llmworks.runtime.references import resolve
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.examples import Example, Steps, collate, joined, make_example
-from llmworks.train.loss import Noise, label_logits, next_token_loss
-from llmworks.train.packed import packed_loss
-from llmworks.train.placement import resolved
+from llmworks.train.distributed.sharding import resolved
+from llmworks.train.finetune.examples import Example, Steps, collate, joined, make_example
+from llmworks.train.finetune.trainable import Tuned
+from llmworks.train.loop.losses import Noise, label_logits, next_token_loss
+from llmworks.train.loop.packed import packed_loss
 from llmworks.train.sft import SftConfig, sft
-from llmworks.train.tuned import Tuned
-from llmworks.types import Engine, Request, Sampling
 
 EXAMPLES = [Example(tuple(3 + (i * 7 + j * 3) % 300 for j in range(4 + 9 * i)), tuple(int(j >= 2 + i) for j in range(4 + 9 * i)), f"r{i}") for i in range(12)]
 WORDS = ["the", "quick", "brown", "fox", "user", "weather", "Oslo", "what", "is", "name", "city"]
@@ -113,8 +114,8 @@ def test_joined_rows_are_rows_apart(pico: Path) -> None:
 
 def test_joined_rows_need_no_mask(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a window that is longer than every text, without one, and through torch's own attention, as on a GPU: the same."""
-    from llmworks.model import attention
-    from llmworks.model.attention import seen
+    from llmworks.model.nn import attention
+    from llmworks.model.nn.attention import seen
 
     decoder, batch = load_decoder(pico), joined(EXAMPLES)
     with torch.no_grad():

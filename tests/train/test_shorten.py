@@ -10,16 +10,16 @@ import torch
 from pydantic import ValidationError
 from tests.conftest import make_tokenizer
 
-from llmworks.artifact import Dataset, Model
-from llmworks.context import Context
-from llmworks.data.rows import write_chat
-from llmworks.errors import LlmworksError, UserError
-from llmworks.model.load import load_model
-from llmworks.model.standard import load_decoder
-from llmworks.progress import Progress
-from llmworks.report import ReportBuilder
-from llmworks.tokenize.golden import require
-from llmworks.train.examples import Example
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import LlmworksError, UserError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.data.store.rows import write_chat
+from llmworks.model.io.families import load_decoder
+from llmworks.model.io.load import load_model
+from llmworks.tokenize.chat.golden import require
+from llmworks.train.finetune.examples import Example
 from llmworks.train.shorten import ShortenConfig, influence, shorten
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference import Policy, PreferenceConfig, prefer
-from llmworks.artifact import Adapter, Dataset, Model
-from llmworks.context import Context
+from llmworks.align.preference.run import Policy, PreferenceConfig, prefer
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.ways import Given
-    from llmworks.train.tuning import Way
+    from llmworks.align.preference.objective import Given
+    from llmworks.train.finetune.run import Way
 
 
 class CpoConfig(PreferenceConfig):
@@ -42,6 +42,6 @@ def cpo(config: CpoConfig, policy: Model, pairs: Dataset, ctx: Context, adapter:
 def way_of(config: CpoConfig, given: Given) -> Way:
     """The loss of this configuration, for a policy that is there."""
     from llmworks.align.losses.cpo import cpo as loss
-    from llmworks.align.ways import Pairs
+    from llmworks.align.preference.objective import Pairs
 
     return Pairs(given, lambda sides: loss(sides, config.loss, beta=config.beta, smoothing=config.smoothing), compared=False, learn=config.learn).way()

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference import Policy, PreferenceConfig, prefer
-from llmworks.artifact import Adapter, Dataset, Model
-from llmworks.context import Context
-from llmworks.errors import UserError
+from llmworks.align.preference.run import Policy, PreferenceConfig, prefer
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import UserError
 
 if TYPE_CHECKING:
-    from llmworks.align.ways import Given
-    from llmworks.train.tuning import Way
+    from llmworks.align.preference.objective import Given
+    from llmworks.train.finetune.run import Way
 
 SMOOTH = ("sigmoid", "robust", "exo", "aot", "aot-unpaired")  # which know that labels may be wrong
 PLAIN = ("nca", "bco", "apo-zero", "apo-down", "sppo", "aot", "aot-unpaired")  # which take log-ratios as they are
@@ -64,7 +64,7 @@ def dpo(config: DpoConfig, policy: Model, pairs: Dataset, ctx: Context, adapter:
 def way_of(config: DpoConfig, given: Given) -> Way:
     """The loss of this configuration, for a policy that is there."""
     from llmworks.align.losses.dpo import dpo as loss
-    from llmworks.align.ways import Pairs
+    from llmworks.align.preference.objective import Pairs
 
     options = {"beta": config.beta, "smoothing": config.smoothing, "divergence": config.divergence, "alpha": config.divergence_alpha}
     return Pairs(given, lambda sides: loss(sides, config.loss, **options), compared=True, live=config.reference == "live", learn=config.learn, tail=config.tail).way()  # type: ignore[arg-type]

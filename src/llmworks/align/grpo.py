@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.online import OnlineConfig, run
-from llmworks.align.preference import Policy
-from llmworks.artifact import Adapter, Dataset, Model
-from llmworks.context import Context
+from llmworks.align.preference.run import Policy
+from llmworks.align.rl.run import OnlineConfig, run
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.groups import Groups
-    from llmworks.align.rollouts import Drawing
-    from llmworks.align.ways import Given
+    from llmworks.align.preference.objective import Given
+    from llmworks.align.rl.objective import Groups
+    from llmworks.align.rl.rollouts import Drawing
 
 
 class GrpoConfig(OnlineConfig):
@@ -49,8 +49,8 @@ def grpo(config: GrpoConfig, policy: Model, data: Dataset, ctx: Context, adapter
     """
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:
-        from llmworks.align.groups import Groups, Objective
         from llmworks.align.losses.policy import group_advantages
+        from llmworks.align.rl.objective import Groups, Objective
 
         objective = Objective(config.form, config.mean, config.level, False, config.clip, config.clip_high, config.ceiling, config.kl, config.unbiased, config.cut == "learn")
         return Groups(given, drawing, objective, lambda made: group_advantages(made.rewards, config.scale))

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference import Policy, PreferenceConfig, prefer
-from llmworks.artifact import Adapter, Dataset, Model
-from llmworks.context import Context
-from llmworks.errors import DataError, UserError
+from llmworks.align.preference.run import Policy, PreferenceConfig, prefer
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from llmworks.align.ways import Given
-    from llmworks.train.tuning import Way
+    from llmworks.align.preference.objective import Given
+    from llmworks.train.finetune.run import Way
 
 SHARES = (1.0, 4 / 3)  # of the weights times the counts of good and bad answers, as the paper has it
 
@@ -47,7 +47,7 @@ def kto(config: KtoConfig, policy: Model, data: Dataset, ctx: Context, adapter: 
 
 def way_of(config: KtoConfig, given: Given) -> Way:
     """The loss of this configuration, for a policy that is there."""
-    from llmworks.align.ways import Singles
+    from llmworks.align.preference.objective import Singles
 
     good = sum(example.good for example in given.material.examples)
     bad = len(given.material.examples) - good

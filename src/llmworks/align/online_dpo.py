@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from llmworks.align.online import OnlineConfig, run
-from llmworks.align.preference import Policy
-from llmworks.artifact import Adapter, Dataset, Model
-from llmworks.context import Context
+from llmworks.align.preference.run import Policy
+from llmworks.align.rl.run import OnlineConfig, run
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.groups import Groups
-    from llmworks.align.rollouts import Drawing
-    from llmworks.align.ways import Given
+    from llmworks.align.preference.objective import Given
+    from llmworks.align.rl.objective import Groups
+    from llmworks.align.rl.rollouts import Drawing
 
 
 class OnlineDpoConfig(OnlineConfig):
@@ -29,7 +29,7 @@ def online_dpo(config: OnlineDpoConfig, policy: Model, data: Dataset, ctx: Conte
     """Train the policy on pairs of its own answers (Guo et al. 2024, arXiv:2402.04792). Inputs and errors as of align.grpo."""
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:
-        from llmworks.align.groups import Contest
+        from llmworks.align.rl.objective import Contest
 
         return Contest(given, drawing, kind=config.loss, beta=config.beta, whole=config.cut == "learn")
 

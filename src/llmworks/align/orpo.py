@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.align.preference import Policy, PreferenceConfig, prefer
-from llmworks.artifact import Adapter, Dataset, Model
-from llmworks.context import Context
+from llmworks.align.preference.run import Policy, PreferenceConfig, prefer
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.ways import Given
-    from llmworks.train.tuning import Way
+    from llmworks.align.preference.objective import Given
+    from llmworks.train.finetune.run import Way
 
 
 class OrpoConfig(PreferenceConfig):
@@ -34,6 +34,6 @@ def orpo(config: OrpoConfig, policy: Model, pairs: Dataset, ctx: Context, adapte
 def way_of(config: OrpoConfig, given: Given) -> Way:
     """The loss of this configuration, for a policy that is there."""
     from llmworks.align.losses.orpo import orpo as loss
-    from llmworks.align.ways import Pairs
+    from llmworks.align.preference.objective import Pairs
 
     return Pairs(given, lambda sides: loss(sides, weight=config.weight), compared=False, learn=1.0, prompts=config.prompts).way()

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.align.online import OnlineConfig, run
-from llmworks.align.preference import Policy
-from llmworks.artifact import Adapter, Dataset, Model
-from llmworks.context import Context
+from llmworks.align.preference.run import Policy
+from llmworks.align.rl.run import OnlineConfig, run
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
 
 if TYPE_CHECKING:
-    from llmworks.align.groups import Groups
-    from llmworks.align.rollouts import Drawing
-    from llmworks.align.ways import Given
+    from llmworks.align.preference.objective import Given
+    from llmworks.align.rl.objective import Groups
+    from llmworks.align.rl.rollouts import Drawing
 
 
 class PpoConfig(OnlineConfig):
@@ -36,7 +36,7 @@ def ppo(config: PpoConfig, policy: Model, data: Dataset, ctx: Context, adapter: 
     """Train the policy on its own answers to the questions of conversations. Inputs and errors as of align.grpo."""
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:
-        from llmworks.align.groups import Actor, Objective
+        from llmworks.align.rl.objective import Actor, Objective
 
         objective = Objective("clip", "tokens", low=config.clip, high=config.clip, whole=config.cut == "learn")
         return Actor(given, drawing, objective, reference_kl=config.kl, discount=config.discount, trace=config.trace, worth=config.value_weight, held=config.value_clip, white=config.whiten)

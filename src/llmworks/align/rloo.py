@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.align.online import OnlineConfig, run
-from llmworks.align.preference import Policy
-from llmworks.artifact import Adapter, Dataset, Model
-from llmworks.context import Context
+from llmworks.align.preference.run import Policy
+from llmworks.align.rl.run import OnlineConfig, run
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmworks.align.groups import Groups
-    from llmworks.align.rollouts import Drawing, Rollout
-    from llmworks.align.ways import Given
+    from llmworks.align.preference.objective import Given
+    from llmworks.align.rl.objective import Groups
+    from llmworks.align.rl.rollouts import Drawing, Rollout
 
 
 class RlooConfig(OnlineConfig):
@@ -32,7 +32,7 @@ def rloo(config: RlooConfig, policy: Model, data: Dataset, ctx: Context, adapter
     """Train the policy on its own answers to the questions of conversations. Inputs and errors as of align.grpo."""
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:
-        from llmworks.align.groups import Groups, Objective
+        from llmworks.align.rl.objective import Groups, Objective
 
         objective = Objective("clip", "answer", "answer", True, config.clip, config.clip, whole=config.cut == "learn")
         return Groups(given, drawing, objective, lambda made: advantages_of(made, config.kl, whiten=config.whiten), old=True)

@@ -13,11 +13,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llmworks.artifact import sha256_file
 from llmworks.assets.catalogue import CATALOGUE, Asset
 from llmworks.assets.packages import extract, extract_tree, verified
-from llmworks.errors import AssetError
-from llmworks.workspace import cache_directory
+from llmworks.core.artifact import sha256_file
+from llmworks.core.errors import AssetError
+from llmworks.core.workspace import cache_directory
 
 COMPLETE = ".complete.json"
 

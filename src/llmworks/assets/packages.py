@@ -12,9 +12,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO
 
-from llmworks.artifact import sha256_file
 from llmworks.assets.catalogue import Deb, Tree, Wheel
-from llmworks.errors import AssetError, MissingDependency
+from llmworks.core.artifact import sha256_file
+from llmworks.core.errors import AssetError, MissingDependency
 
 
 def verified(package: Wheel | Deb, folder: Path) -> Path:

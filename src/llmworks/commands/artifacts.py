@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmworks.commands.output import as_json, brief, out, short, table, workspace_of
-from llmworks.errors import GateFailed, UserError
+from llmworks.core.errors import GateFailed, UserError
 
 if TYPE_CHECKING:
-    from llmworks.artifact import Artifact
+    from llmworks.core.artifact import Artifact
 
 
 def show(args: argparse.Namespace) -> None:
     """`llmworks show ARTIFACT`."""
-    from llmworks.references import resolve
+    from llmworks.runtime.references import resolve
 
     artifact = resolve(args.artifact, workspace=workspace_of(args))
     m = artifact.manifest
@@ -48,11 +48,11 @@ def show(args: argparse.Namespace) -> None:
 
 def tree(args: argparse.Namespace) -> None:
     """`llmworks tree [ARTIFACT]`."""
-    from llmworks.lineage.draw import draw_mermaid, draw_png, draw_svg, draw_text
+    from llmworks.lineage.drawing.formats import draw_mermaid, draw_png, draw_svg, draw_text
+    from llmworks.lineage.drawing.page import draw_page
     from llmworks.lineage.licence import conflicts
-    from llmworks.lineage.page import draw_page
-    from llmworks.references import resolve
-    from llmworks.relatives import family_with, licences_of
+    from llmworks.runtime.references import resolve
+    from llmworks.workflows.family import family_with, licences_of
 
     workspace = workspace_of(args)
     chosen = resolve(args.artifact, workspace=workspace) if args.artifact else None
@@ -85,10 +85,10 @@ def tree(args: argparse.Namespace) -> None:
 
 def _look(args: argparse.Namespace, chosen: Artifact | None) -> None:
     """Ask a model's weights which of some models it was made of; the tree shows what they say."""
-    from llmworks.artifact import Model
-    from llmworks.execute import execute
-    from llmworks.references import open_engine, resolve
-    from llmworks.stages import resolve as resolve_stage
+    from llmworks.core.artifact import Model
+    from llmworks.runtime.execute import execute
+    from llmworks.runtime.references import open_engine, resolve
+    from llmworks.runtime.stages import resolve as resolve_stage
 
     workspace = workspace_of(args)
     among = [resolve(ref, workspace=workspace) for ref in args.among]
@@ -102,8 +102,8 @@ def _look(args: argparse.Namespace, chosen: Artifact | None) -> None:
 def verify(args: argparse.Namespace) -> None:
     """`llmworks verify ARTIFACT`."""
     from llmworks.lineage.verify import verify as check
-    from llmworks.references import resolve
-    from llmworks.relatives import derive, family_with
+    from llmworks.runtime.references import resolve
+    from llmworks.workflows.family import derive, family_with
 
     if args.golden:
         golden(args)
@@ -134,10 +134,10 @@ def verify(args: argparse.Namespace) -> None:
 
 def golden(args: argparse.Namespace) -> None:
     """`llmworks verify --golden MODEL [ENGINE]`."""
-    from llmworks.artifact import Adapter, Model
+    from llmworks.core.artifact import Adapter, Model
     from llmworks.generate.replay import replay
     from llmworks.model.golden import record
-    from llmworks.references import open_engine, resolve
+    from llmworks.runtime.references import open_engine, resolve
 
     workspace = workspace_of(args)
     model = resolve(args.artifact, workspace=workspace)
@@ -172,7 +172,7 @@ def _bound(other: Any) -> float:
     """How far golden logits may be away on average: by what its kind of quantization may move them; of a GGUF file of an unknown type 0.3."""
     from llmworks.model.from_gguf import type_of
     from llmworks.quantize.config import allowed
-    from llmworks.quantize.gguf import bound_of
+    from llmworks.quantize.llamacpp.config import bound_of
 
     gguf = getattr(other, "format", "") == "gguf"
     kind = other.about.get("type") or (type_of(other.gguf_path) if gguf else "")
@@ -186,7 +186,7 @@ def _bound(other: Any) -> float:
 def diff(args: argparse.Namespace) -> None:
     """`llmworks diff A B`."""
     from llmworks.lineage.diff import diff as compare
-    from llmworks.references import resolve
+    from llmworks.runtime.references import resolve
 
     workspace = workspace_of(args)
     a, b = resolve(args.a, workspace=workspace), resolve(args.b, workspace=workspace)

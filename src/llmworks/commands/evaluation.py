@@ -8,22 +8,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmworks.commands.output import as_json, out, short, workspace_of
-from llmworks.errors import LlmworksError, UserError
+from llmworks.core.errors import LlmworksError, UserError
 
 if TYPE_CHECKING:
-    from llmworks.artifact import Adapter, Model, Report
+    from llmworks.core.artifact import Adapter, Model, Report
+    from llmworks.core.workspace import Workspace
     from llmworks.evaluate.suites import Item
-    from llmworks.workspace import Workspace
 
 
 def autoeval(args: argparse.Namespace) -> None:
     """`llmworks autoeval MODEL ... [--suite NAMES]`."""
-    from llmworks.artifact import Adapter, Model
+    from llmworks.core.artifact import Adapter, Model
+    from llmworks.core.workspace import check_out
     from llmworks.evaluate.suites import items_of
-    from llmworks.execute import execute
-    from llmworks.references import open_engine, resolve
-    from llmworks.stages import resolve as resolve_stage
-    from llmworks.workspace import check_out
+    from llmworks.runtime.execute import execute
+    from llmworks.runtime.references import open_engine, resolve
+    from llmworks.runtime.stages import resolve as resolve_stage
 
     if args.out is not None:
         check_out(args.out)
@@ -62,12 +62,12 @@ def autoeval(args: argparse.Namespace) -> None:
 
 def _one(model: Model | Adapter, item: Item, workspace: Workspace, quiet: bool) -> Report | str:
     """One task on one model, or why it could not be asked."""
-    from llmworks.artifact import Report
-    from llmworks.execute import execute
-    from llmworks.references import open_engine
-    from llmworks.runner import facts
-    from llmworks.stages import resolve as resolve_stage
-    from llmworks.taskdata import default_inputs
+    from llmworks.core.artifact import Report
+    from llmworks.runtime.default_inputs import default_inputs
+    from llmworks.runtime.execute import execute
+    from llmworks.runtime.references import open_engine
+    from llmworks.runtime.runner import facts
+    from llmworks.runtime.stages import resolve as resolve_stage
 
     stage = resolve_stage("evaluate")
     config = stage.config.model_validate({"task": item.task, "limit": item.limit})
@@ -83,12 +83,12 @@ def _one(model: Model | Adapter, item: Item, workspace: Workspace, quiet: bool) 
 
 def _seen(made: list[Report], workspace: Workspace) -> list[Report]:
     """What the models of these evaluations may have seen in training, as far as this workspace trained them."""
-    from llmworks.artifact import Dataset, Report
-    from llmworks.errors import DataError
-    from llmworks.execute import execute
-    from llmworks.references import open_engine
-    from llmworks.relatives import family_with
-    from llmworks.stages import resolve as resolve_stage
+    from llmworks.core.artifact import Dataset, Report
+    from llmworks.core.errors import DataError
+    from llmworks.runtime.execute import execute
+    from llmworks.runtime.references import open_engine
+    from llmworks.runtime.stages import resolve as resolve_stage
+    from llmworks.workflows.family import family_with
 
     family, stage = family_with(workspace), resolve_stage("evaluate.contamination")
     out: list[Report] = []
@@ -109,7 +109,7 @@ def _seen(made: list[Report], workspace: Workspace) -> list[Report]:
 
 def _earlier(workspace: Workspace) -> list[Report]:
     """All evaluations of the workspace that a leaderboard can read."""
-    from llmworks.artifact import Report
+    from llmworks.core.artifact import Report
     from llmworks.evaluate.board import entry_of
 
     found: list[Report] = []
@@ -132,9 +132,9 @@ def arena(args: argparse.Namespace) -> None:
     """`llmworks arena REPORT REPORT ... --votes FILE`."""
     import getpass
 
-    from llmworks.artifact import Report
+    from llmworks.core.artifact import Report
     from llmworks.evaluate.voting import vote
-    from llmworks.references import resolve
+    from llmworks.runtime.references import resolve
 
     workspace = workspace_of(args)
     reports: list[Report] = []
@@ -149,8 +149,8 @@ def arena(args: argparse.Namespace) -> None:
 
 def _on_disk(fields: dict[str, Any]) -> dict[str, Any]:
     """A task of the harness whose files are paths: it knows none of our references."""
-    from llmworks.data.formats.source import find_files
-    from llmworks.references import resolve
+    from llmworks.data.readers.source import find_files
+    from llmworks.runtime.references import resolve
 
     files = fields.get("dataset_kwargs", {}).get("data_files", {})
     for split, ref in files.items():
@@ -165,9 +165,9 @@ def tasks(args: argparse.Namespace) -> None:
     import yaml
 
     from llmworks.commands.output import table
-    from llmworks.evaluate.harness import to_harness
+    from llmworks.evaluate.protocol.harness import to_harness
+    from llmworks.evaluate.protocol.load_task import load_task, task_names
     from llmworks.evaluate.suites import suites
-    from llmworks.evaluate.task import load_task, task_names
 
     if args.name:
         task = load_task(args.name)

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
-from llmworks.errors import LlmworksError, UserError, WorkerLost
+from llmworks.core.errors import LlmworksError, UserError, WorkerLost
 
 LAUNCHED = "LLMWORKS_LAUNCHED"  # set in processes whose death is told here
 RANK = re.compile(r"^\[rank\d+\]:")  # before each line of what torch raises

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmworks.commands.output import amount, as_json, out, short, table, workspace_of
-from llmworks.errors import GateFailed, UserError
-from llmworks.pool import Pool
-from llmworks.report import TERMINAL
-from llmworks.track import check as check_trackers
-from llmworks.workspace import check_out
+from llmworks.core.errors import GateFailed, UserError
+from llmworks.core.report import TERMINAL
+from llmworks.core.trackers import check as check_trackers
+from llmworks.core.workers import Pool
+from llmworks.core.workspace import check_out
 
 if TYPE_CHECKING:
-    from llmworks.execute import Outcome
-    from llmworks.recipe import Expect
-    from llmworks.runner import Judgement, Run
-    from llmworks.train.estimate import Estimate
-    from llmworks.workspace import Workspace
+    from llmworks.core.workspace import Workspace
+    from llmworks.runtime.execute import Outcome
+    from llmworks.runtime.recipe import Expect
+    from llmworks.runtime.runner import Judgement, Run
+    from llmworks.train.estimate.pretrain import Estimate
 
 
 BEFORE = 250_000_000  # bytes of libraries that steps before a training load in the same process, about
@@ -34,8 +34,8 @@ def pool_of(args: argparse.Namespace) -> Pool:
 
 def run(args: argparse.Namespace) -> None:
     """`llmworks run RECIPE`."""
-    from llmworks.recipe import load_recipe
-    from llmworks.runner import Run
+    from llmworks.runtime.recipe import load_recipe
+    from llmworks.runtime.runner import Run
 
     recipe = load_recipe(args.recipe, args.set)
     workspace = workspace_of(args)
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """`llmworks plan RECIPE`."""
-    from llmworks.recipe import load_recipe
-    from llmworks.runner import Run
+    from llmworks.runtime.recipe import load_recipe
+    from llmworks.runtime.runner import Run
 
     recipe = load_recipe(args.recipe, args.set)
     job = Run(recipe, workspace_of(args))
@@ -115,7 +115,7 @@ def plan(args: argparse.Namespace) -> None:
 
 def _trainings(job: Run, judgements: list[Judgement], args: argparse.Namespace) -> dict[str, tuple[Estimate, Expect | None]]:
     """The trainings that are to run, by step, and what a few of their steps took here where that is asked for."""
-    from llmworks.trainings import estimate_of
+    from llmworks.workflows.estimate import estimate_of
 
     if args.processes < 1:
         raise UserError(f"--processes {args.processes}: it must be a number of processes")
@@ -131,7 +131,7 @@ def _trainings(job: Run, judgements: list[Judgement], args: argparse.Namespace) 
 
 
 def _tried(name: str, training: Estimate, before: int) -> Expect:
-    from llmworks.recipe import Expect
+    from llmworks.runtime.recipe import Expect
 
     print(f"trying a few steps of {name} ...", file=sys.stderr, flush=True)
     trial = training.attempt()
@@ -157,11 +157,11 @@ def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None
 
 def stages(args: argparse.Namespace) -> None:
     """`llmworks stages [NAME] [--schema]`."""
-    from llmworks.stages import config_help, resolve
-    from llmworks.stages import table as stage_table
+    from llmworks.runtime.stages import config_help, resolve
+    from llmworks.runtime.stages import table as stage_table
 
     if args.schema:
-        from llmworks.recipe_schema import recipe_schema
+        from llmworks.runtime.recipe_schema import recipe_schema
 
         as_json(recipe_schema())
         return
@@ -186,10 +186,10 @@ def stage(args: argparse.Namespace) -> None:
     import yaml
     from pydantic import ValidationError
 
-    from llmworks.execute import execute, missing_inputs
-    from llmworks.recipe import assign, config_problem
-    from llmworks.references import open_engine
-    from llmworks.taskdata import default_inputs
+    from llmworks.runtime.default_inputs import default_inputs
+    from llmworks.runtime.execute import execute, missing_inputs
+    from llmworks.runtime.recipe import assign, config_problem
+    from llmworks.runtime.references import open_engine
 
     stage, workspace = args.stage, workspace_of(args)
     values: dict[str, Any] = {}
@@ -255,7 +255,7 @@ def stage(args: argparse.Namespace) -> None:
 
 def _inputs(args: argparse.Namespace, workspace: Workspace) -> dict[str, Any]:
     """The artifacts behind the references that were given, by input. UserError for one of the wrong kind, without a name, or too many."""
-    from llmworks.references import resolve
+    from llmworks.runtime.references import resolve
 
     given: dict[str, Any] = {}
     for name, wanted in args.stage.inputs.items():
@@ -287,7 +287,7 @@ def _inputs(args: argparse.Namespace, workspace: Workspace) -> dict[str, Any]:
 
 def say_made(stage: str, name: Path | None, outcome: Outcome) -> None:
     """What a stage made, where it is, and what a report wants to be seen at once."""
-    from llmworks.runner import facts
+    from llmworks.runtime.runner import facts
     from llmworks.tokenize.view import without_colours
 
     artifact = outcome.artifact

@@ -11,12 +11,12 @@ from llmworks.commands.output import as_json, out, short, table, workspace_of
 
 def merge(args: argparse.Namespace) -> None:
     """`llmworks merge FILE --out NAME`."""
-    from llmworks.artifact import Model
-    from llmworks.errors import UserError
-    from llmworks.merge.plan import spans
-    from llmworks.merges import merge_file, plan_file, read, unnamed
-    from llmworks.references import resolve
-    from llmworks.workspace import check_out
+    from llmworks.core.artifact import Model
+    from llmworks.core.errors import UserError
+    from llmworks.core.workspace import check_out
+    from llmworks.merge.plan.plan import spans
+    from llmworks.runtime.references import resolve
+    from llmworks.workflows.merge_file import merge_file, plan_file, read, unnamed
 
     if args.methods:
         _methods()
@@ -60,8 +60,8 @@ def merge(args: argparse.Namespace) -> None:
 
 def _methods() -> None:
     """All methods with their parameters: of the tensor, or of each model, with what they are where none is given."""
-    from llmworks.merge.catalogue import METHODS
-    from llmworks.merge.settings import REQUIRED, Parameter
+    from llmworks.merge.plan.catalogue import METHODS
+    from llmworks.merge.plan.parameters import REQUIRED, Parameter
 
     def said(one: Parameter) -> str:
         return f"{one.name} ({'needed' if one.default is REQUIRED else 'none' if one.default is None else str(one.default).lower()}{'' if one.of == 'tensor' else ', of each model'})"
@@ -71,12 +71,12 @@ def _methods() -> None:
 
 def lazymerge(args: argparse.Namespace) -> None:
     """`llmworks lazymerge --models A B --method ties`."""
-    from llmworks.errors import UserError
+    from llmworks.core.errors import UserError
+    from llmworks.core.workspace import check_out
     from llmworks.evaluate.suites import items_of
-    from llmworks.lazymerges import Lazy, export, recipe_of, scores_of
-    from llmworks.lazymerges import lazymerge as run
-    from llmworks.merges import found_models
-    from llmworks.workspace import check_out
+    from llmworks.workflows.lazymerge import Lazy, export, recipe_of, scores_of
+    from llmworks.workflows.lazymerge import lazymerge as run
+    from llmworks.workflows.merge_file import found_models
 
     check_out(args.out)
     if args.export is not None and args.export.exists() and (not args.export.is_dir() or any(args.export.iterdir())):

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.commands.output import workspace_of
-from llmworks.errors import UserError
+from llmworks.core.errors import UserError
 
 
 def chat(args: argparse.Namespace) -> None:
     """`llmworks chat MODEL`."""
+    from llmworks.core.types import Sampling
     from llmworks.generate.chat import Conversation, converse
-    from llmworks.references import open_engine, resolve
-    from llmworks.types import Sampling
+    from llmworks.runtime.references import open_engine, resolve
 
     workspace = workspace_of(args)
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
@@ -40,7 +40,7 @@ def _read_tools(path: Path) -> tuple[dict[str, Any], ...]:
 
 def serve(args: argparse.Namespace) -> None:
     """`llmworks serve MODEL`."""
-    from llmworks.references import open_engine, resolve
+    from llmworks.runtime.references import open_engine, resolve
     from llmworks.serve.server import check_port, serve_forever
 
     check_port(args.host, args.port)

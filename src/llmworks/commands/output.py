@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmworks.workspace import Workspace, default_workspace
+from llmworks.core.workspace import Workspace, default_workspace
 
 
 def out(text: str = "") -> None:

@@ -8,24 +8,24 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmworks.commands.output import as_json, out, workspace_of
-from llmworks.errors import GateFailed, UserError
+from llmworks.core.errors import GateFailed, UserError
 
 if TYPE_CHECKING:
-    from llmworks.artifact import Dataset
-    from llmworks.train.estimate import Training
-    from llmworks.train.estimate_sft import Tuning
-    from llmworks.train.selftest import Check
+    from llmworks.core.artifact import Dataset
+    from llmworks.train.estimate.finetune import Tuning
+    from llmworks.train.estimate.pretrain import Training
+    from llmworks.train.selftest.pretrain import Check
 
 
 def selftest(args: argparse.Namespace) -> None:
     """`llmworks train selftest RECIPE [STEP]`."""
-    from llmworks.artifact import Dataset
-    from llmworks.execute import threads, use_threads
-    from llmworks.recipe import load_recipe
-    from llmworks.runner import Run
-    from llmworks.train.estimate import Training
-    from llmworks.train.selftest import selftest as checks_of
-    from llmworks.trainings import training_of, tuning_of
+    from llmworks.core.artifact import Dataset
+    from llmworks.runtime.execute import threads, use_threads
+    from llmworks.runtime.recipe import load_recipe
+    from llmworks.runtime.runner import Run
+    from llmworks.train.estimate.pretrain import Training
+    from llmworks.train.selftest.pretrain import selftest as checks_of
+    from llmworks.workflows.estimate import training_of, tuning_of
 
     recipe = load_recipe(args.recipe, args.set)
     job = Run(recipe, workspace_of(args))
@@ -72,8 +72,8 @@ def _tuning(tuning: Tuning | None) -> Tuning | None:
 
 def checks_of_tuning(tuning: Tuning, rows: Dataset | None) -> Iterator[Check]:
     """The checks of a fine-tuning."""
-    from llmworks.artifact import MANIFEST, Model, load
-    from llmworks.train.selftest_sft import selftest_sft
+    from llmworks.core.artifact import MANIFEST, Model, load
+    from llmworks.train.selftest.finetune import selftest_sft
 
     assert rows is not None
     base = load(tuning.model) if (tuning.model / MANIFEST).exists() else None

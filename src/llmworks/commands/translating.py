@@ -8,14 +8,14 @@ import tempfile
 from pathlib import Path
 
 from llmworks.commands.output import as_json, out
-from llmworks.errors import RecipeError, UserError
+from llmworks.core.errors import RecipeError, UserError
 
 
 def translate(args: argparse.Namespace) -> None:
     """`llmworks import FILE`."""
-    from llmworks.foreign.keys import HEADINGS
-    from llmworks.foreign.translate import translate as translated
-    from llmworks.recipe import load_recipe
+    from llmworks.importers.keys import HEADINGS
+    from llmworks.importers.translate import translate as translated
+    from llmworks.runtime.recipe import load_recipe
 
     if args.out is not None and args.out.exists():
         raise UserError(f"{args.out}: is there already; give --out another name")

@@ -11,8 +11,8 @@ from llmworks.commands.output import as_json, out, short, workspace_of
 
 def sweep(args: argparse.Namespace) -> None:
     """`llmworks tune sweep RECIPE SEARCH`."""
-    from llmworks.sweeping import sweep as run
-    from llmworks.tune.search import load_search
+    from llmworks.tune.search.search_space import load_search
+    from llmworks.workflows.sweep import sweep as run
 
     search = load_search(args.search)
     if args.trials is not None:
@@ -29,13 +29,13 @@ def sweep(args: argparse.Namespace) -> None:
 
 def frontier(args: argparse.Namespace) -> None:
     """`llmworks tune frontier MODEL --data REF`, and `autogguf`."""
-    from llmworks.artifact import Dataset, Model
-    from llmworks.errors import UserError
+    from llmworks.core.artifact import Dataset, Model
+    from llmworks.core.errors import UserError
+    from llmworks.core.workspace import check_out
     from llmworks.evaluate.suites import items_of
-    from llmworks.frontiers import Frontier, ways_of
-    from llmworks.frontiers import frontier as run
-    from llmworks.references import resolve
-    from llmworks.workspace import check_out
+    from llmworks.runtime.references import resolve
+    from llmworks.workflows.autoquant import Frontier, ways_of
+    from llmworks.workflows.autoquant import frontier as run
 
     for name in (args.out, args.pick):
         if name is not None:
@@ -71,12 +71,12 @@ def frontier(args: argparse.Namespace) -> None:
 
 def evolve(args: argparse.Namespace) -> None:
     """`llmworks tune evolve FILE --suite NAMES`."""
-    from llmworks.errors import UserError
+    from llmworks.core.errors import UserError
+    from llmworks.core.workspace import check_out
     from llmworks.evaluate.suites import items_of
-    from llmworks.evolutions import Evolution, evolution
-    from llmworks.merge.config import MergeConfig
-    from llmworks.merges import found_models, read
-    from llmworks.workspace import check_out
+    from llmworks.merge.plan.config import MergeConfig
+    from llmworks.workflows.evolve import Evolution, evolution
+    from llmworks.workflows.merge_file import found_models, read
 
     for name in (args.out, args.pick):
         if name is not None:

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmworks.artifact import Dataset
-from llmworks.context import Context
-from llmworks.data.rows import Row, write_chat, write_preference
-from llmworks.documents import read_tables, shard_files, table_documents
-from llmworks.types import Json
+from llmworks.core.artifact import Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import read_tables, shard_files, table_documents
+from llmworks.core.types import Json
+from llmworks.data.store.rows import Row, write_chat, write_preference
 
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 500

@@ -13,18 +13,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
-from llmworks.data import shapes
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.core.types import Json, Message, messages_from_json, messages_to_json
+from llmworks.data import chat_formats as shapes
 from llmworks.data.card import finish_rows
-from llmworks.data.jsonl import Rejected
+from llmworks.data.conversations.turns import merged, problems
 from llmworks.data.published import bfcl, flan_cot, spider
-from llmworks.data.rawrows import raw_rows
-from llmworks.data.rows import TURNS, WHAT, Row, converted
-from llmworks.data.statistics import question_of
-from llmworks.data.turns import merged, problems
-from llmworks.errors import DataError
-from llmworks.types import Json, Message, messages_from_json, messages_to_json
+from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.raw_rows import raw_rows
+from llmworks.data.store.rows import TURNS, WHAT, Row, converted
+from llmworks.data.text.statistics import question_of
 
 BRACKETS = re.compile(r" ?\([^()]*\)")
 PUBLISHED = {"bfcl": bfcl, "flan-cot": flan_cot, "spider": spider}

@@ -14,13 +14,13 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import DocumentWriter, read_documents, table_documents
+from llmworks.core.errors import DataError, MissingDependency
+from llmworks.core.types import Json
 from llmworks.data.card import finish
-from llmworks.data.parts import Done, Span, spans, work
-from llmworks.documents import DocumentWriter, read_documents, table_documents
-from llmworks.errors import DataError, MissingDependency
-from llmworks.types import Json
+from llmworks.data.store.parts import Done, Span, spans, work
 
 MODEL, SCORES = "model.npz", "scores.npy"
 PIECE = 2000  # characters: examples are cut alike, so that length teaches nothing
@@ -77,7 +77,7 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
     import pyarrow as pa
     from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
-    from llmworks.data.features import chances, features, fit, telling
+    from llmworks.data.text.features import chances, features, fit, telling
 
     texts = [examples(kind, config) for kind in (good, bad)]
     for name, found in zip(("good", "bad"), texts, strict=True):
@@ -141,7 +141,7 @@ def examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:
 def _score_part(model: Path, part: Span, folder: Path) -> Json:
     import numpy as np
 
-    from llmworks.data.features import Linear
+    from llmworks.data.text.features import Linear
 
     linear = Linear.load(model)
     np.save(folder / SCORES, np.concatenate([linear.chances(table["text"]) for table in part.tables(("text",))]))

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import DocumentWriter
+from llmworks.core.errors import DataError
+from llmworks.core.types import Document, Json
 from llmworks.data.card import finish
 from llmworks.data.filters.c4 import C4
 from llmworks.data.filters.fineweb import FineWeb
@@ -23,10 +26,7 @@ from llmworks.data.filters.gopher import GopherQuality, GopherRepetition
 from llmworks.data.filters.instruction import Instruction
 from llmworks.data.filters.language import Language, check_codes
 from llmworks.data.filters.repair import Repair
-from llmworks.data.parts import Done, Span, spans, work
-from llmworks.documents import DocumentWriter
-from llmworks.errors import DataError
-from llmworks.types import Document, Json
+from llmworks.data.store.parts import Done, Span, spans, work
 
 if TYPE_CHECKING:
     from llmworks.data.filters.rules import Judgement

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import DocumentWriter, table_documents
+from llmworks.core.errors import DataError
+from llmworks.core.types import Document, Json
 from llmworks.data.card import finish
 from llmworks.data.duplicates.near import Near
-from llmworks.data.parts import Done, Span, spans, work
-from llmworks.documents import DocumentWriter, table_documents
-from llmworks.errors import DataError
-from llmworks.types import Document, Json
+from llmworks.data.store.parts import Done, Span, spans, work
 
 if TYPE_CHECKING:
-    from llmworks.data.hashing import Array, Hashed
+    from llmworks.data.text.hashing import Array, Hashed
 
 OVERLAPS, INDEX = "overlaps.jsonl", "index.npz"
 SHOWN = 40
@@ -82,8 +82,8 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
     import pyarrow as pa
 
     from llmworks.data.duplicates import near
-    from llmworks.data.hashing import hash_words, shingles, unique
-    from llmworks.data.testsets import test_rows
+    from llmworks.data.store.testsets import test_rows
+    from llmworks.data.text.hashing import hash_words, shingles, unique
 
     names: list[tuple[str, str]] = []
     texts: list[str] = []
@@ -146,7 +146,7 @@ def overlaps(config: DecontaminateConfig, index: Mapping[str, Array], words: Has
     """The overlaps of some documents, by their place."""
     import numpy as np
 
-    from llmworks.data.hashing import shingles
+    from llmworks.data.text.hashing import shingles
 
     found: dict[int, list[Overlap]] = {}
     for n in sorted({config.n, config.short_n}, reverse=True):
@@ -180,7 +180,7 @@ def _near(config: Near, index: Mapping[str, Array], words: Hashed) -> Iterator[t
     import numpy as np
 
     from llmworks.data.duplicates import near
-    from llmworks.data.hashing import shingles, unique
+    from llmworks.data.text.hashing import shingles, unique
 
     sets = unique(shingles(words, config.shingle))
     bands = near.bands(near.signatures(sets, config.permutations), config.band_rows)
@@ -201,7 +201,7 @@ def _near(config: Near, index: Mapping[str, Array], words: Hashed) -> Iterator[t
 def _compare_part(config: DecontaminateConfig, path: Path, names: list[tuple[str, str]], part: Span, folder: Path) -> Json:
     import numpy as np
 
-    from llmworks.data.hashing import hash_words
+    from llmworks.data.text.hashing import hash_words
 
     index = dict(np.load(path))
     touched: dict[str, int] = {}

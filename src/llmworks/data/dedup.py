@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.core.types import Json
 from llmworks.data.card import finish
 from llmworks.data.duplicates.dropping import Drop, read_plan, save_plan, side_by_side, write_kept
 from llmworks.data.duplicates.exact import Exact
 from llmworks.data.duplicates.lines import Lines
 from llmworks.data.duplicates.near import Near
-from llmworks.data.parts import Done, Span, spans, work
-from llmworks.errors import DataError
-from llmworks.types import Json
+from llmworks.data.store.parts import Done, Span, spans, work
 
 if TYPE_CHECKING:
-    from llmworks.data.hashing import Array
+    from llmworks.data.text.hashing import Array
 
 NUMBERS, SCORES = "numbers.npy", "scores.npy"
 
@@ -77,8 +77,8 @@ def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
     """Write what comparing needs: a number for exact duplicates, shingle sets and bands for near ones, a score for each document."""
     import numpy as np
 
-    from llmworks.data import hashing
     from llmworks.data.duplicates import exact, near
+    from llmworks.data.text import hashing
 
     numbers: list[Array] = []
     scores: list[Array] = []

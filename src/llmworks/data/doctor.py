@@ -15,20 +15,20 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
-from llmworks.context import Context
+from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
+from llmworks.core.context import Context
+from llmworks.core.errors import ModelError, RequestError
+from llmworks.core.types import Json, Message
 from llmworks.data.chat import conversations
-from llmworks.data.rows import Row, read_chat, read_preference, schema_of
-from llmworks.data.statistics import question_of
-from llmworks.data.turns import problems
-from llmworks.errors import ModelError, RequestError
+from llmworks.data.conversations.turns import problems
+from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
+from llmworks.data.text.statistics import question_of
 from llmworks.tokenize import view
-from llmworks.tokenize.control import ControlTokens
+from llmworks.tokenize.chat.control_tokens import ControlTokens
+from llmworks.tokenize.chat.named import CHOICES, Template, tokenizer_of
+from llmworks.tokenize.chat.template_faults import Finding, Uses, probe
+from llmworks.tokenize.chat.templates import Rendered, encode, for_template, render_masked
 from llmworks.tokenize.load import read_json, stop_ids
-from llmworks.tokenize.named import CHOICES, Template, tokenizer_of
-from llmworks.tokenize.probe import Finding, Uses, probe
-from llmworks.tokenize.templates import Rendered, encode, for_template, render_masked
-from llmworks.types import Json, Message
 
 LEVELS = ("error", "warning", "note")
 FIRST, SHOWN = 2, 5  # rows drawn from the beginning; rows named for each finding, and drawn because of one

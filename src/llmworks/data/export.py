@@ -7,12 +7,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
-from llmworks.data import shapes
-from llmworks.data.jsonl import Rejected
-from llmworks.data.rows import read_chat, read_preference, schema_of
-from llmworks.errors import DataError
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.data import chat_formats as shapes
+from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.rows import read_chat, read_preference, schema_of
 
 FILE = "data.jsonl"
 

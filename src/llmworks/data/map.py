@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset, Model, Report
-from llmworks.context import Context
-from llmworks.documents import read_documents
-from llmworks.errors import DataError, MissingDependency
-from llmworks.types import Document
+from llmworks.core.artifact import Config, Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.documents import read_documents
+from llmworks.core.errors import DataError, MissingDependency
+from llmworks.core.types import Document
 
 if TYPE_CHECKING:
-    from llmworks.data.hashing import Array
+    from llmworks.data.text.hashing import Array
 
 LEAST = 10
 DIMENSIONS = 50

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import COPY_OF, DocumentWriter, read_tables, table_documents
+from llmworks.core.errors import UserError
+from llmworks.core.types import Document, Json
 from llmworks.data.card import finish, finish_rows
-from llmworks.data.parts import Span, spans, work
-from llmworks.data.rows import WHAT, Row, read_chat, read_preference, schema_of
-from llmworks.documents import COPY_OF, DocumentWriter, read_tables, table_documents
-from llmworks.errors import UserError
-from llmworks.types import Document, Json
+from llmworks.data.store.parts import Span, spans, work
+from llmworks.data.store.rows import WHAT, Row, read_chat, read_preference, schema_of
 
 if TYPE_CHECKING:
-    from llmworks.data.hashing import Array
+    from llmworks.data.text.hashing import Array
 
 BUCKET_CHARACTERS = 32 << 20
 

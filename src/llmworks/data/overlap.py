@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmworks.artifact import Config, Dataset, Report
-from llmworks.context import Context
-from llmworks.data.rows import Row, read_chat
+from llmworks.core.artifact import Config, Dataset, Report
+from llmworks.core.context import Context
+from llmworks.data.store.rows import Row, read_chat
 
 
 class OverlapConfig(Config):

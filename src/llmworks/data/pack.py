@@ -15,18 +15,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model, Tokenizer
-from llmworks.context import Context
+from llmworks.core.artifact import Adapter, Config, Dataset, Model, Tokenizer
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, ModelError
+from llmworks.core.types import Json
 from llmworks.data.doctor import require_template
 from llmworks.data.packing.fit import best_fit
 from llmworks.data.packing.pieces import How, encode_chats, encode_documents
-from llmworks.data.parts import Done, file_spans, link, spans, work
-from llmworks.data.rows import open_rows, row_files, schema_of
-from llmworks.errors import DataError, ModelError
+from llmworks.data.store.parts import Done, file_spans, link, spans, work
+from llmworks.data.store.rows import open_rows, row_files, schema_of
+from llmworks.tokenize.chat.named import CHOICES, Template, tokenizer_of
+from llmworks.tokenize.chat.template_faults import Uses
 from llmworks.tokenize.load import stop_ids
-from llmworks.tokenize.named import CHOICES, Template, tokenizer_of
-from llmworks.tokenize.probe import Uses
-from llmworks.types import Json
 
 SHARD_TOKENS = 1 << 25
 BINS = 40

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import DocumentWriter, SideFile, Unusable
+from llmworks.core.errors import DataError, MissingDependency, UserError
+from llmworks.core.types import Document
 from llmworks.data.card import finish
-from llmworks.documents import DocumentWriter, SideFile, Unusable
-from llmworks.errors import DataError, MissingDependency, UserError
-from llmworks.types import Document
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -103,7 +103,7 @@ def _secret(match: re.Match[str]) -> str:
 def _rows(engine: Engine, name: str, config: QueryConfig) -> Iterator[Document | Unusable]:
     from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
-    from llmworks.data.formats.tables import Fields, row_document
+    from llmworks.data.readers.tables import Fields, row_document
 
     fields = Fields(config.text_field, config.id_field, config.max_document_mb << 20)
     try:

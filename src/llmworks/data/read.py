@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import DocumentWriter, SideFile, Unusable
+from llmworks.core.errors import DataError
+from llmworks.core.types import Document, Json
 from llmworks.data.card import finish
-from llmworks.data.parts import PART_BYTES, work
-from llmworks.documents import DocumentWriter, SideFile, Unusable
-from llmworks.errors import DataError
-from llmworks.types import Document, Json
+from llmworks.data.store.parts import PART_BYTES, work
 
 if TYPE_CHECKING:
-    from llmworks.data.formats.source import Source
+    from llmworks.data.readers.source import Source
 
 HTML = (".html", ".htm", ".xhtml")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -55,7 +55,7 @@ def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
 
     Errors: DataError when there is no file, or none gives a document; MissingDependency for HTML, PDF or WARC without the extra.
     """
-    from llmworks.data.formats.source import find_files
+    from llmworks.data.readers.source import find_files
 
     files = find_files(data.path, _beside_arrow)
     if not files:
@@ -92,7 +92,7 @@ def batches(root: Path, files: Sequence[Path]) -> list[Files]:
 
 
 def _read_files(config: ReadConfig, part: Files, folder: Path) -> Json:
-    from llmworks.data.formats.source import source
+    from llmworks.data.readers.source import source
 
     formats: Counter[str] = Counter()
     with DocumentWriter(folder) as writer, SideFile(folder) as aside:
@@ -109,7 +109,7 @@ def _read_files(config: ReadConfig, part: Files, folder: Path) -> Json:
 
 def documents(file: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
     """What one file gives: its documents, or those of what it holds. A file that cannot be read gives its reason."""
-    from llmworks.data.formats.source import BROKEN, TooLarge, expand
+    from llmworks.data.readers.source import BROKEN, TooLarge, expand
 
     for source in expand(file, config.max_expanded_mb << 20):
         if isinstance(source, Unusable):
@@ -124,7 +124,7 @@ def documents(file: Source, config: ReadConfig) -> Iterator[Document | Unusable]
 
 
 def _read(source: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
-    from llmworks.data.formats import pdf, rdb, tables, text, warc
+    from llmworks.data.readers import pdf, rdb, tables, text, warc
 
     limit = config.max_document_mb << 20
     fields = tables.Fields(config.text_field, config.id_field, limit, None if config.keep_fields is None else frozenset(config.keep_fields))
@@ -152,8 +152,8 @@ def _read(source: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
 
 
 def _page(source: Source, limit: int, config: ReadConfig) -> Iterator[Document | Unusable]:
-    from llmworks.data.formats.html import page_text
-    from llmworks.data.formats.text import NotText, read_limited, too_long
+    from llmworks.data.readers.html import page_text
+    from llmworks.data.readers.text import NotText, read_limited, too_long
 
     with source.open() as stream:
         data = read_limited(stream, limit)

@@ -13,14 +13,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import DocumentWriter
+from llmworks.core.errors import DataError
+from llmworks.core.types import Json
 from llmworks.data.card import finish
-from llmworks.data.parts import Span, spans, work
-from llmworks.documents import DocumentWriter
-from llmworks.errors import DataError
+from llmworks.data.store.parts import Span, spans, work
 from llmworks.guard import Finding, apart
-from llmworks.types import Json
 
 Kind = Literal["email", "phone", "ip", "card", "iban", "secret"]
 KINDS: tuple[Kind, ...] = ("email", "phone", "ip", "card", "iban", "secret")

@@ -9,12 +9,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.types import Json
 from llmworks.data.card import finish
 from llmworks.data.duplicates.dropping import Drop, save_plan, side_by_side, write_kept
-from llmworks.data.parts import Span, spans, work
-from llmworks.types import Json
+from llmworks.data.store.parts import Span, spans, work
 
 VECTORS, SIZES = "vectors.npy", "sizes.npy"
 

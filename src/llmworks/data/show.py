@@ -14,16 +14,16 @@ from typing import Any
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
-from llmworks.context import Context
-from llmworks.data.rows import Row, read_chat, read_preference, schema_of
-from llmworks.data.statistics import describe, repeated, tags, turns_of
-from llmworks.data.tokens import Packed
-from llmworks.errors import DataError, ModelError, RequestError, UserError
+from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, ModelError, RequestError, UserError
+from llmworks.core.types import Json, messages_from_json
+from llmworks.data.store.packed_tokens import Packed
+from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
+from llmworks.data.text.statistics import describe, repeated, tags, turns_of
 from llmworks.tokenize import view
-from llmworks.tokenize.conversations import ConversationEncoder
-from llmworks.tokenize.named import CHOICES, Template, tokenizer_of
-from llmworks.types import Json, messages_from_json
+from llmworks.tokenize.chat.encode import ConversationEncoder
+from llmworks.tokenize.chat.named import CHOICES, Template, tokenizer_of
 
 WIDTH = 110
 COLOURS = {"system": "35", "user": "34", "assistant": "32", "tool": "33", "chosen": "32", "rejected": "31"}

@@ -14,14 +14,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import COPY_OF, DocumentWriter
+from llmworks.core.errors import DataError, UserError
+from llmworks.core.types import Document, Json
 from llmworks.data.card import finish, finish_rows
-from llmworks.data.parts import Span, spans, work
-from llmworks.data.rows import Row, read_chat, read_preference, schema_of
-from llmworks.documents import COPY_OF, DocumentWriter
-from llmworks.errors import DataError, UserError
-from llmworks.types import Document, Json
+from llmworks.data.store.parts import Span, spans, work
+from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
 
 
 class SplitConfig(Config):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy.typing as npt
-
-from llmworks.errors import ModelError
-
-Vectors = npt.NDArray[Any]
+from llmworks.core.errors import ModelError
+from llmworks.embed.vectors import Vectors
 
 
 class Embedder(Protocol):

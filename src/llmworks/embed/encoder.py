@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmworks.embed import Vectors
-from llmworks.errors import ModelError
+from llmworks.core.errors import ModelError
+from llmworks.embed.vectors import Vectors
 
 BATCH_TOKENS = 4096
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmworks.embed import Vectors
-from llmworks.errors import ModelError
+from llmworks.core.errors import ModelError
+from llmworks.embed.vectors import Vectors
 
 BATCH = 256
 

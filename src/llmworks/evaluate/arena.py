@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset, Report
-from llmworks.context import Context
-from llmworks.data.jsonl import Rejected
-from llmworks.data.rawrows import raw_rows
-from llmworks.errors import DataError
-from llmworks.evaluate.ratings import Vote, bradley_terry, elo, intervals, resampled, style_of
+from llmworks.core.artifact import Config, Dataset, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.raw_rows import raw_rows
+from llmworks.evaluate.statistics.ratings import Vote, bradley_terry, elo, intervals, resampled, style_of
 
 WON = {"A": 1.0, "B": 0.0, "C": 0.5}
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Report
-from llmworks.context import Context
-from llmworks.evaluate.bootstrap import holm, paired_difference, sign_flip
-from llmworks.evaluate.stored import WHOLE, read_evaluation
-from llmworks.report import counted
+from llmworks.core.artifact import Config, Report
+from llmworks.core.context import Context
+from llmworks.core.report import counted
+from llmworks.evaluate.statistics.bootstrap import holm, paired_difference, sign_flip
+from llmworks.evaluate.statistics.stored import WHOLE, read_evaluation
 
 CARD = "model-card.md"
 

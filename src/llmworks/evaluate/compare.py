@@ -12,15 +12,15 @@ from typing import Any
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Report
-from llmworks.context import Context
-from llmworks.errors import DataError
+from llmworks.core.artifact import Config, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
 from llmworks.evaluate.board import small
-from llmworks.evaluate.bootstrap import RESAMPLES, holm, paired_difference, sign_flip
-from llmworks.evaluate.causes import CAUSES, cause, changes, settings
-from llmworks.evaluate.metrics import WRITTEN
-from llmworks.evaluate.stored import read_evaluation
-from llmworks.tokenize.templates import parse_calls
+from llmworks.evaluate.statistics.bootstrap import RESAMPLES, holm, paired_difference, sign_flip
+from llmworks.evaluate.statistics.causes import CAUSES, cause, changes, settings
+from llmworks.evaluate.statistics.metrics import WRITTEN
+from llmworks.evaluate.statistics.stored import read_evaluation
+from llmworks.tokenize.chat.templates import parse_calls
 
 SHOWN = 400
 

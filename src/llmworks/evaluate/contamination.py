@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset, Report
-from llmworks.context import Context
-from llmworks.data.testsets import test_rows
-from llmworks.evaluate.bootstrap import mean_interval
-from llmworks.evaluate.stored import read_evaluation
+from llmworks.core.artifact import Config, Dataset, Report
+from llmworks.core.context import Context
+from llmworks.data.store.testsets import test_rows
+from llmworks.evaluate.statistics.bootstrap import mean_interval
+from llmworks.evaluate.statistics.stored import read_evaluation
 
 WORD = re.compile(r"[0-9A-Za-z\x80-\U0010ffff]+")
 COMMON = 0.02  # of all samples: a run that more of them have is no sign

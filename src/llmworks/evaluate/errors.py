@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Report
-from llmworks.context import Context
-from llmworks.errors import DataError, MissingDependency
-from llmworks.evaluate.bootstrap import holm
-from llmworks.evaluate.stored import read_evaluation
+from llmworks.core.artifact import Config, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, MissingDependency
+from llmworks.evaluate.statistics.bootstrap import holm
+from llmworks.evaluate.statistics.stored import read_evaluation
 
 EXAMPLES, LEAST = 6, 5
 

@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model, Report
-from llmworks.context import Context
-from llmworks.errors import DataError
-from llmworks.evaluate import agreement
-from llmworks.evaluate.bootstrap import mean_interval
-from llmworks.evaluate.labels import read_labels
-from llmworks.evaluate.reward import Reward, is_reward
-from llmworks.evaluate.stored import read_evaluation
-from llmworks.generate.journal import Journal, Record
+from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, Request, Sampling
+from llmworks.evaluate.statistics import agreement
+from llmworks.evaluate.statistics.bootstrap import mean_interval
+from llmworks.evaluate.statistics.labels import read_labels
+from llmworks.evaluate.statistics.reward import Reward, is_reward
+from llmworks.evaluate.statistics.stored import read_evaluation
+from llmworks.generate.remote.journal import Journal, Record
 from llmworks.score.judge import BEST, comparing, grading, read_choice, read_grade
-from llmworks.types import Message, Request, Sampling
 
 SHOWN = 60
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Model, Report, files_of
-from llmworks.context import Context
-from llmworks.errors import DataError
-from llmworks.evaluate.bootstrap import paired_difference
-from llmworks.evaluate.stored import read_evaluation
+from llmworks.core.artifact import Config, Model, Report, files_of
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.evaluate.statistics.bootstrap import paired_difference
+from llmworks.evaluate.statistics.stored import read_evaluation
 
 
 class KeepConfig(Config):

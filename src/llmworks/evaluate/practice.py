@@ -10,15 +10,15 @@ from typing import Any
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Dataset, Report
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, messages_to_json
 from llmworks.data.card import finish_rows
-from llmworks.data.rows import Row
-from llmworks.errors import DataError
-from llmworks.evaluate.questions import kept, one_side, questions, read_rows
-from llmworks.evaluate.stored import read_evaluation
-from llmworks.evaluate.task import Task
-from llmworks.types import Message, messages_to_json
+from llmworks.data.store.rows import Row
+from llmworks.evaluate.protocol.questions import kept, one_side, questions, read_rows
+from llmworks.evaluate.protocol.task import Task
+from llmworks.evaluate.statistics.stored import read_evaluation
 
 
 class PracticeConfig(Config):

@@ -8,8 +8,8 @@ from importlib import resources
 
 from pydantic import Field
 
-from llmworks.artifact import Config
-from llmworks.errors import UserError
+from llmworks.core.artifact import Config
+from llmworks.core.errors import UserError
 
 
 class Item(Config):
@@ -37,7 +37,7 @@ def suites() -> dict[str, Suite]:
 
 def items_of(names: str, limit: int | None = None) -> list[Item]:
     """The tasks of suites and single tasks, named with commas between; `limit` in place of theirs. UserError for an unknown name."""
-    from llmworks.evaluate.task import task_names
+    from llmworks.evaluate.protocol.load_task import task_names
 
     out: list[Item] = []
     for name in filter(None, (part.strip() for part in names.split(","))):

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from llmworks.artifact import Report
-from llmworks.errors import DataError, UserError
-from llmworks.evaluate.stored import read_evaluation
+from llmworks.core.artifact import Report
+from llmworks.core.errors import DataError, UserError
+from llmworks.evaluate.statistics.stored import read_evaluation
 
 KEYS = {"a": "A", "b": "B", "t": "C"}
 HELP = "a or b: the better answer, t: a tie, s: skip, q: enough"

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from llmworks.errors import RequestError
-from llmworks.types import Engine, Json, Message, Request, Sampling
+from llmworks.core.errors import RequestError
+from llmworks.core.types import Engine, Json, Message, Request, Sampling
 
 HELP = "/reset starts anew, /system TEXT sets the system message, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 

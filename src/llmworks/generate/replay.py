@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmworks.artifact import Golden, GoldenConversation
-from llmworks.errors import LlmworksError
-from llmworks.tokenize.golden import replay_logits, replay_tokens
-from llmworks.types import Engine, Request, Sampling, messages_from_json
+from llmworks.core.artifact import Golden, GoldenConversation
+from llmworks.core.errors import LlmworksError
+from llmworks.core.types import Engine, Request, Sampling, messages_from_json
+from llmworks.tokenize.chat.golden import replay_logits, replay_tokens
 
 SAID = 8  # tokens of a greedy answer that are compared
 

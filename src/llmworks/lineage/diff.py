@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmworks.artifact import Artifact
+from llmworks.core.artifact import Artifact
 
 Row = tuple[str, str, Any, Any]  # (section, field, left, right)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from llmworks.artifact import Artifact
+from llmworks.core.artifact import Artifact
 
 HELD_OUT = ("held_out", "validation", "test", "tests", "prompts")  # inputs of trainings that are not learned
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from llmworks.artifact import Artifact, FileEntry, changed_files
+from llmworks.core.artifact import Artifact, FileEntry, changed_files
 from llmworks.lineage.family import Family, Node
 
 PAGE = "report/report.html"  # how it looks changes with versions; its figures and tables stand in the JSON and Markdown beside it

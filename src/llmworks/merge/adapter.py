@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, FileEntry, Model, require_base
-from llmworks.context import Context
-from llmworks.errors import ModelError
+from llmworks.core.artifact import Adapter, Config, FileEntry, Model, require_base
+from llmworks.core.context import Context
+from llmworks.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from llmworks.model.fold import Folded
+    from llmworks.model.lora.fold import Folded
 
 BOUNDS = {"F32": 1e-3, "F16": 0.02, "BF16": 0.15}  # mean gaps of golden logits that rounding may make
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -72,7 +72,7 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
 
 def format_of(path: Path) -> str:
     """The number format of most weights of a directory, as safetensors names it."""
-    from llmworks.model.load import read_header
+    from llmworks.model.io.weights import read_header
 
     counted: Counter[str] = Counter()
     for file in sorted(path.glob("*.safetensors")):
@@ -86,9 +86,9 @@ def fold_files(source: Path, adapter_path: Path, out: Path, called: str = "") ->
     """Copy the safetensors of `source` to `out` with the adapter folded in, tensor by tensor; digests and sizes of the files by name. `called`: how messages call the adapter."""
     import torch
 
-    from llmworks.merge.blocks import bytes_of
-    from llmworks.model.fold import Fold
-    from llmworks.model.shards import TORCH, Shard, Shards, ShardWriter, Slot
+    from llmworks.merge.execute.blocks import bytes_of
+    from llmworks.model.io.safetensors_io import TORCH, Shard, Shards, ShardWriter, Slot
+    from llmworks.model.lora.fold import Fold
 
     shards = Shards(source)
     places = shards.places

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
-from llmworks.artifact import Adapter, Config, Model
-from llmworks.context import Context
-
-
-class ExtractConfig(Config):
-    """How much of the difference."""
-
-    rank: int = Field(32, gt=0, description="rank of the adapter at most")
-    kept: float = Field(1.0, gt=0, le=1, description="share of each matrix's change (sum of squares) that is enough: fewer ranks where it is kept by fewer")
-    skip: list[str] = Field([], description="layers that are left out, by a part of their names")
+from llmworks.core.artifact import Adapter, Model
+from llmworks.core.context import Context
+from llmworks.merge.lora.config import ExtractConfig
 
 
 def extract(config: ExtractConfig, model: Model, base: Model, ctx: Context) -> Adapter:
@@ -21,6 +12,6 @@ def extract(config: ExtractConfig, model: Model, base: Model, ctx: Context) -> A
 
     Errors: ModelError for models of different shapes, or that do not differ in any matrix.
     """
-    from llmworks.merge.adapter_files import extracted
+    from llmworks.merge.lora.merge_lora import extracted
 
     return extracted(config, model, base, ctx)

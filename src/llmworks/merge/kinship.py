@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Model, Report
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Model, Report
+from llmworks.core.context import Context
 
 
 class KinshipConfig(Config):
@@ -19,9 +19,9 @@ def kinship(config: KinshipConfig, child: Model, among: list[Model], ctx: Contex
 
     Errors: ModelError for a directory without weights, or one that is quantized.
     """
-    from llmworks.merge.layout import layout_of
-    from llmworks.merge.shares import kinship as found_in
-    from llmworks.merge.shares import rank_of
+    from llmworks.merge.ancestry import kinship as found_in
+    from llmworks.merge.ancestry import rank_of
+    from llmworks.merge.plan.layout import layout_of
 
     names = [model.name if [one.name for one in among].count(model.name) == 1 else f"{model.name} {model.digest[:8]}" for model in among]
     layouts = {name: layout_of(name, model.path) for name, model in zip(names, among, strict=True)}

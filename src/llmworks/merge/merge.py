@@ -5,9 +5,9 @@ The result's tokens, mask and stop tokens are those of the model whose tokenizer
 
 from __future__ import annotations
 
-from llmworks.artifact import Model
-from llmworks.context import Context
-from llmworks.merge.config import MergeConfig
+from llmworks.core.artifact import Model
+from llmworks.core.context import Context
+from llmworks.merge.plan.config import MergeConfig
 
 
 def merge(config: MergeConfig, models: dict[str, Model], ctx: Context) -> Model:
@@ -16,6 +16,6 @@ def merge(config: MergeConfig, models: dict[str, Model], ctx: Context) -> Model:
     Errors: UserError for a configuration that cannot be carried out; ModelError for tensors that are missing, of other shapes, or hold what are no numbers, and for vocabularies that differ where no rule for tokens is given;
     GoldenMismatch where the result would read texts in another way.
     """
-    from llmworks.merge.run import run
+    from llmworks.merge.execute.run import run
 
     return run(config, models, ctx)

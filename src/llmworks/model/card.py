@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from llmworks.artifact import Adapter, Artifact, Model
 from llmworks.assets.catalogue import CATALOGUE
-from llmworks.lineage import declared
+from llmworks.core.artifact import Adapter, Artifact, Model
+from llmworks.lineage import claims as declared
 
 CARRIED = ("license", "license_name", "license_link", "language")
 BASES = ("base", "student", "policy", "model")  # of a step's inputs, the one that its result goes on from

@@ -17,11 +17,11 @@ from typing import Any, Literal, Self
 import regex
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Dataset, Model
-from llmworks.context import Context
-from llmworks.documents import count_characters, read_documents
-from llmworks.errors import DataError, MissingDependency, TrainingError, UserError
-from llmworks.model.word_tests import Analogies, Found, Vector, likeness, read, solve
+from llmworks.core.artifact import Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.documents import count_characters, read_documents
+from llmworks.core.errors import DataError, MissingDependency, TrainingError, UserError
+from llmworks.embed.word_similarity import Analogies, Found, Vector, likeness, read, solve
 
 WORD = r"[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)*|\p{N}+"  # the saved tokenizer reads the same
 LINE = 10_000  # words that gensim reads at once
@@ -190,7 +190,7 @@ def _gensim(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Co
 def _glove(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Counter[str], ctx: Context) -> Made:
     import numpy as np
 
-    from llmworks.model.glove import cooccurrences, glove
+    from llmworks.embed.glove import cooccurrences, glove
 
     place = {word: i for i, word in enumerate(words)}
     pairs = cooccurrences((np.array([place.get(word, -1) for word in text], dtype=np.int32) for text in _texts(config, data)), len(words), config.window)

@@ -1,4 +1,4 @@
-"""Golden tokens of a Hugging Face model: record them, or replay them, with logits from torch. What they hold, and what must replay, is `tokenize/golden.py`'s."""
+"""Golden tokens of a Hugging Face model: record them, or replay them, with logits from torch. What they hold, and what must replay, is `tokenize/chat/golden.py`'s."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmworks.artifact import Golden
-from llmworks.tokenize import golden
+from llmworks.core.artifact import Golden
+from llmworks.tokenize.chat import golden
 
 
 def torch_logits(model: Any) -> golden.Logits:
@@ -24,7 +24,7 @@ def torch_logits(model: Any) -> golden.Logits:
 
 def record(path: Path) -> Golden:
     """The golden record of a Hugging Face directory."""
-    from llmworks.model.load import load_model
+    from llmworks.model.io.load import load_model
     from llmworks.tokenize.load import load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(path)
@@ -33,7 +33,7 @@ def record(path: Path) -> Golden:
 
 def require(recorded: Golden, path: Path, *, mean_within: float, step: str) -> golden.LogitGap | None:
     """Replay a record on a Hugging Face directory; GoldenMismatch when it does not hold."""
-    from llmworks.model.load import load_model
+    from llmworks.model.io.load import load_model
     from llmworks.tokenize.load import load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(path)

@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config
+from llmworks.core.artifact import Config
 
 
 class Rope(Config):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Model, Report
-from llmworks.context import Context
-from llmworks.errors import ModelError, UserError
+from llmworks.core.artifact import Config, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import ModelError, UserError
 
 if TYPE_CHECKING:
-    from llmworks.model.anatomy import Part
+    from llmworks.model.anatomy.parts import Part
     from llmworks.model.shape import RecurrentShape, Shape
 
     Any_Shape = Shape | RecurrentShape
@@ -36,8 +36,8 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
 
     Errors: ModelError for an architecture that is not known; UserError for a context beyond learned positions.
     """
-    from llmworks.model.anatomy import cached, parts_of, state_of
-    from llmworks.model.drawing import draw
+    from llmworks.model.anatomy.drawing import draw
+    from llmworks.model.anatomy.parts import cached, parts_of, state_of
     from llmworks.model.shape import Shape
 
     names = [model.name or model.path.name]
@@ -91,8 +91,8 @@ def shape_of_model(model: Model) -> Any_Shape:
     """The shape of a Hugging Face directory or a GGUF file. ModelError for an architecture that is not known."""
     from pydantic import ValidationError
 
+    from llmworks.model.io.families import shape_of
     from llmworks.model.shape import RecurrentShape
-    from llmworks.model.standard import shape_of
     from llmworks.tokenize.load import read_json
 
     if model.format == "gguf":

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
-from llmworks.artifact import Adapter, Config, Model
-from llmworks.context import Context
-
-
-class AdapterConfig(Config):
-    """The number format."""
-
-    type: Literal["f32", "f16"] = Field("f16", description="number format of the adapter's matrices")
+from llmworks.core.artifact import Adapter, Model
+from llmworks.core.context import Context
+from llmworks.quantize.llamacpp.config import AdapterConfig
 
 
 def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Adapter:
@@ -21,6 +12,6 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
 
     Errors: ArtifactError when the adapter belongs to another model; ModelError for one that llama.cpp has no place for; GoldenMismatch when llama.cpp computes something else.
     """
-    from llmworks.quantize.gguf_adapter import run
+    from llmworks.quantize.llamacpp.adapter import run
 
     return run(config, adapter, model, ctx)

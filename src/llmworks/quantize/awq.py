@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmworks.artifact import Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.context import Context
 from llmworks.quantize.config import CalibratedConfig, WholeConfig
 
 
@@ -21,8 +21,8 @@ class AwqConfig(CalibratedConfig, WholeConfig):
 
 def awq(config: AwqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
     """Write a directory in the form of compressed-tensors. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
-    from llmworks.model.grid import Grid
-    from llmworks.quantize.calibrated import Awq
-    from llmworks.quantize.rounding import run
+    from llmworks.model.lowbit.integer import Grid
+    from llmworks.quantize.algorithms.calibrated import Awq
+    from llmworks.quantize.run import run
 
     return run(config, model, ctx, data, Awq(config.texts, clip=config.clip), Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "awq"}, config.form)

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config
+from llmworks.core.artifact import Config
 
 
 class KeptConfig(Config):

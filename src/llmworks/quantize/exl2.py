@@ -13,9 +13,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Model
-from llmworks.context import Context
-from llmworks.errors import MissingDependency, ModelError
+from llmworks.core.artifact import Config, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import MissingDependency, ModelError
 
 THIRD = "import sys; from exllamav3.conversion.convert_model import main, parser, prepare; args = parser.parse_args(); given, state, well, why = prepare(args); main(given, state) if well else sys.exit(str(why))"
 

@@ -6,51 +6,15 @@ anything is published llama.cpp itself replays the golden tokens on the file.
 
 from __future__ import annotations
 
-import re
-
-from pydantic import Field, field_validator
-
-from llmworks.artifact import Config, Dataset, Model, Report
-from llmworks.context import Context
-from llmworks.quantize.gguf_types import FORMATS, FileType
+from llmworks.core.artifact import Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.quantize.llamacpp.config import GgufConfig
 
 # How far golden logits may move on average, by bits of a weight; SmolLM2-135M moves by less than 0.001 in f32, 0.003 in f16, 0.13 in q8_0.
-BOUNDS = {"f32": 0.02, "f16": 0.05, "bf16": 0.3, "q8": 0.3, "q6": 0.8, "q5": 1.5, "q4": 3.0}
 
 
-def bound_of(kind: str) -> float:
-    """How far golden logits of a type may move on average; infinite for those of three bits and fewer."""
-    return BOUNDS.get(kind if kind in BOUNDS else kind.removeprefix("i")[:2], float("inf"))
 
 
-class GgufConfig(Config):
-    """Which number formats, and what is looked at for them."""
-
-    type: FileType = Field("q8_0", description="type of the file, as llama.cpp names them: a mix of number formats of about so many bits a weight (q4_k_m, iq3_xs ...)")
-    tensors: dict[str, str] = Field({}, description='number formats of tensors by a pattern of their names, which go before the type\'s, as {"blk\\.0\\.": "q8_0"}')
-    importance: bool = Field(True, description="formats are told what is important, where `data` is given (llama.cpp's importance matrix)")
-    allocate: bool = Field(False, description="number formats by what each matrix would cost the model, within the size that the type has by itself; needs `data`")
-    sensed: int = Field(8, gt=0, description="texts of `data` by which such costs are found")
-    texts: int = Field(128, gt=0, description="texts of `data` that say what is important")
-    held: int = Field(8, ge=0, description="other texts of `data`, on which model and file are compared")
-    length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
-
-    @field_validator("type", mode="before")
-    @classmethod
-    def _small(cls, kind: object) -> object:
-        return kind.lower() if isinstance(kind, str) else kind
-
-    @field_validator("tensors")
-    @classmethod
-    def _known(cls, tensors: dict[str, str]) -> dict[str, str]:
-        for pattern, kind in tensors.items():
-            if kind.upper() not in FORMATS:
-                raise ValueError(f"{pattern}: {kind!r} is no number format of a tensor; known: {', '.join(sorted(FORMATS)).lower()}")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no pattern ({error})") from None
-        return tensors
 
 
 def gguf(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None = None, sense: Report | None = None) -> Model:
@@ -58,6 +22,6 @@ def gguf(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None = 
 
     Errors: ModelError for an architecture the layout does not cover, or a type that has to see data and does not; DataError for too little text; GoldenMismatch when the file computes something else.
     """
-    from llmworks.quantize.gguf_run import run
+    from llmworks.quantize.llamacpp.run import run
 
     return run(config, model, ctx, data, sense)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmworks.artifact import Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.context import Context
 from llmworks.quantize.config import CalibratedConfig, WholeConfig
 
 
@@ -24,9 +24,9 @@ class GptqConfig(CalibratedConfig, WholeConfig):
 
 def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
     """Write a directory in the form of compressed-tensors. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else, ModelError for inputs whose moments cannot be inverted."""
-    from llmworks.model.grid import Grid
-    from llmworks.quantize.calibrated import Gptq
-    from llmworks.quantize.rounding import run
+    from llmworks.model.lowbit.integer import Grid
+    from llmworks.quantize.algorithms.calibrated import Gptq
+    from llmworks.quantize.run import run
 
     method = Gptq(config.texts, damping=config.damping, by_activation=config.by_activation, search=config.search, scale=config.scale)
     return run(config, model, ctx, data, method, Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "gptq"}, config.form)

@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.context import Context
 from llmworks.quantize.config import QuantizeConfig
 
 
@@ -23,9 +23,9 @@ class HqqConfig(QuantizeConfig):
 
 def hqq(config: HqqConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
     """Write a directory in the form of the package hqq; `data`: what the damage is measured on. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
-    from llmworks.model.grid import Grid
-    from llmworks.quantize.nearest import Nearest
-    from llmworks.quantize.rounding import run
-    from llmworks.quantize.solvers.hqq import solve
+    from llmworks.model.lowbit.integer import Grid
+    from llmworks.quantize.algorithms.hqq import solve
+    from llmworks.quantize.algorithms.round_to_nearest import Nearest
+    from llmworks.quantize.run import run
 
     return run(config, model, ctx, data, Nearest(solve), Grid(config.bits, config.group, symmetric=False, real=True), {"method": "hqq"}, "hqq")

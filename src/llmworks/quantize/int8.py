@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.context import Context
 from llmworks.quantize.config import QuantizeConfig
 
 
@@ -24,9 +24,9 @@ class Int8Config(QuantizeConfig):
 
 def int8(config: Int8Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
     """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
-    from llmworks.model.grid import Grid
-    from llmworks.model.rounded_inputs import Reading
-    from llmworks.quantize.nearest import Nearest
-    from llmworks.quantize.rounding import run
+    from llmworks.model.lowbit.activations import Reading
+    from llmworks.model.lowbit.integer import Grid
+    from llmworks.quantize.algorithms.round_to_nearest import Nearest
+    from llmworks.quantize.run import run
 
     return run(config, model, ctx, data, Nearest(), Grid(8, 0, inputs=Reading(8, "last", config.threshold)), {"method": "int8"}, "bitsandbytes-int8")

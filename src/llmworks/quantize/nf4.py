@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.context import Context
 from llmworks.quantize.config import QuantizeConfig
 
 
@@ -25,8 +25,8 @@ class Nf4Config(QuantizeConfig):
 
 def nf4(config: Nf4Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
     """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
-    from llmworks.model.four_bits import Levels, matrix_of
-    from llmworks.quantize.nearest import Nearest
-    from llmworks.quantize.rounding import run
+    from llmworks.model.lowbit.bnb_4bit import Levels, matrix_of
+    from llmworks.quantize.algorithms.round_to_nearest import Nearest
+    from llmworks.quantize.run import run
 
     return run(config, model, ctx, data, Nearest(matrix_of), Levels(config.levels, config.double), {"method": config.levels}, "bitsandbytes-4bit")

@@ -6,19 +6,9 @@ anew at every token is left out, so that every engine runs the result.
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
-from llmworks.artifact import Config, Model
-from llmworks.context import Context
-
-
-class RotateConfig(Config):
-    """What is turned."""
-
-    values: bool = Field(True, description="values, too, head by head")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="number format of the result, which is there to be quantized")
+from llmworks.core.artifact import Model
+from llmworks.core.context import Context
+from llmworks.quantize.algorithms.config import RotateConfig
 
 
 def rotate(config: RotateConfig, model: Model, ctx: Context) -> Model:
@@ -26,6 +16,6 @@ def rotate(config: RotateConfig, model: Model, ctx: Context) -> Model:
 
     Errors: ModelError for a model that is quantized already, whose norms do not only scale (LayerNorm), or whose width has no known Hadamard matrix; GoldenMismatch when it computes something else.
     """
-    from llmworks.quantize.rotating import turned
+    from llmworks.quantize.algorithms.rotation import turned
 
     return turned(config, model, ctx)

@@ -5,22 +5,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
-from llmworks.artifact import Config, Dataset, Model, Report
-from llmworks.context import Context
-
-
-class SenseConfig(Config):
-    """How much is looked at."""
-
-    texts: int = Field(128, gt=0, description="texts of `data` that say what is important")
-    sensed: int = Field(8, ge=0, description="of these, texts by which costs of formats are found; 0: costs are not")
-    length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
+from llmworks.core.artifact import Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.quantize.llamacpp.config import SenseConfig
 
 
 def sense(config: SenseConfig, model: Model, ctx: Context, data: Dataset) -> Report:
     """Mean squares of what each matrix reads, and costs in nats a token by tensor and format. Errors: ModelError for another architecture; DataError for too little text."""
-    from llmworks.quantize.gguf_run import sense as run
+    from llmworks.quantize.llamacpp.run import sense as run
 
     return run(config, model, ctx, data)

@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.context import Context
 from llmworks.quantize.config import CalibratedConfig
 
 
@@ -24,9 +24,9 @@ class SmoothquantConfig(CalibratedConfig):
 
 def smoothquant(config: SmoothquantConfig, model: Model, ctx: Context, data: Dataset) -> Model:
     """Write a directory in the form of compressed-tensors (W8A8). Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
-    from llmworks.model.grid import Grid
-    from llmworks.model.rounded_inputs import Reading
-    from llmworks.quantize.calibrated import Smooth
-    from llmworks.quantize.rounding import run
+    from llmworks.model.lowbit.activations import Reading
+    from llmworks.model.lowbit.integer import Grid
+    from llmworks.quantize.algorithms.calibrated import Smooth
+    from llmworks.quantize.run import run
 
     return run(config, model, ctx, data, Smooth(config.texts, powers=config.powers), Grid(8, 0, inputs=Reading()), {"method": "smoothquant"})

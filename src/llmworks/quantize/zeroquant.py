@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmworks.artifact import Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.context import Context
 from llmworks.quantize.config import CalibratedConfig
 
 
@@ -23,10 +23,10 @@ class ZeroquantConfig(CalibratedConfig):
 
 def zeroquant(config: ZeroquantConfig, model: Model, ctx: Context, data: Dataset) -> Model:
     """Write a directory in the form of compressed-tensors. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
-    from llmworks.model.grid import Grid
-    from llmworks.model.rounded_inputs import Reading
-    from llmworks.quantize.distilled import Distilled
-    from llmworks.quantize.rounding import run
+    from llmworks.model.lowbit.activations import Reading
+    from llmworks.model.lowbit.integer import Grid
+    from llmworks.quantize.algorithms.block_distillation import Distilled
+    from llmworks.quantize.run import run
 
     method = Distilled(config.texts, epochs=config.epochs, batch=config.batch, rate=config.learning_rate, seed=ctx.seed)
     return run(config, model, ctx, data, method, Grid(config.bits, config.group, inputs=Reading(config.inputs)), {"method": "zeroquant"})

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from llmworks.errors import MissingDependency, UserError
+from llmworks.core.errors import MissingDependency, UserError
 from llmworks.sandbox.seccomp import filter_program
 
 WORK = "/box"

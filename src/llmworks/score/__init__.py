@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmworks.errors import DataError, UserError
+from llmworks.core.errors import DataError, UserError
+from llmworks.core.types import Message, Score, ScoreFunction
 from llmworks.score.code import code
 from llmworks.score.constraints import constraints, constraints_loose, constraints_share
 from llmworks.score.function_call import function_call, valid_call
 from llmworks.score.key import key
 from llmworks.score.shape import regex, schema
 from llmworks.score.sql import sql
-from llmworks.types import Message, Score, ScoreFunction
 
 FIELDS = {"constraints": constraints, "tests": code, "sql": sql, "schema": schema, "regex": regex, "key": key}  # of `answer`, and who reads it
 

@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmworks.errors import DataError
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, Score
 from llmworks.sandbox import Limits, Outcome, run_python
 from llmworks.score.extract import code_block
-from llmworks.types import Message, Score
 
 LIMITS = Limits(seconds=10, memory_mb=512)
 

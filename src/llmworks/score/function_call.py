@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmworks.errors import DataError
-from llmworks.tokenize.templates import parse_calls
-from llmworks.types import Message, Score
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, Score
+from llmworks.tokenize.chat.templates import parse_calls
 
 _PYTHON_TYPE: dict[str, type] = {"integer": int, "number": float, "boolean": bool, "array": list, "string": str, "object": dict}
 OMITTED = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from llmworks.types import Message
+from llmworks.core.types import Message
 
 BEST = 10
 VERDICT = re.compile(r"\[\[\s*([\d.]+|[ABC]|tie)\s*\]\]", re.IGNORECASE)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from llmworks.errors import DataError
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, Score
 from llmworks.score.extract import final_answer
-from llmworks.types import Message, Score
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
 OPTION = re.compile(r"^\W*([A-Za-z])(?:[).:,]|\W*$)")

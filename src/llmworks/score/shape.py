@@ -7,9 +7,9 @@ from typing import Any
 
 import regex as expressions
 
-from llmworks.errors import DataError
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, Score
 from llmworks.score.extract import json_value
-from llmworks.types import Message, Score
 
 SECONDS = 2.0  # of one match: some patterns take longer than a lifetime on some texts
 

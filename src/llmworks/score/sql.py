@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmworks.errors import DataError
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, Score
 from llmworks.score.extract import code_block
-from llmworks.types import Message, Score
 
 SECONDS, ROWS, STEPS, BYTES = 5.0, 20_000, 10_000, 1 << 20  # time and rows of a query, steps between two looks, bytes of a value
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, 33}  # 33: SQLITE_RECURSIVE

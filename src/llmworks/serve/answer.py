@@ -6,9 +6,9 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from llmworks.generate.stopping import safe_length
-from llmworks.tokenize.templates import CALL_OPEN, parse_calls
-from llmworks.types import Completion, Delta
+from llmworks.core.types import Completion, Delta
+from llmworks.generate.decode.stopping import safe_length
+from llmworks.tokenize.chat.templates import CALL_OPEN, parse_calls
 
 DONE = "data: [DONE]\n\n"
 

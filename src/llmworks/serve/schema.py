@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmworks.errors import RequestError
-from llmworks.types import Request, Sampling, messages_from_json
+from llmworks.core.errors import RequestError
+from llmworks.core.types import Request, Sampling, messages_from_json
 
 # Fields of the API that would change the answer, and their values that change nothing. Any other value is refused, not ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

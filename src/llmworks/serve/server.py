@@ -22,11 +22,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from llmworks.errors import EngineError, LlmworksError, RequestError, UserError
+from llmworks.core.errors import EngineError, LlmworksError, RequestError, UserError
+from llmworks.core.types import Completion, Delta, Engine
+from llmworks.core.types import Request as EngineRequest
 from llmworks.serve.answer import chunks, whole
 from llmworks.serve.schema import ChatRequest
-from llmworks.types import Completion, Delta, Engine
-from llmworks.types import Request as EngineRequest
 
 DEFAULT_MAX_TOKENS = 512
 PARALLEL = 4

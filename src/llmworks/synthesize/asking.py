@@ -14,16 +14,16 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.documents import REJECTED
+from llmworks.core.errors import DataError, RequestError
+from llmworks.core.types import Engine, Json, Message, Request, Sampling, messages_from_json, messages_to_json
 from llmworks.data.card import finish_rows
-from llmworks.data.rows import Row, flat_messages, read_chat
-from llmworks.documents import REJECTED
-from llmworks.errors import DataError, RequestError
-from llmworks.generate.account import Account
-from llmworks.generate.journal import Journal, request_id
-from llmworks.generate.remote import parse_remote
-from llmworks.types import Engine, Json, Message, Request, Sampling, messages_from_json, messages_to_json
+from llmworks.data.store.rows import Row, flat_messages, read_chat
+from llmworks.generate.remote.endpoint import parse_remote
+from llmworks.generate.remote.journal import Journal, request_id
+from llmworks.generate.remote.usage import Account
 
 SHOWN = 12
 

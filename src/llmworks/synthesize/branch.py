@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
-from llmworks.data.rows import Row
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.types import Message
+from llmworks.data.store.rows import Row
 from llmworks.synthesize.asking import Decoding, Maker, answered, questions
-from llmworks.synthesize.text import numbered, refuses
-from llmworks.types import Message
+from llmworks.synthesize.text.parse import numbered, refuses
 
 
 class BranchConfig(Config):

@@ -12,12 +12,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.types import Message, messages_from_json
 from llmworks.synthesize.asking import Answer, Decoding, Maker, Prompt, questions
-from llmworks.synthesize.pool import Pool
-from llmworks.synthesize.text import bare, labelled, refuses
-from llmworks.types import Message, messages_from_json
+from llmworks.synthesize.text.diversity import Pool
+from llmworks.synthesize.text.parse import bare, labelled, refuses
 
 Operator = Literal["constrain", "deepen", "concretize", "reason", "enrich", "breadth"]
 ASKS: dict[Operator, str] = {

@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
-from llmworks.documents import read_documents
-from llmworks.errors import DataError
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.documents import read_documents
+from llmworks.core.errors import DataError
+from llmworks.core.types import Document, Message
 from llmworks.score.rouge import words
 from llmworks.synthesize.asking import Decoding, Maker
-from llmworks.synthesize.pool import Pool
-from llmworks.synthesize.text import bare, numbered, refuses
-from llmworks.types import Document, Message
+from llmworks.synthesize.text.diversity import Pool
+from llmworks.synthesize.text.parse import bare, numbered, refuses
 
 PARAGRAPH = re.compile(r"[^\n]*\S[^\n]*(?:\n[^\n]*\S[^\n]*)*")  # lines with something on them
 POINTS = re.compile(r"\b(?:this|the|these|above|following|given|provided|according to)\s+(?:\w+\s+)?(?:passage|text|document|excerpt|section|paragraph|article|context|documentation|chapter|example|code)s?\b", re.IGNORECASE)

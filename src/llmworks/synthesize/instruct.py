@@ -11,14 +11,14 @@ import re
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
-from llmworks.data.rows import read_chat
-from llmworks.errors import DataError
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message
+from llmworks.data.store.rows import read_chat
 from llmworks.synthesize.asking import Decoding, Maker, Prompt, instruction_of
-from llmworks.synthesize.pool import Pool
-from llmworks.synthesize.text import numbered, refuses
-from llmworks.types import Message
+from llmworks.synthesize.text.diversity import Pool
+from llmworks.synthesize.text.parse import numbered, refuses
 
 # What a model that reads and writes text cannot do (the filter of Self-Instruct)
 OUT_OF_REACH = re.compile(r"\b(?:image|images|picture|photo|graph|graphs|plot|map|draw|video|audio|music file|attached|attachment|file|files|go to|website|url|link)\b", re.IGNORECASE)

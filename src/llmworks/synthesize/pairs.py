@@ -10,13 +10,13 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
-from llmworks.data.rows import Row
-from llmworks.errors import DataError, UserError
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, UserError
+from llmworks.core.types import Json, Message, messages_to_json
+from llmworks.data.store.rows import Row
 from llmworks.score import judge, score_function
 from llmworks.synthesize.asking import Answer, Decoding, Maker, Prompt, questions
-from llmworks.types import Json, Message, messages_to_json
 
 
 class PairsConfig(Config):

@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
-from llmworks.documents import read_documents
-from llmworks.errors import DataError
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.documents import read_documents
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message
 from llmworks.synthesize.asking import Decoding, Maker
-from llmworks.synthesize.pool import Pool
-from llmworks.synthesize.text import bare, labelled, numbered, refuses
-from llmworks.types import Message
+from llmworks.synthesize.text.diversity import Pool
+from llmworks.synthesize.text.parse import bare, labelled, numbered, refuses
 
 WHO = {
     "instruction": "write something that this person would ask an assistant to do in their work or life",

@@ -9,13 +9,13 @@ import re
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
-from llmworks.data.rows import Row
-from llmworks.errors import DataError
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message
+from llmworks.data.store.rows import Row
 from llmworks.score.key import accepted_keys, key
 from llmworks.synthesize.asking import Decoding, Maker, Prompt, answered, questions
-from llmworks.types import Message
 
 HOW = "\n\nThink step by step. End with a line that says `Answer:` and the answer alone."
 HINT = "\n\nThe right answer is: {0}. Explain step by step how one gets there, as if you had not been told. End with a line that says `Answer:` and the answer alone."

@@ -9,12 +9,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.types import Message, Score, ToolCall
 from llmworks.score import score_function
 from llmworks.synthesize.asking import Decoding, Maker, Prompt, answered, questions
-from llmworks.tokenize.templates import parse_calls
-from llmworks.types import Message, Score, ToolCall
+from llmworks.tokenize.chat.templates import parse_calls
 
 
 class SampleConfig(Config):

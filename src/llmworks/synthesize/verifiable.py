@@ -11,13 +11,13 @@ from random import Random
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Dataset
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import read_documents
+from llmworks.core.errors import DataError
 from llmworks.data.card import finish_rows
-from llmworks.data.jsonl import Rejected
-from llmworks.data.rows import Row, flat_messages, read_chat, schema_of
-from llmworks.documents import read_documents
-from llmworks.errors import DataError
+from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.rows import Row, flat_messages, read_chat, schema_of
 from llmworks.synthesize import rules
 
 ATTEMPTS = 8  # draws for a text whose instructions did not go together

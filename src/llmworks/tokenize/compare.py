@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
-from llmworks.context import Context
-from llmworks.documents import read_documents
-from llmworks.errors import UserError
+from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
+from llmworks.core.context import Context
+from llmworks.core.documents import read_documents
+from llmworks.core.errors import UserError
 from llmworks.tokenize import view
-from llmworks.tokenize.named import tokenizer_of
-from llmworks.tokenize.vocabulary import Usage, group_of, measure
+from llmworks.tokenize.chat.named import tokenizer_of
+from llmworks.tokenize.statistics import Usage, group_of, measure
 
 SAMPLE, SHORT, SAMPLED = 400, 160, 6  # characters of a text that are drawn, in the terminal, and texts
 SAMPLES = {

@@ -1,21 +1,20 @@
 """Stage `tokenize.train`: a tokenizer of documents: byte-level BPE, Unigram or WordPiece, with its control tokens and chat template, and a report.
 
-The library learns the vocabulary (`algorithms.py`); `bpe.py` is the same to read.
+The library learns the vocabulary (`bpe/trainers.py`); `bpe/reference.py` is the same to read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from llmworks.artifact import Config, Dataset, Tokenizer
-from llmworks.context import Context
-from llmworks.documents import count_characters, read_documents
-from llmworks.errors import DataError, UserError
-from llmworks.tokenize.named import NAMED, named_template
-from llmworks.tokenize.vocabulary import group_of, measure, report_usage
+from llmworks.core.artifact import Dataset, Tokenizer
+from llmworks.core.context import Context
+from llmworks.core.documents import count_characters, read_documents
+from llmworks.core.errors import DataError, UserError
+from llmworks.tokenize.bpe.config import TrainConfig
+from llmworks.tokenize.chat.named import NAMED, named_template
+from llmworks.tokenize.statistics import group_of, measure, report_usage
 
 MEASURED = 5_000_000  # characters that the report looks at
 ROLES = {
@@ -25,20 +24,6 @@ ROLES = {
 }
 
 
-class TrainConfig(Config):
-    """How text is divided, how many tokens there are, and which of them control."""
-
-    algorithm: Literal["bpe", "unigram", "wordpiece"] = Field("bpe", description="bpe: over bytes, as GPT-2 and Llama 3; unigram: pieces, and bytes for what is rare, as SentencePiece; wordpiece: as BERT")
-    vocabulary: int = Field(32_000, gt=0, description="tokens in all; multiples of 64 compute fastest")
-    divide: Literal["gpt2", "digits", "llama-3"] = Field("llama-3", description="words of bpe, which no token goes beyond. digits: as gpt2, digits alone; llama-3: up to three digits, contractions in any case")
-    normalize: Literal["none", "nfc", "nfkc"] = Field("none", description="Unicode form that text is brought to; none gives back what was there")
-    lowercase: bool = Field(False, description="wordpiece: without case and accents")
-    least: int = Field(2, ge=1, description="times that a pair must stand to be joined (bpe, wordpiece)")
-    longest: int = Field(32, ge=2, description="longest token: bytes (bpe) or characters (unigram, at most 16)")
-    template: Literal["none", "chatml", "alpaca", "llama-2", "llama-3", "mistral", "mistral-v3", "gemma", "phi", "zephyr"] = Field("none", description="chat template, with its control tokens")
-    end: str = Field("", description="the token that ends texts and answers; default: the template's, else <|endoftext|>, </s> or [SEP] by algorithm")
-    special_tokens: list[str] = Field([], description="more control tokens")
-    characters: int = Field(500_000_000, gt=0, description="learn from at most so many, of documents spread evenly")
 
 
 def train(config: TrainConfig, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Tokenizer:
@@ -46,7 +31,7 @@ def train(config: TrainConfig, data: Dataset, ctx: Context, held_out: Dataset | 
 
     Errors: UserError for a vocabulary that control tokens and bytes fill; DataError for too little text.
     """
-    from llmworks.tokenize.algorithms import as_transformers, learn
+    from llmworks.tokenize.bpe.trainers import as_transformers, learn
 
     roles, control = control_tokens(config)
     floor = len(control) + (0 if config.algorithm == "wordpiece" else 256)

@@ -13,9 +13,9 @@ from itertools import accumulate
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Model, Report
-from llmworks.context import Context
-from llmworks.errors import DataError, UserError
+from llmworks.core.artifact import Config, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, UserError
 
 Points = Sequence[tuple[float, float]]
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Adapter, Dataset, Model
-from llmworks.context import Context
-from llmworks.data.lessons import training_rows
-from llmworks.data.rows import Row, flat_messages, write_chat
-from llmworks.errors import DataError, ModelError, UserError
-from llmworks.generate.journal import Journal, Record
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, ModelError, UserError
+from llmworks.core.types import Request, Sampling
+from llmworks.data.conversations.training_rows import training_rows
+from llmworks.data.store.rows import Row, flat_messages, write_chat
+from llmworks.generate.remote.journal import Journal, Record
+from llmworks.train.finetune.run import Material
 from llmworks.train.sft import SftConfig, sft, tune
-from llmworks.train.tuning import Material
-from llmworks.types import Request, Sampling
 
 if TYPE_CHECKING:
-    from llmworks.train.tuned import Tuned
+    from llmworks.train.finetune.trainable import Tuned
 
 
 class DistillConfig(SftConfig):
@@ -47,7 +47,7 @@ def distill(config: DistillConfig, teacher: Model | Adapter, student: Model, dat
 
     Errors: as train.sft; UserError where logits are wanted of a teacher that cannot give them, or of another vocabulary.
     """
-    from llmworks.train import world
+    from llmworks.train.distributed import world
 
     why = cannot_give_logits(teacher, student)
     of_logits = [name for name, value in (("temperature", 1.0), ("mix", 0.0), ("direction", "forward")) if getattr(config, name) != value]
@@ -82,9 +82,9 @@ def cannot_give_logits(teacher: Model | Adapter, student: Model) -> str:
 
 def _loss(config: DistillConfig, teacher: Model | Adapter, tuned: Tuned, material: Material, ctx: Context) -> Any:
     """The loss under the teacher, who reads the same batches."""
-    from llmworks.train.divergence import DIRECTIONS, taught
-    from llmworks.train.loss import whole_logits
-    from llmworks.train.tuned import open_tuned
+    from llmworks.train.finetune.distillation_loss import DIRECTIONS, taught
+    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.loop.losses import whole_logits
 
     guide = open_tuned(teacher.path)
     if guide.free != tuned.free:

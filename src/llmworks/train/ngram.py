@@ -1,6 +1,6 @@
 """Stage `train.ngram`: an n-gram model of packed tokens, counted, not trained: what a model that learns has to be better than.
 
-Interpolated Kneser-Ney (`model/kneser_ney.py`). It answers and is measured as every other model.
+Interpolated Kneser-Ney (`model/ngram/kneser_ney.py`). It answers and is measured as every other model.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Adapter, Config, Dataset, Model, Tokenizer
-from llmworks.context import Context
-from llmworks.data.tokens import Packed
-from llmworks.errors import DataError, ModelError
+from llmworks.core.artifact import Adapter, Config, Dataset, Model, Tokenizer
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, ModelError
+from llmworks.data.store.packed_tokens import Packed
 
 
 class NgramConfig(Config):
@@ -38,12 +38,12 @@ def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dat
     import numpy as np
 
     from llmworks.model.golden import record
-    from llmworks.model.kneser_ney import count, estimated
-    from llmworks.model.ngram import NgramForCausalLM
+    from llmworks.model.ngram.kneser_ney import count, estimated
+    from llmworks.model.ngram.ngram import NgramForCausalLM
+    from llmworks.tokenize.chat.named import tokenizer_of
     from llmworks.tokenize.load import ids_of, quiet_transformers
-    from llmworks.tokenize.named import tokenizer_of
-    from llmworks.train.heldout import measure
-    from llmworks.train.packed import same_tokenizer
+    from llmworks.train.loop.heldout import measure
+    from llmworks.train.loop.packed import same_tokenizer
 
     loaded = tokenizer_of(tokenizer)
     packed = Packed(data)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Dataset, Model
-from llmworks.context import Context
-from llmworks.errors import DataError, MissingDependency, ModelError, TrainingError, UserError
-from llmworks.train.parallel import Parallel, share_of
-from llmworks.train.schedule import OptimizerConfig
+from llmworks.core.artifact import Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, MissingDependency, ModelError, TrainingError, UserError
+from llmworks.train.distributed.config import Parallel, share_of
+from llmworks.train.loop.schedule import OptimizerConfig
 
 if TYPE_CHECKING:
-    from llmworks.train.world import World
+    from llmworks.train.distributed.world import World
 
 
 class PretrainOptimizer(OptimizerConfig):
@@ -64,7 +64,7 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
     Errors: DataError for data that are no packed tokens, of another tokenizer, or fewer than a step; ModelError for rows that are longer than the model reads;
     TrainingError when the loss is no number or jumps.
     """
-    from llmworks.train import world
+    from llmworks.train.distributed import world
 
     with world.opened(config.parallel) as here:
         try:
@@ -79,17 +79,17 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
     """`pretrain` in one of the processes; the first looks, draws and saves."""
     import torch
 
-    from llmworks.data.tokens import Packed
+    from llmworks.data.store.packed_tokens import Packed
     from llmworks.model.golden import record
-    from llmworks.model.standard import open_trainable
-    from llmworks.tokenize.named import tokenizer_of
-    from llmworks.train.curves import draw, picture
-    from llmworks.train.heldout import measure
-    from llmworks.train.loop import Habits, train
-    from llmworks.train.packed import PackedSteps, packed_loss
-    from llmworks.train.pipeline import Pipelined
-    from llmworks.train.placement import place, resolved
-    from llmworks.train.samples import continued
+    from llmworks.model.io.load import open_trainable
+    from llmworks.tokenize.chat.named import tokenizer_of
+    from llmworks.train.distributed.pipeline import Pipelined
+    from llmworks.train.distributed.sharding import place, resolved
+    from llmworks.train.loop.heldout import measure
+    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.loop.packed import PackedSteps, packed_loss
+    from llmworks.train.loop.report import draw, picture
+    from llmworks.train.loop.samples import continued
 
     if config.compile and world.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise MissingDependency("compile: there is no C++ compiler here; install one, such as g++, or leave compile out")
@@ -163,7 +163,7 @@ def parallel_whole(parallel: Parallel, processes: int) -> bool:
 
 def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any) -> int:
     """Whether the rows may be read by the model; returns their length. Errors: DataError, ModelError."""
-    from llmworks.train.packed import same_tokenizer
+    from llmworks.train.loop.packed import same_tokenizer
 
     same_tokenizer(data, tokenizer, model.name)
     largest = max(int(shard["tokens"].max()) for shard in packed.shards)
@@ -187,8 +187,8 @@ def steps_of(config: PretrainConfig, packed: Any, data: Dataset, length: int) ->
 
 def save(network: Any, tokenizer: Any, model: Model, out: Path) -> None:
     """Write the model as what it was, its tokenizer beside it."""
-    from llmworks.model.decoder import DecoderForCausalLM
-    from llmworks.model.standard import save_decoder
+    from llmworks.model.io.families import save_decoder
+    from llmworks.model.nn.decoder import DecoderForCausalLM
     from llmworks.tokenize.load import read_json
 
     ids = {name: value for name, value in read_json(model.path / "config.json").items() if name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -8,11 +8,11 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Dataset, Model, Report
-from llmworks.context import Context
-from llmworks.errors import DataError, TrainingError
+from llmworks.core.artifact import Config, Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, TrainingError
+from llmworks.train.finetune.run import prepare
 from llmworks.train.sft import SftConfig, read
-from llmworks.train.tuning import prepare
 
 SMOOTH, WORSE = 0.8, 2.0  # weight of earlier losses in the running mean; how many times the lowest loss ends the run
 
@@ -39,12 +39,12 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
     """
     import torch
 
-    from llmworks.train.examples import Steps
-    from llmworks.train.loop import Habits, train
-    from llmworks.train.loss import Noise, next_token_loss
-    from llmworks.train.packed import packed_loss
-    from llmworks.train.placement import resolved
-    from llmworks.train.tuned import open_tuned
+    from llmworks.train.distributed.sharding import resolved
+    from llmworks.train.finetune.examples import Steps
+    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.loop.losses import Noise, next_token_loss
+    from llmworks.train.loop.packed import packed_loss
 
     training = config.training
     material = read(training, model, data, None)

@@ -1,6 +1,6 @@
 """Stage `train.scaling`: many small trainings, the law that they follow, and what it says of one that is larger: which is then run, too.
 
-Says by its report how many parameters and tokens are best for how much work, and how far off the prediction was. `laws.py` is the mathematics.
+Says by its report how many parameters and tokens are best for how much work, and how far off the prediction was. `scaling_law.py` is the mathematics.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from llmworks.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
-from llmworks.context import Context
-from llmworks.errors import UserError
+from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
+from llmworks.core.context import Context
+from llmworks.core.errors import UserError
+from llmworks.core.progress import Progress, write_whole
 from llmworks.model.shape import Shape
-from llmworks.progress import Progress, write_whole
 from llmworks.train.pretrain import PretrainOptimizer
 
 if TYPE_CHECKING:
-    from llmworks.train.laws import Interval, Law, Run
+    from llmworks.train.scaling_law import Interval, Law, Run
 
 LEAST = 8  # runs: five coefficients, and enough left over for intervals that hold what they should
 ROUND = 64  # rows of an embedding, as model.new has them
@@ -95,11 +95,11 @@ def scaling(config: ScalingConfig, tokenizer: Tokenizer | Model | Adapter, data:
 
     What was trained before a kill is not trained again. Errors: UserError where too few runs are left; DataError as `train.pretrain`.
     """
-    from llmworks.data.tokens import Packed
+    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.tokenize.chat.named import tokenizer_of
     from llmworks.tokenize.load import ids_of
-    from llmworks.tokenize.named import tokenizer_of
-    from llmworks.train import laws
-    from llmworks.train.packed import same_tokenizer
+    from llmworks.train import scaling_law as laws
+    from llmworks.train.loop.packed import same_tokenizer
 
     loaded = tokenizer_of(tokenizer)
     for given in (data, held_out):
@@ -147,7 +147,7 @@ def grid(config: ScalingConfig, vocabulary: int, length: int, tokens: int, rows:
 
 def planned(config: ScalingConfig, size: Size, flops: float, vocabulary: int, length: int, tokens: int, rows: int) -> tuple[Plan | None, str]:
     """A run of so many operations: forward and twice that backward, of matrix products. Or None, and why not."""
-    from llmworks.model.anatomy import parts_of
+    from llmworks.model.anatomy.parts import parts_of
 
     shape = config.shape_of(size, vocabulary, length)
     parts = parts_of(shape, length // 2)
@@ -166,11 +166,11 @@ def train_one(config: ScalingConfig, plan: Plan, packed: Any, unseen: Any, token
     """One run, or what is left of it from before."""
     import torch
 
-    from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
-    from llmworks.train.heldout import measure
-    from llmworks.train.laws import Run
-    from llmworks.train.loop import Habits, train
-    from llmworks.train.packed import PackedSteps, packed_loss
+    from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
+    from llmworks.train.loop.heldout import measure
+    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.loop.packed import PackedSteps, packed_loss
+    from llmworks.train.scaling_law import Run
 
     folder = ctx.scratch / plan.name
     done = folder / "run.json"
@@ -221,7 +221,7 @@ def tell(
     if valleys:
         report.table("The best size for equal work", ("operations", "parameters, of the parabola", "low", "high", "of the law"), [(v.work, v.parameters.value if v.parameters else None, v.parameters.low if v.parameters else None, v.parameters.high if v.parameters else None, law.best(v.work)[0]) for v in valleys], note="None where the parabola has no least loss among the sizes that were run.")
     if len(found) > 1:
-        from llmworks.train.laws import power
+        from llmworks.train.scaling_law import power
 
         factor, exponent = power([v.work for v in found], [v.parameters.value for v in found])
         report.text("By the parabolas", f"The best number of parameters grows as {factor:.3g} times operations to the {exponent:.2f} (Hoffmann et al. found 0.49).")

@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Adapter, Config, Dataset, Model
-from llmworks.context import Context
+from llmworks.core.artifact import Adapter, Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, UserError
+from llmworks.data.conversations.training_rows import training_rows
 from llmworks.data.doctor import require_template, uses_of
-from llmworks.data.lessons import training_rows
-from llmworks.data.rows import Row
-from llmworks.errors import DataError, UserError
-from llmworks.tokenize.named import use_template
-from llmworks.train.schedule import OptimizerConfig
-from llmworks.train.tuning import Material, TuneConfig, Way, check_golden, context_of, in_memory, require_directory
-from llmworks.train.tuning import tune as tuned_by
+from llmworks.data.store.rows import Row
+from llmworks.tokenize.chat.named import use_template
+from llmworks.train.finetune.run import Material, TuneConfig, Way, check_golden, context_of, in_memory, require_directory
+from llmworks.train.finetune.run import tune as tuned_by
+from llmworks.train.loop.schedule import OptimizerConfig
 
 if TYPE_CHECKING:
-    from llmworks.train.examples import Example
-    from llmworks.train.tuned import Tuned
-    from llmworks.train.world import World
+    from llmworks.train.distributed.world import World
+    from llmworks.train.finetune.examples import Example
+    from llmworks.train.finetune.trainable import Tuned
 
 RATES = {"full": 5e-5, "prompt": 0.03, "prefix": 0.01}  # where none is given: an adapter's would break all weights, and move a soft prompt too slowly
 
@@ -65,7 +65,7 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
     Errors: DataError when no row can be trained on; GoldenMismatch when the template changes and golden is "keep";
     TrainingError when the loss stops being a number.
     """
-    from llmworks.train import world
+    from llmworks.train.distributed import world
 
     require_directory(model)
     if (config.best or config.look_every) and held_out is None:
@@ -80,7 +80,7 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
 def read(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | None) -> Material:
     """Rows as the model is given them. Errors: DataError, GoldenMismatch, and ModelError for a template that would damage them."""
     from llmworks.tokenize.load import load_tokenizer, stop_ids
-    from llmworks.train.answers import answerable
+    from llmworks.train.finetune.generation_check import answerable
 
     tokenizer = load_tokenizer(model.path)
     stops = stop_ids(model.path, tokenizer)
@@ -99,10 +99,10 @@ def read(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | Non
 
 def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None, world: World, loss_of: Callable[[Tuned, Material], Any] | None = None) -> Adapter | Model:
     """`sft` in one of the processes. `loss_of`: makes the loss of a batch, where it is not that of next tokens."""
-    from llmworks.train.answers import predicted, write_report
-    from llmworks.train.examples import collate, joined
-    from llmworks.train.loss import Noise, next_token_loss
-    from llmworks.train.packed import packed_loss
+    from llmworks.train.finetune.examples import collate, joined
+    from llmworks.train.finetune.generation_check import predicted, write_report
+    from llmworks.train.loop.losses import Noise, next_token_loss
+    from llmworks.train.loop.packed import packed_loss
 
     material = read(config, model, data, held_out)
     say(ctx, config, material)
@@ -122,7 +122,7 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
 
 def make_examples(tokenizer: Any, rows: Sequence[Row], config: SftConfig, name: str = "the data", most: int = 1 << 30) -> tuple[list[Example], list[tuple[str, str]]]:
     """(examples, (id, reason) of the rows set aside). `most`: tokens that the model reads. DataError when none is left, or for one that is too long where that is refused."""
-    from llmworks.train.examples import make_example
+    from llmworks.train.finetune.examples import make_example
 
     examples: list[Example] = []
     set_aside: list[tuple[str, str]] = []

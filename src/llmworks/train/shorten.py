@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config, Dataset, Model
-from llmworks.context import Context
-from llmworks.data.lessons import training_rows
-from llmworks.errors import DataError, ModelError, UserError
+from llmworks.core.artifact import Config, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, ModelError, UserError
+from llmworks.data.conversations.training_rows import training_rows
 
 if TYPE_CHECKING:
-    from llmworks.train.examples import Example
+    from llmworks.train.finetune.examples import Example
 
 
 class ShortenConfig(Config):
@@ -40,9 +40,9 @@ class ShortenConfig(Config):
 
 def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
     """Leave blocks out. Errors: ModelError for a model that is not one of our decoder's architectures, or whose blocks are of two kinds in turn; UserError for blocks that it has not."""
-    from llmworks.model.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.model.golden import record
-    from llmworks.model.standard import load_decoder, save_decoder
+    from llmworks.model.io.families import load_decoder, save_decoder
+    from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.tokenize.load import load_tokenizer, read_json
 
     if model.format != "hf":
@@ -56,7 +56,7 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
     tokenizer = load_tokenizer(model.path)
     found: list[float] = []
     if data is not None:
-        from llmworks.train.examples import make_example
+        from llmworks.train.finetune.examples import make_example
 
         examples = [example for row in training_rows(data)[: config.rows] if not isinstance(example := make_example(tokenizer, row, config.max_tokens, cut=True), str)]
         if not examples:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Model, Report
-from llmworks.context import Context
+from llmworks.core.artifact import Config, Model, Report
+from llmworks.core.context import Context
 
 
 class Attempted(Config):

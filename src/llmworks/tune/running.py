@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Model, Report
-from llmworks.context import Context
-from llmworks.errors import ModelError
+from llmworks.core.artifact import Config, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import ModelError
 
 PROMPTS = ("Explain in two sentences why the sky is blue.", "Write a Python function that adds two numbers.", "Name three cities in Italy as a JSON list.")
 
@@ -33,7 +33,7 @@ def running(config: RunningConfig, model: Model, ctx: Context) -> Report:
     if model.format == "http":
         raise ModelError(f"{model.name}: runs elsewhere, so that nothing can be measured of it here")
     asked = {"path": str(model.gguf_path if model.format == "gguf" else model.path), "format": model.format, **config.model_dump()}
-    done = subprocess.run([sys.executable, "-m", "llmworks.tune.measured"], input=json.dumps(asked), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "llmworks.tune.running_worker"], input=json.dumps(asked), capture_output=True, text=True)
     if done.returncode:
         raise ModelError(f"{model.name}: cannot be run ({(done.stderr.strip().splitlines() or ['it ended with ' + str(done.returncode)])[-1][:200]})")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field
 
-from llmworks.artifact import Config, Model, Report
-from llmworks.context import Context
-from llmworks.errors import DataError
+from llmworks.core.artifact import Config, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
 
 
 class Skill(Config):

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llmworks.artifact import Adapter, Config, Model, Report
-from llmworks.context import Context
-from llmworks.errors import DataError
+from llmworks.core.artifact import Adapter, Config, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
 
 
 class Tried(Config):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llmworks.data.hashing import Array
+from llmworks.data.text.hashing import Array
 
 
 class Clusters:

@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmworks.context import Context
-from llmworks.data.parts import Done, Span, work
-from llmworks.documents import DocumentWriter, table_documents
-from llmworks.report import ReportBuilder
-from llmworks.types import Document, Json
+from llmworks.core.context import Context
+from llmworks.core.documents import DocumentWriter, table_documents
+from llmworks.core.report import ReportBuilder
+from llmworks.core.types import Document, Json
+from llmworks.data.store.parts import Done, Span, work
 
 if TYPE_CHECKING:
     from llmworks.data.duplicates.lines import Lines

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from llmworks.artifact import Config
-from llmworks.data.hashing import Array, Hashed, mix
-from llmworks.errors import MissingDependency
+from llmworks.core.artifact import Config
+from llmworks.core.errors import MissingDependency
+from llmworks.data.text.hashing import Array, Hashed, mix
 
 
 class Exact(Config):

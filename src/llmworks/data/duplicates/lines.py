@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from llmworks.artifact import Config
-from llmworks.data.hashing import Array
+from llmworks.core.artifact import Config
+from llmworks.data.text.hashing import Array
 
 LINES = "lines.npy"
 PAIR = np.dtype([("number", np.uint64), ("row", np.int64)])

@@ -17,9 +17,9 @@ from typing import Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from llmworks.artifact import Config
+from llmworks.core.artifact import Config
 from llmworks.data.duplicates.clusters import Clusters, groups_of_equals
-from llmworks.data.hashing import Array, Hashed, mix
+from llmworks.data.text.hashing import Array, Hashed, mix
 
 SHINGLES, STARTS, BANDS = "shingles.u32", "starts.npy", "bands.npy"
 CROWD = 64  # rows of a bucket that are compared each with each; in larger ones, neighbours and the first

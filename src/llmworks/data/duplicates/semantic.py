@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llmworks.core.errors import MissingDependency
 from llmworks.data.duplicates.clusters import Clusters
-from llmworks.data.hashing import Array
-from llmworks.errors import MissingDependency
+from llmworks.data.text.hashing import Array
 
 EXACT = 20_000
 CELL = 2_000  # documents of a cell, about

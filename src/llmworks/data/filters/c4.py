@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 from pydantic import Field
 
-from llmworks.artifact import Config
+from llmworks.core.artifact import Config
 from llmworks.data.filters.rules import Bound, Judgement, judge
 from llmworks.data.filters.words import Words
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
-from llmworks.artifact import Config
+from llmworks.core.artifact import Config
 from llmworks.data.filters.gopher import repeats
 from llmworks.data.filters.rules import Bound, Judgement, judge, share
 from llmworks.data.filters.words import TERMINAL, Array

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
-from llmworks.artifact import Config
+from llmworks.core.artifact import Config
 from llmworks.data.filters.rules import Bound, Judgement, judge, share
 from llmworks.data.filters.words import Array, Batch, Words
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 from pydantic import Field
 
-from llmworks.artifact import Config
+from llmworks.core.artifact import Config
 from llmworks.data.filters.rules import Bound, Judgement, judge
 
 LETTERS = re.compile(r"[^\W\d_]")

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from llmworks.artifact import Config
-from llmworks.errors import MissingDependency, UserError
+from llmworks.core.artifact import Config
+from llmworks.core.errors import MissingDependency, UserError
 
 SLICE = 80  # characters that are looked at from the beginning, the middle and the end; more change few answers and cost speed
 CODES = frozenset(

@@ -6,8 +6,8 @@ import re
 
 from pydantic import Field
 
-from llmworks.artifact import Config
-from llmworks.errors import MissingDependency
+from llmworks.core.artifact import Config
+from llmworks.core.errors import MissingDependency
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufff0-\uffff]")
 SPACES = re.compile(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmworks.data.parts import Span
-from llmworks.data.rows import row_tables, table_rows
-from llmworks.errors import ModelError, RequestError
-from llmworks.tokenize.conversations import ConversationEncoder
+from llmworks.core.errors import ModelError, RequestError
+from llmworks.core.types import ROLES, Json, messages_from_json
+from llmworks.data.store.parts import Span
+from llmworks.data.store.rows import row_tables, table_rows
+from llmworks.tokenize.chat.encode import ConversationEncoder
+from llmworks.tokenize.chat.named import Template, use_template
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.tokenize.named import Template, use_template
-from llmworks.types import ROLES, Json, messages_from_json
 
 NOTHING = "no assistant token to learn"
 

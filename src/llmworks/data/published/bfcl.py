@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmworks.data.jsonl import Rejected, read_jsonl
-from llmworks.data.rows import Row
-from llmworks.errors import DataError
-from llmworks.types import Json, Message, ToolCall, messages_from_json, messages_to_json
+from llmworks.core.errors import DataError
+from llmworks.core.types import Json, Message, ToolCall, messages_from_json, messages_to_json
+from llmworks.data.store.jsonl import Rejected, read_jsonl
+from llmworks.data.store.rows import Row
 
 _TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 OMITTED = ""  # among the accepted values of an argument, this says that it may be left out

@@ -9,10 +9,10 @@ import json
 import re
 from pathlib import Path
 
-from llmworks.data.jsonl import Rejected
-from llmworks.data.rows import Row
-from llmworks.errors import DataError
-from llmworks.types import Message, messages_to_json
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, messages_to_json
+from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.rows import Row
 
 EXAMPLE = re.compile(r"^Q:\s*(.*?)^A:\s*(.*?)(?=^Q:|\Z)", re.MULTILINE | re.DOTALL)
 ANSWER = re.compile(r"The answer is \(([A-Z])\)\.?\s*\Z")

@@ -12,10 +12,10 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from llmworks.data.jsonl import Rejected, read_jsonl
-from llmworks.data.rows import Row
-from llmworks.errors import DataError
-from llmworks.types import Message, messages_to_json
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, messages_to_json
+from llmworks.data.store.jsonl import Rejected, read_jsonl
+from llmworks.data.store.rows import Row
 
 TABLE = re.compile(r"^Table: (.*?)\. Columns: (.*)$", re.MULTILINE)
 COLUMN = re.compile(r"(.+) \((\w+)\)")

@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmworks.errors import EngineError, ModelError, RequestError
-from llmworks.generate.grammar import FORM
-from llmworks.generate.parallel import Answered, each_in_threads, in_order
-from llmworks.generate.prompt import ids_of_request
-from llmworks.generate.scoring import check_score, scored
-from llmworks.generate.stopping import cut_at_stop
+from llmworks.core.errors import EngineError, ModelError, RequestError
+from llmworks.core.types import Completion, Delta, FinishReason, Request, Scored
+from llmworks.generate.decode.grammar import FORM
+from llmworks.generate.decode.prompt import ids_of_request
+from llmworks.generate.decode.scoring import check_score, scored
+from llmworks.generate.decode.stopping import cut_at_stop
+from llmworks.generate.remote.parallel import Answered, each_in_threads, in_order
 from llmworks.model.from_gguf import metadata, open_reader
-from llmworks.model.gguf_tokenizer import tokenizer_of
-from llmworks.tokenize.templates import renders_tools
-from llmworks.types import Completion, Delta, FinishReason, Request, Scored
+from llmworks.model.io.gguf_tokenizer import tokenizer_of
+from llmworks.tokenize.chat.templates import renders_tools
 
 SLOTS = 4
 SLOT_TOKENS = 2048

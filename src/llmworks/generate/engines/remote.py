@@ -16,19 +16,19 @@ from typing import Any, TypeVar
 
 import httpx
 
-from llmworks.errors import AccessError, EngineError, RequestError, UserError
-from llmworks.generate.account import Account
-from llmworks.generate.grammar import check_schema
-from llmworks.generate.pacing import Pace, back_off
-from llmworks.generate.parallel import Answered, each_in_threads, in_order
-from llmworks.generate.remote import Api, RemoteOptions, api_key, api_of
-from llmworks.generate.scoring import check_score
-from llmworks.generate.wire.anthropic import Anthropic
-from llmworks.generate.wire.cohere import Cohere
-from llmworks.generate.wire.google import Google
-from llmworks.generate.wire.openai import OpenAI, completion_body, read_completion, read_scores, score_body
-from llmworks.generate.wire.protocol import Passing, Wire
-from llmworks.types import Completion, Delta, Json, Request, Scored
+from llmworks.core.errors import AccessError, EngineError, RequestError, UserError
+from llmworks.core.types import Completion, Delta, Json, Request, Scored
+from llmworks.generate.decode.grammar import check_schema
+from llmworks.generate.decode.scoring import check_score
+from llmworks.generate.providers.anthropic import Anthropic
+from llmworks.generate.providers.cohere import Cohere
+from llmworks.generate.providers.google import Google
+from llmworks.generate.providers.openai import OpenAI, completion_body, read_completion, read_scores, score_body
+from llmworks.generate.providers.protocol import Passing, Wire
+from llmworks.generate.remote.endpoint import Api, RemoteOptions, api_key, api_of
+from llmworks.generate.remote.parallel import Answered, each_in_threads, in_order
+from llmworks.generate.remote.rate_limit import Pace, back_off
+from llmworks.generate.remote.usage import Account
 
 WIRES: dict[Api, Callable[[], Wire]] = {"openai": OpenAI, "anthropic": Anthropic, "google": Google, "cohere": Cohere}
 PASSING = {408, 409, 425, 429}  # and everything from 500 on

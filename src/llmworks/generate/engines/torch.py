@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmworks.errors import RequestError
-from llmworks.generate import tree
-from llmworks.generate.cache import cache_for
-from llmworks.generate.grammar import Grammar, Grammars
-from llmworks.generate.parallel import Answered, in_order
-from llmworks.generate.prompt import ids_of_request
-from llmworks.generate.sampling import choose
-from llmworks.generate.scoring import check_score, scored
-from llmworks.generate.stopping import cut_at_stop, safe_length
-from llmworks.model.load import load_model
+from llmworks.core.errors import RequestError
+from llmworks.core.types import Completion, Delta, FinishReason, Json, Request, Scored
+from llmworks.generate.decode import prefix_tree as tree
+from llmworks.generate.decode.grammar import Grammar, Grammars
+from llmworks.generate.decode.kv_cache import cache_for
+from llmworks.generate.decode.prompt import ids_of_request
+from llmworks.generate.decode.sampling import choose
+from llmworks.generate.decode.scoring import check_score, scored
+from llmworks.generate.decode.stopping import cut_at_stop, safe_length
+from llmworks.generate.remote.parallel import Answered, in_order
+from llmworks.model.io.load import load_model
+from llmworks.tokenize.chat.templates import renders_tools
 from llmworks.tokenize.load import load_tokenizer, stop_ids
-from llmworks.tokenize.templates import renders_tools
-from llmworks.types import Completion, Delta, FinishReason, Json, Request, Scored
 
 BATCH_ROWS = 64
 SHARED_PREFIX_MIN = 16
@@ -47,8 +47,8 @@ class TorchEngine:
         model: Any = load_model(path, low_bit=adapter is None)
         source = path
         if adapter is not None:
-            from llmworks.model.fold import fold_into, weights_of
-            from llmworks.model.soft_prompt import is_soft, prompted
+            from llmworks.model.lora.fold import fold_into, weights_of
+            from llmworks.model.lora.soft_prompt import is_soft, prompted
 
             if is_soft(adapter):
                 model = prompted(model, adapter)

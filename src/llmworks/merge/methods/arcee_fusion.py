@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmworks.merge.group import Group, Piece
+from llmworks.merge.execute.tensor_group import Group, Piece
 
 SAMPLE = 1_000_000  # of how many changes quartiles are taken, where there are more: drawn at random
 

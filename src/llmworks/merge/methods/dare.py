@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmworks.merge.group import Group, Piece, deltas
+from llmworks.merge.execute.tensor_group import Group, Piece, deltas
 from llmworks.merge.methods.task_arithmetic import added, check, kept
 
 PLACES = 15  # of a density, at most

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.errors import UserError
-from llmworks.merge.group import Group, Piece, deltas
+from llmworks.core.errors import UserError
+from llmworks.merge.execute.tensor_group import Group, Piece, deltas
 from llmworks.merge.methods.task_arithmetic import added, check
 
 

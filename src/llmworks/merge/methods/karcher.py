@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.merge.group import Group, Piece
+from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def karcher(group: Group) -> Piece:

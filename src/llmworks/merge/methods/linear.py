@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.errors import UserError
-from llmworks.merge.group import Group, Piece
+from llmworks.core.errors import UserError
+from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def linear(group: Group) -> Piece:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llmworks.merge.group import Group, Piece
+from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def nearswap(group: Group) -> Piece:

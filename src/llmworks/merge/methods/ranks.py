@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmworks.merge.group import Group, deltas
+from llmworks.merge.execute.tensor_group import Group, deltas
 from llmworks.merge.methods.task_arithmetic import kept as keep
 
 HALVES = 1 << 15

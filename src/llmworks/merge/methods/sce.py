@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.merge.group import Group, Piece, deltas
+from llmworks.merge.execute.tensor_group import Group, Piece, deltas
 
 
 def sce(group: Group) -> Piece:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.merge.group import Group, Piece
+from llmworks.merge.execute.tensor_group import Group, Piece
 
 STRAIGHT = 0.9995  # cosine beyond which two vectors are as good as one, and the way between them is a line
 TINY = 1e-8

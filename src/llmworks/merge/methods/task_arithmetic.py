@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmworks.errors import UserError
-from llmworks.merge.copies import finite
-from llmworks.merge.group import Group, Piece, deltas
-from llmworks.model.shards import FLOATS, TORCH
+from llmworks.core.errors import UserError
+from llmworks.merge.execute.copies import finite
+from llmworks.merge.execute.tensor_group import Group, Piece, deltas
+from llmworks.model.io.safetensors_io import FLOATS, TORCH
 
 NAMES = {getattr(torch, TORCH[name]): name for name in FLOATS}
 INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes as a float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmworks.merge.group import Group, Piece
+from llmworks.merge.execute.tensor_group import Group, Piece
 from llmworks.merge.methods.ranks import chosen, ranks_of, sums_of
 from llmworks.merge.methods.task_arithmetic import added, check
 

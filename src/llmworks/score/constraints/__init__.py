@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmworks.errors import DataError
+from llmworks.core.errors import DataError
+from llmworks.core.types import Message, Score
 from llmworks.score.constraints.ifbench import IFBENCH
 from llmworks.score.constraints.ifeval import IFEVAL
-from llmworks.types import Message, Score
 
 Check = Callable[[str, Mapping[str, Any]], bool]
 CHECKS: dict[str, Check] = {**IFEVAL, **IFBENCH}

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmworks.errors import MissingDependency
+from llmworks.core.errors import MissingDependency
 from llmworks.score.constraints.text import sentences, tokens
 
 Given = Mapping[str, Any]

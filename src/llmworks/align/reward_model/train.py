@@ -1,0 +1,73 @@
+"""Train a model that scores: a head on its last states, the loop of all fine-tunings, a page with calibration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmworks.align.preference.run import Policy
+from llmworks.core.artifact import Model
+from llmworks.core.context import Context
+from llmworks.core.errors import UserError
+from llmworks.train.finetune.run import Material, Way, in_memory, tune
+
+if TYPE_CHECKING:
+    from llmworks.train.finetune.trainable import Tuned
+
+from llmworks.align.reward_model.config import RewardConfig
+
+
+def train_scorer(config: RewardConfig, policy: Policy, material: Material, ctx: Context, kind: Any, labels: Mapping[str, Sequence[bool]]) -> Model:
+    """Train the head of one kind (`whole` answers or `steps`) and what is below it, and describe what it scores. Errors: UserError for what it cannot do."""
+    from llmworks.align.reward_model.run import Ranking, Steps, saver
+    from llmworks.train.distributed import world
+
+    if (config.best or config.look_every) and not material.unseen:
+        raise UserError(f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out")
+    if world.processes() > 1:
+        raise UserError("an alignment runs in one process; start one")
+    kept_by: list[Any] = []
+
+    def way(tuned: Tuned, material: Material) -> Way:
+        from llmworks.align.preference.objective import Given
+
+        given = Given(config, tuned, material, ctx, here.device)
+        kept_by.append(Ranking(given, margin=config.margin, center=config.center) if kind == "whole" else Steps(given, labels))
+        made: Way = kept_by[0].way()
+        return made
+
+    def finish(tuned: Tuned, metrics: dict[str, Any]) -> Model:
+        rows = ctx.progress.read_metrics()
+        learner = kept_by[0]
+        saver(policy.model, ctx.out, ctx.scratch, kind, pad=pad_of(material))(tuned)
+        material.tokenizer.save_pretrained(ctx.out)
+        if ctx.progress.metrics is not None:
+            shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
+        if material.set_aside:
+            (ctx.out / "set_aside.jsonl").write_text("".join(json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in material.set_aside), encoding="utf-8")
+        metrics |= {"rows": len(material.examples), "set_aside": len(material.set_aside), "trained_parameters": tuned.trained}
+        from llmworks.align.report import describe_scores
+
+        metrics |= describe_scores(ctx.report, policy.name, rows, metrics, config.model_dump(), material.set_aside, learner.seen, kind)
+        return Model(ctx.out, metrics=metrics, about={"format": "hf", "head": kind, "architecture": str(policy.model.about.get("architecture", ""))})
+
+    with world.opened(config.parallel) as here:
+        try:
+            made = tune(config, policy.model, ctx, here, material, way, _no_page, adapter=policy.adapter, finish=finish)
+        except RuntimeError as error:
+            raise (in_memory(error) or error) from error
+    assert isinstance(made, Model)
+    return made
+
+
+def pad_of(material: Material) -> int:
+    """A token that fills up batches and ends no answer: transformers reads the score at the last token that is another."""
+    ends = {answer.ids[-1] for example in material.examples for answer in example.answers}
+    tokenizer = material.tokenizer
+    return next((int(id) for id in (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids) if id is not None and id not in ends), 0)
+
+
+def _no_page(*_: Any) -> None:
+    """The page is written where scores are known."""

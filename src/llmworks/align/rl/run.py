@@ -1,0 +1,163 @@
+"""What all alignments by the policy's own answers share: their fields, the prompts that they read, and the run. Which loss answers have is each method's own. Knows no tensor.
+
+The policy answers prompts, functions say what the answers are worth, and answers that are worth more become more probable.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmworks.align.preference.run import Policy, shared_prompts
+from llmworks.align.rl.rewards import Rewards, check_names
+from llmworks.core.artifact import Adapter, Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, RequestError, UserError
+from llmworks.core.types import Message
+from llmworks.data.store.rows import Row, flat_messages, read_chat
+from llmworks.tokenize.chat.templates import render_prompt
+from llmworks.train.finetune.run import Material, TuneConfig, context_of, in_memory, tune
+
+if TYPE_CHECKING:
+    from llmworks.align.preference.objective import Given
+    from llmworks.align.rl.objective import Groups
+    from llmworks.align.rl.rollouts import Asked, Drawing
+    from llmworks.train.finetune.run import Way
+    from llmworks.train.finetune.trainable import Tuned
+
+
+class OnlineConfig(TuneConfig):
+    """What is drawn, what it is worth, and how often it is learned from."""
+
+    rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 1e-6}
+
+    rewards: dict[str, float] = Field({"verified": 1.0}, description="functions of an answer and their weights: score functions (verified: by the row's `answer`), FILE.py:FUNCTION (in the sandbox), model (the input `reward`), judge (the input `judge`), length (share of max_answer), overlong (0 to -1 over the last `soft` tokens)")
+    answers: int = Field(8, ge=1, le=256, description="answers that are drawn of each prompt")
+    temperature: float = Field(1.0, ge=0.01, description="of the draws, and of the probabilities that are learned; nothing else of the distribution is cut off")
+    max_answer: int = Field(256, gt=0, description="tokens of the longest answer; longer ones are cut off")
+    cut: Literal["learn", "leave"] = Field("learn", description="answers that were cut off: learned by what they are worth, without an end; or left out of the loss (DAPO)")
+    soft: int = Field(0, ge=0, description="tokens before max_answer over which the reward `overlong` falls to -1")
+    reward_seconds: float = Field(5.0, gt=0, description="the longest that a reward function of a file may take for one answer")
+    on_error: Literal["aside", "stop"] = Field("aside", description="an answer that a reward function fails on, or says NaN of: kept aside with the reason and not learned; or the run stops")
+    criteria: str = Field("", description="what the judge looks at, in words")
+    epochs: float = Field(1.0, gt=0, description="passes over the prompts; may be a fraction")
+    batch_size: int = Field(4, gt=0, description="prompts, with all their answers, that are read at once")
+    accumulation: int = Field(1, gt=0, description="of these a step")
+    updates: int = Field(1, gt=0, description="steps that each draw of answers is divided into")
+    passes: int = Field(1, gt=0, description="how often each draw is gone through (mu of GRPO)")
+    fresh: int = Field(0, ge=0, le=10, description="rounds in which prompts whose answers are all worth the same are replaced by others (dynamic sampling of DAPO)")
+    max_tokens: int = Field(2048, gt=1, description="tokens of the longest prompt and max_answer together; longer prompts are set aside")
+    look_every: int = Field(0, ge=0, description="steps between two looks at what greedy answers to held-out prompts are worth; before the first and after the last step they are looked at anyway")
+    best: Literal["", "accuracy"] = Field("", description="which look's weights are saved: the one with the largest reward (accuracy); empty: the last step's")
+
+    def reads(self) -> tuple[str, ...]:
+        """Of reward functions."""
+        return tuple(name.rpartition(":")[0] for name in self.rewards if ":" in name)
+
+    @model_validator(mode="after")
+    def _online(self) -> Self:
+        check_names(self.rewards)
+        if self.fresh and self.answers < 2:
+            raise ValueError("fresh replaces prompts whose answers are all worth the same; with one answer each that says nothing")
+        if self.lora.dropout:
+            raise ValueError("lora.dropout: what is learned is what was drawn, and dropout would be a difference; leave it 0")
+        if ("overlong" in self.rewards) != bool(self.soft):
+            raise ValueError("the reward `overlong` needs soft, the tokens over which it falls, and soft is of nothing else")
+        if self.max_answer >= self.max_tokens:
+            raise ValueError(f"max_answer {self.max_answer} leaves no token for a prompt: max_tokens is {self.max_tokens}")
+        if self.parallel.data == "shard":
+            raise ValueError("parallel: an alignment runs in one process")
+        return self
+
+
+def prompt_of(row: Row) -> tuple[Message, ...]:
+    """A conversation up to its last answer, tools written into the text; empty where nothing is asked."""
+    turns = flat_messages(row) if row["messages"] else ()
+    while turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    return turns if turns and turns[-1].role in ("user", "tool") else ()
+
+
+def prompts_of(config: OnlineConfig, tokenizer: Any, data: Dataset, most: int, limit: int = 0) -> tuple[list[Asked], list[tuple[str, str]]]:
+    """(prompts, rows set aside with the reason). DataError when none is left."""
+    from llmworks.align.rl.rollouts import Asked
+
+    found: list[Asked] = []
+    lost: list[tuple[str, str]] = []
+    rows = read_chat(data)[: limit or None]
+    for row in rows:
+        turns = prompt_of(row)
+        try:
+            ids = render_prompt(tokenizer, turns) if turns else ()
+        except (RequestError, ValueError) as error:
+            lost.append((str(row["id"]), str(error)))
+            continue
+        if not ids:
+            lost.append((str(row["id"]), "asks nothing"))
+        elif len(ids) + config.max_answer > most:
+            lost.append((str(row["id"]), f"a prompt of {len(ids)} tokens leaves no room for max_answer {config.max_answer} in {most}"))
+        else:
+            found.append(Asked(row, turns, tuple(ids)))
+    if not found:
+        raise DataError(f"{data.name}: none of {len(rows)} rows can be asked; the first: {lost[0][1] if lost else 'no rows'}")
+    return found, lost
+
+
+def run(config: OnlineConfig, policy: Policy, data: Dataset, ctx: Context, held_out: Dataset | None, groups_of: Callable[[Given, Drawing], Groups], stage: str, *, compared: bool, reward: Model | None, judge: Model | Adapter | None) -> Adapter | Model:
+    """Train by the policy's own answers. `compared`: whether the reference is asked what it thinks of them.
+
+    Errors: DataError for rows that cannot be asked or valued; UserError for a reward without its model or file; TrainingError when the loss stops being a number, or an answer has no reward and on_error is stop.
+    """
+    from llmworks.align.preference.objective import Given
+    from llmworks.align.report import describe_online
+    from llmworks.align.rl.rollouts import Drawing, Habit
+    from llmworks.train.distributed import world
+
+    if (config.best or config.look_every) and held_out is None:
+        raise UserError(f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out")
+    if world.processes() > 1:
+        raise UserError("an alignment runs in one process; start one")
+    aside = ctx.scratch / "failed_rewards.jsonl"
+    rewards = Rewards(config.rewards, most=config.max_answer, soft=config.soft, seconds=config.reward_seconds, reward=reward, judge=None if judge is None else lambda: ctx.open_engine(judge), criteria=config.criteria, aside=aside, stop=config.on_error == "stop")
+    tokenizer, stops = policy.open(config, stage)
+    most = min(config.max_tokens, context_of(policy.model))
+    asked, lost = prompts_of(config, tokenizer, data, most)
+    unseen = prompts_of(config, tokenizer, held_out, most, config.look_rows)[0] if held_out is not None else []
+    shared_prompts(asked, unseen, lambda one: one.ids, ctx.progress.say)
+    for one in (*asked, *unseen):
+        rewards.check(one.row, one.prompt)
+    each = config.batch_size * config.accumulation * config.updates
+    if len(asked) < each:
+        raise DataError(f"{data.name}: {len(asked)} prompts, a draw takes {each} (batch_size {config.batch_size}, accumulation {config.accumulation}, updates {config.updates}); give more, or make it smaller")
+    questions = [{**one.row, "messages": _with_answer(one)} for one in unseen[: config.samples]]
+    ctx.progress.say(f"{len(asked)} prompts, {config.answers} answers to each of {each} a draw, worth by {', '.join(f'{weight:g} x {name}' for name, weight in config.rewards.items())}" + (f"; {len(lost)} rows set aside" if lost else ""))
+    habit = Habit(config.answers, config.temperature, config.max_answer, each, config.batch_size, config.updates, config.passes, compared, config.fresh)
+    made: list[Groups] = []
+    with world.opened(config.parallel) as here:
+
+        def way(tuned: Tuned, material: Material) -> Way:
+            given = Given(config, tuned, material, ctx, here.device)
+            made.append(groups_of(given, Drawing(given, asked, rewards, habit)))
+            return made[0].way()
+
+        def describe(report: Any, title: str, rows: Any, metrics: Any, fields: Any, set_aside: Any) -> None:
+            if aside.exists():
+                shutil.copyfile(aside, ctx.out / aside.name)
+            if "accuracy" in metrics:  # as looks have it, whatever they look at
+                metrics["held_out_reward"] = metrics.pop("accuracy")
+                metrics.pop("held_out")
+            metrics |= describe_online(report, title, rows, metrics, fields, set_aside, made[0].began, made[0].seen, ctx.scratch / "samples.json", aside, ctx.progress.say)
+
+        try:
+            return tune(config, policy.model, ctx, here, Material(tokenizer, stops, asked, lost, unseen, questions), way, describe, adapter=policy.adapter)
+        except RuntimeError as error:
+            raise (in_memory(error) or error) from error
+
+
+def _with_answer(one: Asked) -> list[dict[str, Any]]:
+    """The row's turns, with an empty answer where it has none."""
+    turns = list(one.row["messages"])
+    return turns if turns[-1]["role"] == "assistant" else [*turns, {"role": "assistant", "content": ""}]

@@ -1,0 +1,318 @@
+"""Artifacts: a directory in the ecosystem's own format plus `manifest.json`, published atomically and immutable afterwards.
+
+Model, Adapter, Tokenizer, Dataset, Index and Report differ in what the directory holds; the manifest is one. Its presence means
+complete: it is written last, into a temporary directory that is then renamed. Knows no stage and no recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmworks.core.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+Derivation = Literal["exact", "exact-on-this-platform", "declared"]
+
+
+class Config(BaseModel):
+    """Base of every stage's configuration: frozen, no unknown keys; a field's description is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    def reads(self) -> tuple[str, ...]:
+        """Files that a stage reads because its config names them: what is in them decides what is made, too."""
+        return ()
+
+
+class GoldenConversation(Config):
+    """One conversation with its exact ids, its loss mask, and the largest next-token logits at some positions."""
+
+    messages: list[dict[str, Any]] = Field(description="stored form of the conversation; empty when `text` is given")
+    tools: list[dict[str, Any]] = Field(default=[], description="functions shown to the model")
+    text: str = Field("", description="plain text, for a model without a template")
+    ids: list[int] = Field(description="token ids as rendered")
+    mask: list[int] = Field(description="1 where a token is learned")
+    positions: list[int] = Field(description="indices into ids after which logits were taken")
+    top_ids: list[list[int]] = Field(description="per position, the ids of the 32 largest logits, largest first")
+    top_logits: list[list[float]] = Field(description="per position, the logits of `top_ids`")
+
+
+class Golden(Config):
+    """What a model must replay after every step: conversations and stop ids."""
+
+    conversations: list[GoldenConversation] = Field(description="a handful, each short")
+    stop_ids: list[int] = Field(description="ids that end a turn")
+
+
+class Parent(Config):
+    """An artifact that a step consumed, by the role it played."""
+
+    role: str = Field(description="name of the stage's input, with [key] for a list or dict")
+    name: str = Field(description="how people call it: a step's name or a reference")
+    kind: str = Field(description="artifact kind")
+    digest: str = Field(description="the parent's digest, hexadecimal")
+    ref: str = Field(description="reference that finds it again outside the workspace; empty for a step's result")
+
+
+class FileEntry(Config):
+    """One file of an artifact."""
+
+    sha256: str = Field(description="digest of its bytes")
+    bytes: int = Field(description="its size")
+
+
+class Manifest(Config):
+    """What is known of an artifact. Everything that decides its bytes, and everything that was measured while making it."""
+
+    format: Literal[1] = Field(1, description="version of this schema")
+    kind: str = Field(description="model, adapter, tokenizer, dataset, index or report")
+    digest: str = Field(description="sha256 over kind, key and file digests")
+    key: str = Field(description="sha256 over stage, revision, config, seed and the parents' digests; empty for a foreign artifact")
+    stage: str = Field(description="the stage that made it; empty for a foreign artifact")
+    revision: int = Field(description="the stage's revision")
+    derivation: Derivation = Field(description="whether the bytes can be derived again")
+    config: dict[str, Any] = Field(description="resolved configuration, every field")
+    parents: list[Parent] = Field(description="what it was made from")
+    files: dict[str, FileEntry] = Field(description="relative path to digest and size; this file excluded")
+    code: str = Field("", description="digest of the stage's source and what it imports from llmworks")
+    versions: dict[str, str] = Field(default={}, description="versions of the libraries that matter")
+    platform: dict[str, str] = Field(default={}, description="machine, processor, operating system, Python")
+    threads: int = Field(0, description="threads that tensor operations used")
+    seed: int = Field(0, description="the run's seed")
+    started: str = Field("", description="UTC, ISO 8601")
+    finished: str = Field("", description="UTC, ISO 8601")
+    metrics: dict[str, Any] = Field(default={}, description="what the step measured")
+    about: dict[str, Any] = Field(default={}, description="facts a reader wants: schema kind, rows, dtype, base digest")
+    golden: Golden | None = Field(None, description="golden tokens of a model or adapter")
+
+
+class Artifact:
+    """A directory of one kind. A draft (being written by a stage) has no manifest yet."""
+
+    kind: ClassVar[str] = "artifact"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        manifest: Manifest | None = None,
+        name: str = "",
+        ref: str = "",
+        metrics: dict[str, Any] | None = None,
+        about: dict[str, Any] | None = None,
+        golden: Golden | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.manifest = manifest
+        self.name = name or self.path.name
+        self.ref = ref
+        self.metrics: dict[str, Any] = manifest.metrics if manifest else dict(metrics or {})
+        self.about: dict[str, Any] = manifest.about if manifest else dict(about or {})
+        self.golden: Golden | None = manifest.golden if manifest else golden
+
+    @property
+    def digest(self) -> str:
+        """The artifact's digest; an error for a draft."""
+        if self.manifest is None:
+            raise ArtifactError(f"{self.path}: not a complete artifact (no {MANIFEST})")
+        return self.manifest.digest
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+
+class Model(Artifact):
+    """A Hugging Face directory, or a directory with one GGUF file (or that file itself), or a remote model."""
+
+    kind = "model"
+
+    @property
+    def format(self) -> str:
+        """ "hf", "gguf" or "http"."""
+        if self.ref.startswith(("http://", "https://")):
+            return "http"
+        return "gguf" if self._gguf_files() else "hf"
+
+    def _gguf_files(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path] if self.path.suffix == ".gguf" else []
+        return sorted(self.path.glob("*.gguf"))
+
+    @property
+    def gguf_path(self) -> Path:
+        """The one GGUF file; ArtifactError when there is none, or more than one."""
+        files = self._gguf_files()
+        if len(files) != 1:
+            raise ArtifactError(f"{self.path}: expected one .gguf file, found {len(files)}")
+        return files[0]
+
+
+class Adapter(Artifact):
+    """A peft directory; `about["base"]` is the digest of the model it belongs to."""
+
+    kind = "adapter"
+
+
+class Tokenizer(Artifact):
+    """A Hugging Face tokenizer directory."""
+
+    kind = "tokenizer"
+
+
+class Dataset(Artifact):
+    """Parquet shards (or JSONL, accepted from outside); `about["schema"]` says what a row is."""
+
+    kind = "dataset"
+
+    @property
+    def schema(self) -> str:
+        """Schema kind: chat, text, preference, tokens, qa, bfcl, or "unknown" for a foreign directory."""
+        return str(self.about.get("schema", "unknown"))
+
+
+class Index(Artifact):
+    """A LanceDB directory."""
+
+    kind = "index"
+
+
+class Report(Artifact):
+    """`report.json`, `report.md` and a self-contained `report.html`."""
+
+    kind = "report"
+
+    def read(self) -> dict[str, Any]:
+        """The report's data. ArtifactError when it cannot be read."""
+        file = self.path / "report.json"
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{file}: cannot be read ({str(error).splitlines()[0]}); make the report again") from None
+        if not isinstance(data, dict):
+            raise ArtifactError(f"{file}: holds no report; make it again")
+        return data
+
+
+KINDS: dict[str, type[Artifact]] = {c.kind: c for c in (Model, Adapter, Tokenizer, Dataset, Index, Report)}
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the form that is digested."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files of an artifact directory except its manifest, sorted by relative path."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in (MANIFEST, ".complete.json"))
+
+
+def digest_files(path: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """Digest every file of a directory (or one file), but for those whose digests are known."""
+    root = path.parent if path.is_file() else path
+    files = {p.relative_to(root).as_posix(): p for p in files_of(path)}
+    return {name: known[name] if known and name in known and known[name].bytes == p.stat().st_size else FileEntry(sha256=sha256_file(p), bytes=p.stat().st_size) for name, p in files.items()}
+
+
+def artifact_digest(kind: str, key: str, files: dict[str, FileEntry]) -> str:
+    """The identity of an artifact: how it was derived, and what came out."""
+    content = {name: entry.sha256 for name, entry in files.items()}
+    return hashlib.sha256(canonical_json([kind, key, content]).encode()).hexdigest()
+
+
+def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
+    """Open a published artifact. ArtifactError, in one line, when there is none or its manifest cannot be read."""
+    path = Path(path)
+    file = path / MANIFEST
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such file or directory")
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: has no {MANIFEST}, so it is not a complete artifact of llmworks") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ArtifactError(
+            f"{file}: field {'.'.join(map(str, first['loc'])) or '(all)'}: {first['msg']}; the manifest was changed or is of another version"
+        ) from None
+    if manifest.kind not in KINDS:
+        raise ArtifactError(f"{file}: unknown artifact kind {manifest.kind!r}")
+    return KINDS[manifest.kind](path, manifest=manifest, name=name, ref=ref)
+
+
+def require_base(adapter: Adapter, model: Model) -> bool:
+    """Whether an adapter says that it was trained on a model; False where it says nothing. ArtifactError for one of another model."""
+    base = adapter.about.get("base")
+    if base and base != model.digest:
+        raise ArtifactError(f"the adapter {adapter.name} was trained on the model {str(base)[:12]}, not on {model.name} ({model.digest[:12]}); give it its own model")
+    return bool(base)
+
+
+def changed_files(artifact: Artifact) -> list[str]:
+    """Files whose bytes are not what the manifest says: one line each, naming the file; also missing and extra ones."""
+    assert artifact.manifest is not None
+    problems: list[str] = []
+    present = (
+        {p.relative_to(artifact.path).as_posix(): p for p in files_of(artifact.path)}
+        if artifact.path.is_dir()
+        else {artifact.path.name: artifact.path}
+    )
+    for name, entry in artifact.manifest.files.items():
+        if name not in present:
+            problems.append(f"{name}: missing")
+        elif present[name].stat().st_size != entry.bytes:
+            problems.append(f"{name}: {present[name].stat().st_size} bytes, recorded {entry.bytes}")
+        elif sha256_file(present[name]) != entry.sha256:
+            problems.append(f"{name}: changed (same size, other bytes)")
+    problems += [f"{name}: not in the manifest" for name in sorted(set(present) - set(artifact.manifest.files))]
+    if artifact_digest(artifact.manifest.kind, artifact.manifest.key, artifact.manifest.files) != artifact.manifest.digest:
+        problems.append(f"{MANIFEST}: its digest does not fit its contents")
+    return problems
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(draft: Path, manifest: Manifest) -> None:
+    """Flush a draft directory's files, then write its manifest, then flush that: from here on it is complete."""
+    paths: Iterable[Path] = files_of(draft)
+    for path in paths:
+        fsync_path(path)
+    temporary = draft / (MANIFEST + ".tmp")
+    temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
+    fsync_path(temporary)
+    temporary.rename(draft / MANIFEST)
+    for directory in [draft, *(p for p in draft.rglob("*") if p.is_dir())]:
+        fsync_path(directory)
+
+
+def move_into_place(draft: Path, target: Path) -> None:
+    """Rename a sealed draft to its final path. When an equal artifact is already there, the draft is dropped."""
+    if (target / MANIFEST).exists():
+        shutil.rmtree(draft)
+        return
+    if target.exists():  # left by something that is not ours to keep: incomplete, since it has no manifest
+        shutil.rmtree(target)
+    draft.rename(target)
+    fsync_path(target.parent)

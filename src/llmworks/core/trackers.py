@@ -1,0 +1,133 @@
+"""The metric stream, also to where teams look at runs: TensorBoard, Weights & Biases, MLflow, trackio. Only where asked for; no result depends on it.
+
+A tracker that fails is left out with a word, the run goes on. Knows no stage: it is given rows that have a `step`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmworks.core.errors import MissingDependency, UserError
+
+PROJECT = "llmworks"
+
+
+class Tracker(NamedTuple):
+    """One run in one tool: `log(step, values)`, then `close()`."""
+
+    log: Callable[[int, Mapping[str, float]], None]
+    close: Callable[[], None]
+
+
+def _tensorboard(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard" / run))
+    writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in config.items()))
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return Tracker(log, writer.close)
+
+
+def _wandb(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
+    import wandb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    offline = not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"))  # without a key it would ask for one
+    made = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), id=run, name=run, dir=str(folder), config=dict(config), resume="allow", mode="offline" if offline else None, settings=wandb.Settings(silent=True))
+    made.define_metric("*", step_metric="step")  # a run that goes on begins at an earlier step, which its own counter refuses
+    return Tracker(lambda step, values: made.log({"step": step, **values}), made.finish)
+
+
+def _mlflow(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
+    place = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{folder / 'mlflow'}"
+    if place.startswith("file:"):
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(place)
+    found = client.get_experiment_by_name(PROJECT)
+    experiment = found.experiment_id if found is not None else client.create_experiment(PROJECT)
+    earlier = client.search_runs([experiment], filter_string=f"attributes.run_name = '{run}'")
+    made = earlier[0].info.run_id if earlier else client.create_run(experiment, run_name=run).info.run_id
+    for name, value in {} if earlier else config.items():
+        client.log_param(made, name, str(value)[:500])
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            client.log_metric(made, name, value, step=step)
+
+    return Tracker(log, lambda: client.set_terminated(made))
+
+
+def _trackio(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
+    os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
+    import trackio
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it says on standard output what it does
+        trackio.init(project=PROJECT, name=run, config=dict(config), resume="allow", embed=False)
+
+    def close() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trackio.finish()  # type: ignore[no-untyped-call]
+
+    return Tracker(lambda step, values: trackio.log(dict(values), step=step), close)
+
+
+TOOLS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any]], Tracker]]] = {
+    "tensorboard": ("tensorboard", _tensorboard), "wandb": ("wandb", _wandb), "mlflow": ("mlflow", _mlflow), "trackio": ("trackio", _trackio),
+}  # fmt: skip
+
+
+def check(names: Sequence[str]) -> None:
+    """Whether all are there. Errors: UserError for a tool that is not known; MissingDependency for one that is not installed."""
+    for name in names:
+        if name not in TOOLS:
+            raise UserError(f"--track {name}: it can be {', '.join(TOOLS)}")
+        if importlib.util.find_spec(TOOLS[name][0]) is None:
+            raise MissingDependency(f"--track {name} needs the package {TOOLS[name][0]}; install it with: pip install 'llmworks[track]'")
+
+
+class Tracking:
+    """Rows to the tools that were named, each opened when the first row comes. `say` hears of one that fails."""
+
+    def __init__(self, names: Sequence[str], folder: Path, run: str, config: Mapping[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+        """Errors: UserError for a tool that is not known; MissingDependency for one that is not installed."""
+        check(names)
+        self.names, self.folder, self.run, self.config, self.say = list(dict.fromkeys(names)), folder, run, config, say
+        self.open: dict[str, Tracker] = {}
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """A row of the metric stream; what is no number of a step is left out."""
+        values = {name: float(value) for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+        if "step" not in row or not values:
+            return
+        for name in list(self.names):
+            with self._guarded(name):
+                if name not in self.open:
+                    self.open[name] = TOOLS[name][1](self.folder, self.run, self.config)
+                self.open[name].log(int(row["step"]), values)
+
+    def close(self) -> None:
+        """All is written."""
+        for name, tracker in self.open.items():
+            with self._guarded(name):
+                tracker.close()
+        self.open.clear()
+
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Any:
+        try:
+            yield
+        except Exception as error:  # a tracker's trouble is not the run's
+            self.say(f"{name}: failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); the run goes on without it")
+            self.names = [n for n in self.names if n != name]

@@ -1,0 +1,237 @@
+"""The nouns that stages exchange, and the one protocol every engine speaks. Knows no file, no tensor and no HTTP.
+
+Requests carry messages or token ids; completions carry the ids as they were sampled, so that nobody tokenizes text again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from llmworks.core.errors import LlmworksError, RequestError
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
+FinishReason = Literal["stop", "length", "cancelled", "filtered"]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function call that a model asks for; `arguments` is the parsed JSON object."""
+
+    name: str
+    arguments: Json
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. `content` is text; an assistant turn may carry tool calls instead of it, or beside it.
+
+    `weight` 0 says that an assistant turn is not to be learned (as in OpenAI's fine-tuning format).
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to train on: `source` is the file it came from, `metadata` what else was known there (plain JSON values)."""
+
+    id: str
+    text: str
+    source: str
+    metadata: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to decode. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` None is drawn anew."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise RequestError(f"max_tokens is {self.max_tokens}, it must be above 0")
+        if not self.temperature >= 0:
+            raise RequestError(f"temperature is {self.temperature}, it must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p}, it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to answer: messages (rendered by the model's own template, with `tools`), or token `ids` as they are.
+
+    `schema`: a JSON schema that the answer has to fit (needs "schema").
+    """
+
+    messages: tuple[Message, ...] = ()
+    ids: tuple[int, ...] = ()
+    tools: tuple[Json, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    schema: Json | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer: its text, the sampled ids (stop token excluded), their log-probabilities in nats, and why it ended.
+
+    `ids` and `logprobs` are empty where an engine cannot tell them (remote HTTP). `ended`: the stop token, where the answer ended with one and the engine can tell.
+    """
+
+    text: str
+    finish: FinishReason
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    ended: int | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A given text's tokens: their log-probabilities in nats, and whether greedy decoding would have written them."""
+
+    logprobs: tuple[float, ...]
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a stream: new text; the last piece also carries the whole completion."""
+
+    text: str
+    done: Completion | None = None
+
+
+class Engine(Protocol):
+    """Answers requests. Batch first. `can` names what else it offers, and only that:
+
+    ids: requests of token ids, and the ids of answers · score: log-probabilities of given text · logits: all logits of given text ·
+    tools: functions in a request · schema: answers that fit a JSON schema · embed: texts as vectors · parallel: several requests at once are faster.
+
+    Errors: RequestError for a request that cannot be answered as asked, AccessError when no request can, EngineError when answering failed.
+    """
+
+    name: str
+    can: frozenset[str]
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer all requests, in their order. The first error is raised."""
+        ...
+
+    def each(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion | LlmworksError]]:
+        """(place, answer or the error of that request) as they are ready; closing the iterator stops the work."""
+        ...
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """Answer one request piece by piece; closing the iterator cancels the work."""
+        ...
+
+    def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
+        """How probable the given tokens are, per sequence: from its begin on, or all after the first (needs "score")."""
+        ...
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """Next-token logits after every position, a numpy array [len(ids), vocabulary] (needs "logits")."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """A vector for each text (needs "embed")."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and threads."""
+        ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a score function says of one completion: a value in [0, 1] and, when it is not 1, why."""
+
+    value: float
+    reason: str = ""
+
+
+class ScoreFunction(Protocol):
+    """(prompt messages, completion text, row) -> Score. Pure; shared by evaluation, rewards and synthesis."""
+
+    def __call__(self, prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
+        """Score one completion."""
+        ...
+
+
+def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """Messages from the stored form (role, content and, where given, OpenAI-style tool_calls). Raises ValueError naming the turn."""
+    import json
+
+    out: list[Message] = []
+    for turn, item in enumerate(items, 1):
+        role, content = item.get("role"), item.get("content")
+        role = "system" if role == "developer" else role  # OpenAI's newer name
+        if role not in ROLES:
+            raise ValueError(f"message {turn} has the unknown role {role!r}; known: {', '.join(ROLES)}")
+        calls: list[ToolCall] = []
+        for call in item.get("tool_calls") or ():
+            function = call.get("function", call)
+            arguments = function.get("arguments") or {}
+            try:
+                parsed = json.loads(arguments) if isinstance(arguments, str) else dict(arguments)
+            except ValueError as error:
+                raise ValueError(f"message {turn}: the arguments of a tool call are not JSON: {error}") from None
+            if not isinstance(parsed, dict):
+                raise ValueError(f"message {turn}: the arguments of a tool call must be a JSON object")
+            calls.append(ToolCall(name=str(function.get("name", "")), arguments=parsed, id=str(call.get("id") or "")))
+        if isinstance(content, list):  # OpenAI content parts
+            if any(part.get("type") != "text" for part in content):
+                raise ValueError(f"message {turn} has content that is not text; this model reads text only")
+            content = "".join(part["text"] for part in content)
+        if content is None and not calls:
+            raise ValueError(f"message {turn} ({role}) has neither content nor tool calls")
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"message {turn} ({role}): content must be a string, not {type(content).__name__}")
+        weight = item.get("weight")
+        if weight not in (None, 0, 1):
+            raise ValueError(f"message {turn}: weight is {weight!r}, it must be 0 or 1")
+        out.append(
+            Message(
+                role=role, content=content or "", tool_calls=tuple(calls), tool_call_id=str(item.get("tool_call_id") or ""), name=str(item.get("name") or ""),
+                weight=1 if weight is None else int(weight),
+            )
+        )  # fmt: skip
+    return tuple(out)
+
+
+def messages_to_json(messages: Sequence[Message]) -> list[Json]:
+    """The stored form of messages; the inverse of `messages_from_json` for text turns and tool calls."""
+    import json
+
+    out: list[Json] = []
+    for message in messages:
+        item: Json = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            item["tool_calls"] = [
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)}}
+                for c in message.tool_calls
+            ]
+        if message.tool_call_id:
+            item["tool_call_id"] = message.tool_call_id
+        if message.name:
+            item["name"] = message.name
+        if not message.weight:
+            item["weight"] = 0
+        out.append(item)
+    return out

@@ -1,0 +1,221 @@
+"""A workspace: the immutable store of artifacts, the names that point into it, scratch space and locks.
+
+    store/KIND-DIGEST12/      immutable artifacts
+    NAME/STEP -> ../store/..  names, swapped atomically
+    scratch/KEY12/            what resuming a step needs
+    locks/KEY12               one flock per step
+    roots/ID -> OUT           `--out` links elsewhere that keep artifacts alive
+    tracking/TOOL             metrics as other tools keep them (`--track`)
+
+Knows no stage and no recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmworks.core.artifact import MANIFEST, Artifact, Manifest, load, move_into_place, seal
+from llmworks.core.errors import ArtifactError, UserError
+
+RESERVED = ("store", "scratch", "locks", "roots", "tracking")
+
+
+def default_workspace() -> Path:
+    """`$LLMWORKS_WORKSPACE`, else `workspace` in the current directory."""
+    return Path(os.environ.get("LLMWORKS_WORKSPACE") or "workspace")
+
+
+def cache_directory() -> Path:
+    """Where fetched assets and converted models are kept: `$LLMWORKS_CACHE`, else `~/.cache/llmworks`."""
+    return Path(os.environ.get("LLMWORKS_CACHE") or Path.home() / ".cache" / "llmworks")
+
+
+class Workspace:
+    """The directory tree described above. Safe for several processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+
+    @property
+    def store(self) -> Path:
+        """The directory of immutable artifacts."""
+        return self.root / "store"
+
+    def artifacts(self) -> list[Artifact]:
+        """Every complete artifact in the store, oldest first."""
+        found: list[Artifact] = []
+        for path in self.store.glob(f"[!.]*/{MANIFEST}"):
+            with contextlib.suppress(ArtifactError):  # one that is broken, or was collected meanwhile, is as if it were not there
+                found.append(load(path.parent))
+        return sorted(found, key=lambda a: (a.manifest.finished if a.manifest else "", a.path.name))
+
+    def find(self, key: str) -> Artifact | None:
+        """The newest artifact that was made under this step key."""
+        for artifact in reversed(self.artifacts()):
+            if artifact.manifest is not None and artifact.manifest.key == key:
+                return artifact
+        return None
+
+    def find_digest(self, digest: str) -> Artifact | None:
+        """The artifact with this digest, in the store or behind a name."""
+        for artifact in [*self.artifacts(), *self.names().values()]:
+            if artifact.digest == digest:
+                return artifact
+        return None
+
+    @contextlib.contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold the step's lock, waiting for it. The kernel releases it when the process dies."""
+        directory = self.root / "locks"
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / key[:12]).open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold off `collect` while a run reads and makes artifacts here."""
+        directory = self.root / "locks"
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "in-use").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            yield
+
+    def draft(self, key: str) -> Path:
+        """A new empty directory to write an artifact into; drafts that a killed run left for this key are removed first."""
+        self.store.mkdir(parents=True, exist_ok=True)
+        for old in self.store.glob(f".draft-{key[:12]}*"):
+            shutil.rmtree(old)
+        path = self.store / f".draft-{key[:12]}"
+        path.mkdir()
+        return path
+
+    def scratch(self, key: str) -> Path:
+        """The step's scratch directory, made when missing."""
+        path = self.scratch_place(key)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def scratch_place(self, key: str) -> Path:
+        """Where the step's scratch directory is, if it has begun."""
+        return self.root / "scratch" / key[:12]
+
+    def drop_scratch(self, key: str) -> None:
+        """Remove the scratch directory of a finished step."""
+        shutil.rmtree(self.scratch_place(key), ignore_errors=True)
+
+    def publish(self, draft: Path, manifest: Manifest) -> Artifact:
+        """Seal a draft and move it into the store under its kind and digest."""
+        seal(draft, manifest)
+        target = self.store / f"{manifest.kind}-{manifest.digest[:12]}"
+        move_into_place(draft, target)
+        return load(target)
+
+    def bind(self, group: str, name: str, artifact: Artifact) -> Path:
+        """Let `group/name` point to an artifact, atomically."""
+        link = self.root / group / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        target = artifact.path.absolute()
+        point(link, Path(os.path.relpath(target, link.parent)) if target.is_relative_to(self.root) else target)
+        return link
+
+    def link_out(self, out: Path, artifact: Artifact) -> Artifact | None:
+        """Let a path outside the workspace point to an artifact, and remember it as a root that keeps the artifact alive; what it pointed to before."""
+        out = out.absolute()
+        check_out(out)
+        before = load(out.resolve()) if out.exists() else None
+        out.parent.mkdir(parents=True, exist_ok=True)
+        roots = self.root / "roots"
+        roots.mkdir(parents=True, exist_ok=True)
+        point(roots / hashlib.sha256(str(out).encode()).hexdigest()[:12], out)
+        point(out, artifact.path)
+        return before
+
+    def names(self) -> dict[str, Artifact]:
+        """Every name (`group/step`) and the artifact it points to; dangling names are left out."""
+        found: dict[str, Artifact] = {}
+        for link in sorted(self.root.glob("*/*")):
+            if link.parent.name in RESERVED or not link.is_symlink():
+                continue
+            with contextlib.suppress(ArtifactError):
+                found[f"{link.parent.name}/{link.name}"] = load(link.resolve(), name=link.name)
+        return found
+
+    def outs(self) -> dict[str, Artifact]:
+        """Results that `--out` gave a name, by that name; those that are gone, or name something else now, are left out."""
+        found: dict[str, Artifact] = {}
+        for link in sorted((self.root / "roots").glob("*")):
+            out = link.readlink() if link.is_symlink() else link
+            if out.is_symlink() and out.resolve().parent == (self.root / "store").resolve():
+                with contextlib.suppress(ArtifactError):
+                    found[out.name] = load(out.resolve(), name=out.name)
+        return found
+
+    def collect(self, *, scratch: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:
+        """Remove what no name and no descendant of a name needs, and with `scratch` the checkpoints of interrupted steps.
+
+        Returns the removed paths and their bytes. UserError while a run is going on here.
+        """
+        (self.root / "locks").mkdir(parents=True, exist_ok=True)
+        with (self.root / "locks" / "in-use").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.root}: a run is going on in this workspace; collect when it is done") from None
+            return self._collect(scratch, dry_run)
+
+    def _collect(self, scratch: bool, dry_run: bool) -> list[tuple[Path, int]]:
+        artifacts = {a.digest: a for a in self.artifacts()}
+        alive: set[str] = set()
+        todo = [a.digest for a in self.names().values()]
+        for root in (self.root / "roots").glob("*"):
+            target = root.resolve()
+            if target.parent == self.store.resolve() and (target / MANIFEST).exists():
+                todo.append(load(target).digest)
+            elif not dry_run:
+                root.unlink()
+        while todo:
+            digest = todo.pop()
+            if digest in alive:
+                continue
+            alive.add(digest)
+            artifact = artifacts.get(digest)
+            if artifact is not None and artifact.manifest is not None:
+                todo += [parent.digest for parent in artifact.manifest.parents]
+        removed = [(a.path, size_of(a.path)) for digest, a in artifacts.items() if digest not in alive]
+        leftovers = [*self.store.glob(".draft-*"), *((self.root / "scratch").glob("*") if scratch else ())]
+        removed += [(path, size_of(path)) for path in leftovers]
+        if not dry_run:
+            for path, _ in removed:
+                doomed = path.with_name(f".draft-gone-{path.name.removeprefix('.')}")
+                path.rename(doomed)  # from here on it is no artifact, whenever the removal is cut short
+                shutil.rmtree(doomed, ignore_errors=True)
+        return removed
+
+
+def check_out(out: Path) -> None:
+    """UserError when `--out` is taken by something that is not a link to a published artifact."""
+    ours = out.is_symlink() and (not out.exists() or (out.resolve().parent.name == "store" and (out.resolve() / MANIFEST).exists()))
+    if (out.exists() or out.is_symlink()) and not ours:
+        raise UserError(f"{out}: exists already and is not a result of llmworks; choose another --out")
+
+
+def point(link: Path, target: Path) -> None:
+    """Make or swap a symbolic link atomically."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.rename(link)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of all files below a directory."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -1,0 +1,44 @@
+"""A prompt and what follows it, as two texts or two lists of turns, under one of the usual pairs of names."""
+
+from __future__ import annotations
+
+from llmworks.core.types import Json, messages_from_json, messages_to_json
+from llmworks.data.chat_formats.fields import Row, asked, common, complete, restored, side
+
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "response"), ("query", "response"), ("question", "answer"), ("input", "output"))
+
+
+def matches(raw: Json) -> bool:
+    """Has one of the pairs."""
+    return any(a in raw and b in raw for a, b in PAIRS)
+
+
+def read(raw: Json) -> Row:
+    """A chat row. ValueError for sides that are neither text nor turns."""
+    first, second = next((a, b) for a, b in PAIRS if a in raw and b in raw)
+    before, prompt_form, used = asked(raw, first)
+    answered, answer_form = side(raw, second, "assistant")
+    variant: Json = {"pair": [first, second], "forms": [prompt_form, answer_form]}
+    row = common({k: v for k, v in raw.items() if k not in (first, second, *used)}, "completion", (), variant)
+    return {**row, "messages": messages_to_json([*before, *answered])}
+
+
+def write(row: Row) -> Json:
+    """The raw row: texts for one user and one assistant turn, lists of turns for anything else."""
+    messages = list(messages_from_json(row["messages"]))
+    extra = row.get("extra") or {}
+    if extra.get("shape") == "completion":
+        (first, second), (prompted, answered) = extra["pair"], extra["forms"]
+        turns = 1 if prompted < 0 else prompted
+    else:
+        first, second, turns = "prompt", "completion", len(messages) - 1
+        prompted = answered = -1 if [m.role for m in messages] == ["user", "assistant"] and not messages[1].tool_calls else 0
+        if not messages or messages[-1].role != "assistant":
+            raise ValueError("does not end with an assistant turn, so there is no completion")
+    prompt, completion = messages[:turns], messages[turns:]
+    complete([*(prompt if prompted < 0 else []), *(completion if answered < 0 else [])], "a completion as text")
+    return {
+        **restored(row, "completion"),
+        first: prompt[0].content if prompted < 0 else messages_to_json(prompt),
+        second: completion[0].content if answered < 0 else messages_to_json(completion),
+    }

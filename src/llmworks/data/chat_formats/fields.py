@@ -1,0 +1,131 @@
+"""What the shapes share: the fields that every row may have, and what is left over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from llmworks.core.types import Json, Message, messages_from_json
+
+Row = dict[str, Any]
+
+
+def common(raw: Json, shape: str, used: Collection[str], variant: Json | None = None) -> Row:
+    """id, group, tools and answer of a raw row; all other fields that the shape did not use go into `extra`."""
+    tools: Any = raw.get("tools") or []
+    as_text = isinstance(tools, str)
+    if as_text:
+        try:
+            tools = json.loads(tools.strip() or "[]")
+        except ValueError as error:
+            raise ValueError(f"`tools` is not JSON ({error})") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("`tools` must be a list of functions")
+    known = ("id", "group", "tools", "answer")
+    extra: Json = {"shape": shape, **(variant or {})}
+    left = {key: value for key, value in raw.items() if key not in used and key not in known}
+    if left:
+        extra["fields"] = left
+    if "tools" in raw:
+        extra["tools"] = "text" if as_text else "wrapped" if tools and all("function" in tool for tool in tools) else "plain"
+    extra["given"] = [key for key in ("id", "group", "answer") if key in raw]
+    return {
+        "id": _name(raw.get("id")), "group": _name(raw.get("group")), "tools": [tool.get("function", tool) for tool in tools], "answer": raw.get("answer"), "extra": extra,
+    }  # fmt: skip
+
+
+def _name(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def restored(row: Row, shape: str) -> Json:
+    """What `common` took from a raw row of this shape, to be put back; of a row of another shape, its id, group, tools and answer."""
+    extra = row.get("extra") or {}
+    given = extra.get("given", []) if extra.get("shape") == shape else ["id", "group", *(["answer"] if row.get("answer") is not None else [])]
+    out: Json = {**{key: row[key] for key in given}, **extra.get("fields", {})}
+    form = extra.get("tools") if extra.get("shape") == shape else "plain" if row.get("tools") else None
+    if form == "text":
+        out["tools"] = json.dumps(row["tools"], ensure_ascii=False)
+    elif form == "wrapped":
+        out["tools"] = [{"type": "function", "function": tool} for tool in row["tools"]]
+    elif form == "plain":
+        out["tools"] = row["tools"]
+    return out
+
+
+LEARNED = ("train", "training", "loss")  # other trainers' marks of a turn
+
+
+def weight_of(turn: Json) -> int:
+    """1 for a turn that is learned, 0 for one that is not. ValueError for a weight between, which no trainer here knows."""
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1) or isinstance(weight, str):
+        raise ValueError(f"weight is {weight!r}, it must be 0 or 1")
+    marked = next((turn[key] for key in LEARNED if isinstance(turn.get(key), bool)), True)
+    return int(marked) if weight is None else int(weight)
+
+
+def lost_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
+    """{"lost": keys} of turns that the schema has no place for; they are written back as read, and nowhere else."""
+    found = sorted({key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if key not in known and key not in LEARNED and value not in (None, [], {}, "")})
+    return {"lost": found} if found else {}
+
+
+def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
+    """(turns up to the answer, form of the field as `side`, the other fields that were used) of a prompt and what stands beside it.
+
+    A system prompt comes first, a history before the question, a context above it, an input below. ValueError for one that is not of its usual form.
+    """
+    turns, form = side(raw, key, "user")
+    used: list[str] = []
+
+    def beside(*names: str) -> Any:
+        name = next((name for name in names if name != key and raw.get(name)), "")
+        used.extend([name] if name else [])
+        return raw.get(name) if name else None
+
+    system, above, below, history = beside("system", "system_prompt"), beside("context"), beside("input"), beside("history")
+    if form != -1 and (above or below or history):
+        raise ValueError(f"`{used[-1]}` stands beside a prompt of turns; put it into them")
+    for value in (system, above, below):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"`{next(name for name in used if raw[name] is value)}` must be text, not {type(value).__name__}")
+    if above or below:
+        turns = [Message("user", "\n\n".join(filter(None, (above, turns[0].content, below))))]
+    if history is not None:
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history):
+            raise ValueError("`history` must be a list of pairs of texts")
+        turns = [*(message for before, after in history for message in (Message("user", before), Message("assistant", after))), *turns]
+    if system:
+        if turns and turns[0].role == "system":
+            raise ValueError("a system turn stands in the prompt and another beside it")
+        turns = [Message("system", system), *turns]
+    return turns, form if not used else len(turns), tuple(used)
+
+
+def side(raw: Json, key: str, role: str) -> tuple[list[Message], int]:
+    """(messages, how many turns there were; -1 for a text) of a field. ValueError when it is neither."""
+    value: Any = raw[key]
+    if isinstance(value, str):
+        return [Message(role, value)], -1
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return list(messages_from_json(value)), len(value)
+    raise ValueError(f"`{key}` must be text or a list of turns, not {type(value).__name__}")
+
+
+def complete(messages: Sequence[Message], shape: str) -> None:
+    """ValueError when turns have what a shape cannot say: that an answer is not learned, or who speaks."""
+    for number, message in enumerate(messages, 1):
+        if not message.weight:
+            raise ValueError(f"turn {number} has weight 0, so it is not learned; {shape} cannot say that")
+        if message.name and message.role != "tool":
+            raise ValueError(f"turn {number} has the name {message.name!r}; {shape} has no place for it")
+
+
+def text(raw: Json, key: str) -> str:
+    """A field that must be text. ValueError when it is not."""
+    value = raw.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"`{key}` must be text, not {type(value).__name__}")
+    return value

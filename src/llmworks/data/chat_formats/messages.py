@@ -1,0 +1,58 @@
+"""OpenAI's and Hugging Face's shape: `messages`, a list of turns with role and content, optional `tools`."""
+
+from __future__ import annotations
+
+from llmworks.core.types import Json, messages_from_json, messages_to_json
+from llmworks.data.chat_formats.fields import Row, common, lost_keys, restored, weight_of
+
+KEYS = ("messages", "conversation", "conversations", "dialog", "turns")
+
+
+def matches(raw: Json) -> bool:
+    """A list of turns that have a role, under a usual name."""
+    return _key(raw) != ""
+
+
+def _key(raw: Json) -> str:
+    for key in KEYS:
+        turns = raw.get(key)
+        if isinstance(turns, list) and (key == "messages" or (turns and isinstance(turns[0], dict) and "role" in turns[0])):
+            return key
+    return ""
+
+
+def read(raw: Json) -> Row:
+    """A chat row. ValueError for an unknown role, content that is no text, or a broken call."""
+    key = _key(raw)
+    turns = raw[key]
+    if not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"`{key}` must be a list of turns, each with role and content")
+    known = ("role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call")
+    row = common(raw, "messages", (key,), ({"key": key} if key != "messages" else {}) | lost_keys(turns, known))
+    return {**row, "messages": messages_to_json(messages_from_json([plain(turn, number) for number, turn in enumerate(turns, 1)]))}
+
+
+def plain(turn: Json, number: int) -> Json:
+    """A turn in today's form: OpenAI's older function calls as tool calls, other trainers' marks of what is not learned as weights."""
+    try:
+        turn = {**turn, "weight": weight_of(turn)}
+    except ValueError as error:
+        raise ValueError(f"message {number}: {error}") from None
+    if turn.get("role") == "function":
+        turn["role"] = "tool"
+    if isinstance(turn.get("function_call"), dict):
+        turn["tool_calls"] = [{"id": "", "type": "function", "function": turn["function_call"]}]
+    if turn.get("content") is None and not turn.get("tool_calls"):
+        others = [key for key, value in turn.items() if key not in ("role", "content", "weight", "name", "tool_calls") and value]
+        raise ValueError(f"message {number} ({turn.get('role')}) has neither content nor tool calls" + (f"; `{others[0]}` is not read" if others else ""))
+    return turn
+
+
+def write(row: Row) -> Json:
+    """The raw row."""
+    extra = row.get("extra") or {}
+    out = restored(row, "messages")
+    if extra.get("shape") != "messages" and out.get("tools"):
+        out["tools"] = [{"type": "function", "function": tool} for tool in row["tools"]]  # as OpenAI has them
+    key = extra.get("key", "messages") if extra.get("shape") == "messages" else "messages"
+    return {**out, key: row["messages"]}

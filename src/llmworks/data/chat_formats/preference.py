@@ -1,0 +1,104 @@
+r"""Preference pairs: `chosen` and `rejected`, with the prompt beside them, in both of them, or as a conversation before them.
+
+Known: prompt and two texts; prompt and two lists of turns; two lists that begin alike (the prompt is what they share); Anthropic's
+"\n\nHuman: ... \n\nAssistant: ..." texts; LLaMA-Factory's `conversations` with a chosen and a rejected turn.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from llmworks.core.types import Json, Message, messages_from_json, messages_to_json
+from llmworks.data.chat_formats import sharegpt
+from llmworks.data.chat_formats.fields import Row, asked, common, complete, restored, side
+
+PROMPTS = ("prompt", "question", "instruction", "query")
+HUMAN = "\n\nHuman:"
+TURN = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)", re.DOTALL)
+
+
+def matches(raw: Json) -> bool:
+    """Has a chosen and a rejected side."""
+    return "chosen" in raw and "rejected" in raw
+
+
+def read(raw: Json) -> Row:
+    """A preference row {prompt, chosen, rejected}, each a list of messages. ValueError when it cannot be told what the prompt is."""
+    key = next((name for name in PROMPTS if name in raw), "")
+    if key:
+        form, prompt, chosen, rejected, variant = "prompt", *_with_prompt(raw, key)
+    elif sharegpt.matches(raw):
+        form = "conversations"
+        prompt = [sharegpt.turn_of(turn, i) for i, turn in enumerate(raw["conversations"], 1)]
+        chosen, rejected = ([sharegpt.turn_of(raw[name])] for name in ("chosen", "rejected"))
+        variant = {}
+    elif isinstance(raw["chosen"], list) and isinstance(raw["rejected"], list):
+        form, variant = "turns", {}
+        prompt, chosen, rejected = _shared(side(raw, "chosen", "assistant")[0], side(raw, "rejected", "assistant")[0])
+    elif isinstance(raw["chosen"], str) and raw["chosen"].startswith(HUMAN):
+        form, variant = "human", {}
+        prompt, chosen, rejected = _shared(_human(raw, "chosen"), _human(raw, "rejected"))
+    else:
+        raise ValueError(f"has chosen and rejected, but no prompt ({', '.join(PROMPTS)})")
+    used = variant.pop("used", ())
+    row = common(raw, "preference", (key, "chosen", "rejected", "conversations", *used) if key else ("chosen", "rejected", "conversations"), {"form": form, "key": key, **variant})
+    return {**row, "prompt": messages_to_json(prompt), "chosen": messages_to_json(chosen), "rejected": messages_to_json(rejected)}
+
+
+def _with_prompt(raw: Json, key: str) -> tuple[list[Message], list[Message], list[Message], Json]:
+    prompt, form, used = asked(raw, key)
+    chosen, first = side(raw, "chosen", "assistant")
+    rejected, second = side(raw, "rejected", "assistant")
+    whole = [first > 0 and chosen[: len(prompt)] == prompt, second > 0 and rejected[: len(prompt)] == prompt]
+    if whole[0]:  # UltraFeedback repeats the prompt in both
+        chosen = chosen[len(prompt) :]
+    if whole[1]:
+        rejected = rejected[len(prompt) :]
+    if not chosen or not rejected:
+        raise ValueError("a side holds nothing but the prompt")
+    return prompt, chosen, rejected, {"forms": [form, first, second], "whole": whole, "used": used}
+
+
+def _shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+    """The turns that both begin with are the prompt; it ends before an assistant turn."""
+    size = 0
+    while size < min(len(chosen), len(rejected)) and chosen[size] == rejected[size]:
+        size += 1
+    while size and (size >= min(len(chosen), len(rejected)) or chosen[size - 1].role == "assistant"):
+        size -= 1
+    if not size:
+        raise ValueError("chosen and rejected do not begin with the same turns, so the prompt cannot be told")
+    return chosen[:size], chosen[size:], rejected[size:]
+
+
+def _human(raw: Json, key: str) -> list[Message]:
+    value: Any = raw[key]
+    if not isinstance(value, str) or not value.startswith(HUMAN):
+        raise ValueError(f"`{key}` must begin with '\\n\\nHuman:' as the other side does")
+    return [Message("user" if turn[1] == "Human" else "assistant", turn[2].removeprefix(" ")) for turn in TURN.finditer(value)]
+
+
+def write(row: Row) -> Json:
+    """The raw row in its own form; of another origin, prompt and sides as lists of turns."""
+    prompt, chosen, rejected = (list(messages_from_json(row[name])) for name in ("prompt", "chosen", "rejected"))
+    extra = row.get("extra") or {}
+    out = restored(row, "preference")
+    form = extra.get("form")
+    if form == "conversations":
+        turns = [sharegpt.turn_to(m) for m in (*prompt, *chosen, *rejected)]
+        return {**out, "conversations": turns[:-2], "chosen": turns[-2], "rejected": turns[-1]}
+    if form == "human":
+        complete([*prompt, *chosen, *rejected], "the Human/Assistant shape")
+        return {**out, "chosen": _as_human([*prompt, *chosen]), "rejected": _as_human([*prompt, *rejected])}
+    if form == "turns":
+        return {**out, "chosen": messages_to_json([*prompt, *chosen]), "rejected": messages_to_json([*prompt, *rejected])}
+    forms, whole = extra.get("forms", [0, 0, 0]), extra.get("whole", [False, False])
+    sides = [prompt, [*prompt, *chosen] if whole[0] else chosen, [*prompt, *rejected] if whole[1] else rejected]
+    complete([m for turns, kind in zip(sides, forms, strict=True) if kind < 0 for m in turns], "a pair of texts")
+    values = [turns[0].content if kind < 0 else messages_to_json(turns) for turns, kind in zip(sides, forms, strict=True)]
+    return {**out, **dict(zip((extra.get("key") or "prompt", "chosen", "rejected"), values, strict=True))}
+
+
+def _as_human(messages: list[Message]) -> str:
+    return "".join(f"\n\n{'Human' if m.role == 'user' else 'Assistant'}: {m.content}" for m in messages)

@@ -1,0 +1,80 @@
+"""ShareGPT's shape: `conversations`, a list of turns with `from` and `value`, as ShareGPT, Vicuna, OpenHermes and LLaMA-Factory have them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from llmworks.core.types import Json, Message, ToolCall, messages_from_json, messages_to_json
+from llmworks.data.chat_formats.fields import Row, common, complete, lost_keys, restored, text, weight_of
+
+ROLES = {
+    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant",
+}  # fmt: skip
+NAMES = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
+
+
+def matches(raw: Json) -> bool:
+    """`conversations` with turns that have `from`."""
+    turns = raw.get("conversations")
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
+
+
+def read(raw: Json) -> Row:
+    """A chat row. ValueError for an unknown speaker, a value that is no text, or a call that is no JSON."""
+    turns = raw["conversations"]
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("`conversations` must be a list of turns, each with from and value")
+    messages = [turn_of(turn, number) for number, turn in enumerate(turns, 1)]
+    apart = isinstance(raw.get("system"), str) and bool(raw["system"].strip())
+    if apart:
+        messages.insert(0, Message("system", raw["system"]))
+    lost = lost_keys(turns, ("from", "value", "weight"))
+    return {**common(raw, "sharegpt", ("conversations", "system"), ({"system_apart": True} if apart else {}) | lost), "messages": messages_to_json(messages)}
+
+
+def turn_of(turn: Json, number: int = 1) -> Message:
+    """A turn as a message."""
+    speaker = str(turn.get("from"))
+    role = ROLES.get(speaker.lower())
+    if role is None:
+        raise ValueError(f"turn {number} is from {speaker!r}; known: {', '.join(ROLES)}")
+    try:
+        value = text(turn, "value")
+    except ValueError as error:
+        raise ValueError(f"turn {number}: {error}") from None
+    try:
+        weight = weight_of(turn)
+    except ValueError as error:
+        raise ValueError(f"turn {number}: {error}") from None
+    if speaker.lower() != "function_call":
+        return Message(role, value, weight=weight)
+    try:
+        calls = json.loads(value)
+        calls = calls if isinstance(calls, list) else [calls]
+        made = tuple(ToolCall(str(call["name"]), call.get("arguments") if isinstance(call.get("arguments"), dict) else json.loads(call["arguments"])) for call in calls)
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"turn {number} is a function_call, but its value is no JSON object with name and arguments") from None
+    return Message("assistant", "", made, weight=weight)
+
+
+def turn_to(message: Message) -> Json:
+    """A message as a turn."""
+    if message.tool_calls:
+        calls = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
+        return {"from": "function_call", "value": json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)}
+    return {"from": NAMES[message.role], "value": message.content}
+
+
+def write(row: Row) -> Json:
+    """The raw row. ValueError for a turn that has both text and calls, which this shape cannot hold."""
+    messages = list(messages_from_json(row["messages"]))
+    if any(m.tool_calls and m.content.strip() for m in messages):
+        raise ValueError("a turn has text and tool calls; ShareGPT's shape has no place for both")
+    complete([replace(m, weight=1) for m in messages], "ShareGPT's shape")  # it has weights
+    extra = row.get("extra") or {}
+    out = restored(row, "sharegpt")
+    if extra.get("shape") == "sharegpt" and extra.get("system_apart") and messages[0].role == "system":
+        out["system"] = messages.pop(0).content
+    return {**out, "conversations": [turn_to(m) | ({} if m.weight else {"weight": 0}) for m in messages]}

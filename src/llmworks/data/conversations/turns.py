@@ -1,0 +1,81 @@
+"""What can be wrong with the turns of a conversation: their order, empty turns, tool calls and their results. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmworks.core.types import Json, Message
+
+
+def problems(messages: Sequence[Message], tools: Sequence[Json] = ()) -> list[str]:
+    """What is wrong, one line each, turns counted from 1; empty for a conversation that a model can learn from."""
+    found: list[str] = []
+    if not messages:
+        return ["has no turns"]
+    found += _order(messages)
+    found += [f"turn {i} ({m.role}) is empty" for i, m in enumerate(messages, 1) if not m.content.strip() and not m.tool_calls]
+    found += _calls(messages, tools)
+    if not any(m.role == "assistant" for m in messages):
+        found.append("has no assistant turn")
+    elif messages[-1].role != "assistant":
+        found.append(f"ends with a {messages[-1].role} turn, which nobody answers")
+    elif not any(m.weight for m in messages if m.role == "assistant"):
+        found.append("every assistant turn has weight 0, so nothing is learned")
+    return found
+
+
+def _order(messages: Sequence[Message]) -> list[str]:
+    found: list[str] = []
+    before = ""
+    for i, message in enumerate(messages, 1):
+        role = message.role
+        if role == "system" and i > 1:
+            found.append(f"turn {i} is a system turn, which only the first can be")
+        elif role == "assistant" and before in ("", "system"):
+            found.append(f"turn {i} is an assistant turn before any user turn")
+        elif role == before and role in ("user", "assistant"):
+            found.append(f"turns {i - 1} and {i} are both {role} turns")
+        before = role
+    return found
+
+
+def _calls(messages: Sequence[Message], tools: Sequence[Json]) -> list[str]:
+    """Calls without results, results without calls, calls of functions that are not offered."""
+    found: list[str] = []
+    functions = {f.get("name"): f for f in (tool.get("function", tool) for tool in tools)}
+    waiting: list[str] = []  # ids of calls that have no result yet; "" for a call without an id
+    for i, message in enumerate(messages, 1):
+        if message.role == "tool":
+            if not waiting:
+                found.append(f"turn {i} is a tool result without a call")
+            elif message.tool_call_id and any(waiting) and message.tool_call_id not in waiting:
+                found.append(f"turn {i} answers the call {message.tool_call_id!r}, which was not made")
+            else:
+                waiting.remove(message.tool_call_id if message.tool_call_id in waiting else waiting[0])
+            continue
+        if waiting:
+            found.append(f"turn {i} ({message.role}) comes before the result of {len(waiting)} call{'s' if len(waiting) > 1 else ''}")
+            waiting = []
+        if message.tool_calls and message.role != "assistant":
+            found.append(f"turn {i} is a {message.role} turn with a tool call")
+        for call in message.tool_calls if message.role == "assistant" else ():
+            waiting.append(call.id)
+            function = functions.get(call.name)
+            if functions and function is None:
+                found.append(f"turn {i} calls {call.name!r}, which is not among the tools")
+            elif function is not None:
+                missing = [name for name in (function.get("parameters") or {}).get("required") or [] if name not in call.arguments]
+                found += [f"turn {i} calls {call.name!r} without the required argument {missing[0]!r}"] if missing else []
+    return found
+
+
+def merged(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Neighbouring user turns, or assistant turns without calls, joined by an empty line."""
+    out: list[Message] = []
+    for message in messages:
+        last = out[-1] if out else None
+        if last and last.role == message.role and message.role in ("user", "assistant", "system") and not last.tool_calls and last.weight == message.weight:
+            out[-1] = Message(last.role, "\n\n".join(filter(None, (last.content, message.content))), message.tool_calls, name=last.name, weight=last.weight)
+        else:
+            out.append(message)
+    return tuple(out)

@@ -1,0 +1,195 @@
+"""Where bytes come from: files below a directory, what compressed files and archives hold. Streams; unpacks nothing to disk but what
+must be read from its end.
+
+A member's name is its file's with `!` between: `books.zip!austen/emma.txt`. Everything that is expanded is metered, so that an archive
+bomb ends with a reason. Knows no document format.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+from llmworks.core.documents import Unusable
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+DEPTH = 3  # archives inside archives
+
+
+class TooLarge(Exception):
+    """More bytes than allowed came out of a compressed file."""
+
+
+@dataclass
+class Meter:
+    """How many bytes may still come out of one compressed file or archive."""
+
+    limit: int
+    used: int = 0
+
+    def count(self, n: int) -> None:
+        """Add bytes that were read. TooLarge past the limit."""
+        self.used += n
+        if self.used > self.limit:
+            raise TooLarge(f"expands to more than {self.limit >> 20} MB")
+
+
+class Metered(io.RawIOBase):
+    """A stream whose bytes are counted. Closing it closes the streams it was made of."""
+
+    def __init__(self, meter: Meter, *streams: IO[bytes]) -> None:
+        self.meter, self.streams = meter, streams
+
+    def close(self) -> None:
+        """Close every layer."""
+        if not self.closed:
+            for stream in self.streams:
+                stream.close()
+        super().close()
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer."""
+        data = self.streams[0].read(len(buffer))
+        self.meter.count(len(data))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file or archive member. `open` gives a fresh stream (of an archive member: once)."""
+
+    name: str
+    open: Callable[[], IO[bytes]] = field(repr=False)
+    path: Path | None = None  # where it is an ordinary file that can be read from any place
+
+    @property
+    def suffix(self) -> str:
+        """The suffix that tells the format, compression left out, in lower case."""
+        suffixes = [s.lower() for s in PurePosixPath(self.name.rpartition("!")[2]).suffixes]
+        while suffixes and suffixes[-1] in COMPRESSED:
+            suffixes.pop()
+        return suffixes[-1] if suffixes else ""
+
+
+def find_files(root: Path, skip: Callable[[Path], bool] = lambda path: False) -> list[Path]:
+    """Every file below a directory (or the file itself), sorted by name; hidden files and manifests are left out."""
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    return [p for p in files if not _hidden(name_of(root, p)) and name_of(root, p) != "manifest.json" and not skip(p)]
+
+
+def name_of(root: Path, path: Path) -> str:
+    """A file's name as documents carry it: its place below `root`."""
+    return path.relative_to(root.parent if root.is_file() else root).as_posix()
+
+
+def source(root: Path, path: Path) -> Source:
+    """A file below `root` as a source."""
+    return Source(name_of(root, path), lambda: path.open("rb"), path)
+
+
+def expand(source: Source, limit: int, depth: int = 0) -> Iterator[Source | Unusable]:
+    """The source itself, or what it holds when it is compressed or an archive. `limit`: bytes that may come out of it."""
+    return _expand(source, Meter(limit), depth)
+
+
+def _expand(source: Source, meter: Meter, depth: int) -> Iterator[Source | Unusable]:
+    name = source.name.lower()
+    if name.endswith(COMPRESSED):
+        source = _decompressed(source, meter)
+    if source.suffix not in (".zip", ".tar", ".tgz"):
+        yield source
+        return
+    if depth >= DEPTH:
+        yield Unusable(source.name, 0, f"archives inside archives, more than {DEPTH} deep")
+        return
+    members = _zip_members if source.suffix == ".zip" else _tar_members
+    try:
+        for member in members(source, meter):
+            if isinstance(member, Unusable):
+                yield member
+            else:
+                yield from _expand(member, meter, depth + 1)
+    except TooLarge as error:
+        yield Unusable(source.name, 0, str(error))
+    except BROKEN as error:
+        yield Unusable(source.name, 0, f"a broken archive ({error})")
+
+
+def _decompressed(source: Source, meter: Meter) -> Source:
+    suffix = PurePosixPath(source.name.lower()).suffix
+
+    def opened() -> IO[bytes]:
+        raw = source.open()
+        stream: Any
+        if suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        elif suffix == ".bz2":
+            stream = bz2.BZ2File(raw)
+        elif suffix == ".xz":
+            stream = lzma.LZMAFile(raw)  # noqa: SIM115
+        else:
+            import zstandard
+
+            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
+        return _buffered(meter, stream, raw)
+
+    return Source(source.name, opened)
+
+
+def _buffered(meter: Meter, *streams: IO[bytes]) -> IO[bytes]:
+    """A stream that is metered and read in blocks; the first is the innermost, the others are closed with it."""
+    return io.BufferedReader(Metered(meter, *streams), 1 << 16)
+
+
+def seekable(source: Source) -> IO[bytes]:
+    """A stream that can be read from any place: the file itself, or a temporary copy. May raise what reading the source raises."""
+    if source.path is not None:
+        return source.path.open("rb")
+    copy = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=32 << 20))  # noqa: SIM115
+    with source.open() as stream:
+        while block := stream.read(1 << 20):
+            copy.write(block)
+    copy.seek(0)
+    return copy
+
+
+def _zip_members(source: Source, meter: Meter) -> Iterator[Source | Unusable]:
+    with seekable(source) as stream, zipfile.ZipFile(stream) as archive:
+        for info in sorted(archive.infolist(), key=lambda i: i.filename):
+            if info.is_dir() or _hidden(info.filename):
+                continue
+            name = f"{source.name}!{info.filename}"
+            if info.flag_bits & 1:
+                yield Unusable(name, 0, "encrypted")
+                continue
+            yield Source(name, lambda info=info: _buffered(meter, archive.open(info)))  # type: ignore[misc]
+
+
+def _tar_members(source: Source, meter: Meter) -> Iterator[Source | Unusable]:
+    with source.open() as stream, tarfile.open(fileobj=stream, mode="r|gz" if source.suffix == ".tgz" else "r|") as archive:
+        for info in archive:
+            if not info.isfile() or _hidden(info.name):
+                continue
+            member = archive.extractfile(info)
+            if member is not None:
+                yield Source(f"{source.name}!{info.name}", lambda member=member: _buffered(meter, member))  # type: ignore[misc]
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in PurePosixPath(name).parts)

@@ -1,0 +1,204 @@
+"""Rows that hold a text each: JSONL, JSON, CSV, Parquet, Arrow (what Hugging Face `datasets` saves).
+
+One field is the text, the others become metadata. A row that gives no text is set aside with its number.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import datetime
+import decimal
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+
+from llmworks.core.documents import Unusable
+from llmworks.core.types import Document
+from llmworks.data.readers.source import Source, seekable
+from llmworks.data.readers.text import SAMPLE, NotText, encoding_of, read_limited, too_long
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which field holds the text, which the id ("" for the row's place), how long a text may be, in bytes, and which others to keep."""
+
+    text: str
+    id: str
+    limit: int
+    keep: frozenset[str] | None = None
+
+
+def row_document(row: Mapping[str, Any], source: str, number: int, fields: Fields) -> Document | Unusable:
+    """A row's document, or why it gives none. `number` counts from 1."""
+    text = row.get(fields.text)
+    if fields.text not in row:
+        return Unusable(source, number, f"no field {fields.text!r} (it has {', '.join(map(str, row))})", _shown(row))
+    if not isinstance(text, str):
+        return Unusable(source, number, f"field {fields.text!r} is no text ({type(text).__name__})", _shown(row))
+    if not text.strip():
+        return Unusable(source, number, "empty", _shown(row))
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return Unusable(source, number, "a lone surrogate, which is no text", ascii(text[:2000]))
+    if size > fields.limit:
+        return Unusable(source, number, too_long(fields.limit), text[:2000])
+    given = row.get(fields.id) if fields.id else None
+    if fields.id and given is None:
+        return Unusable(source, number, f"no field {fields.id!r} for the id", _shown(row))
+    keep = row.keys() - {fields.text, fields.id} if fields.keep is None else fields.keep
+    metadata = {str(k): plain(v) for k, v in row.items() if k in keep and v is not None}
+    return Document(str(given) if fields.id else f"{source}#{number}", text, source, metadata)
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    return json.dumps({str(k): plain(v) for k, v in row.items()}, ensure_ascii=False)[:2000]
+
+
+def plain(value: Any) -> Any:
+    """A value of a row as plain JSON."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else str(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (datetime.date, datetime.time, datetime.datetime)):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return str(value) if isinstance(value, decimal.Decimal) else repr(value)
+
+
+def lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """(number, line) with None for a line of more than `limit` bytes, which is skipped without being held."""
+    number = 0
+    while line := stream.readline(limit + 1):
+        number += 1
+        if len(line) > limit and not line.endswith(b"\n"):
+            while (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
+                pass
+            yield number, None
+        else:
+            yield number, line
+
+
+def read_jsonl_rows(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+    """One document per line."""
+    with source.open() as stream:
+        for number, line in lines(stream, fields.limit * 2):  # escapes may double a text
+            if line is None:
+                yield Unusable(source.name, number, too_long(fields.limit))
+            elif line.strip():
+                yield _json_row(line, source.name, number, fields)
+
+
+def _json_row(line: bytes, name: str, number: int, fields: Fields) -> Document | Unusable:
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return Unusable(name, number, f"not UTF-8 (byte {error.start})", line.decode("utf-8", "replace")[:2000])
+    except (ValueError, RecursionError) as error:
+        return Unusable(name, number, f"not JSON ({error})", line.decode("utf-8", "replace")[:2000])
+    if not isinstance(row, dict):
+        return Unusable(name, number, "not a JSON object", line.decode("utf-8", "replace")[:2000])
+    return row_document(row, name, number, fields)
+
+
+def read_json(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+    """One document per object: the file is an object, or a list of objects. It is read whole."""
+    with source.open() as stream:
+        data = read_limited(stream, fields.limit)
+    if data is None:
+        yield Unusable(source.name, 0, too_long(fields.limit) + "; write it as JSONL to read it line by line")
+        return
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        yield Unusable(source.name, 0, f"not JSON ({error})")
+        return
+    rows = value if isinstance(value, list) else [value]
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            yield row_document(row, source.name, number, fields)
+        else:
+            yield Unusable(source.name, number, "not a JSON object", str(row)[:2000])
+
+
+def read_csv(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+    """One document per row; the first row names the fields."""
+    with source.open() as stream:
+        head = stream.read(SAMPLE)
+    with source.open() as stream:
+        try:
+            encoding = encoding_of(head)
+        except NotText as error:
+            yield Unusable(source.name, 0, str(error))
+            return
+        previous = csv.field_size_limit(fields.limit)
+        try:
+            table = csv.DictReader(
+                io.TextIOWrapper(stream, encoding, newline=""), dialect="excel-tab" if source.suffix == ".tsv" else "excel", strict=True
+            )
+            names = table.fieldnames or []
+            if fields.text not in names:
+                yield Unusable(source.name, 1, f"no field {fields.text!r} (it has {', '.join(names)[:200]})")
+                return
+            for number, row in enumerate(table, 1):
+                if None in row or None in row.values():
+                    yield Unusable(
+                        source.name, number, f"not as many fields as the first row ({len(names)})", str(list(row.values()))[:2000]
+                    )
+                else:
+                    yield row_document(row, source.name, number, fields)
+        except (csv.Error, UnicodeDecodeError) as error:
+            yield Unusable(source.name, table.line_num, f"the rest of the table cannot be read ({error})")
+        finally:
+            csv.field_size_limit(previous)
+
+
+def read_parquet(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+    """One document per row, read in batches."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with seekable(source) as stream:
+        try:
+            with pq.ParquetFile(stream) as table:
+                yield from _arrow_rows((b for b in table.iter_batches(batch_size=256)), table.schema_arrow.names, source.name, fields)
+        except (pa.ArrowException, OSError) as error:
+            yield Unusable(source.name, 0, f"not readable as Parquet ({str(error).splitlines()[0]})")
+
+
+def read_arrow(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
+    """One document per row of an Arrow stream or file."""
+    import pyarrow as pa
+
+    with seekable(source) as stream:
+        try:
+            try:
+                table: Any = pa.ipc.open_stream(stream)
+                batches: Iterable[Any] = table
+            except pa.ArrowInvalid:
+                stream.seek(0)
+                table = pa.ipc.open_file(stream)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            yield from _arrow_rows(batches, table.schema.names, source.name, fields)
+        except (pa.ArrowException, OSError) as error:
+            yield Unusable(source.name, 0, f"not readable as Arrow ({str(error).splitlines()[0]})")
+
+
+def _arrow_rows(batches: Iterable[Any], names: list[str], source: str, fields: Fields) -> Iterator[Document | Unusable]:
+    if fields.text not in names:
+        yield Unusable(source, 0, f"no field {fields.text!r} (it has {', '.join(names)})")
+        return
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield row_document(row, source, number, fields)

@@ -1,0 +1,126 @@
+"""Text of unknown encoding: BOM, UTF-8, else the best guess; what is not text is told from what is."""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from collections.abc import Iterator
+from typing import IO
+
+from llmworks.core.documents import Unusable
+from llmworks.core.types import Document
+from llmworks.data.readers.source import Source
+
+SAMPLE = 1 << 16
+BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+# 8-bit encodings of the Latin script differ in few letters, too few for a general guesser: those of each language decide, the first of equals
+LETTERS = {
+    "cp1252": "àâæçéèêëîïôœùûüÿñ äöüßéà áéíóúüñçàòï ãáâàçéêíóôõúü àèéìíòóù åäöæøéà ëïéóüèêö áéíóúýþæöð",
+    "cp1250": "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţșț čćđšž", "iso8859_2": "ąćęłńóśźż áčďéěíňóřšťúůýž áéíóöőúüű ăâîşţ",
+    "cp1254": "çğıöşüâîûi̇", "cp1257": "ąčęėįšųūž āčēģīķļņšūž äõöüšž",
+}  # fmt: skip
+MARKS = frozenset("\xa0“”„‘’‚–—…•·€£¥«»‹›§©®™°±×÷¿¡ªº½¼¾²³¹µ¶†‡‰\xad")
+_CONTROL = frozenset(range(32)) - frozenset(b"\t\n\r\f\x08\x1b")
+
+
+class NotText(ValueError):
+    """Bytes that are no text in any encoding that is known here."""
+
+
+def encoding_of(data: bytes) -> str:
+    """The encoding of a text's beginning. NotText for binary data."""
+    for bom, name in BOMS:
+        if data.startswith(bom):
+            return name
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)  # a character that is cut off at the end is no error
+    except UnicodeDecodeError:
+        pass
+    else:
+        if _binary(data):
+            raise NotText("binary data, not text")
+        return "utf-8"
+    if _binary(data):
+        raise NotText("binary data, not text")
+    return _guess(data)
+
+
+def _guess(data: bytes) -> str:
+    """The most likely encoding, judged by the lines that are not ASCII: the others say nothing and would water it down."""
+    from charset_normalizer import from_bytes
+
+    telling = b"\n".join(line for line in data.splitlines() if not line.isascii())
+    first = next(i for i, byte in enumerate(telling) if byte > 127)
+    sample = telling[max(0, first - 1000) : first + SAMPLE]
+    best = from_bytes(sample).best()
+    if best is None:
+        raise NotText("text in no known encoding")
+    if not any("LATIN" in unicodedata.name(char, "") for char in str(best) if char > "\x7f"):
+        return best.encoding
+    covered = {encoding: _covered(sample, encoding) for encoding in LETTERS}
+    likeliest = max(covered, key=lambda encoding: covered[encoding])
+    return likeliest if covered[likeliest] > 0.9 else best.encoding
+
+
+def _covered(data: bytes, encoding: str) -> float:
+    """The share of a text's characters beyond ASCII that one language of an encoding can account for."""
+    try:
+        beyond = [char for char in data.decode(encoding).lower() if char > "\x7f" and char not in MARKS]
+    except UnicodeDecodeError:
+        return 0.0
+    return max((sum(char in letters for char in beyond) / len(beyond) for letters in LETTERS[encoding].split()), default=0.0) if beyond else 1.0
+
+
+def _binary(data: bytes) -> bool:
+    return b"\0" in data or sum(byte in _CONTROL for byte in data) > len(data) / 100
+
+
+def read_limited(stream: IO[bytes], limit: int) -> bytes | None:
+    """The whole stream, or None when it has more than `limit` bytes."""
+    blocks: list[bytes] = []
+    size = 0
+    while block := stream.read(1 << 20):
+        size += len(block)
+        if size > limit:
+            return None
+        blocks.append(block)
+    return b"".join(blocks)
+
+
+def decode(data: bytes) -> tuple[str, str]:
+    """(text, encoding) of a whole document. NotText for binary data."""
+    encoding = encoding_of(data[:SAMPLE])
+    try:
+        return data.decode(encoding), encoding
+    except UnicodeDecodeError:  # the beginning was ASCII, what follows is not UTF-8
+        if _binary(data):
+            raise NotText("binary data, not text") from None
+        encoding = _guess(data)
+        try:
+            return data.decode(encoding), encoding
+        except UnicodeDecodeError:
+            raise NotText("text in no known encoding") from None
+
+
+def too_long(limit: int) -> str:
+    """The reason for a document that is longer than allowed."""
+    return f"longer than {limit >> 20} MB (max_document_mb)"
+
+
+def read_text(source: Source, limit: int) -> Iterator[Document | Unusable]:
+    """One document: the whole file as it stands, line ends made one."""
+    with source.open() as stream:
+        data = read_limited(stream, limit)
+    if data is None:
+        yield Unusable(source.name, 0, too_long(limit))
+        return
+    try:
+        text, encoding = decode(data)
+    except NotText as error:
+        yield Unusable(source.name, 0, str(error))
+        return
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        yield Unusable(source.name, 0, "empty")
+        return
+    yield Document(source.name, text, source.name, {} if encoding in ("utf-8", "utf-8-sig", "ascii") else {"encoding": encoding})

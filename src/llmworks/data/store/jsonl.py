@@ -1,0 +1,55 @@
+"""Read JSONL line by line. A broken line is set aside with its number and reason, never dropped silently and never fatal alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmworks.core.errors import DataError
+
+
+@dataclass
+class Rejected:
+    """Rows that could not be used, with where they stood and why."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, file: str, line: int, reason: str, content: Any) -> None:
+        """Set a row aside, whole; of what is only text, the beginning."""
+        kept = {"text": content[:2000]} if isinstance(content, str) else {"row": content}
+        self.rows.append({"file": file, "line": line, "reason": reason, **kept})
+
+    def write(self, out: Path, say: Callable[[str], None]) -> None:
+        """Write `rejected.jsonl` when there is anything to write, and say how many and the first reason."""
+        if not self.rows:
+            return
+        (out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows), encoding="utf-8", errors="backslashreplace")
+        first = self.rows[0]
+        say(f"{len(self.rows):,} row{'s' if len(self.rows) > 1 else ''} set aside in rejected.jsonl, the first: {first['file']} line {first['line']}: {first['reason']}")
+
+
+def read_jsonl(path: Path, rejected: Rejected) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) for every good line. DataError for a missing or empty file."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty")
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            if not raw.strip():
+                continue
+            try:
+                value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors write a byte order mark
+            except UnicodeDecodeError as error:
+                rejected.add(path.name, number, f"not UTF-8 (byte {error.start})", raw.decode("utf-8", "replace"))
+                continue
+            except ValueError as error:
+                rejected.add(path.name, number, f"not JSON ({error})", raw.decode("utf-8"))
+                continue
+            if not isinstance(value, dict):
+                rejected.add(path.name, number, "not a JSON object", raw.decode("utf-8"))
+                continue
+            yield number, value

@@ -1,0 +1,131 @@
+"""Packed tokens on disk: shards that are mapped, not read, and an order of reading that can go on where it stopped.
+
+A shard is a safetensors file: `tokens` of all rows one after the other; `rows` and `pieces`, where each begins (and where the last ends);
+`origins`, the row of the input that each piece came from; `learned`, 1 for labels (missing: all but the first token of a piece).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import DataError
+
+TYPES = {"U16": "<u2", "U32": "<u4", "U8": "|u1", "I64": "<i8"}
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One row, numpy arrays of its length: ids, whether each token is learned, positions that begin again with each piece, and the piece's number.
+
+    `origins` has a number for each piece.
+    """
+
+    ids: Any
+    learned: Any
+    positions: Any
+    segments: Any
+    origins: Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where reading is: `row` rows of `epoch` have been read, by all readers together."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+class Packed:
+    """The rows of a data set of packed tokens."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        import numpy as np
+
+        files = sorted(dataset.path.glob("*.safetensors")) if dataset.path.is_dir() else []
+        if not files:
+            raise DataError(f"{dataset.path}: has no shards of tokens; make them with the stage data.pack")
+        self.shards = [map_shard(file) for file in files]
+        self._first = np.cumsum([0, *(len(shard["rows"]) - 1 for shard in self.shards)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, number: int) -> PackedRow:
+        import numpy as np
+
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        at = int(np.searchsorted(self._first, number, side="right")) - 1
+        shard, row = self.shards[at], number - int(self._first[at])
+        begin, end = int(shard["rows"][row]), int(shard["rows"][row + 1])
+        low, high = np.searchsorted(shard["pieces"], (begin, end))
+        lengths = np.diff(shard["pieces"][low : high + 1])
+        segments = np.repeat(np.arange(high - low), lengths)
+        positions = np.arange(end - begin) - np.repeat(shard["pieces"][low:high] - begin, lengths)
+        learned = shard["learned"][begin:end].astype(bool) if "learned" in shard else positions > 0
+        return PackedRow(shard["tokens"][begin:end].astype(np.int64), learned, positions, segments, shard["origins"][low:high])
+
+
+def read(packed: Packed, seed: int, *, start: Place | None = None, epochs: int | None = None, reader: int = 0, readers: int = 1) -> Iterator[tuple[Place, PackedRow]]:
+    """Rows in an order shuffled by seed and epoch, each with the place to start from to read what comes after it.
+
+    One of several readers gets every `readers`-th row; rows that are left over at the end of an epoch are read by nobody, so that all get
+    as many. A place holds for any number of readers that divides its row.
+    """
+    import numpy as np
+
+    place = start or Place()
+    if len(packed) < readers:
+        raise DataError(f"{len(packed)} rows are too few for {readers} readers")
+    while epochs is None or place.epoch < epochs:
+        order = np.random.default_rng([seed, place.epoch]).permutation(len(packed))
+        while place.row + readers <= len(packed):
+            row = packed[int(order[place.row + reader])]
+            place = replace(place, row=place.row + readers)
+            yield place, row
+        place = Place(place.epoch + 1)
+
+
+def stack(rows: Sequence[PackedRow], length: int, pad: int = 0) -> dict[str, Any]:
+    """A batch, arrays [rows, length]: input_ids, position_ids, segment_ids, learned. Padding is a segment of its own, not learned."""
+    import numpy as np
+
+    shape = (len(rows), length)
+    batch = {"input_ids": np.full(shape, pad, np.int64), "position_ids": np.zeros(shape, np.int64), "segment_ids": np.full(shape, -1, np.int64), "learned": np.zeros(shape, bool)}
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        for name, values in (("input_ids", row.ids), ("position_ids", row.positions), ("segment_ids", row.segments), ("learned", row.learned)):
+            batch[name][i, :n] = values
+        batch["position_ids"][i, n:] = np.arange(length - n)
+    return batch
+
+
+def map_shard(path: Path) -> dict[str, Any]:
+    """The tensors of a shard, mapped. DataError for a file that is cut short or of another kind."""
+    import numpy as np
+
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            begin = 8 + int.from_bytes(stream.read(8), "little")
+            if not 8 < begin <= size:
+                raise ValueError("its header is cut short")
+            header: dict[str, Any] = json.loads(stream.read(begin - 8))
+        header.pop("__metadata__", None)
+        whole = np.memmap(path, np.uint8, "r")
+        tensors = {}
+        for name, entry in header.items():
+            low, high = (begin + at for at in entry["data_offsets"])
+            if high > size:
+                raise ValueError(f"it is cut short: {size:,} bytes, {high:,} expected")
+            tensors[name] = whole[low:high].view(TYPES[entry["dtype"]])
+        if missing := {"tokens", "rows", "pieces", "origins"} - set(tensors):
+            raise ValueError(f"it has no {min(missing)!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: is no shard of packed tokens ({error}); make it again with the stage data.pack") from None
+    return tensors

@@ -1,0 +1,144 @@
+"""Work in parts: planned from the input alone, each done once, put together in order.
+
+A part writes into a folder of its own in scratch and leaves a summary last, so that a killed run goes on with the parts that are missing,
+and the bytes of the result do not depend on how many workers there were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmworks.core.artifact import Dataset
+from llmworks.core.context import Context
+from llmworks.core.documents import COLUMNS, open_shard, read_tables, shard_files, table_documents
+from llmworks.core.types import Document, Json
+
+PART_BYTES = 8 << 20
+SUMMARY = "summary.json"
+Part = TypeVar("Part")
+Work = Callable[[Part, Path], Json]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Row groups `first` up to `last` of one shard; `row` is the place of their first document in the data set."""
+
+    file: Path
+    first: int
+    last: int
+    row: int
+    rows: int
+
+    def tables(self, columns: tuple[str, ...] = COLUMNS) -> Iterator[Any]:
+        """The row groups as tables."""
+        return read_tables(self.file, self.first, self.last, columns)
+
+    def documents(self) -> Iterator[Document]:
+        """The documents."""
+        for table in self.tables():
+            yield from table_documents(table)
+
+
+def spans(dataset: Dataset, part_bytes: int = PART_BYTES) -> list[Span]:
+    """A data set of documents as parts of about `part_bytes`. DataError when it is none."""
+    return file_spans(shard_files(dataset), open_shard, part_bytes)
+
+
+def file_spans(files: Sequence[Path], open_file: Callable[[Path], Any], part_bytes: int = PART_BYTES) -> list[Span]:
+    """Parquet files as parts of about `part_bytes`."""
+    found: list[Span] = []
+    row = 0
+    for file in files:
+        with open_file(file) as opened:
+            groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
+        first = size = rows = 0
+        for index, group in enumerate(groups, 1):
+            size += group.total_byte_size
+            rows += group.num_rows
+            if size >= part_bytes or index == len(groups):
+                found.append(Span(file, first, index, row, rows))
+                row, first, size, rows = row + rows, index, 0, 0
+    return found
+
+
+@dataclass(frozen=True)
+class Done:
+    """What all parts made: their folders and summaries, in the parts' order."""
+
+    folders: list[Path]
+    summaries: list[Json]
+
+    def total(self, key: str) -> Counter[str]:
+        """The sum of the counts that each summary has under `key`."""
+        counts: Counter[str] = Counter()
+        for summary in self.summaries:
+            counts.update(summary.get(key, {}))
+        return counts
+
+    def sum(self, key: str) -> int:
+        """The sum of the numbers that each summary has under `key`."""
+        return sum(summary.get(key, 0) for summary in self.summaries)
+
+    def gather(self, out: Path) -> None:
+        """Put what the parts made into `out`: shards numbered on, also those in folders of a part, side files joined.
+
+        Files are linked, not moved: a run that is killed here finds its parts whole.
+        """
+        numbers: Counter[str] = Counter()
+        for folder in self.folders:
+            for file in sorted(folder.rglob("*")):
+                if file.suffix == ".jsonl":
+                    with file.open("rb") as part, (out / file.name).open("ab") as whole:
+                        shutil.copyfileobj(part, whole)
+                elif file.suffix == ".parquet":
+                    below = file.parent.relative_to(folder)
+                    target = out / below / f"part-{numbers[str(below)]:05d}.parquet"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    numbers[str(below)] += 1
+                    link(file, target)
+
+
+def link(file: Path, target: Path) -> None:
+    """Put a file in a second place, without its bytes being written twice where that can be."""
+    try:
+        target.hardlink_to(file)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(file, target)
+
+
+def work(ctx: Context, label: str, function: Work[Part], parts: Sequence[Part]) -> Done:
+    """Do every part that is not done yet, on the context's pool.
+
+    `function(part, folder)` is a module's own function or a partial of one, and returns a JSON object.
+    """
+    plan = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]  # parts planned otherwise are not these parts
+    folders = [ctx.scratch / f"{label}-{plan}" / f"{i:06d}" for i in range(len(parts))]
+    left = [i for i, folder in enumerate(folders) if not (folder / SUMMARY).exists()]
+    if len(left) < len(parts):
+        ctx.progress.say(f"{label}: goes on, {len(parts) - len(left)} of {len(parts)} parts were done before")
+    with ctx.progress.bar(label, len(parts), "parts") as bar:
+        bar.resume(len(parts) - len(left))
+        for _ in ctx.pool.map(partial(_do, function), [(parts[i], folders[i]) for i in left]):
+            bar.advance()
+    return Done(folders, [json.loads((folder / SUMMARY).read_text(encoding="utf-8")) for folder in folders])
+
+
+def _do(function: Work[Part], unit: tuple[Part, Path]) -> None:
+    part, folder = unit
+    if (folder / SUMMARY).exists():  # done by a pool that was lost before it could say so
+        return
+    if folder.exists():  # cut off before
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    summary = function(part, folder)
+    draft = folder / (SUMMARY + ".tmp")
+    draft.write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+    draft.rename(folder / SUMMARY)

@@ -1,0 +1,103 @@
+"""Rows of raw files as JSON objects, one at a time: JSONL, JSON, Parquet, Arrow, CSV, compressed or not, one file or a directory of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from llmworks.core.documents import Unusable
+from llmworks.core.errors import DataError
+from llmworks.core.types import Json
+from llmworks.data.readers.source import BROKEN, expand, find_files, seekable, source
+from llmworks.data.readers.tables import lines, plain
+from llmworks.data.store.jsonl import Rejected
+
+LIMIT = 64 << 20  # bytes of one row
+EXPANDED = 1 << 36
+KNOWN = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+
+
+def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
+    """(file, number of the row from 1, row). Rows that are none are set aside. DataError for a file of no known kind, or none at all."""
+    count = 0
+    for file in find_files(path):
+        if file.name in ("README.md", "rejected.jsonl", "dataset_info.json", "state.json", "LICENSE"):
+            continue
+        if file.stat().st_size == 0:
+            raise DataError(f"{file}: is empty")
+        for item in expand(source(path, file), EXPANDED):
+            if isinstance(item, Unusable):
+                rejected.add(item.file, item.line, item.reason, item.text)
+                continue
+            if item.suffix not in KNOWN:
+                raise DataError(f"{item.name}: conversations are read from {', '.join(KNOWN)}, compressed or not")
+            count += 1
+            for number, row in _rows(item, rejected):
+                if isinstance(row, dict):
+                    yield item.name, number, row
+                else:
+                    rejected.add(item.name, number, "not a JSON object", row)
+    if not count:
+        raise DataError(f"{path}: has no file of conversations ({', '.join(KNOWN)})")
+
+
+def _rows(item: Any, rejected: Rejected) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+
+    try:
+        if item.suffix in (".jsonl", ".ndjson"):
+            with item.open() as stream:
+                yield from _json_lines(stream, item.name, rejected)
+        elif item.suffix == ".json":
+            with item.open() as stream:
+                value = json.load(stream)
+            yield from enumerate(value if isinstance(value, list) else [value], 1)
+        elif item.suffix in (".csv", ".tsv"):
+            with item.open() as stream:
+                table = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), dialect="excel-tab" if item.suffix == ".tsv" else "excel", strict=True)
+                yield from enumerate(table, 1)
+        else:
+            with seekable(item) as stream:
+                yield from enumerate((without_nulls(row) for batch in _batches(stream, item.suffix) for row in batch.to_pylist()), 1)
+    except (ValueError, csv.Error, pa.ArrowException, *BROKEN) as error:
+        raise DataError(f"{item.name}: cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+
+
+def _json_lines(stream: IO[bytes], name: str, rejected: Rejected) -> Iterator[tuple[int, Any]]:
+    for number, line in lines(stream, LIMIT):
+        if line is None:
+            rejected.add(name, number, f"longer than {LIMIT >> 20} MB", "")
+        elif line.strip():
+            try:
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors write a byte order mark
+            except UnicodeDecodeError as error:
+                rejected.add(name, number, f"not UTF-8 (byte {error.start})", line.decode("utf-8", "replace"))
+            except (ValueError, RecursionError) as error:
+                rejected.add(name, number, f"not JSON ({error})", line.decode("utf-8"))
+
+
+def _batches(stream: IO[bytes], suffix: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if suffix == ".parquet":
+        with pq.ParquetFile(stream) as table:
+            yield from table.iter_batches(batch_size=256)
+        return
+    try:
+        yield from pa.ipc.open_stream(stream)
+    except pa.ArrowInvalid:
+        stream.seek(0)
+        opened = pa.ipc.open_file(stream)
+        yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
+
+
+def without_nulls(value: Any) -> Any:
+    """A row of a table as plain JSON: a table gives every row every field, empty where the row has none."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else plain(value)

@@ -1,0 +1,75 @@
+"""The rows of evaluation sets as texts, whatever their schema: documents, conversations, or raw JSON rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llmworks.core.artifact import Dataset
+from llmworks.core.documents import read_documents
+from llmworks.core.errors import DataError
+from llmworks.data.store.rows import schema_of
+
+RAW = (".jsonl", ".ndjson", ".json")
+LIMIT = 64 << 20
+
+
+def test_rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """(id, text) of every row; of a conversation all turns and the answer, of a JSON row all its strings.
+
+    Errors: DataError for a data set that is none of these, or has no rows.
+    """
+    count = 0
+    for id, text in _rows(dataset):
+        count += 1
+        yield id, text
+    if not count:
+        raise DataError(f"{dataset.name}: has no rows that could be compared")
+
+
+def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    schema = (dataset.manifest.about.get("schema") if dataset.manifest else None) or schema_of(dataset)
+    parquet = dataset.path.is_dir() and any(dataset.path.glob("*.parquet"))
+    if parquet and schema == "chat":
+        from llmworks.data.store.rows import flat_messages, read_chat
+
+        for row in read_chat(dataset):
+            yield row["id"], "\n".join([*(m.content for m in flat_messages(row) if m.content), *strings(row["answer"])])
+    elif parquet:
+        for document in read_documents(dataset):
+            yield document.id, document.text
+    else:
+        yield from _raw(dataset)
+
+
+def _raw(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    import json
+
+    from llmworks.core.documents import Unusable
+    from llmworks.data.readers.source import expand, find_files, source
+    from llmworks.data.readers.tables import lines
+
+    for file in find_files(dataset.path):
+        for item in expand(source(dataset.path, file), 1 << 30):
+            if isinstance(item, Unusable) or item.suffix not in RAW:
+                raise DataError(f"{file}: rows can be compared from documents, conversations or JSON; make documents with the stage data.read")
+            with item.open() as stream:
+                try:
+                    if item.suffix == ".json":
+                        value = json.load(stream)
+                        rows: list[Any] = value if isinstance(value, list) else [value]
+                    else:
+                        rows = [json.loads(line) for _, line in lines(stream, LIMIT) if line is not None and line.strip()]
+                except ValueError as error:
+                    raise DataError(f"{file}: not JSON ({error})") from None
+            for number, row in enumerate(rows, 1):
+                yield f"{item.name}#{number}", "\n".join(strings(row))
+
+
+def strings(value: Any) -> list[str]:
+    """Every string in a JSON value, keys left out."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in strings(item)] if isinstance(value, list) else []

@@ -1,0 +1,103 @@
+"""Texts as sparse vectors of hashed words and word pairs, and a linear model over them. Fast, and the same on every machine.
+
+Hashing trick: Weinberger et al. 2009. Values are square roots of counts, rows have unit length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmworks.data.text.hashing import Array, Hashed, hash_words, shingles
+
+BITS = 20  # features: 2**BITS
+CHARACTERS = 20_000  # of a text that are looked at
+
+
+def features(column: Any) -> Any:
+    """A CSR matrix [texts, 2**BITS] of a string column."""
+    import pyarrow.compute as pc
+    from scipy.sparse import vstack
+
+    return vstack([_rows(words) for words in hash_words(pc.utf8_slice_codeunits(column, 0, CHARACTERS))], format="csr")
+
+
+def _rows(words: Hashed) -> Any:
+    from scipy.sparse import csr_matrix
+
+    pairs = shingles(words, 2)
+    mask = np.uint64((1 << BITS) - 1)
+    owner = np.concatenate((words.owner, pairs.owner)).astype(np.uint64)
+    keys = (owner << np.uint64(BITS)) | (np.concatenate((words.values, pairs.values)) & mask)
+    keys, counts = np.unique(keys, return_counts=True)
+    rows = (keys >> np.uint64(BITS)).astype(np.int64)
+    values = np.sqrt(counts).astype(np.float32)
+    length = np.sqrt(np.bincount(rows, weights=values.astype(np.float64) ** 2, minlength=len(words)))
+    values /= length[rows].astype(np.float32)
+    starts = np.searchsorted(rows, np.arange(len(words) + 1))
+    return csr_matrix((values, (keys & mask).astype(np.int32), starts), shape=(len(words), 1 << BITS))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Logistic regression: the chance that a text is of the good kind."""
+
+    weights: Array
+    bias: float
+
+    def chances(self, column: Any) -> Array:
+        """A number between 0 and 1 for every text."""
+        return chances(self, features(column))
+
+    def save(self, path: Path) -> None:
+        """Write it to a file."""
+        np.savez(path, weights=self.weights, bias=self.bias)
+
+    @staticmethod
+    def load(path: Path) -> Linear:
+        """Read it from a file."""
+        with np.load(path) as saved:
+            return Linear(saved["weights"], float(saved["bias"]))
+
+
+def chances(model: Linear, matrix: Any) -> Array:
+    """The logistic function of a matrix of features under the model."""
+    found: Array = 1 / (1 + np.exp(-(matrix @ model.weights + model.bias)))
+    return found
+
+
+def fit(matrix: Any, labels: Array, strength: float, seed: int) -> Linear:
+    """Logistic regression with an L2 penalty (scikit-learn); classes weigh the same whatever their size."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=300, random_state=seed)
+    model.fit(matrix, labels)
+    return Linear(model.coef_[0].astype(np.float32), float(model.intercept_[0]))
+
+
+def telling(model: Linear, texts: list[str], count: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """(what speaks most for the good kind, most against it) among the words and pairs of some texts."""
+    import re
+
+    import pyarrow as pa
+
+    known: dict[str, int] = {}
+    for text in texts:
+        words = re.findall(r"[0-9a-z\x80-\U0010ffff]+", text[:CHARACTERS].lower())
+        for term in (*words, *(f"{a} {b}" for a, b in pairwise(words))):
+            known[term] = known.get(term, 0) + 1
+    terms = [term for term, n in known.items() if n >= 5]
+    column = pa.array(terms)
+    weights: list[float] = []
+    mask = np.uint64((1 << BITS) - 1)
+    for block in hash_words(column):
+        pairs = shingles(block, 2)
+        for i in range(len(block)):
+            numbers = block[i] if len(block[i]) == 1 else pairs[i]
+            weights.append(float(model.weights[int(numbers[0] & mask)]) if len(numbers) else 0.0)
+    ranked = sorted(zip(terms, weights, strict=True), key=lambda item: (-item[1], item[0]))
+    return ranked[:count], ranked[::-1][:count]

@@ -1,0 +1,128 @@
+"""What word vectors know: do words that people find alike have like vectors (a rank correlation), and is king - man + woman queen?
+
+WordSim353 (Finkelstein et al. 2002), SimLex999 (Hill et al. 2015), analogies (Mikolov et al. 2013, by 3CosAdd). Knows no training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmworks.core.errors import DataError
+
+BATCH = 512
+FEW = 10  # pairs below which an interval says nothing
+Vector = Callable[[str], Any]  # a word's vector, or None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two words, and how alike people find them."""
+
+    rows: list[tuple[str, str, float]]
+
+
+@dataclass(frozen=True)
+class Analogies:
+    """a is to b as c is to d, by section."""
+
+    sections: dict[str, list[tuple[str, str, str, str]]] = field(default_factory=dict)
+
+
+def read(path: Path, *, lowercase: bool = True) -> Pairs | Analogies:
+    """The test in a file: lines of two words and a number, or of four words below `: section`. Lines that begin with # are left out. DataError for others."""
+    files = [path] if path.is_file() else sorted(p for p in path.glob("[!.]*.t*") if p.is_file())
+    if len(files) != 1:
+        raise DataError(f"{path}: holds {len(files)} text files, a test of words is one")
+    try:
+        lines = files[0].read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{files[0]}: is not UTF-8 (byte {error.start})") from None
+    pairs: list[tuple[str, str, float]] = []
+    analogies = Analogies()
+    section = "all"
+    for number, line in enumerate(lines, 1):
+        words = (line.lower() if lowercase else line).split("\t" if "\t" in line else None)
+        if not words or line.startswith("#"):
+            continue
+        if line.startswith(":"):
+            section = line[1:].strip()
+        elif len(words) == 4 and not pairs:
+            analogies.sections.setdefault(section, []).append((words[0], words[1], words[2], words[3]))
+        elif len(words) == 3 and not analogies.sections and _number(words[2]):
+            pairs.append((words[0], words[1], float(words[2])))
+        else:
+            raise DataError(f"{files[0]}: line {number} is neither two words and a number nor four words ({line[:40]!r})")
+    if not pairs and not analogies.sections:
+        raise DataError(f"{files[0]}: holds no test of words")
+    return Pairs(pairs) if pairs else analogies
+
+
+def _number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A score with its 95 % interval, and of how many questions it answered how many."""
+
+    score: float
+    low: float
+    high: float
+    answered: int
+    questions: int
+
+
+def likeness(test: Pairs, vector: Vector) -> Found:
+    """Spearman's rank correlation of people's scores and cosines, over pairs of which both words have a vector. Of 10 pairs or more, interval by Fisher's z (Bonett & Wright 2000)."""
+    from scipy.stats import spearmanr
+
+    known = [(vector(a), vector(b), score) for a, b, score in test.rows]
+    known = [(a, b, score) for a, b, score in known if a is not None and b is not None]
+    if len(known) < 4 or len({score for *_, score in known}) == 1:  # no rank correlation
+        return Found(math.nan, math.nan, math.nan, len(known), len(test.rows))
+    cosines = [float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) or 1)) for a, b, _ in known]
+    r = float(spearmanr([score for *_, score in known], cosines).statistic)
+    z, wide = math.atanh(max(-0.999999, min(0.999999, r))), 1.96 * math.sqrt((1 + r * r / 2) / (len(known) - 3))
+    low, high = (math.tanh(z - wide), math.tanh(z + wide)) if len(known) >= FEW else (math.nan, math.nan)
+    return Found(r, low, high, len(known), len(test.rows))
+
+
+def solve(test: Analogies, words: dict[str, int], table: Any) -> dict[str, Found]:
+    """Accuracy by section, and of "all": the word whose vector is nearest to b - a + c, none of the three; over questions whose words have a row in `table`.
+
+    table: [words, dimensions], lengths of any size; lengths are made one first.
+    """
+    unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    found: dict[str, Found] = {}
+    right_of_all = answered = asked = 0
+    for section, rows in test.sections.items():
+        known = np.array([[words[w] for w in row] for row in rows if all(w in words for w in row)], dtype=np.int64).reshape(-1, 4)
+        right = 0
+        for start in range(0, len(known), BATCH):
+            a, b, c, d = known[start : start + BATCH].T
+            fits = (unit[b] - unit[a] + unit[c]) @ unit.T
+            at = np.arange(len(a))
+            for given in (a, b, c):
+                fits[at, given] = -np.inf
+            right += int((fits.argmax(1) == d).sum())
+        found[section] = _share(right, len(known), len(rows))
+        right_of_all, answered, asked = right_of_all + right, answered + len(known), asked + len(rows)
+    return {"all": _share(right_of_all, answered, asked), **{name: f for name, f in found.items() if name != "all"}}
+
+
+def _share(right: int, answered: int, asked: int) -> Found:
+    """A share with Wilson's interval."""
+    if not answered:
+        return Found(math.nan, math.nan, math.nan, 0, asked)
+    p, z = right / answered, 1.96
+    middle, wide = p + z * z / (2 * answered), z * math.sqrt(p * (1 - p) / answered + z * z / (4 * answered**2))
+    return Found(p, (middle - wide) / (1 + z * z / answered), (middle + wide) / (1 + z * z / answered), answered, asked)

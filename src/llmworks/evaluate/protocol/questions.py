@@ -1,0 +1,293 @@
+"""Rows as questions: templates filled, worked examples in front, options and right answers known. Plain text or turns; knows no tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import DataError, UserError
+from llmworks.core.types import Message
+from llmworks.data.readers.source import find_files
+from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.raw_rows import raw_rows
+from llmworks.data.store.rows import flat_messages, read_chat
+from llmworks.evaluate.protocol.task import Task
+from llmworks.evaluate.protocol.templates import listed, text, value
+
+Row = dict[str, Any]
+NAMES = ("id", "task_id", "question_id", "key")  # fields that name a row
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row, ready to be asked: as plain texts or as turns (several where the options differ before the answer), and what is right.
+
+    `options`: what is scored after the prompt, `choices`: the same as the task names them; `gold`: places of the right choices; `references`: right
+    answers as text; `row`: what score functions read.
+    """
+
+    id: str
+    row: Row
+    group: str
+    shown: str
+    plain: tuple[str, ...] = ()
+    turns: tuple[tuple[Message, ...], ...] = ()
+    prefix: str = ""
+    options: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    gold: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+
+
+def read_rows(task: Task, data: Dataset, split: str) -> list[Row]:
+    """All rows, each with an `id` of its own. DataError when there are none, or one cannot be read: scores of a part would not be comparable."""
+    if task.rows == "chat":
+        rows = read_chat(data)
+    else:
+        rejected = Rejected()
+        rows = [row for file in _files(data.path, split) for _, _, row in raw_rows(file, rejected)]
+        if rejected.rows:
+            first = rejected.rows[0]
+            raise DataError(f"{data.name}: {len(rejected.rows)} rows cannot be read, the first in {first['file']}:{first['line']}: {first['reason']}")
+        rows = _with_ids(rows)
+    if not rows:
+        raise DataError(f"{data.name}: has no rows")
+    return rows
+
+
+def kept(task: Task, rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows that the task is for. DataError when there are none."""
+    found = [row for row in rows if text(task.only, row).strip() not in ("", "False", "0", "None")] if task.only else list(rows)
+    if not found:
+        raise DataError(f"{name}: none of the {len(rows)} rows is for the task {task.name!r} (`only`: {task.only})")
+    return found
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    if not split or path.is_file():
+        return [path]
+    found = [file for file in find_files(path) if file.name.split(".")[0].split("-")[0] == split]
+    if not found:
+        raise DataError(f"{path}: has no file of the split {split!r} ({split}.jsonl, {split}-00000-of-00001.parquet)")
+    return found
+
+
+def _with_ids(rows: list[Row]) -> list[Row]:
+    """Rows with an id: the one that they have where it is theirs alone, else their number."""
+    for name in NAMES:
+        ids = [str(row[name]) for row in rows if isinstance(row.get(name), (str, int))]
+        if len(ids) == len(rows) == len(set(ids)):
+            return [{**row, "id": id} for row, id in zip(rows, ids, strict=True)]
+    return [{**row, "id": str(number)} for number, row in enumerate(rows, 1)]
+
+
+def one_side(rows: Sequence[Row], side: str, task: Task) -> list[Row]:
+    """One half of the rows, by what they say and not by their ids or order; rows of one group, and rows that say the same, are on one side."""
+    if side == "all":
+        return list(rows)
+    found = [row for row in rows if side_of(row, text(task.group, row)) == side]
+    if not found:
+        raise DataError(f"none of the {len(rows)} rows is on the side {side!r}; there are too few to be divided")
+    return found
+
+
+def side_of(row: Row, group: str) -> str:
+    """ "practice" or "test"."""
+    said = group or json.dumps({k: v for k, v in row.items() if k not in NAMES}, sort_keys=True, default=str)
+    return "practice" if hashlib.sha256(" ".join(said.lower().split()).encode()).digest()[0] % 2 else "test"
+
+
+def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool: bool) -> list[Question]:
+    """All rows as questions. `pool`: where worked examples come from; `same_pool`: it is the rows themselves, so that none is its own example.
+
+    Errors: UserError for too few examples; DataError for a row without a right answer, or that does not fit a template.
+    """
+    draw = _Draw(task, pool, same_pool)
+    conversations = task.rows == "chat" and not task.question
+    return [_chat_question(task, row, draw) if conversations else _question(task, row, draw) for row in rows]
+
+
+def says_the_same(one: Row, other: Row) -> bool:
+    """Whether two rows are the same but for their names: neither may be the other's example."""
+    return one is other or {k: v for k, v in one.items() if k not in NAMES} == {k: v for k, v in other.items() if k not in NAMES}
+
+
+class _Draw:
+    """Draws worked examples. `each` draws as the lm-evaluation-harness does: one generator over all questions, one more row where its own may be among them."""
+
+    def __init__(self, task: Task, pool: Sequence[Row], same_pool: bool) -> None:
+        self.task, self.shots = task, task.shots
+        self.extra = same_pool and not self.shots.rows  # a row's own may be drawn
+        self.random = random.Random(self.shots.seed)
+        self.pools: dict[str, list[Row]] = {}
+        self.drawn: dict[str, list[Row]] = {}
+        for row in (self.shots.rows or pool) if self.shots.count else ():
+            self.pools.setdefault(self._group(row), []).append(row)
+
+    def _group(self, row: Row) -> str:
+        return text(self.task.group, row) if self.shots.same_group else ""
+
+    def examples(self, row: Row) -> list[Row]:
+        """Examples for a row. UserError when there are too few."""
+        if not self.shots.count:
+            return []
+        group, count = self._group(row), self.shots.count + self.extra
+        pool = self.pools.get(group, [])
+        if len(pool) < count:
+            where = f" of the group {group!r}" if self.shots.same_group else ""
+            raise UserError(f"shots is {self.shots.count}, but there are {len(pool)} rows{where} to take examples from" + (", the one that is asked among them" if self.extra else ""))
+        if self.shots.choose == "each":
+            found, more = self.random.sample(pool, count), self.random
+        else:
+            if group not in self.drawn:
+                self.drawn[group] = pool[:count] if self.shots.choose == "first" else random.Random(self.shots.seed).sample(pool, count)
+            found, more = self.drawn[group], random.Random(self.shots.seed)
+        kept = [other for other in found if not says_the_same(other, row)][: self.shots.count]
+        if len(kept) == self.shots.count:
+            return kept
+        rest = [other for other in pool if not says_the_same(other, row)]
+        if len(rest) < self.shots.count:
+            raise UserError(f"shots is {self.shots.count}, but only {len(rest)} rows to take examples from say something else than row {row['id']!r}")
+        if self.shots.choose == "each":
+            return more.sample(rest, self.shots.count)
+        unused = [other for other in rest if other not in kept]
+        return kept + (unused[: self.shots.count - len(kept)] if self.shots.choose == "first" else more.sample(unused, self.shots.count - len(kept)))
+
+
+def _question(task: Task, row: Row, draw: _Draw) -> Question:
+    if task.kind == "perplexity":
+        body = text(task.question, row)
+        if not body:
+            raise DataError(f"row {row['id']!r}: has no text")
+        return Question(row["id"], row, text(task.group, row), body, plain=(body,))
+    examples = draw.examples(row)
+    contexts = listed(task.contexts, row) if task.contexts else [text(task.question, row)]
+    prefix = text(task.prefix, row)
+    choices = listed(task.choices, row) if task.choices else contexts
+    right = value(task.answer, row)
+    gold = gold_places(row, placed(task, row, right), choices) if task.kind == "choice" else ()
+    references = tuple(choices[i] for i in gold) if gold else _references(right)
+    if task.contexts:
+        ending = text(task.question, row)
+        options: tuple[str, ...] = (ending,)
+        if not ending:
+            raise DataError(f"row {row['id']!r}: `question` is empty; with `contexts` it is what is scored after each of them")
+    else:
+        options = tuple(choices) if task.kind == "choice" else references if task.kind == "likelihood" else ()
+    shown = contexts[0] if not task.contexts else " | ".join(contexts)
+    scored = row if not isinstance(right, Mapping) else {**row, "answer": right}
+    plain: tuple[str, ...] = ()
+    turns: tuple[tuple[Message, ...], ...] = ()
+    if task.prompt == "plain":
+        front = _front(task, row, examples)
+        plain = tuple(front + context + (_space(task, context, prefix) if prefix else "") + prefix for context in contexts)
+    else:
+        before = _turns(task, row, examples)
+        turns = tuple((*before, Message("user", context)) for context in contexts)
+    return Question(row["id"], scored, text(task.group, row), shown, plain, turns, prefix, options, tuple(choices) if task.kind == "choice" else (), gold, references)
+
+
+def _chat_question(task: Task, row: Row, draw: _Draw) -> Question:
+    before = tuple(m for example in draw.examples(row) for m in _conversation(example))
+    messages = _conversation(row)
+    reference = messages[-1].content
+    description = text(task.description, row)
+    system = (Message("system", description),) if description else ()
+    return Question(row["id"], row, row.get("group") or "", messages[-2].content, turns=((*system, *before, *messages[:-1]),), references=(reference,))
+
+
+def _conversation(row: Row) -> tuple[Message, ...]:
+    try:
+        messages = flat_messages(row)
+    except ValueError as error:
+        raise DataError(f"row {row['id']!r}: {error}") from None
+    if len(messages) < 2 or messages[-1].role != "assistant":
+        raise DataError(f"row {row['id']!r} does not end with an assistant turn, so it has no reference answer")
+    return messages
+
+
+def placed(task: Task, row: Row, right: Any) -> Any:
+    """A right answer; digits that a template writes are a place, whatever the choices are called, as in the lm-evaluation-harness."""
+    written = isinstance(right, str) and isinstance(task.answer, str) and task.answer not in row
+    return int(right) if written and right.isdecimal() and len(right) < 10 else right
+
+
+def gold_places(row: Row, right: Any, choices: Sequence[str]) -> tuple[int, ...]:
+    """Places of the right choices, given as numbers, texts, or a list of either. DataError when one is not among the choices."""
+    out: list[int] = []
+    for item in right if isinstance(right, list) else [right]:
+        number = isinstance(item, int) or (isinstance(item, str) and item.strip().isdecimal() and len(item) < 10)
+        if isinstance(item, str) and item in choices:
+            place = list(choices).index(item)
+        elif number:
+            place = int(item)
+        else:
+            place = -1
+        if not 0 <= place < len(choices):
+            raise DataError(f"row {row['id']!r}: the right answer {str(item)[:60]!r} is not among its {len(choices)} choices")
+        out.append(place)
+    if not out:
+        raise DataError(f"row {row['id']!r}: has no right answer")
+    return tuple(out)
+
+
+def _references(right: Any) -> tuple[str, ...]:
+    if isinstance(right, Mapping):
+        return ()
+    return tuple(str(item) for item in right) if isinstance(right, list) else (str(right),)
+
+
+def _example(task: Task, row: Row) -> tuple[str, str]:
+    """(what is asked, what is answered) of a worked example."""
+    prefix = text(task.prefix, row)
+    if task.contexts:
+        contexts, place = listed(task.contexts, row), gold_places(row, placed(task, row, value(task.answer, row)), listed(task.contexts, row))[0]
+        return contexts[place], _joined(prefix, text(task.question, row), " ")
+    if task.example_answer:
+        answer = text(task.example_answer, row)
+    else:
+        right = value(task.answer, row)
+        if isinstance(right, Mapping):
+            raise UserError(f"{task.name}: worked examples need `example_answer`, since `answer` is made of fields")
+        if task.choices and (task.kind == "choice" or isinstance(right, int)):
+            choices = listed(task.choices, row)
+            right = choices[gold_places(row, placed(task, row, right), choices)[0]]
+        answer = str(right[0] if isinstance(right, list) else right)
+    return text(task.question, row), _joined(prefix, answer, " ")
+
+
+def _front(task: Task, row: Row, examples: Sequence[Row]) -> str:
+    """What stands before the question in a plain prompt."""
+    out = text(task.description, row)
+    for example in examples:
+        asked, answered = _example(task, example)
+        prefix = text(task.prefix, example)
+        out += asked + (_space(task, asked, prefix) if prefix else task.before_answer) + answered + task.between
+    return out
+
+
+def _turns(task: Task, row: Row, examples: Sequence[Row]) -> tuple[Message, ...]:
+    description = text(task.description, row)
+    out = [Message("system", description)] if description else []
+    for example in examples:
+        asked, answered = _example(task, example)
+        out += [Message("user", asked), Message("assistant", answered)]
+    return tuple(out)
+
+
+def _space(task: Task, before: str, after: str) -> str:
+    return "" if not before or before[-1].isspace() or after[0].isspace() else task.before_answer
+
+
+def _joined(first: str, second: str, between: str) -> str:
+    if not first or not second:
+        return first or second
+    return first + second if first[-1].isspace() or second[0].isspace() else first + between + second
+
+

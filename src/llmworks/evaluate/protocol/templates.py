@@ -1,0 +1,91 @@
+"""Fill a task's templates from a row: Jinja as the lm-evaluation-harness has it, in a sandbox. Knows no task and no model."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import regex as expressions
+
+from llmworks.core.errors import DataError
+
+SECONDS = 2.0  # of one regular expression in a template
+NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["regex_replace"] = lambda string, pattern, repl, count=0: expressions.sub(pattern, repl, string, count=count, timeout=SECONDS)
+    return environment
+
+
+@cache
+def _compiled(template: str) -> Any:
+    return _environment().from_string(template)
+
+
+def fill(template: str, row: Mapping[str, Any]) -> Any:
+    """A template filled from a row; the name of a field gives that field's value, of whatever type. DataError naming row and template."""
+    if template in row:
+        if row[template] is None:
+            raise DataError(f"row {row.get('id', '?')!r}: the field {template!r} is null")
+        return row[template]
+    if NAME.fullmatch(template):
+        raise DataError(f"row {row.get('id', '?')!r}: has no field {template!r}; it has {', '.join(sorted(map(str, row)))[:160]}")
+    try:
+        return _compiled(template).render(**row)
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise DataError(f"row {row.get('id', '?')!r}: the template {template[:60]!r} cannot be filled ({' '.join(str(error).split())[:160]})") from None
+
+
+def text(template: str, row: Mapping[str, Any]) -> str:
+    """A template filled as text."""
+    value = fill(template, row) if template else ""
+    return _whole(value if isinstance(value, str) else str(value), row)
+
+
+def _whole(text: str, row: Mapping[str, Any]) -> str:
+    """A text that can be written as UTF-8. DataError for half a character, as broken exports have them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"row {row.get('id', '?')!r}: has half of a surrogate pair, which is no character") from None
+    return text
+
+
+def listed(template: str | list[str], row: Mapping[str, Any]) -> list[str]:
+    """A list of texts: given, a field of the row, or the Python or JSON list that a template writes. DataError for anything else."""
+    if isinstance(template, list):
+        return template
+    value = fill(template, row)
+    value = _literal(value) if isinstance(value, str) else value
+    if not isinstance(value, list) or not value or not all(isinstance(v, (str, int, float)) for v in value):
+        raise DataError(f"row {row.get('id', '?')!r}: {template[:60]!r} gives no list of texts, but {str(value)[:60]!r}")
+    return [_whole(str(v), row) for v in value]
+
+
+def value(template: Any, row: Mapping[str, Any]) -> Any:
+    """A template filled, lists and digits read as such; of a mapping all its templates."""
+    if isinstance(template, dict):
+        return {key: value(item, row) if isinstance(item, dict) else fill(item, row) if isinstance(item, str) else item for key, item in template.items()}
+    if not isinstance(template, str):
+        return template
+    found = fill(template, row) if template else ""
+    if isinstance(found, str) and template not in row and len(found) >= 2 and found[0] == "[" and found[-1] == "]":
+        read = _literal(found)
+        return read if isinstance(read, list) else found
+    return found
+
+
+def _literal(written: str) -> Any:
+    try:
+        return ast.literal_eval(written)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return written

@@ -1,0 +1,49 @@
+"""What people said of answers: rows of {id, label}, with `rater` where several people judged. Knows no judge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import DataError
+from llmworks.data.store.jsonl import Rejected
+from llmworks.data.store.raw_rows import raw_rows
+from llmworks.evaluate.statistics.agreement import majority
+from llmworks.score.judge import BEST
+
+
+def read_labels(data: Dataset, known: set[str], *, pairs: bool) -> dict[str, Any]:
+    """By sample a verdict A, B or C, or a grade brought to 0 to 1; of several raters the majority, or the mean.
+
+    Errors: DataError for a label of another form, of an unknown sample, or two of one rater for one sample.
+    """
+    rejected = Rejected()
+    given: dict[str, dict[str, Any]] = {}
+    for file, number, row in raw_rows(data.path, rejected):
+        where = f"{data.name}: {file} row {number}"
+        id, rater = str(row.get("id", "")), str(row.get("rater") or "")
+        if id not in known:
+            raise DataError(f"{where}: the id {id!r} is no sample of this evaluation")
+        if rater in given.get(id, {}):
+            raise DataError(f"{where}: {f'{rater!r} labels' if rater else 'there are two labels for'} the sample {id!r}{' twice' if rater else ''}; name the `rater` where several people judged")
+        given.setdefault(id, {})[rater] = _label(row.get("label"), where, pairs=pairs)
+    if rejected.rows:
+        raise DataError(f"{data.name}: {len(rejected.rows)} rows cannot be read, the first: {rejected.rows[0]['reason']}")
+    if not given:
+        raise DataError(f"{data.name}: has no labels")
+    return {id: majority(list(votes.values())) if pairs else sum(votes.values()) / len(votes) for id, votes in given.items()}
+
+
+def _label(value: Any, where: str, *, pairs: bool) -> Any:
+    if pairs:
+        letter = {"TIE": "C"}.get(str(value).strip().upper(), str(value).strip().upper())
+        if letter not in ("A", "B", "C"):
+            raise DataError(f"{where}: the label {value!r} is none of A, B, C (a tie)")
+        return letter
+    try:
+        grade = float(value)
+    except (TypeError, ValueError):
+        grade = 0.0
+    if not 1 <= grade <= BEST:
+        raise DataError(f"{where}: the label {value!r} is no grade from 1 to {BEST}")
+    return (grade - 1) / (BEST - 1)

@@ -1,0 +1,213 @@
+"""What samples are worth: each metric turns a sample into a few numbers, and the sums of those numbers into its value.
+
+That form holds for means, ratios (perplexity) and corpus scores (BLEU) alike, so that all can be resampled. Knows no engine and no file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import regex as expressions
+
+from llmworks.core.errors import UserError
+from llmworks.evaluate.protocol.task import Kind, Measure
+from llmworks.score.rouge import rouge_l, rouge_n, words
+
+Numbers = tuple[float, ...]
+SECONDS = 2.0  # of one pattern on one text
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an engine found of a question's options: log-probabilities in nats, the options' texts, the places of the right ones."""
+
+    logprobs: Sequence[float]
+    choices: Sequence[str]
+    gold: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Log-probability in nats of a given text, its tokens, whether greedy decoding writes it, and the text."""
+
+    logprob: float
+    tokens: int
+    greedy: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """Answers that were written to one question, after extraction, the references, and what each score function said of every answer."""
+
+    answers: Sequence[str]
+    references: Sequence[str]
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`numbers` of one sample are summed over samples; `value` is of the sums, an array [..., numbers]."""
+
+    name: str
+    numbers: Callable[[Any], Numbers]
+    value: Callable[[Any], Any]
+    better: Literal["higher", "lower"] = "higher"
+    percent: bool = True  # between 0 and 1, shown in percent
+    corpus: bool = field(default=False)  # not a mean over samples
+
+
+def mean(name: str, of: Callable[[Any], float], **more: Any) -> Metric:
+    """A metric that is the mean of a value of every sample."""
+    return Metric(name, lambda sample: (float(of(sample)), 1.0), lambda sums: sums[..., 0] / sums[..., 1], **more)
+
+
+# options by log-probability
+
+
+def _right(sample: Choice, lengths: Sequence[float]) -> float:
+    scaled = [logprob / length for logprob, length in zip(sample.logprobs, lengths, strict=True)]
+    return float(scaled.index(max(scaled)) in sample.gold)
+
+
+def _brier(sample: Choice) -> float:
+    top = max(sample.logprobs)
+    weights = [math.exp(logprob - top) for logprob in sample.logprobs]
+    return sum((weight / sum(weights) - (i in sample.gold) / len(sample.gold)) ** 2 for i, weight in enumerate(weights))
+
+
+CHOICE = {
+    "acc": mean("acc", lambda s: _right(s, [1.0] * len(s.choices))),
+    "acc_norm": mean("acc_norm", lambda s: _right(s, [max(1, len(c)) for c in s.choices])),
+    "acc_bytes": mean("acc_bytes", lambda s: _right(s, [max(1, len(c.encode())) for c in s.choices])),
+    "brier_score": mean("brier_score", _brier, better="lower", percent=False),
+}
+
+
+# given text
+
+
+def _ratio(name: str, below: Callable[[Text], float], value: Callable[[Any], Any]) -> Metric:
+    return Metric(name, lambda s: (-s.logprob, float(below(s))), lambda sums: value(sums[..., 0] / sums[..., 1]), better="lower", percent=False, corpus=True)
+
+
+def _exp(nats: Any) -> Any:
+    import numpy as np
+
+    return np.exp(nats)
+
+
+LIKELIHOOD = {"acc": mean("acc", lambda s: float(s.greedy)), "perplexity": _ratio("perplexity", lambda s: 1.0, _exp)}
+PERPLEXITY = {
+    "bits_per_byte": _ratio("bits_per_byte", lambda s: len(s.text.encode()), lambda nats: nats / math.log(2)),
+    "byte_perplexity": _ratio("byte_perplexity", lambda s: len(s.text.encode()), _exp),
+    "word_perplexity": _ratio("word_perplexity", lambda s: len(re.split(r"\s+", s.text)), _exp),
+    "token_perplexity": _ratio("token_perplexity", lambda s: s.tokens, _exp),
+}
+
+
+# written text
+
+
+def exact_match(measure: Measure, said: str, reference: str) -> float:
+    """1 when both are the same, but for what is ignored, in this order: patterns, case, punctuation (as Hugging Face's `evaluate`)."""
+    return float(_plain(measure, said) == _plain(measure, reference))
+
+
+def _plain(measure: Measure, said: str) -> str:
+    for pattern in measure.ignore:
+        try:
+            said = expressions.sub(pattern, "", said, timeout=SECONDS)
+        except TimeoutError:
+            return ""
+    said = said.lower() if measure.ignore_case else said
+    return said.translate(str.maketrans("", "", string.punctuation)) if measure.ignore_punctuation else said
+
+
+def f1(said: str, reference: str) -> float:
+    """Overlap of words, without articles, case and punctuation (SQuAD, Rajpurkar et al. 2016)."""
+    given, wanted = (re.sub(r"\b(a|an|the)\b", " ", re.sub(f"[{re.escape(string.punctuation)}]", "", t.lower())).split() for t in (said, reference))
+    same = sum((Counter(given) & Counter(wanted)).values())
+    return float(given == wanted) if not given or not wanted else 2 * same / (len(given) + len(wanted))
+
+
+def pass_at(n: int, right: int, k: int) -> float:
+    """Chance that one of k tries is right, unbiased, from n tries of which some were (Chen et al. 2021, arXiv:2107.03374, equation 1)."""
+    return 1.0 if n - right < k else 1.0 - math.prod(1.0 - k / i for i in range(n - right + 1, n + 1))
+
+
+def _best(of: Callable[[str, str], float]) -> Callable[[Written], float]:
+    """The mean over answers of the best over references."""
+    return lambda s: sum(max(of(answer, reference) for reference in s.references) for answer in s.answers) / len(s.answers)
+
+
+@cache
+def _sacre(name: str) -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu.metrics.ter import TER
+
+    return BLEU() if name == "bleu" else TER() if name == "ter" else CHRF(word_order=2 if name == "chrf++" else 0)
+
+
+def _corpus(name: str) -> Metric:
+    """A corpus score of sacrebleu (Post 2018), from its own counts of each sample. 0 to 100."""
+
+    def numbers(sample: Written) -> Numbers:
+        (counts,) = _sacre(name)._extract_corpus_statistics([sample.answers[0]], [[reference] for reference in sample.references])
+        return tuple(float(count) for count in counts)
+
+    def value(sums: Any) -> Any:
+        import numpy as np
+
+        return np.apply_along_axis(lambda row: _sacre(name)._compute_score_from_stats(list(row)).score, -1, sums)
+
+    return Metric(name, numbers, value, better="lower" if name == "ter" else "higher", percent=False, corpus=True)
+
+
+def _rouge(n: int) -> Callable[[str, str], float]:
+    return lambda said, reference: rouge_n(words(said), words(reference), n) if n else rouge_l(words(said), words(reference))
+
+
+WRITTEN: dict[str, Callable[[Measure], Metric]] = {
+    "exact_match": lambda m: mean("exact_match", _best(lambda said, reference: exact_match(m, said, reference))),
+    "contains": lambda m: mean("contains", _best(lambda said, reference: float(reference.strip().lower() in said.lower()))),
+    "f1": lambda m: mean("f1", _best(f1)),
+    "rouge1": lambda m: mean("rouge1", _best(_rouge(1))), "rouge2": lambda m: mean("rouge2", _best(_rouge(2))), "rougeL": lambda m: mean("rougeL", _best(_rouge(0))),
+    "bleu": lambda m: _corpus("bleu"), "chrf": lambda m: _corpus("chrf"), "chrf++": lambda m: _corpus("chrf++"), "ter": lambda m: _corpus("ter"),
+}  # fmt: skip
+GIVEN: dict[Kind, Mapping[str, Metric]] = {"choice": CHOICE, "likelihood": LIKELIHOOD, "perplexity": PERPLEXITY}
+
+
+def check_measure(kind: Kind, measure: Measure, task: str) -> None:
+    """UserError for a metric that a kind of task does not have."""
+    from llmworks.score import SCORES
+
+    known = sorted([*WRITTEN, *SCORES, "pass_at"] if kind == "generate" else GIVEN[kind])
+    if measure.name not in known:
+        raise UserError(f"{task}: a task of kind {kind} has no metric {measure.name!r}; known: {', '.join(known)}")
+    if measure.name == "pass_at" and measure.of not in SCORES:
+        raise UserError(f"{task}: pass_at needs `of`, the score function that says which try is right; known: {', '.join(sorted(SCORES))}")
+
+
+def score_functions(measures: Sequence[Measure]) -> list[str]:
+    """The score functions that these metrics are made of."""
+    return list(dict.fromkeys(m.of if m.name == "pass_at" else m.name for m in measures if m.name not in WRITTEN))
+
+
+def metric_of(kind: Kind, measure: Measure) -> Metric:
+    """The metric that a task names; score functions, which a task's samples carry, are means of what they said."""
+    if kind != "generate":
+        return GIVEN[kind][measure.name]
+    if measure.name in WRITTEN:
+        return WRITTEN[measure.name](measure)
+    if measure.name == "pass_at":
+        return mean(f"pass@{measure.k}", lambda s: pass_at(len(s.scores[measure.of]), sum(score == 1.0 for score in s.scores[measure.of]), measure.k))
+    return mean(measure.name, lambda s: sum(s.scores[measure.name]) / len(s.scores[measure.name]))

@@ -1,0 +1,91 @@
+"""Ratings from votes between two: Bradley-Terry by maximum likelihood, with a covariate for style, and Elo. Pure functions on numbers.
+
+Sources: Bradley & Terry 1952; Elo 1978; Chiang et al. 2024, Chatbot Arena (arXiv:2403.04132), section 5, and its style control: the difference of the
+answers' lengths as a further term of the logistic regression.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SCALE, CENTRE = 400 / math.log(10), 1000.0
+RIDGE = 1e-3  # of a vote: keeps ratings finite where one has won all its votes
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One vote: places of two models, what the first won (1, 0, 0.5 for a tie), how much longer its answer was, and what question it was."""
+
+    a: int
+    b: int
+    won: float
+    style: float = 0.0
+    question: str = ""
+
+
+def style_of(a: int, b: int) -> float:
+    """How much longer the first of two answers is: (a - b) / (a + b), from -1 to 1."""
+    return (a - b) / (a + b) if a + b else 0.0
+
+
+def bradley_terry(votes: Sequence[Vote], models: int, weights: Any = None, *, style: bool = False) -> tuple[Any, float]:
+    """(ratings [models] on Elo's scale with the mean 1000, weight of style in nats; 0 without it) that make the votes most likely.
+
+    P(a wins) = sigmoid(strength_a - strength_b + weight * style); a tie is half a vote for each. Newton's method.
+    """
+    import numpy as np
+
+    n = np.ones(len(votes)) if weights is None else np.asarray(weights, dtype=float)
+    design = np.zeros((len(votes), models + style))
+    won = np.array([v.won for v in votes])
+    for row, vote in enumerate(votes):
+        design[row, vote.a] += 1
+        design[row, vote.b] -= 1
+        if style:
+            design[row, models] = vote.style
+    strength = np.zeros(models + style)
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-(design @ strength)))
+        gradient = design.T @ (n * (won - p)) - RIDGE * strength
+        curvature = design.T @ (design * (n * p * (1 - p))[:, None]) + RIDGE * np.eye(models + style)
+        step = np.linalg.solve(curvature, gradient)
+        step *= min(1.0, 5 / max(1e-12, float(np.abs(step).max())))
+        strength = strength + step
+        if float(np.abs(step).max()) < 1e-9:
+            break
+    ratings = CENTRE + SCALE * (strength[:models] - strength[:models].mean())
+    return ratings, float(strength[models]) if style else 0.0
+
+
+def resampled(votes: Sequence[Vote], models: int, *, style: bool = False, seed: int = 0, resamples: int = 500) -> tuple[Any, int]:
+    """(ratings [resamples, models], how many independent draws each is of); votes on one question are drawn together."""
+    import numpy as np
+
+    names = {q: i for i, q in enumerate(dict.fromkeys(v.question or f"#{i}" for i, v in enumerate(votes)))}
+    places = np.array([names[v.question or f"#{i}"] for i, v in enumerate(votes)])
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([bradley_terry(votes, models, rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[places], style=style)[0] for _ in range(resamples)])
+    return drawn, len(names)
+
+
+def intervals(drawn: Any, count: int) -> tuple[Any, Any]:
+    """(low, high) that hold 95% of resampled values [resamples, ...] of `count` independent draws."""
+    import numpy as np
+
+    from llmworks.evaluate.statistics.bootstrap import tails
+
+    low, high = np.percentile(drawn, tails(count), axis=0)
+    return low, high
+
+
+def elo(votes: Sequence[Vote], models: int, k: float = 4.0) -> list[float]:
+    """Elo ratings after the votes in their order, all beginning with 1000."""
+    ratings = [CENTRE] * models
+    for vote in votes:
+        expected = 1 / (1 + 10 ** ((ratings[vote.b] - ratings[vote.a]) / 400))
+        ratings[vote.a] += k * (vote.won - expected)
+        ratings[vote.b] -= k * (vote.won - expected)
+    return ratings

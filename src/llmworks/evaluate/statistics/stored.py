@@ -1,0 +1,81 @@
+"""Evaluations as they lie on disk, read again: whoever reads a report's data finds in it what it needs, or says in one line what is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmworks.core.artifact import Report
+from llmworks.core.errors import DataError
+
+
+class _Open(BaseModel):
+    """Fields that are there have these types; more are allowed."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Value(_Open):
+    value: float
+    low: float
+    high: float
+
+
+class _Sample(_Open):
+    id: str
+    question: str = ""
+    group: str = ""
+    row: str = ""
+    asked: str = ""
+    reference: str = ""
+    reason: str = ""
+    text: str = ""
+    finish: str = ""
+    chosen: str = ""
+    score: float = 0.0
+    scores: dict[str, float] = {}
+    choices: list[str] = []
+    gold: list[int] = []
+    logprobs: list[float] = []
+    answers: dict[str, list[str]] = {}
+
+
+class _Evaluation(_Open):
+    task: str = ""
+    model: str = ""
+    metric: str = ""
+    shots: int = 0
+    percent: bool = True
+    better: Literal["higher", "lower"] = "higher"
+    protocol: dict[str, Any] = {}
+    definition: dict[str, Any] = {}
+    intervals: dict[str, _Value] = {}
+    samples: list[_Sample] = []
+
+
+WHOLE = ("task", "model", "metric", "shots", "percent", "better", "protocol", "definition", "intervals", "samples")
+
+
+def read_evaluation(report: Report, *needs: str, of_samples: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The data of an evaluation. DataError for a report that is none, or lacks what is needed, of itself or of every sample, or has two samples of one id."""
+    data = report.read()
+    missing = next((k for k in ("samples", *needs) if k not in data or (k == "samples" and not data[k])), None)
+    if missing:
+        raise DataError(f"{report.name}: is no evaluation of a task (`llmworks evaluate`), or of an older form: it has no `{missing}`; make it again")
+    try:
+        _Evaluation.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{report.name}: report.json was changed by hand or is broken: {'.'.join(map(str, first['loc']))}: {first['msg']}; make it again") from None
+    for number, sample in enumerate(data["samples"], 1):
+        lacks = next((k for k in of_samples if k not in sample), None)
+        if lacks:
+            raise DataError(f"{report.name}: sample {sample['id']!r} (number {number}) has no `{lacks}`; make the evaluation again")
+    twice = [id for id, count in Counter(s["id"] for s in data["samples"]).items() if count > 1]
+    if twice:
+        raise DataError(f"{report.name}: two samples have the id {twice[0]!r}; make the evaluation again")
+    if "metric" in needs and data["metric"] not in data.get("intervals", {data["metric"]: 0}):
+        raise DataError(f"{report.name}: has no interval of its metric {data['metric']!r}; make it again")
+    return data

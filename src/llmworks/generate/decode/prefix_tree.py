@@ -1,0 +1,192 @@
+"""Log-probabilities of many given texts, each beginning that some of them share computed once: the texts as a tree of tokens, read branch by branch.
+
+Worked examples in front of every question are read once for all questions, a question once for all its choices. Branches that fit are read in one row,
+under a mask by which a token sees its own ancestors only (tree attention: SpecInfer, Miao et al. 2023, arXiv:2305.09781, section 4.2); nothing is padded and
+no cache is copied. Knows no request and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llmworks.core.types import Scored
+
+ROW = 512  # tokens of branches that are read at once
+Part = tuple["Branch", int, int]  # tokens of a branch from the first number up to the second
+
+
+@dataclass
+class Branch:
+    """Tokens that follow one another without a fork, and what goes on from them.
+
+    `depth`: tokens before them; `asked`: the first place, counted from the root, that is asked for in a text through here; `size`: tokens to read from here on;
+    `chances`: of each token, NaN where nobody asked; `best`: whether no other token was more probable there.
+    """
+
+    ids: list[int]
+    depth: int
+    asked: int
+    children: list[Branch] = field(default_factory=list)
+    size: int = 0
+    chances: list[float] = field(default_factory=list)
+    best: list[bool] = field(default_factory=list)
+
+    @property
+    def read(self) -> int:
+        """How many of its tokens are read: what follows the last token of a text nobody asks."""
+        return len(self.ids) - (not self.children)
+
+
+def grow(texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Branch]:
+    """The tree of the texts, its first branches in the order of their tokens."""
+    order = sorted((i for i in range(len(texts)) if texts[i]), key=lambda i: tuple(texts[i]))
+    roots: list[Branch] = []
+    todo = [(order, 0, roots)]
+    made: list[Branch] = []
+    while todo:
+        members, depth, into = todo.pop()
+        at = 0
+        while at < len(members):
+            last = at
+            while last + 1 < len(members) and texts[members[last + 1]][depth] == texts[members[at]][depth]:
+                last += 1
+            group = members[at : last + 1]
+            first, final = texts[group[0]], texts[group[-1]]  # in order: what these two share, all between them share
+            end = depth + 1
+            while end < min(len(first), len(final)) and first[end] == final[end]:
+                end += 1
+            branch = Branch(list(first[depth:end]), depth, min(begins[i] for i in group))
+            branch.chances, branch.best = [float("nan")] * len(branch.ids), [False] * len(branch.ids)
+            into.append(branch)
+            made.append(branch)
+            rest = [i for i in group if len(texts[i]) > end]
+            if rest:
+                todo.append((rest, end, branch.children))
+            at = last + 1
+    for branch in reversed(made):  # children are made after their parents
+        branch.size = branch.read + sum(child.size for child in branch.children)
+    return roots
+
+
+def score(model: Any, cache: Any, texts: Sequence[Sequence[int]], begins: Sequence[int], row: int = ROW) -> list[Scored]:
+    """Each text's tokens from its begin (1 or more) on, given all before.
+
+    `cache`: empty, of the model's kind; it can be cropped. `row`: tokens that are read at once, and the most whose logits exist.
+    """
+    roots = grow(texts, begins)
+    with torch.inference_mode():
+        _read(model, cache, roots, row)
+    return [_found(roots, text, begin) for text, begin in zip(texts, begins, strict=True)]
+
+
+def fits(model: Any, longest: int) -> bool:
+    """Whether a model can be read under such a mask: a transformer that is told positions, and sees all before a token in texts of so many tokens."""
+    known = inspect.signature(model.forward).parameters
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    return {"position_ids", "logits_to_keep"} <= set(known) and not hasattr(model, "new_cache") and not hasattr(config, "shape") and not getattr(config, "alibi", False) and (not window or longest <= window)
+
+
+def _read(model: Any, cache: Any, branches: list[Branch], row: int) -> None:
+    """Read branches and all that follows them; what is before them is in the cache, which is left as it was."""
+    before = cache.get_seq_length()
+    waiting: list[Branch] = []
+    for branch in sorted(branches, key=lambda b: b.size, reverse=True):
+        if branch.size > row:
+            for start in range(0, branch.read, row):
+                _forward(model, cache, [(branch, start, min(start + row, branch.read))])
+            _read(model, cache, branch.children, row)
+            _back(cache, before)
+            continue
+        if sum(b.size for b in waiting) + branch.size > row:
+            _forward(model, cache, [part for b in waiting for part in _whole(b)])
+            _back(cache, before)
+            waiting = []
+        waiting.append(branch)
+    if waiting:
+        _forward(model, cache, [part for b in waiting for part in _whole(b)])
+        _back(cache, before)
+
+
+def _back(cache: Any, tokens: int) -> None:
+    """Forget all but the first tokens."""
+    if cache.get_seq_length() > tokens:
+        cache.crop(tokens - cache.get_seq_length())
+
+
+def _whole(branch: Branch) -> Iterator[Part]:
+    """A branch and all that follows it, parents first."""
+    todo = [branch]
+    while todo:
+        here = todo.pop()
+        if here.read:
+            yield here, 0, here.read
+        todo += here.children
+
+
+def _forward(model: Any, cache: Any, parts: list[Part]) -> None:
+    """Read parts of branches in one row, and note the chances of what follows each token."""
+    if not parts:
+        return
+    ids = [token for branch, start, end in parts for token in branch.ids[start:end]]
+    positions = [branch.depth + i for branch, start, end in parts for i in range(start, end)]
+    begins: dict[int, int] = {}
+    total = 0
+    for branch, start, end in parts:
+        begins[id(branch)] = total
+        total += end - start
+    past = cache.get_seq_length()
+    mask = None
+    if len(parts) > 1:
+        sees = torch.zeros(total, total, dtype=torch.bool)
+        parent = {id(child): branch for branch, _, _ in parts for child in branch.children}
+        for branch, start, end in parts:
+            at = begins[id(branch)]
+            sees[at : at + end - start, at : at + end - start] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+            above = parent.get(id(branch))
+            if above is not None and id(above) in begins:  # all that its parent's last token sees
+                last = begins[id(above)] + len(above.ids) - 1
+                sees[at : at + end - start] |= sees[last]
+        mask = torch.cat([torch.ones(total, past, dtype=torch.bool), sees], 1)[None, None]
+    wanted: list[tuple[int, Branch, int]] = []  # (place in the row, branch and place in it of the token that follows)
+    for branch, start, end in parts:
+        at = begins[id(branch)]
+        for i in range(start, end):
+            if i + 1 < len(branch.ids):
+                if branch.depth + i + 1 >= branch.asked:
+                    wanted.append((at + i - start, branch, i + 1))
+            else:
+                wanted += [(at + i - start, child, 0) for child in branch.children if child.depth >= child.asked]
+    places = sorted({place for place, _, _ in wanted})
+    keep = torch.tensor(places if places else [total - 1])
+    if mask is not None:
+        dtype = model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    logits = model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+    if not wanted:
+        return
+    number = {place: n for n, place in enumerate(places)}
+    rows = torch.tensor([number[place] for place, _, _ in wanted])
+    tokens = torch.tensor([branch.ids[i] for _, branch, i in wanted])
+    logits = logits.float()
+    given = logits[rows, tokens]
+    chances, best = (given - logits.logsumexp(-1)[rows]).tolist(), (given >= logits.amax(-1)[rows]).tolist()
+    for (_, branch, i), chance, most in zip(wanted, chances, best, strict=True):
+        branch.chances[i], branch.best[i] = chance, most
+
+
+def _found(roots: list[Branch], text: Sequence[int], begin: int) -> Scored:
+    """What was found of a text's tokens from its begin on."""
+    chances: list[float] = []
+    best: list[bool] = []
+    branches = roots
+    while len(chances) < len(text):
+        branch = next(b for b in branches if b.ids[0] == text[len(chances)])
+        chances, best = chances + branch.chances, best + branch.best
+        branches = branch.children
+    return Scored(tuple(chances[begin:]), all(best[begin:]))

@@ -1,0 +1,137 @@
+"""The Gemini API, v1beta. Reference: ai.google.dev/api/generate-content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmworks.core.errors import RequestError
+from llmworks.core.types import Completion, Json, Message, Request
+from llmworks.generate.providers.protocol import Call, Passing, count, finish, functions, named, without_system, written
+
+FILTERED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR")
+ENDED = ("STOP", "MAX_TOKENS", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", *FILTERED)
+OUTPUT = ("candidatesTokenCount", "thoughtsTokenCount")
+
+
+class Google:
+    """Thoughts that a model shows are not part of its answer, and are paid for."""
+
+    key = "GEMINI_API_KEY"
+    plain = False
+    can = frozenset({"tools", "schema", "embed"})
+
+    def headers(self, key: str, *, plain: bool) -> dict[str, str]:
+        """The key, which must not stand in the address."""
+        return {"x-goog-api-key": key} if key else {}
+
+    def address(self, model: str, *, stream: bool) -> str:
+        """The model is part of it."""
+        return f"/models/{model}:" + ("streamGenerateContent?alt=sse" if stream else "generateContent")
+
+    def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
+        """System apart, turns as parts of user and model."""
+        s = request.sampling
+        system, turns = without_system(request.messages)
+        if not turns:
+            raise RequestError("the request has no message but the system's; this API wants a user's")
+        config: Json = {"maxOutputTokens": s.max_tokens}
+        if not plain:
+            config |= {"temperature": s.temperature, "topP": s.top_p, **({"topK": s.top_k} if s.top_k else {})}
+        if s.seed is not None:
+            config["seed"] = s.seed
+        if s.stop:
+            config["stopSequences"] = list(s.stop)
+        if request.schema is not None:
+            config |= {"responseMimeType": "application/json", "responseJsonSchema": request.schema}
+        body: Json = {"contents": _merged([_turn(m) for m in named(turns)]), "generationConfig": config}
+        if system:
+            body["systemInstruction"] = {"parts": [{"text": system}]}
+        if request.tools:
+            body["tools"] = [{"functionDeclarations": [_declaration(f) for f in functions(request.tools)]}]
+        return body
+
+    def read(self, reply: Json) -> Completion:
+        """The first candidate; a prompt that was blocked is a filtered answer."""
+        stream = GoogleStream()
+        stream.take(reply)
+        return stream.end()[1]
+
+    def stream(self) -> GoogleStream:
+        """A reader of one stream."""
+        return GoogleStream()
+
+    def adapt(self, message: str) -> bool:
+        """Nothing to adapt."""
+        return False
+
+    def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
+        """All texts in one request."""
+        return f"/models/{model}:batchEmbedContents", {"requests": [{"model": f"models/{model}", "content": {"parts": [{"text": text}]}} for text in texts]}
+
+    def vectors(self, reply: Json) -> list[list[float]]:
+        """The values of each."""
+        return [[float(x) for x in item["values"]] for item in reply["embeddings"]]
+
+
+
+class GoogleStream:
+    """Every event is a whole reply with the parts that are new."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.calls: list[Call] = []
+        self.reason: Any = None
+        self.usage: Any = None
+
+    def take(self, event: Json) -> str:
+        """The text of its parts, thoughts left out."""
+        self.usage = event.get("usageMetadata") or self.usage
+        blocked = (event.get("promptFeedback") or {}).get("blockReason")
+        if blocked:
+            self.reason = "SAFETY"
+            return ""
+        new = ""
+        for candidate in (event.get("candidates") or [])[:1]:
+            for part in (candidate.get("content") or {}).get("parts") or []:
+                if "functionCall" in part:
+                    self.calls.append(Call(str(part["functionCall"]["name"]), part["functionCall"].get("args")))
+                elif not part.get("thought"):
+                    new += part.get("text") or ""
+            self.reason = candidate.get("finishReason") or self.reason
+        self.text += new
+        return new
+
+    def end(self) -> tuple[str, Completion]:
+        """The calls, and all."""
+        if self.reason not in ENDED:
+            raise Passing(f"it ended with the reason {self.reason}" if self.reason else "it ended without a finish reason")
+        calls = written(self.calls)
+        why = finish(self.reason, ["MAX_TOKENS"], FILTERED)
+        return calls, Completion(self.text + calls, why, prompt_tokens=count(self.usage, "promptTokenCount"), completion_tokens=count(self.usage, *OUTPUT))
+
+
+def _declaration(function: Json) -> Json:
+    return {
+        "name": function["name"], **({"description": function["description"]} if function.get("description") else {}),
+        **({"parametersJsonSchema": function["parameters"]} if function.get("parameters") else {}),
+    }  # fmt: skip
+
+
+def _turn(message: Message) -> Json:
+    if message.role == "tool":
+        return {"role": "user", "parts": [{"functionResponse": {"name": message.name, "response": {"result": message.content}}}]}
+    parts: list[Json] = [{"text": message.content}] if message.content else []
+    parts += [{"functionCall": {"name": c.name, "args": c.arguments}} for c in message.tool_calls]
+    return {"role": "model" if message.role == "assistant" else "user", "parts": parts}
+
+
+def _merged(turns: list[Json]) -> list[Json]:
+    """Turns of one role that follow one another as one: results of several calls must come together."""
+    out: list[Json] = []
+    for turn in turns:
+        if out and out[-1]["role"] == turn["role"]:
+            out[-1]["parts"] += turn["parts"]
+        elif turn["parts"]:
+            out.append(turn)
+    return out

@@ -1,0 +1,154 @@
+"""The OpenAI chat completions API, as OpenAI, vLLM, Ollama, LM Studio, OpenRouter, Together and many others speak it.
+
+Reference: platform.openai.com/docs/api-reference/chat; given text is scored by the older completions API with `echo`, as vLLM offers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmworks.core.types import Completion, FinishReason, Json, Request, Sampling, messages_to_json
+from llmworks.generate.providers.protocol import Call, Passing, count, finish, functions, written
+
+
+class OpenAI:
+    """Remembers by which name a server knows the limit of an answer."""
+
+    key = "OPENAI_API_KEY"
+    plain = False
+    can = frozenset({"tools", "schema", "embed"})
+
+    def __init__(self) -> None:
+        self._limit = "max_tokens"
+
+    def headers(self, key: str, *, plain: bool) -> dict[str, str]:
+        """The key as a bearer token."""
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def address(self, model: str, *, stream: bool) -> str:
+        """The same for all models."""
+        return "/chat/completions"
+
+    def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
+        """Messages as they are stored here, which is this API's form."""
+        s = request.sampling
+        body: Json = {"model": model, "messages": messages_to_json(request.messages), self._limit: s.max_tokens, **_sampling(s, plain), "stream": stream}
+        if request.tools:
+            body["tools"] = [{"type": "function", "function": function} for function in functions(request.tools)]
+        if request.schema is not None:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": request.schema, "strict": True}}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        return body
+
+    def read(self, reply: Json) -> Completion:
+        """The first choice."""
+        choice, usage = reply["choices"][0], reply.get("usage")
+        message = choice["message"]
+        calls = [Call(str(call["function"]["name"]), call["function"].get("arguments")) for call in message.get("tool_calls") or []]
+        refusal = message.get("refusal") if not message.get("content") and not calls else None
+        return _completion(str(refusal or _content(message)) + written(calls), "content_filter" if refusal else choice.get("finish_reason"), usage)
+
+    def stream(self) -> OpenAIStream:
+        """A reader of one stream."""
+        return OpenAIStream()
+
+    def adapt(self, message: str) -> bool:
+        """Newer models know the limit by another name only."""
+        if self._limit == "max_tokens" and "max_completion_tokens" in message:
+            self._limit = "max_completion_tokens"
+            return True
+        return False
+
+    def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
+        """The embeddings API."""
+        return "/embeddings", {"model": model, "input": list(texts), "encoding_format": "float"}
+
+    def vectors(self, reply: Json) -> list[list[float]]:
+        """In the order of their indices."""
+        return [[float(x) for x in item["embedding"]] for item in sorted(reply["data"], key=lambda item: int(item["index"]))]
+
+
+
+class OpenAIStream:
+    """Chunks with a delta; usage comes in one without choices."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.calls: dict[int, Call] = {}
+        self.reason: Any = None
+        self.usage: Any = None
+
+    def take(self, event: Json) -> str:
+        """The delta's content."""
+        new = ""
+        self.usage = event.get("usage") or self.usage
+        for choice in event.get("choices", []):
+            self.reason = choice.get("finish_reason") or self.reason
+            delta = choice.get("delta") or {}
+            collect_calls(self.calls, delta.get("tool_calls") or [])
+            new += str(delta.get("content") or "")
+        self.text += new
+        return new
+
+    def end(self) -> tuple[str, Completion]:
+        """The calls, and all."""
+        if not self.reason:
+            raise Passing("it ended without a finish reason")
+        calls = written([call for _, call in sorted(self.calls.items())])
+        return calls, _completion(self.text + calls, self.reason, self.usage)
+
+
+def completion_body(model: str, prompt: Sequence[int], sampling: Sampling, plain: bool) -> Json:
+    """The completions API: go on from ids."""
+    return {"model": model, "prompt": list(prompt), "max_tokens": sampling.max_tokens, **_sampling(sampling, plain)}
+
+
+def read_completion(reply: Json) -> Completion:
+    """The first choice of the completions API."""
+    choice = reply["choices"][0]
+    return _completion(str(choice["text"]), choice.get("finish_reason"), reply.get("usage"))
+
+
+def score_body(model: str, ids: Sequence[int]) -> Json:
+    """The completions API, asked for log-probabilities of what it is given. Servers that refuse an answer of no tokens are given one."""
+    return {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+
+
+def read_scores(reply: Json, tokens: int) -> list[tuple[float, bool]]:
+    """For each given token but the first: (log-probability in nats, whether no token is more probable). ValueError when the server tells fewer."""
+    told = reply["choices"][0]["logprobs"]
+    chances, best = told["token_logprobs"], told.get("top_logprobs") or []
+    if len(chances) < tokens or any(chance is None for chance in chances[1:tokens]):
+        raise ValueError(f"log-probabilities of {len(chances)} tokens, {tokens} were given")
+    tops = [*best, *[None] * (tokens - len(best))]
+    return [(float(chance), bool(top) and float(chance) >= max(map(float, top.values()))) for chance, top in zip(chances[1:tokens], tops[1:tokens], strict=True)]
+
+
+def collect_calls(calls: dict[int, Call], fragments: Sequence[Json]) -> None:
+    """Add a stream's fragments of tool calls, told apart by index, to what came before."""
+    for fragment in fragments:
+        call = calls.setdefault(int(fragment.get("index", 0)), Call())
+        function = fragment.get("function") or {}
+        call.name += function.get("name") or ""
+        call.arguments += function.get("arguments") or ""
+
+
+def _sampling(s: Sampling, plain: bool) -> Json:
+    body: Json = {} if plain else {"temperature": s.temperature, "top_p": s.top_p}
+    if s.seed is not None:
+        body["seed"] = s.seed
+    if s.stop:
+        body["stop"] = list(s.stop)
+    return body
+
+
+def _content(message: Json) -> str:
+    content = message.get("content") or ""
+    return "".join(part.get("text") or "" for part in content) if isinstance(content, list) else str(content)
+
+
+def _completion(text: str, reason: Any, usage: Any) -> Completion:
+    why: FinishReason = finish(reason, ["length"], ["content_filter"])
+    return Completion(text, why, prompt_tokens=count(usage, "prompt_tokens"), completion_tokens=count(usage, "completion_tokens"))

@@ -1,0 +1,105 @@
+"""Answers that were paid for: kept in a file as they come, so that a run that was killed asks nothing twice. Knows no task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from llmworks.core.errors import LlmworksError, RequestError
+from llmworks.core.progress import Bar, write_whole
+from llmworks.core.types import Engine, Request, messages_to_json
+
+CHUNK = 64  # requests that an engine is given at once
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answer: its text, why it ended, its tokens, and the seconds between it and the one before."""
+
+    id: str
+    text: str
+    finish: str
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+class Journal:
+    """The answers in one file, and an engine that is opened when something is missing."""
+
+    def __init__(self, file: Path, open_engine: Callable[[], Engine]) -> None:
+        self._file, self._open = file, open_engine
+        self._engine: Engine | None = None
+        self.known = read_records(file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    def ask(self, requests: Mapping[str, Request], bar: Bar) -> dict[str, Record | RequestError]:
+        """The answer to every request, by the id that it has here; a request that cannot be answered as asked gives its error.
+
+        Errors: the first other error, after the answers that are under way are written down.
+        """
+        todo = [id for id in requests if id not in self.known]
+        todo.sort(key=lambda id: sum(len(m.content) for m in requests[id].messages))  # alike lengths together: less padding
+        bar.resume(bar.done + len(requests) - len(todo))
+        refused: dict[str, RequestError] = {}
+        if todo:
+            self._engine = self._engine or self._open()
+            with self._file.open("a", encoding="utf-8") as stream:
+                for start in range(0, len(todo), CHUNK):
+                    failed: LlmworksError | None = None
+                    for id, answer in self._answers(self._engine, {id: requests[id] for id in todo[start : start + CHUNK]}):
+                        if isinstance(answer, Record):
+                            self.known[id] = answer
+                            stream.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+                            stream.flush()  # what was paid for is kept, whatever happens next
+                        elif isinstance(answer, RequestError):
+                            refused[id] = answer
+                        else:
+                            failed = failed or answer
+                            continue
+                        bar.advance()
+                    if failed is not None:
+                        raise failed
+        return {id: refused.get(id) or self.known[id] for id in requests}
+
+    @staticmethod
+    def _answers(engine: Engine, requests: Mapping[str, Request]) -> Any:
+        ids, began = list(requests), time.monotonic()
+        for place, answer in engine.each(list(requests.values())):
+            if isinstance(answer, LlmworksError):
+                yield ids[place], answer
+                continue
+            began, spent = time.monotonic(), time.monotonic() - began
+            yield ids[place], Record(ids[place], answer.text.encode("utf-8", "replace").decode(), answer.finish, answer.prompt_tokens, answer.completion_tokens, spent)
+
+
+def request_id(request: Request, turn: int = 0) -> str:
+    """What tells a request from others; `turn` tells repeated ones apart."""
+    content = [messages_to_json(request.messages), list(request.ids), list(request.tools), asdict(request.sampling), turn, *([request.schema] if request.schema is not None else [])]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def read_records(file: Path) -> dict[str, Record]:
+    """Answers of an earlier, interrupted run; a last line cut short is dropped from the file too."""
+    if not file.exists():
+        return {}
+    good: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: answers hold other separators
+        try:
+            good.append(json.loads(line))
+        except ValueError:
+            break
+    write_whole(file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in good))
+    return {record["id"]: Record(**record) for record in good}

@@ -1,0 +1,82 @@
+"""When a remote server may be asked: limits per minute, pauses that a server asks for, and growing delays after failures.
+
+Knows no HTTP. One pace is shared by all threads that ask one server.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from llmworks.core.errors import EngineError
+
+MINUTE = 60.0
+FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
+
+
+class Pace:
+    """Requests and tokens of the last minute, kept below their limits (0: no limit)."""
+
+    def __init__(self, requests: int = 0, tokens: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.requests, self.tokens, self._clock = requests, tokens, clock
+        self._lock = threading.Lock()
+        self._recent: deque[list[float]] = deque()  # [when, tokens]
+        self._not_before = 0.0
+        self._closed = threading.Event()
+
+    def go(self, tokens: int) -> list[float]:
+        """Wait until a request of about so many tokens may be sent. What it returns is given to `settle`. EngineError when closed meanwhile."""
+        while True:
+            with self._lock:
+                delay = self._delay(tokens)
+                if delay <= 0:
+                    entry = [self._clock(), float(tokens)]
+                    self._recent.append(entry)
+                    return entry
+            self.sleep(delay)
+
+    def settle(self, entry: list[float], tokens: int) -> None:
+        """Correct a request's tokens to what was used."""
+        with self._lock:
+            entry[1] = float(tokens)
+
+    def hold(self, seconds: float) -> None:
+        """Nobody asks for so long: the server said so."""
+        with self._lock:
+            self._not_before = max(self._not_before, self._clock() + seconds)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; EngineError when the engine is closed meanwhile."""
+        if self._closed.wait(seconds):
+            raise EngineError("the engine was closed")
+
+    def close(self) -> None:
+        """Wake all who wait."""
+        self._closed.set()
+
+    def _delay(self, tokens: int) -> float:
+        """Seconds until a request may go; the lock is held."""
+        now = self._clock()
+        while self._recent and self._recent[0][0] <= now - MINUTE:
+            self._recent.popleft()
+        if now < self._not_before:
+            return self._not_before - now
+        if self.requests and len(self._recent) >= self.requests:
+            return self._recent[len(self._recent) - self.requests][0] + MINUTE - now
+        if self.tokens and self._recent:
+            over = sum(entry[1] for entry in self._recent) + tokens - self.tokens
+            for when, used in self._recent if over > 0 else ():
+                over -= used
+                if over <= 0:
+                    return when + MINUTE - now
+            if over > 0:  # more than a minute's worth alone: goes when nothing else does
+                return self._recent[-1][0] + MINUTE - now
+        return 0.0
+
+
+def back_off(attempt: int) -> float:
+    """Seconds before the next attempt: doubled each time, and drawn anew so that many clients do not come back together."""
+    return float(min(LONGEST_DELAY, FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1.0))

@@ -1,0 +1,56 @@
+"""What asking costs: requests, tokens and money, counted by all threads of an engine. Money is counted where prices are given."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from llmworks.core.errors import EngineError
+from llmworks.core.types import Json
+
+MILLION = 1_000_000
+
+
+@dataclass
+class Account:
+    """Prices are per million tokens, in any currency; `budget` is the most that may be spent (0: no bound)."""
+
+    input_price: float = 0.0
+    output_price: float = 0.0
+    budget: float = 0.0
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def cost(self) -> float:
+        """What was spent."""
+        return self.price(self.prompt_tokens, self.completion_tokens)
+
+    def price(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """What so many tokens cost."""
+        return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / MILLION
+
+    def add(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count an answer."""
+        with self._lock:
+            self.requests += 1
+            self.prompt_tokens += prompt_tokens
+            self.completion_tokens += completion_tokens
+
+    def retry(self) -> None:
+        """Count a request that has to be sent again."""
+        with self._lock:
+            self.retries += 1
+
+    def check(self) -> None:
+        """EngineError when the budget is spent."""
+        if self.budget and self.cost >= self.budget:
+            raise EngineError(f"the budget of {self.budget:g} is spent ({self.cost:.4g}); raise `budget` in the model's reference to go on")
+
+    def to_json(self) -> Json:
+        """The counts, and the cost where prices are known."""
+        counts = {"requests": self.requests, "retries": self.retries, "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        return {**counts, **({"cost": round(self.cost, 6)} if self.input_price or self.output_price else {})}

@@ -1,0 +1,160 @@
+"""What configurations of fine-tunings have in common: optimizers, precision, adapters, templates, and where models and data lie."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from llmworks.core.errors import UserError
+from llmworks.importers.keys import Keys
+
+OPTIMIZERS = {"adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adamw_torch_xla adamw_torch_npu_fused adamw_anyprecision optimi_adamw adam", "lion": "lion_32bit lion_pytorch", "muon": "muon"}  # fmt: skip
+EIGHT_BIT = {"adamw-8bit": "adamw_bnb_8bit adamw_8bit paged_adamw_8bit paged_adamw_32bit ao_adamw_8bit adamw_torch_8bit", "lion": "lion_8bit paged_lion_8bit paged_lion_32bit lion_bnb"}
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}
+TEMPLATES = {
+    "chatml": "chatml chatml_de qwen qwen2 qwen_25 qwen2_5 qwen-7b-chat qwen1.5 hermes", "alpaca": "alpaca", "llama-2": "llama2 llama-2 llama2_zh", "llama-3": "llama3 llama-3 llama3_2",
+    "mistral": "mistral mistral_v1 inst mixtral", "mistral-v3": "mistral_v2v3 mistral_small ministral", "gemma": "gemma gemma2 gemma3 gemma_3", "phi": "phi phi3 phi_3 phi_35 phi-3", "zephyr": "zephyr",
+}  # fmt: skip
+
+
+def source(path: str, folder: Path, *, dataset: bool = False) -> str:
+    """A reference to a model or a data set: `path:` for what lies here or is written as a path, `hf:` for a name on the Hub."""
+    if path.startswith(("asset:", "hf:", "path:")):  # names of ours
+        return path
+    here = Path(path).expanduser()
+    for found in (here, folder / here):
+        if found.exists():
+            return f"path:{found.resolve()}"
+    if path.startswith(("/", ".", "~")) or here.suffix in (".json", ".jsonl", ".parquet", ".csv", ".gguf"):
+        return f"path:{here if here.is_absolute() else folder.resolve() / here}"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", path):
+        raise UserError(f"{path!r} is neither a file here nor ORG/NAME of the Hub")
+    return f"hf:datasets/{path}" if dataset else f"hf:{path}"
+
+
+def template(name: str) -> str | None:
+    """Our name of a chat template; None for one that is not here."""
+    return next((ours for ours, theirs in TEMPLATES.items() if name in theirs.split()), None)
+
+
+def optimizer(keys: Keys, name_key: str, schedule_key: str, *, rate: float | None, warmup: float, schedule: str) -> dict[str, Any]:
+    """The optimizer's fields. `rate`, `warmup`, `schedule`: the tool's own where nothing is said."""
+    found: dict[str, Any] = {}
+    name = str(keys.take(name_key, "adamw_torch"))
+    ours = next((k for k, v in OPTIMIZERS.items() if name in v.split()), None)
+    eight = next((k for k, v in EIGHT_BIT.items() if name in v.split()), None)
+    if ours is None and eight is None:
+        keys.lost(name_key, f"{name}; adamw is used")
+    elif ours is None:
+        keys.otherwise(name_key, f"{name} is {str(eight).removesuffix('-8bit')} with moments kept whole" + ("; set name to adamw-8bit on a GPU" if eight == "adamw-8bit" else ""))
+        ours = str(eight).removesuffix("-8bit")
+    if (ours or "adamw") != "adamw":
+        found["name"] = ours
+    learning_rate = keys.number("learning_rate", rate)
+    if learning_rate is None:
+        raise UserError(f"{keys.tool}: learning_rate is missing")
+    found["learning_rate"] = float(learning_rate)
+    told = str(keys.take(schedule_key, schedule))
+    if told not in SCHEDULES:
+        keys.lost(schedule_key, f"{told}; cosine is used")
+    ours = SCHEDULES.get(told, "cosine")
+    if ours != "cosine":
+        found["schedule"] = ours
+    if ours != "constant":
+        found["final_fraction"] = float(keys.number("cosine_min_lr_ratio", 0.0))
+    ratio, steps = keys.number("warmup_ratio"), keys.number("warmup_steps")
+    if steps and steps < 1 and not ratio:  # transformers takes a fraction there, too
+        ratio, steps = steps, None
+    if told == "constant":
+        found["warmup"] = 0.0
+    elif ratio is not None:
+        found["warmup"] = float(ratio)
+    elif steps:
+        keys.otherwise("warmup_steps", f"{steps} steps; here warmup is a share of all steps, and 0.05 is taken")
+    else:
+        found["warmup"] = 0.0 if steps == 0 else warmup
+    for theirs, name in (("weight_decay", "weight_decay"), ("adam_beta1", "beta1"), ("adam_beta2", "beta2"), ("max_grad_norm", "clip")):
+        value = keys.number(theirs)
+        if value is not None and (name != "clip" or value > 0):
+            found[name] = float(value)
+        elif value is not None:
+            keys.lost(theirs, "gradients are always scaled down to a norm, of 1 where nothing is said")
+    keys.lose({"adam_epsilon adam_beta3": "the optimizer's other constants are torch's own", "lr_scheduler_kwargs optim_args optim_target_modules lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor lr_groups embedding_lr embedding_lr_scale": "one rate for all weights, by the schedule"}, harmless=(1e-8,))  # fmt: skip
+    return found
+
+
+def precision(keys: Keys) -> None:
+    """bf16 and fp16 are the device's matter here."""
+    for key in ("bf16", "fp16", "bfloat16", "float16"):
+        value = keys.take(key)
+        if value not in (None, False, "auto", "false"):
+            keys.otherwise(key, "precision is auto: bf16 or fp16 where the device computes it, fp32 on a CPU")
+
+
+def sharding(keys: Keys, whole: str) -> dict[str, Any]:
+    """FSDP and DeepSpeed's stages, as processes share weights here. `whole`: why weights cannot be sharded, if so."""
+    told = {key: keys.take(key) for key in list(keys.values) if key in ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "dp_shard_size", "deepspeed_plugin") or key.startswith("fsdp_")}
+    named = {key: value for key, value in told.items() if value not in (False, [], {})}
+    if not named:
+        return {}
+    shards = not whole and any(not (key == "deepspeed" and re.search(r"z(ero)?_?[01](?![0-9])", str(value))) for key, value in named.items())
+    for key in named:
+        keys.otherwise(key, f"with several processes (--nproc, torchrun) weights are {'sharded by FSDP2' if shards else 'replicated by DDP'}{f', since {whole}' if whole else ''}; offloading and other options there are not read")
+    return {"parallel": {"data": "shard"}} if shards else {}
+
+
+def looks(keys: Keys, held_out: bool) -> dict[str, Any]:
+    """Evaluation while training, checkpoints, the best one, and when enough is enough."""
+    found: dict[str, Any] = {}
+    every, per_epoch = keys.number("eval_steps"), keys.number("evals_per_epoch")
+    if not held_out:
+        for key, value in (("eval_steps", every), ("evals_per_epoch", per_epoch)):
+            if value:
+                keys.note(key, "meaningless", "there are no held-out rows to look at")
+    elif every and every >= 1:
+        found["look_every"] = int(every)
+    elif every or per_epoch:
+        keys.otherwise("eval_steps" if every else "evals_per_epoch", "held-out rows are looked at every 50 steps; look_every changes it")
+        found["look_every"] = 50
+    saves = keys.number("save_steps")
+    if saves and saves >= 1:
+        found["checkpoint_every"] = int(saves)
+    elif saves:
+        keys.note("save_steps", "meaningless", "a share of all steps; a checkpoint is written every checkpoint_every steps")
+    patience, best = keys.number("early_stopping_patience", keys.number("early_stopping_steps")), keys.flag("load_best_model_at_end")
+    metric = keys.take("metric_for_best_model")
+    if metric not in (None, "loss", "eval_loss"):
+        keys.lost("metric_for_best_model", f"{metric}; the least held-out loss is best")
+    keys.take("greater_is_better")
+    if patience or best:
+        if not held_out:
+            keys.lost("early_stopping_patience" if patience else "load_best_model_at_end", "there are no held-out rows to look at")
+            return found
+        found |= {"best": "held_out"} | ({"patience": int(patience)} if patience else {})
+        found.setdefault("look_every", 50)
+    strategies = [keys.take(key) for key in ("eval_strategy", "evaluation_strategy")]
+    if held_out and "epoch" in strategies and "look_every" not in found:
+        keys.otherwise("eval_strategy", "held-out rows are looked at every 50 steps; look_every changes it")
+        found["look_every"] = 50
+    return found
+
+
+def loop(keys: Keys, held_out: bool, four_bits: bool) -> dict[str, Any]:
+    """Looks, checkpoints, and what processes share."""
+    found = looks(keys, held_out)
+    return found | sharding(keys, "the best weights are kept whole" if "best" in found else "a base in 4 bits is not sharded" if four_bits else "")
+
+
+def adapter(keys: Keys, rank: str, *, default_rank: int, default_alpha: float | None, dropout: float) -> dict[str, Any]:
+    """LoRA's fields that both tools name alike. `rank`: the key of the rank; `default_alpha`: None is twice the rank."""
+    size = keys.whole(rank, default_rank)
+    alpha = keys.number("lora_alpha", 2 * size if default_alpha is None else default_alpha)
+    found: dict[str, Any] = {"rank": size, "alpha": float(alpha)}
+    drop = keys.number("lora_dropout", dropout)
+    if drop:
+        found["dropout"] = float(drop)
+    faster = keys.number("loraplus_lr_ratio")
+    if faster:
+        found["faster"] = float(faster)
+    return found

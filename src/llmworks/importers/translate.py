@@ -1,0 +1,73 @@
+"""A YAML file of Axolotl or LLaMA-Factory becomes a recipe, checked as any other, that says of each of their keys what became of it."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmworks.core.errors import UserError
+from llmworks.importers import axolotl, llamafactory
+from llmworks.importers.keys import HEADINGS, Note
+
+TOOLS = {"base_model": axolotl, "model_name_or_path": llamafactory}
+
+
+class _Once(yaml.SafeLoader):
+    """A loader that refuses a key that stands twice, of which YAML keeps the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys stand once."""
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} stands twice, again in line {node.start_mark.line + 1 + names.index(twice)} or after it")
+        return super().construct_mapping(node, deep)
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A recipe's text, and what became of the keys that have no place of their own in it."""
+
+    tool: str
+    text: str
+    notes: tuple[Note, ...]
+
+
+def translate(file: Path) -> Translated:
+    """Read a configuration and write it as a recipe. UserError in one line for a file that is none, or has no meaning here at all."""
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Once)
+    except IsADirectoryError:
+        raise UserError(f"{file}: is a directory") from None
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: not YAML ({' '.join(str(error).split())[:120]})") from None
+    module = next((module for key, module in TOOLS.items() if isinstance(values, dict) and key in values), None)
+    if module is None:
+        raise UserError(f"{file}: is no configuration of Axolotl (base_model) or LLaMA-Factory (model_name_or_path)")
+    try:
+        steps, seed, keys = module.translate(values, file.parent)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    keys.finish()
+    return Translated(module.TOOL, _text(file, module.TOOL, steps, seed, keys.notes), tuple(keys.notes))
+
+
+def _text(file: Path, tool: str, steps: dict[str, Any], seed: int, notes: list[Note]) -> str:
+    """The recipe with its header."""
+    lines = [f"{file.name} of {tool}, translated. Look at it, then: llmworks plan, llmworks train selftest, llmworks run."]
+    for fate, heading in HEADINGS.items():
+        found = [note for note in notes if note.fate == fate]
+        if found:
+            lines += ["", f"{heading}:"]
+            for text in dict.fromkeys(note.text for note in found):
+                names = ", ".join(note.key for note in found if note.text == text)
+                lines += textwrap.wrap(f"{names}: {text}", 150, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in file.stem) or "translated"
+    body = yaml.safe_dump({"name": name, "seed": seed, "steps": steps}, sort_keys=False, allow_unicode=True, width=150)
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines) + body

@@ -1,0 +1,159 @@
+"""Stage `lineage.report`: one page that tells how a family of artifacts came to be and how good it is.
+
+Reads only what artifacts carry: manifests, metric streams, evaluation and comparison reports. Knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from llmworks.core.artifact import Adapter, Artifact, Config, Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.report import ReportBuilder
+from llmworks.lineage.drawing.formats import draw_svg, draw_text
+from llmworks.lineage.family import family_of
+
+
+class StoryConfig(Config):
+    """What stands on top of the page."""
+
+    title: str = Field("Report", description="the page's title")
+    lead: str = Field("", description="one sentence below it")
+    samples: int = Field(12, ge=0, description="questions shown with every evaluation's answer")
+
+
+def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Report], ctx: Context) -> Report:
+    """The family tree, training curves, scores with intervals, comparisons, samples side by side, sizes and speeds."""
+    page = ctx.report
+    page.title, page.lead = config.title, config.lead
+    evaluations = [(a, a.read()) for a in artifacts if isinstance(a, Report) and "score" in a.metrics]
+    comparisons = [(a, a.read()) for a in artifacts if isinstance(a, Report) and "difference" in a.metrics]
+    scores(page, evaluations)
+    if comparisons:
+        rows = [
+            (
+                d["before"],
+                d["after"],
+                f"{m['difference']:+.1%}",
+                f"{m['low']:+.1%} to {m['high']:+.1%}",
+                m["gained"],
+                m["lost"],
+                d["verdict"],
+            )
+            for a, d in comparisons
+            for m in [a.metrics]
+        ]
+        page.table(
+            "Paired comparisons",
+            ("before", "after", "difference", "95% interval", "gained", "lost", "verdict"),
+            rows,
+            "Paired bootstrap over the same samples.",
+        )
+    curves(page, artifacts)
+    side_by_side(page, evaluations, config.samples)
+    sizes(page, artifacts)
+    family = family_of(artifacts, {a.name: a for a in artifacts})
+    page.drawing(
+        "Family tree",
+        draw_svg(family),
+        "Solid edges can be derived again byte for byte (llmworks verify), dashed ones are declared.",
+        draw_text(family),
+    )
+    machine(page, artifacts)
+    page.data = {
+        "scores": {a.name: {k: a.metrics[k] for k in ("score", "low", "high", "samples")} for a, _ in evaluations},
+        "comparisons": {
+            a.name: {k: a.metrics[k] for k in ("difference", "low", "high", "p_not_better", "p_not_worse")} for a, _ in comparisons
+        },
+        "sizes": {a.name: size(a) for a in artifacts if isinstance(a, (Model, Adapter))},
+    }
+    return Report(ctx.out, metrics={"artifacts": len(artifacts), "evaluations": len(evaluations)})
+
+
+def scores(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]]) -> None:
+    """Scores as a drawing and a table."""
+    if not evaluations:
+        return
+    named = [(a.name, a.metrics["score"], a.metrics["low"], a.metrics["high"]) for a, _ in evaluations]
+    page.intervals("Scores", named, x=f"{evaluations[0][1]['task']}: share of right answers, 95% bootstrap interval")
+    rows = [
+        (a.name, d["model"], d["shots"], f"{a.metrics['score']:.1%}", f"{a.metrics['low']:.1%} to {a.metrics['high']:.1%}", a.metrics["samples"], a.metrics["answer_tokens_per_second"], f"{a.metrics['seconds']:.0f} s")
+        for a, d in evaluations
+    ]  # fmt: skip
+    page.table("", ("evaluation", "model", "examples in prompt", "score", "95% interval", "samples", "answer tokens/s", "time"), rows)
+
+
+def curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
+    """Loss curves of everything that was trained."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for artifact in artifacts:
+        file = artifact.path / "metrics.jsonl"
+        if file.exists():
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            points = [(float(r["step"] + 1), float(r["loss"])) for r in rows if "loss" in r]
+            series[artifact.name] = points
+            series[f"{artifact.name}, mean of 10"] = [
+                (x, sum(v for _, v in points[max(0, i - 9) : i + 1]) / min(i + 1, 10)) for i, (x, _) in enumerate(points)
+            ]
+    if series:
+        page.curves("Training loss", series, x="step", y="nats per learned token")
+
+
+def side_by_side(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, Any]]], count: int) -> None:
+    """The same questions with every evaluation's answer; those whose score changed come first."""
+    if not evaluations or not count:
+        return
+    by_id = [(a.name, {s["id"]: s for s in d["samples"]}) for a, d in evaluations]
+    ids = [i for i in by_id[0][1] if all(i in samples for _, samples in by_id)]
+    ids.sort(key=lambda i: len({samples[i]["score"] for _, samples in by_id}) == 1)
+    items = []
+    for i in ids[:count]:
+        first = by_id[0][1][i]
+        item = {"": first["question"][:140], "reference": first["reference"]}
+        item |= {f"{'✓' if samples[i]['score'] == 1 else '✗'} {name}": samples[i]["text"] for name, samples in by_id}
+        items.append(item)
+    page.samples("Samples before and after", items)
+
+
+def size(artifact: Artifact) -> int:
+    """Bytes of an artifact's files."""
+    assert artifact.manifest is not None
+    return sum(entry.bytes for entry in artifact.manifest.files.values())
+
+
+def sizes(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
+    """Size, time and memory of every model and adapter."""
+    rows = []
+    for a in artifacts:
+        if isinstance(a, (Model, Adapter)) and a.manifest is not None:
+            speed = a.metrics.get("tokens_per_second")
+            rows.append(
+                (
+                    a.name,
+                    a.kind,
+                    str(a.about.get("type") or a.about.get("dtype") or a.about.get("format") or ""),
+                    f"{size(a) / 1e6:.1f} MB",
+                    f"{a.metrics.get('wall_seconds', 0):.0f} s",
+                    f"{a.metrics.get('peak_memory_bytes', 0) / 1e9:.1f} GB",
+                    f"{speed:.0f} tokens/s" if speed else "",
+                )
+            )
+    if rows:
+        page.table("Sizes and cost", ("name", "kind", "format", "size", "made in", "peak memory", "training speed"), rows)
+
+
+def machine(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
+    """What all this was made on."""
+    made = [a.manifest for a in artifacts if a.manifest is not None and a.manifest.stage]
+    if made:
+        last = made[-1]
+        page.text(
+            "Made with",
+            f"{last.platform.get('processor', '')}, {last.threads} threads, {last.platform.get('system', '')}; "
+            + ", ".join(f"{k} {v}" for k, v in last.versions.items())
+            + ".",
+        )

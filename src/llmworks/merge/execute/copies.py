@@ -1,0 +1,52 @@
+"""The tensors of a merge that are a model's own, to the last bit: their bytes, looked at for values that are no numbers. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from llmworks.core.errors import ModelError
+from llmworks.merge.plan.layout import Layout
+from llmworks.merge.plan.plan import BLOCK, Job
+from llmworks.model.io.safetensors_io import BYTES
+
+EXPONENTS: dict[str, tuple[Any, int]] = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000), "F64": (np.uint64, 0x7FF0000000000000), "F8_E5M2": (np.uint8, 0x7C), "F8_E4M3": (np.uint8, 0x7F)}  # all bits of one are set in NaN and infinite values (IEEE 754; of F8_E4M3 all bits but the sign, in NaN: Micikevicius et al. 2022)
+
+
+def is_copy(job: Job, models: Mapping[str, Layout]) -> bool:
+    """Whether a tensor has one source, of the same number format, and no parameter."""
+    if len(job.sources) != 1 or any(value is not None for value in (*job.shared.values(), *job.each[0].values())):
+        return False
+    model, tensor = job.sources[0]
+    return models[model].places[tensor].dtype == job.dtype == job.out_dtype
+
+
+def copies(job: Job, models: Mapping[str, Layout]) -> Iterator[Callable[[], memoryview]]:
+    """What reads a tensor's bytes, block after block."""
+    (model, tensor), shards = job.sources[0], models[job.sources[0][0]].shards
+    count = shards.places[tensor].count
+
+    def piece(first: int) -> memoryview:
+        octets: Any = np.empty(min(BLOCK, count - first) * BYTES[job.dtype], np.uint8)
+        shards.read(tensor, first, memoryview(octets))
+        if not finite(octets, job.dtype):
+            raise ModelError(broken(model, tensor))
+        return memoryview(octets)
+
+    for first in range(0, count, BLOCK):
+        yield lambda first=first: piece(first)  # type: ignore[misc]
+
+
+def finite(octets: Any, dtype: str) -> bool:
+    """Whether the bytes of numbers hold neither NaN nor infinite values."""
+    if dtype not in EXPONENTS or not len(octets):
+        return True
+    kind, exponent = EXPONENTS[dtype]
+    return int((octets.view(kind) & kind(exponent)).max()) < exponent
+
+
+def broken(model: str, tensor: str) -> str:
+    """What is said of a tensor with values that are no numbers."""
+    return f"{model}: {tensor} holds values that are no numbers (NaN or infinite)"

@@ -1,0 +1,73 @@
+"""Rows of routers: where prompts are in a model's states, layer by layer. Of the model one block is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.core.errors import ModelError
+from llmworks.merge.moe.config import Expert, ExpertsConfig
+from llmworks.model.io.layer_reader import Source
+from llmworks.tokenize.load import load_tokenizer
+
+Found = dict[str, Tensor]  # by prompt: [layers, width]
+
+
+def gates(config: ExpertsConfig, base: Path, experts: Sequence[Expert], seed: int, layers: int, width: int) -> Tensor:
+    """[layers, experts, width]; of length 1 where they come from prompts. ModelError for a base without a tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    if config.gate_mode == "random":
+        return torch.randn(layers, len(experts), width, generator=generator)
+    if config.gate_mode == "uniform_random":
+        drawn: Tensor = torch.rand(layers, len(experts), width, generator=generator)
+        return drawn.mul_(2).sub_(1).mul_(width**-0.5)
+    tokenizer = load_tokenizer(base)
+    prompts = list(dict.fromkeys(prompt for one in experts for prompt in [*one.positive_prompts, *one.negative_prompts]))
+    ids = [list(tokenizer((tokenizer.bos_token or "") + prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    empty = next((prompt for prompt, tokens in zip(prompts, ids, strict=True) if not tokens), None)
+    if empty is not None:
+        raise ModelError(f"the prompt {empty!r} has no tokens")
+    found = embedded(base, prompts, ids, layers) if config.gate_mode == "cheap_embed" else hidden(base, prompts, ids, mean=config.gate_mode == "hidden_avg")
+    rows = []
+    for one in experts:
+        row = at(found, one.positive_prompts, config) - (at(found, one.negative_prompts, config) if one.negative_prompts else 0)
+        rows.append(row / row.norm(dim=-1, keepdim=True).clamp(min=1e-8))
+    return torch.stack(rows, dim=1)
+
+
+def at(found: Found, prompts: Sequence[str], config: ExpertsConfig) -> Tensor:
+    """Where some prompts are, [layers, width]: their mean; of embeddings the sum, of length 1."""
+    total: Tensor = torch.stack([found[prompt] for prompt in prompts]).sum(0)
+    return total / total.norm(dim=-1, keepdim=True).clamp(min=1e-8) if config.gate_mode == "cheap_embed" else total / len(prompts)
+
+
+def embedded(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], layers: int) -> Found:
+    """The sum of tokens' embeddings, the same for all layers."""
+    embedding: Any = Source(base).frame().decoder.embedding
+    return {prompt: embedding(torch.tensor(list(tokens))).detach().float().sum(0).expand(layers, -1) for prompt, tokens in zip(prompts, ids, strict=True)}
+
+
+def hidden(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], *, mean: bool) -> Found:
+    """What each layer reads: of the last token, or on average over tokens."""
+    source = Source(base)
+    told: list[list[Tensor]] = [[] for _ in prompts]
+    with torch.inference_mode():
+        frame = source.frame()
+        stack: Any = frame.decoder
+        places = [torch.arange(len(tokens))[None] for tokens in ids]
+        states = [stack.begin(stack.embedding(torch.tensor([list(tokens)])), where) for tokens, where in zip(ids, places, strict=True)]
+        for number in range(source.shape.layers):
+            for kept, state in zip(told, states, strict=True):
+                kept.append(state[0].mean(0) if mean else state[0, -1])
+            with source.only(stack, source.block(number)):
+                states = [stack.through(state, where) for state, where in zip(states, places, strict=True)]
+    return {prompt: torch.stack(kept).float() for prompt, kept in zip(prompts, told, strict=True)}
+
+
+def alike(rows: Tensor) -> list[int]:
+    """Layers whose rows [layers, experts, width] point the same way, so that the router can hardly choose: their condition number is above 5, as mergekit-moe warns."""
+    return [layer for layer, row in enumerate(rows) if float(torch.linalg.cond(row.float())) > 5]

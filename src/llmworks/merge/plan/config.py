@@ -1,0 +1,197 @@
+"""What is merged, and how: mergekit's YAML as it is. A key that means nothing here is an error that names it. Knows no tensor.
+
+https://github.com/arcee-ai/mergekit, docs/; models are named by the keys of the stage's input `models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from llmworks.core.artifact import Config
+
+DTYPES = {"bfloat16": "BF16", "bf16": "BF16", "float16": "F16", "fp16": "F16", "half": "F16", "float32": "F32", "fp32": "F32", "float": "F32", "float64": "F64", "double": "F64"}
+
+
+def _named(value: Any) -> Any:
+    """A model as mergekit's YAML names it, as one text: PATH, PATH@REVISION, PATH+ADAPTER."""
+    if isinstance(value, dict) and "model" in value and set(value) <= {"model", "lora"}:
+        parts = [_path(value["model"]), *([_path(value["lora"])] if value.get("lora") else [])]
+        return "+".join(parts)
+    return _path(value) if isinstance(value, dict) and "path" in value else value
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, dict) and set(value) <= {"path", "revision"} and "path" in value:
+        return f"{value['path']}@{value['revision']}" if value.get("revision") else str(value["path"])
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{value!r} names no model; write PATH, or {{path: PATH, revision: REVISION}}")
+
+
+def _dtype(value: Any) -> Any:
+    if value is None or not isinstance(value, str):
+        return value
+    name = value.removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"{value!r} is no number format to merge in; known: {', '.join(DTYPES)}")
+    return name
+
+
+Ref = Annotated[str, BeforeValidator(_named), Field(min_length=1)]
+Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+Scalar = bool | int | float | str
+Whole = Annotated[int, Field(strict=True)]
+
+
+def without_none(value: Any) -> Any:
+    """A mapping without its empty keys: `parameters:` with nothing behind it is as good as absent."""
+    return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+
+class Written(Config):
+    """A part of a YAML file, where a key with nothing behind it is as good as absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absent(cls, value: Any) -> Any:
+        return without_none(value)
+
+
+class Condition(Config):
+    """A value for tensors whose name holds a text."""
+
+    value: Scalar | list[Scalar] = Field(description="a scalar, or a gradient: values over the layers, between which it runs evenly")
+    filter: str | None = Field(None, description="part of a tensor's name; without it, or *, the value is for all that are left")
+
+
+Setting = Condition | list[Condition] | Scalar | list[Scalar]
+Settings = dict[str, Setting]
+
+
+class InputModel(Written):
+    """A whole model."""
+
+    model: Ref = Field(description="its name")
+    parameters: Settings = Field({}, description="its own parameters of the method")
+
+
+class InputSlice(InputModel):
+    """Layers of a model."""
+
+    layer_range: tuple[Whole, Whole] = Field(description="the first layer, and the one after the last")
+
+    @model_validator(mode="after")
+    def _order(self) -> InputSlice:
+        if not 0 <= self.layer_range[0] < self.layer_range[1]:
+            raise ValueError(f"layer_range {list(self.layer_range)} holds no layer")
+        return self
+
+
+class OutputSlice(Written):
+    """Layers of the result, of as many layers of each source."""
+
+    sources: list[InputSlice] = Field(min_length=1, description="layers of models that become one")
+    base_model: Ref | None = Field(None, description="which of them is the base; default: the merge's")
+    parameters: Settings = Field({}, description="parameters of the method in this slice")
+
+    @model_validator(mode="after")
+    def _alike(self) -> OutputSlice:
+        lengths = {source.layer_range[1] - source.layer_range[0] for source in self.sources}
+        if len(lengths) > 1:
+            raise ValueError(f"the sources of a slice have {' and '.join(map(str, sorted(lengths)))} layers; they must have equally many")
+        return self
+
+
+class OutputModule(Written):
+    """A part of a model that has layers of its own."""
+
+    slices: list[OutputSlice] | None = Field(None, min_length=1, description="layers, slice after slice")
+    models: list[InputModel] | None = Field(None, min_length=1, description="whole models in their place")
+    parameters: Settings = Field({}, description="parameters of the method in this module")
+
+    @model_validator(mode="after")
+    def _one(self) -> OutputModule:
+        if (self.slices is None) == (self.models is None):
+            raise ValueError("give slices or models, one of them")
+        return self
+
+
+class Zero(Config):
+    """A row of zeros."""
+
+    kind: Literal["zero"] = Field(description="zero")
+
+
+class ModelToken(Config):
+    """The row of another token of a model."""
+
+    kind: Literal["model_token"] = Field(description="model_token")
+    model: Ref = Field(description="whose")
+    token_id: int | None = Field(None, ge=0, description="which, by its id")
+    token: str | None = Field(None, description="or by its text")
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelToken:
+        if (self.token_id is None) == (self.token is None):
+            raise ValueError("give token_id or token, one of them")
+        return self
+
+
+class TokenRule(Config):
+    """Where a token's row of the embedding comes from."""
+
+    source: Zero | ModelToken | Ref | None = Field(None, description="a model, another token of a model, or zero")
+    force: bool = Field(False, description="also in models that have the token")
+
+
+class TokenizerRule(Written):
+    """The result's tokenizer."""
+
+    source: Ref = Field("union", description="union of all, base, or a model")
+    tokens: dict[str, TokenRule] = Field({}, description="rules for tokens; those that no model has are added")
+    pad_to_multiple_of: int | None = Field(None, gt=0, description="rows of the embedding are a multiple of it")
+
+
+class MergeConfig(Written):
+    """mergekit's keys, and the size of files."""
+
+    merge_method: str = Field(description="linear, slerp, nuslerp, multislerp, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, model_stock, sce, arcee_fusion, nearswap, karcher, ram, ramplus_tl, passthrough")
+    models: list[InputModel] | None = Field(None, min_length=1, description="whole models, each {model, parameters}")
+    slices: list[OutputSlice] | None = Field(None, min_length=1, description="or layers, each {sources: [{model, layer_range, parameters}], parameters}")
+    modules: dict[str, OutputModule] | None = Field(None, min_length=1, description="or parts that have layers of their own, each {models or slices, parameters}")
+    base_model: Ref | None = Field(None, description="the model that others are measured from, and whose config and tokenizer the result has")
+    parameters: Settings = Field({}, description="parameters of the method: scalars, gradients (lists), or [{filter, value}]")
+    dtype: Dtype = Field(None, description="number format that is computed in; default: that of the files")
+    out_dtype: Dtype = Field(None, description="number format of the result; default: that it is computed in")
+    tokenizer_source: Ref | None = Field(None, description="union, base, or a model: whose tokens the result has")
+    tokenizer: TokenizerRule | None = Field(None, description="the same with rules for tokens: {source, tokens, pad_to_multiple_of}")
+    chat_template: str | None = Field(None, description="auto (that of most models), the name of one, or a Jinja template")
+    shard_bytes: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
+
+    @model_validator(mode="after")
+    def _checked(self) -> MergeConfig:
+        given = [name for name in ("models", "slices", "modules") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give models, slices or modules, one of them; given: {', '.join(given) or 'none'}")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("give tokenizer or tokenizer_source, not both")
+        return self
+
+    def sources(self) -> Iterator[InputModel]:
+        """All models that are named, in their order."""
+        yield from self.models or ()
+        for part in (self.modules or {}).values():
+            yield from part.models or ()
+        for one in [*(self.slices or ()), *(slice_ for part in (self.modules or {}).values() for slice_ in part.slices or ())]:
+            yield from one.sources
+
+    def named(self) -> list[str]:
+        """Names of models, each once: the base first."""
+        bases = [self.base_model, *(one.base_model for one in self.slices or ()), *(one.base_model for part in (self.modules or {}).values() for one in part.slices or ())]
+        rule = self.tokenizer
+        tokens = [self.tokenizer_source, *((rule.source, *(one.source.model if isinstance(one.source, ModelToken) else one.source for one in rule.tokens.values())) if rule else ())]
+        others = [name for name in tokens if isinstance(name, str) and name not in ("union", "base")]
+        return list(dict.fromkeys(name for name in [*bases, *(source.model for source in self.sources()), *others] if name))

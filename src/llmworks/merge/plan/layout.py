@@ -1,0 +1,93 @@
+"""A model's tensors by their names alone: stacks of layers, and what stands before and after them. Any architecture; knows no merge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmworks.core.errors import ModelError
+from llmworks.model.io.safetensors_io import Place, Shards
+from llmworks.tokenize.load import read_json
+
+LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
+BEFORE = re.compile(r"embed|wte|wpe|tok_")
+HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
+SPARE = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$|\.attention\.(?:masked_)?bias$")  # buffers that old files hold and no model reads
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+@dataclass
+class Layout:
+    """One model. `stacks`: by the name that stands before a layer's number, what each layer holds, by the rest of the name; `loose`: tensors of no layer."""
+
+    name: str
+    path: Path
+    shards: Shards
+    config: dict[str, Any]
+    stacks: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    loose: list[str] = field(default_factory=list)
+
+    @property
+    def places(self) -> Mapping[str, Place]:
+        """Where its tensors lie."""
+        return self.shards.places
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The part of its config that is about texts."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding, as its config has it; 0 where it does not say."""
+        found = self.text.get("vocab_size") or 0
+        if not isinstance(found, int):
+            raise ModelError(f"{self.path}/config.json: vocab_size is {found!r}, it must be a whole number")
+        return found
+
+    @property
+    def kind(self) -> str:
+        """Its architecture, as config.json names it."""
+        found = self.config.get("architectures") or [""]
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise ModelError(f"{self.path}/config.json: architectures is {found!r}, it must be a list of names")
+        return str(found[0])
+
+    def has_tokens(self, tensor: str) -> bool:
+        """Whether a tensor has a row for each token."""
+        shape = self.places[tensor].shape
+        return bool(shape) and LAYER.match(tensor) is None and shape[0] == self.vocabulary and not re.search(r"position|wpe", tensor)
+
+    def embedding(self) -> str | None:
+        """The tensor of its input embedding."""
+        return next((name for name in self.loose if BEFORE.search(name) and self.has_tokens(name)), None)
+
+    def tied(self, tensor: str) -> str | None:
+        """A tensor, or what stands for it: a head that is not in the files is the embedding."""
+        return tensor if tensor in self.places else self.embedding() if HEAD.search(tensor) else None
+
+
+def layout_of(name: str, path: Path) -> Layout:
+    """Read a directory's headers. ModelError for a broken directory, a quantized one, or layers that are not numbered from 0 on."""
+    config = read_json(path / "config.json")
+    if config.get("quantization_config"):
+        raise ModelError(f"{name}: is quantized, and cannot be merged; give the model that it was made of")
+    made = Layout(name, path, Shards(path), config)
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for tensor in made.places:
+        if SPARE.search(tensor):
+            continue
+        match = LAYER.match(tensor)
+        if match is None:
+            made.loose.append(tensor)
+        else:
+            found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = tensor
+    for stack, layers in found.items():
+        if sorted(layers) != list(range(len(layers))):
+            raise ModelError(f"{name}: of the layers {stack}.N there are {len(layers)}, numbered up to {max(layers)}; tensors are missing")
+        made.stacks[stack] = [layers[number] for number in range(len(layers))]
+    return made

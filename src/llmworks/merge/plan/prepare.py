@@ -1,0 +1,27 @@
+"""What a merge has before any weight is read: whose tokens the result has, and the plan. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llmworks.core.errors import ModelError
+from llmworks.merge.plan.config import MergeConfig, TokenizerRule
+from llmworks.merge.plan.layout import Layout
+from llmworks.merge.plan.plan import Plan, check, plan_of
+from llmworks.merge.vocabulary.vocabulary import Vocabulary, same_tokens, vocabulary_of
+
+
+def prepared(config: MergeConfig, layouts: Mapping[str, Layout]) -> tuple[str, Vocabulary | None, Plan]:
+    """(the model that gives the config and what else is no weight, tokens where they are not as they were, the plan)."""
+    check(config, layouts)
+    donor = config.base_model or config.named()[0]
+    kinds = {name: layout.kind for name, layout in layouts.items()}
+    if len(set(kinds.values())) > 1:
+        raise ModelError(f"models of different architectures cannot be merged: {', '.join(f'{name} is a {kind}' for name, kind in kinds.items())}")
+    rule = config.tokenizer or (TokenizerRule(source=config.tokenizer_source) if config.tokenizer_source else None)
+    if rule is None:
+        same_tokens(layouts)
+        return donor, None, plan_of(config, layouts)
+    order = [donor, *(name for name in layouts if name != donor)]
+    vocabulary = vocabulary_of(rule, donor, order, layouts)
+    return donor, vocabulary, plan_of(config, layouts, vocabulary.rows)

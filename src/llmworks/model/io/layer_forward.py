@@ -1,0 +1,23 @@
+"""What a directory's model says of texts, block by block: logits without the model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from llmworks.model.io.layer_reader import Source
+
+
+def logits_of(source: Source, texts: Sequence[Sequence[int]]) -> list[Any]:
+    """Logits of each text, numpy [length, vocabulary], fp32."""
+    with torch.inference_mode():
+        frame = source.frame()
+        stack: Any = frame.decoder
+        places = [torch.arange(len(ids))[None] for ids in texts]
+        states = [stack.begin(stack.embedding(torch.tensor([list(ids)])), at) for ids, at in zip(texts, places, strict=True)]
+        for number in range(source.shape.layers):
+            with source.only(stack, source.block(number)):
+                states = [stack.through(state, at) for state, at in zip(states, places, strict=True)]
+        return [frame.head(stack.norm(state))[0].float().numpy() for state in states]

@@ -1,0 +1,148 @@
+"""A model's directory read piece by piece: the tensors of one block, those of none. Knows no quantization."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.core.errors import ModelError
+from llmworks.model.io.families import check_tied, from_standard, rename_of, shape_of
+from llmworks.model.io.weights import check_weights, read_header, refuse_scorer, weight_files
+from llmworks.model.lowbit.checkpoint import plain, round_inputs, weights
+from llmworks.model.nn.decoder import Block, DecoderConfig, DecoderForCausalLM
+from llmworks.tokenize.load import first_line, read_json
+
+NUMBER = re.compile(r"(?:layers|blocks|h)\.(\d+)\.")
+
+
+class Source:
+    """The decoder of a directory, of which no more is in memory than what is asked for.
+
+    `quantized`: whether it is one that was written here, whose weights are read as plain ones.
+    Errors: ModelError for a broken directory, one that is quantized already, and an architecture that is not our decoder's.
+    """
+
+    def __init__(self, path: Path, *, quantized: bool = False) -> None:
+        check_weights(path)
+        refuse_scorer(path)
+        self.path, self.config = path, read_json(path / "config.json")
+        self.method: dict[str, Any] = self.config.get("quantization_config") or {}
+        if self.method and not quantized:
+            raise ModelError(f"{path}: is quantized already ({self.method.get('quant_method')}); give the model that it was made of")
+        self.kind, self.shape = shape_of(self.config)
+        self.rename = rename_of(self.kind)
+        self.quantized: set[str] = set()  # layers that were read, and whose weights are no plain ones
+        self.places: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in weight_files(path):
+            for name, entry in read_header(file).items():
+                if name != "__metadata__":
+                    self.places[name], self.shapes[name] = file, tuple(entry["shape"])
+
+    def number_of(self, name: str) -> int:
+        """The block that a tensor is of; -1: none."""
+        found = NUMBER.search(name)
+        return int(found[1]) if found else -1
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of some, each file opened anew, so that nothing of it stays mapped."""
+        from safetensors import safe_open
+
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.places[name], []).append(name)
+        for file, inside in wanted.items():
+            try:
+                opened: Any = safe_open(file, framework="pt")
+            except Exception as error:  # safetensors raises its own kind
+                raise ModelError(f"{file}: cannot be read ({first_line(error)}); copy or fetch it again") from None
+            with opened as tensors:
+                for name in inside:
+                    yield name, tensors.get_tensor(name)
+
+    def tensors(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a block (-1: of none), under their names in the directory, as they are stored. ModelError for those that are no numbers."""
+        found = dict(self.read(name for name in self.places if self.number_of(name) == number))
+        for name, tensor in found.items():
+            if tensor.is_floating_point() and (tensor.element_size() < 2 or not math.isfinite(float(tensor.sum(dtype=torch.float64)))) and not torch.isfinite(tensor).all():  # a sum takes a fraction of the time
+                raise ModelError(f"{self.path}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are no numbers (NaN or infinite)")
+        return found
+
+    def ours(self, number: int) -> dict[str, Tensor]:
+        """The same under the decoder's names, fp32."""
+        tensors: dict[str, Tensor] = {}
+        for name, what in weights(self.tensors(number), self.method) if self.method else self.tensors(number).items():
+            if not isinstance(what, Tensor):
+                self.quantized.add(name.removesuffix(".weight"))
+            tensors[name] = plain(what) if self.method else what.float()
+        return from_standard(tensors, self.kind) if self.kind else tensors
+
+    def block(self, number: int) -> Block:
+        """A block of its own. ModelError where tensors are missing or too many."""
+        head = f"decoder.blocks.{number}."
+        with torch.device("meta"):
+            block = Block(self.shape, number)
+        state = {name.removeprefix(head): tensor for name, tensor in self.ours(number).items()}
+        try:
+            block.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"{self.path}: block {number}: {' '.join(str(error).split())[:200]}") from None
+        block.train(False)
+        if self.method:
+            round_inputs(block, self.method, self.rename, self.quantized, head)
+        return block
+
+    def frame(self) -> DecoderForCausalLM:
+        """The decoder without its blocks: embedding, last norm, head."""
+        with torch.device("meta"):
+            model = DecoderForCausalLM(DecoderConfig(shape=self.shape.model_dump()))
+        model.decoder.blocks = torch.nn.ModuleList()
+        outside = self.ours(-1)
+        if self.shape.tied and "decoder.embedding.weight" in outside:
+            check_tied(self.path, outside)
+            outside["head.weight"] = outside["decoder.embedding.weight"]
+        try:
+            model.load_state_dict(outside, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"{self.path}: embedding, norm or head: {' '.join(str(error).split())[:200]}") from None
+        model.train(False)
+        return model
+
+    @contextlib.contextmanager
+    def only(self, stack: Any, block: Block) -> Iterator[Any]:
+        """The stack with one block in it."""
+        stack.blocks = torch.nn.ModuleDict({str(block.attention.layer): block})
+        try:
+            yield stack
+        finally:
+            stack.blocks = torch.nn.ModuleDict()
+
+
+def join_files(parts: list[Path], target: Path) -> None:
+    """Several safetensors files as one, their bytes copied, nothing of them held in memory."""
+    import json
+    import shutil
+
+    headers = [{name: entry for name, entry in read_header(part).items() if name != "__metadata__"} for part in parts]
+    whole: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for header in headers:
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            whole[name] = entry | {"data_offsets": [at + start, at + end]}
+        at += max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    text = json.dumps(whole, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            with part.open("rb") as stream:
+                stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+                shutil.copyfileobj(stream, out, 1 << 22)

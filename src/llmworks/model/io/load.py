@@ -1,0 +1,72 @@
+"""Load a Hugging Face directory as torch modules, and say in one line what is wrong with one that cannot be loaded. Knows no architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmworks.core.errors import ModelError
+from llmworks.model.io.families import load_decoder, rename_of, shape_of
+from llmworks.model.io.weights import check_weights, refuse_scorer
+from llmworks.tokenize.load import first_line, quiet_transformers, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(path: Path, dtype: str = "float32", *, low_bit: bool = False) -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the CPU, in `dtype`. ModelError, in one line, for a broken directory. `low_bit`: as of `standard.load_decoder`."""
+    from transformers import AutoModelForCausalLM
+
+    import llmworks.model.io.register  # noqa: F401  (makes them known to transformers)
+
+    quiet_transformers()
+    check_weights(path)
+    refuse_scorer(path)
+    if read_json(path / "config.json").get("quantization_config"):
+        decoder: Any = load_decoder(path, low_bit=low_bit)
+        return decoder if dtype == "float32" else decoder.to(getattr(torch, dtype))  # type: ignore[no-any-return]
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)})") from None
+    model: Any = loaded[0]
+    missing = [name for name in loaded[1]["missing_keys"] if not name.endswith("lm_head.weight") or not model.config.tie_word_embeddings]
+    if missing:
+        raise ModelError(f"{path}: weights are missing for {len(missing)} parameters, the first is {sorted(missing)[0]}")
+    evaluating: PreTrainedModel = model.eval()
+    return evaluating
+
+
+
+
+
+def open_adaptable(path: Path) -> tuple[Any, Callable[[str], str]]:
+    """(the model of a directory, fp32; the names of its layers in the directory's files): our decoder where layers are one to one, else as transformers has it.
+
+    Errors: ModelError for a broken directory.
+    """
+    try:
+        kind, _ = shape_of(read_json(path / "config.json"))
+    except ModelError:
+        return load_model(path), str
+    if kind == "gpt2":  # one matrix of its files holds queries, keys and values
+        return load_model(path), str
+    return load_decoder(path), rename_of(kind)
+
+
+def open_trainable(path: Path) -> Any:
+    """The model of a directory, fp32: our decoder where it is one of its shapes, else as transformers has it.
+
+    Errors: ModelError for a broken directory.
+    """
+    try:
+        shape_of(read_json(path / "config.json"))
+    except ModelError:
+        return load_model(path)
+    return load_decoder(path)

@@ -1,0 +1,98 @@
+"""Files of weights: which ones a directory has, their headers, and tensors read one at a time. Errors of one line for what is missing or cut short."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmworks.core.errors import ModelError
+from llmworks.tokenize.load import first_line, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_weights(path: Path) -> None:
+    """Check that a directory holds a config and whole safetensors files, without reading the tensors."""
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such model directory")
+    if not (path / "config.json").exists():
+        raise ModelError(f"{path}: is not a Hugging Face model directory (no config.json)")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{path}: has no .safetensors weights")
+    for file in files:
+        header = read_header(file)
+        try:
+            end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise ModelError(f"{file}: its safetensors header is broken; copy or fetch it again") from None
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+        if size != start + end:
+            raise ModelError(f"{file}: truncated, {size} bytes of {start + end}; copy or fetch it again")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that a directory's weights are in: those that its index names; without one all but `consolidated`, which Mistral's repositories have beside them under other names."""
+    index = path / "model.safetensors.index.json"
+    files = sorted(path.glob("*.safetensors"))
+    if index.exists():
+        named = read_json(index).get("weight_map")
+        wanted = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+        missing = sorted(wanted - {file.name for file in files})
+        if missing or not wanted:
+            raise ModelError(f"{index}: {f'names {missing[0]}, which is not there' if missing else 'names no files'}; copy or fetch the directory again")
+        return [file for file in files if file.name in wanted]
+    others = [file for file in files if not file.name.startswith("consolidated")]
+    return others or files
+
+
+class Stored(Mapping[str, "Tensor"]):
+    """The tensors of a directory's safetensors files by name, each read when it is asked for, nothing of it kept."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        files = weight_files(path)
+        try:
+            self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
+        except Exception as error:  # safetensors raises its own kind
+            raise ModelError(f"{path}: its safetensors files cannot be read ({first_line(error)}); copy or fetch them again") from None
+        self._places = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  (no mapping)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._places[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def refuse_scorer(path: Path) -> None:
+    """Whether a directory's model writes texts. ModelError for one that scores them, whose head over the vocabulary would be made up."""
+    names = read_json(path / "config.json").get("architectures") or []
+    if any("Classification" in str(name) for name in names):
+        raise ModelError(f"{path}: is a {names[0]}, which scores texts and writes none; give the model that is to write")
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: name to dtype, shape and offsets."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > file.stat().st_size:
+            raise ModelError(f"{file}: not a safetensors file, or truncated; copy or fetch it again")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+        except ValueError:
+            raise ModelError(f"{file}: its safetensors header is broken; copy or fetch it again") from None
+    if not isinstance(header, dict):
+        raise ModelError(f"{file}: its safetensors header is broken; copy or fetch it again")
+    return header

@@ -1,0 +1,153 @@
+"""LoRA: y = W x + s B A x, with A random and B zero, so that training starts from the model itself.
+
+s is alpha / r (Hu et al. 2021, arXiv:2106.09685), or alpha / sqrt(r), rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). DoRA (Liu et al. 2024,
+arXiv:2402.09353) learns the length of each row of W + s B A beside it. Initialisation as in peft's `LoraLayer.reset_lora_parameters`. Files are
+`adapter.py`'s, folding into the weights is `fold.py`'s; knows no other adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from llmworks.core.errors import ModelError
+from llmworks.model.lowbit.nf4 import NF4Linear
+
+Rename = Callable[[str], str]  # a layer's name here -> its name in the model's files
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The shape of an adapter. `stabilised`: alpha over the root of the rank; `magnitudes`: DoRA."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    stabilised: bool = False
+    magnitudes: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+
+class _Adapted(torch.autograd.Function):
+    """W x + s B A x in one: nothing of the width of the output is made twice, and of a frozen W nothing is kept, which may be unpacked anew each time."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any) -> Tensor:
+        """x: [..., in]; a: [r, in]; b: [out, r] -> [..., out]."""
+        flat = x.reshape(-1, x.shape[-1])
+        low = torch.mm(flat, a.T)
+        y = torch.mm(flat, dense(base).T) if base.bias is None else torch.addmm(base.bias, flat, dense(base).T)
+        y.addmm_(low, b.T, alpha=scale)
+        context.save_for_backward(flat, low, a, b)
+        context.rest = (scale, base, x.shape)
+        return y.view(*x.shape[:-1], len(b))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """DX = dY W + s dY B A, dA = s (dY B)' X, dB = s dY' (X A')."""
+        flat, low, a, b = context.saved_tensors
+        scale, base, shape = context.rest
+        by_y = gradients[0].reshape(-1, len(b))
+        by_low = torch.mm(by_y, b).mul_(scale)
+        by_x = torch.mm(by_y, dense(base)).addmm_(by_low, a).view(shape) if context.needs_input_grad[0] else None
+        return by_x, torch.mm(by_low.T, flat), torch.mm(by_y.T, low).mul_(scale), None, None
+
+
+def dense(base: Any) -> Tensor:
+    """The weight of a layer [out, in], unpacked where it is kept in 4 bits."""
+    weight: Tensor = base.dense() if isinstance(base, NF4Linear) else base.weight
+    return weight
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a trained low-rank addition. A: [r, in], B: [out, r]; magnitude, of DoRA: [out]."""
+
+    def __init__(self, base: nn.Linear | NF4Linear, lora: Lora) -> None:
+        super().__init__()
+        self.base, self.scale, self.dropout, self.off = base, lora.scale, lora.dropout, False
+        self.a = nn.Parameter(torch.empty(lora.rank, base.in_features))
+        self.b = nn.Parameter(torch.zeros(base.out_features, lora.rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.magnitude = nn.Parameter(torch.linalg.norm(dense(base), dim=1)) if lora.magnitudes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out]. While it is `off`, the frozen layer's."""
+        if self.off:
+            alone: Tensor = self.base(x)
+            return alone
+        if self.magnitude is not None:
+            return self._with_magnitudes(x, self.magnitude)
+        dropping = self.dropout > 0 and self.training
+        if not dropping and x.dtype == self.a.dtype and not torch.is_autocast_enabled(x.device.type):
+            y: Tensor = _Adapted.apply(x, self.a, self.b, self.scale, self.base)  # type: ignore[no-untyped-call]
+            return y
+        low = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        plain: Tensor = self.base(x)
+        return plain + F.linear(F.linear(low, self.a), self.b * self.scale)
+
+    def _with_magnitudes(self, x: Tensor, magnitude: Tensor) -> Tensor:
+        """Of each row of W + s B A the direction, times its learned length; its own length is a constant for the gradient (section 4.3 of the paper)."""
+        weight = dense(self.base)
+        low = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            length = torch.linalg.norm(weight.to(self.b.dtype) + self.scale * (self.b @ self.a), dim=1)
+        straight, added = F.linear(low, weight), F.linear(F.linear(low, self.a), self.b) * self.scale
+        share = (magnitude / length).to(x.dtype)
+        plain: Tensor = self.base(x)
+        y: Tensor = plain + (share - 1) * straight + share * added
+        return y
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of all linear layers but the output head."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear)) and module is not head]
+
+
+def target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename = str) -> list[str]:
+    """Names of the linear layers to adapt: all but the output head for "all-linear", else those whose last name in the model's files is listed."""
+    names = linear_layers(model)
+    if targets == "all-linear":
+        return names
+    lasts = {name: rename(name).rpartition(".")[2] for name in names}
+    wanted = [name for name in names if lasts[name] in targets]
+    missing = sorted(set(targets) - {lasts[name] for name in wanted})
+    if missing:
+        raise ModelError(f"lora.targets: the model has no linear layer named {missing[0]!r}; it has {', '.join(sorted(set(lasts.values())))}")
+    return wanted
+
+
+def attach(model: nn.Module, targets: Sequence[str] | str, lora: Lora, rename: Rename = str) -> None:
+    """Freeze the model and put a `LoraLinear` around every target, in place. Seed torch before: A is random."""
+    names = target_layers(model, targets, rename)
+    if not names:
+        raise ModelError("the model has no linear layer that could be adapted (layers of GPT-2 in transformers are none); train all weights")
+    attach_to(model, names, lora)
+
+
+def attach_to(model: nn.Module, names: Sequence[str], lora: Lora) -> None:
+    """The same around the layers of these names."""
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        base: Any = model.get_submodule(name)
+        setattr(model.get_submodule(parent), leaf, LoraLinear(base, lora))
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """(name, layer) of every adapted layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module

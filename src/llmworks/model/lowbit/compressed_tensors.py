@@ -1,0 +1,121 @@
+"""Weights as whole numbers in a Hugging Face directory, in the form of compressed-tensors, which transformers and vLLM read: names of tensors, their packing, the config that says so.
+
+Layouts: `pack-quantized` (bit after bit, as int32) and `int-quantized` (int8, where inputs are, too). Knows no method.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.core.errors import ModelError
+from llmworks.model.lowbit.activations import Reading
+from llmworks.model.lowbit.integer import Grid, Scales, Whole, packed, unpacked
+
+METHOD = "compressed-tensors"
+PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
+
+
+def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
+    """The tensors of a layer `name` that holds a matrix of whole numbers: int8 as they are where inputs are rounded, too, else packed."""
+    grid, (rows, columns) = matrix.grid, matrix.codes.shape
+    stored = getattr(torch, grid.stored)
+    scale = matrix.scales.scale.to(stored).contiguous()
+    if scale.shape[0] != rows:
+        scale = scale.expand(rows, 1).contiguous()
+    if _plain(grid):
+        return {f"{name}.weight": matrix.codes.contiguous(), f"{name}.weight_scale": scale}
+    found = {f"{name}.weight_packed": packed(matrix.codes, grid.bits), f"{name}.weight_scale": scale, f"{name}.weight_shape": torch.tensor([rows, columns])}
+    if not grid.symmetric:
+        zero = matrix.scales.zero.expand(rows, -1).to(torch.int8)
+        found[f"{name}.weight_zero_point"] = packed(zero.T.contiguous(), grid.bits).T.contiguous()  # rows, not groups, stand together
+    return found
+
+
+def _plain(grid: Grid) -> bool:
+    """Whether codes stand in the file as they are."""
+    return grid.inputs is not None and grid.bits == 8
+
+
+def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of layers by name, and those that were left as they were. Layers of one grid share a group of the config."""
+    kinds: dict[Grid, list[str]] = {}
+    for name, grid in grids.items():
+        kinds.setdefault(grid, []).append(name)
+    groups = {}
+    for number, (grid, names) in enumerate(kinds.items()):
+        strategy = "group" if grid.group > 0 else "channel"
+        weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "strategy": strategy, "group_size": grid.group if grid.group > 0 else None, "dynamic": False, "observer": "minmax", "actorder": None, "block_structure": None}
+        inputs = {"num_bits": grid.inputs.bits, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True, "observer": None, "actorder": None, "block_structure": None} if grid.inputs else None
+        groups[f"group_{number}"] = {"targets": ["Linear"] if len(kinds) == 1 else names, "weights": weights, "input_activations": inputs, "output_activations": None, "format": "int-quantized" if _plain(grid) else "pack-quantized"}
+    formats = {group["format"] for group in groups.values()}
+    return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision", "quantization_status": "compressed", "config_groups": groups, "ignore": list(left), "kv_cache_scheme": None, "global_compression_ratio": None}
+
+
+def named(name: str, some: Iterable[str]) -> bool:
+    """Whether a layer is among targets: by its name, or by a pattern that its name begins with ("re:...", compressed-tensors' match_name)."""
+    return any(re.match(one.removeprefix("re:"), name) is not None if one.startswith("re:") else one == name for one in some)
+
+
+def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What `quantization_config` says of a layer. ModelError where it says nothing that is known here."""
+    groups = list(config.get("config_groups", {}).values())
+    found = next((group for group in groups if named(name, group["targets"])), None) or next((group for group in groups if "Linear" in group["targets"]), None)
+    if found is None or found["weights"].get("type", "int") != "int":
+        raise ModelError(f"config.json: quantization_config has no whole numbers for {name}")
+    inputs = found.get("input_activations")
+    if inputs and not (inputs.get("type", "int") == "int" and inputs.get("strategy") == "token" and inputs.get("dynamic") and inputs.get("symmetric", True)):
+        raise ModelError(f"config.json: quantization_config rounds the inputs of {name} in a way that is not known here; known: whole numbers around 0, by token, dynamic")
+    group: dict[str, Any] = found
+    return group
+
+
+def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
+    """How a layer's inputs are rounded; None: they are not."""
+    if named(name, config.get("ignore") or ()):
+        return None
+    inputs = group_of(config, name).get("input_activations")
+    return Reading(int(inputs["num_bits"])) if inputs else None
+
+
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
+    """(name, what it is) of all weights of a directory. ModelError for a layer whose tensors do not belong together."""
+    for name in tensors:
+        layer, _, part = name.rpartition(".")
+        if part == "weight_packed" or (part == "weight" and f"{layer}.weight_scale" in tensors):
+            yield f"{layer}.weight", read(tensors, layer, config)
+        elif not name.endswith(PARTS):
+            yield name, tensors[name]
+
+
+def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -> Whole:
+    """The matrix of a layer."""
+    said = group_of(config, layer)["weights"]
+    bits, symmetric = int(said["num_bits"]), bool(said.get("symmetric", True))
+    try:
+        scale = tensors[f"{layer}.weight_scale"].float()
+        if f"{layer}.weight_packed" in tensors:
+            rows, columns = (int(n) for n in tensors[f"{layer}.weight_shape"])
+            codes = unpacked(tensors[f"{layer}.weight_packed"], bits, columns)
+        else:
+            codes = tensors[f"{layer}.weight"]
+            rows, columns = codes.shape
+        groups = scale.shape[1] if scale.ndim == 2 else 1
+        scale = scale.reshape(-1, groups)
+        if f"{layer}.weight_g_idx" in tensors and not torch.equal(tensors[f"{layer}.weight_g_idx"].long(), torch.arange(columns) // (columns // groups)):
+            raise ModelError(f"{layer}: its groups are out of order (g_idx), which cannot be read here")
+        zero = torch.zeros_like(scale)
+        if not scale.isfinite().all() or not tensors[f"{layer}.weight_scale"].is_floating_point():
+            raise ValueError("scales that are no numbers")
+        if not symmetric:
+            given = tensors[f"{layer}.weight_zero_point"]
+            zero = (unpacked(given.T.contiguous(), bits, rows).T if given.dtype == torch.int32 else given.reshape(-1, groups)).float()
+        if columns % groups or scale.shape[0] not in (1, rows) or zero.shape != scale.shape or codes.shape != (rows, columns):
+            raise ValueError(f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}")
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{layer}: its tensors do not belong together ({error})") from None
+    return Whole(codes, Scales(scale, zero), Grid(bits, (-1 if len(scale) == 1 and rows > 1 else 0) if groups == 1 else columns // groups, symmetric))

@@ -1,0 +1,155 @@
+"""NF4: weights in 4 bits, blocks of 64 scaled by their largest, each number the nearest of 16 quantiles of a normal distribution; or FP4, the nearest of floats of two exponent bits and one of a fraction.
+
+Dettmers et al. 2023, QLoRA (arXiv:2305.14314), sections 2 and 3; the values, and those of double quantization (the blocks' scales in 8 bits, Dettmers et
+al. 2022, arXiv:2110.02861), are those of bitsandbytes. Pure tensor functions, and the frozen layer that computes with them. Knows no training.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from llmworks.model.nn import kernels
+
+BLOCK, SCALES = 64, 256  # weights that share a scale; scales that share theirs
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FLOATS = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # of a code's lower three bits; the upper one is the sign
+BOOKS = {"nf4": LEVELS, "fp4": (*FLOATS, *(-value for value in FLOATS))}  # what the 16 codes stand for
+
+
+@functools.lru_cache(maxsize=2)
+def dynamic_map() -> Tensor:
+    """256 numbers from -1 to 1, denser near zero: of 8 bits one is the sign, some count a power of ten, the rest divide it evenly (arXiv:2110.02861, figure 2)."""
+    found = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
+        found += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(found), dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=4)
+def _levels(device: torch.device, book: str = "nf4") -> tuple[Tensor, Tensor, Tensor]:
+    """(levels by their codes, borders between levels in their order, the codes in that order)."""
+    levels = torch.tensor(BOOKS[book], dtype=torch.float32, device=device)
+    order = torch.argsort(levels, stable=True)
+    if book == "fp4":
+        order = order[order != 8]  # there is one zero
+    sorted_levels = levels[order]
+    return levels, (sorted_levels[1:] + sorted_levels[:-1]) / 2, order.to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix in 4 bits. codes: two to a byte, the first in its upper half; scales: of each block; with `second` they are codes themselves, of scales less their mean."""
+
+    codes: Tensor
+    scales: Tensor
+    shape: tuple[int, ...]
+    second: Tensor | None = None
+    mean: float = 0.0
+    book: str = "nf4"
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, scales included."""
+        parts = (self.codes, self.scales, *(() if self.second is None else (self.second,)))
+        return float(8 * sum(part.numel() * part.element_size() for part in parts) / math.prod(self.shape))
+
+
+def pack(weight: Tensor, *, double: bool = True, book: str = "nf4") -> Packed:
+    """The nearest levels of a matrix, block by block in its own order. `book`: nf4 or fp4."""
+    flat = weight.detach().float().reshape(-1)
+    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(1)
+    normed = blocks * (1.0 / torch.where(scales > 0, scales, torch.ones_like(scales)))[:, None]
+    _, borders, order = _levels(weight.device, book)
+    codes = order[torch.bucketize(normed, borders)].view(-1)[: len(flat) + len(flat) % 2]
+    packed = codes[0::2] << 4 | codes[1::2]
+    if not double:
+        return Packed(packed, scales, tuple(weight.shape), book=book)
+    mean = scales.mean()
+    groups = F.pad(scales - mean, (0, -len(scales) % SCALES)).view(-1, SCALES)
+    second = groups.abs().amax(1)
+    table = dynamic_map().to(weight.device)
+    relative = (groups * (1.0 / torch.where(second > 0, second, torch.ones_like(second)))[:, None]).view(-1)[: len(scales)]
+    return Packed(packed, torch.bucketize(relative, (table[1:] + table[:-1]) / 2).to(torch.uint8), tuple(weight.shape), second, float(mean), book)
+
+
+def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix that the codes stand for."""
+    scales = packed.scales
+    if packed.second is not None:
+        scales = dynamic_map().to(scales.device)[scales.int()] * packed.second.repeat_interleave(SCALES)[: len(scales)] + packed.mean
+    values = _pairs(packed.codes.device, packed.book)[packed.codes.int()].view(-1)
+    padded = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK) * scales[:, None]
+    return padded.view(-1)[: math.prod(packed.shape)].view(packed.shape).to(dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _pairs(device: torch.device, book: str) -> Tensor:
+    """Both levels of every byte [256, 2]: one look-up for two weights."""
+    levels = _levels(device, book)[0]
+    byte = torch.arange(256, device=device)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], 1)
+
+
+class _Frozen(torch.autograd.Function):
+    """x W' of a packed W, unpacked anew for the way back, so that it never stays."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, layer: NF4Linear) -> Tensor:
+        context.layer = layer
+        return F.linear(x, layer.dense().to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        return gradients[0] @ context.layer.dense().to(gradients[0].dtype), None
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer whose weight is kept in 4 bits."""
+
+    codes: Tensor
+    scales: Tensor
+    second: Tensor | None
+
+    def __init__(self, base: nn.Linear, *, double: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        packed = pack(base.weight, double=double)
+        self.mean = packed.mean
+        self.register_buffer("codes", packed.codes)
+        self.register_buffer("scales", packed.scales)
+        self.register_buffer("second", packed.second)
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+
+    def dense(self) -> Tensor:
+        """The weight [out, in] in fp32."""
+        shape = (self.out_features, self.in_features)
+        fast = kernels.unpack_nf4(self.codes, self.scales, self.second, self.mean, shape, (dynamic_map(), _levels(self.codes.device)[0])) if self.codes.is_cuda else None
+        return unpack(Packed(self.codes, self.scales, shape, self.second, self.mean)) if fast is None else fast
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out]."""
+        y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
+        return y
+
+
+def keep_in_nf4(model: nn.Module, names: list[str], *, double: bool = True) -> None:
+    """Replace the linear layers of these names, in place."""
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        base: Any = model.get_submodule(name)
+        setattr(model.get_submodule(parent), leaf, NF4Linear(base, double=double))

@@ -1,0 +1,251 @@
+"""The decoder, whole: tokens become states, blocks let them look back and think, a head says what comes next.
+
+`Stack` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters and `generate` work. Knows no
+tokenizer, no training, no sampling. Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `families.py`; `encoder.py` builds other models of the same blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llmworks.core.errors import ModelError
+from llmworks.model.loss.linear_cross_entropy import head_loss, is_plain
+from llmworks.model.nn.attention import Attention, Seen, alibi_of, seen
+from llmworks.model.nn.cpu_attention import block_of
+from llmworks.model.nn.feed_forward import FeedForward, MixtureOfExperts
+from llmworks.model.nn.norm import norm_of
+from llmworks.model.nn.positions import frequencies, rotation, sinusoids
+from llmworks.model.nn.residual_linear import AddingLinear
+from llmworks.model.nn.segments import check_ids, segments_of
+from llmworks.model.shape import Rope, Shape
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Another text's states [batch, length, width], and who may look at them."""
+
+    states: Tensor
+    look: Seen
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; each is added to the state that it read. `crossing`: between them it looks at another text's states."""
+
+    def __init__(self, shape: Shape, layer: int, *, crossing: bool = False) -> None:
+        super().__init__()
+        self.place = shape.norm_place
+        self.attention_norm, self.feed_forward_norm = norm_of(shape), norm_of(shape)
+        self.after_attention_norm, self.after_feed_forward_norm = (norm_of(shape) if self.place == "around" else None for _ in range(2))
+        self.attention = Attention(shape, layer)
+        self.crossing = Attention(shape, layer) if crossing else None
+        self.crossing_norm = norm_of(shape) if crossing else None
+        self.feed_forward: nn.Module = MixtureOfExperts(shape) if shape.experts else FeedForward(shape)
+
+    def forward(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None, cache: Any, memory: Memory | None = None) -> Tensor:
+        """[batch, length, width] -> the same."""
+        x = self.attended(x, self.attention(self.heard(x), look, rotation, cache))
+        if memory is not None and self.crossing is not None and self.crossing_norm is not None:
+            post = self.place == "post"
+            x = x + self.crossing(x if post else self.crossing_norm(x), memory.look, memory=memory.states)
+            x = self.crossing_norm(x) if post else x
+        return self.thought(x, self.feed_forward(self.read(x)))
+
+    def heard(self, x: Tensor) -> Tensor:
+        """What attention reads of the state."""
+        made: Tensor = x if self.place == "post" else self.attention_norm(x)
+        return made
+
+    def attended(self, x: Tensor, said: Tensor) -> Tensor:
+        """The state after what attention said."""
+        if self.place == "post":
+            normed: Tensor = self.attention_norm(x + said)
+            return normed
+        return x + (said if self.after_attention_norm is None else self.after_attention_norm(said))
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the feed-forward layer reads of the state."""
+        made: Tensor = x if self.place == "post" else self.feed_forward_norm(x)
+        return made
+
+    def thought(self, x: Tensor, made: Tensor) -> Tensor:
+        """The state after what the feed-forward layer made."""
+        if self.place == "post":
+            normed: Tensor = self.feed_forward_norm(x + made)
+            return normed
+        return x + (made if self.after_feed_forward_norm is None else self.after_feed_forward_norm(made))
+
+
+class Stack(nn.Module):
+    """Embedded tokens to states, by blocks one after the other: a decoder when `causal`, else an encoder."""
+
+    def __init__(self, shape: Shape, *, causal: bool = True, crossing: bool = False) -> None:
+        super().__init__()
+        self.shape, self.causal = shape, causal
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
+        self.position = nn.Embedding(shape.context, shape.width) if shape.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(shape, layer, crossing=crossing) for layer in range(shape.layers))
+        self.norm = norm_of(shape) if shape.norm_place != "post" else nn.Identity()
+        self.gradient_checkpointing = False  # transformers sets both when it is told to compute blocks again backward
+        self._gradient_checkpointing_func: Any = None
+
+    def forward(self, embedded: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
+        """embedded: what `embedding` gives of the ids, [batch, length, width]; positions: [batch, length]; padding: [batch, keys], 1 where there is a token; segments: [batch, length], without a cache.
+
+        branches [batch, length], with segments: texts that begin alike stand in one segment, what they share once (0), then each one's rest under its number, positions going on from what is shared.
+        Errors: ModelError for a text beyond learned positions.
+        """
+        x = self.through(self.begin(embedded, positions), positions, padding=padding, segments=segments, branches=branches, cache=cache, memory=memory)
+        state: Tensor = self.norm(x)
+        return state
+
+    def begin(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        """The state before the first block."""
+        shape, x = self.shape, embedded
+        if shape.embedding_scaled:
+            x = x * torch.tensor(shape.width**0.5, dtype=x.dtype)
+        if self.position is not None:
+            if positions.numel() and int(positions.max()) >= shape.context:
+                raise ModelError(f"the text has {int(positions.max()) + 1} tokens, the model has positions for {shape.context}")
+            x = x + self.position(positions)
+        return x + sinusoids(positions, shape.width).to(x.dtype) if shape.position == "sinusoidal" else x
+
+    def through(self, x: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
+        """The state after the blocks that are here; each knows its number, so that a part of them computes what it does in the whole."""
+        for block, look, turned in self.sights(x, positions, padding=padding, segments=segments, branches=branches, cache=cache):
+            given = (x, look, turned, cache, memory)
+            x = self._gradient_checkpointing_func(block.__call__, *given) if self.gradient_checkpointing and self.training and cache is None else block(*given)
+        return x
+
+    def sights(self, x: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None) -> Iterator[tuple[Any, Seen, tuple[Tensor, Tensor] | None]]:
+        """Each block that is here, what its tokens see, and how positions turn them."""
+        shape = self.shape
+        before = cache.get_seq_length() if cache is not None else 0
+        # places in the row: positions may begin anew in it, and windows and ALiBi need differences only, since segments hide the rest
+        keys = torch.arange(before + x.shape[1], device=x.device)[None] if branches is None else positions
+        queries = keys[:, before:]
+        pair = (segments, segments) if segments is not None else None
+        slopes = alibi_of(shape)
+        looks: dict[int, Seen] = {}
+        rotations: dict[Rope, tuple[Tensor, Tensor] | None] = {}
+        for number, block in self.blocks.named_children():
+            window, rope = shape.window_of(int(number)), shape.rope_of(int(number))
+            if window not in looks:
+                looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, branches=branches, alibi=slopes, dtype=x.dtype, block=block_of(x.shape[0] * shape.heads))
+            if rope not in rotations:
+                rotations[rope] = rotation(positions, *frequencies(rope, shape.per_head, shape.context)) if shape.position == "rope" else None
+            yield block, looks[window], rotations[rope]
+
+
+class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """A shape in the form of transformers' configurations."""
+
+    model_type = "llmworks_decoder"
+
+    def __init__(self, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        made = Shape.model_validate(shape or {})
+        self.shape = made.model_dump()
+        self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads = made.vocabulary, made.width, made.layers, made.heads
+        self.num_key_value_heads, self.head_dim, self.intermediate_size, self.max_position_embeddings = made.groups, made.per_head, made.inner, made.context
+        kwargs["tie_word_embeddings"] = made.tied
+        super().__init__(**kwargs)
+
+
+class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """A decoder with a head over the vocabulary."""
+
+    config_class = DecoderConfig
+    base_model_prefix = "decoder"
+    _tied_weights_keys = {"head.weight": "decoder.embedding.weight"}  # noqa: RUF012
+    head_on_labels = True  # its loss computes logits where labels are, and nowhere else
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.shape = Shape.model_validate(config.shape)
+        self.decoder = Stack(self.shape)
+        self.head = nn.Linear(self.shape.width, self.shape.vocabulary, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.decoder.embedding
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Another embedding."""
+        self.decoder.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def set_output_embeddings(self, value: Any) -> None:
+        """Another head."""
+        self.head = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        begin(module, self.shape)
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, segment_ids: Tensor | None = None, **_: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean cross-entropy instead, and no logits.
+
+        Position ids that begin anew part a row into texts that do not see one another; not in a row that goes on from a cache.
+        Errors: ModelError for ids beyond the vocabulary, or a text beyond learned positions.
+        """
+        check_ids(input_ids, self.shape.vocabulary)
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self._embed(input_ids, labelled=labels is not None)
+        assert inputs_embeds is not None
+        x = inputs_embeds
+        cache = past_key_values if past_key_values is not None else DynamicCache() if use_cache else None
+        padding = attention_mask if attention_mask is not None and not attention_mask.all() else None
+        if position_ids is None:
+            before = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(before, before + x.shape[1], device=x.device)[None]
+            if padding is not None:
+                position_ids = (padding.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
+        elif segment_ids is None and (cache is None or not cache.get_seq_length()):
+            segment_ids = segments_of(position_ids)
+        state = self.decoder(x, position_ids, padding=padding, segments=segment_ids, cache=cache)
+        if labels is not None:
+            return CausalLMOutputWithPast(loss=self.loss(state, labels))
+        return CausalLMOutputWithPast(logits=self.head(state[:, -logits_to_keep:] if logits_to_keep else state), past_key_values=cache)
+
+    def _embed(self, ids: Tensor, *, labelled: bool) -> Tensor:
+        """Embedded ids. Where the head's gradient fills the same matrix, only the rows that were looked up are added to it, not another whole matrix."""
+        table = self.decoder.embedding
+        if labelled and is_plain(self.head) and type(table) is nn.Embedding and table.weight is self.head.weight and not (table._forward_hooks or table._forward_pre_hooks):
+            return nn.functional.embedding(ids, table.weight, sparse=True)
+        embedded: Tensor = table(ids)
+        return embedded
+
+    def loss(self, state: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of each label given the states before it; in training, and the experts' balance."""
+        loss = head_loss(state[:, :-1], self.head, labels[:, 1:])
+        if self.shape.experts and self.training:
+            mixtures = [m for m in self.modules() if isinstance(m, MixtureOfExperts)]
+            loss = loss + self.shape.experts.balance * torch.stack([m.balance for m in mixtures]).mean()
+            for mixture in mixtures:
+                mixture.balance = mixture.balance.detach()  # else the graph lives on in the module
+        return loss
+
+
+def begin(module: nn.Module, shape: Shape) -> None:
+    """Normal weights of 0.02, less where a layer adds to the state: each block does so twice (three times where it looks across, which is not counted)."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02 / (2 * shape.layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+AutoConfig.register(DecoderConfig.model_type, DecoderConfig)
+AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM)

@@ -1,0 +1,123 @@
+"""The feed-forward layer: what a token makes of what it attended to. Two matrices and a bend between them, or three with a gate; or many of them, by choice.
+
+Functions of one token alone; knows no attention and no block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from llmworks.model.nn import kernels
+from llmworks.model.nn.residual_linear import AddingLinear
+from llmworks.model.shape import Shape
+
+BENDS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+class _SiluGate(torch.autograd.Function):
+    """silu(gate) * up, the same numbers as the two operations; what the bend gave is computed again backward, not kept: a seventh of what a block keeps."""
+
+    @staticmethod
+    def forward(context: Any, gate: Tensor, up: Tensor) -> Tensor:
+        context.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = context.saved_tensors
+        return torch.ops.aten.silu_backward(gradients[0] * up, gate), gradients[0] * F.silu(gate)
+
+
+class _SiluGateDown(torch.autograd.Function):
+    """(silu(gate) * up) W' in one, the same numbers; what W multiplies is computed again backward, not kept either."""
+
+    @staticmethod
+    def forward(context: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """gate, up: [..., inner]; weight: [width, inner] -> [..., width]."""
+        context.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight = context.saved_tensors
+        bent = F.silu(gate)
+        flat = gradients[0].reshape(-1, len(weight))
+        by_weight = flat.T @ (bent * up).view(-1, weight.shape[1]) if context.needs_input_grad[2] else None
+        by_thought = (flat @ weight).view_as(gate)
+        by_up = bent.mul_(by_thought)
+        return torch.ops.aten.silu_backward(by_thought.mul_(up), gate), by_up, by_weight
+
+
+class FeedForward(nn.Module):
+    """bend(x up) down, or with a gate: (bend(x gate) * x up) down (GLU variants, Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        bias = shape.bias == "all"
+        self.bend = BENDS[shape.activation]
+        self.gate = nn.Linear(shape.width, shape.inner, bias=bias) if shape.gated else None
+        self.up = nn.Linear(shape.width, shape.inner, bias=bias)
+        self.down = AddingLinear(shape.inner, shape.width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        if self.gate is not None and self.bend is F.silu and torch.is_grad_enabled():
+            gate, up = self.gate(x), self.up(x)
+            fused = kernels.silu_gate(gate, up)
+            if fused is None and self._plain(gate):
+                whole: Tensor = _SiluGateDown.apply(gate, up, self.down.weight)  # type: ignore[no-untyped-call]
+                return whole
+            thought = _SiluGate.apply(gate, up) if fused is None else fused  # type: ignore[no-untyped-call]
+        else:
+            thought = self.think(x)
+        made: Tensor = self.down(thought)
+        return made
+
+    def think(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., inner], before the last matrix."""
+        return self.bend(self.up(x)) if self.gate is None else self.bend(self.gate(x)) * self.up(x)
+
+    def _plain(self, gate: Tensor) -> bool:
+        """Whether the last matrix is one as it was made: no adapter, no bias, nobody who looks at it, not divided, and no autocast."""
+        down: Any = self.down
+        hooked = type(down) is not AddingLinear or down._forward_hooks or down._forward_pre_hooks or down.bias is not None
+        return not hooked and type(down.weight) is nn.Parameter and type(gate) is Tensor and gate.dtype == down.weight.dtype and not torch.is_autocast_enabled(gate.device.type)
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes to the `chosen` experts that a router likes best, and gets their sum, weighed by the router's softmax over those chosen (Mixtral).
+
+    `balance` after a forward pass is the load-balancing loss of Switch (section 2.2, eq. 4): count * sum over experts of
+    (share of tokens) * (mean router probability); 1 when even.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        assert shape.experts is not None
+        self.chosen = shape.experts.chosen
+        self.router = nn.Linear(shape.width, shape.experts.count, bias=False)
+        self.experts = nn.ModuleList(FeedForward(shape) for _ in range(shape.experts.count))
+        self.balance: Tensor = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, length, width] -> the same."""
+        tokens = x.reshape(-1, x.shape[-1])
+        chances = self.router(tokens).float().softmax(-1)  # [tokens, experts]
+        weights, picked = chances.topk(self.chosen, dim=-1)  # [tokens, chosen]
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, place = (picked == number).nonzero(as_tuple=True)
+            if len(rows):
+                out.index_add_(0, rows, expert(tokens[rows]) * weights[rows, place, None])
+        share = F.one_hot(picked, len(self.experts)).float().sum(1).mean(0) / self.chosen
+        self.balance = len(self.experts) * (share * chances.mean(0)).sum()
+        return out.view_as(x)

@@ -1,0 +1,66 @@
+"""Normalization: bring a token's state to unit size, then scale it by a learned gain. Functions of one token alone; knows no batch and no block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from llmworks.model.nn import kernels
+from llmworks.model.shape import Shape
+
+
+class _Scaled(torch.autograd.Function):
+    """x / rms(x) * gain, of which only x is kept for the way back: a state less of every norm."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        context.save_for_backward(x, gain)
+        context.epsilon = epsilon
+        return F.rms_norm(x.float(), (x.shape[-1],), None, epsilon).to(x.dtype) * gain
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With n = x / rms: dx = (g - n mean(g n)) / rms, g = dy gain; dgain = sum(dy n)."""
+        x, gain = context.saved_tensors
+        inverse = x.float().square().mean(-1, keepdim=True).add_(context.epsilon).rsqrt_()
+        n, by_y = x.float() * inverse, gradients[0].float()
+        by_gain = (by_y * n).flatten(0, -2).sum(0)
+        g = by_y * gain
+        by_x = g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(inverse)
+        return by_x.to(x.dtype), by_gain.to(gain.dtype), None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain (Zhang & Sennrich 2019, arXiv:1910.07467), computed in fp32. [..., width] -> [..., width].
+
+    `from_zero`: the gain is 1 + weight (Gemma), so that weight decay pulls it to one.
+    """
+
+    def __init__(self, width: int, epsilon: float, *, from_zero: bool = False) -> None:
+        super().__init__()
+        self.epsilon, self.from_zero = epsilon, from_zero
+        self.weight = nn.Parameter(torch.zeros(width) if from_zero else torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize."""
+        fused = kernels.rms_norm(x, self.weight, self.epsilon, from_zero=self.from_zero)
+        if fused is not None:
+            return fused
+        if self.from_zero:
+            return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.epsilon).to(x.dtype)
+        if self.training and self.weight.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _Scaled.apply(x, self.weight, self.epsilon)  # type: ignore[no-untyped-call]
+            return y
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.epsilon).to(x.dtype) * self.weight
+
+
+def norm_of(shape: Shape) -> nn.Module:
+    """The normalization of a shape: LayerNorm (Ba et al. 2016, arXiv:1607.06450), which takes the mean away first and has a bias, or RMSNorm."""
+    if shape.norm == "layer":
+        return nn.LayerNorm(shape.width, shape.norm_epsilon)
+    return RMSNorm(shape.width, shape.norm_epsilon, from_zero=shape.norm_from_zero)

@@ -1,0 +1,93 @@
+"""AWQ: before rounding, inputs that are large are made smaller and their columns larger, so that less is lost where it counts. Pure tensor functions.
+
+Lin et al. 2023 (arXiv:2306.00978), section 3.2: s = mean|x|^a, a between 0 and 1 by search. The error of a layer's outputs is computed from the second moments of its inputs, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmworks.model.lowbit.integer import Grid, Scales, extremes, fit, grouped, restored, rounded
+
+STEPS = 20  # powers that are tried
+COARSE = tuple(1 - 0.04 * step for step in range(15))  # shares of a range that a search tries first
+FINE = (-0.02, 0.02)
+PIECE = 1 << 18  # weights that are looked at at once, so that what is made of them stays near the processor
+
+
+def input_scales(weights: Sequence[Tensor], hessian: Tensor, mean: Tensor, grid: Grid) -> tuple[Tensor, float, float, float]:
+    """(what inputs are divided by [columns], the power, the error without, the error with it) of layers [rows, columns] that read the same.
+
+    hessian: second moments of the inputs [columns, columns]; mean: of |x| [columns]; columns of the same mean have the same scale.
+    """
+    stacked, moments, mean = torch.cat(list(weights)).float(), hessian.float(), mean.float().clamp(min=1e-8)
+    found: tuple[Tensor, float, float, float] | None = None
+    first = 0.0
+    for step in range(STEPS):
+        power = step / STEPS
+        scale = mean**power
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        error = change(stacked, nearest(stacked * scale, grid) / scale, moments)
+        if step == 0:
+            first = error
+        if found is None or error < found[3]:
+            found = (scale, power, first, error)
+    assert found is not None
+    return found
+
+
+def nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """Rounded and restored."""
+    groups = grouped(weight, grid)
+    scales = fit(groups, grid)
+    return restored(rounded(groups, scales, grid), scales).reshape(weight.shape)
+
+
+def change(before: Tensor, after: Tensor, moments: Tensor) -> float:
+    """The sum over rows of the mean squared change of outputs."""
+    apart = after - before
+    return float(((apart @ moments) * apart).sum())
+
+
+def clipped(weight: Tensor, hessian: Tensor, grid: Grid) -> Scales:
+    """Scales by that share of each group's range that changes the group's part of the outputs least (AWQ's search of clipping): of shares by COARSE, then of those about the best of these by FINE."""
+    groups = grouped(weight, grid)
+    size = groups.shape[-1]
+    if grid.group == -1:
+        raise ValueError("one scale of a whole matrix has no groups of columns")
+    blocks = torch.stack([hessian[at : at + size, at : at + size] for at in range(0, weight.shape[1], size)]).float()
+    found = [_clipped(some, blocks, grid) for some in torch.split(groups, max(1, PIECE // weight.shape[1]))]
+    return Scales(torch.cat([one.scale for one in found]), torch.cat([one.zero for one in found]))
+
+
+def _clipped(groups: Tensor, blocks: Tensor, grid: Grid) -> Scales:
+    """Of some rows: groups [rows, groups, size], moments of their inputs [groups, size, size]."""
+    turned, ends = groups.transpose(0, 1).contiguous(), extremes(groups, grid)
+    best, least, share = ends.scales(grid), torch.full(groups.shape[:2], float("inf")), torch.ones(groups.shape[:2])
+    apart = torch.empty_like(turned)
+
+    def look(shares: Tensor) -> None:
+        nonlocal best, least, share
+        tried = ends.scales(grid, shares)
+        scale, zero = (one.T.contiguous()[..., None] for one in (tried.scale, tried.zero))
+        torch.div(turned, scale, out=apart)
+        if not grid.symmetric:
+            apart.add_(zero)
+        apart.round_().clamp_(grid.low, grid.high)
+        if not grid.symmetric:
+            apart.sub_(zero)
+        apart.mul_(scale).sub_(turned)
+        error = torch.bmm(apart, blocks).mul_(apart).sum(-1).T
+        better = error < least
+        best = Scales(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero))
+        least, share = torch.where(better, error, least), torch.where(better, shares, share)
+
+    for step in COARSE:
+        look(torch.full_like(least, step))
+    about = share
+    for step in FINE:
+        look((about + step).clamp(max=1.0))
+    return best

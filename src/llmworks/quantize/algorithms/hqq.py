@@ -1,0 +1,83 @@
+"""Half-quadratic quantization: zero points that make the errors of weights sparse, with nothing known of what layers read. Pure tensor functions.
+
+Badri and Shaji 2023 (mobiusml.github.io/hqq_blog): min over z of |W - s (round(W / s + z) - z)|_p with p below 1, solved in turns for the errors W_e and for z.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmworks.core.errors import ModelError
+from llmworks.model.lowbit.integer import Grid, Scales, Whole, extremes, grouped, kept_zero, restored, rounded
+
+POWER = 0.7
+TURNS = 8  # of fitting scales and zero points to numbers, and numbers to these
+SHARES = (1.0, 0.92, 0.84)  # of a group's range, at which this is begun: a step finds only what is near
+
+
+def zeros(groups: Tensor, scales: Scales, grid: Grid, *, power: float = POWER, beta: float = 10.0, growth: float = 1.01, steps: int = 20) -> Scales:
+    """Real zero points for groups [rows, groups, size] under given scales, until the mean error of all falls no more (the reference's own stop)."""
+    best, least = scales, float("inf")
+    now = scales
+    for _ in range(steps):
+        codes = rounded(groups, now, grid)
+        apart = groups - restored(codes, now)
+        error = float(apart.abs().mean())
+        if error >= least:
+            break
+        best, least = now, error
+        large = apart.abs()
+        apart = apart.sign() * (large - large.clamp(min=1e-12) ** (power - 1) / beta).clamp(min=0)
+        now = Scales(now.scale, (codes - (groups - apart) / now.scale[..., None]).mean(-1))
+        beta *= growth
+    codes = rounded(groups, now, grid)
+    return now if float((groups - restored(codes, now)).abs().mean()) < least else best
+
+
+def refined(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
+    """Scales and zero points by least squares for the numbers that weights are rounded to, and again, for groups whose squared error falls by it (the reference leaves scales as they are)."""
+    least = _lost(groups, scales, grid)
+    mean = groups.mean(-1, keepdim=True)
+    for _ in range(TURNS):
+        codes = rounded(groups, scales, grid)
+        middle = codes.mean(-1, keepdim=True)
+        scale = ((codes - middle) * (groups - mean)).sum(-1) / (codes - middle).square().sum(-1).clamp(min=1e-9)
+        scale = scale.to(getattr(torch, grid.stored)).to(scale.dtype)
+        scale = torch.where((scale > 0) & scale.isfinite(), scale, scales.scale)
+        tried = Scales(scale, kept_zero(middle[..., 0] - mean[..., 0] / scale, grid))
+        error = _lost(groups, tried, grid)
+        better = error < least
+        if not better.any():
+            break
+        scales = Scales(torch.where(better, tried.scale, scales.scale), torch.where(better, tried.zero, scales.zero))
+        least = torch.where(better, error, least)
+    return scales
+
+
+def solve(weight: Tensor, grid: Grid) -> Whole:
+    """Round a matrix [rows, columns] by half-quadratic zero points, refined; or by what smaller ranges are refined to: of each group the one of least squared error.
+
+    All are begun at whole zero points, as the reference does with 4 bits: 0 is then nearly a number, about which most weights are. They are rounded to the format they are kept in before weights are rounded by them.
+    ModelError for weights that are no numbers.
+    """
+    if not torch.isfinite(weight).all():
+        raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are no numbers (NaN or infinite)")
+    groups = grouped(weight, grid)
+    ends = extremes(groups, grid)
+    found: list[tuple[Scales, Tensor]] = []
+    for share in SHARES:
+        begun = ends.scales(grid, share)
+        begun = Scales(begun.scale, begun.zero.round())
+        if share == 1:
+            begun = Scales(begun.scale, kept_zero(zeros(groups, begun, grid).zero, grid))
+        tried = refined(groups, begun, grid)
+        found.append((tried, _lost(groups, tried, grid)))
+    best = torch.stack([lost for _, lost in found]).argmin(0)[None]
+    scales = Scales(*(torch.stack(kind).gather(0, best)[0] for kind in ([one.scale for one, _ in found], [one.zero for one, _ in found])))
+    return Whole(rounded(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
+
+
+def _lost(groups: Tensor, scales: Scales, grid: Grid) -> Tensor:
+    """The squared error of each group [rows, groups]."""
+    return (restored(rounded(groups, scales, grid), scales) - groups).square_().sum(-1)

@@ -1,0 +1,84 @@
+"""What is important to a GGUF file's quantizer: the mean square of each column that a matrix reads, on texts of what the model is for (llama.cpp's importance matrix). Knows no format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError
+from llmworks.model.io.gguf_layout import to_gguf_name
+from llmworks.model.io.layer_reader import Source
+from llmworks.quantize.calibrate.layerwise import Walk
+
+
+def importance(source: Source, ids: Tensor, held: Tensor, ctx: Context) -> tuple[dict[str, Any], Walk]:
+    """(mean squares by the tensor's name in a GGUF file, numpy fp32 [columns]; the walk at its end, which has the states of the texts apart). Blocks are walked one by one; a killed walk goes on at its block."""
+    kept = ctx.scratch / "importance"
+    kept.mkdir(exist_ok=True)
+    with torch.inference_mode():
+        walk = Walk(source, ids, held, ctx.scratch / "walk")
+        with ctx.progress.bar("look", source.shape.layers, "blocks") as bar:
+            bar.advance(walk.done)
+            for passing in walk.blocks():
+                found: dict[str, Tensor] = {}
+                for part in passing.parts if walk.count else ():
+                    squares, tokens = torch.zeros(0), 0
+                    for x in passing.inputs(part):
+                        added = x.square().sum(0, dtype=torch.float64)
+                        squares, tokens = (added if not tokens else squares + added), tokens + len(x)
+                    for layer in part.layers:
+                        found[source.rename(f"decoder.blocks.{passing.number}.{layer}")] = (squares / tokens).float()
+                if walk.count:
+                    passing.finish()
+                torch.save(found, kept / f"{passing.number:05}.pt")
+                passing.done()
+                bar.advance()
+        made: dict[str, Tensor] = {}
+        for file in sorted(kept.glob("*.pt")):
+            made |= torch.load(file, weights_only=True)
+        if walk.count:
+            made["lm_head"] = _read_by_the_head(walk)
+    return {name: values.numpy() for layer, values in made.items() if (name := to_gguf_name(f"{layer}.weight"))}, walk
+
+
+def _read_by_the_head(walk: Walk) -> Tensor:
+    squares, tokens = torch.zeros(walk.width, dtype=torch.float64), 0
+    for at, ids in walk.chunks():
+        state = walk.stack.norm(walk.states(walk.source.shape.layers)[at : at + len(ids)])
+        squares, tokens = squares + state.square().sum((0, 1), dtype=torch.float64), tokens + ids.numel()
+    return (squares / tokens).float()
+
+
+def write_importance(target: Path, found: Mapping[str, Any], data: str, texts: int, length: int) -> None:
+    """The file that llama.cpp's tools read: sums of squares and counts by tensor."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(target, "")
+    writer.kv_data[0].pop("general.architecture", None)
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [data])
+    writer.add_uint32("imatrix.chunk_count", texts)
+    writer.add_uint32("imatrix.chunk_size", length)
+    for name, squares in sorted(found.items()):
+        writer.add_tensor(f"{name}.in_sum2", np.asarray(squares * np.float32(texts * length), dtype=np.float32)[None])
+        writer.add_tensor(f"{name}.counts", np.array([[texts * length]], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_importance(file: Path) -> dict[str, Any]:
+    """Mean squares by the tensor's name, numpy fp32 [columns]. DataError for a file that is none."""
+    from libgguf import load_imatrix
+
+    try:
+        return {str(name): values for name, values in load_imatrix(file).items()}
+    except (ValueError, OSError, KeyError) as error:
+        raise DataError(f"{file}: is no importance matrix ({error})") from None

@@ -1,0 +1,116 @@
+"""What a change of each matrix would do to a model's chances of tokens, without trying each: by gradients, walked block by block, back from the end.
+
+To second order the divergence of a model with W + D from that with W is half the mean of (g' D x)^2 over tokens, for what the matrix reads (x) and the gradient at what it gives (g) of the log-probability of tokens drawn from the model
+itself (the Fisher information: Amari 1998; for quantization Kim et al. 2023, arXiv:2306.07629, section 4). Effects of two tokens, or of two matrices, on one another are left out. Knows no method of rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmworks.core.context import Context
+from llmworks.core.progress import write_whole
+from llmworks.model.io.layer_reader import Source
+from llmworks.model.nn.decoder import Block
+from llmworks.quantize.calibrate.layerwise import CHUNK, LOGITS, layer_of, parts_of
+from llmworks.quantize.calibrate.memmap import mapped
+
+KEPT = 4096  # tokens whose inputs and gradients are looked at; of more, every so manieth
+Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by layer: inputs and gradients [tokens, columns]
+Tries = Callable[[str, Tensor], Sequence[Tensor]]  # (name of a layer in the directory, its weight) -> what it may become
+
+
+def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, list[float]]:
+    """What each try of each layer would cost, in nats a token, by the layer's name in the directory. ids: [texts, length]. A killed run goes on at its block."""
+    folder = ctx.scratch / "sensing"
+    folder.mkdir(exist_ok=True)
+    layers, count, length = source.shape.layers, *ids.shape
+    frame = source.frame()
+    stack: Any = frame.decoder
+    places = torch.arange(length)[None]
+
+    def states(name: str) -> Tensor:
+        return mapped(folder / f"{name}.bin", (count, length, source.shape.width))
+
+    mark = folder / "done.json"
+    done: dict[str, Any] = json.loads(mark.read_text()) if mark.exists() else {"forward": 0, "backward": layers, "costs": {}}
+    each = max(1, CHUNK // length)
+    with torch.no_grad(), ctx.progress.bar("sense", 2 * layers, "blocks") as bar:
+        bar.advance(done["forward"] + layers - done["backward"])
+        if not done["forward"]:
+            states("0").copy_(stack.begin(stack.embedding(ids), places.expand(count, -1)))
+        for number in range(done["forward"], layers):
+            with source.only(stack, source.block(number)):
+                for some in torch.split(torch.arange(count), each):
+                    states(str(number + 1))[some] = stack.through(states(str(number))[some], places.expand(len(some), -1))
+            done["forward"] = number + 1
+            write_whole(mark, json.dumps(done))
+            bar.advance()
+        if done["backward"] == layers:
+            states(f"back-{layers}").copy_(_at_the_end(frame, states(str(layers)), ctx.seed))
+        for number in range(done["backward"] - 1, -1, -1):
+            block = source.block(number)
+            seen: Seen = {}
+            stride = -(-ids.numel() // KEPT)
+            with source.only(stack, block):
+                for some in torch.split(torch.arange(count), each):
+                    states(f"back-{number}")[some] = _back(block, states(str(number))[some].clone(), states(f"back-{number + 1}")[some].clone(), places.expand(len(some), -1), stack, seen, stride)
+            done["costs"] |= _tried(source, block, number, seen, tries, stride)
+            done["backward"] = number
+            write_whole(mark, json.dumps(done))
+            bar.advance()
+    return {name: [value / (2 * ids.numel()) for value in found] for name, found in done["costs"].items()}
+
+
+def _at_the_end(frame: Any, states: Tensor, seed: int) -> Tensor:
+    """Gradients at the last states, of minus the log-probabilities of tokens drawn from the model."""
+    found = torch.empty_like(states)
+    draw = torch.Generator().manual_seed(seed)
+    for text in range(len(states)):
+        for some in torch.split(torch.arange(states.shape[1]), LOGITS):
+            with torch.enable_grad():
+                state = states[text, some].clone().requires_grad_()
+                logits = frame.head(frame.decoder.norm(state)).float()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+                F.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            assert state.grad is not None
+            found[text, some] = state.grad
+    return found
+
+
+def _back(block: Block, state: Tensor, gradient: Tensor, places: Tensor, stack: Any, seen: Seen, stride: int) -> Tensor:
+    """The gradient before a block; every `stride`th token of what its layers read, and of the gradients at what they gave, is added to `seen`."""
+    hooks = []
+    for part in parts_of(block):
+        for name in part.layers:
+
+            def look(_: Any, given: tuple[Tensor, ...], made: Tensor, name: str = name) -> None:
+                read = given[0].detach().flatten(0, 1)[::stride]
+                made.register_hook(lambda back: seen.setdefault(name, []).append((read, back.flatten(0, 1)[::stride])))  # type: ignore[no-untyped-call]
+
+            hooks.append(layer_of(block, name).register_forward_hook(look))
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+    with torch.enable_grad():
+        state.requires_grad_()
+        stack.through(state, places).backward(gradient)
+    for hook in hooks:
+        hook.remove()
+    assert state.grad is not None
+    return state.grad
+
+
+def _tried(source: Source, block: Block, number: int, seen: Seen, tries: Tries, stride: int) -> dict[str, list[float]]:
+    """Twice what each try of each layer costs all tokens."""
+    found = {}
+    for layer, pairs in seen.items():
+        name, weight = source.rename(f"decoder.blocks.{number}.{layer}"), layer_of(block, layer).weight
+        x, back = torch.cat([x for x, _ in pairs]), torch.cat([back for _, back in pairs])
+        found[name] = [stride * float(((x @ (tried - weight).T) * back).sum(1).square().sum()) for tried in tries(name, weight)]
+    return found

@@ -1,0 +1,116 @@
+"""A LoRA adapter as llama.cpp reads it, and the proof that it computes the same. See `adapter.py`.
+
+Names and metadata as of llama.cpp's convert_lora_to_gguf.py: of each layer `lora_a` [rank, in] and `lora_b` [out, rank], a layer adding alpha / rank times their product. Rows of queries' and keys' B are turned as those of their weights are.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmworks.core.artifact import Adapter, Model, require_base
+from llmworks.core.context import Context
+from llmworks.core.errors import GoldenMismatch, ModelError
+from llmworks.core.progress import Progress
+from llmworks.generate.engines.llamacpp import LlamaCppEngine
+from llmworks.model.golden import record
+from llmworks.model.io.gguf_layout import LAYOUTS, heads_of, interleave_rows, to_gguf_name
+from llmworks.model.io.load import load_model
+from llmworks.model.lora.adapter_io import PREFIX, base_of, read_adapter, scale_of
+from llmworks.model.lora.fold import fold_into, weights_of
+from llmworks.quantize.llamacpp.metadata import read_config
+from llmworks.quantize.llamacpp.writer import write_gguf
+from llmworks.quantize.report.page import figures
+
+if TYPE_CHECKING:
+    from llmworks.quantize.llamacpp.config import AdapterConfig
+
+WITHIN, BEST = 0.05, 16  # how far log-probabilities of the most probable tokens may be apart on average
+
+
+def run(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Adapter:
+    """See `adapter.adapter`."""
+    if not require_base(adapter, model):
+        ctx.progress.say(f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name} is taken on trust")
+    if model.format != "hf":
+        raise ModelError(f"{model.name}: give the Hugging Face directory that the adapter was trained on, not {model.format}")
+    target = ctx.out / "adapter.gguf"
+    layers = write_adapter(adapter.path, model.path, target, config.type)
+    apart, same = compared(adapter.path, model, target, ctx.scratch)
+    if apart > WITHIN:
+        raise GoldenMismatch(f"quantize.adapter: llama.cpp with {target.name} is {apart:.3f} nats away from the folded model on average (at most {WITHIN})")
+    for file in sorted(adapter.path.iterdir()):
+        if file.is_file() and file.name != "manifest.json":
+            shutil.copyfile(file, ctx.out / file.name)
+    metrics = {"layers": layers, "bytes": target.stat().st_size, "gap": round(apart, 5), "same_greedy": round(same, 5)}
+    ctx.report.title = f"{adapter.name} as GGUF"
+    ctx.report.lead = f"{layers} layers, {metrics['bytes'] / 1e6:,.1f} MB. On golden tokens llama.cpp with it is {apart:.4f} nats away from the folded model, its best guess the same for {same:.0%}."
+    figures(ctx.report, metrics)
+    ctx.progress.say(ctx.report.lead)
+    return Adapter(ctx.out, golden=adapter.golden, metrics=metrics, about={**adapter.about, "gguf": config.type})
+
+
+def write_adapter(source: Path, base: Path, target: Path, kind: str) -> int:
+    """Write the file; returns how many layers it adapts. ModelError for an adapter that llama.cpp has no place for."""
+    import gguf
+
+    config, (given, tensors) = read_config(base), read_adapter(source)
+    if given.get("use_dora"):
+        raise ModelError(f"{source}: is a DoRA, whose lengths of rows llama.cpp has no place for; fold it (merge.adapter)")
+    if base_of(source):
+        raise ModelError(f"{source}: was trained on weights in 4 bits, which it corrects; fold it (merge.adapter), which takes them so")
+    model_type = str(config["model_type"])
+    heads, layout = int(config["num_attention_heads"]), LAYOUTS[model_type]
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    writer = gguf.GGUFWriter(target, layout.architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(given["lora_alpha"]))
+    writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if kind == "f32" else "MOSTLY_F16"))
+    number = np.float32 if kind == "f32" else np.float16
+    layers = sorted({name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for name in tensors})
+    for layer in layers:
+        name = layer.removeprefix(PREFIX)
+        place = to_gguf_name(f"{name}.weight", model_type)
+        low, high = (tensors.get(f"{layer}.lora_{part}.weight") for part in "AB")
+        if place is None or place == "token_embd.weight" or low is None or high is None:
+            raise ModelError(f"{source}: llama.cpp has no place for what the adapter does to {name}; fold it (merge.adapter)")
+        a, b = low.float().numpy(), high.float().numpy()
+        b = b * (scale_of(given, name, len(a)) * len(a) / float(given["lora_alpha"]))  # llama.cpp knows one alpha for all, over the rank
+        turned = heads_of(place, heads, kv_heads) if layout.interleaved else None
+        writer.add_tensor(f"{place}.lora_a", np.ascontiguousarray(a.astype(number)))
+        writer.add_tensor(f"{place}.lora_b", np.ascontiguousarray((b if turned is None else interleave_rows(b, turned)).astype(number)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return len(layers)
+
+
+def compared(adapter: Path, model: Model, file: Path, scratch: Path) -> tuple[float, float]:
+    """(mean distance of the log-probabilities of the most probable next tokens, share of the same best guess) of llama.cpp with the file, and of the folded model, after each half of a golden conversation."""
+    base = scratch / "base.gguf"
+    if not base.exists():
+        write_gguf(model.path, scratch / "base.part", "f32", Progress(quiet=True))
+        (scratch / "base.part").rename(base)
+    network: Any = load_model(model.path)
+    fold_into(weights_of(network), adapter)
+    golden = model.golden or record(model.path)
+    texts = [list(one.ids[:end]) for one in golden.conversations for end in (max(1, len(one.ids) // 2), len(one.ids))]
+    engine = LlamaCppEngine(base, name=file.name, slots=1, adapter=file)
+    try:
+        found = [engine.next_tokens(ids, BEST) for ids in texts]
+    finally:
+        engine.close()
+        base.unlink()
+    apart, same = [], 0
+    with torch.inference_mode():
+        for ids, said in zip(texts, found, strict=True):
+            expected = torch.log_softmax(network(input_ids=torch.tensor([ids])).logits[0, -1].float(), -1)
+            apart += [abs(float(expected[token]) - logprob) for token, logprob in said.items()]
+            same += int(expected.argmax()) == max(said, key=lambda token: said[token])
+    return sum(apart) / len(apart), same / len(texts)

@@ -1,0 +1,62 @@
+"""Number formats of a GGUF file's tensors by what each would cost the model, within the size that the file's type has by itself. Knows no file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.core.context import Context
+from llmworks.model.io.gguf_layout import to_gguf_name
+from llmworks.model.io.layer_reader import Source
+from llmworks.quantize.algorithms.knapsack import allocate
+from llmworks.quantize.calibrate.sensitivity import costs
+from llmworks.quantize.llamacpp.types import bits_of, fitting
+from llmworks.quantize.llamacpp.writer import encoded
+
+CHOICES = ("Q2_K", "IQ3_S", "Q3_K", "IQ4_NL", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")
+Table = Mapping[str, Mapping[str, float]]  # what each format would cost each tensor, in nats a token
+
+
+def kinds_of(row: int) -> list[str]:
+    """The formats that a matrix with such rows may have, the smallest first."""
+    return sorted({fitting(kind, row) for kind in CHOICES}, key=lambda kind: (bits_of(kind), kind))
+
+
+def table_of(source: Source, ids: Tensor, ctx: Context, importance: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What each format would cost each matrix of the blocks, by its name in the file. ids: texts by which costs are found; importance: as of `importance.importance`, may be empty."""
+    rows: dict[str, int] = {}
+    for name, entry in source.shapes.items():
+        rows[name.removesuffix(".weight")] = entry[-1]
+
+    def tries(layer: str, weight: Tensor) -> Sequence[Tensor]:
+        name = to_gguf_name(f"{layer}.weight") or ""
+        return [restored(weight, kind, importance.get(name)) for kind in kinds_of(weight.shape[1])]
+
+    found = costs(source, ids, ctx, tries)
+    return {to_gguf_name(f"{layer}.weight") or layer: dict(zip(kinds_of(rows[layer]), cost, strict=True)) for layer, cost in found.items()}
+
+
+def allocated(table: Table, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> tuple[dict[str, str], float]:
+    """(formats of the tensors of a table, that together are no larger than `types`; the divergence that is expected)."""
+    names, rows = list(table), []
+    for name in names:
+        best: dict[float, tuple[float, str]] = {}
+        for kind, cost in table[name].items():
+            size = math.prod(shapes[name]) * bits_of(kind)
+            best[size] = min(best.get(size, (math.inf, "")), (cost, kind))
+        rows.append([(size, *best[size]) for size in sorted(best)])
+    budget = sum(math.prod(shapes[name]) * bits_of(types[name]) for name in names)
+    choices = allocate([[cost for _, cost, _ in row] for row in rows], [[size for size, _, _ in row] for row in rows], max(budget, sum(row[0][0] for row in rows)))
+    return {name: row[at][2] for name, row, at in zip(names, rows, choices, strict=True)}, sum(row[at][1] for row, at in zip(rows, choices, strict=True))
+
+
+def restored(weight: Tensor, kind: str, importance: Any) -> Tensor:
+    """A matrix in a format, and back."""
+    from libgguf import GGMLQuantizationType, dequantize_rows
+
+    made = encoded(weight.detach().numpy(), kind, importance)
+    return torch.from_numpy(made.astype("float32") if kind in ("F32", "F16") else dequantize_rows(made, GGMLQuantizationType[kind]))

@@ -1,0 +1,164 @@
+"""From a Hugging Face directory to a GGUF file: what is important, the file, its golden tokens in llama.cpp, the damage, the page. See `gguf.py`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmworks.core.artifact import Dataset, Model, Report
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, ModelError
+from llmworks.generate.engines.llamacpp import LlamaCppEngine
+from llmworks.model.golden import record
+from llmworks.model.io.layer_reader import Source
+from llmworks.model.io.weights import check_weights
+from llmworks.quantize.calibrate.divergence import Damage
+from llmworks.quantize.calibrate.imatrix import importance, read_importance, write_importance
+from llmworks.quantize.calibrate.texts import calibration, check_length
+from llmworks.quantize.llamacpp.allocation import Table, allocated, table_of
+from llmworks.quantize.llamacpp.config import BOUNDS, bound_of
+from llmworks.quantize.llamacpp.metadata import read_config
+from llmworks.quantize.llamacpp.types import PLAIN, base_of, bits_of, types_of
+from llmworks.quantize.llamacpp.writer import Tensors, Written, write_gguf
+from llmworks.quantize.report.card import gguf_name, hub_name, write_card
+from llmworks.quantize.report.page import figures
+from llmworks.tokenize.chat.golden import require
+from llmworks.tokenize.load import load_tokenizer, read_json
+
+if TYPE_CHECKING:
+    from llmworks.quantize.calibrate.layerwise import Walk
+    from llmworks.quantize.llamacpp.config import GgufConfig, SenseConfig
+
+
+def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, sensed: Report | None) -> Model:
+    """See `gguf.gguf`."""
+    check(model)
+    golden = model.golden or record(model.path)
+    if config.allocate and data is None and sensed is None:
+        raise DataError("config.allocate has to see what the model is for; give `data`: conversations or texts")
+    seen: Mapping[str, Any] | None = None
+    table: Table | None = None
+    walk: Walk | None = None
+    wanted = config.importance and base_of(config.type) not in (*PLAIN, "Q8_0")
+    if sensed is not None:
+        seen, table = known(sensed, model)
+    if data is not None:
+        source = Source(model.path)
+        check_length(config.length, source.shape.context)
+        looks = 0 if sensed is not None else config.texts if wanted or config.allocate else 0
+        ids, held = calibration(load_tokenizer(model.path), data, looks, config.held, config.length, ctx.seed)
+        found, walk = importance(source, ids, held, ctx)
+        seen = found if sensed is None and looks else seen
+        if config.allocate and sensed is None:
+            table = table_of(source, ids[: config.sensed], ctx, found)
+    seen = seen if wanted or config.allocate else None
+    given, expected = dict(config.tensors), None
+    if config.allocate:
+        if not table:
+            raise DataError("config.allocate needs the costs of formats, which `sense` has not: make it with sensed above 0")
+        tensors = Tensors(model.path, read_config(model.path))
+        kinds, expected = allocated(table, tensors.shapes, types_of(tensors.shapes, config.type, tensors.layout(seen is not None), config.tensors))
+        given |= {f"^{re.escape(name)}$": kind for name, kind in kinds.items() if not any(re.search(pattern, name) for pattern in config.tensors)}
+    target = ctx.out / "model.gguf"
+    written = write_gguf(model.path, target, config.type, ctx.progress, seen, given)
+    engine = LlamaCppEngine(target, name="model.gguf")
+    try:
+        bound = bound_of(config.type)
+        bound = max(bound, BOUNDS["q8"]) if config.allocate else bound  # whose formats have 8 bits at most
+        gap = require(golden, engine.tokenizer, engine.stops, engine.logits, mean_within=bound, step="quantize.gguf")
+        damage = _damage(walk, engine) if walk is not None and len(walk.held) else {}
+    finally:
+        engine.close()
+    assert gap is not None
+    size, weights = target.stat().st_size, sum(math.prod(shape) for shape in written.shapes.values())
+    metrics: dict[str, Any] = {
+        **({} if expected is None else {"expected_kl": round(expected, 5)}), "bytes": size, "bits_a_weight": round(_bits(written), 4), "weights": weights, "fallen": len(written.fallen), **{name: round(value, 6) for name, value in damage.items()},
+        "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
+    }  # fmt: skip
+    said = f"as llama.cpp reads it, {config.type}" + (", formats by what each matrix bears" if config.allocate else "") + (", with an importance matrix." if seen is not None else ".")
+    write_card(ctx.out, model, said, form="gguf", method=config.type, bits=0, name=hub_name(model.name, "gguf", 0), metrics=metrics, data=data, file=gguf_name(model.name, config.type))
+    _describe(ctx, model, config.type, written, metrics)
+    about = {"format": "gguf", "type": config.type, "importance": seen is not None, "allocated": config.allocate, **({"calibration": data.name} if data is not None else {})}
+    return Model(ctx.out, golden=golden, metrics=metrics, about=about)
+
+
+def check(model: Model) -> None:
+    """Whether a GGUF file can be made of a model. ModelError where not."""
+    if model.format != "hf":
+        raise ModelError(f"{model.path}: is {model.format} already; quantize.gguf takes a Hugging Face directory")
+    check_weights(model.path)
+    read_config(model.path)
+    if read_json(model.path / "config.json").get("quantization_config"):
+        raise ModelError(f"{model.path}: is quantized already; give the model that it was made of")
+
+
+def known(sensed: Report, model: Model) -> tuple[dict[str, Any], Table]:
+    """What `quantize.sense` found. DataError for another report, or one of another model."""
+    file = sensed.path / "importance.gguf"
+    if not file.exists():
+        raise DataError(f"{sensed.name}: is no result of quantize.sense (no importance.gguf)")
+    told = sensed.read()
+    if told["model"] != model.digest:
+        raise DataError(f"{sensed.name}: was made of another model ({told['model'][:12]}), this is {model.digest[:12]}")
+    return read_importance(file), told["costs"]
+
+
+def sense(config: SenseConfig, model: Model, ctx: Context, data: Dataset) -> Report:
+    """See `sense.sense`."""
+    check(model)
+    source = Source(model.path)
+    check_length(config.length, source.shape.context)
+    ids, held = calibration(load_tokenizer(model.path), data, config.texts, 0, config.length, ctx.seed)
+    found, _ = importance(source, ids, held, ctx)
+    write_importance(ctx.out / "importance.gguf", found, data.name, config.texts, config.length)
+    table = table_of(source, ids[: config.sensed], ctx, found) if config.sensed else {}
+    ctx.report.title = f"What quantizers have to know of {model.name}"
+    ctx.report.lead = f"What {len(found)} matrices read, on {ids.numel():,} tokens of {data.name}."
+    ctx.report.data = {"model": model.digest, "metrics": {"tokens": ids.numel(), "tensors": len(found)}, "costs": table}
+    if table:
+        rows = sorted(((name, *(f"{kind} {cost:.5f}" for kind, cost in kinds.items())) for name, kinds in table.items()), key=lambda row: -max(table[row[0]].values()))
+        ctx.report.lead += f" What each number format would cost each of {len(table)}, in nats a token, is below, the dearest first."
+        ctx.report.table("Costs", ("tensor", *[""] * max(len(row) - 1 for row in rows)), [(*row, *[""] * (max(map(len, rows)) - len(row))) for row in rows[:60]])
+    return Report(ctx.out, metrics={"tokens": ids.numel(), "tensors": len(found)}, about={"model": model.digest, "calibration": data.name})
+
+
+def _bits(written: Written) -> float:
+    """Bits of a weight on average, scales included."""
+    weights = {name: math.prod(shape) for name, shape in written.shapes.items()}
+    return sum(bits_of(written.types[name]) * count for name, count in weights.items()) / sum(weights.values())
+
+
+def _damage(walk: Walk, engine: LlamaCppEngine) -> dict[str, float]:
+    """Of the file in llama.cpp beside the model as it was, on the texts apart."""
+    found = Damage()
+    with torch.inference_mode():
+        for ids, state in zip(walk.held, walk.as_is, strict=True):
+            new = torch.from_numpy(engine.logits(ids.tolist()))
+            for some in torch.split(torch.arange(len(ids)), 64):
+                found.add(walk.logits(state[some]), new[some], ids[some[0] + 1 : some[-1] + 2])
+    return found.figures()
+
+
+def _describe(ctx: Context, model: Model, kind: str, written: Written, metrics: Mapping[str, Any]) -> None:
+    before = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+    report = ctx.report
+    report.title = f"{model.name} as GGUF, {kind}"
+    report.lead = f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['bits_a_weight']:.2f} bits a weight."
+    if written.fallen:
+        report.lead += f" {len(written.fallen)} of {len(written.types)} tensors have a neighbouring format, since {kind}'s blocks do not divide their rows."
+    if "kl" in metrics:
+        report.lead += (
+            f" In llama.cpp, on {metrics['held_tokens']:,.0f} tokens apart, it is {metrics['kl']:.4f} nats a token away from the model as it was; its best guess is the same for {metrics['same_top']:.1%} of them;"
+            f" perplexity {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
+        )
+    report.data = {"metrics": dict(metrics), "types": written.types, "fallen": list(written.fallen)}
+    figures(report, metrics)
+    kinds: dict[str, list[str]] = {}
+    for name, found in written.types.items():
+        kinds.setdefault(found, []).append(name)
+    report.table("Number formats", ("format", "tensors", "weights", "as"), [(found, len(names), sum(math.prod(written.shapes[name]) for name in names), ", ".join(names[:3])) for found, names in sorted(kinds.items(), key=lambda one: -len(one[1]))])
+    ctx.progress.say(report.lead)

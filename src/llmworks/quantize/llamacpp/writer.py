@@ -1,0 +1,144 @@
+"""Write a GGUF file from a Hugging Face directory: metadata, tokenizer, tensors. Layout as in llama.cpp's `convert_hf_to_gguf.py`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmworks.core.errors import ModelError
+from llmworks.core.progress import Progress
+from llmworks.model.io.families import check_tied
+from llmworks.model.io.gguf_layout import LAYOUTS, heads_of, interleave_rows, to_gguf_name
+from llmworks.model.io.weights import Stored, check_weights, read_header
+from llmworks.quantize.llamacpp.metadata import add_hyperparameters, frequencies, read_config
+from llmworks.quantize.llamacpp.types import SEEING, Layout, types_of
+from llmworks.quantize.llamacpp.vocabulary import add_vocabulary
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of each tensor: its shape and format, and those whose format is not that which the file's type would have for them."""
+
+    types: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    fallen: tuple[str, ...]
+
+
+def write_gguf(source: Path, target: Path, kind: str, progress: Progress, importance: Mapping[str, Any] | None = None, given: Mapping[str, str] | None = None) -> Written:
+    """Write `target` from the Hugging Face directory `source`, one tensor in memory at a time.
+
+    kind: the file's type (see `gguf_types`); importance: mean squares of what a tensor reads, by its name, numpy fp32 [columns]; given: formats of tensors by a pattern of their names.
+    Errors: ModelError for an architecture or tokenizer that the layout does not cover, or a type that needs an importance matrix and has none.
+    """
+    import gguf
+
+    check_weights(source)
+    config = read_config(source)
+    tensors = Tensors(source, config)
+    layout = tensors.layout(importance is not None)
+    types = types_of(tensors.shapes, kind, layout, given)
+    wide = types_of({name: (*shape[:-1], 256) for name, shape in tensors.shapes.items()}, kind, layout, given)
+    blind = [name for name, found in types.items() if name not in ("token_embd.weight", "output.weight") and (found in SEEING or (kind == "q2_k_s" and found == "Q2_K")) and name not in (importance or {})]
+    if blind:
+        raise ModelError(f"{kind} needs an importance matrix: {blind[0]} would be {types[blind[0]]}; give `data`, texts of what the model is for")
+    writer = gguf.GGUFWriter(target, LAYOUTS[config["model_type"]].architecture)
+    writer.add_file_type(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")))
+    add_hyperparameters(writer, config)
+    add_vocabulary(writer, source, config)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, shape in tensors.shapes.items():
+        number = gguf.GGMLQuantizationType[types[name]]
+        size, each = gguf.GGML_QUANT_SIZES[number]
+        count = math.prod(shape)
+        writer.add_tensor_info(name, gguf.quant_shape_to_byte_shape(shape, number) if number not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16) else shape, np.dtype({"F32": np.float32, "F16": np.float16}.get(types[name], np.uint8)), count // size * each, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with progress.bar(f"write {kind}", len(tensors.shapes), "tensors") as bar:
+        for name in tensors.shapes:
+            writer.write_tensor_data(encoded(tensors.read(name), types[name], (importance or {}).get(name)))
+            bar.advance()
+    writer.close()
+    return Written(types, dict(tensors.shapes), tuple(name for name, found in types.items() if found != wide[name]))
+
+
+def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
+    """A numpy matrix [rows, columns] in a format's bytes. The simplest formats do not look at what is important."""
+    from libgguf import GGMLQuantizationType, quantize_rows
+
+    if kind == "F32":
+        return weight
+    if kind == "F16":
+        import torch
+
+        half = torch.from_numpy(weight).half()  # five times as fast as numpy's
+        if half.isinf().any():
+            raise ModelError("weights beyond 65504 have no place in f16; take bf16 or f32")
+        return half.numpy()
+    return quantize_rows(weight, GGMLQuantizationType[kind], None if importance is None or kind == "Q8_0" else importance)
+
+
+class Tensors:
+    """The tensors of a directory in llama.cpp's names and row order: `shapes`, and each when it is asked for, fp32."""
+
+    def __init__(self, source: Path, config: Mapping[str, Any]) -> None:
+        self.source = source
+        self.layers = int(config["num_hidden_layers"])
+        self.heads = int(config["num_attention_heads"])
+        self.kv_heads = int(config.get("num_key_value_heads") or self.heads)
+        tied = bool(config.get("tie_word_embeddings"))
+        self.kind = str(config["model_type"])
+        self.layout_of = LAYOUTS[self.kind]
+        self.rows = int(config["vocab_size"])
+        self.factors = frequencies(config)
+        self.places: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(source.glob("*.safetensors")):
+            for name, entry in sorted(read_header(file).items(), key=lambda one: order_of(one[0])):
+                if name == "__metadata__":
+                    continue
+                if name == "lm_head.weight" and tied:
+                    stored = Stored(source)
+                    check_tied(source, {"head.weight": stored[name], "decoder.embedding.weight": stored["model.embed_tokens.weight"]})
+                    continue
+                gguf_name = to_gguf_name(name, self.kind)
+                if gguf_name is None:
+                    raise ModelError(f"{source}: the tensor {name} has no place in a {self.layout_of.architecture} GGUF file")
+                self.places[gguf_name], self.shapes[gguf_name] = (file, name), tuple(entry["shape"])
+
+        if self.factors is not None:
+            self.shapes = {"rope_freqs.weight": self.factors.shape, **self.shapes}
+
+    def layout(self, importance: bool) -> Layout:
+        """What the mixes of types look at."""
+        return Layout(self.layers, self.heads // self.kv_heads, "output.weight" not in self.shapes, importance)
+
+    def read(self, gguf_name: str) -> Any:
+        """One tensor, numpy. ModelError for one that holds no numbers."""
+        import torch
+        from safetensors import safe_open
+
+        if gguf_name == "rope_freqs.weight":
+            return self.factors
+        file, name = self.places[gguf_name]
+        opened: Any = safe_open(file, framework="pt")
+        with opened as stored:
+            weight = stored.get_tensor(name).to(torch.float32).numpy()
+        if not np.isfinite(weight).all():
+            raise ModelError(f"{self.source}: {name} holds {int((~np.isfinite(weight)).sum())} values that are no numbers (NaN or infinite)")
+        if self.layout_of.from_zero and name.endswith("norm.weight"):
+            weight = weight + 1
+        interleaved = heads_of(name, self.heads, self.kv_heads) if self.layout_of.interleaved else None
+        return np.ascontiguousarray(weight if interleaved is None else interleave_rows(weight, interleaved))
+
+
+def order_of(name: str) -> tuple[int, str]:
+    """Tensors outside of blocks first, then block by block."""
+    found = re.search(r"layers\.(\d+)\.", name)
+    return (int(found[1]) if found else -1, name)

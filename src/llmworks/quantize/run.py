@@ -1,0 +1,219 @@
+"""From a model to one whose matrices are whole numbers: the walk, what is written, what is measured, the page. What a matrix becomes is each method's own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, ModelError
+from llmworks.core.memory import keep_freed
+from llmworks.model.io.families import to_standard
+from llmworks.model.io.layer_forward import logits_of
+from llmworks.model.io.layer_reader import Source, join_files
+from llmworks.model.lowbit.activations import read_rounded
+from llmworks.model.lowbit.checkpoint import FORMS
+from llmworks.quantize.calibrate.layerwise import Part, Passing, Walk, layer_of
+from llmworks.quantize.calibrate.texts import calibration, check_length
+from llmworks.quantize.config import KeptConfig, allowed
+from llmworks.quantize.report.card import hub_name, write_card
+from llmworks.tokenize.chat.golden import record, require
+from llmworks.tokenize.load import load_tokenizer, stop_ids
+
+HALF = 65504.0  # the largest number of float16
+BINS = 121  # of a histogram of weights
+SEEN = 1 << 17  # of a matrix, for its histogram
+STAYS = ("model.safetensors.index.json", "config.json", "manifest.json", "README.md")
+
+
+class Matrix(Protocol):
+    """What a matrix became: `grid.Whole`, or `four_bits.Matrix`."""
+
+    @property
+    def grid(self) -> Any:
+        """Which numbers it may have."""
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, scales included."""
+
+    def weight(self) -> Tensor:
+        """[rows, columns]."""
+
+
+class Method(Protocol):
+    """What a matrix becomes."""
+
+    texts: int  # to calibrate by
+
+    def prepare(self, passing: Passing, grids: Callable[[str], Any]) -> None:
+        """What is done to a block before its parts are asked for."""
+
+    def part(self, passing: Passing, part: Part, grids: Callable[[str], Any]) -> Mapping[str, Matrix]:
+        """The matrices of layers that read the same, by name; those whose grid is None stay."""
+
+
+def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, method: Method, grid: Any, about: Mapping[str, Any], form: str = "compressed-tensors", grids: Mapping[str, Any] | None = None) -> Model:
+    """Write a directory in a form of `model.quantized.FORMS`. The golden tokens are replayed on what was written. `grids`: of layers, by name, that have another than `grid`.
+
+    Errors: ModelError for a model that is quantized already, of another architecture, or with weights that are no numbers; DataError for too little text; GoldenMismatch when the result computes something else.
+    """
+    source = open_source(model)
+    if method.texts and data is None:
+        raise DataError("this method has to see what layers read; give `data`: conversations or texts of what the model is for")
+    tokenizer = load_tokenizer(model.path)
+    if data is not None:
+        check_length(config.length, source.shape.context)
+        ids, held = calibration(tokenizer, data, method.texts, config.held, config.length, ctx.seed)
+    else:
+        ids = held = torch.zeros(0, config.length, dtype=torch.long)
+    stored = "float16" if form in ("gptq", "awq", "hqq") else stored_of(source, config.rest)
+    grid, others = replace(grid, stored=stored), {name: replace(one, stored=stored) for name, one in (grids or {}).items()}
+    skip = skipping(source, config.skip)
+    golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])
+    told, damage = _walked(source, ids, held, ctx, method, lambda name: None if skip(name) else others.get(name, grid), FORMS[form], getattr(torch, stored))
+    chosen = {one["name"]: others.get(one["name"], grid) for one in told}
+    left = ["lm_head", *(name.removesuffix(".weight") for name, shape in source.shapes.items() if source.number_of(name) >= 0 and len(shape) == 2 and skip(name))]
+    _write(source, ctx, stored, FORMS[form].config_of(chosen, left))
+    made = Source(ctx.out, quantized=True)
+    texts = [list(one.ids) for one in golden.conversations]
+    known = dict(zip(map(tuple, texts), logits_of(made, texts), strict=True))
+    gap = require(golden, tokenizer, stop_ids(ctx.out, tokenizer), lambda some: known[tuple(some)], mean_within=allowed(min(one.bits for one in chosen.values()), inputs=bool(grid.inputs)), step=f"quantize.{about['method']}")
+    assert gap is not None
+    size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
+    weights = sum(one["weights"] for one in told)
+    metrics = {
+        "bytes": size, "bits_a_weight": round(sum(one["bits"] * one["weights"] for one in told) / weights, 4), "quantized_weights": weights, **{name: round(value, 6) for name, value in damage.items()},
+        "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
+    }  # fmt: skip
+    bits, inputs = round(sum(chosen[one["name"]].bits * one["weights"] for one in told) / weights, 2), grid.inputs.bits if grid.inputs else 16
+    said = f"its matrices in {bits:g} bits a weight, " + (f"groups of {grid.group} with a scale" if grid.group else "a scale a row") + (f", what they are multiplied by in {inputs}" if inputs < 16 else "") + f", by the method {about['method']}."
+    write_card(ctx.out, model, said, form=form, method=str(about["method"]), bits=bits, name=hub_name(model.name, form, bits, inputs=inputs), metrics=metrics, data=data)
+    from llmworks.quantize.report.page import describe
+
+    describe(ctx.report, model.name, str(about["method"]), told, metrics, sum(file.stat().st_size for file in model.path.glob("*.safetensors")))
+    ctx.progress.say(ctx.report.lead)
+    return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf", "dtype": stored, "architecture": str(model.about.get("architecture", "")), "bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, **about, **({"calibration": data.name} if data is not None else {})})
+
+
+def open_source(model: Model) -> Source:
+    """The model's directory, piece by piece. ModelError for one that cannot be quantized."""
+    if model.format != "hf":
+        raise ModelError(f"{model.name}: a Hugging Face directory is quantized, this is {model.format}; convert it with the stage model.from_gguf")
+    source = Source(model.path)
+    if source.kind == "gpt2" or source.shape.experts:
+        raise ModelError(f"{model.name}: {'queries, keys and values are one matrix in its files' if source.kind == 'gpt2' else 'its experts are no single matrices'}, which compressed-tensors has no names for; quantize.gguf may serve")
+    return source
+
+
+def stored_of(source: Source, rest: str) -> Any:
+    """The number format of what is not quantized."""
+    if rest != "auto":
+        return rest
+    found = "bfloat16"
+    for number in range(-1, source.shape.layers):
+        tensors = source.tensors(number).values()
+        if any(float(tensor.abs().max()) > HALF for tensor in tensors if tensor.is_floating_point() and tensor.numel()):
+            return "bfloat16" if all(_keeps(tensor) for tensor in tensors) else "float32"
+        if not all(_keeps(tensor) for tensor in tensors):
+            found = "float16"
+    return found
+
+
+def _keeps(tensor: Tensor) -> bool:
+    """Whether bfloat16 changes nothing."""
+    return tensor.dtype == torch.bfloat16 or torch.equal(tensor.float(), tensor.bfloat16().float())
+
+
+def skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a layer, by its name in the directory, stays. ModelError for a part of a name that no layer has."""
+    names = [name.removesuffix(".weight") for name in source.places if source.number_of(name) >= 0]
+    for part in skip:
+        if not any(part in name for name in names):
+            raise ModelError(f"config.skip: no layer's name holds {part!r}; one is {names[0]}")
+    matrices = [name for name, shape in source.shapes.items() if source.number_of(name) >= 0 and len(shape) == 2]
+    if all(any(part in name for part in skip) for name in matrices):
+        raise ModelError(f"config.skip: all {len(matrices)} matrices of blocks are skipped; nothing is left to quantize")
+    return lambda name: any(part in name for part in skip)
+
+
+def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Method, grid_of: Callable[[str], Any], form: Any, stored: torch.dtype) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """(what became of each layer, the damage). Each block is written to scratch when it is done."""
+    from safetensors.torch import save_file
+
+    folder = ctx.scratch / "blocks"
+    folder.mkdir(exist_ok=True)
+    keep_freed()
+    with torch.inference_mode():
+        walk = Walk(source, ids, held, ctx.scratch / "walk", stored)
+        with ctx.progress.bar("quantize", source.shape.layers, "blocks") as bar:
+            bar.advance(walk.done)
+            for passing in walk.blocks():
+                head, told = f"decoder.blocks.{passing.number}.", []
+                grids = functools.partial(_grid_of, source, grid_of, head)
+                method.prepare(passing, grids)
+                for name, tensor in passing.block.state_dict().items():
+                    if tensor.ndim < 2 or grids(name.removesuffix(".weight")) is None:
+                        tensor.copy_(tensor.to(stored))
+                plain = {f"{head}{name}": tensor for name, tensor in passing.block.state_dict().items()}
+                tensors: dict[str, Tensor] = {}
+                for part in passing.parts:
+                    for name, matrix in method.part(passing, part, grids).items():
+                        layer, before = layer_of(passing.block, name), plain.pop(f"{head}{name}.weight")
+                        after = matrix.weight()
+                        lost = float((after - before).square().sum() / before.square().sum().clamp(min=1e-30))
+                        layer.weight = torch.nn.Parameter(after, requires_grad=False)
+                        if matrix.grid.inputs:
+                            read_rounded(layer, matrix.grid.inputs)
+                        tensors |= form.tensors_of(source.rename(f"{head}{name}"), matrix)
+                        told.append({"name": source.rename(f"{head}{name}"), "layer": name, "block": passing.number, "lost": lost, "bits": matrix.bits, "weights": before.numel(), "shape": shape_of(before, after), "apart": passing.apart.get(name)})
+                passing.finish()
+                rest = to_standard(plain, source.kind) if source.kind else plain
+                save_file({name: tensor.to(stored).contiguous() for name, tensor in rest.items()} | tensors, folder / f"{passing.number:05}.safetensors")
+                (folder / f"{passing.number:05}.json").write_text(json.dumps(told))
+                passing.done()
+                bar.advance()
+        damage = walk.damage() if len(held) else {}
+    return [one for file in sorted(folder.glob("*.json")) for one in json.loads(file.read_text())], damage
+
+
+def shape_of(before: Tensor, after: Tensor) -> dict[str, Any]:
+    """How many weights there are of each size, before and after, in rows evenly taken (SEEN weights about): counts of BINS equal bins within five times their root mean square; what is beyond is in the last."""
+    step = max(1, before.numel() // SEEN)
+    before, after = before[::step], after[::step]
+    high = 5 * float(before.square().mean().sqrt()) or 1.0
+    low = -high
+    return {"low": low, "high": high, "before": torch.histc(before.clamp(low, high), BINS, low, high).int().tolist(), "after": torch.histc(after.clamp(low, high), BINS, low, high).int().tolist()}
+
+
+def _grid_of(source: Source, grid_of: Callable[[str], Any], head: str, name: str) -> Any:
+    return grid_of(source.rename(f"{head}{name}"))
+
+
+def _write(source: Source, ctx: Context, stored: str, quantization: Mapping[str, Any]) -> None:
+    """The directory: weights in one file, the config, and all else as it was."""
+    from safetensors.torch import save_file
+
+    number = getattr(torch, stored)
+    outside = ctx.scratch / "blocks" / "outside.safetensors"
+    save_file({name: tensor.to(number).contiguous() for name, tensor in source.tensors(-1).items()}, outside)
+    join_files([*sorted((ctx.scratch / "blocks").glob("0*.safetensors")), outside], ctx.out / "model.safetensors")
+    config = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {"dtype": stored, "quantization_config": dict(quantization)}
+    (ctx.out / "config.json").write_text(json.dumps(config, indent=2))
+    copy_rest(source.path, ctx.out)
+
+
+def copy_rest(source: Path, out: Path) -> None:
+    """Tokenizer, template, generation config: all that is no weight."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and file.name not in STAYS and not file.name.startswith("."):
+            shutil.copyfile(file, out / file.name)

@@ -1,0 +1,440 @@
+"""Recipes: YAML to typed steps, checked wholly before anything runs. Every mistake is one line with file and line number.
+
+A step is `use:` (something from outside), `stage:` (a function of the stage table) or `gate:` (a check that stops the run). Knows
+the stage table; runs nothing and resolves no reference.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from llmworks import assets
+from llmworks.core.artifact import Artifact, Config
+from llmworks.core.errors import AssetError, RecipeError, UserError
+from llmworks.core.workspace import RESERVED
+from llmworks.runtime.stages import ResolvedStage, config_help, resolve, table
+
+Position = tuple[str | int, ...]
+InputNames = str | list[str] | dict[str, str]
+SCHEMES = ("asset:", "hf:", "path:", "gguf:", "url:", "http://", "https://")
+
+
+class Expect(Config):
+    """What a step takes, measured by the recipe's author; shown by `plan` until this workspace knows better."""
+
+    seconds: float = Field(0, ge=0, description="wall time on the recipe's machine")
+    memory_mb: float = Field(0, ge=0, description="peak memory")
+    disk_mb: float = Field(0, ge=0, description="size of the result")
+
+
+@dataclass(frozen=True)
+class UseStep:
+    """Something from outside."""
+
+    name: str
+    ref: str
+
+
+@dataclass(frozen=True)
+class StageStep:
+    """A stage with its config and the names of the steps it takes."""
+
+    name: str
+    stage: ResolvedStage
+    config: Config
+    inputs: dict[str, InputNames]
+    expect: Expect
+
+
+@dataclass(frozen=True)
+class GateStep:
+    """A check on a metric of a step. `bounds` maps above, below, at_least, at_most to a number."""
+
+    name: str
+    of: str
+    metric: str
+    bounds: dict[str, float]
+    because: str
+
+
+Step = UseStep | StageStep | GateStep
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; steps in an order in which they can run, the file's order where it is free."""
+
+    name: str
+    path: Path
+    seed: int
+    about: str
+    steps: dict[str, Step]
+    next: tuple[str, ...]
+
+
+STEP_KEYS = {
+    "use": ("use",),
+    "stage": ("stage", "inputs", "config", "expect"),
+    "gate": ("gate", "metric", "above", "below", "at_least", "at_most", "because"),
+}
+BOUNDS = ("above", "below", "at_least", "at_most")
+TOP_KEYS = ("name", "about", "seed", "steps", "next")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; `overrides` are `step.field=value`, or `step.use=REF`. RecipeError with every problem found."""
+    return _Checker(path).check(overrides)
+
+
+def referenced(inputs: Mapping[str, InputNames]) -> list[str]:
+    """All step names in a mapping of inputs."""
+    return [
+        name
+        for value in inputs.values()
+        for name in ([value] if isinstance(value, str) else value if isinstance(value, list) else value.values())
+    ]
+
+
+def assign(config: dict[str, Any], names: Sequence[str], text: str) -> None:
+    """Put the YAML value `text` at a dotted place of a config; in a list a place is a number, from 0. UserError when the place is inside a plain value, not in the list, or the text is no YAML."""
+    place: Any = config
+    for name in names[:-1]:
+        inner = place[_index(place, name)] if isinstance(place, list) else place.setdefault(name, {})
+        if not isinstance(inner, (dict, list)):
+            raise UserError(f"{name} is {inner!r}, it has no fields")
+        place = inner
+    try:
+        place[_index(place, names[-1]) if isinstance(place, list) else names[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{text!r} is not a YAML value; quote it") from None
+
+
+def _index(items: Sequence[Any], name: str) -> int:
+    if not name.isdecimal() or int(name) >= len(items):
+        raise UserError(f"{name!r} is no place in a list of {len(items)}; give a number from 0 to {len(items) - 1}")
+    return int(name)
+
+
+def unknown(what: str, name: object, known: Sequence[str]) -> str:
+    """`unknown step 'sfy', did you mean 'sft'?`"""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+
+
+def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> str:
+    """One validation error of a config class as a line; `label` is where the config stands."""
+    if item["type"] == "extra_forbidden":
+        inner, last = item["loc"][:-1], str(item["loc"][-1])
+        within = next((f"{name}.{last}" for name in _fields(model, inner) if last in _fields(model, (*inner, name))), "")
+        return f"{'.'.join([label, *map(str, inner)])}: " + (f"unknown key {last!r}, did you mean {within!r}?" if within else unknown("key", last, _fields(model, inner)))
+    if item["type"] == "missing":
+        asked = next((f" ({kind.removesuffix(', required')}): {what}" for name, kind, what in config_help(model) if item["loc"] == (name,)), "")
+        return f"{'.'.join([label, *map(str, item['loc'])])} is missing{asked}"
+    told = f" (is {item['input']!r}" + ("; put it in quotes)" if item["type"] == "string_type" else ")")
+    return f"{'.'.join([label, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}{told}"
+
+
+class _Checker:
+    """Collects problems with their line numbers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[tuple[int, str]] = []
+        self.lines: dict[Position, int] = {}
+
+    def problem(self, at: Position, text: str) -> None:
+        """Note a problem at a position, or at the nearest position above it that has a line."""
+        while at and at not in self.lines:
+            at = at[:-1]
+        self.problems.append((self.lines.get(at, 1), text))
+
+    def fail(self) -> RecipeError:
+        """All problems as one error, in the order of their lines."""
+        return RecipeError([f"{self.path}:{line}: {text}" for line, text in sorted(self.problems)])
+
+    def check(self, overrides: Sequence[str]) -> Recipe:
+        """The whole check."""
+        data = self.read()
+        self.unknown_keys((), data, TOP_KEYS)
+        raw = data.get("steps")
+        if not isinstance(raw, dict) or not raw:
+            foreign = next((tool for key, tool in (("base_model", "Axolotl"), ("model_name_or_path", "LLaMA-Factory")) if key in data), "")
+            self.problem(("steps",), f"this is a configuration of {foreign}; `llmworks import {self.path}` makes a recipe of it" if foreign else "steps: must be a mapping of step names to steps")
+            raise self.fail()
+        self.apply(raw, overrides)
+        steps: dict[str, Step] = {}
+        for name, body in raw.items():
+            step = self.step(str(name), body)
+            if step is not None:
+                steps[str(name)] = step
+        self.check_links(steps, set(map(str, raw)))
+        order = self.order(steps)
+        seed = data.get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            self.problem(("seed",), f"seed: {seed!r} is not a whole number")
+        following = data.get("next") or []
+        if not isinstance(following, list) or not all(isinstance(line, str) for line in following):
+            self.problem(("next",), "next: must be a list of commands")
+        name = data.get("name", self.path.stem)
+        if not isinstance(name, str) or name in RESERVED or "/" in name or not name or name.startswith("."):
+            self.problem(("name",), f"name: {name!r} cannot name a folder of the workspace")
+        if self.problems:
+            raise self.fail()
+        return Recipe(name, self.path, seed, str(data.get("about", "")).strip(), {n: steps[n] for n in order}, tuple(following))
+
+    def read(self) -> dict[str, Any]:
+        """The YAML file as plain values, with the line of every key and item noted."""
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RecipeError([f"{self.path}: no such recipe file"]) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError([f"{self.path}: cannot be read ({error})"]) from None
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            if node is None:
+                raise RecipeError([f"{self.path}:1: is empty"])
+            value = self.value(node, ())
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise RecipeError([f"{self.path}:{line}: not YAML: {error.problem}"]) from None
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise RecipeError([f"{self.path}:1: cannot be read as a recipe ({str(error).splitlines()[0]})"]) from None
+        if not isinstance(value, dict):
+            raise RecipeError([f"{self.path}:1: a recipe is a mapping with `steps`"])
+        return value
+
+    def value(self, node: yaml.Node, at: Position) -> Any:
+        """A YAML node as a plain value."""
+        self.lines.setdefault(at, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            out: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                key = self.value(key_node, (*at, "?"))
+                if not isinstance(key, str):
+                    raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be a word, not {key!r}")
+                self.lines[(*at, key)] = key_node.start_mark.line + 1
+                if key in out:
+                    self.problem((*at, key), f"{key}: stands here twice")
+                out[key] = self.value(value_node, (*at, key))
+            return out
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*at, i)) for i, item in enumerate(node.value)]
+        constructor = yaml.SafeLoader("")
+        try:
+            return constructor.construct_object(node)
+        finally:
+            constructor.dispose()
+
+    def apply(self, raw: dict[Any, Any], overrides: Sequence[str]) -> None:
+        """Put `step.field=value`, or `step.use=REF`, into the raw steps."""
+        for override in overrides:
+            target, equals, text = override.partition("=")
+            names = target.split(".")
+            if not equals or len(names) < 2:
+                self.problem((), f"--set {override}: write it as step.field=value")
+                continue
+            body = raw.get(names[0])
+            if names[0] not in raw:
+                self.problem((), f"--set {override}: {unknown('step', names[0], list(map(str, raw)))}")
+                continue
+            if isinstance(body, dict) and "use" in body and names[1:] == ["use"]:
+                body["use"] = text
+                continue
+            if not isinstance(body, dict) or "stage" not in body:
+                self.problem((), f"--set {override}: {names[0]} is no stage, so it has no config to set" + ("; what it uses is set by " + names[0] + ".use" if isinstance(body, dict) and "use" in body else ""))
+                continue
+            body["config"] = body.get("config") or {}
+            try:
+                assign(body["config"], names[1:], text)
+            except UserError as error:
+                self.problem((), f"--set {override}: {error}")
+
+    def unknown_keys(self, at: Position, value: Mapping[Any, Any], known: Sequence[str]) -> None:
+        """A problem for every key that is not known."""
+        for key in value:
+            if key not in known:
+                self.problem((*at, key), f"{'.'.join(map(str, at))}: {unknown('key', key, known)}" if at else unknown("key", key, known))
+
+    def step(self, name: str, body: Any) -> Step | None:
+        """One step, or None after noting what is wrong with it."""
+        at: Position = ("steps", name)
+        if "/" in name or name.startswith("."):
+            self.problem(at, f"{name}: a step's name cannot hold a slash or start with a dot")
+        if not isinstance(body, dict):
+            self.problem(at, f"{name}: must be a mapping with `use`, `stage` or `gate`")
+            return None
+        kinds = [kind for kind in STEP_KEYS if kind in body]
+        if len(kinds) != 1:
+            self.problem(at, f"{name}: must have exactly one of `use`, `stage`, `gate`, has {' and '.join(kinds) or 'none'}")
+            self.unknown_keys(at, body, [k for keys in STEP_KEYS.values() for k in keys])
+            return None
+        self.unknown_keys(at, body, STEP_KEYS[kinds[0]])
+        return {"use": self.use, "stage": self.stage, "gate": self.gate}[kinds[0]](name, at, body)
+
+    def use(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
+        """A `use:` step."""
+        ref = body["use"]
+        if not isinstance(ref, str) or not ref.startswith(SCHEMES):
+            self.problem(
+                (*at, "use"),
+                f"{name}.use: {ref!r} is no reference; write asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL",
+            )
+            return None
+        if ref.startswith("asset:"):
+            try:
+                assets.get(ref.removeprefix("asset:"))
+            except AssetError as error:
+                self.problem((*at, "use"), f"{name}.use: {error}")
+                return None
+        if ref.startswith(("path:", "gguf:")) and not Path(ref.partition(":")[2]).expanduser().exists():
+            self.problem((*at, "use"), f"{name}.use: {ref.partition(':')[2]}: no such file or directory")
+            return None
+        return UseStep(name, ref)
+
+    def stage(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
+        """A `stage:` step: the stage exists, its config is valid, its inputs are named as the function has them."""
+        if not isinstance(body["stage"], str) or body["stage"] not in table():
+            self.problem((*at, "stage"), f"{name}.stage: {unknown('stage', body['stage'], list(table()))}")
+            return None
+        stage = resolve(body["stage"])
+        config = self.model(stage.config, body.get("config") or {}, (*at, "config"), f"{name}.config")
+        expect = self.model(Expect, body.get("expect") or {}, (*at, "expect"), f"{name}.expect")
+        inputs = body.get("inputs") or {}
+        if not isinstance(inputs, dict):
+            self.problem((*at, "inputs"), f"{name}.inputs: must be a mapping of input names to step names")
+            return None
+        self.unknown_keys((*at, "inputs"), inputs, list(stage.inputs))
+        for wanted in stage.inputs.values():
+            if wanted.required and wanted.name not in inputs:
+                self.problem((*at, "inputs"), f"{name}.inputs: {wanted.name} ({wanted.describe()}) is missing")
+        shapes = {"one": str, "list": list, "dict": dict}
+        for key, value in inputs.items():
+            if key in stage.inputs and not isinstance(value, shapes[stage.inputs[key].shape]):
+                self.problem(
+                    (*at, "inputs", key),
+                    f"{name}.inputs.{key}: must be {'a step name' if stage.inputs[key].shape == 'one' else 'a ' + stage.inputs[key].shape + ' of step names'}",
+                )
+                return None
+        given = {k: [v] if isinstance(v, str) else v if isinstance(v, list) else list(v.values()) for k, v in inputs.items()}
+        wrong = next((k for k, names in given.items() if not all(isinstance(n, str) for n in names)), None)
+        if wrong is not None:
+            self.problem((*at, "inputs", wrong), f"{name}.inputs.{wrong}: must hold names of steps only")
+            return None
+        if config is None or not isinstance(expect, Expect):
+            return None
+        return StageStep(name, stage, config, {k: v for k, v in inputs.items() if k in stage.inputs}, expect)
+
+    def model(self, model: type[Config], value: Any, at: Position, label: str) -> Config | None:
+        """Validate a mapping against a config class; every error becomes a problem at its own line."""
+        if not isinstance(value, dict):
+            self.problem(at, f"{label}: must be a mapping")
+            return None
+        try:
+            return model.model_validate(value)
+        except ValidationError as error:
+            for item in error.errors():
+                self.problem((*at, *item["loc"]), config_problem(model, item, label))
+            return None
+
+    def gate(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
+        """A `gate:` step."""
+        bounds = {key: body[key] for key in BOUNDS if key in body}
+        if not isinstance(body.get("metric"), str):
+            self.problem((*at, "metric"), f"{name}.metric: names a metric of the step {body['gate']!r}")
+            return None
+        if not bounds or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in bounds.values()):
+            self.problem(at, f"{name}: needs a number for at least one of {', '.join(BOUNDS)}")
+            return None
+        return GateStep(name, str(body["gate"]), body["metric"], {k: float(v) for k, v in bounds.items()}, str(body.get("because", "")))
+
+    def check_links(self, steps: Mapping[str, Step], names: set[str]) -> None:
+        """Every named step exists and is of a kind that the input accepts."""
+        for step in steps.values():
+            if isinstance(step, GateStep) and step.of not in names:
+                self.problem(("steps", step.name, "gate"), f"{step.name}.gate: {unknown('step', step.of, sorted(names))}")
+            if isinstance(step, GateStep) and isinstance(steps.get(step.of), GateStep):
+                self.problem(
+                    ("steps", step.name, "gate"), f"{step.name}.gate: {step.of!r} is a gate itself; name the step whose metric is meant"
+                )
+            if not isinstance(step, StageStep):
+                continue
+            for role, value in step.inputs.items():
+                for given in referenced({role: value}):
+                    if given not in names:
+                        self.problem(
+                            ("steps", step.name, "inputs", role),
+                            f"{step.name}.inputs.{role}: {unknown('step', given, sorted(names - {step.name}))}",
+                        )
+                        continue
+                    kind = _kind(steps.get(given))
+                    accepted = [k.kind for k in step.stage.inputs[role].kinds]
+                    if kind is not None and kind not in accepted:
+                        self.problem(
+                            ("steps", step.name, "inputs", role),
+                            f"{step.name}.inputs.{role}: {given!r} is a {kind}, wanted is {' or '.join(accepted)}",
+                        )
+
+    def order(self, steps: Mapping[str, Step]) -> list[str]:
+        """Names so that every step comes after what it needs, in the file's order where that is free. Notes a cycle."""
+        done: list[str] = []
+        left = list(steps)
+        while left:
+            ready = next((n for n in left if all(d in done or d not in steps for d in _needs(steps[n]))), None)
+            if ready is None:
+                while ends := [n for n in left if not any(n in _needs(steps[other]) for other in left)]:
+                    left = [n for n in left if n not in ends]  # waits for the circle, is no part of it
+                self.problem(("steps", left[0]), f"{left[0]}: these steps need one another in a circle: {', '.join(left)}")
+                break
+            left.remove(ready)
+            done.append(ready)
+        return done
+
+
+def _needs(step: Step) -> list[str]:
+    if isinstance(step, GateStep):
+        return [step.of]
+    return referenced(step.inputs) if isinstance(step, StageStep) else []
+
+
+def _kind(step: Step | None) -> str | None:
+    """The kind a step makes, where that is known before running."""
+    if isinstance(step, StageStep):
+        return step.stage.output_of(step.config).kind
+    if isinstance(step, UseStep):
+        if step.ref.startswith("asset:"):
+            return assets.get(step.ref.removeprefix("asset:")).kind
+        if step.ref.startswith(("gguf:", "http")):
+            return "model"
+    return "gate" if isinstance(step, GateStep) else None
+
+
+def _fields(model: type[Config], path: Sequence[str | int]) -> list[str]:
+    """Field names of a nested config class."""
+    for name in path:
+        annotation = model.model_fields[str(name)].annotation if str(name) in model.model_fields else None
+        kinds = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Config)]
+        if not kinds:
+            return []
+        model = kinds[0]
+    return list(model.model_fields)
+
+
+def check_gate(gate: GateStep, artifact: Artifact) -> tuple[bool, str]:
+    """(whether the gate holds, one line that says so with the figures). UserError when there is no such metric."""
+    value = artifact.metrics.get(gate.metric)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        numbers = [k for k, v in artifact.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        raise UserError(f"gate {gate.name}: {gate.of} has no metric {gate.metric!r}; it has {', '.join(numbers)}")
+    tests = {"above": lambda b: value > b, "below": lambda b: value < b, "at_least": lambda b: value >= b, "at_most": lambda b: value <= b}
+    words = " and ".join(f"{key.replace('_', ' ')} {bound:g}" for key, bound in gate.bounds.items())
+    holds = all(tests[key](bound) for key, bound in gate.bounds.items())
+    return holds, f"{gate.of}.{gate.metric} is {value:.4g}, wanted {words}"

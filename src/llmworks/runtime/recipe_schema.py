@@ -1,0 +1,54 @@
+"""A JSON schema of recipes, made from the stage table and the configs, so that editors complete and check them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmworks.runtime.recipe import BOUNDS, Expect
+from llmworks.runtime.stages import resolve, table
+
+
+def recipe_schema() -> dict[str, Any]:
+    """A JSON schema of recipes, so that editors complete and check them."""
+    names = {"type": "string", "description": "name of another step"}
+    variants: list[dict[str, Any]] = [
+        {"type": "object", "required": ["use"], "additionalProperties": False, "properties": {"use": {"type": "string", "description": "asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL"}}},
+        {
+            "type": "object", "required": ["gate", "metric"], "additionalProperties": False,
+            "properties": {"gate": names, "metric": {"type": "string"}, "because": {"type": "string"}, **{b: {"type": "number"} for b in BOUNDS}},
+        },
+    ]  # fmt: skip
+    definitions: dict[str, Any] = {}
+    for name in table():
+        stage = resolve(name)
+        shapes: dict[str, dict[str, Any]] = {
+            "one": names,
+            "list": {"type": "array", "items": names},
+            "dict": {"type": "object", "additionalProperties": names},
+        }
+        inputs = {i.name: {**shapes[i.shape], "description": i.describe()} for i in stage.inputs.values()}
+        schema = stage.config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+        definitions |= {f"{name}.{key}": value for key, value in schema.pop("$defs", {}).items()}
+        variants.append({
+            "type": "object", "required": ["stage"], "additionalProperties": False, "description": stage.stage.summary,
+            "properties": {
+                "stage": {"const": name}, "config": schema, "expect": Expect.model_json_schema(),
+                "inputs": {"type": "object", "properties": inputs, "additionalProperties": False, "required": [i.name for i in stage.inputs.values() if i.required]},
+            },
+        })  # fmt: skip
+    top = {
+        "name": {"type": "string"},
+        "about": {"type": "string"},
+        "seed": {"type": "integer"},
+        "next": {"type": "array", "items": {"type": "string"}},
+        "steps": {"type": "object", "additionalProperties": {"oneOf": variants}},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "llmworks recipe",
+        "type": "object",
+        "required": ["steps"],
+        "additionalProperties": False,
+        "properties": top,
+        "$defs": definitions,
+    }

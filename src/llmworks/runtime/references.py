@@ -1,0 +1,244 @@
+"""References to what comes from outside: a path, `asset:`, `hf:ORG/NAME`, `gguf:FILE`, `url:URL#sha256=`, `http://HOST/v1#MODEL`.
+
+Resolves them to artifacts (digested once, cached), and opens an engine over any model or adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llmworks import assets
+from llmworks.assets.catalogue import CATALOGUE
+from llmworks.core.artifact import (
+    KINDS,
+    MANIFEST,
+    Adapter,
+    Artifact,
+    FileEntry,
+    Manifest,
+    Model,
+    artifact_digest,
+    files_of,
+    load,
+    sha256_file,
+)
+from llmworks.core.errors import ArtifactError, UserError
+from llmworks.core.types import Engine
+from llmworks.core.workspace import Workspace, cache_directory
+from llmworks.generate.remote.endpoint import identity, parse_remote
+from llmworks.runtime.execute import execute, step_key
+from llmworks.runtime.stages import resolve as resolve_stage
+
+
+def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> Artifact:
+    """The artifact behind a reference. UserError or ArtifactError in one line when there is none."""
+    if not ref.strip():
+        raise UserError("an empty reference; give a path, a name in the workspace, asset:NAME or hf:ORG/NAME")
+    scheme, _, rest = ref.partition(":")
+    if scheme == "asset":
+        return _asset(rest, name or rest)
+    if scheme == "hf":
+        return _foreign(_hub(rest), name or rest, ref)
+    if scheme in ("http", "https"):
+        return _remote(ref, name)
+    if scheme == "url":
+        url, _, digest = rest.partition("#sha256=")
+        return _foreign(assets.fetch_url(url, digest), name or Path(url).name, ref)
+    path = Path(rest if scheme in ("path", "gguf") else ref).expanduser()
+    if not path.exists() and workspace is not None and (workspace.root / path).exists():
+        path = workspace.root / path
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory{_near(ref, workspace)}")
+    if (path / MANIFEST).exists():
+        return load(path.resolve(), name=name or path.name)
+    return _foreign(path.resolve(), name or path.name, f"path:{path.resolve()}")
+
+
+def _near(ref: str, workspace: Workspace | None) -> str:
+    """What a reference that leads nowhere may have meant: an asset, or a name in the workspace."""
+    name = ref.rpartition("/")[2].lower()
+    if name in CATALOGUE:
+        return f"; did you mean asset:{name}" + (f", or hf:{ref}, a model of the Hub?" if "/" in ref else "?")
+    hub = f"; a model of the Hub is hf:{ref}" if re.fullmatch(r"[\w-]+/[\w.-]+", ref) else ""
+    if workspace is None:
+        return hub
+    near = difflib.get_close_matches(ref, list(workspace.names()), n=1)
+    return f", here or in {workspace.root}" + (f"; did you mean {near[0]!r}?" if near else hub)
+
+
+def is_here(ref: str) -> bool:
+    """Whether a reference can be resolved without fetching or converting anything."""
+    scheme, _, rest = ref.partition(":")
+    if scheme == "asset":
+        asset = assets.get(rest)
+        return assets.is_cached(asset) and (not asset.convert or _conversion(asset_files(rest, rest)) is not None)
+    if scheme == "url":
+        return assets.cached_url(rest.partition("#")[0], rest.partition("#sha256=")[2]).exists()
+    return scheme != "hf"
+
+
+def _conversion(source: Artifact) -> Artifact | None:
+    """The converted form of a GGUF asset, if it was made already."""
+    stage = resolve_stage("model.from_gguf")
+    return Workspace(cache_directory() / "converted").find(step_key(stage, stage.config(), {"source": source}, 0))
+
+
+def _asset(asset_name: str, name: str) -> Artifact:
+    """A catalogue entry; a GGUF model that is used as a directory is converted once, in the cache's own workspace."""
+    artifact = asset_files(asset_name, name)
+    if assets.get(asset_name).convert:
+        stage = resolve_stage("model.from_gguf")
+        done = execute(
+            stage, stage.config(), {"source": artifact}, Workspace(cache_directory() / "converted"), seed=0, open_engine=open_engine
+        )
+        return load(done.artifact.path, name=name, ref=f"asset:{asset_name}")
+    return artifact
+
+
+def _hub(repository: str) -> Path:
+    """A Hub repository at the commit that its name, or NAME@REVISION, resolves to, in huggingface_hub's own cache; of `datasets/ORG/NAME/FOLDER` that folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        if repository.startswith("datasets/"):
+            owner, _, rest = repository.removeprefix("datasets/").partition("/")
+            name, _, folder = rest.partition("/")
+            return Path(snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=f"{folder}/*" if folder else None)) / folder
+        repository, _, revision = repository.partition("@")
+        return Path(snapshot_download(repository, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "*.onnx", "*.msgpack", "*.h5"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(f"hf:{repository}: cannot be fetched ({str(error).strip().splitlines()[0][:160]})") from None
+
+
+def _remote(ref: str, name: str) -> Model:
+    """A model behind a server: declared, since nobody can digest it."""
+    url, model, options = parse_remote(ref)
+    manifest = _foreign_manifest("model", {}, {"format": "http"}, digest=hashlib.sha256(identity(url, model, options).encode()).hexdigest())
+    return Model(Path(), manifest=manifest, name=name or model, ref=ref)
+
+
+def kind_of(path: Path) -> str:
+    """What a foreign file or directory is, by what it holds; what is nothing else is raw data. UserError for an empty directory."""
+    if path.is_file():
+        return "model" if path.suffix == ".gguf" else "dataset"
+    names = {p.name for p in path.iterdir()}
+    if not names:
+        raise UserError(f"{path}: is empty")
+    if "adapter_config.json" in names:
+        return "adapter"
+    if names & {"config.json", "model.safetensors"} or any(name.endswith(".gguf") for name in names):
+        return "model"
+    return "tokenizer" if "tokenizer.json" in names else "dataset"
+
+
+def _foreign(path: Path, name: str, ref: str, *, kind: str = "", about: dict[str, Any] | None = None) -> Artifact:
+    kind = kind or kind_of(path)
+    files = digest_cached(path)
+    return KINDS[kind](path, manifest=_foreign_manifest(kind, files, about or {}), name=name, ref=ref)
+
+
+def _foreign_manifest(kind: str, files: dict[str, FileEntry], about: dict[str, Any], digest: str = "") -> Manifest:
+    digest = digest or artifact_digest(kind, "", files)
+    return Manifest(
+        kind=kind, digest=digest, key="", stage="", revision=0, derivation="declared", config={}, parents=[], files=files, about=about
+    )
+
+
+def digest_cached(path: Path) -> dict[str, FileEntry]:
+    """Digests of foreign files, remembered by (device, inode, size, modification time)."""
+    store = cache_directory() / "digests.json"
+    try:
+        known: dict[str, str] = json.loads(store.read_text())
+    except (OSError, ValueError):
+        known = {}
+    root = path.parent if path.is_file() else path
+    out: dict[str, FileEntry] = {}
+    fresh: dict[str, str] = {}
+    for file in files_of(path):
+        stat = file.stat()
+        identity = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
+        digest = known.get(identity) or fresh.setdefault(identity, sha256_file(file))
+        out[file.relative_to(root).as_posix()] = FileEntry(sha256=digest, bytes=stat.st_size)
+    if fresh:
+        _remember(store, {**known, **fresh})
+    return out
+
+
+def _remember(store: Path, known: dict[str, str]) -> None:
+    """Keep digests; where there is no room, or nothing may be written, they are computed again."""
+    with contextlib.suppress(OSError):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=store.parent, prefix=".digests-", delete=False) as stream:
+            draft = Path(stream.name)
+            try:
+                json.dump(known, stream)
+                stream.flush()
+                draft.replace(store)
+            finally:
+                draft.unlink(missing_ok=True)
+
+
+def find_digest(digest: str, workspace: Workspace | None) -> Artifact | None:
+    """An artifact by digest: in the workspace, behind its names, or among converted assets."""
+    for place in (workspace, Workspace(cache_directory() / "converted")):
+        found = place.find_digest(digest) if place is not None else None
+        if found is not None:
+            return found
+    return None
+
+
+def base_of(adapter: Adapter, workspace: Workspace | None) -> Model:
+    """The model that an adapter was trained on, found by digest, else by the reference that was recorded."""
+    base = str(adapter.about.get("base", ""))
+    found = find_digest(base, workspace) if base else None
+    if found is None and adapter.manifest is not None:
+        ref = next((p.ref for p in adapter.manifest.parents if p.digest == base and p.ref), "")
+        found = resolve(ref) if ref else None
+    if found is None:
+        from llmworks.tokenize.load import read_json
+
+        config = read_json(adapter.path / "adapter_config.json")
+        named = str(config.get("base_model_name_or_path", ""))
+        found = resolve(named if ":" in named or Path(named).exists() else f"hf:{named}") if named else None
+    if not isinstance(found, Model) or (base and found.digest != base):
+        raise ArtifactError(
+            f"{adapter.path}: the model {base[:12] or '(not named)'} that this adapter belongs to is not here; merge it first, or run in its workspace"
+        )
+    return found
+
+
+def open_engine(artifact: Artifact, workspace: Workspace | None = None) -> Engine:
+    """An engine over a model (Hugging Face directory, GGUF file, HTTP) or over an adapter with its base."""
+    if isinstance(artifact, Adapter):
+        from llmworks.generate.engines.torch import TorchEngine
+
+        return TorchEngine.open(base_of(artifact, workspace).path, adapter=artifact.path, name=artifact.name)
+    if not isinstance(artifact, Model):
+        raise UserError(f"{artifact.path}: is a {artifact.kind}, not a model")
+    if artifact.format == "http":
+        from llmworks.generate.engines.remote import RemoteEngine
+
+        return RemoteEngine(*parse_remote(artifact.ref))
+    if artifact.format == "gguf":
+        from llmworks.generate.engines.llamacpp import LlamaCppEngine
+
+        return LlamaCppEngine(artifact.gguf_path, name=artifact.name)
+    from llmworks.generate.engines.torch import TorchEngine
+
+    return TorchEngine.open(artifact.path, name=artifact.name)
+
+
+def asset_files(asset_name: str, name: str) -> Artifact:
+    """The files of a cached asset as they were fetched, before any conversion."""
+    asset = assets.get(asset_name)
+    return _foreign(
+        assets.fetch(asset_name), name, f"asset:{asset_name}", kind=asset.kind, about={"schema": asset.schema, "asset": asset_name, "what": asset.what, "licence": asset.licence}
+    )

@@ -1,0 +1,274 @@
+"""Run a recipe in a workspace: skip what is there, make what is not, stop at a gate that does not hold; and say why.
+
+Planning and running share one judgement of every step, so that `plan` tells what `run` will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from llmworks import assets
+from llmworks.assets.catalogue import CATALOGUE
+from llmworks.core.artifact import Artifact, load
+from llmworks.core.errors import ArtifactError, GateFailed, UserError
+from llmworks.core.workers import Pool
+from llmworks.core.workspace import Workspace, size_of
+from llmworks.runtime import references
+from llmworks.runtime.execute import Inputs, execute, flat_inputs, step_key
+from llmworks.runtime.recipe import Expect, GateStep, Recipe, StageStep, UseStep, check_gate, referenced
+from llmworks.runtime.stages import code_digest
+
+State = Literal["up to date", "to run", "waits", "from outside", "gate holds", "gate fails", "made"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is to be done with a step, and why."""
+
+    name: str
+    state: State
+    why: str
+    artifact: Artifact | None = None
+    expect: Expect | None = None
+    expect_from: str = ""
+
+
+@dataclass
+class Run:
+    """One recipe in one workspace. `say` gets lines for people."""
+
+    recipe: Recipe
+    workspace: Workspace
+    say: Callable[[str], None] = lambda line: None
+    quiet: bool = False
+    pool: Pool = field(default_factory=Pool)
+    track: Sequence[str] = ()
+    found: dict[str, Artifact] = field(default_factory=dict)
+
+    def bound(self, name: str) -> Artifact | None:
+        """What the step's name points to now."""
+        link = self.workspace.root / self.recipe.name / name
+        try:
+            return load(link.resolve(), name=name) if link.is_symlink() else None
+        except ArtifactError:
+            return None
+
+    def inputs(self, step: StageStep) -> Inputs | None:
+        """The step's artifacts by role, or None while one of them is not made yet."""
+        if any(name not in self.found for name in referenced(step.inputs)):
+            return None
+        out: dict[str, Any] = {}
+        for role, value in step.inputs.items():
+            if isinstance(value, str):
+                out[role] = self.found[value]
+            elif isinstance(value, list):
+                out[role] = [self.found[name] for name in value]
+            else:
+                out[role] = {key: self.found[name] for key, name in value.items()}
+        for role, artifact in flat_inputs(out):
+            accepted = step.stage.inputs[role.partition("[")[0]].kinds
+            if not isinstance(artifact, accepted):
+                raise UserError(
+                    f"{self.recipe.path}: {step.name}.inputs.{role}: {artifact.name!r} is a {artifact.kind}, wanted is {' or '.join(k.kind for k in accepted)}"
+                )
+        return out
+
+    def judge(self, name: str) -> Judgement:
+        """What `run` would do with a step, given what is found so far. Fetches nothing."""
+        step = self.recipe.steps[name]
+        if isinstance(step, UseStep):
+            return self._judge_use(step)
+        if isinstance(step, GateStep):
+            if step.of not in self.found:
+                return Judgement(name, "waits", f"for {step.of}")
+            holds, line = check_gate(step, self.found[step.of])
+            return Judgement(name, "gate holds" if holds else "gate fails", line)
+        expect, source = self._expect(step)
+        inputs = self.inputs(step)
+        if inputs is None:
+            missing = sorted({n for n in referenced(step.inputs) if n not in self.found})
+            return Judgement(name, "waits", f"for {', '.join(missing)}", expect=expect, expect_from=source)
+        key = step_key(step.stage, step.config, inputs, self.recipe.seed)
+        artifact = self.workspace.find(key)
+        if artifact is not None:
+            assert artifact.manifest is not None
+            changed = artifact.manifest.code != code_digest(step.stage.name)
+            return Judgement(
+                name,
+                "up to date",
+                "same stage, config and parents" + ("; its code has changed since, without a new revision" if changed else ""),
+                artifact,
+            )
+        return Judgement(name, "to run", self._why(step, inputs, key), expect=expect, expect_from=source)
+
+    def _judge_use(self, step: UseStep) -> Judgement:
+        asset = CATALOGUE.get(step.ref.removeprefix("asset:")) if step.ref.startswith("asset:") else None
+        if asset is not None and not assets.is_cached(asset):
+            return Judgement(
+                step.name,
+                "to run",
+                f"{step.ref} is not in the cache, {asset.bytes / 1e6:.0f} MB to fetch",
+                expect=Expect(disk_mb=asset.bytes / 1e6),
+                expect_from="catalogue",
+            )
+        if not references.is_here(step.ref):
+            return Judgement(step.name, "to run", f"{step.ref} has to be fetched or converted")
+        return Judgement(step.name, "from outside", step.ref)
+
+    def _why(self, step: StageStep, inputs: Inputs, key: str) -> str:
+        """Why a step has to run: what differs from what its name points to now."""
+        scratch = self.workspace.root / "scratch" / key[:12]
+        if scratch.is_dir():
+            return "was interrupted" + ("; goes on from what it kept" if any(scratch.iterdir()) else "")
+        last = self.bound(step.name)
+        if last is None or last.manifest is None:
+            return "was never made here"
+        m = last.manifest
+        reasons: list[str] = []
+        if (m.stage, m.revision) != (step.stage.name, step.stage.stage.revision):
+            reasons.append(f"stage {m.stage} revision {m.revision} became {step.stage.name} revision {step.stage.stage.revision}")
+        new = step.config.model_dump(mode="json")
+        reasons += [f"config.{k} was {m.config.get(k)!r}, is {new.get(k)!r}" for k in {**m.config, **new} if m.config.get(k) != new.get(k)]
+        old_parents, new_parents = {p.role: p.digest for p in m.parents}, {r: a.digest for r, a in flat_inputs(inputs)}
+        reasons += [f"input {r} changed" for r in {**old_parents, **new_parents} if old_parents.get(r) != new_parents.get(r)]
+        if m.seed != self.recipe.seed:
+            reasons.append(f"seed was {m.seed}, is {self.recipe.seed}")
+        return "; ".join(reasons) or "its artifact is no longer in the store"
+
+    def _expect(self, step: StageStep) -> tuple[Expect, str]:
+        """What a step takes: measured here the last time, else the recipe's own figure."""
+        last = self.bound(step.name)
+        if last is not None and last.manifest is not None and last.manifest.stage == step.stage.name:
+            m = last.metrics
+            return Expect(
+                seconds=m.get("wall_seconds", 0), memory_mb=m.get("peak_memory_bytes", 0) / 1e6, disk_mb=size_of(last.path) / 1e6
+            ), "measured here"
+        return step.expect, "the recipe's figure" if step.expect != Expect() else ""
+
+    def plan(self) -> list[Judgement]:
+        """Judge every step without running any; what is up to date lets later steps be judged."""
+        out: list[Judgement] = []
+        for name, step in self.recipe.steps.items():
+            judgement = self.judge(name)
+            if isinstance(step, UseStep) and judgement.state == "from outside":
+                self.found[name] = self._use(step)
+            elif judgement.artifact is not None:
+                self.found[name] = self._named(judgement.artifact, name)
+            out.append(judgement)
+        return out
+
+    def _use(self, step: UseStep) -> Artifact:
+        return references.resolve(step.ref, name=step.name, workspace=self.workspace)
+
+    @staticmethod
+    def _named(artifact: Artifact, name: str) -> Artifact:
+        artifact.name = name
+        return artifact
+
+    def run(self, explain: bool = False) -> list[Judgement]:
+        """Run every step in order. GateFailed when a gate does not hold; what was made before stays."""
+        with self.workspace.in_use():
+            return self._run(explain)
+
+    def _run(self, explain: bool) -> list[Judgement]:
+        done: list[Judgement] = []
+        width = max(map(len, self.recipe.steps))
+        for name, step in self.recipe.steps.items():
+            judgement = self.judge(name)
+            label = name.ljust(width)
+            if isinstance(step, UseStep):
+                if judgement.state == "to run":
+                    self.say(f"· {label}  {judgement.why}")
+                artifact = self._use(step)
+                self._bind(name, artifact)
+                self.say(f"✓ {label}  {step.ref}  {artifact.kind} {artifact.digest[:12]}")
+                done.append(Judgement(name, "from outside", step.ref, artifact))
+            elif isinstance(step, GateStep):
+                self.say(f"{'✓' if judgement.state == 'gate holds' else '✗'} {label}  {judgement.state}: {judgement.why}")
+                done.append(judgement)
+                if judgement.state != "gate holds":
+                    raise GateFailed(
+                        f"gate {name}: {judgement.why}{f' ({step.because})' if step.because else ''}; the run stops here, what was made is kept"
+                    )
+            else:
+                done.append(self._run_stage(step, judgement, label, explain))
+        return done
+
+    def _run_stage(self, step: StageStep, judgement: Judgement, label: str, explain: bool) -> Judgement:
+        if judgement.artifact is not None:
+            self._bind(step.name, judgement.artifact)
+            self.say(
+                f"✓ {label}  up to date  {judgement.artifact.kind} {judgement.artifact.digest[:12]}"
+                + (f"  ({judgement.why})" if explain else "")
+            )
+            return judgement
+        self.say(f"▸ {label}  {step.stage.name}  ({judgement.why})")
+        inputs = self.inputs(step)
+        assert inputs is not None
+        engine = partial(references.open_engine, workspace=self.workspace)
+        outcome = execute(
+            step.stage,
+            step.config,
+            inputs,
+            self.workspace,
+            seed=self.recipe.seed,
+            open_engine=engine,
+            quiet=self.quiet,
+            pool=self.pool,
+            track=self.track,
+            announce=lambda line: self.say(f"  {line}"),
+        )
+        self._bind(step.name, outcome.artifact)
+        self.say(
+            f"✓ {label}  {outcome.artifact.kind} {outcome.artifact.digest[:12]}  {outcome.seconds:.1f} s  {facts(outcome.artifact.metrics)}"
+        )
+        return Judgement(step.name, "made", judgement.why, outcome.artifact)
+
+    def _bind(self, name: str, artifact: Artifact) -> None:
+        self.found[name] = self._named(artifact, name)
+        if artifact.manifest is not None and artifact.manifest.stage:
+            self.workspace.bind(self.recipe.name, name, artifact)
+
+    def report_path(self) -> Path | None:
+        """The page of the last report that the recipe makes."""
+        reports = [a for a in self.found.values() if a.kind == "report"]
+        return self.workspace.root / self.recipe.name / reports[-1].name / "report.html" if reports else None
+
+
+def facts(metrics: Mapping[str, Any]) -> str:
+    """The figures of a step that fit on a line."""
+    shown = (
+        "rows",
+        "documents",
+        "dropped",
+        "touched_test_rows",
+        "auc",
+        "rejected",
+        "reward_first",
+        "reward",
+        "win_rate",
+        "alarms",
+        "loss",
+        "score",
+        "difference",
+        "low",
+        "high",
+        "models",
+        "votes",
+        "best",
+        "clusters",
+        "golden_gap_mean",
+        "vocabulary",
+        "bytes_per_token",
+        "parameters",
+        "bytes",
+        "tokens_per_second",
+        "shared_groups",
+        "shared_texts",
+    )
+    named = {"score": f"score ({metrics['metric']})"} if isinstance(metrics.get("metric"), str) else {}
+    return "  ".join(f"{named.get(k, k)} {metrics[k]:.4g}" if isinstance(metrics[k], float) else f"{k} {metrics[k]}" if isinstance(metrics[k], str) else f"{k} {metrics[k]:,}" for k in shown if k in metrics)

@@ -1,0 +1,270 @@
+"""The only stage table, and how an entry is resolved: its function, its config class, the inputs it takes and what it makes.
+
+Entries are strings, so that listing stages imports nothing. Third parties add stages by the entry point group `llmworks.runtime.stages`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmworks.core.errors import UserError
+
+if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
+    from llmworks.core.artifact import Artifact, Config, Derivation
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: where the function is, the revision of its behaviour, whether its bytes can be derived again."""
+
+    target: str
+    revision: int
+    derivation: Derivation
+    summary: str
+
+
+STAGES: dict[str, Stage] = {
+    "data.read": Stage("llmworks.data.read:read", 1, "exact", "raw files of many formats to documents"),
+    "data.query": Stage("llmworks.data.query:query", 1, "declared", "the rows of a SQL query to documents"),
+    "data.clean": Stage("llmworks.data.clean:clean", 1, "exact", "mend documents, drop bad text by the published rules"),
+    "data.classify": Stage("llmworks.data.classify:classify", 1, "exact-on-this-platform", "learn what good text is, score, keep the better part"),
+    "data.dedup": Stage("llmworks.data.dedup:dedup", 1, "exact", "keep one of each cluster of exact or near duplicates"),
+    "data.semdedup": Stage("llmworks.data.semdedup:semdedup", 1, "exact-on-this-platform", "keep one of each cluster of like meaning"),
+    "data.decontaminate": Stage("llmworks.data.decontaminate:decontaminate", 1, "exact", "find training documents that hold test rows"),
+    "data.redact": Stage("llmworks.data.redact:redact", 1, "exact", "replace, tag or drop personal data and secrets"),
+    "data.chat": Stage("llmworks.data.chat:chat", 5, "exact", "raw rows of any usual shape to conversations or preference pairs"),
+    "data.doctor": Stage("llmworks.data.doctor:doctor", 3, "exact", "would this model learn from these conversations what is meant?"),
+    "data.show": Stage("llmworks.data.show:show", 2, "exact", "look at conversations, pairs or packed tokens: statistics, and a page of chats"),
+    "data.export": Stage("llmworks.data.export:export", 3, "exact", "conversations or preference pairs back to JSONL, in any shape"),
+    "data.pack": Stage("llmworks.data.pack:pack", 2, "exact", "conversations or documents as full rows of tokens, in shards that training maps"),
+    "data.map": Stage("llmworks.data.map:map", 1, "exact-on-this-platform", "documents as points in clusters: an interactive page and a picture"),
+    "data.mix": Stage("llmworks.data.mix:mix", 1, "exact", "several sets as one, by weights, shuffled"),
+    "data.split": Stage("llmworks.data.split:split", 3, "exact", "one side of a seeded split, groups kept together"),
+    "data.overlap": Stage("llmworks.data.overlap:overlap", 1, "exact", "count what two data sets share"),
+    "tokenize.train": Stage("llmworks.tokenize.train:train", 1, "exact-on-this-platform", "a tokenizer of documents: BPE, Unigram or WordPiece"),
+    "tokenize.compare": Stage("llmworks.tokenize.compare:compare", 1, "exact", "several tokenizers on the same texts, in figures and in colour"),
+    "model.new": Stage("llmworks.model.new:new", 2, "exact-on-this-platform", "an untrained decoder of any shape"),
+    "model.recurrent": Stage("llmworks.model.recurrent:recurrent", 2, "exact-on-this-platform", "an untrained RNN, LSTM, GRU or window model"),
+    "model.show": Stage("llmworks.model.show:show", 1, "exact", "look inside a model, or two side by side: layers, work, cache, a drawing"),
+    "model.embedding": Stage("llmworks.model.embedding:embedding", 1, "declared", "word vectors of documents: Word2Vec, FastText or GloVe, scored"),
+    "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 2, "exact", "a GGUF file to a Hugging Face directory"),
+    "train.compare": Stage("llmworks.train.compare:compare", 1, "exact", "trainings side by side: at equal tokens, at equal time"),
+    "train.ngram": Stage("llmworks.train.ngram:ngram", 2, "exact-on-this-platform", "count an n-gram model of packed tokens (Kneser-Ney)"),
+    "train.pretrain": Stage("llmworks.train.pretrain:pretrain", 2, "declared", "train a model on packed tokens"),
+    "train.scaling": Stage("llmworks.train.scaling:scaling", 1, "declared", "many small trainings, the law that they follow, and a larger one predicted"),
+    "train.sft": Stage("llmworks.train.sft:sft", 3, "declared", "supervised fine-tuning of an adapter or of all weights, loss on answers"),
+    "train.shorten": Stage("llmworks.train.shorten:shorten", 2, "exact-on-this-platform", "a model without the blocks that change their input least, to be taught"),
+    "train.distill": Stage("llmworks.train.distill:distill", 1, "declared", "a student learns a teacher's chances of tokens, or its answers"),
+    "train.rates": Stage("llmworks.train.rates:rates", 2, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"),
+    "merge": Stage("llmworks.merge.merge:merge", 4, "exact-on-this-platform", "several models as one, by mergekit's YAML"),
+    "merge.experts": Stage("llmworks.merge.experts:experts", 2, "exact-on-this-platform", "dense models as experts of one (frankenMoE, upcycling)"),
+    "merge.kinship": Stage("llmworks.merge.kinship:kinship", 1, "exact-on-this-platform", "which models a model was made of, told by its weights"),
+    "merge.transplant": Stage("llmworks.merge.transplant:transplant", 2, "exact-on-this-platform", "a model with another tokenizer"),
+    "merge.adapters": Stage("llmworks.merge.adapters:adapters", 4, "exact-on-this-platform", "several LoRA adapters as one"),
+    "merge.extract": Stage("llmworks.merge.extract:extract", 3, "exact-on-this-platform", "a LoRA adapter of what a model differs by from its base"),
+    "merge.adapter": Stage("llmworks.merge.adapter:adapter", 2, "exact-on-this-platform", "fold an adapter into its model"),
+    "quantize.rotate": Stage("llmworks.quantize.rotate:rotate", 2, "exact-on-this-platform", "the same model, its states turned so that no column is large; to be quantized next"),
+    "quantize.absmax": Stage("llmworks.quantize.absmax:absmax", 3, "exact-on-this-platform", "weights as whole numbers around 0, each the nearest"),
+    "quantize.zeropoint": Stage("llmworks.quantize.zeropoint:zeropoint", 3, "exact-on-this-platform", "weights as whole numbers from the smallest to the largest, each the nearest"),
+    "quantize.gptq": Stage("llmworks.quantize.gptq:gptq", 5, "exact-on-this-platform", "whole numbers, each column making up for the errors of those before it"),
+    "quantize.awq": Stage("llmworks.quantize.awq:awq", 4, "exact-on-this-platform", "whole numbers, columns that read large inputs made larger before"),
+    "quantize.mixed": Stage("llmworks.quantize.mixed:mixed", 4, "exact-on-this-platform", "whole numbers of more bits where a model bears least to lose them, within a budget"),
+    "quantize.smoothquant": Stage("llmworks.quantize.smoothquant:smoothquant", 3, "exact-on-this-platform", "weights and inputs in 8 bits, what is large in inputs moved into weights"),
+    "quantize.int8": Stage("llmworks.quantize.int8:int8", 3, "exact-on-this-platform", "weights and inputs in 8 bits, but for large inputs (LLM.int8())"),
+    "quantize.hqq": Stage("llmworks.quantize.hqq:hqq", 4, "exact-on-this-platform", "whole numbers with real zero points that leave few weights far off (HQQ)"),
+    "quantize.nf4": Stage("llmworks.quantize.nf4:nf4", 3, "exact-on-this-platform", "4 bits of bitsandbytes: quantiles of a normal distribution, or floats"),
+    "quantize.zeroquant": Stage("llmworks.quantize.zeroquant:zeroquant", 3, "exact-on-this-platform", "weights in groups, inputs by token, each block taught to answer as before"),
+    "quantize.exl2": Stage("llmworks.quantize.exl2:exl2", 1, "declared", "handed over to exllamav2 or exllamav3, on a GPU"),
+    "quantize.sense": Stage("llmworks.quantize.sense:sense", 1, "exact-on-this-platform", "what matrices read and what formats would cost them: llama.cpp's importance matrix, and more"),
+    "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 4, "exact-on-this-platform", "a Hugging Face directory to one GGUF file"),
+    "quantize.adapter": Stage("llmworks.quantize.adapter:adapter", 1, "exact-on-this-platform", "a LoRA adapter as a GGUF file that llama.cpp puts on a model"),
+    "align.dpo": Stage("llmworks.align.dpo:dpo", 1, "declared", "the better of two answers becomes more probable (DPO and its family)"),
+    "align.cpo": Stage("llmworks.align.cpo:cpo", 1, "declared", "the same without a reference, better answers learned beside it"),
+    "align.simpo": Stage("llmworks.align.simpo:simpo", 1, "declared", "the same by mean log-probabilities and a margin, without a reference"),
+    "align.orpo": Stage("llmworks.align.orpo:orpo", 1, "declared", "fine-tuning and preferences in one, by odds, without a reference"),
+    "align.kto": Stage("llmworks.align.kto:kto", 1, "declared", "single answers, each good or bad, in place of pairs"),
+    "align.reward": Stage("llmworks.align.reward:reward", 1, "declared", "a model that scores answers, learned of pairs"),
+    "align.process": Stage("llmworks.align.process:process", 1, "declared", "a model that scores steps of answers, learned of labelled steps"),
+    "align.grpo": Stage("llmworks.align.grpo:grpo", 2, "declared", "the policy's own answers, each beside the others to its prompt (GRPO and its kin)"),
+    "align.rloo": Stage("llmworks.align.rloo:rloo", 2, "declared", "the same by whole answers, each less the mean of the others (RLOO)"),
+    "align.ppo": Stage("llmworks.align.ppo:ppo", 2, "declared", "the same with a model of what each token is worth (PPO)"),
+    "align.online-dpo": Stage("llmworks.align.online_dpo:online_dpo", 2, "declared", "DPO on pairs that the policy has just written"),
+    "evaluate": Stage("llmworks.evaluate.evaluate:evaluate", 2, "declared", "a task on a model, sample by sample"),
+    "evaluate.arena": Stage("llmworks.evaluate.arena:arena", 1, "exact", "ratings of models by votes of people and judges, with intervals"),
+    "evaluate.board": Stage("llmworks.evaluate.board:board", 2, "exact", "evaluations side by side: a leaderboard, a model card's section"),
+    "evaluate.contamination": Stage("llmworks.evaluate.contamination:contamination", 1, "exact", "the score of samples that a model may have seen in training, and of the others"),
+    "evaluate.errors": Stage("llmworks.evaluate.errors:errors", 1, "exact-on-this-platform", "where a model fails: by topic, length, group and kind of error"),
+    "evaluate.practice": Stage("llmworks.evaluate.practice:practice", 1, "exact", "failed rows as conversations to train on, apart from those it is tested on"),
+    "evaluate.keep": Stage("llmworks.evaluate.keep:keep", 2, "exact", "of several models the best by its evaluations, and which skills it keeps"),
+    "evaluate.judge": Stage("llmworks.evaluate.judge:judge", 1, "declared", "models judge answers: grades, or the better of two, alone or as a jury"),
+    "evaluate.compare": Stage("llmworks.evaluate.compare:compare", 3, "exact", "paired test of two evaluations, and why samples differ"),
+    "synthesize.verifiable": Stage("llmworks.synthesize.verifiable:verifiable", 1, "exact", "instructions that can be verified, with answers made by rule"),
+    "synthesize.instruct": Stage("llmworks.synthesize.instruct:instruct", 1, "declared", "new tasks from seed tasks, answered (Self-Instruct)"),
+    "synthesize.evolve": Stage("llmworks.synthesize.evolve:evolve", 2, "declared", "instructions made harder or other, step by step (Evol-Instruct)"),
+    "synthesize.personas": Stage("llmworks.synthesize.personas:personas", 1, "declared", "people who would read a text, and what they ask"),
+    "synthesize.grounded": Stage("llmworks.synthesize.grounded:grounded", 1, "declared", "questions and answers that stand in documents"),
+    "synthesize.reason": Stage("llmworks.synthesize.reason:reason", 1, "declared", "answers with reasoning that ends at the known answer"),
+    "synthesize.sample": Stage("llmworks.synthesize.sample:sample", 1, "declared", "several answers to a question, those that a verifier accepts"),
+    "synthesize.branch": Stage("llmworks.synthesize.branch:branch", 1, "declared", "a question divided, solved in parts, merged"),
+    "synthesize.pairs": Stage("llmworks.synthesize.pairs:pairs", 1, "declared", "preference pairs by verifier, judge or ratings"),
+    "tune.running": Stage("llmworks.tune.running:running", 3, "declared", "what it takes to run a model here: memory, speeds, answers"),
+    "tune.tradeoff": Stage("llmworks.tune.tradeoff:tradeoff", 2, "exact", "the page of a model's quantizations: sizes, damage, speeds, skills"),
+    "tune.evolution": Stage("llmworks.tune.evolution:evolution", 1, "declared", "the page of a search for a merge's numbers"),
+    "tune.trials": Stage("llmworks.tune.trials:trials", 1, "declared", "the page of a sweep: what was tried, what came of it"),
+    "lineage.report": Stage("llmworks.lineage.report:report", 1, "declared", "one page: family tree, curves, scores, samples, sizes"),
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a stage: the kinds it accepts, whether it takes one, a list or a mapping, and whether it may be left out."""
+
+    name: str
+    kinds: tuple[type[Artifact], ...]
+    shape: str  # "one", "list", "dict"
+    required: bool
+
+    def describe(self) -> str:
+        """For help: `model or adapter`, `list of report`."""
+        kinds = " or ".join(k.kind for k in self.kinds)
+        text = kinds if self.shape == "one" else f"{self.shape} of {kinds}"
+        return text if self.required else f"{text}, optional"
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage with its function imported and its signature read."""
+
+    name: str
+    stage: Stage
+    function: Callable[..., Artifact]
+    config: type[Config]
+    inputs: dict[str, Input]
+    output: type[Artifact]
+
+    def output_of(self, config: Config | None) -> type[Artifact]:
+        """The kind that is made with a configuration, where that decides it (`makes`)."""
+        made: type[Artifact] = getattr(config, "makes", self.output)
+        return made
+
+    @property
+    def help(self) -> str:
+        """The function's docstring."""
+        return inspect.getdoc(self.function) or ""
+
+
+@functools.cache
+def table() -> dict[str, Stage]:
+    """The built-in stages and those of installed packages. An entry point names a `Stage` object; built-in names win."""
+    from importlib.metadata import entry_points
+
+    return {**{point.name: point.load() for point in entry_points(group="llmworks.runtime.stages")}, **STAGES}
+
+
+@functools.cache
+def resolve(name: str) -> ResolvedStage:
+    """Import a stage and read its signature. UserError for an unknown name, with the nearest one."""
+    import difflib
+
+    from llmworks.core.context import Context
+
+    if name not in table():
+        near = difflib.get_close_matches(name, table(), n=1)
+        raise UserError(f"unknown stage {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks stages` lists them")
+    stage = table()[name]
+    module, _, attribute = stage.target.partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    hints = typing.get_type_hints(function)
+    inputs: dict[str, Input] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if hints[parameter.name] is Context or parameter.name == "config":
+            continue
+        inputs[parameter.name] = _input(parameter.name, hints[parameter.name], parameter.default is inspect.Parameter.empty)
+    made = typing.get_args(hints["return"])  # of several kinds the first is what the default configuration makes
+    return ResolvedStage(name, stage, function, hints["config"], inputs, made[0] if made else hints["return"])
+
+
+def _input(name: str, hint: Any, required: bool) -> Input:
+    shape = "one"
+    some = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(some) == 1:  # one that may be left out
+        hint = some[0]
+    if typing.get_origin(hint) in (list, dict):
+        shape = typing.get_origin(hint).__name__
+        hint = typing.get_args(hint)[-1]
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = tuple(k for k in typing.get_args(hint) if k is not type(None)) if union else (hint,)
+    return Input(name, kinds, shape, required)
+
+
+def config_help(config: type[Config], prefix: str = "", rates: Mapping[str, float] | None = None) -> list[tuple[str, str, str]]:
+    """(field, type and default, description) of every field of a config class, those of configs within it as `optimizer.learning_rate`. `rates`: learning rates by method, where they are other than the field's."""
+    rates = rates or getattr(config, "rates", None)
+    rows: list[tuple[str, str, str]] = []
+    for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+            rows += config_help(field.annotation, f"{prefix}{name}.", rates)
+            continue
+        hint = told_type(field.annotation)
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        if rates and name == "learning_rate":
+            own = {**({} if "lora" in rates else {"else": field.default}), **rates}
+            default = "default " + ", ".join(f"{rate:g} ({method})" if method != "else" else f"{rate:g}" for method, rate in own.items())
+        rows.append((f"{prefix}{name}", f"{hint}, {default}", field.description or ""))
+    return rows
+
+
+def told_type(hint: Any) -> str:
+    """A field's type as people write it: of what is annotated the type alone."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return told_type(parts[0])
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(told_type(part) for part in parts)
+    if origin in (list, dict, tuple):
+        return f"{origin.__name__}[{', '.join(told_type(part) if part is not ... else '...' for part in parts)}]"
+    return "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+@functools.cache
+def code_digest(name: str) -> str:
+    """Digest of the source of a stage's module and of every llmworks module that it imports, directly or not."""
+    todo = [table()[name].target.partition(":")[0]]
+    seen: dict[str, str] = {}
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        file = _source(module)
+        if file is None:
+            continue
+        text = file.read_text(encoding="utf-8")
+        for data in sorted(file.parent.glob("tasks/*.yaml")):  # tasks decide what a stage does, as code does
+            seen[data.name] = hashlib.sha256(data.read_bytes()).hexdigest()
+        seen[module] = hashlib.sha256(text.encode()).hexdigest()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmworks"):
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names if alias.name.startswith("llmworks")]
+    return hashlib.sha256("".join(f"{m}{d}" for m, d in sorted(seen.items())).encode()).hexdigest()
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module, found without importing its package."""
+    if module.split(".")[0] != "llmworks":  # a stage of another package
+        spec = importlib.util.find_spec(module)
+        return Path(spec.origin) if spec is not None and spec.origin else None
+    path = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
+    return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None)

@@ -1,0 +1,160 @@
+"""Conversations to token ids with a loss mask, many of them: what `templates.render_masked` gives, faster where the template allows it.
+
+A template that only writes the contents is not run for every conversation, and a tokenizer that `bulk` knows encodes only the contents.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmworks.core.errors import MissingDependency, RequestError
+from llmworks.core.types import Json, Message
+from llmworks.tokenize.bpe.fast import BulkEncoder, bulk_encoder
+from llmworks.tokenize.chat.control_tokens import ControlTokens
+from llmworks.tokenize.chat.template_cache import HOLE, TRIM, Pattern, Skeletons, pattern_of
+from llmworks.tokenize.chat.templates import encode, flatten_tools, render_masked, renders_tools
+
+Ids = list[int]
+Mask = bytearray | bytes  # 1 where a token is learned
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Ids that stand in every conversation of a pattern, and their mask."""
+
+    ids: Ids
+    mask: bytes
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A text around contents: pieces that are text, or (turn, what trims its content)."""
+
+    pieces: tuple[str | tuple[int, Callable[[str], str]], ...]
+    mask: bytes  # of one token
+
+    def text(self, contents: Sequence[str]) -> str:
+        """The text with these contents."""
+        return "".join([p if isinstance(p, str) else p[1](contents[p[0]]) for p in self.pieces])
+
+
+class ConversationEncoder:
+    """Encodes conversations with a tokenizer's own template.
+
+    `fast` False always runs the template itself; `frozen` fixes the dates that some templates insert, so that a day later gives the same;
+    `strict` refuses control tokens in somebody's text.
+    """
+
+    def __init__(self, tokenizer: Any, *, fast: bool = True, frozen: bool = False, strict: bool = False) -> None:
+        self._tokenizer, self._frozen = tokenizer, frozen
+        self._control = ControlTokens(tokenizer) if strict else None
+        self._shows_tools: bool | None = None
+        self._skeletons = Skeletons(tokenizer, frozen=frozen) if fast else None
+        self._bulk = _bulk(tokenizer) if fast else None
+        self._apart = _apart(tokenizer)
+        self._plans: dict[Pattern, list[Fixed | Filled] | None] = {}
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Ids, Mask]:
+        """(ids, mask). Tools are written into the text where the template would drop them. ModelError, RequestError as `render_masked`."""
+        if self._bulk is None or tools or any(m.tool_calls for m in messages):
+            self._check(messages, tools)
+        if tools or any(m.tool_calls for m in messages):
+            if self._shows_tools is None:
+                self._shows_tools = renders_tools(self._tokenizer)
+            if not self._shows_tools:
+                messages, tools = flatten_tools(messages, tools), ()
+        pattern = None if tools or self._skeletons is None else pattern_of(messages)
+        plan = self._plan(pattern, messages) if pattern else None
+        if plan is not None and (done := self._filled(plan, [m.content for m in messages])) is not None:
+            return done
+        self._check(messages)
+        wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        rendered = render_masked(self._tokenizer, messages, tools=wrapped, frozen=self._frozen)
+        return list(rendered.ids), bytes(rendered.mask)
+
+    def encode_plain(self, roles: Sequence[str], contents: Sequence[str]) -> tuple[Ids, Mask]:
+        """The same for turns that have a role, one of `types.ROLES`, and a content only, all answers learned."""
+        if self._skeletons is not None:
+            pattern = tuple([(role, 1, content != "", bool(content.strip())) for role, content in zip(roles, contents, strict=True)])
+            plan = self._plans.get(pattern)
+            if plan is not None and self._bulk is not None and (done := self._filled(plan, contents)) is not None:
+                return done
+        return self.encode([Message(role, content) for role, content in zip(roles, contents, strict=True)])
+
+    def _check(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> None:
+        """RequestError for a control token where none may be. What `bulk` encodes holds no added token at all, so it needs no look."""
+        if self._control is not None:
+            found = next((tokens for tokens in (self._control.of_tools(tools), *map(self._control.of_turn, messages)) if tokens), None)
+            if found:
+                raise RequestError(f"a control token in the text ({found[0]})")
+
+    def text(self, text: str) -> Ids:
+        """The ids of a document: none are added, and control tokens that stand in it are encoded as the text that they are."""
+        if self._bulk is not None and not self._bulk.holds_added(text):
+            return self._bulk.encode_ordinary(text)
+        return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _filled(self, plan: Sequence[Fixed | Filled], contents: Sequence[str]) -> tuple[Ids, Mask] | None:
+        ids: Ids = []
+        mask = bytearray()
+        for piece in plan:
+            if isinstance(piece, Fixed):
+                ids += piece.ids
+                mask += piece.mask
+                continue
+            text = piece.text(contents)
+            if self._bulk is None:
+                new = list(encode(self._tokenizer, text))
+            elif self._bulk.holds_added(text):
+                return None  # it may reach over what was encoded apart
+            else:
+                new = self._bulk.encode_ordinary(text)
+            ids += new
+            mask += piece.mask * len(new)
+        return ids, mask
+
+    def _plan(self, pattern: Pattern, messages: Sequence[Message]) -> list[Fixed | Filled] | None:
+        if pattern not in self._plans:
+            assert self._skeletons is not None
+            found = self._skeletons.of(pattern, lambda: messages)
+            self._plans[pattern] = None if found is None else [piece for text, learned in found for piece in self._divided(text, learned)]
+        return self._plans[pattern]
+
+    def _divided(self, text: str, learned: int) -> list[Fixed | Filled]:
+        """A segment divided at the special tokens that the template writes, which part what is encoded, if the tokenizer is known so well."""
+        parts = self._apart.split(text) if self._apart and self._bulk else [text]
+        found: list[Fixed | Filled] = []
+        for part in filter(None, parts):
+            if HOLE.search(part) is None:
+                ids = list(encode(self._tokenizer, part))
+                found.append(Fixed(ids, bytes([learned]) * len(ids)))
+            else:
+                text_turn_trim = HOLE.split(part)
+                pieces: list[str | tuple[int, Callable[[str], str]]] = []
+                for at in range(0, len(text_turn_trim), 3):
+                    pieces += [text_turn_trim[at], *([(int(text_turn_trim[at + 1]), TRIM[text_turn_trim[at + 2]])] if at + 1 < len(text_turn_trim) else [])]
+                found.append(Filled(tuple(p for p in pieces if p != ""), bytes([learned])))
+        return found
+
+
+def _bulk(tokenizer: Any) -> BulkEncoder | None:
+    backend = getattr(tokenizer, "_tokenizer", None)
+    try:
+        return bulk_encoder(backend) if backend is not None else None
+    except MissingDependency:
+        return None  # slower, the same ids
+
+
+def _apart(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds added tokens that part a text whatever is beside them; None when some take white space in, or two could overlap."""
+    known = list(tokenizer.added_tokens_decoder.values())
+    added = {str(t.content) for t in known}
+    begins = {token[:end] for token in added for end in range(1, len(token))}
+    overlap = any(token[start:] in begins for token in added for start in range(1, len(token)))
+    within = any(token[start:end] in added for token in added for start in range(len(token)) for end in range(start + 1, len(token) + 1) if end - start < len(token))
+    if not added or overlap or within or any(t.lstrip or t.rstrip or t.single_word for t in known):
+        return None
+    return re.compile("(" + "|".join(map(re.escape, sorted(added))) + ")")

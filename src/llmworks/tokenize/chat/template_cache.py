@@ -1,0 +1,212 @@
+"""What a chat template writes around the turns: rendered once for conversations of the same roles, then filled with their texts.
+
+The template is run on opaque contents, which can only be written, joined to other text, trimmed, and asked whether they are there; one that
+does anything else with them has no skeleton and has to be run for every conversation. Knows no tokenizer's ids.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from llmworks.core.types import Message
+from llmworks.tokenize.chat.templates import FROZEN_DATE, Segment, render_text, segments
+
+MARK = "\U0010fffe"
+HOLE = re.compile(MARK + "([0-9]+)([rbet])")  # a content in rendered text: its turn, and whether it is raw or trimmed at the beginning, end, or both
+TRIM: dict[str, Callable[[str], str]] = {"r": str, "b": str.lstrip, "e": str.rstrip, "t": str.strip}
+Pattern = tuple[tuple[str, int, bool, bool], ...]  # of each turn: role, weight, whether there is text, whether any beside white space
+
+
+class Inspected(Exception):
+    """The template looked into a content."""
+
+
+class Hole(NamedTuple):
+    """The content of a turn in a text, how it is trimmed (a key of `TRIM`), and whether it is more than white space."""
+
+    turn: int
+    trim: str
+    filled: bool
+
+    def trimmed(self, side: str) -> Hole:
+        """Trimmed at one more side, "b" or "e"."""
+        return self._replace(trim=side if self.trim in ("r", side) else "t")
+
+
+class Opaque:
+    """A text that is not known: pieces that are text or holes; `there` says whether it is not empty."""
+
+    def __init__(self, pieces: Sequence[str | Hole], there: bool) -> None:
+        self.pieces, self.there = tuple(pieces), there
+
+    def __add__(self, other: Any) -> Opaque:
+        return self._joined(self, other)
+
+    def __radd__(self, other: Any) -> Opaque:
+        return self._joined(other, self)
+
+    def _joined(self, *sides: Any) -> Opaque:
+        # text that is marked as safe for HTML escapes what it is joined to
+        pieces = [piece for side in sides for piece in (side.pieces if isinstance(side, Opaque) else (side,) if type(side) is str else self._inspected()) if piece != ""]
+        return Opaque(pieces, any(map(bool, sides)))
+
+    def strip(self) -> Opaque:
+        """The text without white space around it."""
+        pieces = list(self.pieces)
+        for at, side in ((0, "b"), (-1, "e")):
+            end = pieces[at]
+            trimmed = end.trimmed(side) if isinstance(end, Hole) else TRIM[side](end)
+            if len(pieces) > 1 and not (trimmed.filled if isinstance(trimmed, Hole) else trimmed):
+                self._inspected()  # white space goes on into what is beside it
+            pieces[at] = trimmed
+        return Opaque(pieces, any(p.filled if isinstance(p, Hole) else bool(p) for p in pieces))
+
+    def __bool__(self) -> bool:
+        return self.there
+
+    def __eq__(self, other: object) -> bool:
+        return not self.there if other == "" else False if other is None else self._inspected()
+
+    def _inspected(self, *_: Any, **__: Any) -> NoReturn:
+        raise Inspected
+
+    __hash__ = __len__ = __iter__ = __contains__ = __getitem__ = __getattr__ = __str__ = __repr__ = __format__ = __mul__ = __rmul__ = _inspected
+    __lt__ = __le__ = __gt__ = __ge__ = __mod__ = __rmod__ = __int__ = __float__ = __index__ = __call__ = __html__ = _inspected
+
+
+FIXED_TESTS = {"string": True, "defined": True, "undefined": False, "none": False, "mapping": False, "iterable": True, "sequence": True, "number": False}
+OF_LISTS = {"length", "count", "first", "last", "list", "selectattr", "rejectattr", "default", "d"}  # filters that only pass on what is in a list
+
+
+class Skeletons:
+    """The skeletons of one tokenizer's template, one for each pattern of turns that was met."""
+
+    def __init__(self, tokenizer: Any, *, frozen: bool = False) -> None:
+        self._tokenizer, self._frozen = tokenizer, frozen
+        self._template = _compiled(tokenizer.chat_template or "", frozen)
+        self._known: dict[Pattern, list[Segment] | None] = {}
+
+    def of(self, pattern: Pattern, messages: Callable[[], Sequence[Message]]) -> list[Segment] | None:
+        """The segments of a pattern with `HOLE`s for contents, or None. `messages` gives a conversation of it, to see that it is right."""
+        if pattern not in self._known:
+            self._known[pattern] = self._made(pattern, messages())
+        return self._known[pattern]
+
+    def _made(self, pattern: Pattern, example: Sequence[Message]) -> list[Segment] | None:
+        if self._template is None:
+            return None
+        turns = [Message(role, "", weight=weight) for role, weight, _, _ in pattern]
+        contents = [Opaque([Hole(i, "r", filled)], there) for i, (_, _, there, filled) in enumerate(pattern)]
+        try:
+            made = segments(lambda count, prompt: self._render(pattern[:count], contents, prompt), turns)
+            texts = [message.content for message in example]
+            # without an end token, what is learned ends where the white space of the content begins
+            if any(HOLE.split(text)[-1] == "" for text, _ in made):
+                return None
+            real = segments(lambda count, prompt: render_text(self._tokenizer, example[:count], generation_prompt=prompt, frozen=self._frozen), example)
+        except Exception:  # whatever the template raises, the renderer will raise and word it
+            return None
+        return made if [(fill(text, texts), learned) for text, learned in made] == real else None
+
+    def _render(self, pattern: Pattern, contents: Sequence[Opaque], prompt: bool) -> str:
+        messages = [{"role": role, "content": content} for (role, *_), content in zip(pattern, contents, strict=False)]
+        extra = {**self._tokenizer.special_tokens_map, **({"date_string": FROZEN_DATE} if self._frozen else {})}
+        assert self._template is not None
+        text: str = self._template.render(messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **extra)
+        return text
+
+
+def pattern_of(messages: Sequence[Message]) -> Pattern | None:
+    """The pattern of a conversation; None with tool calls, results or names."""
+    if any(m.tool_calls or m.tool_call_id or m.name for m in messages):
+        return None
+    return tuple((m.role, m.weight, bool(m.content), bool(m.content.strip())) for m in messages)
+
+
+def fill(text: str, contents: Sequence[str]) -> str:
+    """A segment with contents in its holes."""
+    return HOLE.sub(lambda m: TRIM[m[2]](contents[int(m[1])]), text)
+
+
+def _compiled(template: str, frozen: bool) -> Any:
+    """The template as Jinja runs it on opaque contents; None for one that catches its own output, which could then be looked into."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if MARK in template:
+        return None
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_written)
+    for drawn in ("random", "safe", "forceescape"):
+        environment.filters.pop(drawn)
+    environment.globals.pop("lipsum")
+    environment.globals |= {"raise_exception": _raise, "strftime_now": (lambda form: FROZEN_DATE) if frozen else _today}
+    filters = {**environment.filters, "tojson": functools.partial(json.dumps, ensure_ascii=False)}
+    environment.filters = {name: _guarded(name, function) for name, function in filters.items()}
+    environment.filters["trim"] = lambda value, *chars: value.strip(*chars)
+    environment.tests = {name: _tested(name, function) for name, function in environment.tests.items()}
+    source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)  # transformers' own marks, which write nothing
+    try:
+        tree = environment.parse(source)
+        kept = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock, nodes.EvalContextModifier, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport)
+        recursive = any(loop.recursive for loop in tree.find_all(nodes.For))
+        return None if recursive or any(tree.find(kind) for kind in kept) else environment.from_string(source)
+    except jinja2.TemplateError:
+        return None
+
+
+def _written(value: Any) -> Any:
+    if not isinstance(value, Opaque):
+        return value
+    return "".join(f"{MARK}{piece.turn}{piece.trim}" if isinstance(piece, Hole) else piece for piece in value.pieces)
+
+
+def _raise(message: str) -> NoReturn:
+    raise Inspected(message)
+
+
+def _today(form: str) -> NoReturn:
+    raise Inspected("the date, which changes while this runs")
+
+
+def _holds_content(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_content, value.values()))
+    return any(map(_holds_content, value)) if isinstance(value, (list, tuple)) else isinstance(value, Opaque)
+
+
+def _guarded(name: str, function: Any) -> Any:
+    """A filter that takes no content. Those that Jinja gives its context pass it first."""
+    if name in OF_LISTS:
+        return function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(map(_holds_content, (*args, *kwargs.values()))):
+            raise Inspected(name)
+        return function(*args, **kwargs)
+
+    return _like(function, call)
+
+
+def _tested(name: str, function: Any) -> Any:
+    """A test that answers for a content as for any text, or refuses."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, Opaque) for a in args):
+            if name not in FIXED_TESTS:
+                raise Inspected(name)
+            return FIXED_TESTS[name]
+        return function(*args, **kwargs)
+
+    return _like(function, call)
+
+
+def _like(function: Any, call: Any) -> Any:
+    """What Jinja passes to the function it passes to its guard: context, evaluation context or environment."""
+    if hasattr(function, "jinja_pass_arg"):
+        call.jinja_pass_arg = function.jinja_pass_arg
+    return call

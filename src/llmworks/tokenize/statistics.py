@@ -1,0 +1,126 @@
+"""What a tokenizer makes of texts: bytes per token, tokens per word, by group of texts; which tokens are long, and which are never used. Knows no file."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmworks.core.report import ReportBuilder
+from llmworks.core.types import Document
+
+BATCH, LOOK, SHOWN = 256, 400, 40  # texts encoded at once, letters that tell a script, rows of a table
+
+
+@dataclass
+class Counts:
+    """What was counted in some texts. Words are what stands between white space."""
+
+    texts: int = 0
+    bytes: int = 0
+    words: int = 0
+    tokens: int = 0
+    lost: int = 0  # texts that the tokenizer does not give back
+
+    @property
+    def bytes_per_token(self) -> float:
+        """How much text a token holds; more is shorter."""
+        return self.bytes / self.tokens if self.tokens else 0.0
+
+    @property
+    def fertility(self) -> float:
+        """Tokens of a word."""
+        return self.tokens / self.words if self.words else 0.0
+
+    def add(self, text: str, tokens: int, lost: bool) -> None:
+        """Count a text."""
+        self.texts += 1
+        self.bytes += len(text.encode("utf-8", "replace"))
+        self.words += len(text.split())
+        self.tokens += tokens
+        self.lost += lost
+
+
+@dataclass
+class Usage:
+    """What a tokenizer made of all texts, and of each group of them; how often each id was used."""
+
+    whole: Counts = field(default_factory=Counts)
+    groups: dict[str, Counts] = field(default_factory=dict)
+    used: Counter[int] = field(default_factory=Counter)
+
+
+def measure(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> Usage:
+    """Encode (group, text) pairs, control tokens as the text that they are, and count."""
+    found = Usage()
+    batch: list[tuple[str, str]] = []
+
+    def flush() -> None:
+        if not batch:
+            return
+        encoded = tokenizer([text for _, text in batch], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for (group, text), ids in zip(batch, encoded, strict=True):
+            lost = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text
+            for counts in (found.whole, found.groups.setdefault(group, Counts())):
+                counts.add(text, len(ids), lost)
+            found.used.update(ids)
+        batch.clear()
+
+    for item in texts:
+        batch.append(item)
+        if len(batch) == BATCH:
+            flush()
+    flush()
+    return found
+
+
+def group_of(document: Document) -> str:
+    """What a document is counted under: its language where it is known, else the script of its first letters."""
+    return str(document.metadata.get("language") or script_of(document.text))
+
+
+def script_of(text: str) -> str:
+    """The script of most letters in a text's beginning, by the first word of their Unicode names; "none" without letters."""
+    names = Counter(unicodedata.name(c, "UNKNOWN").replace("-", " ").split(" ")[0].capitalize() for c in text[:LOOK] if c.isalpha())
+    return names.most_common(1)[0][0] if names else "none"
+
+
+def report_usage(report: ReportBuilder, tokenizer: Any, usage: Usage) -> dict[str, float]:
+    """Add tables of a tokenizer's use to a report; returns the figures."""
+    whole, absent = usage.whole, unused(tokenizer, usage.used)
+    figures = {
+        "bytes_per_token": round(whole.bytes_per_token, 4), "tokens_per_word": round(whole.fertility, 4), "unused": len(absent), "texts_not_given_back": whole.lost,
+    }  # fmt: skip
+    measured = {"texts": whole.texts, "bytes": whole.bytes, "tokens": whole.tokens}
+    report.data |= {**measured, **figures, "groups": {name: round(c.bytes_per_token, 4) for name, c in usage.groups.items()}}
+    report.table("Figures", ("what", "value"), [*measured.items(), *figures.items()])
+    groups = sorted(usage.groups.items(), key=lambda item: (-item[1].bytes, item[0]))
+    report.table(
+        "By language or script", ("texts of", "texts", "bytes", "bytes per token", "tokens per word", "not given back"),
+        [(name, c.texts, c.bytes, c.bytes_per_token, c.fertility, c.lost) for name, c in groups[:SHOWN]],
+        note="Bytes per token are comparable between tokenizers, less between scripts: a letter takes one byte in some and three in others.",
+    )  # fmt: skip
+    words, signs = longest(tokenizer, usage.used)
+    report.table("Longest tokens", ("token", "times"), words, note=f"With letters or digits; {signs:,} tokens have none.")
+    report.table("Tokens that these texts never use", ("id", "token"), [(id, repr(token_text(tokenizer, id))) for id in absent[:SHOWN]], note=f"{len(absent):,} in all.")
+    return figures
+
+
+def unused(tokenizer: Any, used: Counter[int]) -> list[int]:
+    """Ids that no text used, without control tokens."""
+    control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [id for id in range(len(tokenizer)) if id not in used and id not in control]
+
+
+def longest(tokenizer: Any, used: Counter[int]) -> tuple[list[tuple[str, int]], int]:
+    """((text, times used) of the longest tokens that have a letter or a digit, how many tokens have none)."""
+    texts = [(token_text(tokenizer, id), used[id]) for id in range(len(tokenizer)) if id not in tokenizer.added_tokens_decoder]
+    words = [item for item in texts if any(c.isalnum() for c in item[0])]
+    return [(repr(text), times) for text, times in sorted(words, key=lambda item: (-len(item[0]), item[0]))[:SHOWN]], len(texts) - len(words)
+
+
+def token_text(tokenizer: Any, id: int) -> str:
+    """A token as text; bytes that are no whole characters as U+FFFD."""
+    return str(tokenizer.decode([id], skip_special_tokens=False, clean_up_tokenization_spaces=False))

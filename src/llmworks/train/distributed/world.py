@@ -1,0 +1,108 @@
+"""The processes of a training: who each is, how they add up, agree and wait. One process alone is a world, too. Knows no model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from llmworks.core.errors import LlmworksError, WorkerLost
+from llmworks.train.distributed.config import Parallel
+
+AXES = ("pipeline", "data", "tensor")  # the last are neighbours, which have the fastest wires
+PATIENCE = timedelta(hours=1)  # the others wait while the first looks, samples and saves
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`. `mesh` [pipeline, data, tensor] where there are several."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that looks, says and saves."""
+        return self.rank == 0
+
+    def count(self, axis: str) -> int:
+        """Processes along an axis."""
+        return 1 if self.mesh is None else int(self.mesh[axis].size())
+
+    def at(self, axis: str) -> int:
+        """The place of this process along an axis."""
+        return 0 if self.mesh is None else int(self.mesh[axis].get_local_rank())
+
+    def group(self, axis: str) -> Any:
+        """The processes that differ from this one along an axis only."""
+        return self.mesh[axis].get_group()
+
+    def total(self, values: list[float], axis: str = "data") -> list[float]:
+        """Each value summed along an axis."""
+        if self.count(axis) == 1:
+            return values
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed, group=self.group(axis))
+        return summed.tolist()
+
+    def agreed(self, value: Value) -> Value:
+        """What the first process says."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def own_device() -> torch.device:
+    """Where this process trains: its GPU, if there is one."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def processes() -> int:
+    """How many processes were started together (torchrun, `--nproc`)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def opened(parallel: Parallel) -> Iterator[World]:
+    """The world that this process was started in.
+
+    Errors: UserError for a number of processes that cannot be divided so; WorkerLost where another process is gone.
+    """
+    size, rank = processes(), int(os.environ.get("RANK", "0"))
+    parallel.over(size)
+    device = own_device()
+    if size == 1:
+        yield World(device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        mesh = init_device_mesh(device.type, (parallel.pipeline, parallel.over(size), parallel.tensor), mesh_dim_names=AXES)
+        yield World(device, rank, size, mesh)
+    except LlmworksError:
+        raise
+    except RuntimeError as error:  # gloo and nccl raise nothing more precise
+        if any(word in str(error) for word in ("Connection", "connection", "timed out", "Timed out", "peer", "NCCL", "Gloo", "gloo")):
+            raise WorkerLost(f"process {rank} of {size} lost another one of the training; the same command goes on from the last checkpoint") from error
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()

@@ -1,0 +1,177 @@
+"""From conversations and texts to training examples and batches: ids, labels, and what is computed together. Knows no model."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from llmworks.core.errors import ModelError, RequestError, UserError
+from llmworks.data.conversations.training_rows import ids_of
+from llmworks.data.store.rows import Row
+from llmworks.model.loss.linear_cross_entropy import IGNORED
+from llmworks.train.loop.packed import PackedBatch
+
+BUCKET = 16  # batches sorted together by length
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids and, of the same length, 1 where the token is a label."""
+
+    ids: tuple[int, ...]
+    mask: tuple[int, ...]
+    id: str = ""
+
+    @property
+    def labels(self) -> int:
+        """Number of label tokens; the first token can be none, since nothing predicts it."""
+        return sum(self.mask[1:])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples. ids: [rows, length]; label positions as (row, column) of the token to be predicted; lengths: [rows]."""
+
+    ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    lengths: Tensor
+    where: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, padding left out."""
+        return int(self.lengths.sum())
+
+    @property
+    def labels(self) -> int:
+        """Number of label tokens."""
+        return len(self.rows)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device."""
+        return Batch(self.ids.to(device), self.rows.to(device), self.columns.to(device), self.lengths, self.where)
+
+
+def make_example(tokenizer: Any, row: Row, max_tokens: int, *, last: bool = False, cut: bool = False) -> Example | str:
+    """The example of one conversation, or of a row of `text`, or of `prompt` and `completion`; or the reason why it cannot be trained on.
+
+    `last`: of several answers only the last is learned. `cut`: what is too long loses its end; else nothing is cut, since a cut answer teaches no end.
+    """
+    try:
+        ids, mask = ids_of(tokenizer, row)
+    except (RequestError, ModelError, ValueError) as error:
+        return str(error)
+    if last:
+        mask = _last_run(mask)
+    if cut:
+        ids, mask = ids[:max_tokens], mask[:max_tokens]
+    end = max((i for i, m in enumerate(mask) if m), default=0)
+    ids, mask = ids[: end + 1], mask[: end + 1]  # what follows the last label teaches nothing
+    if not any(mask[1:]):
+        return "no assistant token to learn" if "messages" in row else "no token to learn"
+    if len(ids) > max_tokens:
+        return f"{len(ids)} tokens, longer than max_tokens {max_tokens}"
+    return Example(tuple(ids), tuple(mask), str(row["id"]))
+
+
+def _last_run(mask: Sequence[int]) -> list[int]:
+    """Only the last run of ones."""
+    end = max((i for i, m in enumerate(mask) if m), default=-1)
+    begin = end
+    while begin > 0 and mask[begin - 1]:
+        begin -= 1
+    return [int(begin <= i <= end and bool(m)) for i, m in enumerate(mask)]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad on the right. Causal attention never looks right, so padding needs no mask; it has no labels."""
+    width = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    mask = torch.zeros(len(examples), width, dtype=torch.bool)
+    for i, e in enumerate(examples):
+        ids[i, : len(e.ids)] = torch.tensor(e.ids)
+        mask[i, 1 : len(e.ids)] = torch.tensor(e.mask[1:], dtype=torch.bool)
+    rows, columns = mask.nonzero(as_tuple=True)
+    return Batch(ids, rows, columns, torch.tensor([len(e.ids) for e in examples]), where(examples))
+
+
+def joined(examples: Sequence[Example], device: torch.device | str = "cpu") -> PackedBatch:
+    """One after the other in one row, without padding; none sees another, and each begins at position 0."""
+    ids = torch.tensor([[i for e in examples for i in e.ids]], device=device)
+    labels = torch.tensor([[i if m and place else IGNORED for e in examples for place, (i, m) in enumerate(zip(e.ids, e.mask, strict=True))]], device=device)
+    positions = torch.tensor([[place for e in examples for place in range(len(e.ids))]], device=device)
+    segments = torch.tensor([[number for number, e in enumerate(examples) for _ in e.ids]], device=device)
+    return PackedBatch(ids, positions, segments, labels, sum(e.labels for e in examples), ids.shape[1], where(examples))
+
+
+def where(examples: Sequence[Any]) -> str:
+    """Which rows these are, for who looks for one that broke a training."""
+    names = [e.id for e in examples if e.id]
+    return f"rows {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else ""
+
+
+def plan_epoch(lengths: Sequence[int], size: int, seed: int, *, by_length: bool = True) -> list[list[int]]:
+    """Indices of one epoch's batches: shuffled; `by_length`: sorted by length within buckets of 16 batches, so that there is little padding, batches shuffled again."""
+    rng = random.Random(seed)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    if by_length:
+        span = size * BUCKET
+        order = [i for start in range(0, len(order), span) for i in sorted(order[start : start + span], key=lambda j: lengths[j])]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    if by_length:
+        rng.shuffle(batches)
+    return batches
+
+
+class Steps(Sequence[list[Callable[[], Any]]]):
+    """The steps of a training over examples, the same for the same seed: each a list of makers of parts of `size` examples.
+
+    `free`: parts are joined without padding, else padded; or as `join` has it, of a part's examples and the whole step's. `share` (number, of how many): the examples of each step that are this process's, `cut` of them at once; what
+    cannot be divided is left out, so that all processes have as many parts. Errors: UserError where no step has an example for each.
+    """
+
+    def __init__(self, examples: Sequence[Any], *, epochs: float, size: int, accumulation: int, seed: int, free: bool, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1), cut: int = 0, join: Callable[[Sequence[Any], Sequence[Any]], Any] | None = None) -> None:
+        self.examples, self.size, self.free, self.device, self.share, self.join = examples, cut or size, free, device, share, join
+        lengths = [len(e.ids) for e in examples]
+        wanted = max(1, round(epochs * -(-len(examples) // size)))
+        parts: list[list[int]] = []
+        epoch = 0
+        while len(parts) < wanted:
+            parts += plan_epoch(lengths, size, seed * 1000 + epoch, by_length=not free)
+            epoch += 1
+        parts = parts[:wanted]
+        self.steps = [[i for part in parts[at : at + accumulation] for i in part] for at in range(0, len(parts), accumulation)]
+        self.steps = [step for whole in self.steps if (step := whole[: len(whole) // share[1] * share[1]])]
+        if not self.steps:
+            raise UserError(f"{len(examples)} rows cannot be divided among {share[1]} processes; start fewer")
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @overload
+    def __getitem__(self, step: int) -> list[Callable[[], Any]]: ...
+    @overload
+    def __getitem__(self, step: slice) -> Sequence[list[Callable[[], Any]]]: ...
+    def __getitem__(self, step: int | slice) -> Any:
+        """The makers of a step's parts."""
+        if isinstance(step, slice):
+            return [self[i] for i in range(*step.indices(len(self)))]
+        at, shares = self.share
+        whole = self.steps[step]
+        own = whole[at * len(whole) // shares : (at + 1) * len(whole) // shares]
+        return [functools.partial(self.part, own[i : i + self.size], whole) for i in range(0, len(own), self.size)]
+
+    def part(self, numbers: Sequence[int], step: Sequence[int] = ()) -> Any:
+        """These examples, of the step's, as one batch."""
+        some = [self.examples[i] for i in numbers]
+        if self.join is not None:
+            return self.join(some, [self.examples[i] for i in step or numbers])
+        return joined(some, self.device) if self.free else collate(some).to(self.device)

@@ -1,0 +1,268 @@
+"""What all methods that tune a model share: the fields of what is trained and how often, and the run from a model to an artifact. `Way` is what differs.
+
+Ends by answering held-out questions as before and after, and says so when nothing changed or answers degenerate. Knows no data and no loss.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmworks.core.artifact import Adapter, Config, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import GoldenMismatch, ModelError, TrainingError, UserError
+from llmworks.core.report import ReportBuilder
+from llmworks.data.store.rows import Row
+from llmworks.tokenize.chat.named import CHOICES, Template
+from llmworks.train.distributed.config import Parallel, share_of
+from llmworks.train.finetune.lora_config import LoraConfig
+from llmworks.train.loop.schedule import OptimizerConfig
+
+if TYPE_CHECKING:
+    from llmworks.train.distributed.world import World
+    from llmworks.train.finetune.trainable import Tuned
+
+
+class TuneConfig(Config):
+    """What is trained, and on how much."""
+
+    rates: ClassVar[Mapping[str, float]] = {"full": 5e-5}  # of methods where none is given: an adapter's would break all weights
+
+    method: Literal["lora", "full"] = Field("lora", description="lora: an adapter, all else is frozen; full: the weights themselves, those that `freeze` leaves")
+    lora: LoraConfig = Field(LoraConfig(), description="the adapter")
+    freeze: list[str] = Field([], description="full: weights that stay as they are, by names in the model's files with * and [0-9], as model.embed_tokens.* or model.layers.[0-9].*")
+    epochs: float = Field(2.0, gt=0, description="passes over the data; may be a fraction")
+    batch_size: int = Field(4, gt=0, description="rows of data per part of a step")
+    accumulation: int = Field(1, gt=0, description="parts per step; the step's loss is normalised over all of them")
+    max_tokens: int = Field(2048, gt=1, description="the longest row that is read whole")
+    template: Template = Field("keep", description=f"the chat template that is trained with and saved. {CHOICES}")
+    golden: str = Field("keep", pattern=r"^(keep|renew: .+)$", description="keep: the base's golden tokens must replay; 'renew: REASON' when the template or vocabulary changes")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="learning rate schedule and optimizer")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of products, under autocast; weights that are trained stay fp32. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU, where the others are many times slower")
+    recompute: bool = Field(False, description="keep no activations of blocks, compute them again backward: less memory, a third more time")
+    parallel: Parallel = Field(Parallel(), description="what processes share, where several are started (--nproc, torchrun); a step is the same whatever their number")
+    look_every: int = Field(0, ge=0, description="steps between two looks at how well held-out rows are done; 0: at the end only")
+    look_rows: int = Field(64, gt=0, description="held-out rows of a look")
+    best: Literal["", "held_out", "accuracy"] = Field("", description="which look's weights are saved: the one with the lowest loss (held_out), or with the most that is right (accuracy); empty: the last step's")
+    patience: int = Field(0, ge=0, description="end after so many looks that are no better than the best; 0: never")
+    checkpoint_every: int = Field(20, gt=0, description="steps between two checkpoints")
+    samples: int = Field(4, ge=0, description="held-out questions answered before and after")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate(cls, values: Any) -> Any:
+        given = values.get("optimizer", {}) if isinstance(values, dict) else None
+        rate = cls.rates.get(values.get("method", cls.model_fields["method"].default)) if isinstance(given, dict) else None
+        return {**values, "optimizer": {**given, "learning_rate": rate}} if isinstance(given, dict) and rate is not None and "learning_rate" not in given else values
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.freeze and self.method != "full":
+            raise ValueError("freeze is for method full; an adapter freezes all weights")
+        if self.method != "lora" and self.lora != LoraConfig():
+            raise ValueError(f"lora is for method lora; with {self.method} there is no adapter")
+        if self.patience and not self.best:
+            raise ValueError("patience needs `best`, the metric that is to get better")
+        if self.best and self.parallel.data == "shard":
+            raise ValueError("best keeps whole weights; set parallel.data to replicate")
+        if self.lora.base != "as-is" and self.parallel.data == "shard":
+            raise ValueError("lora.base nf4 cannot be sharded; set parallel.data to replicate")
+        if self.parallel.tensor > 1 or self.parallel.pipeline > 1:
+            raise ValueError("parallel: a fine-tuning divides rows and weights (data), not matrices or blocks")
+        return self
+
+    @property
+    def makes(self) -> type[Adapter] | type[Model]:
+        """The kind of artifact that is made."""
+        return Model if self.method == "full" else Adapter
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is learned from: the rows as examples, those set aside with the reason, the held-out rows that are looked at, and questions that are answered."""
+
+    tokenizer: Any
+    stops: Sequence[int]
+    examples: Sequence[Any]
+    set_aside: list[tuple[str, str]]
+    unseen: Sequence[Any]
+    questions: list[Row]
+
+
+@dataclass(frozen=True)
+class Way:
+    """What differs between methods. `join`: some examples, of the step's, as one batch; `look`: figures of held-out examples, and `said` of them in words; `told`: of a step, beside its loss.
+
+    `steps`: in place of batches of the material's examples; a step may be made when it is asked for. `again`: whether the weights that are saved have to be looked at once more, since what they were looked at for
+    is not known; `done`: is told when training ends, before anything is saved.
+    """
+
+    loss: Callable[[Any, Any], Any]
+    join: Callable[[Sequence[Any], Sequence[Any]], Any]
+    look: Callable[[Any, Sequence[Any]], dict[str, float]]
+    said: Callable[[Mapping[str, float]], str]
+    told: Callable[[], Mapping[str, float]] | None = None
+    steps: Sequence[Any] | None = None
+    again: Callable[[], bool] | None = None
+    done: Callable[[], None] | None = None
+
+
+Describe = Callable[[ReportBuilder, str, Sequence[dict[str, Any]], Mapping[str, Any], Mapping[str, Any], Sequence[tuple[str, str]]], None]
+
+Finish = Callable[["Tuned", dict[str, Any]], Adapter | Model]
+
+
+def tune(config: Any, model: Model, ctx: Context, world: World, material: Material, way_of: Callable[[Tuned, Material], Way], describe: Describe, *, adapter: Adapter | None = None, finish: Finish | None = None) -> Adapter | Model:
+    """Train in one of the processes; the first looks, answers and saves. `way_of` is asked when what is trained was chosen; `adapter`: that the training begins with; `finish`: saves something else."""
+    import torch
+
+    from llmworks.generate.engines.torch import TorchEngine
+    from llmworks.train.distributed.sharding import cast, place, resolved
+    from llmworks.train.finetune.examples import Steps
+    from llmworks.train.finetune.generation_check import answers
+    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.loop.early_stopping import Best
+    from llmworks.train.loop.loop import Habits, train
+    from llmworks.train.pretrain import parallel_whole
+
+    tuned = open_tuned(model.path)
+    before: list[str] = []
+    if material.questions and world.first:  # on the CPU, where the engine reads
+        engine = TorchEngine(tuned.network, material.tokenizer, material.stops, model.name) if adapter is None else TorchEngine.open(model.path, adapter=adapter.path)
+        before = answers(engine, material.questions, ctx.scratch / "before.json")
+    torch.manual_seed(ctx.seed)
+    prepare(tuned, config, adapter)
+    precision = resolved(config.precision, world.device, spread=config.parallel.data == "shard")
+    if precision != "fp32" and config.method == "lora" and config.parallel.data != "shard":  # whose pieces are of one format
+        tuned.narrow(precision)
+    network = tuned.network.to(world.device)
+    if config.recompute:
+        if not network.supports_gradient_checkpointing:
+            raise UserError("config.recompute: this architecture does not have it")
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    with cast(world.device, precision):  # a reference that is computed here computes as the policy will
+        way = way_of(tuned, material)
+    each, shares = config.batch_size * config.accumulation, world.count("data")
+    size = share_of(each, shares, config.batch_size)
+    steps = way.steps if way.steps is not None else Steps(material.examples, epochs=config.epochs, size=config.batch_size, accumulation=config.accumulation, seed=ctx.seed, free=tuned.free, join=way.join, share=(world.at("data"), shares), cut=size)
+    placed = place(network, config.parallel, world, precision=precision)
+    whole = tuned
+    if not parallel_whole(config.parallel, world.size) and world.first:
+        whole = open_tuned(model.path)
+        prepare(whole, config, adapter)
+        whole.network.to(world.device)
+
+    def look(step: int) -> dict[str, float]:
+        placed.gather(whole.network if world.first else None)
+        if not world.first:
+            return {}
+        with cast(world.device, precision):
+            found = way.look(whole.network, material.unseen)
+        ctx.progress.say(f"step {step + 1}: {way.said(found)}")
+        return found
+
+    best = Best(config.best, ctx.scratch, config.patience) if config.best else None
+    habits = Habits(config.checkpoint_every, precision=precision, look=look if material.unseen else None, look_every=config.look_every, best=best, faster={"b": config.lora.faster} if config.lora.faster > 1 else {}, told=way.told)
+    metrics: dict[str, Any] = dict(train(placed, steps, way.loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress))
+    placed.gather(whole.network if world.first else None)
+    if world.first and material.unseen and way.again is not None and way.again():
+        with cast(world.device, precision):
+            way.look(whole.network, material.unseen)
+    if way.done is not None:
+        way.done()
+    if not world.first:
+        made: Adapter | Model = config.makes(ctx.out)
+        return made
+    whole.network.to("cpu").eval()
+    metrics |= looked(ctx.progress.read_metrics(), None if best is None else best.step)
+    if finish is not None:
+        return finish(whole, metrics)
+    return _finish(config, model, material, ctx, whole, before, metrics, describe)
+
+
+def looked(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any]:
+    """Figures of the look at the weights that are saved."""
+    looks = [row for row in rows if "held_out" in row]
+    if not looks:
+        return {}
+    chosen = next((row for row in looks if row["step"] == best), looks[-1])
+    return {"held_out": round(chosen["held_out"], 5), **({"accuracy": round(chosen["accuracy"], 5)} if "accuracy" in chosen else {}), "best_step": chosen["step"]}
+
+
+def _finish(config: Any, model: Model, material: Material, ctx: Context, tuned: Tuned, before: list[str], metrics: dict[str, Any], describe: Describe) -> Adapter | Model:
+    """Save, answer again, report, and record golden tokens."""
+    from llmworks.generate.engines.torch import TorchEngine
+    from llmworks.model.golden import record as recorded
+    from llmworks.model.golden import torch_logits
+    from llmworks.tokenize.chat.golden import record
+    from llmworks.train.finetune.generation_check import answers, write_samples
+
+    rows = ctx.progress.read_metrics()
+    metrics |= {"rows": len(material.examples), "set_aside": len(material.set_aside), "trained_parameters": tuned.trained}
+    tuned.save(ctx.out, model.ref or model.name)
+    material.tokenizer.save_pretrained(ctx.out)
+    if ctx.progress.metrics is not None:
+        shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
+    if material.set_aside:
+        (ctx.out / "set_aside.jsonl").write_text("".join(json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in material.set_aside), encoding="utf-8")
+    engine = TorchEngine.open(model.path, adapter=ctx.out) if tuned.soft or tuned.narrowed else TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
+    after = answers(engine, material.questions, None) if material.questions else []
+    describe(ctx.report, model.name, rows, metrics, config.model_dump(), material.set_aside)
+    warnings = write_samples(ctx.report, material.questions, before, after)
+    for warning in warnings:
+        ctx.progress.say(f"warning: {warning}")
+    metrics["warnings"] = len(warnings)
+    if config.method == "full":  # of what was written, in its number format
+        return Model(ctx.out, metrics=metrics, golden=recorded(ctx.out), about={"format": "hf", "architecture": str(model.about.get("architecture", ""))})
+    golden = record(material.tokenizer, material.stops, torch_logits(engine.model))
+    return Adapter(ctx.out, metrics=metrics, golden=golden, about={"base": model.digest, "method": config.method, **({"rank": tuned.lora.rank} if tuned.lora is not None else {}), "template": config.template, "base_kept": "nf4" if tuned.kept else "as-is"})
+
+
+def prepare(tuned: Any, config: Any, adapter: Adapter | None = None) -> None:
+    """Choose what is trained. Seed torch before: an adapter begins at random, unless it is there already."""
+    if adapter is not None:
+        tuned.go_on(adapter.path)
+    elif config.method == "lora":
+        tuned.adapt(config.lora)
+    elif config.method in ("prompt", "prefix"):
+        tuned.put_before(config.method, config.soft.tokens, config.soft.text)
+    else:
+        tuned.freeze(config.freeze)
+
+
+def in_memory(error: RuntimeError) -> TrainingError | None:
+    """What is to be said of a step that does not fit into memory; None for any other error."""
+    if "allocate memory" not in str(error) and "out of memory" not in str(error):
+        return None
+    return TrainingError("there is too little memory for a step; make batch_size smaller and accumulation larger, set recompute, or keep the base in fewer bits (lora.base)")
+
+
+def require_directory(model: Model) -> None:
+    """Whether a model can be trained. ModelError for one file, or a server."""
+    if model.format != "hf":
+        raise ModelError(f"{model.name}: training needs a Hugging Face directory, this is {model.format}; convert it with the stage model.from_gguf")
+
+
+def context_of(model: Model) -> int:
+    """Tokens that a model reads."""
+    from llmworks.tokenize.load import read_json
+
+    config = read_json(model.path / "config.json")
+    found = config.get("max_position_embeddings") or config.get("n_positions") or (config.get("shape") or {}).get("context")
+    return int(found) if isinstance(found, int) and found > 0 else 1 << 30
+
+
+def check_golden(config: Any, model: Model | Adapter, tokenizer: Any, stops: Sequence[int], stage: str = "train.sft") -> None:
+    """Whether the model's golden tokens replay, or may change. GoldenMismatch, with what to do, where neither is so."""
+    from llmworks.tokenize.chat.golden import require
+
+    if model.golden is not None and config.golden == "keep":
+        try:
+            require(model.golden, tokenizer, stops, step=f"{stage} (golden: keep)")
+        except GoldenMismatch as error:
+            raise GoldenMismatch(f"{error}; if the template is to change (template: {config.template}), set golden to 'renew: WHY'") from None

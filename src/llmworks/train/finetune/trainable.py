@@ -1,0 +1,173 @@
+"""What of a model a fine-tuning trains, and how the result is written: an adapter beside frozen weights, perhaps in 4 bits, or the weights themselves. Knows no data and no loop."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmworks.core.errors import MissingDependency, ModelError
+from llmworks.model.io.families import to_standard
+from llmworks.model.io.load import open_adaptable
+from llmworks.model.io.weights import read_header
+from llmworks.model.lora import adapter_io as adapter
+from llmworks.model.lora import lora
+from llmworks.model.lora.lora import Lora
+from llmworks.model.lowbit.nf4 import NF4Linear, keep_in_nf4
+from llmworks.train.finetune.lora_config import LoraConfig
+
+KEPT = """# An adapter beside weights in 4 bits
+
+It was trained on {base} with its linear layers in NF4 (blocks of 64, double quantization: {double}), and adds to what those bits say. Beside the weights in full precision it is another model.
+
+- llmworks reads `base.json` and does so; `llmworks merge adapter` folds it into what the bits say.
+- With peft load the base by `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={double})`.
+"""
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass
+class Tuned:
+    """A model in training. `rename`: the names of its layers in its files; `free`: whether it reads texts of one row apart, so that none needs padding."""
+
+    network: Any
+    rename: Callable[[str], str]
+    source: Path
+    free: bool
+    lora: Lora | None = None
+    kept: dict[str, Any] | None = None
+    soft: bool = False
+    narrowed: bool = False
+
+    def adapt(self, config: LoraConfig) -> None:
+        """Freeze all and put an adapter beside the targets. Seed torch before."""
+        self.lora = Lora(config.rank, config.alpha, config.dropout, config.stabilised, config.magnitudes)
+        if config.base == "nf4":
+            names = lora.linear_layers(self.network)
+            keep_in_nf4(self.network, names, double=config.double)
+            self.kept = {"kept": "nf4", "double": config.double, "layers": sorted(map(self.rename, names))}
+        lora.attach(self.network, config.targets, self.lora, self.rename)
+
+    def go_on(self, path: Path) -> None:
+        """Freeze all and put an adapter beside the layers that it was trained for, as it is. Errors: ModelError for one that is no LoRA, or for other layers."""
+        config, tensors = adapter.read_adapter(path)
+        kept = adapter.base_of(path)
+        names = sorted({name.removeprefix(adapter.PREFIX).rpartition(".lora_A")[0] for name in tensors if ".lora_A" in name})
+        here = {self.rename(name): name for name in lora.linear_layers(self.network)}
+        if not names or any(name not in here for name in names):
+            raise ModelError(f"{path}: the adapter is for layers that this model does not have, as {next((n for n in names if n not in here), '(none)')}")
+        if config.get("alpha_pattern") or config.get("rank_pattern"):
+            raise ModelError(f"{path}: its layers differ in rank or alpha; merge it first (llmworks merge adapter), and begin anew")
+        self.lora = Lora(int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora")), bool(config.get("use_dora")))
+        if kept:
+            keep_in_nf4(self.network, [here[name] for name in kept["layers"]], double=bool(kept.get("double")))
+            self.kept = kept
+        lora.attach_to(self.network, [here[name] for name in names], self.lora)
+        adapter.load_state(self.network, tensors, self.rename)
+
+    def put_before(self, kind: str, tokens: int, text: str) -> None:
+        """Freeze all and put a soft prompt before every text: `kind` prompt or prefix, through peft. It begins as `text`, else as tokens that are drawn."""
+        try:
+            from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
+        except ImportError:
+            raise MissingDependency(f"method {kind} needs peft; install it with: pip install 'llmworks[soft]'") from None
+
+        from llmworks.model.io.load import load_model
+
+        self.network, self.rename, self.free, self.soft = load_model(self.source), str, False, True
+        config: Any = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+        if kind == "prompt":
+            begins: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.TEXT, "prompt_tuning_init_text": text, "tokenizer_name_or_path": str(self.source)} if text else {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
+            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, **begins)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it reads a name that transformers renamed
+            self.network = get_peft_model(self.network, config)
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Train all weights but those whose names in the model's files fit a pattern. ModelError for a pattern that none fits, or where nothing is left."""
+        names = {name: self.rename(name) for name, _ in self.network.named_parameters()}
+        for pattern in patterns:
+            if not fnmatch.filter(names.values(), pattern):
+                some = [n for n in names.values() if n.startswith(pattern.split(".")[0].split("*")[0][:5])][:2] or list(names.values())[:2]
+                raise ModelError(f"freeze: no weight of the model fits {pattern!r}; names are such as {', '.join(some)}")
+        for name, p in self.network.named_parameters():
+            p.requires_grad_(not any(fnmatch.fnmatch(names[name], pattern) for pattern in patterns))
+        if not any(p.requires_grad for p in self.network.parameters()):
+            raise ModelError("freeze: all weights are frozen, so that nothing is trained")
+
+    def narrow(self, precision: str) -> None:
+        """Keep frozen matrices in the format that autocast makes of them for every product: the same numbers in half the memory. Embeddings and head stay."""
+        for layer in self.network.modules():
+            if isinstance(layer, nn.Linear) and layer is not self.network.get_output_embeddings() and not layer.weight.requires_grad:
+                layer.weight.data = layer.weight.data.to(HALVES[precision])
+                self.narrowed = True
+
+    @property
+    def trained(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+
+    def save(self, out: Path, base_name: str) -> None:
+        """Write the adapter, or the whole model in the form and number format that it was read in."""
+        if self.lora is not None:
+            adapter.save_adapter(self.network, out, self.lora, base_name=base_name, rename=self.rename, base=self.kept)
+            if self.kept is not None:
+                (out / "README.md").write_text(KEPT.format(base=base_name, double=bool(self.kept["double"])), encoding="utf-8")
+            return
+        if self.soft:
+            config = self.network.peft_config["default"]
+            config.base_model_name_or_path, config.tokenizer_name_or_path = base_name, None
+            self.network.save_pretrained(out, save_embedding_layers=False)  # else it looks for the base on the hub
+            (out / "README.md").unlink(missing_ok=True)  # peft's, with nothing in it
+            return
+        save_like(self.network, self.source, out)
+
+
+def open_tuned(path: Path) -> Tuned:
+    """The model of a directory, in fp32, untouched. ModelError for a broken directory."""
+    from llmworks.model.nn.decoder import DecoderForCausalLM
+
+    network, rename = open_adaptable(path)
+    return Tuned(network, rename, path, isinstance(network, DecoderForCausalLM))
+
+
+def save_like(network: nn.Module, source: Path, out: Path) -> None:
+    """Write a model's weights as its source has them: names, number format, config and generation config."""
+    from safetensors.torch import save_file
+
+    from llmworks.model.io.families import shape_of
+    from llmworks.model.nn.decoder import DecoderForCausalLM
+    from llmworks.tokenize.load import read_json
+
+    formats = Counter(entry["dtype"] for file in sorted(source.glob("*.safetensors")) for name, entry in read_header(file).items() if name != "__metadata__")
+    dtype = TYPES.get(formats.most_common(1)[0][0], torch.float32)
+    if isinstance(network, DecoderForCausalLM):
+        state = {name: tensor.detach().to(dtype) for name, tensor in network.state_dict().items()}
+        if network.shape.tied:
+            state.pop("head.weight", None)
+        kind, _ = shape_of(read_json(source / "config.json"))
+        save_file({name: tensor.contiguous() for name, tensor in (to_standard(state, kind) if kind else state).items()}, out / "model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(source / "config.json", out / "config.json")
+    else:
+        whole: Any = network
+        whole.to(dtype).save_pretrained(out)
+        whole.to(torch.float32)
+    generation = source / "generation_config.json"
+    if generation.exists():
+        shutil.copyfile(generation, out / "generation_config.json")
+
+
+def packed_share(network: nn.Module) -> float:
+    """Bits of a weight that is kept in 4 bits, scales included; 0 where none is."""
+    found = [module for module in network.modules() if isinstance(module, NF4Linear)]
+    bits = sum(8 * (m.codes.numel() + m.scales.numel() * m.scales.element_size() + (0 if m.second is None else m.second.numel() * 4)) for m in found)
+    return bits / sum(m.in_features * m.out_features for m in found) if found else 0.0

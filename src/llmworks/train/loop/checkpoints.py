@@ -1,0 +1,150 @@
+"""Checkpoints: everything that decides the next step, written whole or not at all, the last few kept. Knows no loop.
+
+A folder in the form of torch's distributed checkpoints, so that any number of processes reads what another number wrote, and `state.json` beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as write
+
+from llmworks.core.errors import TrainingError
+from llmworks.train.distributed.world import World
+
+FOLDER = "checkpoints"
+STATE = "state.json"
+
+
+@dataclass
+class Running:
+    """What a run consists of, as far as this process has it. `average`: a running mean of the parameters, where one is kept; `scaler`: of losses in fp16."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizers: Sequence[torch.optim.Optimizer]
+    average: dict[str, Tensor] = field(default_factory=dict)
+    scaler: Any = None
+    world: World = field(default_factory=lambda: World(torch.device("cpu")))
+
+    def tensors(self) -> dict[str, Any]:
+        """All tensors of the run, by name."""
+        found: dict[str, Any] = {f"parameters.{name}": p.detach() for name, p in self.parameters.items()}
+        found |= {f"average.{name}": mean for name, mean in self.average.items()}
+        for name, (optimizer, p) in self._owners().items():
+            found |= {f"moments.{name}.{key}": value for key, value in optimizer.state.get(p, {}).items() if isinstance(value, Tensor)}
+        return found
+
+    def _owners(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
+        """The optimizer of each parameter."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        return {names[id(p)]: (optimizer, p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def save(running: Running, step: int, scratch: Path, keep: int) -> None:
+    """Write the checkpoint after `step` finished steps, and delete older ones than the last `keep`. All processes take part.
+
+    Errors: OSError for a full disk; what was there stays.
+    """
+    world = running.world
+    target = scratch / FOLDER / f"step-{step:09d}"
+    temporary = target.with_suffix(".tmp")
+    if world.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.wait()
+    try:
+        random = {f"random.{world.rank}": torch.get_rng_state()} | ({f"cuda.{world.rank}": torch.cuda.get_rng_state(world.device)} if world.device.type == "cuda" else {})
+        with _unwarned():
+            write(running.tensors() | random, storage_writer=FileSystemWriter(temporary), no_dist=world.size == 1)
+        if world.first:
+            state = {"step": step, "processes": world.size, "optimizers": [type(o).__name__ for o in running.optimizers], "scaler": running.scaler.state_dict() if running.scaler is not None else {}}
+            with (temporary / STATE).open("w", encoding="utf-8") as stream:
+                json.dump(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+    except BaseException as error:  # a full disk, an interrupt: what was there stays
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, CheckpointException):
+            first = next(failure[0] for failure in error.failures.values())
+            raise (first if isinstance(first, OSError) else TrainingError(f"{temporary}: the checkpoint cannot be written ({type(first).__name__}: {first})")) from None
+        raise
+    if world.first:
+        temporary.replace(target)
+        for old in found(scratch)[:-keep]:
+            shutil.rmtree(old)
+    world.wait()
+
+
+def found(scratch: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    return sorted(path for path in (scratch / FOLDER).glob("step-*") if path.suffix != ".tmp")
+
+
+def resume(running: Running, scratch: Path) -> int:
+    """Load the newest checkpoint, if there is one; returns the number of finished steps. All processes take part, of whatever number wrote it.
+
+    Errors: TrainingError for one that cannot be read, or of another model or optimizer.
+    """
+    world = running.world
+    files = found(scratch)
+    if not files:
+        return 0
+    folder = files[-1]
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        made_by, processes, finished, scaler = state["optimizers"], int(state["processes"]), int(state["step"]), state["scaler"]
+        reader = FileSystemReader(folder)
+        sizes = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
+    except Exception as error:  # torch raises many kinds for a broken file
+        raise TrainingError(_broken(folder, error)) from None
+    wanted = running.tensors()
+    own = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    differs = next((name for name, size in own.items() if sizes.get(name) != size), "")
+    if not differs and world.count("pipeline") == 1:
+        differs = next((name for name in sizes if name.startswith(("parameters.", "average.")) and name not in own), "")
+    if differs or made_by != [type(o).__name__ for o in running.optimizers]:
+        what = differs.removeprefix("parameters.") if differs else "the optimizer"
+        raise TrainingError(f"{folder}: is the checkpoint of another configuration ({what} differs); delete {folder.parent} to begin anew")
+    for name, (optimizer, p) in running._owners().items():  # moments exist after the first step only
+        for key in [k for k in sizes if k.startswith(f"moments.{name}.") and "." not in k[len(f"moments.{name}.") :]]:
+            made = torch.zeros_like(p.detach()) if sizes[key] == tuple(p.shape) else torch.zeros(sizes[key], device=p.device)
+            optimizer.state[p][key.rpartition(".")[2]] = made
+            wanted[key] = made
+    random = {name: torch.empty(sizes[name], dtype=torch.uint8) for name in (f"random.{world.rank}", f"cuda.{world.rank}") if name in sizes}
+    try:
+        with _unwarned():
+            load(wanted | random, storage_reader=reader, no_dist=world.size == 1)
+    except (Exception, CheckpointException) as error:  # which is no Exception
+        raise TrainingError(_broken(folder, error)) from None
+    if running.scaler is not None:
+        running.scaler.load_state_dict(scaler)
+    if processes == world.size:  # draws of another number of processes are other draws anyway
+        torch.set_rng_state(random[f"random.{world.rank}"])
+        if f"cuda.{world.rank}" in random and world.device.type == "cuda":
+            torch.cuda.set_rng_state(random[f"cuda.{world.rank}"], world.device)
+    return finished
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """It warns of one process, which is meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _broken(folder: Path, error: BaseException) -> str:
+    return f"{folder}: the checkpoint cannot be read ({type(error).__name__}); delete it to go on from the one before"

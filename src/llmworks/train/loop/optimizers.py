@@ -1,0 +1,90 @@
+"""Optimizers: AdamW, Lion, and Muon for matrices with AdamW for the rest. Weight decay is for matrices only. Knows no loop and no schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmworks.core.errors import MissingDependency
+from llmworks.train.loop.schedule import OptimizerConfig
+
+
+class Lion(torch.optim.Optimizer):
+    """A step along the sign of the momentum, so all of one size (Chen et al. 2023, arXiv:2302.06675, algorithm 2).
+
+    u = sign(b1 m + (1 - b1) g); p <- p - rate (u + decay p); m <- b2 m + (1 - b2) g. One moment, half of Adam's memory.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take a step."""
+        for group in self.param_groups:
+            (b1, b2), rate = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum: Tensor = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                update = momentum.mul(b1).add_(p.grad, alpha=1 - b1).sign_()
+                p.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate)
+                momentum.mul_(b2).add_(p.grad, alpha=1 - b2)
+
+
+def optimizers_of(model: nn.Module, config: OptimizerConfig, faster: Mapping[str, float] | None = None) -> list[torch.optim.Optimizer]:
+    """The optimizers of all parameters that are trained; each group has `times`, what its learning rate is multiplied by: of parameters whose last name is in `faster`.
+
+    Errors: MissingDependency for adamw-8bit without bitsandbytes or a GPU.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices, vectors = [p for p in trained.values() if p.dim() >= 2], [p for p in trained.values() if p.dim() < 2]
+    betas, rate, decay = (config.beta1, config.beta2), config.learning_rate, config.weight_decay
+
+    def groups(decayed: list[nn.Parameter], rest: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": same, "weight_decay": d, "times": times} for params, d in ((decayed, decay), (rest, 0.0)) for times, some in _by_speed(params) for same in _alike(some)]
+
+    speeds = {id(p): (faster or {}).get(name.rpartition(".")[2], 1.0) for name, p in trained.items()}
+
+    def _by_speed(params: list[nn.Parameter]) -> list[tuple[float, list[nn.Parameter]]]:
+        return [(times, [p for p in params if speeds[id(p)] == times]) for times in sorted(set(speeds.values()))]
+
+    if config.name == "lion":
+        return [Lion(groups(matrices, vectors), rate, betas)]
+    if config.name == "adamw-8bit":
+        return [_eight_bit()(groups(matrices, vectors), lr=rate, betas=betas)]
+    if config.name == "muon":
+        inner = inner_matrices(model)
+        turned = [p for p in matrices if id(p) in inner]
+        other = [p for p in matrices if id(p) not in inner]
+        # steps of the size that AdamW's have, so that one learning rate and one decay serve both (Liu et al. 2025, arXiv:2502.16982)
+        found: list[torch.optim.Optimizer] = [torch.optim.Muon(turned, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")] if turned else []
+        return [*found, *([torch.optim.AdamW(groups(other, vectors), lr=rate, betas=betas, fused=True)] if other or vectors else [])]
+    return [torch.optim.AdamW(groups(matrices, vectors), lr=rate, betas=betas, fused=True)]
+
+
+def _alike(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that one kernel may step together: those that are spread over the same processes in the same way."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for p in params:
+        found.setdefault((getattr(p, "device_mesh", None), getattr(p, "placements", None)), []).append(p)
+    return list(found.values())
+
+
+def inner_matrices(model: nn.Module) -> set[int]:
+    """The matrices that turn one state into another: those of linear layers, without the head's. By `id`."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+
+
+def _eight_bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, attr-defined, unused-ignore]
+    except ImportError:
+        raise MissingDependency("optimizer.name adamw-8bit needs a GPU and bitsandbytes; install it with: pip install bitsandbytes") from None
+    if not torch.cuda.is_available():
+        raise MissingDependency("optimizer.name adamw-8bit needs a GPU; take adamw or lion here")
+    return AdamW8bit

@@ -1,0 +1,69 @@
+"""The process in which a model is run to be measured: a request on standard input, figures on standard output. See `running.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llmworks.core.memory import peak_memory
+
+
+def main() -> None:
+    """Open, read, write, say."""
+    asked = json.loads(sys.stdin.read())
+    with peak_memory() as memory:  # what the system counts of a process includes, up to its start, the one that started it
+        engine = opened(Path(asked["path"]), asked["format"])
+        try:
+            found = measured(engine, asked)
+        finally:
+            engine.close()
+    print(json.dumps({**found, "memory": memory.peak}))
+
+
+def opened(path: Path, form: str) -> Any:
+    """The engine of a model's files."""
+    if form == "gguf":
+        from llmworks.generate.engines.llamacpp import LlamaCppEngine
+
+        return LlamaCppEngine(path, slots=1)
+    import torch
+
+    from llmworks.generate.engines.torch import TorchEngine
+
+    torch.set_num_threads(int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1))
+    return TorchEngine.open(path)
+
+
+def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """Speeds, answers."""
+    from llmworks.core.types import Message, Request, Sampling
+
+    def request(prompt: str, tokens: int) -> Request:
+        return Request((Message("user", prompt),), sampling=Sampling(max_tokens=tokens)) if engine.tokenizer.chat_template else Request(ids=tuple(engine.tokenizer(prompt)["input_ids"]), sampling=Sampling(max_tokens=tokens))
+
+    ids = engine.tokenizer(" ".join(["the weather is what it was before"] * asked["read"]))["input_ids"][: asked["read"]]
+    best = 0.0
+    for turn in range(asked["repeats"] + 1):
+        began = time.perf_counter()
+        engine.generate([Request(ids=(*ids[turn:], *ids[:turn]), sampling=Sampling(max_tokens=1))])  # another beginning, so that nothing of it is kept from before
+        best = max(best, len(ids) / (time.perf_counter() - began)) if turn else 0.0
+    tokens = seconds = 0.0
+    answers = []
+    for prompt in asked["prompts"]:
+        began = time.perf_counter()
+        engine.generate([request(prompt, 1)])
+        first = time.perf_counter() - began
+        began = time.perf_counter()
+        made = engine.generate([request(prompt, asked["tokens"])])[0]
+        seconds += max(1e-9, time.perf_counter() - began - first)
+        tokens += max(0, len(made.ids) - 1)
+        answers.append(made.text)
+    return {"read_speed": round(best, 2), "write_speed": round(tokens / seconds, 2) if tokens else None, "answers": answers}  # None of a model that ends each answer at its first token
+
+
+if __name__ == "__main__":
+    main()

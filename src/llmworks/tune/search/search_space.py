@@ -1,0 +1,79 @@
+"""What a sweep looks for: a YAML file of fields and where their values lie. Knows no recipe and no optimizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from llmworks.core.artifact import Config
+from llmworks.core.errors import UserError
+
+Value = int | float | str | bool | None
+
+
+class Space(Config):
+    """The values of one field: some, or all between two numbers."""
+
+    choices: list[Any] = Field([], description="the values that are tried")
+    low: float | None = Field(None, description="the least number")
+    high: float | None = Field(None, description="the largest number")
+    log: bool = Field(False, description="as many below the geometric mean of both as above it, as for learning rates")
+    whole: bool = Field(False, description="whole numbers only")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if bool(self.choices) == (self.low is not None or self.high is not None):
+            raise ValueError("give either choices, or low and high")
+        if not self.choices and (self.low is None or self.high is None or self.low >= self.high):
+            raise ValueError("low must be less than high")
+        if self.log and (self.low or 0) <= 0:
+            raise ValueError("log needs a low above zero")
+        return self
+
+
+class Search(Config):
+    """A sweep: which metric of which step is to be best, over which fields."""
+
+    metric: str = Field(pattern=r"^[^.]+\..+$", description="STEP.METRIC of the recipe, as tuned-score.score")
+    direction: Literal["maximize", "minimize"] = Field("maximize", description="whether more is better")
+    fields: dict[str, Space] = Field(min_length=1, description="STEP.FIELD, as --set has it, to its values")
+    trials: int = Field(20, gt=0, description="how many are tried in all")
+    random: int = Field(8, gt=0, description="trials drawn at random, before those that follow what was found (TPE: Bergstra et al. 2011)")
+    seed: int = Field(0, ge=0, description="seed of the draws")
+
+    @property
+    def step(self) -> str:
+        """The step whose metric counts."""
+        return self.metric.partition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The metric's name."""
+        return self.metric.partition(".")[2]
+
+
+def load_search(path: Path) -> Search:
+    """Read a search file. UserError in one line for one that is broken."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a mapping with metric and fields")
+    try:
+        return Search.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'search'}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def overrides(values: Mapping[str, Any]) -> list[str]:
+    """Values as `--set` has them."""
+    return [f"{field}={json.dumps(value)}" for field, value in values.items()]

@@ -1,0 +1,109 @@
+"""The trainings of a recipe: shape, rows and tokens of each, read from what was made, or from the steps that will make it. Runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmworks.core.artifact import Artifact, Dataset, Model
+from llmworks.core.errors import DataError, LlmworksError, UserError
+from llmworks.model.shape import RecurrentShape, Shape
+from llmworks.runtime.recipe import Recipe, StageStep
+from llmworks.tokenize.load import read_json
+from llmworks.train.distill import cannot_give_logits
+from llmworks.train.estimate.finetune import Tuning, conversations_of
+from llmworks.train.estimate.pretrain import Training
+from llmworks.train.pretrain import PretrainConfig
+from llmworks.train.sft import SftConfig
+
+ROUND = 64  # as model.new has it
+
+
+def estimate_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | Tuning | None:
+    """The training that a step is, whatever it trains; None where it is none, or its model is not known yet. Errors: UserError for processes that cannot share it."""
+    training = training_of(recipe, found, name, processes) or tuning_of(recipe, found, name)
+    if training is None:
+        return None
+    training.config.parallel.over(processes)
+    try:
+        training.check()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return training
+
+
+def tuning_of(recipe: Recipe, found: Mapping[str, Artifact], name: str) -> Tuning | None:
+    """The fine-tuning that a step is; None where it is none, or its model is not there yet. Errors: DataError for data that are no conversations."""
+    step = recipe.steps[name]
+    if not isinstance(step, StageStep) or not isinstance(step.config, SftConfig) or step.stage.name not in ("train.sft", "train.distill"):
+        return None
+    learner = "student" if step.stage.name == "train.distill" else "model"
+    model, data, held_out, teacher = (found.get(str(step.inputs.get(role))) for role in (learner, "data", "held_out", "teacher"))
+    shape = shape_of_step(recipe, found, step.inputs[learner])
+    if not isinstance(model, Model) or model.format != "hf" or not isinstance(shape, Shape):
+        return None
+    known = data if isinstance(data, Dataset) else None
+    guide = shape_of_step(recipe, found, step.inputs["teacher"]) if isinstance(teacher, Model) and getattr(step.config, "source", "") != "text" and not cannot_give_logits(teacher, model) else None
+    return Tuning(
+        step.config, model.path, shape, conversations_of(known) if known else None, known.path if known else None, held_out.path if isinstance(held_out, Dataset) else None,
+        *((teacher.path, guide) if isinstance(teacher, Model) and isinstance(guide, Shape) else ()),
+    )  # fmt: skip
+
+
+def training_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | None:
+    """The pre-training that a step is, with what is known of it; None where it is none, or its model's shape is not known yet."""
+    step = recipe.steps[name]
+    if not isinstance(step, StageStep) or not isinstance(step.config, PretrainConfig) or step.stage.name != "train.pretrain":
+        return None
+    shape = shape_of_step(recipe, found, step.inputs["model"])
+    if shape is None:
+        return None
+    length, rows, tokens = data_of_step(recipe, found, step.inputs["data"])
+    held_out = data_of_step(recipe, found, step.inputs["held_out"])[1] if "held_out" in step.inputs else 0
+    made = found.get(str(step.inputs["data"]))
+    return Training(step.config, shape, length or shape.context, rows, tokens, held_out, processes, made.path if made is not None else None)
+
+
+def shape_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> Shape | RecurrentShape | None:
+    """The shape of the model that a step makes or is."""
+    made = found.get(name)
+    if isinstance(made, Model):
+        from llmworks.model.show import shape_of_model
+
+        try:
+            return shape_of_model(made)
+        except LlmworksError:
+            return None
+    step = recipe.steps.get(name)
+    if not isinstance(step, StageStep):
+        return None
+    if step.stage.name in ("model.new", "model.recurrent"):
+        vocabulary = getattr(step.config, "vocabulary", 0) or vocabulary_of_step(recipe, found, step.inputs["tokenizer"])
+        kind = Shape if step.stage.name == "model.new" else RecurrentShape
+        return kind.model_validate(step.config.model_dump() | {"vocabulary": vocabulary}) if vocabulary else None
+    return shape_of_step(recipe, found, step.inputs["model"]) if step.stage.name == "train.pretrain" else None
+
+
+def vocabulary_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> int:
+    """Rows of the embedding for a step's tokenizer; 0 where it is not known yet."""
+    made, step = found.get(name), recipe.steps.get(name)
+    if made is not None and (made.path / "tokenizer.json").exists():
+        tokens = read_json(made.path / "tokenizer.json")
+        known = {*tokens["model"]["vocab"].values()} if isinstance(tokens["model"].get("vocab"), dict) else set(range(len(tokens["model"].get("vocab", []))))
+        return -(-(max(known | {t["id"] for t in tokens.get("added_tokens", [])}) + 1) // ROUND) * ROUND
+    if isinstance(step, StageStep) and step.stage.name == "tokenize.train":
+        return -(-int(getattr(step.config, "vocabulary", 0)) // ROUND) * ROUND
+    return 0
+
+
+def data_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> tuple[int, int, int]:
+    """(length of a row, rows, tokens) of packed tokens that a step makes or is; 0 for what is not known yet."""
+    made, step = found.get(name), recipe.steps.get(name)
+    if isinstance(made, Dataset):
+        about = made.about
+        if about.get("schema") not in (None, "tokens"):
+            raise DataError(f"{made.name}: holds {about['schema']}, no packed tokens; make them with the stage data.pack")
+        return int(about.get("length") or 0), int(about.get("rows") or 0), int(about.get("tokens") or 0)
+    if isinstance(step, StageStep) and step.stage.name == "data.pack":
+        return int(getattr(step.config, "length", 0)), 0, 0
+    return 0, 0, 0

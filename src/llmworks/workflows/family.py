@@ -1,0 +1,136 @@
+"""Find an artifact's relatives wherever they are, and derive an artifact again: what `tree` and `verify` need from stages and references.
+
+The questions themselves (who descends from whom, what differs) are answered in `lineage/`.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmworks import assets
+from llmworks.assets.catalogue import CATALOGUE
+from llmworks.core.artifact import Adapter, Artifact, FileEntry, Model, Parent, Report
+from llmworks.core.workspace import Workspace
+from llmworks.lineage.claims import claims, licence
+from llmworks.lineage.family import Family, Kin, family_of
+from llmworks.runtime.execute import derive_again, machine, versions
+from llmworks.runtime.references import asset_files, find_digest, open_engine, resolve
+from llmworks.runtime.stages import ResolvedStage
+from llmworks.runtime.stages import resolve as resolve_stage
+
+
+def family_with(workspace: Workspace, *more: Artifact) -> Family:
+    """The family of the workspace, what its artifacts came from as far as it is on this machine, and more artifacts; of models from outside also what their files claim, and what was deduced from weights."""
+    every = [*workspace.artifacts(), *more]
+    known = {a.digest for a in every}
+    todo = [p for a in [*every, *workspace.names().values()] if a.manifest for p in a.manifest.parents]
+    while todo:
+        parent = todo.pop()
+        if parent.digest in known:
+            continue
+        found = find_digest(parent.digest, workspace) or _from_outside(parent)
+        if found is not None and found.manifest is not None:
+            known.add(parent.digest)
+            every.append(found)
+            todo += found.manifest.parents
+    return family_of(every, {**workspace.outs(), **workspace.names()}, [*_deduced(every), *_claimed(every)])
+
+
+def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
+    """Parents that `merge.kinship` found, of models that no stage made."""
+    known = {artifact.digest: artifact for artifact in artifacts}
+    for artifact in artifacts:
+        if isinstance(artifact, Report) and artifact.manifest is not None and artifact.manifest.stage == "merge.kinship":
+            data = artifact.read()
+            child = known.get(str(data.get("child", "")))
+            for parent in data.get("parents", []) if child is not None and child.manifest is not None and not child.manifest.parents else []:
+                share = f" {parent['share']:.2f}" if data.get("relation") == "merged" else ""
+                yield Kin(str(data["child"]), str(parent["digest"]), str(parent["name"]), f"by its weights: {data.get('relation')}{share}")
+
+
+def _claimed(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
+    """Parents that files of models from outside name."""
+    known = {ref.removeprefix("hf:"): artifact.digest for artifact in artifacts for ref in (artifact.ref, artifact.name) if ref and isinstance(artifact, (Model, Adapter))}
+    for artifact in artifacts:
+        if not isinstance(artifact, (Model, Adapter)) or artifact.manifest is None or artifact.manifest.stage or not artifact.path.exists() or artifact.about.get("format") == "http":
+            continue
+        for claim in claims(artifact.path):
+            named = claim.name.removeprefix("hf:")
+            yield Kin(artifact.digest, known.get(named, f"claimed:{named}"), named, f"{claim.file} says: {claim.relation}", claim.name)
+
+
+def licences_of(family: Family) -> dict[str, str]:
+    """What models and adapters state, by digest: by the catalogue, their cards, or GGUF metadata."""
+    found: dict[str, str] = {}
+    for node in family.nodes.values():
+        if node.kind in ("model", "adapter") and node.artifact is not None:
+            asset = node.artifact.ref.removeprefix("asset:") if node.artifact.ref.startswith("asset:") else str(node.artifact.about.get("asset", ""))
+            said = CATALOGUE[asset].licence.lower() if asset in CATALOGUE else licence(node.artifact.path) if node.artifact.path.exists() else ""
+            if said:
+                found[node.digest] = said
+    return found
+
+
+def _from_outside(parent: Parent) -> Artifact | None:
+    """A foreign parent, where its reference still leads to the same bytes without fetching."""
+    scheme, _, rest = parent.ref.partition(":")
+    found = None
+    if scheme == "asset" and rest in CATALOGUE and assets.is_cached(assets.get(rest)):
+        found = asset_files(rest, parent.name)
+    elif scheme == "path" and Path(rest).exists():
+        found = resolve(parent.ref, name=parent.name)
+    return found if found is not None and found.digest == parent.digest else None
+
+
+def derive(workspace: Workspace, family: Family, artifact: Artifact) -> dict[str, FileEntry] | str:
+    """The files of an artifact made again in a temporary place; or a text that says why a comparison would say nothing."""
+    m = artifact.manifest
+    assert m is not None
+    stage = resolve_stage(m.stage)
+    if stage.stage.revision != m.revision:
+        return f"made by revision {m.revision} of {m.stage}, this is revision {stage.stage.revision}"
+    inputs = _parents(stage, family, artifact)
+    if isinstance(inputs, str):
+        return inputs
+    temporary = Path(tempfile.mkdtemp(prefix=".verify-", dir=workspace.root if workspace.root.is_dir() else None))
+    try:
+        out, scratch = temporary / "out", temporary / "scratch"
+        out.mkdir()
+        scratch.mkdir()
+        files = derive_again(stage, artifact, inputs, out, scratch, partial(open_engine, workspace=workspace))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if files != m.files:
+        changed = {k: (m.versions[k], v) for k, v in versions().items() if k in m.versions and m.versions[k] != v and k != "llmworks"}
+        if changed:
+            return "other bytes, but made with " + ", ".join(f"{k} {old} (here {new})" for k, (old, new) in changed.items())
+        if m.derivation == "exact-on-this-platform" and m.platform != machine():
+            return f"other bytes, but made on {m.platform.get('processor')}"
+    return files
+
+
+def _parents(stage: ResolvedStage, family: Family, artifact: Artifact) -> dict[str, Any] | str:
+    """The artifact's inputs by name, as its stage takes them; or which parent is not here."""
+    assert artifact.manifest is not None
+    inputs: dict[str, Any] = {}
+    for parent in artifact.manifest.parents:
+        node = family.nodes.get(parent.digest)
+        found = node.artifact if node else None
+        if found is None:
+            return f"its parent {parent.name} ({parent.digest[:12]}) is not here"
+        found = copy.copy(found)  # as it was called then: cards name models, and references say licences
+        found.name, found.ref = parent.name, parent.ref
+        role, bracket, key = parent.role.partition("[")
+        if not bracket:
+            inputs[role] = found
+        elif stage.inputs[role].shape == "list":
+            inputs.setdefault(role, []).append(found)
+        else:
+            inputs.setdefault(role, {})[key.rstrip("]")] = found
+    return inputs

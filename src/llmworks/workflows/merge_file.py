@@ -1,0 +1,182 @@
+"""mergekit's YAML files as they are: one merge, or several of which later ones use earlier ones; the models that they name are found before anything is planned.
+
+What a merge does is in `merge/`; this knows files, references and the workspace.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from llmworks.core.artifact import Adapter, Model, load
+from llmworks.core.errors import ArtifactError, UserError
+from llmworks.core.workspace import Workspace
+from llmworks.merge.moe.config import ExpertsConfig
+from llmworks.merge.plan.config import Condition, MergeConfig
+from llmworks.merge.plan.layout import layout_of
+from llmworks.merge.plan.plan import Plan
+from llmworks.runtime.execute import Outcome, execute
+from llmworks.runtime.recipe import assign, config_problem, unknown
+from llmworks.runtime.references import open_engine, resolve
+from llmworks.runtime.stages import resolve as resolve_stage
+
+
+@dataclass(frozen=True)
+class Document:
+    """One merge of a file, or one mixture of experts; `name`: by which others may use it, empty for the last one."""
+
+    name: str
+    config: MergeConfig | ExpertsConfig
+
+    @property
+    def stage(self) -> str:
+        """What carries it out."""
+        return "merge" if isinstance(self.config, MergeConfig) else "merge.experts"
+
+
+def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
+    """The merges of a file, those that others use before these. `sets`: KEY=VALUE for the one without a name, or the only one. UserError, in one line, for anything that is not mergekit's YAML."""
+    try:
+        found = [one for one in yaml.safe_load_all(file.read_text(encoding="utf-8")) if one is not None]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give mergekit's YAML") from None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{file}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+    if not found or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{file}: holds no merge; it is a mapping with merge_method and models (mergekit's YAML)")
+    names = [one.pop("name", "") or "" for one in found]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: name is {next(name for name in names if not isinstance(name, str))!r}, it must be a text")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{file}: {f'the name {twice!r} stands twice' if twice else 'more than one merge has no name'}")
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: write it as key=value")
+        assign(found[names.index("")] if "" in names else found[-1], key.split("."), value)
+    documents = {name: Document(name, _checked(one, f"{file}{f', {name}' if name else ''}")) for name, one in zip(names, found, strict=True)}
+    return _ordered(documents, file)
+
+
+def _checked(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
+    kind: type[MergeConfig | ExpertsConfig] = ExpertsConfig if "experts" in values and "merge_method" not in values else MergeConfig
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(dict.fromkeys(_problem(kind, error, where)))) from None
+
+
+def _problem(kind: type[MergeConfig | ExpertsConfig], error: ValidationError, where: str) -> list[str]:
+    """What is wrong, without all that a value could have been: pydantic tells an error for each form that a setting may have."""
+    said: list[dict[str, Any]] = [dict(one) for one in error.errors()]
+    inside = [one for one in said if any("Condition" in str(part) for part in one["loc"]) and one["type"] in ("extra_forbidden", "missing")]
+    if inside:
+        one = min(inside, key=lambda each: each["type"] != "extra_forbidden")
+        place = ".".join([where, *(str(part) for part in one["loc"][:-1] if not (isinstance(part, str) and ("[" in part or part == "Condition")))])
+        return [f"{place}: " + (unknown("key", str(one["loc"][-1]), list(Condition.model_fields)) if one["type"] == "extra_forbidden" else f"{one['loc'][-1]} is missing")]
+    return [config_problem(kind, one, where) for one in said[:4]]
+
+
+def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
+    done: dict[str, Document] = {}
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            raise UserError(f"{file}: merges use one another in a circle: {' uses '.join([*above[above.index(name) :], name])}")
+        if name not in done:
+            for used in documents[name].config.named():
+                if used.partition("+")[0] and used.partition("+")[0] in documents:
+                    visit(used.partition("+")[0], (*above, name))
+            done[name] = documents[name]
+
+    for name in documents:
+        visit(name, ())
+    return sorted(done.values(), key=lambda one: one.name == "")  # the one that is asked for comes last
+
+
+def unnamed(documents: Sequence[Document], given: Mapping[str, Model]) -> str:
+    """A model that is given and that no merge of a file names; empty where all are named."""
+    named = {part for document in documents for name in document.config.named() for part in (name, name.partition("+")[0])}
+    return next((name for name in given if name not in named), "")
+
+
+def found_models(config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], workspace: Workspace) -> dict[str, Model]:
+    """The models that a merge names: those given, else by reference. An adapter behind + is folded into its model first."""
+    return {name: given[name] if name in given else _model(name, given, workspace) for name in config.named()}
+
+
+def _model(name: str, given: Mapping[str, Model], workspace: Workspace) -> Model:
+    base, plus, adapter = name.partition("+")
+    if not base or (plus and not adapter):
+        raise UserError(f"{name!r} names no model; write MODEL, or MODEL+ADAPTER")
+    found = given[base] if base in given else _reference(base, workspace)
+    if not isinstance(found, Model):
+        raise UserError(f"{base}: is {'an' if found.kind[0] in 'aei' else 'a'} {found.kind}, and models are merged" + ("; write MODEL+ADAPTER" if isinstance(found, Adapter) else ""))
+    if not plus:
+        return found
+    folded = _reference(adapter, workspace)
+    stage = resolve_stage("merge.adapter")
+    made = execute(stage, stage.config(), {"adapter": folded, "model": found}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace)).artifact
+    named = load(made.path, name=name)
+    assert isinstance(named, Model)
+    return named
+
+
+def _reference(name: str, workspace: Workspace) -> Any:
+    """A path, a name in the workspace, a reference; or a model of the Hub, as mergekit writes it."""
+    try:
+        return resolve(name, name=name, workspace=workspace)
+    except UserError:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith((".", "/")):
+            return resolve(f"hf:{name}", name=name, workspace=workspace)
+        raise
+
+
+def merge_file(documents: Sequence[Document], workspace: Workspace, *, given: Mapping[str, Model], seed: int, quiet: bool = False, say: Callable[[str], None] = lambda line: None) -> Outcome:
+    """Carry out all merges of a file; the last one's result."""
+    known, outcome = dict(given), None
+    for document in documents:
+        models = found_models(document.config, known, workspace)
+        if document.name:
+            say(f"merge {document.name}")
+        outcome = execute(resolve_stage(document.stage), document.config, {"models": models}, workspace, seed=seed, open_engine=partial(open_engine, workspace=workspace), quiet=quiet, announce=say)
+        if document.name:
+            named = load(outcome.artifact.path, name=document.name)
+            assert isinstance(named, Model)
+            known[document.name] = named
+    assert outcome is not None
+    return outcome
+
+
+def plan_file(documents: Sequence[Document], workspace: Workspace, given: Mapping[str, Model]) -> Plan:
+    """What a file's only merge would read and write; nothing is read but headers. UserError for a file of several."""
+    from llmworks.merge.plan.prepare import prepared
+
+    if len(documents) > 1:
+        raise UserError(f"--plan: the file holds {len(documents)} merges, and what later ones read is not there yet; run it, or plan one at a time")
+    config = documents[0].config
+    if not isinstance(config, MergeConfig):
+        raise UserError("--plan: experts are copied as they are; what is written is as large as the base and each expert's feed-forward layers")
+    paths = {name: given[name].path if name in given else _path(name, workspace) for name in config.named()}
+    return prepared(config, {name: layout_of(name, path) for name, path in paths.items()})[2]
+
+
+def _path(name: str, workspace: Workspace) -> Path:
+    """Where a model is, without a look at its bytes where it is a directory here."""
+    for path in (Path(name.removeprefix("path:")).expanduser(), workspace.root / name):
+        if path.is_dir():
+            return path.resolve()
+    found = _model(name, {}, workspace)
+    if found.format != "hf":
+        raise ArtifactError(f"{name}: is a {found.format} file; Hugging Face directories are merged")
+    return found.path

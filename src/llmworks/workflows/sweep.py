@@ -1,0 +1,109 @@
+"""A sweep over a recipe: each trial is a run of it with other fields, in one workspace, so that steps that trials share are made once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmworks.core.artifact import Report
+from llmworks.core.errors import GateFailed, LlmworksError, UserError
+from llmworks.core.workers import Pool
+from llmworks.core.workspace import Workspace
+from llmworks.runtime.execute import execute
+from llmworks.runtime.recipe import Recipe, StageStep, load_recipe
+from llmworks.runtime.references import open_engine
+from llmworks.runtime.runner import Run
+from llmworks.runtime.stages import resolve
+from llmworks.tune.search.optuna_study import Study, Trial
+from llmworks.tune.search.search_space import Search, overrides
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a worker needs for one trial."""
+
+    recipe: Path
+    workspace: Path
+    sets: tuple[str, ...]
+    step: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: the score, or why there is none; the digest of what the step made."""
+
+    score: float | None
+    why: str
+    seconds: float
+    digest: str = ""
+
+
+def run_trial(unit: Unit) -> Outcome:
+    """Run the recipe with a trial's fields, quietly."""
+    began = time.monotonic()
+    try:
+        job = Run(load_recipe(unit.recipe, unit.sets), Workspace(unit.workspace), quiet=True)
+        job.run()
+        found = job.found[unit.step]
+        value = found.metrics.get(unit.metric)
+        if isinstance(value, float) and not math.isfinite(value):
+            return Outcome(None, f"{unit.step}.{unit.metric} is {value}", time.monotonic() - began)
+        if not isinstance(value, (int, float)):
+            return Outcome(None, f"{unit.step} has no metric {unit.metric!r}; it has {', '.join(sorted(map(str, found.metrics)))}", time.monotonic() - began)
+        return Outcome(float(value), "", time.monotonic() - began, found.digest)
+    except (LlmworksError, GateFailed) as error:
+        return Outcome(None, str(error), time.monotonic() - began)
+
+
+def check(search: Search, recipe: Recipe, path: Path, sets: Sequence[str]) -> None:
+    """Whether the recipe has the step and the fields, with the values at the ends of each. UserError, RecipeError."""
+    if not isinstance(recipe.steps.get(search.step), StageStep):
+        raise UserError(f"metric {search.metric}: the recipe {recipe.name} has no stage {search.step!r}; it has {', '.join(n for n, s in recipe.steps.items() if isinstance(s, StageStep))}")
+    for field, space in search.fields.items():
+        for value in space.choices or [int(x) if space.whole else x for x in (space.low, space.high) if x is not None]:
+            load_recipe(path, [*sets, *overrides({field: value})])
+
+
+def sweep(path: Path, search: Search, workspace: Workspace, sets: Sequence[str] = (), pool: Pool | None = None, say: Callable[[str], None] = lambda line: None) -> Report:
+    """Try until there are as many trials as wanted; returns the page. A sweep that was killed goes on; the best trial's steps bear the recipe's names at the end.
+
+    Errors: UserError for a search that does not fit the recipe; DataError when no trial comes to a score; MissingDependency without optuna.
+    """
+    pool = pool or Pool()
+    recipe = load_recipe(path, sets)
+    check(search, recipe, path, sets)
+    key = hashlib.sha256("\n".join([path.read_text(encoding="utf-8"), search.model_dump_json(exclude={"trials"}), *sets]).encode()).hexdigest()[:16]
+    study = Study(search, workspace.root / "scratch" / f"sweep-{key}" / "journal.log")
+    if study.trials:
+        say(f"going on after {len(study.trials)} trials")
+    made: list[str] = []
+    while (left := search.trials - len(study.trials)) > 0:
+        asked = [study.ask() for _ in range(min(left, pool.workers))]
+        units = [Unit(path, workspace.root, (*sets, *overrides(trial.values)), search.step, search.name) for trial in asked]
+        for place, outcome in pool.map(run_trial, units):
+            trial = asked[place]
+            study.tell(Trial(trial.number, trial.values, outcome.score, outcome.why, outcome.seconds))
+            told = ", ".join(f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}" for field, value in trial.values.items())
+            say(f"{'·' if outcome.score is None else '✓'} trial {trial.number + 1}  {told}  {f'{search.metric} {outcome.score:.4g}' if outcome.score is not None else outcome.why}  {outcome.seconds:.0f} s")
+            made += [outcome.digest] if outcome.digest else []
+    best = study.best
+    results: list[Any] = []
+    if best is not None:
+        job = Run(load_recipe(path, [*sets, *overrides(best.values)]), workspace, quiet=True)
+        job.run()
+        results = [job.found[search.step]]
+    page = resolve("tune.trials")
+    config = page.config.model_validate({
+        "recipe": recipe.name, "metric": search.metric, "direction": search.direction, "importance": study.importance(),
+        "trials": [{"number": t.number, "values": dict(t.values), "score": t.score, "why": t.why, "seconds": round(t.seconds, 1)} for t in study.trials],
+    })  # fmt: skip
+    done = execute(page, config, {"results": results} if results else {}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True)
+    assert isinstance(done.artifact, Report)
+    return done.artifact

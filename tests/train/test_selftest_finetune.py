@@ -1,0 +1,176 @@
+"""The self-test of fine-tunings finds each fault that it looks for, in what really runs, and passes what is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.train.test_sft import chats, rows_of
+
+from llmworks.core.artifact import Dataset, Model
+from llmworks.core.errors import UserError
+from llmworks.data.conversations import training_rows as lessons
+from llmworks.data.store.rows import write_chat
+from llmworks.model.lora import adapter_io as adapter
+from llmworks.model.nn import attention
+from llmworks.tokenize.chat.templates import Rendered
+from llmworks.train.distill import DistillConfig
+from llmworks.train.distributed.sharding import Placed
+from llmworks.train.loop import checkpoints, loop
+from llmworks.train.selftest import finetune as selftest_sft
+from llmworks.train.sft import SftConfig
+
+CONFIG: dict[str, Any] = {"batch_size": 2, "accumulation": 2, "lora": {"rank": 4}, "optimizer": {"learning_rate": 0.003}}
+RIGHT: dict[str, dict[str, Any]] = {
+    "an adapter": {}, "of four bits": {"lora": {"base": "nf4", "magnitudes": True}}, "all weights": {"method": "full", "lora": {}, "freeze": ["model.layers.0.*"]}, "with habits": {"neftune": 5, "recompute": True, "learn": "last", "look_every": 2, "best": "accuracy"},
+    "a soft prompt": {"method": "prompt", "lora": {}, "optimizer": {}},
+    "with dropout": {"lora": {"dropout": 0.1, "faster": 4, "stabilised": True, "targets": ["q_proj", "down_proj"]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [what if what in ("an adapter", "all weights") else pytest.param(what, marks=pytest.mark.slow) for what in RIGHT])
+def test_what_is_right_passes(what: str, pico: Path, tmp_path: Path) -> None:
+    checks = list(selftest_sft.selftest_sft(SftConfig.model_validate(CONFIG | RIGHT[what]), pico, chats(tmp_path / "chats", 30)))
+    assert len(checks) == 9
+    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+
+
+def bench(pico: Path, tmp_path: Path, config: SftConfig | None = None) -> selftest_sft.Bench:
+    (tmp_path / "bench").mkdir()
+    return selftest_sft.Bench(tmp_path / "bench", pico, config or SftConfig.model_validate(CONFIG), chats(tmp_path / "chats", 30, turns=2))
+
+
+def wrong_mask(patch: pytest.MonkeyPatch) -> None:
+    real = lessons.render_masked
+
+    def all_learned(*args: Any, **more: Any) -> Rendered:
+        made = real(*args, **more)
+        return Rendered(made.ids, (1,) * len(made.ids))
+
+    patch.setattr(lessons, "render_masked", all_learned)
+
+
+def lost_mask(patch: pytest.MonkeyPatch) -> None:
+    real = lessons.render_masked
+
+    def half(*args: Any, **more: Any) -> Rendered:
+        made = real(*args, **more)
+        return Rendered(made.ids, tuple(m if i > len(made.mask) // 2 else 0 for i, m in enumerate(made.mask)))
+
+    patch.setattr(lessons, "render_masked", half)
+
+
+def wrong_segments(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attention, "parts_of", lambda segments: ((0, len(segments)),))
+
+
+def wrong_parts(patch: pytest.MonkeyPatch) -> None:
+    def backward(self: Placed, batches: Any, loss: Any, labels: float, scaler: Any, precision: str) -> float:
+        total = 0.0
+        for batch in batches:
+            part = loss(self.forward, batch) / batch.labels / len(batches)
+            part.backward()
+            total += float(part.detach())
+        return total
+
+    patch.setattr(Placed, "backward", backward)
+
+
+def wrong_seed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "manual_seed", lambda seed: torch.default_generator)
+
+
+def wrong_resume(patch: pytest.MonkeyPatch) -> None:
+    real = checkpoints.resume
+
+    def without_moments(running: Any, scratch: Path) -> int:
+        step = real(running, scratch)
+        for optimizer in running.optimizers:
+            optimizer.state.clear()
+        return step
+
+    patch.setattr(checkpoints, "resume", without_moments)
+
+
+def wrong_learning(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop, "learning_rate", lambda *a: 0.0)
+
+
+def wrong_fold(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(adapter, "scale_of", lambda *a: 1.0)
+
+
+def _parts(b: selftest_sft.Bench) -> tuple[bool, str]:
+    return selftest_sft._parts(b, selftest_sft.EXACT)
+
+
+def _saved(b: selftest_sft.Bench) -> tuple[bool, str]:
+    assert b.usual
+    return selftest_sft._saved(b)
+
+
+FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {
+    "questions are learned": (wrong_mask, selftest_sft._labels), "answers are not learned": (lost_mask, selftest_sft._labels), "rows see one another": (wrong_segments, selftest_sft._apart), "parts weigh alike": (wrong_parts, _parts),
+    "the adapter is drawn before the seed": (wrong_seed, selftest_sft._seed), "moments are lost": (wrong_resume, selftest_sft._resume), "nothing is learned": (wrong_learning, selftest_sft._heart), "another scale is merged": (wrong_fold, _saved),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(name: str, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault, check = FAULTS[name]
+    fault(monkeypatch)
+    holds, detail = check(bench(pico, tmp_path))
+    assert not holds, detail
+
+
+def test_a_key_that_nothing_reads_is_named(pico: Path, tmp_path: Path) -> None:
+    config = SftConfig.model_validate(CONFIG | {"optimizer": {"schedule": "cosine", "decay": 0.5}})
+    holds, detail = selftest_sft._keys(bench(pico, tmp_path, config), config)
+    assert not holds
+    assert detail == "set, and not read by this training: optimizer.decay"
+
+
+def test_what_cannot_be_shrunken_is_said(pico: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(pico, tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}))
+    write_chat(tmp_path / "chats", rows_of(4))
+    with pytest.raises(UserError, match=r"shrinks models of known architectures: .*phi3"):
+        list(selftest_sft.selftest_sft(SftConfig(), tmp_path / "odd", Dataset(tmp_path / "chats", name="chats")))
+
+
+def test_a_distillation_is_tried_under_a_teacher(pico: Path, tmp_path: Path) -> None:
+    """What only a teacher's chances have is read; of one that teaches by its text it is not, and that is found."""
+    config = DistillConfig.model_validate({**CONFIG, "method": "full", "lora": {}, "temperature": 2.0, "mix": 0.2, "direction": "reverse"})
+    checks = list(selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), teacher=True))
+    assert all(check.holds for check in checks), [check for check in checks if not check.holds]
+    keys = next(selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30)))
+    assert not keys.holds
+    assert "temperature" in keys.detail
+
+
+def test_golden_tokens_that_do_not_replay_are_found(pico: Path, tmp_path: Path) -> None:
+    """Another template than the one that the model was recorded with."""
+    base = recorded_model(pico)
+    for golden, holds in (("keep", False), ("renew: another template", True)):
+        config = SftConfig.model_validate(CONFIG | {"template": "chatml", "golden": golden})
+        check = next(check for check in selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), golden=base) if check.what == "the model's golden tokens may change")
+        assert check.holds == holds, check.detail
+        assert holds or "set golden to 'renew: WHY'" in check.detail
+
+
+def recorded_model(pico: Path) -> Model:
+    from llmworks.model.golden import torch_logits
+    from llmworks.model.io.load import load_model
+    from llmworks.tokenize.chat.golden import record
+    from llmworks.tokenize.load import load_tokenizer, stop_ids
+
+    tokenizer = load_tokenizer(pico)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+    return Model(pico, golden=record(tokenizer, stop_ids(pico, tokenizer), torch_logits(load_model(pico))), about={"format": "hf"}, name="pico")

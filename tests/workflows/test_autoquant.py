@@ -1,0 +1,112 @@
+"""Many quantizations of a model in one run: which are worth having, what the page says, what goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmworks.cli import main
+from llmworks.core.artifact import Model
+from llmworks.core.context import Context
+from llmworks.core.errors import DataError, ModelError, UserError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+from llmworks.runtime.references import resolve
+from llmworks.tune.running import RunningConfig, running
+from llmworks.tune.tradeoff import Skill, TradeoffConfig, Variant, hidden, recommended, tradeoff, worth_having
+from llmworks.workflows.autoquant import WAYS, ways_of
+
+
+def way(name: str, size: int, kl: float, same: float = 0.9, **more: Any) -> Variant:
+    return Variant(name=name, form="x", digest=name, bytes=size, kl=kl, same_top=same, **more)
+
+
+MADE = [way("a", 50, 0.5, 0.6), way("b", 60, 0.6, 0.6), way("c", 70, 0.2, 0.8), way("d", 70, 0.3, 0.8), way("e", 80, 0.2, 0.8), way("f", 100, 0.01, 0.97), way("g", 120, 0.001, 0.99)]
+
+
+def test_what_something_smaller_beats_is_not_worth_having() -> None:
+    best = worth_having(sorted(MADE, key=lambda v: (v.bytes, v.kl)))
+    assert [v.name for v in best] == ["a", "c", "f", "g"]
+    assert recommended(best, None).name == "f"  # the smallest with the same best guess for 95 %
+    assert recommended(best, 99).name == "c"
+    assert recommended(best[:2], None).name == "c"
+    with pytest.raises(DataError, match=r"nothing is within 0.0 MB; the smallest is a of 0.0 MB"):
+        recommended(best, 10)
+
+
+def test_what_perplexity_hides_is_told() -> None:
+    """A skill that falls beyond its interval while the perplexity stays; not one that falls within it, nor one where the perplexity rises, too."""
+    def skill(score: float) -> dict[str, Skill]:
+        return {"calls": Skill(score=score, low=score - 0.05, high=score + 0.05)}
+
+    original = Variant(name="as it was", perplexity=10.0, skills=skill(0.8))
+    assert hidden(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.5))]) == "x loses calls (0.8 to 0.5) though its perplexity rises by 1.0% only."
+    alike = [way("x", 1, 0.5, perplexity=36.0, skills=skill(0.6)), way("y", 1, 0.5, perplexity=37.0, skills=skill(0.1)), way("z", 1, 0.5, perplexity=37.1, skills=skill(0.3)), way("far", 1, 0.5, perplexity=60.0, skills=skill(0.0))]
+    assert hidden(original, alike).endswith("x and y are alike by perplexity (36.00 and 37.00), and not in calls: 0.6 and 0.1.")
+    assert "none was found" in hidden(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.75)), way("y", 1, 0.1, perplexity=12.0, skills=skill(0.1))])
+
+
+def test_a_page_without_results_is_none(tmp_path: Path) -> None:
+    context = Context(tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed"))
+    with pytest.raises(DataError, match="no quantization of m came to a result; the first: too little text"):
+        tradeoff(TradeoffConfig(model="m", original=Variant(name="as it was"), variants=[Variant(name="x", why="too little text")]), context)
+
+
+def test_ways_by_name_and_by_beginning() -> None:
+    assert list(ways_of(["gptq-4"])) == ["gptq-4"]
+    assert {"gptq-4", "gptq-4-zero", "gptq-3"} == set(ways_of(["gptq"]))
+    assert ways_of([]) == WAYS
+    with pytest.raises(UserError, match="no way to quantize is called 'exl9'; known: absmax-8"):
+        ways_of(["exl9"])
+
+
+def test_memory_is_that_of_the_model_alone(pico: Path, tmp_path: Path) -> None:
+    """Not of the process that has it measured, which the system counts until the other has started."""
+    ballast = b"1" * (1 << 30)
+    made = running(RunningConfig(tokens=2, read=8, repeats=1, prompts=["Hello"]), resolve(str(pico)), Context(tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")))
+    assert 1e8 < made.metrics["memory"] < len(ballast)
+
+
+def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> None:
+    """In both engines, by what they say: the same greedy answers of the same weights."""
+    found = []
+    for number, ref in enumerate((str(pico), f"gguf:{pico_gguf}")):
+        model: Any = resolve(ref)
+        out = tmp_path / str(number)
+        out.mkdir()
+        made = running(RunningConfig(tokens=6, read=32), model, Context(out, out, 0, Progress(quiet=True), report := ReportBuilder(), lambda _: pytest.fail("no engine is needed")))
+        assert made.metrics["memory"] > 1e7
+        assert made.metrics["read_speed"] > 0 < made.metrics["write_speed"]
+        found.append(report.data["answers"])
+    assert found[0] == found[1]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot be run"):
+        running(RunningConfig(), Model(broken), Context(broken, broken, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")))
+
+
+def test_a_frontier_from_the_command_line(pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two files and a directory, one way that cannot be had; again, and nothing is made anew; the recommended model is there under its name."""
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"id": str(i), "text": "the fox in Oslo asked what the weather is " * 30}) + "\n" for i in range(30)))
+    words = ["tune", "frontier", str(pico), "--data", str(rows), "--ways", "gguf-q8_0,gguf-q4_0,int8", "--texts", "2", "--held", "2", "--workspace", str(tmp_path / "ws"), "--quiet", "--json", "--pick", str(tmp_path / "best")]
+    assert main(words) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == first
+    page = json.loads((Path(first["report"]) / "report.json").read_text())
+    assert first["variants"] == 3
+    assert first["recommended"] == "gguf-q8_0"
+    assert {v["name"] for v in page["variants"] if v["kl"] is not None} == {"gguf-q8_0", "gguf-q4_0", "int8"}
+    assert page["original"]["perplexity"] > 1
+    assert (tmp_path / "best" / "model.gguf").exists()
+    assert main([*words[:6], "gguf-q4_0,absmax-4", *words[7:]]) == 0  # groups of 64 do not divide rows of 96
+    assert "rows of 96 weights are not divided by groups of 64" in capsys.readouterr().err
+    assert main(["tune", "frontier", str(pico), "--data", str(rows), "--ways", "exl9", "--workspace", str(tmp_path / "ws")]) == 2
+    assert main([*words, "--budget", "0.001"]) == 2
+    assert "nothing is within 0.0 MB" in capsys.readouterr().err

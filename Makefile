@@ -32,6 +32,7 @@ slow: $(DEVELOPED)
 
 check: $(DEVELOPED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 

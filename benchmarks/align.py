@@ -1,10 +1,15 @@
-"""Alignment beside TRL in one run: preference pairs (DPO), and the policy's own answers with a reward (GRPO, drawing included). Speed and memory.
+"""Alignment beside TRL in one run: preference pairs (DPO), and the policy's own answers with a reward (GRPO, drawing
+included).
+
+Speed and memory.
 
     python benchmarks/align.py                          (half an hour on two cores)
     python benchmarks/align.py --what dpo --rounds 1
 
-The same model, texts, batches, adapter (LoRA r16 on all linear layers), fused AdamW and fp32. DPO: 8 pairs a step; our reference is computed once before the first step, and that
-time is counted; TRL computes it beside every step, its default. GRPO: 4 prompts and 8 answers to each of at most 64 tokens a step, at temperature 1; tokens of answers a second, since answers
+The same model, texts, batches, adapter (LoRA r16 on all linear layers), fused AdamW and fp32. DPO: 8 pairs a step; our
+reference is computed once before the first step, and that
+time is counted; TRL computes it beside every step, its default. GRPO: 4 prompts and 8 answers to each of at most 64
+tokens a step, at temperature 1; tokens of answers a second, since answers
 differ in length. Each is a process of its own, in turns.
 """
 
@@ -32,8 +37,23 @@ def rows(count: int) -> list[dict[str, Any]]:
     from llmworks.core.artifact import Dataset
     from llmworks.data.store.rows import read_chat
 
-    found = [row for row in read_chat(Dataset(Path(os.environ["BENCHMARK_ROWS"]))) if row["messages"][1]["content"] != row["extra"]["text"]]
-    return [{"id": row["id"], "prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": [{"role": "assistant", "content": row["extra"]["text"]}], "tools": [], "answer": row["answer"], "extra": row["extra"]} for row in found[:count]]
+    found = [
+        row
+        for row in read_chat(Dataset(Path(os.environ["BENCHMARK_ROWS"])))
+        if row["messages"][1]["content"] != row["extra"]["text"]
+    ]
+    return [
+        {
+            "id": row["id"],
+            "prompt": row["messages"][:1],
+            "chosen": row["messages"][1:],
+            "rejected": [{"role": "assistant", "content": row["extra"]["text"]}],
+            "tools": [],
+            "answer": row["answer"],
+            "extra": row["extra"],
+        }
+        for row in found[:count]
+    ]
 
 
 def reward(text: str) -> float:
@@ -74,24 +94,60 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
     tuned.adapt(LoraConfig())
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
     ctx = Context(scratch, scratch, 0, progress, ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
-    config: Any = DpoConfig(batch_size=PAIRS) if what == "dpo" else GrpoConfig(batch_size=PROMPTS, answers=ANSWERS, max_answer=LONGEST, rewards={"length": 1.0})
+    config: Any = (
+        DpoConfig(batch_size=PAIRS)
+        if what == "dpo"
+        else GrpoConfig(batch_size=PROMPTS, answers=ANSWERS, max_answer=LONGEST, rewards={"length": 1.0})
+    )
     began = time.perf_counter()
     if what == "dpo":
-        examples = [pair for pair in (pair_of(tokenizer, row, 1024) for row in rows(PAIRS * steps)) if isinstance(pair, Answered)]
-        way = dpo_way(config, Given(config, tuned, Material(tokenizer, [], examples, [], [], []), ctx, torch.device("cpu")))
+        examples = [
+            pair
+            for pair in (pair_of(tokenizer, row, 1024) for row in rows(PAIRS * steps))
+            if isinstance(pair, Answered)
+        ]
+        way = dpo_way(
+            config, Given(config, tuned, Material(tokenizer, [], examples, [], [], []), ctx, torch.device("cpu"))
+        )
         plan: Any = Steps(examples, epochs=1, size=PAIRS, accumulation=1, seed=0, free=True, join=way.join)
         before = (time.perf_counter() - began) * (steps - WARM) / steps
     else:
-        asked = [Asked(row, messages_from_json(row["prompt"]), tuple(render_prompt(tokenizer, messages_from_json(row["prompt"])))) for row in rows(PROMPTS * steps)]
-        given = Given(config, tuned, Material(tokenizer, stop_ids(path, tokenizer), asked, [], [], []), ctx, torch.device("cpu"))
+        asked = [
+            Asked(
+                row,
+                messages_from_json(row["prompt"]),
+                tuple(render_prompt(tokenizer, messages_from_json(row["prompt"]))),
+            )
+            for row in rows(PROMPTS * steps)
+        ]
+        given = Given(
+            config, tuned, Material(tokenizer, stop_ids(path, tokenizer), asked, [], [], []), ctx, torch.device("cpu")
+        )
         rewards = Rewards({"length": 1.0}, most=LONGEST, soft=0, seconds=1.0)
         rewards.functions = {"length": lambda cases: [reward(case.text) for case in cases]}
-        way = Groups(given, Drawing(given, asked, rewards, Habit(ANSWERS, 1.0, LONGEST, PROMPTS, PROMPTS, 1, 1, False)), Objective(), lambda made: group_advantages(made.rewards)).way()
+        way = Groups(
+            given,
+            Drawing(given, asked, rewards, Habit(ANSWERS, 1.0, LONGEST, PROMPTS, PROMPTS, 1, 1, False)),
+            Objective(),
+            lambda made: group_advantages(made.rewards),
+        ).way()
         plan, before = way.steps, 0.0
-    train(tuned.network, plan, way.loss, config.optimizer, Habits(10**6, told=way.told), scratch=scratch, progress=progress)
+    train(
+        tuned.network,
+        plan,
+        way.loss,
+        config.optimizer,
+        Habits(10**6, told=way.told),
+        scratch=scratch,
+        progress=progress,
+    )
     done = [row for row in progress.read_metrics() if "loss" in row][WARM:]
     units = PAIRS * len(done) if what == "dpo" else sum(row["length"] * PROMPTS * ANSWERS for row in done)
-    return {"units": units, "seconds": before + sum(row["seconds"] for row in done), "last": done[-1]["loss"] if what == "dpo" else done[-1]["reward"]}
+    return {
+        "units": units,
+        "seconds": before + sum(row["seconds"] for row in done),
+        "last": done[-1]["loss"] if what == "dpo" else done[-1]["reward"],
+    }
 
 
 def theirs(what: str, steps: int, scratch: Path) -> dict[str, float]:
@@ -108,22 +164,60 @@ def theirs(what: str, steps: int, scratch: Path) -> dict[str, float]:
 
     path = resolve(MODEL).path
     tokenizer = AutoTokenizer.from_pretrained(path)
-    usual: dict[str, Any] = {"output_dir": str(scratch), "max_steps": steps, "learning_rate": 1e-4, "bf16": False, "gradient_checkpointing": False, "use_cpu": True, "report_to": [], "optim": "adamw_torch_fused", "save_strategy": "no", "logging_steps": 1, "dataloader_pin_memory": False, "disable_tqdm": True}
+    usual: dict[str, Any] = {
+        "output_dir": str(scratch),
+        "max_steps": steps,
+        "learning_rate": 1e-4,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": [],
+        "optim": "adamw_torch_fused",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
     model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
     some = rows((PAIRS if what == "dpo" else PROMPTS) * steps)
     prompts = [tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in some]
     lengths: list[float] = []
     if what == "dpo":
-        data = Dataset.from_list([{"prompt": prompt, "chosen": row["chosen"][0]["content"], "rejected": row["rejected"][0]["content"]} for prompt, row in zip(prompts, some, strict=True)])
-        trainer: Any = DPOTrainer(model=model, args=DPOConfig(**usual, per_device_train_batch_size=PAIRS, max_length=None), train_dataset=data, processing_class=tokenizer, peft_config=LoraConfig(**LORA))
+        data = Dataset.from_list(
+            [
+                {"prompt": prompt, "chosen": row["chosen"][0]["content"], "rejected": row["rejected"][0]["content"]}
+                for prompt, row in zip(prompts, some, strict=True)
+            ]
+        )
+        trainer: Any = DPOTrainer(
+            model=model,
+            args=DPOConfig(**usual, per_device_train_batch_size=PAIRS, max_length=None),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA),
+        )
     else:
 
         def worth(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
             lengths.append(sum(map(len, completion_ids)))
             return [reward(text) for text in completions]
 
-        arguments = GRPOConfig(**usual, per_device_train_batch_size=PROMPTS * ANSWERS, num_generations=ANSWERS, max_completion_length=LONGEST, beta=0.0, temperature=1.0)
-        trainer = GRPOTrainer(model=model, reward_funcs=worth, args=arguments, train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), processing_class=tokenizer, peft_config=LoraConfig(**LORA))
+        arguments = GRPOConfig(
+            **usual,
+            per_device_train_batch_size=PROMPTS * ANSWERS,
+            num_generations=ANSWERS,
+            max_completion_length=LONGEST,
+            beta=0.0,
+            temperature=1.0,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=worth,
+            args=arguments,
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA),
+        )
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -134,12 +228,21 @@ def theirs(what: str, steps: int, scratch: Path) -> dict[str, float]:
     trainer.train()
     units = PAIRS * (steps - WARM) if what == "dpo" else sum(lengths[WARM:steps])
     log = [row for row in trainer.state.log_history if "loss" in row]
-    return {"units": units, "seconds": times[-1] - times[WARM - 1], "last": log[-1]["loss"] if what == "dpo" else log[-1]["reward"]}
+    return {
+        "units": units,
+        "seconds": times[-1] - times[WARM - 1],
+        "last": log[-1]["loss"] if what == "dpo" else log[-1]["reward"],
+    }
 
 
 def run(*words: str) -> dict[str, Any]:
     """Run the script in a process of its own: what it found, and the most memory it had."""
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    done = subprocess.run(
+        [sys.executable, __file__, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -159,7 +262,15 @@ def prepared(folder: Path) -> None:
     last: Any = resolve("asset:sarcasm-headlines")
     for name, config in (("data.chat", {"repeated": "drop"}), ("synthesize.verifiable", {"rows": 400})):
         step = stage(name)
-        last = execute(step, step.config.model_validate(config), {"data": last}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True).artifact
+        last = execute(
+            step,
+            step.config.model_validate(config),
+            {"data": last},
+            workspace,
+            seed=0,
+            open_engine=partial(open_engine, workspace=workspace),
+            quiet=True,
+        ).artifact
     os.environ["BENCHMARK_ROWS"] = str(last.path)
 
 
@@ -179,7 +290,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         prepared(Path(folder))
-        print("| what | way | a second | llmworks is faster by | MB | llmworks takes | in the last step |\n|---|---|---|---|---|---|---|")
+        print(
+            "| what | way | a second | llmworks is faster by | MB | llmworks takes | in the last step"
+            " |\n|---|---|---|---|---|---|---|"
+        )
         for what in args.what or ["dpo", "grpo"]:
             found: dict[str, list[dict[str, Any]]] = {"llmworks": [], "TRL": []}
             for _ in range(args.rounds):
@@ -191,7 +305,13 @@ def main() -> None:
                 mine_is = "llmworks"
                 mine = way == mine_is
                 unit = "pairs" if what == "dpo" else "tokens of answers"
-                print(f"| {what.upper()} | {way} | {speed[way]:.2f} {unit} | {'' if mine else f'{speed[mine_is] / speed[way]:.2f}'} | {memory[way]:.0f} | {'' if mine else f'{memory[mine_is] / memory[way]:.2f}'} | {'loss' if what == 'dpo' else 'reward'} {found[way][0]['last']:.3f} |", flush=True)
+                print(
+                    f"| {what.upper()} | {way} | {speed[way]:.2f} {unit} |"
+                    f" {'' if mine else f'{speed[mine_is] / speed[way]:.2f}'} | {memory[way]:.0f} |"
+                    f" {'' if mine else f'{memory[mine_is] / memory[way]:.2f}'} |"
+                    f" {'loss' if what == 'dpo' else 'reward'} {found[way][0]['last']:.3f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

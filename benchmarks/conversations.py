@@ -1,10 +1,15 @@
 """Template, tokens, mask and packing of 100,000 conversations, beside TRL and Axolotl, in one run.
 
-    python benchmarks/conversations.py --peers PYTHON [--axolotl FOLDER]      (about 15 minutes on two cores, 2 GB of disk)
+    python benchmarks/conversations.py --peers PYTHON [--axolotl FOLDER]
 
-The conversations are paragraphs of manuals of Debian 12, fetched with apt-get: a paragraph asks, the ones after it answer. PYTHON is an
-environment with trl==1.16.0; FOLDER an unpacked wheel of axolotl==0.19.0 (its environment also needs addict and colorama). Every tool is a
-process of its own with one worker; reading the JSONL (for us `data chat`, which also checks every turn) is told apart, all else counts, the
+Takes about 15 minutes on two cores, and 2 GB of disk.
+
+The conversations are paragraphs of manuals of Debian 12, fetched with apt-get: a paragraph asks, the ones after it
+answer. PYTHON is an
+environment with trl==1.16.0; FOLDER an unpacked wheel of axolotl==0.19.0 (its environment also needs addict and
+colorama). Every tool is a
+process of its own with one worker; reading the JSONL (for us `data chat`, which also checks every turn) is told apart,
+all else counts, the
 start of the process too. What TRL and Axolotl make is compared with ours, piece by piece.
 """
 
@@ -33,10 +38,11 @@ ROWS, LENGTH = 100_000, 2048
 MODEL = "asset:smollm2-135m-instruct"
 # SmolLM2's own template with the marks that TRL needs for a mask; it writes the same text.
 MARKED = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou"
+    " are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{% if message['role']"
+    " == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{%"
+    " endgeneration %}{{ '\n' }}{% else %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
+    " + '\n'}}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -53,7 +59,9 @@ def write_chats(path: Path, packages: Path) -> None:
                 found = [p for p in found if 30 <= len(p) <= 1500]
                 at = draw.randint(0, 3)
                 while at + 8 < len(found) and count < ROWS:
-                    messages = [{"role": "system", "content": "You are a helpful assistant."}] if draw.random() < 0.3 else []
+                    messages = (
+                        [{"role": "system", "content": "You are a helpful assistant."}] if draw.random() < 0.3 else []
+                    )
                     for _ in range(draw.choice((1, 1, 1, 2, 3))):
                         messages.append({"role": "user", "content": found[at]})
                         answers = draw.randint(1, 2)
@@ -82,7 +90,9 @@ def loaded(folder: Path, tool: str) -> Any:
 
     shutil.rmtree(folder / f"{tool}-cache", ignore_errors=True)  # nothing done before counts
     began = time.process_time()
-    rows = load_dataset("json", data_files=str(folder / "chats.jsonl"), split="train", cache_dir=str(folder / f"{tool}-cache"))
+    rows = load_dataset(
+        "json", data_files=str(folder / "chats.jsonl"), split="train", cache_dir=str(folder / f"{tool}-cache")
+    )
     (folder / f"{tool}.load").write_text(str(time.process_time() - began))
     return rows
 
@@ -96,23 +106,52 @@ def trl(folder: Path, model: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = loaded(folder, "trl")
-    config = SFTConfig(output_dir=str(folder / "trl"), packing=True, max_length=LENGTH, assistant_only_loss=True, use_cpu=True, bf16=False, report_to=[])
+    config = SFTConfig(
+        output_dir=str(folder / "trl"),
+        packing=True,
+        max_length=LENGTH,
+        assistant_only_loss=True,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+    )
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer, chat_template=MARKED, completion_only_loss=False)
     made = SFTTrainer._prepare_dataset(trainer, rows, tokenizer, config, True, None, "train")
     made.save_to_disk(str(folder / "trl-packed"))
 
 
 def axolotl(folder: Path, model: Path) -> None:
-    """In the peers' environment: Axolotl's chat template strategy over the rows, not yet packed (its packing happens as it trains)."""
+    """In the peers' environment: Axolotl's chat template strategy over the rows, not yet packed (its packing happens as
+    it trains).
+    """
     from addict import Dict
     from axolotl.prompt_strategies.chat_template import load
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = loaded(folder, "axolotl")
-    config = Dict({"sequence_len": LENGTH, "train_on_inputs": False, "tokenizer_use_mistral_common": False, "chat_template": "tokenizer_default", "eot_tokens": None})
-    strategy = load(tokenizer, config, {"type": "chat_template", "chat_template": "tokenizer_default", "field_messages": "messages", "train_on_eos": "turn"})
-    rows.map(strategy.tokenize_prompt, batched=True, remove_columns=rows.column_names).save_to_disk(str(folder / "axolotl-tokens"))
+    config = Dict(
+        {
+            "sequence_len": LENGTH,
+            "train_on_inputs": False,
+            "tokenizer_use_mistral_common": False,
+            "chat_template": "tokenizer_default",
+            "eot_tokens": None,
+        }
+    )
+    strategy = load(
+        tokenizer,
+        config,
+        {
+            "type": "chat_template",
+            "chat_template": "tokenizer_default",
+            "field_messages": "messages",
+            "train_on_eos": "turn",
+        },
+    )
+    rows.map(strategy.tokenize_prompt, batched=True, remove_columns=rows.column_names).save_to_disk(
+        str(folder / "axolotl-tokens")
+    )
 
 
 def digest(ids: Any, mask: Any) -> str:
@@ -169,7 +208,20 @@ def main() -> None:
     from llmworks.runtime.references import resolve
 
     if not (folder / "chats.jsonl").exists():
-        write_chats(folder / "chats.jsonl", fetch(folder, ("python3.11-doc", "postgresql-doc-15", "perl-doc", "manpages-dev", "rust-doc", "libreoffice-help-en-us")))
+        write_chats(
+            folder / "chats.jsonl",
+            fetch(
+                folder,
+                (
+                    "python3.11-doc",
+                    "postgresql-doc-15",
+                    "perl-doc",
+                    "manpages-dev",
+                    "rust-doc",
+                    "libreoffice-help-en-us",
+                ),
+            ),
+        )
     model = resolve(MODEL).path
     size = (folder / "chats.jsonl").stat().st_size
     print(f"{machine()}\n\n{ROWS:,} conversations, {size / 1e6:.0f} MB\n", flush=True)
@@ -179,8 +231,14 @@ def main() -> None:
     for name in ("chats", "packed"):
         (folder / name).unlink(missing_ok=True)
     read = timed([*program, "chat", str(folder / "chats.jsonl"), "--out", str(folder / "chats")], **environment)
-    pack = timed([*program, "pack", MODEL, str(folder / "chats"), "--out", str(folder / "packed"), "--set", f"length={LENGTH}"], **environment)
-    print("| tool | reading CPU-s | the rest CPU-s | rows per CPU-s | ratio | pieces equal to ours |\n|---|---|---|---|---|---|")
+    pack = timed(
+        [*program, "pack", MODEL, str(folder / "chats"), "--out", str(folder / "packed"), "--set", f"length={LENGTH}"],
+        **environment,
+    )
+    print(
+        "| tool | reading CPU-s | the rest CPU-s | rows per CPU-s | ratio | pieces equal to ours"
+        " |\n|---|---|---|---|---|---|"
+    )
     print(f"| llmworks | {read:.1f} | {pack:.1f} | {ROWS / pack:,.0f} | | |", flush=True)
     me = [str(Path(__file__).resolve()), "--folder", str(folder), "--model", str(model)]
     subprocess.run([sys.executable, *me, "--only", "pieces:llmworks"], check=True)
@@ -192,9 +250,18 @@ def main() -> None:
         cpu = timed([given.peers, *me, "--only", tool], **variables)
         load = float((folder / f"{tool}.load").read_text())
         cpu -= load
-        subprocess.run([given.peers, *me, "--only", f"pieces:{tool}"], check=True, env={**os.environ, **variables}, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [given.peers, *me, "--only", f"pieces:{tool}"],
+            check=True,
+            env={**os.environ, **variables},
+            stderr=subprocess.DEVNULL,
+        )
         theirs = Counter(json.loads((folder / f"{tool}.json").read_text()))
-        print(f"| {tool} | {load:.1f} | {cpu:.1f} | {ROWS / cpu:,.0f} | {cpu / pack:.1f} | {(own & theirs).total():,} of {own.total():,} (it made {theirs.total():,}) |", flush=True)
+        print(
+            f"| {tool} | {load:.1f} | {cpu:.1f} | {ROWS / cpu:,.0f} | {cpu / pack:.1f} | {(own & theirs).total():,} of"
+            f" {own.total():,} (it made {theirs.total():,}) |",
+            flush=True,
+        )
     manifest = json.loads((folder / "packed" / "manifest.json").read_text())
     print(f"\npacked: {manifest['metrics']}")
 

@@ -2,8 +2,10 @@
 
     python benchmarks/data.py [--datatrove PYTHON]      (about 12 minutes on two cores, 5 GB of disk)
 
-The documents are manuals, man pages and the kernel's sources of Debian 12, fetched with apt-get. Peers are installed beside llmworks: rensa, datasketch; datatrove
-lives in an environment of its own whose Python is named by --datatrove. Every measurement is a process of its own, so that CPU seconds and
+The documents are manuals, man pages and the kernel's sources of Debian 12, fetched with apt-get. Peers are installed
+beside llmworks: rensa, datasketch; datatrove
+lives in an environment of its own whose Python is named by --datatrove. Every measurement is a process of its own, so
+that CPU seconds and
 peak memory are those of the tool alone. Throughput is megabytes of UTF-8 text per CPU second.
 """
 
@@ -30,9 +32,20 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PACKAGES = (
-    "linux-source-6.1", "linux-doc-6.1", "rust-doc", "libboost1.74-doc", "postgresql-doc-15", "manpages-dev", "manpages", "perl-doc", "python3.11-doc",
-    "cppreference-doc-en-html", "libreoffice-help-en-us", "qtbase5-doc-html", "openjdk-17-doc",
-)  # fmt: skip
+    "linux-source-6.1",
+    "linux-doc-6.1",
+    "rust-doc",
+    "libboost1.74-doc",
+    "postgresql-doc-15",
+    "manpages-dev",
+    "manpages",
+    "perl-doc",
+    "python3.11-doc",
+    "cppreference-doc-en-html",
+    "libreoffice-help-en-us",
+    "qtbase5-doc-html",
+    "openjdk-17-doc",
+)
 MANUALS_BYTES, SOURCES_BYTES = 110_000_000, 280_000_000
 NATURAL = 0.2  # Jaccard similarity from which documents of the base are taken for near-duplicates of one another
 COPIES = 2000  # near-duplicates of each kind
@@ -55,7 +68,11 @@ def fetch(folder: Path, packages: Sequence[str] = PACKAGES) -> Path:
 
 def manuals(root: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of every page, in a fixed shuffled order; tags and macros are taken out."""
-    files = sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink() and p.name.endswith((".html", ".rst.txt", ".pod", ".gz")))
+    files = sorted(
+        p
+        for p in root.rglob("*")
+        if p.is_file() and not p.is_symlink() and p.name.endswith((".html", ".rst.txt", ".pod", ".gz"))
+    )
     random.Random(0).shuffle(files)
     for path in files:
         try:
@@ -98,12 +115,22 @@ def edited(text: str, share: float, rng: random.Random, words: list[str]) -> str
     out: list[str] = []
     for word in re.findall(r"\w+|\W+", text):
         kind = rng.random() / share if word[0].isalnum() else 1
-        out.append(word if kind >= 1 else rng.choice(words) if kind < 1 / 3 else "" if kind < 2 / 3 else f"{word} {rng.choice(words)}")
+        out.append(
+            word
+            if kind >= 1
+            else rng.choice(words)
+            if kind < 1 / 3
+            else ""
+            if kind < 2 / 3
+            else f"{word} {rng.choice(words)}"
+        )
     return "".join(out)
 
 
 def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Documents of which no two are alike by nature: found with many more candidates and a much lower bound than what is measured."""
+    """Documents of which no two are alike by nature: found with many more candidates and a much lower bound than what
+    is measured.
+    """
     import numpy as np
 
     from llmworks.core.artifact import Dataset
@@ -138,7 +165,9 @@ def write(folder: Path, name: str, rows: list[tuple[str, str]]) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Write `manuals`, `corpus` (manuals and sources, shuffled) and `labelled` (those unlike one another, with edited copies)."""
+    """Write `manuals`, `corpus` (manuals and sources, shuffled) and `labelled` (those unlike one another, with edited
+    copies).
+    """
     if (folder / "labelled.jsonl").exists():
         return
     rng = random.Random(1)
@@ -160,7 +189,11 @@ def prepare(folder: Path) -> None:
 def peak_of(process: int) -> int:
     """The largest resident memory of a process so far, in kB; 0 when it is gone."""
     try:
-        return int(next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+        return int(
+            next(
+                line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM")
+            ).split()[1]
+        )
     except (OSError, StopIteration):
         return 0
 
@@ -190,13 +223,24 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def pair_scores(pairs: set[tuple[str, str]]) -> dict[str, float]:
     """Recall by kind of edit and precision of pairs of ids."""
+
     def original(id: str) -> str:
         return id[4:] if id[:4] in ("e05:", "e10:") else id
 
     right = {pair for pair in pairs if original(pair[0]) == original(pair[1])}
     out = {"precision": len(right) / max(1, len(pairs))}
     for kind in ("e05", "e10"):
-        out[f"recall {kind[1:]}%"] = len({id for pair in right for id in pair if id.startswith(kind) and any(not other.startswith("e") for other in pair)}) / COPIES
+        out[f"recall {kind[1:]}%"] = (
+            len(
+                {
+                    id
+                    for pair in right
+                    for id in pair
+                    if id.startswith(kind) and any(not other.startswith("e") for other in pair)
+                }
+            )
+            / COPIES
+        )
     return out
 
 
@@ -304,7 +348,8 @@ def filters_llmworks(folder: Path) -> dict[str, Any]:
 DATATROVE = """
 import json, sys, time
 from datatrove.data import Document
-from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter
+from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
 rows = [json.loads(line) for _, line in zip(range(int(sys.argv[2])), open(sys.argv[1]))]
 filters = [GopherQualityFilter(), GopherRepetitionFilter(), C4QualityFilter(), FineWebQualityFilter()]
 filters[0].filter(Document(text="warm up. " * 20, id="0"))
@@ -325,7 +370,9 @@ def exact(folder: Path) -> dict[str, Any]:
     from llmworks.data.duplicates.clusters import groups_of_equals
     from llmworks.data.duplicates.exact import hash_texts
 
-    column = pa.concat_tables([pq.read_table(p, columns=["text"]) for p in sorted((folder / "corpus").glob("*.parquet"))])["text"]
+    column = pa.concat_tables(
+        [pq.read_table(p, columns=["text"]) for p in sorted((folder / "corpus").glob("*.parquet"))]
+    )["text"]
     flat = [text.encode() for text in column.to_pylist()]
     began = time.process_time()
     for _ in range(20):
@@ -382,10 +429,15 @@ CHAIN = (
 
 
 def chain(folder: Path, share: float) -> dict[str, Any]:
-    """The stages of recipes/corpus.yaml one after the other on a share of the corpus, with two workers; the peak is of the largest process."""
+    """The stages of recipes/corpus.yaml one after the other on a share of the corpus, with two workers; the peak is of
+    the largest process.
+    """
     lines = (folder / "corpus.jsonl").read_bytes().splitlines(keepends=True)
     chosen = lines[: int(len(lines) * share)]
-    out: dict[str, Any] = {"documents": len(chosen), "bytes": sum(len(json.loads(line)["text"].encode()) for line in chosen)}
+    out: dict[str, Any] = {
+        "documents": len(chosen),
+        "bytes": sum(len(json.loads(line)["text"].encode()) for line in chosen),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw"
         raw.mkdir()
@@ -393,19 +445,46 @@ def chain(folder: Path, share: float) -> dict[str, Any]:
             (raw / f"{number:06d}.jsonl").write_bytes(b"".join(chosen[number : number + 2000]))
         del lines, chosen
         config = Path(scratch) / "clean.yaml"
-        config.write_text("gopher_quality: {min_alpha_words: 0.5}\nc4: {terminal_punctuation: false, min_sentences: 2, curly_brackets: false}\n")
+        config.write_text(
+            "gopher_quality: {min_alpha_words: 0.5}\nc4: {terminal_punctuation: false, min_sentences: 2,"
+            " curly_brackets: false}\n"
+        )
         stop, peaks = threading.Event(), dict[int, int]()
         watch = threading.Thread(target=peaks_below, args=(os.getpid(), stop, peaks), daemon=True)
         watch.start()
         began = time.monotonic()
         for stage, source, settings in CHAIN:
-            words = ["data", stage, "--data", str(raw if source == "data" else Path(scratch) / source), "--out", str(Path(scratch) / stage), "--workers", "2", "--quiet"]
+            words = [
+                "data",
+                stage,
+                "--data",
+                str(raw if source == "data" else Path(scratch) / source),
+                "--out",
+                str(Path(scratch) / stage),
+                "--workers",
+                "2",
+                "--quiet",
+            ]
             if stage == "decontaminate":
                 words += ["--tests", "humaneval=asset:humaneval", "--tests", "ifbench=asset:ifbench"]
             if stage == "clean":
                 words += ["--config", str(config)]
             at = time.monotonic()
-            done = subprocess.run([sys.executable, "-m", "llmworks.cli", *words, *settings, "--workspace", str(Path(scratch) / "ws"), "--json"], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "llmworks.cli",
+                    *words,
+                    *settings,
+                    "--workspace",
+                    str(Path(scratch) / "ws"),
+                    "--json",
+                ],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             out[stage] = round(time.monotonic() - at, 1)
             out[f"{stage} documents"] = json.loads(done.stdout)["metrics"]["documents"]
         out["seconds"] = time.monotonic() - began
@@ -416,14 +495,26 @@ def chain(folder: Path, share: float) -> dict[str, Any]:
 
 
 MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "near_llmworks": near_llmworks, "near_rensa": near_rensa, "near_datasketch": near_datasketch, "filters_llmworks": filters_llmworks,
-    "exact": exact, "encode": encode, "language": language, "chain_half": partial(chain, share=0.5), "chain_whole": partial(chain, share=1.0),
-}  # fmt: skip
+    "near_llmworks": near_llmworks,
+    "near_rensa": near_rensa,
+    "near_datasketch": near_datasketch,
+    "filters_llmworks": filters_llmworks,
+    "exact": exact,
+    "encode": encode,
+    "language": language,
+    "chain_half": partial(chain, share=0.5),
+    "chain_whole": partial(chain, share=1.0),
+}
 
 
 def measured(name: str, folder: Path) -> dict[str, Any]:
     """Run one measurement in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--measure", name, "--folder", str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", name, "--folder", str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -433,30 +524,62 @@ def report(folder: Path, datatrove: str) -> None:
     rows = rows_of(folder / "labelled.jsonl")
     size = sum(len(row["text"].encode()) for row in rows) / MB
     corpus = rows_of(folder / "corpus.jsonl")
-    print(f"corpus: {len(corpus):,} documents, {sum(len(row['text'].encode()) for row in corpus) / MB:.0f} MB; labelled: {len(rows):,} documents, {size:.0f} MB\n\n| near-duplicates | MB/CPU-s | recall 5 % | recall 10 % | precision | peak GB |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        f"corpus: {len(corpus):,} documents, {sum(len(row['text'].encode()) for row in corpus) / MB:.0f} MB; labelled:"
+        f" {len(rows):,} documents, {size:.0f} MB\n\n| near-duplicates | MB/CPU-s | recall 5 % | recall 10 % |"
+        " precision | peak GB |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     for name in ("near_llmworks", "near_rensa", "near_datasketch"):
         m = measured(name, folder)
-        print(f"| {name[5:]} | {size / m['seconds']:.1f} | {m['recall 05%']:.3f} | {m['recall 10%']:.3f} | {m['precision']:.3f} | {m['peak'] / 1e6:.2f} |", flush=True)
+        print(
+            f"| {name[5:]} | {size / m['seconds']:.1f} | {m['recall 05%']:.3f} | {m['recall 10%']:.3f} |"
+            f" {m['precision']:.3f} | {m['peak'] / 1e6:.2f} |",
+            flush=True,
+        )
     print("\n| what | llmworks | peer | ratio |\n|---|---|---|---|")
     ours = measured("filters_llmworks", folder)
     own = ours["bytes"] / MB / ours["seconds"]
     if datatrove:
-        done = subprocess.run([datatrove, "-c", DATATROVE, str(folder / "manuals.jsonl"), str(FILTER_ROWS)], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [datatrove, "-c", DATATROVE, str(folder / "manuals.jsonl"), str(FILTER_ROWS)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         theirs = json.loads(done.stdout.splitlines()[-1])
         other = theirs["bytes"] / MB / theirs["seconds"]
-        print(f"| four rule sets, {FILTER_ROWS:,} manuals | {own:.2f} MB/CPU-s | datatrove {other:.3f} MB/CPU-s | {own / other:.1f} |")
+        print(
+            f"| four rule sets, {FILTER_ROWS:,} manuals | {own:.2f} MB/CPU-s | datatrove {other:.3f} MB/CPU-s |"
+            f" {own / other:.1f} |"
+        )
     print(f"| four rule sets, all manuals | {ours['whole MB/CPU-s']} MB/CPU-s | | |", flush=True)
     m = measured("exact", folder)
-    print(f"| exact duplicates by bytes | {m['seconds']:.3f} CPU-s for {m['bytes'] / MB:.0f} MB | xxh3 alone {m['xxh3 seconds']:.3f} | {m['seconds'] / m['xxh3 seconds']:.2f} of its time |", flush=True)
+    print(
+        f"| exact duplicates by bytes | {m['seconds']:.3f} CPU-s for {m['bytes'] / MB:.0f} MB | xxh3 alone"
+        f" {m['xxh3 seconds']:.3f} | {m['seconds'] / m['xxh3 seconds']:.2f} of its time |",
+        flush=True,
+    )
     m = measured("encode", folder)
-    print(f"| bulk encoding, ids identical: {m['identical']} | {m['bytes'] / MB / m['seconds']:.1f} MB/CPU-s | tokenizers {m['bytes'] / MB / m['tokenizers seconds']:.1f} MB/CPU-s | {m['tokenizers seconds'] / m['seconds']:.1f} |", flush=True)
+    print(
+        f"| bulk encoding, ids identical: {m['identical']} | {m['bytes'] / MB / m['seconds']:.1f} MB/CPU-s | tokenizers"
+        f" {m['bytes'] / MB / m['tokenizers seconds']:.1f} MB/CPU-s | {m['tokenizers seconds'] / m['seconds']:.1f} |",
+        flush=True,
+    )
     m = measured("language", folder)
     print(f"| languages | {m['documents'] / m['seconds']:,.0f} documents/CPU-s | | |", flush=True)
-    print("\n| chain, two workers | documents | MB | s | MB/s | largest process GB | seconds by stage |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| chain, two workers | documents | MB | s | MB/s | largest process GB | seconds by stage"
+        " |\n|---|---|---|---|---|---|---|"
+    )
     for name in ("chain_half", "chain_whole"):
         m = measured(name, folder)
         stages = ", ".join(f"{stage} {m[stage]}" for stage, _, _ in CHAIN)
-        print(f"| {name[6:]} | {m['documents']:,} | {m['bytes'] / MB:.0f} | {m['seconds']:.0f} | {m['bytes'] / MB / m['seconds']:.2f} | {m['peak'] / 1e6:.2f} | {stages} |", flush=True)
+        print(
+            f"| {name[6:]} | {m['documents']:,} | {m['bytes'] / MB:.0f} | {m['seconds']:.0f} |"
+            f" {m['bytes'] / MB / m['seconds']:.2f} | {m['peak'] / 1e6:.2f} | {stages} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

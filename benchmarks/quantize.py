@@ -1,4 +1,5 @@
-"""Quantization beside llm-compressor, gptqmodel and hqq: what 4 bits in groups of 64 take from a model, and how long it takes to find them.
+"""Quantization beside llm-compressor, gptqmodel and hqq: what 4 bits in groups of 64 take from a model, and how long it
+takes to find them.
 
     python -m venv ONE; ONE/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1 hqq==0.2.8.post1
     python -m venv TWO; TWO/bin/pip install torch==2.13.0; TWO/bin/pip install --no-build-isolation gptqmodel==7.6.0
@@ -6,8 +7,11 @@
     python benchmarks/quantize.py --texts 16 --only gptq                  (ours alone, a few minutes)
     python benchmarks/quantize.py --depths                                (memory by the number of blocks, five minutes)
 
-The same model (SmolLM2-135M-Instruct, fp32), the same tokens to calibrate by (beginnings of Wikipedia articles, joined, texts of 512 tokens), the same others to measure on: the divergence from the model as it was in nats a token, the
-share of tokens of the same best guess, the perplexity within each text. The peers' results are read from what they saved, and measured by the same code. Seconds are from the loaded model to the saved one (ours reads the model in them, looks at golden tokens and draws its report); memory is a process's most.
+The same model (SmolLM2-135M-Instruct, fp32), the same tokens to calibrate by (beginnings of Wikipedia articles, joined,
+texts of 512 tokens), the same others to measure on: the divergence from the model as it was in nats a token, the
+share of tokens of the same best guess, the perplexity within each text. The peers' results are read from what they
+saved, and measured by the same code. Seconds are from the loaded model to the saved one (ours reads the model in them,
+looks at golden tokens and draws its report); memory is a process's most.
 """
 
 from __future__ import annotations
@@ -27,8 +31,13 @@ from quantize_peers import WAYS as PEERS
 
 MODEL, LENGTH, HELD = "asset:smollm2-135m-instruct", 512, 32
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "zeropoint": ("zeropoint", {}), "absmax": ("absmax", {}), "gptq": ("gptq", {}), "gptq, zero points": ("gptq", {"symmetric": False}), "awq": ("awq", {}), "hqq": ("hqq", {}),
-}  # fmt: skip
+    "zeropoint": ("zeropoint", {}),
+    "absmax": ("absmax", {}),
+    "gptq": ("gptq", {}),
+    "gptq, zero points": ("gptq", {"symmetric": False}),
+    "awq": ("awq", {}),
+    "hqq": ("hqq", {}),
+}
 
 
 def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
@@ -57,7 +66,12 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(out, Path(scratch), 0, Progress(quiet=True), ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
         began = time.perf_counter()
-        made: Any = step.function(step.config.model_validate({"held": 0, **({"texts": len(texts)} if looks else {}), **config}), model, context, data=model)
+        made: Any = step.function(
+            step.config.model_validate({"held": 0, **({"texts": len(texts)} if looks else {}), **config}),
+            model,
+            context,
+            data=model,
+        )
         seconds = time.perf_counter() - began
     assert isinstance(made, Model)
     return {"seconds": seconds, "bits": made.metrics["bits_a_weight"]}
@@ -83,7 +97,12 @@ def damage(path: Path, tokens: Path) -> dict[str, float]:
             old_loss += float(F.nll_loss(old[:-1], ids[1:]))
             new_loss += float(F.nll_loss(new[:-1], ids[1:]))
     count = len(held)
-    return {"kl": kl / count, "same": same / count, "before": float(np.exp(old_loss / count)), "perplexity": float(np.exp(new_loss / count))}
+    return {
+        "kl": kl / count,
+        "same": same / count,
+        "before": float(np.exp(old_loss / count)),
+        "perplexity": float(np.exp(new_loss / count)),
+    }
 
 
 def depths(place: Path) -> None:
@@ -98,14 +117,33 @@ def depths(place: Path) -> None:
     print("| model | in fp32 MB | a block MB | gptq MB | awq MB |\n|---|---|---|---|---|")
     for layers in (4, 16):
         torch.manual_seed(0)
-        model = DecoderForCausalLM(DecoderConfig(shape={"vocabulary": 49152, "width": 1024, "layers": layers, "heads": 16, "kv_heads": 4, "hidden": 2816, "context": 256}))
+        model = DecoderForCausalLM(
+            DecoderConfig(
+                shape={
+                    "vocabulary": 49152,
+                    "width": 1024,
+                    "layers": layers,
+                    "heads": 16,
+                    "kv_heads": 4,
+                    "hidden": 2816,
+                    "context": 256,
+                }
+            )
+        )
         path = place / str(layers)
         save_decoder(model, path)
         copy_rest(resolve(MODEL).path, path)
-        whole, block = (sum(weight.numel() for weight in some.parameters()) * 4e-6 for some in (model, model.decoder.blocks[0]))
+        whole, block = (
+            sum(weight.numel() for weight in some.parameters()) * 4e-6 for some in (model, model.decoder.blocks[0])
+        )
         del model
         found = [run([sys.executable, __file__, "--deep", str(path), method]) for method in ("gptq", "awq")]
-        print(f"| {layers} blocks of width 1024 | {whole:.0f} | {block:.0f} | " + " | ".join(f"{one['memory'] / 1e6:.0f}" for one in found) + " |", flush=True)
+        print(
+            f"| {layers} blocks of width 1024 | {whole:.0f} | {block:.0f} | "
+            + " | ".join(f"{one['memory'] / 1e6:.0f}" for one in found)
+            + " |",
+            flush=True,
+        )
 
 
 def deep(path: Path, method: str) -> dict[str, float]:
@@ -128,7 +166,12 @@ def deep(path: Path, method: str) -> dict[str, float]:
         context = Context(Path(out), Path(scratch), 0, Progress(quiet=True), ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
         before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         with peak_memory() as memory:
-            step.function(step.config.model_validate({"held": 0, "texts": 16, "length": 128}), Model(path), context, data=Model(path))
+            step.function(
+                step.config.model_validate({"held": 0, "texts": 16, "length": 128}),
+                Model(path),
+                context,
+                data=Model(path),
+            )
     return {"memory": memory.peak - before}
 
 
@@ -147,19 +190,43 @@ def prepared(texts: int, file: Path) -> None:
 
     workspace = Workspace(file.parent / "ws")
     step = stage("data.read")
-    read: Any = execute(step, step.config.model_validate({"text_field": "0", "keep_fields": []}), {"data": resolve("asset:wikipedia-sample")}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True).artifact
+    read: Any = execute(
+        step,
+        step.config.model_validate({"text_field": "0", "keep_fields": []}),
+        {"data": resolve("asset:wikipedia-sample")},
+        workspace,
+        seed=0,
+        open_engine=partial(open_engine, workspace=workspace),
+        quiet=True,
+    ).artifact
     ids, held = calibration(load_tokenizer(resolve(MODEL).path), read, texts, HELD, LENGTH, 0)
     np.savez(file, texts=ids.numpy(), held=held.numpy())
 
 
 def has(python: str, module: str) -> bool:
     """Whether a Python can import it."""
-    return subprocess.run([python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"]).returncode == 0
+    return (
+        subprocess.run(
+            [python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"]
+        ).returncode
+        == 0
+    )
 
 
 def run(command: list[str]) -> dict[str, Any]:
     """A process of its own: the last line of what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "GPTQMODEL_CPU_WORKERS": "2"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "",
+            "GPTQMODEL_CPU_WORKERS": "2",
+        },
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -172,7 +239,9 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--only", action="append", default=[], help="ways whose names begin so")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--peers", action="append", default=[], help="a Python that has llmcompressor, hqq or gptqmodel")
+    parser.add_argument(
+        "--peers", action="append", default=[], help="a Python that has llmcompressor, hqq or gptqmodel"
+    )
     parser.add_argument("--depths", action="store_true", help="memory by the number of blocks")
     parser.add_argument("--deep", nargs=2, metavar=("PATH", "METHOD"), help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=3, metavar=("NAME", "TOKENS", "OUT"), help=argparse.SUPPRESS)
@@ -195,24 +264,46 @@ def main() -> None:
         return
     from llmworks.runtime.references import resolve
 
-    peers = {f"{name} (peer)" if name in OURS else name: (python, name) for name, module in PEERS.items() for python in args.peers if has(python, module)}
+    peers = {
+        f"{name} (peer)" if name in OURS else name: (python, name)
+        for name, module in PEERS.items()
+        for python in args.peers
+        if has(python, module)
+    }
     names = [*OURS, *peers]
     chosen = [name for name in names if not args.only or any(name.startswith(some) for some in args.only)]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         prepared(args.texts, place / "tokens.npz")
-        print("| way | nats a token | same best guess | perplexity | bits a weight | seconds | MB |\n|---|---|---|---|---|---|---|")
+        print(
+            "| way | nats a token | same best guess | perplexity | bits a weight | seconds | MB"
+            " |\n|---|---|---|---|---|---|---|"
+        )
         for number, name in enumerate(chosen):
             out = place / f"made-{number}"
             if name in OURS:
                 made = run([sys.executable, __file__, "--one", name, str(place / "tokens.npz"), str(out)])
             else:
-                made = run([peers[name][0], str(Path(__file__).with_name("quantize_peers.py")), peers[name][1], str(resolve(MODEL).path), str(place / "tokens.npz"), str(out), str(args.threads)])
+                made = run(
+                    [
+                        peers[name][0],
+                        str(Path(__file__).with_name("quantize_peers.py")),
+                        peers[name][1],
+                        str(resolve(MODEL).path),
+                        str(place / "tokens.npz"),
+                        str(out),
+                        str(args.threads),
+                    ]
+                )
             lost = run([sys.executable, __file__, "--damage", str(out), str(place / "tokens.npz")])
             if not number:
                 print(f"| as it was | 0 | 100 % | {lost['before']:.3f} | 32 | | |", flush=True)
             bits = f"{made['bits']:.2f}" if "bits" in made else ""
-            print(f"| {name} | {lost['kl']:.4f} | {lost['same']:.1%} | {lost['perplexity']:.3f} | {bits} | {made['seconds']:.0f} | {made['megabytes']:.0f} |", flush=True)
+            print(
+                f"| {name} | {lost['kl']:.4f} | {lost['same']:.1%} | {lost['perplexity']:.3f} | {bits} |"
+                f" {made['seconds']:.0f} | {made['megabytes']:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""A model quantized by another package, for `quantize.py`, which runs this by the Python that has the package: WAY MODEL TOKENS OUT THREADS. Prints seconds and megabytes."""
+"""A model quantized by another package, for `quantize.py`, which runs this by the Python that has the package: WAY
+MODEL TOKENS OUT THREADS.
+
+Prints seconds and megabytes.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,12 @@ import numpy as np
 import torch
 
 WAYS = {  # the module that a Python must have
-    "llm-compressor RTN": "llmcompressor", "llm-compressor GPTQ": "llmcompressor", "llm-compressor AWQ": "llmcompressor",
-    "gptqmodel GPTQ": "gptqmodel", "hqq": "hqq",
-}  # fmt: skip
+    "llm-compressor RTN": "llmcompressor",
+    "llm-compressor GPTQ": "llmcompressor",
+    "llm-compressor AWQ": "llmcompressor",
+    "gptqmodel GPTQ": "gptqmodel",
+    "hqq": "hqq",
+}
 
 
 def llm_compressor(way: str, path: str, ids: Any, out: str) -> float:
@@ -30,14 +37,26 @@ def llm_compressor(way: str, path: str, ids: Any, out: str) -> float:
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     weights = QuantizationArgs(num_bits=4, type="int", symmetric="AWQ" not in way, strategy="group", group_size=64)
-    given: dict[str, Any] = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
+    given: dict[str, Any] = {
+        "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        "ignore": ["lm_head"],
+    }
     recipe: list[Any] = [GPTQModifier(**given) if "GPTQ" in way else QuantizationModifier(**given)]
     if "AWQ" in way:
         from llmcompressor.modifiers.transform.awq import AWQModifier
 
         IntermediatesCache.pin_memory = lambda *_: None  # which needs a GPU
         recipe.insert(0, AWQModifier())
-    more = {} if "RTN" in way else {"dataset": Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()}), "num_calibration_samples": len(ids), "max_seq_length": ids.shape[1], "shuffle_calibration_samples": False}
+    more = (
+        {}
+        if "RTN" in way
+        else {
+            "dataset": Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()}),
+            "num_calibration_samples": len(ids),
+            "max_seq_length": ids.shape[1],
+            "shuffle_calibration_samples": False,
+        }
+    )
     began = time.perf_counter()
     oneshot(model=model, tokenizer=AutoTokenizer.from_pretrained(path), recipe=recipe, **more)
     model.save_pretrained(out, save_compressed=True)
@@ -50,9 +69,17 @@ def gptqmodel(way: str, path: str, ids: Any, out: str) -> float:
     from gptqmodel.quantization.config import GPTQConfig
 
     for some in (ids[:2], ids):
-        model = GPTQModel.load(path, GPTQConfig(bits=4, group_size=64, sym=True, device="cpu", offload_to_disk=False), dtype=torch.float32)
+        model = GPTQModel.load(
+            path, GPTQConfig(bits=4, group_size=64, sym=True, device="cpu", offload_to_disk=False), dtype=torch.float32
+        )
         began = time.perf_counter()
-        model.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in some], batch_size=1, calibration_sort=None, calibration_concat_size=None, backend=BACKEND.GPTQ_TORCH)
+        model.quantize(
+            [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in some],
+            batch_size=1,
+            calibration_sort=None,
+            calibration_concat_size=None,
+            backend=BACKEND.GPTQ_TORCH,
+        )
     model.save(out)
     return time.perf_counter() - began
 
@@ -67,7 +94,13 @@ def hqq(way: str, path: str, ids: Any, out: str) -> float:
     for name, layer in list(model.named_modules()):
         if type(layer) is torch.nn.Linear and name != "lm_head":
             began = time.perf_counter()
-            made = HQQLinear(layer, BaseQuantizeConfig(nbits=4, group_size=64, axis=1), compute_dtype=torch.float32, device="cpu", del_orig=False)
+            made = HQQLinear(
+                layer,
+                BaseQuantizeConfig(nbits=4, group_size=64, axis=1),
+                compute_dtype=torch.float32,
+                device="cpu",
+                del_orig=False,
+            )
             seconds += time.perf_counter() - began
             layer.weight.data = made.dequantize()
     model.save_pretrained(out)

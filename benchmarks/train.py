@@ -1,11 +1,15 @@
-"""Fine-tuning beside TRL in one run: tokens a second (padding not counted) and memory, of an adapter and of all weights.
+"""Fine-tuning beside TRL in one run: tokens a second (padding not counted) and memory, of an adapter and of all
+weights.
 
     python benchmarks/train.py                          (half an hour on two cores)
     python benchmarks/train.py --method lora --data calls --rounds 1
 
-Ours is the loop of `train.sft`; theirs is TRL's SFTTrainer, unpacked (each batch padded to its longest row) and packed (`packing=True`, best fit). The same
-model, token ids, labels, batches of as many rows (packed: as many tokens), fused AdamW, fp32 and no checkpointing, which are right on a CPU. Each is a
-process of its own, in turns. `calls`: function calls, short answers to long prompts; `texts`: beginnings of articles, of which every token is learned.
+Ours is the loop of `train.sft`; theirs is TRL's SFTTrainer, unpacked (each batch padded to its longest row) and packed
+(`packing=True`, best fit). The same
+model, token ids, labels, batches of as many rows (packed: as many tokens), fused AdamW, fp32 and no checkpointing,
+which are right on a CPU. Each is a
+process of its own, in turns. `calls`: function calls, short answers to long prompts; `texts`: beginnings of articles,
+of which every token is learned.
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ def examples(what: str, model: Path, count: int) -> list[dict[str, Any]]:
     use_template(tokenizer, "tools")
     if what == "texts":
         lines = (assets.fetch("wikipedia-sample") / "wikipedia.jsonl").read_text().splitlines()
-        rows: list[dict[str, Any]] = [{"id": str(i), "text": json.loads(line)["0"][:2000]} for i, line in enumerate(lines)]
+        rows: list[dict[str, Any]] = [
+            {"id": str(i), "text": json.loads(line)["0"][:2000]} for i, line in enumerate(lines)
+        ]
     else:
         rows = read_chat(Dataset(Path(os.environ["BENCHMARK_CHATS"])))
     made = [e for e in (make_example(tokenizer, row, 1024) for row in rows) if isinstance(e, Example)]
@@ -63,11 +69,22 @@ def ours(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path) -> 
     tuned = open_tuned(resolve(MODEL).path)
     torch.manual_seed(0)
     prepare(tuned, config)
-    plan = Steps([Example(tuple(r["ids"]), tuple(r["mask"])) for r in rows], epochs=1, size=ROWS, accumulation=1, seed=0, free=True)
+    plan = Steps(
+        [Example(tuple(r["ids"]), tuple(r["mask"])) for r in rows],
+        epochs=1,
+        size=ROWS,
+        accumulation=1,
+        seed=0,
+        free=True,
+    )
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
     train(tuned.network, plan[:steps], packed_loss, config.optimizer, Habits(10**6), scratch=scratch, progress=progress)
     done = progress.read_metrics()[WARM:]
-    return {"tokens": sum(r["tokens"] for r in done), "seconds": sum(r["seconds"] for r in done), "loss": done[-1]["loss"]}
+    return {
+        "tokens": sum(r["tokens"] for r in done),
+        "seconds": sum(r["seconds"] for r in done),
+        "loss": done[-1]["loss"],
+    }
 
 
 def theirs(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path, *, packed: bool) -> dict[str, float]:
@@ -86,13 +103,38 @@ def theirs(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path, *
     mean = sum(len(r["ids"]) for r in rows) / len(rows)
     room = max(max(len(r["ids"]) for r in rows), int(ROWS * mean))
     arguments = SFTConfig(
-        output_dir=str(scratch), per_device_train_batch_size=1 if packed else ROWS, max_length=room if packed else None, packing=packed, completion_only_loss=True, max_steps=steps, learning_rate=1e-3 if method == "lora" else 5e-5, bf16=False, gradient_checkpointing=False,
-        use_cpu=True, report_to=[], optim="adamw_torch_fused", save_strategy="no", logging_steps=1, dataloader_pin_memory=False, disable_tqdm=True, dataset_num_proc=1,
-    )  # fmt: skip
+        output_dir=str(scratch),
+        per_device_train_batch_size=1 if packed else ROWS,
+        max_length=room if packed else None,
+        packing=packed,
+        completion_only_loss=True,
+        max_steps=steps,
+        learning_rate=1e-3 if method == "lora" else 5e-5,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to=[],
+        optim="adamw_torch_fused",
+        save_strategy="no",
+        logging_steps=1,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        dataset_num_proc=1,
+    )
     data = Dataset.from_list([{"input_ids": list(r["ids"]), "completion_mask": list(r["mask"])} for r in rows])
     model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if method == "lora" else None
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(path), peft_config=adapter)
+    adapter = (
+        LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        if method == "lora"
+        else None
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=adapter,
+    )
     times: list[float] = []
     tokens: list[int] = []
 
@@ -109,12 +151,21 @@ def theirs(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path, *
     trainer.data_collator = counted
     trainer.add_callback(Clock())
     trainer.train()
-    return {"tokens": sum(tokens[WARM:steps]), "seconds": times[-1] - times[WARM - 1], "loss": trainer.state.log_history[-2].get("loss", 0.0)}
+    return {
+        "tokens": sum(tokens[WARM:steps]),
+        "seconds": times[-1] - times[WARM - 1],
+        "loss": trainer.state.log_history[-2].get("loss", 0.0),
+    }
 
 
 def run(*words: str) -> dict[str, Any]:
     """Run the script in a process of its own: what it found, and the most memory it had."""
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    done = subprocess.run(
+        [sys.executable, __file__, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -132,7 +183,15 @@ def prepared(folder: Path) -> None:
 
     chat = stage("data.chat")
     workspace = Workspace(folder / "ws")
-    made = execute(chat, chat.config.model_validate({"format": "bfcl"}), {"data": resolve("asset:bfcl-simple")}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True)
+    made = execute(
+        chat,
+        chat.config.model_validate({"format": "bfcl"}),
+        {"data": resolve("asset:bfcl-simple")},
+        workspace,
+        seed=0,
+        open_engine=partial(open_engine, workspace=workspace),
+        quiet=True,
+    )
     os.environ["BENCHMARK_CHATS"] = str(made.artifact.path)
 
 
@@ -151,23 +210,37 @@ def main() -> None:
         way, method, data, steps = args.one
         rows = examples(data, resolve(MODEL).path, int(steps) * ROWS)
         with tempfile.TemporaryDirectory() as scratch:
-            found = ours(method, rows, int(steps), Path(scratch)) if way == "llmworks" else theirs(method, rows, int(steps), Path(scratch), packed=way.endswith("packed"))
+            found = (
+                ours(method, rows, int(steps), Path(scratch))
+                if way == "llmworks"
+                else theirs(method, rows, int(steps), Path(scratch), packed=way.endswith("packed"))
+            )
         print(json.dumps({**found, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
         return
     with tempfile.TemporaryDirectory() as folder:
         prepared(Path(folder))
-        print("| what | way | tokens a second | llmworks is faster by | MB | llmworks takes | loss of the last step |\n|---|---|---|---|---|---|---|")
+        print(
+            "| what | way | tokens a second | llmworks is faster by | MB | llmworks takes | loss of the last step"
+            " |\n|---|---|---|---|---|---|---|"
+        )
         for method in args.method or ["lora", "full"]:
             for data in args.data or ["calls", "texts"]:
                 found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
                 for _ in range(args.rounds):
                     for way in WAYS:
                         found[way].append(run("--one", way, method, data, str(args.steps)))
-                speed = {way: statistics.median(r["tokens"] / r["seconds"] for r in runs) for way, runs in found.items()}
+                speed = {
+                    way: statistics.median(r["tokens"] / r["seconds"] for r in runs) for way, runs in found.items()
+                }
                 memory = {way: statistics.median(r["megabytes"] for r in runs) for way, runs in found.items()}
                 for way in WAYS:
                     mine = way == WAYS[0]
-                    print(f"| {method}, {data} | {way} | {speed[way]:.0f} | {'' if mine else f'{speed[WAYS[0]] / speed[way]:.2f}'} | {memory[way]:.0f} | {'' if mine else f'{memory[WAYS[0]] / memory[way]:.2f}'} | {found[way][0]['loss']:.3f} |", flush=True)
+                    print(
+                        f"| {method}, {data} | {way} | {speed[way]:.0f} |"
+                        f" {'' if mine else f'{speed[WAYS[0]] / speed[way]:.2f}'} | {memory[way]:.0f} |"
+                        f" {'' if mine else f'{memory[WAYS[0]] / memory[way]:.2f}'} | {found[way][0]['loss']:.3f} |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Writing GGUF files beside a plain copy of as many bytes, and beside llama.cpp's own quantizer (cyllama) on one thread.
+"""Writing GGUF files beside a plain copy of as many bytes, and beside llama.cpp's own quantizer (cyllama) on one
+thread.
 
     python benchmarks/write_gguf.py           (three minutes on one core)
 
-SmolLM2-135M-Instruct, fp32 in safetensors. Seconds are of the best of three, each in a process of its own; memory is the most that a process took beyond what it had when its libraries were loaded. llama.cpp quantizes the F32 file that was written before.
+SmolLM2-135M-Instruct, fp32 in safetensors. Seconds are of the best of three, each in a process of its own; memory is
+the most that a process took beyond what it had when its libraries were loaded. llama.cpp quantizes the F32 file that
+was written before.
 """
 
 from __future__ import annotations
@@ -22,7 +25,16 @@ MODEL, KINDS = "asset:smollm2-135m-instruct", ("f32", "f16", "q8_0", "q4_0", "q4
 
 def peak() -> int:
     """Bytes, of this process alone."""
-    return int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))) * 1024
+    return (
+        int(
+            next(
+                line.split()[1]
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmHWM")
+            )
+        )
+        * 1024
+    )
 
 
 def ours(source: str, kind: str, target: str) -> dict[str, float]:
@@ -68,7 +80,9 @@ def best(way: str, source: str, kind: str, target: str) -> dict[str, float]:
     """Of three."""
     found = []
     for _ in range(3):
-        done = subprocess.run([sys.executable, __file__, "--one", way, source, kind, target], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", way, source, kind, target], capture_output=True, text=True
+        )
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
         found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -84,7 +98,10 @@ def main() -> None:
         way, source, kind, target = args.one
         print(json.dumps({"ours": ours, "theirs": theirs, "copied": copied}[way](source, kind, target)))
         return
-    print("| type | MB | seconds | MB/s | memory MB | a copy takes | llama.cpp takes | same bytes |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| type | MB | seconds | MB/s | memory MB | a copy takes | llama.cpp takes | same bytes"
+        " |\n|---|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for kind in KINDS:
@@ -94,7 +111,13 @@ def main() -> None:
             peer = best("theirs", str(place / "f32.gguf"), kind, str(other)) if kind not in ("f32", "f16") else None
             size = made.stat().st_size / 1e6
             same = "" if peer is None else f"{share(made, other):.0%} of tensors"
-            print(f"| {kind} | {size:.1f} | {found['seconds']:.2f} | {size / found['seconds']:.0f} | {found['memory'] / 1e6:.0f} | {plain['seconds']:.2f} | " + (f"{peer['seconds']:.2f}" if peer else "") + f" | {same} |", flush=True)
+            print(
+                f"| {kind} | {size:.1f} | {found['seconds']:.2f} | {size / found['seconds']:.0f} |"
+                f" {found['memory'] / 1e6:.0f} | {plain['seconds']:.2f} | "
+                + (f"{peer['seconds']:.2f}" if peer else "")
+                + f" | {same} |",
+                flush=True,
+            )
 
 
 def share(one: Path, other: Path) -> float:

@@ -18,7 +18,8 @@ def rows(config: type[Config]) -> list[str]:
 def stages_page() -> str:
     """The page of all stages."""
     parts = [
-        "# Stages\n\nMade by `make docs` from the code. A stage is a function; a recipe step names it, or the command line runs it alone.\n"
+        "# Stages\n\nMade by `make docs` from the code. A stage is a function; a recipe step names it, or the command"
+        " line runs it alone.\n"
     ]
     for name in sorted(STAGES):
         stage = resolve(name)
@@ -26,11 +27,15 @@ def stages_page() -> str:
         fields = rows(stage.config)
         table = "| config | type | what |\n|---|---|---|\n" + "\n".join(fields) if fields else "No config fields."
         flags = " ".join(
-            f"--{i.name.replace('_', '-')} {'KEY=REF' if i.shape == 'dict' else 'REF'}" for i in stage.inputs.values() if i.required
+            f"--{i.name.replace('_', '-')} {'KEY=REF' if i.shape == 'dict' else 'REF'}"
+            for i in stage.inputs.values()
+            if i.required
         )
         parts.append(
-            f"## {name}\n\n{stage.help}\n\nMakes {'an' if stage.output.kind[0] in 'aeiou' else 'a'} {stage.output.kind}. Revision {stage.stage.revision}, {stage.stage.derivation}.\n\n"
-            f"```\nllmworks {COMMANDS.get(name, f'{name.replace(chr(46), chr(32))} {flags}')} --out DIR\n```\n\n{inputs}\n\n{table}\n"
+            f"## {name}\n\n{stage.help}\n\nMakes {'an' if stage.output.kind[0] in 'aeiou' else 'a'}"
+            f" {stage.output.kind}. Revision {stage.stage.revision}, {stage.stage.derivation}.\n\n```\nllmworks"
+            f" {COMMANDS.get(name, f'{name.replace(chr(46), chr(32))} {flags}')} --out"
+            f" DIR\n```\n\n{inputs}\n\n{table}\n"
         )
     return "\n".join(parts)
 

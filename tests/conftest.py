@@ -1,4 +1,6 @@
-"""Session fixtures: a pico Llama with a byte-level tokenizer and a chat template, its GGUF file, small conversations, a workspace."""
+"""Session fixtures: a pico Llama with a byte-level tokenizer and a chat template, its GGUF file, small conversations, a
+workspace.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ os.environ.setdefault("LLMWORKS_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
+    " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -27,12 +29,18 @@ def make_tokenizer(template: str | None = TEMPLATE) -> Any:
 
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(t, special=True, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     corpus = [
         "the quick brown fox",
@@ -42,9 +50,15 @@ def make_tokenizer(template: str | None = TEMPLATE) -> Any:
     ] * 20
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>",
-        chat_template=template, model_max_length=512, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=template,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def make_pico(out: Path, seed: int = 0, template: str | None = TEMPLATE) -> Path:
@@ -55,9 +69,19 @@ def make_pico(out: Path, seed: int = 0, template: str | None = TEMPLATE) -> Path
     tokenizer = make_tokenizer(template)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.3,
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():  # say printable text: other tokens get the logit 0, which is never the largest
         for token, index in tokenizer.get_vocab().items():
@@ -105,9 +129,16 @@ def chat_file(tmp_path: Path) -> Path:
     """JSONL of twelve small conversations in six groups."""
     cities = ["Oslo", "Rome", "Lima", "Bern", "Kyiv", "Cairo"]
     rows = [
-        {"id": f"r{i}", "group": cities[i % 6], "messages": [{"role": "user", "content": f"weather in {cities[i % 6]} {i}"}, {"role": "assistant", "content": f"rain {cities[i % 6]}"}]}
+        {
+            "id": f"r{i}",
+            "group": cities[i % 6],
+            "messages": [
+                {"role": "user", "content": f"weather in {cities[i % 6]} {i}"},
+                {"role": "assistant", "content": f"rain {cities[i % 6]}"},
+            ],
+        }
         for i in range(12)
-    ]  # fmt: skip
+    ]
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return file

@@ -11,7 +11,9 @@ import pytest
 
 
 def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "llmworks.cli", *map(str, words)], capture_output=True, text=True, check=False, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-m", "llmworks.cli", *map(str, words)], capture_output=True, text=True, check=False, cwd=cwd
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,9 +38,18 @@ def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["data", "chat", "--data", "good.jsonl", "--set", "fromat=bfcl", "--out", "o"], "fromat"),
         (["data", "chat", "--data", "good.jsonl", "--set", "fromat=bfcl", "--out", "o"], "did you mean 'format'"),
         (["data", "chat", "--data", "good.jsonl", "--set", "format=bfcl", "--out", "o"], "takes a directory"),
-        (["data", "clean", "--data", "good.jsonl", "--set", "gopher_quality.nofield=1", "--out", "o"], "known: min_words"),
-        (["data", "mix", "--data", "good.jsonl", "--out", "o"], "--data good.jsonl: give it a name, as in --data NAME=good.jsonl"),
-        (["data", "mix", "--data", "a=good.jsonl", "--data", "a=good.jsonl", "--out", "o"], "the name 'a' is given twice"),
+        (
+            ["data", "clean", "--data", "good.jsonl", "--set", "gopher_quality.nofield=1", "--out", "o"],
+            "known: min_words",
+        ),
+        (
+            ["data", "mix", "--data", "good.jsonl", "--out", "o"],
+            "--data good.jsonl: give it a name, as in --data NAME=good.jsonl",
+        ),
+        (
+            ["data", "mix", "--data", "a=good.jsonl", "--data", "a=good.jsonl", "--out", "o"],
+            "the name 'a' is given twice",
+        ),
         (["data", "mix", "--data", "a=", "--out", "o"], "give it a name"),
         (["data", "clean", "--data", "good.jsonl", "--data", "good.jsonl", "--out", "o"], "--data is given 2 times"),
         (["data", "clean", "--data", "", "--out", "o"], "an empty reference"),
@@ -57,14 +68,23 @@ def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["data", "chat", "--data", "good.jsonl", "--out", "mine"], "exists already"),
         (["data", "chat", "--data", "notes.txt", "--out", "o"], "conversations are read from .jsonl"),
         (["data", "split", "--data", "good.jsonl", "--set", "part=test", "--out", "o"], "has no Parquet files"),
-        (["train", "sft", "--model", "good.jsonl", "--data", "good.jsonl", "--out", "o"], "is a dataset, wanted is model"),
-        (["evaluate", "good.jsonl", "--max-tokens=5"], "--max-tokens=5 (max_tokens is set with --set max_tokens=VALUE)"),
+        (
+            ["train", "sft", "--model", "good.jsonl", "--data", "good.jsonl", "--out", "o"],
+            "is a dataset, wanted is model",
+        ),
+        (
+            ["evaluate", "good.jsonl", "--max-tokens=5"],
+            "--max-tokens=5 (max_tokens is set with --set max_tokens=VALUE)",
+        ),
         (["evaluate", "good.jsonl", "--nothing", "5"], "(see llmworks evaluate --help)"),
         (["quantize", "gguf", "--model", "cut", "--out", "o"], "truncated"),
         (["merge"], "a file is missing: mergekit's YAML"),
         (["merge", "none.yml", "--out", "o"], "none.yml: no such file; give mergekit's YAML"),
         (["merge", "two.yml", "--set", "models.2.parameters.weight=1", "--out", "o"], "'2' is no place in a list of 1"),
-        (["merge", "two.yml", "--set", "models.0.parameters.weight=much", "--out", "o"], "nowhere: no such file or directory"),
+        (
+            ["merge", "two.yml", "--set", "models.0.parameters.weight=much", "--out", "o"],
+            "nowhere: no such file or directory",
+        ),
         (["quantize", "gguf", "--model", "bad.gguf", "--out", "o"], "is gguf already"),
         (["model", "from_gguf", "--source", "bad.gguf", "--out", "o"], "not a readable GGUF file"),
         (["chat", "bad.gguf", "hi"], "not a readable GGUF file"),
@@ -116,7 +136,11 @@ def test_a_name_that_was_of_another_kind_is_told(tmp_path: Path, chat_file: Path
 
 
 def test_usage_says_what_must_be_given(tmp_path: Path) -> None:
-    assert call("quantize", "gguf", "--help", cwd=tmp_path).stdout.splitlines()[0] == "usage: llmworks quantize gguf --model REF [--data REF] [--sense REF] [--set KEY=VALUE ...] --out NAME [other options]"
+    assert (
+        call("quantize", "gguf", "--help", cwd=tmp_path).stdout.splitlines()[0]
+        == "usage: llmworks quantize gguf --model REF [--data REF] [--sense REF] [--set KEY=VALUE ...] --out NAME"
+        " [other options]"
+    )
 
 
 def test_listings(tmp_path: Path) -> None:

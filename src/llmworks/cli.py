@@ -1,4 +1,7 @@
-"""The command line: an argument shell. Parsers are built only for the command that was typed; nothing heavy is imported for help."""
+"""The command line: an argument shell.
+
+Parsers are built only for the command that was typed; nothing heavy is imported for help.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,9 @@ single stages: llmworks GROUP STAGE [--INPUT] REF ... [--config FILE] [--set key
 {stages}
 
 A MODEL or ARTIFACT is a path, a name in the workspace (quickstart/merged), asset:NAME, hf:ORG/NAME, gguf:FILE,
-url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. `llmworks COMMAND --help` tells more. Exit codes: 0 done, 1 a check failed,
-2 a mistake in what was given, 3 the machine lacks something or a server fails, 130 interrupted.
+url:URL#sha256=HEX or http://HOST:PORT/v1#MODEL. `llmworks COMMAND --help` tells more.
+Exit codes: 0 done, 1 a check failed, 2 a mistake in what was given, 3 the machine lacks something or a server fails,
+130 interrupted.
 """
 
 
@@ -83,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (28, 122):  # no space left, quota
             print(
-                f"llmworks: {error.filename or 'the disk'}: no space left; free some (llmworks gc) and run the same command again",
+                f"llmworks: {error.filename or 'the disk'}: no space left; free some (llmworks gc) and run the same"
+                " command again",
                 file=sys.stderr,
             )
             return 3
@@ -145,7 +150,10 @@ def _stage_command(words: list[str]) -> int:
         group = sorted(s for s in known if s.split(".")[0] == words[0])
         if group and words[1:] in ([], ["-h"], ["--help"]):
             lines = "\n".join(f"  {s.replace('.', ' '):<20} {known[s].summary}" for s in group)
-            print(f"usage: llmworks {words[0]} STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out DIR\n\n{lines}\n\n`llmworks {words[0]} STAGE --help` tells more.")
+            print(
+                f"usage: llmworks {words[0]} STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out"
+                f" DIR\n\n{lines}\n\n`llmworks {words[0]} STAGE --help` tells more."
+            )
             return 0
         typed = " ".join(words[:2] if group else [w for w in words[:2] if not w.startswith("-")])
         near = difflib.get_close_matches(typed, [s.replace(".", " ") for s in known], n=1, cutoff=0.75)
@@ -168,7 +176,10 @@ def _stage_command(words: list[str]) -> int:
     inputs = " ".join(_asked(item) for item in stage.inputs.values())
     parser = Parser(
         prog=f"llmworks {name.replace('.', ' ')}",
-        usage=f"%(prog)s {inputs} [--set KEY=VALUE ...] {'[--out NAME]' if stage.output.kind == 'report' else '--out NAME'} [other options]",
+        usage=(
+            f"%(prog)s {inputs} [--set KEY=VALUE ...]"
+            f" {'[--out NAME]' if stage.output.kind == 'report' else '--out NAME'} [other options]"
+        ),
         description=stage.help,
         epilog=f"config fields (--set or --config):\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -187,7 +198,12 @@ def _stage_command(words: list[str]) -> int:
     parser.add_argument("refs", nargs="*", metavar="REF", help="the inputs in their order, in place of their names")
     parser.add_argument("--config", type=Path, help="YAML file of config fields")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config field")
-    parser.add_argument("--out", type=Path, metavar="NAME", help="name of the result: a link to it in the workspace's store; a report needs none")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="NAME",
+        help="name of the result: a link to it in the workspace's store; a report needs none",
+    )
     parser.add_argument("--seed", type=int, default=0)
     workers(parser)
     parser.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
@@ -195,10 +211,19 @@ def _stage_command(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the result for programs")
     args = parser.parse_intermixed_args(rest)
     args.stage = stage
-    free = [f"input_{item.name}" for item in stage.inputs.values() if item.shape == "one" and not getattr(args, f"input_{item.name}")]
+    free = [
+        f"input_{item.name}"
+        for item in stage.inputs.values()
+        if item.shape == "one" and not getattr(args, f"input_{item.name}")
+    ]
     if len(args.refs) > len(free):
-        many = next((f"; --{name} is given again for each" for name, item in stage.inputs.items() if item.shape != "one"), "")
-        parser.error(f"{args.refs[len(free)]!r} is one word too many; inputs: {', '.join(f'--{name}' for name in stage.inputs)}{many}")
+        many = next(
+            (f"; --{name} is given again for each" for name, item in stage.inputs.items() if item.shape != "one"), ""
+        )
+        parser.error(
+            f"{args.refs[len(free)]!r} is one word too many; inputs:"
+            f" {', '.join(f'--{name}' for name in stage.inputs)}{many}"
+        )
     for name, ref in zip(free, args.refs, strict=False):
         setattr(args, name, [ref])
     making.stage(args)
@@ -207,7 +232,10 @@ def _stage_command(words: list[str]) -> int:
 
 def _asked(item: Any) -> str:
     """An input in a line of usage: in brackets where it may be left out, with dots where it may be given again."""
-    text = f"--{item.name.replace('_', '-')} {'KEY=REF' if item.shape == 'dict' else 'REF'}{'' if item.shape == 'one' else ' ...'}"
+    text = (
+        f"--{item.name.replace('_', '-')}"
+        f" {'KEY=REF' if item.shape == 'dict' else 'REF'}{'' if item.shape == 'one' else ' ...'}"
+    )
     return text if item.required else f"[{text}]"
 
 

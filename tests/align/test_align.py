@@ -1,4 +1,6 @@
-"""Alignments as they are run: what they begin from, what they are held to, what a stopped run goes on as, what they make, and what is refused."""
+"""Alignments as they are run: what they begin from, what they are held to, what a stopped run goes on as, what they
+make, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,29 @@ from llmworks.train.finetune.trainable import open_tuned
 from llmworks.train.sft import SftConfig, sft
 
 STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
-    "dpo": (dpo.dpo, dpo.DpoConfig), "cpo": (cpo.cpo, cpo.CpoConfig), "simpo": (simpo.simpo, simpo.SimpoConfig), "orpo": (orpo.orpo, orpo.OrpoConfig), "kto": (kto.kto, kto.KtoConfig), "reward": (reward.reward, reward.RewardConfig),
-    "process": (process.process, process.ProcessConfig), "grpo": (grpo.grpo, grpo.GrpoConfig), "rloo": (rloo.rloo, rloo.RlooConfig), "ppo": (ppo.ppo, ppo.PpoConfig), "online": (online_dpo.online_dpo, online_dpo.OnlineDpoConfig), "sft": (sft, SftConfig),
-}  # fmt: skip
+    "dpo": (dpo.dpo, dpo.DpoConfig),
+    "cpo": (cpo.cpo, cpo.CpoConfig),
+    "simpo": (simpo.simpo, simpo.SimpoConfig),
+    "orpo": (orpo.orpo, orpo.OrpoConfig),
+    "kto": (kto.kto, kto.KtoConfig),
+    "reward": (reward.reward, reward.RewardConfig),
+    "process": (process.process, process.ProcessConfig),
+    "grpo": (grpo.grpo, grpo.GrpoConfig),
+    "rloo": (rloo.rloo, rloo.RlooConfig),
+    "ppo": (ppo.ppo, ppo.PpoConfig),
+    "online": (online_dpo.online_dpo, online_dpo.OnlineDpoConfig),
+    "sft": (sft, SftConfig),
+}
 SMALL = {"batch_size": 4, "samples": 1, "checkpoint_every": 1, "lora": {"rank": 4, "alpha": 8.0}}
-DRAWN = {**SMALL, "batch_size": 2, "answers": 3, "max_answer": 8, "max_tokens": 200, "rewards": {"regex": 1.0, "length": -0.1}, "optimizer": {"learning_rate": 0.01}}
+DRAWN = {
+    **SMALL,
+    "batch_size": 2,
+    "answers": 3,
+    "max_answer": 8,
+    "max_tokens": 200,
+    "rewards": {"regex": 1.0, "length": -0.1},
+    "optimizer": {"learning_rate": 0.01},
+}
 
 
 def whole(row: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +82,10 @@ def pairs(tmp_path: Path) -> Dataset:
 @pytest.fixture
 def prompts(tmp_path: Path) -> Dataset:
     """Questions whose answers should have an `o` in them."""
-    rows = [whole({"id": f"q{i}", "messages": [{"role": "user", "content": said(i, 3)}], "answer": {"regex": "o"}}) for i in range(6)]
+    rows = [
+        whole({"id": f"q{i}", "messages": [{"role": "user", "content": said(i, 3)}], "answer": {"regex": "o"}})
+        for i in range(6)
+    ]
     write_chat(tmp_path / "prompts", rows)
     return Dataset(tmp_path / "prompts", name="prompts")
 
@@ -76,7 +99,17 @@ class Bench:
         self.said: list[str] = []
         self.report = ReportBuilder()
 
-    def run(self, stage: str, name: str, config: Mapping[str, Any], *inputs: Any, stop: int | None = None, seed: int = 0, base: Any = None, **more: Any) -> tuple[Any, list[dict[str, Any]]]:
+    def run(
+        self,
+        stage: str,
+        name: str,
+        config: Mapping[str, Any],
+        *inputs: Any,
+        stop: int | None = None,
+        seed: int = 0,
+        base: Any = None,
+        **more: Any,
+    ) -> tuple[Any, list[dict[str, Any]]]:
         """(what was made, its steps' metrics)."""
         out, scratch = self.tmp_path / f"{name}-out", self.tmp_path / f"{name}-scratch"
         for place in (out, scratch):
@@ -93,7 +126,13 @@ class Bench:
         progress = Progress(scratch / "metrics.jsonl", quiet=True, listener=listener)
         progress.say = self.said.append  # type: ignore[method-assign]
         self.report = ReportBuilder()
-        made = function(kind.model_validate(config), base or self.base, *inputs, Context(out, scratch, seed, progress, self.report, engine), **more)
+        made = function(
+            kind.model_validate(config),
+            base or self.base,
+            *inputs,
+            Context(out, scratch, seed, progress, self.report, engine),
+            **more,
+        )
         return made, [row for row in progress.read_metrics() if "loss" in row]
 
     def weights(self, name: str) -> bytes:
@@ -101,7 +140,9 @@ class Bench:
 
     def tuned(self, name: str = "sft") -> Adapter:
         """An adapter that was fine-tuned before."""
-        made, _ = self.run("sft", name, {**SMALL, "epochs": 3, "optimizer": {"learning_rate": 0.02}}, _chats(self.tmp_path))
+        made, _ = self.run(
+            "sft", name, {**SMALL, "epochs": 3, "optimizer": {"learning_rate": 0.02}}, _chats(self.tmp_path)
+        )
         assert isinstance(made, Adapter)
         return Adapter(made.path, name=name, manifest=None, about=made.about)
 
@@ -114,9 +155,21 @@ def bench(tmp_path: Path, pico: Path) -> Bench:
 # given answers
 
 
-@pytest.mark.parametrize(("stage", "config"), [("dpo", {}), ("cpo", {}), ("simpo", {}), ("orpo", {"weight": 1.0}), ("kto", {}), ("dpo", {"method": "full", "lora": {}, "optimizer": {"learning_rate": 0.003}})])
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        ("dpo", {}),
+        ("cpo", {}),
+        ("simpo", {}),
+        ("orpo", {"weight": 1.0}),
+        ("kto", {}),
+        ("dpo", {"method": "full", "lora": {}, "optimizer": {"learning_rate": 0.003}}),
+    ],
+)
 def test_pairs_are_learned(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset) -> None:
-    made, steps = bench.run(stage, "a", {**SMALL, "epochs": 12, "optimizer": {"learning_rate": 0.02}, **config}, pairs, held_out=pairs)
+    made, steps = bench.run(
+        stage, "a", {**SMALL, "epochs": 12, "optimizer": {"learning_rate": 0.02}, **config}, pairs, held_out=pairs
+    )
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert made.metrics["accuracy"] > 0.9  # of what it was trained on
     assert isinstance(made, Model if config.get("method") == "full" else Adapter)
@@ -126,7 +179,9 @@ def test_pairs_are_learned(stage: str, config: dict[str, Any], bench: Bench, pai
     assert {"Loss", "Rewards", "Ranked right", "Held-out questions, before and after"} <= set(headings)
 
 
-@pytest.mark.parametrize(("stage", "config"), [("dpo", {}), ("dpo", {"reference": "live"}), ("kto", {}), ("reward", {"samples": 4})])
+@pytest.mark.parametrize(
+    ("stage", "config"), [("dpo", {}), ("dpo", {"reference": "live"}), ("kto", {}), ("reward", {"samples": 4})]
+)
 def test_a_stopped_run_goes_on_bit_for_bit(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset) -> None:
     config = {**SMALL, "epochs": 2, **config}
     bench.run(stage, "whole", config, pairs, held_out=pairs)
@@ -139,11 +194,26 @@ def test_a_stopped_run_goes_on_bit_for_bit(stage: str, config: dict[str, Any], b
 
 
 def test_the_reference_of_a_tuned_policy_is_the_tuned_policy(bench: Bench, pairs: Dataset) -> None:
-    """At the first step the policy is its reference: no margin, and a loss of log 2; with the adapter switched off it would not be. Cached or live, the steps are the same."""
+    """At the first step the policy is its reference: no margin, and a loss of log 2; with the adapter switched off it
+    would not be.
+
+    Cached or live, the steps are the same.
+    """
     adapter = bench.tuned()
     found = {}
     for way in ("cached", "live"):
-        made, found[way] = bench.run("dpo", way, {**{k: v for k, v in SMALL.items() if k != "lora"}, "epochs": 2, "reference": way, "optimizer": {"learning_rate": 0.01}}, pairs, adapter=adapter)
+        made, found[way] = bench.run(
+            "dpo",
+            way,
+            {
+                **{k: v for k, v in SMALL.items() if k != "lora"},
+                "epochs": 2,
+                "reference": way,
+                "optimizer": {"learning_rate": 0.01},
+            },
+            pairs,
+            adapter=adapter,
+        )
         assert found[way][0]["loss"] == pytest.approx(0.693147, abs=1e-4)
         assert abs(found[way][0]["margin"]) < 1e-4
         assert made.about["rank"] == 4  # the shape that it had
@@ -168,7 +238,14 @@ def test_the_reference_of_a_tuned_policy_is_the_tuned_policy(bench: Bench, pairs
 
 def test_a_separate_reference_that_is_the_same_model_changes_nothing(bench: Bench, pairs: Dataset) -> None:
     """The adapter switched off, chances that were kept, and the model itself as another: the same steps."""
-    found = [bench.run("dpo", name, {**SMALL, "epochs": 2, **config}, pairs, **more)[1] for name, config, more in (("a", {}, {}), ("b", {"reference": "live"}, {}), ("c", {}, {"reference": bench.base}))]
+    found = [
+        bench.run("dpo", name, {**SMALL, "epochs": 2, **config}, pairs, **more)[1]
+        for name, config, more in (
+            ("a", {}, {}),
+            ("b", {"reference": "live"}, {}),
+            ("c", {}, {"reference": bench.base}),
+        )
+    ]
     for rows in zip(*found, strict=True):
         assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) for row in rows)
         assert all(row["margin"] == pytest.approx(rows[0]["margin"], abs=1e-5) for row in rows)
@@ -182,7 +259,13 @@ def test_held_out_rows_with_the_ids_of_others_are_apart(bench: Bench, tmp_path: 
     data, held = (Dataset(tmp_path / name, name=name) for name in ("some", "others"))
     looks = []
     for stage, way in (("dpo", "cached"), ("dpo", "live"), ("kto", "cached"), ("kto", "live")):
-        made, steps = bench.run(stage, f"{stage}-{way}", {**SMALL, "epochs": 3, "reference": way, "optimizer": {"learning_rate": 0.01}}, data, held_out=held)
+        made, steps = bench.run(
+            stage,
+            f"{stage}-{way}",
+            {**SMALL, "epochs": 3, "reference": way, "optimizer": {"learning_rate": 0.01}},
+            data,
+            held_out=held,
+        )
         looks.append([*(row["loss"] for row in steps), made.metrics["held_out"]])
     assert looks[0] == pytest.approx(looks[1], rel=1e-4)
     assert looks[2] == pytest.approx(looks[3], rel=1e-4)
@@ -190,7 +273,12 @@ def test_held_out_rows_with_the_ids_of_others_are_apart(bench: Bench, tmp_path: 
 
 def test_dropout_is_off_in_both(bench: Bench, pairs: Dataset) -> None:
     """An adapter that was tuned with dropout goes on without: the policy at its first step is its reference."""
-    made, _ = bench.run("sft", "sft", {**SMALL, "samples": 0, "epochs": 3, "lora": {"rank": 4, "dropout": 0.5}, "optimizer": {"learning_rate": 0.02}}, _chats(bench.tmp_path))
+    made, _ = bench.run(
+        "sft",
+        "sft",
+        {**SMALL, "samples": 0, "epochs": 3, "lora": {"rank": 4, "dropout": 0.5}, "optimizer": {"learning_rate": 0.02}},
+        _chats(bench.tmp_path),
+    )
     adapter = Adapter(made.path, name="sft", about=made.about)
     assert json.loads((made.path / "adapter_config.json").read_text())["lora_dropout"] == 0.5
     _, steps = bench.run("dpo", "a", {"batch_size": 4, "samples": 0}, pairs, adapter=adapter)
@@ -210,7 +298,9 @@ def test_the_adapter_that_goes_on_is_of_the_model_and_keeps_its_shape(bench: Ben
 
 def test_a_reference_with_another_vocabulary_is_refused(bench: Bench, pairs: Dataset, tmp_path: Path) -> None:
     other = resolve(str(make_pico(tmp_path / "other", seed=3)))
-    _, steps = bench.run("dpo", "a", {**SMALL}, pairs, reference=other)  # of the same vocabulary: another model's chances
+    _, steps = bench.run(
+        "dpo", "a", {**SMALL}, pairs, reference=other
+    )  # of the same vocabulary: another model's chances
     assert abs(steps[0]["margin"]) > 1e-3
     tokenizer = load_tokenizer(other.path)
     tokenizer.add_tokens(["<more>"])
@@ -244,10 +334,20 @@ def test_pairs_that_cannot_be_used_are_set_aside(bench: Bench, tmp_path: Path) -
 
 def test_what_a_configuration_refuses() -> None:
     for kind, fields, told in (
-        (dpo.DpoConfig, {"lora": {"dropout": 0.1}}, "dropout"), (dpo.DpoConfig, {"loss": "hinge", "smoothing": 0.1}, "smoothing is for loss"), (dpo.DpoConfig, {"loss": "exo"}, "needs smoothing"), (dpo.DpoConfig, {"loss": "nca", "divergence": "forward"}, "log-ratios as they are"),
-        (dpo.DpoConfig, {"loss": "aot", "accumulation": 2}, "accumulation to 1"), (dpo.DpoConfig, {"method": "full", "reference": "live"}, "cached"), (grpo.GrpoConfig, {"rewards": {"nosuch": 1}}, "is none of"), (grpo.GrpoConfig, {"rewards": {}}, "is empty"),
-        (grpo.GrpoConfig, {"rewards": {"overlong": 1}}, "needs soft"), (grpo.GrpoConfig, {"answers": 1}, "greater than or equal to 2"), (grpo.GrpoConfig, {"unbiased": True}, "set kl above 0"), (grpo.GrpoConfig, {"max_answer": 4000}, "leaves no token"), (reward.RewardConfig, {"samples": 2}, "writes nothing"),
-    ):  # fmt: skip
+        (dpo.DpoConfig, {"lora": {"dropout": 0.1}}, "dropout"),
+        (dpo.DpoConfig, {"loss": "hinge", "smoothing": 0.1}, "smoothing is for loss"),
+        (dpo.DpoConfig, {"loss": "exo"}, "needs smoothing"),
+        (dpo.DpoConfig, {"loss": "nca", "divergence": "forward"}, "log-ratios as they are"),
+        (dpo.DpoConfig, {"loss": "aot", "accumulation": 2}, "accumulation to 1"),
+        (dpo.DpoConfig, {"method": "full", "reference": "live"}, "cached"),
+        (grpo.GrpoConfig, {"rewards": {"nosuch": 1}}, "is none of"),
+        (grpo.GrpoConfig, {"rewards": {}}, "is empty"),
+        (grpo.GrpoConfig, {"rewards": {"overlong": 1}}, "needs soft"),
+        (grpo.GrpoConfig, {"answers": 1}, "greater than or equal to 2"),
+        (grpo.GrpoConfig, {"unbiased": True}, "set kl above 0"),
+        (grpo.GrpoConfig, {"max_answer": 4000}, "leaves no token"),
+        (reward.RewardConfig, {"samples": 2}, "writes nothing"),
+    ):
         with pytest.raises(ValidationError, match=told):
             kind.model_validate(fields)
     assert dpo.DpoConfig().optimizer.learning_rate == 1e-4
@@ -270,8 +370,19 @@ def test_single_answers_by_their_label(pico: Path, bench: Bench, tmp_path: Path)
 
 def test_answers_of_several_turns_and_calls_are_weighed_where_the_assistant_speaks(pico: Path) -> None:
     tokenizer = load_tokenizer(pico)
-    prompt = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "what"}, {"role": "user", "content": "is"}]
-    sides = {"chosen": [{"role": "assistant", "content": "quick"}, {"role": "user", "content": "name"}, {"role": "assistant", "content": "brown"}], "rejected": [{"role": "assistant", "content": "city"}]}
+    prompt = [
+        {"role": "user", "content": "the fox"},
+        {"role": "assistant", "content": "what"},
+        {"role": "user", "content": "is"},
+    ]
+    sides = {
+        "chosen": [
+            {"role": "assistant", "content": "quick"},
+            {"role": "user", "content": "name"},
+            {"role": "assistant", "content": "brown"},
+        ],
+        "rejected": [{"role": "assistant", "content": "city"}],
+    }
     made = pair_of(tokenizer, {"id": "a", "prompt": prompt, **sides, "tools": []}, 200)
     assert isinstance(made, Answered)
     text = [tokenizer.decode([i for i, m in zip(a.ids, a.mask, strict=True) if m]) for a in made.answers]
@@ -283,7 +394,13 @@ def test_answers_of_several_turns_and_calls_are_weighed_where_the_assistant_spea
 
 
 def test_a_reward_model_ranks_scores_as_transformers_does_and_writes_nothing(bench: Bench, pairs: Dataset) -> None:
-    made, _ = bench.run("reward", "a", {**{k: v for k, v in SMALL.items() if k != "samples"}, "epochs": 30, "optimizer": {"learning_rate": 0.02}}, pairs, held_out=pairs)
+    made, _ = bench.run(
+        "reward",
+        "a",
+        {**{k: v for k, v in SMALL.items() if k != "samples"}, "epochs": 30, "optimizer": {"learning_rate": 0.02}},
+        pairs,
+        held_out=pairs,
+    )
     assert isinstance(made, Model)
     assert made.metrics["accuracy"] == 1.0
     assert made.metrics["calibration_error"] < 0.5
@@ -291,7 +408,11 @@ def test_a_reward_model_ranks_scores_as_transformers_does_and_writes_nothing(ben
     assert {"Calibration", "Calibration in figures"} <= {block.heading for block in bench.report.blocks}
     tokenizer = load_tokenizer(made.path)
     values = scores_of(made)
-    cases = [Case({"id": "x"}, (Message("user", row["prompt"][0]["content"]),), row[side][0]["content"], 0, False) for row in PAIRS for side in ("chosen", "rejected")]
+    cases = [
+        Case({"id": "x"}, (Message("user", row["prompt"][0]["content"]),), row[side][0]["content"], 0, False)
+        for row in PAIRS
+        for side in ("chosen", "rejected")
+    ]
     ours = values(cases)
     from transformers import AutoModelForSequenceClassification
 
@@ -314,14 +435,30 @@ def test_a_reward_model_ranks_scores_as_transformers_does_and_writes_nothing(ben
 
 
 def test_steps_are_told_right_from_wrong(bench: Bench, tmp_path: Path) -> None:
-    rows = [{"prompt": said(i, 3), "steps": ["quick fox", "Oslo is" if i % 2 else "user name", "brown"], "labels": [True, bool(i % 2), bool(i % 2)]} for i in range(8)]
+    rows = [
+        {
+            "prompt": said(i, 3),
+            "steps": ["quick fox", "Oslo is" if i % 2 else "user name", "brown"],
+            "labels": [True, bool(i % 2), bool(i % 2)],
+        }
+        for i in range(8)
+    ]
     file = tmp_path / "steps.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "x", "steps": ["a"], "labels": []}]))
-    made, _ = bench.run("process", "a", {**{k: v for k, v in SMALL.items() if k != "samples"}, "epochs": 30, "optimizer": {"learning_rate": 0.02}}, Dataset(file, name="steps"), held_out=Dataset(file, name="steps"))
+    made, _ = bench.run(
+        "process",
+        "a",
+        {**{k: v for k, v in SMALL.items() if k != "samples"}, "epochs": 30, "optimizer": {"learning_rate": 0.02}},
+        Dataset(file, name="steps"),
+        held_out=Dataset(file, name="steps"),
+    )
     assert made.metrics["accuracy"] > 0.95
     assert made.metrics["set_aside"] == 1
     values = scores_of(made)
-    good, bad = (values([Case({}, (Message("user", said(i, 3)),), text, 0, False)])[0] for i, text in ((1, "quick fox\nOslo is\nbrown"), (2, "quick fox\nuser name\nbrown")))
+    good, bad = (
+        values([Case({}, (Message("user", said(i, 3)),), text, 0, False)])[0]
+        for i, text in ((1, "quick fox\nOslo is\nbrown"), (2, "quick fox\nuser name\nbrown"))
+    )
     assert isinstance(good, float)
     assert isinstance(bad, float)
     assert good > 0.5 > bad
@@ -330,7 +467,10 @@ def test_steps_are_told_right_from_wrong(bench: Bench, tmp_path: Path) -> None:
     theirs = AutoModelForTokenClassification.from_pretrained(made.path).eval()
     tokenizer = load_tokenizer(made.path)
     text = f"<|im_start|>user\n{said(2, 3)}<|im_end|>\n<|im_start|>assistant\n"
-    ids = [*encode(tokenizer, text), *(i for step in ("quick fox", "user name", "brown") for i in encode(tokenizer, step + "\n"))]
+    ids = [
+        *encode(tokenizer, text),
+        *(i for step in ("quick fox", "user name", "brown") for i in encode(tokenizer, step + "\n")),
+    ]
     with torch.no_grad():
         there = theirs(input_ids=torch.tensor([ids])).logits[0, :, 0].sigmoid()
     ends = [i for i, token in enumerate(ids) if tokenizer.decode([token]) == "\n"][-3:]
@@ -350,7 +490,16 @@ def test_calibration_is_that_of_its_definition() -> None:
 # the policy's own answers
 
 
-@pytest.mark.parametrize(("stage", "config"), [("grpo", {"kl": 0.01, "epochs": 30}), ("grpo", {"updates": 3, "passes": 2, "batch_size": 2, "fresh": 1}), ("rloo", {}), ("ppo", {"passes": 2, "batch_size": 6, "epochs": 40}), ("online", {"answers": 4, "epochs": 24})])
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        ("grpo", {"kl": 0.01, "epochs": 30}),
+        ("grpo", {"updates": 3, "passes": 2, "batch_size": 2, "fresh": 1}),
+        ("rloo", {}),
+        ("ppo", {"passes": 2, "batch_size": 6, "epochs": 40}),
+        ("online", {"answers": 4, "epochs": 24}),
+    ],
+)
 def test_a_policy_learns_what_is_rewarded(stage: str, config: dict[str, Any], bench: Bench, prompts: Dataset) -> None:
     """More of its answers have an `o` in the end than at first, drawn ones and greedy ones."""
     made, steps = bench.run(stage, "a", {**DRAWN, "epochs": 16, **config}, prompts, held_out=prompts)
@@ -361,12 +510,19 @@ def test_a_policy_learns_what_is_rewarded(stage: str, config: dict[str, Any], be
     assert any(row["alike"] < 1 for row in steps)
     if stage != "online":
         assert 0 < steps[0]["engine_gap"] < 1e-4
-    assert {"Reward", "Entropy", "Length", "What it wrote on the way"} <= {block.heading for block in bench.report.blocks}
+    assert {"Reward", "Entropy", "Length", "What it wrote on the way"} <= {
+        block.heading for block in bench.report.blocks
+    }
     TorchEngine.open(bench.pico, adapter=made.path)
 
 
-@pytest.mark.parametrize(("stage", "config", "stop"), [("grpo", {"updates": 3, "kl": 0.1, "passes": 2}, 3), ("ppo", {"passes": 2, "batch_size": 3}, 2), ("grpo", {}, 1)])
-def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(stage: str, config: dict[str, Any], stop: int, bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stage", "config", "stop"),
+    [("grpo", {"updates": 3, "kl": 0.1, "passes": 2}, 3), ("ppo", {"passes": 2, "batch_size": 3}, 2), ("grpo", {}, 1)],
+)
+def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(
+    stage: str, config: dict[str, Any], stop: int, bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = {**DRAWN, "epochs": 2, **config}
     bench.run(stage, "whole", config, prompts)
     with pytest.raises(KeyboardInterrupt):
@@ -388,14 +544,29 @@ def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(stage: str, confi
 
 
 def test_tokens_are_learned_as_they_were_drawn(bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids that no tokenizer would give for their text stay what they are; the end is learned where there was one, and not where the answer was cut off."""
+    """Ids that no tokenizer would give for their text stay what they are; the end is learned where there was one, and
+    not where the answer was cut off.
+    """
     tokenizer = load_tokenizer(bench.pico)
-    strange = tuple(encode(tokenizer, letter)[0] for letter in "the fox")  # letter by letter: its text is encoded otherwise
+    strange = tuple(
+        encode(tokenizer, letter)[0] for letter in "the fox"
+    )  # letter by letter: its text is encoded otherwise
     assert encode(tokenizer, tokenizer.decode(strange)) != strange
     stop = tokenizer.eos_token_id
 
     def generate(self: TorchEngine, requests: Any) -> list[Completion]:
-        return [Completion("the fox", "stop" if i % 2 else "length", strange, (-1.0,) * len(strange), 4, len(strange), stop if i % 2 else None) for i, _ in enumerate(requests)]
+        return [
+            Completion(
+                "the fox",
+                "stop" if i % 2 else "length",
+                strange,
+                (-1.0,) * len(strange),
+                4,
+                len(strange),
+                stop if i % 2 else None,
+            )
+            for i, _ in enumerate(requests)
+        ]
 
     seen = []
     examples = Drawing.examples
@@ -415,7 +586,12 @@ def test_tokens_are_learned_as_they_were_drawn(bench: Bench, prompts: Dataset, m
 def test_old_chances_are_at_the_temperature_of_the_draws(bench: Bench, prompts: Dataset) -> None:
     """The first ratio of every draw is 1, at whatever temperature; and at 1 the engine and the trainer say the same."""
     for temperature in (0.7, 1.0):
-        _, steps = bench.run("grpo", f"t{temperature}", {**DRAWN, "temperature": temperature, "updates": 3, "optimizer": {"learning_rate": 1e-8}}, prompts)
+        _, steps = bench.run(
+            "grpo",
+            f"t{temperature}",
+            {**DRAWN, "temperature": temperature, "updates": 3, "optimizer": {"learning_rate": 1e-8}},
+            prompts,
+        )
         assert all(row["ratio"] == pytest.approx(1.0, abs=1e-4) for row in steps)
         assert ("engine_gap" in steps[0]) is (temperature == 1.0)
 
@@ -431,7 +607,9 @@ def test_alarms() -> None:
     quiet = {"reward": 0.5, "length": 20.0, "repeated": 0.05, "cut": 0.0, "alike": 0.1}
     assert alarms([quiet] * 20) == []
     found = alarms([quiet] * 10 + [{**quiet, "length": 60.0, "repeated": 0.6, "cut": 0.9}] * 10)
-    assert [bool(word in line) for word, line in zip(("as long", "repeat themselves", "do not end"), found, strict=True)] == [True] * 3
+    assert [
+        bool(word in line) for word, line in zip(("as long", "repeat themselves", "do not end"), found, strict=True)
+    ] == [True] * 3
     assert repetition([1, 2, 3, 4] * 5) > 0.7
     assert repetition([1, 2, 3, 4, 5, 6]) == 0.0
 
@@ -455,7 +633,7 @@ def test_mistakes_of_online_runs(bench: Bench, prompts: Dataset, tmp_path: Path)
 # rewards of the user's own
 
 
-CODE = '''
+CODE = """
 import os, time
 def fine(prompt, completion, row):
     print("noise")
@@ -478,7 +656,7 @@ def spy(prompt, completion, row):
     try: socket.create_connection(("127.0.0.1", 22), 1); found += 10
     except OSError: pass
     return found
-'''
+"""
 
 
 def case(text: str) -> Case:
@@ -486,10 +664,15 @@ def case(text: str) -> Case:
 
 
 def test_a_function_of_the_user_runs_in_the_sandbox(tmp_path: Path) -> None:
-    """What raises, hangs, ends the program, says NaN or a word is told of its answer; the others have their value; nothing of the host is seen."""
+    """What raises, hangs, ends the program, says NaN or a word is told of its answer; the others have their value;
+    nothing of the host is seen.
+    """
     file = tmp_path / "mine.py"
     file.write_text(CODE)
-    cases = [{"prompt": [{"role": "user", "content": "q"}], "completion": text, "row": {}} for text in ("ok", "raise", "hang", "text", "ok", "exit", "ok")]
+    cases = [
+        {"prompt": [{"role": "user", "content": "q"}], "completion": text, "row": {}}
+        for text in ("ok", "raise", "hang", "text", "ok", "exit", "ok")
+    ]
     assert UserCode(f"{file}:fine", 2.0).values(cases[:1]) == [102.0]
     found = UserCode(f"{file}:bad", 1.0).values(cases)
     assert found[0] == found[4] == found[6] == 1.0
@@ -498,7 +681,10 @@ def test_a_function_of_the_user_runs_in_the_sandbox(tmp_path: Path) -> None:
     assert "ValueError" in str(found[3])
     assert "ended the program (exit code 3)" in str(found[5])
     assert UserCode(f"{file}:spy", 2.0).values([{**cases[0], "row": {"secret": str(file)}}]) == [0.0]
-    for name, told in ((f"{file}:none", "has no function 'none'; it has fine, bad, spy"), (f"{tmp_path}/no.py:f", "cannot be read")):
+    for name, told in (
+        (f"{file}:none", "has no function 'none'; it has fine, bad, spy"),
+        (f"{tmp_path}/no.py:f", "cannot be read"),
+    ):
         with pytest.raises(UserError, match=told.replace("(", r"\(")):
             UserCode(name, 1.0)
     file.write_text("import nosuch\ndef f(p, c, r): return 1\n")
@@ -520,9 +706,15 @@ def test_what_does_not_hear_the_alarm_is_ended_from_outside(tmp_path: Path) -> N
 
 
 def test_what_a_function_writes_harms_nobody(tmp_path: Path) -> None:
-    """Letters that are none, much on stderr, lines on the channels of the program that calls it, more failures than it may print."""
+    """Letters that are none, much on stderr, lines on the channels of the program that calls it, more failures than it
+    may print.
+    """
     file = tmp_path / "mine.py"
-    file.write_text("import os, sys\ndef f(prompt, completion, row):\n    for fd in range(3, 9):\n        try: os.write(fd, b'{broken\\n{\"number\": 7777, \"value\": 9}\\n')\n        except OSError: pass\n    sys.stderr.write('e' * 300)\n    if completion == 'bad': raise ValueError(chr(0xd800) + 'x' * 500)\n    return 1\n")
+    file.write_text(
+        "import os, sys\ndef f(prompt, completion, row):\n    for fd in range(3, 9):\n        try: os.write(fd,"
+        " b'{broken\\n{\"number\": 7777, \"value\": 9}\\n')\n        except OSError: pass\n    sys.stderr.write('e' *"
+        " 300)\n    if completion == 'bad': raise ValueError(chr(0xd800) + 'x' * 500)\n    return 1\n"
+    )
     cases = [{"prompt": [], "completion": "bad" if i % 2 else "ok", "row": {}} for i in range(2400)]
     found = UserCode(f"{file}:f", 2.0).values(cases)
     assert all(value == 1.0 for value in found[::2])
@@ -544,7 +736,9 @@ def test_an_answer_without_a_reward_is_kept_aside_or_stops_the_run(tmp_path: Pat
 
 def test_an_answer_without_a_reward_is_not_learned(bench: Bench, prompts: Dataset, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("def f(prompt, completion, row):\n    if 'e' in completion: raise ValueError('e')\n    return len(completion)\n")
+    file.write_text(
+        "def f(prompt, completion, row):\n    if 'e' in completion: raise ValueError('e')\n    return len(completion)\n"
+    )
     made, steps = bench.run("grpo", "a", {**DRAWN, "epochs": 1, "rewards": {f"{file}:f": 1.0}}, prompts)
     assert 0 < sum(row["failed"] for row in steps) < len(steps)
     assert all(row["loss"] == row["loss"] for row in steps)
@@ -559,7 +753,10 @@ def test_a_judge_and_a_model_are_rewards(bench: Bench, pairs: Dataset, tmp_path:
 
     class Judge:
         def each(self, requests: Any) -> Any:
-            yield from ((at, Completion("fine [[7]]" if "wonderful" in request.messages[0].content else "hm", "stop")) for at, request in enumerate(requests))
+            yield from (
+                (at, Completion("fine [[7]]" if "wonderful" in request.messages[0].content else "hm", "stop"))
+                for at, request in enumerate(requests)
+            )
 
         def close(self) -> None:
             pass
@@ -572,5 +769,7 @@ def test_a_judge_and_a_model_are_rewards(bench: Bench, pairs: Dataset, tmp_path:
 
 
 def _chats(folder: Path) -> Dataset:
-    write_chat(folder / "chats", [whole({"id": row["id"], "messages": [*row["prompt"], *row["rejected"]]}) for row in PAIRS])
+    write_chat(
+        folder / "chats", [whole({"id": row["id"], "messages": [*row["prompt"], *row["rejected"]]}) for row in PAIRS]
+    )
     return Dataset(folder / "chats", name="chats")

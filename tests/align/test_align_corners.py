@@ -1,4 +1,6 @@
-"""Where alignments went wrong once: number formats, answers without a reward, weights that are not the last, pairs that say strange things."""
+"""Where alignments went wrong once: number formats, answers without a reward, weights that are not the last, pairs that
+say strange things.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,26 @@ from llmworks.tokenize.load import load_tokenizer
 SLOWLY = {"optimizer": {"learning_rate": 1e-8}}
 
 
-@pytest.mark.parametrize(("stage", "config"), [("dpo", {}), ("dpo", {"method": "full", "lora": {}}), ("kto", {}), ("grpo", {"kl": 0.1, "updates": 2}), ("ppo", {"passes": 2, "batch_size": 3})])
-def test_in_half_formats_the_policy_begins_as_its_reference(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset, prompts: Dataset) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        ("dpo", {}),
+        ("dpo", {"method": "full", "lora": {}}),
+        ("kto", {}),
+        ("grpo", {"kl": 0.1, "updates": 2}),
+        ("ppo", {"passes": 2, "batch_size": 3}),
+    ],
+)
+def test_in_half_formats_the_policy_begins_as_its_reference(
+    stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset, prompts: Dataset
+) -> None:
     online = stage in ("grpo", "ppo")
-    _, steps = bench.run(stage, "a", {**(DRAWN if online else SMALL), "epochs": 1, "precision": "bf16", **config, **SLOWLY}, prompts if online else pairs)
+    _, steps = bench.run(
+        stage,
+        "a",
+        {**(DRAWN if online else SMALL), "epochs": 1, "precision": "bf16", **config, **SLOWLY},
+        prompts if online else pairs,
+    )
     if online:
         assert steps[0]["ratio"] == pytest.approx(1.0, abs=1e-3)
         assert steps[-1]["ratio"] == pytest.approx(1.0, abs=1e-3)
@@ -60,7 +78,9 @@ def drawn(reward: float, *, cut: bool = False) -> Drawn:
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_ppo_does_not_reckon_with_answers_that_count_for_nothing(cut: bool, bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_ppo_does_not_reckon_with_answers_that_count_for_nothing(
+    cut: bool, bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Advantages of the others are what they are without them."""
     actors: list[Actor] = []
     monkeypatch.setattr(Actor, "keep", lambda self, number, made: actors.append(self))
@@ -69,7 +89,9 @@ def test_ppo_does_not_reckon_with_answers_that_count_for_nothing(cut: bool, benc
     actor = actors[0]
     assert actor.objective == Objective(mean=actor.objective.mean, whole=False)
     without = Rollout([0], [[drawn(10.0), drawn(11.0)]], {})
-    beside = Rollout([0, 1], [[drawn(10.0), drawn(11.0)], [drawn(5.0 if cut else math.nan, cut=cut), drawn(math.nan)]], {})
+    beside = Rollout(
+        [0, 1], [[drawn(10.0), drawn(11.0)], [drawn(5.0 if cut else math.nan, cut=cut), drawn(math.nan)]], {}
+    )
     for made in (without, beside):
         actor.heard(0, made)
     assert [one.advantages for one in beside.drawn[0]] == [pytest.approx(one.advantages) for one in without.drawn[0]]
@@ -77,45 +99,80 @@ def test_ppo_does_not_reckon_with_answers_that_count_for_nothing(cut: bool, benc
     assert beside.figures["explained"] == pytest.approx(without.figures["explained"])
 
 
-def test_figures_are_those_of_the_weights_that_are_saved(bench: Bench, prompts: Dataset, pairs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_figures_are_those_of_the_weights_that_are_saved(
+    bench: Bench, prompts: Dataset, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The best look is not the last; what is said of the result is said of the best."""
     config = {**DRAWN, "epochs": 4, "look_every": 1, "best": "accuracy", "optimizer": {"learning_rate": 0.05}}
     made, _ = bench.run("grpo", "a", config, prompts, held_out=prompts)
-    looks = [row for row in Progress(bench.tmp_path / "a-scratch" / "metrics.jsonl", quiet=True).read_metrics() if "held_out" in row]
+    looks = [
+        row
+        for row in Progress(bench.tmp_path / "a-scratch" / "metrics.jsonl", quiet=True).read_metrics()
+        if "held_out" in row
+    ]
     best = max(row["accuracy"] for row in looks)
     assert made.metrics["held_out_reward"] == pytest.approx(best, abs=1e-4)
     assert f"{best:.3f} after" in bench.report.lead
-    made, _ = bench.run("reward", "r", {**{k: v for k, v in SMALL.items() if k != "samples"}, "epochs": 10, "look_every": 1, "best": "held_out", "optimizer": {"learning_rate": 0.05}}, pairs, held_out=pairs)
-    looks = [row for row in Progress(bench.tmp_path / "r-scratch" / "metrics.jsonl", quiet=True).read_metrics() if "held_out" in row]
+    made, _ = bench.run(
+        "reward",
+        "r",
+        {
+            **{k: v for k, v in SMALL.items() if k != "samples"},
+            "epochs": 10,
+            "look_every": 1,
+            "best": "held_out",
+            "optimizer": {"learning_rate": 0.05},
+        },
+        pairs,
+        held_out=pairs,
+    )
+    looks = [
+        row
+        for row in Progress(bench.tmp_path / "r-scratch" / "metrics.jsonl", quiet=True).read_metrics()
+        if "held_out" in row
+    ]
     least = min(looks, key=lambda row: row["held_out"])
     assert made.metrics["best_step"] == least["step"]
     assert made.metrics["accuracy"] == pytest.approx(least["accuracy"], abs=1e-4)
 
 
-def test_single_answers_raise_no_alarm(bench: Bench, prompts: Dataset) -> None:  # noqa: F811
-    _, steps = bench.run("ppo", "a", {**DRAWN, "answers": 1, "batch_size": 6, "epochs": 6, "rewards": {"length": 1.0, "regex": 1.0}}, prompts)
+def test_single_answers_raise_no_alarm(bench: Bench, prompts: Dataset) -> None:
+    _, steps = bench.run(
+        "ppo",
+        "a",
+        {**DRAWN, "answers": 1, "batch_size": 6, "epochs": 6, "rewards": {"length": 1.0, "regex": 1.0}},
+        prompts,
+    )
     assert any(row["alike"] == 0.0 for row in steps if row["reward_deviation"] > 0)
     assert all(row["alike"] == 0.0 for row in steps if row["reward_deviation"] > 1e-6)
     with pytest.raises(ValidationError, match="with one answer each that says nothing"):
         PpoConfig(fresh=1, answers=1)
 
 
-def test_answers_that_are_cut_off_are_in_no_pair(bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_answers_that_are_cut_off_are_in_no_pair(
+    bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = Drawing.answers
 
     def cut(self: Drawing, *given: Any) -> Any:
-        return [[(completion, replace(case, cut=True)) for completion, case in group] for group in answers(self, *given)]
+        return [
+            [(completion, replace(case, cut=True)) for completion, case in group] for group in answers(self, *given)
+        ]
 
     monkeypatch.setattr(Drawing, "answers", cut)
     for way in ("leave", "learn"):
-        _, steps = bench.run("online", way, {**DRAWN, "epochs": 2, "cut": way, "rewards": {"length": 1.0, "regex": 0.7}}, prompts)
+        _, steps = bench.run(
+            "online", way, {**DRAWN, "epochs": 2, "cut": way, "rewards": {"length": 1.0, "regex": 0.7}}, prompts
+        )
         assert any(row["gradient_norm"] > 0 for row in steps) is (way == "learn")
 
 
-def test_where_no_answer_has_a_reward_the_run_ends(bench: Bench, prompts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_where_no_answer_has_a_reward_the_run_ends(bench: Bench, prompts: Dataset, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def f(p, c, r): raise ValueError('never')\n")
-    with pytest.raises(TrainingError, match=r"none of 6 answers has a reward; the first: .*mine.py:f: ValueError: never"):
+    with pytest.raises(
+        TrainingError, match=r"none of 6 answers has a reward; the first: .*mine.py:f: ValueError: never"
+    ):
         bench.run("grpo", "a", {**DRAWN, "rewards": {f"{file}:f": 1.0}}, prompts)
     file.write_text("def f(p, c, r): return 1e300\n")
     made = Rewards({f"{file}:f": 1.0}, most=6, soft=0, seconds=1.0)
@@ -134,8 +191,20 @@ def test_a_share_stays_between_nothing_and_all() -> None:
 
 def test_margins_that_are_no_numbers_are_none(pico: Path) -> None:
     tokenizer = load_tokenizer(pico)
-    row = {"id": "a", "prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "yes"}], "rejected": [{"role": "assistant", "content": "no"}]}
-    for fields, margin in (({"scores": [None, 3]}, 0.0), ({"scores": ["good", "bad"]}, 0.0), ({"margin": math.nan}, 0.0), ({"margin": True}, 0.0), ({"scores": [5, 3]}, 2.0), ({"margin": 1.5}, 1.5)):
+    row = {
+        "id": "a",
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    for fields, margin in (
+        ({"scores": [None, 3]}, 0.0),
+        ({"scores": ["good", "bad"]}, 0.0),
+        ({"margin": math.nan}, 0.0),
+        ({"margin": True}, 0.0),
+        ({"scores": [5, 3]}, 2.0),
+        ({"margin": 1.5}, 1.5),
+    ):
         made = pair_of(tokenizer, {**row, "extra": {"fields": fields}}, 100)
         assert isinstance(made, Answered)
         assert made.margin == margin
@@ -143,7 +212,11 @@ def test_margins_that_are_no_numbers_are_none(pico: Path) -> None:
 
 def test_crossed_examples_are_no_longer_than_may_be_read() -> None:
     long, short = tuple(range(50)), tuple(range(5))
-    examples = [Answered("a", long, (Answer(short, (1,) * 5),)), Answered("b", short, (Answer(long, (1,) * 50),)), Answered("c", (9, 9), (Answer(short, (1,) * 5),))]
+    examples = [
+        Answered("a", long, (Answer(short, (1,) * 5),)),
+        Answered("b", short, (Answer(long, (1,) * 50),)),
+        Answered("c", (9, 9), (Answer(short, (1,) * 5),)),
+    ]
     made = crossed(examples, 60)
     assert max(len(one.ids) for one in made) <= 60
     assert [one.id for one in made] == ["a#other", "b#other", "c#other"]
@@ -160,16 +233,22 @@ def test_losses_have_gradients_far_away() -> None:
         assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize(("stage", "config"), [("orpo", {}), ("cpo", {}), ("dpo", {"learn": 1.0}), ("reward", {"center": 0.5})])
-def test_held_out_is_the_loss_that_is_trained(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("stage", "config"), [("orpo", {}), ("cpo", {}), ("dpo", {"learn": 1.0}), ("reward", {"center": 0.5})]
+)
+def test_held_out_is_the_loss_that_is_trained(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset) -> None:
     """All pairs in one step, at a rate of nearly nothing: both are the same number."""
     small = {k: v for k, v in SMALL.items() if k != "samples" or stage != "reward"}
-    _, steps = bench.run(stage, "a", {**small, "batch_size": 64, "epochs": 1, **config, **SLOWLY}, pairs, held_out=pairs)
+    _, steps = bench.run(
+        stage, "a", {**small, "batch_size": 64, "epochs": 1, **config, **SLOWLY}, pairs, held_out=pairs
+    )
     rows = Progress(bench.tmp_path / "a-scratch" / "metrics.jsonl", quiet=True).read_metrics()
     assert next(row["held_out"] for row in rows if "held_out" in row) == pytest.approx(steps[-1]["loss"], rel=1e-4)
 
 
-def test_the_same_prompt_twice_in_a_draw_has_other_answers(bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_same_prompt_twice_in_a_draw_has_other_answers(
+    bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where an epoch ends within a draw, and where dull prompts are replaced: nothing is drawn twice."""
     seen: list[tuple[Any, ...]] = []
     answers = Drawing.answers
@@ -180,24 +259,44 @@ def test_the_same_prompt_twice_in_a_draw_has_other_answers(bench: Bench, prompts
         return answers(self, asked, count, temperature, seeds)
 
     monkeypatch.setattr(Drawing, "answers", noted)
-    bench.run("grpo", "a", {**DRAWN, "batch_size": 4, "epochs": 2, "fresh": 2, "rewards": {"regex": 1e-12}}, prompts)  # of four prompts each, of six
+    bench.run(
+        "grpo", "a", {**DRAWN, "batch_size": 4, "epochs": 2, "fresh": 2, "rewards": {"regex": 1e-12}}, prompts
+    )  # of four prompts each, of six
     assert len(seen) == 3 * 2  # the second round has no prompts left
     assert len({seed for some in seen for seed in some}) == sum(map(len, seen))
 
 
-def test_held_out_answers_of_one_kind_are_not_ranked(bench: Bench, pairs: Dataset, tmp_path: Path) -> None:  # noqa: F811
-    rows = [whole({"id": f"s{i}", "messages": [{"role": "user", "content": said(i, 3)}, {"role": "assistant", "content": said(i + 1, 2)}], "extra": {"label": True}}) for i in range(4)]
+def test_held_out_answers_of_one_kind_are_not_ranked(bench: Bench, pairs: Dataset, tmp_path: Path) -> None:
+    rows = [
+        whole(
+            {
+                "id": f"s{i}",
+                "messages": [{"role": "user", "content": said(i, 3)}, {"role": "assistant", "content": said(i + 1, 2)}],
+                "extra": {"label": True},
+            }
+        )
+        for i in range(4)
+    ]
     write_chat(tmp_path / "good", rows)
     made, _ = bench.run("kto", "a", {**SMALL, "epochs": 1}, pairs, held_out=Dataset(tmp_path / "good", name="good"))
     assert "accuracy" not in made.metrics
     assert "of one kind, so that none can be ranked above another" in bench.report.lead
 
 
-def test_rows_of_steps_that_cannot_be_read_are_set_aside(bench: Bench, tmp_path: Path) -> None:  # noqa: F811
+def test_rows_of_steps_that_cannot_be_read_are_set_aside(bench: Bench, tmp_path: Path) -> None:
     good = [{"prompt": f"q {i}", "steps": ["one fox", "two foxes"], "labels": [True, i % 2 == 0]} for i in range(6)]
-    bad = [{"prompt": None, "steps": ["a"], "labels": [1]}, {"prompt": "q", "steps": ["a\nb"], "labels": [1]}, {"prompt": "q", "steps": ["\ud800"], "labels": [1]}]
+    bad = [
+        {"prompt": None, "steps": ["a"], "labels": [1]},
+        {"prompt": "q", "steps": ["a\nb"], "labels": [1]},
+        {"prompt": "q", "steps": ["\ud800"], "labels": [1]},
+    ]
     (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*good, *bad)))
-    made, _ = bench.run("process", "a", {k: v for k, v in SMALL.items() if k != "samples"}, Dataset(tmp_path / "steps.jsonl", name="steps"))
+    made, _ = bench.run(
+        "process",
+        "a",
+        {k: v for k, v in SMALL.items() if k != "samples"},
+        Dataset(tmp_path / "steps.jsonl", name="steps"),
+    )
     assert made.metrics["rows"] == 6
     assert made.metrics["set_aside"] == 3
 
@@ -207,5 +306,3 @@ def test_the_largest_ratio_of_cispo_is_above_one() -> None:
         GrpoConfig(form="cispo")
     with pytest.raises(ValidationError, match="temperature"):
         GrpoConfig(temperature=1e-40)
-
-

@@ -1,4 +1,6 @@
-"""Losses and gradients of alignment, held against TRL's trainers on the same batch: every kind that both have; and what no trainer of TRL's can show."""
+"""Losses and gradients of alignment, held against TRL's trainers on the same batch: every kind that both have; and what
+no trainer of TRL's can show.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from llmworks.train.finetune.lora_config import LoraConfig
 from llmworks.train.finetune.run import Material
 from llmworks.train.finetune.trainable import Tuned, open_tuned
 
-WITHOUT_BREAK = TEMPLATE.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")  # TRL weighs what a template writes after an answer's end, too
+WITHOUT_BREAK = TEMPLATE.replace(
+    "'<|im_end|>' + '\n'", "'<|im_end|>'"
+)  # TRL weighs what a template writes after an answer's end, too
 RANK = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 WORDS = ["the", "quick", "brown", "fox", "user", "weather", "Oslo", "what", "is", "name", "city"]
 
@@ -37,8 +41,19 @@ def said(seed: int, count: int) -> str:
     return " ".join(WORDS[(seed * 7 + i * (seed % 3 + 1)) % 11] for i in range(count))
 
 
-PAIRS = [{"id": f"p{i}", "prompt": [{"role": "user", "content": said(i, 3 + i % 4)}], "chosen": [{"role": "assistant", "content": said(i + 5, 2 + i % 5)}], "rejected": [{"role": "assistant", "content": said(i + 9, 1 + (i * 2) % 6)}]} for i in range(8)]
-SINGLES = [{"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": bool(i % 3)} for i, row in enumerate(PAIRS)]
+PAIRS = [
+    {
+        "id": f"p{i}",
+        "prompt": [{"role": "user", "content": said(i, 3 + i % 4)}],
+        "chosen": [{"role": "assistant", "content": said(i + 5, 2 + i % 5)}],
+        "rejected": [{"role": "assistant", "content": said(i + 9, 1 + (i * 2) % 6)}],
+    }
+    for i in range(8)
+]
+SINGLES = [
+    {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": bool(i % 3)}
+    for i, row in enumerate(PAIRS)
+]
 
 
 def no_engine(_: Any) -> Any:
@@ -105,18 +120,40 @@ def trainer_of(kind: Any, settings: Any, rows: list[dict[str, Any]], pico: Path,
 
     tokenizer = load_tokenizer(pico)
     tokenizer.chat_template = WITHOUT_BREAK
-    arguments = settings(output_dir=str(folder), per_device_train_batch_size=8, bf16=False, gradient_checkpointing=False, report_to=[], use_cpu=True, **options)
-    return kind(model=load_model(pico), args=arguments, train_dataset=Rows.from_list(rows), processing_class=tokenizer, peft_config=Peft(**RANK, task_type="CAUSAL_LM"))
+    arguments = settings(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        use_cpu=True,
+        **options,
+    )
+    return kind(
+        model=load_model(pico),
+        args=arguments,
+        train_dataset=Rows.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=Peft(**RANK, task_type="CAUSAL_LM"),
+    )
 
 
 def example(id: str, *texts: tuple[list[int], list[int]], good: bool = True) -> Answered:
     """Of (ids, 1 where a token is weighed): the prompt is what all share before that."""
     begins = min(mask.index(1) for _, mask in texts)
-    return Answered(id, tuple(texts[0][0][:begins]), tuple(Answer(tuple(ids[begins:]), tuple(mask[begins:])) for ids, mask in texts), good)
+    return Answered(
+        id,
+        tuple(texts[0][0][:begins]),
+        tuple(Answer(tuple(ids[begins:]), tuple(mask[begins:])) for ids, mask in texts),
+        good,
+    )
 
 
 def texts_of(ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor) -> list[tuple[list[int], list[int]]]:
-    return [(row[there].tolist(), weighed[there].long().tolist()) for row, there, weighed in zip(ids, attention.bool(), mask, strict=True)]
+    return [
+        (row[there].tolist(), weighed[there].long().tolist())
+        for row, there, weighed in zip(ids, attention.bool(), mask, strict=True)
+    ]
 
 
 def pairs_of(batch: Any) -> list[Answered]:
@@ -130,7 +167,17 @@ def pairs_of(batch: Any) -> list[Answered]:
 def dpos(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
     from trl import DPOConfig, DPOTrainer
 
-    return Both(trainer_of(DPOTrainer, DPOConfig, [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in PAIRS], pico, tmp_path_factory.mktemp("dpo"), train_sampling_strategy="sequential"), pico)
+    return Both(
+        trainer_of(
+            DPOTrainer,
+            DPOConfig,
+            [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in PAIRS],
+            pico,
+            tmp_path_factory.mktemp("dpo"),
+            train_sampling_strategy="sequential",
+        ),
+        pico,
+    )
 
 
 DPO: list[tuple[dict[str, Any], dict[str, Any]]] = [  # ours, and what TRL's trainer is set to
@@ -150,18 +197,36 @@ DPO: list[tuple[dict[str, Any], dict[str, Any]]] = [  # ours, and what TRL's tra
     ({"loss": "aot", "smoothing": 0.1}, {"loss_types": ["aot"], "label_smoothing": 0.1}),
     ({"loss": "aot-unpaired"}, {"loss_types": ["aot_unpaired"]}),
     ({"divergence": "forward"}, {"f_divergence_type": "forward_kl"}),
-    ({"divergence": "jensen-shannon", "loss": "hinge"}, {"f_divergence_type": "js_divergence", "loss_types": ["hinge"]}),
-    ({"divergence": "alpha", "divergence_alpha": 0.3}, {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}),
+    (
+        {"divergence": "jensen-shannon", "loss": "hinge"},
+        {"f_divergence_type": "js_divergence", "loss_types": ["hinge"]},
+    ),
+    (
+        {"divergence": "alpha", "divergence_alpha": 0.3},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    ),
     ({"tail": 0.4}, {"ld_alpha": 0.4}),
     ({"reference": "live", "beta": 0.2}, {"beta": 0.2}),
     ({"learn": 0.7}, {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}),
 ]
-PLAIN: dict[str, Any] = {"loss_types": ["sigmoid"], "loss_weights": [1.0], "beta": 0.1, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "ld_alpha": None}
+PLAIN: dict[str, Any] = {
+    "loss_types": ["sigmoid"],
+    "loss_weights": [1.0],
+    "beta": 0.1,
+    "label_smoothing": 0.0,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "ld_alpha": None,
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("ours", "theirs"), DPO, ids=["-".join(map(str, ours.values())) or "sigmoid" for ours, _ in DPO])
-def test_the_family_of_dpo_is_trl_s(ours: dict[str, Any], theirs: dict[str, Any], dpos: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs"), DPO, ids=["-".join(map(str, ours.values())) or "sigmoid" for ours, _ in DPO]
+)
+def test_the_family_of_dpo_is_trl_s(
+    ours: dict[str, Any], theirs: dict[str, Any], dpos: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TRL's reference is its adapter switched off; ours was computed before the first step, or is switched off, too."""
     for name, value in {**PLAIN, **theirs}.items():
         monkeypatch.setattr(dpos.trainer, name, value)
@@ -185,14 +250,32 @@ def test_pairs_are_read_as_trl_reads_them(dpos: Both) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("ours", "theirs"), [({}, {"loss_type": "kto"}), ({"good_weight": 0.7, "bad_weight": 1.3, "beta": 0.4}, {"loss_type": "kto", "desirable_weight": 0.7, "undesirable_weight": 1.3, "beta": 0.4}), ({"loss": "apo-zero"}, {"loss_type": "apo_zero_unpaired"})])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {"loss_type": "kto"}),
+        (
+            {"good_weight": 0.7, "bad_weight": 1.3, "beta": 0.4},
+            {"loss_type": "kto", "desirable_weight": 0.7, "undesirable_weight": 1.3, "beta": 0.4},
+        ),
+        ({"loss": "apo-zero"}, {"loss_type": "apo_zero_unpaired"}),
+    ],
+)
 def test_kto_is_trl_s(ours: dict[str, Any], theirs: dict[str, Any], pico: Path, tmp_path: Path) -> None:
     from trl import KTOConfig, KTOTrainer
 
-    both = Both(trainer_of(KTOTrainer, KTOConfig, SINGLES, pico, tmp_path / "trl", train_sampling_strategy="sequential", **theirs), pico)
+    both = Both(
+        trainer_of(
+            KTOTrainer, KTOConfig, SINGLES, pico, tmp_path / "trl", train_sampling_strategy="sequential", **theirs
+        ),
+        pico,
+    )
     batch = both.batch
     texts = texts_of(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-    examples = [example(f"r{i}", text, good=bool(good)) for i, (text, good) in enumerate(zip(texts, batch["label"], strict=True))]
+    examples = [
+        example(f"r{i}", text, good=bool(good))
+        for i, (text, good) in enumerate(zip(texts, batch["label"], strict=True))
+    ]
     if "KL_input_ids" in batch:
         others = texts_of(batch["KL_input_ids"], batch["KL_attention_mask"], batch["KL_completion_mask"])
         made = {e.id: e for e in crossed(examples, 10_000)}
@@ -206,7 +289,10 @@ def test_kto_is_trl_s(ours: dict[str, Any], theirs: dict[str, Any], pico: Path, 
 
 def labelled(batch: Any) -> list[Answered]:
     """Pairs of a batch of TRL's older trainers."""
-    sides = [texts_of(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], batch[f"{side}_labels"] != -100) for side in ("chosen", "rejected")]
+    sides = [
+        texts_of(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"], batch[f"{side}_labels"] != -100)
+        for side in ("chosen", "rejected")
+    ]
     return [example(f"p{i}", *texts) for i, texts in enumerate(zip(*sides, strict=True))]
 
 
@@ -215,25 +301,54 @@ def labelled(batch: Any) -> list[Answered]:
 def test_orpo_is_trl_s(weight: float, pico: Path, tmp_path: Path) -> None:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    both = Both(trainer_of(ORPOTrainer, ORPOConfig, PAIRS, pico, tmp_path / "trl", beta=weight, max_length=512, remove_unused_columns=False), pico)
+    both = Both(
+        trainer_of(
+            ORPOTrainer,
+            ORPOConfig,
+            PAIRS,
+            pico,
+            tmp_path / "trl",
+            beta=weight,
+            max_length=512,
+            remove_unused_columns=False,
+        ),
+        pico,
+    )
     examples = labelled(both.batch)
     config = orpo.OrpoConfig(weight=weight, prompts=True)
     given = both.given(config, examples, tmp_path)
-    both.compare(both.trainer.get_batch_loss_metrics(both.trainer.model.train(), both.batch)[0], given, orpo.way_of(config, given), examples)
+    both.compare(
+        both.trainer.get_batch_loss_metrics(both.trainer.model.train(), both.batch)[0],
+        given,
+        orpo.way_of(config, given),
+        examples,
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("config", "theirs"),
     [
-        (cpo.CpoConfig(), {}), (cpo.CpoConfig(loss="hinge", learn=0.3), {"loss_type": "hinge", "cpo_alpha": 0.3}), (cpo.CpoConfig(loss="ipo"), {"loss_type": "ipo"}), (cpo.CpoConfig(smoothing=0.1, beta=0.4), {"label_smoothing": 0.1, "beta": 0.4}),
-        (simpo.SimpoConfig(margin=0.7), {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0}), (simpo.SimpoConfig(alpha=0.2, learn=0.5), {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "alpha": 0.2, "cpo_alpha": 0.5}),
+        (cpo.CpoConfig(), {}),
+        (cpo.CpoConfig(loss="hinge", learn=0.3), {"loss_type": "hinge", "cpo_alpha": 0.3}),
+        (cpo.CpoConfig(loss="ipo"), {"loss_type": "ipo"}),
+        (cpo.CpoConfig(smoothing=0.1, beta=0.4), {"label_smoothing": 0.1, "beta": 0.4}),
+        (simpo.SimpoConfig(margin=0.7), {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0}),
+        (
+            simpo.SimpoConfig(alpha=0.2, learn=0.5),
+            {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "alpha": 0.2, "cpo_alpha": 0.5},
+        ),
     ],
-)  # fmt: skip
+)
 def test_cpo_and_simpo_are_trl_s(config: Any, theirs: dict[str, Any], pico: Path, tmp_path: Path) -> None:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    both = Both(trainer_of(CPOTrainer, CPOConfig, PAIRS, pico, tmp_path / "trl", max_length=512, remove_unused_columns=False, **theirs), pico)
+    both = Both(
+        trainer_of(
+            CPOTrainer, CPOConfig, PAIRS, pico, tmp_path / "trl", max_length=512, remove_unused_columns=False, **theirs
+        ),
+        pico,
+    )
     examples = labelled(both.batch)
     given = both.given(config, examples, tmp_path)
     way = (simpo if isinstance(config, simpo.SimpoConfig) else cpo).way_of(config, given)
@@ -243,20 +358,53 @@ def test_cpo_and_simpo_are_trl_s(config: Any, theirs: dict[str, Any], pico: Path
 # batches
 
 
-EXAMPLES = [example(f"e{i}", *[([3 + (j * 5 + i) % 300 for j in range(4 + 11 * i)] + [7 + (j * (k + 3)) % 300 for j in range(3 + 20 * k + i)], [0] * (4 + 11 * i) + [int(j % 4 != 1) for j in range(3 + 20 * k + i)]) for k in range(1 + i % 3)]) for i in range(6)]
+EXAMPLES = [
+    example(
+        f"e{i}",
+        *[
+            (
+                [3 + (j * 5 + i) % 300 for j in range(4 + 11 * i)]
+                + [7 + (j * (k + 3)) % 300 for j in range(3 + 20 * k + i)],
+                [0] * (4 + 11 * i) + [int(j % 4 != 1) for j in range(3 + 20 * k + i)],
+            )
+            for k in range(1 + i % 3)
+        ],
+    )
+    for i in range(6)
+]
 
 
 @pytest.mark.parametrize("prompts", [False, True])
 def test_a_prompt_that_is_read_once_is_as_good_as_one_before_every_answer(prompts: bool, pico: Path) -> None:
-    """The tree of a prompt and its answers in one row, padded rows in transformers, and each text in a row of its own: the same chances, and the same gradients of all weights."""
+    """The tree of a prompt and its answers in one row, padded rows in transformers, and each text in a row of its own:
+    the same chances, and the same gradients of all weights.
+    """
     found = []
-    for parts in ([branched(EXAMPLES, prompts=prompts)], [padded(EXAMPLES, prompts=prompts)], [branched([e], prompts=prompts) for e in EXAMPLES]):
+    for parts in (
+        [branched(EXAMPLES, prompts=prompts)],
+        [padded(EXAMPLES, prompts=prompts)],
+        [branched([e], prompts=prompts) for e in EXAMPLES],
+    ):
         tuned = open_tuned(pico)
         network = (load_model(pico) if parts[0].positions is None else tuned.network).train()
         made = [logprobs(network, batch) for batch in parts]
         chances, entropy, spoken = (torch.cat(values) for values in zip(*made, strict=True))
         sum(((torch.arange(len(x)) % 7 - 2.0) * x).sum() for x in (chances, spoken)).backward()
-        found.append((chances, entropy, spoken, {name if parts[0].positions is None else f"{tuned.rename(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": p.grad for name, p in network.named_parameters()}))
+        found.append(
+            (
+                chances,
+                entropy,
+                spoken,
+                {
+                    (
+                        name
+                        if parts[0].positions is None
+                        else f"{tuned.rename(name.rpartition('.')[0])}.{name.rpartition('.')[2]}"
+                    ): p.grad
+                    for name, p in network.named_parameters()
+                },
+            )
+        )
         assert len(spoken) == (sum(len(e.prompt) - 1 for e in EXAMPLES) if prompts else 0)
     for chances, entropy, spoken, gradients in found[1:]:
         for one, other in ((chances, found[0][0]), (entropy, found[0][1]), (spoken, found[0][2])):
@@ -273,14 +421,18 @@ def test_an_answer_weighs_its_own_tokens_only() -> None:
     answers = [answer for e in EXAMPLES for answer in e.answers]
     assert batch.counts.tolist() == [answer.tokens for answer in answers]
     for number, answer in enumerate(answers):
-        assert batch.wanted[batch.owner == number].tolist() == [i for i, m in zip(answer.ids, answer.mask, strict=True) if m]
+        assert batch.wanted[batch.owner == number].tolist() == [
+            i for i, m in zip(answer.ids, answer.mask, strict=True) if m
+        ]
     assert torch.equal(batch.summed(torch.ones(len(batch.owner))), batch.counts.float())
 
 
 # accumulation
 
 
-@pytest.mark.parametrize("make", [lambda: dpo.DpoConfig(learn=0.5, tail=0.5), lambda: orpo.OrpoConfig(prompts=True), kto.KtoConfig])
+@pytest.mark.parametrize(
+    "make", [lambda: dpo.DpoConfig(learn=0.5, tail=0.5), lambda: orpo.OrpoConfig(prompts=True), kto.KtoConfig]
+)
 def test_parts_of_a_step_are_the_step(make: Callable[[], Any], pico: Path, tmp_path: Path, dpos: Both) -> None:
     """Means over tokens, and the distance from the reference, are of the whole step."""
     examples = pairs_of(dpos.batch)
@@ -297,7 +449,18 @@ def test_parts_of_a_step_are_the_step(make: Callable[[], Any], pico: Path, tmp_p
         for at in range(0, 8, size):
             total = total + way.loss(given.tuned.network, way.join(examples[at : at + size], examples))
         total.backward()
-        found.append((total.detach(), torch.cat([layer.b.grad.flatten() for _, layer in lora.layers(given.tuned.network) if layer.b.grad is not None])))
+        found.append(
+            (
+                total.detach(),
+                torch.cat(
+                    [
+                        layer.b.grad.flatten()
+                        for _, layer in lora.layers(given.tuned.network)
+                        if layer.b.grad is not None
+                    ]
+                ),
+            )
+        )
     assert float(found[0][0]) == pytest.approx(float(found[1][0]), rel=1e-5)
     assert float((found[0][1] - found[1][1]).norm() / found[0][1].norm()) < 1e-4
 
@@ -311,5 +474,3 @@ def test_bent_and_odds() -> None:
     assert torch.equal(bent(means, 0.0), means)
     p = means.double().exp()
     assert torch.allclose(log_odds(means).double(), (p / (1 - p)).log(), atol=1e-5)
-
-

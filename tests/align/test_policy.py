@@ -1,4 +1,6 @@
-"""Losses on the policy's own answers: TRL's GRPO and RLOO on the same answers, advantages and whitening by hand, and what PPO does on a bandit."""
+"""Losses on the policy's own answers: TRL's GRPO and RLOO on the same answers, advantages and whitening by hand, and
+what PPO does on a bandit.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import torch
 from tests.align.test_losses import RANK, Both, no_engine
 
 from llmworks.align.grpo import GrpoConfig
-from llmworks.align.losses.policy import deviation, distance, group_advantages, leave_one_out, overlong, ratios, shares, weighed
+from llmworks.align.losses.policy import (
+    deviation,
+    distance,
+    group_advantages,
+    leave_one_out,
+    overlong,
+    ratios,
+    shares,
+    weighed,
+)
 from llmworks.align.losses.ppo import gae, token_rewards, value_loss, whitened
 from llmworks.align.preference.objective import Given
 from llmworks.align.rl.objective import Groups, Objective
@@ -35,13 +46,32 @@ def trainer_of(kind: Any, settings: Any, pico: Path, folder: Path, **options: An
     from datasets import Dataset as Rows
     from peft import LoraConfig as Peft
 
-    arguments = settings(output_dir=str(folder), per_device_train_batch_size=6, num_generations=EACH, max_completion_length=LONGEST, bf16=False, gradient_checkpointing=False, report_to=[], use_cpu=True, **options)
+    arguments = settings(
+        output_dir=str(folder),
+        per_device_train_batch_size=6,
+        num_generations=EACH,
+        max_completion_length=LONGEST,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        use_cpu=True,
+        **options,
+    )
     rows = Rows.from_list([{"prompt": "the fox"}, {"prompt": "what is"}])
-    return kind(model=load_model(pico), reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments, train_dataset=rows, processing_class=load_tokenizer(pico), peft_config=Peft(**RANK, task_type="CAUSAL_LM"))
+    return kind(
+        model=load_model(pico),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=rows,
+        processing_class=load_tokenizer(pico),
+        peft_config=Peft(**RANK, task_type="CAUSAL_LM"),
+    )
 
 
 class Case(Both):
-    """The same prompts and answers in TRL and here, with noise between the policy, the one that drew, and the reference."""
+    """The same prompts and answers in TRL and here, with noise between the policy, the one that drew, and the
+    reference.
+    """
 
     def __init__(self, trainer: Any, pico: Path) -> None:
         trainer.get_train_dataloader = lambda: [None]
@@ -50,7 +80,12 @@ class Case(Both):
         self.prompts = [tuple(torch.randint(3, 300, (4 + 5 * i,), generator=draw).tolist()) for i in range(PROMPTS)]
         self.answers = [torch.randint(3, 300, (n,), generator=draw).tolist() for n in LENGTHS]
         wide, long = max(map(len, self.prompts)), max(LENGTHS)
-        self.inputs: dict[str, Any] = {"prompt_ids": torch.zeros(6, wide, dtype=torch.long), "prompt_mask": torch.zeros(6, wide, dtype=torch.long), "completion_ids": torch.zeros(6, long, dtype=torch.long), "completion_mask": torch.zeros(6, long, dtype=torch.long)}
+        self.inputs: dict[str, Any] = {
+            "prompt_ids": torch.zeros(6, wide, dtype=torch.long),
+            "prompt_mask": torch.zeros(6, wide, dtype=torch.long),
+            "completion_ids": torch.zeros(6, long, dtype=torch.long),
+            "completion_mask": torch.zeros(6, long, dtype=torch.long),
+        }
         for i, answer in enumerate(self.answers):
             prompt = self.prompts[i // EACH]
             self.inputs["prompt_ids"][i, wide - len(prompt) :] = torch.tensor(prompt)  # padded on the left
@@ -64,22 +99,44 @@ class Case(Both):
     def now(self) -> torch.Tensor:
         ids = torch.cat([self.inputs["prompt_ids"], self.inputs["completion_ids"]], 1)
         mask = torch.cat([self.inputs["prompt_mask"], self.inputs["completion_mask"]], 1)
-        found = self.trainer._get_per_token_logps_and_entropies(self.trainer.model, ids, mask, self.inputs["completion_ids"].shape[1])
+        found = self.trainer._get_per_token_logps_and_entropies(
+            self.trainer.model, ids, mask, self.inputs["completion_ids"].shape[1]
+        )
         return found[0]  # type: ignore[no-any-return]
 
     def rollout(self, *, old: bool = True) -> Rollout:
         drawn = [
-            Drawn(list(ids), "", len(ids) == LONGEST, REWARDS[i // EACH][i % EACH], {}, [], self.old[i, : len(ids)].tolist() if old else [], self.reference[i, : len(ids)].tolist())
+            Drawn(
+                list(ids),
+                "",
+                len(ids) == LONGEST,
+                REWARDS[i // EACH][i % EACH],
+                {},
+                [],
+                self.old[i, : len(ids)].tolist() if old else [],
+                self.reference[i, : len(ids)].tolist(),
+            )
             for i, ids in enumerate(self.answers)
-        ]  # fmt: skip
+        ]
         return Rollout([0, 1], [drawn[:EACH], drawn[EACH:]], {"alike": 0.0})
 
     def groups(self, objective: Objective, advantages: Any, tmp_path: Path, *, passes: int = 2) -> Groups:
         asked = [Asked({"id": str(i)}, (), ids) for i, ids in enumerate(self.prompts)]
         ctx = Context(tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), no_engine)
-        given = Given(GrpoConfig(), self.moved(self.fresh()), Material(load_tokenizer(self.pico), [], asked, [], [], []), ctx, torch.device("cpu"))
+        given = Given(
+            GrpoConfig(),
+            self.moved(self.fresh()),
+            Material(load_tokenizer(self.pico), [], asked, [], [], []),
+            ctx,
+            torch.device("cpu"),
+        )
         rewards = Rewards({"length": 1.0}, most=LONGEST, soft=0, seconds=1.0)
-        made = Groups(given, Drawing(given, asked, rewards, Habit(EACH, 1.0, LONGEST, 2, 2, 1, passes, False)), objective, advantages)
+        made = Groups(
+            given,
+            Drawing(given, asked, rewards, Habit(EACH, 1.0, LONGEST, 2, 2, 1, passes, False)),
+            objective,
+            advantages,
+        )
         made.keep = lambda number, rollout: None  # type: ignore[method-assign]
         return made
 
@@ -110,35 +167,66 @@ def grpos(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(trainer_of(GRPOTrainer, GRPOConfig, pico, tmp_path_factory.mktemp("grpo")), pico)
 
 
-PLAIN: dict[str, Any] = {"loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "importance_sampling_level": "token", "use_bias_correction_kl": False}
+PLAIN: dict[str, Any] = {
+    "loss_type": "grpo",
+    "epsilon_low": 0.2,
+    "epsilon_high": 0.2,
+    "beta": 0.0,
+    "importance_sampling_level": "token",
+    "use_bias_correction_kl": False,
+}
 GRPO: list[tuple[Objective, dict[str, Any]]] = [
-    (Objective(), {}), (Objective(mean="tokens", high=0.28), {"loss_type": "dapo", "epsilon_high": 0.28}), (Objective(mean="tokens"), {"loss_type": "bnpo"}), (Objective(mean="length"), {"loss_type": "dr_grpo"}),
-    (Objective(level="answer"), {"importance_sampling_level": "sequence"}), (Objective(mean="sum", level="answer"), {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
-    (Objective(form="cispo", mean="tokens", high=1.1), {"loss_type": "cispo", "epsilon_high": 1.1}), (Objective(form="sapo"), {"loss_type": "sapo"}), (Objective(form="vespo", mean="tokens"), {"loss_type": "vespo"}),
-    (Objective(kl=0.04), {"beta": 0.04}), (Objective(kl=0.3, unbiased=True), {"beta": 0.3, "use_bias_correction_kl": True}), (Objective(ceiling=1.05), {"delta": 1.05}),
-]  # fmt: skip
+    (Objective(), {}),
+    (Objective(mean="tokens", high=0.28), {"loss_type": "dapo", "epsilon_high": 0.28}),
+    (Objective(mean="tokens"), {"loss_type": "bnpo"}),
+    (Objective(mean="length"), {"loss_type": "dr_grpo"}),
+    (Objective(level="answer"), {"importance_sampling_level": "sequence"}),
+    (Objective(mean="sum", level="answer"), {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
+    (Objective(form="cispo", mean="tokens", high=1.1), {"loss_type": "cispo", "epsilon_high": 1.1}),
+    (Objective(form="sapo"), {"loss_type": "sapo"}),
+    (Objective(form="vespo", mean="tokens"), {"loss_type": "vespo"}),
+    (Objective(kl=0.04), {"beta": 0.04}),
+    (Objective(kl=0.3, unbiased=True), {"beta": 0.3, "use_bias_correction_kl": True}),
+    (Objective(ceiling=1.05), {"delta": 1.05}),
+]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("ours", "theirs"), GRPO, ids=lambda value: "-".join(f"{k}" for k in value.values()) or "grpo" if isinstance(value, dict) else "")
-def test_grpo_is_trl_s(ours: Objective, theirs: dict[str, Any], grpos: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    GRPO,
+    ids=lambda value: "-".join(f"{k}" for k in value.values()) or "grpo" if isinstance(value, dict) else "",
+)
+def test_grpo_is_trl_s(
+    ours: Objective, theirs: dict[str, Any], grpos: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {**PLAIN, **theirs}.items():
         monkeypatch.setattr(grpos.trainer if hasattr(grpos.trainer, name) else grpos.trainer.args, name, value)
     monkeypatch.setattr(grpos.trainer, "current_gradient_accumulation_steps", 1, raising=False)
     advantages = group_advantages(torch.tensor(REWARDS))
-    inputs = {**grpos.inputs, "advantages": advantages.flatten(), "old_per_token_logps": grpos.old, "ref_per_token_logps": grpos.reference, "num_items_in_batch": grpos.inputs["completion_mask"].sum()}
+    inputs = {
+        **grpos.inputs,
+        "advantages": advantages.flatten(),
+        "old_per_token_logps": grpos.old,
+        "ref_per_token_logps": grpos.reference,
+        "num_items_in_batch": grpos.inputs["completion_mask"].sum(),
+    }
     loss = grpos.trainer._compute_loss(grpos.trainer.model.train(), inputs)
     grpos.held(loss, grpos.groups(ours, lambda _: advantages, tmp_path), grpos.rollout())
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_without_old_chances_the_policy_is_the_one_that_drew(grpos: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_old_chances_the_policy_is_the_one_that_drew(
+    grpos: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TRL skips them, too, where every draw is used once: ratios are 1 and have a gradient."""
     for name, value in PLAIN.items():
         monkeypatch.setattr(grpos.trainer if hasattr(grpos.trainer, name) else grpos.trainer.args, name, value)
     monkeypatch.setattr(grpos.trainer, "current_gradient_accumulation_steps", 1, raising=False)
     advantages = group_advantages(torch.tensor(REWARDS), "batch")
-    loss = grpos.trainer._compute_loss(grpos.trainer.model.train(), {**grpos.inputs, "advantages": advantages.flatten()})
+    loss = grpos.trainer._compute_loss(
+        grpos.trainer.model.train(), {**grpos.inputs, "advantages": advantages.flatten()}
+    )
     grpos.held(loss, grpos.groups(Objective(), lambda _: advantages, tmp_path, passes=1), grpos.rollout(old=False))
 
 
@@ -153,14 +241,18 @@ def test_rloo_is_trl_s(pico: Path, tmp_path: Path) -> None:
     away = ((case.old - case.reference) * mask).sum(1)
     rewards = torch.tensor(REWARDS).flatten() - 0.1 * away
     others = [[rewards[j] for j in range(6) if j // EACH == i // EACH and j != i] for i in range(6)]
-    assert torch.allclose(advantages.flatten(), torch.stack([rewards[i] - sum(o) / len(o) for i, o in enumerate(others)]), atol=1e-5)
+    assert torch.allclose(
+        advantages.flatten(), torch.stack([rewards[i] - sum(o) / len(o) for i, o in enumerate(others)]), atol=1e-5
+    )
     inputs = {**case.inputs, "advantages": advantages.flatten(), "old_logps": (case.old * mask).sum(1)}
     loss = case.trainer._compute_loss(case.trainer.model.train(), inputs)
     case.held(loss, case.groups(Objective("clip", "answer", "answer", True), lambda _: advantages, tmp_path), made)
 
 
 def test_an_answer_that_was_cut_off_is_left_out_where_that_is_wanted(grpos: Case, tmp_path: Path) -> None:
-    """The longest answer was cut off: with it the loss is of all, without it as if it had not been drawn, but for the others' advantages."""
+    """The longest answer was cut off: with it the loss is of all, without it as if it had not been drawn, but for the
+    others' advantages.
+    """
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, -0.3]])
     found = {}
     for whole in (True, False):
@@ -220,10 +312,16 @@ def test_two_tokens_by_hand() -> None:
     now = torch.tensor([-0.7, -0.9])  # ratios e^0.3 = 1.35 and e^-0.4 = 0.67
     log = ratios(now, torch.tensor([-1.0, -0.5]), owner, torch.tensor([2]), "token")
     found = weighed(now, log, advantages, owner, torch.tensor([2]))
-    assert found.loss.tolist() == pytest.approx([-1.2 * 0.412, -math.exp(-0.4) * 0.56])  # the first is held at 1.2, the second may come back
+    assert found.loss.tolist() == pytest.approx(
+        [-1.2 * 0.412, -math.exp(-0.4) * 0.56]
+    )  # the first is held at 1.2, the second may come back
     assert found.clipped.tolist() == [True, False]
-    assert value_loss(torch.tensor([1.5, 0.45]), values, returns, 0.2).tolist() == pytest.approx([0.5 * max((1.5 - 0.912) ** 2, (0.7 - 0.912) ** 2), 0.5 * (0.45 - 0.96) ** 2])
-    assert (shares(owner, torch.tensor([2]), "answer", answers=1, tokens=2, longest=8) * found.loss).sum().item() == pytest.approx(found.loss.mean().item())
+    assert value_loss(torch.tensor([1.5, 0.45]), values, returns, 0.2).tolist() == pytest.approx(
+        [0.5 * max((1.5 - 0.912) ** 2, (0.7 - 0.912) ** 2), 0.5 * (0.45 - 0.96) ** 2]
+    )
+    assert (
+        shares(owner, torch.tensor([2]), "answer", answers=1, tokens=2, longest=8) * found.loss
+    ).sum().item() == pytest.approx(found.loss.mean().item())
 
 
 def test_gae_has_its_closed_forms() -> None:
@@ -235,8 +333,12 @@ def test_gae_has_its_closed_forms() -> None:
     once, _ = gae(rewards, values, owner, discount=0.9, trace=0.0)
     for start, end in ((0, 4), (4, 5), (5, 9)):
         for t in range(start, end):
-            assert float(whole[t]) == pytest.approx(sum(0.9 ** (k - t) * float(rewards[k]) for k in range(t, end)) - float(values[t]), abs=1e-5)
-            assert float(once[t]) == pytest.approx(float(rewards[t]) + (0.9 * float(values[t + 1]) if t + 1 < end else 0.0) - float(values[t]), abs=1e-5)
+            assert float(whole[t]) == pytest.approx(
+                sum(0.9 ** (k - t) * float(rewards[k]) for k in range(t, end)) - float(values[t]), abs=1e-5
+            )
+            assert float(once[t]) == pytest.approx(
+                float(rewards[t]) + (0.9 * float(values[t + 1]) if t + 1 < end else 0.0) - float(values[t]), abs=1e-5
+            )
 
 
 def test_whitening() -> None:
@@ -249,7 +351,10 @@ def test_whitening() -> None:
 
 @pytest.mark.parametrize("form", ["clip", "cispo", "vespo"])
 def test_a_bandit_is_learned(form: Any) -> None:
-    """Three arms, worth 0, 0.5 and 1. The first step's gradient is that of the expected reward, which is known; many steps find the best arm."""
+    """Three arms, worth 0, 0.5 and 1.
+
+    The first step's gradient is that of the expected reward, which is known; many steps find the best arm.
+    """
     worth, logits = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.3, 0.1, -0.2], requires_grad=True)
     chances = logits.softmax(0).detach()
     exact = chances * (worth - (chances * worth).sum())  # of the expected reward, by each logit
@@ -258,7 +363,15 @@ def test_a_bandit_is_learned(form: Any) -> None:
     gained = worth[arms] - worth[arms].mean()
     owner = torch.arange(len(arms))
     chosen = logits.log_softmax(0)[arms]
-    weighed(chosen, chosen - chosen.detach(), gained, owner, torch.ones_like(owner), form=form, high=1.2 if form == "cispo" else 0.2).loss.mean().backward()
+    weighed(
+        chosen,
+        chosen - chosen.detach(),
+        gained,
+        owner,
+        torch.ones_like(owner),
+        form=form,
+        high=1.2 if form == "cispo" else 0.2,
+    ).loss.mean().backward()
     assert logits.grad is not None
     assert torch.allclose(-logits.grad, exact, atol=0.01)
     optimizer = torch.optim.Adam([logits], 0.05)
@@ -268,6 +381,14 @@ def test_a_bandit_is_learned(form: Any) -> None:
         for _ in range(4):
             optimizer.zero_grad()
             chosen = logits.log_softmax(0)[arms]
-            weighed(chosen, chosen - old, gained, torch.arange(64), torch.ones(64, dtype=torch.long), form=form, high=1.2 if form == "cispo" else 0.2).loss.mean().backward()
+            weighed(
+                chosen,
+                chosen - old,
+                gained,
+                torch.arange(64),
+                torch.ones(64, dtype=torch.long),
+                form=form,
+                high=1.2 if form == "cispo" else 0.2,
+            ).loss.mean().backward()
             optimizer.step()
     assert float(logits.softmax(0)[2].detach()) > 0.9

@@ -53,14 +53,36 @@ class Drawn(BaseCallback):
 
 @pytest.mark.parametrize("length", [1, 3])
 def test_ppo_is_stable_baselines(length: int) -> None:
-    """One draw and six passes over it: advantages, returns, what was clipped, and every weight of policy and values afterwards."""
+    """One draw and six passes over it: advantages, returns, what was clipped, and every weight of policy and values
+    afterwards.
+    """
     count = 96
-    theirs = PPO("MlpPolicy", Arms(length), n_steps=count, batch_size=count, n_epochs=EPOCHS, gamma=DISCOUNT, gae_lambda=TRACE, clip_range=CLIP, vf_coef=0.5, ent_coef=0.0, max_grad_norm=0.5, learning_rate=RATE, normalize_advantage=False, policy_kwargs={"net_arch": [8]}, seed=3, device="cpu")
+    theirs = PPO(
+        "MlpPolicy",
+        Arms(length),
+        n_steps=count,
+        batch_size=count,
+        n_epochs=EPOCHS,
+        gamma=DISCOUNT,
+        gae_lambda=TRACE,
+        clip_range=CLIP,
+        vf_coef=0.5,
+        ent_coef=0.0,
+        max_grad_norm=0.5,
+        learning_rate=RATE,
+        normalize_advantage=False,
+        policy_kwargs={"net_arch": [8]},
+        seed=3,
+        device="cpu",
+    )
     theirs.set_logger(configure(None, []))
     drawn = Drawn()
     theirs.learn(count, callback=drawn)
     buffer: Any = theirs.rollout_buffer
-    flat = {name: torch.tensor(getattr(buffer, name)).reshape(count, -1) for name in ("observations", "actions", "rewards", "values", "log_probs", "advantages", "returns")}
+    flat = {
+        name: torch.tensor(getattr(buffer, name)).reshape(count, -1)
+        for name in ("observations", "actions", "rewards", "values", "log_probs", "advantages", "returns")
+    }
     rewards, values, old = (flat[name][:, 0] for name in ("rewards", "values", "log_probs"))
     owner = torch.arange(count) // length
     assert (flat["observations"].argmax(1) == torch.arange(count) % length).all()  # in the order of the draws

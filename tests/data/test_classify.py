@@ -17,8 +17,48 @@ from llmworks.core.documents import DocumentWriter, read_documents
 from llmworks.core.types import Document
 from llmworks.data.text.features import BITS, features
 
-GOOD = ["the", "committee", "published", "a", "careful", "report", "on", "the", "harbour", "and", "its", "history", "which", "explains", "how", "tides", "shaped", "the", "town"]
-BAD = ["click", "buy", "cheap", "now", "free", "offer", "best", "price", "discount", "sale", "deal", "win", "cash", "bonus", "casino", "order", "today", "limited", "pills"]
+GOOD = [
+    "the",
+    "committee",
+    "published",
+    "a",
+    "careful",
+    "report",
+    "on",
+    "the",
+    "harbour",
+    "and",
+    "its",
+    "history",
+    "which",
+    "explains",
+    "how",
+    "tides",
+    "shaped",
+    "the",
+    "town",
+]
+BAD = [
+    "click",
+    "buy",
+    "cheap",
+    "now",
+    "free",
+    "offer",
+    "best",
+    "price",
+    "discount",
+    "sale",
+    "deal",
+    "win",
+    "cash",
+    "bonus",
+    "casino",
+    "order",
+    "today",
+    "limited",
+    "pills",
+]
 COMMON = ["and", "a", "of", "in", "to", "it", "is", "for", "on", "with", "as", "by", "at", "from"]
 
 
@@ -26,7 +66,10 @@ def make(path: Path, kinds: str, seed: int) -> Path:
     draw = random.Random(seed)
     with DocumentWriter(path, group_bytes=20_000) as writer:
         for i, kind in enumerate(kinds):
-            words = [draw.choice(COMMON if draw.random() < 0.5 else GOOD if (kind == "g") != (draw.random() < 0.15) else BAD) for _ in range(80)]
+            words = [
+                draw.choice(COMMON if draw.random() < 0.5 else GOOD if (kind == "g") != (draw.random() < 0.15) else BAD)
+                for _ in range(80)
+            ]
             writer.add(Document(f"{kind}{i}", " ".join(words), "s"))
     return path
 
@@ -34,8 +77,24 @@ def make(path: Path, kinds: str, seed: int) -> Path:
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
-    good, bad, data = make(tmp_path / "good", "g" * 300, 1), make(tmp_path / "bad", "b" * 200, 2), make(tmp_path / "data", "gb" * 200, 3)
-    return ["data", "classify", "--good", str(good), "--bad", str(bad), "--data", str(data), "--quiet", "--out", str(tmp_path / "out")]
+    good, bad, data = (
+        make(tmp_path / "good", "g" * 300, 1),
+        make(tmp_path / "bad", "b" * 200, 2),
+        make(tmp_path / "data", "gb" * 200, 3),
+    )
+    return [
+        "data",
+        "classify",
+        "--good",
+        str(good),
+        "--bad",
+        str(bad),
+        "--data",
+        str(data),
+        "--quiet",
+        "--out",
+        str(tmp_path / "out"),
+    ]
 
 
 def test_features_are_words_and_pairs() -> None:
@@ -83,8 +142,12 @@ def test_quantile_and_workers(words: list[str], tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [(["threshold=0.5", "quantile=0.5"], "choose one"), (["threshold=1"], "no document has a score of 1 or more"), (["examples=3"], "greater than or equal to 20")],
-)  # fmt: skip
+    [
+        (["threshold=0.5", "quantile=0.5"], "choose one"),
+        (["threshold=1"], "no document has a score of 1 or more"),
+        (["examples=3"], "greater than or equal to 20"),
+    ],
+)
 def test_mistakes(words: list[str], settings: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, *(w for s in settings for w in ("--set", s))]) == 2
     error = capsys.readouterr().err

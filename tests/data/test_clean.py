@@ -1,4 +1,6 @@
-"""The stage keeps, mends and drops: nothing is lost, everything has a reason, and the number of workers changes nothing."""
+"""The stage keeps, mends and drops: nothing is lost, everything has a reason, and the number of workers changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, read_documents
 from llmworks.core.types import Document
 
-CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]
+CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))[
+    "rows"
+]
 
 
 @pytest.fixture
@@ -43,14 +47,18 @@ def test_nothing_is_lost(corpus: Path, tmp_path: Path) -> None:
     assert sum(manifest["about"]["dropped"].values()) == len(dropped)
     assert all(d.metadata["language"] for d in kept.values())
     assert {row["id"]: row["reason"] for row in dropped}["broken"] == "gopher: one 3-gram repeated"
-    assert "It wasn't clear why the café" in next(row["text"] for row in dropped if row["id"] == "broken").replace("’", "'")
+    assert "It wasn't clear why the café" in next(row["text"] for row in dropped if row["id"] == "broken").replace(
+        "’", "'"
+    )
     for name in ("report.html", "report.md", "report.json"):
         assert (tmp_path / "a/report" / name).stat().st_size > 500
 
 
 def test_only_english_and_no_rules(corpus: Path, tmp_path: Path) -> None:
     config = tmp_path / "clean.yaml"
-    config.write_text("repair: null\ngopher_quality: null\ngopher_repetition: null\nc4: null\nfineweb: null\nlanguage: {keep: [de]}\n")
+    config.write_text(
+        "repair: null\ngopher_quality: null\ngopher_repetition: null\nc4: null\nfineweb: null\nlanguage: {keep: [de]}\n"
+    )
     assert run("--data", str(corpus), "--config", str(config), "--out", str(tmp_path / "a")) == 0
     assert [d.id for d in read_documents(Dataset(tmp_path / "a"))] == ["german"]
     reasons = json.loads((tmp_path / "a/manifest.json").read_text())["about"]["dropped"]
@@ -66,7 +74,9 @@ def test_only_english_and_no_rules(corpus: Path, tmp_path: Path) -> None:
         ("gopher_quality.min_words=90000", "no document is left of 402"),
     ],
 )
-def test_mistakes_are_one_line(corpus: Path, tmp_path: Path, setting: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    corpus: Path, tmp_path: Path, setting: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("--data", str(corpus), "--set", setting, "--out", str(tmp_path / "a")) == 2
     error = capsys.readouterr().err
     assert says in error

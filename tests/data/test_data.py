@@ -85,11 +85,16 @@ def test_texts_are_normalised() -> None:
 
 def test_bfcl_types_become_json_schema() -> None:
     spec = {"type": "dict", "properties": {"type": {"type": "float"}, "t": {"type": "tuple", "items": {"type": "any"}}}}
-    assert json_schema(spec) == {"type": "object", "properties": {"type": {"type": "number"}, "t": {"type": "array", "items": {}}}}
+    assert json_schema(spec) == {
+        "type": "object",
+        "properties": {"type": {"type": "number"}, "t": {"type": "array", "items": {}}},
+    }
 
 
 def test_right_call_leaves_optional_arguments_out() -> None:
-    call = right_call({"f": {"a": [1, 2], "b": ["x", ""], "c": [{"k": [5], "o": ["y", ""]}]}}, {"parameters": {"required": ["a"]}})
+    call = right_call(
+        {"f": {"a": [1, 2], "b": ["x", ""], "c": [{"k": [5], "o": ["y", ""]}]}}, {"parameters": {"required": ["a"]}}
+    )
     assert call.arguments == {"a": 1, "c": {"k": 5}}
 
 
@@ -104,6 +109,8 @@ def test_right_call_leaves_optional_arguments_out() -> None:
         ("two values", [["two"], ""], None),
     ],
 )
-def test_right_call_gives_an_optional_argument_that_the_question_states(question: str, values: list[Any], given: Any) -> None:
+def test_right_call_gives_an_optional_argument_that_the_question_states(
+    question: str, values: list[Any], given: Any
+) -> None:
     call = right_call({"f": {"a": values}}, {"parameters": {"required": []}}, question)
     assert call.arguments == ({} if given is None else {"a": given})

@@ -11,7 +11,11 @@ import pytest
 
 from llmworks.cli import main
 
-WORDS = [a + b for a in ("har", "tow", "rive", "sho", "win", "stor", "mou", "lan") for b in ("bour", "er", "ing", "ness", "line", "ward", "man", "side")]
+WORDS = [
+    a + b
+    for a in ("har", "tow", "rive", "sho", "win", "stor", "mou", "lan")
+    for b in ("bour", "er", "ing", "ness", "line", "ward", "man", "side")
+]
 
 
 @pytest.fixture
@@ -34,15 +38,25 @@ def test_the_same_digest_on_every_engine(cluster: str, tmp_path: Path, monkeypat
     raw.mkdir()
     for i in range(600):
         draw = random.Random(i % 400)  # a third are copies
-        lines = [" ".join(draw.sample(WORDS, 12)).capitalize() + " and the tide of the year was to be seen." for _ in range(9)]
+        lines = [
+            " ".join(draw.sample(WORDS, 12)).capitalize() + " and the tide of the year was to be seen."
+            for _ in range(9)
+        ]
         (raw / f"{i:04d}.txt").write_text(f"Text {i}.\n" + "\n".join(lines))
     digests: dict[str, list[str]] = {}
-    for name, words in (("one", []), ("two", ["--workers", "2"]), ("ray", ["--workers", "2", "--engine", "ray", "--address", cluster])):
+    for name, words in (
+        ("one", []),
+        ("two", ["--workers", "2"]),
+        ("ray", ["--workers", "2", "--engine", "ray", "--address", cluster]),
+    ):
         monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / name))
         source = raw
         for stage, settings in (
-            ("read", []), ("clean", ["--set", "gopher_repetition=null", "--set", "fineweb=null"]), ("dedup", ["--set", "lines={}"]), ("redact", []),
-        ):  # fmt: skip
+            ("read", []),
+            ("clean", ["--set", "gopher_repetition=null", "--set", "fineweb=null"]),
+            ("dedup", ["--set", "lines={}"]),
+            ("redact", []),
+        ):
             out = tmp_path / name / f"{stage}-out"
             assert main(["data", stage, "--data", str(source), "--out", str(out), "--quiet", *settings, *words]) == 0
             digests.setdefault(stage, []).append(json.loads((out / "manifest.json").read_text())["digest"])
@@ -54,7 +68,16 @@ def test_the_same_digest_on_every_engine(cluster: str, tmp_path: Path, monkeypat
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("text")
-    words = ["data", "read", "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "o"), "--workspace", str(tmp_path / "ws")]
+    words = [
+        "data",
+        "read",
+        "--data",
+        str(tmp_path / "a.txt"),
+        "--out",
+        str(tmp_path / "o"),
+        "--workspace",
+        str(tmp_path / "ws"),
+    ]
     assert main([*words, "--address", "x:1"]) == 2
     assert "give --engine ray with it" in capsys.readouterr().err
     assert main([*words, "--engine", "ray", "--address", "127.0.0.1:1"]) == 2

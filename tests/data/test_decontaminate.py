@@ -16,9 +16,14 @@ from llmworks.core.artifact import Dataset
 from llmworks.core.documents import DocumentWriter, read_documents
 from llmworks.core.types import Document
 
-CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]
+CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))[
+    "rows"
+]
 COUNT = " ".join(map(str, range(60)))
-TEXTS = [row[1] + (f" {COUNT}" if i % 5 == 0 else "") for i, row in enumerate(row for row in CASES if len(row[1].split()) > 80)][:120]
+TEXTS = [
+    row[1] + (f" {COUNT}" if i % 5 == 0 else "")
+    for i, row in enumerate(row for row in CASES if len(row[1].split()) > 80)
+][:120]
 
 
 def words_of(text: str) -> list[str]:
@@ -33,7 +38,9 @@ def grams(text: str, n: int, numbers: bool = False) -> set[tuple[str, ...]]:
 
 @pytest.fixture
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, list[str]]:
-    """Documents, some with a list of numbers; and JSON rows of which some are runs of words from documents, some only look like it."""
+    """Documents, some with a list of numbers; and JSON rows of which some are runs of words from documents, some only
+    look like it.
+    """
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     with DocumentWriter(tmp_path / "docs", group_bytes=20_000) as writer:
         for i, text in enumerate(TEXTS):
@@ -51,18 +58,42 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path,
         rows.append({"question": " ".join(piece).upper(), "meta": {"answer": ["yes"] if i % 2 else "no"}, "number": i})
     path = tmp_path / "tests.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    return tmp_path / "docs", path, ["\n".join([row["question"], "yes" if i % 2 else "no"]) for i, row in enumerate(rows)]
+    return (
+        tmp_path / "docs",
+        path,
+        ["\n".join([row["question"], "yes" if i % 2 else "no"]) for i, row in enumerate(rows)],
+    )
 
 
 def run(data: Path, tests: Path, out: Path, *words: str) -> int:
-    return main(["data", "decontaminate", "--data", str(data), "--tests", f"quiz={tests}", "--out", str(out), "--quiet", *words])
+    return main(
+        ["data", "decontaminate", "--data", str(data), "--tests", f"quiz={tests}", "--out", str(out), "--quiet", *words]
+    )
 
 
 @pytest.mark.parametrize(("n", "numbers"), [(13, False), (8, False), (13, True)])
-def test_overlaps_are_those_of_plain_python(inputs: tuple[Path, Path, list[str]], tmp_path: Path, n: int, numbers: bool) -> None:
+def test_overlaps_are_those_of_plain_python(
+    inputs: tuple[Path, Path, list[str]], tmp_path: Path, n: int, numbers: bool
+) -> None:
     data, tests, rows = inputs
-    assert run(data, tests, tmp_path / "a", "--set", f"n={n}", "--set", "near=null", "--set", f"numbers={str(numbers).lower()}") == 0
-    found = {(r["row"], r["document"], r["share"]) for r in map(json.loads, (tmp_path / "a/overlaps.jsonl").read_text().splitlines())}
+    assert (
+        run(
+            data,
+            tests,
+            tmp_path / "a",
+            "--set",
+            f"n={n}",
+            "--set",
+            "near=null",
+            "--set",
+            f"numbers={str(numbers).lower()}",
+        )
+        == 0
+    )
+    found = {
+        (r["row"], r["document"], r["share"])
+        for r in map(json.loads, (tmp_path / "a/overlaps.jsonl").read_text().splitlines())
+    }
     expected = set()
     for i, row in enumerate(rows, 1):
         size = n if len(words_of(row)) >= n else 8
@@ -89,16 +120,42 @@ def test_near_duplicates_of_whole_rows(inputs: tuple[Path, Path, list[str]], tmp
     assert len(every) == len(TEXTS)
     flagged = {d.id for d in every if "contaminated_by" in d.metadata}
     own = grams(broken, 5, True)
-    same = {f"d{i}" for i, text in enumerate(TEXTS) if len(grams(text, 5, True) & own) / len(grams(text, 5, True) | own) >= 0.3}
+    same = {
+        f"d{i}"
+        for i, text in enumerate(TEXTS)
+        if len(grams(text, 5, True) & own) / len(grams(text, 5, True) | own) >= 0.3
+    }
     assert "d5" in flagged <= same
 
 
 def test_conversations_and_documents_are_test_sets_too(inputs: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
     data, tests, _ = inputs
     raw = tmp_path / "chats.jsonl"
-    raw.write_text(json.dumps({"messages": [{"role": "user", "content": "What follows?"}, {"role": "assistant", "content": TEXTS[3][:300]}]}))
+    raw.write_text(
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": "What follows?"},
+                    {"role": "assistant", "content": TEXTS[3][:300]},
+                ]
+            }
+        )
+    )
     assert main(["data", "chat", "--data", str(raw), "--out", str(tmp_path / "chat"), "--quiet"]) == 0
-    assert run(data, tests, tmp_path / "a", "--tests", f"chat={tmp_path / 'chat'}", "--tests", f"docs={data}", "--set", "action=flag") == 0
+    assert (
+        run(
+            data,
+            tests,
+            tmp_path / "a",
+            "--tests",
+            f"chat={tmp_path / 'chat'}",
+            "--tests",
+            f"docs={data}",
+            "--set",
+            "action=flag",
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "a/report/report.json").read_text())
     assert report["touched"]["chat"] == 1
     assert report["test_rows"] == {"quiz": 60, "chat": 1, "docs": len(TEXTS)}
@@ -107,7 +164,10 @@ def test_conversations_and_documents_are_test_sets_too(inputs: tuple[Path, Path,
 
 def test_mistakes(inputs: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, tests, _ = inputs
-    for setting, says in (("short_n=20", "short_n must not be larger"), ("action=remove", "Input should be 'drop' or 'flag'")):
+    for setting, says in (
+        ("short_n=20", "short_n must not be larger"),
+        ("action=remove", "Input should be 'drop' or 'flag'"),
+    ):
         assert run(data, tests, tmp_path / "a", "--set", setting) == 2
         assert says in capsys.readouterr().err
     assert run(data, data, tmp_path / "a") == 2
@@ -120,7 +180,9 @@ def test_mistakes(inputs: tuple[Path, Path, list[str]], tmp_path: Path, capsys: 
     assert "not JSON" in capsys.readouterr().err
 
 
-def test_workers_change_nothing(inputs: tuple[Path, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_change_nothing(
+    inputs: tuple[Path, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, tests, _ = inputs
     digests = set()
     for workers in ("1", "2"):

@@ -1,4 +1,6 @@
-"""Duplicates are found and only they: hashes against plain Python, MinHash against true Jaccard, labelled edits, and nothing is lost."""
+"""Duplicates are found and only they: hashes against plain Python, MinHash against true Jaccard, labelled edits, and
+nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from llmworks.data.duplicates.clusters import Clusters, groups_of_equals
 from llmworks.data.duplicates.near import Near, bands, found, jaccard, signatures
 from llmworks.data.text.hashing import Hashed, hash_words, shingles, unique
 
-CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]
+CASES = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))[
+    "rows"
+]
 NOVELS = [row[1] for row in CASES if len(row[1].split()) > 60]
 
 
@@ -31,10 +35,24 @@ def words_of(text: str) -> list[str]:
 
 
 def test_words_are_numbered_alike_wherever_they_stand() -> None:
-    texts = [*NOVELS[:60], "", "   ", "Straße STRASSE straße", "one", "a-b a_b", "x" * 3_000_000, "tail ends with a word", "Tail"]
+    texts = [
+        *NOVELS[:60],
+        "",
+        "   ",
+        "Straße STRASSE straße",
+        "one",
+        "a-b a_b",
+        "x" * 3_000_000,
+        "tail ends with a word",
+        "Tail",
+    ]
     known: dict[str, int] = {}
     at = 0
-    for column in (pa.array(texts), pa.chunked_array([texts[:7], texts[7:]]).slice(0), pa.array(["skipped", *texts]).slice(1)):
+    for column in (
+        pa.array(texts),
+        pa.chunked_array([texts[:7], texts[7:]]).slice(0),
+        pa.array(["skipped", *texts]).slice(1),
+    ):
         at = 0
         for hashed in hash_words(column):
             for i in range(len(hashed)):
@@ -63,14 +81,25 @@ def edited(text: str, share: float, rng: random.Random) -> str:
     out: list[str] = []
     for word in text.split():
         kind = rng.random() / share
-        out += [word] if kind >= 1 else [rng.choice(NOVELS[0].split())] if kind < 1 / 3 else [] if kind < 2 / 3 else [word, "indeed"]
+        out += (
+            [word]
+            if kind >= 1
+            else [rng.choice(NOVELS[0].split())]
+            if kind < 1 / 3
+            else []
+            if kind < 2 / 3
+            else [word, "indeed"]
+        )
     return " ".join(out)
 
 
 def sets_of(texts: list[str]) -> Hashed:
     """The shingle sets of some texts."""
     blocks = [unique(shingles(block, 5)) for block in hash_words(pa.array(texts))]
-    return Hashed(np.concatenate([b.values for b in blocks]), np.concatenate(([0], np.cumsum(np.concatenate([b.counts for b in blocks])))))
+    return Hashed(
+        np.concatenate([b.values for b in blocks]),
+        np.concatenate(([0], np.cumsum(np.concatenate([b.counts for b in blocks])))),
+    )
 
 
 def test_signatures_estimate_the_true_similarity() -> None:
@@ -113,12 +142,17 @@ def test_clusters() -> None:
         clusters.join(a, b)
     assert list(clusters.members()) == [[1, 2], [3, 5, 7]]
     assert clusters.sizes() == {2: 1, 3: 1}
-    assert [g.tolist() for g in groups_of_equals(np.array([4, 0, 9, 4, 0, 9, 9, 1], dtype=np.uint64))] == [[0, 3], [2, 5, 6]]
+    assert [g.tolist() for g in groups_of_equals(np.array([4, 0, 9, 4, 0, 9, 9, 1], dtype=np.uint64))] == [
+        [0, 3],
+        [2, 5, 6],
+    ]
 
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, str]]:
-    """Novels' pieces with exact copies, copies in capitals, and edits of 5 and 10 percent; the label is the piece that a text was made from."""
+    """Novels' pieces with exact copies, copies in capitals, and edits of 5 and 10 percent; the label is the piece that
+    a text was made from.
+    """
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     rng = random.Random(3)
     pieces = distinct(NOVELS)
@@ -161,9 +195,13 @@ def test_labelled_duplicates(corpus: tuple[Path, dict[str, str]], tmp_path: Path
         metadata = json.loads(row["metadata"])
         assert labels[metadata["duplicate_of"]] == labels[row["id"]]
         assert metadata["similarity"] >= 0.35
-        assert (row["reason"] == "exact duplicate") == (metadata["similarity"] == 1 and row["reason"] != "near-duplicate")
+        assert (row["reason"] == "exact duplicate") == (
+            metadata["similarity"] == 1 and row["reason"] != "near-duplicate"
+        )
     gone = {row["id"] for row in dropped} | {json.loads(row["metadata"])["duplicate_of"] for row in dropped}
-    recall = {kind: np.mean([i in gone for i in labels if i.startswith(kind)]) for kind in ("same", "words", "five", "ten")}
+    recall = {
+        kind: np.mean([i in gone for i in labels if i.startswith(kind)]) for kind in ("same", "words", "five", "ten")
+    }
     assert recall["same"] == recall["words"] == 1
     assert recall["five"] >= 0.95
     assert recall["ten"] >= 0.55
@@ -180,8 +218,10 @@ def test_which_one_stays(corpus: tuple[Path, dict[str, str]], tmp_path: Path, ke
     place = {d.id: i for i, d in enumerate(every)}
     by_id = {d.id: d for d in every}
     rank = {
-        "longest": lambda d: len(d.text.encode()), "first": lambda d: -place[d.id], "highest": lambda d: d.metadata["quality"],
-    }[keep]  # fmt: skip
+        "longest": lambda d: len(d.text.encode()),
+        "first": lambda d: -place[d.id],
+        "highest": lambda d: d.metadata["quality"],
+    }[keep]
     for row in pq.read_table(tmp_path / "a/dropped").to_pylist():
         assert rank(by_id[json.loads(row["metadata"])["duplicate_of"]]) >= rank(by_id[row["id"]])
     kept = [d.id for d in read_documents(Dataset(tmp_path / "a"))]
@@ -192,7 +232,9 @@ def test_bytes_and_words(corpus: tuple[Path, dict[str, str]], tmp_path: Path) ->
     path, _ = corpus
     texts = [d.text for d in read_documents(Dataset(path))]
     for by, key in (("bytes", str), ("words", lambda text: tuple(words_of(text)))):
-        assert run("--data", str(path), "--set", "near=null", "--set", f"exact.by={by}", "--out", str(tmp_path / by)) == 0
+        assert (
+            run("--data", str(path), "--set", "near=null", "--set", f"exact.by={by}", "--out", str(tmp_path / by)) == 0
+        )
         assert len(pq.read_table(tmp_path / by / "dropped")) == len(texts) - len(set(map(key, texts))) >= 50
 
 
@@ -202,25 +244,43 @@ def test_repeated_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with DocumentWriter(tmp_path / "docs", group_bytes=2000) as writer:
         for i in range(20):
             body = f"Document {i} has a line of its own, number {i * i}, which nobody shares with it.\nshort\n"
-            writer.add(Document(str(i), f"{menu}\n{body if i != 7 else ''}{rare if i in (3, 5, 9) else ''}\n  {menu} ", "s"))
-    words = ["--data", str(tmp_path / "docs"), "--set", "exact=null", "--set", "near=null", "--set", "lines.max_documents=3"]
+            writer.add(
+                Document(str(i), f"{menu}\n{body if i != 7 else ''}{rare if i in (3, 5, 9) else ''}\n  {menu} ", "s")
+            )
+    words = [
+        "--data",
+        str(tmp_path / "docs"),
+        "--set",
+        "exact=null",
+        "--set",
+        "near=null",
+        "--set",
+        "lines.max_documents=3",
+    ]
     assert run(*words, "--out", str(tmp_path / "a")) == 0
     texts = {d.id: d.text for d in read_documents(Dataset(tmp_path / "a"))}
     assert texts["0"].count(menu) == 2  # where it came first
     assert all(menu not in text for id, text in texts.items() if id != "0")
     assert all(rare in texts[id] and "short" in texts[id] for id in ("3", "5", "9"))
     assert "7" not in texts
-    assert [(r["id"], r["reason"]) for r in pq.read_table(tmp_path / "a/dropped").to_pylist()] == [("7", "only repeated lines")]
+    assert [(r["id"], r["reason"]) for r in pq.read_table(tmp_path / "a/dropped").to_pylist()] == [
+        ("7", "only repeated lines")
+    ]
 
 
 def test_workers_and_mistakes(
-    corpus: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpus: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, _ = corpus
     digests = set()
     for workers in ("1", "2"):
         monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / f"ws{workers}"))
-        assert run("--data", str(path), "--out", str(tmp_path / workers), "--workers", workers, "--set", "lines={}") == 0
+        assert (
+            run("--data", str(path), "--out", str(tmp_path / workers), "--workers", workers, "--set", "lines={}") == 0
+        )
         digests.add(json.loads((tmp_path / workers / "manifest.json").read_text())["digest"])
     assert len(digests) == 1
     capsys.readouterr()

@@ -15,18 +15,46 @@ from llmworks.cli import main
 
 Row = dict[str, Any]
 GOOD: list[Row] = [
-    {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
-    {"messages": [{"role": "user", "content": "Zwölf 谢谢 🙂"}, {"role": "assistant", "content": "```py\nprint('Human: x')\n```"}]},
-]  # fmt: skip
-TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
+    {
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello."},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "So."},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Zwölf 谢谢 🙂"},
+            {"role": "assistant", "content": "```py\nprint('Human: x')\n```"},
+        ]
+    },
+]
+TOOL = {
+    "name": "f",
+    "description": "d",
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+}
 WITH_TOOLS: Row = {
     "tools": [TOOL],
     "messages": [
-        {"role": "user", "content": "Five?"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 5}'}}]},
-        {"role": "tool", "content": "5", "tool_call_id": "c1"}, {"role": "assistant", "content": "Five."},
+        {"role": "user", "content": "Five?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 5}'}}],
+        },
+        {"role": "tool", "content": "5", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "Five."},
     ],
-}  # fmt: skip
+}
 
 
 def one(user: str = "Hi", assistant: str = "Hello.", **fields: Any) -> Row:
@@ -38,7 +66,14 @@ def diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
     """Findings by code, of a tokenizer and rows."""
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
 
-    def run(rows: list[Row] | None = None, template: str = TEMPLATE, change: Callable[[Any], None] | None = None, stop: list[int] | None = None, words: tuple[str, ...] = (), config: Row | None = None) -> dict[str, dict[str, Any]]:
+    def run(
+        rows: list[Row] | None = None,
+        template: str = TEMPLATE,
+        change: Callable[[Any], None] | None = None,
+        stop: list[int] | None = None,
+        words: tuple[str, ...] = (),
+        config: Row | None = None,
+    ) -> dict[str, dict[str, Any]]:
         model = tmp_path / "model"
         shutil.rmtree(model, ignore_errors=True)
         tokenizer = make_tokenizer(template)
@@ -46,11 +81,15 @@ def diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
             change(tokenizer)
         tokenizer.save_pretrained(model)
         (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2] if stop is None else stop}))
-        (model / "config.json").write_text(json.dumps({"vocab_size": 400, "max_position_embeddings": 512, **(config or {})}))
+        (model / "config.json").write_text(
+            json.dumps({"vocab_size": 400, "max_position_embeddings": 512, **(config or {})})
+        )
         raw = tmp_path / "raw.jsonl"
         raw.write_text("".join(json.dumps({"id": str(i), **row}) + "\n" for i, row in enumerate(rows or GOOD)))
         assert main(["data", "chat", str(raw), "--out", str(tmp_path / "chat"), "--quiet", "--set", "turns=any"]) == 0
-        code = main(["data", "doctor", str(model), str(tmp_path / "chat"), "--out", str(tmp_path / "report"), "--quiet", *words])
+        code = main(
+            ["data", "doctor", str(model), str(tmp_path / "chat"), "--out", str(tmp_path / "report"), "--quiet", *words]
+        )
         report = json.loads((tmp_path / "report/report.json").read_text())
         assert code == (1 if report["errors"] else 0)
         return {finding["code"]: finding for finding in report["findings"]}
@@ -82,38 +121,115 @@ def replaced(*pairs: tuple[str, str]) -> str:
 
 END = "'<|im_end|>' + '\n'"
 GENERATION = (
-    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}OPEN{%- generation %}{{- m.content }}INSIDE{%- endgeneration %}OUTSIDE{%- else %}{{- m.content + '<|im_end|>' }}{%- endif %}{{- '\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}OPEN{%- generation"
+    " %}{{- m.content }}INSIDE{%- endgeneration %}OUTSIDE{%- else %}{{- m.content + '<|im_end|>' }}{%- endif %}{{- '\n'"
+    " }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 STOP = "{{- '<|im_end|>' }}"
 WIDE = (
-    "{%- for m in messages %}{%- if m.role == 'assistant' %}{%- generation %}{{- '<|im_start|>assistant\n' + m.content + '<|im_end|>' }}{%- endgeneration %}"
-    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{%- endif %}{{- '\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}{%- generation %}{{- '<|im_start|>assistant\n' + m.content"
+    " + '<|im_end|>' }}{%- endgeneration %}{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>'"
+    " }}{%- endif %}{{- '\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 # the fault: (its template, what is said of it)
 TEMPLATES: dict[str, tuple[str, str, str]] = {
-    "template-broken, syntax": ("template-broken", "{% for m in messages %}{{ m.content }", "refuses this conversation"),
+    "template-broken, syntax": (
+        "template-broken",
+        "{% for m in messages %}{{ m.content }",
+        "refuses this conversation",
+    ),
     "template-broken, a missing variable": ("template-broken", "{{ persona.name }}" + TEMPLATE, "persona"),
-    "template-broken, no answers": ("template-broken", "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('users only') }}{% endif %}{{ m.content }}{% endfor %}", "users only"),
+    "template-broken, no answers": (
+        "template-broken",
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('users only') }}{% endif %}{{"
+            " m.content }}{% endfor %}"
+        ),
+        "users only",
+    ),
     "double-bos": ("double-bos", "{{ bos_token }}" + TEMPLATE, "twice"),
     "no-end": ("no-end", replaced((END, "'\n'")), "never learns to stop"),
-    "rewrites-turns, an end at the last only": ("rewrites-turns", replaced((END, "('<|im_end|>' if loop.last or message['role'] != 'assistant' else '') + '\n'")), "rewrites earlier turns"),
-    "end-not-stop": ("end-not-stop", replaced(("<|im_end|>", "<|endoftext|>")), "'<|endoftext|>', which is not among the stop ids [2]"),
-    "generation-prompt, another": ("generation-prompt", replaced(("<|im_start|>assistant\n", "<|im_start|>assistant:\n")), "asked, an answer begins after"),
-    "generation-prompt, none": ("generation-prompt", TEMPLATE.partition("{% if add_generation_prompt")[0], "add_generation_prompt does not write '<|im_start|>assistant"),
-    "rewrites-turns": ("rewrites-turns", replaced(("message['content']", "(message['content'] | upper if message['role'] == 'user' and not loop.last and loop.first else message['content'])")), "when another follows"),
-    "rewrites-turns, of answers": ("rewrites-turns", replaced(("message['content']", "(message['content'] if loop.last or message['role'] != 'assistant' else '...')")), "rewrites earlier turns"),
-    "answer-dropped": ("answer-dropped", replaced(("message['content']", "(message['content'] if message['role'] != 'assistant' else '')")), "drops assistant turns"),
-    "system-dropped": ("system-dropped", replaced(("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")), "drops the system turn silently"),
-    "system-dropped, once answered": ("system-dropped", replaced(("message['content']", "(message['content'] if message['role'] != 'system' or messages[-1]['role'] == 'user' else '')")), "when an answer follows"),
-    "system-refused": ("system-refused", "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE, "no system"),
+    "rewrites-turns, an end at the last only": (
+        "rewrites-turns",
+        replaced((END, "('<|im_end|>' if loop.last or message['role'] != 'assistant' else '') + '\n'")),
+        "rewrites earlier turns",
+    ),
+    "end-not-stop": (
+        "end-not-stop",
+        replaced(("<|im_end|>", "<|endoftext|>")),
+        "'<|endoftext|>', which is not among the stop ids [2]",
+    ),
+    "generation-prompt, another": (
+        "generation-prompt",
+        replaced(("<|im_start|>assistant\n", "<|im_start|>assistant:\n")),
+        "asked, an answer begins after",
+    ),
+    "generation-prompt, none": (
+        "generation-prompt",
+        TEMPLATE.partition("{% if add_generation_prompt")[0],
+        "add_generation_prompt does not write '<|im_start|>assistant",
+    ),
+    "rewrites-turns": (
+        "rewrites-turns",
+        replaced(
+            (
+                "message['content']",
+                (
+                    "(message['content'] | upper if message['role'] == 'user' and not loop.last and loop.first else"
+                    " message['content'])"
+                ),
+            )
+        ),
+        "when another follows",
+    ),
+    "rewrites-turns, of answers": (
+        "rewrites-turns",
+        replaced(
+            ("message['content']", "(message['content'] if loop.last or message['role'] != 'assistant' else '...')")
+        ),
+        "rewrites earlier turns",
+    ),
+    "answer-dropped": (
+        "answer-dropped",
+        replaced(("message['content']", "(message['content'] if message['role'] != 'assistant' else '')")),
+        "drops assistant turns",
+    ),
+    "system-dropped": (
+        "system-dropped",
+        replaced(("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")),
+        "drops the system turn silently",
+    ),
+    "system-dropped, once answered": (
+        "system-dropped",
+        replaced(
+            (
+                "message['content']",
+                "(message['content'] if message['role'] != 'system' or messages[-1]['role'] == 'user' else '')",
+            )
+        ),
+        "when an answer follows",
+    ),
+    "system-refused": (
+        "system-refused",
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE,
+        "no system",
+    ),
     "split-mark": ("split-mark", replaced(("<|im_start|>", "<|turn|>")), "'<|turn|>' is"),
     "date": ("date", "{{ strftime_now('%Y-%m-%d') }}" + TEMPLATE, "today's date"),
-    "own-system": ("own-system", "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a very helpful assistant made by us<|im_end|>\n{% endif %}" + TEMPLATE, "very helpful"),
+    "own-system": (
+        "own-system",
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a very helpful assistant made by"
+        " us<|im_end|>\n{% endif %}" + TEMPLATE,
+        "very helpful",
+    ),
     "trims": ("trims", replaced(("message['content']", "(message['content'] | trim)")), "trims white space"),
-    "end-not-learned": ("end-not-learned", GENERATION.replace("OPEN", "").replace("INSIDE", "").replace("OUTSIDE", STOP), "leave out '<|im_end|>"),
+    "end-not-learned": (
+        "end-not-learned",
+        GENERATION.replace("OPEN", "").replace("INSIDE", "").replace("OUTSIDE", STOP),
+        "leave out '<|im_end|>",
+    ),
     "mask-too-wide": ("mask-too-wide", WIDE, "cover '<|im_start|>assistant"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", TEMPLATES)
@@ -128,13 +244,25 @@ def test_faults_of_templates(fault: str, diagnose: Diagnose) -> None:
 
 def test_no_template(diagnose: Diagnose) -> None:
     assert "no-template" in diagnose(change=lambda t: setattr(t, "chat_template", None))
-    assert set(diagnose(change=lambda t: setattr(t, "chat_template", None), words=("--set", "template=chatml"))) == NOTES
+    assert (
+        set(diagnose(change=lambda t: setattr(t, "chat_template", None), words=("--set", "template=chatml"))) == NOTES
+    )
 
 
 def test_tools_that_a_template_half_shows(diagnose: Diagnose) -> None:
     lists = "{% if tools %}{{ tools | tojson }}{% endif %}"
-    assert {"calls-dropped", "results-dropped"} <= set(diagnose([WITH_TOOLS], template=lists + replaced(("message['content']", "(message['content'] if message['role'] != 'tool' else '')"))))
-    refuses = lists + "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endfor %}" + TEMPLATE
+    assert {"calls-dropped", "results-dropped"} <= set(
+        diagnose(
+            [WITH_TOOLS],
+            template=lists
+            + replaced(("message['content']", "(message['content'] if message['role'] != 'tool' else '')")),
+        )
+    )
+    refuses = (
+        lists
+        + "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endfor %}"
+        + TEMPLATE
+    )
     assert "no tools here" in diagnose([WITH_TOOLS], template=refuses)["results-refused"]["what"]
 
 
@@ -142,32 +270,85 @@ def test_faults_of_tokenizers(diagnose: Diagnose) -> None:
     def adds_bos(tokenizer: Any) -> None:
         from tokenizers.processors import TemplateProcessing
 
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+        )
         tokenizer.bos_token = "<|endoftext|>"
 
     assert diagnose(change=adds_bos)["no-bos"]["level"] == "warning"
     assert "adds another one" in diagnose(change=adds_bos, template="{{ bos_token }}" + TEMPLATE)["double-bos"]["what"]
     assert "embedding 300 rows" in diagnose(config={"vocab_size": 300})["vocabulary"]["what"]
     assert "no end token" in diagnose(change=lambda t: setattr(t, "eos_token", None))["no-eos"]["what"]
-    assert "'<|im_end|>', which is not among the stop ids [0]" in diagnose(change=lambda t: setattr(t, "eos_token", "<|endoftext|>"), stop=[0])["end-not-stop"]["what"]
+    assert (
+        "'<|im_end|>', which is not among the stop ids [0]"
+        in diagnose(change=lambda t: setattr(t, "eos_token", "<|endoftext|>"), stop=[0])["end-not-stop"]["what"]
+    )
 
 
 ROWS: dict[str, tuple[str, list[Row], str]] = {
-    "special-in-text": ("special-in-text", [one("say <|im_end|>\n<|im_start|>assistant\nno"), one()], "user turn holds"),
-    "special-in-text, of an answer": ("special-in-text", [one(assistant="a<|endoftext|>b")], "assistant turn holds '<|endoftext|>'"),
+    "special-in-text": (
+        "special-in-text",
+        [one("say <|im_end|>\n<|im_start|>assistant\nno"), one()],
+        "user turn holds",
+    ),
+    "special-in-text, of an answer": (
+        "special-in-text",
+        [one(assistant="a<|endoftext|>b")],
+        "assistant turn holds '<|endoftext|>'",
+    ),
     "answer-cut-off": ("answer-cut-off", [one("word " * 600), one()], "no answer is left"),
     "answer-cut": ("answer-cut", [one(assistant="word " * 600)], "lose their end"),
-    "turns, order": ("turns", [{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}], "both user turns"),
+    "turns, order": (
+        "turns",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "user", "content": "b"},
+                    {"role": "assistant", "content": "c"},
+                ]
+            }
+        ],
+        "both user turns",
+    ),
     "turns, empty": ("turns", [one(assistant=" ")], "is empty"),
-    "turns, result without call": ("turns", [{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}, {"role": "assistant", "content": "c"}]}], "without a call"),
-    "nothing-learned": ("nothing-learned", [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}], "no token"),
-    "other-turn-learned": ("other-turn-learned", [one(assistant="Yes.\n\nHuman: and then?\n\nAssistant: no")], "somebody else"),
-    "other-turn-learned, alpaca": ("other-turn-learned", [one(assistant="Yes.\n### Instruction:\nGo on")], "somebody else"),
+    "turns, result without call": (
+        "turns",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "tool", "content": "b"},
+                    {"role": "assistant", "content": "c"},
+                ]
+            }
+        ],
+        "without a call",
+    ),
+    "nothing-learned": (
+        "nothing-learned",
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}],
+        "no token",
+    ),
+    "other-turn-learned": (
+        "other-turn-learned",
+        [one(assistant="Yes.\n\nHuman: and then?\n\nAssistant: no")],
+        "somebody else",
+    ),
+    "other-turn-learned, alpaca": (
+        "other-turn-learned",
+        [one(assistant="Yes.\n### Instruction:\nGo on")],
+        "somebody else",
+    ),
     "twice": ("twice", [one(), one()], "more than once"),
     "contradiction": ("contradiction", [one(), one(assistant="Go away.")], "different answers"),
     "white-space": ("white-space", [one(assistant=" Hello.")], "white space"),
-    "equal-sides": ("equal-sides", [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}], "are the same"),
-}  # fmt: skip
+    "equal-sides": (
+        "equal-sides",
+        [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}],
+        "are the same",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", ROWS)
@@ -209,14 +390,22 @@ def test_what_is_shown(diagnose: Diagnose, tmp_path: Path, capsys: pytest.Captur
     assert "\x1b[31m" in (tmp_path / "report/report.txt").read_text()
 
 
-def test_words_on_the_command_line(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_on_the_command_line(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     raw = tmp_path / "raw.jsonl"
     raw.write_text(json.dumps(one()) + "\n")
     assert main(["data", "chat", str(raw), "--out", str(tmp_path / "chat"), "--quiet"]) == 0
-    assert main(["data", "doctor", str(pico), "--data", str(tmp_path / "chat"), "--quiet"]) == 0  # a report needs no name
+    assert (
+        main(["data", "doctor", str(pico), "--data", str(tmp_path / "chat"), "--quiet"]) == 0
+    )  # a report needs no name
     assert "Report: " in capsys.readouterr().out
-    for words, says in ((["data", "chat", str(raw)], "--out is missing"), (["data", "doctor", str(raw), str(tmp_path / "chat")], "is a dataset"), (["data", "doctor", str(pico), str(raw)], "has no Parquet")):
+    for words, says in (
+        (["data", "chat", str(raw)], "--out is missing"),
+        (["data", "doctor", str(raw), str(tmp_path / "chat")], "is a dataset"),
+        (["data", "doctor", str(pico), str(raw)], "has no Parquet"),
+    ):
         assert main([*words, "--quiet"]) == 2
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -228,7 +417,10 @@ def preference(prompt: str, chosen: str, rejected: str) -> Row:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-PAIRS = [preference(f"Question {i}?", f"Good {i}." + " More." * (i % 2), f"Bad {i}." + " More." * (1 - i % 2)) for i in range(30)]
+PAIRS = [
+    preference(f"Question {i}?", f"Good {i}." + " More." * (i % 2), f"Bad {i}." + " More." * (1 - i % 2))
+    for i in range(30)
+]
 
 
 def test_good_pairs_have_no_findings(diagnose: Callable[..., dict[str, dict[str, Any]]]) -> None:
@@ -239,19 +431,45 @@ def test_good_pairs_have_no_findings(diagnose: Callable[..., dict[str, dict[str,
     ("code", "rows", "count"),
     [
         ("contradictory-pairs", [*PAIRS, preference("Question 1?", PAIRS[1]["rejected"], PAIRS[1]["chosen"])], 1),
-        ("answer-in-prompt", [*PAIRS, preference("Is it true that water boils at 100 degrees?", "water boils at 100 degrees", "No, it does not boil at all")], 1),
-        ("length-bias", [preference(f"Question {i}?", f"Good {i}." + " More." * (i % 4), f"Bad {i}.") for i in range(30)], 30),
+        (
+            "answer-in-prompt",
+            [
+                *PAIRS,
+                preference(
+                    "Is it true that water boils at 100 degrees?",
+                    "water boils at 100 degrees",
+                    "No, it does not boil at all",
+                ),
+            ],
+            1,
+        ),
+        (
+            "length-bias",
+            [preference(f"Question {i}?", f"Good {i}." + " More." * (i % 4), f"Bad {i}.") for i in range(30)],
+            30,
+        ),
     ],
 )
-def test_faults_of_pairs(diagnose: Callable[..., dict[str, dict[str, Any]]], code: str, rows: list[Row], count: int) -> None:
+def test_faults_of_pairs(
+    diagnose: Callable[..., dict[str, dict[str, Any]]], code: str, rows: list[Row], count: int
+) -> None:
     found = diagnose(rows)
     assert set(found) - NOTES == {code}
     assert found[code]["rows"] == count
 
 
-def test_questions_that_are_in_the_held_out_data(diagnose: Callable[..., dict[str, dict[str, Any]]], tmp_path: Path) -> None:
+def test_questions_that_are_in_the_held_out_data(
+    diagnose: Callable[..., dict[str, dict[str, Any]]], tmp_path: Path
+) -> None:
     held = tmp_path / "held.jsonl"
-    held.write_text("".join(json.dumps(row) + "\n" for row in [{"messages": [{"role": "user", "content": " question 3? "}, {"role": "assistant", "content": "x"}]}]))
+    held.write_text(
+        "".join(
+            json.dumps(row) + "\n"
+            for row in [
+                {"messages": [{"role": "user", "content": " question 3? "}, {"role": "assistant", "content": "x"}]}
+            ]
+        )
+    )
     assert main(["data", "chat", str(held), "--out", str(tmp_path / "held"), "--quiet"]) == 0
     found = diagnose(PAIRS, words=("--held-out", str(tmp_path / "held")))
     assert {code: finding["examples"] for code, finding in found.items() if code not in NOTES} == {"in-held-out": ["3"]}

@@ -1,4 +1,6 @@
-"""The published rule sets decide as datatrove does, document by document; words are split as spaCy splits them; every rule can fire."""
+"""The published rule sets decide as datatrove does, document by document; words are split as spaCy splits them; every
+rule can fire.
+"""
 
 from __future__ import annotations
 
@@ -64,9 +66,13 @@ def short(text: str) -> str:
 
 
 def decisions(texts: list[str], batch_size: int = 1000) -> dict[str, list[str]]:
-    """What our rules decide, in the oracle's terms: our reason, or for a C4 text that is kept the digest of what is left."""
+    """What our rules decide, in the oracle's terms: our reason, or for a C4 text that is kept the digest of what is
+    left.
+    """
     words = Words()
-    out: dict[str, list[str]] = {name: [] for name in ("gopher_quality", "gopher_repetition", "c4", "c4_without_terminal_punctuation", "fineweb")}
+    out: dict[str, list[str]] = {
+        name: [] for name in ("gopher_quality", "gopher_repetition", "c4", "c4_without_terminal_punctuation", "fineweb")
+    }
     for at in range(0, len(texts), batch_size):
         some = texts[at : at + batch_size]
         batch = words.encode(some)
@@ -141,7 +147,7 @@ def test_the_batch_decides_nothing() -> None:
         ("(well-known),", "( well - known ) ,"),
         ("U.S.A.", "U.S.A."),
         ("e.g.", "e.g."),
-        ("end.\"", 'end . "'),
+        ('end."', 'end . "'),
         ("https://example.org/a/b?c=d.", "https://example.org/a/b?c=d ."),
         ("10km", "10 km"),
         ("$3.50", "$ 3.50"),
@@ -168,7 +174,7 @@ def test_the_batch_decides_nothing() -> None:
         ("US$5", "US$ 5"),
         ("``it's``", "` ` it 's ` `"),
     ],
-)  # fmt: skip
+)
 def test_words_are_spacys(chunk: str, words: str) -> None:
     assert " ".join(split_chunk(chunk)) == words
 
@@ -176,17 +182,34 @@ def test_words_are_spacys(chunk: str, words: str) -> None:
 def test_repetition_counts_by_hand() -> None:
     words = Words()
     batch = words.encode(["a b c a b c a b c x", "one two three", "q " * 12])
-    assert repeated_characters(batch, words, 3, equal_runs(batch, 3), np.ones(3, dtype=bool)).tolist() == [6, 0, 9]  # worked out by the definition: greedy, from the left
+    assert repeated_characters(batch, words, 3, equal_runs(batch, 3), np.ones(3, dtype=bool)).tolist() == [
+        6,
+        0,
+        9,
+    ]  # worked out by the definition: greedy, from the left
     tops = top_characters(words.encode(["a b c a b d", "one", "x y x y", "ab cd ef"]), words, 2)
     assert tops.tolist() == [6, 0, 6, 5]  # "a b" twice; none; "x y" twice; the first of three
 
 
 def test_what_is_mended() -> None:
-    assert repair(Repair(), "The cafÃ© is open &amp; warm.\r\n\r\n\r\n\r\nShare this on Facebook\nNext line\u200b  \nend\u00a0.") == (
-        "The café is open & warm.\n\nNext line\nend .", 1,
-    )  # fmt: skip
+    assert repair(
+        Repair(), "The cafÃ© is open &amp; warm.\r\n\r\n\r\n\r\nShare this on Facebook\nNext line\u200b  \nend\u00a0."
+    ) == (
+        "The café is open & warm.\n\nNext line\nend .",
+        1,
+    )
     assert repair(Repair(encoding=False, whitespace=False, boilerplate=False), "a\r\n\x00b") == ("a\r\n\x00b", 0)
-    for line in ("Advertisement", "READ MORE »", "(c) 2019 Acme Inc.", "12 comments", "Print", "E-mail this", "© 2020 X", "you might also like:", "Menu"):
+    for line in (
+        "Advertisement",
+        "READ MORE »",
+        "(c) 2019 Acme Inc.",
+        "12 comments",
+        "Print",
+        "E-mail this",
+        "© 2020 X",
+        "you might also like:",
+        "Menu",
+    ):
         assert repair(Repair(), f"Text stays.\n{line}\nText too.") == ("Text stays.\nText too.", 1), line
     sentence = "Please share this story on Facebook if you liked it, and sign up."
     assert repair(Repair(), sentence) == (sentence, 0)
@@ -210,10 +233,22 @@ def test_languages(text: str, code: str) -> None:
 
 
 def test_instruction_rules() -> None:
-    texts = ["ok", "Explain how a tide works.", "{}[]()<>;;;;%%%%####", "12345678 90 11 12 13", "a" * 150, "x y " * 9000]
+    texts = [
+        "ok",
+        "Explain how a tide works.",
+        "{}[]()<>;;;;%%%%####",
+        "12345678 90 11 12 13",
+        "a" * 150,
+        "x y " * 9000,
+    ]
     assert instruction(Instruction(), texts).reasons == [
-        "instruction: too short", "", "instruction: symbols", "instruction: digits", "instruction: one character repeated", "instruction: too long",
-    ]  # fmt: skip
+        "instruction: too short",
+        "",
+        "instruction: symbols",
+        "instruction: digits",
+        "instruction: one character repeated",
+        "instruction: too long",
+    ]
 
 
 def test_histograms_hold_every_text() -> None:

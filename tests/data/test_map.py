@@ -28,9 +28,26 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     with DocumentWriter(tmp_path / "docs") as writer:
         for i in range(150):
             topic = list(TOPICS)[i % 3]
-            text = " ".join(draw.choice(TOPICS[topic]) if draw.random() < 0.7 else draw.choice(["the", "and", "with", "of", "old", "new"]) for _ in range(60))
+            text = " ".join(
+                (
+                    draw.choice(TOPICS[topic])
+                    if draw.random() < 0.7
+                    else draw.choice(["the", "and", "with", "of", "old", "new"])
+                )
+                for _ in range(60)
+            )
             writer.add(Document(f"{topic}{i}", text + ' </script><b>"&', "s.txt", {"mix": topic}))
-    return ["data", "map", "--data", str(tmp_path / "docs"), "--out", str(tmp_path / "out"), "--quiet", "--set", "clusters=3"]
+    return [
+        "data",
+        "map",
+        "--data",
+        str(tmp_path / "docs"),
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+        "--set",
+        "clusters=3",
+    ]
 
 
 @pytest.mark.parametrize("layout", ["tsne", "pca"])
@@ -59,10 +76,19 @@ def test_a_sample_and_the_same_again(words: list[str], tmp_path: Path, monkeypat
     for name in ("a", "b"):
         monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / name))
         assert main([*words, "--set", "documents=60", "--set", "perplexity=5"]) == 0
-        digests.append({k: v["sha256"] for k, v in json.loads((tmp_path / "out/manifest.json").read_text())["files"].items()})
+        digests.append(
+            {k: v["sha256"] for k, v in json.loads((tmp_path / "out/manifest.json").read_text())["files"].items()}
+        )
         (tmp_path / "out").unlink()
     assert digests[0] == digests[1]
-    assert len(json.loads((tmp_path / "b/store").joinpath(next((tmp_path / "b/store").iterdir()).name, "points.json").read_text())) == 60
+    assert (
+        len(
+            json.loads(
+                (tmp_path / "b/store").joinpath(next((tmp_path / "b/store").iterdir()).name, "points.json").read_text()
+            )
+        )
+        == 60
+    )
 
 
 def test_too_few(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,6 @@
-"""Packing: every piece is what the template makes of its row, nothing runs into another, the bytes are the same for any number of workers."""
+"""Packing: every piece is what the template makes of its row, nothing runs into another, the bytes are the same for any
+number of workers.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ from llmworks.data.store.parts import file_spans
 from llmworks.data.store.rows import read_chat, write_chat, write_preference
 from llmworks.tokenize.chat.templates import for_template, render_masked
 
-TOOL: Json = {"name": "f", "description": "Does f.", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+TOOL: Json = {
+    "name": "f",
+    "description": "Does f.",
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+}
 
 
 def conversation(draw: random.Random, number: int) -> Json:
@@ -44,12 +50,22 @@ def conversation(draw: random.Random, number: int) -> Json:
     if number % 10 == 3:
         messages[-1]["weight"] = 0
     if number % 10 == 5:
-        messages[-1] |= {"content": "", "tool_calls": [{"id": "", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]}
+        messages[-1] |= {
+            "content": "",
+            "tool_calls": [{"id": "", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+        }
     if number == 7:
         messages[-1]["content"] = "x" * 2000
     if number == 8:
         messages = messages[:-1]
-    return {"id": f"c{number}", "group": str(number), "messages": messages, "tools": [TOOL] if number % 10 == 5 else [], "answer": None, "extra": {}}
+    return {
+        "id": f"c{number}",
+        "group": str(number),
+        "messages": messages,
+        "tools": [TOOL] if number % 10 == 5 else [],
+        "answer": None,
+        "extra": {},
+    }
 
 
 @pytest.fixture
@@ -85,7 +101,9 @@ def test_pieces_are_what_the_template_makes(tmp_path: Path, pico: Path, chats: D
     for row in (rows[i] for i in range(len(rows))):
         assert len(row.ids) <= 256
         for origin, ids, mask in pieces(row):
-            messages, tools = for_template(tokenizer, messages_from_json(source[origin]["messages"]), source[origin]["tools"])
+            messages, tools = for_template(
+                tokenizer, messages_from_json(source[origin]["messages"]), source[origin]["tools"]
+            )
             expected = render_masked(tokenizer, messages, tools=tools)
             assert (ids, mask) == (list(expected.ids), list(expected.mask))
             assert origin not in seen
@@ -94,7 +112,11 @@ def test_pieces_are_what_the_template_makes(tmp_path: Path, pico: Path, chats: D
     assert {r["row"] for r in rejected} | seen == set(range(200))
     reasons = {r["id"]: r["reason"] for r in rejected}
     assert reasons["c7"].startswith("longer than length (")
-    lone = [i for i, row in enumerate(source) if sum(m["role"] == "assistant" and m.get("weight", 1) for m in row["messages"]) == 0]
+    lone = [
+        i
+        for i, row in enumerate(source)
+        if sum(m["role"] == "assistant" and m.get("weight", 1) for m in row["messages"]) == 0
+    ]
     assert {i for i, reason in reasons.items() if reason == "no assistant token to learn"} == {f"c{i}" for i in lone}
     assert result.metrics["fill"] > 0.97
     assert result.metrics["learned"] == sum(int(rows[i].learned.sum()) for i in range(len(rows)))
@@ -105,20 +127,33 @@ def test_roles_and_control_tokens(tmp_path: Path, pico: Path) -> None:
     """What `messages_from_json` refuses is not packed, and nobody ends a turn by writing so."""
 
     def row(id: str, *turns: tuple[str, str], **more: Any) -> Json:
-        return {"id": id, "group": id, "messages": [{"role": role, "content": content} for role, content in turns], "tools": [], "answer": None, "extra": {}, **more}
+        return {
+            "id": id,
+            "group": id,
+            "messages": [{"role": role, "content": content} for role, content in turns],
+            "tools": [],
+            "answer": None,
+            "extra": {},
+            **more,
+        }
 
     rows = [
-        row("plain", ("user", "a"), ("assistant", "b")), row("newer name", ("developer", "s"), ("user", "a"), ("assistant", "b")), row("unknown", ("robot", "a"), ("assistant", "b")),
-        row("asks", ("user", "a<|im_end|>\n<|im_start|>assistant\nc"), ("assistant", "b")), row("says", ("user", "a"), ("assistant", "b<|endoftext|>")),
+        row("plain", ("user", "a"), ("assistant", "b")),
+        row("newer name", ("developer", "s"), ("user", "a"), ("assistant", "b")),
+        row("unknown", ("robot", "a"), ("assistant", "b")),
+        row("asks", ("user", "a<|im_end|>\n<|im_start|>assistant\nc"), ("assistant", "b")),
+        row("says", ("user", "a"), ("assistant", "b<|endoftext|>")),
         row("tool", ("user", "a"), ("assistant", "b"), tools=[{**TOOL, "description": "<|im_end|>"}]),
-    ]  # fmt: skip
+    ]
     write_chat(tmp_path / "chats", rows)
     data = Dataset(tmp_path / "chats")
     result = packed(tmp_path / "p", pico, data)
     reasons = {r["id"]: r["reason"] for r in map(json.loads, (result.path / "rejected.jsonl").read_text().splitlines())}
     assert {id: reasons[id] for id in ("asks", "says", "tool")} == {
-        "asks": "a control token in the text (<|im_end|>)", "says": "a control token in the text (<|endoftext|>)", "tool": "a control token in the text (<|im_end|>)",
-    }  # fmt: skip
+        "asks": "a control token in the text (<|im_end|>)",
+        "says": "a control token in the text (<|endoftext|>)",
+        "tool": "a control token in the text (<|im_end|>)",
+    }
     assert "unknown role 'robot'" in reasons["unknown"]
     tokenizer = make_tokenizer(TEMPLATE)
     texts = {origin: tokenizer.decode(ids) for origin, ids, _ in pieces(Packed(result)[0])}
@@ -130,9 +165,13 @@ def test_roles_and_control_tokens(tmp_path: Path, pico: Path) -> None:
 
 
 def test_a_system_turn_by_its_newer_name_needs_a_template_that_shows_it(tmp_path: Path) -> None:
-    drops = make_pico(tmp_path / "m", template=TEMPLATE.replace("in messages %}", "in messages if message.role != 'system' %}"))
+    drops = make_pico(
+        tmp_path / "m", template=TEMPLATE.replace("in messages %}", "in messages if message.role != 'system' %}")
+    )
     turns = [{"role": role, "content": "a b"} for role in ("developer", "user", "assistant")]
-    write_chat(tmp_path / "chats", [{"id": "r", "group": "r", "messages": turns, "tools": [], "answer": None, "extra": {}}])
+    write_chat(
+        tmp_path / "chats", [{"id": "r", "group": "r", "messages": turns, "tools": [], "answer": None, "extra": {}}]
+    )
     with pytest.raises(ModelError, match="system"):
         packed(tmp_path / "p", drops, Dataset(tmp_path / "chats"))
 
@@ -141,7 +180,9 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "out").iterdir())}
 
 
-def test_the_bytes_do_not_depend_on_workers(tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_do_not_depend_on_workers(
+    tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stage, "file_spans", functools.partial(file_spans, part_bytes=1))
     monkeypatch.setattr(stage, "SHARD_TOKENS", 4000)
     packed(tmp_path / "one", pico, chats, 1)
@@ -152,11 +193,16 @@ def test_the_bytes_do_not_depend_on_workers(tmp_path: Path, pico: Path, chats: D
     assert one == digests(tmp_path / "two")
     packed(tmp_path / "other", pico, chats, 1, seed=1)
     assert one["shard-00000.safetensors"] != digests(tmp_path / "other")["shard-00000.safetensors"]
-    first, other = (sorted(p for i in range(len(rows)) for p in pieces(rows[i])) for rows in (Packed(Dataset(tmp_path / n / "out")) for n in ("two", "other")))
+    first, other = (
+        sorted(p for i in range(len(rows)) for p in pieces(rows[i]))
+        for rows in (Packed(Dataset(tmp_path / n / "out")) for n in ("two", "other"))
+    )
     assert first == other
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(
+    tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stage, "file_spans", functools.partial(file_spans, part_bytes=1))
     packed(tmp_path / "whole", pico, chats)
     ctx = context(tmp_path / "cut", Pool())
@@ -211,7 +257,9 @@ def test_reading_goes_on_where_it_stopped(tmp_path: Path, pico: Path, chats: Dat
     assert first != second
     assert sorted(first) == sorted(second) == sorted(rows[i].origins.tolist() for i in range(len(rows)))
     for stop in (1, len(rows), len(rows) + 3):
-        assert [(place, row.origins.tolist()) for place, row in read(rows, 5, start=whole[stop - 1][0], epochs=2)] == whole[stop:]
+        assert [
+            (place, row.origins.tolist()) for place, row in read(rows, 5, start=whole[stop - 1][0], epochs=2)
+        ] == whole[stop:]
     by_two = [[row.origins.tolist() for _, row in read(rows, 5, epochs=1, reader=r, readers=2)] for r in range(2)]
     assert [o for pair in zip(*by_two, strict=True) for o in pair] == first[: len(rows) // 2 * 2]
     resumed = [row.origins.tolist() for _, row in read(rows, 5, start=Place(0, 4), epochs=1, reader=1, readers=2)]
@@ -249,7 +297,9 @@ def test_packed_rows_give_the_logits_of_unpacked_ones(tmp_path: Path, pico: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asset", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
-def test_packed_rows_give_the_logits_of_unpacked_ones_with_real_models(asset: str, tmp_path: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_rows_give_the_logits_of_unpacked_ones_with_real_models(
+    asset: str, tmp_path: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from llmworks.runtime.references import resolve
 
     monkeypatch.setenv("LLMWORKS_ACCEPT", asset)
@@ -270,8 +320,13 @@ def test_packed_rows_of_a_model_with_sliding_windows(tmp_path: Path, monkeypatch
     source, target = assets.fetch("gemma3-270m"), tmp_path / "gemma"
     (file,) = source.glob("*.gguf")
     AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(target)
-    AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)).save_pretrained(target)
-    texts = ["The quick brown fox jumps over the lazy dog. " * n for n in (3, 9, 14)] + ["def add(a, b):\n    return a + b\n", "Zwölf Boxkämpfer — 谢谢 🙂"]
+    AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    ).save_pretrained(target)
+    texts = ["The quick brown fox jumps over the lazy dog. " * n for n in (3, 9, 14)] + [
+        "def add(a, b):\n    return a + b\n",
+        "Zwölf Boxkämpfer — 谢谢 🙂",
+    ]
     apart, leak = gaps(target, documents(tmp_path / "texts", texts), tmp_path / "p", 2)
     assert apart < 1e-4
     assert leak > 0.1
@@ -299,7 +354,9 @@ def test_documents_end_and_are_divided(tmp_path: Path, pico: Path) -> None:
     assert sorted(map(len, by_origin[0]))[1:] == [50] * (len(by_origin[0]) - 1)
     assert sum(len(ids) - 1 for ids in by_origin[0]) == len(tokenizer(texts[0])["input_ids"])
     whole = [*tokenizer(texts[0])["input_ids"], 2]
-    assert sorted(by_origin[0]) == sorted(whole[i : i + 50] for i in range(0, len(whole) - 1, 49))  # each token but the first is learned once
+    assert sorted(by_origin[0]) == sorted(
+        whole[i : i + 50] for i in range(0, len(whole) - 1, 49)
+    )  # each token but the first is learned once
     assert by_origin[3][0].count(2) == 1
     assert tokenizer.decode(by_origin[3][0]) == texts[3] + "<|im_end|>"
     assert result.metrics["learned"] == sum(len(ids) - 1 for _, ids, _ in found)
@@ -313,10 +370,28 @@ def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: p
             packed(tmp_path / hashlib.md5(match.encode()).hexdigest(), model, data, **config)
 
     turn = [{"role": "user", "content": "a"}]
-    pair = {"id": "p", "group": "p", "prompt": turn, "chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}]}
+    pair = {
+        "id": "p",
+        "group": "p",
+        "prompt": turn,
+        "chosen": [{"role": "assistant", "content": "b"}],
+        "rejected": [{"role": "assistant", "content": "c"}],
+    }
     write_preference(tmp_path / "pairs", [pair])
     told("holds preference pairs", DataError, Dataset(tmp_path / "pairs"))
-    write_chat(tmp_path / "broken", [{"id": "r", "group": "r", "messages": [*turn, {"role": "assistant", "content": "b"}], "tools": [], "answer": None, "extra": {}}])
+    write_chat(
+        tmp_path / "broken",
+        [
+            {
+                "id": "r",
+                "group": "r",
+                "messages": [*turn, {"role": "assistant", "content": "b"}],
+                "tools": [],
+                "answer": None,
+                "extra": {},
+            }
+        ],
+    )
     part = tmp_path / "broken" / "part-00000.parquet"
     table = pq.read_table(part)
     pq.write_table(table.set_column(table.column_names.index("tools"), "tools", pa.array(["[{"])), part)
@@ -335,7 +410,10 @@ def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: p
             map_shard(shard)
     with pytest.raises(DataError, match="has no shards of tokens"):
         Packed(chats)
-    assert main(["data", "pack", "--model", str(pico), "--data", str(tmp_path / "none"), "--out", str(tmp_path / "o")]) == 2
+    assert (
+        main(["data", "pack", "--model", str(pico), "--data", str(tmp_path / "none"), "--out", str(tmp_path / "o")])
+        == 2
+    )
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
@@ -343,7 +421,9 @@ def test_the_example_of_the_docs(tmp_path: Path, pico: Path, chats: Dataset, mon
     packed(tmp_path, pico, chats, length=2048)
     (tmp_path / "packed").symlink_to(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "conversations.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "conversations.md").read_text(), re.DOTALL
+    )
     found: dict[str, Any] = {}
     exec(code, found)
     assert found["place"] == Place(0, 1)

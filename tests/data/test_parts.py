@@ -1,4 +1,6 @@
-"""Work in parts: the same bytes for every number of workers, lost workers and killed runs lose nothing that was done."""
+"""Work in parts: the same bytes for every number of workers, lost workers and killed runs lose nothing that was
+done.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,15 @@ from llmworks.data.store.parts import Span, spans, work
 def context(folder: Path, pool: Pool) -> Context:
     for name in ("out", "scratch"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    return Context(folder / "out", folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda artifact: pytest.fail("no engine"), pool)
+    return Context(
+        folder / "out",
+        folder / "scratch",
+        0,
+        Progress(quiet=True),
+        ReportBuilder(),
+        lambda artifact: pytest.fail("no engine"),
+        pool,
+    )
 
 
 def fixed(mark: Path, deadly: int, times: int, part: int, folder: Path) -> dict[str, Any]:
@@ -123,7 +133,17 @@ def test_the_number_of_workers_changes_no_byte(tmp_path: Path) -> None:
     digests = set()
     for workers in ("1", "2", "3"):
         out = tmp_path / f"out{workers}"
-        words = ["data", "read", "--data", str(tmp_path / "raw"), "--out", str(out), "--workspace", str(tmp_path / f"ws{workers}"), "--quiet"]
+        words = [
+            "data",
+            "read",
+            "--data",
+            str(tmp_path / "raw"),
+            "--out",
+            str(out),
+            "--workspace",
+            str(tmp_path / f"ws{workers}"),
+            "--quiet",
+        ]
         assert main([*words, "--workers", workers]) == 0
         manifest = json.loads((out / "manifest.json").read_text())
         digests.add((manifest["digest"], manifest["metrics"]["documents"]))

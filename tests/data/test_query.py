@@ -21,7 +21,12 @@ def database(tmp_path: Path) -> Path:
         connection.execute("create table notes (id integer primary key, body text, author text, stars real, raw blob)")
         connection.executemany(
             "insert into notes (body, author, stars, raw) values (?, ?, ?, ?)",
-            [("first note", "ann", 4.5, b"\0\1"), (None, "bob", None, None), ("third: 50% off :tag", "cy", 1.0, None), ("  ", "di", 0, None)],
+            [
+                ("first note", "ann", 4.5, b"\0\1"),
+                (None, "bob", None, None),
+                ("third: 50% off :tag", "cy", 1.0, None),
+                ("  ", "di", 0, None),
+            ],
         )
     connection.close()
     return path
@@ -35,7 +40,9 @@ def test_rows_become_documents(database: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     before = hashlib.sha256(database.read_bytes()).hexdigest()
     config = tmp_path / "query.yaml"
-    config.write_text("sql: \"select * from notes where author like '%' order by id\"\ntext_field: body\nid_field: id\n")
+    config.write_text(
+        "sql: \"select * from notes where author like '%' order by id\"\ntext_field: body\nid_field: id\n"
+    )
     assert run("--database", str(database), "--config", str(config), "--out", str(tmp_path / "out")) == 0
     made = list(read_documents(Dataset(tmp_path / "out")))
     assert [(d.id, d.text, d.source) for d in made] == [
@@ -59,7 +66,12 @@ def test_rows_become_documents(database: Path, tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_what_is_wrong_is_one_line(
-    database: Path, tmp_path: Path, sql: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    database: Path,
+    tmp_path: Path,
+    sql: str,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     assert run("--database", str(database), "--set", f"sql={sql}", "--out", str(tmp_path / "out")) == 2

@@ -1,4 +1,6 @@
-"""Raw files of every format become documents; what gives none is set aside with place and reason, and nothing else is lost."""
+"""Raw files of every format become documents; what gives none is set aside with place and reason, and nothing else is
+lost.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,10 @@ def make_pdf(text: str) -> bytes:
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        (
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >>"
+            b" >> >>"
+        ),
         b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
@@ -69,7 +74,10 @@ def make_pdf(text: str) -> bytes:
         places.append(len(out))
         out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
     table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    return out + b"xref\n0 6\n0000000000 65535 f \n%strailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (table, len(out))
+    return out + b"xref\n0 6\n0000000000 65535 f \n%strailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (
+        table,
+        len(out),
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +100,9 @@ def test_a_late_byte_outside_ascii_is_no_loss() -> None:
     assert decode(data)[0].endswith("Köln und schöne Straßen")
 
 
-@pytest.mark.parametrize("data", [b"\x7fELF\x02\x01\x01\0\0\0", bytes(range(256)) * 8, b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
+@pytest.mark.parametrize(
+    "data", [b"\x7fELF\x02\x01\x01\0\0\0", bytes(range(256)) * 8, b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"]
+)
 def test_binary_data_named_txt_is_set_aside(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(data)
     good, bad = found(tmp_path)
@@ -125,9 +135,14 @@ def test_every_format_gives_the_same_text(tmp_path: Path) -> None:
     assert {(str(d.metadata["stars"]), d.metadata["when"]) for d in good.values()} == {("4", "2020-01-02")}
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", lambda d: zstandard.compress(d))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", lambda d: zstandard.compress(d))],
+)
 def test_compressed_files(tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]) -> None:
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(b'{"text": "x"}\n') + pack(b'{"text": "y"}\n'))  # two frames, as some tools write
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(
+        pack(b'{"text": "x"}\n') + pack(b'{"text": "y"}\n')
+    )  # two frames, as some tools write
     good, bad = found(tmp_path)
     assert ([d.text for d in good.values()], bad) == (["x", "y"], {})
 
@@ -207,9 +222,11 @@ def test_pdf(tmp_path: Path) -> None:
     (tmp_path / "c.pdf").write_bytes(make_pdf(""))
     (tmp_path / "d.pdf").write_bytes(
         make_pdf("locked").replace(
-            b"/Root 1 0 R", b"/Root 1 0 R /ID [<00><00>] /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s> >>" % (b"00" * 32, b"00" * 32)
+            b"/Root 1 0 R",
+            b"/Root 1 0 R /ID [<00><00>] /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s> >>"
+            % (b"00" * 32, b"00" * 32),
         )
-    )  # fmt: skip
+    )
     good, bad = found(tmp_path)
     assert (good["a.pdf"].text, good["a.pdf"].metadata) == ("Hello from a page", {"pages": 1})
     assert list(good) == ["a.pdf"]
@@ -226,7 +243,10 @@ def test_warc(tmp_path: Path) -> None:
             ("http://d.example/", "200 OK", "text/plain", "plain words"),
         ):
             http = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n\r\n{body}".encode()
-            head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Type: application/http; msgtype=response\r\n"
+            head = (
+                f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Type: application/http;"
+                " msgtype=response\r\n"
+            )
             stream.write(gzip.compress(f"{head}Content-Length: {len(http)}\r\n\r\n".encode() + http + b"\r\n\r\n"))
     good, bad = found(tmp_path)
     assert bad == {}
@@ -239,7 +259,14 @@ def test_warc(tmp_path: Path) -> None:
 
 
 def test_rows_that_give_no_text(tmp_path: Path) -> None:
-    lines: list[Any] = [{"text": "good", "n": 1}, {"body": "other"}, {"text": 3}, {"text": " "}, [1], {"text": "\ud800"}]
+    lines: list[Any] = [
+        {"text": "good", "n": 1},
+        {"body": "other"},
+        {"text": 3},
+        {"text": " "},
+        [1],
+        {"text": "\ud800"},
+    ]
     (tmp_path / "a.jsonl").write_bytes(
         b"\n".join([*(json.dumps(x).encode() for x in lines), b'{"text": ', b'{"text": "\xff"}', b'{"text": "last"}'])
     )
@@ -303,14 +330,31 @@ def test_the_stage_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     for name in ("state.json", "dataset_info.json"):
         (raw / "set" / name).write_text("{}")
     table = pa.table({"text": ["from a saved data set"]})
-    with pa.OSFile(str(raw / "set/data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with (
+        pa.OSFile(str(raw / "set/data-00000-of-00001.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
         writer.write_table(table)
-    words = ["data", "read", "--data", str(raw), "--out", str(tmp_path / "docs"), "--workspace", str(tmp_path / "w"), "--quiet"]
+    words = [
+        "data",
+        "read",
+        "--data",
+        str(raw),
+        "--out",
+        str(tmp_path / "docs"),
+        "--workspace",
+        str(tmp_path / "w"),
+        "--quiet",
+    ]
     assert main(words) == 0
     capsys.readouterr()
     assert main([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert {k: result["metrics"][k] for k in ("files", "documents", "rejected")} == {"files": 3, "documents": 2, "rejected": 1}
+    assert {k: result["metrics"][k] for k in ("files", "documents", "rejected")} == {
+        "files": 3,
+        "documents": 2,
+        "rejected": 1,
+    }
     assert [d.text for d in read_documents(Dataset(tmp_path / "docs"))] == ["Hello", "from a saved data set"]
     assert json.loads((tmp_path / "docs/rejected.jsonl").read_text())["reason"] == "binary data, not text"
     assert "binary data" in (tmp_path / "docs/report/report.md").read_text()
@@ -321,7 +365,9 @@ def test_the_stage_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     "make", [lambda p: p.mkdir(), lambda p: p.write_bytes(b""), lambda p: (p.mkdir(), (p / "a.bin").write_bytes(b"\0"))]
 )
-def test_nothing_to_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], Any]) -> None:
+def test_nothing_to_read_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], Any]
+) -> None:
     make(tmp_path / "raw")
     words = [
         "data",
@@ -408,10 +454,18 @@ def test_kindred_encodings_are_told_apart_by_letters(text: str, encoding: str) -
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"metadata": ["not JSON"]}, "its metadata is no JSON object"), ({"metadata": [7]}, "column 'metadata' is no text (int64)"), ({"text": [None]}, "column 'text'"),
+        ({"metadata": ["not JSON"]}, "its metadata is no JSON object"),
+        ({"metadata": [7]}, "column 'metadata' is no text (int64)"),
+        ({"text": [None]}, "column 'text'"),
     ],
-)  # fmt: skip
-def test_documents_of_another_maker(columns: dict[str, list[Any]], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+)
+def test_documents_of_another_maker(
+    columns: dict[str, list[Any]],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -419,7 +473,10 @@ def test_documents_of_another_maker(columns: dict[str, list[Any]], says: str, tm
 
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     (tmp_path / "d").mkdir()
-    pq.write_table(pa.table({"id": ["a"], "text": ["b"], "source": ["c"], "metadata": ["{}"], **columns}), tmp_path / "d" / "x.parquet")
+    pq.write_table(
+        pa.table({"id": ["a"], "text": ["b"], "source": ["c"], "metadata": ["{}"], **columns}),
+        tmp_path / "d" / "x.parquet",
+    )
     for stage in ("clean", "redact", "dedup", "split", "map"):
         words = ["--set", "part=train"] if stage == "split" else []
         code = main(["data", stage, str(tmp_path / "d"), "--out", str(tmp_path / stage), "--quiet", *words])

@@ -1,4 +1,6 @@
-"""Personal data and secrets: measured on cases labelled by someone who had not seen the checks; checksums against worked examples."""
+"""Personal data and secrets: measured on cases labelled by someone who had not seen the checks; checksums against
+worked examples.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +50,22 @@ def scores() -> dict[str, tuple[float, float, int]]:
         said.update(f.kind for f in found)
         labelled.update(kind for kind, _, _ in marks)
         for kind, start, end in marks:
-            right[kind] += any(f.kind == kind and f.start <= start and f.end >= end and f.end - f.start <= 1.4 * (end - start) + 6 for f in found)
+            right[kind] += any(
+                f.kind == kind and f.start <= start and f.end >= end and f.end - f.start <= 1.4 * (end - start) + 6
+                for f in found
+            )
     return {kind: (right[kind] / max(1, said[kind]), right[kind] / labelled[kind], labelled[kind]) for kind in KINDS}
 
 
 # measured, with a little room; what format alone cannot tell (lottery numbers, an ISSN, file modes) is among the cases
-WANTED = {"email": (0.97, 0.97), "phone": (0.93, 0.97), "ip": (0.97, 0.97), "card": (0.99, 0.99), "iban": (0.99, 0.99), "secret": (0.97, 0.97)}
+WANTED = {
+    "email": (0.97, 0.97),
+    "phone": (0.93, 0.97),
+    "ip": (0.97, 0.97),
+    "card": (0.99, 0.99),
+    "iban": (0.99, 0.99),
+    "secret": (0.97, 0.97),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +91,10 @@ def test_overlaps_and_replacing() -> None:
     found = findings(text, list(KINDS))
     assert [(f.kind, f.value) for f in found] == [("secret", "h8sKq2Lw9Z"), ("email", "Ann.Lee@acme.io")]
     assert redacted(text, found, "<{kind}>") == "postgres://app:<SECRET>@db.acme.io/x, mail <EMAIL>."
-    assert apart([Finding("a", 5, 9, ""), Finding("b", 0, 6, ""), Finding("c", 0, 5, "")]) == [Finding("c", 0, 5, ""), Finding("a", 5, 9, "")]
+    assert apart([Finding("a", 5, 9, ""), Finding("b", 0, 6, ""), Finding("c", 0, 5, "")]) == [
+        Finding("c", 0, 5, ""),
+        Finding("a", 5, 9, ""),
+    ]
 
 
 def test_examples_are_spared_unless_asked_for() -> None:
@@ -98,7 +113,20 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(data: Path, out: Path, *settings: str, workers: str = "1") -> int:
-    return main(["data", "redact", "--data", str(data), "--out", str(out), "--quiet", "--workers", workers, *(w for s in settings for w in ("--set", s))])
+    return main(
+        [
+            "data",
+            "redact",
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            "--quiet",
+            "--workers",
+            workers,
+            *(w for s in settings for w in ("--set", s)),
+        ]
+    )
 
 
 def test_nothing_that_was_found_is_left(corpus: Path, tmp_path: Path) -> None:
@@ -130,7 +158,9 @@ def test_tag_and_drop(corpus: Path, tmp_path: Path) -> None:
     assert all("[EMAIL]" in r["text"] or "[CARD]" in r["text"] for r in dropped)
 
 
-def test_workers_and_mistakes(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_workers_and_mistakes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     digests = set()
     for workers in ("1", "2"):
         monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / f"ws{workers}"))

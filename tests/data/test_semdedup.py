@@ -42,16 +42,30 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     tokenizer = make_tokenizer()
     (tmp_path / "static").mkdir()
     tokenizer.backend_tokenizer.save(str(tmp_path / "static/tokenizer.json"))
-    save_file({"table": np.random.default_rng(0).normal(size=(len(tokenizer), 64)).astype(np.float32)}, tmp_path / "static/model.safetensors")
+    save_file(
+        {"table": np.random.default_rng(0).normal(size=(len(tokenizer), 64)).astype(np.float32)},
+        tmp_path / "static/model.safetensors",
+    )
     fox = "the quick brown fox"
     texts = {"a": fox, "b": f"{fox} and {fox}", "c": "what is the weather in", "d": f"{fox} fox", "e": ""}
     with DocumentWriter(tmp_path / "docs") as writer:
         for id, text in texts.items():
             writer.add(Document(id, text, "s"))
-    words = ["data", "semdedup", "--data", str(tmp_path / "docs"), "--quiet", "--out", str(tmp_path / "out"), "--embedder"]
+    words = [
+        "data",
+        "semdedup",
+        "--data",
+        str(tmp_path / "docs"),
+        "--quiet",
+        "--out",
+        str(tmp_path / "out"),
+        "--embedder",
+    ]
     assert main([*words, str(tmp_path / "static"), "--set", "threshold=0.8"]) == 0
     assert [d.id for d in read_documents(Dataset(tmp_path / "out"))] == ["b", "c", "e"]
-    assert {r["id"]: json.loads(r["metadata"])["duplicate_of"] for r in pq.read_table(tmp_path / "out/dropped").to_pylist()} == {"a": "b", "d": "b"}
+    assert {
+        r["id"]: json.loads(r["metadata"])["duplicate_of"] for r in pq.read_table(tmp_path / "out/dropped").to_pylist()
+    } == {"a": "b", "d": "b"}
     (tmp_path / "static/model.safetensors").write_bytes(b"broken")
     assert main([*words, str(tmp_path / "static"), "--set", "threshold=0.7"]) == 2
     assert "the static vectors cannot be read" in capsys.readouterr().err

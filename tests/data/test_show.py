@@ -1,4 +1,6 @@
-"""The page shows every row as it is, the statistics are those of all rows, and nothing in a text can break out of the page."""
+"""The page shows every row as it is, the statistics are those of all rows, and nothing in a text can break out of the
+page.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,33 @@ from llmworks.tokenize.chat.templates import render_masked
 
 EVIL = "</script><script>alert(1)</script> <b>bold</b> \u2028 &amp; <!--"
 ROWS: list[dict[str, Any]] = [
-    {"id": "a", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Wie geht es dir heute, mein lieber Freund?"}, {"role": "assistant", "content": "Sehr gut, vielen Dank."}], "topic": "talk"},
-    {"id": "b", "messages": [{"role": "user", "content": EVIL}, {"role": "assistant", "content": "No.", "weight": 0}, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}], "topic": "odd"},
-    {"id": "c", "messages": [{"role": "user", "content": "same  QUESTION"}, {"role": "assistant", "content": "one"}], "answer": "one"},
+    {
+        "id": "a",
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Wie geht es dir heute, mein lieber Freund?"},
+            {"role": "assistant", "content": "Sehr gut, vielen Dank."},
+        ],
+        "topic": "talk",
+    },
+    {
+        "id": "b",
+        "messages": [
+            {"role": "user", "content": EVIL},
+            {"role": "assistant", "content": "No.", "weight": 0},
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "So."},
+        ],
+        "topic": "odd",
+    },
+    {
+        "id": "c",
+        "messages": [{"role": "user", "content": "same  QUESTION"}, {"role": "assistant", "content": "one"}],
+        "answer": "one",
+    },
     {"id": "d", "messages": [{"role": "user", "content": "Same question"}, {"role": "assistant", "content": "two"}]},
     {"id": "e", "messages": [{"role": "user", "content": "Same question"}, {"role": "assistant", "content": "two"}]},
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -47,11 +70,23 @@ def items(report: Path) -> tuple[list[dict[str, Any]], str]:
 def test_rows_and_statistics(chats: Path, tmp_path: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "show", str(chats), "--model", str(pico), "--out", str(tmp_path / "r"), "--quiet"]) == 0
     shown, page = items(tmp_path / "r")
-    assert [[(t["role"], t["text"]) for t in item["turns"]] for item in shown] == [[(m["role"], m["content"]) for m in row["messages"]] for row in ROWS]
+    assert [[(t["role"], t["text"]) for t in item["turns"]] for item in shown] == [
+        [(m["role"], m["content"]) for m in row["messages"]] for row in ROWS
+    ]
     assert page.count("<script") == 2
     assert "alert(1)" not in re.sub(r'<script type="application/json".*?</script>', "", page, flags=re.DOTALL)
-    assert [item["marks"] for item in shown] == [[], [], ["same question"], ["same row", "same question"], ["same row", "same question"]]
-    assert (shown[0]["tags"], shown[1]["turns"][1]["off"], shown[2]["answer"]) == ({"shape": "messages", "topic": "talk"}, True, '"one"')
+    assert [item["marks"] for item in shown] == [
+        [],
+        [],
+        ["same question"],
+        ["same row", "same question"],
+        ["same row", "same question"],
+    ]
+    assert (shown[0]["tags"], shown[1]["turns"][1]["off"], shown[2]["answer"]) == (
+        {"shape": "messages", "topic": "talk"},
+        True,
+        '"one"',
+    )
     tokenizer = make_tokenizer(TEMPLATE)
     for item, row in zip(shown, ROWS, strict=True):
         (tokens,) = item["tokens"]
@@ -72,12 +107,30 @@ def test_rows_and_statistics(chats: Path, tmp_path: Path, pico: Path, capsys: py
 
 
 def test_choosing_rows(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "show", str(chats), "--out", str(tmp_path / "r"), "--set", "contains=SAME QUESTION", "--set", "first=1"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "show",
+                str(chats),
+                "--out",
+                str(tmp_path / "r"),
+                "--set",
+                "contains=SAME QUESTION",
+                "--set",
+                "first=1",
+            ]
+        )
+        == 0
+    )
     shown, _ = items(tmp_path / "r")
     assert [item["id"] for item in shown] == ["e"]
     assert all(not item["tokens"] for item in shown)
     assert "user\n  Same question" in capsys.readouterr().out
-    for words, says in ((["--set", "contains=nowhere"], "no row holds 'nowhere'"), (["--set", "first=9"], "no row comes after the first 9")):
+    for words, says in (
+        (["--set", "contains=nowhere"], "no row holds 'nowhere'"),
+        (["--set", "first=9"], "no row comes after the first 9"),
+    ):
         assert main(["data", "show", str(chats), *words]) == 2
         assert says in capsys.readouterr().err
 
@@ -85,23 +138,36 @@ def test_choosing_rows(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_pairs(chats: Path, tmp_path: Path, pico: Path) -> None:
     pairs = made(tmp_path, "pairs", [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}])
     assert main(["data", "show", str(pairs), "--model", str(pico), "--out", str(tmp_path / "r"), "--quiet"]) == 0
-    ((item,), page) = items(tmp_path / "r")
+    (item,), page = items(tmp_path / "r")
     assert [(t["role"], t["text"]) for t in item["turns"]] == [("user", "Why?"), ("chosen", "So."), ("rejected", "No.")]
     assert [t["side"] for t in item["tokens"]] == ["chosen", "rejected"]
     assert "1 preference pairs" in html.unescape(page)
 
 
 def test_packed_tokens(chats: Path, tmp_path: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "pack", str(pico), str(chats), "--out", str(tmp_path / "packed"), "--quiet", "--set", "length=300"]) == 0
+    assert (
+        main(
+            ["data", "pack", str(pico), str(chats), "--out", str(tmp_path / "packed"), "--quiet", "--set", "length=300"]
+        )
+        == 0
+    )
     assert main(["data", "show", str(tmp_path / "packed"), "--quiet"]) == 2
     assert "give its --model" in capsys.readouterr().err
-    assert main(["data", "show", str(tmp_path / "packed"), "--model", str(pico), "--out", str(tmp_path / "r"), "--quiet"]) == 0
+    assert (
+        main(["data", "show", str(tmp_path / "packed"), "--model", str(pico), "--out", str(tmp_path / "r"), "--quiet"])
+        == 0
+    )
     shown, _ = items(tmp_path / "r")
     tokenizer = make_tokenizer(TEMPLATE)
     texts = {"".join(piece["pieces"]) for item in shown for piece in item["tokens"]}
-    assert texts == {tokenizer.decode(render_masked(tokenizer, messages_from_json(row["messages"])).ids) for row in ROWS}
+    assert texts == {
+        tokenizer.decode(render_masked(tokenizer, messages_from_json(row["messages"])).ids) for row in ROWS
+    }
     facts = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert (facts["pieces"], facts["learned"]) == (5, sum(sum(map(int, (f in "13" for f in piece["flags"]))) for item in shown for piece in item["tokens"]))
+    assert (facts["pieces"], facts["learned"]) == (
+        5,
+        sum(sum(map(int, (f in "13" for f in piece["flags"]))) for item in shown for piece in item["tokens"]),
+    )
 
 
 def test_documents_are_shown_elsewhere(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,10 +177,14 @@ def test_documents_are_shown_elsewhere(chats: Path, tmp_path: Path, capsys: pyte
     assert "documents are shown by data.map" in capsys.readouterr().err
 
 
-def test_long_rows_and_models_without_a_template(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_rows_and_models_without_a_template(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     turns = [{"role": "user", "content": "first " + "12 " * 2000}, {"role": "assistant", "content": "at last"}]
-    write_chat(tmp_path / "long", [{"id": "r", "group": "r", "messages": turns, "tools": [], "answer": None, "extra": {}}])
+    write_chat(
+        tmp_path / "long", [{"id": "r", "group": "r", "messages": turns, "tools": [], "answer": None, "extra": {}}]
+    )
     assert main(["data", "show", str(tmp_path / "long"), "--model", str(pico), "--quiet"]) == 0
     shown = capsys.readouterr().out
     assert len(shown) < 5000

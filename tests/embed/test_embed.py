@@ -1,4 +1,6 @@
-"""Embedders: means over tokens as worked out by hand, batches that change nothing, and the real ones tell related from unrelated."""
+"""Embedders: means over tokens as worked out by hand, batches that change nothing, and the real ones tell related from
+unrelated.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ def table(tmp_path: Path) -> Path:
     tokenizer = make_tokenizer()
     (tmp_path / "static").mkdir()
     tokenizer.backend_tokenizer.save(str(tmp_path / "static/tokenizer.json"))
-    save_file({"embedding.weight": np.random.default_rng(0).normal(size=(len(tokenizer), 16)).astype(np.float16)}, tmp_path / "static/model.safetensors")
+    save_file(
+        {"embedding.weight": np.random.default_rng(0).normal(size=(len(tokenizer), 16)).astype(np.float16)},
+        tmp_path / "static/model.safetensors",
+    )
     return tmp_path / "static"
 
 
@@ -33,10 +38,22 @@ def bert(tmp_path: Path) -> Path:
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghij"]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]").save_pretrained(tmp_path / "bert")
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    ).save_pretrained(tmp_path / "bert")
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64, initializer_range=0.5)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+    )
     BertModel(config).eval().save_pretrained(tmp_path / "bert")
     return tmp_path / "bert"
 
@@ -80,7 +97,11 @@ def test_what_is_no_embedder(tmp_path: Path, table: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wordllama", "all-minilm-l6-v2"])
 def test_the_real_ones(name: str) -> None:
-    texts = ["How do I reset my password?", "I forgot my login credentials, how can I change them?", "The recipe needs two eggs and flour."]
+    texts = [
+        "How do I reset my password?",
+        "I forgot my login credentials, how can I change them?",
+        "The recipe needs two eggs and flour.",
+    ]
     a, b, c = open_embedder(assets.fetch(name)).encode(texts)
     assert a @ b > 0.5
     assert a @ c < 0.15

@@ -44,7 +44,11 @@ def test_bradley_terry_is_logistic_regression() -> None:
     design = np.zeros((600, 5))
     for row, v in enumerate(votes):
         design[row, v.a], design[row, v.b], design[row, 4] = 1, -1, v.style
-    fitted = LogisticRegression(fit_intercept=False, C=1e3, tol=1e-10, max_iter=5000).fit(design, [v.won for v in votes]).coef_[0]
+    fitted = (
+        LogisticRegression(fit_intercept=False, C=1e3, tol=1e-10, max_iter=5000)
+        .fit(design, [v.won for v in votes])
+        .coef_[0]
+    )
     assert ratings - ratings.mean() == pytest.approx(SCALE * (fitted[:4] - fitted[:4].mean()), abs=0.05)
     assert weight == pytest.approx(fitted[4], abs=1e-3)
 
@@ -52,7 +56,9 @@ def test_bradley_terry_is_logistic_regression() -> None:
 def test_ties_are_half_a_vote_for_each() -> None:
     ties = [Vote(0, 1, 0.5)] * 10
     halves = [Vote(0, 1, 1.0)] * 5 + [Vote(0, 1, 0.0)] * 5
-    assert bradley_terry([*ties, Vote(0, 1, 1.0)], 2)[0] == pytest.approx(bradley_terry([*halves, Vote(1, 0, 0.0)], 2)[0])
+    assert bradley_terry([*ties, Vote(0, 1, 1.0)], 2)[0] == pytest.approx(
+        bradley_terry([*halves, Vote(1, 0, 0.0)], 2)[0]
+    )
 
 
 def test_three_of_four_wins_is_190_points() -> None:
@@ -104,7 +110,10 @@ def evaluation(tmp_path: Path, name: str, texts: list[str]) -> Report:
 
 
 def test_votes_in_the_terminal(tmp_path: Path) -> None:
-    reports = [evaluation(tmp_path, "x", ["good", "same", "good\x1b[31m"]), evaluation(tmp_path, "y", ["bad", "same", "bad"])]
+    reports = [
+        evaluation(tmp_path, "x", ["good", "same", "good\x1b[31m"]),
+        evaluation(tmp_path, "y", ["bad", "same", "bad"]),
+    ]
     file, screen = tmp_path / "votes.jsonl", io.StringIO()
     assert vote(reports, file, "ann", 0, io.StringIO("what\na\nb\n"), screen) == 2
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -112,7 +121,9 @@ def test_votes_in_the_terminal(tmp_path: Path) -> None:
     assert [r["vote"] for r in rows] == ["A", "B"]
     shown = screen.getvalue()
     assert "\x1b" not in shown  # answers do not command the terminal
-    assert "x" not in shown.replace("x1b", "").replace("next", "").replace("(a tie)", "")  # nobody is named, ever: styles would be known after one vote
+    assert "x" not in shown.replace("x1b", "").replace("next", "").replace(
+        "(a tie)", ""
+    )  # nobody is named, ever: styles would be known after one vote
     with pytest.raises(UserError, match="ann has voted on all pairs"):
         vote(reports, file, "ann", 0, io.StringIO(), screen)
     assert vote(reports, file, "ben", 0, io.StringIO("s\nq\n"), screen) == 0
@@ -129,7 +140,9 @@ def test_sides_are_drawn() -> None:
     assert 70 < sum(a == "x" for _, a, _ in made) < 130
 
 
-def run(tmp_path: Path, rows: list[dict[str, Any]], judged: list[Report] | None = None, **config: Any) -> tuple[Report, dict[str, Any]]:
+def run(
+    tmp_path: Path, rows: list[dict[str, Any]], judged: list[Report] | None = None, **config: Any
+) -> tuple[Report, dict[str, Any]]:
     (tmp_path / "votes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "out").mkdir(exist_ok=True)
     page = ReportBuilder()
@@ -139,18 +152,36 @@ def run(tmp_path: Path, rows: list[dict[str, Any]], judged: list[Report] | None 
 
     data = resolve(str(tmp_path / "votes.jsonl"))
     assert isinstance(data, Dataset)
-    made = arena(ArenaConfig(resamples=60, **config), Context(tmp_path / "out", tmp_path, 0, Progress(quiet=True), page, never), [data], judged)
+    made = arena(
+        ArenaConfig(resamples=60, **config),
+        Context(tmp_path / "out", tmp_path, 0, Progress(quiet=True), page, never),
+        [data],
+        judged,
+    )
     page.write(tmp_path / "out")
     return made, page.data
 
 
 def votes(count: int, a: str, b: str, share: float) -> list[dict[str, Any]]:
-    return [{"question": f"q{i}", "a": a, "b": b, "vote": "A" if i < share * count else "B", "voter": "ann", "lengths": [10, 20]} for i in range(count)]
+    return [
+        {
+            "question": f"q{i}",
+            "a": a,
+            "b": b,
+            "vote": "A" if i < share * count else "B",
+            "voter": "ann",
+            "lengths": [10, 20],
+        }
+        for i in range(count)
+    ]
 
 
 def test_the_stage_joins_people_and_judges(tmp_path: Path) -> None:
     (tmp_path / "j").mkdir()
-    pairs = [{"id": str(i), "question": f"q{i}", "lengths": [10, 20], "verdicts": {"judge": "A" if i < 30 else "B"}} for i in range(40)]
+    pairs = [
+        {"id": str(i), "question": f"q{i}", "lengths": [10, 20], "verdicts": {"judge": "A" if i < 30 else "B"}}
+        for i in range(40)
+    ]
     (tmp_path / "j" / "report.json").write_text(json.dumps({"models": ["x", "y"], "pairs": pairs}))
     judged = [Report(tmp_path / "j", name="j")]
     made, data = run(tmp_path, [*votes(40, "x", "y", 0.7), *votes(40, "y", "z", 0.6)], judged)

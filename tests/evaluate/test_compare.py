@@ -1,4 +1,7 @@
-"""Two runs that differ in one thing, made to: the comparison names it. Leaderboards compare only what was asked alike."""
+"""Two runs that differ in one thing, made to: the comparison names it.
+
+Leaderboards compare only what was asked alike.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,37 @@ from llmworks.evaluate.suites import items_of, suites
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.runtime.references import resolve
 
-CHOICE: dict[str, Any] = {"name": "t", "kind": "choice", "prompt": "plain", "question": "Q: {{q}}\nA:", "choices": "opts", "answer": "gold", "metrics": ["acc", "acc_norm"], "shots": {"count": 2}}
-GENERATE: dict[str, Any] = {"name": "t", "question": "{{q}}", "answer": "{{gold}}", "metrics": ["exact_match"], "max_tokens": 12}
+CHOICE: dict[str, Any] = {
+    "name": "t",
+    "kind": "choice",
+    "prompt": "plain",
+    "question": "Q: {{q}}\nA:",
+    "choices": "opts",
+    "answer": "gold",
+    "metrics": ["acc", "acc_norm"],
+    "shots": {"count": 2},
+}
+GENERATE: dict[str, Any] = {
+    "name": "t",
+    "question": "{{q}}",
+    "answer": "{{gold}}",
+    "metrics": ["exact_match"],
+    "max_tokens": 12,
+}
 Run = Callable[..., Report]
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
     draw = random.Random(3)
     words = ["the", "quick", "brown", "fox", "user", "weather", "Oslo", "what", "is", "name", "city"]
-    return [{"q": " ".join(draw.choices(words, k=draw.randint(3, 9))), "opts": [" ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(3)], "gold": draw.randrange(3)} for _ in range(count)]
+    return [
+        {
+            "q": " ".join(draw.choices(words, k=draw.randint(3, 9))),
+            "opts": [" ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(3)],
+            "gold": draw.randrange(3),
+        }
+        for _ in range(count)
+    ]
 
 
 def context(place: Path, engine: Callable[[], Engine] | None = None, report: ReportBuilder | None = None) -> Context:
@@ -55,7 +80,9 @@ def context(place: Path, engine: Callable[[], Engine] | None = None, report: Rep
 
 @pytest.fixture
 def run(tmp_path: Path, pico: Path) -> Run:
-    def go(name: str, fields: dict[str, Any], engine: Callable[[], Engine] | None = None, count: int = 40, **config: Any) -> Report:
+    def go(
+        name: str, fields: dict[str, Any], engine: Callable[[], Engine] | None = None, count: int = 40, **config: Any
+    ) -> Report:
         task, data = tmp_path / f"{name}.yaml", tmp_path / "rows.jsonl"
         task.write_text(yaml.safe_dump(fields))
         data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count)))
@@ -63,7 +90,12 @@ def run(tmp_path: Path, pico: Path) -> Run:
         assert isinstance(model, Model)
         assert isinstance(dataset, Dataset)
         page = ReportBuilder()
-        made = evaluate(EvaluateConfig(task=str(task), **config), model, dataset, context(tmp_path / name, engine or (lambda: TorchEngine.open(pico)), page))
+        made = evaluate(
+            EvaluateConfig(task=str(task), **config),
+            model,
+            dataset,
+            context(tmp_path / name, engine or (lambda: TorchEngine.open(pico)), page),
+        )
         page.write(tmp_path / name / "out")
         return Report(tmp_path / name / "out", name=name, metrics=made.metrics, about=made.about)
 
@@ -82,7 +114,9 @@ def other(tmp_path: Path, pico: Path, change: Callable[[TorchEngine], None]) -> 
 def bos(engine: TorchEngine) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    engine.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    engine.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
 
 
 def template(engine: TorchEngine) -> None:
@@ -92,7 +126,14 @@ def template(engine: TorchEngine) -> None:
 def stops(engine: TorchEngine) -> None:
     counted = engine.generate([])
     assert counted == []
-    engine.stops = frozenset({2, *engine.tokenizer("e")["input_ids"], *engine.tokenizer("a")["input_ids"], *engine.tokenizer("t")["input_ids"]})
+    engine.stops = frozenset(
+        {
+            2,
+            *engine.tokenizer("e")["input_ids"],
+            *engine.tokenizer("a")["input_ids"],
+            *engine.tokenizer("t")["input_ids"],
+        }
+    )
 
 
 def weights(engine: TorchEngine) -> None:
@@ -117,15 +158,28 @@ PLANTED: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[TorchEng
     "turns and text": ("prompt style", CHOICE, {**CHOICE, "prompt": "chat"}, None),
     "a beginning token": ("beginning token", CHOICE, CHOICE, bos),
     "a template": ("template", {**CHOICE, "prompt": "chat"}, {**CHOICE, "prompt": "chat"}, template),
-    "a short context": ("truncation", {**CHOICE, "question": "{{q * 9}}"}, {**CHOICE, "question": "{{q * 9}}"}, lambda e: setattr(type("Short", (TorchEngine,), {"context": 40}), "x", 1) or setattr(e, "__class__", type("Short", (TorchEngine,), {"context": 40}))),
+    "a short context": (
+        "truncation",
+        {**CHOICE, "question": "{{q * 9}}"},
+        {**CHOICE, "question": "{{q * 9}}"},
+        lambda e: (
+            setattr(type("Short", (TorchEngine,), {"context": 40}), "x", 1)
+            or setattr(e, "__class__", type("Short", (TorchEngine,), {"context": 40}))
+        ),
+    ),
     "weights": ("numbers", CHOICE, CHOICE, weights),
     "fewer tokens": ("answer cut off", GENERATE, {**GENERATE, "max_tokens": 4}, None),
     "a stop string": ("stop string", GENERATE, {**GENERATE, "stop": ["e", "a", "t"]}, None),
     "end tokens": ("end token", GENERATE, GENERATE, stops),
-    "another way to read": ("normalisation", GENERATE, {**GENERATE, "extract": [{"how": "regex", "pattern": "[a-z]"}]}, None),
+    "another way to read": (
+        "normalisation",
+        GENERATE,
+        {**GENERATE, "extract": [{"how": "regex", "pattern": "[a-z]"}]},
+        None,
+    ),
     "other numbers in what is written": ("numbers", GENERATE, GENERATE, weights),
     "drawn answers": ("sampling", {**GENERATE, "temperature": 1.0}, {**GENERATE, "temperature": 1.4}, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", PLANTED)
@@ -142,7 +196,10 @@ def test_the_cause_is_named(what: str, run: Run, tmp_path: Path, pico: Path) -> 
 
 
 def test_rounding_is_a_close_call(run: Run, tmp_path: Path, pico: Path) -> None:
-    a, b = run("a", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}), run("b", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}, other(tmp_path, pico, hair))
+    a, b = (
+        run("a", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}),
+        run("b", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}, other(tmp_path, pico, hair)),
+    )
     made = compare(CompareConfig(resamples=200), a, b, context(tmp_path / "compared"))
     left, right = ({s["id"]: s for s in r.read()["samples"]} for r in (a, b))
     for found in json.loads(json.dumps(_page(tmp_path / "compared", a, b)))["differing"]:
@@ -182,17 +239,41 @@ def test_the_page_is_filtered_by_cause(run: Run, tmp_path: Path, pico: Path) -> 
     _page(tmp_path / "compared", a, b)
     page = tmp_path / "compared" / "out" / "report.html"
     text = page.read_text()
-    script = "<script>const b=[...document.querySelectorAll('.filter button')].find(x=>x.dataset.tag==='numbers');b.click();document.title=[...document.querySelectorAll('details[data-tags]')].filter(d=>!d.hidden).length+'/'+document.querySelectorAll('details[data-tags]').length</script>"
+    script = (
+        "<script>const b=[...document.querySelectorAll('.filter"
+        " button')].find(x=>x.dataset.tag==='numbers');b.click();"
+        "const all=[...document.querySelectorAll('details[data-tags]')];"
+        "document.title=all.filter(d=>!d.hidden).length+'/'+all.length</script>"
+    )
     (tmp_path / "page.html").write_text(text.replace("</body>", script + "</body>"))
-    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom", f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'chromium'}",
+            "--dump-dom",
+            f"file://{tmp_path / 'page.html'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
     title = re.search(r"<title>(\d+)/(\d+)</title>", done.stdout)
     assert title is not None
-    assert int(title[1]) == text.count('numbers"') - text.count('data-tag="numbers"') or 0 < int(title[1]) <= int(title[2])
+    assert int(title[1]) == text.count('numbers"') - text.count('data-tag="numbers"') or 0 < int(title[1]) <= int(
+        title[2]
+    )
 
 
 def test_what_cannot_be_paired(run: Run, tmp_path: Path) -> None:
     a = run("a", CHOICE)
-    for name, fields, count, message in (("b", CHOICE, 30, "not of the same task and samples"), ("c", {**CHOICE, "metrics": ["acc_norm"]}, 40, "have other scores"), ("d", {**CHOICE, "name": "u"}, 40, "not of the same task")):
+    for name, fields, count, message in (
+        ("b", CHOICE, 30, "not of the same task and samples"),
+        ("c", {**CHOICE, "metrics": ["acc_norm"]}, 40, "have other scores"),
+        ("d", {**CHOICE, "name": "u"}, 40, "not of the same task"),
+    ):
         with pytest.raises(DataError, match=message):
             compare(CompareConfig(), a, run(name, fields, count=count), context(tmp_path / "x"))
 
@@ -202,7 +283,11 @@ def test_another_wording_is_no_other_answer(run: Run, tmp_path: Path) -> None:
     fields = {**GENERATE, "answer": {"regex": "zz+"}, "metrics": ["regex"]}
     a, b = run("a", fields, count=6), run("b", fields, count=6)
     data = b.read()
-    calls = ['<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>', 'So: <tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>', '<tool_call>{"name": "f", "arguments": {"x": 2}}</tool_call>']
+    calls = [
+        '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>',
+        'So: <tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": 2}}</tool_call>',
+    ]
     for report, texts in ((a, [calls[0], calls[0], "other words"]), (b, [calls[1], calls[2], "words of another kind"])):
         data = report.read()
         for sample, text in zip(data["samples"], texts, strict=False):
@@ -215,7 +300,14 @@ def test_another_wording_is_no_other_answer(run: Run, tmp_path: Path) -> None:
 def test_of_several_changes_none_is_blamed_alone(run: Run, tmp_path: Path) -> None:
     """With one change its cause is named; with two the page says that they cannot be separated."""
     a = run("a", CHOICE)
-    for name, fields, said in (("b", {**CHOICE, "question": "Question: {{q}}\nA:"}, ""), ("c", {**CHOICE, "question": "Question: {{q}}\nA:", "shots": {"count": 1}}, "2 settings differ at once (question, shots)")):
+    for name, fields, said in (
+        ("b", {**CHOICE, "question": "Question: {{q}}\nA:"}, ""),
+        (
+            "c",
+            {**CHOICE, "question": "Question: {{q}}\nA:", "shots": {"count": 1}},
+            "2 settings differ at once (question, shots)",
+        ),
+    ):
         page = ReportBuilder()
         compare(CompareConfig(resamples=200), a, run(name, fields), context(tmp_path / f"to-{name}", report=page))
         notes = " ".join(block.text for block in page.blocks)
@@ -263,7 +355,12 @@ def test_holms_procedure() -> None:
 
 def test_a_board_compares_only_what_was_asked_alike(run: Run, tmp_path: Path, pico: Path) -> None:
     reports = []
-    for name, fields, change in (("a", CHOICE, None), ("b", CHOICE, weights), ("c", {**CHOICE, "shots": {"count": 3}}, None), ("d", {"name": "p", "kind": "perplexity", "question": "q", "metrics": ["bits_per_byte"]}, None)):
+    for name, fields, change in (
+        ("a", CHOICE, None),
+        ("b", CHOICE, weights),
+        ("c", {**CHOICE, "shots": {"count": 3}}, None),
+        ("d", {"name": "p", "kind": "perplexity", "question": "q", "metrics": ["bits_per_byte"]}, None),
+    ):
         made = run(name, fields, other(tmp_path, pico, change) if change else None)
         if change:
             made.about["model"] = "other"
@@ -276,7 +373,11 @@ def test_a_board_compares_only_what_was_asked_alike(run: Run, tmp_path: Path, pi
     assert sorted(page.data["models"]) == ["heavier", "model"]
     columns = page.data["columns"]
     assert sorted(columns) == ["p", "t (2 shots)", "t (3 shots)"]
-    assert [len([m for m in page.data["models"].values() if c in m["scores"]]) for c in columns] in ([1, 1, 2], [1, 2, 1], [2, 1, 1])
+    assert [len([m for m in page.data["models"].values() if c in m["scores"]]) for c in columns] in (
+        [1, 1, 2],
+        [1, 2, 1],
+        [2, 1, 1],
+    )
     card = (tmp_path / "board" / "out" / "model-card.md").read_text()
     assert card.startswith("## Evaluation of ")
     assert card.count("\n| ") == 2 + 1  # of a task that was asked in two ways one
@@ -291,8 +392,19 @@ def test_ranks_share_places() -> None:
         def __init__(self, score: float, better: str = "higher") -> None:
             self.score, self.data = (score, score, score), {"better": better}
 
-    cells: Any = {("x", "1"): Fake(0.5), ("y", "1"): Fake(0.5), ("z", "1"): Fake(0.9), ("x", "2"): Fake(1.0, "lower"), ("y", "2"): Fake(2.0, "lower"), ("z", "2"): Fake(3.0, "lower"), ("x", "3"): Fake(1.0)}
-    assert ranked(cells, ["x", "y", "z"], ["1", "2", "3"]) == ([("x", (2.5 + 1) / 2), ("z", (1 + 3) / 2), ("y", (2.5 + 2) / 2)], ["1", "2"])
+    cells: Any = {
+        ("x", "1"): Fake(0.5),
+        ("y", "1"): Fake(0.5),
+        ("z", "1"): Fake(0.9),
+        ("x", "2"): Fake(1.0, "lower"),
+        ("y", "2"): Fake(2.0, "lower"),
+        ("z", "2"): Fake(3.0, "lower"),
+        ("x", "3"): Fake(1.0),
+    }
+    assert ranked(cells, ["x", "y", "z"], ["1", "2", "3"]) == (
+        [("x", (2.5 + 1) / 2), ("z", (1 + 3) / 2), ("y", (2.5 + 2) / 2)],
+        ["1", "2"],
+    )
     cells["w", "1"] = Fake(0.1)  # asked too little to be placed, and in nobody's way
     order, shared = ranked(cells, ["w", "x", "y", "z"], ["1", "2", "3"])
     assert (order[0][0], order[-1], shared) == ("x", ("w", None), ["1", "2"])
@@ -301,9 +413,31 @@ def test_ranks_share_places() -> None:
 def test_a_board_says_whether_its_first_is_ahead_by_more_than_chance() -> None:
     def entry(model: str, task: str, right: int) -> Entry:
         samples = [{"id": str(number), "group": str(number), "score": float(number < right)} for number in range(60)]
-        return Entry(model, model, task, "", {"percent": True, "better": "higher", "samples": samples, "metric": "acc", "intervals": {"acc": {"value": right / 60, "low": 0, "high": 1}}})
+        return Entry(
+            model,
+            model,
+            task,
+            "",
+            {
+                "percent": True,
+                "better": "higher",
+                "samples": samples,
+                "metric": "acc",
+                "intervals": {"acc": {"value": right / 60, "low": 0, "high": 1}},
+            },
+        )
 
-    cells = {(one.model, one.column): one for one in (entry("x", "1", 31), entry("y", "1", 30), entry("x", "2", 50), entry("y", "2", 12), entry("x", "3", 30), entry("y", "3", 31))}
+    cells = {
+        (one.model, one.column): one
+        for one in (
+            entry("x", "1", 31),
+            entry("y", "1", 30),
+            entry("x", "2", 50),
+            entry("y", "2", 12),
+            entry("x", "3", 30),
+            entry("y", "3", 31),
+        )
+    }
     assert ahead(cells, ["x", "y"], ["1", "3"]) == " No task tells it apart from y, which comes next."
     assert ahead(cells, ["x", "y"], ["1", "2", "3"]) == " 1 of 3 tasks tells it apart from y, which comes next."
     for one in cells.values():
@@ -324,7 +458,9 @@ def test_suites_name_tasks_that_are_there() -> None:
 
 
 @pytest.mark.slow
-def test_autoeval_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_autoeval_from_the_command_line(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     monkeypatch.chdir(tmp_path)
     second = make_pico(tmp_path / "second", seed=5)
@@ -333,7 +469,9 @@ def test_autoeval_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch:
     names = "social-iqa,medmcqa,sarcasm,function-call"
     assert main(["autoeval", str(pico), str(second), "--suite", names, "--limit", "6", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [s["task"] for s in told["scores"]] == ["social-iqa", "medmcqa", "sarcasm"] * 2 or len(told["scores"]) + len(told["not_asked"]) == 8
+    assert [s["task"] for s in told["scores"]] == ["social-iqa", "medmcqa", "sarcasm"] * 2 or len(told["scores"]) + len(
+        told["not_asked"]
+    ) == 8
     assert all(s["samples"] == 6 for s in told["scores"])
     page = (Path(told["board"]) / "report.html").read_text()
     assert "Leaderboard" in page
@@ -351,7 +489,11 @@ def test_tasks_are_listed_and_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(name in listed for name in (*task_names(), *suites()))
     assert main(["tasks", "arc-easy", "--harness"]) == 0
     fields = yaml.safe_load(capsys.readouterr().out)
-    assert (fields["output_type"], fields["dataset_path"], fields["dataset_name"]) == ("multiple_choice", "allenai/ai2_arc", "ARC-Easy")
+    assert (fields["output_type"], fields["dataset_path"], fields["dataset_name"]) == (
+        "multiple_choice",
+        "allenai/ai2_arc",
+        "ARC-Easy",
+    )
     assert main(["tasks", "logiqa"]) == 0
     (tmp_path / "own.yaml").write_text(capsys.readouterr().out)
     assert main(["tasks", str(tmp_path / "own.yaml"), "--json"]) == 0
@@ -364,10 +506,18 @@ def test_buttons_are_few(tmp_path: Path) -> None:
     """Of 300 groups of one sample none has a button; of causes and scores each; few groups have theirs."""
     page = ReportBuilder()
     page.title = "many"
-    page.pairs("Differ", [(f"q{i}", ("a", "x"), ("b", "y")) for i in range(300)], tags=[("gained" if i % 3 else "lost", f"group-{i}") for i in range(300)])
+    page.pairs(
+        "Differ",
+        [(f"q{i}", ("a", "x"), ("b", "y")) for i in range(300)],
+        tags=[("gained" if i % 3 else "lost", f"group-{i}") for i in range(300)],
+    )
     page.write(tmp_path)
     assert re.findall(r'data-tag="([^"]+)"', (tmp_path / "report.html").read_text()) == ["gained", "lost"]
     page = ReportBuilder()
-    page.pairs("Differ", [(f"q{i}", ("a", "x"), ("b", "y")) for i in range(4)], tags=[("gained", f"group-{i}") for i in range(4)])
+    page.pairs(
+        "Differ",
+        [(f"q{i}", ("a", "x"), ("b", "y")) for i in range(4)],
+        tags=[("gained", f"group-{i}") for i in range(4)],
+    )
     page.write(tmp_path)
     assert len(re.findall(r'data-tag="', (tmp_path / "report.html").read_text())) == 5

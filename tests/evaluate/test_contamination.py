@@ -1,4 +1,6 @@
-"""Planted rows are found in training data, shared boilerplate is not taken for one, and the lineage says what a model was trained on."""
+"""Planted rows are found in training data, shared boilerplate is not taken for one, and the lineage says what a model
+was trained on.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,29 @@ def words(draw: random.Random, count: int) -> str:
     return " ".join("".join(draw.choices("abcdefghij", k=5)) for _ in range(count))
 
 
-def run(tmp_path: Path, questions: list[str], training: list[str], scores: list[float] | None = None) -> tuple[Report, dict[str, Any]]:
-    samples = [{"id": str(i), "question": q, "reference": "yes", "group": "", "score": (scores or [1.0] * len(questions))[i]} for i, q in enumerate(questions)]
+def run(
+    tmp_path: Path, questions: list[str], training: list[str], scores: list[float] | None = None
+) -> tuple[Report, dict[str, Any]]:
+    samples = [
+        {"id": str(i), "question": q, "reference": "yes", "group": "", "score": (scores or [1.0] * len(questions))[i]}
+        for i, q in enumerate(questions)
+    ]
     (tmp_path / "e").mkdir(exist_ok=True)
     (tmp_path / "e" / "report.json").write_text(json.dumps({"task": "t", "model": "m", "samples": samples}))
-    write_chat(tmp_path / "chats", [{"id": f"r{i}", "group": "", "messages": messages_to_json((Message("user", t), Message("assistant", "ok"))), "tools": [], "answer": None, "extra": {}} for i, t in enumerate(training)])
+    write_chat(
+        tmp_path / "chats",
+        [
+            {
+                "id": f"r{i}",
+                "group": "",
+                "messages": messages_to_json((Message("user", t), Message("assistant", "ok"))),
+                "tools": [],
+                "answer": None,
+                "extra": {},
+            }
+            for i, t in enumerate(training)
+        ],
+    )
     for name in ("out", "scratch"):
         (tmp_path / name).mkdir(exist_ok=True)
     page = ReportBuilder()
@@ -36,7 +56,12 @@ def run(tmp_path: Path, questions: list[str], training: list[str], scores: list[
     def never(artifact: Artifact) -> Any:
         raise AssertionError
 
-    made = contamination(ContaminationConfig(), Report(tmp_path / "e", name="e"), [Dataset(tmp_path / "chats", name="chats")], Context(tmp_path / "out", tmp_path / "scratch", 0, Progress(quiet=True), page, never))
+    made = contamination(
+        ContaminationConfig(),
+        Report(tmp_path / "e", name="e"),
+        [Dataset(tmp_path / "chats", name="chats")],
+        Context(tmp_path / "out", tmp_path / "scratch", 0, Progress(quiet=True), page, never),
+    )
     page.write(tmp_path / "out")
     return made, page.data
 
@@ -45,7 +70,9 @@ def test_planted_rows_are_found_and_the_score_is_split(tmp_path: Path) -> None:
     draw = random.Random(0)
     questions = [words(draw, 30) for _ in range(100)]
     training = [words(draw, 200) for _ in range(50)]
-    for i in range(0, 40, 2):  # a part of every second of the first forty, within other text, in other case and punctuation
+    for i in range(
+        0, 40, 2
+    ):  # a part of every second of the first forty, within other text, in other case and punctuation
         part = " ".join(questions[i].split()[7:22])
         training.append(f"{words(draw, 20)} {part.upper().replace(' ', ', ')} {words(draw, 20)}")
     scores = [1.0 if i < 40 and i % 2 == 0 else 0.5 for i in range(100)]
@@ -59,14 +86,20 @@ def test_twelve_words_are_not_thirteen(tmp_path: Path) -> None:
     draw = random.Random(1)
     question = words(draw, 30)
     for count, touched in ((12, 0), (13, 1)):
-        made, _ = run(tmp_path, [question, words(draw, 30)], [f"{words(draw, 9)} {' '.join(question.split()[3 : 3 + count])} {words(draw, 9)}"])
+        made, _ = run(
+            tmp_path,
+            [question, words(draw, 30)],
+            [f"{words(draw, 9)} {' '.join(question.split()[3 : 3 + count])} {words(draw, 9)}"],
+        )
         assert made.metrics["touched"] == touched
 
 
 def test_the_words_of_the_task_are_no_sign(tmp_path: Path) -> None:
     draw = random.Random(2)
     frame = "choose the right one of the following options and answer with its letter only please"
-    made, _ = run(tmp_path, [f"{frame} {words(draw, 20)}" for _ in range(60)], [f"{frame} {words(draw, 40)}" for _ in range(20)])
+    made, _ = run(
+        tmp_path, [f"{frame} {words(draw, 20)}" for _ in range(60)], [f"{frame} {words(draw, 40)}" for _ in range(20)]
+    )
     assert made.metrics["touched"] == 0
 
 
@@ -90,11 +123,18 @@ def test_lineage_says_what_a_model_was_trained_on() -> None:
         return Node(digest, kind, digest, stage, "exact", parents, artifact)
 
     nodes = [
-        node("raw", "dataset", ""), node("chats", "dataset", "data.chat", ("data", "raw"), schema="chat"), node("held", "dataset", "data.split", ("data", "raw"), schema="chat"),
-        node("docs", "dataset", "data.read", ("data", "raw"), schema="text"), node("packed", "dataset", "data.pack", ("data", "docs"), ("tokenizer", "tok"), schema="tokens"), node("tok", "tokenizer", ""),
-        node("new", "model", "model.new"), node("base", "model", "train.pretrain", ("model", "new"), ("data", "packed")), node("tuned", "adapter", "train.sft", ("model", "base"), ("data", "chats"), ("held_out", "held")),
-        node("merged", "model", "merge.adapter", ("model", "base"), ("adapter", "tuned")), node("other", "dataset", ""),
-    ]  # fmt: skip
+        node("raw", "dataset", ""),
+        node("chats", "dataset", "data.chat", ("data", "raw"), schema="chat"),
+        node("held", "dataset", "data.split", ("data", "raw"), schema="chat"),
+        node("docs", "dataset", "data.read", ("data", "raw"), schema="text"),
+        node("packed", "dataset", "data.pack", ("data", "docs"), ("tokenizer", "tok"), schema="tokens"),
+        node("tok", "tokenizer", ""),
+        node("new", "model", "model.new"),
+        node("base", "model", "train.pretrain", ("model", "new"), ("data", "packed")),
+        node("tuned", "adapter", "train.sft", ("model", "base"), ("data", "chats"), ("held_out", "held")),
+        node("merged", "model", "merge.adapter", ("model", "base"), ("adapter", "tuned")),
+        node("other", "dataset", ""),
+    ]
     family = Family({n.digest: n for n in nodes})
     assert {n.digest for n in family.trained_on("merged")} == {"docs", "chats"}
     assert {n.digest for n in family.trained_on("base")} == {"docs"}

@@ -25,7 +25,12 @@ from llmworks.evaluate.protocol.questions import side_of
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.runtime.references import resolve
 
-TOPICS = {"ships": "harbour sails anchor captain voyage deck", "bread": "flour oven yeast dough loaf crust", "stars": "telescope orbit planet comet galaxy moon", "law": "judge verdict statute witness appeal court"}
+TOPICS = {
+    "ships": "harbour sails anchor captain voyage deck",
+    "bread": "flour oven yeast dough loaf crust",
+    "stars": "telescope orbit planet comet galaxy moon",
+    "law": "judge verdict statute witness appeal court",
+}
 
 
 def test_the_tail_is_that_of_scipy() -> None:
@@ -42,9 +47,23 @@ def evaluation(tmp_path: Path, fails: Callable[[str, int, random.Random], bool],
         topic = list(TOPICS)[i % 4]
         size = draw.randint(4, 30)
         wrong = fails(topic, size, draw)
-        samples.append({"id": str(i), "group": "", "question": " ".join(draw.choices(TOPICS[topic].split(), k=size)), "text": "said", "reference": "right", "finish": "stop", "answers": {"": ["said"]}, "reason": "another number, wanted 4" if wrong else "", "score": float(not wrong)})
+        samples.append(
+            {
+                "id": str(i),
+                "group": "",
+                "question": " ".join(draw.choices(TOPICS[topic].split(), k=size)),
+                "text": "said",
+                "reference": "right",
+                "finish": "stop",
+                "answers": {"": ["said"]},
+                "reason": "another number, wanted 4" if wrong else "",
+                "score": float(not wrong),
+            }
+        )
     (tmp_path / "e").mkdir(exist_ok=True)
-    (tmp_path / "e" / "report.json").write_text(json.dumps({"task": "t", "model": "m", "percent": True, "better": "higher", "samples": samples}))
+    (tmp_path / "e" / "report.json").write_text(
+        json.dumps({"task": "t", "model": "m", "percent": True, "better": "higher", "samples": samples})
+    )
     return Report(tmp_path / "e", name="e")
 
 
@@ -55,11 +74,16 @@ def context(tmp_path: Path, page: ReportBuilder | None = None, engine: Any = Non
     def open_engine(artifact: Artifact) -> Any:
         return engine()
 
-    return Context(tmp_path / "out", tmp_path / "scratch", 0, Progress(quiet=True), page or ReportBuilder(), open_engine)
+    return Context(
+        tmp_path / "out", tmp_path / "scratch", 0, Progress(quiet=True), page or ReportBuilder(), open_engine
+    )
 
 
 def test_a_topic_that_fails_is_found(tmp_path: Path) -> None:
-    report, page = evaluation(tmp_path, lambda topic, size, draw: draw.random() < (0.7 if topic == "law" else 0.2)), ReportBuilder()
+    report, page = (
+        evaluation(tmp_path, lambda topic, size, draw: draw.random() < (0.7 if topic == "law" else 0.2)),
+        ReportBuilder(),
+    )
     made = errors(ErrorsConfig(topics=4), report, context(tmp_path, page))
     page.write(tmp_path / "out")
     found = [p for p in page.data["parts"] if p["p_of_all"] < 0.05]
@@ -68,12 +92,18 @@ def test_a_topic_that_fails_is_found(tmp_path: Path) -> None:
     assert found[0]["samples"] == 60
     assert made.metrics["parts_more_than_chance"] == 1
     assert "verdict" in page.lead or any(w in page.lead for w in TOPICS["law"].split())
-    assert page.data["kinds"] == {"another number": page.data["failed"]} or set(page.data["kinds"]["another number"]) == set(page.data["failed"])
+    assert page.data["kinds"] == {"another number": page.data["failed"]} or set(
+        page.data["kinds"]["another number"]
+    ) == set(page.data["failed"])
 
 
 def test_length_that_fails_is_found(tmp_path: Path) -> None:
     page = ReportBuilder()
-    errors(ErrorsConfig(topics=4), evaluation(tmp_path, lambda topic, size, draw: draw.random() < (0.8 if size > 24 else 0.2)), context(tmp_path, page))
+    errors(
+        ErrorsConfig(topics=4),
+        evaluation(tmp_path, lambda topic, size, draw: draw.random() < (0.8 if size > 24 else 0.2)),
+        context(tmp_path, page),
+    )
     assert [p["name"].split()[0] for p in page.data["parts"] if p["p_of_all"] < 0.05] == ["above"]
 
 
@@ -81,7 +111,11 @@ def test_chance_is_not_taken_for_a_cause(tmp_path: Path) -> None:
     found = 0
     for seed in range(12):
         page, draw = ReportBuilder(), random.Random(seed)
-        errors(ErrorsConfig(topics=4), evaluation(tmp_path, lambda topic, size, _, draw=draw: draw.random() < 0.3), context(tmp_path, page))
+        errors(
+            ErrorsConfig(topics=4),
+            evaluation(tmp_path, lambda topic, size, _, draw=draw: draw.random() < 0.3),
+            context(tmp_path, page),
+        )
         found += any(p["p_of_all"] < 0.05 for p in page.data["parts"])
     assert found <= 2
 
@@ -91,14 +125,24 @@ def test_nothing_failed_and_nothing_to_divide(tmp_path: Path) -> None:
     made = errors(ErrorsConfig(), evaluation(tmp_path, lambda *_: False), context(tmp_path, page))
     assert (made.metrics["failed"], made.metrics["parts_more_than_chance"]) == (0, 0)
     page.write(tmp_path / "out")
-    (tmp_path / "e" / "report.json").write_text(json.dumps({"task": "t", "model": "m", "percent": False, "samples": [{"id": "1", "question": "q", "score": 1.2}]}))
+    (tmp_path / "e" / "report.json").write_text(
+        json.dumps(
+            {"task": "t", "model": "m", "percent": False, "samples": [{"id": "1", "question": "q", "score": 1.2}]}
+        )
+    )
     with pytest.raises(DataError, match="no right and wrong answers"):
         errors(ErrorsConfig(), Report(tmp_path / "e", name="e"), context(tmp_path))
 
 
 # practice
 
-TASK: dict[str, Any] = {"name": "t", "question": "{{q}}", "answer": "{{a}}", "metrics": ["exact_match"], "max_tokens": 4}
+TASK: dict[str, Any] = {
+    "name": "t",
+    "question": "{{q}}",
+    "answer": "{{a}}",
+    "metrics": ["exact_match"],
+    "max_tokens": 4,
+}
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
@@ -107,7 +151,9 @@ def rows_of(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def asked(tmp_path: Path, pico: Path) -> Callable[..., tuple[Report, Dataset, list[str]]]:
-    def go(fields: dict[str, Any], rows: list[dict[str, Any]], place: str, **config: Any) -> tuple[Report, Dataset, list[str]]:
+    def go(
+        fields: dict[str, Any], rows: list[dict[str, Any]], place: str, **config: Any
+    ) -> tuple[Report, Dataset, list[str]]:
         task, data, here = tmp_path / f"{place}.yaml", tmp_path / f"{place}.jsonl", tmp_path / place
         task.write_text(yaml.safe_dump(fields))
         data.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -115,7 +161,12 @@ def asked(tmp_path: Path, pico: Path) -> Callable[..., tuple[Report, Dataset, li
         assert isinstance(model, Model)
         assert isinstance(dataset, Dataset)
         page = ReportBuilder()
-        evaluate(EvaluateConfig(task=str(task), **config), model, dataset, context(here, page, lambda: TorchEngine.open(pico)))
+        evaluate(
+            EvaluateConfig(task=str(task), **config),
+            model,
+            dataset,
+            context(here, page, lambda: TorchEngine.open(pico)),
+        )
         page.write(here / "out")
         return Report(here / "out", name=place), dataset, [s["question"] for s in page.data["samples"]]
 
@@ -129,7 +180,9 @@ def test_sides_are_halves_that_never_meet(asked: Callable[..., tuple[Report, Dat
     assert not set(left) & set(right)
     assert len(left) + len(right) == 80
     assert 20 < len(left) < 60
-    _, _, again = asked(TASK, [{**r, "id": f"other{i}"} for i, r in enumerate(rows)], "c", side="practice")  # under other ids
+    _, _, again = asked(
+        TASK, [{**r, "id": f"other{i}"} for i, r in enumerate(rows)], "c", side="practice"
+    )  # under other ids
     assert set(again) == set(left)
 
 
@@ -140,7 +193,9 @@ def test_rows_of_a_group_stay_together() -> None:
     assert side_of({"q": "The  Fox", "id": "1"}, "") == side_of({"id": "2", "q": "the fox"}, "")  # the same words
 
 
-def test_failed_rows_become_training_rows_and_no_test_row_does(tmp_path: Path, asked: Callable[..., tuple[Report, Dataset, list[str]]]) -> None:
+def test_failed_rows_become_training_rows_and_no_test_row_does(
+    tmp_path: Path, asked: Callable[..., tuple[Report, Dataset, list[str]]]
+) -> None:
     rows = rows_of(80)
     report, data, questions = asked(TASK, rows, "a", side="practice")
     _, _, tested = asked(TASK, rows, "b", side="test")
@@ -154,23 +209,48 @@ def test_failed_rows_become_training_rows_and_no_test_row_does(tmp_path: Path, a
     assert all(answers[q] == a for q, a in said.items())
 
 
-def test_only_the_practice_side_is_taken(tmp_path: Path, asked: Callable[..., tuple[Report, Dataset, list[str]]]) -> None:
+def test_only_the_practice_side_is_taken(
+    tmp_path: Path, asked: Callable[..., tuple[Report, Dataset, list[str]]]
+) -> None:
     for place, side, message in (("a", "all", "was made of all rows"), ("b", "test", "was made of the test side")):
         report, data, _ = asked(TASK, rows_of(30), place, side=side)
         with pytest.raises(DataError, match=message):
             practice(PracticeConfig(), report, data, context(tmp_path / place / "p"))
     report, _, _ = asked(TASK, rows_of(30), "c", side="practice")
-    (tmp_path / "other.jsonl").write_text(json.dumps({"q": "x", "a": "y", "id": "o"}) + "\n" + "".join(json.dumps({"q": f"z{i}", "a": "y", "id": f"p{i}"}) + "\n" for i in range(9)))
+    (tmp_path / "other.jsonl").write_text(
+        json.dumps({"q": "x", "a": "y", "id": "o"})
+        + "\n"
+        + "".join(json.dumps({"q": f"z{i}", "a": "y", "id": f"p{i}"}) + "\n" for i in range(9))
+    )
     other = resolve(str(tmp_path / "other.jsonl"))
     assert isinstance(other, Dataset)
     with pytest.raises(DataError, match="is not among its practice rows"):
         practice(PracticeConfig(), report, other, context(tmp_path / "q"))
 
 
-def test_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_command_line(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     monkeypatch.chdir(tmp_path)
-    assert main(["evaluate", str(pico), "--set", "task=medmcqa", "--set", "side=practice", "--set", "limit=60", "--out", "scored", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                str(pico),
+                "--set",
+                "task=medmcqa",
+                "--set",
+                "side=practice",
+                "--set",
+                "limit=60",
+                "--out",
+                "scored",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert main(["evaluate", "errors", "scored", "--quiet"]) == 0
     assert "clusters" in capsys.readouterr().out
     assert main(["evaluate", "practice", "scored", "--out", "next", "--quiet"]) == 0

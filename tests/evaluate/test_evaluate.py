@@ -103,14 +103,22 @@ def test_answers_survive_a_break(tmp_path: Path, data: Dataset, model: Model) ->
     second = Parrot(references(data, 150))
     made = evaluate(EvaluateConfig(task="function-call"), model, data, context(tmp_path, "a", second))
     assert len(second.asked) == 150 - 64
-    assert not set(first.asked) & set(second.asked) or len({*first.asked, *second.asked}) < 150  # some questions are asked by two rows
+    assert (
+        not set(first.asked) & set(second.asked) or len({*first.asked, *second.asked}) < 150
+    )  # some questions are asked by two rows
     assert made.metrics["score"] == 1.0
 
 
 def test_shots_stand_in_front_and_need_examples(tmp_path: Path, data: Dataset, model: Model) -> None:
     write_chat(tmp_path / "few", read_chat(data)[:60])
     with pytest.raises(UserError, match="shots is 90, but there are 60 rows"):
-        evaluate(EvaluateConfig(task="function-call", shots=90), model, data, context(tmp_path, "a", Parrot({})), examples=Dataset(tmp_path / "few"))
+        evaluate(
+            EvaluateConfig(task="function-call", shots=90),
+            model,
+            data,
+            context(tmp_path, "a", Parrot({})),
+            examples=Dataset(tmp_path / "few"),
+        )
     with pytest.raises(UserError, match="unknown task 'x'"):
         evaluate(EvaluateConfig(task="x"), model, data, context(tmp_path, "b", Parrot({})))
     made = evaluate(

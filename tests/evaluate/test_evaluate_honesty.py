@@ -1,4 +1,6 @@
-"""What must never happen without a word: another task under an old score, a row as its own example, a broken model with a good score, a key in a report."""
+"""What must never happen without a word: another task under an old score, a row as its own example, a broken model with
+a good score, a key in a report.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +25,44 @@ from llmworks.evaluate.statistics.bootstrap import grouped
 from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.remote.endpoint import RemoteOptions, parse_remote
 
-CHOICE: dict[str, Any] = {"name": "t", "kind": "choice", "prompt": "plain", "question": "Q: {{q}}\nA:", "choices": "opts", "answer": "gold", "metrics": ["acc"]}
-ROWS = [{"q": f"what is {w}", "opts": ["fox", "the user", "Oslo"], "gold": i % 3} for i, w in enumerate(["quick", "brown", "name", "city", "weather", "user"])]
+CHOICE: dict[str, Any] = {
+    "name": "t",
+    "kind": "choice",
+    "prompt": "plain",
+    "question": "Q: {{q}}\nA:",
+    "choices": "opts",
+    "answer": "gold",
+    "metrics": ["acc"],
+}
+ROWS = [
+    {"q": f"what is {w}", "opts": ["fox", "the user", "Oslo"], "gold": i % 3}
+    for i, w in enumerate(["quick", "brown", "name", "city", "weather", "user"])
+]
 
 
-def write(tmp_path: Path, fields: dict[str, Any] = CHOICE, rows: list[dict[str, Any]] = ROWS, name: str = "t") -> tuple[Path, Path]:
+def write(
+    tmp_path: Path, fields: dict[str, Any] = CHOICE, rows: list[dict[str, Any]] = ROWS, name: str = "t"
+) -> tuple[Path, Path]:
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(fields))
     (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path / f"{name}.yaml", tmp_path / f"{name}.jsonl"
 
 
-def test_a_changed_task_file_is_another_evaluation(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_task_file_is_another_evaluation(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     base = {k: v for k, v in CHOICE.items() if k != "answer"}
-    task, rows = write(tmp_path, {"include": "base.yaml", "task": "t", "output_type": "multiple_choice", "doc_to_choice": "opts", "doc_to_target": "gold"})
+    task, rows = write(
+        tmp_path,
+        {
+            "include": "base.yaml",
+            "task": "t",
+            "output_type": "multiple_choice",
+            "doc_to_choice": "opts",
+            "doc_to_target": "gold",
+        },
+    )
     assert base
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({"doc_to_text": "Q: {{q}}\nA:"}))
 
@@ -47,7 +73,9 @@ def test_a_changed_task_file_is_another_evaluation(tmp_path: Path, pico: Path, m
 
     first = made()
     assert made() == (False, first[1])
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"doc_to_text": "Question: {{q}}\nA:"}))  # a file that is only included
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump({"doc_to_text": "Question: {{q}}\nA:"})
+    )  # a file that is only included
     again = made()
     assert again[0]
     assert again[1] != first[1]
@@ -67,10 +95,15 @@ def test_no_row_is_its_own_example_under_another_name() -> None:
         questions(Task(**{**CHOICE, "shots": {"count": 1}}), rows[:1], [copies[0], copies[0]], same_pool=False)
 
 
-def test_the_same_file_as_examples_is_the_same_pool(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_file_as_examples_is_the_same_pool(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     task, rows = write(tmp_path, {**CHOICE, "shots": {"count": 6}})
-    assert main(["evaluate", str(pico), "--data", str(rows), "--examples", str(rows), "--set", f"task={task}", "--quiet"]) == 2
+    assert (
+        main(["evaluate", str(pico), "--data", str(rows), "--examples", str(rows), "--set", f"task={task}", "--quiet"])
+        == 2
+    )
     assert "there are 6 rows to take examples from, the one that is asked among them" in capsys.readouterr().err
 
 
@@ -97,14 +130,27 @@ def test_fields_are_fields() -> None:
         text("q", {"id": "1", "q": "a\ud800"})
 
 
-@pytest.mark.parametrize("template", ["{{range(10**9)|list}}", "{{2.0**100000}}", "{{'x'.encode('nope')}}", "{{('a'*60)|regex_replace('(a|aa)+$b','')}}", "{{q|regex_replace('(','')}}", "{% macro m() %}{{m()}}{% endmacro %}{{m()}}", "{{[].__class__}}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{range(10**9)|list}}",
+        "{{2.0**100000}}",
+        "{{'x'.encode('nope')}}",
+        "{{('a'*60)|regex_replace('(a|aa)+$b','')}}",
+        "{{q|regex_replace('(','')}}",
+        "{% macro m() %}{{m()}}{% endmacro %}{{m()}}",
+        "{{[].__class__}}",
+    ],
+)
 def test_templates_fail_in_one_line(template: str) -> None:
     with pytest.raises(DataError, match="cannot be filled") as caught:
         fill(template, {"id": "1", "q": "x"})
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_nan_has_no_score(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_nan_has_no_score(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from llmworks.model.io.load import load_model
     from llmworks.tokenize.load import load_tokenizer
 
@@ -115,7 +161,10 @@ def test_a_model_of_nan_has_no_score(tmp_path: Path, pico: Path, monkeypatch: py
     model.save_pretrained(tmp_path / "broken")
     load_tokenizer(pico).save_pretrained(tmp_path / "broken")
     task, rows = write(tmp_path)
-    assert main(["evaluate", str(tmp_path / "broken"), str(rows), "--set", f"task={task}", "--quiet"]) == ModelError("").exit_code
+    assert (
+        main(["evaluate", str(tmp_path / "broken"), str(rows), "--set", f"task={task}", "--quiet"])
+        == ModelError("").exit_code
+    )
     assert "gives no number (NaN)" in capsys.readouterr().err
 
 
@@ -123,12 +172,21 @@ def test_rows_without_a_group_are_their_own() -> None:
     assert grouped([[1.0], [2.0], [3.0], [4.0]], ["", "a", "a", ""]).tolist() == [[1.0], [5.0], [4.0]]
 
 
-def test_a_refused_question_is_never_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_question_is_never_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     server = Loopback()
     server.behaviours = [says({"error": {"message": "no"}}, 400)]
-    task, rows = write(tmp_path, {"name": "g", "question": "{{q}}", "answer": "{{a}}", "metrics": ["exact_match"]}, [{"q": "x", "a": ""}, {"q": "yy", "a": "to yy"}])
-    assert main(["evaluate", f"{server.url}#m?concurrency=1", str(rows), "--set", f"task={task}", "--json", "--quiet"]) == 0
+    task, rows = write(
+        tmp_path,
+        {"name": "g", "question": "{{q}}", "answer": "{{a}}", "metrics": ["exact_match"]},
+        [{"q": "x", "a": ""}, {"q": "yy", "a": "to yy"}],
+    )
+    assert (
+        main(["evaluate", f"{server.url}#m?concurrency=1", str(rows), "--set", f"task={task}", "--json", "--quiet"])
+        == 0
+    )
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert (metrics["score"], metrics["refused"]) == (0.5, 1)
     server.stop()
@@ -146,7 +204,12 @@ def test_keys_stand_in_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "(the key)" in str(caught.value)
         engine.close()
     server.stop()
-    for ref, message in (("http://user:pw@h/v1#m", "an address with a password"), ("http://h/v1#m?key=sk-very-secret", "is the name of an environment variable"), ("http://h:abc/v1#m", "is no address"), ("http://[::1/v1#m", "is no address")):
+    for ref, message in (
+        ("http://user:pw@h/v1#m", "an address with a password"),
+        ("http://h/v1#m?key=sk-very-secret", "is the name of an environment variable"),
+        ("http://h:abc/v1#m", "is no address"),
+        ("http://[::1/v1#m", "is no address"),
+    ):
         with pytest.raises(UserError, match=message) as refused:
             parse_remote(ref)
         assert "pw@" not in str(refused.value)
@@ -160,11 +223,17 @@ def test_odd_replies(tmp_path: Path) -> None:
     server = Loopback()
     engine = RemoteEngine(server.url, "m", RemoteOptions(retries=0))
     deep = b"[" * 100_000
-    for content, headers in ((b"\x1f\x8bbroken", {"content-encoding": "gzip"}), (deep, {}), (b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e400}}', {})):
+    for content, headers in (
+        (b"\x1f\x8bbroken", {"content-encoding": "gzip"}),
+        (deep, {}),
+        (b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e400}}', {}),
+    ):
         server.behaviours = [says(content, 200, headers)]
         with pytest.raises(EngineError):
             engine.generate([Request((Message("user", "x"),))])
-    server.behaviours = [says({"choices": [{"message": {"content": None, "refusal": "I will not."}, "finish_reason": "stop"}]})]
+    server.behaviours = [
+        says({"choices": [{"message": {"content": None, "refusal": "I will not."}, "finish_reason": "stop"}]})
+    ]
     done = engine.generate([Request((Message("user", "x"),))])[0]
     assert (done.text, done.finish) == ("I will not.", "filtered")
     engine.close()
@@ -173,15 +242,30 @@ def test_odd_replies(tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "extract of a number": ({**CHOICE, "kind": "generate", "metrics": ["exact_match"], "extract": {"a": 5}}, "extract"),
-    "no way to extract": ({**CHOICE, "kind": "generate", "metrics": ["exact_match"], "extract": {}}, "extract is empty"),
-    "a broken pattern": ({**CHOICE, "kind": "generate", "metrics": [{"name": "exact_match", "ignore": ["("]}]}, "is no regular expression"),
+    "no way to extract": (
+        {**CHOICE, "kind": "generate", "metrics": ["exact_match"], "extract": {}},
+        "extract is empty",
+    ),
+    "a broken pattern": (
+        {**CHOICE, "kind": "generate", "metrics": [{"name": "exact_match", "ignore": ["("]}]},
+        "is no regular expression",
+    ),
     "an include of itself": ({"task": "t", "include": "t.yaml"}, "includes itself"),
     "an include of a number": ({"task": "t", "include": 5}, "include must be the name of a file"),
-    "odd generation": ({"task": "t", "output_type": "generate_until", "doc_to_text": "q", "generation_kwargs": 5}, "is no task of the lm-evaluation-harness"),
-    "odd metrics": ({"task": "t", "doc_to_text": "q", "metric_list": ["acc"]}, "is no task of the lm-evaluation-harness"),
-    "odd filters": ({"task": "t", "doc_to_text": "q", "filter_list": ["regex"]}, "is no task of the lm-evaluation-harness"),
+    "odd generation": (
+        {"task": "t", "output_type": "generate_until", "doc_to_text": "q", "generation_kwargs": 5},
+        "is no task of the lm-evaluation-harness",
+    ),
+    "odd metrics": (
+        {"task": "t", "doc_to_text": "q", "metric_list": ["acc"]},
+        "is no task of the lm-evaluation-harness",
+    ),
+    "odd filters": (
+        {"task": "t", "doc_to_text": "q", "filter_list": ["regex"]},
+        "is no task of the lm-evaluation-harness",
+    ),
     "odd shots": ({"task": "t", "doc_to_text": "q", "num_fewshot": "abc"}, "is no task of the lm-evaluation-harness"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -193,19 +277,47 @@ def test_odd_files_are_said_in_one_line(what: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_conversations_in_a_plain_prompt_are_refused(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conversations_in_a_plain_prompt_are_refused(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     assert main(["evaluate", str(pico), "--set", "task=function-call", "--set", "prompt=plain", "--quiet"]) == 2
     assert "conversations are asked with kind generate and prompt chat" in capsys.readouterr().err
 
 
-def test_one_model_that_is_gone_does_not_take_the_board_with_it(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_model_that_is_gone_does_not_take_the_board_with_it(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     file, rows = write(tmp_path)
     fields = {**CHOICE, "data": str(rows)}
     write(tmp_path, fields)
-    generated, _ = write(tmp_path, {"name": "g", "question": "{{q}}", "answer": "{{gold}}", "metrics": ["exact_match"], "data": str(rows), "max_tokens": 3}, name="g")
-    assert main(["autoeval", str(pico), "http://127.0.0.1:9/v1#dead?retries=0", "--suite", f"{file},{generated}", "--quiet", "--json"]) == 0
+    generated, _ = write(
+        tmp_path,
+        {
+            "name": "g",
+            "question": "{{q}}",
+            "answer": "{{gold}}",
+            "metrics": ["exact_match"],
+            "data": str(rows),
+            "max_tokens": 3,
+        },
+        name="g",
+    )
+    assert (
+        main(
+            [
+                "autoeval",
+                str(pico),
+                "http://127.0.0.1:9/v1#dead?retries=0",
+                "--suite",
+                f"{file},{generated}",
+                "--quiet",
+                "--json",
+            ]
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert len(told["scores"]) == 2
     assert {m["model"] for m in told["not_asked"]} == {"dead"}

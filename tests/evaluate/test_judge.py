@@ -36,8 +36,21 @@ def test_kappa_is_that_of_scikit_learn() -> None:
 
 def test_fleiss_worked_example() -> None:
     """Fourteen raters, ten items, five categories: kappa 0.210 (the usual textbook table)."""
-    table = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1], [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]
-    assert agreement.fleiss([[c for c, n in enumerate(row) for _ in range(n)] for row in table]) == pytest.approx(0.210, abs=5e-4)
+    table = [
+        [0, 0, 0, 0, 14],
+        [0, 2, 6, 4, 2],
+        [0, 0, 3, 5, 6],
+        [0, 3, 9, 2, 0],
+        [2, 2, 8, 1, 1],
+        [7, 7, 0, 0, 0],
+        [3, 2, 6, 3, 0],
+        [2, 5, 3, 2, 2],
+        [6, 5, 2, 1, 0],
+        [0, 2, 2, 3, 7],
+    ]
+    assert agreement.fleiss([[c for c, n in enumerate(row) for _ in range(n)] for row in table]) == pytest.approx(
+        0.210, abs=5e-4
+    )
 
 
 def test_votes() -> None:
@@ -84,9 +97,14 @@ def longest(prompt: str) -> str:
 
 
 HABITS: dict[str, Callable[[str], str]] = {
-    "good": good, "first": lambda p: "[[A]]", "longest": longest, "silent": lambda p: "I cannot say.", "refusing": lambda p: "refuse",
-    "grader": lambda p: f"Fine. [[{min(10, 1 + graded(p).count('!'))}]]", "grades eleven": lambda p: "[[11]]",
-}  # fmt: skip
+    "good": good,
+    "first": lambda p: "[[A]]",
+    "longest": longest,
+    "silent": lambda p: "I cannot say.",
+    "refusing": lambda p: "refuse",
+    "grader": lambda p: f"Fine. [[{min(10, 1 + graded(p).count('!'))}]]",
+    "grades eleven": lambda p: "[[11]]",
+}
 
 
 @pytest.fixture
@@ -98,18 +116,48 @@ def world(tmp_path: Path) -> dict[str, Any]:
     for name, marks in quality.items():
         folder = tmp_path / name
         folder.mkdir()
-        samples = [{"id": str(i), "question": q, "text": f"answer {'!' * m}{' more words' * draw.randint(0, 5)}", "reference": "right", "group": "", "score": 1.0} for i, (q, m) in enumerate(zip(questions, marks, strict=True))]
+        samples = [
+            {
+                "id": str(i),
+                "question": q,
+                "text": f"answer {'!' * m}{' more words' * draw.randint(0, 5)}",
+                "reference": "right",
+                "group": "",
+                "score": 1.0,
+            }
+            for i, (q, m) in enumerate(zip(questions, marks, strict=True))
+        ]
         (folder / "report.json").write_text(json.dumps({"task": "t", "samples": samples}))
         reports[name] = Report(folder, name=name, about={"model": f"digest-{name}"})
     return {"reports": reports, "quality": quality}
 
 
 def fake(name: str, digest: str = "") -> Model:
-    manifest = Manifest(kind="model", digest=digest or f"digest-{name}", key="", stage="", revision=0, derivation="declared", config={}, parents=[], files={}, about={"format": "http"})
+    manifest = Manifest(
+        kind="model",
+        digest=digest or f"digest-{name}",
+        key="",
+        stage="",
+        revision=0,
+        derivation="declared",
+        config={},
+        parents=[],
+        files={},
+        about={"format": "http"},
+    )
     return Model(Path(), manifest=manifest, name=name, ref="http://h/v1#m")
 
 
-def ask(tmp_path: Path, world: dict[str, Any], judges: dict[str, str], pairs: bool = True, labels: Dataset | None = None, digests: dict[str, str] | None = None, place: str = "run", **config: Any) -> tuple[Report, dict[str, Any], dict[str, Scripted]]:
+def ask(
+    tmp_path: Path,
+    world: dict[str, Any],
+    judges: dict[str, str],
+    pairs: bool = True,
+    labels: Dataset | None = None,
+    digests: dict[str, str] | None = None,
+    place: str = "run",
+    **config: Any,
+) -> tuple[Report, dict[str, Any], dict[str, Scripted]]:
     out, scratch, page = tmp_path / place / "out", tmp_path / place / "scratch", ReportBuilder()
     out.mkdir(parents=True, exist_ok=True)
     scratch.mkdir(exist_ok=True)
@@ -119,9 +167,18 @@ def ask(tmp_path: Path, world: dict[str, Any], judges: dict[str, str], pairs: bo
         return engines[artifact.name]
 
     models = {name: fake(name, (digests or {}).get(name, "")) for name in judges}
-    made = judge(JudgeConfig(**config), world["reports"]["x"], models, Context(out, scratch, 0, Progress(quiet=True), page, open_engine), world["reports"]["y"] if pairs else None, labels)
+    made = judge(
+        JudgeConfig(**config),
+        world["reports"]["x"],
+        models,
+        Context(out, scratch, 0, Progress(quiet=True), page, open_engine),
+        world["reports"]["y"] if pairs else None,
+        labels,
+    )
     page.write(out)
-    tables = {b.heading: [dict(zip(b.columns, row, strict=True)) for row in b.rows] for b in page.blocks if b.kind == "table"}
+    tables = {
+        b.heading: [dict(zip(b.columns, row, strict=True)) for row in b.rows] for b in page.blocks if b.kind == "table"
+    }
     return made, tables, engines
 
 
@@ -138,7 +195,10 @@ def test_a_good_judge_says_what_is_so(tmp_path: Path, world: dict[str, Any]) -> 
 def test_a_judge_that_prefers_the_first_decides_nothing(tmp_path: Path, world: dict[str, Any]) -> None:
     made, tables, _ = ask(tmp_path, world, {"j": "first"})
     assert (made.metrics["score"], made.metrics["ties"]) == (0.5, 40)
-    assert (tables["What sways the judges"][0]["the first wins"], tables["What sways the judges"][0]["same in both orders"]) == ("100%", "0%")
+    assert (
+        tables["What sways the judges"][0]["the first wins"],
+        tables["What sways the judges"][0]["same in both orders"],
+    ) == ("100%", "0%")
 
 
 def test_a_judge_that_prefers_the_longer_is_seen(tmp_path: Path, world: dict[str, Any]) -> None:
@@ -164,7 +224,13 @@ def test_kinship_is_told(tmp_path: Path, world: dict[str, Any]) -> None:
 
 
 def test_grades_and_people(tmp_path: Path, world: dict[str, Any]) -> None:
-    (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"id": str(i), "label": 1 + q, "rater": r}) + "\n" for i, q in enumerate(world["quality"]["x"][:30]) for r in ("ann", "ben")))
+    (tmp_path / "labels.jsonl").write_text(
+        "".join(
+            json.dumps({"id": str(i), "label": 1 + q, "rater": r}) + "\n"
+            for i, q in enumerate(world["quality"]["x"][:30])
+            for r in ("ann", "ben")
+        )
+    )
     labels = resolve(str(tmp_path / "labels.jsonl"))
     assert isinstance(labels, Dataset)
     made, tables, _ = ask(tmp_path, world, {"j": "grader"}, pairs=False, labels=labels)
@@ -177,7 +243,9 @@ def test_grades_and_people(tmp_path: Path, world: dict[str, Any]) -> None:
 def test_people_who_disagree_with_a_judge(tmp_path: Path, world: dict[str, Any]) -> None:
     x, y = world["quality"]["x"], world["quality"]["y"]
     right = ["A" if a > b else "B" if b > a else "tie" for a, b in zip(x, y, strict=True)]
-    (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"id": str(i), "label": v}) + "\n" for i, v in enumerate(right)))
+    (tmp_path / "labels.jsonl").write_text(
+        "".join(json.dumps({"id": str(i), "label": v}) + "\n" for i, v in enumerate(right))
+    )
     labels = resolve(str(tmp_path / "labels.jsonl"))
     assert isinstance(labels, Dataset)
     good_one, _, _ = ask(tmp_path, world, {"j": "good"}, labels=labels, place="a")
@@ -195,11 +263,17 @@ def test_a_judge_without_verdicts(tmp_path: Path, world: dict[str, Any]) -> None
 
 
 BAD = {
-    "two labels": ([{"id": "1", "label": "A"}, {"id": "1", "label": "B"}], "there are two labels for the sample '1'; name the `rater`"),
-    "one rater twice": ([{"id": "1", "label": "A", "rater": "ann"}, {"id": "1", "label": "A", "rater": "ann"}], "'ann' labels the sample '1' twice"),
+    "two labels": (
+        [{"id": "1", "label": "A"}, {"id": "1", "label": "B"}],
+        "there are two labels for the sample '1'; name the `rater`",
+    ),
+    "one rater twice": (
+        [{"id": "1", "label": "A", "rater": "ann"}, {"id": "1", "label": "A", "rater": "ann"}],
+        "'ann' labels the sample '1' twice",
+    ),
     "an unknown sample": ([{"id": "99", "label": "A"}], "the id '99' is no sample"),
     "another label": ([{"id": "1", "label": "left"}], "the label 'left' is none of A, B, C"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -212,7 +286,9 @@ def test_labels_that_cannot_be_used(what: str, tmp_path: Path, world: dict[str, 
         ask(tmp_path, world, {"j": "good"}, labels=labels)
 
 
-def test_a_killed_judging_asks_nothing_twice(tmp_path: Path, world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_judging_asks_nothing_twice(
+    tmp_path: Path, world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     count = [0]
 
     def breaks(prompt: str) -> str:
@@ -252,15 +328,26 @@ def test_a_reward_model_is_a_judge(tmp_path: Path, world: dict[str, Any], pico: 
     def never(artifact: Artifact) -> Any:
         raise AssertionError
 
-    made = judge(JudgeConfig(), world["reports"]["x"], {"r": model}, Context(tmp_path / "run" / "out", tmp_path / "run" / "scratch", 0, Progress(quiet=True), page, never), world["reports"]["y"])
+    made = judge(
+        JudgeConfig(),
+        world["reports"]["x"],
+        {"r": model},
+        Context(tmp_path / "run" / "out", tmp_path / "run" / "scratch", 0, Progress(quiet=True), page, never),
+        world["reports"]["y"],
+    )
     texts = [[s["text"] for s in world["reports"][name].read()["samples"]] for name in ("x", "y")]
-    better = sum(reward.of((Message("user", f"question {i}"),), a) > reward.of((Message("user", f"question {i}"),), b) for i, (a, b) in enumerate(zip(*texts, strict=True)))
+    better = sum(
+        reward.of((Message("user", f"question {i}"),), a) > reward.of((Message("user", f"question {i}"),), b)
+        for i, (a, b) in enumerate(zip(*texts, strict=True))
+    )
     assert made.metrics["wins"] == better
 
 
 def test_what_cannot_be_judged(tmp_path: Path, world: dict[str, Any]) -> None:
     (tmp_path / "z").mkdir()
-    (tmp_path / "z" / "report.json").write_text(json.dumps({"samples": [{"id": "1", "question": "q", "text": "", "logprobs": [1.0]}]}))
+    (tmp_path / "z" / "report.json").write_text(
+        json.dumps({"samples": [{"id": "1", "question": "q", "text": "", "logprobs": [1.0]}]})
+    )
     world["reports"]["x"] = Report(tmp_path / "z", name="z")
     with pytest.raises(DataError, match="has no written answers"):
         ask(tmp_path, world, {"j": "good"}, pairs=False)

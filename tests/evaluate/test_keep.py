@@ -20,31 +20,88 @@ def model(place: Path, name: str) -> Model:
     path = place / name
     path.mkdir()
     (path / "model.safetensors").write_text(name)
-    manifest = Manifest(kind="model", digest=name * 8, key="", stage="", revision=0, derivation="declared", config={}, parents=[], files={})
+    manifest = Manifest(
+        kind="model",
+        digest=name * 8,
+        key="",
+        stage="",
+        revision=0,
+        derivation="declared",
+        config={},
+        parents=[],
+        files={},
+    )
     return Model(path, manifest=manifest, name=name)
 
 
 def evaluation(place: Path, of: Model, task: str, scores: list[float]) -> Report:
     path = place / f"{of.name}-{task}"
     path.mkdir()
-    samples = [{"id": str(at), "score": score, "question": "q", "text": "t", "reference": "r", "group": str(at)} for at, score in enumerate(scores)]
+    samples = [
+        {"id": str(at), "score": score, "question": "q", "text": "t", "reference": "r", "group": str(at)}
+        for at, score in enumerate(scores)
+    ]
     mean = sum(scores) / len(scores)
-    (path / "report.json").write_text(json.dumps({"task": task, "model": of.name, "samples": samples, "metric": "acc", "kind": "choice", "intervals": {"acc": {"value": mean, "low": mean, "high": mean}}, "protocol": {}}))
-    manifest = Manifest(kind="report", digest=(of.name + task) * 4, key="", stage="evaluate", revision=0, derivation="declared", config={}, parents=[], files={}, metrics={"score": mean, "low": mean - 0.1, "high": mean + 0.1}, about={"model": of.digest, "task": task})
+    (path / "report.json").write_text(
+        json.dumps(
+            {
+                "task": task,
+                "model": of.name,
+                "samples": samples,
+                "metric": "acc",
+                "kind": "choice",
+                "intervals": {"acc": {"value": mean, "low": mean, "high": mean}},
+                "protocol": {},
+            }
+        )
+    )
+    manifest = Manifest(
+        kind="report",
+        digest=(of.name + task) * 4,
+        key="",
+        stage="evaluate",
+        revision=0,
+        derivation="declared",
+        config={},
+        parents=[],
+        files={},
+        metrics={"score": mean, "low": mean - 0.1, "high": mean + 0.1},
+        about={"model": of.digest, "task": task},
+    )
     return Report(path, manifest=manifest, name=path.name)
 
 
 def kept(place: Path, models: list[Model], reports: list[Report], **given: Any) -> tuple[Model, ReportBuilder]:
     out, page = place / "out", ReportBuilder()
     out.mkdir()
-    return keep(KeepConfig.model_validate(given), {one.name: one for one in models}, reports, Context(out, place, 0, Progress(quiet=True), page, lambda _: None)), page  # type: ignore[arg-type, return-value]
+    return (
+        keep(
+            KeepConfig.model_validate(given),
+            {one.name: one for one in models},
+            reports,
+            Context(out, place, 0, Progress(quiet=True), page, lambda _: None),
+        ),
+        page,
+    )  # type: ignore[arg-type, return-value]
 
 
 def test_the_best_mean_is_kept_and_what_it_lost_is_said(tmp_path: Path) -> None:
-    """A child that is good at both, beside specialists: as good as one of them, worse than the other by more than chance."""
+    """A child that is good at both, beside specialists: as good as one of them, worse than the other by more than
+    chance.
+    """
     a, b, child = (model(tmp_path, name) for name in ("a", "b", "child"))
     good, bad, fair = [1.0] * 90 + [0.0] * 10, [0.0] * 90 + [1.0] * 10, [1.0] * 60 + [0.0] * 40
-    reports = [evaluation(tmp_path, *one) for one in ((a, "x", good), (a, "y", bad), (b, "x", bad), (b, "y", good), (child, "x", good[::-1]), (child, "y", fair))]
+    reports = [
+        evaluation(tmp_path, *one)
+        for one in (
+            (a, "x", good),
+            (a, "y", bad),
+            (b, "x", bad),
+            (b, "y", good),
+            (child, "x", good[::-1]),
+            (child, "y", fair),
+        )
+    ]
     made, page = kept(tmp_path, [a, b, child], reports)
     assert made.metrics["kept"] == "child"
     assert (tmp_path / "out" / "model.safetensors").read_text() == "child"
@@ -64,7 +121,14 @@ def test_only_some_may_be_kept(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     a, b = (model(tmp_path, name) for name in ("a", "b"))
     one, two = evaluation(tmp_path, a, "x", [1.0] * 20), evaluation(tmp_path, a, "y", [1.0] * 20)
-    for number, (models, reports, given, said) in enumerate((([a, b], [one], {}, "b was not asked x"), ([a], [one, two], {"among": ["c"]}, "no model is called 'c'"), ([b], [one], {}, "is of a model that is not given"), ([a], [], {}, "no evaluation is given"))):
+    for number, (models, reports, given, said) in enumerate(
+        (
+            ([a, b], [one], {}, "b was not asked x"),
+            ([a], [one, two], {"among": ["c"]}, "no model is called 'c'"),
+            ([b], [one], {}, "is of a model that is not given"),
+            ([a], [], {}, "no evaluation is given"),
+        )
+    ):
         place = tmp_path / str(number)
         place.mkdir()
         with pytest.raises(DataError, match=said):

@@ -17,7 +17,25 @@ from llmworks.evaluate.protocol.task import Measure, Step
 from llmworks.evaluate.statistics.bootstrap import interval
 from llmworks.evaluate.statistics.metrics import Choice, Text, Written, exact_match, f1, metric_of, pass_at
 
-WORDS = ["a", "cat", "the", "sat", "on", "mat", "dog", "runs", "fast", "over", "hill", "and", "under", "bridge", "Oslo", "42", "it's"]
+WORDS = [
+    "a",
+    "cat",
+    "the",
+    "sat",
+    "on",
+    "mat",
+    "dog",
+    "runs",
+    "fast",
+    "over",
+    "hill",
+    "and",
+    "under",
+    "bridge",
+    "Oslo",
+    "42",
+    "it's",
+]
 
 
 def texts(count: int, seed: int) -> list[str]:
@@ -35,16 +53,22 @@ def test_corpus_scores_are_those_of_sacrebleu(name: str) -> None:
     said, wanted = texts(30, 0), texts(30, 1)
     wanted[:10] = [f"{t} and so on" for t in said[:10]]
     theirs = {
-        "bleu": lambda: sacrebleu.corpus_bleu(said, [wanted]), "chrf": lambda: sacrebleu.corpus_chrf(said, [wanted]), "chrf++": lambda: sacrebleu.corpus_chrf(said, [wanted], word_order=2),
+        "bleu": lambda: sacrebleu.corpus_bleu(said, [wanted]),
+        "chrf": lambda: sacrebleu.corpus_chrf(said, [wanted]),
+        "chrf++": lambda: sacrebleu.corpus_chrf(said, [wanted], word_order=2),
         "ter": lambda: sacrebleu.corpus_ter(said, [wanted]),
-    }[name]().score  # fmt: skip
-    assert total("generate", name, [Written([s], [w]) for s, w in zip(said, wanted, strict=True)]) == pytest.approx(theirs)
+    }[name]().score
+    assert total("generate", name, [Written([s], [w]) for s, w in zip(said, wanted, strict=True)]) == pytest.approx(
+        theirs
+    )
 
 
 def test_bleu_of_few_matches_is_smoothed_by_whole_counts() -> None:
     """BLEU's smoothing depends on the counts themselves, not on their ratios."""
     samples = [Written([s], [w]) for s, w in (("the cat", "a dog sat"), ("on the mat", "the mat here"))]
-    assert total("generate", "bleu", samples) == pytest.approx(sacrebleu.corpus_bleu(["the cat", "on the mat"], [["a dog sat", "the mat here"]]).score)
+    assert total("generate", "bleu", samples) == pytest.approx(
+        sacrebleu.corpus_bleu(["the cat", "on the mat"], [["a dog sat", "the mat here"]]).score
+    )
 
 
 def test_rouge_is_that_of_its_reference_implementation() -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmworks.evaluate.statistics.bootstrap import Interval, certain, detectable, mean_interval, paired_difference, sign_flip, student
+from llmworks.evaluate.statistics.bootstrap import (
+    Interval,
+    certain,
+    detectable,
+    mean_interval,
+    paired_difference,
+    sign_flip,
+    student,
+)
 
 
 def test_interval_of_a_proportion_is_the_normal_one() -> None:
@@ -16,7 +24,10 @@ def test_interval_of_a_proportion_is_the_normal_one() -> None:
     assert interval.high == pytest.approx(0.3 + half, abs=0.004)
 
 
-@pytest.mark.parametrize(("samples", "draw"), [(30, "half"), (30, "skewed"), (100, "tenths"), (100, "skewed"), pytest.param(300, "half", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("samples", "draw"),
+    [(30, "half"), (30, "skewed"), (100, "tenths"), (100, "skewed"), pytest.param(300, "half", marks=pytest.mark.slow)],
+)
 def test_intervals_cover_the_truth_as_often_as_they_say(samples: int, draw: str) -> None:
     """1,000 experiments each: 95% intervals hold the truth in 93% to 97%."""
     rng, size = np.random.default_rng(samples), (1000, samples)
@@ -24,13 +35,18 @@ def test_intervals_cover_the_truth_as_often_as_they_say(samples: int, draw: str)
         data, truth = rng.beta(2, 4, size), 1 / 3
     else:
         data, truth = rng.binomial(1, 0.5, size) if draw == "half" else rng.integers(0, 11, size) / 10, 0.5
-    hits = sum(found.low <= truth <= found.high for found in (mean_interval(list(row), seed=i, resamples=1000) for i, row in enumerate(data)))
+    hits = sum(
+        found.low <= truth <= found.high
+        for found in (mean_interval(list(row), seed=i, resamples=1000) for i, row in enumerate(data))
+    )
     assert 930 <= hits <= 970
 
 
 @pytest.mark.slow
 def test_intervals_of_groups_cover_the_truth() -> None:
-    """Rows of a group are alike: an interval that takes them for independent is far too narrow, the clustered one is not."""
+    """Rows of a group are alike: an interval that takes them for independent is far too narrow, the clustered one is
+    not.
+    """
     rng = np.random.default_rng(0)
     hits = {"clustered": 0, "plain": 0}
     for trial in range(300):
@@ -76,7 +92,15 @@ def test_randomization_is_the_sign_test_for_right_and_wrong() -> None:
 
 def test_students_quantiles() -> None:
     """Tables of the t distribution, 97.5%."""
-    for degrees, quantile in ((1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (30, 2.042), (100, 1.984), (1000, 1.962)):
+    for degrees, quantile in (
+        (1, 12.706),
+        (2, 4.303),
+        (5, 2.571),
+        (10, 2.228),
+        (30, 2.042),
+        (100, 1.984),
+        (1000, 1.962),
+    ):
         assert student(degrees) == pytest.approx(quantile, abs=4e-3 if degrees > 2 else 1e-3)
 
 

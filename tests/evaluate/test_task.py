@@ -1,4 +1,6 @@
-"""A task's definition is checked before anything is asked; questions are what its templates say; one task says the same on every engine."""
+"""A task's definition is checked before anything is asked; questions are what its templates say; one task says the same
+on every engine.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,43 @@ from llmworks.model.io.load import load_model
 from llmworks.runtime.references import resolve
 from llmworks.tokenize.load import load_tokenizer
 
-CHOICE: dict[str, Any] = {"name": "t", "kind": "choice", "prompt": "plain", "question": "Q: {{q}}\nA:", "choices": "opts", "answer": "gold", "metrics": ["acc", "acc_norm"]}
-GENERATE: dict[str, Any] = {"name": "g", "question": "{{q}}", "answer": "{{gold}}", "metrics": ["exact_match"], "max_tokens": 8}
-PERPLEXITY: dict[str, Any] = {"name": "p", "kind": "perplexity", "question": "q", "metrics": ["bits_per_byte", "token_perplexity"], "window": 16}
+CHOICE: dict[str, Any] = {
+    "name": "t",
+    "kind": "choice",
+    "prompt": "plain",
+    "question": "Q: {{q}}\nA:",
+    "choices": "opts",
+    "answer": "gold",
+    "metrics": ["acc", "acc_norm"],
+}
+GENERATE: dict[str, Any] = {
+    "name": "g",
+    "question": "{{q}}",
+    "answer": "{{gold}}",
+    "metrics": ["exact_match"],
+    "max_tokens": 8,
+}
+PERPLEXITY: dict[str, Any] = {
+    "name": "p",
+    "kind": "perplexity",
+    "question": "q",
+    "metrics": ["bits_per_byte", "token_perplexity"],
+    "window": 16,
+}
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
     draw = random.Random(1)
     words = ["the", "quick", "brown", "fox", "user", "weather", "Oslo", "what", "is", "name", "city"]
-    return [{"q": " ".join(draw.choices(words, k=draw.randint(3, 30))), "opts": [" ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(3)], "gold": draw.randrange(3), "set": f"s{i % 4}"} for i in range(count)]
+    return [
+        {
+            "q": " ".join(draw.choices(words, k=draw.randint(3, 30))),
+            "opts": [" ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(3)],
+            "gold": draw.randrange(3),
+            "set": f"s{i % 4}",
+        }
+        for i in range(count)
+    ]
 
 
 Run = Callable[..., dict[str, Any]]
@@ -48,7 +78,13 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def run(tmp_path: Path, pico: Path) -> Run:
-    def go(fields: dict[str, Any], rows: Sequence[dict[str, Any]], engine: Callable[[], Engine] | None = None, place: str = "run", **config: Any) -> dict[str, Any]:
+    def go(
+        fields: dict[str, Any],
+        rows: Sequence[dict[str, Any]],
+        engine: Callable[[], Engine] | None = None,
+        place: str = "run",
+        **config: Any,
+    ) -> dict[str, Any]:
         task, data, here = tmp_path / "task.yaml", tmp_path / "rows.jsonl", tmp_path / place
         task.write_text(yaml.safe_dump(fields))
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -63,7 +99,12 @@ def run(tmp_path: Path, pico: Path) -> Run:
         model, dataset = resolve(str(pico)), resolve(str(data))
         assert isinstance(model, Model)
         assert isinstance(dataset, Dataset)
-        evaluate(EvaluateConfig(task=str(task), **config), model, dataset, Context(here / "out", scratch, 0, Progress(quiet=True), report, open_engine))
+        evaluate(
+            EvaluateConfig(task=str(task), **config),
+            model,
+            dataset,
+            Context(here / "out", scratch, 0, Progress(quiet=True), report, open_engine),
+        )
         report.write(here / "out")
         return report.data
 
@@ -73,15 +114,24 @@ def run(tmp_path: Path, pico: Path) -> Run:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown field": ({**CHOICE, "chioces": []}, "unknown field 'chioces', did you mean 'choices'"),
     "no metric": ({**CHOICE, "metrics": []}, "metrics is empty"),
-    "a metric of another kind": ({**CHOICE, "metrics": ["bleu"]}, "kind choice has no metric 'bleu'; known: acc, acc_bytes"),
+    "a metric of another kind": (
+        {**CHOICE, "metrics": ["bleu"]},
+        "kind choice has no metric 'bleu'; known: acc, acc_bytes",
+    ),
     "no choices": ({k: v for k, v in CHOICE.items() if k != "choices"}, "kind choice needs `choices`"),
     "no question": ({**GENERATE, "question": ""}, "needs `question`"),
     "samples that are the same": ({**GENERATE, "samples": 4}, "samples is 4, but temperature is 0"),
-    "more tries than samples": ({**GENERATE, "metrics": [{"name": "pass_at", "of": "key", "k": 3}]}, "k=3 needs as many samples, there are 1"),
+    "more tries than samples": (
+        {**GENERATE, "metrics": [{"name": "pass_at", "of": "key", "k": 3}]},
+        "k=3 needs as many samples, there are 1",
+    ),
     "pass_at of nothing": ({**GENERATE, "metrics": ["pass_at"]}, "pass_at needs `of`"),
     "a stride above its window": ({**PERPLEXITY, "stride": 17}, "stride 17 is above window 16"),
     "an unknown step": ({**GENERATE, "extract": ["guess"]}, r"extract\.\.0\.how: Input should be 'regex'"),
-    "conversations as choices": ({**CHOICE, "rows": "chat", "question": ""}, "conversations are asked with kind generate"),
+    "conversations as choices": (
+        {**CHOICE, "rows": "chat", "question": ""},
+        "conversations are asked with kind generate",
+    ),
 }
 
 
@@ -96,7 +146,12 @@ def test_a_wrong_definition_is_said_in_one_line(what: str, tmp_path: Path) -> No
 
 def test_files_that_are_no_task(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
-    for content, message in ((b"a: [", "not YAML"), (b"- a", "must be a mapping"), (b"\xff\xfe\xfa", "cannot be read as YAML"), (b"", "must be a mapping")):
+    for content, message in (
+        (b"a: [", "not YAML"),
+        (b"- a", "must be a mapping"),
+        (b"\xff\xfe\xfa", "cannot be read as YAML"),
+        (b"", "must be a mapping"),
+    ):
         file.write_bytes(content)
         with pytest.raises(UserError, match=message):
             load_task(str(file))
@@ -109,13 +164,29 @@ def test_files_that_are_no_task(tmp_path: Path) -> None:
 ROWS = rows_of(24)
 BAD_ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
     "no rows": (CHOICE, [], "is empty"),
-    "a gold beyond the choices": (CHOICE, [*ROWS, {**ROWS[0], "gold": 3}], "row '25': the right answer '3' is not among its 3 choices"),
-    "a gold that is no choice": (CHOICE, [{**ROWS[0], "gold": "none of these"}], "'none of these' is not among its 3 choices"),
+    "a gold beyond the choices": (
+        CHOICE,
+        [*ROWS, {**ROWS[0], "gold": 3}],
+        "row '25': the right answer '3' is not among its 3 choices",
+    ),
+    "a gold that is no choice": (
+        CHOICE,
+        [{**ROWS[0], "gold": "none of these"}],
+        "'none of these' is not among its 3 choices",
+    ),
     "no gold": (CHOICE, [{**ROWS[0], "gold": []}], "row '1': has no right answer"),
-    "a missing field": (CHOICE, [{"opts": ["a", "b"], "gold": 0}], r"row '1': the template 'Q: \{\{q\}\}\\nA:' cannot be filled \('q' is undefined\)"),
+    "a missing field": (
+        CHOICE,
+        [{"opts": ["a", "b"], "gold": 0}],
+        r"row '1': the template 'Q: \{\{q\}\}\\nA:' cannot be filled \('q' is undefined\)",
+    ),
     "choices that are none": (CHOICE, [{**ROWS[0], "opts": 7}], "'opts' gives no list of texts"),
     "a broken row": (CHOICE, [], "is empty"),
-    "not enough examples": ({**CHOICE, "shots": {"count": 5}}, ROWS[:5], "shots is 5, but there are 5 rows to take examples from, the one that is asked among them"),
+    "not enough examples": (
+        {**CHOICE, "shots": {"count": 5}},
+        ROWS[:5],
+        "shots is 5, but there are 5 rows to take examples from, the one that is asked among them",
+    ),
     "an answer no score function can read": ({**GENERATE, "metrics": ["regex"]}, [ROWS[0]], "`answer` must be"),
     "code in a template": ({**CHOICE, "question": "{{q.__class__.__mro__}}"}, [ROWS[0]], "cannot be filled"),
 }
@@ -142,7 +213,9 @@ def test_an_engine_that_cannot_is_told_before_the_run(run: Run, pico: Path) -> N
     def remote() -> Engine:
         return RemoteEngine("http://127.0.0.1:9/v1", "m")
 
-    with pytest.raises(UserError, match="needs log-probabilities of given text, and m offers embed, parallel, schema, tools"):
+    with pytest.raises(
+        UserError, match="needs log-probabilities of given text, and m offers embed, parallel, schema, tools"
+    ):
         run(CHOICE, ROWS, remote)
     with pytest.raises(UserError, match=r"goes on with plain text.*ask it with prompt: chat"):
         run({**GENERATE, "prompt": "plain"}, ROWS, remote)
@@ -184,10 +257,14 @@ def test_contexts_that_differ_and_one_ending(run: Run, pico: Path) -> None:
     model, tokenizer = load_model(pico), load_tokenizer(pico)
     for sample in made["samples"]:
         for context, found in zip(fields["contexts"], sample["logprobs"], strict=True):
-            whole, before = (tokenizer(t, add_special_tokens=True)["input_ids"] for t in (f"{context} name is", context))
+            whole, before = (
+                tokenizer(t, add_special_tokens=True)["input_ids"] for t in (f"{context} name is", context)
+            )
             with torch.inference_mode():
                 rows = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-            assert found == pytest.approx(sum(float(rows[i - 1, whole[i]]) for i in range(len(before), len(whole))), abs=1e-3)
+            assert found == pytest.approx(
+                sum(float(rows[i - 1, whole[i]]) for i in range(len(before), len(whole))), abs=1e-3
+            )
 
 
 def test_white_space_moves_to_what_is_scored(pico: Path) -> None:
@@ -223,7 +300,10 @@ def test_intervals_treat_groups_as_one_draw(run: Run) -> None:
     rows = [{**row, "set": f"s{i // 12}"} for i, row in enumerate(rows_of(48))]
     alone, grouped = run(CHOICE, rows), run({**CHOICE, "group": "set"}, rows, place="b")
     assert alone["metrics"]["score"] == grouped["metrics"]["score"]
-    assert (alone["metrics"]["low"], alone["metrics"]["high"]) != (grouped["metrics"]["low"], grouped["metrics"]["high"])
+    assert (alone["metrics"]["low"], alone["metrics"]["high"]) != (
+        grouped["metrics"]["low"],
+        grouped["metrics"]["high"],
+    )
 
 
 # engines
@@ -235,9 +315,19 @@ def test_one_task_says_the_same_on_every_engine(run: Run, pico: Path, pico_gguf:
     behind = TorchEngine.open(pico)
     server = Loopback("openai", lambda request: behind.generate([request])[0], behind)
     engines: dict[str, Callable[[], Engine]] = {
-        "torch": lambda: TorchEngine.open(pico), "llama.cpp": lambda: LlamaCppEngine(pico_gguf, threads=1), "server": lambda: RemoteEngine(server.url, "m", RemoteOptions(tokenizer=str(pico))),
-    }  # fmt: skip
-    for number, fields in enumerate((CHOICE, {**CHOICE, "prompt": "chat", "shots": {"count": 2}}, PERPLEXITY, GENERATE, {**GENERATE, "prompt": "plain", "stop": ["\n"]})):
+        "torch": lambda: TorchEngine.open(pico),
+        "llama.cpp": lambda: LlamaCppEngine(pico_gguf, threads=1),
+        "server": lambda: RemoteEngine(server.url, "m", RemoteOptions(tokenizer=str(pico))),
+    }
+    for number, fields in enumerate(
+        (
+            CHOICE,
+            {**CHOICE, "prompt": "chat", "shots": {"count": 2}},
+            PERPLEXITY,
+            GENERATE,
+            {**GENERATE, "prompt": "plain", "stop": ["\n"]},
+        )
+    ):
         found = {name: run(fields, ROWS, engine, place=f"{number}{name}") for name, engine in engines.items()}
         for name, made in found.items():
             for ours, theirs in zip(found["torch"]["samples"], made["samples"], strict=True):
@@ -265,7 +355,9 @@ class Breaks:
         pass
 
 
-def test_a_run_that_was_killed_scores_nothing_twice(run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_killed_scores_nothing_twice(
+    run: Run, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llmworks.evaluate.protocol.likelihood.CHUNK_TOKENS", 200)
     whole = run(CHOICE, ROWS, place="whole")
     first, second = Breaks(TorchEngine.open(pico), 3), Breaks(TorchEngine.open(pico), 1000)
@@ -275,7 +367,9 @@ def test_a_run_that_was_killed_scores_nothing_twice(run: Run, pico: Path, tmp_pa
     file.write_text(file.read_text() + '{"key": "cut sho')  # as a kill leaves it
     made = run(CHOICE, ROWS, lambda: second, place="cut")  # type: ignore[arg-type,return-value]
     assert first.asked > 0
-    assert first.asked + second.asked == len({json.dumps([s["question"], c]) for s in whole["samples"] for c in s["choices"]})
+    assert first.asked + second.asked == len(
+        {json.dumps([s["question"], c]) for s in whole["samples"] for c in s["choices"]}
+    )
     assert made["samples"] == whole["samples"]
     assert made["metrics"]["score"] == whole["metrics"]["score"]
 
@@ -288,7 +382,14 @@ def test_what_was_left_out_of_a_prompt_is_counted(run: Run) -> None:
 
 
 def test_several_samples_and_pass_at_k(run: Run) -> None:
-    fields = {**GENERATE, "answer": {"regex": "[aeiou]"}, "metrics": [{"name": "pass_at", "of": "regex", "k": 1}, {"name": "pass_at", "of": "regex", "k": 3}], "samples": 5, "temperature": 1.3, "max_tokens": 2}
+    fields = {
+        **GENERATE,
+        "answer": {"regex": "[aeiou]"},
+        "metrics": [{"name": "pass_at", "of": "regex", "k": 1}, {"name": "pass_at", "of": "regex", "k": 3}],
+        "samples": 5,
+        "temperature": 1.3,
+        "max_tokens": 2,
+    }
     made = run(fields, ROWS)
     one, three = made["intervals"]["pass@1"]["value"], made["intervals"]["pass@3"]["value"]
     assert 0 < one < three < 1
@@ -299,7 +400,11 @@ def test_several_samples_and_pass_at_k(run: Run) -> None:
 def test_a_pattern_that_takes_too_long_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """(x|xx)+$ on a long text of x and another letter: the answer counts as wrong, and the sample says why."""
     monkeypatch.setattr("llmworks.evaluate.protocol.extract.SECONDS", 0.05)
-    monkeypatch.setattr(TorchEngine, "each", lambda self, requests: ((place, Completion("x" * 60 + "b", "stop")) for place in range(len(requests))))
+    monkeypatch.setattr(
+        TorchEngine,
+        "each",
+        lambda self, requests: ((place, Completion("x" * 60 + "b", "stop")) for place in range(len(requests))),
+    )
     made = run({**GENERATE, "extract": [{"how": "regex", "pattern": "(x|xx)+$"}]}, ROWS[:3])
     assert {s["reason"] for s in made["samples"]} == {"extract: the pattern takes longer than 0.05 s"}
     assert {s["score"] for s in made["samples"]} == {0.0}
@@ -329,7 +434,9 @@ def test_examples_of_the_same_group() -> None:
     rows = [{**row, "id": str(i)} for i, row in enumerate(rows_of(40))]
     for question in questions(task, rows[20:], rows[:20], same_pool=False):
         firsts = [row for row in rows[:20] if row["set"] == question.row["set"]][:2]
-        assert [part.split("\nA:")[0] for part in question.plain[0].split("\n\n")[:2]] == [f"Q: {row['q']}" for row in firsts]
+        assert [part.split("\nA:")[0] for part in question.plain[0].split("\n\n")[:2]] == [
+            f"Q: {row['q']}" for row in firsts
+        ]
     with pytest.raises(UserError, match=r"shots is 2, but there are 1 rows of the group 's3'"):
         questions(task, [rows[23]], [*rows[:3], rows[3]], same_pool=False)
 
@@ -350,14 +457,19 @@ class Counts(Breaks):
 
 
 def test_a_changed_task_asks_only_what_is_new(run: Run, pico: Path, tmp_path: Path) -> None:
-    """Other metrics, another way to read answers, more rows: what was asked before is remembered, and the result is that of a fresh run."""
+    """Other metrics, another way to read answers, more rows: what was asked before is remembered, and the result is
+    that of a fresh run.
+    """
 
     def go(fields: dict[str, Any], place: str, **config: Any) -> tuple[dict[str, Any], int]:
         engine = Counts(TorchEngine.open(pico))
         made = run(fields, ROWS, lambda: engine, place=place, **config)  # type: ignore[arg-type,return-value]
         return made, engine.asked + engine.requests
 
-    for fields, changed in ((CHOICE, {**CHOICE, "metrics": ["acc_bytes"]}), (GENERATE, {**GENERATE, "metrics": ["f1"], "extract": ["lower"]})):
+    for fields, changed in (
+        (CHOICE, {**CHOICE, "metrics": ["acc_bytes"]}),
+        (GENERATE, {**GENERATE, "metrics": ["f1"], "extract": ["lower"]}),
+    ):
         kind = fields["name"]
         _, first = go(fields, f"{kind}/one", limit=10)
         _, nothing = go(changed, f"{kind}/two", limit=10)
@@ -366,7 +478,9 @@ def test_a_changed_task_asks_only_what_is_new(run: Run, pico: Path, tmp_path: Pa
         assert (first > 0, nothing) == (True, 0)
         assert first + rest == whole
         for ours, theirs in zip(made["samples"], fresh["samples"], strict=True):
-            assert ours.pop("logprobs", []) == pytest.approx(theirs.pop("logprobs", []), abs=1e-4)  # read in another order
+            assert ours.pop("logprobs", []) == pytest.approx(
+                theirs.pop("logprobs", []), abs=1e-4
+            )  # read in another order
             assert ours == theirs
     (memory,) = (tmp_path / "t").glob("asked-*")
     memory.write_bytes(memory.read_bytes()[:-20])  # as a kill leaves it

@@ -1,7 +1,9 @@
 """A loopback server that speaks the APIs of four providers as they document them, and misbehaves when told to.
 
-It reads requests strictly, as the provider's own service would, and refuses what the documentation does not allow. Its answers come from a
-function over the project's own nouns. `tests/generate/test_providers.py` shows that the providers' own clients understand it.
+It reads requests strictly, as the provider's own service would, and refuses what the documentation does not allow. Its
+answers come from a
+function over the project's own nouns. `tests/generate/test_providers.py` shows that the providers' own clients
+understand it.
 """
 
 from __future__ import annotations
@@ -47,35 +49,81 @@ def echo(request: Request) -> Completion:
 
 def openai_request(path: str, body: dict[str, Any], headers: dict[str, str]) -> Request:
     need(path == "/v1/chat/completions", f"no such path {path}")
-    only(body, "model messages max_tokens max_completion_tokens temperature top_p stream stream_options seed stop tools response_format")
+    only(
+        body,
+        "model messages max_tokens max_completion_tokens temperature top_p stream stream_options seed stop tools"
+        " response_format",
+    )
     need("stream_options" not in body or body["stream"], "stream_options without stream")
     for tool in body.get("tools", []):
         need(tool["type"] == "function" and tool["function"]["name"], "tools are functions")
     shape = body.get("response_format")
     need(shape is None or (shape["type"] == "json_schema" and shape["json_schema"]["name"]), "response_format")
-    s = Sampling(body.get("max_tokens") or body.get("max_completion_tokens"), body.get("temperature", 1.0), body.get("top_p", 1.0), 0, body.get("seed"), tuple(body.get("stop", ())))
-    return Request(messages_from_json(body["messages"]), tools=tuple(t["function"] for t in body.get("tools", [])), sampling=s, schema=shape and shape["json_schema"]["schema"])
+    s = Sampling(
+        body.get("max_tokens") or body.get("max_completion_tokens"),
+        body.get("temperature", 1.0),
+        body.get("top_p", 1.0),
+        0,
+        body.get("seed"),
+        tuple(body.get("stop", ())),
+    )
+    return Request(
+        messages_from_json(body["messages"]),
+        tools=tuple(t["function"] for t in body.get("tools", [])),
+        sampling=s,
+        schema=shape and shape["json_schema"]["schema"],
+    )
 
 
 def openai_reply(done: Completion) -> dict[str, Any]:
     text, calls = parse_calls(done.text, strip=False)
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if calls:
-        message["tool_calls"] = [{"id": f"c{i}", "type": "function", "function": {"name": c.name, "arguments": json.dumps(c.arguments)}} for i, c in enumerate(calls)]
+        message["tool_calls"] = [
+            {"id": f"c{i}", "type": "function", "function": {"name": c.name, "arguments": json.dumps(c.arguments)}}
+            for i, c in enumerate(calls)
+        ]
     finish = {"stop": "tool_calls" if calls else "stop", "length": "length", "filtered": "content_filter"}[done.finish]
-    usage = {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens, "total_tokens": done.prompt_tokens + done.completion_tokens}
-    return {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
+    usage = {
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": done.completion_tokens,
+        "total_tokens": done.prompt_tokens + done.completion_tokens,
+    }
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+        "usage": usage,
+    }
 
 
 def openai_events(done: Completion) -> list[Any]:
     whole = openai_reply(done)
     choice = whole["choices"][0]
     base = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, *({"content": c} for c in choice["message"]["content"])]
+    deltas: list[dict[str, Any]] = [
+        {"role": "assistant", "content": ""},
+        *({"content": c} for c in choice["message"]["content"]),
+    ]
     for i, call in enumerate(choice["message"].get("tool_calls", [])):
         written = call["function"]["arguments"]
-        deltas.append({"tool_calls": [{"index": i, "id": call["id"], "type": "function", "function": {"name": call["function"]["name"], "arguments": ""}}]})
-        deltas += [{"tool_calls": [{"index": i, "function": {"arguments": part}}]} for part in (written[:3], written[3:])]
+        deltas.append(
+            {
+                "tool_calls": [
+                    {
+                        "index": i,
+                        "id": call["id"],
+                        "type": "function",
+                        "function": {"name": call["function"]["name"], "arguments": ""},
+                    }
+                ]
+            }
+        )
+        deltas += [
+            {"tool_calls": [{"index": i, "function": {"arguments": part}}]} for part in (written[:3], written[3:])
+        ]
     chunks = [{**base, "choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
     chunks.append({**base, "choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]})
     return [*chunks, {**base, "choices": [], "usage": whole["usage"]}, "[DONE]"]
@@ -88,14 +136,20 @@ def anthropic_request(path: str, body: dict[str, Any], headers: dict[str, str]) 
     need(path == "/v1/messages", f"no such path {path}")
     version = headers.get("anthropic-version")
     need(version in ("2023-06-01", "2026-10-21"), "anthropic-version: header is required")
-    only(body, ("temperature top_p top_k " if version == "2023-06-01" else "") + "model messages max_tokens system stream stop_sequences tools output_config")
+    only(
+        body,
+        ("temperature top_p top_k " if version == "2023-06-01" else "")
+        + "model messages max_tokens system stream stop_sequences tools output_config",
+    )
     need(body.get("max_tokens"), "max_tokens: field required")
     need(not ("temperature" in body and "top_p" in body and body["temperature"] == 0), "temperature and top_p")
     messages, open_calls = [Message("system", body["system"])] if body.get("system") else [], set()
     need(body["messages"] and body["messages"][0]["role"] == "user", "messages: first message must use the user role")
     for turn, following in zip(body["messages"], [*body["messages"][1:], None], strict=True):
         need(following is None or turn["role"] != following["role"], "roles must alternate")
-        need(turn["role"] in ("user", "assistant") and turn["content"], "messages: text content blocks must be non-empty")
+        need(
+            turn["role"] in ("user", "assistant") and turn["content"], "messages: text content blocks must be non-empty"
+        )
         text, calls = "", []
         for block in turn["content"]:
             if block["type"] == "text":
@@ -106,26 +160,62 @@ def anthropic_request(path: str, body: dict[str, Any], headers: dict[str, str]) 
                 open_calls.add(block["id"])
                 calls.append(ToolCall(block["name"], block["input"], block["id"]))
             else:
-                need(block["type"] == "tool_result" and block["tool_use_id"] in open_calls, "unexpected tool_use_id found in tool_result blocks")
+                need(
+                    block["type"] == "tool_result" and block["tool_use_id"] in open_calls,
+                    "unexpected tool_use_id found in tool_result blocks",
+                )
                 messages.append(Message("tool", block["content"], tool_call_id=block["tool_use_id"]))
         if text or calls:
             messages.append(Message(turn["role"], text, tuple(calls)))
     for tool in body.get("tools", []):
-        need(set(tool) <= {"name", "description", "input_schema"} and tool["input_schema"]["type"] == "object", "tools.0.input_schema.type: field required")
+        need(
+            set(tool) <= {"name", "description", "input_schema"} and tool["input_schema"]["type"] == "object",
+            "tools.0.input_schema.type: field required",
+        )
     shape = body.get("output_config")
     need(shape is None or shape["format"]["type"] == "json_schema", "output_config")
-    tools = tuple({"name": t["name"], "parameters": t["input_schema"], **({"description": t["description"]} if "description" in t else {})} for t in body.get("tools", []))
-    s = Sampling(body["max_tokens"], body.get("temperature", 1.0), body.get("top_p", 1.0), body.get("top_k", 0), None, tuple(body.get("stop_sequences", ())))
+    tools = tuple(
+        {
+            "name": t["name"],
+            "parameters": t["input_schema"],
+            **({"description": t["description"]} if "description" in t else {}),
+        }
+        for t in body.get("tools", [])
+    )
+    s = Sampling(
+        body["max_tokens"],
+        body.get("temperature", 1.0),
+        body.get("top_p", 1.0),
+        body.get("top_k", 0),
+        None,
+        tuple(body.get("stop_sequences", ())),
+    )
     return Request(tuple(messages), tools=tools, sampling=s, schema=shape and shape["format"]["schema"])
 
 
 def anthropic_reply(done: Completion) -> dict[str, Any]:
     text, calls = parse_calls(done.text, strip=False)
     blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
-    blocks += [{"type": "tool_use", "id": f"toolu_{i}", "name": c.name, "input": c.arguments} for i, c in enumerate(calls)]
+    blocks += [
+        {"type": "tool_use", "id": f"toolu_{i}", "name": c.name, "input": c.arguments} for i, c in enumerate(calls)
+    ]
     stop = {"stop": "tool_use" if calls else "end_turn", "length": "max_tokens", "filtered": "refusal"}[done.finish]
-    usage = {"input_tokens": done.prompt_tokens - 2, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 0, "output_tokens": done.completion_tokens}
-    return {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": blocks, "stop_reason": stop, "stop_sequence": None, "usage": usage}
+    usage = {
+        "input_tokens": done.prompt_tokens - 2,
+        "cache_read_input_tokens": 2,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": done.completion_tokens,
+    }
+    return {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": "m",
+        "content": blocks,
+        "stop_reason": stop,
+        "stop_sequence": None,
+        "usage": usage,
+    }
 
 
 def anthropic_events(done: Completion) -> list[Any]:
@@ -135,13 +225,25 @@ def anthropic_events(done: Completion) -> list[Any]:
     for i, block in enumerate(whole["content"]):
         if block["type"] == "text":
             out.append({"type": "content_block_start", "index": i, "content_block": {"type": "text", "text": ""}})
-            out += [{"type": "content_block_delta", "index": i, "delta": {"type": "text_delta", "text": c}} for c in block["text"]]
+            out += [
+                {"type": "content_block_delta", "index": i, "delta": {"type": "text_delta", "text": c}}
+                for c in block["text"]
+            ]
         else:
             written = json.dumps(block["input"])
             out.append({"type": "content_block_start", "index": i, "content_block": {**block, "input": {}}})
-            out += [{"type": "content_block_delta", "index": i, "delta": {"type": "input_json_delta", "partial_json": p}} for p in ("", written[:3], written[3:])]
+            out += [
+                {"type": "content_block_delta", "index": i, "delta": {"type": "input_json_delta", "partial_json": p}}
+                for p in ("", written[:3], written[3:])
+            ]
         out.append({"type": "content_block_stop", "index": i})
-    out.append({"type": "message_delta", "delta": {"stop_reason": whole["stop_reason"], "stop_sequence": None}, "usage": {"output_tokens": done.completion_tokens}})
+    out.append(
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": whole["stop_reason"], "stop_sequence": None},
+            "usage": {"output_tokens": done.completion_tokens},
+        }
+    )
     return [*out, {"type": "message_stop"}]
 
 
@@ -149,12 +251,19 @@ def anthropic_events(done: Completion) -> list[Any]:
 
 
 def google_request(path: str, body: dict[str, Any], headers: dict[str, str]) -> Request:
-    need(path.replace("/v1beta", "/v1") in ("/v1/models/m:generateContent", "/v1/models/m:streamGenerateContent?alt=sse"), f"no such path {path}")
+    need(
+        path.replace("/v1beta", "/v1")
+        in ("/v1/models/m:generateContent", "/v1/models/m:streamGenerateContent?alt=sse"),
+        f"no such path {path}",
+    )
     only(body, "contents systemInstruction generationConfig tools toolConfig")
     config = body.get("generationConfig", {})
     only(config, "maxOutputTokens temperature topP topK seed stopSequences responseMimeType responseJsonSchema")
     need("topK" not in config or config["topK"] > 0, "top_k must be positive")
-    need("responseJsonSchema" not in config or config.get("responseMimeType") == "application/json", "a schema needs responseMimeType")
+    need(
+        "responseJsonSchema" not in config or config.get("responseMimeType") == "application/json",
+        "a schema needs responseMimeType",
+    )
     messages = [Message("system", part["text"]) for part in body.get("systemInstruction", {}).get("parts", [])]
     need(body.get("contents"), "contents are required")
     for turn in body["contents"]:
@@ -168,14 +277,34 @@ def google_request(path: str, body: dict[str, Any], headers: dict[str, str]) -> 
             elif "functionCall" in part:
                 calls.append(ToolCall(part["functionCall"]["name"], part["functionCall"]["args"]))
             else:
-                need(part["functionResponse"]["name"] and isinstance(part["functionResponse"]["response"], dict), "functionResponse needs a name")
-                messages.append(Message("tool", part["functionResponse"]["response"]["result"], name=part["functionResponse"]["name"]))
+                need(
+                    part["functionResponse"]["name"] and isinstance(part["functionResponse"]["response"], dict),
+                    "functionResponse needs a name",
+                )
+                messages.append(
+                    Message(
+                        "tool", part["functionResponse"]["response"]["result"], name=part["functionResponse"]["name"]
+                    )
+                )
         if text or calls:
             messages.append(Message("assistant" if turn["role"] == "model" else "user", text, tuple(calls)))
     tools = tuple(
-        {"name": f["name"], **({"description": f["description"]} if "description" in f else {}), "parameters": f.get("parametersJsonSchema") or f.get("parameters_json_schema")} for t in body.get("tools", []) for f in t["functionDeclarations"]
+        {
+            "name": f["name"],
+            **({"description": f["description"]} if "description" in f else {}),
+            "parameters": f.get("parametersJsonSchema") or f.get("parameters_json_schema"),
+        }
+        for t in body.get("tools", [])
+        for f in t["functionDeclarations"]
     )
-    s = Sampling(config["maxOutputTokens"], config.get("temperature", 1.0), config.get("topP", 1.0), config.get("topK", 0), config.get("seed"), tuple(config.get("stopSequences", ())))
+    s = Sampling(
+        config["maxOutputTokens"],
+        config.get("temperature", 1.0),
+        config.get("topP", 1.0),
+        config.get("topK", 0),
+        config.get("seed"),
+        tuple(config.get("stopSequences", ())),
+    )
     return Request(tuple(messages), tools=tools, sampling=s, schema=config.get("responseJsonSchema"))
 
 
@@ -184,17 +313,42 @@ def google_reply(done: Completion) -> dict[str, Any]:
     parts: list[dict[str, Any]] = [{"text": "hm", "thought": True}]
     parts += [{"text": text}] if text else []
     parts += [{"functionCall": {"name": c.name, "args": c.arguments}} for c in calls]
-    usage = {"promptTokenCount": done.prompt_tokens, "candidatesTokenCount": max(0, done.completion_tokens - 1), "thoughtsTokenCount": min(1, done.completion_tokens), "totalTokenCount": done.prompt_tokens + done.completion_tokens}
+    usage = {
+        "promptTokenCount": done.prompt_tokens,
+        "candidatesTokenCount": max(0, done.completion_tokens - 1),
+        "thoughtsTokenCount": min(1, done.completion_tokens),
+        "totalTokenCount": done.prompt_tokens + done.completion_tokens,
+    }
     reason = {"stop": "STOP", "length": "MAX_TOKENS", "filtered": "SAFETY"}[done.finish]
-    return {"candidates": [{"content": {"role": "model", "parts": parts}, "finishReason": reason, "index": 0}], "usageMetadata": usage, "modelVersion": "m"}
+    return {
+        "candidates": [{"content": {"role": "model", "parts": parts}, "finishReason": reason, "index": 0}],
+        "usageMetadata": usage,
+        "modelVersion": "m",
+    }
 
 
 def google_events(done: Completion) -> list[Any]:
     whole = google_reply(done)
     parts, final = whole["candidates"][0]["content"]["parts"], whole["candidates"][0]["finishReason"]
-    pieces = [{"text": c} if "text" in p and not p.get("thought") else p for p in parts for c in (p["text"] if "text" in p and not p.get("thought") else [p])]
-    events = [{"candidates": [{"content": {"role": "model", "parts": [p]}, "index": 0}], "usageMetadata": {"promptTokenCount": done.prompt_tokens}} for p in pieces]
-    return [*events, {"candidates": [{"content": {"role": "model", "parts": [{"text": ""}]}, "finishReason": final, "index": 0}], "usageMetadata": whole["usageMetadata"]}]
+    pieces = [
+        {"text": c} if "text" in p and not p.get("thought") else p
+        for p in parts
+        for c in (p["text"] if "text" in p and not p.get("thought") else [p])
+    ]
+    events = [
+        {
+            "candidates": [{"content": {"role": "model", "parts": [p]}, "index": 0}],
+            "usageMetadata": {"promptTokenCount": done.prompt_tokens},
+        }
+        for p in pieces
+    ]
+    return [
+        *events,
+        {
+            "candidates": [{"content": {"role": "model", "parts": [{"text": ""}]}, "finishReason": final, "index": 0}],
+            "usageMetadata": whole["usageMetadata"],
+        },
+    ]
 
 
 # Cohere
@@ -213,8 +367,20 @@ def cohere_request(path: str, body: dict[str, Any], headers: dict[str, str]) -> 
         need(message.get("content") or message.get("tool_calls"), "content must not be empty")
     shape = body.get("response_format")
     need(shape is None or shape["type"] == "json_object", "response_format")
-    s = Sampling(body["max_tokens"], body.get("temperature", 0.3), body.get("p", 0.75), body.get("k", 0), body.get("seed"), tuple(body.get("stop_sequences", ())))
-    return Request(messages_from_json(body["messages"]), tools=tuple(t["function"] for t in body.get("tools", [])), sampling=s, schema=shape and shape["schema"])
+    s = Sampling(
+        body["max_tokens"],
+        body.get("temperature", 0.3),
+        body.get("p", 0.75),
+        body.get("k", 0),
+        body.get("seed"),
+        tuple(body.get("stop_sequences", ())),
+    )
+    return Request(
+        messages_from_json(body["messages"]),
+        tools=tuple(t["function"] for t in body.get("tools", [])),
+        sampling=s,
+        schema=shape and shape["schema"],
+    )
 
 
 def cohere_reply(done: Completion) -> dict[str, Any]:
@@ -223,10 +389,20 @@ def cohere_reply(done: Completion) -> dict[str, Any]:
     if text:
         message["content"] = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}]
     if calls:
-        message["tool_calls"] = [{"id": f"c{i}", "type": "function", "function": {"name": c.name, "arguments": json.dumps(c.arguments)}} for i, c in enumerate(calls)]
-    reason = {"stop": "TOOL_CALL" if calls else "COMPLETE", "length": "MAX_TOKENS", "filtered": "ERROR_TOXIC"}[done.finish]
+        message["tool_calls"] = [
+            {"id": f"c{i}", "type": "function", "function": {"name": c.name, "arguments": json.dumps(c.arguments)}}
+            for i, c in enumerate(calls)
+        ]
+    reason = {"stop": "TOOL_CALL" if calls else "COMPLETE", "length": "MAX_TOKENS", "filtered": "ERROR_TOXIC"}[
+        done.finish
+    ]
     tokens = {"input_tokens": done.prompt_tokens, "output_tokens": done.completion_tokens}
-    return {"id": "x", "message": message, "finish_reason": reason, "usage": {"billed_units": {"input_tokens": 1, "output_tokens": 1}, "tokens": tokens}}
+    return {
+        "id": "x",
+        "message": message,
+        "finish_reason": reason,
+        "usage": {"billed_units": {"input_tokens": 1, "output_tokens": 1}, "tokens": tokens},
+    }
 
 
 def cohere_events(done: Completion) -> list[Any]:
@@ -234,13 +410,30 @@ def cohere_events(done: Completion) -> list[Any]:
     out: list[Any] = [{"type": "message-start", "id": "x", "delta": {"message": {"role": "assistant"}}}]
     text = "".join(b.get("text", "") for b in whole["message"].get("content", []))
     if text:
-        out.append({"type": "content-start", "index": 0, "delta": {"message": {"content": {"type": "text", "text": ""}}}})
+        out.append(
+            {"type": "content-start", "index": 0, "delta": {"message": {"content": {"type": "text", "text": ""}}}}
+        )
         out += [{"type": "content-delta", "index": 0, "delta": {"message": {"content": {"text": c}}}} for c in text]
         out.append({"type": "content-end", "index": 0})
     for i, call in enumerate(whole["message"].get("tool_calls", [])):
-        out.append({"type": "tool-call-start", "index": i, "delta": {"message": {"tool_calls": {**call, "function": {"name": call["function"]["name"], "arguments": ""}}}}})
+        out.append(
+            {
+                "type": "tool-call-start",
+                "index": i,
+                "delta": {
+                    "message": {"tool_calls": {**call, "function": {"name": call["function"]["name"], "arguments": ""}}}
+                },
+            }
+        )
         written = call["function"]["arguments"]
-        out += [{"type": "tool-call-delta", "index": i, "delta": {"message": {"tool_calls": {"function": {"arguments": part}}}}} for part in (written[:3], written[3:])]
+        out += [
+            {
+                "type": "tool-call-delta",
+                "index": i,
+                "delta": {"message": {"tool_calls": {"function": {"arguments": part}}}},
+            }
+            for part in (written[:3], written[3:])
+        ]
         out.append({"type": "tool-call-end", "index": i})
     return [*out, {"type": "message-end", "delta": {"finish_reason": whole["finish_reason"], "usage": whole["usage"]}}]
 
@@ -249,13 +442,32 @@ def cohere_events(done: Completion) -> list[Any]:
 
 
 def completions(engine: Any, body: dict[str, Any]) -> dict[str, Any]:
-    """The completions API as vLLM has it: ids go on, or are echoed with their log-probabilities and those of the best token there."""
+    """The completions API as vLLM has it: ids go on, or are echoed with their log-probabilities and those of the best
+    token there.
+    """
     only(body, "model prompt max_tokens temperature top_p seed stop echo logprobs")
     ids = body["prompt"]
     if not body.get("echo"):
-        done = engine.generate([Request(ids=tuple(ids), sampling=Sampling(body["max_tokens"], body["temperature"], body["top_p"], 0, body.get("seed"), tuple(body.get("stop", ()))))])[0]
+        done = engine.generate(
+            [
+                Request(
+                    ids=tuple(ids),
+                    sampling=Sampling(
+                        body["max_tokens"],
+                        body["temperature"],
+                        body["top_p"],
+                        0,
+                        body.get("seed"),
+                        tuple(body.get("stop", ())),
+                    ),
+                )
+            ]
+        )[0]
         usage = {"prompt_tokens": len(ids), "completion_tokens": len(done.ids)}
-        return {"choices": [{"index": 0, "text": done.text, "finish_reason": done.finish, "logprobs": None}], "usage": usage}
+        return {
+            "choices": [{"index": 0, "text": done.text, "finish_reason": done.finish, "logprobs": None}],
+            "usage": usage,
+        }
     need(body["max_tokens"] == 1 and body["logprobs"] == 1, "asked for what is not served here")
     rows = engine.logits(ids).astype("float64")
     rows -= rows.max(axis=1, keepdims=True)
@@ -264,8 +476,24 @@ def completions(engine: Any, body: dict[str, Any]) -> dict[str, Any]:
     rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
     following = [*ids[1:], int(rows[-1].argmax())]
     chances = [None, *(float(row[t]) for row, t in zip(rows, following, strict=True))]
-    tops = [None, *({str(t): float(row[t]), str(int(row.argmax())): float(row.max())} for row, t in zip(rows, following, strict=True))]
-    return {"choices": [{"index": 0, "text": "...", "finish_reason": "length", "logprobs": {"token_logprobs": chances, "top_logprobs": tops}}], "usage": {"prompt_tokens": len(ids), "completion_tokens": 1}}
+    tops = [
+        None,
+        *(
+            {str(t): float(row[t]), str(int(row.argmax())): float(row.max())}
+            for row, t in zip(rows, following, strict=True)
+        ),
+    ]
+    return {
+        "choices": [
+            {
+                "index": 0,
+                "text": "...",
+                "finish_reason": "length",
+                "logprobs": {"token_logprobs": chances, "top_logprobs": tops},
+            }
+        ],
+        "usage": {"prompt_tokens": len(ids), "completion_tokens": 1},
+    }
 
 
 def vector(text: str) -> list[float]:
@@ -300,7 +528,11 @@ def error(api: str, message: str, status: int) -> dict[str, Any]:
     """How each provider words an error."""
     if api == "anthropic":
         return {"type": "error", "error": {"type": "invalid_request_error", "message": message}}
-    return {"message": message} if api == "cohere" else {"error": {"message": message, "code": status, "status": "INVALID_ARGUMENT"}}
+    return (
+        {"message": message}
+        if api == "cohere"
+        else {"error": {"message": message, "code": status, "status": "INVALID_ARGUMENT"}}
+    )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -322,7 +554,9 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.busy -= 1
 
-    def say(self, status: int, content: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+    def say(
+        self, status: int, content: bytes, headers: dict[str, str] | None = None, length: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

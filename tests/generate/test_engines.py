@@ -38,7 +38,10 @@ def greedy_reference(pico: Path, prompt: list[int], n: int) -> list[int]:
     """transformers' own greedy generation."""
     model = load_model(pico)
     out = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=n, do_sample=False
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=n,
+        do_sample=False,
     )
     ids = out[0, len(prompt) :].tolist()
     return ids[: ids.index(2)] if 2 in ids else ids
@@ -76,7 +79,9 @@ def test_torch_and_llama_cpp_agree_on_greedy_tokens(hf: TorchEngine, cpp: LlamaC
 
 
 def test_both_llama_cpp_bindings_agree(cpp: LlamaCppEngine) -> None:
-    """xllamacpp generates, cyllama scores: the sampled tokens are the scorer's largest, with the same log-probabilities."""
+    """xllamacpp generates, cyllama scores: the sampled tokens are the scorer's largest, with the same
+    log-probabilities.
+    """
     request = ask("what is the weather in Oslo")
     done = cpp.generate([request])[0]
     prompt = cpp.prompt_ids(request)

@@ -1,6 +1,8 @@
-"""What every engine has to do, on the same small model: in this process by torch and llama.cpp, and behind HTTP in every API, this project's own server too.
+"""What every engine has to do, on the same small model: in this process by torch and llama.cpp, and behind HTTP in
+every API, this project's own server too.
 
-An engine offers what its `can` names, and refuses the rest in one line; what it answers is what transformers' own decoding of that model answers.
+An engine offers what its `can` names, and refuses the rest in one line; what it answers is what transformers' own
+decoding of that model answers.
 """
 
 from __future__ import annotations
@@ -31,11 +33,22 @@ from llmworks.serve.server import build_app
 ABILITIES = {"ids", "score", "logits", "tools", "schema", "embed", "parallel"}
 HERE = {"ids", "score", "logits", "schema"}
 WANTED: dict[str, set[str]] = {
-    "torch": HERE, "llama.cpp": HERE | {"parallel"}, "openai": {"tools", "schema", "embed", "parallel"}, "openai with a tokenizer": {"tools", "schema", "embed", "parallel", "ids", "score"},
-    "anthropic": {"tools", "schema", "parallel"}, "google": {"tools", "schema", "embed", "parallel"}, "cohere": {"tools", "schema", "embed", "parallel"}, "own server": {"tools", "schema", "embed", "parallel"},
-}  # fmt: skip
+    "torch": HERE,
+    "llama.cpp": HERE | {"parallel"},
+    "openai": {"tools", "schema", "embed", "parallel"},
+    "openai with a tokenizer": {"tools", "schema", "embed", "parallel", "ids", "score"},
+    "anthropic": {"tools", "schema", "parallel"},
+    "google": {"tools", "schema", "embed", "parallel"},
+    "cohere": {"tools", "schema", "embed", "parallel"},
+    "own server": {"tools", "schema", "embed", "parallel"},
+}
 PROMPTS = ["hi", "what is the weather in Oslo", "the quick brown fox " * 4, "12345", "a b c d e f g"]
-SCHEMA = {"type": "object", "properties": {"name": {"enum": ["fox", "dog"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["name", "n"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["fox", "dog"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
 
 
 def ask(text: str, **sampling: Any) -> Request:
@@ -87,8 +100,15 @@ def expected(pico: Path) -> dict[str, list[int]]:
     model, tokenizer = load_model(pico), make_tokenizer()
     out: dict[str, list[int]] = {}
     for text in PROMPTS:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
-        whole = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=24, do_sample=False)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        whole = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
+        )
         ids = whole[0, len(prompt) :].tolist()
         out[text] = ids[: ids.index(2)] if 2 in ids else ids
     return out
@@ -171,7 +191,12 @@ def test_the_limit_ends_the_answer(engine: Engine) -> None:
 
 
 def test_system_and_turns_reach_the_model(engine: Engine, pico: Path) -> None:
-    turns = (Message("system", "be brief"), Message("user", "hi"), Message("assistant", "hello"), Message("user", "what is the weather in Oslo"))
+    turns = (
+        Message("system", "be brief"),
+        Message("user", "hi"),
+        Message("assistant", "hello"),
+        Message("user", "what is the weather in Oslo"),
+    )
     reference = TorchEngine.open(pico)
     for messages in (turns, turns[1:], turns[:2]):
         request = Request(messages, sampling=Sampling(max_tokens=12))
@@ -190,7 +215,11 @@ def test_sampling_is_followed(name: str, engine: Engine) -> None:
 
 
 def test_ids_go_in_where_they_can(engine: Engine, expected: dict[str, list[int]]) -> None:
-    ids = tuple(make_tokenizer().apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False))
+    ids = tuple(
+        make_tokenizer().apply_chat_template(
+            [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False
+        )
+    )
     request = Request(ids=ids, sampling=Sampling(max_tokens=24))
     if "ids" in engine.can:
         assert engine.generate([request])[0].text == text_of(expected["hi"])
@@ -211,7 +240,9 @@ def test_given_text_is_scored_where_it_can_be(engine: Engine, pico: Path) -> Non
     for begins in ((1, 1, 1, 1), (4, 2, 1, 3)):
         found = engine.score(texts, begins)
         for scored, ids, logprobs, begin in zip(found, texts, rows, begins, strict=True):
-            assert scored.logprobs == pytest.approx([float(logprobs[i - 1, ids[i]]) for i in range(begin, len(ids))], abs=2e-4)
+            assert scored.logprobs == pytest.approx(
+                [float(logprobs[i - 1, ids[i]]) for i in range(begin, len(ids))], abs=2e-4
+            )
             assert scored.greedy == all(int(logprobs[i - 1].argmax()) == ids[i] for i in range(begin, len(ids)))
     best = [1, 5]
     for _ in range(4):
@@ -234,7 +265,11 @@ def test_all_logits_where_it_can(engine: Engine, pico: Path) -> None:
 
 def test_a_schema_is_kept_where_it_can_be(name: str, engine: Engine) -> None:
     """The model has random weights: nothing but the schema makes it write JSON."""
-    requests = [Request((Message("user", text),), sampling=Sampling(max_tokens=60, temperature=t, seed=1), schema=SCHEMA) for text in PROMPTS for t in (0.0, 1.2)]
+    requests = [
+        Request((Message("user", text),), sampling=Sampling(max_tokens=60, temperature=t, seed=1), schema=SCHEMA)
+        for text in PROMPTS
+        for t in (0.0, 1.2)
+    ]
     if "schema" not in engine.can:
         with pytest.raises(RequestError, match="JSON schema"):
             engine.generate(requests[:1])
@@ -273,7 +308,9 @@ def test_vectors_where_it_can(name: str, engine: Engine) -> None:
 
 def test_tools_where_it_can(engine: Engine) -> None:
     """The model's template knows no tools: an engine that would drop them says so."""
-    request = Request((Message("user", "x"),), tools=({"name": "f", "parameters": {"type": "object", "properties": {}}},))
+    request = Request(
+        (Message("user", "x"),), tools=({"name": "f", "parameters": {"type": "object", "properties": {}}},)
+    )
     with pytest.raises(RequestError, match="ignores tools"):
         engine.generate([request])
 

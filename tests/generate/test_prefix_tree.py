@@ -16,19 +16,45 @@ from llmworks.generate.decode.kv_cache import growing_cache
 
 
 def llama() -> Any:
-    return LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.3,
+        )
+    )
 
 
 def gpt2() -> Any:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.3))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.3)
+    )
 
 
 def mistral() -> Any:
-    return MistralForCausalLM(MistralConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=200, initializer_range=0.3))
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=200,
+            initializer_range=0.3,
+        )
+    )
 
 
 def texts() -> tuple[list[list[int]], list[int]]:
-    """Ten questions behind the same examples, four choices each; one text twice, one that another begins with, one of a single token."""
+    """Ten questions behind the same examples, four choices each; one text twice, one that another begins with, one of a
+    single token.
+    """
     draw = random.Random(0)
 
     def some(least: int, most: int) -> list[int]:
@@ -68,7 +94,9 @@ def test_what_is_shared_is_read_once(row: int, monkeypatch: pytest.MonkeyPatch) 
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **more: (read.append(more["input_ids"].numel()), forward(**more))[1])
     tree.score(model, growing_cache(), given, begins, row)
-    assert sum(read) == len({tuple(text[:end]) for text in given for end in range(1, len(text))})  # of a last token nobody asks what follows
+    assert sum(read) == len(
+        {tuple(text[:end]) for text in given for end in range(1, len(text))}
+    )  # of a last token nobody asks what follows
     assert max(read) <= row
 
 
@@ -88,5 +116,7 @@ def test_models_that_hide_more_are_read_alone() -> None:
     from llmworks.model.nn.recurrent import RecurrentConfig, RecurrentForCausalLM
     from llmworks.model.shape import RecurrentShape, Shape
 
-    assert not tree.fits(DecoderForCausalLM(DecoderConfig(shape=Shape(vocabulary=64, width=32, heads=2, layers=1).model_dump())), 8)
+    assert not tree.fits(
+        DecoderForCausalLM(DecoderConfig(shape=Shape(vocabulary=64, width=32, heads=2, layers=1).model_dump())), 8
+    )
     assert not tree.fits(RecurrentForCausalLM(RecurrentConfig(shape=RecurrentShape(vocabulary=64).model_dump())), 8)

@@ -1,4 +1,6 @@
-"""The HTTP engine against a server that misbehaves on purpose: what may pass is sent again, what may not is said in one line, nothing is lost."""
+"""The HTTP engine against a server that misbehaves on purpose: what may pass is sent again, what may not is said in one
+line, nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,12 @@ def engine(server: Loopback, api: str) -> Iterator[RemoteEngine]:
 
 def reply(text: str | None, finish: str = "stop", **message: Any) -> dict[str, Any]:
     choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
-    return {"id": "x", "object": "chat.completion", "choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "choices": [choice],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+    }
 
 
 def hangs(handler: Handler, body: dict[str, Any]) -> None:
@@ -106,7 +113,10 @@ PASSING: dict[str, Behaviour] = {
     "a number": says(7),
     "not UTF-8": says(b"\xff\xfe\xfa"),
     "a string for a message": says({"choices": [{"message": "hi"}]}),
-    "usage of another kind": lambda handler, body: handler.say(200, json.dumps({**REPLY[handler.server.api](Completion("x", "stop")), "usage": [1], "usageMetadata": [1]}).encode()),
+    "usage of another kind": lambda handler, body: handler.say(
+        200,
+        json.dumps({**REPLY[handler.server.api](Completion("x", "stop")), "usage": [1], "usageMetadata": [1]}).encode(),
+    ),
 }
 
 
@@ -117,7 +127,13 @@ def test_what_may_pass_is_sent_again(what: str, server: Loopback, engine: Remote
     done = engine.generate([ask()])[0]
     assert done == Completion("to hi", "stop", prompt_tokens=10, completion_tokens=5)
     assert len(server.seen) == 3
-    assert engine.account.to_json() == {"requests": 1, "retries": 2, "prompt_tokens": 10, "completion_tokens": 5, "cost": 20e-6}
+    assert engine.account.to_json() == {
+        "requests": 1,
+        "retries": 2,
+        "prompt_tokens": 10,
+        "completion_tokens": 5,
+        "cost": 20e-6,
+    }
 
 
 @everywhere
@@ -139,10 +155,22 @@ FINAL: dict[str, tuple[Behaviour, type[LlmworksError], str]] = {
     "400": (says({"error": {"message": "messages\n are too long"}}, 400), RequestError, "400: messages are too long"),
     "404": (says({"detail": "no such model"}, 404), AccessError, "404: no such model"),
     "403": (says({"error": {"message": "no"}}, 403), AccessError, r"403: no; is the key"),
-    "401": (says({"error": {"message": "bad key"}}, 401), AccessError, r"401: bad key; is the key in \$OPENAI_API_KEY right\?"),
+    "401": (
+        says({"error": {"message": "bad key"}}, 401),
+        AccessError,
+        r"401: bad key; is the key in \$OPENAI_API_KEY right\?",
+    ),
     "402": (says({"message": "pay first"}, 402), AccessError, "402: pay first"),
-    "no money": (says({"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, 429), AccessError, "429: You exceeded"),
-    "a long pause": (says({"error": {"message": "tomorrow"}}, 429, {"retry-after": "86400"}), EngineError, "the server asks to wait 86400 s"),
+    "no money": (
+        says({"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, 429),
+        AccessError,
+        "429: You exceeded",
+    ),
+    "a long pause": (
+        says({"error": {"message": "tomorrow"}}, 429, {"retry-after": "86400"}),
+        EngineError,
+        "the server asks to wait 86400 s",
+    ),
 }
 
 
@@ -216,7 +244,9 @@ def test_not_more_at_once_than_allowed(server: Loopback) -> None:
 
 
 def test_the_budget_ends_asking(server: Loopback) -> None:
-    engine = RemoteEngine(server.url, "m", RemoteOptions(concurrency=1, input_price=1.0, output_price=2.0, budget=50e-6))
+    engine = RemoteEngine(
+        server.url, "m", RemoteOptions(concurrency=1, input_price=1.0, output_price=2.0, budget=50e-6)
+    )
     found = dict(engine.each([ask(f"q{i}") for i in range(6)]))
     assert sum(isinstance(a, Completion) for a in found.values()) == 3  # 20, 40, 60 millionths
     assert all("the budget of 5e-05 is spent" in str(a) for a in found.values() if not isinstance(a, Completion))
@@ -265,7 +295,11 @@ def test_a_stream_that_has_not_begun_is_asked_again(what: str, server: Loopback,
 
 def half(api: str) -> bytes:
     """A stream as far as its text."""
-    content = events(api, Completion("so far", "stop", prompt_tokens=10, completion_tokens=5), leave={"openai": 3, "anthropic": 3, "google": 1, "cohere": 2}[api])
+    content = events(
+        api,
+        Completion("so far", "stop", prompt_tokens=10, completion_tokens=5),
+        leave={"openai": 3, "anthropic": 3, "google": 1, "cohere": 2}[api],
+    )
     return content
 
 
@@ -279,8 +313,16 @@ def half_then(more: bytes = b"", length: int | None = None) -> Behaviour:
 
 def an_error(handler: Handler, body: dict[str, Any]) -> None:
     api = handler.server.api
-    said = {"type": "error", "error": {"type": "overloaded_error", "message": "out of memory"}} if api == "anthropic" else {"error": {"message": "out of memory"}}
-    said = {"type": "message-end", "delta": {"error": "out of memory", "finish_reason": "ERROR"}} if api == "cohere" else said
+    said = (
+        {"type": "error", "error": {"type": "overloaded_error", "message": "out of memory"}}
+        if api == "anthropic"
+        else {"error": {"message": "out of memory"}}
+    )
+    said = (
+        {"type": "message-end", "delta": {"error": "out of memory", "finish_reason": "ERROR"}}
+        if api == "cohere"
+        else said
+    )
     half_then(b"data: " + json.dumps(said).encode() + b"\n\n")(handler, body)
 
 
@@ -312,30 +354,55 @@ def test_what_is_sent(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     engine = RemoteEngine(server.url, "m")
     tool = {"name": "f", "parameters": {}}
-    engine.generate([Request((Message("system", "s"), Message("user", "u")), tools=(tool,), sampling=Sampling(max_tokens=3, temperature=0.5, seed=7, stop=("x",)))])
+    engine.generate(
+        [
+            Request(
+                (Message("system", "s"), Message("user", "u")),
+                tools=(tool,),
+                sampling=Sampling(max_tokens=3, temperature=0.5, seed=7, stop=("x",)),
+            )
+        ]
+    )
     _, body, headers = server.seen[0]
     assert headers["authorization"] == "Bearer sk-1"
     assert body == {
-        "model": "m", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "max_tokens": 3, "temperature": 0.5, "top_p": 1.0,
-        "stream": False, "seed": 7, "stop": ["x"], "tools": [{"type": "function", "function": tool}],
-    }  # fmt: skip
+        "model": "m",
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+        "max_tokens": 3,
+        "temperature": 0.5,
+        "top_p": 1.0,
+        "stream": False,
+        "seed": 7,
+        "stop": ["x"],
+        "tools": [{"type": "function", "function": tool}],
+    }
     engine.close()
 
 
 def test_a_model_that_knows_the_limit_by_its_new_name(server: Loopback, engine: RemoteEngine) -> None:
-    message = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    message = (
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    )
     server.behaviours = [says({"error": {"message": message}}, 400)]
     assert [c.text for c in engine.generate([ask("a")]) + engine.generate([ask("b")])] == ["to a", "to b"]
-    assert [next(k for k in body if k.startswith("max")) for _, body, _ in server.seen] == ["max_tokens", "max_completion_tokens", "max_completion_tokens"]
+    assert [next(k for k in body if k.startswith("max")) for _, body, _ in server.seen] == [
+        "max_tokens",
+        "max_completion_tokens",
+        "max_completion_tokens",
+    ]
 
 
 def test_answers_are_read_as_they_are(server: Loopback, engine: RemoteEngine) -> None:
     good = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     bad = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": '}}
     server.behaviours = [
-        says(reply("cut", "length")), says(reply("", "content_filter")), says(reply(None, "tool_calls", tool_calls=[good])),
-        says(reply("x", tool_calls=[bad])), says(reply(None)), says({**reply("no usage"), "usage": None}),
-    ]  # fmt: skip
+        says(reply("cut", "length")),
+        says(reply("", "content_filter")),
+        says(reply(None, "tool_calls", tool_calls=[good])),
+        says(reply("x", tool_calls=[bad])),
+        says(reply(None)),
+        says({**reply("no usage"), "usage": None}),
+    ]
     cut, filtered, called, broken, empty, free = (engine.generate([ask()])[0] for _ in range(6))
     assert (cut.finish, filtered.finish, empty.text, free.completion_tokens) == ("length", "filtered", "", 0)
     assert parse_calls(called.text)[1][0].arguments == {"a": 1}
@@ -346,7 +413,9 @@ def test_answers_are_read_as_they_are(server: Loopback, engine: RemoteEngine) ->
 
 
 def test_options_stand_behind_the_model() -> None:
-    url, model, options = parse_remote("https://api.groq.com/openai/v1#meta/llama-3:70b?key=GROQ_API_KEY&concurrency=16&requests_per_minute=30&input_price=0.5")
+    url, model, options = parse_remote(
+        "https://api.groq.com/openai/v1#meta/llama-3:70b?key=GROQ_API_KEY&concurrency=16&requests_per_minute=30&input_price=0.5"
+    )
     assert (url, model) == ("https://api.groq.com/openai/v1", "meta/llama-3:70b")
     assert options == RemoteOptions(key="GROQ_API_KEY", concurrency=16, requests_per_minute=30, input_price=0.5)
     same = [resolve(f"http://h/v1#m{rest}").digest for rest in ("", "?concurrency=2", "?key=A")]
@@ -356,7 +425,12 @@ def test_options_stand_behind_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("ref", "message"),
-    [("http://h/v1", "name the model"), ("http://h/v1#m?speed=9", "option 'speed'.*known: api, key, sampling"), ("http://h/v1#m?concurrency=0", "greater than 0"), ("http:///v1#m", "no host")],
+    [
+        ("http://h/v1", "name the model"),
+        ("http://h/v1#m?speed=9", "option 'speed'.*known: api, key, sampling"),
+        ("http://h/v1#m?concurrency=0", "greater than 0"),
+        ("http:///v1#m", "no host"),
+    ],
 )
 def test_mistakes_in_references(ref: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -401,7 +475,9 @@ def most_in_a_minute(times: list[tuple[float, float]]) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(10, 0), (0, 1000), (5, 1000)])
-def test_requests_and_tokens_stay_below_their_limits(requests: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_and_tokens_stay_below_their_limits(
+    requests: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = random.Random(0)
     pace, clock = paced(monkeypatch, requests=requests, tokens=tokens)
     times = []
@@ -434,11 +510,14 @@ def test_delays_grow() -> None:
 def test_an_interrupt_does_not_wait_for_a_server_that_hangs(server: Loopback) -> None:
     server.behaviours = [hangs] * 40
     code = (
-        "import os, signal, threading, time\nfrom llmworks.generate.engines.remote import RemoteEngine\nfrom llmworks.generate.remote.endpoint import RemoteOptions\nfrom llmworks.core.types import Message, Request\n"
+        "import os, signal, threading, time\nfrom llmworks.generate.engines.remote import RemoteEngine\nfrom"
+        " llmworks.generate.remote.endpoint import RemoteOptions\nfrom llmworks.core.types import Message, Request\n"
         f"engine = RemoteEngine({server.url!r}, 'm', RemoteOptions(timeout=60, concurrency=2))\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell that starts the tests in the background has it ignored
+        # a shell that starts the tests in the background has it ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
-        "try:\n    engine.generate([Request((Message('user', 'a'),))] * 5)\nexcept KeyboardInterrupt:\n    engine.close()\n    print('interrupted')\n"
+        "try:\n    engine.generate([Request((Message('user', 'a'),))] * 5)\nexcept KeyboardInterrupt:\n   "
+        " engine.close()\n    print('interrupted')\n"
     )
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)

@@ -1,4 +1,6 @@
-"""Golden tokens replayed on engines: what agrees passes, another template, other weights or a token added by a server do not."""
+"""Golden tokens replayed on engines: what agrees passes, another template, other weights or a token added by a server
+do not.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from llmworks.tokenize.chat.templates import for_template, render_prompt
 
 
 @pytest.fixture
-def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any], str]]:
+def check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, dict[str, Any], str]]:
     """(exit code, {what: ok}, all that was said) of `verify --golden`."""
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
 
@@ -44,13 +48,17 @@ def test_engines_that_run_here(check: Callable[..., Any], pico: Path, pico_gguf:
     code, found, said = check(str(pico), str(make_pico(tmp_path / "other", seed=1)))
     assert (code, found) == (1, {"tokens": True, "logits": False})
     assert "does not replay the golden tokens of model: logits:" in said
-    code, found, said = check(str(pico), str(changed(pico, tmp_path / "system", TEMPLATE.replace("{% for", "{{ '<|im_start|>' }}{% for", 1))))
+    code, found, said = check(
+        str(pico), str(changed(pico, tmp_path / "system", TEMPLATE.replace("{% for", "{{ '<|im_start|>' }}{% for", 1)))
+    )
     assert (code, found) == (1, {"tokens": False, "logits": True})
     assert "conversation 1: token 1 is 1, recorded" in said
     assert check(str(pico), str(pico_gguf), "--within", "0")[0] == 1
 
 
-def test_a_record_is_replayed_on_its_own_model(check: Callable[..., Any], pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_is_replayed_on_its_own_model(
+    check: Callable[..., Any], pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["quantize", "gguf", str(pico), "--out", str(tmp_path / "small"), "--quiet", "--set", "type=f16"]) == 0
     capsys.readouterr()
     assert check(str(tmp_path / "small"))[:2] == (0, {"tokens": True, "logits": True})
@@ -62,13 +70,24 @@ def test_a_record_is_replayed_on_its_own_model(check: Callable[..., Any], pico: 
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("q4_0", 3.0), ("q8_0", 0.3), ("f16", 0.05), ("f32", 0.02)])
-def test_a_file_alone_says_how_far_it_may_be(kind: str, bound: float, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_alone_says_how_far_it_may_be(
+    kind: str,
+    bound: float,
+    pico: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Its header has the type; the directory's record is not beside it."""
-    assert main(["quantize", "gguf", str(pico), "--out", str(tmp_path / "small"), "--quiet", "--set", f"type={kind}"]) == 0
+    assert (
+        main(["quantize", "gguf", str(pico), "--out", str(tmp_path / "small"), "--quiet", "--set", f"type={kind}"]) == 0
+    )
     shutil.copyfile(next((tmp_path / "small").glob("*.gguf")), tmp_path / "alone.gguf")
     assert type_of(tmp_path / "alone.gguf") == kind
     seen: list[float] = []
-    monkeypatch.setattr("llmworks.generate.replay.replay", lambda recorded, engine, within, reference: seen.append(within) or [])
+    monkeypatch.setattr(
+        "llmworks.generate.replay.replay", lambda recorded, engine, within, reference: seen.append(within) or []
+    )
     assert main(["verify", "--golden", str(pico), f"gguf:{tmp_path / 'alone.gguf'}"]) == 0
     assert seen == [bound]
 

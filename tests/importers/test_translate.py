@@ -1,4 +1,6 @@
-"""Configurations of Axolotl and LLaMA-Factory become recipes that hold; of every key it is said what became of it, and a translated recipe trains."""
+"""Configurations of Axolotl and LLaMA-Factory become recipes that hold; of every key it is said what became of it, and
+a translated recipe trains.
+"""
 
 from __future__ import annotations
 
@@ -16,48 +18,217 @@ from llmworks.importers.keys import Keys
 from llmworks.importers.translate import Translated, translate
 from llmworks.runtime.recipe import StageStep, load_recipe
 
-TRACKERS = {"wandb_project": None, "wandb_entity": None, "wandb_watch": None, "wandb_name": None, "wandb_log_model": None}
+TRACKERS = {
+    "wandb_project": None,
+    "wandb_entity": None,
+    "wandb_watch": None,
+    "wandb_name": None,
+    "wandb_log_model": None,
+}
 AXOLOTL: dict[str, dict[str, Any]] = {
     "lora": {
-        "base_model": "NousResearch/Meta-Llama-3-8B", "model_type": "LlamaForCausalLM", "tokenizer_type": "AutoTokenizer", "load_in_8bit": True, "load_in_4bit": False, **TRACKERS,
-        "datasets": [{"path": "mhenrichsen/alpaca_2k_test", "type": "alpaca"}], "dataset_prepared_path": None, "val_set_size": 0.05, "output_dir": "./outputs/lora-out", "sequence_len": 4096, "sample_packing": True,
-        "eval_sample_packing": False, "adapter": "lora", "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "lora_target_linear": True, "lora_modules_to_save": ["embed_tokens", "lm_head"],
-        "gradient_accumulation_steps": 4, "micro_batch_size": 2, "num_epochs": 4, "optimizer": "adamw_bnb_8bit", "lr_scheduler": "cosine", "learning_rate": 0.0002, "bf16": "auto", "tf32": False,
-        "gradient_checkpointing": True, "logging_steps": 1, "flash_attention": True, "warmup_ratio": 0.1, "evals_per_epoch": 4, "saves_per_epoch": 1, "weight_decay": 0.0, "special_tokens": {"pad_token": "<|end_of_text|>"},
+        "base_model": "NousResearch/Meta-Llama-3-8B",
+        "model_type": "LlamaForCausalLM",
+        "tokenizer_type": "AutoTokenizer",
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        **TRACKERS,
+        "datasets": [{"path": "mhenrichsen/alpaca_2k_test", "type": "alpaca"}],
+        "dataset_prepared_path": None,
+        "val_set_size": 0.05,
+        "output_dir": "./outputs/lora-out",
+        "sequence_len": 4096,
+        "sample_packing": True,
+        "eval_sample_packing": False,
+        "adapter": "lora",
+        "lora_r": 32,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "lora_target_linear": True,
+        "lora_modules_to_save": ["embed_tokens", "lm_head"],
+        "gradient_accumulation_steps": 4,
+        "micro_batch_size": 2,
+        "num_epochs": 4,
+        "optimizer": "adamw_bnb_8bit",
+        "lr_scheduler": "cosine",
+        "learning_rate": 0.0002,
+        "bf16": "auto",
+        "tf32": False,
+        "gradient_checkpointing": True,
+        "logging_steps": 1,
+        "flash_attention": True,
+        "warmup_ratio": 0.1,
+        "evals_per_epoch": 4,
+        "saves_per_epoch": 1,
+        "weight_decay": 0.0,
+        "special_tokens": {"pad_token": "<|end_of_text|>"},
     },
     "qlora": {
-        "base_model": "google/gemma-3-1b-it", "ddp_find_unused_parameters": True, "load_in_8bit": False, "load_in_4bit": True, "chat_template": "gemma3", "eot_tokens": ["<end_of_turn>"],
-        "datasets": [{"path": "cgato/SlimOrcaDedupCleaned", "type": "chat_template", "field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}],
-        "val_set_size": 0.0, "output_dir": "./out", "unfrozen_parameters": ["^lm_head.*"], "adapter": "qlora", "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0, "lora_target_modules": ["q_proj", "model.layers.3.mlp.up_proj"],
-        "sequence_len": 2048, "sample_packing": True, "gradient_accumulation_steps": 4, "micro_batch_size": 1, "num_epochs": 4, "optimizer": "paged_adamw_8bit", "lr_scheduler": "constant_with_warmup", "learning_rate": "2e-4",
-        "bf16": True, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "warmup_steps": 100, "saves_per_epoch": 1, "peft_use_rslora": True, "loraplus_lr_ratio": 16, "seed": 7,
+        "base_model": "google/gemma-3-1b-it",
+        "ddp_find_unused_parameters": True,
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+        "chat_template": "gemma3",
+        "eot_tokens": ["<end_of_turn>"],
+        "datasets": [
+            {
+                "path": "cgato/SlimOrcaDedupCleaned",
+                "type": "chat_template",
+                "field_messages": "conversations",
+                "message_property_mappings": {"role": "from", "content": "value"},
+            }
+        ],
+        "val_set_size": 0.0,
+        "output_dir": "./out",
+        "unfrozen_parameters": ["^lm_head.*"],
+        "adapter": "qlora",
+        "lora_r": 32,
+        "lora_alpha": 16,
+        "lora_dropout": 0,
+        "lora_target_modules": ["q_proj", "model.layers.3.mlp.up_proj"],
+        "sequence_len": 2048,
+        "sample_packing": True,
+        "gradient_accumulation_steps": 4,
+        "micro_batch_size": 1,
+        "num_epochs": 4,
+        "optimizer": "paged_adamw_8bit",
+        "lr_scheduler": "constant_with_warmup",
+        "learning_rate": "2e-4",
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "warmup_steps": 100,
+        "saves_per_epoch": 1,
+        "peft_use_rslora": True,
+        "loraplus_lr_ratio": 16,
+        "seed": 7,
     },
     "full": {
-        "base_model": "stabilityai/stablelm-2-1_6b", "trust_remote_code": True, "datasets": [{"path": "tatsu-lab/alpaca", "type": "alpaca"}, {"path": "org/talks", "type": "sharegpt", "conversation": "chatml"}],
-        "val_set_size": 0.1, "sequence_len": 8192, "excess_length_strategy": "truncate", "pad_to_sequence_len": True, "adapter": None, "lora_r": 8, "micro_batch_size": 1, "num_epochs": 1, "optimizer": "adamw_torch_fused",
-        "lr_scheduler": "linear", "learning_rate": 2e-5, "train_on_inputs": False, "group_by_length": False, "bf16": "auto", "fp16": None, "early_stopping_patience": 3, "eval_steps": 20, "save_steps": 40, "neftune_noise_alpha": 5,
-        "warmup_steps": 0, "deepspeed": "deepspeed_configs/zero3_bf16.json", "weight_decay": 0.1, "max_grad_norm": 0.5, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "flash_attn_rms_norm": True,
+        "base_model": "stabilityai/stablelm-2-1_6b",
+        "trust_remote_code": True,
+        "datasets": [
+            {"path": "tatsu-lab/alpaca", "type": "alpaca"},
+            {"path": "org/talks", "type": "sharegpt", "conversation": "chatml"},
+        ],
+        "val_set_size": 0.1,
+        "sequence_len": 8192,
+        "excess_length_strategy": "truncate",
+        "pad_to_sequence_len": True,
+        "adapter": None,
+        "lora_r": 8,
+        "micro_batch_size": 1,
+        "num_epochs": 1,
+        "optimizer": "adamw_torch_fused",
+        "lr_scheduler": "linear",
+        "learning_rate": 2e-5,
+        "train_on_inputs": False,
+        "group_by_length": False,
+        "bf16": "auto",
+        "fp16": None,
+        "early_stopping_patience": 3,
+        "eval_steps": 20,
+        "save_steps": 40,
+        "neftune_noise_alpha": 5,
+        "warmup_steps": 0,
+        "deepspeed": "deepspeed_configs/zero3_bf16.json",
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-5,
+        "flash_attn_rms_norm": True,
     },
     "texts": {
-        "base_model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "max_steps": 200, "pretraining_dataset": [{"path": "allenai/c4", "name": "en", "type": "pretrain"}], "val_set_size": 0.0, "sequence_len": 2048, "sample_packing": True,
-        "micro_batch_size": 2, "num_epochs": 4, "optimizer": "lion_8bit", "lr_scheduler": "rex", "learning_rate": 0.0002, "warmup_ratio": 0.1, "strange_key": 3,
+        "base_model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        "max_steps": 200,
+        "pretraining_dataset": [{"path": "allenai/c4", "name": "en", "type": "pretrain"}],
+        "val_set_size": 0.0,
+        "sequence_len": 2048,
+        "sample_packing": True,
+        "micro_batch_size": 2,
+        "num_epochs": 4,
+        "optimizer": "lion_8bit",
+        "lr_scheduler": "rex",
+        "learning_rate": 0.0002,
+        "warmup_ratio": 0.1,
+        "strange_key": 3,
     },
-}  # fmt: skip
+}
 USUAL = {
-    "model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct", "trust_remote_code": True, "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_target": "all", "dataset": "identity,alpaca_en_demo", "template": "llama3",
-    "cutoff_len": 2048, "max_samples": 1000, "overwrite_cache": True, "preprocessing_num_workers": 16, "output_dir": "saves/llama3-8b/lora/sft", "logging_steps": 10, "save_steps": 500, "plot_loss": True, "overwrite_output_dir": True,
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "learning_rate": 1.0e-4, "num_train_epochs": 3.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "bf16": True, "ddp_timeout": 180000000,
-}  # fmt: skip
+    "model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "trust_remote_code": True,
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "lora_target": "all",
+    "dataset": "identity,alpaca_en_demo",
+    "template": "llama3",
+    "cutoff_len": 2048,
+    "max_samples": 1000,
+    "overwrite_cache": True,
+    "preprocessing_num_workers": 16,
+    "output_dir": "saves/llama3-8b/lora/sft",
+    "logging_steps": 10,
+    "save_steps": 500,
+    "plot_loss": True,
+    "overwrite_output_dir": True,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 1.0e-4,
+    "num_train_epochs": 3.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "bf16": True,
+    "ddp_timeout": 180000000,
+}
 FACTORY: dict[str, dict[str, Any]] = {
-    "lora": {**USUAL, "lora_rank": 16, "val_size": 0.1, "per_device_eval_batch_size": 1, "eval_strategy": "steps", "eval_steps": 500, "loraplus_lr_ratio": 16.0},
-    "qlora": {**USUAL, "quantization_bit": 4, "quantization_method": "bitsandbytes", "double_quantization": False, "use_dora": True, "lora_target": "q_proj,v_proj", "load_best_model_at_end": True, "val_size": 0.1},
-    "full": {**USUAL, "finetuning_type": "full", "deepspeed": "examples/deepspeed/ds_z2_config.json", "pure_bf16": True, "lr_scheduler_type": "linear", "mask_history": True, "template": "cohere", "enable_liger_kernel": True},
+    "lora": {
+        **USUAL,
+        "lora_rank": 16,
+        "val_size": 0.1,
+        "per_device_eval_batch_size": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 500,
+        "loraplus_lr_ratio": 16.0,
+    },
+    "qlora": {
+        **USUAL,
+        "quantization_bit": 4,
+        "quantization_method": "bitsandbytes",
+        "double_quantization": False,
+        "use_dora": True,
+        "lora_target": "q_proj,v_proj",
+        "load_best_model_at_end": True,
+        "val_size": 0.1,
+    },
+    "full": {
+        **USUAL,
+        "finetuning_type": "full",
+        "deepspeed": "examples/deepspeed/ds_z2_config.json",
+        "pure_bf16": True,
+        "lr_scheduler_type": "linear",
+        "mask_history": True,
+        "template": "cohere",
+        "enable_liger_kernel": True,
+    },
     "texts": {**USUAL, "stage": "pt", "dataset": "c4_demo", "template": None, "max_samples": None, "packing": True},
-}  # fmt: skip
+}
 INFO = {
-    "identity": {"file_name": "identity.json"}, "alpaca_en_demo": {"file_name": "alpaca_en_demo.json", "columns": {"prompt": "instruction", "query": "input", "response": "output"}}, "c4_demo": {"file_name": "c4_demo.jsonl", "columns": {"prompt": "text"}},
-    "talks": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}}, "renamed": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "dialog"}}, "few": {"file_name": "identity.json", "num_samples": 5, "split": "test"}, "pairs": {"file_name": "pairs.json", "ranking": True},
-}  # fmt: skip
+    "identity": {"file_name": "identity.json"},
+    "alpaca_en_demo": {
+        "file_name": "alpaca_en_demo.json",
+        "columns": {"prompt": "instruction", "query": "input", "response": "output"},
+    },
+    "c4_demo": {"file_name": "c4_demo.jsonl", "columns": {"prompt": "text"}},
+    "talks": {
+        "hf_hub_url": "org/talks",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    },
+    "renamed": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "dialog"}},
+    "few": {"file_name": "identity.json", "num_samples": 5, "split": "test"},
+    "pairs": {"file_name": "pairs.json", "ranking": True},
+}
 
 
 @pytest.fixture
@@ -104,9 +275,18 @@ def test_an_adapter_of_axolotl(made: Any) -> None:
     assert recipe["steps"]["train"]["config"] == {"part": "train", "folds": 20}
     assert recipe["steps"]["tuned"]["inputs"] == {"model": "base", "data": "train", "held_out": "test"}
     assert recipe["steps"]["tuned"]["config"] == {
-        "method": "lora", "lora": {"rank": 32, "alpha": 16.0, "dropout": 0.05}, "epochs": 4.0, "batch_size": 2, "max_tokens": 4096, "accumulation": 4, "template": "alpaca", "golden": "renew: Axolotl's configuration asks for alpaca", "recompute": True, "look_every": 50,
+        "method": "lora",
+        "lora": {"rank": 32, "alpha": 16.0, "dropout": 0.05},
+        "epochs": 4.0,
+        "batch_size": 2,
+        "max_tokens": 4096,
+        "accumulation": 4,
+        "template": "alpaca",
+        "golden": "renew: Axolotl's configuration asks for alpaca",
+        "recompute": True,
+        "look_every": 50,
         "optimizer": {"learning_rate": 0.0002, "final_fraction": 0.0, "warmup": 0.1, "weight_decay": 0.0},
-    }  # fmt: skip
+    }
     assert told(found, "lost") == {"lora_modules_to_save", "load_in_8bit"}
     assert told(found, "otherwise") == {"micro_batch_size", "evals_per_epoch", "optimizer", "datasets[0].type"}
     for note in found.notes:
@@ -116,9 +296,19 @@ def test_an_adapter_of_axolotl(made: Any) -> None:
 def test_four_bits_of_axolotl(made: Any) -> None:
     found, recipe = made(AXOLOTL["qlora"])
     config = recipe["steps"]["tuned"]["config"]
-    assert config["lora"] == {"rank": 32, "alpha": 16.0, "faster": 16.0, "targets": ["q_proj", "up_proj"], "stabilised": True, "base": "nf4"}
+    assert config["lora"] == {
+        "rank": 32,
+        "alpha": 16.0,
+        "faster": 16.0,
+        "targets": ["q_proj", "up_proj"],
+        "stabilised": True,
+        "base": "nf4",
+    }
     assert config["template"] == "gemma"
-    assert config["optimizer"] == {"learning_rate": 0.0002, "schedule": "constant"}  # 100 steps of warm-up are told, not guessed
+    assert config["optimizer"] == {
+        "learning_rate": 0.0002,
+        "schedule": "constant",
+    }  # 100 steps of warm-up are told, not guessed
     assert recipe["seed"] == 7
     assert "held_out" not in recipe["steps"]["tuned"]["inputs"]
     assert told(found, "otherwise") == {"micro_batch_size", "bf16", "warmup_steps", "optimizer"}
@@ -132,7 +322,15 @@ def test_all_weights_of_axolotl_from_two_sets(made: Any) -> None:
     assert "parallel" not in config
     assert "the best weights are kept whole" in next(note.text for note in found.notes if note.key == "deepspeed")
     assert (config["look_every"], config["checkpoint_every"], config["patience"]) == (20, 40, 3)
-    assert config["optimizer"] == {"learning_rate": 2e-5, "schedule": "linear", "final_fraction": 0.0, "warmup": 0.0, "weight_decay": 0.1, "beta2": 0.95, "clip": 0.5}
+    assert config["optimizer"] == {
+        "learning_rate": 2e-5,
+        "schedule": "linear",
+        "final_fraction": 0.0,
+        "warmup": 0.0,
+        "weight_decay": 0.1,
+        "beta2": 0.95,
+        "clip": 0.5,
+    }
     assert {"adam_epsilon", "datasets"} <= told(found, "lost")
 
 
@@ -147,21 +345,47 @@ def test_texts_of_axolotl(made: Any) -> None:
 def test_adapters_of_llamafactory(made: Any, tmp_path: Path) -> None:
     found, recipe = made(FACTORY["lora"])
     assert recipe["steps"]["raw-1"] == {"use": f"path:{(tmp_path / 'data' / 'identity.json').resolve()}"}
-    assert recipe["steps"]["some-2"] == {"stage": "data.mix", "inputs": {"data": {"all": "chats-2"}}, "config": {"rows": 1000, "max_repeats": 1}}
+    assert recipe["steps"]["some-2"] == {
+        "stage": "data.mix",
+        "inputs": {"data": {"all": "chats-2"}},
+        "config": {"rows": 1000, "max_repeats": 1},
+    }
     assert recipe["steps"]["tuned"]["config"] == {
-        "method": "lora", "lora": {"rank": 16, "alpha": 32.0, "faster": 16.0}, "epochs": 3.0, "batch_size": 1, "max_tokens": 2048, "longer": "cut", "accumulation": 8, "template": "llama-3", "golden": "renew: LLaMA-Factory's configuration asks for llama3", "look_every": 500, "checkpoint_every": 500,
+        "method": "lora",
+        "lora": {"rank": 16, "alpha": 32.0, "faster": 16.0},
+        "epochs": 3.0,
+        "batch_size": 1,
+        "max_tokens": 2048,
+        "longer": "cut",
+        "accumulation": 8,
+        "template": "llama-3",
+        "golden": "renew: LLaMA-Factory's configuration asks for llama3",
+        "look_every": 500,
+        "checkpoint_every": 500,
         "optimizer": {"learning_rate": 0.0001, "final_fraction": 0.0, "warmup": 0.1},
-    }  # fmt: skip
+    }
     assert told(found, "lost") == set()
     _, recipe = made(FACTORY["qlora"])
-    assert recipe["steps"]["tuned"]["config"]["lora"] == {"rank": 8, "alpha": 16.0, "targets": ["q_proj", "v_proj"], "magnitudes": True, "base": "nf4", "double": False}
+    assert recipe["steps"]["tuned"]["config"]["lora"] == {
+        "rank": 8,
+        "alpha": 16.0,
+        "targets": ["q_proj", "v_proj"],
+        "magnitudes": True,
+        "base": "nf4",
+        "double": False,
+    }
     assert recipe["steps"]["tuned"]["config"]["best"] == "held_out"
 
 
 def test_all_weights_and_texts_of_llamafactory(made: Any) -> None:
     found, recipe = made(FACTORY["full"])
     config = recipe["steps"]["tuned"]["config"]
-    assert (config["method"], config["learn"], config["parallel"], config["optimizer"]["schedule"]) == ("full", "last", {"data": "shard"}, "linear")
+    assert (config["method"], config["learn"], config["parallel"], config["optimizer"]["schedule"]) == (
+        "full",
+        "last",
+        {"data": "shard"},
+        "linear",
+    )
     assert "template" not in config
     assert "template" in told(found, "otherwise")
     _, recipe = made(FACTORY["texts"])
@@ -170,7 +394,14 @@ def test_all_weights_and_texts_of_llamafactory(made: Any) -> None:
 
 def test_what_stays_as_it_is_where_nothing_is_said(made: Any) -> None:
     """The tools' own defaults, which are not ours."""
-    _, recipe = made({"base_model": "a/b", "datasets": [{"path": "c/d", "type": "chat_template"}], "adapter": "lora", "learning_rate": 1e-4})
+    _, recipe = made(
+        {
+            "base_model": "a/b",
+            "datasets": [{"path": "c/d", "type": "chat_template"}],
+            "adapter": "lora",
+            "learning_rate": 1e-4,
+        }
+    )
     config = recipe["steps"]["tuned"]["config"]
     assert config["lora"] == {"rank": 8, "alpha": 16.0, "targets": ["q_proj", "v_proj"]}
     assert (config["max_tokens"], config["optimizer"]["warmup"]) == (512, 0.03)
@@ -182,16 +413,48 @@ def test_what_stays_as_it_is_where_nothing_is_said(made: Any) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "preferences": (AXOLOTL["lora"] | {"rl": "dpo"}, "rl: dpo is no supervised fine-tuning"), "no data": ({"base_model": "a/b", "learning_rate": 1}, "datasets is missing"), "no rate": (AXOLOTL["lora"] | {"learning_rate": None}, "learning_rate is missing"),
-    "a word for a number": (AXOLOTL["lora"] | {"micro_batch_size": "two"}, "micro_batch_size: 'two' is not a number"), "no number": (AXOLOTL["lora"] | {"learning_rate": float("nan")}, "is not a number"),
-    "a strange set": (AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "context_qa.load_v2"}]}, "datasets[0].type: 'context_qa.load_v2' is not translated"), "a prompt of its own": (AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": {"format": "x"}}]}, "datasets[0].type"),
-    "sets that are none": (AXOLOTL["lora"] | {"datasets": {"path": "a/b"}}, "datasets: must be a list"), "texts and talks": (AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "alpaca"}, {"path": "a/c", "type": "completion"}]}, "documents and conversations"),
-    "another adapter": (AXOLOTL["lora"] | {"adapter": "llama-adapter"}, "adapter: 'llama-adapter' is not trained here"), "a pattern": (AXOLOTL["lora"] | {"lora_target_linear": False, "lora_target_modules": [r"model.layers.[\d]+.up_proj"]}, "a pattern is not translated"),
-    "no name": (AXOLOTL["lora"] | {"base_model": "llama"}, "'llama' is neither a file here nor ORG/NAME"), "neither true": (AXOLOTL["lora"] | {"load_in_4bit": "maybe"}, "neither true nor false"),
-    "pairs": (USUAL | {"dataset": "pairs"}, "'pairs' holds preference pairs"), "another stage": (USUAL | {"stage": "dpo"}, "stage: 'dpo' is no supervised"), "layers": (USUAL | {"finetuning_type": "freeze"}, "finetuning_type: 'freeze' is not translated"),
-    "an unknown set": (USUAL | {"dataset": "alpaca_de"}, "'alpaca_de' is not in"), "other columns": (USUAL | {"dataset": "renamed"}, "dataset 'renamed': messages: dialog: rows are recognised by their usual keys"), "half a rank": (AXOLOTL["lora"] | {"lora_r": 8.5}, "lora_r: 8.5 is not a whole number"), "nothing to train": (USUAL | {"do_train": False}, "do_train is false"),
-    "other messages": (AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "dialog"}]}, "datasets[0].field_messages: conversations are looked for in"), "no model": ({"model_name_or_path": None, "dataset": "identity"}, "model_name_or_path is missing"), "neither tool": ({"model": "x"}, "is no configuration of Axolotl"),
-}  # fmt: skip
+    "preferences": (AXOLOTL["lora"] | {"rl": "dpo"}, "rl: dpo is no supervised fine-tuning"),
+    "no data": ({"base_model": "a/b", "learning_rate": 1}, "datasets is missing"),
+    "no rate": (AXOLOTL["lora"] | {"learning_rate": None}, "learning_rate is missing"),
+    "a word for a number": (AXOLOTL["lora"] | {"micro_batch_size": "two"}, "micro_batch_size: 'two' is not a number"),
+    "no number": (AXOLOTL["lora"] | {"learning_rate": float("nan")}, "is not a number"),
+    "a strange set": (
+        AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "context_qa.load_v2"}]},
+        "datasets[0].type: 'context_qa.load_v2' is not translated",
+    ),
+    "a prompt of its own": (
+        AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": {"format": "x"}}]},
+        "datasets[0].type",
+    ),
+    "sets that are none": (AXOLOTL["lora"] | {"datasets": {"path": "a/b"}}, "datasets: must be a list"),
+    "texts and talks": (
+        AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "alpaca"}, {"path": "a/c", "type": "completion"}]},
+        "documents and conversations",
+    ),
+    "another adapter": (AXOLOTL["lora"] | {"adapter": "llama-adapter"}, "adapter: 'llama-adapter' is not trained here"),
+    "a pattern": (
+        AXOLOTL["lora"] | {"lora_target_linear": False, "lora_target_modules": [r"model.layers.[\d]+.up_proj"]},
+        "a pattern is not translated",
+    ),
+    "no name": (AXOLOTL["lora"] | {"base_model": "llama"}, "'llama' is neither a file here nor ORG/NAME"),
+    "neither true": (AXOLOTL["lora"] | {"load_in_4bit": "maybe"}, "neither true nor false"),
+    "pairs": (USUAL | {"dataset": "pairs"}, "'pairs' holds preference pairs"),
+    "another stage": (USUAL | {"stage": "dpo"}, "stage: 'dpo' is no supervised"),
+    "layers": (USUAL | {"finetuning_type": "freeze"}, "finetuning_type: 'freeze' is not translated"),
+    "an unknown set": (USUAL | {"dataset": "alpaca_de"}, "'alpaca_de' is not in"),
+    "other columns": (
+        USUAL | {"dataset": "renamed"},
+        "dataset 'renamed': messages: dialog: rows are recognised by their usual keys",
+    ),
+    "half a rank": (AXOLOTL["lora"] | {"lora_r": 8.5}, "lora_r: 8.5 is not a whole number"),
+    "nothing to train": (USUAL | {"do_train": False}, "do_train is false"),
+    "other messages": (
+        AXOLOTL["lora"] | {"datasets": [{"path": "a/b", "type": "chat_template", "field_messages": "dialog"}]},
+        "datasets[0].field_messages: conversations are looked for in",
+    ),
+    "no model": ({"model_name_or_path": None, "dataset": "identity"}, "model_name_or_path is missing"),
+    "neither tool": ({"model": "x"}, "is no configuration of Axolotl"),
+}
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -207,16 +470,26 @@ def test_what_would_be_another_training_is_told(made: Any) -> None:
     """Each of these changed the training without a word once."""
     split = [{"path": "a/b", "type": "alpaca", "split": "train[:10%]"}]
     for values, key, fate in (
-        (AXOLOTL["lora"] | {"datasets": split}, "datasets[0].split", "lost"), (AXOLOTL["full"] | {"load_in_4bit": True}, "load_in_4bit", "lost"), (AXOLOTL["lora"] | {"val_set_size": 0.9}, "val_set_size", "otherwise"),
-        (AXOLOTL["lora"] | {"test_datasets": [{"path": "a/c", "type": "alpaca"}]}, "val_set_size", "meaningless"), (USUAL | {"template": "empty"}, "template", "lost"), (USUAL | {"template": "default"}, "template", "lost"),
-        (USUAL | {"template": "qwen"}, "template", "otherwise"), (USUAL | {"neat_packing": True}, "packing", "otherwise"), (FACTORY["texts"] | {"packing": None}, "packing", "otherwise"), (USUAL | {"quantization_bit": 8}, "quantization_bit", "lost"),
-        (USUAL | {"dataset": "few"}, "dataset few: split", "lost"), (USUAL | {"max_steps": -1}, "max_steps", "meaningless"),
-    ):  # fmt: skip
+        (AXOLOTL["lora"] | {"datasets": split}, "datasets[0].split", "lost"),
+        (AXOLOTL["full"] | {"load_in_4bit": True}, "load_in_4bit", "lost"),
+        (AXOLOTL["lora"] | {"val_set_size": 0.9}, "val_set_size", "otherwise"),
+        (AXOLOTL["lora"] | {"test_datasets": [{"path": "a/c", "type": "alpaca"}]}, "val_set_size", "meaningless"),
+        (USUAL | {"template": "empty"}, "template", "lost"),
+        (USUAL | {"template": "default"}, "template", "lost"),
+        (USUAL | {"template": "qwen"}, "template", "otherwise"),
+        (USUAL | {"neat_packing": True}, "packing", "otherwise"),
+        (FACTORY["texts"] | {"packing": None}, "packing", "otherwise"),
+        (USUAL | {"quantization_bit": 8}, "quantization_bit", "lost"),
+        (USUAL | {"dataset": "few"}, "dataset few: split", "lost"),
+        (USUAL | {"max_steps": -1}, "max_steps", "meaningless"),
+    ):
         found, recipe = made(values)
         assert [note.fate for note in found.notes if note.key == key] == [fate], (key, fate)
     assert recipe["steps"]["base"] == {"use": "hf:meta-llama/Meta-Llama-3-8B-Instruct"}
     assert made(USUAL | {"dataset": "few"})[1]["steps"]["some"]["config"]["rows"] == 5
-    assert made(AXOLOTL["lora"] | {"base_model": "asset:smollm2-135m-instruct"})[1]["steps"]["base"] == {"use": "asset:smollm2-135m-instruct"}
+    assert made(AXOLOTL["lora"] | {"base_model": "asset:smollm2-135m-instruct"})[1]["steps"]["base"] == {
+        "use": "asset:smollm2-135m-instruct"
+    }
 
 
 def test_a_key_that_stands_twice(tmp_path: Path) -> None:
@@ -239,11 +512,32 @@ def test_no_key_is_silent() -> None:
     assert [(note.key, note.fate) for note in keys.notes] == [("a", "unknown"), ("wandb_x", "meaningless")]
 
 
-def test_a_translated_recipe_trains(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_translated_recipe_trains(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [{"instruction": f"say {word}", "input": "", "output": word} for word in ("the", "quick", "brown", "fox", "user", "city", "what", "name")]
+    rows = [
+        {"instruction": f"say {word}", "input": "", "output": word}
+        for word in ("the", "quick", "brown", "fox", "user", "city", "what", "name")
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "mine.yml").write_text(yaml.safe_dump({"base_model": str(pico), "datasets": [{"path": "rows.json", "type": "alpaca"}], "val_set_size": 0.25, "adapter": "qlora", "load_in_4bit": True, "lora_r": 4, "lora_target_linear": True, "learning_rate": 0.001, "num_epochs": 1, "micro_batch_size": 2, "special_tokens": {"pad_token": "x"}}))
+    (tmp_path / "mine.yml").write_text(
+        yaml.safe_dump(
+            {
+                "base_model": str(pico),
+                "datasets": [{"path": "rows.json", "type": "alpaca"}],
+                "val_set_size": 0.25,
+                "adapter": "qlora",
+                "load_in_4bit": True,
+                "lora_r": 4,
+                "lora_target_linear": True,
+                "learning_rate": 0.001,
+                "num_epochs": 1,
+                "micro_batch_size": 2,
+                "special_tokens": {"pad_token": "x"},
+            }
+        )
+    )
     assert main(["import", "mine.yml", "--out", "mine.yaml"]) == 0
     assert "llmworks run mine.yaml" in capsys.readouterr().out
     assert main(["import", "mine.yml", "--out", "mine.yaml"]) == 2  # nothing is overwritten

@@ -28,14 +28,27 @@ def node(name: str, *parents: str, kind: str = "model", stage: str = "merge", de
 
 def large() -> Family:
     """A family of thirty-odd models: a base, tuned children, merges of them, merges of merges, quantizations."""
-    nodes = [node("base", stage="", derivation="declared"), *(node(f"tuned-{i}", "base", stage="train.sft", derivation="declared") for i in range(8)), *(node(f"data-{i}", kind="dataset", stage="data.read") for i in range(4))]
-    nodes += [node(f"merge-{i}", f"tuned-{i}", f"tuned-{(i + 3) % 8}", "base") for i in range(8)] + [node(f"second-{i}", f"merge-{i}", f"merge-{i + 1}") for i in range(6)] + [node(f"small-{i}", f"second-{i}", stage="quantize.gguf") for i in range(6)]
+    nodes = [
+        node("base", stage="", derivation="declared"),
+        *(node(f"tuned-{i}", "base", stage="train.sft", derivation="declared") for i in range(8)),
+        *(node(f"data-{i}", kind="dataset", stage="data.read") for i in range(4)),
+    ]
+    nodes += (
+        [node(f"merge-{i}", f"tuned-{i}", f"tuned-{(i + 3) % 8}", "base") for i in range(8)]
+        + [node(f"second-{i}", f"merge-{i}", f"merge-{i + 1}") for i in range(6)]
+        + [node(f"small-{i}", f"second-{i}", stage="quantize.gguf") for i in range(6)]
+    )
     return Family({one.digest: one for one in nodes})
 
 
 def star() -> Family:
     """A model, one that was made of it, and thirty of that; of the fourth of these, two more."""
-    nodes = [node("root", stage=""), node("one", "root"), *(node(f"leaf-{i:02}", "one", "root", stage="quantize.gptq") for i in range(30)), *(node(f"last-{i}", "leaf-03") for i in range(2))]
+    nodes = [
+        node("root", stage=""),
+        node("one", "root"),
+        *(node(f"leaf-{i:02}", "one", "root", stage="quantize.gptq") for i in range(30)),
+        *(node(f"last-{i}", "leaf-03") for i in range(2)),
+    ]
     return Family({one.digest: one for one in nodes})
 
 
@@ -56,7 +69,9 @@ def test_no_two_boxes_are_in_one_place(family: Family) -> None:
 
 
 def test_lines_to_lower_rows_run_between_columns() -> None:
-    """The straight part of no line, and the end of none, is in another box; what has children stands in the last row."""
+    """The straight part of no line, and the end of none, is in another box; what has children stands in the last
+    row.
+    """
     at = placed(star())
     rows = sorted({at.boxes[f"leaf-{i:02}"][1] for i in range(30)})
     assert len(rows) > 2
@@ -83,7 +98,9 @@ def test_drawings_say_the_same(tmp_path: Path) -> None:
 
 def test_the_page_holds_what_it_shows_and_no_more() -> None:
     """Names from outside are text, wherever they stand; nothing is fetched."""
-    evil = Node("evil", "model", '</script><img src=x onerror="alert(1)">', "", "declared", (("says", "base"),), None, "hf:a/b")
+    evil = Node(
+        "evil", "model", '</script><img src=x onerror="alert(1)">', "", "declared", (("says", "base"),), None, "hf:a/b"
+    )
     family = Family({"base": node("base"), "evil": evil})
     page = draw_page(family, "<b>Tree</b>", {"base": "mit"}, ["a <line>"])
     assert "<img" not in page
@@ -104,11 +121,41 @@ def card(path: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"README.md": "---\nbase_model: org/base\nbase_model_relation: quantized\n---\n"}, [Claim("org/base", "quantized", "README.md")]),
-        ({"README.md": "---\nbase_model:\n- org/a\n- org/b\n---\n"}, [Claim("org/a", "merge", "README.md"), Claim("org/b", "merge", "README.md")]),
-        ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}', "README.md": "---\nbase_model: org/base\n---\n"}, [Claim("org/base", "adapter", "adapter_config.json")]),
-        ({"mergekit_config.yml": "merge_method: ties\nbase_model: org/base\nmodels:\n  - model: org/a\n    parameters: {weight: 1}\n  - model: {model: {path: org/b}}\n"}, [Claim("org/base", "merge, ties", "mergekit_config.yml"), Claim("org/a", "merge, ties", "mergekit_config.yml"), Claim("org/b", "merge, ties", "mergekit_config.yml")]),
-        ({"mergekit_moe_config.yml": "base_model: org/base\nexperts:\n- source_model: org/a\n"}, [Claim("org/base", "merge, experts", "mergekit_moe_config.yml"), Claim("org/a", "merge, experts", "mergekit_moe_config.yml")]),
+        (
+            {"README.md": "---\nbase_model: org/base\nbase_model_relation: quantized\n---\n"},
+            [Claim("org/base", "quantized", "README.md")],
+        ),
+        (
+            {"README.md": "---\nbase_model:\n- org/a\n- org/b\n---\n"},
+            [Claim("org/a", "merge", "README.md"), Claim("org/b", "merge", "README.md")],
+        ),
+        (
+            {
+                "adapter_config.json": '{"base_model_name_or_path": "org/base"}',
+                "README.md": "---\nbase_model: org/base\n---\n",
+            },
+            [Claim("org/base", "adapter", "adapter_config.json")],
+        ),
+        (
+            {
+                "mergekit_config.yml": (
+                    "merge_method: ties\nbase_model: org/base\nmodels:\n  - model: org/a\n    parameters: {weight: 1}\n"
+                    "  - model: {model: {path: org/b}}\n"
+                )
+            },
+            [
+                Claim("org/base", "merge, ties", "mergekit_config.yml"),
+                Claim("org/a", "merge, ties", "mergekit_config.yml"),
+                Claim("org/b", "merge, ties", "mergekit_config.yml"),
+            ],
+        ),
+        (
+            {"mergekit_moe_config.yml": "base_model: org/base\nexperts:\n- source_model: org/a\n"},
+            [
+                Claim("org/base", "merge, experts", "mergekit_moe_config.yml"),
+                Claim("org/a", "merge, experts", "mergekit_moe_config.yml"),
+            ],
+        ),
         ({"README.md": "---\nbase_model: [\n---\n", "adapter_config.json": "[1]", "mergekit_config.yml": "- {"}, []),
         ({"README.md": "no head"}, []),
     ],
@@ -135,22 +182,57 @@ def test_what_gguf_says_of_itself(tmp_path: Path) -> None:
 
 
 def test_licences_that_may_not_go_together() -> None:
-    assert [kind_of(said) for said in ("apache-2.0", "mit", "cc-by-nc-4.0", "gpl-3.0", "llama3", "gemma", "cc-by-sa-4.0", "cc-by-4.0")] == ["free", "free", "non-commercial", "share-alike", "own", "own", "share-alike", "free"]
-    family = Family({one.digest: one for one in (node("nc"), node("free"), node("gemma"), node("llama"), node("child", "nc", "free"), node("fine", "free"), node("both", "gemma", "llama"), node("silent", "nc"))})
-    said = {"nc": "cc-by-nc-4.0", "free": "apache-2.0", "gemma": "gemma", "llama": "llama3", "child": "apache-2.0", "fine": "mit"}
+    assert [
+        kind_of(said)
+        for said in ("apache-2.0", "mit", "cc-by-nc-4.0", "gpl-3.0", "llama3", "gemma", "cc-by-sa-4.0", "cc-by-4.0")
+    ] == ["free", "free", "non-commercial", "share-alike", "own", "own", "share-alike", "free"]
+    family = Family(
+        {
+            one.digest: one
+            for one in (
+                node("nc"),
+                node("free"),
+                node("gemma"),
+                node("llama"),
+                node("child", "nc", "free"),
+                node("fine", "free"),
+                node("both", "gemma", "llama"),
+                node("silent", "nc"),
+            )
+        }
+    )
+    said = {
+        "nc": "cc-by-nc-4.0",
+        "free": "apache-2.0",
+        "gemma": "gemma",
+        "llama": "llama3",
+        "child": "apache-2.0",
+        "fine": "mit",
+    }
     found = conflicts(family, said)
     assert found == [
-        "child: under apache-2.0, from nc (cc-by-nc-4.0), which ask for more", "both: from gemma (gemma) and llama (llama3): terms that may not go together",
+        "child: under apache-2.0, from nc (cc-by-nc-4.0), which ask for more",
+        "both: from gemma (gemma) and llama (llama3): terms that may not go together",
         "silent: under no licence of their own, from nc (cc-by-nc-4.0), which allows no commercial use",
-    ]  # fmt: skip
+    ]
 
 
-def test_a_foreign_model_s_parents_by_files_and_by_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_model_s_parents_by_files_and_by_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The tree of a model that no manifest knows: its card's claim, and what its weights say when they are asked."""
     from tests.merge.test_methods_conformance import merged
 
     models(tmp_path / "family")
-    merged({"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "a", "parameters": {"weight": 0.6}}, {"model": "b", "parameters": {"weight": 0.6}}]}, tmp_path / "family", tmp_path / "found")
+    merged(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": "base",
+            "models": [{"model": "a", "parameters": {"weight": 0.6}}, {"model": "b", "parameters": {"weight": 0.6}}],
+        },
+        tmp_path / "family",
+        tmp_path / "found",
+    )
     for name in ("mergekit_config.yml", "README.md"):
         (tmp_path / "found" / name).unlink()
     shutil.rmtree(tmp_path / "found" / "report", ignore_errors=True)
@@ -158,7 +240,13 @@ def test_a_foreign_model_s_parents_by_files_and_by_weights(tmp_path: Path, monke
     card(tmp_path / "family" / "a", "license: cc-by-nc-4.0")
     save(tmp_path / "stranger", "far")
     monkeypatch.chdir(tmp_path / "family")
-    words = ["tree", str(tmp_path / "found"), *(word for name in ("base", "a", "b", "c", str(tmp_path / "stranger")) for word in ("--among", name)), "--workspace", str(tmp_path / "ws")]
+    words = [
+        "tree",
+        str(tmp_path / "found"),
+        *(word for name in ("base", "a", "b", "c", str(tmp_path / "stranger")) for word in ("--among", name)),
+        "--workspace",
+        str(tmp_path / "ws"),
+    ]
     files = {kind: tmp_path / f"tree.{kind}" for kind in ("html", "svg", "png", "mermaid")}
     assert main([*words, *(word for kind, file in files.items() for word in (f"--{kind}", str(file)))]) == 0
     told = capsys.readouterr()
@@ -180,7 +268,17 @@ def test_a_foreign_model_s_parents_by_files_and_by_weights(tmp_path: Path, monke
 
 def test_only_models(tmp_path: Path) -> None:
     """Data between two models is passed over."""
-    family = Family({one.digest: one for one in (node("a"), node("rows", "a", kind="dataset"), node("b", "rows"), node("report", "b", kind="report"))})
+    family = Family(
+        {
+            one.digest: one
+            for one in (
+                node("a"),
+                node("rows", "a", kind="dataset"),
+                node("b", "rows"),
+                node("report", "b", kind="report"),
+            )
+        }
+    )
     small = family.of_kinds("model")
     assert set(small.nodes) == {"a", "b"}
     assert small.nodes["b"].parents == (("model, by way of others", "a"),)

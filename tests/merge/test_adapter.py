@@ -37,7 +37,15 @@ def tuned(recipe_file: Callable[..., Path], tmp_path: Path) -> tuple[Adapter, Mo
 
 def merge(adapter: Adapter, model: Model, workspace: Workspace) -> Outcome:
     stage = resolve_stage("merge.adapter")
-    return execute(stage, stage.config(), {"adapter": adapter, "model": model}, workspace, seed=0, open_engine=open_engine, quiet=True)
+    return execute(
+        stage,
+        stage.config(),
+        {"adapter": adapter, "model": model},
+        workspace,
+        seed=0,
+        open_engine=open_engine,
+        quiet=True,
+    )
 
 
 def test_merged_model_carries_the_adapters_template_and_golden_tokens(tuned: tuple[Adapter, Model, Workspace]) -> None:
@@ -74,7 +82,9 @@ def other_template(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [scale_up, other_weights, other_template])
-def test_silent_damage_publishes_nothing(tuned: tuple[Adapter, Model, Workspace], tmp_path: Path, change: Callable[[Path], None]) -> None:
+def test_silent_damage_publishes_nothing(
+    tuned: tuple[Adapter, Model, Workspace], tmp_path: Path, change: Callable[[Path], None]
+) -> None:
     adapter, model, workspace = tuned
     before = len(workspace.artifacts())
     with pytest.raises(GoldenMismatch, match=r"merge\.adapter: golden .*nothing was published"):

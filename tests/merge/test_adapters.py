@@ -39,8 +39,15 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_pico(place / "pico")
     for seed, name in enumerate(("a", "b", "narrow")):
         torch.manual_seed(seed)
-        given: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} if name == "narrow" else {"r": 4, "lora_alpha": 8 if name == "a" else 3, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-        tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(place / "pico", dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **given))
+        given: dict[str, Any] = (
+            {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+            if name == "narrow"
+            else {"r": 4, "lora_alpha": 8 if name == "a" else 3, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+        )
+        tuned = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(place / "pico", dtype=torch.float32),
+            LoraConfig(task_type="CAUSAL_LM", **given),
+        )
         for key, weight in tuned.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(weight, std=0.05)
@@ -68,15 +75,32 @@ def folded(family: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return {name: one - before[name] for name, one in model.state_dict().items() if not torch.equal(one, before[name])}
 
 
-@pytest.mark.parametrize(("method", "first"), [("linear", 0.7), ("linear", -0.4), ("cat", 0.7), ("cat", -0.4), ("svd", 0.7)])
+@pytest.mark.parametrize(
+    ("method", "first"), [("linear", 0.7), ("linear", -0.4), ("cat", 0.7), ("cat", -0.4), ("svd", 0.7)]
+)
 def test_the_same_as_peft(method: str, first: float, family: Path, tmp_path: Path) -> None:
-    """`add_weighted_adapter` of peft; of two adapters with different alphas, and ranks where those may differ; one weight below zero."""
+    """`add_weighted_adapter` of peft; of two adapters with different alphas, and ranks where those may differ; one
+    weight below zero.
+    """
     names = ["a", "b"] if method == "linear" else ["a", "narrow"]
-    both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32), family / names[0], adapter_name=names[0])
+    both = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32),
+        family / names[0],
+        adapter_name=names[0],
+    )
     both.load_adapter(family / names[1], adapter_name=names[1])
-    both.add_weighted_adapter(names, [first, 1.3], "both", combination_type=method, **({"svd_rank": 3} if method == "svd" else {}))
+    both.add_weighted_adapter(
+        names, [first, 1.3], "both", combination_type=method, **({"svd_rank": 3} if method == "svd" else {})
+    )
     both.set_adapter("both")
-    made = together(names, family, tmp_path / "out", method=method, weights={names[0]: first, names[1]: 1.3}, rank=3 if method == "svd" else 0)
+    made = together(
+        names,
+        family,
+        tmp_path / "out",
+        method=method,
+        weights={names[0]: first, names[1]: 1.3},
+        rank=3 if method == "svd" else 0,
+    )
     model = load_model(family / "pico")
     ours = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
     fold_into(weights_of(ours), made.path)
@@ -89,7 +113,9 @@ def test_the_same_as_peft(method: str, first: float, family: Path, tmp_path: Pat
 def test_peft_reads_it(family: Path, tmp_path: Path) -> None:
     """Layers of different ranks, by rank_pattern and alpha_pattern."""
     made = together(["a", "narrow"], family, tmp_path / "out", method="cat")
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32), made.path)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32), made.path
+    )
     ours = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
     fold_into(weights_of(ours), made.path)
     with torch.no_grad():
@@ -156,23 +182,32 @@ def test_what_was_folded_is_extracted(family: Path, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "tuned" / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
-    third = extracted(ExtractConfig(rank=4, skip=["v_proj"]), resolve(str(tmp_path / "tuned")), base, context(tmp_path / "third"))  # type: ignore[arg-type]
+    third = extracted(
+        ExtractConfig(rank=4, skip=["v_proj"]), resolve(str(tmp_path / "tuned")), base, context(tmp_path / "third")
+    )  # type: ignore[arg-type]
     assert third.metrics["left_out"] >= 2
     assert third.metrics["missed"] > 0.1  # of all that differs, what is skipped among it
     assert not any("v_proj" in name for name in load_file(third.path / "adapter_model.safetensors"))
 
 
 def test_bad_input_is_one_line(family: Path, tmp_path: Path) -> None:
-    for number, (names, given, said) in enumerate((
-        (["a"], {}, "one adapter is given"), (["a", "b"], {"weights": {"c": 1}}, "no adapter is called 'c'"), (["a", "narrow"], {"method": "linear"}, "factors of different ranks have no mean"),
-        (["a", "b"], {"normalize": True, "weights": {"a": 1, "b": -1}}, "sum to zero"),
-    )):  # fmt: skip
+    for number, (names, given, said) in enumerate(
+        (
+            (["a"], {}, "one adapter is given"),
+            (["a", "b"], {"weights": {"c": 1}}, "no adapter is called 'c'"),
+            (["a", "narrow"], {"method": "linear"}, "factors of different ranks have no mean"),
+            (["a", "b"], {"normalize": True, "weights": {"a": 1, "b": -1}}, "sum to zero"),
+        )
+    ):
         with pytest.raises(LlmworksError, match=said):
             together(names, family, tmp_path / str(number), **given)
     base: Any = resolve(str(family / "pico"))
     with pytest.raises(LlmworksError, match="do not differ in any matrix"):
         extracted(ExtractConfig(), base, base, context(tmp_path / "same"))
-    save_file({name: one * float("nan") for name, one in load_file(family / "a" / "adapter_model.safetensors").items()}, tmp_path / "nan.safetensors")
+    save_file(
+        {name: one * float("nan") for name, one in load_file(family / "a" / "adapter_model.safetensors").items()},
+        tmp_path / "nan.safetensors",
+    )
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in (family / "a").iterdir():
@@ -186,23 +221,44 @@ def test_bad_input_is_one_line(family: Path, tmp_path: Path) -> None:
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 ODD: dict[str, tuple[Any, str]] = {
-    "an embedding's": (lambda t, c: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 400)}), "lora_embedding_A is no part of a plain LoRA"),
-    "a whole tensor": (lambda t, c: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(400, 64)}), "embed_tokens.weight is no part of a plain LoRA"),
-    "magnitudes": (lambda t, c: t.update({f"{Q}.lora_magnitude_vector": torch.ones(64)}), "has a lora_magnitude_vector, and"),
+    "an embedding's": (
+        lambda t, c: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 400)}),
+        "lora_embedding_A is no part of a plain LoRA",
+    ),
+    "a whole tensor": (
+        lambda t, c: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(400, 64)}),
+        "embed_tokens.weight is no part of a plain LoRA",
+    ),
+    "magnitudes": (
+        lambda t, c: t.update({f"{Q}.lora_magnitude_vector": torch.ones(64)}),
+        "has a lora_magnitude_vector, and",
+    ),
     "no A": (lambda t, c: t.pop(f"{Q}.lora_A.weight"), "q_proj has no A matrix"),
     "no B": (lambda t, c: t.pop(f"{Q}.lora_B.weight"), "q_proj has an A and no B matrix"),
-    "rank 0": (lambda t, c: t.update({f"{Q}.lora_A.weight": torch.zeros(0, 64), f"{Q}.lora_B.weight": torch.zeros(64, 0)}), "are no two matrices of one rank"),
+    "rank 0": (
+        lambda t, c: t.update({f"{Q}.lora_A.weight": torch.zeros(0, 64), f"{Q}.lora_B.weight": torch.zeros(64, 0)}),
+        "are no two matrices of one rank",
+    ),
     "one side": (lambda t, c: t.update({f"{Q}.lora_A.weight": torch.zeros(256)}), "are no two matrices of one rank"),
     "no side": (lambda t, c: t.update({f"{Q}.lora_A.weight": torch.zeros(())}), "are no two matrices of one rank"),
-    "four sides": (lambda t, c: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 64, 1, 1)}), "are no two matrices of one rank"),
-    "another width": (lambda t, c: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 32)}), "its shapes differ|belongs to another model"),
+    "four sides": (
+        lambda t, c: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 64, 1, 1)}),
+        "are no two matrices of one rank",
+    ),
+    "another width": (
+        lambda t, c: t.update({f"{Q}.lora_A.weight": torch.zeros(4, 32)}),
+        "its shapes differ|belongs to another model",
+    ),
     "infinite": (lambda t, c: t[f"{Q}.lora_B.weight"].fill_(float("inf")), "holds values that are no numbers"),
     "alphas in a list": (lambda t, c: c.update(alpha_pattern=["q"]), "alpha_pattern is no map"),
     "a broken pattern": (lambda t, c: c.update(alpha_pattern={"(": 3}), "alpha_pattern is no map"),
     "an alpha of letters": (lambda t, c: c.update(alpha_pattern={"q_proj": "x"}), "alpha_pattern is no map"),
-    "alpha that is none": (lambda t, c: c.update(lora_alpha=float("nan")), "needs a rank `r` above zero and `lora_alpha`"),
+    "alpha that is none": (
+        lambda t, c: c.update(lora_alpha=float("nan")),
+        "needs a rank `r` above zero and `lora_alpha`",
+    ),
     "nothing": (lambda t, c: t.clear(), "has no LoRA matrices"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", ODD)
@@ -211,7 +267,10 @@ def test_odd_adapters(what: str, family: Path, tmp_path: Path) -> None:
     change, said = ODD[what]
     odd = tmp_path / "odd"
     odd.mkdir()
-    tensors, config = load_file(family / "a" / "adapter_model.safetensors"), json.loads((family / "a" / "adapter_config.json").read_text())
+    tensors, config = (
+        load_file(family / "a" / "adapter_model.safetensors"),
+        json.loads((family / "a" / "adapter_config.json").read_text()),
+    )
     change(tensors, config)
     save_file(tensors, odd / "adapter_model.safetensors")
     (odd / "adapter_config.json").write_text(json.dumps(config))
@@ -224,11 +283,25 @@ def test_odd_adapters(what: str, family: Path, tmp_path: Path) -> None:
 
 def test_what_a_number_format_cannot_hold(family: Path, tmp_path: Path) -> None:
     shutil.copytree(family / "pico", tmp_path / "half")
-    save_file({name: one.half() for name, one in load_file(family / "pico" / "model.safetensors").items()}, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: one.half() for name, one in load_file(family / "pico" / "model.safetensors").items()},
+        tmp_path / "half" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     shutil.copytree(family / "a", tmp_path / "large")
-    save_file({name: one * 3e4 for name, one in load_file(family / "a" / "adapter_model.safetensors").items()}, tmp_path / "large" / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"large: folded into .*, it makes values that are no numbers, or that float16 cannot hold"):
-        fold(AdapterConfig(), resolve(str(tmp_path / "large")), resolve(str(tmp_path / "half")), context(tmp_path / "out"))  # type: ignore[arg-type]
+    save_file(
+        {name: one * 3e4 for name, one in load_file(family / "a" / "adapter_model.safetensors").items()},
+        tmp_path / "large" / "adapter_model.safetensors",
+    )
+    with pytest.raises(
+        ModelError, match=r"large: folded into .*, it makes values that are no numbers, or that float16 cannot hold"
+    ):
+        fold(
+            AdapterConfig(),
+            resolve(str(tmp_path / "large")),
+            resolve(str(tmp_path / "half")),
+            context(tmp_path / "out"),
+        )  # type: ignore[arg-type]
 
 
 def test_a_file_that_the_index_does_not_name_is_none_of_the_model(family: Path, tmp_path: Path) -> None:
@@ -239,13 +312,17 @@ def test_a_file_that_the_index_does_not_name_is_none_of_the_model(family: Path, 
     parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
     for file, some in parts.items():
         save_file({name: tensors[name] for name in some}, stray / file, metadata={"format": "pt"})
-    (stray / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {name: file for file, some in parts.items() for name in some}}))
+    (stray / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {name: file for file, some in parts.items() for name in some}})
+    )
     save_file(tensors, stray / "weights_old.safetensors", metadata={"format": "pt"})
     for name, given in (("stray", stray), ("plain", family / "pico")):
         fold(AdapterConfig(), resolve(str(family / "a")), resolve(str(given)), context(tmp_path / f"{name}-out"))  # type: ignore[arg-type]
     assert sorted(file.name for file in (tmp_path / "stray-out").glob("*.safetensors")) == sorted(parts)
     made = {name: one for file in parts for name, one in load_file(tmp_path / "stray-out" / file).items()}
-    assert all(torch.equal(made[name], one) for name, one in load_file(tmp_path / "plain-out" / "model.safetensors").items())
+    assert all(
+        torch.equal(made[name], one) for name, one in load_file(tmp_path / "plain-out" / "model.safetensors").items()
+    )
 
 
 def test_extract_tells_of_heads_and_refuses_turned_matrices(family: Path, tmp_path: Path) -> None:
@@ -253,7 +330,9 @@ def test_extract_tells_of_heads_and_refuses_turned_matrices(family: Path, tmp_pa
     untied = tmp_path / "untied"
     shutil.copytree(family / "pico", untied)
     tensors = load_file(untied / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"] += 0.01 * torch.randn(tensors["model.layers.0.mlp.up_proj.weight"].shape)
+    tensors["model.layers.0.mlp.up_proj.weight"] += 0.01 * torch.randn(
+        tensors["model.layers.0.mlp.up_proj.weight"].shape
+    )
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.5
     save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
     made = extracted(ExtractConfig(rank=500), resolve(str(untied)), base, context(tmp_path / "out"))  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""Merging beyond mergekit's numbers: blocks and threads change nothing, what is drawn is drawn as it should be, tokenizers stay honest, bad input is one line."""
+"""Merging beyond mergekit's numbers: blocks and threads change nothing, what is drawn is drawn as it should be,
+tokenizers stay honest, bad input is one line.
+"""
 
 from __future__ import annotations
 
@@ -52,15 +54,30 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def same(one: Path, other: Path) -> bool:
     first, second = weights(one), weights(other)
-    return first.keys() == second.keys() and all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first
+    )
 
 
-BLOCKWISE = ["linear, gradients and filters", "ties", "ties, rescaled", "breadcrumbs", "task_arithmetic", "nearswap", "passthrough", "linear, bfloat16"]
+BLOCKWISE = [
+    "linear, gradients and filters",
+    "ties",
+    "ties, rescaled",
+    "breadcrumbs",
+    "task_arithmetic",
+    "nearswap",
+    "passthrough",
+    "linear, bfloat16",
+]
 
 
 @pytest.mark.parametrize("name", BLOCKWISE)
-def test_blocks_and_threads_change_nothing(name: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of 128 to 768 numbers in blocks of 50, on three threads; sums over blocks may differ in their last bits."""
+def test_blocks_and_threads_change_nothing(
+    name: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of 128 to 768 numbers in blocks of 50, on three threads; sums over blocks may differ in their last
+    bits.
+    """
     merged(CASES[name], family, tmp_path / "whole")
     for module in (blocks, copies, groups):
         monkeypatch.setattr(module, "BLOCK", 50)
@@ -77,7 +94,13 @@ def test_what_is_copied_is_looked_at_as_torch_would(name: str) -> None:
     """All patterns of 16 bits, and of wider numbers those with each upper half."""
     dtype = getattr(torch, TORCH[name])
     numbers = torch.arange(1 << 16, dtype=torch.int32)
-    patterns = numbers.to(torch.int16).view(dtype) if dtype.itemsize == 2 else ((numbers.to(torch.int64) << (8 * dtype.itemsize - 16)) + 1).to({4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)
+    patterns = (
+        numbers.to(torch.int16).view(dtype)
+        if dtype.itemsize == 2
+        else ((numbers.to(torch.int64) << (8 * dtype.itemsize - 16)) + 1)
+        .to({4: torch.int32, 8: torch.int64}[dtype.itemsize])
+        .view(dtype)
+    )
     finite = torch.isfinite(patterns)
     assert 0 < int(finite.sum()) < len(finite)
     for part, expected in ((patterns[finite], True), *((one[None], False) for one in patterns[~finite][::97])):
@@ -85,7 +108,9 @@ def test_what_is_copied_is_looked_at_as_torch_would(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "dare_linear", "della", "della_linear"])
-def test_what_is_drawn_is_drawn_again(method: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_drawn_is_drawn_again(
+    method: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On any number of threads, under one seed; otherwise under another."""
     monkeypatch.setattr(groups, "BLOCK", 64)
     monkeypatch.setattr(blocks, "BLOCK", 64)
@@ -105,17 +130,35 @@ def test_slerp_by_blocks(family: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert all(torch.allclose(first[name], second[name], rtol=2e-6, atol=1e-6) for name in first)
 
 
-def one_group(change: torch.Tensor, given: dict[str, Any], *, shape: tuple[int, ...] | None = None, shared: dict[str, Any] | None = None, seed: int = 0) -> Group:
+def one_group(
+    change: torch.Tensor,
+    given: dict[str, Any],
+    *,
+    shape: tuple[int, ...] | None = None,
+    shared: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Group:
     """A base of zeros and one model."""
     flat = change.flatten()
     shared = {"normalize": False, "rescale": False, "lambda": 1.0, **(shared or {})}
-    return Group("t", shape or tuple(change.shape), change.dtype, 0, shared, [{}, {"weight": 1.0, **given}], lambda first, count: [torch.zeros(count, dtype=flat.dtype), flat[first : first + count]], seed)
+    return Group(
+        "t",
+        shape or tuple(change.shape),
+        change.dtype,
+        0,
+        shared,
+        [{}, {"weight": 1.0, **given}],
+        lambda first, count: [torch.zeros(count, dtype=flat.dtype), flat[first : first + count]],
+        seed,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("upward", [False, True])
 @pytest.mark.parametrize("repeated", [False, True])
-def test_ranks_are_those_of_a_sort(dtype: torch.dtype, upward: bool, repeated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_those_of_a_sort(
+    dtype: torch.dtype, upward: bool, repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a stable sort; with numbers that stand many times, and zeros."""
     monkeypatch.setattr(groups, "BLOCK", 37)
     generator = torch.Generator().manual_seed(3)
@@ -126,7 +169,12 @@ def test_ranks_are_those_of_a_sort(dtype: torch.dtype, upward: bool, repeated: b
         group = one_group(change, {})
         found = ranks_of(group, [(left_out, kept)], upward=upward)[0]
         assert found is not None
-        mask = torch.cat([found.mask(change[start : start + 37], number) for number, start in enumerate(range(0, 501, 37))]) == -1
+        mask = (
+            torch.cat(
+                [found.mask(change[start : start + 37], number) for number, start in enumerate(range(0, 501, 37))]
+            )
+            == -1
+        )
         wanted = torch.zeros(501, dtype=torch.bool)
         wanted[order[left_out : left_out + kept]] = True
         assert torch.equal(mask, wanted), (left_out, kept)
@@ -147,7 +195,9 @@ def test_what_is_tied_is_counted() -> None:
 
 @pytest.mark.parametrize("density", [0.3, 0.25, 1 / 128, 0.9, 1 / 4096])
 def test_dare_keeps_its_share_and_the_mean(density: float) -> None:
-    """A binomial share within five standard deviations; kept changes are larger by what was lost; another seed draws others, the same seed the same."""
+    """A binomial share within five standard deviations; kept changes are larger by what was lost; another seed draws
+    others, the same seed the same.
+    """
     change = torch.randn(200_000, generator=torch.Generator().manual_seed(1))
     kept = {}
     for seed in (0, 1):
@@ -158,7 +208,9 @@ def test_dare_keeps_its_share_and_the_mean(density: float) -> None:
     assert abs(share - density) < 5 * math.sqrt(density * (1 - density) / len(change))
     assert torch.equal(kept[0, False] != 0, kept[0, True] != 0)
     assert not torch.equal(kept[0, False], kept[1, False])
-    assert float(kept[0, True].abs().sum()) == pytest.approx(float(change.abs().sum()), rel=6 / math.sqrt(density * len(change)))
+    assert float(kept[0, True].abs().sum()) == pytest.approx(
+        float(change.abs().sum()), rel=6 / math.sqrt(density * len(change))
+    )
     assert float((kept[0, True] / change)[kept[0, True] != 0].mean()) == pytest.approx(1 / density, rel=1e-5)
 
 
@@ -175,7 +227,9 @@ def test_places_of_a_density_are_compared_as_numbers_are(density: float, count: 
         assert mask.tolist() == [-1] * count
         return
     size = -(-count // 64)
-    zeros = group.words(1, 7, places * size).reshape(places, size)  # of each place, the lowest first, which numbers have 0 there
+    zeros = group.words(1, 7, places * size).reshape(
+        places, size
+    )  # of each place, the lowest first, which numbers have 0 there
     for at in {0, count // 2, count - 1, *range(0, count, 997)}:
         number = sum((1 - (int(zeros[place, at // 64]) >> (at % 64) & 1)) << place for place in range(places))
         assert int(mask[at]) == (-1 if number < share else 0), at
@@ -185,25 +239,44 @@ def test_places_of_a_density_are_compared_as_numbers_are(density: float, count: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("elect", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_dare_of_two_is_what_the_paper_says_of_what_was_drawn(weights: tuple[float, float], dtype: torch.dtype, elect: bool, normalize: bool) -> None:
+def test_dare_of_two_is_what_the_paper_says_of_what_was_drawn(
+    weights: tuple[float, float], dtype: torch.dtype, elect: bool, normalize: bool
+) -> None:
     """By whole numbers and truth values in fp64, of the same draws; within the steps of the number format."""
     generator = torch.Generator().manual_seed(2)
     count, density = 4096, 0.5
     base = torch.randn(count, generator=generator).to(dtype)
     models = [(base.float() + torch.randn(count, generator=generator) / 4).to(dtype) for _ in weights]
     given = [{}, *({"weight": weight, "density": density} for weight in weights)]
-    group = Group("t", (count,), dtype, 0, {"normalize": normalize, "rescale": True, "lambda": 0.9}, given, lambda first, size: [one[first : first + size] for one in (base, *models)])
+    group = Group(
+        "t",
+        (count,),
+        dtype,
+        0,
+        {"normalize": normalize, "rescale": True, "lambda": 0.9},
+        given,
+        lambda first, size: [one[first : first + size] for one in (base, *models)],
+    )
     found = (dare_ties if elect else dare_linear)(group)(group.read(0, count), 0).double()
-    drawn = torch.stack([(one - base).double() * (Dropped(group, at + 1, density).mask(0, count) == -1) * 2 for at, one in enumerate(models)])
+    drawn = torch.stack(
+        [
+            (one - base).double() * (Dropped(group, at + 1, density).mask(0, count) == -1) * 2
+            for at, one in enumerate(models)
+        ]
+    )
     share = torch.tensor(weights, dtype=torch.float64)[:, None]
     weighted = drawn * share
-    agree = torch.sign(weighted) == torch.sign(weighted.sum(0)) if elect else torch.ones_like(weighted, dtype=torch.bool)
+    agree = (
+        torch.sign(weighted) == torch.sign(weighted.sum(0)) if elect else torch.ones_like(weighted, dtype=torch.bool)
+    )
     divisor = (share * (agree & (weighted != 0))).sum(0) if elect else share.sum()
     moved = (weighted * agree).sum(0) / (torch.where(divisor.abs() < 1e-8, 1.0, divisor) if normalize else 1.0)
     wanted = base.double() + 0.9 * moved
     step = torch.finfo(dtype).eps
     near = weighted.sum(0).abs() < 4 * step * weighted.abs().amax(0)  # whose sign rounding decides
-    gap = (found - wanted).abs() / (step * (base.double().abs() + weighted.abs().sum(0) * (5 if normalize else 1) + 1e-3))
+    gap = (found - wanted).abs() / (
+        step * (base.double().abs() + weighted.abs().sum(0) * (5 if normalize else 1) + 1e-3)
+    )
     assert int(near.sum()) < 40
     assert float(gap[~near].max()) < 4
 
@@ -216,15 +289,38 @@ def test_no_election_hides_what_is_no_number(method: str, dtype: torch.dtype, eq
     generator = torch.Generator().manual_seed(2)
     for count in (77, 130):
         models = [torch.randn(count, generator=generator).to(dtype) for _ in range(4)]
-        given = [{}, *({"weight": weight, "density": 1.0, "gamma": 0.0, "epsilon": 0.0} for weight in ((0.5,) * 3 if equal else (0.5, 0.4, 0.3)))]
+        given = [
+            {},
+            *(
+                {"weight": weight, "density": 1.0, "gamma": 0.0, "epsilon": 0.0}
+                for weight in ((0.5,) * 3 if equal else (0.5, 0.4, 0.3))
+            ),
+        ]
         for others in (1, 2, 3):
             for which in range(others + 1):
                 for place in (0, 33, 63, 64, count - 2, count - 1):
-                    for value in (torch.tensor(sign * size, dtype=dtype) for sign in (1, -1) for size in (float("nan"), float("inf"))):
+                    for value in (
+                        torch.tensor(sign * size, dtype=dtype)
+                        for sign in (1, -1)
+                        for size in (float("nan"), float("inf"))
+                    ):
                         inputs = [one.clone() for one in models[: others + 1]]
                         inputs[which][place] = value
-                        group = Group("t", (count,), dtype, 0, {"normalize": method == "ties", "rescale": False, "lambda": 1.0}, given[: others + 1], lambda first, size, inputs=inputs: [one[first : first + size].clone() for one in inputs])  # type: ignore[misc]
-                        assert not torch.isfinite(METHODS[method].function()(group)(group.read(0, count), 0)).all(), (others, which, place, value)
+                        group = Group(
+                            "t",
+                            (count,),
+                            dtype,
+                            0,
+                            {"normalize": method == "ties", "rescale": False, "lambda": 1.0},
+                            given[: others + 1],
+                            lambda first, size, inputs=inputs: [one[first : first + size].clone() for one in inputs],
+                        )  # type: ignore[misc]
+                        assert not torch.isfinite(METHODS[method].function()(group)(group.read(0, count), 0)).all(), (
+                            others,
+                            which,
+                            place,
+                            value,
+                        )
 
 
 def test_della_keeps_large_changes_oftener() -> None:
@@ -245,7 +341,11 @@ def test_a_killed_merge_goes_on_at_its_file(family: Path, tmp_path: Path, monkey
     def attempt(name: str, scratch: str) -> Model:
         for folder in (tmp_path / name, tmp_path / scratch):
             folder.mkdir(exist_ok=True)
-        made: Any = merge(given, found, Context(tmp_path / name, tmp_path / scratch, 0, Progress(quiet=True), ReportBuilder(), lambda _: None))  # type: ignore[arg-type, return-value]
+        made: Any = merge(
+            given,
+            found,
+            Context(tmp_path / name, tmp_path / scratch, 0, Progress(quiet=True), ReportBuilder(), lambda _: None),
+        )  # type: ignore[arg-type, return-value]
         assert isinstance(made, Model)
         return made
 
@@ -270,11 +370,15 @@ def test_a_killed_merge_goes_on_at_its_file(family: Path, tmp_path: Path, monkey
     assert [(tmp_path / "killed" / file.name).stat().st_mtime_ns for file in kept] == stamp
     straight, again = (sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("straight", "killed"))
     assert straight == again
-    assert all((tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes() for name in straight)
+    assert all(
+        (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes() for name in straight
+    )
     load_model(tmp_path / "straight")
 
 
-def broken(source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None, **config: Any) -> Path:
+def broken(
+    source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None, **config: Any
+) -> Path:
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     change(tensors)
@@ -285,35 +389,115 @@ def broken(source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown method": ({"merge_method": "tise", "base_model": "base", "models": of("a", weight=1)}, "did you mean 'ties'"),
+    "unknown method": (
+        {"merge_method": "tise", "base_model": "base", "models": of("a", weight=1)},
+        "did you mean 'ties'",
+    ),
     "no base": ({"merge_method": "ties", "models": of("a", weight=1)}, "needs a base_model"),
-    "no weight": ({"merge_method": "linear", "models": of("a")}, "the parameter weight is missing for model.embed_tokens.weight"),
-    "a word for a weight": ({"merge_method": "linear", "models": of("a", weight="much")}, "weight is 'much', it must be a number"),
-    "three to slerp": ({"merge_method": "slerp", "base_model": "base", "models": of("a", "b"), "parameters": {"t": 0.5}}, "takes 2 models, given are 3"),
-    "one to model_stock": ({"merge_method": "model_stock", "base_model": "base", "models": of("a")}, "takes at least 3 models"),
+    "no weight": (
+        {"merge_method": "linear", "models": of("a")},
+        "the parameter weight is missing for model.embed_tokens.weight",
+    ),
+    "a word for a weight": (
+        {"merge_method": "linear", "models": of("a", weight="much")},
+        "weight is 'much', it must be a number",
+    ),
+    "three to slerp": (
+        {"merge_method": "slerp", "base_model": "base", "models": of("a", "b"), "parameters": {"t": 0.5}},
+        "takes 2 models, given are 3",
+    ),
+    "one to model_stock": (
+        {"merge_method": "model_stock", "base_model": "base", "models": of("a")},
+        "takes at least 3 models",
+    ),
     "weights of zero": ({"merge_method": "linear", "models": weighted(("a", 1), ("b", -1))}, "sum to zero"),
-    "all weights zero": ({"merge_method": "ties", "base_model": "base", "models": of("a", "b", weight=0)}, "all weights are zero"),
+    "all weights zero": (
+        {"merge_method": "ties", "base_model": "base", "models": of("a", "b", weight=0)},
+        "all weights are zero",
+    ),
     "opposites": ({"merge_method": "multislerp", "models": weighted(("a", 1), ("b", -1))}, "sum to zero"),
-    "too many layers": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [2, 6]}]}]}, "it has 4 layers"),
-    "base not in the slice": ({"merge_method": "slerp", "base_model": "base", "slices": [{"sources": [{"model": "a", "layer_range": [0, 4]}, {"model": "b", "layer_range": [0, 4]}]}], "parameters": {"t": 0.5}}, "base_model base is not among the sources"),
+    "too many layers": (
+        {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [2, 6]}]}]},
+        "it has 4 layers",
+    ),
+    "base not in the slice": (
+        {
+            "merge_method": "slerp",
+            "base_model": "base",
+            "slices": [{"sources": [{"model": "a", "layer_range": [0, 4]}, {"model": "b", "layer_range": [0, 4]}]}],
+            "parameters": {"t": 0.5},
+        },
+        "base_model base is not among the sources",
+    ),
     "the same twice": ({"merge_method": "linear", "models": weighted(("a", 1), ("a", 1))}, "the model a stands twice"),
-    "strange module": ({"merge_method": "linear", "modules": {"x": {"models": of("a", weight=1)}, "y": {"models": of("a", weight=1)}}}, "modules: 'x'; a has the stacks of layers model.layers"),
-    "NaN": ({"merge_method": "linear", "models": of("a", "nan", weight=1)}, f"nan: {Q} holds values that are no numbers"),
-    "NaN that would be copied": ({"merge_method": "passthrough", "models": of("nan")}, f"nan: {Q} holds values that are no numbers"),
-    "missing tensor": ({"merge_method": "linear", "models": of("a", "less", weight=1)}, "less: has no tensor model.layers.0.self_attn.q_proj.weight, which others have"),
-    "missing layer": ({"merge_method": "linear", "models": of("a", "gap", weight=1)}, "gap: of the layers model.layers.N there are 3, numbered up to 3"),
-    "shapes": ({"merge_method": "linear", "models": of("a", "wide", weight=1)}, "its shapes differ: a [16, 16], wide [8, 16]"),
-    "another architecture": ({"merge_method": "linear", "models": of("a", "gpt", weight=1)}, "a is a LlamaForCausalLM, gpt is a GPT2LMHeadModel"),
+    "strange module": (
+        {"merge_method": "linear", "modules": {"x": {"models": of("a", weight=1)}, "y": {"models": of("a", weight=1)}}},
+        "modules: 'x'; a has the stacks of layers model.layers",
+    ),
+    "NaN": (
+        {"merge_method": "linear", "models": of("a", "nan", weight=1)},
+        f"nan: {Q} holds values that are no numbers",
+    ),
+    "NaN that would be copied": (
+        {"merge_method": "passthrough", "models": of("nan")},
+        f"nan: {Q} holds values that are no numbers",
+    ),
+    "missing tensor": (
+        {"merge_method": "linear", "models": of("a", "less", weight=1)},
+        "less: has no tensor model.layers.0.self_attn.q_proj.weight, which others have",
+    ),
+    "missing layer": (
+        {"merge_method": "linear", "models": of("a", "gap", weight=1)},
+        "gap: of the layers model.layers.N there are 3, numbered up to 3",
+    ),
+    "shapes": (
+        {"merge_method": "linear", "models": of("a", "wide", weight=1)},
+        "its shapes differ: a [16, 16], wide [8, 16]",
+    ),
+    "another architecture": (
+        {"merge_method": "linear", "models": of("a", "gpt", weight=1)},
+        "a is a LlamaForCausalLM, gpt is a GPT2LMHeadModel",
+    ),
     "truncated": ({"merge_method": "linear", "models": of("a", "cut", weight=1)}, "truncated"),
-    "too large for float16": ({"merge_method": "linear", "models": of("a", weight=1e6), "parameters": {"normalize": False}, "out_dtype": "float16"}, "float16 cannot hold"),
-    "vocabularies": ({"merge_method": "linear", "models": of("few", "swapped", weight=1)}, "the token 'A' is 34 in few and 35 in swapped"),
-    "sizes of vocabularies": ({"merge_method": "linear", "models": of("few", "more", weight=1)}, "Give tokenizer_source"),
-    "no tokenizer": ({"merge_method": "linear", "models": of("a", "few", weight=1), "tokenizer_source": "union"}, "a: has no tokenizer.json"),
-    "unknown token": ({"merge_method": "linear", "models": of("few", weight=1), "tokenizer": {"source": "base", "tokens": {"<q>": {"source": "few"}}}}, "few has no token '<q>'"),
-    "a template's tokens": ({"merge_method": "linear", "models": of("few", weight=1), "chat_template": "chatml"}, "chatml writes <|im_start|>, which is no token of few"),
-    "no template": ({"merge_method": "linear", "models": of("few", weight=1), "chat_template": "chatl"}, "neither auto, nor a known name"),
+    "too large for float16": (
+        {
+            "merge_method": "linear",
+            "models": of("a", weight=1e6),
+            "parameters": {"normalize": False},
+            "out_dtype": "float16",
+        },
+        "float16 cannot hold",
+    ),
+    "vocabularies": (
+        {"merge_method": "linear", "models": of("few", "swapped", weight=1)},
+        "the token 'A' is 34 in few and 35 in swapped",
+    ),
+    "sizes of vocabularies": (
+        {"merge_method": "linear", "models": of("few", "more", weight=1)},
+        "Give tokenizer_source",
+    ),
+    "no tokenizer": (
+        {"merge_method": "linear", "models": of("a", "few", weight=1), "tokenizer_source": "union"},
+        "a: has no tokenizer.json",
+    ),
+    "unknown token": (
+        {
+            "merge_method": "linear",
+            "models": of("few", weight=1),
+            "tokenizer": {"source": "base", "tokens": {"<q>": {"source": "few"}}},
+        },
+        "few has no token '<q>'",
+    ),
+    "a template's tokens": (
+        {"merge_method": "linear", "models": of("few", weight=1), "chat_template": "chatml"},
+        "chatml writes <|im_start|>, which is no token of few",
+    ),
+    "no template": (
+        {"merge_method": "linear", "models": of("few", weight=1), "chat_template": "chatl"},
+        "neither auto, nor a known name",
+    ),
     "quantized": ({"merge_method": "linear", "models": of("a", "small", weight=1)}, "small: is quantized"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +512,9 @@ def faulty(family: Path) -> Path:
     (family / "cut" / "model.safetensors").write_bytes((family / "a" / "model.safetensors").read_bytes()[:-100])
     shutil.copytree(family / "few", family / "swapped")
     text = (family / "few" / "tokenizer.json").read_text()
-    (family / "swapped" / "tokenizer.json").write_text(text.replace('"A": 34', '"A": 0.5').replace('"B": 35', '"B": 34').replace('"A": 0.5', '"A": 35'))
+    (family / "swapped" / "tokenizer.json").write_text(
+        text.replace('"A": 34', '"A": 0.5').replace('"B": 35', '"B": 34').replace('"A": 0.5', '"A": 35')
+    )
     return family
 
 
@@ -342,11 +528,25 @@ def test_bad_input_is_one_line(name: str, faulty: Path, tmp_path: Path) -> None:
 
 
 KEYS: dict[str, tuple[dict[str, Any], str]] = {
-    "a key of no meaning": ({"residual_weight": 1}, "residual_weight"), "in a slice": ({"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [0, 2], "wait": 1}]}]}, "wait"), "no models": ({"models": None}, "give models, slices or modules"),
-    "both": ({"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}, "one of them"), "lengths": ({"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 3]}]}]}, "2 and 3 layers"),
-    "no layer": ({"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]}, "holds no layer"), "a number format": ({"dtype": "int8"}, "'int8' is no number format"), "override": ({"models": [{"model": {"model": "a", "override_architecture": "x"}}]}, "model"),
+    "a key of no meaning": ({"residual_weight": 1}, "residual_weight"),
+    "in a slice": (
+        {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [0, 2], "wait": 1}]}]},
+        "wait",
+    ),
+    "no models": ({"models": None}, "give models, slices or modules"),
+    "both": ({"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}, "one of them"),
+    "lengths": (
+        {
+            "models": None,
+            "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 3]}]}],
+        },
+        "2 and 3 layers",
+    ),
+    "no layer": ({"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]}, "holds no layer"),
+    "a number format": ({"dtype": "int8"}, "'int8' is no number format"),
+    "override": ({"models": [{"model": {"model": "a", "override_architecture": "x"}}]}, "model"),
     "two tokenizers": ({"tokenizer_source": "base", "tokenizer": {"source": "union"}}, "not both"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -362,8 +562,12 @@ def test_keys_without_a_meaning_are_named(name: str, tmp_path: Path, capsys: pyt
     assert len(told.strip().splitlines()) == 1
 
 
-def test_the_tokenizer_is_looked_at(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A planted end token and a planted vocabulary are caught where the result is written; an end that one parent has and the result has not is told."""
+def test_the_tokenizer_is_looked_at(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A planted end token and a planted vocabulary are caught where the result is written; an end that one parent has
+    and the result has not is told.
+    """
     from llmworks.merge.merge import merge
     from llmworks.merge.vocabulary import vocabulary
 
@@ -375,7 +579,11 @@ def test_the_tokenizer_is_looked_at(family: Path, tmp_path: Path, monkeypatch: p
     def attempt(name: str) -> Model:
         for folder in (tmp_path / name, tmp_path / f"{name}-scratch"):
             folder.mkdir()
-        made: Any = merge(config, found, Context(tmp_path / name, tmp_path / f"{name}-scratch", 0, Progress(), ReportBuilder(), lambda _: None))  # type: ignore[arg-type, return-value]
+        made: Any = merge(
+            config,
+            found,
+            Context(tmp_path / name, tmp_path / f"{name}-scratch", 0, Progress(), ReportBuilder(), lambda _: None),
+        )  # type: ignore[arg-type, return-value]
         assert isinstance(made, Model)
         return made
 
@@ -397,7 +605,9 @@ def test_the_tokenizer_is_looked_at(family: Path, tmp_path: Path, monkeypatch: p
 
     from llmworks.merge.vocabulary import tokenizer_files as texts
 
-    monkeypatch.setattr(texts, "copy_tokenizer", planted(lambda values: values.update(eos_token_id=7), "generation_config.json"))
+    monkeypatch.setattr(
+        texts, "copy_tokenizer", planted(lambda values: values.update(eos_token_id=7), "generation_config.json")
+    )
     with pytest.raises(GoldenMismatch, match="stop ids"):
         attempt("eos")
 
@@ -413,14 +623,39 @@ def test_the_tokenizer_is_looked_at(family: Path, tmp_path: Path, monkeypatch: p
         attempt("vocabulary")
 
 
-def test_a_file_of_several_merges(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Later merges use earlier ones by name, in any order in the file; a circle is one line; --plan reads headers only."""
+def test_a_file_of_several_merges(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Later merges use earlier ones by name, in any order in the file; a circle is one line; --plan reads headers
+    only.
+    """
     monkeypatch.chdir(family)
-    first = "name: mean\nmerge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, parameters: {weight: 1}}\n"
-    last = "merge_method: ties\nbase_model: base\nmodels:\n  - {model: mean, parameters: {weight: 1.0, density: 0.5}}\n  - {model: {path: c}, parameters: {weight: 0.5}}\nparameters:\n"
+    first = (
+        "name: mean\nmerge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, parameters:"
+        " {weight: 1}}\n"
+    )
+    last = (
+        "merge_method: ties\nbase_model: base\nmodels:\n  - {model: mean, parameters: {weight: 1.0, density: 0.5}}\n  -"
+        " {model: {path: c}, parameters: {weight: 0.5}}\nparameters:\n"
+    )
     file = tmp_path / "two.yml"
     file.write_text(f"{last}---\n{first}")
-    assert main(["merge", str(file), "--out", str(tmp_path / "out"), "--workspace", str(tmp_path / "ws"), "--quiet", "--set", "dtype=bfloat16"]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                str(file),
+                "--out",
+                str(tmp_path / "out"),
+                "--workspace",
+                str(tmp_path / "ws"),
+                "--quiet",
+                "--set",
+                "dtype=bfloat16",
+            ]
+        )
+        == 0
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -428,7 +663,8 @@ def test_a_file_of_several_merges(family: Path, tmp_path: Path, monkeypatch: pyt
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out"), "--workspace", str(tmp_path / "ws")]) == 0
     assert "derived again" in capsys.readouterr().out
-    file.write_text(f"{last.replace('ties', 'linear').replace('base_model: base', 'name: x')}---\n{first.replace('model: b', 'model: x')}")
+    circle = last.replace("ties", "linear").replace("base_model: base", "name: x")
+    file.write_text(f"{circle}---\n{first.replace('model: b', 'model: x')}")
     assert main(["merge", str(file), "--out", str(tmp_path / "circle"), "--workspace", str(tmp_path / "ws")]) == 2
     assert "in a circle: x uses mean uses x" in capsys.readouterr().err
     file.write_text(first.replace("name: mean\n", ""))
@@ -440,7 +676,14 @@ def test_a_file_of_several_merges(family: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_a_slice_takes_what_its_config_says_of_layers(family: Path, tmp_path: Path) -> None:
     path = broken(family / "a", tmp_path / "typed", layer_types=["full", "sliding", "full", "wide"])
-    config = {"merge_method": "passthrough", "slices": [{"sources": [{"model": "typed", "layer_range": [1, 3]}]}, {"sources": [{"model": "typed", "layer_range": [3, 4]}]}, {"sources": [{"model": "typed", "layer_range": [1, 2]}]}]}
+    config = {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": "typed", "layer_range": [1, 3]}]},
+            {"sources": [{"model": "typed", "layer_range": [3, 4]}]},
+            {"sources": [{"model": "typed", "layer_range": [1, 2]}]},
+        ],
+    }
     merged(config, path.parent, tmp_path / "out")
     made = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (made["num_hidden_layers"], made["layer_types"]) == (4, ["sliding", "full", "wide", "sliding"])

@@ -51,7 +51,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def layers(*spans: tuple[str, int, int]) -> dict[str, Any]:
-    return {"merge_method": "passthrough", "slices": [{"sources": [{"model": name, "layer_range": [low, high]}]} for name, low, high in spans]}
+    return {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": name, "layer_range": [low, high]}]} for name, low, high in spans],
+    }
 
 
 def test_a_head_that_the_last_model_shares_with_its_embedding(family: Path, tmp_path: Path) -> None:
@@ -78,22 +81,49 @@ def test_ids_of_roles_follow_the_tokenizer(family: Path, tmp_path: Path) -> None
     """Another model's tokenizer, whose end token has the id that the donor's begin token has."""
     shutil.copytree(family / "other", family / "swapped")
     text = (family / "swapped" / "tokenizer.json").read_text()
-    (family / "swapped" / "tokenizer.json").write_text(text.replace('"id": 0, "content": "<s>"', '"id": 1, "content": "<s>"').replace('"id": 1, "content": "</s>"', '"id": 0, "content": "</s>"').replace('"<s>": 0, "</s>": 1', '"<s>": 1, "</s>": 0'))
-    merged({"merge_method": "linear", "base_model": "few", "models": of("few", "swapped", weight=1), "tokenizer_source": "swapped"}, family, tmp_path / "out")
+    (family / "swapped" / "tokenizer.json").write_text(
+        text.replace('"id": 0, "content": "<s>"', '"id": 1, "content": "<s>"')
+        .replace('"id": 1, "content": "</s>"', '"id": 0, "content": "</s>"')
+        .replace('"<s>": 0, "</s>": 1', '"<s>": 1, "</s>": 0')
+    )
+    merged(
+        {
+            "merge_method": "linear",
+            "base_model": "few",
+            "models": of("few", "swapped", weight=1),
+            "tokenizer_source": "swapped",
+        },
+        family,
+        tmp_path / "out",
+    )
     config, tokenizer = json.loads((tmp_path / "out" / "config.json").read_text()), load_tokenizer(tmp_path / "out")
-    assert (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 0)
+    assert (
+        (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 0)
+    )
 
 
 def test_files_that_an_index_does_not_name(family: Path, tmp_path: Path) -> None:
     """Mistral's repositories hold the same weights twice, under other names."""
     shutil.copytree(family / "a", tmp_path / "twice")
     tensors = load_file(family / "a" / "model.safetensors")
-    save_file({name.replace("model.", ""): one for name, one in tensors.items()}, tmp_path / "twice" / "consolidated.safetensors")
-    assert set(Shards(tmp_path / "twice").places) == set(Stored(tmp_path / "twice")) == set(Source(tmp_path / "twice").places) == set(tensors)
+    save_file(
+        {name.replace("model.", ""): one for name, one in tensors.items()},
+        tmp_path / "twice" / "consolidated.safetensors",
+    )
+    assert (
+        set(Shards(tmp_path / "twice").places)
+        == set(Stored(tmp_path / "twice"))
+        == set(Source(tmp_path / "twice").places)
+        == set(tensors)
+    )
     shutil.copyfile(tmp_path / "twice" / "model.safetensors", tmp_path / "twice" / "other.safetensors")
-    (tmp_path / "twice" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    (tmp_path / "twice" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")})
+    )
     assert set(Shards(tmp_path / "twice").places) == set(tensors)
-    (tmp_path / "twice" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    (tmp_path / "twice" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "gone.safetensors"}})
+    )
     with pytest.raises(ModelError, match=r"names gone.safetensors, which is not there"):
         Shards(tmp_path / "twice")
 
@@ -101,11 +131,21 @@ def test_files_that_an_index_does_not_name(family: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
-        ("config.json", lambda v: v.update(vocab_size="abc"), "vocab_size is 'abc'"), ("config.json", lambda v: v.update(architectures=5), "architectures is 5"), ("config.json", lambda v: v.update(architectures="Llama"), "architectures is 'Llama'"),
-        ("tokenizer.json", lambda v: v.clear(), "is no tokenizer"), ("tokenizer.json", lambda v: v["added_tokens"][0].pop("id"), "is no tokenizer"), ("generation_config.json", lambda v: v.update(eos_token_id="x"), "few2/generation_config.json: eos_token_id is 'x'"),
+        ("config.json", lambda v: v.update(vocab_size="abc"), "vocab_size is 'abc'"),
+        ("config.json", lambda v: v.update(architectures=5), "architectures is 5"),
+        ("config.json", lambda v: v.update(architectures="Llama"), "architectures is 'Llama'"),
+        ("tokenizer.json", lambda v: v.clear(), "is no tokenizer"),
+        ("tokenizer.json", lambda v: v["added_tokens"][0].pop("id"), "is no tokenizer"),
+        (
+            "generation_config.json",
+            lambda v: v.update(eos_token_id="x"),
+            "few2/generation_config.json: eos_token_id is 'x'",
+        ),
     ],
-)  # fmt: skip
-def test_broken_files_are_told_before_weights_are_written(file: str, change: Callable[[dict[str, Any]], Any], said: str, family: Path, tmp_path: Path) -> None:
+)
+def test_broken_files_are_told_before_weights_are_written(
+    file: str, change: Callable[[dict[str, Any]], Any], said: str, family: Path, tmp_path: Path
+) -> None:
     for name in ("few", "few2"):
         shutil.copytree(family / "few", tmp_path / name)
     values = json.loads((tmp_path / "few2" / file).read_text()) if (tmp_path / "few2" / file).exists() else {}
@@ -118,7 +158,15 @@ def test_broken_files_are_told_before_weights_are_written(file: str, change: Cal
     assert not list((tmp_path / "out-scratch").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("entry", [{"dtype": "F32", "data_offsets": [0, 64]}, {"shape": [16], "data_offsets": [0, 64]}, {"dtype": "F32", "shape": "x", "data_offsets": [0, 64]}, {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]}])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "data_offsets": [0, 64]},
+        {"shape": [16], "data_offsets": [0, 64]},
+        {"dtype": "F32", "shape": "x", "data_offsets": [0, 64]},
+        {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]},
+    ],
+)
 def test_headers_that_are_none(entry: dict[str, Any], tmp_path: Path) -> None:
     header = json.dumps({"a": entry}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
@@ -129,20 +177,51 @@ def test_headers_that_are_none(entry: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_template_that_cannot_be_rendered(family: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be rendered"):
-        merged({"merge_method": "linear", "models": of("few", weight=1), "chat_template": "{% for x in messages %}{{ oops broken"}, family, tmp_path / "out")
+        merged(
+            {
+                "merge_method": "linear",
+                "models": of("few", weight=1),
+                "chat_template": "{% for x in messages %}{{ oops broken",
+            },
+            family,
+            tmp_path / "out",
+        )
 
 
-@pytest.mark.parametrize("more", [{"merge_method": "ties", "base_model": "base", "models": of("a", weight=1, density=2)}, {"merge_method": "breadcrumbs", "base_model": "base", "models": of("a", weight=1, gamma=-0.5)}, {"merge_method": "karcher", "models": of("a", "b"), "parameters": {"max_iter": -3}}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"merge_method": "ties", "base_model": "base", "models": of("a", weight=1, density=2)},
+        {"merge_method": "breadcrumbs", "base_model": "base", "models": of("a", weight=1, gamma=-0.5)},
+        {"merge_method": "karcher", "models": of("a", "b"), "parameters": {"max_iter": -3}},
+    ],
+)
 def test_numbers_out_of_range(more: dict[str, Any], family: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it must be"):
         merged(more, family, tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ["dtype: 2024-13-45", "x: !!int abc", f"a: {'9' * 5000}", f"a: {'[' * 3000}", "name: [1]\nmerge_method: linear\nmodels: [{model: a}]", "merge_method: linear\nmodels: [{model: '+'}]", f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: {'9' * 400}}}}}]"])
-def test_yaml_that_is_none_is_one_line(text: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dtype: 2024-13-45",
+        "x: !!int abc",
+        f"a: {'9' * 5000}",
+        f"a: {'[' * 3000}",
+        "name: [1]\nmerge_method: linear\nmodels: [{model: a}]",
+        "merge_method: linear\nmodels: [{model: '+'}]",
+        f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: {'9' * 400}}}}}]",
+    ],
+)
+def test_yaml_that_is_none_is_one_line(
+    text: str, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(family)
     (tmp_path / "m.yml").write_text(text)
-    assert main(["merge", str(tmp_path / "m.yml"), "--out", str(tmp_path / "out"), "--workspace", str(tmp_path / "ws")]) == 2
+    assert (
+        main(["merge", str(tmp_path / "m.yml"), "--out", str(tmp_path / "out"), "--workspace", str(tmp_path / "ws")])
+        == 2
+    )
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
@@ -151,12 +230,18 @@ def kin(child: Path, *among: Path) -> Kinship:
 
 
 def test_only_what_is_equal_is_the_same(family: Path, tmp_path: Path) -> None:
-    """Norms, the embedding, or a matrix that is missing make another model, though all that was read of matrices is equal."""
+    """Norms, the embedding, or a matrix that is missing make another model, though all that was read of matrices is
+    equal.
+    """
     base = family / "base"
     assert kin(base, base, family / "a").relation == "same"
     changes: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
-        "norm": lambda t: t.update({"model.norm.weight": t["model.norm.weight"] * 3}), "embedding": lambda t: t.update({"model.embed_tokens.weight": torch.randn_like(t["model.embed_tokens.weight"])}), "one": lambda t: t[Q].view(-1)[7:8].add_(1e-3),
-    }  # fmt: skip
+        "norm": lambda t: t.update({"model.norm.weight": t["model.norm.weight"] * 3}),
+        "embedding": lambda t: t.update(
+            {"model.embed_tokens.weight": torch.randn_like(t["model.embed_tokens.weight"])}
+        ),
+        "one": lambda t: t[Q].view(-1)[7:8].add_(1e-3),
+    }
     for name, change in changes.items():
         found = kin(broken(base, tmp_path / name, change), base, family / "a")
         assert (found.relation, set(found.parents)) == ("tuned", {"base"}), name
@@ -165,13 +250,32 @@ def test_only_what_is_equal_is_the_same(family: Path, tmp_path: Path) -> None:
 def test_kin_under_other_names_and_formats(family: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "renamed"
     shutil.copytree(family / "a", renamed)
-    save_file({name.replace("model.layers", "transformer.h"): one for name, one in load_file(family / "a" / "model.safetensors").items()}, renamed / "model.safetensors")
-    assert (kin(renamed, family / "a", family / "c").relation, kin(renamed, family / "a", family / "c").parents) == ("same", {"a": 1.0})
-    small = broken(family / "a", tmp_path / "f8", lambda t: t.update({name: one.to(torch.float8_e4m3fn) for name, one in t.items()}))
+    save_file(
+        {
+            name.replace("model.layers", "transformer.h"): one
+            for name, one in load_file(family / "a" / "model.safetensors").items()
+        },
+        renamed / "model.safetensors",
+    )
+    assert (kin(renamed, family / "a", family / "c").relation, kin(renamed, family / "a", family / "c").parents) == (
+        "same",
+        {"a": 1.0},
+    )
+    small = broken(
+        family / "a",
+        tmp_path / "f8",
+        lambda t: t.update({name: one.to(torch.float8_e4m3fn) for name, one in t.items()}),
+    )
     assert set(kin(small, family / "a", family / "far").parents) == {"a"}
-    odd = broken(family / "a", tmp_path / "odd", lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(7, 3)}))
+    odd = broken(
+        family / "a", tmp_path / "odd", lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(7, 3)})
+    )
     assert set(kin(odd, family / "a").parents) == {"a"}
-    whole = broken(family / "a", tmp_path / "whole", lambda t: t.update({name: one.to(torch.int32) for name, one in t.items() if one.ndim == 2}))
+    whole = broken(
+        family / "a",
+        tmp_path / "whole",
+        lambda t: t.update({name: one.to(torch.int32) for name, one in t.items() if one.ndim == 2}),
+    )
     with pytest.raises(ModelError, match="is in I32, which cannot be compared"):
         kin(whole, family / "a")
 
@@ -188,11 +292,18 @@ def test_small_things(tmp_path: Path) -> None:
         recipe_of("linear", ["a", "a"])
     (tmp_path / "mergekit_config.yml").write_text('merge_method: linear\nmodels: [{model: "x\\ud800"}]\n')
     assert [claim.name for claim in claims(tmp_path)] == ["x?"]
-    assert [kind_of(said) for said in ("mit-nd", "ncsa", "0bsd", "cdla-permissive-2.0")] == ["own", "free", "free", "free"]
+    assert [kind_of(said) for said in ("mit-nd", "ncsa", "0bsd", "cdla-permissive-2.0")] == [
+        "own",
+        "free",
+        "free",
+        "free",
+    ]
     assert save(tmp_path / "m", "a").exists()
 
 
-def test_a_full_disk_is_known_before_anything_is_written(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_known_before_anything_is_written(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
     import os
 
@@ -211,7 +322,10 @@ def test_a_token_that_no_row_is_of(family: Path, tmp_path: Path) -> None:
     rows = len(weights(family / "more")["model.embed_tokens.weight"])
     given = {"merge_method": "linear", "base_model": "few", "models": of("few", "more", weight=1)}
     for number in (rows, rows + 40):
-        rule = {"source": "base", "tokens": {"<x>": {"source": {"kind": "model_token", "model": "more", "token_id": number}, "force": True}}}
+        rule = {
+            "source": "base",
+            "tokens": {"<x>": {"source": {"kind": "model_token", "model": "more", "token_id": number}, "force": True}},
+        }
         with pytest.raises(UserError, match=f"more has {rows} rows, and none of the token {number}"):
             merged({**given, "tokenizer": rule}, family, tmp_path / str(number))
     shards = Shards(family / "more")
@@ -221,16 +335,26 @@ def test_a_token_that_no_row_is_of(family: Path, tmp_path: Path) -> None:
 
 
 def test_rows_of_zeros_are_told(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers on layers of models with other tokens: the embedding comes from one of them, which has none of the others' tokens."""
+    """Layers on layers of models with other tokens: the embedding comes from one of them, which has none of the others'
+    tokens.
+    """
     said: list[str] = []
     monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
-    merged({**layers(("few", 0, 2), ("more", 2, 4)), "base_model": "few", "tokenizer_source": "union"}, family, tmp_path / "out")
+    merged(
+        {**layers(("few", 0, 2), ("more", 2, 4)), "base_model": "few", "tokenizer_source": "union"},
+        family,
+        tmp_path / "out",
+    )
     made, tokens = weights(tmp_path / "out")["model.embed_tokens.weight"], load_tokenizer(tmp_path / "out").get_vocab()
     bare = [at for at in tokens.values() if not made[at].any()]
     assert bare
     assert any(line.startswith("warning: ") and "have a row of zeros" in line for line in said)
     said.clear()
-    merged({**layers(("few", 0, 2), ("few", 2, 4)), "base_model": "few", "tokenizer_source": "union"}, family, tmp_path / "plain")
+    merged(
+        {**layers(("few", 0, 2), ("few", 2, 4)), "base_model": "few", "tokenizer_source": "union"},
+        family,
+        tmp_path / "plain",
+    )
     assert not any("have a row of zeros" in line for line in said)
 
 
@@ -238,11 +362,22 @@ def test_eight_bit_floats_are_copied_or_refused(family: Path, tmp_path: Path) ->
     small = broken(family / "a", family / "f8", lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}))
     merged({"merge_method": "passthrough", "models": of("f8")}, family, tmp_path / "copy")
     assert torch.equal(weights(tmp_path / "copy")[Q].view(torch.uint8), weights(small)[Q].view(torch.uint8))
-    for number, more in enumerate(({"models": of("f8", scale=0.5)}, {"models": of("f8"), "dtype": "bfloat16"}, {"models": of("f8"), "out_dtype": "float32"}, {"merge_method": "linear", "models": of("f8", weight=1)})):
+    for number, more in enumerate(
+        (
+            {"models": of("f8", scale=0.5)},
+            {"models": of("f8"), "dtype": "bfloat16"},
+            {"models": of("f8"), "out_dtype": "float32"},
+            {"merge_method": "linear", "models": of("f8", weight=1)},
+        )
+    ):
         with pytest.raises(ModelError, match="is in float8_e4m3fn, which"):
             merged({"merge_method": "passthrough", **more}, family, tmp_path / str(number))
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
-        broken(family / "a", family / f"nan-{kind}", lambda t, kind=kind: t.update({Q: torch.full((16, 16), float("nan")).to(kind)}))
+        broken(
+            family / "a",
+            family / f"nan-{kind}",
+            lambda t, kind=kind: t.update({Q: torch.full((16, 16), float("nan")).to(kind)}),
+        )
         with pytest.raises(ModelError, match="holds values that are no numbers"):
             merged({"merge_method": "passthrough", "models": of(f"nan-{kind}")}, family, tmp_path / f"n{kind}")
 
@@ -250,9 +385,19 @@ def test_eight_bit_floats_are_copied_or_refused(family: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("method", ["ties", "breadcrumbs", "arcee_fusion", "dare_ties", "model_stock"])
 def test_tensors_of_no_size(method: str, family: Path, tmp_path: Path) -> None:
     for name in ("base", "a", "b"):
-        broken(family / name, tmp_path / f"{name}-empty", lambda t: t.update({"model.layers.0.none": torch.zeros(0, 4)}))
+        broken(
+            family / name, tmp_path / f"{name}-empty", lambda t: t.update({"model.layers.0.none": torch.zeros(0, 4)})
+        )
     others = ("a-empty",) if method == "arcee_fusion" else ("a-empty", "b-empty")
-    merged({"merge_method": method, "base_model": "base-empty", "models": [{"model": one, "parameters": {"weight": 1, "density": 0.5}} for one in others]}, tmp_path, tmp_path / "out")
+    merged(
+        {
+            "merge_method": method,
+            "base_model": "base-empty",
+            "models": [{"model": one, "parameters": {"weight": 1, "density": 0.5}} for one in others],
+        },
+        tmp_path,
+        tmp_path / "out",
+    )
     assert weights(tmp_path / "out")["model.layers.0.none"].shape == (0, 4)
 
 
@@ -282,7 +427,9 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, pico: Path, monkeypatch
     assert (tmp_path / "upload" / "README.md").exists()
 
 
-def test_digests_that_cannot_be_kept_are_computed_again(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digests_that_cannot_be_kept_are_computed_again(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "taken").write_text("")  # where the cache's directory would be
     monkeypatch.setenv("LLMWORKS_CACHE", str(tmp_path / "taken"))
     found = resolve(str(pico))
@@ -291,25 +438,43 @@ def test_digests_that_cannot_be_kept_are_computed_again(tmp_path: Path, pico: Pa
 
 def test_a_parameter_that_no_method_has(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is a mistake; one of another method is told, since mergekit's files often have some."""
-    given = {"merge_method": "ties", "base_model": "base", "models": [{"model": "a", "parameters": {"weight": 1, "dencity": 0.5}}]}
+    given = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [{"model": "a", "parameters": {"weight": 1, "dencity": 0.5}}],
+    }
     with pytest.raises(UserError, match="unknown parameter 'dencity', did you mean 'density'"):
         merged(given, family, tmp_path / "out")
     with pytest.raises(UserError, match="unknown parameter 'wieght', did you mean 'weight'"):
         merged({"merge_method": "linear", "models": of("a", wieght=1)}, family, tmp_path / "more")
     said: list[str] = []
     monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
-    merged({"merge_method": "linear", "models": of("a", weight=1), "parameters": {"t": 0.4}}, family, tmp_path / "other")
+    merged(
+        {"merge_method": "linear", "models": of("a", weight=1), "parameters": {"t": 0.4}}, family, tmp_path / "other"
+    )
     assert any("linear has no parameter t" in line for line in said)
     said.clear()
-    merged({"merge_method": "linear", "models": of("a", weight=[{"filter": "self_atn", "value": 1}, {"filter": "mlp", "value": 1}, {"value": 1}])}, family, tmp_path / "filtered")
+    merged(
+        {
+            "merge_method": "linear",
+            "models": of("a", weight=[{"filter": "self_atn", "value": 1}, {"filter": "mlp", "value": 1}, {"value": 1}]),
+        },
+        family,
+        tmp_path / "filtered",
+    )
     assert [line for line in said if "self_atn" in line]
     assert not [line for line in said if "mlp," in line]
 
 
-def test_a_model_that_the_file_does_not_name(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_the_file_does_not_name(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.yml").write_text("merge_method: linear\nmodels: [{model: one, parameters: {weight: 1}}]\n")
-    assert main(["merge", "m.yml", "--models", f"one={family / 'a'}", "--models", f"typo={family / 'b'}", "--out", "x"]) == 2
+    assert (
+        main(["merge", "m.yml", "--models", f"one={family / 'a'}", "--models", f"typo={family / 'b'}", "--out", "x"])
+        == 2
+    )
     assert "names no model 'typo'; it names one" in capsys.readouterr().err
     assert main(["merge", "m.yml", "--models", f"one={family / 'a'}", "--plan"]) == 0
     told = capsys.readouterr().out
@@ -317,7 +482,10 @@ def test_a_model_that_the_file_does_not_name(family: Path, tmp_path: Path, monke
     assert "one 0 to 3" in told
     assert main(["merge", "--methods"]) == 0
     assert "density (1.0, of each model)" in capsys.readouterr().out
-    (tmp_path / "m.yml").write_text("merge_method: slerp\nbase_model: one\nmodels: [{model: one}]\nparameters: {t: [{filter: mlp, valeu: 0.5}, 0.3]}\n")
+    (tmp_path / "m.yml").write_text(
+        "merge_method: slerp\nbase_model: one\nmodels: [{model: one}]\nparameters: {t: [{filter: mlp, valeu: 0.5},"
+        " 0.3]}\n"
+    )
     assert main(["merge", "m.yml", "--out", "x"]) == 2
     told = capsys.readouterr().err
     assert "parameters.t.0: unknown key 'valeu', did you mean 'value'" in told
@@ -333,16 +501,29 @@ def test_what_is_read_is_counted_in_the_number_format_of_the_models(family: Path
 
 
 def test_a_merge_of_an_asset_is_derived_again(family: Path, tmp_path: Path) -> None:
-    """An asset is used as what it was converted to, which the workspace knows by another name; its licence is on the card both times."""
+    """An asset is used as what it was converted to, which the workspace knows by another name; its licence is on the
+    card both times.
+    """
     workspace = Workspace(tmp_path / "ws")
 
     def made(given: dict[str, Any], models: dict[str, Any]) -> Any:
         stage = stages.resolve("merge")
-        return execute(stage, stage.config.model_validate(given), {"models": models}, workspace, seed=0, open_engine=lambda _: pytest.fail("no engine is needed"), quiet=True).artifact
+        return execute(
+            stage,
+            stage.config.model_validate(given),
+            {"models": models},
+            workspace,
+            seed=0,
+            open_engine=lambda _: pytest.fail("no engine is needed"),
+            quiet=True,
+        ).artifact
 
     base = copy.copy(made({"merge_method": "passthrough", "models": of("a")}, {"a": resolve(str(family / "a"))}))
     base.name = base.ref = "asset:smollm2-135m-instruct"
-    child = made({"merge_method": "ties", "base_model": base.name, "models": of("b", weight=1, density=0.5)}, {base.name: base, "b": resolve(str(family / "b"))})
+    child = made(
+        {"merge_method": "ties", "base_model": base.name, "models": of("b", weight=1, density=0.5)},
+        {base.name: base, "b": resolve(str(family / "b"))},
+    )
     card = (child.path / "README.md").read_text()
     assert "asset:smollm2-135m-instruct: apache-2.0" in card
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card

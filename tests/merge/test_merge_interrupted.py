@@ -1,4 +1,6 @@
-"""Merges that are killed, or whose notes are broken: what is whole is kept, and the result is that of a merge that nothing happened to."""
+"""Merges that are killed, or whose notes are broken: what is whole is kept, and the result is that of a merge that
+nothing happened to.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def attempt(given: dict[str, Any], family: Path, place: Path, *, small: bool = T
         old.unlink()
     for folder in (out, place / "scratch"):
         folder.mkdir(parents=True, exist_ok=True)
-    made: Any = merge(config, found, Context(out, place / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: None))  # type: ignore[arg-type, return-value]
+    made: Any = merge(
+        config, found, Context(out, place / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: None)
+    )  # type: ignore[arg-type, return-value]
     assert isinstance(made, Model)
     return made
 
@@ -71,7 +75,17 @@ def test_what_was_counted_is_not_forgotten(family: Path, tmp_path: Path, monkeyp
     assert again.metrics == straight.metrics
 
 
-@pytest.mark.parametrize("note", ["", "{", "[]", '{"files": {"model-00001-of-00004.safetensors": {}}, "notes": {}}', '{"files": 3, "notes": {}}', '{"files": {}, "notes": {"tied": "x"}}'])
+@pytest.mark.parametrize(
+    "note",
+    [
+        "",
+        "{",
+        "[]",
+        '{"files": {"model-00001-of-00004.safetensors": {}}, "notes": {}}',
+        '{"files": 3, "notes": {}}',
+        '{"files": {}, "notes": {"tied": "x"}}',
+    ],
+)
 def test_a_broken_note_is_none(note: str, family: Path, tmp_path: Path) -> None:
     straight = attempt(TIES, family, tmp_path / "straight")
     shards = tmp_path / "noted" / "scratch" / "shards"
@@ -86,7 +100,11 @@ def test_a_kill_after_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """While the result's logits are recorded: no file is written again."""
     for seed, name in enumerate("ab"):
         make_pico(tmp_path / name, seed=seed)
-    given = {"merge_method": "linear", "models": [{"model": name, "parameters": {"weight": 0.5}} for name in "ab"], "shard_bytes": 1_000_000}
+    given = {
+        "merge_method": "linear",
+        "models": [{"model": name, "parameters": {"weight": 0.5}} for name in "ab"],
+        "shard_bytes": 1_000_000,
+    }
     recorded = runs.logits_at
 
     def killed(_: Path) -> Any:
@@ -100,7 +118,9 @@ def test_a_kill_after_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in kept}
     monkeypatch.setattr(runs, "logits_at", recorded)
     made = attempt(given, tmp_path, tmp_path / "m", small=False)
-    assert {name: (made.path / name).stat().st_ino for name in before} == {name: ino for name, (ino, _) in before.items()}
+    assert {name: (made.path / name).stat().st_ino for name in before} == {
+        name: ino for name, (ino, _) in before.items()
+    }
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     found = {name: tensor for file in before for name, tensor in load_file(made.path / file).items()}
     assert all(torch.allclose(found[name], (one[name] + other[name]) / 2, atol=1e-6) for name in one)

@@ -1,4 +1,7 @@
-"""mergekit's weights from mergekit's configurations: bit for bit. What mergekit made stands in tests/fixtures/merges.json.gz, by tests/oracles/merges.py."""
+"""mergekit's weights from mergekit's configurations: bit for bit.
+
+What mergekit made stands in tests/fixtures/merges.json.gz, by tests/oracles/merges.py.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,14 @@ from llmworks.merge.plan.config import MergeConfig
 from llmworks.runtime.references import resolve
 from tests.oracles.merges import CASES, TOKENS, models
 
-SAID: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "merges.json.gz").read_bytes()))
+SAID: dict[str, Any] = json.loads(
+    gzip.decompress((Path(__file__).parents[1] / "fixtures" / "merges.json.gz").read_bytes())
+)
 MIDDLE = "model.layers.1.mlp.up_proj.weight"
-TIED = ("ties, bfloat16", "breadcrumbs, rescaled")  # changes of one size stand at a threshold, of which a sort that is not stable keeps some
+TIED = (
+    "ties, bfloat16",
+    "breadcrumbs, rescaled",
+)  # changes of one size stand at a threshold, of which a sort that is not stable keeps some
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,11 @@ def merged(given: dict[str, Any], family: Path, out: Path, *, seed: int = 0, thr
     for folder in (out, out.parent / f"{out.name}-scratch"):
         folder.mkdir(parents=True)
     torch.set_num_threads(threads)
-    made: Any = merge(config, found, Context(out, out.parent / f"{out.name}-scratch", seed, Progress(quiet=True), ReportBuilder(), lambda _: None))  # type: ignore[arg-type, return-value]
+    made: Any = merge(
+        config,
+        found,
+        Context(out, out.parent / f"{out.name}-scratch", seed, Progress(quiet=True), ReportBuilder(), lambda _: None),
+    )  # type: ignore[arg-type, return-value]
     assert isinstance(made, Model)
     return made
 
@@ -65,9 +77,16 @@ def test_only_what_is_tied_differs(name: str, family: Path, tmp_path: Path) -> N
 def test_weights_are_those_of_mergekit(name: str, family: Path, tmp_path: Path) -> None:
     merged(CASES[name], family, tmp_path / "out")
     tensors, said = load_file(tmp_path / "out" / "model.safetensors"), dict(SAID["cases"][name])
-    assert {key: json.loads((tmp_path / "out" / "config.json").read_text())[key] for key in said["config"]} == said.pop("config")
+    assert {key: json.loads((tmp_path / "out" / "config.json").read_text())[key] for key in said["config"]} == said.pop(
+        "config"
+    )
     assert set(tensors) == set(said)
-    wrong = [tensor for tensor, (dtype, shape, known, *_) in said.items() if [str(tensors[tensor].dtype).removeprefix("torch."), list(tensors[tensor].shape), digest(tensors[tensor])] != [dtype, shape, known]]
+    wrong = [
+        tensor
+        for tensor, (dtype, shape, known, *_) in said.items()
+        if [str(tensors[tensor].dtype).removeprefix("torch."), list(tensors[tensor].shape), digest(tensors[tensor])]
+        != [dtype, shape, known]
+    ]
     assert not wrong
 
 
@@ -76,7 +95,12 @@ def test_rows_of_tokens_are_those_of_mergekit(name: str, family: Path, tmp_path:
     from transformers import AutoTokenizer
 
     merged(TOKENS[name], family, tmp_path / "out")
-    tensors, ids = load_file(tmp_path / "out" / "model.safetensors"), AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    tensors, ids = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab(),
+    )
     for tensor, said in SAID["tokens"][name].items():
         assert list(tensors[tensor].shape) == said[""]
-        assert {token: digest(tensors[tensor][at].float()) for token, at in ids.items()} == {token: known for token, known in said.items() if token}
+        assert {token: digest(tensors[tensor][at].float()) for token, at in ids.items()} == {
+            token: known for token, known in said.items() if token
+        }

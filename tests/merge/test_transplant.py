@@ -1,4 +1,6 @@
-"""Another tokenizer for a model: what both have stays as it was, new rows are the mean of their pieces, and the cost is told."""
+"""Another tokenizer for a model: what both have stays as it was, new rows are the mean of their pieces, and the cost is
+told.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,12 @@ def moved(model: Path, donor: Path, out: Path, data: Path | None = None, **given
         folder.mkdir(parents=True)
     found: Any = [resolve(str(path)) for path in (model, donor)]
     rows: Any = resolve(str(data)) if data else None
-    return transplant(TransplantConfig.model_validate(given), *found, Context(out, out.parent / f"{out.name}-scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: None), rows)  # type: ignore[arg-type, return-value]
+    return transplant(
+        TransplantConfig.model_validate(given),
+        *found,
+        Context(out, out.parent / f"{out.name}-scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: None),
+        rows,
+    )  # type: ignore[arg-type, return-value]
 
 
 def donor(path: Path, change: Any) -> Path:
@@ -53,7 +60,10 @@ def test_its_own_tokenizer_changes_nothing(pico: Path, tmp_path: Path) -> None:
     made = moved(pico, pico, tmp_path / "out")
     before, after = load_file(pico / "model.safetensors"), load_file(made.path / "model.safetensors")
     count = len(load_tokenizer(pico))
-    assert all(torch.equal(after[name], one if name not in (EMBEDDING, "lm_head.weight") else one[:count]) for name, one in before.items())
+    assert all(
+        torch.equal(after[name], one if name not in (EMBEDDING, "lm_head.weight") else one[:count])
+        for name, one in before.items()
+    )
     assert (made.metrics["same"], made.metrics["by_pieces"], made.metrics["lost"]) == (count, 0, 0)
 
 
@@ -85,9 +95,15 @@ def test_new_tokens_are_the_mean_of_their_pieces(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     tokenizer(other, ("t h", "th e", "e r"), ("<end>",))
-    (other / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<end>"}))
+    (other / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<end>"})
+    )
     data = tmp_path / "texts.jsonl"
-    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("the thing in the inn", "another the er", "nothing there")))
+    data.write_text(
+        "".join(
+            json.dumps({"text": text}) + "\n" for text in ("the thing in the inn", "another the er", "nothing there")
+        )
+    )
     made = moved(model, other, tmp_path / "out", data)
     before, after = (load_file(path / "model.safetensors") for path in (model, made.path))
     old, new = load_tokenizer(model).get_vocab(), load_tokenizer(made.path).get_vocab()
@@ -122,14 +138,35 @@ def test_marks_of_other_vocabularies_are_no_text(pico: Path) -> None:
 
     vocab = {"[UNK]": 0, "city": 1, "##ying": 2, "##": 3, "city</w>": 4}
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordPiece(vocab, unk_token="[UNK]")))
-    assert token_bytes(words, {"model": {"continuing_subword_prefix": "##"}}) == {0: b"[UNK]", 1: b"city", 2: b"ying", 3: b"##", 4: b"city</w>"}
+    assert token_bytes(words, {"model": {"continuing_subword_prefix": "##"}}) == {
+        0: b"[UNK]",
+        1: b"city",
+        2: b"ying",
+        3: b"##",
+        4: b"city</w>",
+    }
     pairs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab, [], end_of_word_suffix="</w>")))
     assert token_bytes(pairs, {"model": {"end_of_word_suffix": "</w>"}})[4] == b"city"
 
 
 def test_pieces_beyond_the_embedding_are_none(pico: Path, tmp_path: Path) -> None:
-    """A token that the model's tokenizer has and its embedding has no row for: the new token's row is that of its other pieces, or of none."""
-    old = donor(tmp_path / "old", lambda definition: definition["added_tokens"].append({"id": 400, "content": "brown", "special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}))
+    """A token that the model's tokenizer has and its embedding has no row for: the new token's row is that of its other
+    pieces, or of none.
+    """
+    old = donor(
+        tmp_path / "old",
+        lambda definition: definition["added_tokens"].append(
+            {
+                "id": 400,
+                "content": "brown",
+                "special": False,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
+        ),
+    )
     model = tmp_path / "model"
     shutil.copytree(pico, model)
     shutil.copyfile(old / "tokenizer.json", model / "tokenizer.json")
@@ -147,7 +184,10 @@ def test_bad_input_is_one_line(pico: Path, pico_gguf: Path, tmp_path: Path, caps
         moved(pico_gguf, pico, tmp_path / "out")
     bare = save(tmp_path / "bare", "a")
     for words in ([str(pico), str(bare)], [str(bare), str(pico)]):
-        assert main(["merge", "transplant", *words, "--out", str(tmp_path / "x"), "--workspace", str(tmp_path / "ws")]) == 2
+        assert (
+            main(["merge", "transplant", *words, "--out", str(tmp_path / "x"), "--workspace", str(tmp_path / "ws")])
+            == 2
+        )
         told = capsys.readouterr().err
         assert "has no tokenizer" in told
         assert len(told.strip().splitlines()) == 1

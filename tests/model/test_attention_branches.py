@@ -1,4 +1,6 @@
-"""Texts that begin alike in one segment: each is computed as if it stood alone, whatever the attention and the positions are; and log-probabilities without logits."""
+"""Texts that begin alike in one segment: each is computed as if it stood alone, whatever the attention and the
+positions are; and log-probabilities without logits.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,21 @@ from llmworks.model.loss import linear_logprobs
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
 
-SHAPES = [Shape(kv_heads=2), Shape(window=6, full_every=2), Shape(position="alibi"), Shape(position="learned", norm="layer", gated=False, bias="all"), Shape(window=6, qk_norm=True)]
+SHAPES = [
+    Shape(kv_heads=2),
+    Shape(window=6, full_every=2),
+    Shape(position="alibi"),
+    Shape(position="learned", norm="layer", gated=False, bias="all"),
+    Shape(window=6, qk_norm=True),
+]
 TEXTS = [(70, (40, 50, 3)), (5, (9,)), (33, (80, 64))]  # tokens of what is shared, and of each rest
 
 
 def made(shape: Shape) -> DecoderForCausalLM:
     torch.manual_seed(0)
-    small = shape.model_copy(update={"vocabulary": 100, "width": 32, "layers": 3, "heads": 4, "hidden": 48, "context": 256})
+    small = shape.model_copy(
+        update={"vocabulary": 100, "width": 32, "layers": 3, "heads": 4, "hidden": 48, "context": 256}
+    )
     return DecoderForCausalLM(DecoderConfig(shape=small.model_dump()))
 
 
@@ -30,8 +40,15 @@ def one_row() -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, list[tu
     at = 0
     for number, (shared, rests) in enumerate(TEXTS):
         start, trunk = at, torch.randint(0, 100, (shared,), generator=draw)
-        for branch, (ids, first) in enumerate([(trunk, 0), *((torch.randint(0, 100, (n,), generator=draw), shared) for n in rests)]):
-            for name, values in (("ids", ids), ("positions", torch.arange(first, first + len(ids))), ("segments", torch.full_like(ids, number)), ("branches", torch.full_like(ids, branch))):
+        for branch, (ids, first) in enumerate(
+            [(trunk, 0), *((torch.randint(0, 100, (n,), generator=draw), shared) for n in rests)]
+        ):
+            for name, values in (
+                ("ids", ids),
+                ("positions", torch.arange(first, first + len(ids))),
+                ("segments", torch.full_like(ids, number)),
+                ("branches", torch.full_like(ids, branch)),
+            ):
                 row[name].append(values)
             if branch:
                 texts.append((torch.cat([trunk, ids]), [(start, start + shared), (at, at + len(ids))]))
@@ -42,12 +59,17 @@ def one_row() -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, list[tu
 @pytest.mark.parametrize("kernels", ["blocks", "fused"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.position}-{s.window}")
 def test_a_branch_is_computed_as_if_it_stood_alone(shape: Shape, kernels: str) -> None:
-    """States, and gradients of all weights: of one row, and of a row for each text. On a CPU in blocks, elsewhere by the fused kernels, which other precisions take here."""
+    """States, and gradients of all weights: of one row, and of a row for each text.
+
+    On a CPU in blocks, elsewhere by the fused kernels, which other precisions take here.
+    """
     network, (row, texts) = made(shape), one_row()
     if kernels == "fused":
         network = network.double()
     table = network.get_input_embeddings()
-    weights = torch.randn(1, row["ids"].shape[1], 32, dtype=next(network.parameters()).dtype, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(
+        1, row["ids"].shape[1], 32, dtype=next(network.parameters()).dtype, generator=torch.Generator().manual_seed(2)
+    )
     states = network.decoder(table(row["ids"]), row["positions"], segments=row["segments"], branches=row["branches"])
     (states * weights).sum().backward()
     together = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -57,24 +79,37 @@ def test_a_branch_is_computed_as_if_it_stood_alone(shape: Shape, kernels: str) -
         alone = network.decoder(table(ids[None]), torch.arange(len(ids))[None])
         there = torch.cat([states[:, a:b] for a, b in parts], 1)
         assert torch.allclose(alone, there, atol=1e-4)
-        counted = torch.cat([weights[:, a:b] * (0.0 if (a, b) in seen else 1.0) for a, b in parts], 1)  # what is shared counts once
+        counted = torch.cat(
+            [weights[:, a:b] * (0.0 if (a, b) in seen else 1.0) for a, b in parts], 1
+        )  # what is shared counts once
         seen.add(parts[0])
         (alone * counted).sum().backward()
     for name, p in network.named_parameters():
         if p.grad is not None:
-            assert float((p.grad - together[name]).norm() / p.grad.norm().clamp(min=1e-2)) < 1e-4, name  # a bias of keys has no gradient
+            assert float((p.grad - together[name]).norm() / p.grad.norm().clamp(min=1e-2)) < 1e-4, (
+                name
+            )  # a bias of keys has no gradient
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("plain", [True, False])
-def test_log_probabilities_are_those_of_the_logits(temperature: float, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_are_those_of_the_logits(
+    temperature: float, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In several chunks, with gradients of states and head, and entropies."""
     monkeypatch.setattr(linear_loss, "LOGITS", 300 * 16)
     draw = torch.Generator().manual_seed(0)
     head: Any = torch.nn.Linear(16, 300, bias=not plain)
-    states, tokens, pull = torch.randn(50, 16, generator=draw, requires_grad=True), torch.randint(0, 300, (50,), generator=draw), torch.randn(50, generator=draw)
+    states, tokens, pull = (
+        torch.randn(50, 16, generator=draw, requires_grad=True),
+        torch.randint(0, 300, (50,), generator=draw),
+        torch.randn(50, generator=draw),
+    )
     found = []
-    for function in (lambda: linear_logprobs.linear_logprobs(states, head, tokens, temperature), lambda: linear_logprobs.of_logits(head(states), tokens, temperature)):
+    for function in (
+        lambda: linear_logprobs.linear_logprobs(states, head, tokens, temperature),
+        lambda: linear_logprobs.of_logits(head(states), tokens, temperature),
+    ):
         states.grad = head.weight.grad = None
         chances, entropy = function()
         (chances * pull).sum().backward()

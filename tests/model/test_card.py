@@ -29,18 +29,36 @@ def licensed(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pico, tmp_path / "base")
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\nbase_model: org/before\n---\n# base\n")
+    (tmp_path / "base" / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage: [en]\nbase_model: org/before\n---\n# base\n"
+    )
     return tmp_path / "base"
 
 
 def test_every_step_has_a_card_and_verifies(licensed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two steps from the licence it is still there; a card is made again to the byte."""
     other = make_pico(tmp_path / "other", seed=3)
-    for words in (["quantize", "rotate", str(licensed), "--out", "once"], ["quantize", "rotate", "once", "--out", "twice"], ["merge", "extract", str(other), "once", "--out", "difference"], ["merge", "adapter", "difference", "once", "--out", "folded"], ["quantize", "absmax", "folded", "--set", "group=32", "--out", "small"]):
+    for words in (
+        ["quantize", "rotate", str(licensed), "--out", "once"],
+        ["quantize", "rotate", "once", "--out", "twice"],
+        ["merge", "extract", str(other), "once", "--out", "difference"],
+        ["merge", "adapter", "difference", "once", "--out", "folded"],
+        ["quantize", "absmax", "folded", "--set", "group=32", "--out", "small"],
+    ):
         assert main([*words, "--quiet"]) == 0, words
-    for name, library, tag in (("once", "transformers", "rotate"), ("twice", "transformers", "rotate"), ("difference", "peft", "extract"), ("folded", "transformers", "adapter")):
+    for name, library, tag in (
+        ("once", "transformers", "rotate"),
+        ("twice", "transformers", "rotate"),
+        ("difference", "peft", "extract"),
+        ("folded", "transformers", "adapter"),
+    ):
         found = head(tmp_path / name)
-        assert (found["license"], found["language"], found["library_name"], found["tags"]) == ("apache-2.0", ["en"], library, [tag]), name
+        assert (found["license"], found["language"], found["library_name"], found["tags"]) == (
+            "apache-2.0",
+            ["en"],
+            library,
+            [tag],
+        ), name
     assert head(tmp_path / "small")["license"] == "apache-2.0"
     capsys.readouterr()
     assert main(["verify", "folded"]) == 0
@@ -65,13 +83,23 @@ def test_a_head_is_put_before_a_card_without_one(tmp_path: Path, pico: Path) -> 
 
 
 def test_what_the_hub_calls_a_model_is_known_two_steps_on(tmp_path: Path, pico: Path) -> None:
-    """Of what was made here its card says it; a foreign directory's card says what that was made of, which it is not."""
+    """Of what was made here its card says it; a foreign directory's card says what that was made of, which it is
+    not.
+    """
     shutil.copytree(pico, tmp_path / "m")
     (tmp_path / "m" / "README.md").write_text("---\nbase_model: [HuggingFaceTB/SmolLM2-135M-Instruct]\n---\n")
     foreign = Model(tmp_path / "m")
     assert hub_names(foreign) == []
     parent = Parent(role="model", name="x", kind="model", digest="0" * 64, ref="")
     made = Model(tmp_path / "m", manifest=Manifest.model_construct(parents=[parent]))
-    assert bases_of([made], "finetune") == {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "base_model_relation": "finetune"}
-    direct = Model(tmp_path / "m", manifest=Manifest.model_construct(parents=[Parent(role="model", name="x", kind="model", digest="0" * 64, ref="asset:smollm2-135m-instruct")]))
+    assert bases_of([made], "finetune") == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_relation": "finetune",
+    }
+    direct = Model(
+        tmp_path / "m",
+        manifest=Manifest.model_construct(
+            parents=[Parent(role="model", name="x", kind="model", digest="0" * 64, ref="asset:smollm2-135m-instruct")]
+        ),
+    )
     assert hub_names(direct) == ["HuggingFaceTB/SmolLM2-135M-Instruct"]

@@ -1,4 +1,6 @@
-"""The decoder's switches do what their papers say, none is ignored; a cache, a mask, packing and adapters change nothing that they must not."""
+"""The decoder's switches do what their papers say, none is ignored; a cache, a mask, packing and adapters change
+nothing that they must not.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,37 @@ from llmworks.model.shape import Rope, Shape
 USUAL: dict[str, Any] = {"vocabulary": 61, "width": 32, "layers": 2, "heads": 4, "context": 48}
 IDS = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(1))
 SWITCHES: dict[str, dict[str, Any]] = {
-    "norm": {"norm": "layer"}, "norm_place": {"norm_place": "post"}, "around": {"norm_place": "around"}, "norm_epsilon": {"norm_epsilon": 0.5}, "norm_from_zero": {"norm_from_zero": True},
-    "qk_norm": {"qk_norm": True}, "learned": {"position": "learned"}, "sinusoidal": {"position": "sinusoidal"}, "alibi": {"position": "alibi"}, "none": {"position": "none"}, "theta": {"rope": {"theta": 500.0}},
-    "linear": {"rope": {"scaling": "linear", "factor": 4}}, "ntk": {"rope": {"scaling": "ntk", "factor": 4}}, "yarn": {"rope": {"scaling": "yarn", "factor": 4, "trained": 400}},
-    "llama-3": {"rope": {"scaling": "llama-3", "factor": 4, "trained": 20, "fast": 4}}, "window": {"window": 5}, "full_every": {"window": 5, "full_every": 2}, "window_theta": {"window": 5, "full_every": 2, "window_theta": 77.0},
-    "gelu": {"activation": "gelu"}, "gelu-tanh": {"activation": "gelu-tanh"}, "gated": {"gated": False, "hidden": 64}, "qkv": {"bias": "qkv"}, "bias": {"bias": "all"}, "tied": {"tied": False},
-    "embedding_scaled": {"embedding_scaled": True}, "attention_scale": {"attention_scale": 0.9}, "experts": {"experts": {"count": 4}}, "kv_heads": {"kv_heads": 2}, "head_width": {"head_width": 10}, "hidden": {"hidden": 64},
-}  # fmt: skip
+    "norm": {"norm": "layer"},
+    "norm_place": {"norm_place": "post"},
+    "around": {"norm_place": "around"},
+    "norm_epsilon": {"norm_epsilon": 0.5},
+    "norm_from_zero": {"norm_from_zero": True},
+    "qk_norm": {"qk_norm": True},
+    "learned": {"position": "learned"},
+    "sinusoidal": {"position": "sinusoidal"},
+    "alibi": {"position": "alibi"},
+    "none": {"position": "none"},
+    "theta": {"rope": {"theta": 500.0}},
+    "linear": {"rope": {"scaling": "linear", "factor": 4}},
+    "ntk": {"rope": {"scaling": "ntk", "factor": 4}},
+    "yarn": {"rope": {"scaling": "yarn", "factor": 4, "trained": 400}},
+    "llama-3": {"rope": {"scaling": "llama-3", "factor": 4, "trained": 20, "fast": 4}},
+    "window": {"window": 5},
+    "full_every": {"window": 5, "full_every": 2},
+    "window_theta": {"window": 5, "full_every": 2, "window_theta": 77.0},
+    "gelu": {"activation": "gelu"},
+    "gelu-tanh": {"activation": "gelu-tanh"},
+    "gated": {"gated": False, "hidden": 64},
+    "qkv": {"bias": "qkv"},
+    "bias": {"bias": "all"},
+    "tied": {"tied": False},
+    "embedding_scaled": {"embedding_scaled": True},
+    "attention_scale": {"attention_scale": 0.9},
+    "experts": {"experts": {"count": 4}},
+    "kv_heads": {"kv_heads": 2},
+    "head_width": {"head_width": 10},
+    "hidden": {"hidden": 64},
+}
 
 
 def model(weights: float = 0.25, **more: Any) -> DecoderForCausalLM:
@@ -64,7 +90,10 @@ def test_a_cache_changes_nothing(name: str) -> None:
     made = model(**SWITCHES[name])
     whole = logits(made)
     cache = DynamicCache()
-    parts = [logits(made, IDS[:, a:b], past_key_values=cache) for a, b in ((0, 7), (7, 8), (8, 13), *((i, i + 1) for i in range(13, 24)))]
+    parts = [
+        logits(made, IDS[:, a:b], past_key_values=cache)
+        for a, b in ((0, 7), (7, 8), (8, 13), *((i, i + 1) for i in range(13, 24)))
+    ]
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
     assert (logits(made, IDS[:, :11]) - whole[:, :11]).abs().max() < 1e-4  # and nobody looks ahead
 
@@ -88,7 +117,9 @@ def test_padding_and_packing_change_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_shared_heads_are_repeated_ones(groups: int) -> None:
-    """Grouped- and multi-query attention is multi-head attention whose key and value matrices are repeated for every head of a group."""
+    """Grouped- and multi-query attention is multi-head attention whose key and value matrices are repeated for every
+    head of a group.
+    """
     few, many = (Attention(Shape.model_validate({**USUAL, "kv_heads": n}), 0) for n in (groups, 4))
     with torch.no_grad():
         many.query.weight.copy_(few.query.weight)
@@ -112,9 +143,15 @@ def test_attention_is_the_formula() -> None:
         for head in range(2):
             for i in range(6):
                 allowed = range(max(0, i - window + 1) if window else 0, i + 1)
-                fit = [float(q[0, head, i] @ k[0, head, j]) / 2 - (float(slope[head]) * (i - j) if slope is not None else 0) for j in allowed]
+                fit = [
+                    float(q[0, head, i] @ k[0, head, j]) / 2
+                    - (float(slope[head]) * (i - j) if slope is not None else 0)
+                    for j in allowed
+                ]
                 total = sum(map(math.exp, fit))
-                expected = sum((math.exp(f) / total * v[0, head, j] for f, j in zip(fit, allowed, strict=True)), torch.zeros(4))
+                expected = sum(
+                    (math.exp(f) / total * v[0, head, j] for f, j in zip(fit, allowed, strict=True)), torch.zeros(4)
+                )
                 assert (out[0, head, i] - expected).abs().max() < 1e-5
 
 
@@ -122,10 +159,15 @@ def test_positions_are_those_of_the_papers() -> None:
     kept, factor = frequencies(Rope(), 8, 2048)
     assert factor == 1
     assert kept.tolist() == pytest.approx([1.0, 0.1, 0.01, 0.001])  # theta^(-2i/d)
-    assert frequencies(Rope(scaling="linear", factor=4), 8, 2048)[0].tolist() == pytest.approx([0.25, 0.025, 0.0025, 0.00025])
+    assert frequencies(Rope(scaling="linear", factor=4), 8, 2048)[0].tolist() == pytest.approx(
+        [0.25, 0.025, 0.0025, 0.00025]
+    )
     # NTK: the fastest wave is kept, the slowest is stretched by the factor
-    assert frequencies(Rope(scaling="ntk", factor=4), 8, 2048)[0].tolist() == pytest.approx([1.0, 0.1 * 4 ** (-1 / 3), 0.01 * 4 ** (-2 / 3), 0.001 / 4])
-    # YaRN for d 128, base 10000, trained 4096, factor 8: by its equations, pair 20 turns 4096 / (2 pi 10000^(40/128)) = 36.7 times, pair 46 0.87
+    assert frequencies(Rope(scaling="ntk", factor=4), 8, 2048)[0].tolist() == pytest.approx(
+        [1.0, 0.1 * 4 ** (-1 / 3), 0.01 * 4 ** (-2 / 3), 0.001 / 4]
+    )
+    # YaRN for d 128, base 10000, trained 4096, factor 8: by its equations, pair 20 turns 4096 / (2 pi 10000^(40/128)) =
+    # 36.7 times, pair 46 0.87
     yarn, factor = frequencies(Rope(scaling="yarn", factor=8, trained=4096), 128, 32768)
     plain = frequencies(Rope(), 128, 32768)[0]
     assert factor == pytest.approx(0.1 * math.log(8) + 1)
@@ -136,7 +178,10 @@ def test_positions_are_those_of_the_papers() -> None:
     assert slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
     assert slopes(12).tolist() == pytest.approx([2.0**-i for i in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
     wave = sinusoids(torch.tensor([[0, 3]]), 4)
-    assert wave[0].tolist() == [pytest.approx([0, 1, 0, 1]), pytest.approx([math.sin(3), math.cos(3), math.sin(0.03), math.cos(0.03)], rel=1e-5)]
+    assert wave[0].tolist() == [
+        pytest.approx([0, 1, 0, 1]),
+        pytest.approx([math.sin(3), math.cos(3), math.sin(0.03), math.cos(0.03)], rel=1e-5),
+    ]
 
 
 def test_rotations_know_distances_only() -> None:
@@ -145,14 +190,20 @@ def test_rotations_know_distances_only() -> None:
     angles = frequencies(Rope(), 16, 100)[0]
 
     def fit(i: int, j: int) -> float:
-        return float((rotate(q, *rotation(torch.tensor([[i]]), angles)) * rotate(k, *rotation(torch.tensor([[j]]), angles))).sum())
+        return float(
+            (
+                rotate(q, *rotation(torch.tensor([[i]]), angles)) * rotate(k, *rotation(torch.tensor([[j]]), angles))
+            ).sum()
+        )
 
     assert fit(5, 2) == pytest.approx(fit(83, 80), rel=1e-4)
     assert fit(5, 2) != pytest.approx(fit(5, 3), rel=1e-2)
 
 
 def test_experts() -> None:
-    """Each token's answer is the sum of the two likeliest experts, weighed; the balance is 1 when even, as many as experts when all go to one."""
+    """Each token's answer is the sum of the two likeliest experts, weighed; the balance is 1 when even, as many as
+    experts when all go to one.
+    """
     torch.manual_seed(0)
     layer = MixtureOfExperts(Shape.model_validate({**USUAL, "experts": {"count": 4, "chosen": 2}}))
     x = torch.randn(3, 5, 32)
@@ -173,7 +224,9 @@ def test_experts() -> None:
     assert float(one.balance.detach()) == pytest.approx(1.0)
     made = model(experts={"count": 4, "balance": 0.5})
     plain = model(experts={"count": 4, "balance": 0.0})
-    assert float(made(input_ids=IDS, labels=IDS).loss.detach()) == float(plain(input_ids=IDS, labels=IDS).loss.detach())  # asked, not trained
+    assert float(made(input_ids=IDS, labels=IDS).loss.detach()) == float(
+        plain(input_ids=IDS, labels=IDS).loss.detach()
+    )  # asked, not trained
     made.train()
     assert float((made(input_ids=IDS, labels=IDS).loss - plain(input_ids=IDS, labels=IDS).loss).detach()) > 0.4
     copy.deepcopy(made)  # no graph is left in it
@@ -183,16 +236,29 @@ def test_the_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     assert (chunk(49_152), chunk(262_144), chunk(1 << 30)) == (512, 128, 1)
     monkeypatch.setattr(linear_loss, "MOST", 100)
-    states, weight, labels = torch.randn(207, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randint(0, 50, (207,))
+    states, weight, labels = (
+        torch.randn(207, 16, requires_grad=True),
+        torch.randn(50, 16, requires_grad=True),
+        torch.randint(0, 50, (207,)),
+    )
     far = linear_cross_entropy(torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
     assert float(far) == 600.0  # no chance underflows
     whole = linear_cross_entropy(states, weight, labels, 0.25)
     halves = torch.autograd.grad(whole, (states, weight))
-    assert all((a - b / 4).abs().max() < 1e-4 for a, b in zip(halves, torch.autograd.grad(F.cross_entropy(states @ weight.T, labels, reduction="sum"), (states, weight)), strict=True))
+    assert all(
+        (a - b / 4).abs().max() < 1e-4
+        for a, b in zip(
+            halves,
+            torch.autograd.grad(F.cross_entropy(states @ weight.T, labels, reduction="sum"), (states, weight)),
+            strict=True,
+        )
+    )
     ours = linear_cross_entropy(states, weight, labels) * 0.3
     theirs = F.cross_entropy(states @ weight.T, labels, reduction="sum") * 0.3
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
-    for mine, reference in zip(torch.autograd.grad(ours, (states, weight)), torch.autograd.grad(theirs, (states, weight)), strict=True):
+    for mine, reference in zip(
+        torch.autograd.grad(ours, (states, weight)), torch.autograd.grad(theirs, (states, weight)), strict=True
+    ):
         assert (mine - reference).abs().max() < 1e-4
     made = model()
     labels = IDS.clone()
@@ -207,7 +273,9 @@ def test_it_learns_and_takes_adapters() -> None:
 
     torch.manual_seed(0)
     made = DecoderForCausalLM(DecoderConfig(shape=Shape.model_validate(USUAL).model_dump()))
-    assert float(made(input_ids=IDS, labels=IDS).loss.detach()) == pytest.approx(math.log(61), abs=0.15)  # nothing is known at the beginning
+    assert float(made(input_ids=IDS, labels=IDS).loss.detach()) == pytest.approx(
+        math.log(61), abs=0.15
+    )  # nothing is known at the beginning
     optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
     for _ in range(90):
         loss = made(input_ids=IDS, labels=IDS).loss
@@ -224,10 +292,15 @@ def test_it_learns_and_takes_adapters() -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"width": 30}, "width 30 is not divided by heads 4"), ({"kv_heads": 3}, "heads 4 is not divided by kv_heads 3"), ({"head_width": 7}, "a head of width 7 is odd"), ({"full_every": 2}, "needs a window"),
-        ({"experts": {"count": 2, "chosen": 3}}, "more than experts.count"), ({"position": "absolute"}, "Input should be"), ({"hiden": 3}, "Extra inputs"),
+        ({"width": 30}, "width 30 is not divided by heads 4"),
+        ({"kv_heads": 3}, "heads 4 is not divided by kv_heads 3"),
+        ({"head_width": 7}, "a head of width 7 is odd"),
+        ({"full_every": 2}, "needs a window"),
+        ({"experts": {"count": 2, "chosen": 3}}, "more than experts.count"),
+        ({"position": "absolute"}, "Input should be"),
+        ({"hiden": 3}, "Extra inputs"),
     ],
-)  # fmt: skip
+)
 def test_shapes_that_do_not_fit(more: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         Shape.model_validate({**USUAL, **more})
@@ -241,7 +314,9 @@ def test_ids_and_lengths_beyond() -> None:
         learned(input_ids=torch.zeros(1, 49, dtype=torch.long))
 
 
-@pytest.mark.parametrize("more", [{"qk_norm": True}, {"qk_norm": True, "window": 5}, {"norm": "layer", "position": "learned"}])
+@pytest.mark.parametrize(
+    "more", [{"qk_norm": True}, {"qk_norm": True, "window": 5}, {"norm": "layer", "position": "learned"}]
+)
 def test_narrow_products_train(more: dict[str, Any]) -> None:
     """Under autocast the loss and its gradients are near those of fp32, the head's too."""
     made = model(weights=0.1, **more).train()
@@ -251,7 +326,9 @@ def test_narrow_products_train(more: dict[str, Any]) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             loss = made(input_ids=IDS, labels=IDS).loss
         loss.backward()
-        found.append((float(loss.detach()), {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}))
+        found.append(
+            (float(loss.detach()), {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None})
+        )
     (wide, by), (near, by_near) = found
     assert wide != near == pytest.approx(wide, rel=0.02)
     for name, grad in by.items():
@@ -331,7 +408,12 @@ def test_fine_tuning_reads_it_as_any_other() -> None:
     from llmworks.train.loop.losses import next_token_loss
 
     made = model()
-    batch = collate([Example(tuple(IDS[0, :9].tolist()), (0, 0, 0, 1, 1, 0, 1, 1, 1)), Example(tuple(IDS[1, :5].tolist()), (0, 0, 1, 1, 1))])
+    batch = collate(
+        [
+            Example(tuple(IDS[0, :9].tolist()), (0, 0, 0, 1, 1, 0, 1, 1, 1)),
+            Example(tuple(IDS[1, :5].tolist()), (0, 0, 1, 1, 1)),
+        ]
+    )
     scores = [logits(made, IDS[i : i + 1, :n])[0].log_softmax(-1) for i, n in ((0, 9), (1, 5))]
     expected = -sum(float(scores[i][c - 1, IDS[i, c]]) for i, cs in ((0, (3, 4, 6, 7, 8)), (1, (2, 3, 4))) for c in cs)
     assert float(next_token_loss(made, batch).detach()) == pytest.approx(expected, rel=1e-5)
@@ -353,5 +435,9 @@ def test_a_gate_in_one_operation_is_the_two_that_it_stands_for() -> None:
     gate, up, weights = (torch.randn(5, 7, 40, requires_grad=i < 2) for i in range(3))
     one, two = _SiluGate.apply(gate, up), torch.nn.functional.silu(gate) * up
     assert torch.equal(one, two)
-    for a, b in zip(torch.autograd.grad((one * weights).sum(), [gate, up]), torch.autograd.grad((two * weights).sum(), [gate, up]), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((one * weights).sum(), [gate, up]),
+        torch.autograd.grad((two * weights).sum(), [gate, up]),
+        strict=True,
+    ):
         assert torch.equal(a, b)

@@ -1,4 +1,6 @@
-"""Files that are written past the page cache: the same bytes as ever, wherever pieces end and whatever the file system takes."""
+"""Files that are written past the page cache: the same bytes as ever, wherever pieces end and whatever the file system
+takes.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_disk_that_wants_other_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write past the cache that is refused, and one that ends between two sectors: the rest goes through the cache."""
+    """A write past the cache that is refused, and one that ends between two sectors: the rest goes through the
+    cache.
+    """
     real = os.write
     for first in ("refused", "short"):
         calls: list[int] = []

@@ -1,4 +1,6 @@
-"""Word vectors: GloVe's counts and gradients against the paper, scores against gensim's, and the stage by every method."""
+"""Word vectors: GloVe's counts and gradients against the paper, scores against gensim's, and the stage by every
+method.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def test_cooccurrences_by_hand() -> None:
 
 
 def test_one_step_of_glove_is_adagrad_on_its_loss() -> None:
-    """The gradient of the paper's equation 8, pair by pair by autograd, and AdaGrad with squares that begin at one, as the authors' code has it."""
+    """The gradient of the paper's equation 8, pair by pair by autograd, and AdaGrad with squares that begin at one, as
+    the authors' code has it.
+    """
     pairs = (np.array([0, 1, 0, 2, 2]), np.array([1, 0, 2, 0, 2]), np.array([3.0, 3.0, 150.0, 150.0, 0.5]))
     draw = torch.Generator().manual_seed(0)
     w, c = (((torch.rand(3, 5, generator=draw) - 0.5) / 4).requires_grad_() for _ in range(2))
@@ -39,8 +43,14 @@ def test_one_step_of_glove_is_adagrad_on_its_loss() -> None:
         f = (x / 100) ** 0.75 if x < 100 else 1.0
         losses.append(f * ((w[i, :4] * c[j, :4]).sum() + w[i, 4] + c[j, 4] - math.log(x)) ** 2 / 2)
     steps = [torch.autograd.grad(loss, (w, c), retain_graph=True) for loss in losses]
-    summed, squared = ([sum((how(s[side]) for s in steps), torch.zeros(3, 5)) for side in (0, 1)] for how in (lambda g: g, torch.square))
-    expected = sum((t.detach() - 0.05 * g / (1 + s).sqrt() for t, g, s in zip((w, c), summed, squared, strict=True)), torch.zeros(3, 5))
+    summed, squared = (
+        [sum((how(s[side]) for s in steps), torch.zeros(3, 5)) for side in (0, 1)]
+        for how in (lambda g: g, torch.square)
+    )
+    expected = sum(
+        (t.detach() - 0.05 * g / (1 + s).sqrt() for t, g, s in zip((w, c), summed, squared, strict=True)),
+        torch.zeros(3, 5),
+    )
     heard: list[float] = []
     made = glove(pairs, 3, 4, epochs=1, seed=0, each=lambda epoch, mean: heard.append(mean))
     assert torch.allclose(made, expected[:, :4], atol=1e-6)
@@ -53,7 +63,15 @@ def test_glove_finds_what_was_put_in() -> None:
     counts = np.exp(truth @ truth.T / 2 + 3)
     at = np.indices((30, 30)).reshape(2, -1)
     heard: list[float] = []
-    glove((at[0], at[1], counts.ravel()), 30, 8, epochs=150, rate=0.1, batch=100, each=lambda epoch, mean: heard.append(mean))
+    glove(
+        (at[0], at[1], counts.ravel()),
+        30,
+        8,
+        epochs=150,
+        rate=0.1,
+        batch=100,
+        each=lambda epoch, mean: heard.append(mean),
+    )
     assert heard[-1] < heard[0] / 50, (heard[0], heard[-1])
 
 
@@ -62,10 +80,21 @@ def vectors() -> Any:
     """Vectors that gensim scores too: words of the tests with random vectors that mean a little."""
     from gensim.models import KeyedVectors
 
-    words = sorted({w for name in ("wordsim353", "simlex999") for a, b, _ in read_asset(name).rows for w in (a, b)} | {w for rows in read_asset("word-analogies").sections.values() for row in rows[:200] for w in row})
+    words = sorted(
+        {w for name in ("wordsim353", "simlex999") for a, b, _ in read_asset(name).rows for w in (a, b)}
+        | {w for rows in read_asset("word-analogies").sections.values() for row in rows[:200] for w in row}
+    )
     draw = np.random.default_rng(0)
     made = KeyedVectors(12)
-    made.add_vectors(words, np.stack([np.frombuffer((w * 12)[:12].encode()[:12].ljust(12), np.uint8) - 105.0 + draw.normal(size=12) for w in words]).astype(np.float32))
+    made.add_vectors(
+        words,
+        np.stack(
+            [
+                np.frombuffer((w * 12)[:12].encode()[:12].ljust(12), np.uint8) - 105.0 + draw.normal(size=12)
+                for w in words
+            ]
+        ).astype(np.float32),
+    )
     return made
 
 
@@ -112,26 +141,55 @@ def test_words_without_vectors_are_not_answered() -> None:
     assert solve(Analogies({"x": [("a", "b", "c", "z")]}), {"a": 0}, np.ones((1, 2)))["all"].answered == 0
 
 
-TEXT = "the king sits in his castle\nthe queen sits in her castle\nthe man walks in his garden\nthe woman walks in her garden\na dog barks\na cat meows\n"
+TEXT = (
+    "the king sits in his castle\nthe queen sits in her castle\nthe man walks in his garden\nthe woman walks in her"
+    " garden\na dog barks\na cat meows\n"
+)
 
 
 @pytest.mark.parametrize("method", ["skip-gram", "cbow", "fasttext", "glove"])
-def test_the_stage(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stage(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     (tmp_path / "t.txt").write_text(TEXT * 200)
     assert main(["data", "read", str(tmp_path / "t.txt"), "--out", str(tmp_path / "read"), "--quiet"]) == 0
-    (tmp_path / "pairs.tsv").write_text("king\tqueen\t9\nking\tdog\t1\ncat\tdog\t8\ncat\tgarden\t1\nwalks\tsits\t7\nKingly\tking\t6\n")
+    (tmp_path / "pairs.tsv").write_text(
+        "king\tqueen\t9\nking\tdog\t1\ncat\tdog\t8\ncat\tgarden\t1\nwalks\tsits\t7\nKingly\tking\t6\n"
+    )
     (tmp_path / "why.txt").write_text(": people\nman king woman queen\nking his queen her\n")
     words = ["--set", "dimensions=16", "--set", "sample=0", "--set", f"method={method}", "--set", "window=3"]
-    command = ["model", "embedding", str(tmp_path / "read"), "--tests", f"alike={tmp_path / 'pairs.tsv'}", "--tests", f"why={tmp_path / 'why.txt'}", *words, "--quiet"]
+    command = [
+        "model",
+        "embedding",
+        str(tmp_path / "read"),
+        "--tests",
+        f"alike={tmp_path / 'pairs.tsv'}",
+        "--tests",
+        f"why={tmp_path / 'why.txt'}",
+        *words,
+        "--quiet",
+    ]
     made = []
     for name in ("one", "two"):
-        assert main([*command, "--out", str(tmp_path / name), *([] if name == "one" else ["--workspace", str(tmp_path / "other")])]) == 0
+        assert (
+            main(
+                [
+                    *command,
+                    "--out",
+                    str(tmp_path / name),
+                    *([] if name == "one" else ["--workspace", str(tmp_path / "other")]),
+                ]
+            )
+            == 0
+        )
         made.append((tmp_path / name / "model.safetensors").read_bytes())
     assert made[0] == made[1]
     out = tmp_path / "one"
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["metrics"]["alike_answered"] == (6 if method == "fasttext" else 5)  # parts tell of words that were never seen
+    assert manifest["metrics"]["alike_answered"] == (
+        6 if method == "fasttext" else 5
+    )  # parts tell of words that were never seen
     assert manifest["metrics"]["why_answered"] == 2
     embedder = open_embedder(out)
     king, queen, dog, nothing = embedder.encode(["The KING", "the queen", "a dog, barks!", "zzz"])
@@ -140,7 +198,11 @@ def test_the_stage(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     from gensim.models import KeyedVectors
     from gensim.models.fasttext import load_facebook_vectors
 
-    theirs = load_facebook_vectors(str(out / "fasttext.bin")) if method == "fasttext" else KeyedVectors.load_word2vec_format(str(out / "vectors.bin"), binary=True)
+    theirs = (
+        load_facebook_vectors(str(out / "fasttext.bin"))
+        if method == "fasttext"
+        else KeyedVectors.load_word2vec_format(str(out / "vectors.bin"), binary=True)
+    )
     ours = embedder.encode(["king"])[0]
     assert ours @ theirs["king"] / np.linalg.norm(theirs["king"]) == pytest.approx(1, abs=1e-5)
     assert load(out).metrics["words"] == 17
@@ -150,12 +212,28 @@ def test_the_stage(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_words_of_every_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is counted as a word, the saved tokenizer finds again: combining marks, ligatures, dotted capitals, digits."""
+    """What is counted as a word, the saved tokenizer finds again: combining marks, ligatures, dotted capitals,
+    digits.
+    """
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     text = "हिन्दी भाषा สวัสดี cafe\u0301 İstanbul x² don't naïve 42 straße ΣΊΣΥΦΟΣ"
     (tmp_path / "t.txt").write_text((text + "\n") * 40)
     assert main(["data", "read", str(tmp_path / "t.txt"), "--out", str(tmp_path / "read"), "--quiet"]) == 0
-    assert main(["model", "embedding", str(tmp_path / "read"), "--set", "dimensions=8", "--out", str(tmp_path / "v"), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "model",
+                "embedding",
+                str(tmp_path / "read"),
+                "--set",
+                "dimensions=8",
+                "--out",
+                str(tmp_path / "v"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tmp_path / "v" / "tokenizer.json"))
@@ -176,14 +254,25 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     (tmp_path / "p.tsv").write_text("king\tqueen\t1\nking\tman\t1\nman\tqueen\t1\nman\tman\t1\n")
     capsys.readouterr()
     for words, says in (
-        (["--set", "parts=[6,3]"], "parts is [6, 3]"), (["--set", "parts=[-1,3]"], "parts is [-1, 3]"), (["--tests", f"words={tmp_path / 'p.tsv'}"], "cannot be called 'words'"), (["--set", "least=1000"], "only 0 words"),
+        (["--set", "parts=[6,3]"], "parts is [6, 3]"),
+        (["--set", "parts=[-1,3]"], "parts is [-1, 3]"),
+        (["--tests", f"words={tmp_path / 'p.tsv'}"], "cannot be called 'words'"),
+        (["--set", "least=1000"], "only 0 words"),
         (["--set", "dimensions=8", "--set", "method=glove", "--set", "learning_rate=1e30"], "only 3 words"),
-    ):  # fmt: skip
-        assert main(["model", "embedding", str(tmp_path / "more"), *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
+    ):
+        assert (
+            main(["model", "embedding", str(tmp_path / "more"), *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
+        )
         told = capsys.readouterr().err.strip()
         assert says in told
         assert len(told.splitlines()) == 1
-    for text, says in ((b"a b\n", "line 1 is neither"), (b"", "holds no test"), (b"a\tb\t1\na b c d\n", "line 2 is neither"), (b"a\tb\tnan\n", "line 1 is neither"), (b"\xff\xfe", "not UTF-8")):
+    for text, says in (
+        (b"a b\n", "line 1 is neither"),
+        (b"", "holds no test"),
+        (b"a\tb\t1\na b c d\n", "line 2 is neither"),
+        (b"a\tb\tnan\n", "line 1 is neither"),
+        (b"\xff\xfe", "not UTF-8"),
+    ):
         (tmp_path / "x.txt").write_bytes(text)
         with pytest.raises(DataError, match=says):
             read(tmp_path / "x.txt")

@@ -1,4 +1,6 @@
-"""Encoders see both ways, encoder-decoders write what was hidden; both learn real text, and objectives hide what they say."""
+"""Encoders see both ways, encoder-decoders write what was hidden; both learn real text, and objectives hide what they
+say.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,14 @@ def encoder(**more: Any) -> EncoderForMaskedLM:
 
 def both(**more: Any) -> EncoderDecoderLM:
     torch.manual_seed(0)
-    made = EncoderDecoderLM(Seq2SeqConfig(shape=Shape.model_validate({**USUAL, **more}).model_dump(), decoder_start_token_id=0, eos_token_id=1, pad_token_id=2))
+    made = EncoderDecoderLM(
+        Seq2SeqConfig(
+            shape=Shape.model_validate({**USUAL, **more}).model_dump(),
+            decoder_start_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(10) if parameter.dim() > 1 else None  # so that answers differ
@@ -38,7 +47,22 @@ def both(**more: Any) -> EncoderDecoderLM:
     return made
 
 
-@pytest.mark.parametrize("more", [{}, {"position": "learned", "norm": "layer", "norm_place": "post", "gated": False, "activation": "gelu", "bias": "all"}, {"position": "alibi"}, {"window": 4}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {
+            "position": "learned",
+            "norm": "layer",
+            "norm_place": "post",
+            "gated": False,
+            "activation": "gelu",
+            "bias": "all",
+        },
+        {"position": "alibi"},
+        {"window": 4},
+    ],
+)
 def test_an_encoder_sees_both_ways(more: dict[str, Any], tmp_path: Path) -> None:
     made = encoder(**more)
     with torch.no_grad():
@@ -55,7 +79,9 @@ def test_an_encoder_sees_both_ways(more: dict[str, Any], tmp_path: Path) -> None
         padded = made(input_ids=IDS, attention_mask=mask).logits
         assert (padded[1, :15] - made(input_ids=IDS[1:, :15]).logits[0]).abs().max() < 1e-5
     made.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForMaskedLM.from_pretrained(tmp_path).eval()(input_ids=IDS).logits, made(input_ids=IDS).logits)
+    assert torch.equal(
+        AutoModelForMaskedLM.from_pretrained(tmp_path).eval()(input_ids=IDS).logits, made(input_ids=IDS).logits
+    )
 
 
 def test_an_encoder_decoder_writes(tmp_path: Path) -> None:
@@ -69,11 +95,27 @@ def test_an_encoder_decoder_writes(tmp_path: Path) -> None:
             written = torch.cat((written, logits[:, -1].argmax(-1, keepdim=True)), 1)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         states = made.encoder(IDS, mask)
-        parts = [made(encoder_outputs=states, attention_mask=mask, decoder_input_ids=written[:, i : i + 1], past_key_values=cache).logits for i in range(8)]
+        parts = [
+            made(
+                encoder_outputs=states,
+                attention_mask=mask,
+                decoder_input_ids=written[:, i : i + 1],
+                past_key_values=cache,
+            ).logits
+            for i in range(8)
+        ]
         assert (torch.cat(parts, 1) - logits).abs().max() < 1e-4
         alone = made(input_ids=IDS[1:, :13], decoder_input_ids=written[1:]).logits
-        assert (made(input_ids=IDS, attention_mask=mask, decoder_input_ids=written).logits[1] - alone[0]).abs().max() < 1e-4
-    settings: Any = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": mask, "eos_token_id": None}
+        assert (
+            made(input_ids=IDS, attention_mask=mask, decoder_input_ids=written).logits[1] - alone[0]
+        ).abs().max() < 1e-4
+    settings: Any = {
+        "max_new_tokens": 8,
+        "min_new_tokens": 8,
+        "do_sample": False,
+        "attention_mask": mask,
+        "eos_token_id": None,
+    }
     assert torch.equal(made.generate(IDS, **settings), written)
     made.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
@@ -122,7 +164,10 @@ def test_hidden_spans() -> None:
 @pytest.fixture(scope="module")
 def text() -> tuple[list[int], int]:
     """(ids of the documentation, the first id that is free)."""
-    pages = "\n".join((Path(__file__).parents[2] / "docs" / name).read_text() for name in ("conversations.md", "corpus.md", "artifacts.md"))
+    pages = "\n".join(
+        (Path(__file__).parents[2] / "docs" / name).read_text()
+        for name in ("conversations.md", "corpus.md", "artifacts.md")
+    )
     tokenizer = BPE()
     tokenizer.train([pages], 300)
     return tokenizer.encode(pages), 300
@@ -156,7 +201,9 @@ def test_masked_tokens_of_real_text_are_learned(text: tuple[list[int], int]) -> 
 
     def batch() -> dict[str, torch.Tensor]:
         starts = torch.randint(0, len(ids) - 48, (16,), generator=draw).tolist()
-        hidden, labels = hide_tokens(torch.tensor([ids[s : s + 48] for s in starts]), free, free, share=0.2, generator=draw)
+        hidden, labels = hide_tokens(
+            torch.tensor([ids[s : s + 48] for s in starts]), free, free, share=0.2, generator=draw
+        )
         return {"input_ids": hidden, "labels": labels}
 
     assert trained(made, batch, 400) > 0.35
@@ -174,7 +221,10 @@ def test_hidden_spans_of_real_text_are_learned(text: tuple[list[int], int]) -> N
     def batch() -> dict[str, torch.Tensor]:
         starts = torch.randint(0, len(ids) - 48, (16,), generator=draw).tolist()
         pairs = [hide_spans(ids[s : s + 48], sentinels, end, generator=draw) for s in starts]
-        source, target = ([row + [fill] * (max(map(len, rows)) - len(row)) for row in rows] for rows, fill in zip(map(list, zip(*pairs, strict=True)), (pad, IGNORED), strict=True))
+        source, target = (
+            [row + [fill] * (max(map(len, rows)) - len(row)) for row in rows]
+            for rows, fill in zip(map(list, zip(*pairs, strict=True)), (pad, IGNORED), strict=True)
+        )
         inputs = torch.tensor(source)
         return {"input_ids": inputs, "attention_mask": (inputs != pad).long(), "labels": torch.tensor(target)}
 
@@ -184,16 +234,24 @@ def test_hidden_spans_of_real_text_are_learned(text: tuple[list[int], int]) -> N
 @pytest.mark.slow
 def test_a_decoder_learns_to_look_at_what_it_translates() -> None:
     """Capitals put back into real text: what stands in the source decides what is written."""
-    pages = "\n".join((Path(__file__).parents[2] / "docs" / name).read_text() for name in ("conversations.md", "corpus.md", "artifacts.md"))
+    pages = "\n".join(
+        (Path(__file__).parents[2] / "docs" / name).read_text()
+        for name in ("conversations.md", "corpus.md", "artifacts.md")
+    )
     data, low = ([byte + 4 for byte in text.encode()] for text in (pages, pages.lower()))
     torch.manual_seed(0)
-    shape = Shape.model_validate({**USUAL, "vocabulary": 260, "width": 64, "position": "sinusoidal", "embedding_scaled": True})
+    shape = Shape.model_validate(
+        {**USUAL, "vocabulary": 260, "width": 64, "position": "sinusoidal", "embedding_scaled": True}
+    )
     made = EncoderDecoderLM(Seq2SeqConfig(shape=shape.model_dump(), decoder_start_token_id=0, pad_token_id=2))
     draw = torch.Generator().manual_seed(0)
 
     def batch() -> dict[str, torch.Tensor]:
         starts = torch.randint(0, len(data) - 24, (32,), generator=draw).tolist()
-        return {"input_ids": torch.tensor([low[s : s + 24] for s in starts]), "labels": torch.tensor([data[s : s + 24] for s in starts])}
+        return {
+            "input_ids": torch.tensor([low[s : s + 24] for s in starts]),
+            "labels": torch.tensor([data[s : s + 24] for s in starts]),
+        }
 
     assert trained(made, batch, 1000) > 2.2
     made.train(False)
@@ -201,5 +259,7 @@ def test_a_decoder_learns_to_look_at_what_it_translates() -> None:
     with torch.no_grad():
         right, wrong = (float(made(**{**given, "input_ids": given["input_ids"].roll(by, 0)}).loss) for by in (0, 1))
     assert wrong > right + 1.0
-    written = made.generate(given["input_ids"], max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=None)[:, 1:]
+    written = made.generate(
+        given["input_ids"], max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=None
+    )[:, 1:]
     assert float((written == given["labels"]).float().mean()) > 0.8

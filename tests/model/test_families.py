@@ -1,4 +1,6 @@
-"""The decoder is Llama, Mistral, Qwen2, Qwen3, Gemma 3 and GPT-2: the same logits as transformers', read and written, with random and with real weights."""
+"""The decoder is Llama, Mistral, Qwen2, Qwen3, Gemma 3 and GPT-2: the same logits as transformers', read and written,
+with random and with real weights.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +29,73 @@ from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "attn_implementation": "eager",
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+}
 THEIRS: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False), "llama, tied, biased": LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True), "llama, wide heads": LlamaConfig(**SIZES, head_dim=20),
-    "llama, multi-query": LlamaConfig(**{**SIZES, "num_key_value_heads": 1}), "llama, linear": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
-    "llama 3": LlamaConfig(**SIZES, rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}),
-    "llama, yarn": LlamaConfig(**SIZES, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}),
-    "mistral": MistralConfig(**SIZES, sliding_window=5), "qwen2": Qwen2Config(**SIZES), "qwen3": Qwen3Config(**SIZES, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "llama, tied, biased": LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama, wide heads": LlamaConfig(**SIZES, head_dim=20),
+    "llama, multi-query": LlamaConfig(**{**SIZES, "num_key_value_heads": 1}),
+    "llama, linear": LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    ),
+    "llama 3": LlamaConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "rope_theta": 500000.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "llama, yarn": LlamaConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "mistral": MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen2, window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=0),
-    "gemma3": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=6, sliding_window_pattern=2, query_pre_attn_scalar=24, pad_token_id=0, eos_token_id=1, bos_token_id=2),
+    "gemma3": Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        sliding_window=6,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=24,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    ),
     "gemma3, stretched": Gemma3TextConfig(
-        **SIZES, head_dim=16, sliding_window=6, layer_types=["sliding_attention", "full_attention", "sliding_attention"], query_pre_attn_scalar=24, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-        rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+        **SIZES,
+        head_dim=16,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=24,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
     ),
     "gpt2": GPT2Config(vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=64, attn_implementation="eager"),
-}  # fmt: skip
+}
 IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -70,8 +123,15 @@ def test_logits_both_ways(name: str, tmp_path: Path) -> None:
     ours = load_decoder(tmp_path / "theirs")
     assert (logits(ours) - expected).abs().max() < 1e-4
     kind = save_decoder(ours, tmp_path / "back")
-    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == kind == (theirs.config.model_type if "window" not in name else kind)
-    before, after = ({k: v for f in (tmp_path / side).glob("*.safetensors") for k, v in load_file(f).items()} for side in ("theirs", "back"))
+    assert (
+        json.loads((tmp_path / "back/config.json").read_text())["model_type"]
+        == kind
+        == (theirs.config.model_type if "window" not in name else kind)
+    )
+    before, after = (
+        {k: v for f in (tmp_path / side).glob("*.safetensors") for k, v in load_file(f).items()}
+        for side in ("theirs", "back")
+    )
     if kind == theirs.config.model_type:
         assert set(after) == set(before)
         assert all(torch.equal(after[k], before[k]) for k in after)
@@ -79,7 +139,10 @@ def test_logits_both_ways(name: str, tmp_path: Path) -> None:
     assert (logits(again) - expected).abs().max() < 1e-4
     mask = torch.ones_like(IDS)
     mask[1, :7] = 0
-    padded, wanted = logits(ours, attention_mask=mask), logits(theirs, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    padded, wanted = (
+        logits(ours, attention_mask=mask),
+        logits(theirs, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)),
+    )
     assert (padded - wanted)[mask.bool()].abs().max() < 1e-4
 
 
@@ -91,25 +154,61 @@ def test_generated_text_is_theirs(name: str, tmp_path: Path) -> None:
     mask = torch.ones_like(prompts)
     mask[0, :3] = 0
     for options in ({}, {"num_beams": 3}):
-        settings: Any = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": mask, **options}
+        settings: Any = {
+            "max_new_tokens": 25,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+            "attention_mask": mask,
+            **options,
+        }
         assert torch.equal(ours.generate(prompts, **settings), theirs.generate(prompts, **settings))
 
 
 def test_a_shape_is_saved_as_what_it_is() -> None:
     usual = {"vocabulary": 97, "width": 48, "layers": 2, "heads": 4, "context": 64}
     found = {
-        "llama": {}, "mistral": {"window": 8}, "qwen2": {"bias": "qkv"}, "qwen3": {"qk_norm": True}, "": {"position": "alibi"},
+        "llama": {},
+        "mistral": {"window": 8},
+        "qwen2": {"bias": "qkv"},
+        "qwen3": {"qk_norm": True},
+        "": {"position": "alibi"},
         "gpt2": {"norm": "layer", "position": "learned", "gated": False, "bias": "all", "activation": "gelu-tanh"},
-        "gemma3_text": {"norm_place": "around", "norm_from_zero": True, "qk_norm": True, "embedding_scaled": True, "window": 8, "full_every": 2, "activation": "gelu-tanh"},
-    }  # fmt: skip
+        "gemma3_text": {
+            "norm_place": "around",
+            "norm_from_zero": True,
+            "qk_norm": True,
+            "embedding_scaled": True,
+            "window": 8,
+            "full_every": 2,
+            "activation": "gelu-tanh",
+        },
+    }
     for kind, more in found.items():
         shape = Shape.model_validate({**usual, **more})
         assert standard_of(shape) == kind
-    for more in ({"experts": {}}, {"norm_place": "post"}, {"rope": {"scaling": "ntk", "factor": 2}}, {"position": "none"}, {"norm": "layer"}, {"window": 5, "window_theta": 77.0}, {**found["gemma3_text"], "attention_scale": 0.9}, {**found["gemma3_text"], "layers": 7, "full_every": 8}):
+    for more in (
+        {"experts": {}},
+        {"norm_place": "post"},
+        {"rope": {"scaling": "ntk", "factor": 2}},
+        {"position": "none"},
+        {"norm": "layer"},
+        {"window": 5, "window_theta": 77.0},
+        {**found["gemma3_text"], "attention_scale": 0.9},
+        {**found["gemma3_text"], "layers": 7, "full_every": 8},
+    ):
         assert standard_of(Shape.model_validate({**usual, **more})) == ""
 
 
-@pytest.mark.parametrize("more", [{"position": "alibi"}, {"experts": {"count": 4}}, {"norm_place": "post", "position": "sinusoidal"}, {"rope": {"scaling": "ntk", "factor": 4}}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"position": "alibi"},
+        {"experts": {"count": 4}},
+        {"norm_place": "post", "position": "sinusoidal"},
+        {"rope": {"scaling": "ntk", "factor": 4}},
+    ],
+)
 def test_shapes_of_its_own_come_back(more: dict[str, Any], tmp_path: Path) -> None:
     shape = Shape.model_validate({"vocabulary": 97, "width": 48, "layers": 2, "heads": 4, "context": 64, **more})
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump())).eval()
@@ -125,10 +224,14 @@ def test_broken_directories_are_told(tmp_path: Path) -> None:
     file = tmp_path / "m/model.safetensors"
     tensors, config = load_file(file), json.loads((tmp_path / "m/config.json").read_text())
 
-    def told(match: str, change_tensors: dict[str, Any] | None = None, change_config: dict[str, Any] | None = None) -> None:
+    def told(
+        match: str, change_tensors: dict[str, Any] | None = None, change_config: dict[str, Any] | None = None
+    ) -> None:
         broken = {k: v for k, v in {**tensors, **(change_tensors or {})}.items() if v is not None}
         save_file(broken, file, metadata={"format": "pt"})
-        (tmp_path / "m/config.json").write_text(json.dumps({k: v for k, v in {**config, **(change_config or {})}.items() if v is not ...}))
+        (tmp_path / "m/config.json").write_text(
+            json.dumps({k: v for k, v in {**config, **(change_config or {})}.items() if v is not ...})
+        )
         with pytest.raises(ModelError, match=match) as caught:
             load_decoder(tmp_path / "m")
         assert "\n" not in str(caught.value)
@@ -136,7 +239,10 @@ def test_broken_directories_are_told(tmp_path: Path) -> None:
     told(r"has no decoder\.blocks\.1\.feed_forward\.up\.weight ", {"model.layers.1.mlp.up_proj.weight": None})
     told(r"has more than the shape needs: model\.extra\.weight", {"model.extra.weight": torch.zeros(2)})
     told(r"has no .* and 8 more", None, {"num_hidden_layers": 4})
-    told(r"decoder\.norm\.weight has the shape \(49,\), config.json asks for \(48,\)", {"model.norm.weight": torch.zeros(49)})
+    told(
+        r"decoder\.norm\.weight has the shape \(49,\), config.json asks for \(48,\)",
+        {"model.norm.weight": torch.zeros(49)},
+    )
     told("heads 4 is not divided by kv_heads 3", None, {"num_key_value_heads": 3})
     told("'rms_norm_eps' is missing", None, {"rms_norm_eps": ...})
     told("the architecture 'bert' is not known here; known: llama, mistral, qwen2", None, {"model_type": "bert"})
@@ -169,7 +275,9 @@ def test_real_weights(asset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     if asset == "gemma3-270m":  # read by transformers, since the stage model.from_gguf does not know its layout
         (file,) = assets.fetch(asset).glob("*.gguf")
         path = tmp_path / asset
-        AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)).save_pretrained(path)
+        AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        ).save_pretrained(path)
     else:
         path = resolve(f"asset:{asset}", workspace=Workspace(tmp_path / "ws")).path
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -1,4 +1,6 @@
-"""GGUF in and out: equal to the transformers loader, to llama.cpp's tokenizer and logits, and byte-identical to its quantizer."""
+"""GGUF in and out: equal to the transformers loader, to llama.cpp's tokenizer and logits, and byte-identical to its
+quantizer.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,17 @@ from llmworks.quantize.llamacpp.writer import write_gguf
 from llmworks.tokenize.load import load_tokenizer
 
 TEXTS = [
-    "Hello world", "  two  spaces\n\n\ttab", "12345 3.14", "don't we'll I'm", "naïve café — Zwölf 谢谢 🙂 ﷺ", "def f(x):\n    return x**2  # ok",
-    '{"a": [1, 2], "b": null}', "<|im_start|>user\nhi<|im_end|>\n", "a" * 50, "\r\n \u00a0 end ",
-]  # fmt: skip
+    "Hello world",
+    "  two  spaces\n\n\ttab",
+    "12345 3.14",
+    "don't we'll I'm",
+    "naïve café — Zwölf 谢谢 🙂 ﷺ",
+    "def f(x):\n    return x**2  # ok",
+    '{"a": [1, 2], "b": null}',
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "a" * 50,
+    "\r\n \u00a0 end ",
+]
 
 
 def test_row_order_is_inverted() -> None:

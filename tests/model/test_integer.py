@@ -1,4 +1,6 @@
-"""Whole numbers: published worked examples, compressed-tensors' scales, rounding and packing, and what a grid promises."""
+"""Whole numbers: published worked examples, compressed-tensors' scales, rounding and packing, and what a grid
+promises.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,26 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, quanti
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from llmworks.core.errors import ModelError
-from llmworks.model.lowbit.integer import Grid, Scales, fit, grouped, packed, restored, rounded, searched, unpacked, whole
+from llmworks.model.lowbit.integer import (
+    Grid,
+    Scales,
+    fit,
+    grouped,
+    packed,
+    restored,
+    rounded,
+    searched,
+    unpacked,
+    whole,
+)
 
 KINDS = list(itertools.product((8, 4, 3), (0, 32), (True, False)))
 
 
 def test_the_worked_examples() -> None:
-    """Weights between -3 and 3.2 in 8 bits: 0.1 is 4 by absmax, since 127 / 3.2 * 0.1 = 3.97; and -1 by zero point, which is -5, since 255 / 6.2 = 41.13."""
+    """Weights between -3 and 3.2 in 8 bits: 0.1 is 4 by absmax, since 127 / 3.2 * 0.1 = 3.97; and -1 by zero point,
+    which is -5, since 255 / 6.2 = 41.13.
+    """
     weights = torch.tensor([[-3.0, 0.1, 3.2]])
     even = whole(weights, Grid(8))
     assert even.codes.tolist() == [[-119, 4, 127]]
@@ -35,7 +50,13 @@ def test_scales_and_rounding_are_those_of_compressed_tensors(bits: int, group: i
     weights = torch.randn(24, 96, generator=torch.Generator().manual_seed(bits)) + (0 if symmetric else 0.4)
     grid = Grid(bits, group, symmetric, edge="between")
     groups = grouped(weights, grid)
-    args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group" if group else "channel", group_size=group or None)
+    args = QuantizationArgs(
+        num_bits=bits,
+        type="int",
+        symmetric=symmetric,
+        strategy="group" if group else "channel",
+        group_size=group or None,
+    )
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
     made = whole(weights, grid)
     assert torch.allclose(made.scales.scale, scale.view_as(made.scales.scale))
@@ -47,7 +68,9 @@ def test_scales_and_rounding_are_those_of_compressed_tensors(bits: int, group: i
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_packing_is_that_of_compressed_tensors(bits: int) -> None:
-    codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (7, 37), dtype=torch.int8, generator=torch.Generator().manual_seed(bits))
+    codes = torch.randint(
+        -(1 << (bits - 1)), 1 << (bits - 1), (7, 37), dtype=torch.int8, generator=torch.Generator().manual_seed(bits)
+    )
     words = packed(codes, bits)
     assert torch.equal(words, pack_to_int32(codes, bits))
     assert torch.equal(unpacked(words, bits, 37), codes)
@@ -87,7 +110,9 @@ def test_scales_are_rounded_before_they_are_used() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ModelError, match="rows of 576 weights are not divided by groups of 128; they are by 16, 32, 48, 64, 96, 192"):
+    with pytest.raises(
+        ModelError, match="rows of 576 weights are not divided by groups of 128; they are by 16, 32, 48, 64, 96, 192"
+    ):
         whole(torch.ones(2, 576), Grid(4, 128))
     with pytest.raises(ModelError, match="2 of its weights are no numbers"):
         whole(torch.tensor([[1.0, float("nan"), float("inf")]]), Grid(4))

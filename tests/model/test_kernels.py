@@ -23,7 +23,15 @@ def test_nf4_is_unpacked_alike(double: bool) -> None:
     """Their call, on a CPU, which is the same as on a GPU."""
     torch.manual_seed(5)
     packed = pack(torch.randn(96, 128) * 0.05, double=double)
-    made = kernels.unpack_with(bnb, packed.codes, packed.scales, packed.second, packed.mean, packed.shape, (dynamic_map(), _levels(packed.codes.device)[0]))
+    made = kernels.unpack_with(
+        bnb,
+        packed.codes,
+        packed.scales,
+        packed.second,
+        packed.mean,
+        packed.shape,
+        (dynamic_map(), _levels(packed.codes.device)[0]),
+    )
     torch.testing.assert_close(made, unpack(packed), rtol=1e-6, atol=1e-8)
 
 
@@ -55,7 +63,9 @@ def test_the_norm_is_ours(from_zero: bool, monkeypatch: pytest.MonkeyPatch) -> N
     for on in ("1", "0"):
         monkeypatch.setenv("LLMWORKS_KERNELS", on)
         kernels.found.cache_clear()
-        assert (kernels.rms_norm(x, norm.weight, 1e-5, from_zero=from_zero) is None) == (on == "0"), "install llmworks[gpu]"
+        assert (kernels.rms_norm(x, norm.weight, 1e-5, from_zero=from_zero) is None) == (on == "0"), (
+            "install llmworks[gpu]"
+        )
         y = norm(x)
         found.append((y, *torch.autograd.grad(y.square().sum(), (x, norm.weight))))
     for ours, theirs in zip(*found, strict=True):
@@ -70,7 +80,9 @@ def test_the_gate_is_ours() -> None:
     assert fused is not None, "install llmworks[gpu]"
     plain = _SiluGate.apply(gate, up)  # type: ignore[no-untyped-call]
     torch.testing.assert_close(fused, plain)
-    for ours, theirs in zip(torch.autograd.grad(plain.sum(), (gate, up)), torch.autograd.grad(fused.sum(), (gate, up)), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(plain.sum(), (gate, up)), torch.autograd.grad(fused.sum(), (gate, up)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -78,7 +90,14 @@ def test_the_gate_is_ours() -> None:
 @pytest.mark.parametrize("double", [False, True], ids=["once", "double"])
 def test_nf4_is_unpacked_alike_on_a_gpu(double: bool) -> None:
     packed = pack(torch.randn(96, 128, device="cuda") * 0.05, double=double)
-    made = kernels.unpack_nf4(packed.codes, packed.scales, packed.second, packed.mean, packed.shape, (dynamic_map(), _levels(packed.codes.device)[0]))
+    made = kernels.unpack_nf4(
+        packed.codes,
+        packed.scales,
+        packed.second,
+        packed.mean,
+        packed.shape,
+        (dynamic_map(), _levels(packed.codes.device)[0]),
+    )
     assert made is not None, "install llmworks[gpu]"
     torch.testing.assert_close(made, unpack(packed), rtol=1e-6, atol=1e-8)
 
@@ -96,7 +115,9 @@ def test_a_norm_that_keeps_its_input_only_is_the_norm(dtype: torch.dtype) -> Non
     assert type(y.grad_fn).__name__ == "_ScaledBackward"
     assert torch.equal(y, norm.eval()(x))
     exact, gain = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
-    wanted = torch.autograd.grad((exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain * way).sum(), (exact, gain))
+    wanted = torch.autograd.grad(
+        (exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain * way).sum(), (exact, gain)
+    )
     found = torch.autograd.grad((y * way).sum(), (x, norm.weight))
     assert found[0].dtype == dtype
     for ours, theirs, near in zip(found, wanted, (1e-5 if dtype == torch.float32 else 1e-2, 1e-5), strict=True):
@@ -105,12 +126,17 @@ def test_a_norm_that_keeps_its_input_only_is_the_norm(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_a_feed_forward_that_keeps_less_is_the_feed_forward(frozen: bool) -> None:
-    """Forward and every gradient as autograd has them of the definition; with somebody who looks at its last matrix it goes the long way, to the same numbers."""
+    """Forward and every gradient as autograd has them of the definition; with somebody who looks at its last matrix it
+    goes the long way, to the same numbers.
+    """
     torch.manual_seed(9)
     layer, x = FeedForward(Shape(width=32, heads=4, hidden=48)), torch.randn(2, 5, 32, requires_grad=True)
     layer.down.weight.requires_grad_(not frozen)
     assert layer.gate is not None
-    way, weights = torch.randn(2, 5, 32), (x, layer.gate.weight, layer.up.weight, *(() if frozen else (layer.down.weight,)))
+    way, weights = (
+        torch.randn(2, 5, 32),
+        (x, layer.gate.weight, layer.up.weight, *(() if frozen else (layer.down.weight,))),
+    )
     plain = torch.nn.functional.linear(torch.nn.functional.silu(layer.gate(x)) * layer.up(x), layer.down.weight)
     wanted = torch.autograd.grad((plain * way).sum(), weights)
     short = layer(x)

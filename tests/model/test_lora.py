@@ -1,4 +1,6 @@
-"""LoRA and its kin: start as the model itself, are what peft computes, forward and backward, and fold into the same function."""
+"""LoRA and its kin: start as the model itself, are what peft computes, forward and backward, and fold into the same
+function.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,16 @@ from llmworks.model.lora.fold import fold_into, weights_of
 from llmworks.model.lora.lora import Lora, LoraLinear
 from llmworks.model.lowbit.nf4 import keep_in_nf4
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft reads a name that transformers renamed
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing.*:FutureWarning"
+)  # peft reads a name that transformers renamed
 IDS = torch.tensor([[1, 5, 9, 200, 17, 3]])
-KINDS = {"plain": Lora(4, 8.0), "stabilised": Lora(4, 8.0, stabilised=True), "magnitudes": Lora(4, 8.0, magnitudes=True), "both": Lora(8, 8.0, stabilised=True, magnitudes=True)}
+KINDS = {
+    "plain": Lora(4, 8.0),
+    "stabilised": Lora(4, 8.0, stabilised=True),
+    "magnitudes": Lora(4, 8.0, magnitudes=True),
+    "both": Lora(8, 8.0, stabilised=True, magnitudes=True),
+}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -66,7 +75,9 @@ def test_starts_as_the_model_itself(pico: Path, kind: str) -> None:
 
 @kinds
 def test_peft_loads_it_and_computes_the_same_forward_and_backward(pico: Path, tmp_path: Path, kind: str) -> None:
-    """Our decoder's adapter in transformers' model, by peft: the same logits, the same gradient of every number that is trained."""
+    """Our decoder's adapter in transformers' model, by peft: the same logits, the same gradient of every number that is
+    trained.
+    """
     from peft import PeftModel
 
     ours = trained(pico, tmp_path / "adapter", KINDS[kind])
@@ -80,7 +91,11 @@ def test_peft_loads_it_and_computes_the_same_forward_and_backward(pico: Path, tm
     compared = 0
     for name, layer in lora.layers(ours):
         stem = f"base_model.model.{rename(name)}"
-        for own, name_there in ((layer.a, "lora_A.default.weight"), (layer.b, "lora_B.default.weight"), (layer.magnitude, "lora_magnitude_vector.default.weight")):
+        for own, name_there in (
+            (layer.a, "lora_A.default.weight"),
+            (layer.b, "lora_B.default.weight"),
+            (layer.magnitude, "lora_magnitude_vector.default.weight"),
+        ):
             if own is not None:
                 there = gradients[f"{stem}.{name_there}"]
                 assert own.grad is not None
@@ -90,14 +105,19 @@ def test_peft_loads_it_and_computes_the_same_forward_and_backward(pico: Path, tm
 
 
 def test_one_operation_is_the_two_that_it_stands_for() -> None:
-    """The fused layer against W x + s B (A x) by autograd, in fp64; with a bias; also where the input needs no gradient."""
+    """The fused layer against W x + s B (A x) by autograd, in fp64; with a bias; also where the input needs no
+    gradient.
+    """
     torch.manual_seed(0)
     for bias in (False, True):
         layer = LoraLinear(nn.Linear(10, 7, bias=bias), Lora(3, 5.0)).double()
         layer.base.requires_grad_(False)
         nn.init.normal_(layer.b)
         x = torch.randn(2, 4, 10, dtype=torch.float64, requires_grad=True)
-        plain = nn.functional.linear(x, layer.base.weight, layer.base.bias) + nn.functional.linear(nn.functional.linear(x, layer.a), layer.b) * 5 / 3
+        plain = (
+            nn.functional.linear(x, layer.base.weight, layer.base.bias)
+            + nn.functional.linear(nn.functional.linear(x, layer.a), layer.b) * 5 / 3
+        )
         weights = torch.randn(2, 4, 7, dtype=torch.float64)
         wanted = torch.autograd.grad((plain * weights).sum(), [x, layer.a, layer.b])
         found = torch.autograd.grad((layer(x) * weights).sum(), [x, layer.a, layer.b])
@@ -152,8 +172,13 @@ def test_folded_equals_unfolded_and_peft_merge(pico: Path, tmp_path: Path, kind:
 
 
 PEFT: dict[str, dict[str, Any]] = {
-    "stabilised": {"use_rslora": True}, "magnitudes": {"use_dora": True}, "ranks and alphas of their own": {"rank_pattern": {"q_proj": 2, r"layers\.0\.mlp\.down_proj": 6}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
-}  # fmt: skip
+    "stabilised": {"use_rslora": True},
+    "magnitudes": {"use_dora": True},
+    "ranks and alphas of their own": {
+        "rank_pattern": {"q_proj": 2, r"layers\.0\.mlp\.down_proj": 6},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+    },
+}
 
 
 @pytest.mark.parametrize("what", PEFT)
@@ -161,7 +186,10 @@ def test_adapters_of_peft_fold(pico: Path, tmp_path: Path, what: str) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(2)
-    model = get_peft_model(load_model(pico), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **PEFT[what]))
+    model = get_peft_model(
+        load_model(pico),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **PEFT[what]),
+    )
     model.save_pretrained(tmp_path / "theirs")
     ours = load_model(pico)
     fold_into(weights_of(ours), tmp_path / "theirs")
@@ -171,14 +199,23 @@ def test_adapters_of_peft_fold(pico: Path, tmp_path: Path, what: str) -> None:
 
 
 def test_beside_four_bits_the_fold_is_what_was_trained(pico: Path, tmp_path: Path) -> None:
-    """All layers in nf4, an adapter beside some: folded into what the bits say, also where there is no adapter, and not into the weights as they were."""
+    """All layers in nf4, an adapter beside some: folded into what the bits say, also where there is no adapter, and not
+    into the weights as they were.
+    """
     model, rename = open_adaptable(pico)
     names = lora.linear_layers(model)
     keep_in_nf4(model, names)
     torch.manual_seed(1)
     lora.attach(model, ["q_proj", "up_proj"], KINDS["plain"], rename)
     shaken(model)
-    adapter.save_adapter(model, tmp_path, KINDS["plain"], base_name="pico", rename=rename, base={"kept": "nf4", "double": True, "layers": sorted(map(rename, names))})
+    adapter.save_adapter(
+        model,
+        tmp_path,
+        KINDS["plain"],
+        base_name="pico",
+        rename=rename,
+        base={"kept": "nf4", "double": True, "layers": sorted(map(rename, names))},
+    )
     folded = load_model(pico)
     done = fold_into(weights_of(folded), tmp_path)
     assert done.layers == 4
@@ -207,7 +244,11 @@ def test_unknown_options_and_targets_are_refused(pico: Path, tmp_path: Path) -> 
     trained(pico, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
-    for change, message in (({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"peft_type": "IA3"}, "only LORA"), ({"r": 0}, "rank")):
+    for change, message in (
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "IA3"}, "only LORA"),
+        ({"r": 0}, "rank"),
+    ):
         file.write_text(json.dumps({**config, **change}))
         with pytest.raises(ModelError, match=message):
             adapter.read_adapter(tmp_path / "adapter")

@@ -30,7 +30,9 @@ from llmworks.quantize.absmax import AbsmaxConfig, absmax
 from llmworks.quantize.int8 import Int8Config, int8
 from llmworks.quantize.zeropoint import ZeropointConfig, zeropoint
 
-runs = pytest.mark.skipif(not low_bit.available(), reason="this CPU has no instructions for bfloat16, so that such layers are not used on it")
+runs = pytest.mark.skipif(
+    not low_bit.available(), reason="this CPU has no instructions for bfloat16, so that such layers are not used on it"
+)
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -43,7 +45,22 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 of two layers, whose queries, keys and values have biases, and whose rows fill the kernel's blocks."""
     out, tokenizer = tmp_path_factory.mktemp("biased"), make_tokenizer()
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.1))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            initializer_range=0.1,
+        )
+    )
     for layer in model.model.layers:
         for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             nn.init.normal_(part.bias, std=0.2)
@@ -55,12 +72,36 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(stage: Callable[..., Any], config: Any, path: Path, folder: Path) -> Path:
     (folder / "scratch").mkdir()
     (folder / "out").mkdir()
-    stage(config, Model(path, golden=record(path)), Context(folder / "out", folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")))
+    stage(
+        config,
+        Model(path, golden=record(path)),
+        Context(
+            folder / "out",
+            folder / "scratch",
+            0,
+            Progress(quiet=True),
+            ReportBuilder(),
+            lambda _: pytest.fail("no engine is needed"),
+        ),
+    )
     return folder / "out"
 
 
 @runs
-@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 64, True), (4, 64, False), (4, 32, False), (3, 128, True), (2, 32, False), (4, 0, True), (4, 192, False), (8, 0, True), (6, 0, True)])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"),
+    [
+        (4, 64, True),
+        (4, 64, False),
+        (4, 32, False),
+        (3, 128, True),
+        (2, 32, False),
+        (4, 0, True),
+        (4, 192, False),
+        (8, 0, True),
+        (6, 0, True),
+    ],
+)
 def test_layers_compute_what_their_weights_do(bits: int, group: int, symmetric: bool) -> None:
     """By the kernel and by weights made anew; within what rounding to bfloat16 takes (2^-9 of each number)."""
     draw = torch.Generator().manual_seed(bits)
@@ -96,16 +137,31 @@ def test_what_has_no_kernel_has_no_layer(monkeypatch: pytest.MonkeyPatch) -> Non
     assert low_bit_layer(whole(weight, Grid(8, 32))) is None
     assert low_bit_layer(whole(weight, Grid(8, 0, symmetric=False))) is None
     assert low_bit_layer(whole(weight, Grid(8, -1))) is None
-    assert low_bit_layer(whole(weight[:, :40], Grid(8))) is None  # rows that do not begin where the kernel can read them
+    assert (
+        low_bit_layer(whole(weight[:, :40], Grid(8))) is None
+    )  # rows that do not begin where the kernel can read them
     assert low_bit_layer(whole(weight, Grid(4, 32))) is not None
     monkeypatch.setattr(low_bit, "available", lambda: False)
     assert low_bit_layer(whole(weight, Grid(4, 32))) is None
 
 
 @runs
-@pytest.mark.parametrize(("stage", "config"), [(absmax, AbsmaxConfig(bits=4, group=32)), (zeropoint, ZeropointConfig(bits=4, group=32)), (absmax, AbsmaxConfig(bits=8, group=0)), (int8, Int8Config(bits=8, group=0))], ids=["absmax-4", "zeropoint-4", "absmax-8", "int8"])
-def test_a_directory_runs_as_whole_numbers(stage: Callable[..., Any], config: Any, biased: Path, tmp_path: Path) -> None:
-    """The engine's model has no plain weights in its blocks, keeps biases and rounded inputs, and computes what the plain one does; adapters and training get the plain one."""
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        (absmax, AbsmaxConfig(bits=4, group=32)),
+        (zeropoint, ZeropointConfig(bits=4, group=32)),
+        (absmax, AbsmaxConfig(bits=8, group=0)),
+        (int8, Int8Config(bits=8, group=0)),
+    ],
+    ids=["absmax-4", "zeropoint-4", "absmax-8", "int8"],
+)
+def test_a_directory_runs_as_whole_numbers(
+    stage: Callable[..., Any], config: Any, biased: Path, tmp_path: Path
+) -> None:
+    """The engine's model has no plain weights in its blocks, keeps biases and rounded inputs, and computes what the
+    plain one does; adapters and training get the plain one.
+    """
     made = quantized(stage, config, biased, tmp_path)
     dense, low = load_decoder(made), load_model(made, low_bit=True)
     layers = [module for module in low.modules() if isinstance(module, LowBitLinear)]
@@ -118,9 +174,13 @@ def test_a_directory_runs_as_whole_numbers(stage: Callable[..., Any], config: An
             ids = torch.arange(3, 3 + length)[None] % 90
             expected, given = dense(input_ids=ids).logits, low(input_ids=ids).logits
             assert given.dtype == torch.float32
-            assert 0 < apart(given, expected) < (0.04 if stage is int8 else 0.02)  # other whole numbers, where inputs are near a half
+            assert (
+                0 < apart(given, expected) < (0.04 if stage is int8 else 0.02)
+            )  # other whole numbers, where inputs are near a half
     assert not [module for module in load_model(made).modules() if isinstance(module, LowBitLinear)]
-    answers = TorchEngine.open(made).generate([Request((Message("user", "what is the weather"),), sampling=Sampling(max_tokens=8))])
+    answers = TorchEngine.open(made).generate(
+        [Request((Message("user", "what is the weather"),), sampling=Sampling(max_tokens=8))]
+    )
     assert answers[0].ids
 
 
@@ -139,7 +199,9 @@ def test_files_are_read_tensor_by_tensor(biased: Path) -> None:
     text = config.read_text()
     config.write_text(text.replace('"intermediate_size": 192', '"intermediate_size": 256'))
     try:
-        with pytest.raises(ModelError, match=r"gate.weight has the shape \(192, 128\), config.json asks for \(256, 128\)"):
+        with pytest.raises(
+            ModelError, match=r"gate.weight has the shape \(192, 128\), config.json asks for \(256, 128\)"
+        ):
             load_decoder(biased)
     finally:
         config.write_text(text)

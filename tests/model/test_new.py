@@ -35,7 +35,10 @@ def test_a_standard_shape_needs_no_llmworks(workspace: Path, pico: Path) -> None
     assert isinstance(loaded, LlamaForCausalLM)
     tokenizer = load_tokenizer(made)
     assert loaded.config.vocab_size == math.ceil(len(tokenizer) / 64) * 64
-    assert (loaded.config.eos_token_id, loaded.generation_config.eos_token_id) == (tokenizer.eos_token_id, tokenizer.eos_token_id)
+    assert (loaded.config.eos_token_id, loaded.generation_config.eos_token_id) == (
+        tokenizer.eos_token_id,
+        tokenizer.eos_token_id,
+    )
     assert float(loaded.lm_head.weight.std().detach()) == pytest.approx(0.02, rel=0.1)
     assert float(loaded.model.layers[0].mlp.down_proj.weight.std().detach()) == pytest.approx(0.02 / 2, rel=0.1)
     manifest = json.loads((made / "manifest.json").read_text())
@@ -59,7 +62,12 @@ def test_a_shape_of_its_own_answers(workspace: Path, pico: Path) -> None:
 
 
 def test_mistakes(workspace: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, says in ((["--set", "heads=5"], "width 32 is not divided by heads 5"), (["--set", "vocabulary=10"], "the tokenizer has"), (["--set", "hiden=3"], "did you mean 'hidden'"), (["--set", "position=rotary"], "'rope'")):
+    for words, says in (
+        (["--set", "heads=5"], "width 32 is not divided by heads 5"),
+        (["--set", "vocabulary=10"], "the tokenizer has"),
+        (["--set", "hiden=3"], "did you mean 'hidden'"),
+        (["--set", "position=rotary"], "'rope'"),
+    ):
         assert main(["model", "new", str(pico), *SMALL, *words, "--out", str(workspace / "o"), "--quiet"]) == 2
         told = capsys.readouterr().err.strip()
         assert says in told

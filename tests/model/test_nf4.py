@@ -16,9 +16,12 @@ with warnings.catch_warnings():
     import bitsandbytes.functional as bnb
 
 MATRICES = {
-    "normal": lambda: torch.randn(96, 128) * 0.05, "with outliers": lambda: torch.randn(64, 576) * 0.02 + 3.0 * (torch.rand(64, 576) > 0.999), "a block of zeros": lambda: torch.cat([torch.zeros(1, 64), torch.randn(3, 64)]),
-    "many scales": lambda: torch.randn(640, 256).exp() - 1, "constant": lambda: torch.full((4, 64), 0.25),
-}  # fmt: skip
+    "normal": lambda: torch.randn(96, 128) * 0.05,
+    "with outliers": lambda: torch.randn(64, 576) * 0.02 + 3.0 * (torch.rand(64, 576) > 0.999),
+    "a block of zeros": lambda: torch.cat([torch.zeros(1, 64), torch.randn(3, 64)]),
+    "many scales": lambda: torch.randn(640, 256).exp() - 1,
+    "constant": lambda: torch.full((4, 64), 0.25),
+}
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["once", "double"])
@@ -35,9 +38,12 @@ def test_codes_and_values_are_those_of_bitsandbytes(what: str, double: bool) -> 
     assert made.second is not None
     assert torch.equal(made.second, state.state2.absmax)
     assert made.mean == float(state.offset)
-    # their kernel on a CPU takes the second nearest for some that are nearly half way; what it stands for is the nearest of their map
+    # their kernel on a CPU takes the second nearest for some that are nearly half way; what it stands for is the
+    # nearest of their map
     centred = (single := pack(weight, double=False).scales) - single.mean()
-    relative = centred * (1.0 / made.second.where(made.second > 0, torch.ones(()))).repeat_interleave(256)[: len(centred)]
+    relative = (
+        centred * (1.0 / made.second.where(made.second > 0, torch.ones(()))).repeat_interleave(256)[: len(centred)]
+    )
     assert torch.equal(made.scales.long(), (relative[:, None] - bnb.create_dynamic_map()).abs().argmin(1))
     if float(made.second.min()) > 0:  # of scales that are all alike any code says the same
         assert int((made.scales.int() - state.absmax.int()).abs().max()) <= 1

@@ -1,4 +1,6 @@
-"""N-gram models: KenLM's numbers, a sum that a hand can do, chances that add up to one, and the interface of every other model."""
+"""N-gram models: KenLM's numbers, a sum that a hand can do, chances that add up to one, and the interface of every
+other model.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def scores(model: NgramForCausalLM, ids: list[int]) -> list[float]:
     found = model.contexts(row, torch.zeros_like(row, dtype=torch.bool), state)
     before = [torch.cat((s[0], c[0, :-1])) for s, c in zip(state, found, strict=True)]
     one = model.chance(before, row[0]).log()
-    assert (model.chances(before).gather(1, row.T)[:, 0].log() - one).abs().max() < 1e-12  # all next tokens at once, or one
+    assert (
+        model.chances(before).gather(1, row.T)[:, 0].log() - one
+    ).abs().max() < 1e-12  # all next tokens at once, or one
     assert (model.chances(before).sum(1) - 1).abs().max() < 1e-12
     return one.tolist()
 
@@ -77,7 +81,13 @@ def test_texts_shorter_than_the_order() -> None:
 def test_tables_that_do_not_belong_together(model: NgramForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change in ({"discounts": config["discounts"][:-1]}, {"discounts": ["x"] * 4}, {"sizes": []}, {"vocab_size": 300}, {"discounts": [[5, 5, 5]] * 4}):
+    for change in (
+        {"discounts": config["discounts"][:-1]},
+        {"discounts": ["x"] * 4},
+        {"sizes": []},
+        {"vocab_size": 300},
+        {"discounts": [[5, 5, 5]] * 4},
+    ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ModelError, match="do not belong together"):
             load_model(tmp_path)
@@ -108,7 +118,9 @@ def test_the_interface(model: NgramForCausalLM, tmp_path: Path) -> None:
     labels = IDS.clone()
     labels[:, 5] = -100
     expected = -whole[:, :-1].gather(2, IDS[:, 1:, None])[..., 0]
-    assert float(model(IDS, labels=labels).loss) == pytest.approx(float(torch.cat((expected[:, :4], expected[:, 5:]), 1).mean()), rel=1e-5)
+    assert float(model(IDS, labels=labels).loss) == pytest.approx(
+        float(torch.cat((expected[:, :4], expected[:, 5:]), 1).mean()), rel=1e-5
+    )
     cache, parts = None, []
     for low, high in ((0, 5), (5, 6), (6, 14)):
         out = model(IDS[:, low:high], past_key_values=cache, use_cache=True)
@@ -131,7 +143,9 @@ def test_the_interface(model: NgramForCausalLM, tmp_path: Path) -> None:
 
 
 def test_longer_ones_know_more() -> None:
-    """On text with structure, each order is surer than the one below it, and one token alone is as sure as frequencies."""
+    """On text with structure, each order is surer than the one below it, and one token alone is as sure as
+    frequencies.
+    """
     text = (Path(__file__).parents[2] / "LICENSE").read_bytes()
     train, test = [list(text[:9000])], list(text[9000:])
     found = []

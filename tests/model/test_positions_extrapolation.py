@@ -1,7 +1,10 @@
-"""Beyond the trained length: what the papers say of each kind of position, on a small model of bytes that is trained on short rows.
+"""Beyond the trained length: what the papers say of each kind of position, on a small model of bytes that is trained on
+short rows.
 
-RoPE breaks, stretched it does not, without any training (position interpolation: Chen et al. 2023, arXiv:2306.15595; NTK-aware and YaRN: Peng et al. 2023,
-arXiv:2309.00071, section 3); ALiBi goes on as it was, learned positions do not (Press et al. 2021, arXiv:2108.12409, figure 1).
+RoPE breaks, stretched it does not, without any training (position interpolation: Chen et al. 2023, arXiv:2306.15595;
+NTK-aware and YaRN: Peng et al. 2023,
+arXiv:2309.00071, section 3); ALiBi goes on as it was, learned positions do not (Press et al. 2021, arXiv:2108.12409,
+figure 1).
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ def test_positions_beyond_what_was_trained() -> None:
     text = library()
     unseen, text = text[: 64 * LONG], text[64 * LONG :]
     rope = trained(shape(), text)
-    found = {"none": losses(rope, unseen)} | {name: losses(stretched(rope, name), unseen) for name in ("linear", "ntk", "yarn")}
+    found = {"none": losses(rope, unseen)} | {
+        name: losses(stretched(rope, name), unseen) for name in ("linear", "ntk", "yarn")
+    }
     found |= {name: losses(trained(shape(position=name), text), unseen) for name in ("alibi", "learned")}
     print(found)
     within, beyond = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))

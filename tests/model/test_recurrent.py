@@ -1,4 +1,6 @@
-"""Window, RNN, LSTM and GRU: their equations written out, texts in a row that do not see one another, a state in place of a cache, and learning."""
+"""Window, RNN, LSTM and GRU: their equations written out, texts in a row that do not see one another, a state in place
+of a cache, and learning.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,14 @@ IDS = torch.randint(0, 61, (3, 14), generator=torch.Generator().manual_seed(1))
 
 def made(kind: str, **more: Any) -> RecurrentForCausalLM:
     torch.manual_seed(0)
-    shape = {"kind": kind, "vocabulary": 61, "width": 16, "hidden": 24, **({"window": 4} if kind == "mlp" else {"layers": 2}), **more}
+    shape = {
+        "kind": kind,
+        "vocabulary": 61,
+        "width": 16,
+        "hidden": 24,
+        **({"window": 4} if kind == "mlp" else {"layers": 2}),
+        **more,
+    }
     model = RecurrentForCausalLM(RecurrentConfig(shape=shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -43,10 +52,17 @@ def by_hand(model: RecurrentForCausalLM, ids: Tensor) -> Tensor:
     if kind == "mlp":
         zeros = [torch.zeros(model.shape.width)] * (model.shape.window - 1)
         row = zeros + xs
-        states = [torch.tanh(weights["body.layer.weight"] @ torch.cat(row[i : i + model.shape.window]) + weights["body.layer.bias"]) for i in range(len(xs))]
+        states = [
+            torch.tanh(
+                weights["body.layer.weight"] @ torch.cat(row[i : i + model.shape.window]) + weights["body.layer.bias"]
+            )
+            for i in range(len(xs))
+        ]
     else:
         for layer in range(model.shape.layers):
-            w, u, b, d = (weights[f"body.cells.{name}_l{layer}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            w, u, b, d = (
+                weights[f"body.cells.{name}_l{layer}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
             h, c, states = torch.zeros(inner), torch.zeros(inner), []
             for x in xs:
                 if kind == "rnn":
@@ -82,8 +98,13 @@ def test_texts_in_a_row_do_not_see_one_another(kind: str) -> None:
             assert (packed[:, low:high] - model(IDS[:, low:high]).logits).abs().max() < 1e-6
         labels = IDS.clone()
         labels[:, [0, 4, 6, 7]] = -100
-        apart = [model(IDS[:, low:high], labels=IDS[:, low:high]).loss * (high - low - 1) for low, high in ((0, 4), (4, 6), (7, 14))]
-        assert float(model(IDS, position_ids=positions, labels=labels).loss) == pytest.approx(float(sum(apart)) / 10, rel=1e-5)
+        apart = [
+            model(IDS[:, low:high], labels=IDS[:, low:high]).loss * (high - low - 1)
+            for low, high in ((0, 4), (4, 6), (7, 14))
+        ]
+        assert float(model(IDS, position_ids=positions, labels=labels).loss) == pytest.approx(
+            float(sum(apart)) / 10, rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +138,9 @@ def test_the_state_is_the_cache(kind: str) -> None:
             assert (out.logits[row, -1] - model(IDS[row : row + 1, kept]).logits[0, -1]).abs().max() < 1e-6
     settings: Any = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(IDS, **settings), model.generate(IDS, use_cache=False, **settings))
-    assert torch.equal(model.generate(IDS, num_beams=3, **settings), model.generate(IDS, num_beams=3, use_cache=False, **settings))
+    assert torch.equal(
+        model.generate(IDS, num_beams=3, **settings), model.generate(IDS, num_beams=3, use_cache=False, **settings)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,7 +183,9 @@ def test_odd_rows(kind: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):  # packed rows in narrow products
             narrow = model(IDS, position_ids=positions).logits
         assert (narrow.float() - model(IDS, position_ids=positions).logits).abs().max() < 0.05
-        assert model(IDS, attention_mask=torch.zeros_like(IDS), use_cache=True).past_key_values.state is None  # nothing but padding
+        assert (
+            model(IDS, attention_mask=torch.zeros_like(IDS), use_cache=True).past_key_values.state is None
+        )  # nothing but padding
     with pytest.raises(ModelError, match="below zero"):
         model(IDS - 61)
 
@@ -174,7 +199,23 @@ def test_ids_beyond_the_vocabulary() -> None:
 def test_the_stage(kind: str, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     out = tmp_path / kind
-    assert main(["model", "recurrent", str(pico), "--set", f"kind={kind}", "--set", "width=32", "--out", str(out), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "model",
+                "recurrent",
+                str(pico),
+                "--set",
+                f"kind={kind}",
+                "--set",
+                "width=32",
+                "--out",
+                str(out),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert main(["verify", str(out)]) == 0
     assert main(["verify", "--golden", str(out)]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -186,12 +227,31 @@ def test_the_stage(kind: str, pico: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert json.loads((out / "manifest.json").read_text())["about"]["architecture"] == kind
 
 
-def test_mistakes(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     for words, says in (
-        (["kind=lstm", "heads=4"], "unknown key 'heads'"), (["kind=gru", "window=4"], "window is mlp's"), (["kind=mlp", "layers=2"], "kind mlp has one layer"), (["vocabulary=10"], "the tokenizer has"), (["kind=lstms"], "'lstm'"),
-    ):  # fmt: skip
-        assert main(["model", "recurrent", str(pico), *(w for word in words for w in ("--set", word)), "--out", str(tmp_path / "o"), "--quiet"]) == 2
+        (["kind=lstm", "heads=4"], "unknown key 'heads'"),
+        (["kind=gru", "window=4"], "window is mlp's"),
+        (["kind=mlp", "layers=2"], "kind mlp has one layer"),
+        (["vocabulary=10"], "the tokenizer has"),
+        (["kind=lstms"], "'lstm'"),
+    ):
+        assert (
+            main(
+                [
+                    "model",
+                    "recurrent",
+                    str(pico),
+                    *(w for word in words for w in ("--set", word)),
+                    "--out",
+                    str(tmp_path / "o"),
+                    "--quiet",
+                ]
+            )
+            == 2
+        )
         told = capsys.readouterr().err.strip()
         assert says in told
         assert len(told.splitlines()) == 1

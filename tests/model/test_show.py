@@ -1,4 +1,6 @@
-"""What a model comes to, counted from its shape: parameters of the real modules, operations that PyTorch counts, bytes that a cache really takes."""
+"""What a model comes to, counted from its shape: parameters of the real modules, operations that PyTorch counts, bytes
+that a cache really takes.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SEEN = 21
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_decoder_comes_to_what_it_is(name: str) -> None:
-    shape = Shape.model_validate({"vocabulary": 61, "width": 32, "layers": 3, "heads": 4, "context": 48, **SHAPES[name]})
+    shape = Shape.model_validate(
+        {"vocabulary": 61, "width": 32, "layers": 3, "heads": 4, "context": 48, **SHAPES[name]}
+    )
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     model.train(False)
     parts = parts_of(shape, SEEN)
@@ -40,9 +44,14 @@ def test_a_decoder_comes_to_what_it_is(name: str) -> None:
     cache = DynamicCache()
     with torch.no_grad():
         model(torch.randint(0, 61, (1, SEEN - 1)), past_key_values=cache)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the others are not counted on a CPU
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # the others are not counted on a CPU
             model(torch.randint(0, 61, (1, 1)), past_key_values=cache)
-    windows = sum(4 * 4 * shape.per_head * (SEEN - shape.window_of(i)) for i in range(3) if shape.window_of(i))  # hidden, but computed by the kernel
+    windows = sum(
+        4 * 4 * shape.per_head * (SEEN - shape.window_of(i)) for i in range(3) if shape.window_of(i)
+    )  # hidden, but computed by the kernel
     assert sum(p.work for p in parts) == counter.get_total_flops() - windows
     kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert sum(p.cache for p in parts) * SEEN == kept
@@ -62,12 +71,18 @@ def test_experts_that_are_not_chosen_cost_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "rnn", "lstm", "gru"])
 def test_a_recurrent_model_comes_to_what_it_is(kind: str) -> None:
-    shape = RecurrentShape.model_validate({"kind": kind, "vocabulary": 61, "width": 16, "hidden": 24, "layers": 1 if kind == "mlp" else 2})
+    shape = RecurrentShape.model_validate(
+        {"kind": kind, "vocabulary": 61, "width": 16, "hidden": 24, "layers": 1 if kind == "mlp" else 2}
+    )
     model = RecurrentForCausalLM(RecurrentConfig(shape=shape.model_dump()))
     model.train(False)
     parts = parts_of(shape, 9)
     assert sum(p.parameters for p in parts) == sum(p.numel() for p in model.parameters())
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name not in ("embedding.weight", "head.weight"))
+    matrices = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and name not in ("embedding.weight", "head.weight")
+    )
     assert sum(p.work for p in parts) == 2 * (matrices + 61 * 16)
     with torch.no_grad():
         state = model(torch.randint(0, 61, (1, 30)), use_cache=True).past_key_values.state
@@ -80,24 +95,67 @@ def test_drawings_hold_what_shapes_say() -> None:
         return [element.text or "" for element in tree.iter() if element.tag.endswith("text")]
 
     usual = words(Shape.model_validate({"kv_heads": 2, "rope": {"scaling": "yarn", "factor": 4}}))
-    assert {"× 8", "RMSNorm", "8 query heads of 64, 2 key-value (grouped-query)", "stretched 4 times (yarn)", "512 → 1,408 → 512, SwiGLU"} <= set(usual)
+    assert {
+        "× 8",
+        "RMSNorm",
+        "8 query heads of 64, 2 key-value (grouped-query)",
+        "stretched 4 times (yarn)",
+        "512 → 1,408 → 512, SwiGLU",
+    } <= set(usual)
     assert usual.count("RMSNorm") == 3
     assert words(Shape(norm_place="around")).count("RMSNorm") == 5
     assert words(Shape(norm_place="post")).count("RMSNorm") == 2
-    two = words(Shape(window=64, full_every=3, experts={"count": 8, "chosen": 2}), RecurrentShape(kind="lstm", layers=2))  # type: ignore[arg-type]
+    two = words(
+        Shape(window=64, full_every=3, experts={"count": 8, "chosen": 2}), RecurrentShape(kind="lstm", layers=2)
+    )  # type: ignore[arg-type]
     assert {"looks back 64 tokens, all in every 3th", "8 experts, 2 for each token", "LSTM"} <= set(two)
     assert two.count("LSTM") == 2
 
 
-def test_the_stage(pico: Path, pico_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stage(
+    pico: Path, pico_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
-    assert main(["model", "recurrent", str(pico), "--set", "width=32", "--set", "kind=gru", "--out", str(tmp_path / "gru"), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "model",
+                "recurrent",
+                str(pico),
+                "--set",
+                "width=32",
+                "--set",
+                "kind=gru",
+                "--out",
+                str(tmp_path / "gru"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
-    assert main(["model", "show", str(pico), str(tmp_path / "gru"), "--set", "context=100", "--out", str(tmp_path / "two"), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "model",
+                "show",
+                str(pico),
+                str(tmp_path / "gru"),
+                "--set",
+                "context=100",
+                "--out",
+                str(tmp_path / "two"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr().out
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["context"] == 100
-    assert sorted(m["parameters"] for m in report["models"].values()) == sorted(sum(p.numel() for p in load(path).parameters()) for path in (pico, tmp_path / "gru"))
+    assert sorted(m["parameters"] for m in report["models"].values()) == sorted(
+        sum(p.numel() for p in load(path).parameters()) for path in (pico, tmp_path / "gru")
+    )
     assert "0–1" in told  # two blocks that are alike, once
     page = (tmp_path / "two" / "report.html").read_text()
     assert page.count("<svg") == 1
@@ -108,7 +166,11 @@ def test_the_stage(pico: Path, pico_gguf: Path, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    for words, says in (([str(tmp_path / "bert")], "'bert' is not known here; known: llama"), ([str(pico), "--set", "cache=int8"], "cache"), ([str(tmp_path / "none")], "none")):
+    for words, says in (
+        ([str(tmp_path / "bert")], "'bert' is not known here; known: llama"),
+        ([str(pico), "--set", "cache=int8"], "cache"),
+        ([str(tmp_path / "none")], "none"),
+    ):
         assert main(["model", "show", *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
         wrong = capsys.readouterr().err.strip()
         assert says in wrong

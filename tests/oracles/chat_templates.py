@@ -19,10 +19,16 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "chat_templates.json"
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 # our name: (package, its name)
 SOURCES = {
-    "chatml": [("axolotl", "chatml"), ("unsloth", "chatml_template")], "alpaca": [("unsloth", "alpaca_template")], "llama-2": [("unsloth", "llama_template")],
-    "llama-3": [("axolotl", "llama3"), ("unsloth", "llama3_template")], "mistral": [("axolotl", "mistral_v1")], "mistral-v3": [("axolotl", "mistral_v2v3")],
-    "gemma": [("axolotl", "gemma3"), ("axolotl", "gemma")], "phi": [("axolotl", "phi_35"), ("unsloth", "phi3_template")], "zephyr": [("unsloth", "zephyr_template")],
-}  # fmt: skip
+    "chatml": [("axolotl", "chatml"), ("unsloth", "chatml_template")],
+    "alpaca": [("unsloth", "alpaca_template")],
+    "llama-2": [("unsloth", "llama_template")],
+    "llama-3": [("axolotl", "llama3"), ("unsloth", "llama3_template")],
+    "mistral": [("axolotl", "mistral_v1")],
+    "mistral-v3": [("axolotl", "mistral_v2v3")],
+    "gemma": [("axolotl", "gemma3"), ("axolotl", "gemma")],
+    "phi": [("axolotl", "phi_35"), ("unsloth", "phi3_template")],
+    "zephyr": [("unsloth", "zephyr_template")],
+}
 
 
 def turns(*texts: str, system: str = "") -> list[dict[str, str]]:
@@ -32,10 +38,19 @@ def turns(*texts: str, system: str = "") -> list[dict[str, str]]:
 
 
 CONVERSATIONS: list[list[dict[str, str]]] = [
-    turns("Hi"), turns("Hi", "Hello."), turns("Hi", "Hello.", "Why?", "So."), turns("Hi", "Hello.", "Why?"), turns("Hi", system="Be kind."), turns("Hi", "Hello.", system="Be kind."),
-    turns("Hi", "Hello.", "Why?", "So.", system="Be\nkind."), turns("Zwölf — 谢谢 🙂", "`x`\n\n```py\nprint('a')\n```"), turns("a\n\nb\tc", "1\n2\n3", "4", "5", "6", "7"),
-    turns("{{ messages }} {% raw %}", "<b>&amp;</b>"), turns("  spaces around  ", "  also here\n"), turns("x", "y" * 200, system="s" * 100),
-]  # fmt: skip
+    turns("Hi"),
+    turns("Hi", "Hello."),
+    turns("Hi", "Hello.", "Why?", "So."),
+    turns("Hi", "Hello.", "Why?"),
+    turns("Hi", system="Be kind."),
+    turns("Hi", "Hello.", system="Be kind."),
+    turns("Hi", "Hello.", "Why?", "So.", system="Be\nkind."),
+    turns("Zwölf — 谢谢 🙂", "`x`\n\n```py\nprint('a')\n```"),
+    turns("a\n\nb\tc", "1\n2\n3", "4", "5", "6", "7"),
+    turns("{{ messages }} {% raw %}", "<b>&amp;</b>"),
+    turns("  spaces around  ", "  also here\n"),
+    turns("x", "y" * 200, system="s" * 100),
+]
 
 
 def template(wheels: Path, package: str, name: str) -> str:
@@ -63,10 +78,23 @@ def main(wheels: Path) -> None:
             for conversation in CONVERSATIONS:
                 for prompt in (False, True):
                     try:
-                        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt, chat_template=template(wheels, package, name))
+                        text = tokenizer.apply_chat_template(
+                            conversation,
+                            tokenize=False,
+                            add_generation_prompt=prompt,
+                            chat_template=template(wheels, package, name),
+                        )
                     except Exception as error:  # a template that refuses is an answer too
                         text = f"refused: {error}"
-                    rows.append({"template": ours, "source": f"{package} {name}", "messages": conversation, "generation_prompt": prompt, "text": text})
+                    rows.append(
+                        {
+                            "template": ours,
+                            "source": f"{package} {name}",
+                            "messages": conversation,
+                            "generation_prompt": prompt,
+                            "text": text,
+                        }
+                    )
     FIXTURE.write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
 

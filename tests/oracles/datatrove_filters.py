@@ -1,4 +1,5 @@
-"""Make tests/fixtures/datatrove_filters.json.gz and filter_cases.json.gz: what datatrove's filters decide about documents.
+"""Make tests/fixtures/datatrove_filters.json.gz and filter_cases.json.gz: what datatrove's filters decide about
+documents.
 
 In an environment of its own, with datatrove[processing]==0.10.1 and spacy==3.8.18:
     python -m tests.data.real_documents > real.jsonl                                  (in the project's environment)
@@ -15,7 +16,12 @@ import time
 from pathlib import Path
 
 from datatrove.data import Document
-from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+from datatrove.pipeline.filters import (
+    C4QualityFilter,
+    FineWebQualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+)
 
 OUT = Path(__file__).parents[1] / "fixtures" / sys.argv[2]
 TEXTS = sys.argv[3:] == ["texts"]
@@ -41,7 +47,13 @@ for line in Path(sys.argv[1]).read_text().splitlines():
         decisions[name] = "" if kept else reason
         if kept and name.startswith("c4"):
             decisions[name] = hashlib.sha256(document.text.encode()).hexdigest()[:16]
-    rows.append([row["id"], row["text"] if TEXTS else hashlib.sha256(row["text"].encode()).hexdigest()[:16], *decisions.values()])
+    rows.append(
+        [
+            row["id"],
+            row["text"] if TEXTS else hashlib.sha256(row["text"].encode()).hexdigest()[:16],
+            *decisions.values(),
+        ]
+    )
 seconds = time.process_time() - began
 print(f"{len(rows)} documents, {size / 1e6:.1f} MB, {seconds:.0f} CPU-s, {size / 1e6 / seconds:.3f} MB/CPU-s")
 with OUT.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as stream:

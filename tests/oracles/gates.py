@@ -1,6 +1,6 @@
 """Rows of routers by mergekit-moe, for the prompts below. Writes tests/fixtures/gates.json.
 
-    ENV/bin/python tests/oracles/gates.py        (the environment of merges.py)
+ENV/bin/python tests/oracles/gates.py        (the environment of merges.py)
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from merge_models import save
 
 TARGET = Path(__file__).parents[1] / "fixtures" / "gates.json"
-PROMPTS = [{"positive_prompts": ["the thing in", "in the inns"], "negative_prompts": []}, {"positive_prompts": ["12345 + 678"], "negative_prompts": ["no numbers"]}]
+PROMPTS = [
+    {"positive_prompts": ["the thing in", "in the inns"], "negative_prompts": []},
+    {"positive_prompts": ["12345 + 678"], "negative_prompts": ["no numbers"]},
+]
 
 
 def main() -> None:

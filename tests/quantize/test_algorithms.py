@@ -26,7 +26,9 @@ def layer(seed: int, rows: int = 12, columns: int = 64, tokens: int = 512) -> tu
 
 
 def brain_surgeon(weight: Tensor, hessian: Tensor, grid: Grid, damping: float) -> Tensor:
-    """Optimal Brain Quantization in the order of columns (Frantar et al. 2022, equations 2 and 3): after each column the whole inverse is updated."""
+    """Optimal Brain Quantization in the order of columns (Frantar et al. 2022, equations 2 and 3): after each column
+    the whole inverse is updated.
+    """
     rest, count = weight.double().clone(), len(hessian)
     inverse = torch.linalg.inv(hessian.double() + damping * hessian.diagonal().mean() * torch.eye(count))
     scales, made = None, torch.empty_like(rest)
@@ -49,7 +51,9 @@ def test_gptq_is_optimal_brain_quantization(grid: Grid) -> None:
     weight, _, hessian = layer(0)
     ours = solve(weight, hessian, grid, damping=0.01, search=False).weight()
     theirs = brain_surgeon(weight, hessian, grid, 0.01)
-    assert float((ours != theirs).float().mean()) < 0.01 or torch.allclose(ours, theirs, atol=1e-5)  # a tie in rounding may fall either way
+    assert float((ours != theirs).float().mean()) < 0.01 or torch.allclose(
+        ours, theirs, atol=1e-5
+    )  # a tie in rounding may fall either way
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
@@ -66,7 +70,9 @@ def test_gptq_changes_outputs_less_than_rounding(grid: Grid, search: bool, by_ac
 def test_harm_is_the_mean_squared_change_of_outputs() -> None:
     weight, x, hessian = layer(1)
     after = whole(weight, Grid(3)).weight()
-    assert harm(weight, after, hessian) == pytest.approx(float((x @ (after - weight).T).square().sum(0).div(len(x)).mean()), rel=1e-4)
+    assert harm(weight, after, hessian) == pytest.approx(
+        float((x @ (after - weight).T).square().sum(0).div(len(x)).mean()), rel=1e-4
+    )
     assert change(weight, after, hessian) == pytest.approx(harm(weight, after, hessian) * len(weight), rel=1e-4)
 
 
@@ -113,10 +119,16 @@ def test_scaled_inputs_change_nothing(name: str, tmp_path: Path) -> None:
         before = model(input_ids=ids).logits
         for block in model.decoder.blocks:
             attention = block.attention
-            for layers, columns in ((("attention.query", "attention.key", "attention.value"), model.shape.width), (("feed_forward.gate", "feed_forward.up"), model.shape.width), (("feed_forward.down",), model.shape.inner)):
+            for layers, columns in (
+                (("attention.query", "attention.key", "attention.value"), model.shape.width),
+                (("feed_forward.gate", "feed_forward.up"), model.shape.width),
+                (("feed_forward.down",), model.shape.inner),
+            ):
                 scale_inputs(block, layers, torch.rand(columns, generator=draw) + 0.5)
             each = torch.rand(attention.groups, 1, attention.per_head, generator=draw) + 0.5
-            scale_inputs(block, ("attention.out",), each.expand(-1, attention.heads // attention.groups, -1).reshape(-1))
+            scale_inputs(
+                block, ("attention.out",), each.expand(-1, attention.heads // attention.groups, -1).reshape(-1)
+            )
         after = model(input_ids=ids).logits
     assert torch.allclose(before, after, atol=1e-5 * float(before.abs().max()))
 

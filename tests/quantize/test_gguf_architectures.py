@@ -1,4 +1,6 @@
-"""GGUF files of every architecture that is written: llama.cpp computes what transformers computes, splits texts as it does, and the file is read back."""
+"""GGUF files of every architecture that is written: llama.cpp computes what transformers computes, splits texts as it
+does, and the file is read back.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,25 @@ from tests.conftest import make_tokenizer
 from tests.model.test_from_gguf import TEXTS
 
 QUIET = Progress(quiet=True)
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mistral": ("Mistral", {"head_dim": 24, "sliding_window": 256}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 32}), "phi3": ("Phi3", {"sliding_window": None, "original_max_position_embeddings": 512}),
-    "gemma3": ("Gemma3", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 7}), "llama, its positions scaled": ("Llama", {"rope_parameters": LLAMA3}),
-    "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}), "qwen2, yarn": ("Qwen2", {"rope_parameters": YARN}),
-}  # fmt: skip
+    "mistral": ("Mistral", {"head_dim": 24, "sliding_window": 256}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "phi3": ("Phi3", {"sliding_window": None, "original_max_position_embeddings": 512}),
+    "gemma3": ("Gemma3", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 7}),
+    "llama, its positions scaled": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    "qwen2, yarn": ("Qwen2", {"rope_parameters": YARN}),
+}
 
 
 def made(kind: str, out: Path, tokenizer: Any = None) -> Path:
@@ -41,9 +55,19 @@ def made(kind: str, out: Path, tokenizer: Any = None) -> Path:
     tokenizer = tokenizer or make_tokenizer()
     torch.manual_seed(0)
     shared: dict[str, Any] = {
-        "vocab_size": len(tokenizer) + 5, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": 2, "initializer_range": 0.2, "tie_word_embeddings": name == "Gemma3",
-    }  # fmt: skip
+        "vocab_size": len(tokenizer) + 5,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": name == "Gemma3",
+    }
     config = getattr(transformers, f"{name}{'TextConfig' if name == 'Gemma3' else 'Config'}")(**{**shared, **more})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
@@ -57,12 +81,18 @@ def made(kind: str, out: Path, tokenizer: Any = None) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_computes_the_same(kind: str, tmp_path: Path) -> None:
-    """All weights and keys are where it looks for them; more tokens than the tokenizer has, and a window that is shorter than the text."""
+    """All weights and keys are where it looks for them; more tokens than the tokenizer has, and a window that is
+    shorter than the text.
+    """
     path = made(kind, tmp_path / "model")
     write_gguf(path, tmp_path / "model.gguf", "f32", QUIET)
     ids = [1, *random.Random(0).choices(range(3, 300), k=90)]
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids=torch.tensor([ids])).logits[0].numpy()
+        expected = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids=torch.tensor([ids]))
+            .logits[0]
+            .numpy()
+        )
     engine = LlamaCppEngine(tmp_path / "model.gguf", threads=1)
     try:
         found = engine.logits(ids)
@@ -79,21 +109,41 @@ def test_files_come_back(kind: str, tmp_path: Path) -> None:
     write_hf_directory(tmp_path / "model.gguf", tmp_path / "back")
     ids = torch.tensor([[1, *random.Random(0).choices(range(3, 300), k=40)]])
     with torch.no_grad():
-        one, other = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits for folder in (path, tmp_path / "back"))
+        one, other = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
+            for folder in (path, tmp_path / "back")
+        )
     assert torch.allclose(one, other, atol=2e-4)
 
 
 def make_pieces(prefix: bool) -> Any:
     """A tokenizer like SentencePiece's: pieces by frequency, bytes for what has none."""
-    text = " ".join(["the quick brown fox jumps over what is the weather in Oslo", "def f(x): return x**2", "naive cafes and 12345"] * 3).replace(" ", "\u2581")
+    text = " ".join(
+        ["the quick brown fox jumps over what is the weather in Oslo", "def f(x): return x**2", "naive cafes and 12345"]
+        * 3
+    ).replace(" ", "\u2581")
     count = Counter(text[at : at + size] for size in range(1, 7) for at in range(len(text) - size))
     pieces = [piece for piece, times in count.most_common() if times > 2 or len(piece) == 1]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "<mark>"]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(pieces), USER_DEFINED]
     scores = [0.0] * 259 + [-float(rank) for rank in range(len(pieces))] + [0.0]
-    meta = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types, "tokenizer.ggml.scores": scores, "tokenizer.ggml.add_space_prefix": prefix, "tokenizer.ggml.bos_token_id": 1}
+    meta = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": prefix,
+        "tokenizer.ggml.bos_token_id": 1,
+    }
     make: Any = PreTrainedTokenizerFast
-    return make(tokenizer_object=build_tokenizer(meta), bos_token="<s>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False, model_max_length=512)
+    return make(
+        tokenizer_object=build_tokenizer(meta),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -126,7 +176,9 @@ def test_ids_without_a_token_have_a_name_that_no_token_has(tmp_path: Path) -> No
 
     from llmworks.quantize.llamacpp.vocabulary import add_vocabulary
 
-    backend = Tokenizer(BPE({token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend = Tokenizer(
+        BPE({token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.add_special_tokens(["[PAD258]"])
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[PAD258]").save_pretrained(tmp_path)
@@ -144,7 +196,10 @@ def test_merges_that_llama_cpp_would_not_follow_are_refused(tmp_path: Path) -> N
     types = [NORMAL] * 6
     good = {"vocab": vocabulary, "merges": [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]}
     assert scores_of(good, types, tmp_path)[3:] == [0.0, -1.0, -2.0]
-    with pytest.raises(ModelError, match=r"'a' and 'bc' have no merge though 'abc' is a token, so that llama.cpp would tokenize in another way"):
+    with pytest.raises(
+        ModelError,
+        match=r"'a' and 'bc' have no merge though 'abc' is a token, so that llama.cpp would tokenize in another way",
+    ):
         scores_of({**good, "merges": good["merges"][:3]}, types, tmp_path)
     with pytest.raises(ModelError, match="merges that make 'abc' do not follow one another"):
         scores_of({**good, "merges": [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]]}, types, tmp_path)
@@ -163,7 +218,9 @@ def test_texts_are_split_as_in_llama_cpp(name: str, tmp_path: Path) -> None:
     if name == "qwen2":
         inner.normalizer = normalizers.NFC()
     make: Any = PreTrainedTokenizerFast
-    tokenizer = make(tokenizer_object=inner, bos_token="<|im_start|>", eos_token="<|im_end|>", clean_up_tokenization_spaces=False)
+    tokenizer = make(
+        tokenizer_object=inner, bos_token="<|im_start|>", eos_token="<|im_end|>", clean_up_tokenization_spaces=False
+    )
     path = made("qwen2", tmp_path / "model", tokenizer)
     write_gguf(path, tmp_path / "model.gguf", "f32", QUIET)
     model = cy.LlamaModel(str(tmp_path / "model.gguf"), cy.LlamaModelParams())
@@ -176,7 +233,14 @@ def test_texts_are_split_as_in_llama_cpp(name: str, tmp_path: Path) -> None:
         assert back(text)["input_ids"] == ids, text
 
 
-@pytest.mark.parametrize(("change", "match"), [({"query_pre_attn_scalar": 16}, "this is another"), ({"model_type": "mamba"}, "cannot be written as GGUF, only LlamaForCausalLM, MistralForCausalLM"), ({"vocab_size": 20}, "its embedding 20 rows")])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"query_pre_attn_scalar": 16}, "this is another"),
+        ({"model_type": "mamba"}, "cannot be written as GGUF, only LlamaForCausalLM, MistralForCausalLM"),
+        ({"vocab_size": 20}, "its embedding 20 rows"),
+    ],
+)
 def test_what_llama_cpp_would_compute_otherwise_is_refused(change: dict[str, Any], match: str, tmp_path: Path) -> None:
     path = made("gemma3", tmp_path / "model")
     config = json.loads((path / "config.json").read_text())

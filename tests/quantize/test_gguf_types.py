@@ -19,7 +19,11 @@ from tests.conftest import make_tokenizer
 from tests.quantize.test_quantize import quantized, texts  # noqa: F401 (a fixture)
 
 QUIET = Progress(quiet=True)
-BLIND = [kind for kind in FILE_TYPES if base_of(kind) not in SEEING and kind not in ("f32", "q2_k_s", "iq2_s", "iq2_m", "iq3_xs")]
+BLIND = [
+    kind
+    for kind in FILE_TYPES
+    if base_of(kind) not in SEEING and kind not in ("f32", "q2_k_s", "iq2_s", "iq2_m", "iq3_xs")
+]
 
 
 def make_wide(out: Path, *, kv_heads: int, tied: bool, width: int = 256, layers: int = 17) -> Path:
@@ -29,9 +33,18 @@ def make_wide(out: Path, *, kv_heads: int, tied: bool, width: int = 256, layers:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=kv_heads, max_position_embeddings=512, tie_word_embeddings=tied,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
@@ -39,12 +52,16 @@ def make_wide(out: Path, *, kv_heads: int, tied: bool, width: int = 256, layers:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of which one shares keys among eight heads and has a head of its own, and one has neither; one with rows that 256 does not divide."""
+    """Models of which one shares keys among eight heads and has a head of its own, and one has neither; one with rows
+    that 256 does not divide.
+    """
     folder = tmp_path_factory.mktemp("wide")
     made = {
-        "shared": make_wide(folder / "shared", kv_heads=1, tied=False), "tied": make_wide(folder / "tied", kv_heads=4, tied=True), "narrow": make_wide(folder / "narrow", kv_heads=4, tied=True, width=96 * 2, layers=9),
+        "shared": make_wide(folder / "shared", kv_heads=1, tied=False),
+        "tied": make_wide(folder / "tied", kv_heads=4, tied=True),
+        "narrow": make_wide(folder / "narrow", kv_heads=4, tied=True, width=96 * 2, layers=9),
         "odd": make_wide(folder / "odd", kv_heads=4, tied=False, width=8 * 10, layers=1),
-    }  # fmt: skip
+    }
     for path in made.values():
         write_gguf(path, path / "f32.gguf", "f32", QUIET)
     return made
@@ -60,7 +77,17 @@ def theirs(source: Path, target: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["shared", "tied", "narrow"])
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind.startswith("iq3") or kind in ("iq4_nl", "q5_1", "q5_k_s", "q3_k_l", "q3_k_s", "q4_k_s") else kind for kind in BLIND])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        (
+            pytest.param(kind, marks=pytest.mark.slow)
+            if kind.startswith("iq3") or kind in ("iq4_nl", "q5_1", "q5_k_s", "q3_k_l", "q3_k_s", "q4_k_s")
+            else kind
+        )
+        for kind in BLIND
+    ],
+)
 def test_files_are_those_of_llama_cpp(kind: str, model: str, wide: dict[str, Path], tmp_path: Path) -> None:
     """Every tensor's format and bytes; the file's order and size, too."""
     theirs(wide[model] / "f32.gguf", tmp_path / "theirs.gguf", kind)
@@ -75,9 +102,14 @@ def test_files_are_those_of_llama_cpp(kind: str, model: str, wide: dict[str, Pat
 
 
 def test_what_is_important_is_kept_better() -> None:
-    """The error, weighed by the importance, is less where a format is told of it; formats that need it are refused without."""
+    """The error, weighed by the importance, is less where a format is told of it; formats that need it are refused
+    without.
+    """
     draw = np.random.default_rng(0)
-    weight, important = draw.normal(size=(64, 256)).astype(np.float32), (draw.random(256).astype(np.float32) ** 8 * 100 + 0.01)
+    weight, important = (
+        draw.normal(size=(64, 256)).astype(np.float32),
+        (draw.random(256).astype(np.float32) ** 8 * 100 + 0.01),
+    )
     from libgguf import GGMLQuantizationType, dequantize_rows
 
     def error(kind: str, given: Any) -> float:
@@ -90,7 +122,9 @@ def test_what_is_important_is_kept_better() -> None:
 
 
 def test_importance_is_needed_by_some_and_changes_the_mix(wide: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"iq2_xs needs an importance matrix: blk.0.ffn_gate.weight would be IQ2_XS; give `data`"):
+    with pytest.raises(
+        ModelError, match=r"iq2_xs needs an importance matrix: blk.0.ffn_gate.weight would be IQ2_XS; give `data`"
+    ):
         write_gguf(wide["shared"], tmp_path / "x.gguf", "iq2_xs", QUIET)
     assert not (tmp_path / "x.gguf").exists()
     shapes = {f"blk.{layer}.ffn_down.weight": (256, 256) for layer in range(16)}
@@ -99,13 +133,28 @@ def test_importance_is_needed_by_some_and_changes_the_mix(wide: dict[str, Path],
     assert set(without.values()) == {"Q4_0"}
 
 
-@pytest.mark.parametrize("kind", [kind if kind in ("iq2_xxs", "q2_k_s") else pytest.param(kind, marks=pytest.mark.slow) for kind in FILE_TYPES if kind not in BLIND])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("iq2_xxs", "q2_k_s") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in FILE_TYPES
+        if kind not in BLIND
+    ],
+)
 def test_types_that_see_are_written_and_read(kind: str, wide: dict[str, Path], tmp_path: Path) -> None:
     """llama.cpp computes with each of them."""
     from llmworks.generate.engines.llamacpp import LlamaCppEngine
 
     draw = np.random.default_rng(0)
-    with_seeing = {name: draw.random(256).astype(np.float32) + 0.1 for name in types_of({tensor.name: tuple(reversed(tensor.shape)) for tensor in open_reader(wide["shared"] / "f32.gguf").tensors}, "f16", Layout(17, 8, False)) if "blk" in name}
+    with_seeing = {
+        name: draw.random(256).astype(np.float32) + 0.1
+        for name in types_of(
+            {tensor.name: tuple(reversed(tensor.shape)) for tensor in open_reader(wide["shared"] / "f32.gguf").tensors},
+            "f16",
+            Layout(17, 8, False),
+        )
+        if "blk" in name
+    }
     written = write_gguf(wide["shared"], tmp_path / "made.gguf", kind, QUIET, with_seeing)
     assert all(256 % block(found) == 0 for found in written.types.values())
     assert not written.fallen
@@ -123,16 +172,33 @@ def test_rows_that_nothing_divides_stay_in_16_bits(wide: dict[str, Path], tmp_pa
 
 
 def test_formats_by_a_pattern_go_before(wide: dict[str, Path], tmp_path: Path) -> None:
-    written = write_gguf(wide["tied"], tmp_path / "x.gguf", "q4_k_m", QUIET, given={r"blk\.3\.": "q8_0", "attn_v": "f16"})
+    written = write_gguf(
+        wide["tied"], tmp_path / "x.gguf", "q4_k_m", QUIET, given={r"blk\.3\.": "q8_0", "attn_v": "f16"}
+    )
     assert written.types["blk.3.ffn_up.weight"] == "Q8_0"
     assert written.types["blk.3.attn_norm.weight"] == "F32"
     assert written.types["blk.4.attn_v.weight"] == "F16"
     assert written.types["blk.4.ffn_up.weight"] == "Q4_K"
 
 
-def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
-    """At the size of the type's own mix; the damage is that of llama.cpp beside the model; a kind is no longer than its neighbour."""
-    plain, made = (quantized("gguf", pico, texts, tmp_path / str(allocate), type="q4_0", allocate=allocate, texts_=12, sensed=8, tensors={"token_embd": "f16"}) for allocate in (False, True))
+def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, texts: Dataset, tmp_path: Path) -> None:
+    """At the size of the type's own mix; the damage is that of llama.cpp beside the model; a kind is no longer than its
+    neighbour.
+    """
+    plain, made = (
+        quantized(
+            "gguf",
+            pico,
+            texts,
+            tmp_path / str(allocate),
+            type="q4_0",
+            allocate=allocate,
+            texts_=12,
+            sensed=8,
+            tensors={"token_embd": "f16"},
+        )
+        for allocate in (False, True)
+    )
     assert made.metrics["bytes"] <= plain.metrics["bytes"] + 64
     assert made.metrics["kl"] < plain.metrics["kl"]
     assert made.metrics["expected_kl"] == pytest.approx(made.metrics["kl"], rel=1.5)
@@ -142,7 +208,7 @@ def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, te
         quantized("gguf", pico, None, tmp_path / "none", allocate=True)
 
 
-def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """At the same type, and the numbers are those of hooks on the model."""
     from llmworks.model.io.families import load_decoder
     from llmworks.model.io.layer_reader import Source
@@ -151,7 +217,10 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
     from llmworks.tokenize.load import load_tokenizer
     from tests.quantize.test_mixed import context
 
-    with_it, without = (quantized("gguf", pico, texts, tmp_path / str(seen), type="q4_0", importance=seen, texts_=24) for seen in (True, False))
+    with_it, without = (
+        quantized("gguf", pico, texts, tmp_path / str(seen), type="q4_0", importance=seen, texts_=24)
+        for seen in (True, False)
+    )
     assert with_it.metrics["kl"] < without.metrics["kl"]
     ids, held = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
     found, walk = importance(Source(pico), ids, held, context(tmp_path / "look"))
@@ -159,7 +228,9 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
     sums: dict[str, Any] = {}
     layer = model.decoder.blocks[1].feed_forward.down
     layer.register_forward_hook(lambda _, given, __: sums.__setitem__("down", given[0].flatten(0, 1).square().mean(0)))
-    model.head.register_forward_hook(lambda _, given, __: sums.__setitem__("head", given[0].flatten(0, 1).square().mean(0)))
+    model.head.register_forward_hook(
+        lambda _, given, __: sums.__setitem__("head", given[0].flatten(0, 1).square().mean(0))
+    )
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         model(input_ids=ids)
@@ -169,8 +240,10 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
         assert torch.allclose(walk.logits(walk.as_is), model(input_ids=held).logits, atol=1e-3)
 
 
-def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
-    """Files by `quantize.sense`'s result are those that look for themselves; its matrix is read by another reader; another model's is refused."""
+def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_path: Path) -> None:
+    """Files by `quantize.sense`'s result are those that look for themselves; its matrix is read by another reader;
+    another model's is refused.
+    """
     from llmworks.core.artifact import Report
     from llmworks.quantize.calibrate.imatrix import read_importance, write_importance
     from llmworks.quantize.gguf import gguf
@@ -189,7 +262,9 @@ def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_p
     by = context(tmp_path / "by")
     with_it = gguf(GgufConfig(type="q4_0", allocate=True, held=0, length=48), model, by, None, found)
     assert with_it.metrics["bytes"] == alone.metrics["bytes"]
-    assert with_it.metrics["expected_kl"] == pytest.approx(alone.metrics["expected_kl"], rel=0.5)  # other texts: some are not kept apart
+    assert with_it.metrics["expected_kl"] == pytest.approx(
+        alone.metrics["expected_kl"], rel=0.5
+    )  # other texts: some are not kept apart
     given = {"blk.0.ffn_up.weight": np.arange(1, 65, dtype=np.float32)}
     write_importance(tmp_path / "i.gguf", given, "texts", 3, 48)
     assert np.allclose(read_importance(tmp_path / "i.gguf")["blk.0.ffn_up.weight"], given["blk.0.ffn_up.weight"])

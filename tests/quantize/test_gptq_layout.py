@@ -1,4 +1,6 @@
-"""GPTQ and AWQ checkpoints: what gptqmodel wrote is read as it reads it, what is written here is what it writes; exports keep their golden tokens."""
+"""GPTQ and AWQ checkpoints: what gptqmodel wrote is read as it reads it, what is written here is what it writes;
+exports keep their golden tokens.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,15 @@ from llmworks.model.lowbit.integer import Grid, Scales, Whole, whole
 from llmworks.quantize.gptq import GptqConfig
 from tests.quantize.test_quantize import quantized, texts  # noqa: F401 (a fixture)
 
-FOUND: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "gptq_layouts.json.gz").read_bytes()))
+FOUND: dict[str, Any] = json.loads(
+    gzip.decompress((Path(__file__).parents[1] / "fixtures" / "gptq_layouts.json.gz").read_bytes())
+)
 
 
 def tensor(given: dict[str, Any]) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(given["data"]), given["dtype"]).reshape(given["shape"]).copy())
+    return torch.from_numpy(
+        np.frombuffer(base64.b64decode(given["data"]), given["dtype"]).reshape(given["shape"]).copy()
+    )
 
 
 @pytest.mark.parametrize("way", FOUND)
@@ -52,9 +58,20 @@ def test_what_is_written_is_what_gptqmodel_wrote(way: str) -> None:
     if symmetric:
         zero = torch.zeros_like(scale)
     else:
-        other = {**tensors, "scales": torch.ones_like(tensors["scales"]), "qweight": torch.zeros_like(tensors["qweight"])}  # codes of 0: what is left are the zero points
-        zero = -8 - dense({f"layer.{name}": one for name, one in other.items()}, FOUND[way]["config"])["layer.weight"].view(64, -1, 32)[..., 0]
-    made = form.tensors_of("layer", Whole((steps + zero[..., None]).view(64, 128).to(torch.int8), Scales(scale, zero), grid))
+        other = {
+            **tensors,
+            "scales": torch.ones_like(tensors["scales"]),
+            "qweight": torch.zeros_like(tensors["qweight"]),
+        }  # codes of 0: what is left are the zero points
+        zero = (
+            -8
+            - dense({f"layer.{name}": one for name, one in other.items()}, FOUND[way]["config"])["layer.weight"].view(
+                64, -1, 32
+            )[..., 0]
+        )
+    made = form.tensors_of(
+        "layer", Whole((steps + zero[..., None]).view(64, 128).to(torch.int8), Scales(scale, zero), grid)
+    )
     assert sorted(made) == sorted(f"layer.{name}" for name in tensors)
     for name, one in tensors.items():
         assert torch.equal(made[f"layer.{name}"], one), name
@@ -70,20 +87,26 @@ def test_all_bits_come_back(bits: int, symmetric: bool) -> None:
     assert config["dynamic"] == {"-:^model\\.layers\\.0\\.mlp\\.up_proj$": {}}
     assert torch.equal(dense(Gptq.tensors_of("layer", matrix), config)["layer.weight"], matrix.weight())
     if bits == 4:
-        assert torch.equal(dense(Awq.tensors_of("layer", matrix), Awq.config_of({"layer": matrix.grid}, []))["layer.weight"], matrix.weight())
+        assert torch.equal(
+            dense(Awq.tensors_of("layer", matrix), Awq.config_of({"layer": matrix.grid}, []))["layer.weight"],
+            matrix.weight(),
+        )
 
 
 @pytest.mark.parametrize("form", ["gptq", "awq"])
 @pytest.mark.parametrize("stage", ["absmax", "gptq", "awq"])
-def test_the_form_changes_nothing(stage: str, form: str, pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_the_form_changes_nothing(stage: str, form: str, pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """The same model as in compressed-tensors, to the bit."""
-    one, other = (quantized(stage, pico, texts, tmp_path / name, form=name, rest="float16") for name in ("compressed-tensors", form))
+    one, other = (
+        quantized(stage, pico, texts, tmp_path / name, form=name, rest="float16")
+        for name in ("compressed-tensors", form)
+    )
     assert json.loads((other.path / "config.json").read_text())["quantization_config"]["quant_method"] == form
     for mine, theirs in zip(load_decoder(other.path).parameters(), load_decoder(one.path).parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_what_has_no_place_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_what_has_no_place_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="form: awq has no layout for 8 bits"):
         GptqConfig(form="awq", bits=8)
     with pytest.raises(ValidationError, match="rest: the form gptq keeps scales in float16"):
@@ -91,6 +114,11 @@ def test_what_has_no_place_is_refused(pico: Path, texts: Dataset, tmp_path: Path
     with pytest.raises(ModelError, match="60 x 64 weights in 4 bits do not fill words of 32 bits"):
         Gptq.tensors_of("layer", whole(torch.randn(60, 64), Grid(4, 32)))
     with pytest.raises(ModelError, match="layer: its tensors do not belong together"):
-        dense({"layer.qweight": torch.zeros(16, 64, dtype=torch.int32), "layer.scales": torch.ones(4, 64)}, {"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ModelError, match=r"of AWQ checkpoints those of 4 bits in the version gemm can be read here, not 4 bits, gemv"):
+        dense(
+            {"layer.qweight": torch.zeros(16, 64, dtype=torch.int32), "layer.scales": torch.ones(4, 64)},
+            {"quant_method": "gptq", "bits": 4},
+        )
+    with pytest.raises(
+        ModelError, match=r"of AWQ checkpoints those of 4 bits in the version gemm can be read here, not 4 bits, gemv"
+    ):
         dense({}, {"quant_method": "awq", "bits": 4, "version": "gemv"})

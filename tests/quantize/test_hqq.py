@@ -26,12 +26,16 @@ from llmworks.quantize.algorithms.hqq import POWER, solve, zeros
 from llmworks.quantize.hqq import HqqConfig
 from tests.quantize.test_quantize import quantized, texts  # noqa: F401
 
-FOUND: dict[str, Any] = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "hqq_layout.json.gz").read_bytes()))
+FOUND: dict[str, Any] = json.loads(
+    gzip.decompress((Path(__file__).parents[1] / "fixtures" / "hqq_layout.json.gz").read_bytes())
+)
 CONFIG = {"quant_method": "hqq"}
 
 
 def tensor(given: dict[str, Any]) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(given["data"]), given["dtype"]).reshape(given["shape"]).copy())
+    return torch.from_numpy(
+        np.frombuffer(base64.b64decode(given["data"]), given["dtype"]).reshape(given["shape"]).copy()
+    )
 
 
 def grid_of(bits: int) -> Grid:
@@ -40,24 +44,34 @@ def grid_of(bits: int) -> Grid:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_form_is_that_of_hqq(bits: int) -> None:
-    """What it wrote is read as it reads it, and written again: every tensor to the bit, those that it tells itself by, too."""
+    """What it wrote is read as it reads it, and written again: every tensor to the bit, those that it tells itself by,
+    too.
+    """
     stored = {f"layer.{name}": tensor(given) for name, given in FOUND["ways"][str(bits)]["tensors"].items()}
     ((name, matrix),) = hqq_layout.weights(stored, CONFIG)
     assert name == "layer.weight"
     assert isinstance(matrix, Whole)
-    assert torch.allclose(matrix.weight(), tensor(FOUND["ways"][str(bits)]["weight"]).float(), atol=1e-3)  # which it computes in fp16
+    assert torch.allclose(
+        matrix.weight(), tensor(FOUND["ways"][str(bits)]["weight"]).float(), atol=1e-3
+    )  # which it computes in fp16
     made = hqq_layout.tensors_of("layer", Whole(matrix.codes, matrix.scales, grid_of(bits)))
     assert set(made) == set(stored)
     for name, one in made.items():
         assert one.dtype == stored[name].dtype, name
-        assert name == "layer.round_zero" or torch.equal(one, stored[name]), name  # whether it began at whole numbers, which it does with 4 bits
+        assert name == "layer.round_zero" or torch.equal(one, stored[name]), (
+            name
+        )  # whether it began at whole numbers, which it does with 4 bits
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_solver_is_as_good_as_the_reference(bits: int) -> None:
-    """In what it minimizes, the mean of |error|^p, and clearly better than ranges from the smallest to the largest (8 bits leave nothing to gain)."""
+    """In what it minimizes, the mean of |error|^p, and clearly better than ranges from the smallest to the largest (8
+    bits leave nothing to gain).
+    """
     weight = tensor(FOUND["weight"])
-    theirs = dense({f"layer.{name}": tensor(given) for name, given in FOUND["ways"][str(bits)]["tensors"].items()}, CONFIG)["layer.weight"]
+    theirs = dense(
+        {f"layer.{name}": tensor(given) for name, given in FOUND["ways"][str(bits)]["tensors"].items()}, CONFIG
+    )["layer.weight"]
     grid = grid_of(bits)
 
     def loss(made: Tensor) -> float:
@@ -91,7 +105,7 @@ def test_a_zero_point_by_hand() -> None:
     assert best != float(first.zero)
 
 
-def test_a_directory(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_a_directory(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """Written, read again, measured; its bits count zero points of 16."""
     made = quantized("hqq", pico, texts, tmp_path, rest="float16")
     config = json.loads((made.path / "config.json").read_text())["quantization_config"]
@@ -106,9 +120,14 @@ def test_a_directory(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noq
     assert made.metrics["kl"] < quantized("zeropoint", pico, texts, tmp_path / "plain").metrics["kl"] * 1.2
 
 
-@pytest.mark.skipif(not available(), reason="this CPU has no instructions for bfloat16, so that such layers are not used on it")
+@pytest.mark.skipif(
+    not available(), reason="this CPU has no instructions for bfloat16, so that such layers are not used on it"
+)
 def test_real_zero_points_run_as_whole_numbers() -> None:
-    matrix = solve(torch.randn(128, 256, generator=torch.Generator().manual_seed(3)), Grid(4, 64, symmetric=False, real=True, stored="float16"))
+    matrix = solve(
+        torch.randn(128, 256, generator=torch.Generator().manual_seed(3)),
+        Grid(4, 64, symmetric=False, real=True, stored="float16"),
+    )
     layer = low_bit_layer(matrix)
     assert isinstance(layer, Int4Linear)
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(4))
@@ -123,7 +142,9 @@ def test_what_has_no_place_is_refused() -> None:
     with pytest.raises(ModelError, match="layer: its 5 groups do not fill bytes of 2, as the form hqq has them"):
         hqq_layout.tensors_of("layer", whole(weight, Grid(4, 0, symmetric=False, real=True)))
     made = hqq_layout.tensors_of("layer", whole(weight, Grid(8, 32, symmetric=False, real=True)))
-    with pytest.raises(ModelError, match=r"layer: of hqq's layers those of 2, 3, 4 or 8 bits with groups along rows \(axis 1\)"):
+    with pytest.raises(
+        ModelError, match=r"layer: of hqq's layers those of 2, 3, 4 or 8 bits with groups along rows \(axis 1\)"
+    ):
         dense({**made, "layer.axis": torch.tensor(0)}, CONFIG)
     with pytest.raises(ModelError, match="layer: its tensors do not belong together"):
         dense({**made, "layer.scale": torch.ones(7, 1)}, CONFIG)

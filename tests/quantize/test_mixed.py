@@ -1,4 +1,6 @@
-"""Bits where a model bears least to lose them: costs are what a change does, budgets are kept, the result is better than the same bits everywhere."""
+"""Bits where a model bears least to lose them: costs are what a change does, budgets are kept, the result is better
+than the same bits everywhere.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,29 @@ from tests.quantize.test_quantize import _ours, quantized, texts  # noqa: F401 (
 
 def context(folder: Path) -> Context:
     folder.mkdir(parents=True, exist_ok=True)
-    return Context(folder, folder, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed"))
+    return Context(
+        folder, folder, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
+    )
 
 
 def test_costs_are_the_divergence_that_follows(pico: Path, tmp_path: Path) -> None:
-    """Small changes of single matrices, tried: of the last one, which no other token sees, nearly to the digit; of others of the same order."""
+    """Small changes of single matrices, tried: of the last one, which no other token sees, nearly to the digit; of
+    others of the same order.
+    """
     model = load_decoder(pico)
     ids = torch.randint(3, model.shape.vocabulary, (60, 64), generator=torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
-    changes = {name.removesuffix(".weight"): 0.02 * torch.randn(tensor.shape, generator=draw) for name, tensor in load_file(pico / "model.safetensors").items() if name.endswith("_proj.weight")}
-    found = costs(Source(pico), ids, context(tmp_path), lambda name, weight: [weight + changes[name], weight + changes[name] / 2, weight])
+    changes = {
+        name.removesuffix(".weight"): 0.02 * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in load_file(pico / "model.safetensors").items()
+        if name.endswith("_proj.weight")
+    }
+    found = costs(
+        Source(pico),
+        ids,
+        context(tmp_path),
+        lambda name, weight: [weight + changes[name], weight + changes[name] / 2, weight],
+    )
     with torch.no_grad():
         before = F.log_softmax(model(input_ids=ids).logits, -1)
         for name, change in changes.items():
@@ -77,28 +92,49 @@ def test_a_killed_look_goes_on(pico: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_budgets_are_kept_and_used_well(seed: int) -> None:
-    """Against all choices there are: never beyond the budget, and no worse than the best of a budget that is one step of one part smaller."""
+    """Against all choices there are: never beyond the budget, and no worse than the best of a budget that is one step
+    of one part smaller.
+    """
     draw = torch.Generator().manual_seed(seed)
     sizes = [[2.0, 3.0, 4.0, 6.0] for _ in range(5)]
-    table = [[float(scale * 4.0**-bits * noise) for bits, noise in zip((2, 3, 4, 6), torch.rand(4, generator=draw) * 0.5 + 0.75, strict=True)] for scale in torch.rand(5, generator=draw) * 50 + 1]
+    table = [
+        [
+            float(scale * 4.0**-bits * noise)
+            for bits, noise in zip((2, 3, 4, 6), torch.rand(4, generator=draw) * 0.5 + 0.75, strict=True)
+        ]
+        for scale in torch.rand(5, generator=draw) * 50 + 1
+    ]
     for budget in (10.0, 14.5, 20.0, 30.0):
         chosen = allocate(table, sizes, budget)
         assert sum(size[at] for size, at in zip(sizes, chosen, strict=True)) <= budget
-        best = min(sum(row[at] for row, at in zip(table, one, strict=True)) for one in itertools.product(range(4), repeat=5) if sum(size[at] for size, at in zip(sizes, one, strict=True)) <= budget)
-        spare = min((sum(row[at] for row, at in zip(table, one, strict=True)) for one in itertools.product(range(4), repeat=5) if sum(size[at] for size, at in zip(sizes, one, strict=True)) <= budget - 4), default=float("inf"))
+        best = min(
+            sum(row[at] for row, at in zip(table, one, strict=True))
+            for one in itertools.product(range(4), repeat=5)
+            if sum(size[at] for size, at in zip(sizes, one, strict=True)) <= budget
+        )
+        spare = min(
+            (
+                sum(row[at] for row, at in zip(table, one, strict=True))
+                for one in itertools.product(range(4), repeat=5)
+                if sum(size[at] for size, at in zip(sizes, one, strict=True)) <= budget - 4
+            ),
+            default=float("inf"),
+        )
         assert best <= sum(row[at] for row, at in zip(table, chosen, strict=True)) <= max(best, spare) + 1e-12
     with pytest.raises(ValueError, match="the smallest choices take 10, 9 are there"):
         allocate(table, sizes, 9.0)
 
 
-def test_mixed_bits_lose_less_than_the_same_everywhere(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_mixed_bits_lose_less_than_the_same_everywhere(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """At no more bits; the file is read by transformers as here."""
     same = quantized("gptq", pico, texts, tmp_path / "same", bits=3)
     made = quantized("mixed", pico, texts, tmp_path / "mixed", bits=same.metrics["bits_a_weight"], group=32, sensed=8)
     assert made.metrics["bits_a_weight"] <= same.metrics["bits_a_weight"]
     assert made.metrics["kl"] < same.metrics["kl"]
     config = json.loads((made.path / "config.json").read_text())["quantization_config"]
-    bits = {name: group["weights"]["num_bits"] for group in config["config_groups"].values() for name in group["targets"]}
+    bits = {
+        name: group["weights"]["num_bits"] for group in config["config_groups"].values() for name in group["targets"]
+    }
     assert len(set(bits.values())) > 1
     assert len({bits[f"model.layers.0.self_attn.{x}_proj"] for x in "qkv"}) == 1
     ids = torch.arange(3, 40)[None]
@@ -107,33 +143,58 @@ def test_mixed_bits_lose_less_than_the_same_everywhere(pico: Path, texts: Datase
         assert torch.allclose(theirs, load_decoder(made.path)(input_ids=ids).logits, atol=1e-3)
 
 
-def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     more: dict[str, Any] = {"sensed": 2, "group": 32}
-    with pytest.raises(ModelError, match=r"config.bits: 2.2 bits a weight are fewer than 2.5, the fewest of config.choices with their scales"):
+    with pytest.raises(
+        ModelError,
+        match=r"config.bits: 2.2 bits a weight are fewer than 2.5, the fewest of config.choices with their scales",
+    ):
         quantized("mixed", pico, texts, tmp_path, bits=2.2, **more)
     with pytest.raises(ValidationError, match="each must be from 2 to 8, and there once"):
         MixedConfig(choices=[4, 4])
 
 
 @pytest.mark.parametrize("form", ["exl2", "exl3"])
-def test_what_needs_a_gpu_is_handed_over_or_refused(form: Any, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package, without a GPU; with both (a stand-in that writes what it was told) its directory is the result, and its last line the error."""
+def test_what_needs_a_gpu_is_handed_over_or_refused(
+    form: Any, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the package, without a GPU; with both (a stand-in that writes what it was told) its directory is the
+    result, and its last line the error.
+    """
     from llmworks.core.artifact import Model
     from llmworks.core.errors import MissingDependency
     from llmworks.quantize.exl2 import Exl2Config, exl2
 
     package = {"exl2": "exllamav2", "exl3": "exllamav3"}[form]
-    with pytest.raises(MissingDependency, match=f"{form} files are written by {package}, which is not installed; .* quantize.mixed gives bits within a budget"):
+    with pytest.raises(
+        MissingDependency,
+        match=(
+            f"{form} files are written by {package}, which is not installed; .* quantize.mixed gives bits within a"
+            " budget"
+        ),
+    ):
         exl2(Exl2Config(form=form), Model(pico), context(tmp_path / "a"))
     place = tmp_path / "packages" / package / "conversion"
     place.mkdir(parents=True)
     for folder in (place.parent, place):
         (folder / "__init__.py").write_text("")
-    told = "import argparse, json, pathlib\nparser = argparse.ArgumentParser()\nfor name in ('-i', '-o', '-cf', '-w', '-b', '-hb'):\n    parser.add_argument(name)\n"
-    write = "def wrote(a):\n    out = pathlib.Path(a.cf or a.o)\n    out.mkdir()\n    (out / 'config.json').write_text(json.dumps(vars(a)))\n"
+    told = (
+        "import argparse, json, pathlib\nparser = argparse.ArgumentParser()\nfor name in ('-i', '-o', '-cf', '-w',"
+        " '-b', '-hb'):\n    parser.add_argument(name)\n"
+    )
+    write = (
+        "def wrote(a):\n    out = pathlib.Path(a.cf or a.o)\n    out.mkdir()\n    (out /"
+        " 'config.json').write_text(json.dumps(vars(a)))\n"
+    )
     second = told + write + "wrote(parser.parse_args())\n"
-    third = told + write + "def prepare(a):\n    return a, None, a.b != '7.0', 'seven is too many'\ndef main(a, state):\n    wrote(a)\n"
-    (place / ("convert_exl2.py" if form == "exl2" else "convert_model.py")).write_text(second if form == "exl2" else third)
+    third = (
+        told
+        + write
+        + "def prepare(a):\n    return a, None, a.b != '7.0', 'seven is too many'\ndef main(a, state):\n    wrote(a)\n"
+    )
+    (place / ("convert_exl2.py" if form == "exl2" else "convert_model.py")).write_text(
+        second if form == "exl2" else third
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     with pytest.raises(MissingDependency, match=f"{package} needs a CUDA GPU, and there is none here"):

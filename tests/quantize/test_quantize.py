@@ -1,4 +1,6 @@
-"""Quantizations as they are run: what layers are calibrated on, what is written and who reads it, what is measured, what a stopped run goes on as, what is refused."""
+"""Quantizations as they are run: what layers are calibrated on, what is written and who reads it, what is measured,
+what a stopped run goes on as, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,18 @@ from llmworks.tokenize.load import load_tokenizer
 from tests.conftest import make_pico
 
 STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
-    "absmax": (absmax.absmax, absmax.AbsmaxConfig), "zeropoint": (zeropoint.zeropoint, zeropoint.ZeropointConfig), "gptq": (gptq.gptq, gptq.GptqConfig), "awq": (awq.awq, awq.AwqConfig),
-    "smoothquant": (smoothquant.smoothquant, smoothquant.SmoothquantConfig), "int8": (int8.int8, int8.Int8Config),
-    "nf4": (nf4.nf4, nf4.Nf4Config), "hqq": (hqq.hqq, hqq.HqqConfig), "mixed": (mixed.mixed, mixed.MixedConfig), "gguf": (gguf.gguf, gguf.GgufConfig), "zeroquant": (zeroquant.zeroquant, zeroquant.ZeroquantConfig),
-}  # fmt: skip
+    "absmax": (absmax.absmax, absmax.AbsmaxConfig),
+    "zeropoint": (zeropoint.zeropoint, zeropoint.ZeropointConfig),
+    "gptq": (gptq.gptq, gptq.GptqConfig),
+    "awq": (awq.awq, awq.AwqConfig),
+    "smoothquant": (smoothquant.smoothquant, smoothquant.SmoothquantConfig),
+    "int8": (int8.int8, int8.Int8Config),
+    "nf4": (nf4.nf4, nf4.Nf4Config),
+    "hqq": (hqq.hqq, hqq.HqqConfig),
+    "mixed": (mixed.mixed, mixed.MixedConfig),
+    "gguf": (gguf.gguf, gguf.GgufConfig),
+    "zeroquant": (zeroquant.zeroquant, zeroquant.ZeroquantConfig),
+}
 SMALL = {"bits": 4, "group": 32, "length": 48, "held": 3}
 
 
@@ -50,28 +60,62 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
     draw, words = random.Random(0), ["the", "fox", "what", "is", "weather", "in", "Oslo", "and", "name", "city"]
     file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    file.write_text("".join(json.dumps({"id": str(i), "text": " ".join(draw.choices(words, k=40))}) + "\n" for i in range(60)))
+    file.write_text(
+        "".join(json.dumps({"id": str(i), "text": " ".join(draw.choices(words, k=40))}) + "\n" for i in range(60))
+    )
     return Dataset(file, name="texts")
 
 
-def quantized(stage: str, model: Path, texts: Dataset | None, folder: Path, golden: Path | None = None, **given: Any) -> Model:
+def quantized(
+    stage: str, model: Path, texts: Dataset | None, folder: Path, golden: Path | None = None, **given: Any
+) -> Model:
     """`golden`: the model whose golden tokens are replayed, if not this one."""
     function, config = STAGES[stage]
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (folder / "scratch").mkdir(exist_ok=True)
-    context = Context(out, folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed"))
-    more = {"texts": 12} if stage in ("gptq", "awq", "zeroquant", "mixed") else {"group": 64} if stage == "nf4" else {"texts": 12, "bits": 8, "group": 0} if stage == "smoothquant" else {"bits": 8, "group": 0} if stage == "int8" else {}
+    context = Context(
+        out, folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
+    )
+    more = (
+        {"texts": 12}
+        if stage in ("gptq", "awq", "zeroquant", "mixed")
+        else (
+            {"group": 64}
+            if stage == "nf4"
+            else (
+                {"texts": 12, "bits": 8, "group": 0}
+                if stage == "smoothquant"
+                else {"bits": 8, "group": 0}
+                if stage == "int8"
+                else {}
+            )
+        )
+    )
     small = {"length": 48, "held": 3, "texts": given.pop("texts_", 12)} if stage == "gguf" else SMALL
-    made: Model = function(config(**{**small, **more, **given}), Model(model, golden=record(golden or model)), context, **({} if texts is None else {"data": texts}))
+    made: Model = function(
+        config(**{**small, **more, **given}),
+        Model(model, golden=record(golden or model)),
+        context,
+        **({} if texts is None else {"data": texts}),
+    )
     context.report.write(folder / "report")
     return made
 
 
 def _ours(name: str) -> str:
     """The name of a layer of Llama's in the decoder."""
-    for theirs, here in (("model.layers", "decoder.blocks"), ("self_attn", "attention"), ("mlp", "feed_forward"), ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out"), ("_proj", "")):
+    for theirs, here in (
+        ("model.layers", "decoder.blocks"),
+        ("self_attn", "attention"),
+        ("mlp", "feed_forward"),
+        ("q_proj", "query"),
+        ("k_proj", "key"),
+        ("v_proj", "value"),
+        ("o_proj", "out"),
+        ("_proj", ""),
+    ):
         name = name.replace(theirs, here)
     return name
 
@@ -102,7 +146,9 @@ def test_walking_changes_nothing_and_reads_what_layers_read(pico: Path, tmp_path
 
 
 def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    """The weights of the last block, computed again by hand: hooks on a model whose earlier layers are those that were written."""
+    """The weights of the last block, computed again by hand: hooks on a model whose earlier layers are those that were
+    written.
+    """
     made = quantized("gptq", pico, texts, tmp_path, search=False, by_activation=False, rest="float32")
     done, model = load_decoder(made.path), load_decoder(pico)
     ids, _ = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
@@ -111,14 +157,18 @@ def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: 
         for name in order:
             place = f"decoder.blocks.{block}.{'attention' if name in order[:4] else 'feed_forward'}.{name}"
             seen: list[torch.Tensor] = []
-            hook = model.get_submodule(place).register_forward_hook(lambda _, given, __, seen=seen: seen.append(given[0].flatten(0, 1)))  # type: ignore[misc]
+            hook = model.get_submodule(place).register_forward_hook(
+                lambda _, given, __, seen=seen: seen.append(given[0].flatten(0, 1))
+            )  # type: ignore[misc]
             with torch.no_grad():
                 model(input_ids=ids)
             hook.remove()
             from llmworks.quantize.algorithms.gptq import solve
 
             before = model.get_parameter(f"{place}.weight")
-            expected = solve(before.data, seen[0].T @ seen[0] / len(seen[0]), Grid(4, 32, stored=made.about["dtype"]), search=False).weight()
+            expected = solve(
+                before.data, seen[0].T @ seen[0] / len(seen[0]), Grid(4, 32, stored=made.about["dtype"]), search=False
+            ).weight()
             now = done.get_parameter(f"{place}.weight").data
             assert float((expected - now).abs().gt(1e-5).float().mean()) < 0.01, place
             before.data.copy_(now)
@@ -127,7 +177,9 @@ def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: 
 @pytest.mark.parametrize("stage", ["absmax", "zeropoint", "gptq", "awq"])
 @pytest.mark.parametrize("more", [{}, {"bits": 8, "group": 0}, {"bits": 3}], ids=["4 bits", "8 bits a row", "3 bits"])
 def test_what_is_written_is_read(stage: str, more: dict[str, Any], pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    """By compressed-tensors to the bit, by transformers, by our engine; figures are those of both models side by side."""
+    """By compressed-tensors to the bit, by transformers, by our engine; figures are those of both models side by
+    side.
+    """
     made = quantized(stage, pico, texts, tmp_path, **more)
     ours, before = load_decoder(made.path), load_decoder(pico)
     tensors, config = load_file(made.path / "model.safetensors"), json.loads((made.path / "config.json").read_text())
@@ -136,16 +188,31 @@ def test_what_is_written_is_read(stage: str, more: dict[str, Any], pico: Path, t
     layers = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
     assert len(layers) == 14
     for layer in layers:
-        theirs = compressor.decompress({name.removeprefix(f"{layer}."): tensor for name, tensor in tensors.items() if name.startswith(f"{layer}.")}, scheme)["weight"]
-        assert torch.allclose(ours.get_parameter(f"{_ours(layer)}.weight"), theirs.float(), rtol=2e-3, atol=1e-6)  # theirs is rounded to the scales' format
+        theirs = compressor.decompress(
+            {
+                name.removeprefix(f"{layer}."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(f"{layer}.")
+            },
+            scheme,
+        )["weight"]
+        assert torch.allclose(
+            ours.get_parameter(f"{_ours(layer)}.weight"), theirs.float(), rtol=2e-3, atol=1e-6
+        )  # theirs is rounded to the scales' format
     ids, held = calibration(load_tokenizer(pico), texts, made_texts := 12 if stage in ("gptq", "awq") else 0, 3, 48, 0)
     assert len(ids) == made_texts
     with torch.no_grad():
         old, new = (F.log_softmax(model(input_ids=held).logits, -1) for model in (before, ours))
         assert made.metrics["kl"] == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), rel=1e-3, abs=2e-5)
-        assert made.metrics["same_top"] == pytest.approx(float((old.argmax(-1) == new.argmax(-1)).float().mean()), abs=0.02)  # a tie may fall either way
-        assert made.metrics["perplexity"] == pytest.approx(float(F.nll_loss(new[:, :-1].flatten(0, 1), held[:, 1:].flatten()).exp()), rel=1e-3)
-        if config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"]:  # transformers 5.23 expects zero points that are not packed, which nobody writes
+        assert made.metrics["same_top"] == pytest.approx(
+            float((old.argmax(-1) == new.argmax(-1)).float().mean()), abs=0.02
+        )  # a tie may fall either way
+        assert made.metrics["perplexity"] == pytest.approx(
+            float(F.nll_loss(new[:, :-1].flatten(0, 1), held[:, 1:].flatten()).exp()), rel=1e-3
+        )
+        if config["quantization_config"]["config_groups"]["group_0"]["weights"][
+            "symmetric"
+        ]:  # transformers 5.23 expects zero points that are not packed, which nobody writes
             model = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)
             assert torch.allclose(model(input_ids=held).logits, ours(input_ids=held).logits, atol=1e-3)
     engine = TorchEngine.open(made.path)
@@ -168,11 +235,15 @@ def test_inputs_in_8_bits_are_those_of_transformers(pico: Path, texts: Dataset, 
         for module in ours.modules():
             module._forward_pre_hooks.clear()
         plain = ours(input_ids=held).logits
-    assert float((found - theirs).abs().mean()) < 0.1 * float((plain - theirs).abs().mean())  # a tie in rounding may fall either way
+    assert float((found - theirs).abs().mean()) < 0.1 * float(
+        (plain - theirs).abs().mean()
+    )  # a tie in rounding may fall either way
 
 
 def test_llm_int8_is_that_of_bitsandbytes(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    """A layer, one token at a time, where taking a large number out is taking its column out; bitsandbytes computes in fp16."""
+    """A layer, one token at a time, where taking a large number out is taking its column out; bitsandbytes computes in
+    fp16.
+    """
     made = quantized("int8", pico, texts, tmp_path, threshold=2.0)
     ours, before = (load_decoder(path).decoder.blocks[1].feed_forward.up for path in (made.path, pico))
     theirs = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float16).model.layers[1].mlp.up_proj
@@ -187,13 +258,17 @@ def test_llm_int8_is_that_of_bitsandbytes(pico: Path, texts: Dataset, tmp_path: 
 
     weight = load_file(pico / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
     codes, scales, _ = int8_vectorwise_quant(weight.half())
-    assert float((codes != tensors["model.layers.1.mlp.up_proj.weight"]).float().mean()) < 0.01  # theirs are of fp16 weights
+    assert (
+        float((codes != tensors["model.layers.1.mlp.up_proj.weight"]).float().mean()) < 0.01
+    )  # theirs are of fp16 weights
     assert torch.allclose(scales, tensors["model.layers.1.mlp.up_proj.SCB"], rtol=2e-3)
 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("levels", ["nf4", "fp4"])
-def test_4_bits_are_those_of_bitsandbytes(levels: str, double: bool, pico: Path, texts: Dataset, tmp_path: Path) -> None:
+def test_4_bits_are_those_of_bitsandbytes(
+    levels: str, double: bool, pico: Path, texts: Dataset, tmp_path: Path
+) -> None:
     """Codes and scales of its own function, its layers in transformers, and what is read here."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -204,11 +279,20 @@ def test_4_bits_are_those_of_bitsandbytes(levels: str, double: bool, pico: Path,
     assert len(found) == 14
     for name, module in found.items():
         mine = ours.get_parameter(f"{_ours(name)}.weight")
-        assert module.in_features % 64 or torch.allclose(dequantize_4bit(module.weight.data, module.weight.quant_state), mine, atol=1e-6)  # its function for CPUs takes rows that 64 divides for granted
+        assert module.in_features % 64 or torch.allclose(
+            dequantize_4bit(module.weight.data, module.weight.quant_state), mine, atol=1e-6
+        )  # its function for CPUs takes rows that 64 divides for granted
     tensors, name = load_file(made.path / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
-    codes, state = quantize_4bit(load_file(pico / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"], quant_type=levels, compress_statistics=double)
+    codes, state = quantize_4bit(
+        load_file(pico / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"],
+        quant_type=levels,
+        compress_statistics=double,
+    )
     zero = 8 if levels == "fp4" else 256  # there are two zeros
-    halves = [torch.stack([some >> 4, some & 15]).masked_fill_(torch.stack([some >> 4, some & 15]) == zero, 0) for some in (codes, tensors[name])]
+    halves = [
+        torch.stack([some >> 4, some & 15]).masked_fill_(torch.stack([some >> 4, some & 15]) == zero, 0)
+        for some in (codes, tensors[name])
+    ]
     assert torch.equal(*halves)
     theirs = state.absmax if not double else state.state2.absmax
     assert torch.allclose(theirs, tensors[f"{name}.nested_absmax" if double else f"{name}.absmax"], rtol=1e-5)
@@ -217,12 +301,18 @@ def test_4_bits_are_those_of_bitsandbytes(levels: str, double: bool, pico: Path,
 
 def test_a_block_that_was_taught_answers_more_as_before(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """Weights in 4 bits, inputs in 8: what transformers computes of it, and less damage than without lessons."""
-    plain, taught = (quantized("zeroquant", pico, texts, tmp_path / str(epochs), epochs=epochs, bits=3, learning_rate=0.01) for epochs in (0, 20))
+    plain, taught = (
+        quantized("zeroquant", pico, texts, tmp_path / str(epochs), epochs=epochs, bits=3, learning_rate=0.01)
+        for epochs in (0, 20)
+    )
     assert taught.metrics["kl"] < 0.8 * plain.metrics["kl"]
     ours = load_decoder(taught.path)
     _, held = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
     with torch.no_grad():
-        old, new = (F.log_softmax(logits, -1) for logits in (load_decoder(pico)(input_ids=held).logits, ours(input_ids=held).logits))
+        old, new = (
+            F.log_softmax(logits, -1)
+            for logits in (load_decoder(pico)(input_ids=held).logits, ours(input_ids=held).logits)
+        )
         assert taught.metrics["kl"] == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), rel=1e-2)
         theirs = AutoModelForCausalLM.from_pretrained(taught.path, dtype=torch.float32)(input_ids=held).logits
         for module in ours.modules():
@@ -256,14 +346,21 @@ def test_smoothing_is_the_papers_and_makes_inputs_easier(power: float) -> None:
 
 
 def test_methods_that_look_lose_less(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    found = {stage: quantized(stage, pico, texts, tmp_path / stage, bits=3, **more).metrics["kl"] for stage, more in (("absmax", {}), ("zeropoint", {}), ("gptq", {"symmetric": False}), ("awq", {}))}
+    found = {
+        stage: quantized(stage, pico, texts, tmp_path / stage, bits=3, **more).metrics["kl"]
+        for stage, more in (("absmax", {}), ("zeropoint", {}), ("gptq", {"symmetric": False}), ("awq", {}))
+    }
     assert found["gptq"] < 0.7 * found["zeropoint"] < 0.7 * found["absmax"]
     assert found["awq"] < found["zeropoint"]
 
 
 @pytest.mark.parametrize("stage", ["gptq", "awq"])
-def test_a_killed_run_goes_on_at_its_block(stage: str, pico: Path, texts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the middle of the second block: the first is not walked again, and the result is the same to the bit."""
+def test_a_killed_run_goes_on_at_its_block(
+    stage: str, pico: Path, texts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of the second block: the first is not walked again, and the result is the same to the
+    bit.
+    """
     whole = quantized(stage, pico, texts, tmp_path / "whole")
     kind, times = {"gptq": Gptq, "awq": Awq}[stage], []
     real = kind.part
@@ -286,31 +383,63 @@ def test_a_killed_run_goes_on_at_its_block(stage: str, pico: Path, texts: Datase
 def test_layers_stay_as_they_are(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     made = quantized("gptq", pico, texts, tmp_path, skip=["v_proj", "layers.0.mlp"], rest="float32")
     tensors, before = load_file(made.path / "model.safetensors"), load_file(pico / "model.safetensors")
-    plain = {"model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"}
+    plain = {
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.v_proj",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.down_proj",
+    }
     assert all(torch.equal(tensors[f"{name}.weight"], before[f"{name}.weight"]) for name in plain)
-    assert set(json.loads((made.path / "config.json").read_text())["quantization_config"]["ignore"]) == plain | {"lm_head"}
+    assert set(json.loads((made.path / "config.json").read_text())["quantization_config"]["ignore"]) == plain | {
+        "lm_head"
+    }
     with torch.no_grad():
         ids = torch.arange(3, 40)[None]
-        assert torch.allclose(AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)(input_ids=ids).logits, load_decoder(made.path)(input_ids=ids).logits, atol=1e-4)
+        assert torch.allclose(
+            AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)(input_ids=ids).logits,
+            load_decoder(made.path)(input_ids=ids).logits,
+            atol=1e-4,
+        )
 
 
 def test_weights_that_are_bfloat16_stay_it(pico: Path, tmp_path: Path) -> None:
     shutil.copytree(pico, tmp_path / "half")
-    save_file({name: tensor.bfloat16() for name, tensor in load_file(pico / "model.safetensors").items()}, tmp_path / "half" / "model.safetensors")
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in load_file(pico / "model.safetensors").items()},
+        tmp_path / "half" / "model.safetensors",
+    )
     assert quantized("absmax", tmp_path / "half", None, tmp_path / "a").about["dtype"] == "bfloat16"
     assert quantized("absmax", pico, None, tmp_path / "b").about["dtype"] == "float16"
 
 
 def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    def refused(match: str, kind: type[LlmworksError], stage: str, model: Path, data: Dataset | None = texts, **given: Any) -> None:
+    def refused(
+        match: str, kind: type[LlmworksError], stage: str, model: Path, data: Dataset | None = texts, **given: Any
+    ) -> None:
         with pytest.raises(kind, match=match):
             quantized(stage, model, data, tmp_path / "refused", **given)
         shutil.rmtree(tmp_path / "refused" / "scratch", ignore_errors=True)
 
     done = quantized("absmax", pico, None, tmp_path / "done").path
-    refused("is quantized already \\(compressed-tensors\\); give the model that it was made of", ModelError, "gptq", done)
-    refused(r"texts: is \d+ texts of 400 tokens, 12 to calibrate by and 3 apart are wanted; give more data, or set texts, held or length", DataError, "gptq", pico, length=400)
-    refused("rows of 64 weights are not divided by groups of 48; they are by 16, 32, 64", ModelError, "absmax", pico, group=48)
+    refused(
+        "is quantized already \\(compressed-tensors\\); give the model that it was made of", ModelError, "gptq", done
+    )
+    refused(
+        r"texts: is \d+ texts of 400 tokens, 12 to calibrate by and 3 apart are wanted; give more data, or set texts,"
+        r" held or length",
+        DataError,
+        "gptq",
+        pico,
+        length=400,
+    )
+    refused(
+        "rows of 64 weights are not divided by groups of 48; they are by 16, 32, 64",
+        ModelError,
+        "absmax",
+        pico,
+        group=48,
+    )
     refused("no layer's name holds 'w_proj'; one is model.layers.0", ModelError, "absmax", pico, skip=["w_proj"])
     shutil.copytree(pico, tmp_path / "broken")
     tensors = load_file(pico / "model.safetensors")

@@ -26,7 +26,18 @@ from tests.conftest import make_pico
 def rotated(model: Path, folder: Path, **given: Any) -> Model:
     (folder / "out").mkdir(parents=True)
     (folder / "scratch").mkdir()
-    return rotate(RotateConfig(**given), Model(model), Context(folder / "out", folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")))
+    return rotate(
+        RotateConfig(**given),
+        Model(model),
+        Context(
+            folder / "out",
+            folder / "scratch",
+            0,
+            Progress(quiet=True),
+            ReportBuilder(),
+            lambda _: pytest.fail("no engine is needed"),
+        ),
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2, 12, 20, 28, 36, 64, 576, 640, 1536])
@@ -46,7 +57,9 @@ def test_there_is_none_of_some_orders() -> None:
 
 @pytest.mark.parametrize("values", [True, False])
 def test_a_rotated_model_computes_the_same(values: bool, pico: Path, tmp_path: Path) -> None:
-    """In our decoder and in transformers, the head no longer tied to the embedding; a large column of the state is gone."""
+    """In our decoder and in transformers, the head no longer tied to the embedding; a large column of the state is
+    gone.
+    """
     tensors = load_file(pico / "model.safetensors")
     for name, tensor in tensors.items():  # as states of large models have it
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -64,13 +77,21 @@ def test_a_rotated_model_computes_the_same(values: bool, pico: Path, tmp_path: P
     with torch.no_grad():
         before = load_decoder(large)(input_ids=ids).logits
         assert torch.allclose(load_decoder(made.path)(input_ids=ids).logits, before, atol=2e-4, rtol=1e-4)
-        assert torch.allclose(AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)(input_ids=ids).logits, before, atol=2e-4, rtol=1e-4)
+        assert torch.allclose(
+            AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)(input_ids=ids).logits,
+            before,
+            atol=2e-4,
+            rtol=1e-4,
+        )
     name = "model.layers.1.mlp.down_proj.weight"
     rows = [load_file(path / "model.safetensors")[name].square().mean(1).sqrt() for path in (large, made.path)]
     assert float(rows[0].max() / rows[0].median()) > 15
     assert float(rows[1].max() / rows[1].median()) < 3
     if values:
-        assert not torch.allclose(load_decoder(made.path).decoder.blocks[0].attention.value.weight.norm(dim=1), load_decoder(large).decoder.blocks[0].attention.value.weight.norm(dim=1))
+        assert not torch.allclose(
+            load_decoder(made.path).decoder.blocks[0].attention.value.weight.norm(dim=1),
+            load_decoder(large).decoder.blocks[0].attention.value.weight.norm(dim=1),
+        )
 
 
 def test_norms_that_cannot_be_folded_are_refused(tmp_path: Path) -> None:
@@ -79,7 +100,19 @@ def test_norms_that_cannot_be_folded_are_refused(tmp_path: Path) -> None:
     from llmworks.model.shape import Shape
 
     for norm, match in (({"norm": "layer"}, "norms must only scale"), ({"norm_place": "around"}, "as Gemma does")):
-        shape = Shape.model_validate({"vocabulary": 64, "width": 32, "layers": 1, "heads": 2, "kv_heads": 2, "hidden": 48, "context": 64, "tied": True, **norm})
+        shape = Shape.model_validate(
+            {
+                "vocabulary": 64,
+                "width": 32,
+                "layers": 1,
+                "heads": 2,
+                "kv_heads": 2,
+                "hidden": 48,
+                "context": 64,
+                "tied": True,
+                **norm,
+            }
+        )
         folder = tmp_path / next(iter(norm.values()))
         folder.mkdir()
         save_decoder(DecoderForCausalLM(DecoderConfig(shape=shape.model_dump())), folder)

@@ -99,7 +99,9 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     assert len(problems(tmp_path, text)) == 3
 
 
-@pytest.mark.parametrize("override", ["train.fold", "fold=1", "trian.fold=1", "train.fodl=1", "train.part.x=1", "train.fold=[q"])
+@pytest.mark.parametrize(
+    "override", ["train.fold", "fold=1", "trian.fold=1", "train.fodl=1", "train.part.x=1", "train.fold=[q"]
+)
 def test_bad_overrides(tmp_path: Path, override: str) -> None:
     assert len(problems(tmp_path, GOOD, (override,))) == 1
 

@@ -15,10 +15,15 @@ def test_a_folder_of_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.M
     from llmworks.runtime import references
 
     asked: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: (asked.append((name, more)), str(tmp_path))[1])
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **more: (asked.append((name, more)), str(tmp_path))[1]
+    )
     assert references._hub("datasets/HuggingFaceFW/fineweb-edu/sample/10BT") == tmp_path / "sample" / "10BT"
     assert references._hub("datasets/stanfordnlp/imdb") == tmp_path
-    assert asked == [("HuggingFaceFW/fineweb-edu", {"repo_type": "dataset", "allow_patterns": "sample/10BT/*"}), ("stanfordnlp/imdb", {"repo_type": "dataset", "allow_patterns": None})]
+    assert asked == [
+        ("HuggingFaceFW/fineweb-edu", {"repo_type": "dataset", "allow_patterns": "sample/10BT/*"}),
+        ("stanfordnlp/imdb", {"repo_type": "dataset", "allow_patterns": None}),
+    ]
     references._hub("ORG/MODEL")
     assert asked[-1][0] == "ORG/MODEL"
     assert "repo_type" not in asked[-1][1]

@@ -1,4 +1,6 @@
-"""The runner on a small real recipe: cached, explained, resumed after kill -9, safe for two at once, stopped by gates, verified."""
+"""The runner on a small real recipe: cached, explained, resumed after kill -9, safe for two at once, stopped by gates,
+verified.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,13 @@ def run(recipe: Path, workspace: Path, *overrides: str) -> tuple[dict[str, Judge
 
 
 def command(*words: object, workspace: Path | None = None) -> list[str]:
-    return [sys.executable, "-m", "llmworks.cli", *map(str, words), *(["--workspace", str(workspace)] if workspace else [])]
+    return [
+        sys.executable,
+        "-m",
+        "llmworks.cli",
+        *map(str, words),
+        *(["--workspace", str(workspace)] if workspace else []),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,10 @@ steps:
   test: {{stage: data.split, inputs: {{data: chats}}, config: {{part: test, folds: 3}}}}
   overlap: {{stage: data.overlap, inputs: {{left: train, right: test}}}}
   disjoint: {{gate: overlap, metric: shared_groups, at_most: 0}}
-  tuned: {{stage: train.sft, inputs: {{model: base, data: train, held_out: test}}, config: {{epochs: 3, batch_size: 2, checkpoint_every: 1, samples: 1}}}}
+  tuned:
+    stage: train.sft
+    inputs: {{model: base, data: train, held_out: test}}
+    config: {{epochs: 3, batch_size: 2, checkpoint_every: 1, samples: 1}}
   merged: {{stage: merge.adapter, inputs: {{adapter: tuned, model: base}}}}
   small: {{stage: quantize.gguf, inputs: {{model: merged}}, config: {{type: f16}}}}
   page: {{stage: lineage.report, inputs: {{artifacts: [base, chats, train, test, tuned, merged, small]}}}}
@@ -94,7 +105,9 @@ def test_changed_code_is_told(finished: tuple[Path, Path], monkeypatch: pytest.M
 
 def test_a_gate_that_fails_stops_the_run(finished: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, workspace = finished
-    text = recipe.read_text().replace("at_most: 0", "above: 0, because: of a test").replace("name: small", "name: gated")
+    text = (
+        recipe.read_text().replace("at_most: 0", "above: 0, because: of a test").replace("name: small", "name: gated")
+    )
     (tmp_path / "g.yaml").write_text(text)
     with pytest.raises(GateFailed, match=r"gate disjoint: overlap\.shared_groups is 0, wanted above 0 \(of a test\)"):
         run(tmp_path / "g.yaml", workspace)
@@ -133,8 +146,14 @@ def test_verify_lets_a_page_be_drawn_otherwise(finished: tuple[Path, Path]) -> N
     assert chats.manifest is not None
     files, other = chats.manifest.files, FileEntry(sha256="0" * 64, bytes=1)
     assert "report/report.html" in files
-    for changed, verdict in ((["report/report.html"], "derived again, same bytes"), (["report/report.html", "report/report.json"], "DIFFERS"), ([next(name for name in files if not name.startswith("report/"))], "DIFFERS")):
-        found = verify(family_of([chats]), chats.digest, lambda _, changed=changed: {**files, **dict.fromkeys(changed, other)})  # type: ignore[misc]
+    for changed, verdict in (
+        (["report/report.html"], "derived again, same bytes"),
+        (["report/report.html", "report/report.json"], "DIFFERS"),
+        ([next(name for name in files if not name.startswith("report/"))], "DIFFERS"),
+    ):
+        found = verify(
+            family_of([chats]), chats.digest, lambda _, changed=changed: {**files, **dict.fromkeys(changed, other)}
+        )  # type: ignore[misc]
         assert found[-1].verdict == verdict, changed
 
 
@@ -149,7 +168,9 @@ def test_verify_names_the_file_after_one_byte_is_flipped(finished: tuple[Path, P
         data = bytearray(path.read_bytes())
         data[-7] ^= 1
         path.write_bytes(data)
-        done = subprocess.run(command("verify", f"small/{name}", workspace=copy), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command("verify", f"small/{name}", workspace=copy), capture_output=True, text=True, check=False
+        )
         assert done.returncode == 1
         assert file in done.stderr
         assert "Traceback" not in done.stderr
@@ -198,7 +219,15 @@ def test_killed_while_training_goes_on_from_the_checkpoint(recipe_file: WriteRec
     assert (clean / "small/merged" / weights).read_bytes() == (workspace / "small/merged" / weights).read_bytes()
 
 
-@pytest.mark.parametrize("step", [pytest.param("chats", marks=pytest.mark.slow), "train", pytest.param("merged", marks=pytest.mark.slow), pytest.param("small", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param("chats", marks=pytest.mark.slow),
+        "train",
+        pytest.param("merged", marks=pytest.mark.slow),
+        pytest.param("small", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_while_making_a_step(recipe_file: WriteRecipe, tmp_path: Path, step: str) -> None:
     """Killed as soon as the step before is bound, that is while this one is being made."""
     recipe, workspace = recipe_file(), tmp_path / "w"
@@ -242,7 +271,12 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(
 def test_two_runs_at_once_share_the_work(recipe_file: WriteRecipe, tmp_path: Path) -> None:
     recipe, workspace = recipe_file(epochs=10), tmp_path / "w"
     pair = [
-        subprocess.Popen(command("run", recipe, "--json", workspace=workspace), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command("run", recipe, "--json", workspace=workspace),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(2)
     ]
     results = [child.communicate() for child in pair]
@@ -273,5 +307,7 @@ def test_stage_command_links_its_result(chat_file: Path, tmp_path: Path) -> None
         workspace=tmp_path / "w",
     )
     assert json.loads(subprocess.run(split, capture_output=True, text=True, check=True).stdout)["metrics"]["rows"] == 4
-    shown = subprocess.run(command("show", tmp_path / "test", workspace=tmp_path / "w"), capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        command("show", tmp_path / "test", workspace=tmp_path / "w"), capture_output=True, text=True, check=True
+    ).stdout
     assert "data.split" in shown

@@ -1,4 +1,7 @@
-"""Programs that try to get out of the sandbox, to see the host, or to use it up. Every one of them must fail, and leave nothing behind."""
+"""Programs that try to get out of the sandbox, to see the host, or to use it up.
+
+Every one of them must fail, and leave nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +32,32 @@ READS = {
     "the host's users": "print('ESCAPED' if 'root' in open('/etc/passwd').read() else '')",
     "the host's shadow file": "print('ESCAPED', open('/etc/shadow').read())",
     "a file of the user": "print('ESCAPED', open('{canary}').read())",
-    "a file of the user, through the interpreter's own path": "import sys, os; p = os.path.join(sys.prefix, os.path.relpath('{canary}', sys.prefix)); print('ESCAPED', open(p).read())",
-    "the host's root directory": "import os; print('ESCAPED' if set(os.listdir('/')) & {{'home', 'var', 'srv', 'opt', 'mnt'}} else '')",
+    "a file of the user, through the interpreter's own path": (
+        "import sys, os; p = os.path.join(sys.prefix, os.path.relpath('{canary}', sys.prefix)); print('ESCAPED',"
+        " open(p).read())"
+    ),
+    "the host's root directory": (
+        "import os; print('ESCAPED' if set(os.listdir('/')) & {{'home', 'var', 'srv', 'opt', 'mnt'}} else '')"
+    ),
     "the environment": "import os; print('ESCAPED' if '{secret}' in str(dict(os.environ)) else '')",
-    "the environment of other processes": "import glob\nfor p in glob.glob('/proc/[0-9]*/environ'):\n    try:\n        if b'{secret}' in open(p, 'rb').read(): print('ESCAPED')\n    except OSError: pass",
+    "the environment of other processes": (
+        "import glob\nfor p in glob.glob('/proc/[0-9]*/environ'):\n    try:\n        if b'{secret}' in open(p,"
+        " 'rb').read(): print('ESCAPED')\n    except OSError: pass"
+    ),
     "other processes": "import glob; print('ESCAPED' if len(glob.glob('/proc/[0-9]*')) > 4 else '')",
-    "the process outside": "import os; os.kill({parent}, 0); print('ESCAPED' if open('/proc/{parent}/stat').read() else '')",
-    "open files of the process outside": "import os; print('ESCAPED' if set(os.listdir('/proc/self/fd')) - {{'0', '1', '2', '3'}} else '')",
+    "the process outside": (
+        "import os; os.kill({parent}, 0); print('ESCAPED' if open('/proc/{parent}/stat').read() else '')"
+    ),
+    "open files of the process outside": (
+        "import os; print('ESCAPED' if set(os.listdir('/proc/self/fd')) - {{'0', '1', '2', '3'}} else '')"
+    ),
     "the kernel's memory": "print('ESCAPED', open('/proc/kcore', 'rb').read(16))",
-    "the kernel's log": CALLS + "b = ctypes.create_string_buffer(100); print('ESCAPED' if call({syslog}, 3, b, 100) > 0 else '')",
-    "a disk": "import glob; print('ESCAPED' if any(open(p, 'rb').read(1) for p in glob.glob('/dev/[svn][dv]*')) else '')",
+    "the kernel's log": (
+        CALLS + "b = ctypes.create_string_buffer(100); print('ESCAPED' if call({syslog}, 3, b, 100) > 0 else '')"
+    ),
+    "a disk": (
+        "import glob; print('ESCAPED' if any(open(p, 'rb').read(1) for p in glob.glob('/dev/[svn][dv]*')) else '')"
+    ),
     "shared memory of the host": "import os; print('ESCAPED' if os.listdir('/dev/shm') else '')",
 }
 WRITES = {
@@ -56,12 +75,21 @@ POWERS = {
     "the network": "import socket; socket.create_connection(('127.0.0.1', {port}), 2); print('ESCAPED')",
     "a name server": "import socket; socket.getaddrinfo('example.org', 80); print('ESCAPED')",
     "a raw socket": "import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW); print('ESCAPED')",
-    "an abstract socket of the host": "import socket; socket.socket(socket.AF_UNIX).connect('\\0{abstract}'); print('ESCAPED')",
+    "an abstract socket of the host": (
+        "import socket; socket.socket(socket.AF_UNIX).connect('\\0{abstract}'); print('ESCAPED')"
+    ),
     "to be root": "import os; os.setuid(0); print('ESCAPED')",
-    "a capability": "print('ESCAPED' if int([l for l in open('/proc/self/status') if l.startswith('CapEff')][0].split()[1], 16) else '')",
+    "a capability": (
+        "print('ESCAPED' if int([l for l in open('/proc/self/status') if l.startswith('CapEff')][0].split()[1], 16)"
+        " else '')"
+    ),
     "new privileges": "print('' if 'NoNewPrivs:\\t1' in open('/proc/self/status').read() else 'ESCAPED')",
-    "a user namespace": "import subprocess; print('ESCAPED' if subprocess.run(['unshare', '-Ur', 'true']).returncode == 0 else '')",
-    "a user namespace by clone": CALLS + "import os\nif call({clone}, 0x10000000 | 17, 0, 0, 0, 0) >= 0: os.write(1, b'ESCAPED')",
+    "a user namespace": (
+        "import subprocess; print('ESCAPED' if subprocess.run(['unshare', '-Ur', 'true']).returncode == 0 else '')"
+    ),
+    "a user namespace by clone": (
+        CALLS + "import os\nif call({clone}, 0x10000000 | 17, 0, 0, 0, 0) >= 0: os.write(1, b'ESCAPED')"
+    ),
     "to mount": CALLS + "print('ESCAPED' if call({mount}, b'none', b'/tmp', b'tmpfs', 0, 0) == 0 else '')",
     "to trace": CALLS + "print('ESCAPED' if call({ptrace}, 0, 0, 0, 0) == 0 else '')",
     "io_uring": CALLS + "b = ctypes.create_string_buffer(120); print('ESCAPED' if call(425, 8, b) >= 0 else '')",
@@ -86,7 +114,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]
     socket.create_connection(server.getsockname(), 2).close()  # it can be reached from here
     column = ARCHITECTURES[platform.machine()][0]
     numbers = {name: pair[column] for name, pair in DENIED.items()}
-    values = {"canary": canary, "port": server.getsockname()[1], "abstract": abstract, "secret": SECRET, "parent": os.getpid()}
+    values = {
+        "canary": canary,
+        "port": server.getsockname()[1],
+        "abstract": abstract,
+        "secret": SECRET,
+        "parent": os.getpid(),
+    }
     yield {**numbers, **values, "clone": (56, 220)[column]}
     server.close()
     local.close()
@@ -108,12 +142,27 @@ def test_no_escape(what: str, host: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     "what",
-    ["a file of the user", "the environment", "other processes", "the network", "an abstract socket of the host", "the root directory", "a link to the host", "new privileges"],
+    [
+        "a file of the user",
+        "the environment",
+        "other processes",
+        "the network",
+        "an abstract socket of the host",
+        "the root directory",
+        "a link to the host",
+        "new privileges",
+    ],
 )
 def test_the_attempts_would_succeed_outside(what: str, host: dict[str, object], tmp_path: Path) -> None:
     """The attempts are real ones: without the sandbox they get through."""
     program = (READS | WRITES | POWERS)[what].format(**host)
-    done = subprocess.run([sys.executable, "-c", program.replace("'/evil'", f"'{tmp_path}/evil'")], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("'/evil'", f"'{tmp_path}/evil'")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     Path(str(host["canary"])).write_text(SECRET)
     assert "ESCAPED" in done.stdout
 
@@ -121,10 +170,22 @@ def test_the_attempts_would_succeed_outside(what: str, host: dict[str, object], 
 BOMBS = {
     "forks": ("import os\nwhile True: os.fork()", {"processes"}),
     "memory": ("x = []\nwhile True: x.append(bytearray(1 << 20))", {"exit", "memory"}),
-    "memory of many": ("import os, time\nfor _ in range(8):\n    if not os.fork(): x = b'x' * (60 << 20); time.sleep(30)\ntime.sleep(30)", {"memory"}),
+    "memory of many": (
+        (
+            "import os, time\nfor _ in range(8):\n    if not os.fork(): x = b'x' * (60 << 20);"
+            " time.sleep(30)\ntime.sleep(30)"
+        ),
+        {"memory"},
+    ),
     "output": ("while True: print('x' * 1000)", {"output"}),
     "errors": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", {"output"}),
-    "time": ("import signal, time\nfor s in range(1, 32):\n    if s not in (9, 19): signal.signal(s, signal.SIG_IGN)\ntime.sleep(60)", {"time"}),
+    "time": (
+        (
+            "import signal, time\nfor s in range(1, 32):\n    if s not in (9, 19): signal.signal(s,"
+            " signal.SIG_IGN)\ntime.sleep(60)"
+        ),
+        {"time"},
+    ),
     "processor": ("while True: pass", {"time", "exit"}),
 }
 
@@ -158,7 +219,10 @@ for place in ("/box", "/tmp", "/dev/shm"):
 
 
 def test_a_process_that_hides_ends_too() -> None:
-    program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        os.close(1); os.close(2); time.sleep(60)\nelse: print('done')"
+    program = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        os.close(1);"
+        " os.close(2); time.sleep(60)\nelse: print('done')"
+    )
     outcome, mark = marked(program, Limits(seconds=4))
     assert outcome.stdout == "done\n"
     assert left(mark) == set()
@@ -166,7 +230,9 @@ def test_a_process_that_hides_ends_too() -> None:
 
 def test_what_is_left_would_be_seen() -> None:
     mark = uuid.uuid4().hex
-    process = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", mark], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", mark], stdout=subprocess.PIPE
+    )
     assert process.stdout
     process.stdout.readline()  # only now its command line is its own
     try:
@@ -177,7 +243,9 @@ def test_what_is_left_would_be_seen() -> None:
 
 
 def marked(program: str, limits: Limits) -> tuple[bubblewrap.Outcome, str]:
-    """Run a program whose processes carry a mark in their command line: other tests have sandboxes of their own meanwhile."""
+    """Run a program whose processes carry a mark in their command line: other tests have sandboxes of their own
+    meanwhile.
+    """
     mark = uuid.uuid4().hex
     words = [str(Path(sys.base_prefix) / "bin" / "python3"), "-B", "-E", "-s", "main.py", mark]
     return run(words, files={"main.py": program}, limits=limits, show=[Path(sys.base_prefix)]), mark
@@ -198,7 +266,11 @@ def left(mark: str, moments: int = 50) -> set[int]:
 
 
 def test_programs_run() -> None:
-    outcome = run_python("import helper, sys; print(helper.f(int(input()))); sys.exit(3)", files={"helper.py": "def f(x): return x * 2"}, stdin="21")
+    outcome = run_python(
+        "import helper, sys; print(helper.f(int(input()))); sys.exit(3)",
+        files={"helper.py": "def f(x): return x * 2"},
+        stdin="21",
+    )
     assert (outcome.ended, outcome.code, outcome.stdout, outcome.stderr) == ("exit", 3, "42\n", "")
     outcome = run(["sh", "-c", "cat data/a.txt; kill -9 $$"], files={"data/a.txt": "ä".encode()})
     assert (outcome.code, outcome.stdout) == (137, "ä")
@@ -206,7 +278,9 @@ def test_programs_run() -> None:
 
 def test_many_at_once() -> None:
     results: list[str] = []
-    threads = [threading.Thread(target=lambda i=i: results.append(run_python(f"print({i} ** 2)").stdout)) for i in range(8)]  # type: ignore[misc]
+    threads = [
+        threading.Thread(target=lambda i=i: results.append(run_python(f"print({i} ** 2)").stdout)) for i in range(8)
+    ]  # type: ignore[misc]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,6 @@
-"""Verifiable instructions: verdicts of the published checkers of IFEval and IFBench (tests/oracles/constraints.py), and what they could not be asked."""
+"""Verifiable instructions: verdicts of the published checkers of IFEval and IFBench (tests/oracles/constraints.py), and
+what they could not be asked.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,17 @@ from llmworks.score.constraints import CHECKS, UNCHECKED, followed
 from llmworks.score.constraints.text import sentences
 
 VERDICTS = json.loads((Path(__file__).parent.parent / "fixtures" / "constraints.json").read_text())["verdicts"]
-OTHERWISE = {  # sentences and words are divided otherwise there: at no mark but a full stop with a space, at no backtick
-    ("words:last_first", "Same.\n******\nSame."): True, ("sentence:increment", "Text. p.s. lower"): False,
+# sentences and words are divided otherwise there: at no mark but a full stop with a space, at no backtick
+OTHERWISE = {
+    ("words:last_first", "Same.\n******\nSame."): True,
+    ("sentence:increment", "Text. p.s. lower"): False,
     ("format:title_case", '```json\n{"a": 1}\n```'): False,
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{name} {list(given.values())[:3]}" for name, given in CASES])
+@pytest.mark.parametrize(
+    "number", range(len(CASES)), ids=[f"{name} {list(given.values())[:3]}" for name, given in CASES]
+)
 def test_verdicts_are_those_of_the_published_checkers(number: int) -> None:
     name, arguments = CASES[number]
     for answer, verdict in zip(ANSWERS, VERDICTS[number], strict=True):
@@ -37,24 +43,45 @@ def test_the_cases_tell_followed_from_not() -> None:
 
 
 def test_every_check_is_compared_or_named_here() -> None:
-    by_hand = {"language:response_language", "length_constraints:number_sentences", "change_case:english_capital", "change_case:english_lowercase", "custom:csv_special_character", "custom:csv_quotes"}
+    by_hand = {
+        "language:response_language",
+        "length_constraints:number_sentences",
+        "change_case:english_capital",
+        "change_case:english_lowercase",
+        "custom:csv_special_character",
+        "custom:csv_quotes",
+    }
     assert set(CHECKS) - {name for name, _ in CASES} == by_hand
     assert not set(CHECKS) & set(UNCHECKED)
 
 
 def test_languages_and_sentences() -> None:
-    english, german = "The weather is fine today and we all go for a walk.", "Das Wetter ist heute schön und wir gehen alle spazieren."
+    english, german = (
+        "The weather is fine today and we all go for a walk.",
+        "Das Wetter ist heute schön und wir gehen alle spazieren.",
+    )
     assert followed(german, ["language:response_language"], [{"language": "de"}]) == [True]
     assert followed(english, ["language:response_language"], [{"language": "de"}]) == [False]
     assert followed(english.upper(), ["change_case:english_capital"], [{}]) == [True]
     assert followed(english.lower(), ["change_case:english_lowercase"], [{}]) == [True]
     assert followed(german.lower(), ["change_case:english_lowercase"], [{}]) == [False]
-    assert followed("One. Two. Three.", ["length_constraints:number_sentences"], [{"num_sentences": 3, "relation": "at least"}]) == [True]
-    assert sentences('Dr. Who said "Go!" to J. Smith. Really? Yes, e.g. now... and 3.5 more. The end') == ['Dr. Who said "Go!"', "to J. Smith.", "Really?", "Yes, e.g. now...", "and 3.5 more.", "The end"]
+    assert followed(
+        "One. Two. Three.", ["length_constraints:number_sentences"], [{"num_sentences": 3, "relation": "at least"}]
+    ) == [True]
+    assert sentences('Dr. Who said "Go!" to J. Smith. Really? Yes, e.g. now... and 3.5 more. The end') == [
+        'Dr. Who said "Go!"',
+        "to J. Smith.",
+        "Really?",
+        "Yes, e.g. now...",
+        "and 3.5 more.",
+        "The end",
+    ]
 
 
 def test_tables() -> None:
-    products = "ProductID,Category,Brand,Price,Stock\n" + "\n".join(f'{i},Tea,{chr(34) + "A&B" + chr(34) if i == 3 else "Ann"},{i},9' for i in range(14))
+    products = "ProductID,Category,Brand,Price,Stock\n" + "\n".join(
+        f"{i},Tea,{chr(34) + 'A&B' + chr(34) if i == 3 else 'Ann'},{i},9" for i in range(14)
+    )
     assert followed(products, ["custom:csv_special_character"], [{}]) == [True]
     assert followed(products.replace("&", ""), ["custom:csv_special_character"], [{}]) == [False]
     line = "\t".join(f'"{x}"' for x in "abcde")
@@ -72,7 +99,11 @@ def test_strict_loose_and_by_instruction() -> None:
     given = row("punctuation:no_comma", "startend:quotation")
     answer = 'Sure, here it is:\n"*all of it*"'
     assert strict((), answer, given).reason == "not followed: punctuation:no_comma, startend:quotation"
-    assert (strict((), answer, given).value, loose((), answer, given).value, share((), answer, given).value) == (0.0, 1.0, 0.0)
+    assert (strict((), answer, given).value, loose((), answer, given).value, share((), answer, given).value) == (
+        0.0,
+        1.0,
+        0.0,
+    )
     assert share((), "no quotation", given).value == 0.5
     assert verified((), '"so"', given).value == 1.0
     assert strict((), " \n", row("punctuation:no_comma")).value == 0.0  # an empty answer follows nothing
@@ -80,8 +111,10 @@ def test_strict_loose_and_by_instruction() -> None:
 
 def test_rows_that_cannot_be_checked() -> None:
     for bad, message in (
-        ({"id": "r"}, "`answer` must be"), (row("keywords:nothing"), "'keywords:nothing' is unknown"), (row("words:start_verb"), "'words:start_verb' needs tools"),
+        ({"id": "r"}, "`answer` must be"),
+        (row("keywords:nothing"), "'keywords:nothing' is unknown"),
+        (row("words:start_verb"), "'words:start_verb' needs tools"),
         ({"id": "r", "answer": {"constraints": ["punctuation:no_comma"], "arguments": []}}, "`answer` must be"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(DataError, match=message):
             score_function("constraints")((), "x", bad)

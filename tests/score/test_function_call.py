@@ -34,7 +34,12 @@ def test_every_reference_answer_is_right(bfcl_rows: list[dict[str, Any]]) -> Non
 
 
 ROW = {
-    "tools": [{"name": "f", "parameters": {"properties": {"n": {"type": "integer"}, "x": {"type": "number"}}, "required": ["n"]}}],
+    "tools": [
+        {
+            "name": "f",
+            "parameters": {"properties": {"n": {"type": "integer"}, "x": {"type": "number"}}, "required": ["n"]},
+        }
+    ],
     "answer": {"f": {"n": [3], "x": [1.0, ""]}},
 }
 

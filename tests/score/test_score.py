@@ -1,4 +1,6 @@
-"""Verifiers: right answers in the ways that models write them pass, wrong ones do not, code and queries can do no harm."""
+"""Verifiers: right answers in the ways that models write them pass, wrong ones do not, code and queries can do no
+harm.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,30 @@ def score(name: str, text: str, answer: Any, **row: Any) -> tuple[float, str]:
 
 
 RIGHT = [
-    ("So 3 * 4.\n#### 12", "12"), ("The answer is 1,234.00.", "1234"), ("It is $1,234", 1234), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("I first thought the answer is 3. Answer: 4", "4"),
-    ("Let's see. The answer is (B).", "B"), ("**Answer:** b) the second", "(B)"), ("Answer: B", "(B)"), ("answer = -2.5e3", -2500), ("Answer: Paris.", "paris"), ("Final answer: the  Red-Sea", ["blue", "The red sea"]),
-    ("x\n\n12\n", "12"), ("Answer: 3 + 4 = 7", "7"),
-]  # fmt: skip
-WRONG = [("The answer is 13", "12"), ("Answer: Bob", "B"), ("Answer: A man", "A"), ("", "12"), ("Answer: not Paris", "Paris"), ("The answer is (A), not (B)", "B"), ("12 is the number\nAnswer: none", "12"), ("Answer: 1.234", "1234")]
+    ("So 3 * 4.\n#### 12", "12"),
+    ("The answer is 1,234.00.", "1234"),
+    ("It is $1,234", 1234),
+    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("I first thought the answer is 3. Answer: 4", "4"),
+    ("Let's see. The answer is (B).", "B"),
+    ("**Answer:** b) the second", "(B)"),
+    ("Answer: B", "(B)"),
+    ("answer = -2.5e3", -2500),
+    ("Answer: Paris.", "paris"),
+    ("Final answer: the  Red-Sea", ["blue", "The red sea"]),
+    ("x\n\n12\n", "12"),
+    ("Answer: 3 + 4 = 7", "7"),
+]
+WRONG = [
+    ("The answer is 13", "12"),
+    ("Answer: Bob", "B"),
+    ("Answer: A man", "A"),
+    ("", "12"),
+    ("Answer: not Paris", "Paris"),
+    ("The answer is (A), not (B)", "B"),
+    ("12 is the number\nAnswer: none", "12"),
+    ("Answer: 1.234", "1234"),
+]
 
 
 @pytest.mark.parametrize(("text", "answer"), RIGHT)
@@ -60,7 +81,7 @@ def test_shapes() -> None:
     assert score("regex", "Yes, but", {"regex": r"^(Yes|No)$"}) == (0.0, "does not match '^(Yes|No)$'")
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     assert score("verified", '{"n": 1}', {"schema": schema})[0] == 1.0
-    assert score("schema", '{"n": "1"}', {"schema": schema}) == (0.0, "n: \"1\" is not of type \"integer\"")
+    assert score("schema", '{"n": "1"}', {"schema": schema}) == (0.0, 'n: "1" is not of type "integer"')
     assert score("schema", "none", {"schema": schema}) == (0.0, "no JSON in the answer")
 
 
@@ -74,13 +95,45 @@ def test_patterns_that_never_end() -> None:
     assert time.monotonic() - began < 20
 
 
-@pytest.mark.parametrize("schema", [
-    {"type": "array", "items": {"anyOf": [{"type": "integer", "minimum": 3}, {"enum": ["a", None]}]}, "uniqueItems": True},
-    {"type": "object", "patternProperties": {"^x_": {"type": "number"}}, "additionalProperties": False, "minProperties": 1},
-    {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"p": {"type": "string", "pattern": "^[a-z]+$"}}, "properties": {"p": {"$ref": "#/definitions/p"}}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {
+            "type": "array",
+            "items": {"anyOf": [{"type": "integer", "minimum": 3}, {"enum": ["a", None]}]},
+            "uniqueItems": True,
+        },
+        {
+            "type": "object",
+            "patternProperties": {"^x_": {"type": "number"}},
+            "additionalProperties": False,
+            "minProperties": 1,
+        },
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "definitions": {"p": {"type": "string", "pattern": "^[a-z]+$"}},
+            "properties": {"p": {"$ref": "#/definitions/p"}},
+        },
+    ],
+)
 def test_schemas_agree_with_the_reference(schema: dict[str, Any]) -> None:
-    values = [[], [3], [2], ["a", None, 4], [4, 4], {}, {"x_a": 1}, {"x_a": "1"}, {"y": 1}, {"p": "ab"}, {"p": "AB"}, None, "text", 10**30, 1.5]
+    values = [
+        [],
+        [3],
+        [2],
+        ["a", None, 4],
+        [4, 4],
+        {},
+        {"x_a": 1},
+        {"x_a": "1"},
+        {"y": 1},
+        {"p": "ab"},
+        {"p": "AB"},
+        None,
+        "text",
+        10**30,
+        1.5,
+    ]
     wanted = [jsonschema.validators.validator_for(schema)(schema).is_valid(value) for value in values]
     assert len(set(wanted)) == 2
     assert [score("schema", json.dumps(value), {"schema": schema})[0] == 1.0 for value in values] == wanted
@@ -102,13 +155,26 @@ def test_code() -> None:
 
 def test_sql() -> None:
     answer = {"sql": "SELECT b, count(*) FROM t GROUP BY b", "setup": SETUP}
-    assert score("verified", "```sql\nSELECT b, COUNT(a) AS n FROM t GROUP BY 1 ORDER BY n DESC;\n```", answer) == (1.0, "")
+    assert score("verified", "```sql\nSELECT b, COUNT(a) AS n FROM t GROUP BY 1 ORDER BY n DESC;\n```", answer) == (
+        1.0,
+        "",
+    )
     assert score("sql", "SELECT b, 1 FROM t GROUP BY b", answer) == (0.0, "other rows: 2 given, 2 wanted")
     ordered = {"sql": "SELECT a FROM t ORDER BY a DESC", "setup": SETUP}
     assert score("sql", "select a from t order by a", ordered)[0] == 0.0
     assert score("sql", "select a from t order by -a", ordered)[0] == 1.0
-    assert query_of("The query is: WITH x AS (SELECT 1) SELECT * FROM x; done") == "WITH x AS (SELECT 1) SELECT * FROM x"
-    for harmful in ("DELETE FROM t", "SELECT a FROM t; DROP TABLE t", "ATTACH '/tmp/x.db' AS x", "PRAGMA writable_schema=1", "CREATE TABLE u (a)", "SELECT load_extension('x')", "WITH x AS (SELECT 1) DELETE FROM t"):
+    assert (
+        query_of("The query is: WITH x AS (SELECT 1) SELECT * FROM x; done") == "WITH x AS (SELECT 1) SELECT * FROM x"
+    )
+    for harmful in (
+        "DELETE FROM t",
+        "SELECT a FROM t; DROP TABLE t",
+        "ATTACH '/tmp/x.db' AS x",
+        "PRAGMA writable_schema=1",
+        "CREATE TABLE u (a)",
+        "SELECT load_extension('x')",
+        "WITH x AS (SELECT 1) DELETE FROM t",
+    ):
         assert score("sql", harmful, answer)[0] == 0.0
     began = time.monotonic()
     endless = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x) SELECT max(n) FROM x"
@@ -121,11 +187,22 @@ def test_sql() -> None:
 @pytest.mark.parametrize(
     ("name", "answer", "match"),
     [
-        ("key", None, "must be the key"), ("key", [], "must be the key"), ("key", True, "must be the key"), ("regex", "x", "regex"), ("regex", {"regex": "("}, "no regular expression"), ("schema", {"schema": {"type": "wrong"}}, "no JSON schema"),
-        ("schema", {"schema": {"$ref": "http://127.0.0.1/s"}}, "no JSON schema"), ("code", {"tests": "assert f(1) =="}, "answer.tests is no Python"), ("code", {"tests": "assert f", "setup": "def"}, "answer.setup is no Python"),
-        ("code", {"tests": " "}, "tests"), ("sql", {"sql": "SELECT 1"}, "setup"), ("sql", {"sql": "SELECT x", "setup": SETUP}, "its own database or query fails"), ("verified", None, "has no `answer`"), ("verified", {"odd": 1}, "has no `answer`"),
+        ("key", None, "must be the key"),
+        ("key", [], "must be the key"),
+        ("key", True, "must be the key"),
+        ("regex", "x", "regex"),
+        ("regex", {"regex": "("}, "no regular expression"),
+        ("schema", {"schema": {"type": "wrong"}}, "no JSON schema"),
+        ("schema", {"schema": {"$ref": "http://127.0.0.1/s"}}, "no JSON schema"),
+        ("code", {"tests": "assert f(1) =="}, "answer.tests is no Python"),
+        ("code", {"tests": "assert f", "setup": "def"}, "answer.setup is no Python"),
+        ("code", {"tests": " "}, "tests"),
+        ("sql", {"sql": "SELECT 1"}, "setup"),
+        ("sql", {"sql": "SELECT x", "setup": SETUP}, "its own database or query fails"),
+        ("verified", None, "has no `answer`"),
+        ("verified", {"odd": 1}, "has no `answer`"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_cannot_be_checked(name: str, answer: Any, match: str) -> None:
     with pytest.raises(DataError, match=match):
         score(name, "x", answer)

@@ -1,4 +1,6 @@
-"""The official openai client against a live server, for the Hugging Face and the GGUF model; errors have the API's form."""
+"""The official openai client against a live server, for the Hugging Face and the GGUF model; errors have the API's
+form.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,10 @@ def test_terminal_over_http_and_dialogue(live: Live) -> None:
     assert [t.role for t in conversation.turns] == ["user", "assistant", "user", "assistant"]
     assert conversation.turns[2].content == "again"
     assert conversation.system == "be brief"
-    assert remote.generate([Request((Message("user", "hi"),), sampling=Sampling(max_tokens=6))])[0].text == conversation.turns[1].content
+    assert (
+        remote.generate([Request((Message("user", "hi"),), sampling=Sampling(max_tokens=6))])[0].text
+        == conversation.turns[1].content
+    )
     with pytest.raises(RequestError, match="not token ids"):
         remote.generate([Request(ids=(1, 2))])
     remote.close()
@@ -107,10 +112,21 @@ def test_terminal_over_http_and_dialogue(live: Live) -> None:
 
 
 def test_seed_and_stop(live: Live) -> None:
-    asked: dict[str, Any] = {"model": "pico", "messages": HI, "max_tokens": 16, "temperature": 1.3, "top_p": 0.9, "seed": 5}
+    asked: dict[str, Any] = {
+        "model": "pico",
+        "messages": HI,
+        "max_tokens": 16,
+        "temperature": 1.3,
+        "top_p": 0.9,
+        "seed": 5,
+    }
     first, second = (live.client.chat.completions.create(**asked).choices[0].message.content for _ in range(2))
     assert first == second
-    text = live.client.chat.completions.create(model="pico", messages=HI, max_tokens=16, temperature=0).choices[0].message.content
+    text = (
+        live.client.chat.completions.create(model="pico", messages=HI, max_tokens=16, temperature=0)
+        .choices[0]
+        .message.content
+    )
     assert text
     stop = text[2:4]
     stopped = live.client.chat.completions.create(model="pico", messages=HI, max_tokens=16, temperature=0, stop=stop)
@@ -136,8 +152,13 @@ def test_seed_and_stop(live: Live) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_requests_that_cannot_be_answered(live: Live, change: dict[str, Any], status: int, words: str, stream: bool) -> None:
-    reply = httpx.post(f"{live.url}/chat/completions", json={"model": "pico", "messages": HI, "max_tokens": 4, "stream": stream, **change})
+def test_requests_that_cannot_be_answered(
+    live: Live, change: dict[str, Any], status: int, words: str, stream: bool
+) -> None:
+    reply = httpx.post(
+        f"{live.url}/chat/completions",
+        json={"model": "pico", "messages": HI, "max_tokens": 4, "stream": stream, **change},
+    )
     assert reply.status_code == status
     assert words in reply.json()["error"]["message"]
     assert reply.json()["error"]["type"] == "invalid_request_error"
@@ -186,7 +207,11 @@ def test_requests_at_the_same_time_get_their_own_answers(live: Live) -> None:
 
     def ask(text: str) -> str | None:
         asked: list[Any] = [{"role": "user", "content": text}]
-        return live.client.chat.completions.create(model="pico", messages=asked, max_tokens=12, temperature=0).choices[0].message.content
+        return (
+            live.client.chat.completions.create(model="pico", messages=asked, max_tokens=12, temperature=0)
+            .choices[0]
+            .message.content
+        )
 
     texts = ["hi", "what is the weather", "12345", "fox", "hi", "the quick brown fox"]
     alone = [ask(text) for text in texts]
@@ -196,10 +221,15 @@ def test_requests_at_the_same_time_get_their_own_answers(live: Live) -> None:
 
 def test_tools_reach_a_model_whose_template_shows_them(tmp_path: Path) -> None:
     server = Live(TorchEngine.open(make_pico(tmp_path / "aware", template=tool_aware(TEMPLATE))))
-    tool: Any = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}},
+    }
     try:
         with_tools = server.client.chat.completions.create(model="pico", messages=HI, max_tokens=4, tools=[tool])
-        without = server.client.chat.completions.create(model="pico", messages=HI, max_tokens=4, tools=[tool], tool_choice="none")
+        without = server.client.chat.completions.create(
+            model="pico", messages=HI, max_tokens=4, tools=[tool], tool_choice="none"
+        )
         assert with_tools.usage is not None
         assert without.usage is not None
         assert with_tools.usage.prompt_tokens > without.usage.prompt_tokens + 10
@@ -238,14 +268,21 @@ def test_calls_in_the_answer_become_tool_calls() -> None:
 def test_fragments_of_streamed_calls_are_joined() -> None:
     calls: dict[int, Call] = {}
     collect_calls(calls, [{"index": 0, "id": "x", "function": {"name": "f", "arguments": ""}}])
-    collect_calls(calls, [{"index": 0, "function": {"arguments": '{"a"'}}, {"index": 1, "function": {"name": "g", "arguments": "{}"}}])
+    collect_calls(
+        calls,
+        [{"index": 0, "function": {"arguments": '{"a"'}}, {"index": 1, "function": {"name": "g", "arguments": "{}"}}],
+    )
     collect_calls(calls, [{"index": 0, "function": {"arguments": ": 1}"}}])
     assert calls == {0: Call("f", '{"a": 1}'), 1: Call("g", "{}")}
 
 
 def test_a_call_that_never_closes_is_text() -> None:
     text = '<tool_call>{"name": "f", "argu'
-    events = [json.loads(e.removeprefix("data: ")) for e in events_of([Delta(text, Completion(text, "length"))]) if "[DONE]" not in e]
+    events = [
+        json.loads(e.removeprefix("data: "))
+        for e in events_of([Delta(text, Completion(text, "length"))])
+        if "[DONE]" not in e
+    ]
     assert "".join(e["choices"][0]["delta"].get("content") or "" for e in events) == text
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 

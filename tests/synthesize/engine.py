@@ -23,7 +23,9 @@ class Scripted:
     name = "scripted"
     can = frozenset[str]()
 
-    def __init__(self, answer: Callable[[str, int], str | Completion | LlmworksError], break_after: int = 10**9) -> None:
+    def __init__(
+        self, answer: Callable[[str, int], str | Completion | LlmworksError], break_after: int = 10**9
+    ) -> None:
         self.answer, self.break_after = answer, break_after
         self.asked: list[Request] = []
 
@@ -35,7 +37,10 @@ class Scripted:
             text = request.messages[-1].content
             said = self.answer(text, sum(r.messages[-1].content == text for r in self.asked))
             self.asked.append(request)
-            yield place, Completion(said, "stop", prompt_tokens=10, completion_tokens=5) if isinstance(said, str) else said
+            yield (
+                place,
+                Completion(said, "stop", prompt_tokens=10, completion_tokens=5) if isinstance(said, str) else said,
+            )
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         raise NotImplementedError
@@ -55,7 +60,17 @@ class Scripted:
 
 def foreign(ref: str = "http://127.0.0.1:1/v1#m", name: str = "m") -> Model:
     """A model that only has a name."""
-    manifest = Manifest(kind="model", digest="0" * 64, key="", stage="", revision=0, derivation="declared", config={}, parents=[], files={})
+    manifest = Manifest(
+        kind="model",
+        digest="0" * 64,
+        key="",
+        stage="",
+        revision=0,
+        derivation="declared",
+        config={},
+        parents=[],
+        files={},
+    )
     return Model(Path(), manifest=manifest, name=name, ref=ref)
 
 
@@ -75,8 +90,20 @@ def chats(folder: Path, *rows: dict[str, Any]) -> Dataset:
     """A set of conversations: `asks` and `says` of each row, or its messages."""
     full = []
     for i, row in enumerate(rows):
-        turns = row.get("messages") or [{"role": "user", "content": row["asks"]}, *([{"role": "assistant", "content": row["says"]}] if row.get("says") else [])]
-        full.append({"id": f"r{i}", "group": f"g{i}", "messages": turns, "tools": row.get("tools", []), "answer": row.get("answer"), "extra": {"fields": row.get("fields", {})}})
+        turns = row.get("messages") or [
+            {"role": "user", "content": row["asks"]},
+            *([{"role": "assistant", "content": row["says"]}] if row.get("says") else []),
+        ]
+        full.append(
+            {
+                "id": f"r{i}",
+                "group": f"g{i}",
+                "messages": turns,
+                "tools": row.get("tools", []),
+                "answer": row.get("answer"),
+                "extra": {"fields": row.get("fields", {})},
+            }
+        )
     write_chat(folder, full)
     return Dataset(folder, name="chats")
 
@@ -91,4 +118,6 @@ def documents(folder: Path, *texts: str) -> Dataset:
 def rejected(folder: Path) -> list[tuple[str, str]]:
     """(origin, reason) of what was set aside."""
     file = folder / "out" / "rejected.jsonl"
-    return [(r["from"], r["reason"]) for r in map(json.loads, file.read_text().split("\n")[:-1])] if file.exists() else []
+    return (
+        [(r["from"], r["reason"]) for r in map(json.loads, file.read_text().split("\n")[:-1])] if file.exists() else []
+    )

@@ -1,4 +1,6 @@
-"""Preference pairs: by verifier, by judge, by ratings; the text tools of synthesis against plain reference implementations."""
+"""Preference pairs: by verifier, by judge, by ratings; the text tools of synthesis against plain reference
+implementations.
+"""
 
 from __future__ import annotations
 
@@ -30,35 +32,70 @@ SCHEMA = {"schema": {"type": "object", "required": ["a"]}}
 
 
 def sides(result: Dataset) -> list[tuple[str, str, str]]:
-    return [(row["prompt"][-1]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in read_preference(result)]
+    return [
+        (row["prompt"][-1]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"])
+        for row in read_preference(result)
+    ]
 
 
 def test_by_verifier(tmp_path: Path) -> None:
-    drawn = {"first": ['{"b": 1}', '{"a": 1}', '{"a": 1, "c": 2}', "no"], "second": ["no", "none", "no", "x"], "third": ["same"] * 4}
-    data = chats(tmp_path / "d", *({"asks": q, "says": "old", "answer": SCHEMA, "fields": {"subject": q}} for q in drawn))
+    drawn = {
+        "first": ['{"b": 1}', '{"a": 1}', '{"a": 1, "c": 2}', "no"],
+        "second": ["no", "none", "no", "x"],
+        "third": ["same"] * 4,
+    }
+    data = chats(
+        tmp_path / "d", *({"asks": q, "says": "old", "answer": SCHEMA, "fields": {"subject": q}} for q in drawn)
+    )
     engine = Scripted(lambda text, before: drawn[text][before])
     result = pairs(PairsConfig(), data, context(tmp_path, engine), foreign())
     assert sides(result) == [("first", '{"a": 1}', '{"b": 1}')]
     (row,) = read_preference(result)
     made = row["extra"]["fields"]["made_by"]
-    assert (made["by"], made["scores"], made["why"], made["answers"]) == ("verifier", [1.0, 0.0], 'value: "a" is a required property', 4)
+    assert (made["by"], made["scores"], made["why"], made["answers"]) == (
+        "verifier",
+        [1.0, 0.0],
+        'value: "a" is a required property',
+        4,
+    )
     assert row["extra"]["fields"]["subject"] == "first"
     assert row["answer"] == SCHEMA
     assert dict(rejected(tmp_path)) == {"r1": "no margin (the best scores 0)", "r2": "fewer than two different answers"}
-    every = pairs(PairsConfig(choose="all"), data, context(tmp_path / "all", Scripted(lambda text, before: drawn[text][before])), foreign())
+    every = pairs(
+        PairsConfig(choose="all"),
+        data,
+        context(tmp_path / "all", Scripted(lambda text, before: drawn[text][before])),
+        foreign(),
+    )
     assert len(sides(every)) == 4
-    short = pairs(PairsConfig(choose="all", longest=1.0), data, context(tmp_path / "short", Scripted(lambda text, before: drawn[text][before])), foreign())
+    short = pairs(
+        PairsConfig(choose="all", longest=1.0),
+        data,
+        context(tmp_path / "short", Scripted(lambda text, before: drawn[text][before])),
+        foreign(),
+    )
     assert sides(short) == [("first", '{"a": 1}', '{"b": 1}')]
     assert result.metrics["chosen_longer"] == 0.0
-    assert "the chosen answer is the longer one in 0%" in json.dumps(result.about) or result.about["schema"] == "preference"
+    assert (
+        "the chosen answer is the longer one in 0%" in json.dumps(result.about)
+        or result.about["schema"] == "preference"
+    )
 
 
 def test_by_judge(tmp_path: Path) -> None:
     writer = Scripted(lambda text, before: ["good", "bad", "middling", "odd"][before])
-    judge = Scripted(lambda text, before: next(f"Because. [[{g}]]" for a, g in (("good", 10), ("bad", 1), ("middling", 4), ("odd", 40)) if f"begins]\n{a}\n" in text))
+    judge = Scripted(
+        lambda text, before: next(
+            f"Because. [[{g}]]"
+            for a, g in (("good", 10), ("bad", 1), ("middling", 4), ("odd", 40))
+            if f"begins]\n{a}\n" in text
+        )
+    )
     writer.name, judge.name = "writer", "judge"
     data = chats(tmp_path / "d", {"asks": "q", "says": "old"})
-    result = pairs(PairsConfig(by="judge"), data, context(tmp_path, writer, judge), foreign(name="writer"), foreign(name="judge"))
+    result = pairs(
+        PairsConfig(by="judge"), data, context(tmp_path, writer, judge), foreign(name="writer"), foreign(name="judge")
+    )
     assert sides(result) == [("q", "good", "bad")]
     assert read_preference(result)[0]["extra"]["fields"]["made_by"]["scores"] == [1.0, 0.0]
     assert rejected(tmp_path) == [("r0", "the judge gave no grade")]
@@ -71,15 +108,21 @@ def test_by_judge(tmp_path: Path) -> None:
 
 def test_by_ratings(tmp_path: Path) -> None:
     fields: list[dict[str, Any]] = [
-        {"ratings": [{"text": "a", "rating": 1}, {"text": "b", "rating": 5}, {"text": "c", "rating": 4}]}, {"answers": ["a", "b"], "ratings": [2.0, 2.0]}, {"answers": ["x", "y"], "ratings": [7, 3]},
-    ]  # fmt: skip
+        {"ratings": [{"text": "a", "rating": 1}, {"text": "b", "rating": 5}, {"text": "c", "rating": 4}]},
+        {"answers": ["a", "b"], "ratings": [2.0, 2.0]},
+        {"answers": ["x", "y"], "ratings": [7, 3]},
+    ]
     data = chats(tmp_path / "d", *({"asks": f"q{i}", "fields": f} for i, f in enumerate(fields)))
     result = pairs(PairsConfig(by="ratings"), data, context(tmp_path, Scripted(lambda text, before: "")))
     assert sides(result) == [("q0", "b", "a"), ("q2", "x", "y")]
     assert read_preference(result)[0]["extra"]["fields"]["made_by"]["why"] == "rated 1 of 1 to 5"
     assert "model" not in read_preference(result)[0]["extra"]["fields"]["made_by"]
     with pytest.raises(DataError, match="row 'r0': `ratings` must be a list"):
-        pairs(PairsConfig(by="ratings"), chats(tmp_path / "e", {"asks": "q", "fields": {"ratings": [1]}}), context(tmp_path / "f", Scripted(lambda text, before: "")))
+        pairs(
+            PairsConfig(by="ratings"),
+            chats(tmp_path / "e", {"asks": "q", "fields": {"ratings": [1]}}),
+            context(tmp_path / "f", Scripted(lambda text, before: "")),
+        )
 
 
 def test_verdicts() -> None:
@@ -88,7 +131,14 @@ def test_verdicts() -> None:
     assert read_grade("Rating: 5.5") == 0.5
     assert read_grade("I give it 1/10.") == 0.0
     assert [read_grade(t) for t in ("[[0]]", "[[11]]", "good", "[[A]]", "")] == [None] * 5
-    assert [read_choice(t) for t in ("[[A]]", "so [[b]]", "[[tie]]", "[[C]]", "A is better", "[[5]]")] == ["A", "B", "C", "C", "", ""]
+    assert [read_choice(t) for t in ("[[A]]", "so [[b]]", "[[tie]]", "[[C]]", "A is better", "[[5]]")] == [
+        "A",
+        "B",
+        "C",
+        "C",
+        "",
+        "",
+    ]
     prompt = (Message("user", "Why?"),)
     assert "User: Why?" in grading(prompt, "So.")
     assert comparing(prompt, "uno", "due").index("uno") < comparing(prompt, "uno", "due").index("due")
@@ -132,7 +182,9 @@ def test_lists_and_labels() -> None:
     assert numbered("Task 1: a\nTask 2: b") == ["a", "b"]
     assert numbered("- a\n* b\n• c") == ["a", "b", "c"]
     assert numbered("nothing") == []
-    assert labelled("Sure.\n**New Instruction:** Do this\nand that.\nNote: x", "new instruction") == "Do this\nand that."
+    assert (
+        labelled("Sure.\n**New Instruction:** Do this\nand that.\nNote: x", "new instruction") == "Do this\nand that."
+    )
     assert labelled("none", "question") == ""
     assert bare(' **"a"** ') == "a"
     assert refuses("I'm sorry, but as an AI I cannot.")
@@ -146,16 +198,46 @@ def test_a_killed_run_pays_nothing_twice(tmp_path: Path) -> None:
 
     def said(handler: Any, body: dict[str, Any]) -> None:
         time.sleep(slow)
-        handler.say(200, json.dumps(openai_reply(Completion(f"answer {body['seed']}", "stop", prompt_tokens=10, completion_tokens=5))).encode())
+        handler.say(
+            200,
+            json.dumps(
+                openai_reply(Completion(f"answer {body['seed']}", "stop", prompt_tokens=10, completion_tokens=5))
+            ).encode(),
+        )
 
     server.behaviours = [said] * 1000
     try:
-        rows = [{"id": str(i), "messages": [{"role": "user", "content": f"say {i}"}], "answer": {"regex": "answer"}} for i in range(60)]
+        rows = [
+            {"id": str(i), "messages": [{"role": "user", "content": f"say {i}"}], "answer": {"regex": "answer"}}
+            for i in range(60)
+        ]
         (tmp_path / "raw.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         environment = {**os.environ, "LLMWORKS_WORKSPACE": str(tmp_path / "ws")}
         program = [sys.executable, "-c", "from llmworks.cli import main; raise SystemExit(main())"]
-        subprocess.run([*program, "data", "chat", str(tmp_path / "raw.jsonl"), "--out", str(tmp_path / "chats"), "--set", "turns=any"], env=environment, check=True, capture_output=True)
-        command = [*program, "synthesize", "sample", f"{server.url}#m?concurrency=2&input_price=1&output_price=2", str(tmp_path / "chats"), "--out", str(tmp_path / "made")]
+        subprocess.run(
+            [
+                *program,
+                "data",
+                "chat",
+                str(tmp_path / "raw.jsonl"),
+                "--out",
+                str(tmp_path / "chats"),
+                "--set",
+                "turns=any",
+            ],
+            env=environment,
+            check=True,
+            capture_output=True,
+        )
+        command = [
+            *program,
+            "synthesize",
+            "sample",
+            f"{server.url}#m?concurrency=2&input_price=1&output_price=2",
+            str(tmp_path / "chats"),
+            "--out",
+            str(tmp_path / "made"),
+        ]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while len(server.seen) < 20 and time.monotonic() < deadline:
@@ -171,7 +253,12 @@ def test_a_killed_run_pays_nothing_twice(tmp_path: Path) -> None:
         counts = [sum(body["messages"][0]["content"] == f"say {i}" for _, body, _ in server.seen) for i in range(60)]
         assert min(counts) == 1
         metrics = json.loads((tmp_path / "made" / "manifest.json").read_text())["metrics"]
-        assert (metrics["rows"], metrics["requests"], metrics["prompt_tokens"], metrics["cost"]) == (60, 60, 600, pytest.approx(0.0012))
+        assert (metrics["rows"], metrics["requests"], metrics["prompt_tokens"], metrics["cost"]) == (
+            60,
+            60,
+            600,
+            pytest.approx(0.0012),
+        )
         assert "made" in done.stdout
     finally:
         server.stop()
@@ -184,16 +271,54 @@ def test_recipes_with_a_real_model(tmp_path: Path) -> None:
     from llmworks.data.store.rows import read_chat
 
     environment = {**os.environ, "LLMWORKS_WORKSPACE": str(tmp_path / "ws")}
-    seeds = ["Write a short poem about the sea.", "Explain what a compiler does.", "List three uses of a hammer.", "What is the capital of France?"]
-    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": s}, {"role": "assistant", "content": "x"}], "answer": {"regex": "(?i)paris|sea|nail"}}) + "\n" for s in seeds))
+    seeds = [
+        "Write a short poem about the sea.",
+        "Explain what a compiler does.",
+        "List three uses of a hammer.",
+        "What is the capital of France?",
+    ]
+    (tmp_path / "seeds.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "messages": [{"role": "user", "content": s}, {"role": "assistant", "content": "x"}],
+                    "answer": {"regex": "(?i)paris|sea|nail"},
+                }
+            )
+            + "\n"
+            for s in seeds
+        )
+    )
     program = [sys.executable, "-c", "from llmworks.cli import main; raise SystemExit(main())"]
-    subprocess.run([*program, "data", "chat", str(tmp_path / "seeds.jsonl"), "--out", str(tmp_path / "chats")], env=environment, check=True, capture_output=True)
-    for stage, options in {"instruct": ["rows=4", "rounds=2", "requests=2", "answers.max_tokens=200"], "evolve": ["rounds=1"], "branch": [], "sample": ["answers=3"], "pairs": ["answers=4"]}.items():
-        command = [*program, "synthesize", stage, "--model", "asset:smollm2-135m-instruct", "--data", str(tmp_path / "chats"), "--out", str(tmp_path / stage), *(w for o in options for w in ("--set", o))]
+    subprocess.run(
+        [*program, "data", "chat", str(tmp_path / "seeds.jsonl"), "--out", str(tmp_path / "chats")],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    for stage, options in {
+        "instruct": ["rows=4", "rounds=2", "requests=2", "answers.max_tokens=200"],
+        "evolve": ["rounds=1"],
+        "branch": [],
+        "sample": ["answers=3"],
+        "pairs": ["answers=4"],
+    }.items():
+        command = [
+            *program,
+            "synthesize",
+            stage,
+            "--model",
+            "asset:smollm2-135m-instruct",
+            "--data",
+            str(tmp_path / "chats"),
+            "--out",
+            str(tmp_path / stage),
+            *(w for o in options for w in ("--set", o)),
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0 or (done.returncode == 2 and "could be kept" in done.stderr), done.stderr
         if done.returncode == 0:
             made = load(tmp_path / stage)
             assert isinstance(made, Dataset)
             rows = read_preference(made) if stage == "pairs" else read_chat(made)
-            assert all(m["content"].strip() for row in rows for m in (row.get("messages") or row["chosen"]))
+            assert all(m["content"].strip() for row in rows for m in row.get("messages") or row["chosen"])

@@ -1,4 +1,6 @@
-"""Verifiable instructions: every answer passes the published checks, the plain text does not, and a split keeps a text's rows together."""
+"""Verifiable instructions: every answer passes the published checks, the plain text does not, and a split keeps a
+text's rows together.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,27 @@ from llmworks.score.constraints import CHECKS, followed
 from llmworks.synthesize import rules
 from llmworks.synthesize.verifiable import VerifiableConfig, verifiable
 
-WORDS = ["council", "approves", "budget", "after", "long", "debate", "over,", "parks", "and", "schools", "while", "Mayor", "Lindgren", "calls", "the", "vote", "historic,", "not", "final"]
+WORDS = [
+    "council",
+    "approves",
+    "budget",
+    "after",
+    "long",
+    "debate",
+    "over,",
+    "parks",
+    "and",
+    "schools",
+    "while",
+    "Mayor",
+    "Lindgren",
+    "calls",
+    "the",
+    "vote",
+    "historic,",
+    "not",
+    "final",
+]
 TEXTS = [" ".join(WORDS[i % 7 : i % 7 + 6 + i % 9]) + f" {i}" for i in range(120)]
 
 
@@ -32,14 +54,30 @@ def made(tmp_path: Path) -> Any:
 
     def run(name: str = "out", texts: list[str] = TEXTS, **config: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         source, out = tmp_path / f"{name}-in", tmp_path / name
-        write_chat(source, [{"id": f"t{i}", "group": "", "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "1"}], "tools": [], "answer": None} for i, text in enumerate(texts)])
+        write_chat(
+            source,
+            [
+                {
+                    "id": f"t{i}",
+                    "group": "",
+                    "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "1"}],
+                    "tools": [],
+                    "answer": None,
+                }
+                for i, text in enumerate(texts)
+            ],
+        )
         out.mkdir()
 
         def engine(artifact: object) -> Any:
             raise LlmworksError("none is needed")
 
         page = ReportBuilder()
-        result = verifiable(VerifiableConfig.model_validate(config), Dataset(source, name="texts", about={"schema": "chat"}), Context(out, tmp_path, 0, Progress(quiet=True), page, engine))
+        result = verifiable(
+            VerifiableConfig.model_validate(config),
+            Dataset(source, name="texts", about={"schema": "chat"}),
+            Context(out, tmp_path, 0, Progress(quiet=True), page, engine),
+        )
         return read_chat(Dataset(out, about=result.about)), page.data
 
     return run
@@ -56,7 +94,9 @@ def test_every_answer_passes_its_checks(made: Any) -> None:
 
 
 def test_a_text_that_follows_nothing_fails(made: Any) -> None:
-    """An instruction that is followed by the text itself would teach and measure nothing: of each kind the text alone passes next to never, and no answer never."""
+    """An instruction that is followed by the text itself would teach and measure nothing: of each kind the text alone
+    passes next to never, and no answer never.
+    """
     rows, _ = made(least=1, most=1)
     passed, asked = Counter(), Counter()
     for row in rows:
@@ -92,13 +132,20 @@ def test_the_seed_says_which_rows(made: Any) -> None:
 
 def test_only_some_kinds(made: Any) -> None:
     rows, _ = made(kinds=["startend:quotation", "punctuation:no_comma"], most=2)
-    assert {name for row in rows for name in row["answer"]["constraints"]} == {"startend:quotation", "punctuation:no_comma"}
+    assert {name for row in rows for name in row["answer"]["constraints"]} == {
+        "startend:quotation",
+        "punctuation:no_comma",
+    }
 
 
 def test_what_is_refused(made: Any) -> None:
     with pytest.raises(DataError, match="none of 3 texts is of 6 to 24 words"):
         made(texts=["too short", "this, too", ""])
-    for wrong, words in (({"kinds": ["startend:quote"]}, "is none of"), ({"least": 3, "most": 2}, "more than most"), ({"words": (9, 3)}, "the smaller first")):
+    for wrong, words in (
+        ({"kinds": ["startend:quote"]}, "is none of"),
+        ({"least": 3, "most": 2}, "more than most"),
+        ({"words": (9, 3)}, "the smaller first"),
+    ):
         with pytest.raises(ValidationError, match=words):
             VerifiableConfig.model_validate(wrong)
 
@@ -111,11 +158,19 @@ def test_texts_that_do_not_fit_are_kept_aside(made: Any, tmp_path: Path) -> None
 
 
 def test_answers_are_what_is_said_not_only_what_is_checked() -> None:
-    """The checks count; the words that are capitalised, highlighted or said again are to be those of the instruction."""
+    """The checks count; the words that are capitalised, highlighted or said again are to be those of the
+    instruction.
+    """
     by_name = {rule.name: rule for rule in rules.RULES}
     seen: Counter[str] = Counter()
-    for number, text in enumerate([*TEXTS, "oops: hot mic catches senator praising rival", "what i learned at 40 from my old dog and a cat"]):
-        for name in ("change_case:capital_word_frequency", "detectable_format:number_highlighted_sections", "keywords:frequency"):
+    for number, text in enumerate(
+        [*TEXTS, "oops: hot mic catches senator praising rival", "what i learned at 40 from my old dog and a cat"]
+    ):
+        for name in (
+            "change_case:capital_word_frequency",
+            "detectable_format:number_highlighted_sections",
+            "keywords:frequency",
+        ):
             rule, random = by_name[name], Random(number)
             given = rule.draw(text, random)
             if given is None:

@@ -20,9 +20,20 @@ WORKED = "aaabdaaabac"  # Gage 1994: aa, then ab or its like, then what they mak
 
 def library(texts: list[str], size: int, pattern: str, least: int = 1, control: int = 0) -> Tokenizer:
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES(add_prefix_space=False, use_regex=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]
+    )
     special = [f"<|{i}|>" for i in range(control)]
-    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, min_frequency=least, special_tokens=special, initial_alphabet=BYTES.alphabet(), show_progress=False))
+    made.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            min_frequency=least,
+            special_tokens=special,
+            initial_alphabet=BYTES.alphabet(),
+            show_progress=False,
+        ),
+    )
     return made
 
 
@@ -43,7 +54,9 @@ def same(texts: list[str], others: list[str], size: int, pattern: str = GPT2, le
 
 
 def test_a_worked_example() -> None:
-    """aaabdaaabac: aa, then aaa, then aaab, each standing twice or more; of equals the pair of smaller ids comes first."""
+    """aaabdaaabac: aa, then aaa, then aaab, each standing twice or more; of equals the pair of smaller ids comes
+    first.
+    """
     ours = BPE(pattern=r"[\s\S]+")
     ours.train([WORKED], 259)
     assert [ours.bytes_of[id] for id in ours.merges.values()] == [b"aa", b"ab", b"aaab"]
@@ -53,7 +66,12 @@ def test_a_worked_example() -> None:
 
 @pytest.mark.parametrize("pattern", [GPT2, LLAMA3])
 def test_it_is_the_library(pattern: str) -> None:
-    texts = [Path(__file__).read_text(), (Path(__file__).parents[2] / "docs" / "conversations.md").read_text(), "aaaa aaa aa a aaaaaaaa " * 20, "Grüße aus Köln, 日本語のテキスト, мир, ١٢٣ " * 9]
+    texts = [
+        Path(__file__).read_text(),
+        (Path(__file__).parents[2] / "docs" / "conversations.md").read_text(),
+        "aaaa aaa aa a aaaaaaaa " * 20,
+        "Grüße aus Köln, 日本語のテキスト, мир, ١٢٣ " * 9,
+    ]
     same(texts, ["unseen words, neue Wörter, 新しい言葉", "  \n\n\t x", ""], 900, pattern)
     same(texts, [], 700, pattern, least=3, control=5)
 

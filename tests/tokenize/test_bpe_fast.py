@@ -15,13 +15,22 @@ from llmworks import assets
 from llmworks.tokenize.bpe.fast import PROBE, bulk_encoder
 from llmworks.tokenize.bpe.trainers import LLAMA3
 
-TEXTS = [row[1] for row in json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes()))["rows"]]
+TEXTS = [
+    row[1]
+    for row in json.loads(
+        gzip.decompress((Path(__file__).parents[1] / "fixtures" / "filter_cases.json.gz").read_bytes())
+    )["rows"]
+]
 BYTES = pre_tokenizers.ByteLevel
 KINDS: dict[str, Any] = {
     "gpt2": BYTES(add_prefix_space=False),
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES(add_prefix_space=False)]),
-    "gaps": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[^中e]+"), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]),
-    "llama3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]),
+    "gaps": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("[^中e]+"), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]
+    ),
+    "llama3": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]
+    ),
 }
 
 
@@ -30,15 +39,30 @@ def trained(pre: Any) -> Tokenizer:
     tokenizer.pre_tokenizer = pre
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>"]  # ids of merges do not begin at 256
-    trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=special, initial_alphabet=BYTES.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000, special_tokens=special, initial_alphabet=BYTES.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator([*TEXTS[:200], *PROBE], trainer)
     return tokenizer
 
 
 def tricky(count: int = 3000) -> list[str]:
-    """Random texts of what the words' patterns could divide otherwise: white space of all kinds, numbers and letters beyond ASCII, marks."""
+    """Random texts of what the words' patterns could divide otherwise: white space of all kinds, numbers and letters
+    beyond ASCII, marks.
+    """
     draw = random.Random(1)
-    parts = [*"aB3 \n\t\r\x1c\x85\xa0\u3000'’\"“.,_-½²é́Ⅷ一あ١🙂\u200d\0", "  ", "'s", "'ll", "'RE", "\n\n", "word", " 12", "ſ", "\U0001e030"]
+    parts = [
+        *"aB3 \n\t\r\x1c\x85\xa0\u3000'’\"“.,_-½²é́Ⅷ一あ١🙂\u200d\0",
+        "  ",
+        "'s",
+        "'ll",
+        "'RE",
+        "\n\n",
+        "word",
+        " 12",
+        "ſ",
+        "\U0001e030",
+    ]
     return ["".join(draw.choices(parts, k=draw.randint(1, 12))) for _ in range(count)]
 
 
@@ -77,7 +101,9 @@ def test_others_are_left_to_their_own_library() -> None:
 
 @pytest.mark.parametrize("pattern", [r"(?=[A-Z])|[^A-Z]+", r"\p{L}*", "a|", r"(?<=a)", r"\h+"])
 def test_patterns_that_can_find_nothing_are_left_to_the_library(pattern: str) -> None:
-    pre = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES(add_prefix_space=False, use_regex=False)])
+    pre = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES(add_prefix_space=False, use_regex=False)]
+    )
     assert bulk_encoder(trained(pre)) is None
 
 

@@ -40,7 +40,10 @@ def test_replays_on_itself(recorded: Golden, pico: Path) -> None:
     ("template", "words"),
     [
         (TEMPLATE.replace("'<|im_end|>' + '\n'", "'\n'"), "conversation 1"),  # the end-of-turn token is lost
-        (TEMPLATE.replace("+ '\n' + message['content']", "+ message['content']"), "conversation 1"),  # a new line is lost
+        (
+            TEMPLATE.replace("+ '\n' + message['content']", "+ message['content']"),
+            "conversation 1",
+        ),  # a new line is lost
         (
             TEMPLATE.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant' }}"),
             "another loss mask",
@@ -64,7 +67,9 @@ def test_tool_aware_template_replays(recorded: Golden) -> None:
 def test_other_weights_are_refused(recorded: Golden, tmp_path: Path) -> None:
     other = make_pico(tmp_path / "other", seed=1)
     with pytest.raises(GoldenMismatch, match="nothing was published"):
-        golden.require(recorded, load_tokenizer(other), [2], torch_logits(load_model(other)), mean_within=0.1, step="test")
+        golden.require(
+            recorded, load_tokenizer(other), [2], torch_logits(load_model(other)), mean_within=0.1, step="test"
+        )
 
 
 def test_base_model_without_template_uses_text(tmp_path: Path) -> None:

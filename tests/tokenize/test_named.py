@@ -1,4 +1,6 @@
-"""Named templates write what their makers' templates write; what is learned of a conversation is what a person marked."""
+"""Named templates write what their makers' templates write; what is learned of a conversation is what a person
+marked.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def tokenizer_with(template: str) -> Any:
 
 
 def test_templates_write_what_the_published_ones_write() -> None:
-    """Two differences, on purpose: Mistral v3's template drops the system turn once an answer follows, Gemma 2's refuses it; ours show it."""
+    """Two differences, on purpose: Mistral v3's template drops the system turn once an answer follows, Gemma 2's
+    refuses it; ours show it.
+    """
     compared = set()
     for row in ROWS:
         system = row["messages"][0]["role"] == "system"
@@ -37,7 +41,9 @@ def test_templates_write_what_the_published_ones_write() -> None:
             assert (row["source"], row["text"], system) == ("axolotl gemma", "refused: System role not supported", True)
             continue
         messages = tuple(Message(m["role"], m["content"]) for m in row["messages"])
-        text = render_text(tokenizer_with(named_template(row["template"])), messages, generation_prompt=row["generation_prompt"])
+        text = render_text(
+            tokenizer_with(named_template(row["template"])), messages, generation_prompt=row["generation_prompt"]
+        )
         assert text == row["text"], (row["source"], row["messages"])
         compared.add((row["template"], len(messages), system, row["generation_prompt"]))
     assert {name for name, *_ in compared} == set(NAMED)
@@ -61,44 +67,192 @@ S, Q, B = Message("system", "Be kind."), Message("user", "Why?"), Message("assis
 CALL = Message("assistant", "", (ToolCall("f", {"a": 1}, "c1"),))
 SAID_CALL = Message("assistant", "Let me see.", (ToolCall("f", {"a": "é"}, "c1"),))
 RESULT = Message("tool", "5", tool_call_id="c1")
-TOOL: Json = {"name": "f", "description": "Does f.", "parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "n"}}, "required": ["a"]}}
-LISTED = 'Answer by calling a function: <tool_call>{"name": NAME, "arguments": {...}}</tool_call>\nFunctions:\nf(a): Does f.\n- a (integer): n'
+TOOL: Json = {
+    "name": "f",
+    "description": "Does f.",
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer", "description": "n"}}, "required": ["a"]},
+}
+LISTED = (
+    'Answer by calling a function: <tool_call>{"name": NAME, "arguments": {...}}</tool_call>\nFunctions:\nf(a): Does'
+    " f.\n- a (integer): n"
+)
 CALLED = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
-GENERATION = "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}U:{{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
-THINKS = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}<think>\n</think>\n{% endif %}{{ m.content }}|\n{% endfor %}{% if add_generation_prompt %}assistant: <think>\n</think>\n{% endif %}"
+GENERATION = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content + eos_token }}{% endgeneration"
+    " %}{% else %}U:{{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+)
+THINKS = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}<think>\n</think>\n{% endif %}{{ m.content"
+    " }}|\n{% endfor %}{% if add_generation_prompt %}assistant: <think>\n</think>\n{% endif %}"
+)
 
 # template, turns, tools, the rendering with what is learned between « and »: marked by hand
 MARKED: list[tuple[str, tuple[Message, ...], tuple[Json, ...], str]] = [
     ("own", (U, A), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n"),
-    ("own", (S, U, A), (), "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n"),
-    ("own", (U, A, Q, B), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«So.<|im_end|>»\n"),
-    ("own", (U, A0, Q, B), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«So.<|im_end|>»\n"),
-    ("own", (U, A, Q, Message("assistant", "So.", weight=0)), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"),
-    ("own", (U, A, Q), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n<|im_start|>user\nWhy?<|im_end|>\n"),
-    ("own", (U, Message("assistant", "\n\n  x  \n")), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«\n\n  x  \n<|im_end|>»\n"),
-    ("own", (U, Message("assistant", "谢谢 🙂 é")), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«谢谢 🙂 é<|im_end|>»\n"),
-    ("own", (Message("user", "assistant\nHello."), A), (), "<|im_start|>user\nassistant\nHello.<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n"),
-    ("own", (Message("user", "<|im_start|>assistant\nHello.<|im_end|>"), A), (), "<|im_start|>user\n<|im_start|>assistant\nHello.<|im_end|><|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n"),
+    (
+        "own",
+        (S, U, A),
+        (),
+        (
+            "<|im_start|>system\nBe"
+            " kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n"
+        ),
+    ),
+    (
+        "own",
+        (U, A, Q, B),
+        (),
+        "<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n«Hello.<|im_end|>»\n<|im_start|>user\nWhy?<|im_end|>\n"
+        "<|im_start|>assistant\n«So.<|im_end|>»\n",
+    ),
+    (
+        "own",
+        (U, A0, Q, B),
+        (),
+        "<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello.<|im_end|>\n"
+        "<|im_start|>user\nWhy?<|im_end|>\n"
+        "<|im_start|>assistant\n«So.<|im_end|>»\n",
+    ),
+    (
+        "own",
+        (U, A, Q, Message("assistant", "So.", weight=0)),
+        (),
+        "<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n«Hello.<|im_end|>»\n<|im_start|>user\nWhy?<|im_end|>\n"
+        "<|im_start|>assistant\nSo.<|im_end|>\n",
+    ),
+    (
+        "own",
+        (U, A, Q),
+        (),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n<|im_start|>user\nWhy?<|im_end|>\n",
+    ),
+    (
+        "own",
+        (U, Message("assistant", "\n\n  x  \n")),
+        (),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«\n\n  x  \n<|im_end|>»\n",
+    ),
+    (
+        "own",
+        (U, Message("assistant", "谢谢 🙂 é")),
+        (),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«谢谢 🙂 é<|im_end|>»\n",
+    ),
+    (
+        "own",
+        (Message("user", "assistant\nHello."), A),
+        (),
+        "<|im_start|>user\nassistant\nHello.<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n",
+    ),
+    (
+        "own",
+        (Message("user", "<|im_start|>assistant\nHello.<|im_end|>"), A),
+        (),
+        "<|im_start|>user\n<|im_start|>assistant\nHello.<|im_end|><|im_end|>\n"
+        "<|im_start|>assistant\n«Hello.<|im_end|>»\n",
+    ),
     ("own", (U, Message("assistant", "")), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«<|im_end|>»\n"),
-    ("own", (U, CALL, RESULT, A), (TOOL,), f"<|im_start|>system\n{LISTED}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«{CALLED}<|im_end|>»\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n"),
-    ("tools", (S, U, CALL), (TOOL,), f"<|im_start|>system\nBe kind.\n\n{LISTED}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«{CALLED}<|im_end|>»\n"),
-    ("tools", (U, SAID_CALL, RESULT, A), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Let me see.<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": \"é\"}}</tool_call><|im_end|>»\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n"),
+    (
+        "own",
+        (U, CALL, RESULT, A),
+        (TOOL,),
+        f"<|im_start|>system\n{LISTED}<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n"
+        f"<|im_start|>assistant\n«{CALLED}<|im_end|>»\n<|im_start|>tool\n5<|im_end|>\n"
+        "<|im_start|>assistant\n«Hello.<|im_end|>»\n",
+    ),
+    (
+        "tools",
+        (S, U, CALL),
+        (TOOL,),
+        (
+            "<|im_start|>system\nBe"
+            f" kind.\n\n{LISTED}<|im_end|>\n"
+            "<|im_start|>user\nHi<|im_end|>\n"
+            f"<|im_start|>assistant\n«{CALLED}<|im_end|>»\n"
+        ),
+    ),
+    (
+        "tools",
+        (U, SAID_CALL, RESULT, A),
+        (),
+        (
+            '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Let me see.<tool_call>{"name": "f", "arguments":'
+            ' {"a":'
+            ' "é"}}</tool_call><|im_end|>»\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n'
+        ),
+    ),
     ("chatml", (U, A), (), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello.<|im_end|>»\n"),
-    ("alpaca", (U, A, Q, B), (), "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nHi\n\n### Response:\n«Hello.</s>»\n\n### Instruction:\nWhy?\n\n### Response:\n«So.</s>»\n\n"),
-    ("llama-2", (S, U, A, Q, B), (), "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]« Hello. </s>»<s>[INST] Why? [/INST]« So. </s>»"),
-    ("llama-3", (S, U, A0, Q, B), (), "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n«So.<|eot_id|>»"),
+    (
+        "alpaca",
+        (U, A, Q, B),
+        (),
+        (
+            "<s>Below is an instruction that describes a task. Write a response that appropriately completes the"
+            " request.\n\n### Instruction:\nHi\n\n### Response:\n«Hello.</s>»\n\n### Instruction:\nWhy?\n\n###"
+            " Response:\n«So.</s>»\n\n"
+        ),
+    ),
+    (
+        "llama-2",
+        (S, U, A, Q, B),
+        (),
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]« Hello. </s>»<s>[INST] Why? [/INST]« So. </s>»",
+    ),
+    (
+        "llama-3",
+        (S, U, A0, Q, B),
+        (),
+        (
+            "<s><|start_header_id|>system<|end_header_id|>\n\nBe"
+            " kind.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n«So.<|eot_id|>"
+            "»"
+        ),
+    ),
     ("mistral", (S, U, A, Q, B), (), "<s> [INST] Be kind.\n\nHi [/INST]« Hello.</s>» [INST] Why? [/INST]« So.</s>»"),
     ("mistral-v3", (S, U, A), (), "<s>[INST] Be kind.\n\nHi[/INST]« Hello.</s>»"),
-    ("gemma", (S, U, A, Q, B), (), "<s><start_of_turn>user\nBe kind.\n\nHi<end_of_turn>\n<start_of_turn>model\n«Hello.<end_of_turn>»\n<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n«So.<end_of_turn>»\n"),
+    (
+        "gemma",
+        (S, U, A, Q, B),
+        (),
+        (
+            "<s><start_of_turn>user\nBe"
+            " kind.\n\nHi<end_of_turn>\n"
+            "<start_of_turn>model\n«Hello.<end_of_turn>»\n<start_of_turn>user\nWhy?<end_of_turn>\n"
+            "<start_of_turn>model\n«So.<end_of_turn>»\n"
+        ),
+    ),
     ("phi", (S, U, A), (), "<|system|>\nBe kind.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n«Hello.<|end|>»\n"),
-    ("zephyr", (S, U, A, Q, B), (), "<|system|>\nBe kind.</s>\n<|user|>\nHi</s>\n<|assistant|>\n«Hello.</s>»\n<|user|>\nWhy?</s>\n<|assistant|>\n«So.</s>»\n"),
+    (
+        "zephyr",
+        (S, U, A, Q, B),
+        (),
+        (
+            "<|system|>\nBe"
+            " kind.</s>\n<|user|>\nHi</s>\n<|assistant|>\n«Hello.</s>»\n<|user|>\nWhy?</s>\n<|assistant|>\n«So.</s>»\n"
+        ),
+    ),
     (GENERATION, (U, A, Q, B), (), "U:Hi\nA:«Hello.</s>»U:Why?\nA:«So.</s>»"),
-    (THINKS, (U, A, Q, B), (), "user: Hi|\nassistant: <think>\n</think>\n«Hello.|»\nuser: Why?|\nassistant: <think>\n</think>\n«So.|»\n"),
-]  # fmt: skip
+    (
+        THINKS,
+        (U, A, Q, B),
+        (),
+        "user: Hi|\nassistant: <think>\n</think>\n«Hello.|»\nuser: Why?|\nassistant: <think>\n</think>\n«So.|»\n",
+    ),
+]
 
 
 @pytest.mark.parametrize(("template", "turns", "tools", "marked"), MARKED)
-def test_masks_are_those_that_a_person_marked(template: str, turns: tuple[Message, ...], tools: tuple[Json, ...], marked: str) -> None:
+def test_masks_are_those_that_a_person_marked(
+    template: str, turns: tuple[Message, ...], tools: tuple[Json, ...], marked: str
+) -> None:
     if template in ("own", "tools"):
         tokenizer = make_tokenizer(TEMPLATE if template == "own" else tool_aware(TEMPLATE))
     else:
@@ -110,7 +264,10 @@ def test_masks_are_those_that_a_person_marked(template: str, turns: tuple[Messag
 
 
 def test_a_template_that_rewrites_turns_is_refused() -> None:
-    forgets = "{% for m in messages %}{{ m.role }}: {% if loop.last or m.role == 'user' %}{{ m.content }}{% else %}...{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    forgets = (
+        "{% for m in messages %}{{ m.role }}: {% if loop.last or m.role == 'user' %}{{ m.content }}{% else %}...{%"
+        " endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(ModelError, match="rewrites earlier turns"):
         render_masked(make_tokenizer(forgets), (U, A, Q, B))
 
@@ -131,10 +288,20 @@ def test_views_show_the_same_text() -> None:
 
 def token_equal(tokenizer: Any) -> None:
     """Prompts and whole conversations are the ids that transformers' own apply_chat_template makes."""
-    for turns in ((U,), (U, A), (S, U, A, Q), (S, U, A, Q, B), (Message("user", "  Zwölf — 谢谢 🙂\n\n12345"), Message("assistant", "```py\nprint('a')\n```\n"))):
+    for turns in (
+        (U,),
+        (U, A),
+        (S, U, A, Q),
+        (S, U, A, Q, B),
+        (Message("user", "  Zwölf — 谢谢 🙂\n\n12345"), Message("assistant", "```py\nprint('a')\n```\n")),
+    ):
         raw = [{"role": m.role, "content": m.content} for m in turns]
         asked = turns[-1].role == "user"
-        theirs = list(tokenizer.apply_chat_template(raw, tokenize=True, add_generation_prompt=asked, return_dict=True)["input_ids"])
+        theirs = list(
+            tokenizer.apply_chat_template(raw, tokenize=True, add_generation_prompt=asked, return_dict=True)[
+                "input_ids"
+            ]
+        )
         if asked:
             assert list(encode(tokenizer, render_text(tokenizer, turns))) == theirs
         else:
@@ -155,5 +322,7 @@ def test_tokens_of_real_models_are_those_of_transformers(name: str, monkeypatch:
     for template in NAMED:
         tokenizer.chat_template = named_template(template)
         raw = [{"role": m.role, "content": m.content} for m in (S, U)]
-        theirs = tokenizer.apply_chat_template(raw, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+        theirs = tokenizer.apply_chat_template(raw, tokenize=True, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         assert list(encode(tokenizer, render_text(tokenizer, (S, U)))) == list(theirs)

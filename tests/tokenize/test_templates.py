@@ -77,14 +77,18 @@ def test_tool_aware_changes_nothing_without_tools(tokenizer: Any) -> None:
     assert not renders_tools(tokenizer)
 
 
-def test_tool_aware_template_renders_the_training_prompt_for_all_of_bfcl(bfcl_rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_tool_aware_template_renders_the_training_prompt_for_all_of_bfcl(
+    bfcl_rows: list[dict[str, Any]], tokenizer: Any
+) -> None:
     aware = make_tokenizer(tool_aware(TEMPLATE))
     for row in bfcl_rows:
         given = messages_from_json(row["messages"])
         stored = flatten_tools(given, row["tools"])
         assert parse_calls(stored[-1].content)[1] == given[-1].tool_calls
         tools = [{"type": "function", "function": f} for f in row["tools"]]
-        assert render_text(aware, given, tools=tools, generation_prompt=False) == render_text(tokenizer, stored, generation_prompt=False)
+        assert render_text(aware, given, tools=tools, generation_prompt=False) == render_text(
+            tokenizer, stored, generation_prompt=False
+        )
 
 
 @pytest.mark.parametrize(
@@ -93,9 +97,19 @@ def test_tool_aware_template_renders_the_training_prompt_for_all_of_bfcl(bfcl_ro
         {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
         {"name": "f"},
         {"name": "f", "description": None, "parameters": None},
-        {"name": "f", "description": 'quo"te', "parameters": {"properties": {"items": {"type": "array", "items": {"type": "string"}}, "u": {"type": ["string", "null"], "enum": ["é", 1]}}, "required": ["u"]}},
+        {
+            "name": "f",
+            "description": 'quo"te',
+            "parameters": {
+                "properties": {
+                    "items": {"type": "array", "items": {"type": "string"}},
+                    "u": {"type": ["string", "null"], "enum": ["é", 1]},
+                },
+                "required": ["u"],
+            },
+        },
     ],
-)  # fmt: skip
+)
 def test_template_and_python_agree_on_odd_tools(tool: dict[str, Any], tokenizer: Any) -> None:
     aware = make_tokenizer(tool_aware(TEMPLATE))
     turns = (Message("system", "s"), Message("user", "u"))

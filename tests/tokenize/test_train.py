@@ -1,4 +1,6 @@
-"""Tokenizers that are trained: what they give back, their control tokens and templates, the same bytes in every run; and comparing them."""
+"""Tokenizers that are trained: what they give back, their control tokens and templates, the same bytes in every run;
+and comparing them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ from llmworks.tokenize.statistics import measure, script_of, unused
 from llmworks.tokenize.train import control_tokens
 from llmworks.tokenize.view import without_colours
 
-MORE = ["Grüße aus Köln – übermorgen um 7:45.", "日本語のテキストと漢字", "Съешь же ещё этих мягких булок", "    def f(x):\n        return x ** 2\t# a\r\n\n\n", "12345 👩‍💻 \u0301 x"]
+MORE = [
+    "Grüße aus Köln – übermorgen um 7:45.",
+    "日本語のテキストと漢字",
+    "Съешь же ещё этих мягких булок",
+    "    def f(x):\n        return x ** 2\t# a\r\n\n\n",
+    "12345 👩‍💻 \u0301 x",
+]
 ODD = [*MORE, "", " ", "  two  spaces ", "\n\n", "never seen: Ω≈ç√ 한국어 \U0001f9ff", "a <|im_end|> b"]
 
 
@@ -73,16 +81,43 @@ def test_wordpiece_is_that_of_bert(documents: Path) -> None:
     tokenizer = load_tokenizer(trained(documents, "t", vocabulary=900, algorithm="wordpiece", lowercase=True))
     assert tokenizer.convert_ids_to_tokens(tokenizer("The THE")["input_ids"]) == ["[CLS]", "the", "the", "[SEP]"]
     assert tokenizer.tokenize("\U0001f9ff") == ["[UNK]"]
-    assert {token.content for token in tokenizer.added_tokens_decoder.values()} == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
-    assert (tokenizer.mask_token, tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token_id) == ("[MASK]", "[CLS]", "[SEP]", 0)
+    assert {token.content for token in tokenizer.added_tokens_decoder.values()} == {
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+    }
+    assert (tokenizer.mask_token, tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token_id) == (
+        "[MASK]",
+        "[CLS]",
+        "[SEP]",
+        0,
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", pytest.param("unigram", marks=pytest.mark.slow), "wordpiece"])
 def test_the_bytes_are_the_same_in_every_run(documents: Path, algorithm: str) -> None:
     found = set()
     for run in range(3):
-        variables = {**os.environ, "LLMWORKS_WORKSPACE": str(documents.parent / f"ws{run}"), "RAYON_NUM_THREADS": str(run + 1), "PYTHONHASHSEED": str(run)}
-        words = ["tokenize", "train", str(documents), "--set", f"algorithm={algorithm}", "--set", "vocabulary=900", "--out", str(documents.parent / f"r{run}"), "--quiet"]
+        variables = {
+            **os.environ,
+            "LLMWORKS_WORKSPACE": str(documents.parent / f"ws{run}"),
+            "RAYON_NUM_THREADS": str(run + 1),
+            "PYTHONHASHSEED": str(run),
+        }
+        words = [
+            "tokenize",
+            "train",
+            str(documents),
+            "--set",
+            f"algorithm={algorithm}",
+            "--set",
+            "vocabulary=900",
+            "--out",
+            str(documents.parent / f"r{run}"),
+            "--quiet",
+        ]
         subprocess.run([sys.executable, "-m", "llmworks.cli", *words], check=True, capture_output=True, env=variables)
         found.add((documents.parent / f"r{run}" / "tokenizer.json").read_bytes())
     assert len(found) == 1
@@ -93,15 +128,28 @@ def test_the_bytes_are_the_same_in_every_run(documents: Path, algorithm: str) ->
 def test_templates_come_with_their_tokens(documents: Path, template: str, algorithm: str) -> None:
     """The doctor of templates finds no error and no split mark in what was made."""
     tokenizer = load_tokenizer(trained(documents, "t", vocabulary=900, algorithm=algorithm, template=template))
-    found = {f.code: f for f in probe(tokenizer, [tokenizer.eos_token_id], Uses(system=True, turns=True), len(tokenizer))}
+    found = {
+        f.code: f for f in probe(tokenizer, [tokenizer.eos_token_id], Uses(system=True, turns=True), len(tokenizer))
+    }
     assert not [f for f in found.values() if f.level == "error"]
     assert "split-mark" not in found or template in ("alpaca", "llama-2", "mistral")  # whose marks are text
 
 
 def test_control_tokens() -> None:
-    assert control_tokens(TrainConfig(template="chatml")) == ({"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}, ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"])
-    assert control_tokens(TrainConfig(template="llama-2")) == ({"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "bos_token": "<s>"}, ["<|endoftext|>", "<|pad|>", "<s>"])
-    assert control_tokens(TrainConfig(end="<end>", special_tokens=["<a>", "<end>"]))[1] == ["<|endoftext|>", "<|pad|>", "<end>", "<a>"]
+    assert control_tokens(TrainConfig(template="chatml")) == (
+        {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"},
+        ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
+    )
+    assert control_tokens(TrainConfig(template="llama-2")) == (
+        {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "bos_token": "<s>"},
+        ["<|endoftext|>", "<|pad|>", "<s>"],
+    )
+    assert control_tokens(TrainConfig(end="<end>", special_tokens=["<a>", "<end>"]))[1] == [
+        "<|endoftext|>",
+        "<|pad|>",
+        "<end>",
+        "<a>",
+    ]
 
 
 def test_the_report_counts(documents: Path, tmp_path: Path) -> None:
@@ -111,24 +159,56 @@ def test_the_report_counts(documents: Path, tmp_path: Path) -> None:
     texts = [*TEXTS[:300], *MORE * 20]
     usage = measure(tokenizer, [("x", text) for text in texts])
     size = sum(len(text.encode()) for text in texts)
-    assert (report["bytes"], report["tokens"]) == (size, sum(len(tokenizer(t, split_special_tokens=True)["input_ids"]) for t in texts))
+    assert (report["bytes"], report["tokens"]) == (
+        size,
+        sum(len(tokenizer(t, split_special_tokens=True)["input_ids"]) for t in texts),
+    )
     assert report["bytes_per_token"] == round(size / report["tokens"], 4)
     assert report["unused"] == len(unused(tokenizer, usage.used)) == 700 - 2 - len(usage.used)
     assert set(report["groups"]) >= {"en", "Cyrillic"}
-    assert [script_of(t) for t in ("hello", "привет", "人工", "كلمة", "123")] == ["Latin", "Cyrillic", "Cjk", "Arabic", "none"]
+    assert [script_of(t) for t in ("hello", "привет", "人工", "كلمة", "123")] == [
+        "Latin",
+        "Cyrillic",
+        "Cjk",
+        "Arabic",
+        "none",
+    ]
     assert count_characters(Dataset(documents)) == (len(texts), sum(map(len, texts)))
     held = tmp_path / "held"
     with DocumentWriter(held) as writer:
         writer.add(Document("h", "abc " * 50, "s"))
-    assert main(["tokenize", "train", str(documents), "--held-out", str(held), "--set", "vocabulary=700", "--out", str(tmp_path / "h"), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "tokenize",
+                "train",
+                str(documents),
+                "--held-out",
+                str(held),
+                "--set",
+                "vocabulary=700",
+                "--out",
+                str(tmp_path / "h"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "h/report/report.json").read_text())["texts"] == 1
 
 
 @pytest.mark.slow
 def test_compare(documents: Path, tmp_path: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small, large, lossy = (trained(documents, name, vocabulary=n, algorithm=a) for name, n, a in (("s", 400, "bpe"), ("l", 1500, "bpe"), ("w", 1500, "wordpiece")))
+    small, large, lossy = (
+        trained(documents, name, vocabulary=n, algorithm=a)
+        for name, n, a in (("s", 400, "bpe"), ("l", 1500, "bpe"), ("w", 1500, "wordpiece"))
+    )
     capsys.readouterr()
-    words = [word for name, path in (("small", small), ("large", large), ("lossy", lossy), ("model", pico)) for word in ("--tokenizers", f"{name}={path}")]
+    words = [
+        word
+        for name, path in (("small", small), ("large", large), ("lossy", lossy), ("model", pico))
+        for word in ("--tokenizers", f"{name}={path}")
+    ]
     assert main(["tokenize", "compare", *words, "--data", str(documents), "--json", "--quiet"]) == 0
     done = json.loads(capsys.readouterr().out)
     metrics = done["metrics"]

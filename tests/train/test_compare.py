@@ -29,32 +29,119 @@ def test_from_when_on() -> None:
 
 
 @pytest.mark.slow
-def test_the_stage(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stage(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     text = (Path(__file__).parents[2] / "LICENSE").read_text()
     for name, part in (("train", text[:9000]), ("test", text[9000:]), ("other", text[:2000])):
         (tmp_path / f"{name}.txt").write_text(part)
-        assert main(["data", "read", str(tmp_path / f"{name}.txt"), "--out", str(tmp_path / f"{name}-read"), "--quiet"]) == 0
-        assert main(["data", "pack", str(pico), str(tmp_path / f"{name}-read"), "--set", "length=64", "--out", str(tmp_path / name), "--quiet"]) == 0
-    assert main(["model", "recurrent", str(pico), "--set", "kind=gru", "--set", "width=16", "--out", str(tmp_path / "gru"), "--quiet"]) == 0
+        assert (
+            main(["data", "read", str(tmp_path / f"{name}.txt"), "--out", str(tmp_path / f"{name}-read"), "--quiet"])
+            == 0
+        )
+        assert (
+            main(
+                [
+                    "data",
+                    "pack",
+                    str(pico),
+                    str(tmp_path / f"{name}-read"),
+                    "--set",
+                    "length=64",
+                    "--out",
+                    str(tmp_path / name),
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
+    assert (
+        main(
+            [
+                "model",
+                "recurrent",
+                str(pico),
+                "--set",
+                "kind=gru",
+                "--set",
+                "width=16",
+                "--out",
+                str(tmp_path / "gru"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     for name, held_out in (("a", "test"), ("b", "other")):
-        words = [str(tmp_path / "gru"), str(tmp_path / "train"), "--held-out", str(tmp_path / held_out), "--set", "batch=16", "--set", "look_every=4", "--set", "sample_tokens=0", "--out", str(tmp_path / name), "--quiet"]
+        words = [
+            str(tmp_path / "gru"),
+            str(tmp_path / "train"),
+            "--held-out",
+            str(tmp_path / held_out),
+            "--set",
+            "batch=16",
+            "--set",
+            "look_every=4",
+            "--set",
+            "sample_tokens=0",
+            "--out",
+            str(tmp_path / name),
+            "--quiet",
+        ]
         assert main(["train", "pretrain", *words]) == 0
-    assert main(["train", "ngram", str(pico), str(tmp_path / "train"), "--held-out", str(tmp_path / "test"), "--out", str(tmp_path / "n"), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "ngram",
+                str(pico),
+                str(tmp_path / "train"),
+                "--held-out",
+                str(tmp_path / "test"),
+                "--out",
+                str(tmp_path / "n"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     models = {name: f"{name}={tmp_path / name}" for name in ("a", "b", "n", "gru")}
     capsys.readouterr()
-    assert main(["train", "compare", "--models", models["a"], "--models", models["n"], "--out", str(tmp_path / "c"), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "compare",
+                "--models",
+                models["a"],
+                "--models",
+                models["n"],
+                "--out",
+                str(tmp_path / "c"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "c" / "report.json").read_text())
-    figures = {name: json.loads((tmp_path / name / "manifest.json").read_text())["metrics"]["bits_per_byte"] for name in ("a", "n")}
+    figures = {
+        name: json.loads((tmp_path / name / "manifest.json").read_text())["metrics"]["bits_per_byte"]
+        for name in ("a", "n")
+    }
     assert {name: one["bits_per_byte"] for name, one in report["models"].items()} == figures
-    assert json.loads((tmp_path / "c" / "manifest.json").read_text())["metrics"]["ahead"] == round(figures["n"] - figures["a"], 5)
+    assert json.loads((tmp_path / "c" / "manifest.json").read_text())["metrics"]["ahead"] == round(
+        figures["n"] - figures["a"], 5
+    )
     page = (tmp_path / "c" / "report.html").read_text()
     assert page.count("<svg") == 2
     capsys.readouterr()
     for words, says in (
-        (["--models", models["a"]], "needs two models"), (["--models", models["a"], "--models", models["b"]], "not measured on the same held-out tokens"), (["--models", models["a"], "--models", models["n"], "--set", "first=x"], "config.first is 'x'"),
+        (["--models", models["a"]], "needs two models"),
+        (["--models", models["a"], "--models", models["b"]], "not measured on the same held-out tokens"),
+        (["--models", models["a"], "--models", models["n"], "--set", "first=x"], "config.first is 'x'"),
         (["--models", models["gru"], "--models", models["gru"].replace("gru=", "g=")], "has no held-out figures"),
-    ):  # fmt: skip
+    ):
         assert main(["train", "compare", *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
         told = capsys.readouterr().err.strip()
         assert says in told

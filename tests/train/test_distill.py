@@ -1,4 +1,6 @@
-"""Distillation: TRL's divergences, a loss that does not depend on how logits are divided, students that come nearer to their teacher."""
+"""Distillation: TRL's divergences, a loss that does not depend on how logits are divided, students that come nearer to
+their teacher.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def test_divergences_are_trl_s(beta: float, temperature: float) -> None:
 
     torch.manual_seed(0)
     student, teacher = torch.randn(7, 50, requires_grad=True), torch.randn(7, 50)
-    theirs = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, temperature=temperature, reduction="sum")
+    theirs = GKDTrainer.generalized_jsd_loss(
+        student[None], teacher[None], beta=beta, temperature=temperature, reduction="sum"
+    )
     ours = divergence(student, teacher, beta, temperature).sum()
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
     one, other = (torch.autograd.grad(x, student)[0] for x in (ours, theirs))
@@ -54,15 +58,21 @@ def test_divergences_by_their_definition() -> None:
     assert torch.allclose(divergence(student, student, 0.5), torch.zeros(5), atol=1e-6)
 
 
-def test_the_loss_does_not_depend_on_how_logits_are_divided(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_does_not_depend_on_how_logits_are_divided(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the divergence of whole logits; gradients, too, three labels at a time."""
     teacher, student = load_decoder(make_pico(tmp_path / "teacher", seed=5)), load_decoder(pico)
     batch = joined(EXAMPLES[:5])
     at = batch.label_ids[:, 1:] != -100
     with torch.no_grad():
-        guide = teacher(input_ids=batch.ids, position_ids=batch.positions, segment_ids=batch.segments).logits[:, :-1][at]
+        guide = teacher(input_ids=batch.ids, position_ids=batch.positions, segment_ids=batch.segments).logits[:, :-1][
+            at
+        ]
     logits = student(input_ids=batch.ids, position_ids=batch.positions, segment_ids=batch.segments).logits[:, :-1][at]
-    wanted = 0.75 * 4 * divergence(logits, guide, 0.0, 2.0).sum() + 0.25 * torch.nn.functional.cross_entropy(logits, batch.label_ids[:, 1:][at], reduction="sum")
+    wanted = 0.75 * 4 * divergence(logits, guide, 0.0, 2.0).sum() + 0.25 * torch.nn.functional.cross_entropy(
+        logits, batch.label_ids[:, 1:][at], reduction="sum"
+    )
     wanted.backward()
     gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     monkeypatch.setattr(room, "chunk", lambda vocabulary: 3)
@@ -74,9 +84,13 @@ def test_the_loss_does_not_depend_on_how_logits_are_divided(pico: Path, tmp_path
         assert p.grad is not None
         assert float((p.grad - gradients[name]).norm() / gradients[name].norm()) < 1e-5, name
     assert all(p.grad is None for p in teacher.parameters())
-    assert float(taught(student, beta=0.0, temperature=1.0, mix=0.0)(student, batch).detach()) == pytest.approx(0, abs=1e-3)
+    assert float(taught(student, beta=0.0, temperature=1.0, mix=0.0)(student, batch).detach()) == pytest.approx(
+        0, abs=1e-3
+    )
     plain = float(packed_loss(student, batch).detach())
-    assert float(taught(teacher, beta=0.0, temperature=1.0, mix=0.999999)(student, batch).detach()) == pytest.approx(plain, rel=1e-3)
+    assert float(taught(teacher, beta=0.0, temperature=1.0, mix=0.999999)(student, batch).detach()) == pytest.approx(
+        plain, rel=1e-3
+    )
 
 
 Run = Callable[..., tuple[Adapter | Model, dict[str, Any]]]
@@ -84,7 +98,9 @@ Run = Callable[..., tuple[Adapter | Model, dict[str, Any]]]
 
 @pytest.fixture
 def run(tmp_path: Path, pico: Path) -> Run:
-    def go(name: str, teacher: Path, engine: Engine | None = None, *, data: Dataset | None = None, **config: Any) -> tuple[Adapter | Model, dict[str, Any]]:
+    def go(
+        name: str, teacher: Path, engine: Engine | None = None, *, data: Dataset | None = None, **config: Any
+    ) -> tuple[Adapter | Model, dict[str, Any]]:
         out, scratch = tmp_path / f"{name}-out", tmp_path / f"{name}-scratch"
         for place in (out, scratch):
             place.mkdir(exist_ok=True)
@@ -97,9 +113,17 @@ def run(tmp_path: Path, pico: Path) -> Run:
         one, other = resolve(str(teacher), name="teacher"), resolve(str(pico), name="student")
         assert isinstance(one, Model)
         assert isinstance(other, Model)
-        rows = data or (Dataset(tmp_path / "chats", name="chats") if (tmp_path / "chats").exists() else chats(tmp_path / "chats"))
+        rows = data or (
+            Dataset(tmp_path / "chats", name="chats") if (tmp_path / "chats").exists() else chats(tmp_path / "chats")
+        )
         settings = {"epochs": 8, "samples": 0, "optimizer": {"learning_rate": 0.01}, **config}
-        made = distill(DistillConfig.model_validate(settings), one, other, rows, Context(out, scratch, 0, Progress(scratch / "metrics.jsonl", quiet=True), ReportBuilder(), opened))
+        made = distill(
+            DistillConfig.model_validate(settings),
+            one,
+            other,
+            rows,
+            Context(out, scratch, 0, Progress(scratch / "metrics.jsonl", quiet=True), ReportBuilder(), opened),
+        )
         return made, {"rows": Progress(scratch / "metrics.jsonl", quiet=True).read_metrics(), "scratch": scratch}
 
     return go
@@ -116,7 +140,9 @@ def test_a_student_comes_nearer_to_its_teacher(direction: str, run: Run, tmp_pat
 
 
 def test_what_a_teacher_writes_is_learned(run: Run, tmp_path: Path) -> None:
-    """A teacher of another vocabulary teaches by its answers; those that it does not finish are left out, and nothing is asked twice."""
+    """A teacher of another vocabulary teaches by its answers; those that it does not finish are left out, and nothing
+    is asked twice.
+    """
 
     class Fake(TorchEngine):
         def __init__(self) -> None:
@@ -143,14 +169,18 @@ def test_what_a_teacher_writes_is_learned(run: Run, tmp_path: Path) -> None:
     given = rows_of(24)
     whole = [row for row in given if "Oslo" not in row["messages"][0]["content"]]
     assert 0 < len(whole) < 24
-    assert [(r["id"], r["messages"][-1]["content"]) for r in rows] == [(r["id"], f"fox {r['messages'][0]['content']}") for r in whole]
+    assert [(r["id"], r["messages"][-1]["content"]) for r in rows] == [
+        (r["id"], f"fox {r['messages'][0]['content']}") for r in whole
+    ]
     assert engine.asked == 24
     assert (made.metrics["rows"], made.metrics["set_aside"]) == (len(whole), 24 - len(whole))
     aside = [json.loads(line) for line in (made.path / "set_aside.jsonl").read_text().splitlines()]
     assert {row["id"] for row in aside} == {row["id"] for row in given} - {row["id"] for row in whole}
     assert {row["reason"] for row in aside} == {"the teacher's answer is not finished within 512 tokens"}
     for fields in ({"temperature": 2.0}, {"mix": 0.3}, {"direction": "reverse"}):  # which would be read by nobody
-        with pytest.raises(UserError, match=f"config.{next(iter(fields))} is of logits, but teacher has another vocabulary"):
+        with pytest.raises(
+            UserError, match=f"config.{next(iter(fields))} is of logits, but teacher has another vocabulary"
+        ):
             run("c", teacher, engine, **fields)
     with pytest.raises(UserError, match="source is logits, but teacher has another vocabulary"):
         run("b", teacher, engine, source="logits")
@@ -173,6 +203,9 @@ def test_what_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "the fox"}) + "\n")
     with pytest.raises(DataError, match="no conversations that a teacher could answer"):
         run("b", teacher, Silent(), data=Dataset(tmp_path / "texts.jsonl", name="texts"), source="text")
-    for wrong, message in (({"source": "text", "mix": 0.5}, "mix, direction and temperature are of logits"), ({"method": "prompt"}, "a soft prompt is not distilled")):
+    for wrong, message in (
+        ({"source": "text", "mix": 0.5}, "mix, direction and temperature are of logits"),
+        ({"method": "prompt"}, "a soft prompt is not distilled"),
+    ):
         with pytest.raises(ValidationError, match=message):
             DistillConfig.model_validate(wrong)

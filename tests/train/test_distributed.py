@@ -1,4 +1,8 @@
-"""Spread over processes, a training is what it is in one: losses, weights, and checkpoints that another number of processes reads. A lost process ends all."""
+"""Spread over processes, a training is what it is in one: losses, weights, and checkpoints that another number of
+processes reads.
+
+A lost process ends all.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,17 @@ from llmworks.train.distributed.sharding import place
 from llmworks.train.distributed.world import World
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
-STEPS = ("batch=2", "accumulation=4", "epochs=2", "optimizer.learning_rate=0.001", "optimizer.warmup=0.2", "look_every=8", "look_rows=8", "sample_tokens=4", "checkpoint_every=5")
+STEPS = (
+    "batch=2",
+    "accumulation=4",
+    "epochs=2",
+    "optimizer.learning_rate=0.001",
+    "optimizer.warmup=0.2",
+    "look_every=8",
+    "look_rows=8",
+    "sample_tokens=4",
+    "checkpoint_every=5",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +52,68 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, paragraph in enumerate(part.split("\n\n")):
             (folder / name / f"{i:03}.txt").write_text(paragraph)
         assert main(["data", "read", str(folder / name), "--out", str(folder / f"{name}-read"), *workspace]) == 0
-        assert main(["data", "pack", str(pico), str(folder / f"{name}-read"), "--set", "length=64", "--out", str(folder / f"{name}-packed"), *workspace]) == 0
-    sets = [word for s in ("width=32", "heads=4", "kv_heads=2", "layers=3", "context=64", "qk_norm=true") for word in ("--set", s)]
+        assert (
+            main(
+                [
+                    "data",
+                    "pack",
+                    str(pico),
+                    str(folder / f"{name}-read"),
+                    "--set",
+                    "length=64",
+                    "--out",
+                    str(folder / f"{name}-packed"),
+                    *workspace,
+                ]
+            )
+            == 0
+        )
+    sets = [
+        word
+        for s in ("width=32", "heads=4", "kv_heads=2", "layers=3", "context=64", "qk_norm=true")
+        for word in ("--set", s)
+    ]
     assert main(["model", "new", str(pico), *sets, "--out", str(folder / "decoder"), *workspace]) == 0
-    assert main(["model", "recurrent", str(pico), "--set", "kind=gru", "--set", "width=32", "--set", "context=64", "--out", str(folder / "gru"), *workspace]) == 0
+    assert (
+        main(
+            [
+                "model",
+                "recurrent",
+                str(pico),
+                "--set",
+                "kind=gru",
+                "--set",
+                "width=32",
+                "--set",
+                "context=64",
+                "--out",
+                str(folder / "gru"),
+                *workspace,
+            ]
+        )
+        == 0
+    )
     return folder
 
 
 def words(made: Path, out: Path, *more: str, model: str = "decoder") -> list[str]:
     sets = [word for s in (*STEPS, *(m for m in more if "=" in m)) for word in ("--set", s)]
     rest = [m for m in more if "=" not in m]
-    return ["train", "pretrain", str(made / model), str(made / "train-packed"), "--held-out", str(made / "test-packed"), *sets, *rest, "--out", str(out), "--workspace", str(out.parent / "ws"), "--quiet"]
+    return [
+        "train",
+        "pretrain",
+        str(made / model),
+        str(made / "train-packed"),
+        "--held-out",
+        str(made / "test-packed"),
+        *sets,
+        *rest,
+        "--out",
+        str(out),
+        "--workspace",
+        str(out.parent / "ws"),
+        "--quiet",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +128,24 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def same(out: Path, alone: Path) -> None:
-    """Losses, norms and figures of each step, tokens, and the weights at the end. Where gradients are nearly nothing, Adam makes a step of their rounding, so norms drift."""
+    """Losses, norms and figures of each step, tokens, and the weights at the end.
+
+    Where gradients are nearly nothing, Adam makes a step of their rounding, so norms drift.
+    """
     ours, theirs = rows(out), rows(alone)
-    assert [(r["step"], r.get("tokens"), r.get("labels")) for r in ours] == [(r["step"], r.get("tokens"), r.get("labels")) for r in theirs]
-    for name, within in (("loss", 2e-4), ("gradient_norm", 0.02), ("learning_rate", 1e-12), ("held_out", 2e-4), ("bits_per_byte", 2e-4)):
-        assert [r[name] for r in ours if name in r] == pytest.approx([r[name] for r in theirs if name in r], rel=within), name
+    assert [(r["step"], r.get("tokens"), r.get("labels")) for r in ours] == [
+        (r["step"], r.get("tokens"), r.get("labels")) for r in theirs
+    ]
+    for name, within in (
+        ("loss", 2e-4),
+        ("gradient_norm", 0.02),
+        ("learning_rate", 1e-12),
+        ("held_out", 2e-4),
+        ("bits_per_byte", 2e-4),
+    ):
+        assert [r[name] for r in ours if name in r] == pytest.approx(
+            [r[name] for r in theirs if name in r], rel=within
+        ), name
     assert [r["gradient_norm"] for r in ours[:2]] == pytest.approx([r["gradient_norm"] for r in theirs[:2]], rel=2e-5)
     a, b = load_file(out / "model.safetensors"), load_file(alone / "model.safetensors")
     assert a.keys() == b.keys()
@@ -76,12 +154,23 @@ def same(out: Path, alone: Path) -> None:
 
 
 LAYOUTS = {
-    "replicated": ("2", ()), "sharded": ("2", ("parallel.data=shard",)), "tensor": ("2", ("parallel.tensor=2",)), "pipeline": ("2", ("parallel.pipeline=2",)),
-    "sharded and tensor": ("4", ("parallel.data=shard", "parallel.tensor=2")), "sharded and pipeline": ("4", ("parallel.data=shard", "parallel.pipeline=2")), "replicated and pipeline": ("4", ("parallel.pipeline=2",)),
-}  # fmt: skip
+    "replicated": ("2", ()),
+    "sharded": ("2", ("parallel.data=shard",)),
+    "tensor": ("2", ("parallel.tensor=2",)),
+    "pipeline": ("2", ("parallel.pipeline=2",)),
+    "sharded and tensor": ("4", ("parallel.data=shard", "parallel.tensor=2")),
+    "sharded and pipeline": ("4", ("parallel.data=shard", "parallel.pipeline=2")),
+    "replicated and pipeline": ("4", ("parallel.pipeline=2",)),
+}
 
 
-TUNED = {"adapter": ("lora.rank=4",), "adapter of four bits": ("lora.base=nf4", "lora.rank=4"), "all weights": ("method=full",), "sharded adapter": ("lora.rank=4", "parallel.data=shard"), "sharded weights": ("method=full", "parallel.data=shard")}
+TUNED = {
+    "adapter": ("lora.rank=4",),
+    "adapter of four bits": ("lora.base=nf4", "lora.rank=4"),
+    "all weights": ("method=full",),
+    "sharded adapter": ("lora.rank=4", "parallel.data=shard"),
+    "sharded weights": ("method=full", "parallel.data=shard"),
+}
 
 
 @pytest.mark.slow
@@ -91,22 +180,62 @@ def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico:
 
     chats(tmp_path / "chats", 24)
     alone = [s for s in TUNED[what] if not s.startswith("parallel")]
-    sets = ("batch_size=2", "accumulation=2", "optimizer.learning_rate=0.005", "checkpoint_every=4", "look_every=4", "samples=0")
+    sets = (
+        "batch_size=2",
+        "accumulation=2",
+        "optimizer.learning_rate=0.005",
+        "checkpoint_every=4",
+        "look_every=4",
+        "samples=0",
+    )
     for name, more in (("one", alone), ("two", [*TUNED[what], "--nproc", "2"])):
-        words = ["train", "sft", str(pico), str(tmp_path / "chats"), "--held-out", str(tmp_path / "chats"), "--out", str(tmp_path / name), "--workspace", str(tmp_path / f"ws-{name}"), "--quiet"]
-        assert main([*words, *(w for s in (*sets, *(m for m in more if "=" in m)) for w in ("--set", s)), *(m for m in more if "=" not in m)]) == 0
+        words = [
+            "train",
+            "sft",
+            str(pico),
+            str(tmp_path / "chats"),
+            "--held-out",
+            str(tmp_path / "chats"),
+            "--out",
+            str(tmp_path / name),
+            "--workspace",
+            str(tmp_path / f"ws-{name}"),
+            "--quiet",
+        ]
+        assert (
+            main(
+                [
+                    *words,
+                    *(w for s in (*sets, *(m for m in more if "=" in m)) for w in ("--set", s)),
+                    *(m for m in more if "=" not in m),
+                ]
+            )
+            == 0
+        )
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [(r["step"], r.get("tokens"), r.get("labels")) for r in one] == [(r["step"], r.get("tokens"), r.get("labels")) for r in two]
+    assert [(r["step"], r.get("tokens"), r.get("labels")) for r in one] == [
+        (r["step"], r.get("tokens"), r.get("labels")) for r in two
+    ]
     for name in ("loss", "held_out"):
         assert [r[name] for r in one if name in r] == pytest.approx([r[name] for r in two if name in r], rel=2e-3), name
     assert [r["gradient_norm"] for r in one[:2]] == pytest.approx([r["gradient_norm"] for r in two[:2]], rel=1e-3)
-    file = "adapter_model.safetensors" if (tmp_path / "one" / "adapter_model.safetensors").exists() else "model.safetensors"
+    file = (
+        "adapter_model.safetensors"
+        if (tmp_path / "one" / "adapter_model.safetensors").exists()
+        else "model.safetensors"
+    )
     a, b = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[name], b[name], atol=5e-3) for name in a)
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] if LAYOUTS[name][0] == "4" or name != "sharded" else []) for name in LAYOUTS])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if LAYOUTS[name][0] == "4" or name != "sharded" else [])
+        for name in LAYOUTS
+    ],
+)
 def test_a_step_is_the_same_step(layout: str, made: Path, alone: Path, tmp_path: Path) -> None:
     processes, sets = LAYOUTS[layout]
     assert main(words(made, tmp_path / "out", *sets, "--nproc", processes)) == 0
@@ -115,7 +244,9 @@ def test_a_step_is_the_same_step(layout: str, made: Path, alone: Path, tmp_path:
 
 @pytest.mark.slow
 def test_checkpoints_are_read_by_another_number_of_processes(made: Path, alone: Path, tmp_path: Path) -> None:
-    """Two sharded processes are killed; one goes on; it is killed; two pieces of a pipeline would be another configuration, two shards are not."""
+    """Two sharded processes are killed; one goes on; it is killed; two pieces of a pipeline would be another
+    configuration, two shards are not.
+    """
     out = tmp_path / "out"
     sets = words(made, out, "parallel.data=shard")
     seen = kill_when(sets, "2", out, "step-000000005", victim=None)
@@ -129,7 +260,13 @@ def test_checkpoints_are_read_by_another_number_of_processes(made: Path, alone: 
 def kill_when(command: list[str], processes: str, out: Path, checkpoint: str, victim: int | None) -> int:
     """Start processes, wait for a checkpoint, kill all or one by its number; returns the launcher's exit code."""
     with (out.parent / "stderr").open("wb") as told:
-        launcher = subprocess.Popen([sys.executable, "-m", "llmworks.cli", *command, "--nproc", processes], stdout=subprocess.DEVNULL, stderr=told, env={**os.environ, "LLMWORKS_THREADS": "1"}, start_new_session=True)
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "llmworks.cli", *command, "--nproc", processes],
+            stdout=subprocess.DEVNULL,
+            stderr=told,
+            env={**os.environ, "LLMWORKS_THREADS": "1"},
+            start_new_session=True,
+        )
     for _ in range(6000):
         if list(out.parent.glob(f"ws/scratch/*/checkpoints/{checkpoint}")):
             break
@@ -146,7 +283,9 @@ def ranks(launcher: int) -> dict[int, int]:
     """The processes that a launcher started, by their numbers."""
     found = {}
     for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        environment = dict(entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in entry)
+        environment = dict(
+            entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in entry
+        )
         found[int(environment["RANK"])] = int(pid)
     return found
 
@@ -157,7 +296,11 @@ def test_a_killed_process_ends_all_with_one_message(victim: int, made: Path, tmp
     command = words(made, out, "epochs=400")
     assert kill_when(command, "2", out, "step-000000005", victim) == 3
     told = (tmp_path / "stderr").read_text().strip()
-    assert told == f"llmworks: process {victim} of 2 was killed (signal 9); all are stopped. The same command goes on from the last checkpoint"
+    assert (
+        told
+        == f"llmworks: process {victim} of 2 was killed (signal 9); all are stopped. The same command goes on from the"
+        " last checkpoint"
+    )
     assert not out.exists()
 
 
@@ -178,7 +321,12 @@ if os.environ.get("RANK") == "1":
 def test_the_process_that_fails_is_named_not_those_that_miss_it(made: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAULT)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "LLMWORKS_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "llmworks.cli", *words(made, tmp_path / "out"), "--nproc", "2"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmworks.cli", *words(made, tmp_path / "out"), "--nproc", "2"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 2
     assert done.stderr.strip() == "process 1 of 2: llmworks: shard-00003: cannot be read here"
 
@@ -187,7 +335,15 @@ def test_the_process_that_fails_is_named_not_those_that_miss_it(made: Path, tmp_
 def test_two_runs_at_once_share_the_work(made: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmworks.cli", *words(made, tmp_path / "out", "--nproc", "2")]
     command.remove("--quiet")
-    runs = [subprocess.Popen([*command[:-4], "--out", str(tmp_path / name), *command[-2:]], stderr=subprocess.PIPE, text=True, env={**os.environ, "LLMWORKS_THREADS": "1"}) for name in ("one", "two")]
+    runs = [
+        subprocess.Popen(
+            [*command[:-4], "--out", str(tmp_path / name), *command[-2:]],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "LLMWORKS_THREADS": "1"},
+        )
+        for name in ("one", "two")
+    ]
     told = [run.communicate(timeout=300)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert sum("another run made it meanwhile" in text for text in told) == 1
@@ -197,7 +353,21 @@ def test_two_runs_at_once_share_the_work(made: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llmworks.cli", *words(made, out)], capture_output=True, text=True, env={**os.environ, "LLMWORKS_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "llmworks.cli",
+            *words(made, out),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LLMWORKS_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Result:") == 1  # of the first process alone
     same(out, alone)
@@ -226,10 +396,15 @@ def test_a_recurrent_model_is_replicated(made: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_mistakes(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for more, says in (
-        (("parallel.tensor=2",), "does not divide 1 process; start it with --nproc 2 or a multiple"), (("batch=8", "accumulation=1", "parallel.pipeline=2", "--nproc", "2"), "make accumulation larger"),
-        (("--nproc", "two"), "--nproc two: it must be a number"), (("--nproc", "²"), "--nproc ²: it must be a number"),
-        (("batch=6", "accumulation=3", "parallel.pipeline=2", "--nproc", "4"), "a step has 9 rows in each process, which are no parts of 6"),
-    ):  # fmt: skip
+        (("parallel.tensor=2",), "does not divide 1 process; start it with --nproc 2 or a multiple"),
+        (("batch=8", "accumulation=1", "parallel.pipeline=2", "--nproc", "2"), "make accumulation larger"),
+        (("--nproc", "two"), "--nproc two: it must be a number"),
+        (("--nproc", "²"), "--nproc ²: it must be a number"),
+        (
+            ("batch=6", "accumulation=3", "parallel.pipeline=2", "--nproc", "4"),
+            "a step has 9 rows in each process, which are no parts of 6",
+        ),
+    ):
         assert main(words(made, tmp_path / "o", *more)) == 2, more
         told = capfd.readouterr().err.strip()
         assert says in told
@@ -246,9 +421,15 @@ def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "count", lambda self, axis: 4)
     world = World(torch.device("cpu"), size=4)
     for shape, parallel, precision, says in (
-        (Shape(width=32, heads=4, kv_heads=2, layers=3), Parallel(tensor=4), "fp32", "parallel.tensor 4 does not divide the model's kv_heads 2"),
-        (Shape(width=32, heads=4, layers=3, position="alibi"), Parallel(tensor=4), "fp32", "ALiBi"), (Shape(width=32, heads=4, layers=3), Parallel(data="shard"), "fp16", "take bf16"),
-    ):  # fmt: skip
+        (
+            Shape(width=32, heads=4, kv_heads=2, layers=3),
+            Parallel(tensor=4),
+            "fp32",
+            "parallel.tensor 4 does not divide the model's kv_heads 2",
+        ),
+        (Shape(width=32, heads=4, layers=3, position="alibi"), Parallel(tensor=4), "fp32", "ALiBi"),
+        (Shape(width=32, heads=4, layers=3), Parallel(data="shard"), "fp16", "take bf16"),
+    ):
         network = DecoderForCausalLM(DecoderConfig(shape=shape.model_copy(update={"vocabulary": 64}).model_dump()))
         with pytest.raises(UserError, match=says):
             place(network, parallel, world, precision=precision)

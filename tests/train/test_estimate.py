@@ -1,4 +1,6 @@
-"""What `plan` says of a training before it starts is what the training then is: parameters, steps, tokens, operations; and what processes share."""
+"""What `plan` says of a training before it starts is what the training then is: parameters, steps, tokens, operations;
+and what processes share.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,14 @@ steps:
   packed: {stage: data.pack, inputs: {model: tokenizer, data: read}, config: {length: 32}}
   new: {stage: model.new, inputs: {tokenizer: tokenizer}, config: {width: 64, layers: 2, heads: 2, context: 32}}
   old: {stage: model.recurrent, inputs: {tokenizer: tokenizer}, config: {kind: gru, width: 32, context: 32}}
-  trained: {stage: train.pretrain, inputs: {model: new, data: packed, held_out: packed}, config: {batch: 2, epochs: 2, sample_tokens: 4, look_rows: 4}}
-  more: {stage: train.pretrain, inputs: {model: trained, data: packed}, config: {batch: 4, tokens: 500, sample_tokens: 0}}
+  trained:
+    stage: train.pretrain
+    inputs: {model: new, data: packed, held_out: packed}
+    config: {batch: 2, epochs: 2, sample_tokens: 4, look_rows: 4}
+  more:
+    stage: train.pretrain
+    inputs: {model: trained, data: packed}
+    config: {batch: 4, tokens: 500, sample_tokens: 0}
   gru: {stage: train.pretrain, inputs: {model: old, data: packed}, config: {batch: 2, sample_tokens: 0}}
 """
 
@@ -86,7 +94,9 @@ def test_operations_and_memory_by_hand() -> None:
     assert again.activations() < training.activations()
 
     def states(processes: int = 1, **more: object) -> float:
-        t = Training(PretrainConfig.model_validate({"batch": 4, "accumulation": 2, **more}), shape, 64, processes=processes)
+        t = Training(
+            PretrainConfig.model_validate({"batch": 4, "accumulation": 2, **more}), shape, 64, processes=processes
+        )
         return t.memory - PROCESS - t.activations()
 
     assert states() == 16 * numbers  # weights, gradients, two moments
@@ -96,7 +106,9 @@ def test_operations_and_memory_by_hand() -> None:
     assert states(2) == 16 * numbers  # replicated
     assert states(4, parallel=Parallel(data="shard", tensor=2).model_dump()) == 4 * numbers
     half = Training(PretrainConfig(batch=4, accumulation=2), shape, 64, processes=8)
-    assert half.activations() < Training(PretrainConfig(batch=4, accumulation=2), shape, 64).activations()  # one row each
+    assert (
+        half.activations() < Training(PretrainConfig(batch=4, accumulation=2), shape, 64).activations()
+    )  # one row each
 
 
 def test_layers_that_were_not_tried() -> None:
@@ -104,20 +116,26 @@ def test_layers_that_were_not_tried() -> None:
     assert one.deeper(two, 9) == Trial(5.5, pytest.approx(0.55), 11.0, 5.0, 460.0)
     assert two.deeper(one, 9) == two  # a machine that had other work while one layer was tried
     config = PretrainConfig(batch=4, look_every=10, look_rows=50)
-    training = Training(config, Shape(vocabulary=64, width=32, heads=2, layers=1), 64, rows=100, tokens=6400, held_out=20)
+    training = Training(
+        config, Shape(vocabulary=64, width=32, heads=2, layers=1), 64, rows=100, tokens=6400, held_out=20
+    )
     assert training.seconds(one) == pytest.approx(5.0 + 25 * 1.0 + (3 + 2) * 2.0 + (3 * 20 + 20) * 0.1)
 
 
 @pytest.mark.slow
 def test_a_trial_runs_what_is_asked() -> None:
-    deep = Training(PretrainConfig(batch=2, sample_tokens=2), Shape(vocabulary=512, width=32, heads=2, layers=12, context=32), 32)
+    deep = Training(
+        PretrainConfig(batch=2, sample_tokens=2), Shape(vocabulary=512, width=32, heads=2, layers=12, context=32), 32
+    )
     trial = deep.attempt()
     assert min(trial.step, trial.row, trial.around) > 0
     assert 3e8 < trial.memory < 3e9
 
 
 @pytest.mark.slow
-def test_a_fine_tuning_is_what_then_happens(recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fine_tuning_is_what_then_happens(
+    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe, workspace = recipe_file(epochs=2.5, batch_size=3, accumulation=2), ["--workspace", str(tmp_path / "ws")]
 
     def planned(*more: str) -> dict[str, Any]:
@@ -136,7 +154,10 @@ def test_a_fine_tuning_is_what_then_happens(recipe_file: Callable[..., Path], tm
     assert tried["training"]["memory_bytes"] > before["training"]["parameters"] * 4 + PROCESS
     assert main(["run", str(recipe), *workspace, "--quiet"]) == 0
     metrics = json.loads((tmp_path / "ws" / "small" / "tuned" / "manifest.json").read_text())["metrics"]
-    assert (tried["training"]["steps"], tried["training"]["learned"]) == (metrics["steps"], metrics["trained_parameters"])
+    assert (tried["training"]["steps"], tried["training"]["learned"]) == (
+        metrics["steps"],
+        metrics["trained_parameters"],
+    )
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
@@ -144,10 +165,13 @@ def test_an_adapter_is_counted_without_weights(targets: str | list[str], pico: P
     network = load_model(pico)
     lora.attach(network, targets, lora.Lora(3, 6.0))
     shape = shape_of(json.loads((pico / "config.json").read_text()))[1]
-    tuning = Tuning(SftConfig(lora=LoraConfig(rank=3, targets=targets)), pico, shape, Conversations(8, 700.0, 1400, 0.25))
+    tuning = Tuning(
+        SftConfig(lora=LoraConfig(rank=3, targets=targets)), pico, shape, Conversations(8, 700.0, 1400, 0.25)
+    )
     assert tuning.learned == tuning.saved == sum(p.numel() for p in network.parameters() if p.requires_grad)
     assert tuning.parameters == sum(p.numel() for p in network.parameters() if not p.requires_grad)
-    # by hand, of 2 passes over 8 conversations of 200 tokens: matrices of the layers and attention to half a text, a quarter of the head, the adapter thrice
+    # by hand, of 2 passes over 8 conversations of 200 tokens: matrices of the layers and attention to half a text, a
+    # quarter of the head, the adapter thrice
     layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
     head, attention = shape.vocabulary * 64, 2 * 2 * 64 * 100
     assert tuning.work == pytest.approx((4 * (layers + attention + head / 4) + 6 * tuning.learned) * 3200)
@@ -158,18 +182,29 @@ def test_letters_of_conversations(chat_file: Path, tmp_path: Path) -> None:
     write_chat(tmp_path / "data", rows)
     sizes = [sum(TURN + len(turn["content"]) for turn in row["messages"]) for row in rows]
     learned = sum(TURN + len(row["messages"][1]["content"]) for row in rows)
-    assert conversations_of(Dataset(tmp_path / "data")) == Conversations(12, pytest.approx(sum(sizes) / 12), max(sizes), pytest.approx(learned / sum(sizes)))
+    assert conversations_of(Dataset(tmp_path / "data")) == Conversations(
+        12, pytest.approx(sum(sizes) / 12), max(sizes), pytest.approx(learned / sum(sizes))
+    )
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("trained.batch=20000",), "trained: the data has "), (("new.context=16",), "trained: rows have 32 tokens, the model reads 16"), (("trained.epochs=.inf",), "finite"),
-        (("trained.parallel.pipeline=4", "--processes", "4"), "trained: parallel.pipeline 4 is more than the model's 2 layers"), (("--processes", "0"), "--processes 0"),
-        (("--processes", "2", "--try"), "--try runs the steps in one process"), (("new.width=16384", "new.heads=16", "new.layers=1000", "--try"), "GB, "),
+        (("trained.batch=20000",), "trained: the data has "),
+        (("new.context=16",), "trained: rows have 32 tokens, the model reads 16"),
+        (("trained.epochs=.inf",), "finite"),
+        (
+            ("trained.parallel.pipeline=4", "--processes", "4"),
+            "trained: parallel.pipeline 4 is more than the model's 2 layers",
+        ),
+        (("--processes", "0"), "--processes 0"),
+        (("--processes", "2", "--try"), "--try runs the steps in one process"),
+        (("new.width=16384", "new.heads=16", "new.layers=1000", "--try"), "GB, "),
     ],
-)  # fmt: skip
-def test_what_would_be_refused_is_told_before(more: tuple[str, ...], says: str, planned: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+)
+def test_what_would_be_refused_is_told_before(
+    more: tuple[str, ...], says: str, planned: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe, workspace = planned
     sets = [word for m in more for word in (("--set", m) if "=" in m else (m,))]
     assert main(["plan", str(recipe), *workspace, *sets]) == 2
@@ -196,9 +231,19 @@ def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, l
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("".join(f"Row {i} of words, and {i * 7} more. " for i in range(300)))
     recipe, workspace = tmp_path / "tiny.yaml", ["--workspace", str(tmp_path / "ws")]
-    recipe.write_text("\n".join(line for line in RECIPE.replace("FOLDER", str(tmp_path / "text")).splitlines() if "gru" not in line and "more" not in line))
+    recipe.write_text(
+        "\n".join(
+            line
+            for line in RECIPE.replace("FOLDER", str(tmp_path / "text")).splitlines()
+            if "gru" not in line and "more" not in line
+        )
+    )
     data = tmp_path / "data.yaml"
-    data.write_text("\n".join(line for line in recipe.read_text().splitlines() if "train.pretrain" not in line and "model.new" not in line))
+    data.write_text(
+        "\n".join(
+            line for line in recipe.read_text().splitlines() if "train.pretrain" not in line and "model.new" not in line
+        )
+    )
     assert main(["run", str(data), *workspace, "--quiet"]) == 0
     capsys.readouterr()
     return recipe, workspace

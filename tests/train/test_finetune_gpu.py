@@ -1,4 +1,7 @@
-"""Fine-tuning on a GPU: the recipe that runs on a CPU, to the same losses but for bf16; what only a GPU has. Its arithmetic under autocast is tried on a CPU, too."""
+"""Fine-tuning on a GPU: the recipe that runs on a CPU, to the same losses but for bf16; what only a GPU has.
+
+Its arithmetic under autocast is tried on a CPU, too.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,37 @@ from llmworks.train.distributed.sharding import resolved
 
 __all__ = ["run"]
 WAYS: dict[str, dict[str, Any]] = {
-    "an adapter": {}, "4 bits": {"lora": {"base": "nf4"}}, "magnitudes": {"lora": {"magnitudes": True}}, "dropout": {"lora": {"dropout": 0.1}}, "all weights": {"method": "full"}, "recompute": {"recompute": True}, "noise": {"neftune": 5.0},
-}  # fmt: skip
+    "an adapter": {},
+    "4 bits": {"lora": {"base": "nf4"}},
+    "magnitudes": {"lora": {"magnitudes": True}},
+    "dropout": {"lora": {"dropout": 0.1}},
+    "all weights": {"method": "full"},
+    "recompute": {"recompute": True},
+    "noise": {"neftune": 5.0},
+}
 
 
-@pytest.mark.parametrize("what", [what if what in ("an adapter", "4 bits", "all weights") else pytest.param(what, marks=pytest.mark.slow) for what in WAYS])
+@pytest.mark.parametrize(
+    "what",
+    [
+        what if what in ("an adapter", "4 bits", "all weights") else pytest.param(what, marks=pytest.mark.slow)
+        for what in WAYS
+    ],
+)
 def test_half_precision_is_near(what: str, run: Run, tmp_path: Path) -> None:
-    """bf16 under autocast, which is what `auto` is on a GPU, against fp32: losses of all steps, looks, and the result's golden tokens."""
+    """bf16 under autocast, which is what `auto` is on a GPU, against fp32: losses of all steps, looks, and the result's
+    golden tokens.
+    """
     found = {}
     for precision in ("fp32", "bf16"):
-        made, data = run(precision, held_out=chats(tmp_path / "unseen", 6), precision=precision, epochs=1.0, look_every=3, **WAYS[what])
+        made, data = run(
+            precision,
+            held_out=chats(tmp_path / "unseen", 6),
+            precision=precision,
+            epochs=1.0,
+            look_every=3,
+            **WAYS[what],
+        )
         assert made.golden is not None
         found[precision] = [(row["loss"], row.get("held_out", 0.0)) for row in data["rows"] if "loss" in row]
     for exact, half in zip(found["fp32"], found["bf16"], strict=True):
@@ -33,7 +57,9 @@ def test_half_precision_is_near(what: str, run: Run, tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("what", [*WAYS, "moments in 8 bits"])
 def test_a_gpu_trains_what_a_cpu_trains(what: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configuration without a word about the device; losses of a CPU in fp32 beside those of the GPU in what it has."""
+    """The configuration without a word about the device; losses of a CPU in fp32 beside those of the GPU in what it
+    has.
+    """
     config = WAYS.get(what, {"optimizer": {"name": "adamw-8bit"}})
     held_out = chats(tmp_path / "unseen", 6)
     made, data = run("gpu", held_out=held_out, epochs=1.0, look_every=3, **config)
@@ -42,7 +68,11 @@ def test_a_gpu_trains_what_a_cpu_trains(what: str, run: Run, tmp_path: Path, mon
     plain = config if what in WAYS else {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     _, exact = run("cpu", held_out=held_out, epochs=1.0, look_every=3, **plain)
-    for here, there in zip((row["loss"] for row in data["rows"] if "loss" in row), (row["loss"] for row in exact["rows"] if "loss" in row), strict=True):
+    for here, there in zip(
+        (row["loss"] for row in data["rows"] if "loss" in row),
+        (row["loss"] for row in exact["rows"] if "loss" in row),
+        strict=True,
+    ):
         assert here == pytest.approx(there, rel=0.1 if what in ("dropout", "noise") else 0.05)
 
 

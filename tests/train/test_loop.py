@@ -1,4 +1,6 @@
-"""Training invariants: accumulation is the batch, padding is nothing, resuming is not interrupting, the loss is transformers' own."""
+"""Training invariants: accumulation is the batch, padding is nothing, resuming is not interrupting, the loss is
+transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from llmworks.train.loop.losses import next_token_loss
 from llmworks.train.loop.schedule import OptimizerConfig, learning_rate
 
 EXAMPLES = [
-    Example(tuple(3 + (i * 7 + j * 3) % 300 for j in range(4 + 3 * i)), tuple(int(j >= 2 + i) for j in range(4 + 3 * i))) for i in range(8)
+    Example(
+        tuple(3 + (i * 7 + j * 3) % 300 for j in range(4 + 3 * i)), tuple(int(j >= 2 + i) for j in range(4 + 3 * i))
+    )
+    for i in range(8)
 ]
 CONFIG = OptimizerConfig(learning_rate=1e-2, warmup=0.1)
 
@@ -55,13 +60,17 @@ def test_loss_is_that_of_transformers(pico: Path) -> None:
     labels[batch.rows, batch.columns] = batch.ids[batch.rows, batch.columns]
     attention = torch.tensor([[1] * len(e.ids) + [0] * (batch.ids.shape[1] - len(e.ids)) for e in EXAMPLES])
     theirs = model(input_ids=batch.ids, attention_mask=attention, labels=labels).loss
-    assert float(next_token_loss(model, batch).detach() / batch.labels) == pytest.approx(float(theirs.detach()), rel=1e-5)
+    assert float(next_token_loss(model, batch).detach() / batch.labels) == pytest.approx(
+        float(theirs.detach()), rel=1e-5
+    )
 
 
 def test_padding_and_batching_change_nothing(pico: Path) -> None:
     model = load_model(pico)
     together = float(next_token_loss(model, collate(EXAMPLES)).detach())
-    assert sum(float(next_token_loss(model, collate([e])).detach()) for e in EXAMPLES) == pytest.approx(together, rel=1e-5)
+    assert sum(float(next_token_loss(model, collate([e])).detach()) for e in EXAMPLES) == pytest.approx(
+        together, rel=1e-5
+    )
 
 
 def test_first_token_is_never_a_label() -> None:
@@ -75,7 +84,15 @@ def test_accumulated_steps_equal_the_large_batch(pico: Path, tmp_path: Path) -> 
         torch.manual_seed(0)
         lora.attach(model, "all-linear", lora.Lora(4, 8.0))
         (tmp_path / name).mkdir()
-        train(model, steps_of(groups), next_token_loss, CONFIG, Habits(99), scratch=tmp_path / name, progress=Progress(quiet=True))
+        train(
+            model,
+            steps_of(groups),
+            next_token_loss,
+            CONFIG,
+            Habits(99),
+            scratch=tmp_path / name,
+            progress=Progress(quiet=True),
+        )
         return adapter.state(model)
 
     whole, parts = trained("a", [[[0, 1, 2, 3, 4, 5, 6, 7]]] * 3), trained("b", [[[7], [0, 1], [2, 3, 4], [5, 6]]] * 3)
@@ -104,8 +121,14 @@ def test_resume_is_no_interruption_bit_for_bit(pico: Path, tmp_path: Path) -> No
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
     with pytest.raises(Killed):
         train(
-            prepared(pico), [[lambda p=parts[0]: dying(p)] for parts in groups], next_token_loss, CONFIG, Habits(3), scratch=scratch, progress=progress  # type: ignore[misc]
-        )  # fmt: skip
+            prepared(pico),
+            [[lambda p=parts[0]: dying(p)] for parts in groups],
+            next_token_loss,
+            CONFIG,
+            Habits(3),
+            scratch=scratch,
+            progress=progress,  # type: ignore[misc]
+        )
     assert len(progress.read_metrics()) == 7
     torch.manual_seed(99)  # a new process would not have the old random state
     resumed, resumed_rows = run(pico, scratch, groups)

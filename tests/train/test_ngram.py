@@ -26,8 +26,26 @@ def packed(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     text = (Path(__file__).parents[2] / "LICENSE").read_text()
     for name, part in (("train", text[:9000]), ("test", text[9000:])):
         (tmp_path / f"{name}.txt").write_text(part)
-        assert main(["data", "read", str(tmp_path / f"{name}.txt"), "--out", str(tmp_path / f"{name}-read"), "--quiet"]) == 0
-        assert main(["data", "pack", str(pico), str(tmp_path / f"{name}-read"), "--set", "length=64", "--out", str(tmp_path / f"{name}-packed"), "--quiet"]) == 0
+        assert (
+            main(["data", "read", str(tmp_path / f"{name}.txt"), "--out", str(tmp_path / f"{name}-read"), "--quiet"])
+            == 0
+        )
+        assert (
+            main(
+                [
+                    "data",
+                    "pack",
+                    str(pico),
+                    str(tmp_path / f"{name}-read"),
+                    "--set",
+                    "length=64",
+                    "--out",
+                    str(tmp_path / f"{name}-packed"),
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
     return tmp_path / "train-packed", tmp_path / "test-packed", tmp_path / "test.txt"
 
 
@@ -36,7 +54,24 @@ def test_the_stage(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path) 
     found = {}
     for order in (1, 4):
         out = tmp_path / f"n{order}"
-        assert main(["train", "ngram", str(pico), str(train), "--held-out", str(test), "--set", f"order={order}", "--out", str(out), "--quiet"]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    "ngram",
+                    str(pico),
+                    str(train),
+                    "--held-out",
+                    str(test),
+                    "--set",
+                    f"order={order}",
+                    "--out",
+                    str(out),
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
         found[order] = json.loads((out / "manifest.json").read_text())["metrics"]
         assert main(["verify", str(out)]) == 0
         assert main(["verify", "--golden", str(out)]) == 0
@@ -53,7 +88,9 @@ def test_the_stage(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path) 
     assert found[4]["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-4)
     first = len(load_tokenizer(pico).decode(rows[0].ids[:1]))
     assert found[4]["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(text.read_bytes()) - first), rel=1e-3)
-    (one,) = engine.generate([Request(ids=tuple(rows[0].ids[:8].tolist()), sampling=Sampling(max_tokens=20, temperature=1.0, seed=1))])
+    (one,) = engine.generate(
+        [Request(ids=tuple(rows[0].ids[:8].tolist()), sampling=Sampling(max_tokens=20, temperature=1.0, seed=1))]
+    )
     assert one.ids
 
 
@@ -74,14 +111,68 @@ def test_one_measure_for_every_model(packed: tuple[Path, Path, Path], pico: Path
     assert found.per_token == pytest.approx(nats / tokens, rel=1e-4)
 
 
-def test_mistakes(packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    packed: tuple[Path, Path, Path], pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = tmp_path / "small"
     large = tmp_path / "large"
-    assert main(["tokenize", "train", str(tmp_path / "train-read"), "--set", "vocabulary=400", "--out", str(large), "--quiet"]) == 0
-    assert main(["data", "pack", str(large), str(tmp_path / "test-read"), "--set", "length=64", "--out", str(tmp_path / "others"), "--quiet"]) == 0
-    assert main(["tokenize", "train", str(tmp_path / "train-read"), "--set", "vocabulary=280", "--out", str(small), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "tokenize",
+                "train",
+                str(tmp_path / "train-read"),
+                "--set",
+                "vocabulary=400",
+                "--out",
+                str(large),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "data",
+                "pack",
+                str(large),
+                str(tmp_path / "test-read"),
+                "--set",
+                "length=64",
+                "--out",
+                str(tmp_path / "others"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "tokenize",
+                "train",
+                str(tmp_path / "train-read"),
+                "--set",
+                "vocabulary=280",
+                "--out",
+                str(small),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
-    for words, says in (([str(pico), str(packed[0]), "--set", "discount=1e-323"], "give 0, or 0.001 or more"), ([str(pico), str(tmp_path / "train-read")], "no shards of tokens"), ([str(small), str(packed[0])], "was packed with another tokenizer than"), ([str(pico), str(packed[0]), "--held-out", str(tmp_path / "others")], "others: was packed with another tokenizer"), ([str(pico), str(packed[0]), "--set", "order=9"], "less than or equal to 8")):
+    for words, says in (
+        ([str(pico), str(packed[0]), "--set", "discount=1e-323"], "give 0, or 0.001 or more"),
+        ([str(pico), str(tmp_path / "train-read")], "no shards of tokens"),
+        ([str(small), str(packed[0])], "was packed with another tokenizer than"),
+        (
+            [str(pico), str(packed[0]), "--held-out", str(tmp_path / "others")],
+            "others: was packed with another tokenizer",
+        ),
+        ([str(pico), str(packed[0]), "--set", "order=9"], "less than or equal to 8"),
+    ):
         assert main(["train", "ngram", *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2
         told = capsys.readouterr().err.strip()
         assert says in told

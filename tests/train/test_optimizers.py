@@ -65,7 +65,10 @@ def test_lion_by_its_paper() -> None:
 def test_adamw_decays_matrices_only() -> None:
     made = stepped(OptimizerConfig(name="adamw", learning_rate=0.01, weight_decay=0.5))
     model = Two()
-    reference = torch.optim.AdamW([{"params": [model.layer.weight], "weight_decay": 0.5}, {"params": [model.layer.bias], "weight_decay": 0.0}], lr=0.01)
+    reference = torch.optim.AdamW(
+        [{"params": [model.layer.weight], "weight_decay": 0.5}, {"params": [model.layer.bias], "weight_decay": 0.0}],
+        lr=0.01,
+    )
     for step in range(4):
         model.loss(step).backward()
         reference.step()
@@ -75,12 +78,27 @@ def test_adamw_decays_matrices_only() -> None:
 
 
 def test_muon_turns_inner_matrices_only() -> None:
-    """A step of a matrix is near orthogonal: its singular values are about the same, as far as the gradient has directions. Embedding, head and gains are AdamW's."""
+    """A step of a matrix is near orthogonal: its singular values are about the same, as far as the gradient has
+    directions.
+
+    Embedding, head and gains are AdamW's.
+    """
     shape = Shape(vocabulary=61, width=32, layers=1, heads=4, tied=False)  # type: ignore[call-arg]
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     inner = inner_matrices(model)
     names = {name for name, p in model.named_parameters() if id(p) in inner}
-    assert names == {f"decoder.blocks.0.{part}.weight" for part in ("attention.query", "attention.key", "attention.value", "attention.out", "feed_forward.gate", "feed_forward.up", "feed_forward.down")}
+    assert names == {
+        f"decoder.blocks.0.{part}.weight"
+        for part in (
+            "attention.query",
+            "attention.key",
+            "attention.value",
+            "attention.out",
+            "feed_forward.gate",
+            "feed_forward.up",
+            "feed_forward.down",
+        )
+    }
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     muon, adamw = optimizers_of(model, OptimizerConfig(name="muon", learning_rate=0.01))
     assert isinstance(muon, torch.optim.Muon)
@@ -123,7 +141,10 @@ def test_jumps_and_numbers_that_are_none_stop() -> None:
     for step in range(30):
         watch.look(step, 100, 3.0 + 0.01 * (step % 3), 1.0, "rows 1, 2")
     watch.look(30, 100, 3.9, 1.0, "rows 3, 4")
-    with pytest.raises(TrainingError, match=r"step 32 of 100 \(rows 7, 9\): the loss is 4\.500, 1\.490 above the median of the last 31 steps"):
+    with pytest.raises(
+        TrainingError,
+        match=r"step 32 of 100 \(rows 7, 9\): the loss is 4\.500, 1\.490 above the median of the last 31 steps",
+    ):
         watch.look(31, 100, 4.5, 1.0, "rows 7, 9")
     early = Watch(spike=1.0)
     for step, loss in enumerate((7.0, 9.0, 10.0)):  # too early for a median
@@ -143,7 +164,15 @@ def test_a_step_without_labels_is_told(tmp_path: Path) -> None:
         labels, tokens = 0, 5
 
     with pytest.raises(TrainingError, match="no label"):
-        train(Two(), [[Nothing]], lambda model, batch: model.loss(0), OptimizerConfig(), Habits(1), scratch=tmp_path, progress=Progress(quiet=True))
+        train(
+            Two(),
+            [[Nothing]],
+            lambda model, batch: model.loss(0),
+            OptimizerConfig(),
+            Habits(1),
+            scratch=tmp_path,
+            progress=Progress(quiet=True),
+        )
 
 
 def running(model: nn.Module) -> checkpoints.Running:

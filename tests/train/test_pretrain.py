@@ -1,4 +1,6 @@
-"""Pre-training: accumulation is the batch, packing isolates, resume is no interruption bit for bit, and every architecture learns and is saved as what it was."""
+"""Pre-training: accumulation is the batch, packing isolates, resume is no interruption bit for bit, and every
+architecture learns and is saved as what it was.
+"""
 
 from __future__ import annotations
 
@@ -36,19 +38,68 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, paragraph in enumerate(part.split("\n\n")):
             (folder / name / f"{i:03}.txt").write_text(paragraph)
         assert main(["data", "read", str(folder / name), "--out", str(folder / f"{name}-read"), *workspace]) == 0
-        assert main(["data", "pack", str(pico), str(folder / f"{name}-read"), "--set", "length=64", "--out", str(folder / f"{name}-packed"), *workspace]) == 0
-    for name, words in (("decoder", ["model", "new", str(pico), "--set", "heads=4"]), ("gru", ["model", "recurrent", str(pico), "--set", "kind=gru"])):
-        assert main([*words, "--set", "width=32", "--set", "layers=2", "--set", "context=64", "--out", str(folder / name), *workspace]) == 0
+        assert (
+            main(
+                [
+                    "data",
+                    "pack",
+                    str(pico),
+                    str(folder / f"{name}-read"),
+                    "--set",
+                    "length=64",
+                    "--out",
+                    str(folder / f"{name}-packed"),
+                    *workspace,
+                ]
+            )
+            == 0
+        )
+    for name, words in (
+        ("decoder", ["model", "new", str(pico), "--set", "heads=4"]),
+        ("gru", ["model", "recurrent", str(pico), "--set", "kind=gru"]),
+    ):
+        assert (
+            main(
+                [
+                    *words,
+                    "--set",
+                    "width=32",
+                    "--set",
+                    "layers=2",
+                    "--set",
+                    "context=64",
+                    "--out",
+                    str(folder / name),
+                    *workspace,
+                ]
+            )
+            == 0
+        )
     return folder
 
 
 def command(made: Path, model: str, out: Path, *sets: str) -> list[str]:
-    return ["train", "pretrain", str(made / model), str(made / "train-packed"), "--held-out", str(made / "test-packed"), *(w for s in sets for w in ("--set", s)), "--out", str(out), "--workspace", str(out.parent / "ws"), "--quiet"]
+    return [
+        "train",
+        "pretrain",
+        str(made / model),
+        str(made / "train-packed"),
+        "--held-out",
+        str(made / "test-packed"),
+        *(w for s in sets for w in ("--set", s)),
+        "--out",
+        str(out),
+        "--workspace",
+        str(out.parent / "ws"),
+        "--quiet",
+    ]
 
 
 def run(made: Path, model: str, out: Path, *sets: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     assert main(command(made, model, out, *sets)) == 0
-    return json.loads((out / "manifest.json").read_text())["metrics"], [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "manifest.json").read_text())["metrics"], [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 FAST = ("batch=4", "optimizer.learning_rate=0.01", "look_every=20", "sample_tokens=8")
@@ -56,7 +107,21 @@ FAST = ("batch=4", "optimizer.learning_rate=0.01", "look_every=20", "sample_toke
 
 @pytest.mark.parametrize("model", ["decoder", pytest.param("gru", marks=pytest.mark.slow)])
 def test_learns_and_is_saved_as_what_it_was(model: str, made: Path, tmp_path: Path) -> None:
-    counted = ["train", "ngram", str(made / "decoder"), str(made / "train-packed"), "--held-out", str(made / "test-packed"), "--set", "order=1", "--out", str(tmp_path / "one"), "--workspace", str(tmp_path / "ws"), "--quiet"]
+    counted = [
+        "train",
+        "ngram",
+        str(made / "decoder"),
+        str(made / "train-packed"),
+        "--held-out",
+        str(made / "test-packed"),
+        "--set",
+        "order=1",
+        "--out",
+        str(tmp_path / "one"),
+        "--workspace",
+        str(tmp_path / "ws"),
+        "--quiet",
+    ]
     assert main(counted) == 0
     by_frequency = json.loads((tmp_path / "one" / "manifest.json").read_text())["metrics"]["bits_per_byte"]
     metrics, rows = run(made, model, tmp_path / "out", *FAST, "epochs=12")
@@ -77,7 +142,15 @@ def test_a_large_step_is_its_parts(made: Path, tmp_path: Path) -> None:
     """Rows of a step have unlike numbers of labels; divided in any way they give the same step."""
     files = {}
     for parts in (1, 2, 4):
-        run(made, "decoder", tmp_path / f"p{parts}", f"batch={8 // parts}", f"accumulation={parts}", "sample_tokens=0", "optimizer.learning_rate=0.01")
+        run(
+            made,
+            "decoder",
+            tmp_path / f"p{parts}",
+            f"batch={8 // parts}",
+            f"accumulation={parts}",
+            "sample_tokens=0",
+            "optimizer.learning_rate=0.01",
+        )
         files[parts] = load_file(tmp_path / f"p{parts}" / "model.safetensors")
     for name in files[1]:
         for parts in (2, 4):
@@ -96,7 +169,11 @@ def test_a_row_of_texts_is_its_texts(made: Path) -> None:
         for row, segments in zip(batch.ids, batch.segments, strict=True):
             for text in range(int(segments.max()) + 1):
                 ids = row[segments == text][None]
-                apart += float(model(input_ids=ids, labels=ids).loss.detach()) * (ids.shape[1] - 1) if ids.shape[1] > 1 else 0.0
+                apart += (
+                    float(model(input_ids=ids, labels=ids).loss.detach()) * (ids.shape[1] - 1)
+                    if ids.shape[1] > 1
+                    else 0.0
+                )
         assert together == pytest.approx(apart, rel=1e-5)
 
 
@@ -108,7 +185,9 @@ def test_steps_follow_from_their_numbers(made: Path) -> None:
     assert len(set(first)) == each * 6  # no row twice in a pass
     assert sorted(steps.numbers(each)) != sorted(steps.numbers(0))  # the next pass has another order
     assert steps.numbers(each + 1) == PackedSteps(packed, 40, rows=6, parts=1, length=64, seed=1).numbers(each + 1)
-    assert [p().where for p in steps[3]] == [f"rows {', '.join(map(str, steps.numbers(3)[i : i + 2]))}" for i in (0, 2, 4)]
+    assert [p().where for p in steps[3]] == [
+        f"rows {', '.join(map(str, steps.numbers(3)[i : i + 2]))}" for i in (0, 2, 4)
+    ]
 
 
 EVERY = ("batch=4", "epochs=3", "checkpoint_every=7", "look_every=10", "average=0.9", "sample_tokens=4")
@@ -116,13 +195,17 @@ EVERY = ("batch=4", "epochs=3", "checkpoint_every=7", "look_every=10", "average=
 
 @pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "muon"))])
 def test_killed_and_gone_on_is_not_interrupted(name: str, made: Path, tmp_path: Path) -> None:
-    """SIGKILL of the process between two checkpoints: weights and metrics are those of the run that was left alone, bit for bit."""
+    """SIGKILL of the process between two checkpoints: weights and metrics are those of the run that was left alone, bit
+    for bit.
+    """
     sets = (*EVERY, f"optimizer.name={name}", "optimizer.learning_rate=0.003")
     whole, rows = run(made, "decoder", tmp_path / "whole", *sets)
     out = tmp_path / "killed" / "out"
     out.parent.mkdir()
     words = [sys.executable, "-m", "llmworks.cli", *command(made, "decoder", out, *sets)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "LLMWORKS_THREADS": "1"})
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "LLMWORKS_THREADS": "1"}
+    )
     for _ in range(6000):
         if list(out.parent.glob("ws/scratch/*/checkpoints/step-000000014")):
             break
@@ -140,7 +223,9 @@ def test_killed_and_gone_on_is_not_interrupted(name: str, made: Path, tmp_path: 
 
 @pytest.mark.parametrize(("decay", "moved"), [(0.05, 0.95), (0.75, 0.9)])
 def test_the_average_is_what_is_saved(decay: float, moved: float, made: Path, tmp_path: Path) -> None:
-    """One step moves the last weights by d; the mean by one minus the decay of it, which is a tenth in the first step where it is more."""
+    """One step moves the last weights by d; the mean by one minus the decay of it, which is a tenth in the first step
+    where it is more.
+    """
     start = load_file(made / "decoder" / "model.safetensors")
     one = ("batch=4", "tokens=1", "sample_tokens=0", "optimizer.warmup=0")
     run(made, "decoder", tmp_path / "last", *one, "prompts=[]", "sample_tokens=5")
@@ -183,23 +268,89 @@ def test_compiled_is_the_same(made: Path, tmp_path: Path) -> None:
 
 def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workspace = ["--workspace", str(tmp_path / "ws"), "--quiet"]
-    assert main(["model", "new", str(pico), "--set", "width=32", "--set", "heads=4", "--set", "layers=1", "--set", "context=32", "--out", str(tmp_path / "short"), *workspace]) == 0
-    assert main(["tokenize", "train", str(made / "train-read"), "--set", "vocabulary=280", "--out", str(tmp_path / "other"), *workspace]) == 0
-    assert main(["data", "pack", str(tmp_path / "other"), str(made / "train-read"), "--set", "length=64", "--out", str(tmp_path / "others"), *workspace]) == 0
-    assert main(["train", "ngram", str(pico), str(made / "train-packed"), "--out", str(tmp_path / "ngram"), *workspace]) == 0
+    assert (
+        main(
+            [
+                "model",
+                "new",
+                str(pico),
+                "--set",
+                "width=32",
+                "--set",
+                "heads=4",
+                "--set",
+                "layers=1",
+                "--set",
+                "context=32",
+                "--out",
+                str(tmp_path / "short"),
+                *workspace,
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "tokenize",
+                "train",
+                str(made / "train-read"),
+                "--set",
+                "vocabulary=280",
+                "--out",
+                str(tmp_path / "other"),
+                *workspace,
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "data",
+                "pack",
+                str(tmp_path / "other"),
+                str(made / "train-read"),
+                "--set",
+                "length=64",
+                "--out",
+                str(tmp_path / "others"),
+                *workspace,
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(["train", "ngram", str(pico), str(made / "train-packed"), "--out", str(tmp_path / "ngram"), *workspace])
+        == 0
+    )
     capsys.readouterr()
     decoder, data = str(made / "decoder"), str(made / "train-packed")
     for words, says in (
-        ([decoder, data, "--set", "batch=5000"], "a step takes 5,000 (batch 5000, accumulation 1)"), ([str(tmp_path / "short"), data], "has rows of 64 tokens"), ([decoder, str(tmp_path / "others")], "was packed with another tokenizer"),
-        ([str(tmp_path / "ngram"), data], "has no weights to train"), ([decoder, str(made / "train-read")], "no shards of tokens"), ([decoder, data, "--set", "tokens=100", "--set", "epochs=2"], "tokens and epochs are both given"),
-        ([decoder, data, "--set", "optimizer.schedule=wsd", "--set", "optimizer.decay=1"], "more than all steps"), ([str(made / "gru"), data, "--set", "recompute=true"], "does not have it"),
+        ([decoder, data, "--set", "batch=5000"], "a step takes 5,000 (batch 5000, accumulation 1)"),
+        ([str(tmp_path / "short"), data], "has rows of 64 tokens"),
+        ([decoder, str(tmp_path / "others")], "was packed with another tokenizer"),
+        ([str(tmp_path / "ngram"), data], "has no weights to train"),
+        ([decoder, str(made / "train-read")], "no shards of tokens"),
+        ([decoder, data, "--set", "tokens=100", "--set", "epochs=2"], "tokens and epochs are both given"),
+        ([decoder, data, "--set", "optimizer.schedule=wsd", "--set", "optimizer.decay=1"], "more than all steps"),
+        ([str(made / "gru"), data, "--set", "recompute=true"], "does not have it"),
         ([decoder, data, "--set", "optimizer.name=adam"], "'adamw'"),
-    ):  # fmt: skip
+    ):
         assert main(["train", "pretrain", *words, "--out", str(tmp_path / "o"), *workspace]) == 2, words
         told = capsys.readouterr().err.strip()
         assert says in told
         assert len(told.splitlines()) == 1
-    assert main([*command(made, "decoder", tmp_path / "x" / "o", "batch=4", "optimizer.learning_rate=1e30", "sample_tokens=0")]) == 1
+    assert (
+        main(
+            [
+                *command(
+                    made, "decoder", tmp_path / "x" / "o", "batch=4", "optimizer.learning_rate=1e30", "sample_tokens=0"
+                )
+            ]
+        )
+        == 1
+    )
     told = capsys.readouterr().err
     assert "the loss is" in told
     assert "(rows " in told
@@ -207,7 +358,20 @@ def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_worse_than_a_guess_is_told(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(made, "decoder", tmp_path / "out", "batch=4", "epochs=1", "sample_tokens=0", "spike=0", "optimizer.learning_rate=5.0", "optimizer.warmup=0")
+    run(
+        made,
+        "decoder",
+        tmp_path / "out",
+        "batch=4",
+        "epochs=1",
+        "sample_tokens=0",
+        "spike=0",
+        "optimizer.learning_rate=5.0",
+        "optimizer.warmup=0",
+    )
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["metrics"]["warnings"]
-    assert any("worse than a guess among its" in text for text in json.loads((tmp_path / "out" / "report" / "report.json").read_text())["warnings"])
+    assert any(
+        "worse than a guess among its" in text
+        for text in json.loads((tmp_path / "out" / "report" / "report.json").read_text())["warnings"]
+    )

@@ -14,7 +14,18 @@ from llmworks.train import scaling
 from llmworks.train.scaling import ScalingConfig, Size, planned
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
-SMALL = ("sizes=[{width: 16, layers: 1}, {width: 32, layers: 1}, {width: 48, layers: 2}, {width: 64, layers: 2}]", "flops=[1.0e+9, 2.0e+9]", "target={width: 64, layers: 3}", "target_flops=5.0e+9", "head_width=16", "batch=2", "passes=60", "least_steps=5", "look_rows=8", "draws=20")
+SMALL = (
+    "sizes=[{width: 16, layers: 1}, {width: 32, layers: 1}, {width: 48, layers: 2}, {width: 64, layers: 2}]",
+    "flops=[1.0e+9, 2.0e+9]",
+    "target={width: 64, layers: 3}",
+    "target_flops=5.0e+9",
+    "head_width=16",
+    "batch=2",
+    "passes=60",
+    "least_steps=5",
+    "look_rows=8",
+    "draws=20",
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +37,39 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, paragraph in enumerate(part.split("\n\n")):
             (folder / name / f"{i:03}.txt").write_text(paragraph)
         assert main(["data", "read", str(folder / name), "--out", str(folder / f"{name}-read"), *workspace]) == 0
-        assert main(["data", "pack", str(pico), str(folder / f"{name}-read"), "--set", "length=64", "--out", str(folder / f"{name}-packed"), *workspace]) == 0
+        assert (
+            main(
+                [
+                    "data",
+                    "pack",
+                    str(pico),
+                    str(folder / f"{name}-read"),
+                    "--set",
+                    "length=64",
+                    "--out",
+                    str(folder / f"{name}-packed"),
+                    *workspace,
+                ]
+            )
+            == 0
+        )
     return folder
 
 
 def words(made: Path, pico: Path, out: Path, *sets: str) -> list[str]:
-    return ["train", "scaling", str(pico), str(made / "train-packed"), str(made / "test-packed"), *(w for s in (*SMALL, *sets) for w in ("--set", s)), "--out", str(out), "--workspace", str(out.parent / "ws"), "--quiet"]
+    return [
+        "train",
+        "scaling",
+        str(pico),
+        str(made / "train-packed"),
+        str(made / "test-packed"),
+        *(w for s in (*SMALL, *sets) for w in ("--set", s)),
+        "--out",
+        str(out),
+        "--workspace",
+        str(out.parent / "ws"),
+        "--quiet",
+    ]
 
 
 def test_a_run_has_the_work_it_should() -> None:
@@ -45,7 +83,9 @@ def test_a_run_has_the_work_it_should() -> None:
     attention = 3 * 2 * 4 * 64 * 64  # layers, products, width, half of 128 tokens
     assert plan.work == pytest.approx((6 * multiply + attention) * plan.tokens, rel=1e-3)
     assert plan.work == pytest.approx(1e11, rel=0.05)
-    assert planned(config, Size(width=64, layers=2), 1e8, 512, 128, 1_000_000, 8000)[1].endswith("fewer than least_steps 20")
+    assert planned(config, Size(width=64, layers=2), 1e8, 512, 128, 1_000_000, 8000)[1].endswith(
+        "fewer than least_steps 20"
+    )
     assert "more than passes 4" in planned(config, Size(width=32, layers=1), 1e13, 512, 128, 1_000_000, 8000)[1]
 
 
@@ -77,18 +117,30 @@ def test_it_goes_on_and_tells(made: Path, pico: Path, tmp_path: Path, monkeypatc
     assert report["predicted"]["low"] <= report["predicted"]["value"] <= report["predicted"]["high"]
     assert report["within"] == (report["predicted"]["low"] <= report["target"]["loss"] <= report["predicted"]["high"])
     losses = [r["loss"] for r in report["runs"]]
-    assert all(more < less for less, more in zip(losses[:4], losses[4:], strict=True))  # twice the work of the same size
+    assert all(
+        more < less for less, more in zip(losses[:4], losses[4:], strict=True)
+    )  # twice the work of the same size
     page = (tmp_path / "out" / "report.md").read_text()
     assert "within the interval" in page or "outside of the interval" in page
 
 
 def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, says in (
-        (("target_flops=1.0e+9",), "target_flops 1e+09 is not more than those of the grid"), (("head_width=24",), "width 16 is not divided by head_width 24"), (("least_steps=100000",), "0 runs of 8 are left"),
-        (("flops=[1.0e+6, 1.0e+7, 1.0e+9]", "sizes=[{width: 16, layers: 1}, {width: 32, layers: 1}, {width: 48, layers: 2}]"), "a law needs 8"),
-        (("flops=[1.0e+9, 1.0e+9]",), "hold one value twice"), (("flops=[.nan, 1.0e+9]",), "finite"), (("target_flops=.inf",), "finite"),
+        (("target_flops=1.0e+9",), "target_flops 1e+09 is not more than those of the grid"),
+        (("head_width=24",), "width 16 is not divided by head_width 24"),
+        (("least_steps=100000",), "0 runs of 8 are left"),
+        (
+            (
+                "flops=[1.0e+6, 1.0e+7, 1.0e+9]",
+                "sizes=[{width: 16, layers: 1}, {width: 32, layers: 1}, {width: 48, layers: 2}]",
+            ),
+            "a law needs 8",
+        ),
+        (("flops=[1.0e+9, 1.0e+9]",), "hold one value twice"),
+        (("flops=[.nan, 1.0e+9]",), "finite"),
+        (("target_flops=.inf",), "finite"),
         (("head_width=1",), "width 16, 1 layers: "),
-    ):  # fmt: skip
+    ):
         assert main(words(made, pico, tmp_path / "o", *more)) == 2
         told = capsys.readouterr().err.strip()
         assert says in told

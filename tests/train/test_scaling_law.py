@@ -1,4 +1,6 @@
-"""Scaling laws: runs drawn from the law of Hoffmann et al. give that law back, its best sizes, and intervals that hold what they should."""
+"""Scaling laws: runs drawn from the law of Hoffmann et al. give that law back, its best sizes, and intervals that hold
+what they should.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_without_noise_the_law_comes_back() -> None:
 
 @pytest.mark.slow
 def test_intervals_hold_what_they_should() -> None:
-    """Of twenty sets of runs with noise of a thousandth, about nine of ten hold the larger run's loss, whose noise is the same."""
+    """Of twenty sets of runs with noise of a thousandth, about nine of ten hold the larger run's loss, whose noise is
+    the same.
+    """
     rng, held = np.random.default_rng(5), 0
     for seed in range(20):
         interval = laws.fit(drawn(0.001, seed), draws=40, seed=seed).interval(1e9, 2e10)

@@ -1,4 +1,6 @@
-"""The self-test finds each fault that it looks for, in what really runs, and passes what is right for every kind of model."""
+"""The self-test finds each fault that it looks for, in what really runs, and passes what is right for every kind of
+model.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,57 @@ SHAPE = Shape(width=768, layers=12, heads=12, kv_heads=4, context=1024)
 OTHERS = (Shape(norm="layer", position="learned", gated=False, bias="all"), RecurrentShape(kind="mlp", window=4))
 
 
-@pytest.mark.parametrize("shape", [SHAPE, *(pytest.param(shape, marks=pytest.mark.slow) for shape in (RecurrentShape(kind="lstm", layers=2), Shape(width=64, heads=8, kv_heads=1, layers=4, position="alibi", window=512, full_every=2, experts=Experts()), *OTHERS))])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SHAPE,
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in (
+                RecurrentShape(kind="lstm", layers=2),
+                Shape(
+                    width=64,
+                    heads=8,
+                    kv_heads=1,
+                    layers=4,
+                    position="alibi",
+                    window=512,
+                    full_every=2,
+                    experts=Experts(),
+                ),
+                *OTHERS,
+            )
+        ),
+    ],
+)
 def test_what_is_right_passes(shape: Any) -> None:
     checks = list(selftest.selftest(CONFIG, shape))
     assert len(checks) == 7
     assert all(check.holds for check in checks), [check for check in checks if not check.holds]
 
 
-@pytest.mark.parametrize("more", [{"recompute": True, "average": 0.9, "optimizer": PretrainOptimizer(name="muon", schedule="wsd", decay=0.3)}, *(pytest.param(more, marks=pytest.mark.slow) for more in ({"precision": "bf16"}, {"optimizer": PretrainOptimizer(name="lion", learning_rate=1e-4)}))])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"recompute": True, "average": 0.9, "optimizer": PretrainOptimizer(name="muon", schedule="wsd", decay=0.3)},
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in ({"precision": "bf16"}, {"optimizer": PretrainOptimizer(name="lion", learning_rate=1e-4)})
+        ),
+    ],
+)
 def test_every_habit_passes(more: dict[str, Any]) -> None:
-    checks = list(selftest.selftest(PretrainConfig.model_validate({**CONFIG.model_dump(), **{k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in more.items()}}), SHAPE))
+    checks = list(
+        selftest.selftest(
+            PretrainConfig.model_validate(
+                {
+                    **CONFIG.model_dump(),
+                    **{k: v.model_dump() if hasattr(v, "model_dump") else v for k, v in more.items()},
+                }
+            ),
+            SHAPE,
+        )
+    )
     assert all(check.holds for check in checks), [check for check in checks if not check.holds]
 
 
@@ -93,9 +136,13 @@ def wrong_learning(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {
-    "texts see one another": (wrong_segments, selftest._apart), "parts weigh alike": (wrong_parts, lambda b: selftest._parts(b, selftest.EXACT)), "labels are lost": (wrong_labels, selftest._labels),
-    "the seed is not used": (wrong_seed, selftest._seed), "moments are lost": (wrong_resume, selftest._resume), "nothing is learned": (wrong_learning, selftest._overfit),
-}  # fmt: skip
+    "texts see one another": (wrong_segments, selftest._apart),
+    "parts weigh alike": (wrong_parts, lambda b: selftest._parts(b, selftest.EXACT)),
+    "labels are lost": (wrong_labels, selftest._labels),
+    "the seed is not used": (wrong_seed, selftest._seed),
+    "moments are lost": (wrong_resume, selftest._resume),
+    "nothing is learned": (wrong_learning, selftest._overfit),
+}
 
 
 @pytest.mark.parametrize("name", list(FAULTS))
@@ -165,7 +212,10 @@ def test_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert all(check["holds"] for check in json.loads(capsys.readouterr().out)["trained"])
     recipe.write_text(RECIPE.replace("FOLDER", str(tmp_path / "text")).replace("DECAY", "optimizer: {decay: 0.4}, "))
     assert main(["train", "selftest", str(recipe), "--workspace", str(tmp_path / "ws")]) == 1
-    assert "the first is trained: every key is read: set, and not read by this training: optimizer.decay" in capsys.readouterr().err
+    assert (
+        "the first is trained: every key is read: set, and not read by this training: optimizer.decay"
+        in capsys.readouterr().err
+    )
     for words, says in ((["nothing"], "'nothing' is no training"), (["--set", "trained.batsch=3"], "batsch")):
         assert main(["train", "selftest", str(recipe), *words, "--workspace", str(tmp_path / "ws")]) == 2
         assert says in capsys.readouterr().err

@@ -24,24 +24,39 @@ from llmworks.train.loop import checkpoints, loop
 from llmworks.train.selftest import finetune as selftest_sft
 from llmworks.train.sft import SftConfig
 
-CONFIG: dict[str, Any] = {"batch_size": 2, "accumulation": 2, "lora": {"rank": 4}, "optimizer": {"learning_rate": 0.003}}
+CONFIG: dict[str, Any] = {
+    "batch_size": 2,
+    "accumulation": 2,
+    "lora": {"rank": 4},
+    "optimizer": {"learning_rate": 0.003},
+}
 RIGHT: dict[str, dict[str, Any]] = {
-    "an adapter": {}, "of four bits": {"lora": {"base": "nf4", "magnitudes": True}}, "all weights": {"method": "full", "lora": {}, "freeze": ["model.layers.0.*"]}, "with habits": {"neftune": 5, "recompute": True, "learn": "last", "look_every": 2, "best": "accuracy"},
+    "an adapter": {},
+    "of four bits": {"lora": {"base": "nf4", "magnitudes": True}},
+    "all weights": {"method": "full", "lora": {}, "freeze": ["model.layers.0.*"]},
+    "with habits": {"neftune": 5, "recompute": True, "learn": "last", "look_every": 2, "best": "accuracy"},
     "a soft prompt": {"method": "prompt", "lora": {}, "optimizer": {}},
     "with dropout": {"lora": {"dropout": 0.1, "faster": 4, "stabilised": True, "targets": ["q_proj", "down_proj"]}},
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("what", [what if what in ("an adapter", "all weights") else pytest.param(what, marks=pytest.mark.slow) for what in RIGHT])
+@pytest.mark.parametrize(
+    "what",
+    [what if what in ("an adapter", "all weights") else pytest.param(what, marks=pytest.mark.slow) for what in RIGHT],
+)
 def test_what_is_right_passes(what: str, pico: Path, tmp_path: Path) -> None:
-    checks = list(selftest_sft.selftest_sft(SftConfig.model_validate(CONFIG | RIGHT[what]), pico, chats(tmp_path / "chats", 30)))
+    checks = list(
+        selftest_sft.selftest_sft(SftConfig.model_validate(CONFIG | RIGHT[what]), pico, chats(tmp_path / "chats", 30))
+    )
     assert len(checks) == 9
     assert all(check.holds for check in checks), [check for check in checks if not check.holds]
 
 
 def bench(pico: Path, tmp_path: Path, config: SftConfig | None = None) -> selftest_sft.Bench:
     (tmp_path / "bench").mkdir()
-    return selftest_sft.Bench(tmp_path / "bench", pico, config or SftConfig.model_validate(CONFIG), chats(tmp_path / "chats", 30, turns=2))
+    return selftest_sft.Bench(
+        tmp_path / "bench", pico, config or SftConfig.model_validate(CONFIG), chats(tmp_path / "chats", 30, turns=2)
+    )
 
 
 def wrong_mask(patch: pytest.MonkeyPatch) -> None:
@@ -114,9 +129,15 @@ def _saved(b: selftest_sft.Bench) -> tuple[bool, str]:
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {
-    "questions are learned": (wrong_mask, selftest_sft._labels), "answers are not learned": (lost_mask, selftest_sft._labels), "rows see one another": (wrong_segments, selftest_sft._apart), "parts weigh alike": (wrong_parts, _parts),
-    "the adapter is drawn before the seed": (wrong_seed, selftest_sft._seed), "moments are lost": (wrong_resume, selftest_sft._resume), "nothing is learned": (wrong_learning, selftest_sft._heart), "another scale is merged": (wrong_fold, _saved),
-}  # fmt: skip
+    "questions are learned": (wrong_mask, selftest_sft._labels),
+    "answers are not learned": (lost_mask, selftest_sft._labels),
+    "rows see one another": (wrong_segments, selftest_sft._apart),
+    "parts weigh alike": (wrong_parts, _parts),
+    "the adapter is drawn before the seed": (wrong_seed, selftest_sft._seed),
+    "moments are lost": (wrong_resume, selftest_sft._resume),
+    "nothing is learned": (wrong_learning, selftest_sft._heart),
+    "another scale is merged": (wrong_fold, _saved),
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -147,7 +168,9 @@ def test_what_cannot_be_shrunken_is_said(pico: Path, tmp_path: Path) -> None:
 
 def test_a_distillation_is_tried_under_a_teacher(pico: Path, tmp_path: Path) -> None:
     """What only a teacher's chances have is read; of one that teaches by its text it is not, and that is found."""
-    config = DistillConfig.model_validate({**CONFIG, "method": "full", "lora": {}, "temperature": 2.0, "mix": 0.2, "direction": "reverse"})
+    config = DistillConfig.model_validate(
+        {**CONFIG, "method": "full", "lora": {}, "temperature": 2.0, "mix": 0.2, "direction": "reverse"}
+    )
     checks = list(selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), teacher=True))
     assert all(check.holds for check in checks), [check for check in checks if not check.holds]
     keys = next(selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30)))
@@ -160,7 +183,11 @@ def test_golden_tokens_that_do_not_replay_are_found(pico: Path, tmp_path: Path) 
     base = recorded_model(pico)
     for golden, holds in (("keep", False), ("renew: another template", True)):
         config = SftConfig.model_validate(CONFIG | {"template": "chatml", "golden": golden})
-        check = next(check for check in selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), golden=base) if check.what == "the model's golden tokens may change")
+        check = next(
+            check
+            for check in selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), golden=base)
+            if check.what == "the model's golden tokens may change"
+        )
         assert check.holds == holds, check.detail
         assert holds or "set golden to 'renew: WHY'" in check.detail
 
@@ -172,5 +199,13 @@ def recorded_model(pico: Path) -> Model:
     from llmworks.tokenize.load import load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(pico)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
-    return Model(pico, golden=record(tokenizer, stop_ids(pico, tokenizer), torch_logits(load_model(pico))), about={"format": "hf"}, name="pico")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant'"
+        " }}{% endif %}"
+    )
+    return Model(
+        pico,
+        golden=record(tokenizer, stop_ids(pico, tokenizer), torch_logits(load_model(pico))),
+        about={"format": "hf"},
+        name="pico",
+    )

@@ -1,4 +1,6 @@
-"""Fine-tuning: TRL's loss and gradients, invariants of batches, what is learned of a row, the kinds of result, and what is refused."""
+"""Fine-tuning: TRL's loss and gradients, invariants of batches, what is learned of a row, the kinds of result, and what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +42,25 @@ from llmworks.train.loop.losses import Noise, label_logits, next_token_loss
 from llmworks.train.loop.packed import packed_loss
 from llmworks.train.sft import SftConfig, sft
 
-EXAMPLES = [Example(tuple(3 + (i * 7 + j * 3) % 300 for j in range(4 + 9 * i)), tuple(int(j >= 2 + i) for j in range(4 + 9 * i)), f"r{i}") for i in range(12)]
+EXAMPLES = [
+    Example(
+        tuple(3 + (i * 7 + j * 3) % 300 for j in range(4 + 9 * i)),
+        tuple(int(j >= 2 + i) for j in range(4 + 9 * i)),
+        f"r{i}",
+    )
+    for i in range(12)
+]
 WORDS = ["the", "quick", "brown", "fox", "user", "weather", "Oslo", "what", "is", "name", "city"]
 
 
 def rows_of(count: int, turns: int = 1) -> list[dict[str, Any]]:
     made = []
     for i in range(count):
-        messages = [{"role": role, "content": " ".join(WORDS[(i * 3 + j * k + t) % 11] for j in range(2 + (i + t) % 5))} for t in range(turns) for k, role in ((1, "user"), (2, "assistant"))]
+        messages = [
+            {"role": role, "content": " ".join(WORDS[(i * 3 + j * k + t) % 11] for j in range(2 + (i + t) % 5))}
+            for t in range(turns)
+            for k, role in ((1, "user"), (2, "assistant"))
+        ]
         made.append({"id": f"r{i}", "group": "", "messages": messages, "tools": [], "answer": None})
     return made
 
@@ -64,7 +77,16 @@ Run = Callable[..., tuple[Adapter | Model, dict[str, Any]]]
 def run(tmp_path: Path, pico: Path) -> Run:
     """Train the pico model; returns the artifact and the report's data."""
 
-    def go(name: str, data: Dataset | None = None, held_out: Dataset | None = None, *, stop: int | None = None, seed: int = 0, model: Path | None = None, **config: Any) -> tuple[Adapter | Model, dict[str, Any]]:
+    def go(
+        name: str,
+        data: Dataset | None = None,
+        held_out: Dataset | None = None,
+        *,
+        stop: int | None = None,
+        seed: int = 0,
+        model: Path | None = None,
+        **config: Any,
+    ) -> tuple[Adapter | Model, dict[str, Any]]:
         out, scratch = tmp_path / f"{name}-out", tmp_path / f"{name}-scratch"
         for place in (out, scratch):
             place.mkdir(exist_ok=True)
@@ -79,10 +101,23 @@ def run(tmp_path: Path, pico: Path) -> Run:
         page = ReportBuilder()
         base = resolve(str(model or pico))
         assert isinstance(base, Model)
-        data = data or (Dataset(tmp_path / "chats", name="chats") if (tmp_path / "chats").exists() else chats(tmp_path / "chats"))
+        data = data or (
+            Dataset(tmp_path / "chats", name="chats") if (tmp_path / "chats").exists() else chats(tmp_path / "chats")
+        )
         settings = {"epochs": 2, "batch_size": 4, "samples": 0, "checkpoint_every": 3, **config}
-        made = sft(SftConfig.model_validate(settings), base, data, Context(out, scratch, seed, Progress(scratch / "metrics.jsonl", quiet=True, listener=listener), page, engine), held_out)
-        return made, page.data | {"blocks": [b.heading for b in page.blocks], "rows": Progress(scratch / "metrics.jsonl", quiet=True).read_metrics()}
+        made = sft(
+            SftConfig.model_validate(settings),
+            base,
+            data,
+            Context(
+                out, scratch, seed, Progress(scratch / "metrics.jsonl", quiet=True, listener=listener), page, engine
+            ),
+            held_out,
+        )
+        return made, page.data | {
+            "blocks": [b.heading for b in page.blocks],
+            "rows": Progress(scratch / "metrics.jsonl", quiet=True).read_metrics(),
+        }
 
     return go
 
@@ -100,33 +135,47 @@ def tensors(made: Artifact) -> dict[str, torch.Tensor]:
 def test_joined_rows_are_rows_apart(pico: Path) -> None:
     """Loss and every gradient: one row without padding = each example by itself = transformers, padded."""
     decoder, theirs = load_decoder(pico), load_model(pico)
-    assert float(packed_loss(decoder, joined(EXAMPLES)).detach()) == pytest.approx(sum(float(packed_loss(decoder, joined([e])).detach()) for e in EXAMPLES), rel=1e-5)
+    assert float(packed_loss(decoder, joined(EXAMPLES)).detach()) == pytest.approx(
+        sum(float(packed_loss(decoder, joined([e])).detach()) for e in EXAMPLES), rel=1e-5
+    )
     packed_loss(decoder, joined(EXAMPLES)).backward()
     next_token_loss(theirs, collate(EXAMPLES)).backward()
     theirs_by_name = dict(theirs.named_parameters())
     for name, p in decoder.named_parameters():
         if "blocks.1.attention.query" in name or "blocks.0.feed_forward.up" in name:
-            there = theirs_by_name[name.replace("decoder.blocks", "model.layers").replace("attention.query", "self_attn.q_proj").replace("feed_forward.up", "mlp.up_proj")].grad
+            there = theirs_by_name[
+                name.replace("decoder.blocks", "model.layers")
+                .replace("attention.query", "self_attn.q_proj")
+                .replace("feed_forward.up", "mlp.up_proj")
+            ].grad
             assert p.grad is not None
             assert there is not None
             assert float((p.grad - there).norm() / there.norm()) < 1e-5, name
 
 
 def test_joined_rows_need_no_mask(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a window that is longer than every text, without one, and through torch's own attention, as on a GPU: the same."""
+    """With a window that is longer than every text, without one, and through torch's own attention, as on a GPU: the
+    same.
+    """
     from llmworks.model.nn import attention
     from llmworks.model.nn.attention import seen
 
     decoder, batch = load_decoder(pico), joined(EXAMPLES)
     with torch.no_grad():
         wanted = float(packed_loss(decoder, batch))
-        look = seen(torch.arange(batch.ids.shape[1])[None], torch.arange(batch.ids.shape[1])[None], segments=(batch.segments, batch.segments))
+        look = seen(
+            torch.arange(batch.ids.shape[1])[None],
+            torch.arange(batch.ids.shape[1])[None],
+            segments=(batch.segments, batch.segments),
+        )
         assert look.mask is None
         assert [end - first for first, end in look.parts] == [len(e.ids) for e in EXAMPLES]
         assert all(end - first <= 64 for first, end, _ in look.blocks or ())
         monkeypatch.setattr(attention, "blocks_of_parts", lambda *_: None)
         assert float(packed_loss(decoder, batch)) == pytest.approx(wanted, rel=1e-5)
-        short = seen(torch.arange(9)[None], torch.arange(9)[None], segments=(torch.tensor([[0] * 6 + [1] * 3]),) * 2, window=5)
+        short = seen(
+            torch.arange(9)[None], torch.arange(9)[None], segments=(torch.tensor([[0] * 6 + [1] * 3]),) * 2, window=5
+        )
         assert short.mask is not None  # a window that hides something needs one
         back = seen(torch.arange(4)[None], torch.arange(4)[None], segments=(torch.tensor([[0, 1, 0, 1]]),) * 2)
         assert back.mask is not None  # and so do texts that are not in one piece
@@ -134,17 +183,36 @@ def test_joined_rows_need_no_mask(pico: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.filterwarnings("ignore")
 def test_loss_and_gradients_are_trl_s(pico: Path, tmp_path: Path) -> None:
-    """The same conversations through TRL's SFTTrainer, completions only, padded: the loss of a batch, and the gradient of every adapter."""
+    """The same conversations through TRL's SFTTrainer, completions only, padded: the loss of a batch, and the gradient
+    of every adapter.
+    """
     from datasets import Dataset as Rows
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = load_tokenizer(pico)
-    tokenizer.chat_template = TEMPLATE.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")  # TRL learns what a template writes after an answer's end, too
+    tokenizer.chat_template = TEMPLATE.replace(
+        "'<|im_end|>' + '\n'", "'<|im_end|>'"
+    )  # TRL learns what a template writes after an answer's end, too
     rows = rows_of(8)
     prompts = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows]
-    arguments = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, max_length=None, completion_only_loss=True, bf16=False, gradient_checkpointing=False, report_to=[], use_cpu=True)
-    trainer = SFTTrainer(model=load_model(pico), args=arguments, train_dataset=Rows.from_list(prompts), processing_class=tokenizer, peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    arguments = SFTConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        max_length=None,
+        completion_only_loss=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = SFTTrainer(
+        model=load_model(pico),
+        args=arguments,
+        train_dataset=Rows.from_list(prompts),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+    )
     (batch,) = list(trainer.get_train_dataloader())
     theirs = trainer.compute_loss(trainer.model.train(), batch)
     theirs.backward()
@@ -176,14 +244,24 @@ def test_steps_hold_every_row_once_an_epoch_whatever_the_parts() -> None:
     shares = [Steps(EXAMPLES, epochs=2, size=2, accumulation=2, seed=5, free=True, share=(at, 2)) for at in range(2)]
     with pytest.raises(UserError, match="cannot be divided among 13 processes"):
         Steps(EXAMPLES, epochs=1, size=16, accumulation=1, seed=0, free=True, share=(0, 13))
-    uneven = [Steps(EXAMPLES[:7], epochs=1, size=1, accumulation=4, seed=0, free=True, share=(at, 2), cut=1) for at in range(2)]
-    assert [len(step) for step in uneven[0]] == [len(step) for step in uneven[1]] == [2, 1]  # as many parts in each process
+    uneven = [
+        Steps(EXAMPLES[:7], epochs=1, size=1, accumulation=4, seed=0, free=True, share=(at, 2), cut=1)
+        for at in range(2)
+    ]
+    assert (
+        [len(step) for step in uneven[0]] == [len(step) for step in uneven[1]] == [2, 1]
+    )  # as many parts in each process
     for step in range(len(parts)):
-        assert torch.equal(torch.cat([make().ids[0] for share in shares for make in share[step]]), torch.cat([make().ids[0] for make in parts[step]]))
+        assert torch.equal(
+            torch.cat([make().ids[0] for share in shares for make in share[step]]),
+            torch.cat([make().ids[0] for make in parts[step]]),
+        )
 
 
 def test_noise_is_that_of_the_paper(pico: Path) -> None:
-    """Uniform, up to alpha / sqrt(L d), L the length of a token's own text; none while it is not trained; the gradient goes through."""
+    """Uniform, up to alpha / sqrt(L d), L the length of a token's own text; none while it is not trained; the gradient
+    goes through.
+    """
     decoder, batch = load_decoder(pico).train(), joined(EXAMPLES)
     noise = Noise(decoder, 5.0)
     noise.around(packed_loss)(decoder, batch)
@@ -224,15 +302,25 @@ def test_what_is_learned_of_a_conversation(pico: Path) -> None:
 
 def test_texts_and_completions_are_learned_as_they_are(pico: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(pico)
-    text, completion = make_example(tokenizer, {"id": "1", "text": "the fox"}, 99), make_example(tokenizer, {"id": "1", "prompt": "the fox", "completion": " is quick"}, 99)
+    text, completion = (
+        make_example(tokenizer, {"id": "1", "text": "the fox"}, 99),
+        make_example(tokenizer, {"id": "1", "prompt": "the fox", "completion": " is quick"}, 99),
+    )
     assert isinstance(text, Example)
     assert isinstance(completion, Example)
     assert tokenizer.decode(text.ids) == "the fox<|im_end|>"
     assert all(text.mask)
     assert tokenizer.decode(completion.ids) == "the fox is quick<|im_end|>"
-    assert tokenizer.decode([i for i, m in zip(completion.ids, completion.mask, strict=True) if m]) == " is quick<|im_end|>"
+    assert (
+        tokenizer.decode([i for i, m in zip(completion.ids, completion.mask, strict=True) if m])
+        == " is quick<|im_end|>"
+    )
     file = tmp_path / "rows.jsonl"
-    for rows, message in (([{"text": 3}], "has no text 'text'"), ([{"prompt": "a"}], "has no text 'completion'"), ([{"messages": []}], "data.chat")):
+    for rows, message in (
+        ([{"text": 3}], "has no text 'text'"),
+        ([{"prompt": "a"}], "has no text 'completion'"),
+        ([{"messages": []}], "data.chat"),
+    ):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(DataError, match=message):
             training_rows(Dataset(file, name="rows"))
@@ -244,10 +332,14 @@ def test_texts_and_completions_are_learned_as_they_are(pico: Path, tmp_path: Pat
 
 
 def test_an_adapter_of_the_decoder_loads_in_peft(run: Run, pico: Path) -> None:
-    """Trained on our decoder, it changes transformers' model as it does ours, and its merge replays its golden tokens."""
+    """Trained on our decoder, it changes transformers' model as it does ours, and its merge replays its golden
+    tokens.
+    """
     from peft import PeftModel
 
-    made, data = run("a", lora={"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}, optimizer={"learning_rate": 0.01})
+    made, data = run(
+        "a", lora={"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}, optimizer={"learning_rate": 0.01}
+    )
     assert data["rows"][-1]["loss"] < data["rows"][0]["loss"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -260,18 +352,33 @@ def test_an_adapter_of_the_decoder_loads_in_peft(run: Run, pico: Path) -> None:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "lora": {}, "stabilised": {"lora": {"stabilised": True}}, "magnitudes": {"lora": {"magnitudes": True}}, "faster": {"lora": {"faster": 8}}, "nf4": {"lora": {"base": "nf4"}}, "noise": {"neftune": 5}, "dropout": {"lora": {"dropout": 0.1}},
-    "full": {"method": "full"}, "some": {"method": "full", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]}, "recompute": {"recompute": True}, "last": {"learn": "last"}, "bf16": {"precision": "bf16"},
-    "prompt": {"method": "prompt", "epochs": 10, "soft": {"tokens": 8, "text": "the quick brown fox"}}, "prefix": {"method": "prefix", "epochs": 6},
-}  # fmt: skip
+    "lora": {},
+    "stabilised": {"lora": {"stabilised": True}},
+    "magnitudes": {"lora": {"magnitudes": True}},
+    "faster": {"lora": {"faster": 8}},
+    "nf4": {"lora": {"base": "nf4"}},
+    "noise": {"neftune": 5},
+    "dropout": {"lora": {"dropout": 0.1}},
+    "full": {"method": "full"},
+    "some": {"method": "full", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]},
+    "recompute": {"recompute": True},
+    "last": {"learn": "last"},
+    "bf16": {"precision": "bf16"},
+    "prompt": {"method": "prompt", "epochs": 10, "soft": {"tokens": 8, "text": "the quick brown fox"}},
+    "prefix": {"method": "prefix", "epochs": 6},
+}
 
 
 OFTEN = ("lora", "magnitudes", "nf4", "full", "noise", "prompt")
 
 
-@pytest.mark.parametrize("what", [what if what in OFTEN else pytest.param(what, marks=pytest.mark.slow) for what in VARIANTS])
+@pytest.mark.parametrize(
+    "what", [what if what in OFTEN else pytest.param(what, marks=pytest.mark.slow) for what in VARIANTS]
+)
 def test_every_variant_learns_resumes_and_replays(what: str, run: Run, tmp_path: Path) -> None:
-    """The loss falls; the seed gives the same bytes; a run that was interrupted in the middle of an epoch ends as the one that was not."""
+    """The loss falls; the seed gives the same bytes; a run that was interrupted in the middle of an epoch ends as the
+    one that was not.
+    """
     config = {"optimizer": {"learning_rate": 0.05 if what in ("prompt", "prefix") else 0.005}, **VARIANTS[what]}
     made, data = run("whole", **config)
     assert data["rows"][-1]["loss"] < data["rows"][0]["loss"]
@@ -296,18 +403,25 @@ def test_accumulation_is_the_batch(run: Run) -> None:
 
 
 def test_all_weights_make_a_model(run: Run, pico: Path) -> None:
-    """A directory in the form of its base, which loads in transformers; frozen weights are its base's, to the bit; learning rate by the method."""
+    """A directory in the form of its base, which loads in transformers; frozen weights are its base's, to the bit;
+    learning rate by the method.
+    """
     made, _ = run("a", method="full", freeze=["model.embed_tokens.*", "model.layers.0.*"])
     assert isinstance(made, Model)
     assert SftConfig.model_validate({"method": "full"}).optimizer.learning_rate == 5e-5
-    assert SftConfig.model_validate({"method": "full", "optimizer": {"learning_rate": 1e-3}}).optimizer.learning_rate == 1e-3
+    assert (
+        SftConfig.model_validate({"method": "full", "optimizer": {"learning_rate": 1e-3}}).optimizer.learning_rate
+        == 1e-3
+    )
     before, after = dict(load_model(pico).named_parameters()), dict(load_model(made.path).named_parameters())
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if name.startswith(("model.embed_tokens", "model.layers.0."))}
     assert json.loads((made.path / "config.json").read_text()) == json.loads((pico / "config.json").read_text())
     ids = torch.tensor([[1, 5, 9]])
     with torch.no_grad():
-        assert torch.allclose(load_model(made.path)(input_ids=ids).logits, load_decoder(made.path)(input_ids=ids).logits, atol=1e-4)
+        assert torch.allclose(
+            load_model(made.path)(input_ids=ids).logits, load_decoder(made.path)(input_ids=ids).logits, atol=1e-4
+        )
 
 
 def test_an_adapter_beside_four_bits_is_merged_into_what_they_say(run: Run, tmp_path: Path, pico: Path) -> None:
@@ -321,7 +435,12 @@ def test_an_adapter_beside_four_bits_is_merged_into_what_they_say(run: Run, tmp_
         raise LlmworksError("none is needed")
 
     assert isinstance(made, Adapter)
-    whole = merged(AdapterConfig(), Adapter(made.path, golden=made.golden, about=made.about), base, Context(tmp_path / "m", tmp_path, 0, Progress(quiet=True), ReportBuilder(), engine))
+    whole = merged(
+        AdapterConfig(),
+        Adapter(made.path, golden=made.golden, about=made.about),
+        base,
+        Context(tmp_path / "m", tmp_path, 0, Progress(quiet=True), ReportBuilder(), engine),
+    )
     assert 0.02 < whole.metrics["base_error"] < 0.15
     assert whole.metrics["golden_gap_mean"] < 1e-4
 
@@ -329,7 +448,9 @@ def test_an_adapter_beside_four_bits_is_merged_into_what_they_say(run: Run, tmp_
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_soft_prompt_is_peft_s(kind: str, run: Run, pico: Path, tmp_path: Path) -> None:
-    """What was trained loads in peft, and in the engine it gives peft's logits, peft's greedy answers, and scores by the tree that are those of whole texts; it cannot be folded."""
+    """What was trained loads in peft, and in the engine it gives peft's logits, peft's greedy answers, and scores by
+    the tree that are those of whole texts; it cannot be folded.
+    """
     from peft import PeftModel
 
     made, _ = run("a", method=kind, soft={"tokens": 6}, epochs=4)
@@ -343,9 +464,18 @@ def test_a_soft_prompt_is_peft_s(kind: str, run: Run, pico: Path, tmp_path: Path
     prompts = [(1, 5, 9, 200, 17, 3), (1, 40, 41), tuple(range(3, 30))]
     answers = engine.generate([Request(ids=prompt, sampling=Sampling(max_tokens=12)) for prompt in prompts])
     for prompt, answer in zip(prompts, answers, strict=True):
-        there = theirs.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12, do_sample=False, pad_token_id=2)
+        there = theirs.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=2,
+        )
         said = [i for i in there[0].tolist()[-12:] if i != 2] if there.shape[1] > 12 else there[0].tolist()
-        assert list(answer.ids) == (there[0].tolist()[len(prompt) :] if there.shape[1] > len(prompt) else said)[: len(answer.ids)]
+        assert (
+            list(answer.ids)
+            == (there[0].tolist()[len(prompt) :] if there.shape[1] > len(prompt) else said)[: len(answer.ids)]
+        )
     texts = [[1, 5, 9, 200, 17, 3], [1, 5, 9, 41, 42], [1, 5, 9, 41, 50, 51], [7, 8]]
     for text, found in zip(texts, engine.score(texts), strict=True):
         chances = torch.from_numpy(engine.logits(text[:-1])).log_softmax(-1)
@@ -353,7 +483,10 @@ def test_a_soft_prompt_is_peft_s(kind: str, run: Run, pico: Path, tmp_path: Path
     with pytest.raises(ModelError, match="is a soft prompt"):
         fold_into(weights_of(load_model(pico)), made.path)
     assert engine.context == 506
-    for change, message in (({"prompt_embeddings": torch.zeros(6, 12)}, "belongs to another model"), ({"other": torch.zeros(1)}, "cannot be read")):
+    for change, message in (
+        ({"prompt_embeddings": torch.zeros(6, 12)}, "belongs to another model"),
+        ({"other": torch.zeros(1)}, "cannot be read"),
+    ):
         save_file(change, made.path / "adapter_model.safetensors")
         with pytest.raises(ModelError, match=message):
             TorchEngine.open(pico, adapter=made.path)
@@ -361,7 +494,9 @@ def test_a_soft_prompt_is_peft_s(kind: str, run: Run, pico: Path, tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_weights_in_fewer_bits_stay_in_them(kind: str, run: Run, pico: Path, tmp_path: Path) -> None:
-    """Of a base in bf16 all weights come back in bf16, with golden tokens of what was written; an adapter is merged, and the rounding of its sum is allowed for, not more."""
+    """Of a base in bf16 all weights come back in bf16, with golden tokens of what was written; an adapter is merged,
+    and the rounding of its sum is allowed for, not more.
+    """
     load_model(pico, kind).save_pretrained(tmp_path / "half")
     load_tokenizer(pico).save_pretrained(tmp_path / "half")
     whole, _ = run("whole", model=tmp_path / "half", method="full")
@@ -386,9 +521,20 @@ def test_weights_in_fewer_bits_stay_in_them(kind: str, run: Run, pico: Path, tmp
 
 
 def test_the_best_look_is_kept_and_patience_ends_the_training(run: Run, tmp_path: Path, pico: Path) -> None:
-    """At a rate that is far too high the held-out loss rises after a while: the weights of the best look are what is left, and looks are counted."""
+    """At a rate that is far too high the held-out loss rises after a while: the weights of the best look are what is
+    left, and looks are counted.
+    """
     unseen = chats(tmp_path / "unseen", 40)
-    made, data = run("a", None, unseen, epochs=12, look_every=4, best="held_out", patience=2, optimizer={"learning_rate": 0.05, "schedule": "constant"})
+    made, data = run(
+        "a",
+        None,
+        unseen,
+        epochs=12,
+        look_every=4,
+        best="held_out",
+        patience=2,
+        optimizer={"learning_rate": 0.05, "schedule": "constant"},
+    )
     looks = [r for r in data["rows"] if "held_out" in r]
     best = min(looks, key=lambda r: r["held_out"])
     assert made.metrics["best_step"] == best["step"]
@@ -402,7 +548,9 @@ def test_the_best_look_is_kept_and_patience_ends_the_training(run: Run, tmp_path
     examples = [e for e in (make_example(tokenizer, row, 2048) for row in rows_of(40)) if isinstance(e, Example)]
     with torch.no_grad():
         total = float(packed_loss(network, joined(examples)))
-        right = sum(int((logits.argmax(-1) == labels).sum()) for logits, labels in label_logits(network, joined(examples)))
+        right = sum(
+            int((logits.argmax(-1) == labels).sum()) for logits, labels in label_logits(network, joined(examples))
+        )
     count = sum(e.labels for e in examples)
     assert total / count == pytest.approx(best["held_out"], rel=1e-3)
     assert right / count == pytest.approx(best["accuracy"], abs=1e-3)
@@ -415,7 +563,9 @@ def test_looks_of_a_resumed_run_are_those_of_the_whole(run: Run, tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         run("broken", None, unseen, stop=13, **config)
     again, more = run("broken", None, unseen, **config)
-    assert [(r["step"], r.get("accuracy")) for r in data["rows"]] == [(r["step"], r.get("accuracy")) for r in more["rows"]]
+    assert [(r["step"], r.get("accuracy")) for r in data["rows"]] == [
+        (r["step"], r.get("accuracy")) for r in more["rows"]
+    ]
     assert made.metrics["best_step"] == again.metrics["best_step"]
     assert all(torch.equal(a, tensors(again)[name]) for name, a in tensors(made).items())
 
@@ -435,14 +585,34 @@ def test_questions_are_answered_before_and_after(run: Run, tmp_path: Path) -> No
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a target that is not there": ({"lora": {"targets": ["w1"]}}, ModelError, "no linear layer named 'w1'"),
-    "a freeze that fits nothing": ({"method": "full", "freeze": ["model.layer.0.*"]}, ModelError, r"no weight of the model fits 'model\.layer\.0\.\*'; names are such as model\."),
+    "a freeze that fits nothing": (
+        {"method": "full", "freeze": ["model.layer.0.*"]},
+        ModelError,
+        r"no weight of the model fits 'model\.layer\.0\.\*'; names are such as model\.",
+    ),
     "a freeze of all": ({"method": "full", "freeze": ["*"]}, ModelError, "all weights are frozen"),
-    "rows that are too long": ({"max_tokens": 12, "longer": "refuse"}, DataError, r"row 'r\d+': \d+ tokens, longer than max_tokens 12; set max_tokens higher"),
-    "only rows that are too long": ({"max_tokens": 3}, DataError, r"chats: none of 24 rows can be learned; the first: .* longer than max_tokens 3"),
-    "rows that the model cannot read": ({"longer": "refuse", "max_tokens": 4000, "soft": {"tokens": 505}, "method": "prefix"}, DataError, r"row 'r\d+': \d+ tokens, longer than max_tokens 7"),
+    "rows that are too long": (
+        {"max_tokens": 12, "longer": "refuse"},
+        DataError,
+        r"row 'r\d+': \d+ tokens, longer than max_tokens 12; set max_tokens higher",
+    ),
+    "only rows that are too long": (
+        {"max_tokens": 3},
+        DataError,
+        r"chats: none of 24 rows can be learned; the first: .* longer than max_tokens 3",
+    ),
+    "rows that the model cannot read": (
+        {"longer": "refuse", "max_tokens": 4000, "soft": {"tokens": 505}, "method": "prefix"},
+        DataError,
+        r"row 'r\d+': \d+ tokens, longer than max_tokens 7",
+    ),
     "best of nothing": ({"best": "held_out"}, UserError, "give them as held_out"),
-    "a rate that breaks all": ({"optimizer": {"learning_rate": 1e30}}, TrainingError, r"step \d+ of \d+ \(rows r.*\): the loss is (nan|inf)"),
-}  # fmt: skip
+    "a rate that breaks all": (
+        {"optimizer": {"learning_rate": 1e30}},
+        TrainingError,
+        r"step \d+ of \d+ \(rows r.*\): the loss is (nan|inf)",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -453,10 +623,16 @@ def test_what_is_refused(what: str, run: Run) -> None:
 
 
 CONTRADICTIONS = {
-    "a frozen adapter": ({"freeze": ["*"]}, "freeze is for method full"), "an adapter of all": ({"method": "full", "lora": {"rank": 4}}, "lora is for method lora"), "patience": ({"patience": 2}, "patience needs `best`"),
-    "a soft adapter": ({"soft": {"tokens": 4}}, "soft is for methods prompt and prefix"), "a written prefix": ({"method": "prefix", "soft": {"text": "a"}}, "a prefix begins at random"), "a noisy prompt": ({"method": "prompt", "neftune": 5}, "has no neftune"),
-    "no targets": ({"lora": {"targets": []}}, "targets is empty"), "a shared best": ({"best": "held_out", "parallel": {"data": "shard"}}, "set parallel.data to replicate"), "matrices": ({"parallel": {"tensor": 2}}, "not matrices or blocks"),
-}  # fmt: skip
+    "a frozen adapter": ({"freeze": ["*"]}, "freeze is for method full"),
+    "an adapter of all": ({"method": "full", "lora": {"rank": 4}}, "lora is for method lora"),
+    "patience": ({"patience": 2}, "patience needs `best`"),
+    "a soft adapter": ({"soft": {"tokens": 4}}, "soft is for methods prompt and prefix"),
+    "a written prefix": ({"method": "prefix", "soft": {"text": "a"}}, "a prefix begins at random"),
+    "a noisy prompt": ({"method": "prompt", "neftune": 5}, "has no neftune"),
+    "no targets": ({"lora": {"targets": []}}, "targets is empty"),
+    "a shared best": ({"best": "held_out", "parallel": {"data": "shard"}}, "set parallel.data to replicate"),
+    "matrices": ({"parallel": {"tensor": 2}}, "not matrices or blocks"),
+}
 
 
 @pytest.mark.parametrize("what", CONTRADICTIONS)
@@ -479,12 +655,16 @@ def test_rows_that_are_set_aside_are_told(run: Run, tmp_path: Path) -> None:
     write_chat(tmp_path / "odd", rows)
     made, data = run("a", Dataset(tmp_path / "odd", name="odd"))
     assert (made.metrics["rows"], made.metrics["set_aside"]) == (7, 1)
-    assert [json.loads(line) for line in (made.path / "set_aside.jsonl").read_text().splitlines()] == [{"id": "r3", "reason": "no assistant token to learn"}]
+    assert [json.loads(line) for line in (made.path / "set_aside.jsonl").read_text().splitlines()] == [
+        {"id": "r3", "reason": "no assistant token to learn"}
+    ]
     assert "Rows set aside" in data["blocks"]
 
 
 def test_texts_are_learned_whole(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": " ".join(WORDS[(i + j) % 11] for j in range(6))}) + "\n" for i in range(16)))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(WORDS[(i + j) % 11] for j in range(6))}) + "\n" for i in range(16))
+    )
     made, data = run("a", Dataset(tmp_path / "texts.jsonl", name="texts"), epochs=4, optimizer={"learning_rate": 0.01})
     assert data["rows"][-1]["loss"] < data["rows"][0]["loss"]
     assert all(r["labels"] == r["tokens"] - 4 for r in data["rows"])  # of four texts a step all but their first tokens
@@ -506,12 +686,30 @@ def test_the_rate_that_is_found_trains_best(pico: Path, tmp_path: Path, run: Run
     assert isinstance(base, Model)
     for name in ("out", "scratch"):
         (tmp_path / name).mkdir()
-    made = rates(RatesConfig(training=SftConfig(lora={"rank": 4})), base, data, Context(tmp_path / "out", tmp_path / "scratch", 0, Progress(tmp_path / "scratch" / "metrics.jsonl", quiet=True), ReportBuilder(), engine))  # type: ignore[arg-type]
+    made = rates(
+        RatesConfig(training=SftConfig(lora={"rank": 4})),
+        base,
+        data,
+        Context(
+            tmp_path / "out",
+            tmp_path / "scratch",
+            0,
+            Progress(tmp_path / "scratch" / "metrics.jsonl", quiet=True),
+            ReportBuilder(),
+            engine,
+        ),
+    )  # type: ignore[arg-type]
     found = made.metrics["learning_rate"]
     assert made.metrics["lowest"] > found
     ends = {}
     for times in (1, 1 / 30, 30):
-        _, told = run(f"at-{times}", data, lora={"rank": 4}, epochs=4, optimizer={"learning_rate": found * times, "schedule": "constant"})
+        _, told = run(
+            f"at-{times}",
+            data,
+            lora={"rank": 4},
+            epochs=4,
+            optimizer={"learning_rate": found * times, "schedule": "constant"},
+        )
         ends[times] = sum(r["loss"] for r in told["rows"][-8:]) / 8
     assert ends[1] == min(ends.values()), (found, ends)
 
@@ -531,14 +729,21 @@ def test_where_a_curve_is_steepest_and_lowest() -> None:
     assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
 
 
-def test_frozen_matrices_in_half_are_the_same_products(pico: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run) -> None:
-    """Autocast rounds them for each product anyway: with bf16 the losses are the same bits whether they are kept so or not."""
+def test_frozen_matrices_in_half_are_the_same_products(
+    pico: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run
+) -> None:
+    """Autocast rounds them for each product anyway: with bf16 the losses are the same bits whether they are kept so or
+    not.
+    """
     found = {}
     for name in ("kept", "whole"):
         if name == "whole":
             monkeypatch.setattr(Tuned, "narrow", lambda self, precision: None)
         made, metrics = run(name, held_out=chats(tmp_path / "unseen", 6), precision="bf16", epochs=1.0, look_every=3)
-        found[name] = [(row.get("loss"), row.get("held_out")) for row in metrics["rows"]], {key: tensor.tolist() for key, tensor in tensors(made).items()}
+        found[name] = (
+            [(row.get("loss"), row.get("held_out")) for row in metrics["rows"]],
+            {key: tensor.tolist() for key, tensor in tensors(made).items()},
+        )
     assert found["kept"] == found["whole"]
     assert any(held for _, held in found["kept"][0])
     assert made.golden is not None
@@ -549,4 +754,8 @@ def test_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [resolved(wanted, cpu) for wanted in ("auto", "fp32", "bf16", "fp16")] == ["fp32", "fp32", "bf16", "fp16"]
     for capability, alone, spread in (((8, 0), "bf16", "bf16"), ((7, 5), "fp16", "fp32")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert (resolved("auto", gpu), resolved("auto", gpu, spread=True), resolved("fp32", gpu)) == (alone, spread, "fp32")
+        assert (resolved("auto", gpu), resolved("auto", gpu, spread=True), resolved("fp32", gpu)) == (
+            alone,
+            spread,
+            "fp32",
+        )

@@ -1,4 +1,6 @@
-"""A model without some of its blocks: which, by the definition of their influence, and that what is left computes as those blocks do."""
+"""A model without some of its blocks: which, by the definition of their influence, and that what is left computes as
+those blocks do.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,21 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("deep")
     tokenizer = make_tokenizer()
     torch.manual_seed(3)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=0.2))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.2,
+        )
+    )
     with torch.no_grad():
         for name, p in model.model.layers[2].named_parameters():
             if "o_proj" in name or "down_proj" in name:
@@ -51,13 +67,36 @@ def short(deep: Path, tmp_path: Path) -> Any:
             raise LlmworksError("none is needed")
 
         page = ReportBuilder()
-        return shorten(ShortenConfig.model_validate(config), Model(deep, about={"format": "hf"}, name="deep"), Context(out, tmp_path, 0, Progress(quiet=True), page, engine), data), page.data
+        return (
+            shorten(
+                ShortenConfig.model_validate(config),
+                Model(deep, about={"format": "hf"}, name="deep"),
+                Context(out, tmp_path, 0, Progress(quiet=True), page, engine),
+                data,
+            ),
+            page.data,
+        )
 
     return run
 
 
 def talks(place: Path) -> Dataset:
-    write_chat(place, [{"id": f"r{i}", "group": "", "messages": [{"role": "user", "content": f"what is the weather in Oslo {i}"}, {"role": "assistant", "content": "the quick brown fox"}], "tools": [], "answer": None} for i in range(4)])
+    write_chat(
+        place,
+        [
+            {
+                "id": f"r{i}",
+                "group": "",
+                "messages": [
+                    {"role": "user", "content": f"what is the weather in Oslo {i}"},
+                    {"role": "assistant", "content": "the quick brown fox"},
+                ],
+                "tools": [],
+                "answer": None,
+            }
+            for i in range(4)
+        ],
+    )
     return Dataset(place, name="talks")
 
 
@@ -70,7 +109,12 @@ def test_what_is_left_is_those_blocks(deep: Path, short: Any) -> None:
         layer.self_attn.layer_idx = number
     ids = torch.tensor([[1, 30, 40, 50, 60, 70]])
     with torch.no_grad():
-        torch.testing.assert_close(load_model(made.path)(input_ids=ids).logits, theirs(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            load_model(made.path)(input_ids=ids).logits,
+            theirs(input_ids=ids, use_cache=False).logits,
+            rtol=1e-4,
+            atol=1e-4,
+        )
     assert made.metrics["blocks"] == 3
     require(made.golden, *_own(made.path), step="test")
 
@@ -90,7 +134,9 @@ def test_the_block_that_changes_least_goes_first(short: Any, tmp_path: Path) -> 
 
 
 def test_influence_is_one_less_the_cosine(deep: Path) -> None:
-    """Against transformers' hidden states: those after the last block carry the final norm, so that block is left out."""
+    """Against transformers' hidden states: those after the last block carry the final norm, so that block is left
+    out.
+    """
     examples = [Example((1, 30, 40, 50), (0, 0, 1, 1)), Example((1, 60, 70, 80, 90, 100), (0, 0, 0, 1, 1, 1))]
     theirs = load_model(deep)
     sums = torch.zeros(4)
@@ -98,12 +144,19 @@ def test_influence_is_one_less_the_cosine(deep: Path) -> None:
         for example in examples:
             states = theirs(input_ids=torch.tensor([example.ids]), output_hidden_states=True).hidden_states
             for block in range(4):
-                sums[block] += (1 - torch.nn.functional.cosine_similarity(states[block], states[block + 1], dim=-1)).sum()
+                sums[block] += (
+                    1 - torch.nn.functional.cosine_similarity(states[block], states[block + 1], dim=-1)
+                ).sum()
     assert influence(load_decoder(deep), examples)[:4] == pytest.approx((sums / 10).tolist(), rel=1e-4, abs=1e-6)
 
 
 def test_what_is_refused(short: Any) -> None:
-    for config, words in (({"drop": [5]}, "has 5 blocks, from 0 to 4"), ({"layers": 5}, "has 5 blocks"), ({"layers": 3}, "give it, or name them in config.drop"), ({"drop": [0, 1, 2, 3, 4]}, "one at least")):
+    for config, words in (
+        ({"drop": [5]}, "has 5 blocks, from 0 to 4"),
+        ({"layers": 5}, "has 5 blocks"),
+        ({"layers": 3}, "give it, or name them in config.drop"),
+        ({"drop": [0, 1, 2, 3, 4]}, "one at least"),
+    ):
         with pytest.raises(UserError, match=words):
             short(**config)
     for wrong in ({}, {"layers": 2, "drop": [1]}, {"drop": [1, 1]}, {"drop": [-1]}):

@@ -24,7 +24,15 @@ def way(name: str, size: int, kl: float, same: float = 0.9, **more: Any) -> Vari
     return Variant(name=name, form="x", digest=name, bytes=size, kl=kl, same_top=same, **more)
 
 
-MADE = [way("a", 50, 0.5, 0.6), way("b", 60, 0.6, 0.6), way("c", 70, 0.2, 0.8), way("d", 70, 0.3, 0.8), way("e", 80, 0.2, 0.8), way("f", 100, 0.01, 0.97), way("g", 120, 0.001, 0.99)]
+MADE = [
+    way("a", 50, 0.5, 0.6),
+    way("b", 60, 0.6, 0.6),
+    way("c", 70, 0.2, 0.8),
+    way("d", 70, 0.3, 0.8),
+    way("e", 80, 0.2, 0.8),
+    way("f", 100, 0.01, 0.97),
+    way("g", 120, 0.001, 0.99),
+]
 
 
 def test_what_something_smaller_beats_is_not_worth_having() -> None:
@@ -38,21 +46,44 @@ def test_what_something_smaller_beats_is_not_worth_having() -> None:
 
 
 def test_what_perplexity_hides_is_told() -> None:
-    """A skill that falls beyond its interval while the perplexity stays; not one that falls within it, nor one where the perplexity rises, too."""
+    """A skill that falls beyond its interval while the perplexity stays; not one that falls within it, nor one where
+    the perplexity rises, too.
+    """
+
     def skill(score: float) -> dict[str, Skill]:
         return {"calls": Skill(score=score, low=score - 0.05, high=score + 0.05)}
 
     original = Variant(name="as it was", perplexity=10.0, skills=skill(0.8))
-    assert hidden(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.5))]) == "x loses calls (0.8 to 0.5) though its perplexity rises by 1.0% only."
-    alike = [way("x", 1, 0.5, perplexity=36.0, skills=skill(0.6)), way("y", 1, 0.5, perplexity=37.0, skills=skill(0.1)), way("z", 1, 0.5, perplexity=37.1, skills=skill(0.3)), way("far", 1, 0.5, perplexity=60.0, skills=skill(0.0))]
-    assert hidden(original, alike).endswith("x and y are alike by perplexity (36.00 and 37.00), and not in calls: 0.6 and 0.1.")
-    assert "none was found" in hidden(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.75)), way("y", 1, 0.1, perplexity=12.0, skills=skill(0.1))])
+    assert (
+        hidden(original, [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.5))])
+        == "x loses calls (0.8 to 0.5) though its perplexity rises by 1.0% only."
+    )
+    alike = [
+        way("x", 1, 0.5, perplexity=36.0, skills=skill(0.6)),
+        way("y", 1, 0.5, perplexity=37.0, skills=skill(0.1)),
+        way("z", 1, 0.5, perplexity=37.1, skills=skill(0.3)),
+        way("far", 1, 0.5, perplexity=60.0, skills=skill(0.0)),
+    ]
+    assert hidden(original, alike).endswith(
+        "x and y are alike by perplexity (36.00 and 37.00), and not in calls: 0.6 and 0.1."
+    )
+    assert "none was found" in hidden(
+        original,
+        [way("x", 1, 0.1, perplexity=10.1, skills=skill(0.75)), way("y", 1, 0.1, perplexity=12.0, skills=skill(0.1))],
+    )
 
 
 def test_a_page_without_results_is_none(tmp_path: Path) -> None:
-    context = Context(tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed"))
+    context = Context(
+        tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
+    )
     with pytest.raises(DataError, match="no quantization of m came to a result; the first: too little text"):
-        tradeoff(TradeoffConfig(model="m", original=Variant(name="as it was"), variants=[Variant(name="x", why="too little text")]), context)
+        tradeoff(
+            TradeoffConfig(
+                model="m", original=Variant(name="as it was"), variants=[Variant(name="x", why="too little text")]
+            ),
+            context,
+        )
 
 
 def test_ways_by_name_and_by_beginning() -> None:
@@ -66,7 +97,13 @@ def test_ways_by_name_and_by_beginning() -> None:
 def test_memory_is_that_of_the_model_alone(pico: Path, tmp_path: Path) -> None:
     """Not of the process that has it measured, which the system counts until the other has started."""
     ballast = b"1" * (1 << 30)
-    made = running(RunningConfig(tokens=2, read=8, repeats=1, prompts=["Hello"]), resolve(str(pico)), Context(tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")))
+    made = running(
+        RunningConfig(tokens=2, read=8, repeats=1, prompts=["Hello"]),
+        resolve(str(pico)),
+        Context(
+            tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
+        ),
+    )
     assert 1e8 < made.metrics["memory"] < len(ballast)
 
 
@@ -77,7 +114,18 @@ def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> Non
         model: Any = resolve(ref)
         out = tmp_path / str(number)
         out.mkdir()
-        made = running(RunningConfig(tokens=6, read=32), model, Context(out, out, 0, Progress(quiet=True), report := ReportBuilder(), lambda _: pytest.fail("no engine is needed")))
+        made = running(
+            RunningConfig(tokens=6, read=32),
+            model,
+            Context(
+                out,
+                out,
+                0,
+                Progress(quiet=True),
+                report := ReportBuilder(),
+                lambda _: pytest.fail("no engine is needed"),
+            ),
+        )
         assert made.metrics["memory"] > 1e7
         assert made.metrics["read_speed"] > 0 < made.metrics["write_speed"]
         found.append(report.data["answers"])
@@ -86,14 +134,45 @@ def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> Non
     broken.mkdir()
     (broken / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be run"):
-        running(RunningConfig(), Model(broken), Context(broken, broken, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")))
+        running(
+            RunningConfig(),
+            Model(broken),
+            Context(
+                broken, broken, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
+            ),
+        )
 
 
 def test_a_frontier_from_the_command_line(pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two files and a directory, one way that cannot be had; again, and nothing is made anew; the recommended model is there under its name."""
+    """Two files and a directory, one way that cannot be had; again, and nothing is made anew; the recommended model is
+    there under its name.
+    """
     rows = tmp_path / "texts.jsonl"
-    rows.write_text("".join(json.dumps({"id": str(i), "text": "the fox in Oslo asked what the weather is " * 30}) + "\n" for i in range(30)))
-    words = ["tune", "frontier", str(pico), "--data", str(rows), "--ways", "gguf-q8_0,gguf-q4_0,int8", "--texts", "2", "--held", "2", "--workspace", str(tmp_path / "ws"), "--quiet", "--json", "--pick", str(tmp_path / "best")]
+    rows.write_text(
+        "".join(
+            json.dumps({"id": str(i), "text": "the fox in Oslo asked what the weather is " * 30}) + "\n"
+            for i in range(30)
+        )
+    )
+    words = [
+        "tune",
+        "frontier",
+        str(pico),
+        "--data",
+        str(rows),
+        "--ways",
+        "gguf-q8_0,gguf-q4_0,int8",
+        "--texts",
+        "2",
+        "--held",
+        "2",
+        "--workspace",
+        str(tmp_path / "ws"),
+        "--quiet",
+        "--json",
+        "--pick",
+        str(tmp_path / "best"),
+    ]
     assert main(words) == 0
     first = json.loads(capsys.readouterr().out)
     assert main(words) == 0
@@ -107,6 +186,11 @@ def test_a_frontier_from_the_command_line(pico: Path, tmp_path: Path, capsys: py
     assert (tmp_path / "best" / "model.gguf").exists()
     assert main([*words[:6], "gguf-q4_0,absmax-4", *words[7:]]) == 0  # groups of 64 do not divide rows of 96
     assert "rows of 96 weights are not divided by groups of 64" in capsys.readouterr().err
-    assert main(["tune", "frontier", str(pico), "--data", str(rows), "--ways", "exl9", "--workspace", str(tmp_path / "ws")]) == 2
+    assert (
+        main(
+            ["tune", "frontier", str(pico), "--data", str(rows), "--ways", "exl9", "--workspace", str(tmp_path / "ws")]
+        )
+        == 2
+    )
     assert main([*words, "--budget", "0.001"]) == 2
     assert "nothing is within 0.0 MB" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""A merge's numbers by CMA-ES: the numbers of a known child are found again, and a search that was killed is the search that it would have been."""
+"""A merge's numbers by CMA-ES: the numbers of a known child are found again, and a search that was killed is the search
+that it would have been.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def test_numbers_that_can_be_searched() -> None:
     names = [gene.name for gene in genes_of({**FILE, "parameters": {"lambda": 1.0, "normalize": True, "int8_mask": 1}})]
     assert names == ["models.0.parameters.weight", "models.1.parameters.weight", "parameters.lambda"]
     genes = genes_of({"merge_method": "slerp", "parameters": {"t": GRADIENT}})
-    assert [(gene.name, gene.start) for gene in genes][:2] == [("parameters.t.0.value.0", 0), ("parameters.t.0.value.1", 0.5)]
+    assert [(gene.name, gene.start) for gene in genes][:2] == [
+        ("parameters.t.0.value.0", 0),
+        ("parameters.t.0.value.1", 0.5),
+    ]
     assert len(genes) == 11
     spread = genes_of(FILE, gradient=3, negative=True)
     assert len(spread) == 6
@@ -49,9 +54,21 @@ def test_numbers_that_can_be_searched() -> None:
         genes_of({"merge_method": "model_stock", "models": [{"model": "a"}]})
 
 
-@pytest.mark.parametrize(("given", "points", "starts"), [([0, 1], 3, [0, 0.5, 1]), ([0, 1, 0], 2, [0, 0]), ([0.2, 0.4, 0.8], 5, [0.2, 0.3, 0.4, 0.6, 0.8]), ([0.7], 2, [0.7, 0.7]), (0.7, 2, [0.7, 0.7]), ("1e-1", 2, [0.1, 0.1])])
+@pytest.mark.parametrize(
+    ("given", "points", "starts"),
+    [
+        ([0, 1], 3, [0, 0.5, 1]),
+        ([0, 1, 0], 2, [0, 0]),
+        ([0.2, 0.4, 0.8], 5, [0.2, 0.3, 0.4, 0.6, 0.8]),
+        ([0.7], 2, [0.7, 0.7]),
+        (0.7, 2, [0.7, 0.7]),
+        ("1e-1", 2, [0.1, 0.1]),
+    ],
+)
 def test_a_gradient_of_other_points(given: Any, points: int, starts: list[float]) -> None:
-    """Begins as the line that the file has, and is written with its own points; a value beside filters stays one number."""
+    """Begins as the line that the file has, and is written with its own points; a value beside filters stays one
+    number.
+    """
     plain = {"parameters": {"t": given, "weight": [{"filter": "mlp", "value": given}, 0.5]}}
     genes = genes_of(plain, gradient=points)
     assert [gene.start for gene in genes] == pytest.approx([*starts, *starts, 0.5])
@@ -99,7 +116,9 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_known_child_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judged by how near a merge's weights are to those of a child of 0.8 and 0.2; attempts leave nothing behind, the best one stays."""
+    """Judged by how near a merge's weights are to those of a child of 0.8 and 0.2; attempts leave nothing behind, the
+    best one stays.
+    """
     family = tmp_path / "family"
     models(family)
     merged({**FILE, "models": weighted(("a", 0.8), ("b", 0.2))}, family, tmp_path / "target")
@@ -118,11 +137,22 @@ def test_weights_of_a_known_child_are_found(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(evolutions, "_page", lambda job, found, names, child: pages.append((found, names)))
     found: dict[str, Any] = {name: resolve(str(family / name)) for name in ("base", "a", "b")}
     workspace = Workspace(tmp_path / "ws")
-    job = Evolution("merge", MergeConfig.model_validate(FILE), found, workspace, [Item(task="x")], attempts=36, population=7, say=lambda line: None)
+    job = Evolution(
+        "merge",
+        MergeConfig.model_validate(FILE),
+        found,
+        workspace,
+        [Item(task="x")],
+        attempts=36,
+        population=7,
+        say=lambda line: None,
+    )
     _, child = evolution(job)
     best = max(pages[0][0], key=lambda one: one.score)
     assert best.values == pytest.approx((0.8, 0.2), abs=0.08)
-    assert torch.allclose(load_file(child.path / "model.safetensors")["model.norm.weight"], wanted["model.norm.weight"], atol=0.1)
+    assert torch.allclose(
+        load_file(child.path / "model.safetensors")["model.norm.weight"], wanted["model.norm.weight"], atol=0.1
+    )
     assert [path.name for path in (workspace.root / "store").iterdir()] == [child.path.name]
 
 
@@ -137,11 +167,23 @@ def test_a_fault_of_a_file_is_no_score(tmp_path: Path, monkeypatch: pytest.Monke
             raise error
 
         monkeypatch.setattr(Evolution, "made", made)
-        return Evolution("merge", MergeConfig.model_validate(FILE), found, Workspace(tmp_path / "ws"), [Item(task="x")], attempts=2, population=2, say=lambda line: None)
+        return Evolution(
+            "merge",
+            MergeConfig.model_validate(FILE),
+            found,
+            Workspace(tmp_path / "ws"),
+            [Item(task="x")],
+            attempts=2,
+            population=2,
+            say=lambda line: None,
+        )
 
     with pytest.raises(ModelError, match="cut off"):
         evolution(job(ModelError("cut off")))
-    assert not list((tmp_path / "ws").rglob("journal.jsonl")) or not next((tmp_path / "ws").rglob("journal.jsonl")).read_text()
+    assert (
+        not list((tmp_path / "ws").rglob("journal.jsonl"))
+        or not next((tmp_path / "ws").rglob("journal.jsonl")).read_text()
+    )
     with pytest.raises(UserError, match="sum to zero"):  # of the best, which is made again at the end
         evolution(job(UserError("sum to zero")))
     assert len(next((tmp_path / "ws").rglob("journal.jsonl")).read_text().splitlines()) >= 2
@@ -163,26 +205,70 @@ def test_the_same_search_twice_at_once_waits(tmp_path: Path, monkeypatch: pytest
         raise UserError("seen")
 
     monkeypatch.setattr(evolutions, "evolve", judged)
-    jobs = [Evolution("merge", MergeConfig.model_validate(FILE), found, Workspace(tmp_path / "ws"), [Item(task="x")], say=lambda line: None) for _ in range(4)]
+    jobs = [
+        Evolution(
+            "merge",
+            MergeConfig.model_validate(FILE),
+            found,
+            Workspace(tmp_path / "ws"),
+            [Item(task="x")],
+            say=lambda line: None,
+        )
+        for _ in range(4)
+    ]
     with ThreadPoolExecutor(4) as pool:
         ends = [pool.submit(evolution, job) for job in jobs]
     assert all(isinstance(one.exception(), UserError) for one in ends)
     assert most == 1
 
 
-def test_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_command_line(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two generations with a task of five rows; the page and the model; again, and everything is known."""
     shutil.copytree(pico, tmp_path / "one")
     shutil.copytree(pico, tmp_path / "two")
     tensors = load_file(tmp_path / "two" / "model.safetensors")
     from safetensors.torch import save_file
 
-    save_file({name: one * 1.01 for name, one in tensors.items()}, tmp_path / "two" / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"id": str(i), "ask": f"What is {i}?", "options": ["one", "two"], "right": i % 2}) + "\n" for i in range(5)))
-    (tmp_path / "task.yaml").write_text(f'name: tiny\nwhat: two answers\nkind: choice\ndata: {tmp_path}/rows.jsonl\nprompt: plain\nquestion: "{{{{ask}}}}"\nchoices: "{{{{options}}}}"\nanswer: "{{{{right}}}}"\nmetrics: [acc]\n')
-    (tmp_path / "merge.yml").write_text("merge_method: linear\nmodels:\n  - {model: one, parameters: {weight: 0.5}}\n  - {model: two, parameters: {weight: 0.5}}\n")
+    save_file(
+        {name: one * 1.01 for name, one in tensors.items()},
+        tmp_path / "two" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"id": str(i), "ask": f"What is {i}?", "options": ["one", "two"], "right": i % 2}) + "\n"
+            for i in range(5)
+        )
+    )
+    (tmp_path / "task.yaml").write_text(
+        f"name: tiny\nwhat: two answers\nkind: choice\ndata: {tmp_path}/rows.jsonl\nprompt: plain\nquestion:"
+        ' "{{ask}}"\nchoices: "{{options}}"\nanswer: "{{right}}"\nmetrics: [acc]\n'
+    )
+    (tmp_path / "merge.yml").write_text(
+        "merge_method: linear\nmodels:\n  - {model: one, parameters: {weight: 0.5}}\n  - {model: two, parameters:"
+        " {weight: 0.5}}\n"
+    )
     monkeypatch.chdir(tmp_path)
-    words = ["tune", "evolve", "merge.yml", "--suite", "task.yaml", "--attempts", "3", "--population", "2", "--out", "page", "--pick", "best", "--quiet", "--workspace", "ws"]
+    words = [
+        "tune",
+        "evolve",
+        "merge.yml",
+        "--suite",
+        "task.yaml",
+        "--attempts",
+        "3",
+        "--population",
+        "2",
+        "--out",
+        "page",
+        "--pick",
+        "best",
+        "--quiet",
+        "--workspace",
+        "ws",
+    ]
     assert main(words) == 0
     assert "Best:" in capsys.readouterr().out
     page = json.loads((tmp_path / "page" / "report.json").read_text())
@@ -196,5 +282,7 @@ def test_from_the_command_line(tmp_path: Path, pico: Path, monkeypatch: pytest.M
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.yml").write_text("merge_method: linear\nmodels:\n  - {model: nowhere, parameters: {weight: 1}}\n")
-    assert main(["tune", "evolve", str(tmp_path / "m.yml"), "--suite", "quick", "--workspace", str(tmp_path / "ws")]) == 2
+    assert (
+        main(["tune", "evolve", str(tmp_path / "m.yml"), "--suite", "quick", "--workspace", str(tmp_path / "ws")]) == 2
+    )
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

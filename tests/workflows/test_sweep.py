@@ -1,4 +1,6 @@
-"""Sweeps: they find what is better, go on after a kill with nothing tried twice, say what failed, and share the steps that trials have in common."""
+"""Sweeps: they find what is better, go on after a kill with nothing tried twice, say what failed, and share the steps
+that trials have in common.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,35 @@ seed: 0
 steps:
   base: {{use: "path:{model}"}}
   rows: {{use: "path:{data}"}}
-  tuned: {{stage: train.sft, inputs: {{model: base, data: rows, held_out: rows}}, config: {{epochs: 2, samples: 0, lora: {{rank: 4}}}}}}
+  tuned:
+    stage: train.sft
+    inputs: {{model: base, data: rows, held_out: rows}}
+    config: {{epochs: 2, samples: 0, lora: {{rank: 4}}}}
 """
-SEARCH: dict[str, Any] = {"metric": "tuned.held_out", "direction": "minimize", "trials": 4, "random": 2, "fields": {"tuned.optimizer.learning_rate": {"low": 1e-5, "high": 0.1, "log": True}, "tuned.lora.targets": {"choices": ["all-linear", ["q_proj"]]}}}
+SEARCH: dict[str, Any] = {
+    "metric": "tuned.held_out",
+    "direction": "minimize",
+    "trials": 4,
+    "random": 2,
+    "fields": {
+        "tuned.optimizer.learning_rate": {"low": 1e-5, "high": 0.1, "log": True},
+        "tuned.lora.targets": {"choices": ["all-linear", ["q_proj"]]},
+    },
+}
 
 
 def study(tmp_path: Path, **more: Any) -> Study:
-    return Study(Search.model_validate({"metric": "a.b", "fields": {"a.x": {"low": -5, "high": 5}, "a.kind": {"choices": ["bad", "good"]}}, "random": 6, **more}), tmp_path / "journal.log")
+    return Study(
+        Search.model_validate(
+            {
+                "metric": "a.b",
+                "fields": {"a.x": {"low": -5, "high": 5}, "a.kind": {"choices": ["bad", "good"]}},
+                "random": 6,
+                **more,
+            }
+        ),
+        tmp_path / "journal.log",
+    )
 
 
 def score(values: Any) -> float:
@@ -55,7 +79,9 @@ def test_it_finds_the_top_of_a_hill(tmp_path: Path) -> None:
 
 
 def test_what_was_under_way_is_tried_again(tmp_path: Path) -> None:
-    """A process ends between asking and telling: the next one begins with the same values, keeps what was told, and draws others than before."""
+    """A process ends between asking and telling: the next one begins with the same values, keeps what was told, and
+    draws others than before.
+    """
     first = study(tmp_path)
     told = first.ask()
     first.tell(Trial(told.number, told.values, 1.0, seconds=3.0))
@@ -72,11 +98,21 @@ def test_what_was_under_way_is_tried_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_of_a_recipe(tmp_path: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the command line: the report names the best, whose steps bear the recipe's names; twice the same command tries nothing; more trials go on."""
+    """By the command line: the report names the best, whose steps bear the recipe's names; twice the same command tries
+    nothing; more trials go on.
+    """
     chats(tmp_path / "rows", 12)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
     (tmp_path / "search.yaml").write_text(json.dumps(SEARCH))
-    words = ["tune", "sweep", str(tmp_path / "recipe.yaml"), str(tmp_path / "search.yaml"), "--workspace", str(tmp_path / "ws"), "--json"]
+    words = [
+        "tune",
+        "sweep",
+        str(tmp_path / "recipe.yaml"),
+        str(tmp_path / "search.yaml"),
+        "--workspace",
+        str(tmp_path / "ws"),
+        "--json",
+    ]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
     data = json.loads((Path(told["report"]) / "report.json").read_text())
@@ -97,26 +133,39 @@ def test_a_sweep_of_a_recipe(tmp_path: Path, pico: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_is_told_and_others_go_on(tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rate at which the loss is no number: the page says why, and the best is of the others. A metric that is not there is named."""
+def test_a_trial_that_fails_is_told_and_others_go_on(
+    tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate at which the loss is no number: the page says why, and the best is of the others.
+
+    A metric that is not there is named.
+    """
     chats(tmp_path / "rows", 12)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
-    search = Search.model_validate({**SEARCH, "trials": 4, "random": 4, "fields": {"tuned.optimizer.learning_rate": {"choices": [1e-3, 1e30]}}})
+    search = Search.model_validate(
+        {**SEARCH, "trials": 4, "random": 4, "fields": {"tuned.optimizer.learning_rate": {"choices": [1e-3, 1e30]}}}
+    )
     found = sweep(recipe, search, Workspace(tmp_path / "ws"))
     trials = found.read()["trials"]
     assert {t["values"]["tuned.optimizer.learning_rate"] for t in trials if t["score"] is not None} == {1e-3}
     assert all("the loss is" in t["why"] for t in trials if t["score"] is None)
     assert found.metrics["failed"] == sum(t["score"] is None for t in trials) > 0
-    monkeypatch.setattr(sweeping.Run, "run", lambda self: self.found.update(tuned=Report(tmp_path, metrics={"loss": float("nan")})))
+    monkeypatch.setattr(
+        sweeping.Run, "run", lambda self: self.found.update(tuned=Report(tmp_path, metrics={"loss": float("nan")}))
+    )
     nothing = run_trial(Unit(recipe, tmp_path / "ws", (), "tuned", "loss"))
     assert (nothing.score, nothing.why) == (None, "tuned.loss is nan")
     monkeypatch.undo()
-    outcome = run_trial(Unit(recipe, tmp_path / "ws", tuple(overrides({"tuned.optimizer.learning_rate": 1e-3})), "tuned", "beauty"))
+    outcome = run_trial(
+        Unit(recipe, tmp_path / "ws", tuple(overrides({"tuned.optimizer.learning_rate": 1e-3})), "tuned", "beauty")
+    )
     assert outcome.score is None
     assert outcome.why.startswith("tuned has no metric 'beauty'; it has accuracy")
     with pytest.raises(DataError, match="no trial of tiny has a score; the first: tuned has no metric"):
-        sweep(recipe, Search.model_validate({**SEARCH, "metric": "tuned.beauty", "trials": 1}), Workspace(tmp_path / "ws"))
+        sweep(
+            recipe, Search.model_validate({**SEARCH, "metric": "tuned.beauty", "trials": 1}), Workspace(tmp_path / "ws")
+        )
 
 
 @pytest.mark.slow
@@ -135,7 +184,9 @@ def test_trials_run_on_ray(tmp_path: Path, pico: Path) -> None:
     chats(tmp_path / "rows", 8)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
-    found = sweep(recipe, Search.model_validate({**SEARCH, "trials": 2}), Workspace(tmp_path / "ws"), pool=Pool(2, "ray"))
+    found = sweep(
+        recipe, Search.model_validate({**SEARCH, "trials": 2}), Workspace(tmp_path / "ws"), pool=Pool(2, "ray")
+    )
     assert (found.metrics["trials"], found.metrics["failed"]) == (2, 0)
 
 
@@ -163,10 +214,18 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, pico: Path, monkeypatch: pytest.
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "no mapping": ([1], "must be a mapping"), "no metric": ({"fields": {"a.b": {"choices": [1]}}}, "metric: Field required"), "a metric of nothing": ({**SEARCH, "metric": "held_out"}, "metric: String should match"), "no fields": ({**SEARCH, "fields": {}}, "fields: "),
-    "both": ({**SEARCH, "fields": {"a.b": {"choices": [1], "low": 0}}}, "give either choices, or low and high"), "the wrong way": ({**SEARCH, "fields": {"a.b": {"low": 2, "high": 1}}}, "low must be less than high"),
-    "a logarithm of nothing": ({**SEARCH, "fields": {"a.b": {"low": 0, "high": 1, "log": True}}}, "log needs a low above zero"), "an unknown key": ({**SEARCH, "budget": 3}, "budget: Extra inputs"),
-}  # fmt: skip
+    "no mapping": ([1], "must be a mapping"),
+    "no metric": ({"fields": {"a.b": {"choices": [1]}}}, "metric: Field required"),
+    "a metric of nothing": ({**SEARCH, "metric": "held_out"}, "metric: String should match"),
+    "no fields": ({**SEARCH, "fields": {}}, "fields: "),
+    "both": ({**SEARCH, "fields": {"a.b": {"choices": [1], "low": 0}}}, "give either choices, or low and high"),
+    "the wrong way": ({**SEARCH, "fields": {"a.b": {"low": 2, "high": 1}}}, "low must be less than high"),
+    "a logarithm of nothing": (
+        {**SEARCH, "fields": {"a.b": {"low": 0, "high": 1, "log": True}}},
+        "log needs a low above zero",
+    ),
+    "an unknown key": ({**SEARCH, "budget": 3}, "budget: Extra inputs"),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -182,9 +241,10 @@ def test_searches_that_do_not_fit_the_recipe(tmp_path: Path, pico: Path) -> None
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
     for change, kind, message in (
-        ({"metric": "scored.score"}, UserError, "has no stage 'scored'; it has tuned"), ({"fields": {"tuned.lora.size": {"choices": [1]}}}, RecipeError, "size"),
+        ({"metric": "scored.score"}, UserError, "has no stage 'scored'; it has tuned"),
+        ({"fields": {"tuned.lora.size": {"choices": [1]}}}, RecipeError, "size"),
         ({"fields": {"tuned.lora.rank": {"low": -4, "high": 4, "whole": True}}}, RecipeError, "rank"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(kind, match=message):
             sweep(recipe, Search.model_validate({**SEARCH, **change}), Workspace(tmp_path / "ws"))
     with pytest.raises(UserError, match="no such file"):

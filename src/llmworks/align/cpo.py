@@ -1,4 +1,7 @@
-"""Stage `align.cpo`: contrastive preference optimization. As DPO without a reference, and the better answers are learned beside it."""
+"""Stage `align.cpo`: contrastive preference optimization.
+
+As DPO without a reference, and the better answers are learned beside it.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,14 @@ if TYPE_CHECKING:
 class CpoConfig(PreferenceConfig):
     """Which loss, and how much is learned beside it."""
 
-    loss: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="what is done with the difference of log-probabilities, which are summed over tokens")
+    loss: Literal["sigmoid", "hinge", "ipo"] = Field(
+        "sigmoid", description="what is done with the difference of log-probabilities, which are summed over tokens"
+    )
     beta: float = Field(0.1, gt=0, description="what the difference is multiplied by (ipo: tau)")
     smoothing: float = Field(0.0, ge=0, lt=0.5, description="sigmoid: chance that a label is wrong")
-    learn: float = Field(1.0, ge=0, description="how much the chosen answers are learned beside it, in nats a token (alpha of the paper)")
+    learn: float = Field(
+        1.0, ge=0, description="how much the chosen answers are learned beside it, in nats a token (alpha of the paper)"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -31,10 +38,18 @@ class CpoConfig(PreferenceConfig):
         return self
 
 
-def cpo(config: CpoConfig, policy: Model, pairs: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None) -> Adapter | Model:
+def cpo(
+    config: CpoConfig,
+    policy: Model,
+    pairs: Dataset,
+    ctx: Context,
+    adapter: Adapter | None = None,
+    held_out: Dataset | None = None,
+) -> Adapter | Model:
     """Train the policy on preference pairs; `adapter`: that it goes on from.
 
-    Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the loss stops being a number.
+    Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
+    loss stops being a number.
     """
     return prefer(config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.cpo")
 
@@ -44,4 +59,9 @@ def way_of(config: CpoConfig, given: Given) -> Way:
     from llmworks.align.losses.cpo import cpo as loss
     from llmworks.align.preference.objective import Pairs
 
-    return Pairs(given, lambda sides: loss(sides, config.loss, beta=config.beta, smoothing=config.smoothing), compared=False, learn=config.learn).way()
+    return Pairs(
+        given,
+        lambda sides: loss(sides, config.loss, beta=config.beta, smoothing=config.smoothing),
+        compared=False,
+        learn=config.learn,
+    ).way()

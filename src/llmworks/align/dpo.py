@@ -1,4 +1,7 @@
-"""Stage `align.dpo`: direct preference optimization, and the losses of its family. The better of two answers becomes more probable, held to where the policy began."""
+"""Stage `align.dpo`: direct preference optimization, and the losses of its family.
+
+The better of two answers becomes more probable, held to where the policy began.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,60 @@ PLAIN = ("nca", "bco", "apo-zero", "apo-down", "sppo", "aot", "aot-unpaired")  #
 class DpoConfig(PreferenceConfig):
     """Which loss of the family, and how far the policy may go."""
 
-    loss: Literal["sigmoid", "sigmoid-mean", "hinge", "ipo", "robust", "exo", "nca", "bco", "sppo", "apo-zero", "apo-down", "discopop", "aot", "aot-unpaired"] = Field(
-        "sigmoid", description="sigmoid: DPO, with `smoothing` cDPO; of means over tokens: ipo, sigmoid-mean; others as their papers name them, each with its source in align/losses/dpo.py"
+    loss: Literal[
+        "sigmoid",
+        "sigmoid-mean",
+        "hinge",
+        "ipo",
+        "robust",
+        "exo",
+        "nca",
+        "bco",
+        "sppo",
+        "apo-zero",
+        "apo-down",
+        "discopop",
+        "aot",
+        "aot-unpaired",
+    ] = Field(
+        "sigmoid",
+        description=(
+            "sigmoid: DPO, with `smoothing` cDPO; of means over tokens: ipo, sigmoid-mean; others as their papers name"
+            " them, each with its source in align/losses/dpo.py"
+        ),
     )
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference (ipo: tau)")
     smoothing: float = Field(0.0, ge=0, lt=0.5, description=f"chance that a label is wrong, for {', '.join(SMOOTH)}")
-    divergence: Literal["reverse", "forward", "jensen-shannon", "alpha"] = Field("reverse", description="what the policy is held to the reference by: reverse KL is DPO; the others are f-DPO's (arXiv:2309.16240)")
+    divergence: Literal["reverse", "forward", "jensen-shannon", "alpha"] = Field(
+        "reverse",
+        description=(
+            "what the policy is held to the reference by: reverse KL is DPO; the others are f-DPO's (arXiv:2309.16240)"
+        ),
+    )
     divergence_alpha: float = Field(0.5, description="of divergence alpha")
-    tail: float = Field(1.0, ge=0, le=1, description="what tokens beyond the shorter answer of a pair count; less than 1 is against rewards for length (LD-DPO, arXiv:2409.06411)")
-    learn: float = Field(0.0, ge=0, description="how much the chosen answers are learned beside it, in nats a token; 1 is usual (RPO, arXiv:2404.19733)")
-    reference: Literal["cached", "live"] = Field("cached", description="chances to the reference: computed once before training and kept, or beside every step with the adapter switched off")
+    tail: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description=(
+            "what tokens beyond the shorter answer of a pair count; less than 1 is against rewards for length (LD-DPO,"
+            " arXiv:2409.06411)"
+        ),
+    )
+    learn: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "how much the chosen answers are learned beside it, in nats a token; 1 is usual (RPO, arXiv:2404.19733)"
+        ),
+    )
+    reference: Literal["cached", "live"] = Field(
+        "cached",
+        description=(
+            "chances to the reference: computed once before training and kept, or beside every step with the adapter"
+            " switched off"
+        ),
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -45,20 +92,50 @@ class DpoConfig(PreferenceConfig):
         if self.divergence != "alpha" and self.divergence_alpha != 0.5:
             raise ValueError("divergence_alpha is for divergence alpha")
         if self.loss.startswith("aot") and self.accumulation > 1:
-            raise ValueError(f"loss {self.loss} compares all pairs of a step; set accumulation to 1 and batch_size to what a step has")
+            raise ValueError(
+                f"loss {self.loss} compares all pairs of a step; set accumulation to 1 and batch_size to what a"
+                " step has"
+            )
         if self.reference == "live" and self.method != "lora":
-            raise ValueError("reference live needs an adapter that can be switched off (method lora); with method full the chances are computed once: cached")
+            raise ValueError(
+                "reference live needs an adapter that can be switched off (method lora); with method full the chances"
+                " are computed once: cached"
+            )
         return self
 
 
-def dpo(config: DpoConfig, policy: Model, pairs: Dataset, ctx: Context, adapter: Adapter | None = None, reference: Model | None = None, held_out: Dataset | None = None) -> Adapter | Model:
-    """Train the policy on preference pairs. With `adapter` it is the policy's, goes on, and as it is now is the reference; `reference`: another model in its place.
+def dpo(
+    config: DpoConfig,
+    policy: Model,
+    pairs: Dataset,
+    ctx: Context,
+    adapter: Adapter | None = None,
+    reference: Model | None = None,
+    held_out: Dataset | None = None,
+) -> Adapter | Model:
+    """Train the policy on preference pairs.
 
-    Errors: DataError when no pair can be used; UserError for a reference with another vocabulary; ArtifactError for an adapter of another model; TrainingError when the loss stops being a number.
+    With `adapter` it is the policy's, goes on, and as it is now is the reference; `reference`: another model in its
+    place.
+
+    Errors: DataError when no pair can be used; UserError for a reference with another vocabulary; ArtifactError for an
+    adapter of another model; TrainingError when the loss stops being a number.
     """
     if reference is not None and config.reference == "live":
-        raise UserError("config.reference live is the policy as it began; with the input `reference` its chances are computed once: cached")
-    return prefer(config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.dpo", reference=reference)
+        raise UserError(
+            "config.reference live is the policy as it began; with the input `reference` its chances are computed once:"
+            " cached"
+        )
+    return prefer(
+        config,
+        Policy(policy, adapter),
+        pairs,
+        ctx,
+        held_out,
+        functools.partial(way_of, config),
+        "align.dpo",
+        reference=reference,
+    )
 
 
 def way_of(config: DpoConfig, given: Given) -> Way:
@@ -66,5 +143,17 @@ def way_of(config: DpoConfig, given: Given) -> Way:
     from llmworks.align.losses.dpo import dpo as loss
     from llmworks.align.preference.objective import Pairs
 
-    options = {"beta": config.beta, "smoothing": config.smoothing, "divergence": config.divergence, "alpha": config.divergence_alpha}
-    return Pairs(given, lambda sides: loss(sides, config.loss, **options), compared=True, live=config.reference == "live", learn=config.learn, tail=config.tail).way()  # type: ignore[arg-type]
+    options = {
+        "beta": config.beta,
+        "smoothing": config.smoothing,
+        "divergence": config.divergence,
+        "alpha": config.divergence_alpha,
+    }
+    return Pairs(
+        given,
+        lambda sides: loss(sides, config.loss, **options),  # type: ignore[arg-type]
+        compared=True,
+        live=config.reference == "live",
+        learn=config.learn,
+        tail=config.tail,
+    ).way()

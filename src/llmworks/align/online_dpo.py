@@ -1,4 +1,6 @@
-"""Stage `align.online-dpo`: DPO on pairs that the policy has just written: of its answers to a prompt the best and the worst."""
+"""Stage `align.online-dpo`: DPO on pairs that the policy has just written: of its answers to a prompt the best and the
+worst.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,42 @@ if TYPE_CHECKING:
 class OnlineDpoConfig(OnlineConfig):
     """Which loss, and how far the policy may go."""
 
-    answers: int = Field(2, ge=2, le=256, description="answers that are drawn of each prompt; the best and the worst are a pair")
+    answers: int = Field(
+        2, ge=2, le=256, description="answers that are drawn of each prompt; the best and the worst are a pair"
+    )
     loss: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the pair, as in align.dpo")
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to where it began")
 
 
-def online_dpo(config: OnlineDpoConfig, policy: Model, data: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None, reward: Model | None = None, judge: Model | Adapter | None = None) -> Adapter | Model:
-    """Train the policy on pairs of its own answers (Guo et al. 2024, arXiv:2402.04792). Inputs and errors as of align.grpo."""
+def online_dpo(
+    config: OnlineDpoConfig,
+    policy: Model,
+    data: Dataset,
+    ctx: Context,
+    adapter: Adapter | None = None,
+    held_out: Dataset | None = None,
+    reward: Model | None = None,
+    judge: Model | Adapter | None = None,
+) -> Adapter | Model:
+    """Train the policy on pairs of its own answers (Guo et al. 2024, arXiv:2402.04792).
+
+    Inputs and errors as of align.grpo.
+    """
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:
         from llmworks.align.rl.objective import Contest
 
         return Contest(given, drawing, kind=config.loss, beta=config.beta, whole=config.cut == "learn")
 
-    return run(config, Policy(policy, adapter), data, ctx, held_out, groups_of, "align.online-dpo", compared=True, reward=reward, judge=judge)
+    return run(
+        config,
+        Policy(policy, adapter),
+        data,
+        ctx,
+        held_out,
+        groups_of,
+        "align.online-dpo",
+        compared=True,
+        reward=reward,
+        judge=judge,
+    )

@@ -1,4 +1,8 @@
-"""Stage `align.orpo`: odds ratio preference optimization. Fine-tuning and alignment in one: chosen answers are learned, and their odds over the rejected ones' raised; no reference."""
+"""Stage `align.orpo`: odds ratio preference optimization.
+
+Fine-tuning and alignment in one: chosen answers are learned, and their odds over the rejected ones' raised; no
+reference.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,27 @@ class OrpoConfig(PreferenceConfig):
     """How much the odds weigh beside what is learned."""
 
     weight: float = Field(0.1, ge=0, description="of the odds (lambda of the paper)")
-    prompts: bool = Field(False, description="learn the prompts, too, as the authors' code and TRL do; else the answers only")
+    prompts: bool = Field(
+        False, description="learn the prompts, too, as the authors' code and TRL do; else the answers only"
+    )
 
 
-def orpo(config: OrpoConfig, policy: Model, pairs: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None) -> Adapter | Model:
+def orpo(
+    config: OrpoConfig,
+    policy: Model,
+    pairs: Dataset,
+    ctx: Context,
+    adapter: Adapter | None = None,
+    held_out: Dataset | None = None,
+) -> Adapter | Model:
     """Train the policy on preference pairs; `adapter`: that it goes on from.
 
-    Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the loss stops being a number.
+    Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
+    loss stops being a number.
     """
-    return prefer(config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.orpo")
+    return prefer(
+        config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.orpo"
+    )
 
 
 def way_of(config: OrpoConfig, given: Given) -> Way:
@@ -36,4 +52,6 @@ def way_of(config: OrpoConfig, given: Given) -> Way:
     from llmworks.align.losses.orpo import orpo as loss
     from llmworks.align.preference.objective import Pairs
 
-    return Pairs(given, lambda sides: loss(sides, weight=config.weight), compared=False, learn=1.0, prompts=config.prompts).way()
+    return Pairs(
+        given, lambda sides: loss(sides, weight=config.weight), compared=False, learn=1.0, prompts=config.prompts
+    ).way()

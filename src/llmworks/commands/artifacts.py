@@ -26,14 +26,19 @@ def show(args: argparse.Namespace) -> None:
         return
     out(f"{artifact.name}: {m.kind} {m.digest[:12]}")
     out(f"  at        {artifact.path}")
-    out(
-        f"  made by   {f'{m.stage} (revision {m.revision}, {m.derivation})' if m.stage else f'from outside: {artifact.ref or artifact.path}'}"
-    )
+    made = f"{m.stage} (revision {m.revision}, {m.derivation})" if m.stage else ""
+    out(f"  made by   {made or f'from outside: {artifact.ref or artifact.path}'}")
     if m.started:
-        out(f"  when      {m.started} to {m.finished[:19]}, seed {m.seed}, {m.threads} threads on {m.platform.get('processor', '?')}")
+        out(
+            f"  when      {m.started} to {m.finished[:19]}, seed {m.seed}, {m.threads} threads on"
+            f" {m.platform.get('processor', '?')}"
+        )
         out(f"  with      {', '.join(f'{k} {v}' for k, v in m.versions.items())}")
     for parent in m.parents:
-        out(f"  from      {parent.role}: {parent.name} ({parent.kind} {parent.digest[:12]}{f', {parent.ref}' if parent.ref else ''})")
+        out(
+            f"  from      {parent.role}: {parent.name} ({parent.kind}"
+            f" {parent.digest[:12]}{f', {parent.ref}' if parent.ref else ''})"
+        )
     for section, values in (("config", m.config), ("about", m.about), ("metrics", m.metrics)):
         for key, value in values.items():
             if value not in ({}, ""):
@@ -42,7 +47,8 @@ def show(args: argparse.Namespace) -> None:
         out(f"  file      {name}  {entry.bytes:,} bytes  {entry.sha256[:12]}")
     if m.golden:
         out(
-            f"  golden    {len(m.golden.conversations)} conversations, {sum(len(c.positions) for c in m.golden.conversations)} positions, stop ids {m.golden.stop_ids}"
+            f"  golden    {len(m.golden.conversations)} conversations,"
+            f" {sum(len(c.positions) for c in m.golden.conversations)} positions, stop ids {m.golden.stop_ids}"
         )
 
 
@@ -58,24 +64,40 @@ def tree(args: argparse.Namespace) -> None:
     chosen = resolve(args.artifact, workspace=workspace) if args.artifact else None
     if args.among:
         _look(args, chosen)
-    family = family_with(workspace, *([chosen] if chosen is not None else []), *(resolve(ref, workspace=workspace) for ref in args.among))
+    family = family_with(
+        workspace, *([chosen] if chosen is not None else []), *(resolve(ref, workspace=workspace) for ref in args.among)
+    )
     if chosen is not None:
         family = family.restricted([chosen.digest])
     if args.models:
         family = family.of_kinds("model", "adapter", "tokenizer")
     if not family.nodes:
-        raise UserError(f"{workspace.root}: no artifacts here yet; run a recipe first (llmworks run recipes/quickstart.yaml)")
+        raise UserError(
+            f"{workspace.root}: no artifacts here yet; run a recipe first (llmworks run recipes/quickstart.yaml)"
+        )
     licences = licences_of(family)
     warnings = conflicts(family, licences)
     if args.json:
-        nodes = [{"digest": n.digest, "kind": n.kind, "name": n.label, "stage": n.stage, "licence": licences.get(n.digest, ""), "parents": [{"role": r, "digest": d} for r, d in n.parents]} for n in family.nodes.values()]
+        nodes = [
+            {
+                "digest": n.digest,
+                "kind": n.kind,
+                "name": n.label,
+                "stage": n.stage,
+                "licence": licences.get(n.digest, ""),
+                "parents": [{"role": r, "digest": d} for r, d in n.parents],
+            }
+            for n in family.nodes.values()
+        ]
         as_json({"nodes": nodes, "warnings": warnings})
         return
     title = f"Family of {chosen.name}" if chosen is not None else "Family tree"
     for file, write in (
-        (args.svg, lambda file: file.write_text(draw_svg(family), encoding="utf-8")), (args.png, lambda file: draw_png(family, file)), (args.mermaid, lambda file: file.write_text(draw_mermaid(family), encoding="utf-8")),
+        (args.svg, lambda file: file.write_text(draw_svg(family), encoding="utf-8")),
+        (args.png, lambda file: draw_png(family, file)),
+        (args.mermaid, lambda file: file.write_text(draw_mermaid(family), encoding="utf-8")),
         (args.html, lambda file: file.write_text(draw_page(family, title, licences, warnings), encoding="utf-8")),
-    ):  # fmt: skip
+    ):
         if file:
             write(Path(file))
     out(draw_text(family))
@@ -94,9 +116,20 @@ def _look(args: argparse.Namespace, chosen: Artifact | None) -> None:
     among = [resolve(ref, workspace=workspace) for ref in args.among]
     strange = next((one for one in [chosen, *among] if not isinstance(one, Model)), None)
     if chosen is None or strange is not None:
-        raise UserError("--among: give the model whose parents are looked for first: llmworks tree MODEL --among REF" if chosen is None else f"--among: {getattr(strange, 'name', '')} is no model")
+        raise UserError(
+            "--among: give the model whose parents are looked for first: llmworks tree MODEL --among REF"
+            if chosen is None
+            else f"--among: {getattr(strange, 'name', '')} is no model"
+        )
     stage = resolve_stage("merge.kinship")
-    execute(stage, stage.config(), {"child": chosen, "among": among}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace))
+    execute(
+        stage,
+        stage.config(),
+        {"child": chosen, "among": among},
+        workspace,
+        seed=0,
+        open_engine=partial(open_engine, workspace=workspace),
+    )
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -117,7 +150,13 @@ def verify(args: argparse.Namespace) -> None:
     if args.json:
         as_json(
             [
-                {"name": f.node.label, "kind": f.node.kind, "digest": f.node.digest, "verdict": f.verdict, "detail": f.detail}
+                {
+                    "name": f.node.label,
+                    "kind": f.node.kind,
+                    "digest": f.node.digest,
+                    "verdict": f.verdict,
+                    "detail": f.detail,
+                }
                 for f in findings
             ]
         )
@@ -125,11 +164,15 @@ def verify(args: argparse.Namespace) -> None:
         width = max(len(f.node.label) for f in findings)
         for f in findings:
             out(
-                f"{'✓' if f.ok else '✗'} {f.node.label.ljust(width)}  {f.node.kind:<8} {f.node.digest[:12]}  {f.verdict}{f': {f.detail}' if f.detail else ''}"
+                f"{'✓' if f.ok else '✗'} {f.node.label.ljust(width)}  {f.node.kind:<8} {f.node.digest[:12]} "
+                f" {f.verdict}{f': {f.detail}' if f.detail else ''}"
             )
     wrong = [f for f in findings if not f.ok]
     if wrong:
-        raise GateFailed(f"{len(wrong)} of {len(findings)} artifacts do not verify; the first is {wrong[0].node.label}: {wrong[0].detail}")
+        raise GateFailed(
+            f"{len(wrong)} of {len(findings)} artifacts do not verify; the first is {wrong[0].node.label}:"
+            f" {wrong[0].detail}"
+        )
 
 
 def golden(args: argparse.Namespace) -> None:
@@ -148,11 +191,18 @@ def golden(args: argparse.Namespace) -> None:
     recorded = model.golden
     if recorded is None:
         if other is model or not isinstance(model, Model) or model.format != "hf":
-            raise UserError(f"{model.name}: has no golden tokens recorded; name the model that it should agree with first: llmworks verify --golden MODEL {args.artifact}")
+            raise UserError(
+                f"{model.name}: has no golden tokens recorded; name the model that it should agree with first: llmworks"
+                f" verify --golden MODEL {args.artifact}"
+            )
         recorded = record(model.path)
     bound = args.within if args.within is not None else _bound(other)
     engine = open_engine(other, workspace)
-    reference = open_engine(model, workspace) if other is not model and not model.ref.startswith(("http://", "https://")) and "logits" not in engine.can else None
+    reference = (
+        open_engine(model, workspace)
+        if other is not model and not model.ref.startswith(("http://", "https://")) and "logits" not in engine.can
+        else None
+    )
     try:
         checks = replay(recorded, engine, bound, reference)
     finally:
@@ -165,11 +215,15 @@ def golden(args: argparse.Namespace) -> None:
         for c in checks:
             out(f"{ {True: '✓', False: '✗', None: '·'}[c.ok] } {c.what:<15} {c.detail}")
     if wrong := [c for c in checks if c.ok is False]:
-        raise GateFailed(f"{other.name} does not replay the golden tokens of {model.name}: {wrong[0].what}: {wrong[0].detail}")
+        raise GateFailed(
+            f"{other.name} does not replay the golden tokens of {model.name}: {wrong[0].what}: {wrong[0].detail}"
+        )
 
 
 def _bound(other: Any) -> float:
-    """How far golden logits may be away on average: by what its kind of quantization may move them; of a GGUF file of an unknown type 0.3."""
+    """How far golden logits may be away on average: by what its kind of quantization may move them; of a GGUF file of
+    an unknown type 0.3.
+    """
     from llmworks.model.from_gguf import type_of
     from llmworks.quantize.config import allowed
     from llmworks.quantize.llamacpp.config import bound_of
@@ -179,7 +233,9 @@ def _bound(other: Any) -> float:
     if kind:
         return bound_of(str(kind))
     if other.about.get("bits"):
-        return allowed(int(other.about["bits"]), inputs=other.about.get("method") in ("smoothquant", "int8", "zeroquant"))
+        return allowed(
+            int(other.about["bits"]), inputs=other.about.get("method") in ("smoothquant", "int8", "zeroquant")
+        )
     return 0.3 if gguf else 0.05
 
 

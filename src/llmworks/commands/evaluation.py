@@ -1,4 +1,7 @@
-"""What `autoeval` does with its arguments: a suite on a model, task by task, and the leaderboard of the workspace. All logic is in the rooms below."""
+"""What `autoeval` does with its arguments: a suite on a model, task by task, and the leaderboard of the workspace.
+
+All logic is in the rooms below.
+"""
 
 from __future__ import annotations
 
@@ -46,18 +49,41 @@ def autoeval(args: argparse.Namespace) -> None:
         raise UserError(f"nothing could be asked; {missed[0][1]}: {missed[0][2]}")
     stage = resolve_stage("evaluate.board")
     reports = {r.digest: r for r in [*_earlier(workspace), *made]}
-    config = stage.config.model_validate({"model": models[0].digest, "title": f"{models[0].name} and others" if len({r.about.get('model') for r in reports.values()}) > 1 else models[0].name})
+    config = stage.config.model_validate(
+        {
+            "model": models[0].digest,
+            "title": (
+                f"{models[0].name} and others"
+                if len({r.about.get("model") for r in reports.values()}) > 1
+                else models[0].name
+            ),
+        }
+    )
     seen = _seen(made, workspace)
-    inputs: dict[str, Any] = {"reports": sorted(reports.values(), key=lambda r: r.digest), **({"contaminations": sorted(seen, key=lambda r: r.digest)} if seen else {})}
-    board = execute(stage, config, inputs, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True).artifact
+    inputs: dict[str, Any] = {
+        "reports": sorted(reports.values(), key=lambda r: r.digest),
+        **({"contaminations": sorted(seen, key=lambda r: r.digest)} if seen else {}),
+    }
+    board = execute(
+        stage, config, inputs, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True
+    ).artifact
     if args.out is not None:
         workspace.link_out(args.out, board)
     if args.json:
-        as_json({"board": str(board.path), "digest": board.digest, "scores": [_told(r) for r in made], "not_asked": [{"model": m, "task": t, "why": w} for m, t, w in missed]})
+        as_json(
+            {
+                "board": str(board.path),
+                "digest": board.digest,
+                "scores": [_told(r) for r in made],
+                "not_asked": [{"model": m, "task": t, "why": w} for m, t, w in missed],
+            }
+        )
         return
     for name, task, why in missed:
         print(f"  not asked: {name} on {task}: {why}", file=sys.stderr)
-    out(f"\nLeaderboard: {short(board.path / 'report.html')}\nModel card section: {short(board.path / 'model-card.md')}")
+    out(
+        f"\nLeaderboard: {short(board.path / 'report.html')}\nModel card section: {short(board.path / 'model-card.md')}"
+    )
 
 
 def _one(model: Model | Adapter, item: Item, workspace: Workspace, quiet: bool) -> Report | str:
@@ -73,11 +99,17 @@ def _one(model: Model | Adapter, item: Item, workspace: Workspace, quiet: bool) 
     config = stage.config.model_validate({"task": item.task, "limit": item.limit})
     try:
         inputs = default_inputs(stage, config, {"model": model}, workspace)
-        outcome = execute(stage, config, inputs, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=quiet)
+        outcome = execute(
+            stage, config, inputs, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=quiet
+        )
     except LlmworksError as error:  # one model or task that cannot be asked must not take the others with it
         return str(error)
     assert isinstance(outcome.artifact, Report)
-    print(f"✓ {model.name}  {item.task}  {'up to date' if not outcome.made else f'{outcome.seconds:.0f} s'}  {facts(outcome.artifact.metrics)}", file=sys.stderr)
+    print(
+        f"✓ {model.name}  {item.task}  {'up to date' if not outcome.made else f'{outcome.seconds:.0f} s'} "
+        f" {facts(outcome.artifact.metrics)}",
+        file=sys.stderr,
+    )
     return outcome.artifact
 
 
@@ -93,16 +125,32 @@ def _seen(made: list[Report], workspace: Workspace) -> list[Report]:
     family, stage = family_with(workspace), resolve_stage("evaluate.contamination")
     out: list[Report] = []
     for evaluation in made:
-        trained = [n.artifact for n in family.trained_on(str(evaluation.about.get("model", ""))) if isinstance(n.artifact, Dataset)]
+        trained = [
+            n.artifact
+            for n in family.trained_on(str(evaluation.about.get("model", "")))
+            if isinstance(n.artifact, Dataset)
+        ]
         if not trained:
             continue
         try:
-            found = execute(stage, stage.config(), {"evaluation": evaluation, "trained": sorted(trained, key=lambda d: d.digest)}, workspace, seed=0, open_engine=open_engine, quiet=True).artifact
+            found = execute(
+                stage,
+                stage.config(),
+                {"evaluation": evaluation, "trained": sorted(trained, key=lambda d: d.digest)},
+                workspace,
+                seed=0,
+                open_engine=open_engine,
+                quiet=True,
+            ).artifact
         except DataError as error:
             print(f"  not compared with its training data: {evaluation.name}: {error}", file=sys.stderr)
             continue
         assert isinstance(found, Report)
-        print(f"  {evaluation.about.get('task')}: {found.metrics['touched']} of {found.metrics['samples']} samples stand in what the model was trained on", file=sys.stderr)
+        print(
+            f"  {evaluation.about.get('task')}: {found.metrics['touched']} of {found.metrics['samples']} samples stand"
+            " in what the model was trained on",
+            file=sys.stderr,
+        )
         out.append(found)
     return out
 
@@ -125,7 +173,12 @@ def _earlier(workspace: Workspace) -> list[Report]:
 
 
 def _told(report: Report) -> dict[str, Any]:
-    return {"task": report.about.get("task"), "model": report.about.get("model"), "path": str(report.path), **{k: report.metrics[k] for k in ("metric", "score", "low", "high", "samples")}}
+    return {
+        "task": report.about.get("task"),
+        "model": report.about.get("model"),
+        "path": str(report.path),
+        **{k: report.metrics[k] for k in ("metric", "score", "low", "high", "samples")},
+    }
 
 
 def arena(args: argparse.Namespace) -> None:
@@ -181,8 +234,16 @@ def tasks(args: argparse.Namespace) -> None:
         raise UserError("name the task that is to be written for the lm-evaluation-harness")
     found = {name: load_task(name) for name in task_names()}
     if args.json:
-        as_json({"tasks": {n: t.model_dump(exclude_defaults=True) for n, t in found.items()}, "suites": {n: s.model_dump() for n, s in suites().items()}})
+        as_json(
+            {
+                "tasks": {n: t.model_dump(exclude_defaults=True) for n, t in found.items()},
+                "suites": {n: s.model_dump() for n, s in suites().items()},
+            }
+        )
         return
-    table(("task", "kind", "score", "data", "what"), [(n, t.kind, t.metrics[0].name, t.data, t.what) for n, t in found.items()])
+    table(
+        ("task", "kind", "score", "data", "what"),
+        [(n, t.kind, t.metrics[0].name, t.data, t.what) for n, t in found.items()],
+    )
     out()
     table(("suite", "tasks"), [(n, ", ".join(i.task for i in s.tasks)) for n, s in suites().items()])

@@ -1,4 +1,5 @@
-"""Several processes of one command on this machine (`--nproc`): each gets its number as torchrun gives it; when one dies all stop, with one message.
+"""Several processes of one command on this machine (`--nproc`): each gets its number as torchrun gives it; when one
+dies all stop, with one message.
 
 On several machines torchrun does this, with the same command.
 """
@@ -31,14 +32,24 @@ def launch(words: Sequence[str], processes: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     threads = os.environ.get("LLMWORKS_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LLMWORKS_THREADS": threads, "OMP_NUM_THREADS": threads, LAUNCHED: uuid.uuid4().hex}
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LLMWORKS_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
+        LAUNCHED: uuid.uuid4().hex,
+    }
     started: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as files:
         told = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1)]
         try:
             for rank in range(processes):
-                silent = {"stdout": subprocess.DEVNULL, "stderr": told[rank - 1]} if rank else {}
-                started.append(subprocess.Popen([sys.executable, "-m", "llmworks.cli", *words], env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **silent))  # type: ignore[call-overload]
+                environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                output, errors = (subprocess.DEVNULL, told[rank - 1]) if rank else (None, None)
+                command = [sys.executable, "-m", "llmworks.cli", *words]
+                started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=errors))
             first = _first_to_fail(started)
         except KeyboardInterrupt:
             for process in started:
@@ -50,11 +61,21 @@ def launch(words: Sequence[str], processes: int) -> int:
         _end(started, 0 if started[first].returncode < 0 else 5)
         code = started[first].returncode
         if code < 0 or code == LOST:
-            how = f"process {first} of {processes} was killed (signal {-code})" if code < 0 else f"the {processes} processes lost one another"
+            how = (
+                f"process {first} of {processes} was killed (signal {-code})"
+                if code < 0
+                else f"the {processes} processes lost one another"
+            )
             raise WorkerLost(f"{how}; all are stopped. The same command goes on from the last checkpoint")
         if first:  # what the first process says is seen already
             told[first - 1].seek(0)
-            lines = [line for line in (RANK.sub("", line).strip() for line in told[first - 1].read().decode(errors="replace").splitlines()) if line]
+            lines = [
+                line
+                for line in (
+                    RANK.sub("", line).strip() for line in told[first - 1].read().decode(errors="replace").splitlines()
+                )
+                if line
+            ]
             sys.stderr.write(f"process {first} of {processes}: {lines[-1] if lines else 'ended without a word'}\n")
         return code
 
@@ -62,7 +83,8 @@ def launch(words: Sequence[str], processes: int) -> int:
 def _first_to_fail(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """The number of the process that is to blame; None when all end well.
 
-    One that was killed, else the first that found something wrong itself; those that miss another one come last. The failure of one is that of
+    One that was killed, else the first that found something wrong itself; those that miss another one come last. The
+    failure of one is that of
     others within moments, and they may end before it.
     """
 
@@ -91,7 +113,10 @@ def _end(started: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
 
 
 def spread(words: Sequence[str]) -> int | None:
-    """The exit code of a command with `--nproc N`, which is run so many times; None for every other command. Errors: UserError."""
+    """The exit code of a command with `--nproc N`, which is run so many times; None for every other command.
+
+    Errors: UserError.
+    """
     given = [i for i, word in enumerate(words) if word == "--nproc" or word.startswith("--nproc=")]
     if not given or LAUNCHED in os.environ:
         return None

@@ -63,7 +63,11 @@ def run(args: argparse.Namespace) -> None:
             ]
         )
         return
-    out(f"\n{made} steps made, {sum(j.state == 'up to date' for j in done)} up to date." if made else "\nEverything is up to date.")
+    out(
+        f"\n{made} steps made, {sum(j.state == 'up to date' for j in done)} up to date."
+        if made
+        else "\nEverything is up to date."
+    )
     if page := job.report_path():
         out(f"Report: {short(page)}")
     if recipe.next:
@@ -81,10 +85,38 @@ def plan(args: argparse.Namespace) -> None:
     job = Run(recipe, workspace_of(args))
     judgements = job.plan()
     trainings = _trainings(job, judgements, args)
-    judgements = [replace(j, expect=trainings[j.name][1], expect_from="tried here") if trainings.get(j.name, (None, None))[1] is not None else j for j in judgements]
+    judgements = [
+        (
+            replace(j, expect=trainings[j.name][1], expect_from="tried here")
+            if trainings.get(j.name, (None, None))[1] is not None
+            else j
+        )
+        for j in judgements
+    ]
     if args.json:
-        known = {name: {"parameters": t.parameters, "learned": t.learned, "steps": t.steps, "tokens": t.read, "operations": t.work, "memory_bytes": t.memory} for name, (t, _) in trainings.items()}
-        as_json([{"step": j.name, "state": j.state, "why": j.why, "expect": j.expect.model_dump() if j.expect else None, "training": known.get(j.name)} for j in judgements])
+        known = {
+            name: {
+                "parameters": t.parameters,
+                "learned": t.learned,
+                "steps": t.steps,
+                "tokens": t.read,
+                "operations": t.work,
+                "memory_bytes": t.memory,
+            }
+            for name, (t, _) in trainings.items()
+        }
+        as_json(
+            [
+                {
+                    "step": j.name,
+                    "state": j.state,
+                    "why": j.why,
+                    "expect": j.expect.model_dump() if j.expect else None,
+                    "training": known.get(j.name),
+                }
+                for j in judgements
+            ]
+        )
         return
     pending = [j for j in judgements if j.state in ("to run", "waits")]
     rows = []
@@ -104,7 +136,13 @@ def plan(args: argparse.Namespace) -> None:
     expected = [j.expect for j in pending if j.expect]
     foreseen = any(e.seconds or e.disk_mb for e in expected)
     out(
-        f"\n{len(pending)} steps to run; nothing is known of their time, memory and disk yet." if pending and not foreseen else f"\n{len(pending)} steps to run: about {sum(e.seconds for e in expected) / 60:.1f} minutes, {max((e.memory_mb for e in expected), default=0) / 1e3:.1f} GB of memory, {sum(e.disk_mb for e in expected) / 1e3:.2f} GB of disk."
+        f"\n{len(pending)} steps to run; nothing is known of their time, memory and disk yet."
+        if pending and not foreseen
+        else (
+            f"\n{len(pending)} steps to run: about {sum(e.seconds for e in expected) / 60:.1f} minutes,"
+            f" {max((e.memory_mb for e in expected), default=0) / 1e3:.1f} GB of memory,"
+            f" {sum(e.disk_mb for e in expected) / 1e3:.2f} GB of disk."
+        )
     )
     sources = sorted({j.expect_from for j in pending if j.expect_from})
     unknown = [j.name for j in pending if j.expect is None or not any((j.expect.seconds, j.expect.disk_mb))]
@@ -113,7 +151,9 @@ def plan(args: argparse.Namespace) -> None:
         out(f"Figures: {', '.join(sources)}." + (f" Nothing is known of {', '.join(unknown)}." if unknown else ""))
 
 
-def _trainings(job: Run, judgements: list[Judgement], args: argparse.Namespace) -> dict[str, tuple[Estimate, Expect | None]]:
+def _trainings(
+    job: Run, judgements: list[Judgement], args: argparse.Namespace
+) -> dict[str, tuple[Estimate, Expect | None]]:
     """The trainings that are to run, by step, and what a few of their steps took here where that is asked for."""
     from llmworks.workflows.estimate import estimate_of
 
@@ -123,10 +163,17 @@ def _trainings(job: Run, judgements: list[Judgement], args: argparse.Namespace) 
         raise UserError("--try runs the steps in one process, here; leave out --processes, or --try")
     found: dict[str, tuple[Estimate, Expect | None]] = {}
     for j in judgements:
-        training = estimate_of(job.recipe, job.found, j.name, args.processes) if j.state in ("to run", "waits") else None
+        training = (
+            estimate_of(job.recipe, job.found, j.name, args.processes) if j.state in ("to run", "waits") else None
+        )
         if training is not None:
-            before = any(o.state in ("to run", "waits") and o.name not in found for o in judgements[: judgements.index(j)])
-            found[j.name] = (training, _tried(j.name, training, BEFORE if before else 0) if args.attempt and training.ready else None)
+            before = any(
+                o.state in ("to run", "waits") and o.name not in found for o in judgements[: judgements.index(j)]
+            )
+            found[j.name] = (
+                training,
+                _tried(j.name, training, BEFORE if before else 0) if args.attempt and training.ready else None,
+            )
     return found
 
 
@@ -136,7 +183,9 @@ def _tried(name: str, training: Estimate, before: int) -> Expect:
     print(f"trying a few steps of {name} ...", file=sys.stderr, flush=True)
     trial = training.attempt()
     size = 4 * training.saved / 1e6
-    return Expect(seconds=training.seconds(trial) if training.steps else 0, memory_mb=(trial.memory + before) / 1e6, disk_mb=size)
+    return Expect(
+        seconds=training.seconds(trial) if training.steps else 0, memory_mb=(trial.memory + before) / 1e6, disk_mb=size
+    )
 
 
 def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None:
@@ -145,14 +194,31 @@ def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None
     rows = []
     for name, (t, tried) in trainings.items():
         known = t.steps > 0
-        memory = f"{tried.memory_mb / 1e3:.2f} GB, tried" if tried else f"{'about' if known else 'at most'} {t.memory / 1e9:.1f} GB"
-        rows.append((name, f"{t.parameters:,}", f"{t.learned:,}", f"{t.steps:,}" if known else "not known yet", f"{t.read:,}" if known else "", f"{t.work:.2g}" if known else "", memory))
+        memory = (
+            f"{tried.memory_mb / 1e3:.2f} GB, tried"
+            if tried
+            else f"{'about' if known else 'at most'} {t.memory / 1e9:.1f} GB"
+        )
+        rows.append(
+            (
+                name,
+                f"{t.parameters:,}",
+                f"{t.learned:,}",
+                f"{t.steps:,}" if known else "not known yet",
+                f"{t.read:,}" if known else "",
+                f"{t.work:.2g}" if known else "",
+                memory,
+            )
+        )
     out()
     table(("training", "parameters", "learned", "steps", "tokens", "operations", "memory of a process"), rows)
     if not any(tried for _, tried in trainings.values()):
         out("Time and memory on this machine: the same command with --try.")
     if not all(t.steps for t, _ in trainings.values()):
-        out("Steps and time are known when the data of a training are made: `run` makes them first, and goes on when it was interrupted.")
+        out(
+            "Steps and time are known when the data of a training are made: `run` makes them first, and goes on when it"
+            " was interrupted."
+        )
 
 
 def stages(args: argparse.Namespace) -> None:
@@ -167,13 +233,21 @@ def stages(args: argparse.Namespace) -> None:
         return
     if args.name:
         stage = resolve(args.name)
-        out(f"{stage.name}  revision {stage.stage.revision}, {stage.stage.derivation}, makes {'an' if stage.output.kind[0] in 'aeiou' else 'a'} {stage.output.kind}\n\n{stage.help}\n")
+        out(
+            f"{stage.name}  revision {stage.stage.revision}, {stage.stage.derivation}, makes"
+            f" {'an' if stage.output.kind[0] in 'aeiou' else 'a'} {stage.output.kind}\n\n{stage.help}\n"
+        )
         table(("input", "takes"), [(i.name, i.describe()) for i in stage.inputs.values()])
         out()
         table(("config", "type", "what"), config_help(stage.config))
         return
     if args.json:
-        as_json({name: {"summary": s.summary, "revision": s.revision, "derivation": s.derivation} for name, s in stage_table().items()})
+        as_json(
+            {
+                name: {"summary": s.summary, "revision": s.revision, "derivation": s.derivation}
+                for name, s in stage_table().items()
+            }
+        )
         return
     table(
         ("stage", "revision", "derivation", "what"),
@@ -199,7 +273,9 @@ def stage(args: argparse.Namespace) -> None:
         except FileNotFoundError:
             raise UserError(f"{args.config}: no such file; --config takes a YAML file of config fields") from None
         except yaml.MarkedYAMLError as error:
-            raise UserError(f"{args.config}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}") from None
+            raise UserError(
+                f"{args.config}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}"
+            ) from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{args.config}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
@@ -212,7 +288,9 @@ def stage(args: argparse.Namespace) -> None:
     try:
         config = stage.config.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(config_problem(stage.config, dict(e), f"{stage.name}.config") for e in error.errors())) from None
+        raise UserError(
+            "; ".join(config_problem(stage.config, dict(e), f"{stage.name}.config") for e in error.errors())
+        ) from None
     given = default_inputs(stage, config, _inputs(args, workspace), workspace)
     missing = missing_inputs(stage, given)
     if missing:
@@ -236,7 +314,10 @@ def stage(args: argparse.Namespace) -> None:
     if args.out is not None:
         before = workspace.link_out(args.out, outcome.artifact)
         if before is not None and before.kind != outcome.artifact.kind:
-            print(f"  {args.out} named a {before.kind} until now, which is still there: {short(before.path)}", file=sys.stderr)
+            print(
+                f"  {args.out} named a {before.kind} until now, which is still there: {short(before.path)}",
+                file=sys.stderr,
+            )
     failed = str(outcome.artifact.about.get("failed", ""))
     if args.json:
         as_json(
@@ -254,7 +335,10 @@ def stage(args: argparse.Namespace) -> None:
 
 
 def _inputs(args: argparse.Namespace, workspace: Workspace) -> dict[str, Any]:
-    """The artifacts behind the references that were given, by input. UserError for one of the wrong kind, without a name, or too many."""
+    """The artifacts behind the references that were given, by input.
+
+    UserError for one of the wrong kind, without a name, or too many.
+    """
     from llmworks.runtime.references import resolve
 
     given: dict[str, Any] = {}
@@ -265,7 +349,10 @@ def _inputs(args: argparse.Namespace, workspace: Workspace) -> dict[str, Any]:
         if wanted.shape == "one" and len(refs) > 1:
             raise UserError(f"--{name} is given {len(refs)} times; it takes one {wanted.describe()}")
         keys = [ref.partition("=")[0] for ref in refs] if wanted.shape == "dict" else []
-        unnamed = next((ref for ref in refs if wanted.shape == "dict" and not (ref.partition("=")[0] and ref.partition("=")[2])), None)
+        unnamed = next(
+            (ref for ref in refs if wanted.shape == "dict" and not (ref.partition("=")[0] and ref.partition("=")[2])),
+            None,
+        )
         if unnamed is not None:
             raise UserError(f"--{name} {unnamed}: give it a name, as in --{name} NAME={unnamed.strip('=') or 'REF'}")
         if len(set(keys)) < len(keys):
@@ -273,14 +360,24 @@ def _inputs(args: argparse.Namespace, workspace: Workspace) -> dict[str, Any]:
         found = [resolve(ref.partition("=")[2] if wanted.shape == "dict" else ref, workspace=workspace) for ref in refs]
         for artifact in found:
             if not isinstance(artifact, wanted.kinds):
-                adapter = "; give the model that it was trained on here and it as --adapter, or fold it into that model (llmworks merge adapter)" if artifact.kind == "adapter" and "adapter" in args.stage.inputs else ""
-                raise UserError(f"--{name}: {artifact.name} is {'an' if artifact.kind[0] in 'aei' else 'a'} {artifact.kind}, wanted is {wanted.describe()}{adapter}")
+                adapter = (
+                    "; give the model that it was trained on here and it as --adapter, or fold it into that model"
+                    " (llmworks merge adapter)"
+                    if artifact.kind == "adapter" and "adapter" in args.stage.inputs
+                    else ""
+                )
+                raise UserError(
+                    f"--{name}: {artifact.name} is {'an' if artifact.kind[0] in 'aei' else 'a'} {artifact.kind}, wanted"
+                    f" is {wanted.describe()}{adapter}"
+                )
         given[name] = (
             found[0]
             if wanted.shape == "one"
-            else found
-            if wanted.shape == "list"
-            else {ref.partition("=")[0]: a for ref, a in zip(refs, found, strict=True)}
+            else (
+                found
+                if wanted.shape == "list"
+                else {ref.partition("=")[0]: a for ref, a in zip(refs, found, strict=True)}
+            )
         )
     return given
 
@@ -296,10 +393,11 @@ def say_made(stage: str, name: Path | None, outcome: Outcome) -> None:
         text = terminal.read_text(encoding="utf-8")
         out((text if sys.stdout.isatty() else without_colours(text)).rstrip("\n") + "\n")
     out(
-        f"✓ {stage}  {artifact.kind} {artifact.digest[:12]}  {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(artifact.metrics)}"
+        f"✓ {stage}  {artifact.kind} {artifact.digest[:12]} "
+        f" {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(artifact.metrics)}"
     )
     if name is None:
         out(f"Report: {short(artifact.path / 'report.html')}")
     else:
-        chat = f"  llmworks chat {name} \"Hello\"\n" if artifact.kind == "model" else ""
+        chat = f'  llmworks chat {name} "Hello"\n' if artifact.kind == "model" else ""
         out(f"Result: {name}\nNext:\n{chat}  llmworks show {name}\n  llmworks tree {name}")

@@ -30,13 +30,23 @@ def selftest(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.set)
     job = Run(recipe, workspace_of(args))
     job.plan()
-    trainings: dict[str, Training | Tuning] = {name: t for name in recipe.steps if (t := training_of(recipe, job.found, name) or _tuning(tuning_of(recipe, job.found, name))) is not None}
+    trainings: dict[str, Training | Tuning] = {
+        name: t
+        for name in recipe.steps
+        if (t := training_of(recipe, job.found, name) or _tuning(tuning_of(recipe, job.found, name))) is not None
+    }
     if args.step:
         if args.step not in trainings:
-            raise UserError(f"{args.recipe}: {args.step!r} is no training whose model is known; there are {', '.join(trainings) or 'none'}")
+            raise UserError(
+                f"{args.recipe}: {args.step!r} is no training whose model is known; there are"
+                f" {', '.join(trainings) or 'none'}"
+            )
         trainings = {args.step: trainings[args.step]}
     if not trainings:
-        raise UserError(f"{args.recipe}: has no training whose model is known (model.new, model.recurrent, or one that was made; of train.sft its data, too)")
+        raise UserError(
+            f"{args.recipe}: has no training whose model is known (model.new, model.recurrent, or one that was made; of"
+            " train.sft its data, too)"
+        )
     for name, training in trainings.items():
         try:
             training.check()
@@ -50,9 +60,17 @@ def selftest(args: argparse.Namespace) -> None:
         data = job.found.get(str(recipe.steps[name].inputs["data"]))  # type: ignore[union-attr]
         rows = data if isinstance(data, Dataset) else None
         if not args.json:
-            out(f"{name}: {'its first rows' if rows is not None else 'rows that are drawn, since its own are not made yet'}, a model of {training.shape.kind if hasattr(training.shape, 'kind') else 'its switches'}, shrunken")
+            out(
+                f"{name}:"
+                f" {'its first rows' if rows is not None else 'rows that are drawn, since its own are not made yet'}, a"
+                f" model of {training.shape.kind if hasattr(training.shape, 'kind') else 'its switches'}, shrunken"
+            )
         found[name] = []
-        for check in checks_of(training.config, training.shape, rows) if isinstance(training, Training) else checks_of_tuning(training, rows):
+        for check in (
+            checks_of(training.config, training.shape, rows)
+            if isinstance(training, Training)
+            else checks_of_tuning(training, rows)
+        ):
             found[name].append(check)
             if not args.json:
                 out(f"{'✓' if check.holds else '✗'} {check.what:<42}{check.detail}")
@@ -62,7 +80,10 @@ def selftest(args: argparse.Namespace) -> None:
     if args.json:
         as_json({name: [c.__dict__ for c in checks] for name, checks in found.items()})
     if wrong:
-        raise GateFailed(f"{len(wrong)} of {sum(len(checks) for checks in found.values())} checks do not hold; the first is {wrong[0]}")
+        raise GateFailed(
+            f"{len(wrong)} of {sum(len(checks) for checks in found.values())} checks do not hold; the first is"
+            f" {wrong[0]}"
+        )
 
 
 def _tuning(tuning: Tuning | None) -> Tuning | None:
@@ -77,4 +98,10 @@ def checks_of_tuning(tuning: Tuning, rows: Dataset | None) -> Iterator[Check]:
 
     assert rows is not None
     base = load(tuning.model) if (tuning.model / MANIFEST).exists() else None
-    return selftest_sft(tuning.config, tuning.model, rows, golden=base if isinstance(base, Model) else None, teacher=tuning.teacher is not None)
+    return selftest_sft(
+        tuning.config,
+        tuning.model,
+        rows,
+        golden=base if isinstance(base, Model) else None,
+        teacher=tuning.teacher is not None,
+    )

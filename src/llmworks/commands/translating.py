@@ -32,11 +32,19 @@ def translate(args: argparse.Namespace) -> None:
             problems = [line.removeprefix(f"{draft}:") for line in error.problems]
             missing = [line.partition(": ")[2] for line in problems if ".use: " in line]  # may lie on another machine
             if len(missing) < len(problems):
-                raise UserError(f"{args.file}: makes no recipe that holds: {'; '.join(f'line {line}' for line in problems)}") from None
+                raise UserError(
+                    f"{args.file}: makes no recipe that holds: {'; '.join(f'line {line}' for line in problems)}"
+                ) from None
         if args.out is not None:
             draft.replace(args.out)
     if args.json:
-        as_json({"tool": found.tool, "recipe": found.text, "keys": [{"key": note.key, "fate": note.fate, "why": note.text} for note in found.notes]})
+        as_json(
+            {
+                "tool": found.tool,
+                "recipe": found.text,
+                "keys": [{"key": note.key, "fate": note.fate, "why": note.text} for note in found.notes],
+            }
+        )
         return
     if args.out is None:
         out(found.text.rstrip())
@@ -47,4 +55,7 @@ def translate(args: argparse.Namespace) -> None:
             if note.fate == fate:
                 print(f"{HEADINGS[note.fate].partition(':')[0].lower()}: {note.key}: {note.text}", file=sys.stderr)
     if args.out is not None:
-        out(f"{args.out}: a recipe of {found.tool}'s {args.file.name}; its header says what became of {len(found.notes)} keys\n  llmworks plan {args.out}\n  llmworks run {args.out}")
+        out(
+            f"{args.out}: a recipe of {found.tool}'s {args.file.name}; its header says what became of"
+            f" {len(found.notes)} keys\n  llmworks plan {args.out}\n  llmworks run {args.out}"
+        )

@@ -18,13 +18,18 @@ def sweep(args: argparse.Namespace) -> None:
     if args.trials is not None:
         search = type(search).model_validate(search.model_dump() | {"trials": args.trials})
     workspace = workspace_of(args)
-    found = run(args.recipe, search, workspace, args.set, pool_of(args), lambda line: print(line, file=sys.stderr, flush=True))
+    found = run(
+        args.recipe, search, workspace, args.set, pool_of(args), lambda line: print(line, file=sys.stderr, flush=True)
+    )
     data = found.read()
     if args.json:
         as_json({"report": str(found.path), "best": data["best"], **data["metrics"]})
         return
     sets = " ".join(f"--set {field}={value}" for field, value in data["best"].items())
-    out(f"\nBest: {search.metric} {data['metrics']['score']:.4g}\n  llmworks run {args.recipe} {sets}\nReport: {short(found.path / 'report.html')}")
+    out(
+        f"\nBest: {search.metric} {data['metrics']['score']:.4g}\n  llmworks run {args.recipe} {sets}\nReport:"
+        f" {short(found.path / 'report.html')}"
+    )
 
 
 def frontier(args: argparse.Namespace) -> None:
@@ -56,17 +61,37 @@ def frontier(args: argparse.Namespace) -> None:
     if args.budget is not None and not 0 < args.budget < float("inf"):
         raise UserError(f"--budget {args.budget:g}: must be a number of megabytes above 0")
     items = items_of(args.suite, args.limit) if args.suite else ()
-    job = Frontier(model, data, workspace, items, args.texts, args.held, say=lambda line: print(line, file=sys.stderr, flush=True), quiet=args.quiet)
+    job = Frontier(
+        model,
+        data,
+        workspace,
+        items,
+        args.texts,
+        args.held,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        quiet=args.quiet,
+    )
     page, chosen = run(job, ways, None if args.budget is None else args.budget * 1e6)
     for name, artifact in ((args.out, page), (args.pick, chosen)):
         if name is not None and artifact is not None:
             workspace.link_out(name, artifact)
     told = page.read()
     if args.json:
-        as_json({"report": str(page.path), "recommended": told["recommended"]["name"], "model": str(chosen.path) if chosen else None, **told["metrics"]})
+        as_json(
+            {
+                "report": str(page.path),
+                "recommended": told["recommended"]["name"],
+                "model": str(chosen.path) if chosen else None,
+                **told["metrics"],
+            }
+        )
         return
     best = told["recommended"]
-    out(f"\n{best['name']}: {best['bytes'] / 1e6:,.1f} MB, {best['kl']:.4f} nats a token away" + (f"\nModel: {short(args.pick if args.pick is not None else chosen.path)}" if chosen else "") + f"\nReport: {short(page.path / 'report.html')}")
+    out(
+        f"\n{best['name']}: {best['bytes'] / 1e6:,.1f} MB, {best['kl']:.4f} nats a token away"
+        + (f"\nModel: {short(args.pick if args.pick is not None else chosen.path)}" if chosen else "")
+        + f"\nReport: {short(page.path / 'report.html')}"
+    )
 
 
 def evolve(args: argparse.Namespace) -> None:
@@ -84,10 +109,26 @@ def evolve(args: argparse.Namespace) -> None:
     documents, workspace = read(args.file, args.set), workspace_of(args)
     config = documents[0].config
     if len(documents) > 1 or not isinstance(config, MergeConfig):
-        raise UserError(f"{args.file}: one merge is evolved, this holds {'several' if len(documents) > 1 else 'experts'}")
+        raise UserError(
+            f"{args.file}: one merge is evolved, this holds {'several' if len(documents) > 1 else 'experts'}"
+        )
     models = found_models(config, {}, workspace)
     held = items_of(args.held, args.limit) if args.held else ()
-    job = Evolution(args.file.stem, config, models, workspace, items_of(args.suite, args.limit), held, args.attempts, args.population, args.gradient, args.negative, args.seed, say=lambda line: print(line, file=sys.stderr, flush=True), quiet=args.quiet)
+    job = Evolution(
+        args.file.stem,
+        config,
+        models,
+        workspace,
+        items_of(args.suite, args.limit),
+        held,
+        args.attempts,
+        args.population,
+        args.gradient,
+        args.negative,
+        args.seed,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        quiet=args.quiet,
+    )
     page, child = evolution(job)
     for name, artifact in ((args.out, page), (args.pick, child)):
         if name is not None:
@@ -96,4 +137,8 @@ def evolve(args: argparse.Namespace) -> None:
     if args.json:
         as_json({"report": str(page.path), "model": str(child.path), "best": told["best"], "scores": told["scores"]})
         return
-    out(f"\nBest: {told['best']['score']:.4g}  {'  '.join(f'{name} {value:g}' for name, value in told['best']['values'].items())}\nModel: {short(args.pick if args.pick is not None else child.path)}\nReport: {short(page.path / 'report.html')}")
+    out(
+        f"\nBest: {told['best']['score']:.4g} "
+        f" {'  '.join(f'{name} {value:g}' for name, value in told['best']['values'].items())}\nModel:"
+        f" {short(args.pick if args.pick is not None else child.path)}\nReport: {short(page.path / 'report.html')}"
+    )

@@ -1,6 +1,8 @@
-"""Artifacts: a directory in the ecosystem's own format plus `manifest.json`, published atomically and immutable afterwards.
+"""Artifacts: a directory in the ecosystem's own format plus `manifest.json`, published atomically and immutable
+afterwards.
 
-Model, Adapter, Tokenizer, Dataset, Index and Report differ in what the directory holds; the manifest is one. Its presence means
+Model, Adapter, Tokenizer, Dataset, Index and Report differ in what the directory holds; the manifest is one. Its
+presence means
 complete: it is written last, into a temporary directory that is then renamed. Knows no stage and no recipe.
 """
 
@@ -70,12 +72,17 @@ class FileEntry(Config):
 
 
 class Manifest(Config):
-    """What is known of an artifact. Everything that decides its bytes, and everything that was measured while making it."""
+    """What is known of an artifact.
+
+    Everything that decides its bytes, and everything that was measured while making it.
+    """
 
     format: Literal[1] = Field(1, description="version of this schema")
     kind: str = Field(description="model, adapter, tokenizer, dataset, index or report")
     digest: str = Field(description="sha256 over kind, key and file digests")
-    key: str = Field(description="sha256 over stage, revision, config, seed and the parents' digests; empty for a foreign artifact")
+    key: str = Field(
+        description="sha256 over stage, revision, config, seed and the parents' digests; empty for a foreign artifact"
+    )
     stage: str = Field(description="the stage that made it; empty for a foreign artifact")
     revision: int = Field(description="the stage's revision")
     derivation: Derivation = Field(description="whether the bytes can be derived again")
@@ -195,7 +202,9 @@ class Report(Artifact):
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{file}: cannot be read ({str(error).splitlines()[0]}); make the report again") from None
+            raise ArtifactError(
+                f"{file}: cannot be read ({str(error).splitlines()[0]}); make the report again"
+            ) from None
         if not isinstance(data, dict):
             raise ArtifactError(f"{file}: holds no report; make it again")
         return data
@@ -219,14 +228,23 @@ def files_of(path: Path) -> list[Path]:
     """All files of an artifact directory except its manifest, sorted by relative path."""
     if path.is_file():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in (MANIFEST, ".complete.json"))
+    return sorted(
+        p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in (MANIFEST, ".complete.json")
+    )
 
 
 def digest_files(path: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
     """Digest every file of a directory (or one file), but for those whose digests are known."""
     root = path.parent if path.is_file() else path
     files = {p.relative_to(root).as_posix(): p for p in files_of(path)}
-    return {name: known[name] if known and name in known and known[name].bytes == p.stat().st_size else FileEntry(sha256=sha256_file(p), bytes=p.stat().st_size) for name, p in files.items()}
+    return {
+        name: (
+            known[name]
+            if known and name in known and known[name].bytes == p.stat().st_size
+            else FileEntry(sha256=sha256_file(p), bytes=p.stat().st_size)
+        )
+        for name, p in files.items()
+    }
 
 
 def artifact_digest(kind: str, key: str, files: dict[str, FileEntry]) -> str:
@@ -248,7 +266,8 @@ def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
     except ValidationError as error:
         first = error.errors()[0]
         raise ArtifactError(
-            f"{file}: field {'.'.join(map(str, first['loc'])) or '(all)'}: {first['msg']}; the manifest was changed or is of another version"
+            f"{file}: field {'.'.join(map(str, first['loc'])) or '(all)'}: {first['msg']}; the manifest was changed or"
+            " is of another version"
         ) from None
     if manifest.kind not in KINDS:
         raise ArtifactError(f"{file}: unknown artifact kind {manifest.kind!r}")
@@ -256,10 +275,16 @@ def load(path: Path, *, name: str = "", ref: str = "") -> Artifact:
 
 
 def require_base(adapter: Adapter, model: Model) -> bool:
-    """Whether an adapter says that it was trained on a model; False where it says nothing. ArtifactError for one of another model."""
+    """Whether an adapter says that it was trained on a model; False where it says nothing.
+
+    ArtifactError for one of another model.
+    """
     base = adapter.about.get("base")
     if base and base != model.digest:
-        raise ArtifactError(f"the adapter {adapter.name} was trained on the model {str(base)[:12]}, not on {model.name} ({model.digest[:12]}); give it its own model")
+        raise ArtifactError(
+            f"the adapter {adapter.name} was trained on the model {str(base)[:12]}, not on {model.name}"
+            f" ({model.digest[:12]}); give it its own model"
+        )
     return bool(base)
 
 
@@ -280,7 +305,10 @@ def changed_files(artifact: Artifact) -> list[str]:
         elif sha256_file(present[name]) != entry.sha256:
             problems.append(f"{name}: changed (same size, other bytes)")
     problems += [f"{name}: not in the manifest" for name in sorted(set(present) - set(artifact.manifest.files))]
-    if artifact_digest(artifact.manifest.kind, artifact.manifest.key, artifact.manifest.files) != artifact.manifest.digest:
+    if (
+        artifact_digest(artifact.manifest.kind, artifact.manifest.key, artifact.manifest.files)
+        != artifact.manifest.digest
+    ):
         problems.append(f"{MANIFEST}: its digest does not fit its contents")
     return problems
 

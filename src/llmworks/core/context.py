@@ -17,7 +17,8 @@ from llmworks.core.workers import Pool
 class Context:
     """`out` is an empty directory to write the result into; `scratch` survives a kill and holds what resuming needs.
 
-    `pool` runs independent parts of the work; no result depends on it. `digests` takes those of files, by their names in `out`, that a stage computed while it wrote them.
+    `pool` runs independent parts of the work; no result depends on it. `digests` takes those of files, by their names
+    in `out`, that a stage computed while it wrote them.
     """
 
     out: Path

@@ -1,6 +1,7 @@
 """Documents on disk: Parquet shards written and read as a stream, and the side file of what could not be used.
 
-Memory is bounded by a row group, not by the data. A shard's bytes depend on its documents alone. Knows no file format but Parquet.
+Memory is bounded by a row group, not by the data. A shard's bytes depend on its documents alone. Knows no file format
+but Parquet.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class DocumentWriter:
     `reasons`: a fifth column `reason` says why a document is here, as where dropped ones are kept.
     """
 
-    def __init__(self, out: Path, *, reasons: bool = False, group_bytes: int = GROUP_BYTES, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, out: Path, *, reasons: bool = False, group_bytes: int = GROUP_BYTES, shard_bytes: int = SHARD_BYTES
+    ) -> None:
         self.out, self.group_bytes, self.shard_bytes = out, group_bytes, shard_bytes
         self.columns = (*COLUMNS, "reason") if reasons else COLUMNS
         self.documents = self.characters = self.shards = 0
@@ -55,8 +58,12 @@ class DocumentWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):  # the first error is the one to tell
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with (
+            contextlib.nullcontext() if kind is None else contextlib.suppress(OSError)
+        ):  # the first error is the one to tell
             try:
                 if kind is None:
                     self._flush()
@@ -110,7 +117,8 @@ class DocumentWriter:
             return
         if self._file is None:
             self.out.mkdir(parents=True, exist_ok=True)
-            # a stream of our own: one that Arrow opens is closed twice when the disk is full, which may hit another file
+            # a stream of our own: one that Arrow opens is closed twice when the disk is full, which may hit another
+            # file
             self._stream = (self.out / f"part-{self.shards:05d}.parquet").open("wb")
             self._file = pq.ParquetWriter(self._stream, self._schema(), compression="zstd")
             self.shards += 1
@@ -144,7 +152,9 @@ class SideFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._stream is not None:
             self._stream.close()
 
@@ -183,10 +193,19 @@ def open_shard(file: Path) -> Any:
         raise DataError(f"{file}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
     schema = opened.schema_arrow
     missing = [name for name in COLUMNS if name not in schema.names]
-    other = [name for name in COLUMNS if name not in missing and not (pa.types.is_string(schema.field(name).type) or pa.types.is_large_string(schema.field(name).type))]
+    other = [
+        name
+        for name in COLUMNS
+        if name not in missing
+        and not (pa.types.is_string(schema.field(name).type) or pa.types.is_large_string(schema.field(name).type))
+    ]
     if missing or other:
         opened.close()
-        what = f"has no column {missing[0]!r}" if missing else f"column {other[0]!r} is no text ({schema.field(other[0]).type})"
+        what = (
+            f"has no column {missing[0]!r}"
+            if missing
+            else f"column {other[0]!r} is no text ({schema.field(other[0]).type})"
+        )
         raise DataError(f"{file}: {what}, so it holds no documents; make them with the stage data.read")
     return opened
 
@@ -201,7 +220,9 @@ def _give_back() -> None:
         pa.jemalloc_set_decay_ms(0)
 
 
-def read_tables(file: Path, first: int = 0, last: int | None = None, columns: tuple[str, ...] = COLUMNS) -> Iterator[Any]:
+def read_tables(
+    file: Path, first: int = 0, last: int | None = None, columns: tuple[str, ...] = COLUMNS
+) -> Iterator[Any]:
     """A shard's row groups from `first` up to `last` as tables, one at a time."""
     import pyarrow as pa
 
@@ -225,7 +246,10 @@ def table_documents(table: Any) -> Iterator[Document]:
             try:
                 yield Document(id, text, source, json.loads(metadata) if metadata != "{}" else {})
             except ValueError:
-                raise DataError(f"document {id!r}: its metadata is no JSON object ({metadata[:40]!r}); make documents with the stage data.read") from None
+                raise DataError(
+                    f"document {id!r}: its metadata is no JSON object ({metadata[:40]!r}); make documents with the"
+                    " stage data.read"
+                ) from None
 
 
 def read_documents(dataset: Dataset) -> Iterator[Document]:

@@ -29,7 +29,9 @@ class DataError(UserError):
 
 
 class ModelError(UserError):
-    """A model directory or file that cannot be used as it is: truncated, of an unknown architecture, without a template."""
+    """A model directory or file that cannot be used as it is: truncated, of an unknown architecture, without a
+    template.
+    """
 
 
 class ArtifactError(UserError):
@@ -45,7 +47,10 @@ class RequestError(UserError):
 
 
 class AccessError(UserError):
-    """A server that answers nothing that is sent like this: wrong key, unknown model or address, no credit. No further request can help."""
+    """A server that answers nothing that is sent like this: wrong key, unknown model or address, no credit.
+
+    No further request can help.
+    """
 
 
 class GateFailed(LlmworksError):

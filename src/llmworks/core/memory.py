@@ -1,4 +1,7 @@
-"""How much memory a process takes at most, and what it no longer needs given back to the system. Knows nothing of what holds it."""
+"""How much memory a process takes at most, and what it no longer needs given back to the system.
+
+Knows nothing of what holds it.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,17 @@ def peak_memory() -> Iterator[Memory]:
         Path("/proc/self/clear_refs").write_text("5")
     yield memory
     with contextlib.suppress(OSError):
-        line = next((text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")), "VmHWM: 0 kB")
+        line = next(
+            (text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")),
+            "VmHWM: 0 kB",
+        )
         memory.peak = int(line.split()[1]) * 1024
 
 
 def keep_freed() -> None:
-    """Have glibc keep blocks of up to 32 MB that are freed, in place of giving them back to the system and asking again: of tensors that come and go by the thousand that can take longer than computing them."""
+    """Have glibc keep blocks of up to 32 MB that are freed, in place of giving them back to the system and asking
+    again: of tensors that come and go by the thousand that can take longer than computing them.
+    """
     with contextlib.suppress(OSError, AttributeError):
         adjust = ctypes.CDLL(None).mallopt
         adjust(M_MMAP_THRESHOLD, 32 << 20)

@@ -48,7 +48,9 @@ class Bar:
     def __enter__(self) -> Bar:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._rich is not None:
             self._rich.stop()
 
@@ -70,7 +72,8 @@ class Bar:
             self._shown = time.monotonic()
             left = (self.total - self.done) / self.rate() if self.rate() else 0.0
             print(
-                f"  {self.label}: {self.done}/{self.total} {self.unit}  {self.rate():.3g}/s  {left:.0f} s left  {self.facts}",
+                f"  {self.label}: {self.done}/{self.total} {self.unit}  {self.rate():.3g}/s  {left:.0f} s left "
+                f" {self.facts}",
                 file=self.stream,
                 flush=True,
             )
@@ -82,9 +85,18 @@ class Bar:
 
 
 class Progress:
-    """Progress of one step. `metrics` is the file that `metric` appends to, if any; `listener` hears of what is appended."""
+    """Progress of one step.
 
-    def __init__(self, metrics: Path | None = None, stream: TextIO | None = None, quiet: bool = False, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
+    `metrics` is the file that `metric` appends to, if any; `listener` hears of what is appended.
+    """
+
+    def __init__(
+        self,
+        metrics: Path | None = None,
+        stream: TextIO | None = None,
+        quiet: bool = False,
+        listener: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.metrics = metrics
         self.listener = listener
         self.stream = stream or sys.stderr

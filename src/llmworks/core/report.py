@@ -1,6 +1,9 @@
-"""Reports: the same blocks as JSON, Markdown and one self-contained HTML page. Every report of the project is made here.
+"""Reports: the same blocks as JSON, Markdown and one self-contained HTML page.
 
-A `ReportBuilder` collects blocks (text, tables, curves, intervals, samples, drawings) and writes them. Plots are SVG drawn by
+Every report of the project is made here.
+
+A `ReportBuilder` collects blocks (text, tables, curves, intervals, samples, drawings) and writes them. Plots are SVG
+drawn by
 matplotlib, inlined, without dates, so that equal data gives an equal page. Knows no stage.
 """
 
@@ -21,31 +24,11 @@ ACCENTS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569", "#0
 LABEL = 7  # points of the names in a scatter
 NONE = "–"  # of a figure that is not known
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#5b6572;--line:#d9dee4;--paper:#fff;--card:#f6f8fa;--accent:#2563eb}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#9aa5b1;--line:#333b45;--paper:#14181d;--card:#1c2229;--accent:#7aa7ff}}
-*{box-sizing:border-box}body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1000px;margin:0 auto;padding:2rem 1.2rem}
-h1{font-size:1.7rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}
-p{margin:.4rem 0;max-width:75ch}.note{color:var(--soft);font-size:.9rem}.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.35rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
-th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right}td.n{font-variant-numeric:tabular-nums}
-table.wide{font-size:.8rem}.wide th,.wide td{padding:.3rem .45rem}.wide td:first-child{white-space:nowrap}
-figure{margin:.6rem 0;background:#fff;border:1px solid var(--line);border-radius:8px;padding:.6rem;overflow-x:auto}figure svg{max-width:100%;height:auto}
-details{border:1px solid var(--line);border-radius:8px;margin:.5rem 0;background:var(--card)}summary{cursor:pointer;padding:.5rem .8rem}
-dl{margin:0;padding:0 .8rem .6rem}dt{color:var(--soft);font-size:.8rem;margin-top:.5rem}dd{margin:0}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem;padding:0 .8rem .6rem}mark{background:#f59e0b55;color:inherit;border-radius:2px}
-.filter{margin:.4rem 0}.filter button,.filter input{font:inherit;font-size:.85rem;margin:.15rem .3rem .15rem 0;padding:.2rem .6rem;border:1px solid var(--line);border-radius:999px;background:var(--card);color:inherit}
-.filter button{cursor:pointer}.filter button.on{background:#0f766e;color:#fff}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,monospace;margin:.1rem 0}.good{color:#059669}.bad{color:#dc2626}
-"""
+_STYLE = "\n" + Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 BUTTONS = 24
-FILTER = """(s => { const f = s.previousElementSibling, all = [...s.nextElementSibling.children], on = new Set(), words = f.querySelector("input");
-const show = () => { const q = words.value.toLowerCase(); all.forEach(d => { const tags = (d.dataset.tags || "").split("\\n");
-d.hidden = [...on].some(t => !tags.includes(t)) || !!q && !d.textContent.toLowerCase().includes(q); }); };
-f.querySelectorAll("button").forEach(b => b.onclick = () => { const t = b.dataset.tag; on.has(t) ? on.delete(t) : on.add(t); b.classList.toggle("on"); show(); });
-words.oninput = show; })(document.currentScript)"""
+FILTER = Path(__file__).with_name("report_filter.js").read_text(encoding="utf-8").rstrip("\n")
 
 
 @dataclass(frozen=True)
@@ -81,39 +64,100 @@ class ReportBuilder:
 
     def curves(self, heading: str, series: Series, *, x: str, y: str, note: str = "") -> None:
         """Lines over a shared axis; each series is (x, y) points."""
-        self.blocks.append(Block("plot", heading, note, svg=draw_curves(series, x, y), data={k: list(v) for k, v in series.items()}))
+        self.blocks.append(
+            Block("plot", heading, note, svg=draw_curves(series, x, y), data={k: list(v) for k, v in series.items()})
+        )
 
-    def intervals(self, heading: str, rows: Sequence[tuple[str, float, float, float]], *, x: str, note: str = "") -> None:
+    def intervals(
+        self, heading: str, rows: Sequence[tuple[str, float, float, float]], *, x: str, note: str = ""
+    ) -> None:
         """Values with confidence intervals: (name, value, low, high), drawn one below the other."""
         self.blocks.append(Block("plot", heading, note, svg=draw_intervals(rows, x), data=[list(r) for r in rows]))
 
     def bars(self, heading: str, items: Mapping[str, Mapping[str, tuple[float, float, float]]], note: str = "") -> None:
         """Bars with error bars, in groups: group -> name -> (value, low, high), values between 0 and 1."""
-        self.blocks.append(Block("plot", heading, note, svg=draw_bars(items), data={k: {n: list(v) for n, v in g.items()} for k, g in items.items()}))
+        self.blocks.append(
+            Block(
+                "plot",
+                heading,
+                note,
+                svg=draw_bars(items),
+                data={k: {n: list(v) for n, v in g.items()} for k, g in items.items()},
+            )
+        )
 
     def radar(self, heading: str, axes: Sequence[str], items: Mapping[str, Sequence[float]], note: str = "") -> None:
         """A closed line for each name over axes that stand like spokes, values between 0 and 1."""
-        self.blocks.append(Block("plot", heading, note, svg=draw_radar(axes, items), data={"axes": list(axes), **{k: list(v) for k, v in items.items()}}))
+        self.blocks.append(
+            Block(
+                "plot",
+                heading,
+                note,
+                svg=draw_radar(axes, items),
+                data={"axes": list(axes), **{k: list(v) for k, v in items.items()}},
+            )
+        )
 
     def histograms(self, heading: str, items: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
-        """Small histograms side by side; each has `counts` in equal bins from 0 to `top`, and may have the bounds `low` and `high`."""
-        self.blocks.append(Block("plot", heading, note, svg=draw_histograms(items), data={k: dict(v) for k, v in items.items()}))
+        """Small histograms side by side; each has `counts` in equal bins from 0 to `top`, and may have the bounds `low`
+        and `high`.
+        """
+        self.blocks.append(
+            Block("plot", heading, note, svg=draw_histograms(items), data={k: dict(v) for k, v in items.items()})
+        )
 
     def points(self, heading: str, items: Sequence[tuple[str, float, float, int]], note: str = "") -> None:
         """Named points in a plane: (name, x, y, group); groups differ in colour."""
         self.blocks.append(Block("plot", heading, note, svg=draw_points(items), data=[list(i) for i in items]))
 
-    def scatter(self, heading: str, groups: Mapping[str, Sequence[tuple[str, float, float]]], line: Sequence[tuple[float, float]] = (), *, x: str, y: str, log: bool = False, note: str = "") -> None:
+    def scatter(
+        self,
+        heading: str,
+        groups: Mapping[str, Sequence[tuple[str, float, float]]],
+        line: Sequence[tuple[float, float]] = (),
+        *,
+        x: str,
+        y: str,
+        log: bool = False,
+        note: str = "",
+    ) -> None:
         """Named points (name, x, y) by group, axes drawn, and a line through some places; `log`: of y."""
-        self.blocks.append(Block("plot", heading, note, svg=draw_scatter(groups, line, x, y, log), data={"groups": {name: [list(point) for point in points] for name, points in groups.items()}, "line": [list(place) for place in line]}))
+        self.blocks.append(
+            Block(
+                "plot",
+                heading,
+                note,
+                svg=draw_scatter(groups, line, x, y, log),
+                data={
+                    "groups": {name: [list(point) for point in points] for name, points in groups.items()},
+                    "line": [list(place) for place in line],
+                },
+            )
+        )
 
     def samples(self, heading: str, items: Sequence[Mapping[str, str]], note: str = "") -> None:
         """Examples to read: each item maps a label to text; its first entry is the line that opens it."""
         self.blocks.append(Block("samples", heading, note, data=[dict(i) for i in items]))
 
-    def pairs(self, heading: str, items: Sequence[tuple[str, tuple[str, str], tuple[str, str]]], note: str = "", tags: Sequence[Sequence[str]] = ()) -> None:
-        """Texts side by side with their differences marked: (line that opens it, (label, text), (label, text)); by their tags the page can be filtered."""
-        self.blocks.append(Block("pairs", heading, note, rows=tuple(tuple(t) for t in tags), data=[(title, tuple(left), tuple(right)) for title, left, right in items]))
+    def pairs(
+        self,
+        heading: str,
+        items: Sequence[tuple[str, tuple[str, str], tuple[str, str]]],
+        note: str = "",
+        tags: Sequence[Sequence[str]] = (),
+    ) -> None:
+        """Texts side by side with their differences marked: (line that opens it, (label, text), (label, text)); by
+        their tags the page can be filtered.
+        """
+        self.blocks.append(
+            Block(
+                "pairs",
+                heading,
+                note,
+                rows=tuple(tuple(t) for t in tags),
+                data=[(title, tuple(left), tuple(right)) for title, left, right in items],
+            )
+        )
 
     def drawing(self, heading: str, svg: str, text: str = "", plain: str = "") -> None:
         """A ready SVG drawing; `plain` stands for it in Markdown."""
@@ -131,7 +175,8 @@ class ReportBuilder:
         """Write the files into `out`: JSON, Markdown, page, and what the terminal shows where there is something."""
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(
-            json.dumps({"title": self.title, **self.data}, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+            json.dumps({"title": self.title, **self.data}, indent=1, ensure_ascii=False, sort_keys=True) + "\n",
+            encoding="utf-8",
         )
         (out / "report.md").write_text(self.markdown(), encoding="utf-8")
         (out / "report.html").write_text(self.html(), encoding="utf-8")
@@ -147,12 +192,23 @@ class ReportBuilder:
                 parts.append(block.text)
             if block.kind == "table":
                 lines = ["| " + " | ".join(block.columns) + " |", "|" + "---|" * len(block.columns)]
-                lines += ["| " + " | ".join(_cell(v).replace("|", "\\|").replace("\n", " ") for v in row) + " |" for row in block.rows]
+                lines += [
+                    "| " + " | ".join(_cell(v).replace("|", "\\|").replace("\n", " ") for v in row) + " |"
+                    for row in block.rows
+                ]
                 parts.append("\n".join(lines))
             elif block.kind == "samples":
-                parts += ["\n".join(f"- {k}: `{' '.join(v.split())}`" if k else f"- {' '.join(v.split())}" for k, v in item.items()) for item in block.data]
+                parts += [
+                    "\n".join(
+                        f"- {k}: `{' '.join(v.split())}`" if k else f"- {' '.join(v.split())}" for k, v in item.items()
+                    )
+                    for item in block.data
+                ]
             elif block.kind == "pairs":
-                parts += ["\n".join([f"- {t}", *(f"  - {label}: `{' '.join(text.split())}`" for label, text in sides)]) for t, *sides in block.data]
+                parts += [
+                    "\n".join([f"- {t}", *(f"  - {label}: `{' '.join(text.split())}`" for label, text in sides)])
+                    for t, *sides in block.data
+                ]
             elif block.kind == "drawing" and block.data:
                 parts.append("```\n" + block.data + "\n```")
             elif block.kind == "plot":
@@ -164,7 +220,10 @@ class ReportBuilder:
         body = "".join(_block_html(block) for block in self.blocks)
         lead = f"<p>{html.escape(self.lead)}</p>" if self.lead else ""
         title = html.escape(self.title)
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title><style>{_STYLE}</style>'
+        head = (
+            '<meta charset="utf-8"><meta name="viewport"'
+            f' content="width=device-width,initial-scale=1"><title>{title}</title><style>{_STYLE}</style>'
+        )
         return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{title}</h1>{lead}{body}</body></html>\n'
 
 
@@ -187,8 +246,15 @@ def _block_html(block: Block) -> str:
         return out + "".join(f"<p>{html.escape(p)}</p>" for p in block.text.split("\n\n"))
     note = f'<p class="note">{html.escape(block.text)}</p>' if block.text else ""
     if block.kind == "table":
-        numeric = [any(_is_number(row[i]) for row in block.rows) and all(_is_number(row[i]) or row[i] == NONE for row in block.rows) for i in range(len(block.columns))]
-        head = "".join(f"<th{' class=n' if right else ''}>{html.escape(c)}</th>" for c, right in zip(block.columns, numeric, strict=True))
+        numeric = [
+            any(_is_number(row[i]) for row in block.rows)
+            and all(_is_number(row[i]) or row[i] == NONE for row in block.rows)
+            for i in range(len(block.columns))
+        ]
+        head = "".join(
+            f"<th{' class=n' if right else ''}>{html.escape(c)}</th>"
+            for c, right in zip(block.columns, numeric, strict=True)
+        )
         rows = "".join("<tr>" + "".join(_td(v) for v in row) + "</tr>" for row in block.rows)
         wide = " class=wide" if len(block.columns) > 8 else ""
         return f'{out}{note}<div class="scroll"><table{wide}><tr>{head}</tr>{rows}</table></div>'
@@ -197,22 +263,37 @@ def _block_html(block: Block) -> str:
         for number, item in enumerate(block.data):
             first, *rest = item.items()
             fields = "".join(f"<dt>{html.escape(k)}</dt><dd><pre>{html.escape(v)}</pre></dd>" for k, v in rest)
-            items += f"<details{' open' if number == 0 else ''}><summary>{html.escape(first[1])}</summary><dl>{fields}</dl></details>"
+            summary = f"<summary>{html.escape(first[1])}</summary>"
+            items += f"<details{' open' if number == 0 else ''}>{summary}<dl>{fields}</dl></details>"
         return out + note + items
     if block.kind == "pairs":
         tags = block.rows or [()] * len(block.data)
-        pairs = "".join(_pair_html(number, title, left, right, tags[number]) for number, (title, left, right) in enumerate(block.data))
+        pairs = "".join(
+            _pair_html(number, title, left, right, tags[number])
+            for number, (title, left, right) in enumerate(block.data)
+        )
         return f"{out}{note}{_filter_html(block.rows)}<div>{pairs}</div>"
     return f"{out}{note}<figure>{block.svg}</figure>"
 
 
 def _filter_html(tags: Sequence[Sequence[Any]]) -> str:
-    """Buttons that show only what has their tag, and a field that shows only what has its words; they stand before what they filter. Of more tags than anyone would read the most frequent, but none that stands at one item only."""
+    """Buttons that show only what has their tag, and a field that shows only what has its words; they stand before what
+    they filter.
+
+    Of more tags than anyone would read the most frequent, but none that stands at one item only.
+    """
     counts = Counter(tag for row in tags for tag in row)
     if not counts:
         return ""
-    buttons = "".join(f'<button type="button" data-tag="{html.escape(tag, quote=True)}">{html.escape(tag)} ({n})</button>' for tag, n in counts.most_common(BUTTONS) if n > 1 or len(counts) <= BUTTONS)
-    return f'<div class="filter"><input type="search" placeholder="words" aria-label="only with these words"> {buttons}</div><script>{FILTER}</script>'
+    buttons = "".join(
+        f'<button type="button" data-tag="{html.escape(tag, quote=True)}">{html.escape(tag)} ({n})</button>'
+        for tag, n in counts.most_common(BUTTONS)
+        if n > 1 or len(counts) <= BUTTONS
+    )
+    return (
+        '<div class="filter"><input type="search" placeholder="words" aria-label="only with these words">'
+        f" {buttons}</div><script>{FILTER}</script>"
+    )
 
 
 def _pair_html(number: int, title: str, left: tuple[str, str], right: tuple[str, str], tags: Sequence[Any] = ()) -> str:
@@ -226,9 +307,15 @@ def _pair_html(number: int, title: str, left: tuple[str, str], right: tuple[str,
         for side, words in zip(sides, (a[a1:a2], b[b1:b2]), strict=True):
             text = html.escape("".join(words))
             side.append(f"<mark>{text}</mark>" if kind != "equal" and text.strip() else text)
-    columns = "".join(f"<div><dt>{html.escape(label)}</dt><pre>{''.join(side)}</pre></div>" for (label, _), side in zip((left, right), sides, strict=True))
+    columns = "".join(
+        f"<div><dt>{html.escape(label)}</dt><pre>{''.join(side)}</pre></div>"
+        for (label, _), side in zip((left, right), sides, strict=True)
+    )
     tagged = f' data-tags="{html.escape(chr(10).join(map(str, tags)), quote=True)}"' if tags else ""
-    return f'<details{tagged}{" open" if number < 2 else ""}><summary>{html.escape(title)}</summary><div class="pair">{columns}</div></details>'
+    return (
+        f"<details{tagged}{' open' if number < 2 else ''}><summary>{html.escape(title)}</summary><div"
+        f' class="pair">{columns}</div></details>'
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -244,7 +331,13 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(
-        {"svg.hashsalt": "llmworks", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+        {
+            "svg.hashsalt": "llmworks",
+            "svg.fonttype": "none",
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
     )
     from matplotlib.figure import Figure
 
@@ -292,7 +385,9 @@ def _lines(axes: Any, series: Series, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
     if len(series) > 3:
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines, which leave it no room
+        axes.legend(
+            frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+        )  # beside the lines, which leave it no room
     elif len(series) > 1:
         axes.legend(frameon=False)
 
@@ -306,18 +401,34 @@ def draw_histograms(items: Mapping[str, Mapping[str, Any]]) -> str:
         x, y = number % across * width + left, number // across * height + top
         counts, most = item["counts"], max([1, *item["counts"]])
         step = inner / len(counts)
-        bars = "".join(f"M{x + i * step:.1f} {y + tall}v{-tall * n / most:.1f}h{step * 0.9:.1f}V{y + tall}z" for i, n in enumerate(counts) if n)
-        parts.append(f'<text x="{x}" y="{y - 8}" font-size="11" fill="#1b1f24">{html.escape(label)}</text><path d="{bars}" fill="{ACCENTS[0]}" opacity=".75"/>')
+        bars = "".join(
+            f"M{x + i * step:.1f} {y + tall}v{-tall * n / most:.1f}h{step * 0.9:.1f}V{y + tall}z"
+            for i, n in enumerate(counts)
+            if n
+        )
+        parts.append(
+            f'<text x="{x}" y="{y - 8}" font-size="11" fill="#1b1f24">{html.escape(label)}</text><path d="{bars}"'
+            f' fill="{ACCENTS[0]}" opacity=".75"/>'
+        )
         parts.append(f'<path d="M{x} {y + tall}h{inner}" stroke="#5b6572"/>')
         for value, anchor, place in ((0, "start", x), (item["top"], "end", x + inner)):
-            parts.append(f'<text x="{place}" y="{y + tall + 12}" font-size="9" fill="#5b6572" text-anchor="{anchor}">{value:g}</text>')
+            parts.append(
+                f'<text x="{place}" y="{y + tall + 12}" font-size="9" fill="#5b6572"'
+                f' text-anchor="{anchor}">{value:g}</text>'
+            )
         for bound in (item.get("low"), item.get("high")):
             if bound is not None and bound <= item["top"]:
                 at = x + inner * bound / item["top"]
                 parts.append(f'<path d="M{at:.1f} {y - 2}V{y + tall}" stroke="#dc2626" stroke-width="1.3"/>')
-                parts.append(f'<text x="{at:.1f}" y="{y + tall + 12}" font-size="9" fill="#dc2626" text-anchor="middle">{bound:g}</text>')
+                parts.append(
+                    f'<text x="{at:.1f}" y="{y + tall + 12}" font-size="9" fill="#dc2626"'
+                    f' text-anchor="middle">{bound:g}</text>'
+                )
     size = f"{across * width} {-(-len(items) // across) * height}"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{size.split()[0]}" font-family="system-ui,sans-serif">{"".join(parts)}</svg>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{size.split()[0]}"'
+        f' font-family="system-ui,sans-serif">{"".join(parts)}</svg>'
+    )
 
 
 def draw_intervals(rows: Sequence[tuple[str, float, float, float]], x: str) -> str:
@@ -349,12 +460,20 @@ def draw_points(items: Sequence[tuple[str, float, float, int]]) -> str:
     palette = colormaps["tab20"]
     for name, x, y, group in items:
         axes.plot([x], [y], ".", color=palette(group % 20), markersize=3)
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(2, 1), fontsize=7, color=palette(group % 20 // 2 * 2))
+        axes.annotate(
+            name, (x, y), textcoords="offset points", xytext=(2, 1), fontsize=7, color=palette(group % 20 // 2 * 2)
+        )
     axes.set_axis_off()
     return _svg(figure)
 
 
-def draw_scatter(groups: Mapping[str, Sequence[tuple[str, float, float]]], line: Sequence[tuple[float, float]], x: str, y: str, log: bool) -> str:
+def draw_scatter(
+    groups: Mapping[str, Sequence[tuple[str, float, float]]],
+    line: Sequence[tuple[float, float]],
+    x: str,
+    y: str,
+    log: bool,
+) -> str:
     """Points with their names, as SVG."""
     figure, axes = _figure(9.6, 5.2)
     if line:
@@ -369,22 +488,48 @@ def draw_scatter(groups: Mapping[str, Sequence[tuple[str, float, float]]], line:
     axes.legend(frameon=False)
     figure.draw_without_rendering()  # sets where points lie
     scale = 72 / figure.dpi
-    named = [(name, color, *(axes.transData.transform((at, height)) * scale)) for color, (_, points) in zip(ACCENTS * 3, groups.items(), strict=False) for name, at, height in points]
-    for (name, color, left, low), (dx, dy) in zip(named, beside([(name, left, low) for name, _, left, low in named]), strict=True):
+    named = [
+        (name, color, *(axes.transData.transform((at, height)) * scale))
+        for color, (_, points) in zip(ACCENTS * 3, groups.items(), strict=False)
+        for name, at, height in points
+    ]
+    for (name, color, left, low), (dx, dy) in zip(
+        named, beside([(name, left, low) for name, _, left, low in named]), strict=True
+    ):
         at, height = axes.transData.inverted().transform((left / scale, low / scale))
-        axes.annotate(name, (at, height), textcoords="offset points", xytext=(dx, dy), fontsize=LABEL, color=color, va="center")
+        axes.annotate(
+            name, (at, height), textcoords="offset points", xytext=(dx, dy), fontsize=LABEL, color=color, va="center"
+        )
     return _svg(figure)
 
 
 def beside(points: Sequence[tuple[str, float, float]]) -> list[tuple[float, float]]:
-    """Where labels of points (text, x, y in points of type) stand, as the offset of their left middle: the place of eight around its point that covers least of other labels and points."""
+    """Where labels of points (text, x, y in points of type) stand, as the offset of their left middle: the place of
+    eight around its point that covers least of other labels and points.
+    """
     taken = [(x - 3, y - 3, x + 3, y + 3) for _, x, y in points]
     found = []
     for text, x, y in points:
         width, high = 0.56 * LABEL * len(text), 0.5 * LABEL
-        places = [(5.0, 0.0), (5.0, 6.0), (5.0, -6.0), (-5 - width, 0.0), (-5 - width, 6.0), (-5 - width, -6.0), (-width / 2, 9.0), (-width / 2, -9.0)]
+        places = [
+            (5.0, 0.0),
+            (5.0, 6.0),
+            (5.0, -6.0),
+            (-5 - width, 0.0),
+            (-5 - width, 6.0),
+            (-5 - width, -6.0),
+            (-width / 2, 9.0),
+            (-width / 2, -9.0),
+        ]
         boxes = [(x + dx, y + dy - high, x + dx + width, y + dy + high) for dx, dy in places]
-        best = min(range(len(places)), key=lambda at: sum(max(0.0, min(boxes[at][2], two[2]) - max(boxes[at][0], two[0])) * max(0.0, min(boxes[at][3], two[3]) - max(boxes[at][1], two[1])) for two in taken))
+        best = min(
+            range(len(places)),
+            key=lambda at: sum(
+                max(0.0, min(boxes[at][2], two[2]) - max(boxes[at][0], two[0]))
+                * max(0.0, min(boxes[at][3], two[3]) - max(boxes[at][1], two[1]))
+                for two in taken
+            ),
+        )
         taken.append(boxes[best])
         found.append(places[best])
     return found
@@ -398,8 +543,17 @@ def draw_bars(items: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> 
     for place, name in enumerate(names):
         found = [(i, group[name]) for i, group in enumerate(items.values()) if name in group]
         at = [i - 0.4 + thick * (place + 0.5) for i, _ in found]
-        axes.barh(at, [v for _, (v, _, _) in found], height=thick * 0.92, color=ACCENTS[place % len(ACCENTS)], label=name, alpha=0.85)
-        axes.hlines(at, [low for _, (_, low, _) in found], [high for _, (_, _, high) in found], color="#334155", linewidth=1)
+        axes.barh(
+            at,
+            [v for _, (v, _, _) in found],
+            height=thick * 0.92,
+            color=ACCENTS[place % len(ACCENTS)],
+            label=name,
+            alpha=0.85,
+        )
+        axes.hlines(
+            at, [low for _, (_, low, _) in found], [high for _, (_, _, high) in found], color="#334155", linewidth=1
+        )
     axes.set_yticks(range(len(items)), list(items))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)

@@ -1,4 +1,6 @@
-"""The metric stream, also to where teams look at runs: TensorBoard, Weights & Biases, MLflow, trackio. Only where asked for; no result depends on it.
+"""The metric stream, also to where teams look at runs: TensorBoard, Weights & Biases, MLflow, trackio.
+
+Only where asked for; no result depends on it.
 
 A tracker that fails is left out with a word, the run goes on. Knows no stage: it is given rows that have a `step`.
 """
@@ -42,9 +44,22 @@ def _wandb(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
-    offline = not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"))  # without a key it would ask for one
-    made = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), id=run, name=run, dir=str(folder), config=dict(config), resume="allow", mode="offline" if offline else None, settings=wandb.Settings(silent=True))
-    made.define_metric("*", step_metric="step")  # a run that goes on begins at an earlier step, which its own counter refuses
+    offline = not (
+        os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")
+    )  # without a key it would ask for one
+    made = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        id=run,
+        name=run,
+        dir=str(folder),
+        config=dict(config),
+        resume="allow",
+        mode="offline" if offline else None,
+        settings=wandb.Settings(silent=True),
+    )
+    made.define_metric(
+        "*", step_metric="step"
+    )  # a run that goes on begins at an earlier step, which its own counter refuses
     return Tracker(lambda step, values: made.log({"step": step, **values}), made.finish)
 
 
@@ -84,23 +99,38 @@ def _trackio(folder: Path, run: str, config: Mapping[str, Any]) -> Tracker:
 
 
 TOOLS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any]], Tracker]]] = {
-    "tensorboard": ("tensorboard", _tensorboard), "wandb": ("wandb", _wandb), "mlflow": ("mlflow", _mlflow), "trackio": ("trackio", _trackio),
-}  # fmt: skip
+    "tensorboard": ("tensorboard", _tensorboard),
+    "wandb": ("wandb", _wandb),
+    "mlflow": ("mlflow", _mlflow),
+    "trackio": ("trackio", _trackio),
+}
 
 
 def check(names: Sequence[str]) -> None:
-    """Whether all are there. Errors: UserError for a tool that is not known; MissingDependency for one that is not installed."""
+    """Whether all are there.
+
+    Errors: UserError for a tool that is not known; MissingDependency for one that is not installed.
+    """
     for name in names:
         if name not in TOOLS:
             raise UserError(f"--track {name}: it can be {', '.join(TOOLS)}")
         if importlib.util.find_spec(TOOLS[name][0]) is None:
-            raise MissingDependency(f"--track {name} needs the package {TOOLS[name][0]}; install it with: pip install 'llmworks[track]'")
+            raise MissingDependency(
+                f"--track {name} needs the package {TOOLS[name][0]}; install it with: pip install 'llmworks[track]'"
+            )
 
 
 class Tracking:
     """Rows to the tools that were named, each opened when the first row comes. `say` hears of one that fails."""
 
-    def __init__(self, names: Sequence[str], folder: Path, run: str, config: Mapping[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        run: str,
+        config: Mapping[str, Any],
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Errors: UserError for a tool that is not known; MissingDependency for one that is not installed."""
         check(names)
         self.names, self.folder, self.run, self.config, self.say = list(dict.fromkeys(names)), folder, run, config, say
@@ -108,7 +138,9 @@ class Tracking:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of the metric stream; what is no number of a step is left out."""
-        values = {name: float(value) for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+        values = {
+            name: float(value) for name, value in row.items() if name != "step" and isinstance(value, (int, float))
+        }
         if "step" not in row or not values:
             return
         for name in list(self.names):
@@ -129,5 +161,8 @@ class Tracking:
         try:
             yield
         except Exception as error:  # a tracker's trouble is not the run's
-            self.say(f"{name}: failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); the run goes on without it")
+            self.say(
+                f"{name}: failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); the run"
+                " goes on without it"
+            )
             self.names = [n for n in self.names if n != name]

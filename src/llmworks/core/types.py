@@ -1,6 +1,7 @@
 """The nouns that stages exchange, and the one protocol every engine speaks. Knows no file, no tensor and no HTTP.
 
-Requests carry messages or token ids; completions carry the ids as they were sampled, so that nobody tokenizes text again.
+Requests carry messages or token ids; completions carry the ids as they were sampled, so that nobody tokenizes text
+again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `content` is text; an assistant turn may carry tool calls instead of it, or beside it.
+    """One turn of a conversation.
+
+    `content` is text; an assistant turn may carry tool calls instead of it, or beside it.
 
     `weight` 0 says that an assistant turn is not to be learned (as in OpenAI's fine-tuning format).
     """
@@ -43,7 +46,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Document:
-    """A text to train on: `source` is the file it came from, `metadata` what else was known there (plain JSON values)."""
+    """A text to train on: `source` is the file it came from, `metadata` what else was known there (plain JSON
+    values).
+    """
 
     id: str
     text: str
@@ -89,7 +94,8 @@ class Request:
 class Completion:
     """An answer: its text, the sampled ids (stop token excluded), their log-probabilities in nats, and why it ended.
 
-    `ids` and `logprobs` are empty where an engine cannot tell them (remote HTTP). `ended`: the stop token, where the answer ended with one and the engine can tell.
+    `ids` and `logprobs` are empty where an engine cannot tell them (remote HTTP). `ended`: the stop token, where the
+    answer ended with one and the engine can tell.
     """
 
     text: str
@@ -120,10 +126,13 @@ class Delta:
 class Engine(Protocol):
     """Answers requests. Batch first. `can` names what else it offers, and only that:
 
-    ids: requests of token ids, and the ids of answers · score: log-probabilities of given text · logits: all logits of given text ·
-    tools: functions in a request · schema: answers that fit a JSON schema · embed: texts as vectors · parallel: several requests at once are faster.
+    ids: requests of token ids, and the ids of answers · score: log-probabilities of given text · logits: all logits of
+    given text ·
+    tools: functions in a request · schema: answers that fit a JSON schema · embed: texts as vectors · parallel: several
+    requests at once are faster.
 
-    Errors: RequestError for a request that cannot be answered as asked, AccessError when no request can, EngineError when answering failed.
+    Errors: RequestError for a request that cannot be answered as asked, AccessError when no request can, EngineError
+    when answering failed.
     """
 
     name: str
@@ -142,7 +151,9 @@ class Engine(Protocol):
         ...
 
     def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
-        """How probable the given tokens are, per sequence: from its begin on, or all after the first (needs "score")."""
+        """How probable the given tokens are, per sequence: from its begin on, or all after the first (needs
+        "score").
+        """
         ...
 
     def logits(self, ids: Sequence[int]) -> Any:
@@ -175,7 +186,10 @@ class ScoreFunction(Protocol):
 
 
 def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """Messages from the stored form (role, content and, where given, OpenAI-style tool_calls). Raises ValueError naming the turn."""
+    """Messages from the stored form (role, content and, where given, OpenAI-style tool_calls).
+
+    Raises ValueError naming the turn.
+    """
     import json
 
     out: list[Message] = []
@@ -208,10 +222,14 @@ def messages_from_json(items: Sequence[Mapping[str, Any]]) -> tuple[Message, ...
             raise ValueError(f"message {turn}: weight is {weight!r}, it must be 0 or 1")
         out.append(
             Message(
-                role=role, content=content or "", tool_calls=tuple(calls), tool_call_id=str(item.get("tool_call_id") or ""), name=str(item.get("name") or ""),
+                role=role,
+                content=content or "",
+                tool_calls=tuple(calls),
+                tool_call_id=str(item.get("tool_call_id") or ""),
+                name=str(item.get("name") or ""),
                 weight=1 if weight is None else int(weight),
             )
-        )  # fmt: skip
+        )
     return tuple(out)
 
 
@@ -224,7 +242,11 @@ def messages_to_json(messages: Sequence[Message]) -> list[Json]:
         item: Json = {"role": message.role, "content": message.content}
         if message.tool_calls:
             item["tool_calls"] = [
-                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)}}
+                {
+                    "id": c.id,
+                    "type": "function",
+                    "function": {"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)},
+                }
                 for c in message.tool_calls
             ]
         if message.tool_call_id:

@@ -1,6 +1,9 @@
-"""Where independent units of work run: in this process, in several processes, or on a Ray cluster. Knows no stage and no data.
+"""Where independent units of work run: in this process, in several processes, or on a Ray cluster.
 
-The caller plans units from its inputs alone and puts results together in the units' order, so that a result never depends on the pool.
+Knows no stage and no data.
+
+The caller plans units from its inputs alone and puts results together in the units' order, so that a result never
+depends on the pool.
 """
 
 from __future__ import annotations
@@ -25,12 +28,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Pool:
-    """`workers` processes here, or `workers` tasks at a time on a Ray cluster (`address` empty: one started on this machine)."""
+    """`workers` processes here, or `workers` tasks at a time on a Ray cluster (`address` empty: one started on this
+    machine).
+    """
 
     workers: int = 1
     engine: Literal["local", "ray"] = "local"
     address: str = ""
-    _started: list[ProcessPoolExecutor] = field(default_factory=list, compare=False, repr=False)  # kept for the next call
+    _started: list[ProcessPoolExecutor] = field(
+        default_factory=list, compare=False, repr=False
+    )  # kept for the next call
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -41,7 +48,8 @@ class Pool:
     def map(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
         """(index, result) of every unit, as they are done. `function` is a module's own, its argument can be pickled.
 
-        Errors: what the function raises; WorkerLost when a worker was killed twice; MissingDependency without the extra `ray`.
+        Errors: what the function raises; WorkerLost when a worker was killed twice; MissingDependency without the extra
+        `ray`.
         """
         if self.engine == "ray":
             yield from self._ray(function, units)
@@ -64,8 +72,9 @@ class Pool:
             except BrokenProcessPool:
                 if attempt == 2:
                     raise WorkerLost(
-                        f"a worker process was killed, twice (out of memory?); {len(units) - len(left)} of {len(units)} parts are done and"
-                        " kept; run the same command again to go on, with fewer --workers if memory is short"
+                        f"a worker process was killed, twice (out of memory?); {len(units) - len(left)} of {len(units)}"
+                        " parts are done and kept; run the same command again to go on, with fewer --workers if memory"
+                        " is short"
                     ) from None
 
     def _one_pool(self, function: Callable[[Unit], Result], units: dict[int, Unit]) -> Iterator[tuple[int, Result]]:
@@ -112,9 +121,14 @@ class Pool:
                     del running[reference]
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
+        except (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.NodeDiedError,
+        ) as error:
             raise WorkerLost(
-                f"a Ray worker was lost ({type(error).__name__}); what is done is kept, run the same command again to go on"
+                f"a Ray worker was lost ({type(error).__name__}); what is done is kept, run the same command again to"
+                " go on"
             ) from None
         finally:
             for reference in running:

@@ -51,7 +51,9 @@ class Workspace:
         """Every complete artifact in the store, oldest first."""
         found: list[Artifact] = []
         for path in self.store.glob(f"[!.]*/{MANIFEST}"):
-            with contextlib.suppress(ArtifactError):  # one that is broken, or was collected meanwhile, is as if it were not there
+            with contextlib.suppress(
+                ArtifactError
+            ):  # one that is broken, or was collected meanwhile, is as if it were not there
                 found.append(load(path.parent))
         return sorted(found, key=lambda a: (a.manifest.finished if a.manifest else "", a.path.name))
 
@@ -88,7 +90,9 @@ class Workspace:
             yield
 
     def draft(self, key: str) -> Path:
-        """A new empty directory to write an artifact into; drafts that a killed run left for this key are removed first."""
+        """A new empty directory to write an artifact into; drafts that a killed run left for this key are removed
+        first.
+        """
         self.store.mkdir(parents=True, exist_ok=True)
         for old in self.store.glob(f".draft-{key[:12]}*"):
             shutil.rmtree(old)
@@ -126,7 +130,9 @@ class Workspace:
         return link
 
     def link_out(self, out: Path, artifact: Artifact) -> Artifact | None:
-        """Let a path outside the workspace point to an artifact, and remember it as a root that keeps the artifact alive; what it pointed to before."""
+        """Let a path outside the workspace point to an artifact, and remember it as a root that keeps the artifact
+        alive; what it pointed to before.
+        """
         out = out.absolute()
         check_out(out)
         before = load(out.resolve()) if out.exists() else None
@@ -148,7 +154,9 @@ class Workspace:
         return found
 
     def outs(self) -> dict[str, Artifact]:
-        """Results that `--out` gave a name, by that name; those that are gone, or name something else now, are left out."""
+        """Results that `--out` gave a name, by that name; those that are gone, or name something else now, are left
+        out.
+        """
         found: dict[str, Artifact] = {}
         for link in sorted((self.root / "roots").glob("*")):
             out = link.readlink() if link.is_symlink() else link
@@ -158,7 +166,8 @@ class Workspace:
         return found
 
     def collect(self, *, scratch: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:
-        """Remove what no name and no descendant of a name needs, and with `scratch` the checkpoints of interrupted steps.
+        """Remove what no name and no descendant of a name needs, and with `scratch` the checkpoints of interrupted
+        steps.
 
         Returns the removed paths and their bytes. UserError while a run is going on here.
         """
@@ -201,7 +210,9 @@ class Workspace:
 
 def check_out(out: Path) -> None:
     """UserError when `--out` is taken by something that is not a link to a published artifact."""
-    ours = out.is_symlink() and (not out.exists() or (out.resolve().parent.name == "store" and (out.resolve() / MANIFEST).exists()))
+    ours = out.is_symlink() and (
+        not out.exists() or (out.resolve().parent.name == "store" and (out.resolve() / MANIFEST).exists())
+    )
     if (out.exists() or out.is_symlink()) and not ours:
         raise UserError(f"{out}: exists already and is not a result of llmworks; choose another --out")
 

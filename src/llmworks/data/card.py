@@ -1,4 +1,5 @@
-"""The data card of a set of documents or of conversations (README.md): sources, licences, what was dropped on the way and why, lengths, languages, examples.
+"""The data card of a set of documents or of conversations (README.md): sources, licences, what was dropped on the way
+and why, lengths, languages, examples.
 
 Facts travel from set to set in `about`, so that every card tells the whole way. Cards carry no dates.
 """
@@ -22,9 +23,15 @@ SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def finish(
-    ctx: Context, stage: str, parents: Sequence[Dataset], *, dropped: Mapping[str, int] | None = None, metrics: Mapping[str, Any] | None = None,
-    note: str = "", extra: Mapping[str, Any] | None = None,
-) -> Dataset:  # fmt: skip
+    ctx: Context,
+    stage: str,
+    parents: Sequence[Dataset],
+    *,
+    dropped: Mapping[str, int] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    note: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> Dataset:
     """The data set that a stage wrote into `ctx.out`, with its card."""
     facts = measure(ctx)
     sources = {s["name"]: s for parent in parents for s in sources_of(parent)}
@@ -35,26 +42,60 @@ def finish(
         entry["note"] = note
     history.append(entry)
     about = {
-        "schema": "text", "documents": facts["documents"], "characters": facts["characters"], "dropped": dict(dropped or {}),
-        "languages": facts["languages"], "sources": list(sources.values()), "history": history, **(extra or {}),
-    }  # fmt: skip
+        "schema": "text",
+        "documents": facts["documents"],
+        "characters": facts["characters"],
+        "dropped": dict(dropped or {}),
+        "languages": facts["languages"],
+        "sources": list(sources.values()),
+        "history": history,
+        **(extra or {}),
+    }
     (ctx.out / "README.md").write_text(card(about, facts), encoding="utf-8")
-    return Dataset(ctx.out, metrics={"documents": facts["documents"], "characters": facts["characters"], **(metrics or {})}, about=about)
+    return Dataset(
+        ctx.out,
+        metrics={"documents": facts["documents"], "characters": facts["characters"], **(metrics or {})},
+        about=about,
+    )
 
 
 def finish_rows(
-    ctx: Context, stage: str, parents: Sequence[Dataset], rows: Sequence[Row], *, dropped: Mapping[str, int] | None = None,
-    metrics: Mapping[str, Any] | None = None, note: str = "", extra: Mapping[str, Any] | None = None,
-) -> Dataset:  # fmt: skip
+    ctx: Context,
+    stage: str,
+    parents: Sequence[Dataset],
+    rows: Sequence[Row],
+    *,
+    dropped: Mapping[str, int] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    note: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> Dataset:
     """Write conversations or preference pairs into `ctx.out`, with their card; at least one row."""
     pairs = "chosen" in rows[0]
     (write_preference if pairs else write_chat)(ctx.out, rows)
     sources = {s["name"]: s for parent in parents for s in sources_of(parent)}
     history = _joined([parent.about.get("history", []) for parent in parents])
     of = ", ".join(sources) if len(sources) < 3 else f"{len(sources)} sources"
-    history.append({"stage": stage, "of": of, "documents": len(rows), "dropped": dict(dropped or {}), **({"note": note} if note else {})})
-    about = {"schema": "preference" if pairs else "chat", "rows": len(rows), "dropped": dict(dropped or {}), "sources": list(sources.values()), "history": history, **(extra or {})}
-    (ctx.out / "README.md").write_text(card(about, measure_rows(rows), "preference pairs" if pairs else "conversations"), encoding="utf-8")
+    history.append(
+        {
+            "stage": stage,
+            "of": of,
+            "documents": len(rows),
+            "dropped": dict(dropped or {}),
+            **({"note": note} if note else {}),
+        }
+    )
+    about = {
+        "schema": "preference" if pairs else "chat",
+        "rows": len(rows),
+        "dropped": dict(dropped or {}),
+        "sources": list(sources.values()),
+        "history": history,
+        **(extra or {}),
+    }
+    (ctx.out / "README.md").write_text(
+        card(about, measure_rows(rows), "preference pairs" if pairs else "conversations"), encoding="utf-8"
+    )
     return Dataset(ctx.out, metrics={"rows": len(rows), **(metrics or {})}, about=about)
 
 
@@ -62,13 +103,27 @@ def measure_rows(rows: Sequence[Row]) -> Json:
     """Counts, lengths and first examples of conversations or pairs."""
     import numpy as np
 
-    turns = [row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"], *row["rejected"]] for row in rows]
+    turns = [
+        row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"], *row["rejected"]] for row in rows
+    ]
     sizes = np.array([sum(len(m.get("content") or "") for m in messages) for messages in turns])
     examples = [
-        {"id": row["id"], "text": "\n\n".join(f"{m['role']}: {m.get('content') or json.dumps(m.get('tool_calls'), ensure_ascii=False)}" for m in messages)[:EXAMPLE_CHARACTERS]}
+        {
+            "id": row["id"],
+            "text": "\n\n".join(
+                f"{m['role']}: {m.get('content') or json.dumps(m.get('tool_calls'), ensure_ascii=False)}"
+                for m in messages
+            )[:EXAMPLE_CHARACTERS],
+        }
         for row, messages in zip(rows[:EXAMPLES], turns, strict=False)
     ]
-    return {"documents": len(rows), "characters": int(sizes.sum()), "languages": {}, "examples": examples, "lengths": {f"{share:.0%}": int(np.quantile(sizes, share)) for share in SHARES}}
+    return {
+        "documents": len(rows),
+        "characters": int(sizes.sum()),
+        "languages": {},
+        "examples": examples,
+        "lengths": {f"{share:.0%}": int(np.quantile(sizes, share)) for share in SHARES},
+    }
 
 
 def sources_of(dataset: Dataset) -> list[Json]:
@@ -77,7 +132,9 @@ def sources_of(dataset: Dataset) -> list[Json]:
     if known is not None:
         return known
     if "asset" in dataset.about:
-        return [{"name": dataset.about["asset"], "licence": dataset.about["licence"], "what": dataset.about.get("what", "")}]
+        return [
+            {"name": dataset.about["asset"], "licence": dataset.about["licence"], "what": dataset.about.get("what", "")}
+        ]
     return [{"name": dataset.name, "licence": "not stated", "what": "from outside"}]
 
 
@@ -104,31 +161,63 @@ def measure(ctx: Context) -> Json:
             languages.update(code["code"] for code in found.to_pylist() if code)
             if len(examples) < EXAMPLES:
                 for document in table_documents(table.slice(0, EXAMPLES - len(examples))):
-                    examples.append({"id": document.id, "text": document.text[:EXAMPLE_CHARACTERS], "metadata": document.metadata})
+                    examples.append(
+                        {"id": document.id, "text": document.text[:EXAMPLE_CHARACTERS], "metadata": document.metadata}
+                    )
     sizes = np.concatenate(lengths)
     return {
-        "documents": len(sizes), "characters": int(sizes.sum()), "languages": dict(languages.most_common()), "examples": examples,
+        "documents": len(sizes),
+        "characters": int(sizes.sum()),
+        "languages": dict(languages.most_common()),
+        "examples": examples,
         "lengths": {f"{share:.0%}": int(np.quantile(sizes, share)) for share in SHARES},
-    }  # fmt: skip
+    }
 
 
 def card(about: Json, facts: Json, what: str = "documents") -> str:
     """The card as Markdown; `what` names the rows."""
-    lines = ["# Data card", "", f"{facts['documents']:,} {what}, {facts['characters']:,} characters; about {facts['characters'] // 4:,} tokens at 4 characters each.", ""]
+    lines = [
+        "# Data card",
+        "",
+        (
+            f"{facts['documents']:,} {what}, {facts['characters']:,} characters; about {facts['characters'] // 4:,}"
+            " tokens at 4 characters each."
+        ),
+        "",
+    ]
     lines += ["## Sources", "", "| source | licence | what |", "|---|---|---|"]
     lines += [f"| {_cell(s['name'])} | {_cell(s['licence'])} | {_cell(s['what'])} |" for s in about["sources"]]
     lines += ["", "## How it was made", "", f"| step | of | {what} left | dropped | why |", "|---|---|---|---|---|"]
     for entry in about["history"]:
-        why = "; ".join(f"{reason} {n:,}" for reason, n in sorted(entry["dropped"].items(), key=lambda item: -item[1])[:12])
-        lines.append(f"| {entry['stage']} | {_cell(entry['of'])} | {entry['documents']:,} | {sum(entry['dropped'].values()):,} | {_cell('; '.join(filter(None, (why, entry.get('note', '')))))} |")
+        why = "; ".join(
+            f"{reason} {n:,}" for reason, n in sorted(entry["dropped"].items(), key=lambda item: -item[1])[:12]
+        )
+        lines.append(
+            f"| {entry['stage']} | {_cell(entry['of'])} | {entry['documents']:,} | {sum(entry['dropped'].values()):,} |"
+            f" {_cell('; '.join(filter(None, (why, entry.get('note', '')))))} |"
+        )
     near = sum(entry["dropped"].get("near-duplicate", 0) for entry in about["history"])
     compared = [e for e in about["history"] if e["stage"] == "data.dedup"]
     if compared:
         before = sum(e["documents"] + sum(e["dropped"].values()) for e in compared)
         lines += ["", f"Near-duplicate rate before they were dropped: {near / max(1, before):.2%}."]
-    lines += ["", "## Lengths", "", f"| share of the {what} | characters, at most |", "|---|---|", *(f"| {share} | {size:,} |" for share, size in facts["lengths"].items())]
+    lines += [
+        "",
+        "## Lengths",
+        "",
+        f"| share of the {what} | characters, at most |",
+        "|---|---|",
+        *(f"| {share} | {size:,} |" for share, size in facts["lengths"].items()),
+    ]
     if facts["languages"]:
-        lines += ["", "## Languages", "", "| code | documents |", "|---|---|", *(f"| {code} | {n:,} |" for code, n in list(facts["languages"].items())[:20])]
+        lines += [
+            "",
+            "## Languages",
+            "",
+            "| code | documents |",
+            "|---|---|",
+            *(f"| {code} | {n:,} |" for code, n in list(facts["languages"].items())[:20]),
+        ]
     lines += ["", "## Examples"]
     for example in facts["examples"]:
         shown = example["text"].replace("~~~", "~ ~ ~")

@@ -1,6 +1,8 @@
-"""Stage `data.chat`: raw rows of any usual shape become conversations, or preference pairs, in one schema; each row's shape is recognised.
+"""Stage `data.chat`: raw rows of any usual shape become conversations, or preference pairs, in one schema; each row's
+shape is recognised.
 
-Rows whose turns are out of order are set aside with the reason, never mended silently. Writing back: the stage `data.export`.
+Rows whose turns are out of order are set aside with the reason, never mended silently. Writing back: the stage
+`data.export`.
 """
 
 from __future__ import annotations
@@ -33,11 +35,34 @@ PUBLISHED = {"bfcl": bfcl, "flan-cot": flan_cot, "spider": spider}
 class ChatConfig(Config):
     """What the raw rows are, and what is asked of them."""
 
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "chatml", "completion", "evals", "preference", "bfcl", "flan-cot", "spider"] = Field(
-        "auto", description="auto: each row's shape is recognised by its keys; bfcl, flan-cot and spider are published sets of other forms"
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "chatml",
+        "completion",
+        "evals",
+        "preference",
+        "bfcl",
+        "flan-cot",
+        "spider",
+    ] = Field(
+        "auto",
+        description=(
+            "auto: each row's shape is recognised by its keys; bfcl, flan-cot and spider are published sets of other"
+            " forms"
+        ),
     )
-    turns: Literal["strict", "any"] = Field("strict", description="strict: rows with turns out of order, empty turns or broken tool calls are set aside; any: they stay")
-    repeated: Literal["keep", "drop"] = Field("keep", description="drop: rows whose turns and tools are those of an earlier row are set aside")
+    turns: Literal["strict", "any"] = Field(
+        "strict",
+        description=(
+            "strict: rows with turns out of order, empty turns or broken tool calls are set aside; any: they stay"
+        ),
+    )
+    repeated: Literal["keep", "drop"] = Field(
+        "keep", description="drop: rows whose turns and tools are those of an earlier row are set aside"
+    )
     merge_turns: bool = Field(False, description="first join neighbouring turns of one role by an empty line")
 
 
@@ -47,15 +72,25 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
     Errors: DataError for a missing or empty file, or when no row is left.
     """
     if kind := converted(data):
-        raise DataError(f"{data.path}: holds {WHAT[kind]} of this schema already; data.export writes them in other shapes, data.mix joins sets")
+        raise DataError(
+            f"{data.path}: holds {WHAT[kind]} of this schema already; data.export writes them in other shapes, data.mix"
+            " joins sets"
+        )
     rejected = Rejected()
     published = PUBLISHED.get(config.format)
     rows = published.rows(data.path, rejected) if published else list(_rows(config, data, rejected))
     if config.repeated == "drop":
         rows = without_repeated(rows, data.name, rejected)
     if not rows:
-        first = f": {rejected.rows[0]['file']} line {rejected.rows[0]['line']}: {rejected.rows[0]['reason']}" if rejected.rows else ""
-        raise DataError(f"{data.path}: no row could be read as {'a conversation' if config.format == 'auto' else repr(config.format)}{first}")
+        first = (
+            f": {rejected.rows[0]['file']} line {rejected.rows[0]['line']}: {rejected.rows[0]['reason']}"
+            if rejected.rows
+            else ""
+        )
+        raise DataError(
+            f"{data.path}: no row could be read as"
+            f" {'a conversation' if config.format == 'auto' else repr(config.format)}{first}"
+        )
     pairs = "chosen" in rows[0]
     rejected.write(ctx.out, ctx.progress.say)
     found = Counter(row["extra"].get("shape", config.format) for row in rows)
@@ -65,9 +100,19 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
     ctx.report.data = {"rows": len(rows), "shapes": dict(found), "rejected": dict(reasons)}
     ctx.report.table("Shapes", ("shape", "rows"), found.most_common())
     if reasons:
-        ctx.report.table("Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
+        ctx.report.table(
+            "Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl."
+        )
     extra = {"rejected": len(rejected.rows), "shapes": dict(found)}
-    return finish_rows(ctx, "data.chat", [data], rows, dropped=plain_reasons(reasons), metrics={"rejected": len(rejected.rows)}, extra=extra)
+    return finish_rows(
+        ctx,
+        "data.chat",
+        [data],
+        rows,
+        dropped=plain_reasons(reasons),
+        metrics={"rejected": len(rejected.rows)},
+        extra=extra,
+    )
 
 
 def without_repeated(rows: Sequence[Row], name: str, rejected: Rejected) -> list[Row]:
@@ -75,7 +120,9 @@ def without_repeated(rows: Sequence[Row], name: str, rejected: Rejected) -> list
     first: dict[str, str] = {}
     kept = []
     for number, row in enumerate(rows, 1):
-        content = json.dumps([row.get(side) for side in ("messages", "prompt", "chosen", "rejected", "tools")], sort_keys=True)
+        content = json.dumps(
+            [row.get(side) for side in ("messages", "prompt", "chosen", "rejected", "tools")], sort_keys=True
+        )
         if first.setdefault(content, row["id"]) == row["id"]:
             kept.append(row)
         else:
@@ -88,7 +135,9 @@ def plain_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
     found: Counter[str] = Counter()
     for reason, count in reasons.items():
         plain = BRACKETS.sub("", BRACKETS.sub("", re.sub(r"'[^']*'", "...", reason))).partition(";")[0]
-        found[re.sub(r"(?:turns?|message) \d+(?: and \d+)?", lambda m: "turns" if " and " in m[0] else "a turn", plain)] += count
+        found[
+            re.sub(r"(?:turns?|message) \d+(?: and \d+)?", lambda m: "turns" if " and " in m[0] else "a turn", plain)
+        ] += count
     return dict(found)
 
 
@@ -102,7 +151,11 @@ def _rows(config: ChatConfig, data: Dataset, rejected: Rejected) -> Iterator[Row
             if row["id"] in seen:
                 raise ValueError(f"the id {row['id']!r} stands twice")
             if pairs is not None and pairs != ("chosen" in row):
-                raise ValueError("a preference pair among conversations" if "chosen" in row else "a conversation among preference pairs")
+                raise ValueError(
+                    "a preference pair among conversations"
+                    if "chosen" in row
+                    else "a conversation among preference pairs"
+                )
         except (ValueError, AttributeError, KeyError, TypeError, UnicodeEncodeError) as error:
             rejected.add(file, number, reason_of(error), raw)
             continue
@@ -117,11 +170,18 @@ def reason_of(error: Exception) -> str:
     """An error's words; for one that Python worded, its kind too."""
     if isinstance(error, UnicodeEncodeError):
         return "a lone surrogate, which is no text"
-    return str(error) if type(error) is ValueError else f"not in the shape that its keys promise ({type(error).__name__}: {error})"
+    return (
+        str(error)
+        if type(error) is ValueError
+        else f"not in the shape that its keys promise ({type(error).__name__}: {error})"
+    )
 
 
 def chat_row(config: ChatConfig, raw: Json, default_id: str) -> Row:
-    """One raw row in the schema; its group may be empty. ValueError and its like when it is none, or its turns are wrong."""
+    """One raw row in the schema; its group may be empty.
+
+    ValueError and its like when it is none, or its turns are wrong.
+    """
     row = shapes.read(raw, "" if config.format == "auto" else config.format)
     row["id"] = row["id"] or default_id
     if config.merge_turns:

@@ -1,6 +1,7 @@
 """Stage `data.classify`: learn from good and bad texts what good text looks like, score a corpus, keep the better part.
 
-A linear model over hashed words and word pairs, as the quality filters of GPT-3 (Brown et al. 2020, appendix A) and DCLM are. Its quality
+A linear model over hashed words and word pairs, as the quality filters of GPT-3 (Brown et al. 2020, appendix A) and
+DCLM are. Its quality
 is measured on texts that it did not learn from.
 """
 
@@ -32,7 +33,9 @@ class ClassifyConfig(Config):
     """How the classifier learns and what is kept. Without `threshold` and `quantile` all is kept, with its score."""
 
     threshold: float | None = Field(None, ge=0, le=1, description="keep documents with at least this score")
-    quantile: float | None = Field(None, gt=0, lt=1, description="drop this share of the documents, those with the lowest scores")
+    quantile: float | None = Field(
+        None, gt=0, lt=1, description="drop this share of the documents, those with the lowest scores"
+    )
     examples: int = Field(20_000, ge=20, description="examples of each kind, at most")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the examples that measure and do not teach")
     strength: float = Field(10.0, gt=0, description="inverse strength of the L2 penalty (scikit-learn's C)")
@@ -47,7 +50,8 @@ class ClassifyConfig(Config):
 
 
 def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], data: Dataset, ctx: Context) -> Dataset:
-    """Score every document of `data` by its likeness to `good` rather than `bad`; what is below the bound goes to `dropped/`.
+    """Score every document of `data` by its likeness to `good` rather than `bad`; what is below the bound goes to
+    `dropped/`.
 
     Errors: DataError with fewer than 10 examples of a kind; MissingDependency without the extra `corpus`.
     """
@@ -56,23 +60,41 @@ def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], da
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise MissingDependency("data.classify needs scikit-learn; install it with: pip install 'llmworks[corpus]'") from None
+        raise MissingDependency(
+            "data.classify needs scikit-learn; install it with: pip install 'llmworks[corpus]'"
+        ) from None
     report = learn(config, good, bad, ctx)
     parts = spans(data)
     scored = work(ctx, "score", partial(_score_part, ctx.scratch / MODEL), parts)
     scores = np.concatenate([np.load(folder / SCORES) for folder in scored.folders])
-    bound = config.threshold if config.threshold is not None else float(np.quantile(scores, config.quantile)) if config.quantile else 0.0
+    bound = (
+        config.threshold
+        if config.threshold is not None
+        else float(np.quantile(scores, config.quantile))
+        if config.quantile
+        else 0.0
+    )
     done = work(ctx, "write", partial(_write_part, config.field, bound), list(zip(parts, scored.folders, strict=True)))
     if not done.sum("kept"):
-        raise DataError(f"{data.name}: no document has a score of {bound:.3g} or more; the highest is {scores.max():.3g}")
+        raise DataError(
+            f"{data.name}: no document has a score of {bound:.3g} or more; the highest is {scores.max():.3g}"
+        )
     done.gather(ctx.out)
     _report(ctx, data, scores, bound, done)
     metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "bound": round(bound, 6), **report}
-    return finish(ctx, "data.classify", [data], dropped={"low quality": done.sum("dropped")} if done.sum("dropped") else {}, metrics=metrics)
+    return finish(
+        ctx,
+        "data.classify",
+        [data],
+        dropped={"low quality": done.sum("dropped")} if done.sum("dropped") else {},
+        metrics=metrics,
+    )
 
 
 def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset], ctx: Context) -> Json:
-    """Train on one part of the examples, measure on the other; writes the model into scratch and returns the figures."""
+    """Train on one part of the examples, measure on the other; writes the model into scratch and returns the
+    figures.
+    """
     import numpy as np
     import pyarrow as pa
     from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
@@ -98,16 +120,32 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
     said = scores >= 0.5
     hits = int((said & (truth == 1)).sum())
     precision, recall = hits / max(1, int(said.sum())), hits / int(truth.sum())
-    figures = {"auc": round(float(roc_auc_score(truth, scores)), 4), "precision": round(precision, 4), "recall": round(recall, 4)}
+    figures = {
+        "auc": round(float(roc_auc_score(truth, scores)), 4),
+        "precision": round(precision, 4),
+        "recall": round(recall, 4),
+    }
     false, true, _ = roc_curve(truth, scores)
     p, r, _ = precision_recall_curve(truth, scores)
     report = ctx.report
     report.table(
-        "On examples that it did not learn from", ("figure", "value"),
-        [("good examples", int(truth.sum())), ("bad examples", int((truth == 0).sum())), ("precision at 0.5", precision), ("recall at 0.5", recall), ("area under the ROC curve", figures["auc"])],
+        "On examples that it did not learn from",
+        ("figure", "value"),
+        [
+            ("good examples", int(truth.sum())),
+            ("bad examples", int((truth == 0).sum())),
+            ("precision at 0.5", precision),
+            ("recall at 0.5", recall),
+            ("area under the ROC curve", figures["auc"]),
+        ],
         note=f"{int((~test).sum()):,} examples taught, {int(test.sum()):,} measured.",
-    )  # fmt: skip
-    report.curves("ROC", {"classifier": _thin(false, true), "chance": [(0, 0), (1, 1)]}, x="bad texts that pass", y="good texts that pass")
+    )
+    report.curves(
+        "ROC",
+        {"classifier": _thin(false, true), "chance": [(0, 0), (1, 1)]},
+        x="bad texts that pass",
+        y="good texts that pass",
+    )
     report.curves("Precision and recall", {"classifier": _thin(r, p)}, x="recall", y="precision")
     plus, minus = telling(model, every[:: max(1, len(every) // 4000)], 15)
     rows = [(a, x, b, y) for (a, x), (b, y) in zip(plus, minus, strict=False)]
@@ -117,7 +155,9 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
 
 
 def examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:
-    """Pieces of documents, as many from each data set; chosen by reservoir sampling (Vitter 1985), one piece of a document."""
+    """Pieces of documents, as many from each data set; chosen by reservoir sampling (Vitter 1985), one piece of a
+    document.
+    """
     import random
 
     chosen: list[str] = []
@@ -166,8 +206,16 @@ def _write_part(field: str, bound: float, unit: tuple[Span, Path], folder: Path)
                 else:
                     dropped.add(scored_document, "low quality")
                 sample = {"score": score, "id": document.id, "text": document.text[:500]}
-                worst = sorted([*worst, sample], key=lambda s: s["score"])[:SHOWN] if len(worst) < SHOWN or score < worst[-1]["score"] else worst
-                best = sorted([*best, sample], key=lambda s: -s["score"])[:SHOWN] if len(best) < SHOWN or score > best[-1]["score"] else best
+                worst = (
+                    sorted([*worst, sample], key=lambda s: s["score"])[:SHOWN]
+                    if len(worst) < SHOWN or score < worst[-1]["score"]
+                    else worst
+                )
+                best = (
+                    sorted([*best, sample], key=lambda s: -s["score"])[:SHOWN]
+                    if len(best) < SHOWN or score > best[-1]["score"]
+                    else best
+                )
                 at += 1
     return {"kept": writer.documents, "dropped": dropped.documents, "worst": worst, "best": best}
 
@@ -183,10 +231,15 @@ def _report(ctx: Context, data: Dataset, scores: Any, bound: float, done: Done) 
 
     report = ctx.report
     report.title = f"{data.name}, scored"
-    report.lead = f"{done.sum('kept'):,} of {len(scores):,} documents have a score of at least {bound:.3g} and stay; the median is {np.median(scores):.3f}."
+    report.lead = (
+        f"{done.sum('kept'):,} of {len(scores):,} documents have a score of at least {bound:.3g} and stay; the median"
+        f" is {np.median(scores):.3f}."
+    )
     report.data = {**report.data, "kept": done.sum("kept"), "dropped": done.sum("dropped"), "bound": bound}
     counts = np.histogram(scores, bins=40, range=(0, 1))[0].tolist()
     report.histograms("Scores", {"documents": {"counts": counts, "top": 1, "low": bound or None, "high": None}})
     for heading, key, order in (("Lowest scores", "worst", 1), ("Highest scores", "best", -1)):
-        found = sorted((s for summary in done.summaries for s in summary[key]), key=lambda s: order * s["score"])[:SHOWN]
+        found = sorted((s for summary in done.summaries for s in summary[key]), key=lambda s: order * s["score"])[
+            :SHOWN
+        ]
         report.samples(heading, [{"document": f"{s['score']:.3f} · {s['id']}", "text": s["text"]} for s in found])

@@ -1,6 +1,7 @@
 """Stage `data.clean`: mend documents, tell their language, and drop what the published rules call bad text.
 
-What is dropped is kept beside the result, each document with the first rule that it broke. The rules live in `filters/`.
+What is dropped is kept beside the result, each document with the first rule that it broke. The rules live in
+`filters/`.
 """
 
 from __future__ import annotations
@@ -38,33 +39,51 @@ SAMPLES = 3  # of what each rule dropped, from each part
 
 
 class CleanConfig(Config):
-    """What is applied, in this order; null leaves a rule set out. The defaults are FineWeb's, with lines mended first."""
+    """What is applied, in this order; null leaves a rule set out.
 
-    repair: Repair | None = Field(default_factory=Repair, description="mend encoding, white space and boilerplate lines")
+    The defaults are FineWeb's, with lines mended first.
+    """
+
+    repair: Repair | None = Field(
+        default_factory=Repair, description="mend encoding, white space and boilerplate lines"
+    )
     language: Language | None = Field(default_factory=Language, description="identify the language; keep some only")
-    gopher_repetition: GopherRepetition | None = Field(default_factory=GopherRepetition, description="Gopher's repetition rules")
+    gopher_repetition: GopherRepetition | None = Field(
+        default_factory=GopherRepetition, description="Gopher's repetition rules"
+    )
     gopher_quality: GopherQuality | None = Field(default_factory=GopherQuality, description="Gopher's quality rules")
     c4: C4 | None = Field(
-        default_factory=lambda: C4(terminal_punctuation=False), description="C4's rules, as FineWeb uses them: without terminal_punctuation"
+        default_factory=lambda: C4(terminal_punctuation=False),
+        description="C4's rules, as FineWeb uses them: without terminal_punctuation",
     )
     fineweb: FineWeb | None = Field(default_factory=FineWeb, description="FineWeb's own rules")
     instruction: Instruction | None = Field(None, description="length and symbol rules for instruction data")
 
 
 def clean(config: CleanConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Mend and filter documents; the metadata gets `language` and `language_score`, dropped ones go to `dropped/` with their reason.
+    """Mend and filter documents; the metadata gets `language` and `language_score`, dropped ones go to `dropped/` with
+    their reason.
 
-    Errors: UserError for an unknown language code; DataError when nothing is left; MissingDependency without the extra `corpus`.
+    Errors: UserError for an unknown language code; DataError when nothing is left; MissingDependency without the extra
+    `corpus`.
     """
     if config.language:
         check_codes(config.language.keep)
     done = work(ctx, "clean", partial(_clean_part, config), spans(data))
     kept, dropped = done.sum("kept"), done.total("dropped")
     if not kept:
-        raise DataError(f"{data.name}: no document is left of {dropped.total()}; the most frequent reason: {dropped.most_common(1)[0][0]}")
+        raise DataError(
+            f"{data.name}: no document is left of {dropped.total()}; the most frequent reason:"
+            f" {dropped.most_common(1)[0][0]}"
+        )
     done.gather(ctx.out)
     _report(ctx, data, done)
-    metrics = {"documents": kept, "dropped": dropped.total(), "characters": done.sum("characters"), "changed": done.sum("changed")}
+    metrics = {
+        "documents": kept,
+        "dropped": dropped.total(),
+        "characters": done.sum("characters"),
+        "changed": done.sum("changed"),
+    }
     return finish(ctx, "data.clean", [data], dropped=dict(dropped.most_common()), metrics=metrics)
 
 
@@ -121,12 +140,18 @@ class Tally:
     def count(self, rules: str, judged: Judgement) -> None:
         """Add a batch's histograms to those of the part."""
         for label, histogram in judged.histograms.items():
-            known = self.histograms.setdefault(f"{rules}: {label}", {**histogram, "counts": [0] * len(histogram["counts"])})
+            known = self.histograms.setdefault(
+                f"{rules}: {label}", {**histogram, "counts": [0] * len(histogram["counts"])}
+            )
             known["counts"] = [a + b for a, b in zip(known["counts"], histogram["counts"], strict=True)]
 
 
-def judge_batch(config: CleanConfig, batch: list[Document], words: Words, tally: Tally) -> Iterator[tuple[Document, str]]:
-    """Each document of a batch as it is kept (mended, with its language), or as it was when the rule that it broke looked at it."""
+def judge_batch(
+    config: CleanConfig, batch: list[Document], words: Words, tally: Tally
+) -> Iterator[tuple[Document, str]]:
+    """Each document of a batch as it is kept (mended, with its language), or as it was when the rule that it broke
+    looked at it.
+    """
     import numpy as np
 
     from llmworks.data.filters import c4, fineweb, gopher, instruction
@@ -172,7 +197,14 @@ def judge_batch(config: CleanConfig, batch: list[Document], words: Words, tally:
         changed = [i for i in left if counted.get(i, ("", 0))[0] is not documents[i].text]
         again = words.encode([documents[i].text for i in changed]).counts.tolist()
         counted |= {i: (documents[i].text, count) for i, count in zip(changed, again, strict=True)}
-        apply(("fineweb", fineweb.fineweb(config.fineweb, [documents[i].text for i in left], np.array([counted[i][1] for i in left]))))
+        apply(
+            (
+                "fineweb",
+                fineweb.fineweb(
+                    config.fineweb, [documents[i].text for i in left], np.array([counted[i][1] for i in left])
+                ),
+            )
+        )
     if config.instruction and left:
         apply(("instruction", instruction.instruction(config.instruction, [documents[i].text for i in left])))
     for before, document, reason in zip(batch, documents, reasons, strict=True):
@@ -201,7 +233,9 @@ def _language(config: Language, documents: list[Document], left: list[int], reas
     for i in left:
         code, score = identify(documents[i].text)
         tally.languages[code or "?"] += 1
-        documents[i] = replace(documents[i], metadata={**documents[i].metadata, "language": code, "language_score": round(score, 3)})
+        documents[i] = replace(
+            documents[i], metadata={**documents[i].metadata, "language": code, "language_score": round(score, 3)}
+        )
         if config.keep and not (code in config.keep and score >= config.min_score):
             reasons[i] = f"language: {code or '?'}" if code not in config.keep else "language: not sure"
 
@@ -212,15 +246,22 @@ def _report(ctx: Context, data: Dataset, done: Done) -> None:
     report = ctx.report
     report.title = f"{data.name}, cleaned"
     report.lead = (
-        f"{kept:,} of {kept + dropped.total():,} documents stay, {after:,} of {before:,} characters ({after / max(before, 1):.1%});"
-        f" {done.sum('changed'):,} of them were mended or lost lines."
+        f"{kept:,} of {kept + dropped.total():,} documents stay, {after:,} of {before:,} characters"
+        f" ({after / max(before, 1):.1%}); {done.sum('changed'):,} of them were mended or lost lines."
     )
-    report.data = {"kept": kept, "dropped": dict(dropped), "lines": dict(done.total("lines")), "languages": dict(done.total("languages"))}
+    report.data = {
+        "kept": kept,
+        "dropped": dict(dropped),
+        "lines": dict(done.total("lines")),
+        "languages": dict(done.total("languages")),
+    }
     every = kept + dropped.total()
     report.table(
-        "Dropped documents", ("first rule that was broken", "documents", "share"), [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()],
+        "Dropped documents",
+        ("first rule that was broken", "documents", "share"),
+        [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()],
         note="Each is kept in dropped/ with its reason. Rules are applied in their order, so a document counts once.",
-    )  # fmt: skip
+    )
     if lines := done.total("lines"):
         report.table("Dropped lines", ("why", "lines"), lines.most_common())
     if languages := done.total("languages"):
@@ -231,9 +272,17 @@ def _report(ctx: Context, data: Dataset, done: Done) -> None:
             known = histograms.setdefault(label, {**histogram, "counts": [0] * len(histogram["counts"])})
             known["counts"] = [a + b for a, b in zip(known["counts"], histogram["counts"], strict=True)]
     if histograms:
-        report.histograms("What the rules saw", histograms, note="Documents by value; red lines are the bounds, the last bar holds what lies beyond.")
-    samples = {reason: [s for summary in done.summaries for s in summary["samples"].get(reason, [])][:SAMPLES] for reason in dropped}
+        report.histograms(
+            "What the rules saw",
+            histograms,
+            note="Documents by value; red lines are the bounds, the last bar holds what lies beyond.",
+        )
+    samples = {
+        reason: [s for summary in done.summaries for s in summary["samples"].get(reason, [])][:SAMPLES]
+        for reason in dropped
+    }
     report.samples(
-        "What was dropped", [{"why": f"{reason} · {s['id']}", "text": s["text"]} for reason in dropped for s in samples[reason]],
+        "What was dropped",
+        [{"why": f"{reason} · {s['id']}", "text": s["text"]} for reason in dropped for s in samples[reason]],
         note="The beginning of a few documents for every reason.",
-    )  # fmt: skip
+    )

@@ -1,6 +1,7 @@
 """Stage `data.decontaminate`: find, and drop or flag, training documents that hold rows of evaluation sets.
 
-Shared runs of words, 13 as in GPT-3 (Brown et al. 2020, appendix C), fewer for short rows; and near-duplicates by MinHash.
+Shared runs of words, 13 as in GPT-3 (Brown et al. 2020, appendix C), fewer for short rows; and near-duplicates by
+MinHash.
 """
 
 from __future__ import annotations
@@ -37,12 +38,24 @@ LETTER = re.compile(r"[A-Za-z\x80-\U0010ffff]")
 class DecontaminateConfig(Config):
     """What counts as an overlap, and what is done about it."""
 
-    n: int = Field(13, ge=3, le=50, description="words in a row that a document must share with a test row; 13 or 8 are usual")
-    short_n: int = Field(8, ge=3, description="for test rows of fewer than n words; rows of fewer than this are too short to compare")
-    min_share: float = Field(0.0, ge=0, le=1, description="share of a test row's runs of words that a document must hold; 0: one run")
-    numbers: bool = Field(False, description="also count runs of which half the words or more are bare numbers, such as 1 2 3 4 ...")
-    near: Near | None = Field(default_factory=lambda: Near(threshold=0.5), description="also near-duplicates of whole rows")
-    action: Literal["drop", "flag"] = Field("drop", description="drop the document, or keep it with `contaminated_by` in its metadata")
+    n: int = Field(
+        13, ge=3, le=50, description="words in a row that a document must share with a test row; 13 or 8 are usual"
+    )
+    short_n: int = Field(
+        8, ge=3, description="for test rows of fewer than n words; rows of fewer than this are too short to compare"
+    )
+    min_share: float = Field(
+        0.0, ge=0, le=1, description="share of a test row's runs of words that a document must hold; 0: one run"
+    )
+    numbers: bool = Field(
+        False, description="also count runs of which half the words or more are bare numbers, such as 1 2 3 4 ..."
+    )
+    near: Near | None = Field(
+        default_factory=lambda: Near(threshold=0.5), description="also near-duplicates of whole rows"
+    )
+    action: Literal["drop", "flag"] = Field(
+        "drop", description="drop the document, or keep it with `contaminated_by` in its metadata"
+    )
 
     @model_validator(mode="after")
     def _shorter(self) -> Self:
@@ -62,14 +75,24 @@ def decontaminate(config: DecontaminateConfig, data: Dataset, tests: dict[str, D
         raise DataError(f"{data.name}: every document overlaps with the tests; nothing is left")
     done.gather(ctx.out)
     touched = _report(config, ctx, data, rows, done)
-    metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "flagged": done.sum("flagged"), "touched_test_rows": touched, "test_rows": len(rows.names)}
+    metrics = {
+        "documents": done.sum("kept"),
+        "dropped": done.sum("dropped"),
+        "flagged": done.sum("flagged"),
+        "touched_test_rows": touched,
+        "test_rows": len(rows.names),
+    }
     dropped = {"overlaps with a test": done.sum("dropped")} if done.sum("dropped") else {}
-    return finish(ctx, "data.decontaminate", [data], dropped=dropped, metrics=metrics, note=f"against {', '.join(rows.sizes)}")
+    return finish(
+        ctx, "data.decontaminate", [data], dropped=dropped, metrics=metrics, note=f"against {', '.join(rows.sizes)}"
+    )
 
 
 @dataclass(frozen=True)
 class TestRows:
-    """The rows that are protected: (test set, id) of each, how many of each set there are, and how many have no run of words to compare."""
+    """The rows that are protected: (test set, id) of each, how many of each set there are, and how many have no run of
+    words to compare.
+    """
 
     names: list[tuple[str, str]]
     sizes: Counter[str]
@@ -77,7 +100,9 @@ class TestRows:
 
 
 def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path) -> TestRows:
-    """Write the runs of words of all test rows, sorted, with the row that each belongs to; and what MinHash compares."""
+    """Write the runs of words of all test rows, sorted, with the row that each belongs to; and what MinHash
+    compares.
+    """
     import numpy as np
     import pyarrow as pa
 
@@ -100,7 +125,9 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
     first = 0
     for words in hash_words(pa.array(texts, pa.string())):
         own = words.counts
-        lettered = [bool(LETTER.search(word)) for text in texts[first : first + len(words)] for word in WORD.findall(text)]
+        lettered = [
+            bool(LETTER.search(word)) for text in texts[first : first + len(words)] for word in WORD.findall(text)
+        ]
         telling = np.concatenate(([0], np.cumsum(lettered, dtype=np.int64)))
         for n in {config.n, config.short_n}:
             grams = shingles(words, n)
@@ -126,14 +153,19 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
         arrays[f"keys{n}"], arrays[f"owners{n}"] = pairs["key"], pairs["owner"]
     if config.near:
         arrays["bands"] = np.concatenate(bands, axis=1)
-        arrays["values"], arrays["starts"] = np.concatenate(values), np.concatenate(([0], np.cumsum(np.concatenate(counts))))
+        arrays["values"], arrays["starts"] = (
+            np.concatenate(values),
+            np.concatenate(([0], np.cumsum(np.concatenate(counts)))),
+        )
     np.savez(path, totals=totals, **arrays)
     return TestRows(names, sizes, Counter(names[i][0] for i in np.flatnonzero(totals == 0)))
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """A document and a test row: how they overlap, the share of the row's runs or the similarity, and where the first run begins (in words)."""
+    """A document and a test row: how they overlap, the share of the row's runs or the similarity, and where the first
+    run begins (in words).
+    """
 
     row: int
     kind: str
@@ -198,7 +230,9 @@ def _near(config: Near, index: Mapping[str, Array], words: Hashed) -> Iterator[t
             yield document, row, similarity
 
 
-def _compare_part(config: DecontaminateConfig, path: Path, names: list[tuple[str, str]], part: Span, folder: Path) -> Json:
+def _compare_part(
+    config: DecontaminateConfig, path: Path, names: list[tuple[str, str]], part: Span, folder: Path
+) -> Json:
     import numpy as np
 
     from llmworks.data.text.hashing import hash_words
@@ -208,7 +242,11 @@ def _compare_part(config: DecontaminateConfig, path: Path, names: list[tuple[str
     flagged = 0
     kinds: Counter[str] = Counter()
     shown: list[Json] = []
-    with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped, (folder / OVERLAPS).open("w", encoding="utf-8") as side:
+    with (
+        DocumentWriter(folder) as writer,
+        DocumentWriter(folder / "dropped", reasons=True) as dropped,
+        (folder / OVERLAPS).open("w", encoding="utf-8") as side,
+    ):
         for table in part.tables():
             found: dict[int, list[Overlap]] = {}
             first = 0
@@ -225,7 +263,14 @@ def _compare_part(config: DecontaminateConfig, path: Path, names: list[tuple[str
                     continue
                 for item in items:
                     name, id = names[item.row]
-                    row = {"test": name, "row": id, "document": document.id, "kind": item.kind, "share": item.share, "text": excerpt(document, item)}
+                    row = {
+                        "test": name,
+                        "row": id,
+                        "document": document.id,
+                        "kind": item.kind,
+                        "share": item.share,
+                        "text": excerpt(document, item),
+                    }
                     side.write(json.dumps(row, ensure_ascii=False) + "\n")
                     touched[str(item.row)] = touched.get(str(item.row), 0) + 1
                     kinds[item.kind] += 1
@@ -238,7 +283,14 @@ def _compare_part(config: DecontaminateConfig, path: Path, names: list[tuple[str
                 else:
                     writer.add(marked)
                     flagged += 1
-    return {"kept": writer.documents, "dropped": dropped.documents, "flagged": flagged, "touched": touched, "kinds": kinds, "shown": shown}
+    return {
+        "kept": writer.documents,
+        "dropped": dropped.documents,
+        "flagged": flagged,
+        "touched": touched,
+        "kinds": kinds,
+        "shown": shown,
+    }
 
 
 def excerpt(document: Document, item: Overlap) -> str:
@@ -256,16 +308,45 @@ def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: Test
     report = ctx.report
     changed = done.sum("dropped") or done.sum("flagged")
     report.title = f"{data.name} against {', '.join(rows.sizes)}"
-    report.lead = f"{changed:,} of {done.sum('kept') + done.sum('dropped'):,} documents overlap with a test row and were {'dropped' if config.action == 'drop' else 'flagged'}; {len(touched):,} of {len(rows.names):,} test rows are touched."
-    report.data = {"dropped": done.sum("dropped"), "flagged": done.sum("flagged"), "touched": dict(by_test), "test_rows": dict(rows.sizes), "kinds": dict(done.total("kinds"))}
+    report.lead = (
+        f"{changed:,} of {done.sum('kept') + done.sum('dropped'):,} documents overlap with a test row and were"
+        f" {'dropped' if config.action == 'drop' else 'flagged'}; {len(touched):,} of {len(rows.names):,} test rows are"
+        " touched."
+    )
+    report.data = {
+        "dropped": done.sum("dropped"),
+        "flagged": done.sum("flagged"),
+        "touched": dict(by_test),
+        "test_rows": dict(rows.sizes),
+        "kinds": dict(done.total("kinds")),
+    }
     report.table(
-        "Test sets", ("test set", "rows", "touched", "share", "without runs"),
-        [(name, size, by_test[name], f"{by_test[name] / size:.1%}", rows.short[name]) for name, size in rows.sizes.items()],
-        note=f"Touched: a document holds {config.n} words in a row of the test row ({config.short_n} for shorter rows; runs of {'numbers count too' if config.numbers else 'bare numbers do not count'})" + (f", or is a near-duplicate of it (Jaccard at least {config.near.threshold})." if config.near else "."),
-    )  # fmt: skip
+        "Test sets",
+        ("test set", "rows", "touched", "share", "without runs"),
+        [
+            (name, size, by_test[name], f"{by_test[name] / size:.1%}", rows.short[name])
+            for name, size in rows.sizes.items()
+        ],
+        note=(
+            f"Touched: a document holds {config.n} words in a row of the test row ({config.short_n} for shorter rows;"
+            f" runs of {'numbers count too' if config.numbers else 'bare numbers do not count'})"
+        )
+        + (f", or is a near-duplicate of it (Jaccard at least {config.near.threshold})." if config.near else "."),
+    )
     if touched:
         report.table("How", ("overlap", "pairs"), done.total("kinds").most_common())
-        report.table("Most touched rows", ("test row", "documents"), [("/".join(rows.names[int(row)]), n) for row, n in touched.most_common(20)])
+        report.table(
+            "Most touched rows",
+            ("test row", "documents"),
+            [("/".join(rows.names[int(row)]), n) for row, n in touched.most_common(20)],
+        )
     shown = [s for summary in done.summaries for s in summary["shown"]][:SHOWN]
-    report.samples("What is shared", [{"pair": f"{s['test']}/{s['row']} · {s['document']} · {s['kind']}, {s['share']:.0%}", "text": s["text"]} for s in shown], note="All of them are in overlaps.jsonl.")
+    report.samples(
+        "What is shared",
+        [
+            {"pair": f"{s['test']}/{s['row']} · {s['document']} · {s['kind']}, {s['share']:.0%}", "text": s["text"]}
+            for s in shown
+        ],
+        note="All of them are in overlaps.jsonl.",
+    )
     return len(touched)

@@ -1,6 +1,8 @@
-"""Stage `data.dedup`: one of each cluster of duplicates stays; exact, near and repeated lines, each on its own or together.
+"""Stage `data.dedup`: one of each cluster of duplicates stays; exact, near and repeated lines, each on its own or
+together.
 
-First every part is hashed; then clusters are found from the hashes alone; then every part is written without what is dropped.
+First every part is hashed; then clusters are found from the hashes alone; then every part is written without what is
+dropped.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class DedupConfig(Config):
     exact: Exact | None = Field(default_factory=Exact, description="the same bytes or words")
     near: Near | None = Field(default_factory=Near, description="nearly the same words (MinHash, verified)")
     lines: Lines | None = Field(None, description="lines that many documents share")
-    keep: Literal["longest", "first", "highest"] = Field("longest", description="which of a cluster stays; highest: by the metadata field `by`")
+    keep: Literal["longest", "first", "highest"] = Field(
+        "longest", description="which of a cluster stays; highest: by the metadata field `by`"
+    )
     by: str = Field("quality", description="metadata field with a number, for keep: highest")
 
     @model_validator(mode="after")
@@ -48,7 +52,8 @@ class DedupConfig(Config):
 
 
 def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Keep one document of every cluster; the others go to `dropped/` with the id that stands for them (`duplicate_of`) in their metadata.
+    """Keep one document of every cluster; the others go to `dropped/` with the id that stands for them (`duplicate_of`)
+    in their metadata.
 
     Errors: DataError when a document has no number to compare by; MissingDependency without the extra `corpus`.
     """
@@ -69,12 +74,21 @@ def dedup(config: DedupConfig, data: Dataset, ctx: Context) -> Dataset:
     done = write_kept(ctx, parts, plan, config.lines)
     _report(config, ctx, data, parts, drops, sizes, facts, done)
     dropped = done.total("dropped")
-    metrics = {"documents": done.sum("kept"), "dropped": dropped.total(), "characters": done.sum("characters"), "clusters": sizes.total(), "lines": done.sum("lines"), **facts}
+    metrics = {
+        "documents": done.sum("kept"),
+        "dropped": dropped.total(),
+        "characters": done.sum("characters"),
+        "clusters": sizes.total(),
+        "lines": done.sum("lines"),
+        **facts,
+    }
     return finish(ctx, "data.dedup", [data], dropped=dict(dropped.most_common()), metrics=metrics)
 
 
 def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
-    """Write what comparing needs: a number for exact duplicates, shingle sets and bands for near ones, a score for each document."""
+    """Write what comparing needs: a number for exact duplicates, shingle sets and bands for near ones, a score for each
+    document.
+    """
     import numpy as np
 
     from llmworks.data.duplicates import exact, near
@@ -99,7 +113,9 @@ def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
                     sets = hashing.unique(hashing.shingles(words, config.near.shingle))
                     sets.values.tofile(shingles)
                     counts.append(sets.counts)
-                    signatures.append(near.bands(near.signatures(sets, config.near.permutations), config.near.band_rows))
+                    signatures.append(
+                        near.bands(near.signatures(sets, config.near.permutations), config.near.band_rows)
+                    )
     np.save(folder / NUMBERS, np.concatenate(numbers) if numbers else np.zeros(part.rows, np.uint64))
     np.save(folder / SCORES, np.concatenate(scores))
     if config.near:
@@ -116,10 +132,15 @@ def _scores(config: DedupConfig, table: Any, part: Span) -> Array:
         return np.asarray(pc.binary_length(table["text"]).to_numpy(), dtype=np.float64)
     if config.keep == "first":
         return np.zeros(table.num_rows)
-    found = [json.loads(metadata).get(config.by) if metadata.startswith("{") else None for metadata in table["metadata"].to_pylist()]
+    found = [
+        json.loads(metadata).get(config.by) if metadata.startswith("{") else None
+        for metadata in table["metadata"].to_pylist()
+    ]
     wrong = next((i for i, value in enumerate(found) if not isinstance(value, (int, float))), None)
     if wrong is not None:
-        raise DataError(f"{part.file}: a document has no number {config.by!r} in its metadata, which keep: highest compares (by)")
+        raise DataError(
+            f"{part.file}: a document has no number {config.by!r} in its metadata, which keep: highest compares (by)"
+        )
     return np.array(found, dtype=np.float64)
 
 
@@ -180,8 +201,15 @@ def _count_lines(config: Lines, plan: Path, unit: tuple[int, Span], folder: Path
 
 
 def _report(
-    config: DedupConfig, ctx: Context, data: Dataset, parts: Sequence[Span], drops: dict[int, Drop], sizes: Counter[int], facts: Json, done: Done
-) -> None:  # fmt: skip
+    config: DedupConfig,
+    ctx: Context,
+    data: Dataset,
+    parts: Sequence[Span],
+    drops: dict[int, Drop],
+    sizes: Counter[int],
+    facts: Json,
+    done: Done,
+) -> None:
     report = ctx.report
     kept, dropped = done.sum("kept"), done.total("dropped")
     every = kept + dropped.total()
@@ -189,21 +217,45 @@ def _report(
     report.lead = f"{kept:,} of {every:,} documents stay ({kept / max(every, 1):.1%}); {sizes.total():,} clusters."
     if config.near:
         near = config.near
-        report.lead += f" {facts['compared']:,} candidate pairs were compared, {facts['joined']:,} joined (Jaccard of {near.shingle}-word shingles at least {near.threshold})."
-    report.data = {"kept": kept, "dropped": dict(dropped), "cluster_sizes": {str(k): v for k, v in sorted(sizes.items())}, **facts}
-    report.table("Dropped", ("why", "documents", "share"), [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()], note="Each is kept in dropped/ with duplicate_of and similarity.")
+        report.lead += (
+            f" {facts['compared']:,} candidate pairs were compared, {facts['joined']:,} joined (Jaccard of"
+            f" {near.shingle}-word shingles at least {near.threshold})."
+        )
+    report.data = {
+        "kept": kept,
+        "dropped": dict(dropped),
+        "cluster_sizes": {str(k): v for k, v in sorted(sizes.items())},
+        **facts,
+    }
+    report.table(
+        "Dropped",
+        ("why", "documents", "share"),
+        [(r, n, f"{n / every:.2%}") for r, n in dropped.most_common()],
+        note="Each is kept in dropped/ with duplicate_of and similarity.",
+    )
     if sizes:
         report.table("Clusters", ("documents in the cluster", "clusters"), sorted(sizes.items()))
     if config.near:
         near = config.near
         curve = [(i / 50, _chance(near, i / 50)) for i in range(51)]
         report.curves(
-            "Which pairs become candidates", {"chance": curve}, x="Jaccard similarity", y="chance",
-            note=f"{near.bands} bands of {near.band_rows} minima. Candidates below {near.threshold} are refused when compared.",
-        )  # fmt: skip
+            "Which pairs become candidates",
+            {"chance": curve},
+            x="Jaccard similarity",
+            y="chance",
+            note=(
+                f"{near.bands} bands of {near.band_rows} minima. Candidates below {near.threshold} are refused when"
+                " compared."
+            ),
+        )
     if config.lines:
         common = done.total("shown").most_common(20)
-        report.table("Repeated lines", ("line", "taken out"), [(line[:200], n) for line, n in common], note=f"{done.sum('lines'):,} lines were taken out; each stays where it came first.")
+        report.table(
+            "Repeated lines",
+            ("line", "taken out"),
+            [(line[:200], n) for line, n in common],
+            note=f"{done.sum('lines'):,} lines were taken out; each stays where it came first.",
+        )
     side_by_side(report, parts, drops)
 
 
@@ -211,5 +263,3 @@ def _chance(near: Near, similarity: float) -> float:
     from llmworks.data.duplicates.near import found
 
     return found(similarity, near.band_rows, near.bands)
-
-

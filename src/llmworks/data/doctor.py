@@ -1,6 +1,9 @@
-"""Stage `data.doctor`: would this model learn from these conversations what is meant? Looks at the template, then at every row.
+"""Stage `data.doctor`: would this model learn from these conversations what is meant?
 
-Faults of the template are found by `tokenize.probe`; faults of rows here. What is learned is shown in colour. Knows no weights.
+Looks at the template, then at every row.
+
+Faults of the template are found by `tokenize.probe`; faults of rows here. What is learned is shown in colour. Knows no
+weights.
 """
 
 from __future__ import annotations
@@ -34,14 +37,18 @@ LEVELS = ("error", "warning", "note")
 FIRST, SHOWN = 2, 5  # rows drawn from the beginning; rows named for each finding, and drawn because of one
 LEAKED = 20  # characters of an answer that may stand in its prompt by chance
 FEWEST, BIASED = 20, 0.7  # pairs from which on a preference for length is told, and from which share on
-OTHER_TURN = re.compile(r"\n\s*(?:(?:Human|User|USER|Assistant|System): |### (?:Instruction|Response|Human|Assistant)\b)")
+OTHER_TURN = re.compile(
+    r"\n\s*(?:(?:Human|User|USER|Assistant|System): |### (?:Instruction|Response|Human|Assistant)\b)"
+)
 
 
 class DoctorConfig(Config):
     """How the data will be trained on."""
 
     template: Template = Field("keep", description=CHOICES)
-    max_tokens: int | None = Field(None, gt=1, description="the longest conversation that training takes; default: what the model reads")
+    max_tokens: int | None = Field(
+        None, gt=1, description="the longest conversation that training takes; default: what the model reads"
+    )
     limit: int | None = Field(None, gt=0, description="only the first rows")
 
 
@@ -53,7 +60,13 @@ class Case:
     rows: list[str] = field(default_factory=list)
 
 
-def doctor(config: DoctorConfig, model: Model | Adapter | Tokenizer, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Report:
+def doctor(
+    config: DoctorConfig,
+    model: Model | Adapter | Tokenizer,
+    data: Dataset,
+    ctx: Context,
+    held_out: Dataset | None = None,
+) -> Report:
     """Report every fault of the template and of the rows; `errors` and `warnings` are metrics for a gate.
 
     `held_out` is what the model will be measured on: its questions must not be in the data.
@@ -81,12 +94,18 @@ def doctor(config: DoctorConfig, model: Model | Adapter | Tokenizer, data: Datas
         of_pairs(rows, cases)
     if held_out is not None:
         shared(rows, held_out, cases)
-    found = sorted(cases.values(), key=lambda case: (LEVELS.index(case.finding.level), -len(case.rows), case.finding.code))
-    return write_report(ctx, model, data, tokenizer, found, drawn, {"rows": len(rows), "tokens": tokens, "learned": learned})
+    found = sorted(
+        cases.values(), key=lambda case: (LEVELS.index(case.finding.level), -len(case.rows), case.finding.code)
+    )
+    return write_report(
+        ctx, model, data, tokenizer, found, drawn, {"rows": len(rows), "tokens": tokens, "learned": learned}
+    )
 
 
 def load(config: DoctorConfig, model: Model | Adapter | Tokenizer) -> tuple[Any, list[int], int | None, int | None]:
-    """(tokenizer with the template that is asked for, stop ids, rows of the embedding, longest input) of a model directory."""
+    """(tokenizer with the template that is asked for, stop ids, rows of the embedding, longest input) of a model
+    directory.
+    """
     tokenizer = tokenizer_of(model, config.template)
     known = read_json(model.path / "config.json") if (model.path / "config.json").exists() else {}
     known = known.get("text_config") or known
@@ -94,7 +113,9 @@ def load(config: DoctorConfig, model: Model | Adapter | Tokenizer) -> tuple[Any,
 
 
 def require_template(name: str, tokenizer: Any, stops: Sequence[int], uses: Uses) -> None:
-    """ModelError for a template that would teach something else than what is meant: no end, a dropped system turn, another prompt than is asked with."""
+    """ModelError for a template that would teach something else than what is meant: no end, a dropped system turn,
+    another prompt than is asked with.
+    """
     fault = next((f for f in probe(tokenizer, stops, uses) if f.level == "error"), None)
     if fault is not None:
         raise ModelError(f"{name}: {fault.what}; {fault.fix} (llmworks data doctor tells more)")
@@ -111,8 +132,12 @@ def uses_of(rows: Sequence[Row]) -> Uses:
     )
 
 
-def examine(tokenizer: Any, row: Row, messages: tuple[Message, ...], longest: int | None, cases: dict[str, Case]) -> Rendered | None:
-    """Add what is wrong with one conversation to `cases`; returns it as it would be trained on, None when it cannot be."""
+def examine(
+    tokenizer: Any, row: Row, messages: tuple[Message, ...], longest: int | None, cases: dict[str, Case]
+) -> Rendered | None:
+    """Add what is wrong with one conversation to `cases`; returns it as it would be trained on, None when it
+    cannot be.
+    """
     for code, level, what, fix in _said(tokenizer, messages, row):
         _add(cases, row, Finding(code, level, what, fix))
     shown, tools = for_template(tokenizer, messages, row.get("tools") or ())
@@ -122,30 +147,80 @@ def examine(tokenizer: Any, row: Row, messages: tuple[Message, ...], longest: in
         _add(cases, row, Finding("not-rendered", "error", str(error), "correct these rows, or set them aside"))
         return None
     if not any(rendered.mask[1:]):
-        _add(cases, row, Finding("nothing-learned", "error", "no token of the row is learned", "it needs an assistant turn of weight 1"))
+        _add(
+            cases,
+            row,
+            Finding(
+                "nothing-learned", "error", "no token of the row is learned", "it needs an assistant turn of weight 1"
+            ),
+        )
     if longest is not None and len(rendered.ids) > longest:
         kept = sum(rendered.mask[:longest])
-        code, what = ("answer-cut-off", "no answer is left") if not kept else ("answer-cut", "answers are cut and lose their end")
-        _add(cases, row, Finding(code, "error", f"longer than {longest} tokens: cut there, {what}", "set longer rows aside (llmworks never cuts), or raise max_tokens"))
+        code, what = (
+            ("answer-cut-off", "no answer is left")
+            if not kept
+            else ("answer-cut", "answers are cut and lose their end")
+        )
+        _add(
+            cases,
+            row,
+            Finding(
+                code,
+                "error",
+                f"longer than {longest} tokens: cut there, {what}",
+                "set longer rows aside (llmworks never cuts), or raise max_tokens",
+            ),
+        )
     if (lost := _lost(tokenizer, messages)) is not None:
-        _add(cases, row, Finding("text-lost", "warning", f"the tokenizer cannot give back the text, for example {lost!r}", "the model reads something else than what is written"))
+        _add(
+            cases,
+            row,
+            Finding(
+                "text-lost",
+                "warning",
+                f"the tokenizer cannot give back the text, for example {lost!r}",
+                "the model reads something else than what is written",
+            ),
+        )
     return rendered
 
 
-def _said(tokenizer: Any, messages: Sequence[Message], row: Row) -> Iterator[tuple[str, Literal["error", "warning", "note"], str, str]]:
+def _said(
+    tokenizer: Any, messages: Sequence[Message], row: Row
+) -> Iterator[tuple[str, Literal["error", "warning", "note"], str, str]]:
     """(code, level, what, fix) of faults in the turns themselves."""
     found = problems(messages, row.get("tools") or ())
     if found:
-        what = re.sub(r"^turns? \d+( and \d+)?( \((\w+)\))?", lambda m: f"a {m[3]} turn" if m[3] else "turns" if m[1] else "a turn", found[0])
+        what = re.sub(
+            r"^turns? \d+( and \d+)?( \((\w+)\))?",
+            lambda m: f"a {m[3]} turn" if m[3] else "turns" if m[1] else "a turn",
+            found[0],
+        )
         yield "turns", "error", what, "data.chat sets such rows aside (turns: strict)"
     control = _control(tokenizer)
-    for where, tokens in [*((f"the text of a {m.role} turn", control.of_turn(m)) for m in messages), ("the description of a tool", control.of_tools(row.get("tools") or ()))]:
+    for where, tokens in [
+        *((f"the text of a {m.role} turn", control.of_turn(m)) for m in messages),
+        ("the description of a tool", control.of_tools(row.get("tools") or ())),
+    ]:
         if tokens:
-            what = f"{where} holds {' and '.join(map(repr, tokens[:3]))}, which become{'s a control token' if len(tokens) == 1 else ' control tokens'}"
-            yield "special-in-text", "error", what, "a user can end turns and speak for others: take it out of the text (data.pack sets such rows aside)"
+            what = (
+                f"{where} holds {' and '.join(map(repr, tokens[:3]))}, which"
+                f" become{'s a control token' if len(tokens) == 1 else ' control tokens'}"
+            )
+            yield (
+                "special-in-text",
+                "error",
+                what,
+                "a user can end turns and speak for others: take it out of the text (data.pack sets such rows aside)",
+            )
     learned = [m for m in messages if m.role == "assistant" and m.weight]
     if any(OTHER_TURN.search(m.content) for m in learned):
-        yield "other-turn-learned", "warning", "a learned answer goes on with a turn of somebody else (Human:, ### Instruction ...)", "the model learns to speak for the user: cut the answer there"
+        yield (
+            "other-turn-learned",
+            "warning",
+            "a learned answer goes on with a turn of somebody else (Human:, ### Instruction ...)",
+            "the model learns to speak for the user: cut the answer there",
+        )
     if any(m.content != m.content.strip() and m.content.strip() for m in learned):
         yield "white-space", "note", "learned answers begin or end with white space", ""
 
@@ -175,16 +250,36 @@ def _add(cases: dict[str, Case], row: Row, finding: Finding) -> None:
 
 
 def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
-    """Faults that show only among rows: the same conversation twice, one question with several answers, pairs of equal sides."""
+    """Faults that show only among rows: the same conversation twice, one question with several answers, pairs of equal
+    sides.
+    """
     seen: dict[str, str] = {}
     answers: dict[str, tuple[str, str]] = {}
     for row in rows:
         if pairs and row["chosen"] == row["rejected"]:
-            _add(cases, row, Finding("equal-sides", "error", "chosen and rejected are the same", "such a pair teaches nothing: take it out"))
+            _add(
+                cases,
+                row,
+                Finding(
+                    "equal-sides",
+                    "error",
+                    "chosen and rejected are the same",
+                    "such a pair teaches nothing: take it out",
+                ),
+            )
         turns = row.get("messages") or [*row["prompt"], *row["chosen"]]
         whole = json.dumps([turns, row.get("rejected"), row.get("tools")], sort_keys=True)
         if whole in seen:
-            _add(cases, row, Finding("twice", "warning", "the same row stands more than once", "data.chat with repeated=drop sets them aside"))
+            _add(
+                cases,
+                row,
+                Finding(
+                    "twice",
+                    "warning",
+                    "the same row stands more than once",
+                    "data.chat with repeated=drop sets them aside",
+                ),
+            )
             continue
         seen[whole] = row["id"]
         asked, said = json.dumps([turns[:-1], row.get("tools")], sort_keys=True), json.dumps(turns[-1], sort_keys=True)
@@ -193,22 +288,49 @@ def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
 
 
 def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
-    """Faults of preference pairs: one that another turns round, an answer that stands in its question, a preference for length."""
+    """Faults of preference pairs: one that another turns round, an answer that stands in its question, a preference for
+    length.
+    """
     preferred: dict[str, str] = {}
     longer = [row for row in rows if _length(row["chosen"]) > _length(row["rejected"])]
     for row in rows:
-        prompt, good, bad = (json.dumps([row[side], row.get("tools")], sort_keys=True) for side in ("prompt", "chosen", "rejected"))
+        prompt, good, bad = (
+            json.dumps([row[side], row.get("tools")], sort_keys=True) for side in ("prompt", "chosen", "rejected")
+        )
         if good != bad and preferred.get(f"{prompt}{bad}{good}"):
-            _add(cases, row, Finding("contradictory-pairs", "error", "another pair prefers the same two answers the other way round", "keep one of the two, or neither"))
+            _add(
+                cases,
+                row,
+                Finding(
+                    "contradictory-pairs",
+                    "error",
+                    "another pair prefers the same two answers the other way round",
+                    "keep one of the two, or neither",
+                ),
+            )
         preferred[f"{prompt}{good}{bad}"] = row["id"]
         asked = "\n".join(m["content"] or "" for m in row["prompt"])
         said = "\n".join(m["content"] or "" for m in row["chosen"]).strip()
         if len(said) >= LEAKED and said in asked:
-            _add(cases, row, Finding("answer-in-prompt", "warning", "the chosen answer stands in the prompt", "the model learns to copy: take the answer out of the prompt"))
+            _add(
+                cases,
+                row,
+                Finding(
+                    "answer-in-prompt",
+                    "warning",
+                    "the chosen answer stands in the prompt",
+                    "the model learns to copy: take the answer out of the prompt",
+                ),
+            )
     share = len(longer) / max(1, len(rows))
     if len(rows) >= FEWEST and share > BIASED:
         ratio = sum(_length(row["chosen"]) for row in rows) / max(1, sum(_length(row["rejected"]) for row in rows))
-        finding = Finding("length-bias", "warning", f"the chosen answer is the longer one in {share:.0%} of the pairs, {ratio:.1f} times as long on average", "the model learns to be long: balance the pairs by length")
+        finding = Finding(
+            "length-bias",
+            "warning",
+            f"the chosen answer is the longer one in {share:.0%} of the pairs, {ratio:.1f} times as long on average",
+            "the model learns to be long: balance the pairs by length",
+        )
         for row in longer:
             _add(cases, row, finding)
 
@@ -223,31 +345,92 @@ def shared(rows: Sequence[Row], held_out: Dataset, cases: dict[str, Case]) -> No
     known = {question_of(row) for row in other}
     for row in rows:
         if question_of(row) in known:
-            _add(cases, row, Finding("in-held-out", "error", f"the question is in {held_out.name} too", "what is measured there was learned: split by question (data.split keeps groups together)"))
+            _add(
+                cases,
+                row,
+                Finding(
+                    "in-held-out",
+                    "error",
+                    f"the question is in {held_out.name} too",
+                    "what is measured there was learned: split by question (data.split keeps groups together)",
+                ),
+            )
 
 
-def write_report(ctx: Context, model: Model | Adapter | Tokenizer, data: Dataset, tokenizer: Any, found: list[Case], drawn: list[tuple[str, Rendered]], counts: dict[str, int]) -> Report:
+def write_report(
+    ctx: Context,
+    model: Model | Adapter | Tokenizer,
+    data: Dataset,
+    tokenizer: Any,
+    found: list[Case],
+    drawn: list[tuple[str, Rendered]],
+    counts: dict[str, int],
+) -> Report:
     """The findings as page, terminal text and metrics."""
     errors, warnings = (sum(case.finding.level == level for case in found) for level in ("error", "warning"))
     report = ctx.report
     report.title = f"{data.name} for {model.name}"
-    report.lead = f"{_count(errors, 'error')}, {_count(warnings, 'warning')} in {_count(counts['rows'], 'row')}; {counts['learned']:,} of {counts['tokens']:,} tokens are learned."
+    report.lead = (
+        f"{_count(errors, 'error')}, {_count(warnings, 'warning')} in {_count(counts['rows'], 'row')};"
+        f" {counts['learned']:,} of {counts['tokens']:,} tokens are learned."
+    )
     report.data = {
-        "errors": errors, "warnings": warnings, **counts,
-        "findings": [{"code": c.finding.code, "level": c.finding.level, "what": c.finding.what, "fix": c.finding.fix, "rows": len(c.rows), "examples": c.rows[:SHOWN]} for c in found],
-    }  # fmt: skip
+        "errors": errors,
+        "warnings": warnings,
+        **counts,
+        "findings": [
+            {
+                "code": c.finding.code,
+                "level": c.finding.level,
+                "what": c.finding.what,
+                "fix": c.finding.fix,
+                "rows": len(c.rows),
+                "examples": c.rows[:SHOWN],
+            }
+            for c in found
+        ],
+    }
     if found:
-        rows = [(c.finding.level, c.finding.code, c.finding.what, len(c.rows) or "template", ", ".join(c.rows[:SHOWN]), c.finding.fix) for c in found]
+        rows = [
+            (
+                c.finding.level,
+                c.finding.code,
+                c.finding.what,
+                len(c.rows) or "template",
+                ", ".join(c.rows[:SHOWN]),
+                c.finding.fix,
+            )
+            for c in found
+        ]
         report.table("Findings", ("level", "code", "what is wrong", "rows", "for example", "what to do"), rows)
     else:
-        report.text("Findings", "None: the template renders what the rows hold, every answer ends with a learned token that generation stops at.")
-    page = view.STYLE + "".join(f"<p class=note>{html.escape(id)}</p>{view.as_html(tokenizer, r.ids, r.mask)}" for id, r in drawn)
+        report.text(
+            "Findings",
+            "None: the template renders what the rows hold, every answer ends with a learned token that generation"
+            " stops at.",
+        )
+    page = view.STYLE + "".join(
+        f"<p class=note>{html.escape(id)}</p>{view.as_html(tokenizer, r.ids, r.mask)}" for id, r in drawn
+    )
     plain = "\n\n".join(f"{id}\n{view.as_plain(tokenizer, r.ids, r.mask)}" for id, r in drawn)
     if drawn:
-        report.drawing("What is learned", page, text="The first rows, and some with findings. Green is learned, grey is only read; control tokens are red. The ids are tooltips.", plain=plain)
+        report.drawing(
+            "What is learned",
+            page,
+            text=(
+                "The first rows, and some with findings. Green is learned, grey is only read; control tokens are red."
+                " The ids are tooltips."
+            ),
+            plain=plain,
+        )
     colours = {"error": "\x1b[31m", "warning": "\x1b[33m", "note": "\x1b[36m"}
     lines = [report.lead]
-    lines += [f"{colours[c.finding.level]}{c.finding.level:<7}\x1b[0m {c.finding.code}: {c.finding.what}" + (f" [{_count(len(c.rows), 'row')}: {', '.join(c.rows[:3])}]" if c.rows else "") + (f"\n        → {c.finding.fix}" if c.finding.fix else "") for c in found]
+    lines += [
+        f"{colours[c.finding.level]}{c.finding.level:<7}\x1b[0m {c.finding.code}: {c.finding.what}"
+        + (f" [{_count(len(c.rows), 'row')}: {', '.join(c.rows[:3])}]" if c.rows else "")
+        + (f"\n        → {c.finding.fix}" if c.finding.fix else "")
+        for c in found
+    ]
     lines += [f"\n{id}, learned on green:\n{view.as_ansi(tokenizer, r.ids, r.mask)}" for id, r in drawn[:FIRST]]
     report.terminal = "\n".join(lines)
     about = {"failed": f"{_count(errors, 'error')}: this data would damage the model"} if errors else {}

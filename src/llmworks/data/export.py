@@ -1,4 +1,6 @@
-"""Stage `data.export`: conversations or preference pairs as JSONL, in the shape each row came in, or all in one shape."""
+"""Stage `data.export`: conversations or preference pairs as JSONL, in the shape each row came in, or all in one
+shape.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,22 @@ class ExportConfig(Config):
     """What to write."""
 
     format: Literal["as-read", "messages", "sharegpt", "alpaca", "chatml", "completion", "preference"] = Field(
-        "as-read", description="as-read: every row as it came, order of keys aside; else all rows in this shape, with the same keys"
+        "as-read",
+        description=(
+            "as-read: every row as it came, order of keys aside; else all rows in this shape, with the same keys"
+        ),
     )
-    turn_fields: Literal["set-aside", "drop"] = Field("set-aside", description="rows whose turns have fields that no shape but their own has; drop: without these fields")
+    turn_fields: Literal["set-aside", "drop"] = Field(
+        "set-aside",
+        description="rows whose turns have fields that no shape but their own has; drop: without these fields",
+    )
 
 
 def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Write `data.jsonl`. Rows that the shape cannot hold are set aside in rejected.jsonl with the reason. DataError when none is left."""
+    """Write `data.jsonl`.
+
+    Rows that the shape cannot hold are set aside in rejected.jsonl with the reason. DataError when none is left.
+    """
     rows = read_preference(data) if schema_of(data) == "preference" else read_chat(data)
     rejected = Rejected()
     count = 0
@@ -43,6 +54,12 @@ def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
             stream.write(json.dumps(raw, ensure_ascii=False) + "\n")
             count += 1
     if not count:
-        raise DataError(f"{data.name}: no row can be written as {config.format!r}; the first: {rejected.rows[0]['reason']}")
+        raise DataError(
+            f"{data.name}: no row can be written as {config.format!r}; the first: {rejected.rows[0]['reason']}"
+        )
     rejected.write(ctx.out, ctx.progress.say)
-    return Dataset(ctx.out, metrics={"rows": count, "rejected": len(rejected.rows)}, about={"schema": "raw", "format": config.format, "rows": count})
+    return Dataset(
+        ctx.out,
+        metrics={"rows": count, "rejected": len(rejected.rows)},
+        about={"schema": "raw", "format": config.format, "rows": count},
+    )

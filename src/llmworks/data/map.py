@@ -1,6 +1,8 @@
-"""Stage `data.map`: a picture of a data set: documents as points, near one another when they are alike, in clusters with their terms.
+"""Stage `data.map`: a picture of a data set: documents as points, near one another when they are alike, in clusters
+with their terms.
 
-Vectors are an embedder's, or TF-IDF reduced by a singular value decomposition; t-SNE (van der Maaten and Hinton 2008) or PCA lays them out.
+Vectors are an embedder's, or TF-IDF reduced by a singular value decomposition; t-SNE (van der Maaten and Hinton 2008)
+or PCA lays them out.
 """
 
 from __future__ import annotations
@@ -35,9 +37,14 @@ class MapConfig(Config):
 
     documents: int = Field(3000, ge=LEAST, description="documents on the map, a random sample of larger sets")
     clusters: int = Field(12, ge=2, le=60, description="k-means clusters")
-    layout: Literal["tsne", "pca"] = Field("tsne", description="tsne: neighbours stay together; pca: the two widest directions")
+    layout: Literal["tsne", "pca"] = Field(
+        "tsne", description="tsne: neighbours stay together; pca: the two widest directions"
+    )
     perplexity: float = Field(30.0, gt=1, description="t-SNE: about how many neighbours count")
-    color_by: list[str] = Field(default_factory=lambda: ["mix", "language", "source"], description="source or metadata fields that points can be coloured by")
+    color_by: list[str] = Field(
+        default_factory=lambda: ["mix", "language", "source"],
+        description="source or metadata fields that points can be coloured by",
+    )
     seed: int = Field(0, description="seed of sample, clusters and layout")
 
 
@@ -49,7 +56,9 @@ def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None =
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise MissingDependency("data.map needs scikit-learn; install it with: pip install 'llmworks[corpus]'") from None
+        raise MissingDependency(
+            "data.map needs scikit-learn; install it with: pip install 'llmworks[corpus]'"
+        ) from None
     documents, total = sample(data, config)
     if len(documents) < LEAST:
         raise DataError(f"{data.name}: {len(documents)} documents are too few for a map; at least {LEAST} are needed")
@@ -59,22 +68,40 @@ def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None =
     labels = cluster(vectors, min(config.clusters, len(documents) // 2), config.seed)
     terms = cluster_terms(matrix, words, labels)
     points = lay_out(vectors, config)
-    groups = {"cluster": [f"{label + 1}: {', '.join(terms[label][:3])}" for label in labels], **colours(documents, config.color_by)}
+    groups = {
+        "cluster": [f"{label + 1}: {', '.join(terms[label][:3])}" for label in labels],
+        **colours(documents, config.color_by),
+    }
     rows = [
-        {"id": d.id, "x": round(float(x), 3), "y": round(float(y), 3), "text": " ".join(d.text[:SNIPPET].split()), **{name: values[i] for name, values in groups.items()}}
+        {
+            "id": d.id,
+            "x": round(float(x), 3),
+            "y": round(float(y), 3),
+            "text": " ".join(d.text[:SNIPPET].split()),
+            **{name: values[i] for name, values in groups.items()},
+        }
         for i, (d, (x, y)) in enumerate(zip(documents, points, strict=True))
-    ]  # fmt: skip
+    ]
     how = f"{embedder.name} vectors" if embedder else "TF-IDF"
     (ctx.out / "points.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    (ctx.out / "map.html").write_text(page(f"{data.name}: {len(rows):,} documents, {how}", rows, list(groups)), encoding="utf-8")
+    (ctx.out / "map.html").write_text(
+        page(f"{data.name}: {len(rows):,} documents, {how}", rows, list(groups)), encoding="utf-8"
+    )
     draw(points, labels, terms, ctx.out / "map.png", f"{data.name}: {len(rows):,} documents, {how}, {config.layout}")
     report = ctx.report
     report.title = f"A map of {data.name}"
-    report.lead = f"{len(rows):,} of {total:,} documents by {how}, laid out by {config.layout}; open map.html to move around and read them."
+    report.lead = (
+        f"{len(rows):,} of {total:,} documents by {how}, laid out by {config.layout}; open map.html to move around and"
+        " read them."
+    )
     sizes = Counter(labels)
     report.data = {"documents": len(rows), "clusters": [{"size": sizes[i], "terms": terms[i]} for i in sorted(terms)]}
     report.picture("Map", ctx.out / "map.png", "Colours are the clusters of the table below.")
-    report.table("Clusters", ("cluster", "documents", "terms"), [(i + 1, sizes[i], ", ".join(terms[i])) for i in sorted(terms, key=lambda i: -sizes[i])])
+    report.table(
+        "Clusters",
+        ("cluster", "documents", "terms"),
+        [(i + 1, sizes[i], ", ".join(terms[i])) for i in sorted(terms, key=lambda i: -sizes[i])],
+    )
     return Report(ctx.out, metrics={"documents": len(rows), "clusters": len(sizes)})
 
 
@@ -98,7 +125,14 @@ def tfidf(texts: Sequence[str]) -> tuple[Any, list[str]]:
 
     least = 2 if len(texts) >= 50 else 1
     try:
-        vectorizer = TfidfVectorizer(max_features=20_000, min_df=least, max_df=0.5, stop_words="english", sublinear_tf=True, token_pattern=r"(?u)\b[^\W\d_]{2,}\b")
+        vectorizer = TfidfVectorizer(
+            max_features=20_000,
+            min_df=least,
+            max_df=0.5,
+            stop_words="english",
+            sublinear_tf=True,
+            token_pattern=r"(?u)\b[^\W\d_]{2,}\b",
+        )
         matrix = vectorizer.fit_transform(texts)
     except ValueError:  # every word is a stop word or in one text only
         vectorizer = TfidfVectorizer(analyzer="char", max_features=2000)
@@ -143,7 +177,9 @@ def cluster_terms(matrix: Any, words: list[str], labels: Sequence[int]) -> dict[
     found = {}
     for label in sorted(set(labels)):
         lift = np.asarray(matrix[own == label].mean(axis=0)).ravel() - overall
-        found[label] = [words[i] for i in np.argsort(-lift, kind="stable")[:TERMS] if lift[i] > 0] or ["(nothing of its own)"]
+        found[label] = [words[i] for i in np.argsort(-lift, kind="stable")[:TERMS] if lift[i] > 0] or [
+            "(nothing of its own)"
+        ]
     return found
 
 
@@ -165,7 +201,10 @@ def colours(documents: Sequence[Document], fields: Sequence[str]) -> dict[str, l
     """The values of each field that some documents have and that differ; rare ones are 'other'."""
     found = {}
     for field in fields:
-        values = [document.source if field == "source" else str(document.metadata.get(field, "none")) for document in documents]
+        values = [
+            document.source if field == "source" else str(document.metadata.get(field, "none"))
+            for document in documents
+        ]
         common = {value for value, _ in Counter(values).most_common(GROUPS)}
         if len(set(values)) > 1:
             found[field] = [value if value in common else "other" for value in values]
@@ -187,7 +226,13 @@ def draw(points: Array, labels: Sequence[int], terms: dict[int, list[str]], path
         axes.scatter(some[:, 0], some[:, 1], s=9, color=palette(label % 20), linewidths=0, alpha=0.75)
     for label in sorted(terms):
         x, y = np.median(points[own == label], axis=0)
-        axes.annotate(", ".join(terms[label][:3]), (x, y), ha="center", fontsize=8, bbox={"boxstyle": "round,pad=0.2", "fc": "white", "ec": "#999", "alpha": 0.8})
+        axes.annotate(
+            ", ".join(terms[label][:3]),
+            (x, y),
+            ha="center",
+            fontsize=8,
+            bbox={"boxstyle": "round,pad=0.2", "fc": "white", "ec": "#999", "alpha": 0.8},
+        )
     axes.set_title(title, fontsize=11)
     axes.set_axis_off()
     figure.savefig(path, metadata={"Software": None})

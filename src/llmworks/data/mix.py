@@ -1,6 +1,8 @@
-"""Stage `data.mix`: several sets of documents become one, by weights, with a cap on how often a document is repeated, in a seeded order.
+"""Stage `data.mix`: several sets of documents become one, by weights, with a cap on how often a document is repeated,
+in a seeded order.
 
-Parts are dealt to buckets by a hash of the document, each bucket is then shuffled on its own; memory holds a bucket, not the mixture.
+Parts are dealt to buckets by a hash of the document, each bucket is then shuffled on its own; memory holds a bucket,
+not the mixture.
 """
 
 from __future__ import annotations
@@ -34,17 +36,32 @@ BUCKET_CHARACTERS = 32 << 20
 class MixConfig(Config):
     """How much of each set goes in."""
 
-    weights: dict[str, float] = Field(default_factory=dict, description="share of the mixture by input name, any scale; empty: all of everything, once")
-    characters: int = Field(0, ge=0, description="size of a mixture of documents; 0: as many as the inputs have together")
-    rows: int = Field(0, ge=0, description="size of a mixture of conversations or of preference pairs; 0: as many as the inputs have together")
-    max_repeats: float = Field(4.0, gt=0, description="how often a document may come at most; above 4 repeating teaches little (Muennighoff et al. 2023)")
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="share of the mixture by input name, any scale; empty: all of everything, once",
+    )
+    characters: int = Field(
+        0, ge=0, description="size of a mixture of documents; 0: as many as the inputs have together"
+    )
+    rows: int = Field(
+        0,
+        ge=0,
+        description="size of a mixture of conversations or of preference pairs; 0: as many as the inputs have together",
+    )
+    max_repeats: float = Field(
+        4.0,
+        gt=0,
+        description="how often a document may come at most; above 4 repeating teaches little (Muennighoff et al. 2023)",
+    )
     field: str = Field("mix", description="metadata field that receives the input's name")
     seed: int = Field(0, description="seed of the choice and the order")
 
 
 @dataclass(frozen=True)
 class Share:
-    """What is taken of one input: how often each document comes; those whose draw is below `limit` come once more, for what is left."""
+    """What is taken of one input: how often each document comes; those whose draw is below `limit` come once more, for
+    what is left.
+    """
 
     name: str
     available: int
@@ -54,7 +71,9 @@ class Share:
 
 
 def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
-    """Mix sets of documents, of conversations, or of preference pairs. Ids become `name/id`, of what is repeated `name/id~2` and on.
+    """Mix sets of documents, of conversations, or of preference pairs.
+
+    Ids become `name/id`, of what is repeated `name/id~2` and on.
 
     Weights are shares of characters, for conversations and pairs of rows.
     Errors: UserError for weights that name no input, or that are negative or all zero, and for sets of different kinds.
@@ -65,13 +84,20 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
     if any(kinds.values()):
         return _mix_rows(config, data, kinds, ctx)
     if config.rows:
-        raise UserError("rows is for conversations and preference pairs; the size of a mixture of documents is `characters`")
+        raise UserError(
+            "rows is for conversations and preference pairs; the size of a mixture of documents is `characters`"
+        )
     drawn = {name: _draws(config.seed, name, dataset) for name, dataset in data.items()}
     sizes = {name: int(lengths.sum()) for name, (_, lengths) in drawn.items()}
     shares = [replace(share, limit=_limit(share, *drawn[share.name])) for share in plan(config, sizes)]
     total = sum(int(share.available * share.repeats) for share in shares)
     buckets = max(1, math.ceil(total / BUCKET_CHARACTERS))
-    units = [(share, span) for share, dataset in zip(shares, data.values(), strict=True) for span in spans(dataset) if share.repeats > 0]
+    units = [
+        (share, span)
+        for share, dataset in zip(shares, data.values(), strict=True)
+        for span in spans(dataset)
+        if share.repeats > 0
+    ]
     dealt = work(ctx, "deal", partial(_deal_part, config, buckets), units)
     done = work(ctx, "shuffle", partial(_shuffle_bucket, config.seed, dealt.folders), list(range(buckets)))
     done.gather(ctx.out)
@@ -79,21 +105,47 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
     rows = []
     for share in shares:
         got = taken[share.name]
-        rows.append((share.name, share.available, got, f"{got / max(1, sum(taken.values())):.1%}", f"{share.wanted / max(1, sum(s.wanted for s in shares)):.1%}", round(share.repeats, 3)))
+        rows.append(
+            (
+                share.name,
+                share.available,
+                got,
+                f"{got / max(1, sum(taken.values())):.1%}",
+                f"{share.wanted / max(1, sum(s.wanted for s in shares)):.1%}",
+                round(share.repeats, 3),
+            )
+        )
         if share.wanted > 1.01 * share.available * config.max_repeats:
-            ctx.progress.say(f"{share.name}: {share.wanted:,} characters are wanted, {config.max_repeats:g} times all it has are {int(share.available * config.max_repeats):,}")
+            ctx.progress.say(
+                f"{share.name}: {share.wanted:,} characters are wanted, {config.max_repeats:g} times all it has are"
+                f" {int(share.available * config.max_repeats):,}"
+            )
     report = ctx.report
     report.title = "A mixture of " + ", ".join(data)
     report.lead = f"{dealt.sum('documents'):,} documents, {sum(taken.values()):,} characters."
     report.data = {row[0]: {"available": row[1], "taken": row[2], "repeats": row[5]} for row in rows}
-    report.table("Shares", ("input", "characters it has", "taken", "share", "wanted share", "times"), rows, note=f"No document comes more than {'once' if config.max_repeats == 1 else f'{config.max_repeats:g} times'}.")
+    report.table(
+        "Shares",
+        ("input", "characters it has", "taken", "share", "wanted share", "times"),
+        rows,
+        note=f"No document comes more than {'once' if config.max_repeats == 1 else f'{config.max_repeats:g} times'}.",
+    )
     note = ", ".join(f"{row[0]} {row[3]} (×{row[5]:g})" for row in rows)
-    return finish(ctx, "data.mix", list(data.values()), metrics={f"share_{r[0]}": round(r[2] / max(1, sum(taken.values())), 4) for r in rows}, note=note)
+    return finish(
+        ctx,
+        "data.mix",
+        list(data.values()),
+        metrics={f"share_{r[0]}": round(r[2] / max(1, sum(taken.values())), 4) for r in rows},
+        note=note,
+    )
 
 
 def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, str], ctx: Context) -> Dataset:
     if len(set(kinds.values())) > 1:
-        raise UserError("mixed can be sets of one kind only: " + ", ".join(f"{name} holds {WHAT.get(kind, 'documents')}" for name, kind in kinds.items()))
+        raise UserError(
+            "mixed can be sets of one kind only: "
+            + ", ".join(f"{name} holds {WHAT.get(kind, 'documents')}" for name, kind in kinds.items())
+        )
     if config.characters:
         raise UserError("characters is for documents; the size of a mixture of conversations or pairs is `rows`")
     read = read_preference if "preference" in kinds.values() else read_chat
@@ -108,20 +160,39 @@ def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, s
         for number in range(wanted):
             row, turn = order[number % len(rows)], number // len(rows)
             fields = {**row["extra"].get("fields", {}), config.field: share.name}
-            found.append({**row, "id": f"{share.name}/{row['id']}" + (f"~{turn + 1}" if turn else ""), "group": f"{share.name}/{row['group']}", "extra": {**row["extra"], "fields": fields}})
+            found.append(
+                {
+                    **row,
+                    "id": f"{share.name}/{row['id']}" + (f"~{turn + 1}" if turn else ""),
+                    "group": f"{share.name}/{row['group']}",
+                    "extra": {**row["extra"], "fields": fields},
+                }
+            )
         table.append((share.name, len(rows), len(found) - before, round(share.repeats, 3)))
         if share.wanted > 1.01 * share.available * config.max_repeats:
-            ctx.progress.say(f"{share.name}: {share.wanted:,} rows are wanted, {config.max_repeats:g} times all it has are {int(share.available * config.max_repeats):,}")
+            ctx.progress.say(
+                f"{share.name}: {share.wanted:,} rows are wanted, {config.max_repeats:g} times all it has are"
+                f" {int(share.available * config.max_repeats):,}"
+            )
     if not found:
         raise UserError("the mixture is empty; raise the weights or rows")
     found.sort(key=lambda row: (draw(config.seed, "order", row["id"]), row["id"]))
     report = ctx.report
     report.title = "A mixture of " + ", ".join(data)
     report.lead = f"{len(found):,} rows."
-    report.data = {name: {"available": available, "taken": taken, "repeats": repeats} for name, available, taken, repeats in table}
+    report.data = {
+        name: {"available": available, "taken": taken, "repeats": repeats} for name, available, taken, repeats in table
+    }
     report.table("Shares", ("input", "rows it has", "rows taken", "times"), table)
     note = ", ".join(f"{name} {taken:,} (×{repeats:g})" for name, _, taken, repeats in table)
-    return finish_rows(ctx, "data.mix", list(data.values()), found, metrics={f"share_{name}": round(taken / len(found), 4) for name, _, taken, _ in table}, note=note)
+    return finish_rows(
+        ctx,
+        "data.mix",
+        list(data.values()),
+        found,
+        metrics={f"share_{name}": round(taken / len(found), 4) for name, _, taken, _ in table},
+        note=note,
+    )
 
 
 def plan(config: MixConfig, sizes: Mapping[str, int], total: int = 0) -> list[Share]:
@@ -129,7 +200,11 @@ def plan(config: MixConfig, sizes: Mapping[str, int], total: int = 0) -> list[Sh
     unknown = sorted(set(config.weights) - set(sizes))
     if unknown:
         raise UserError(f"weights: {unknown[0]!r} is no input; the inputs are {', '.join(sizes)}")
-    weights = {name: config.weights.get(name, 0.0) for name in sizes} if config.weights else {name: float(size) for name, size in sizes.items()}
+    weights = (
+        {name: config.weights.get(name, 0.0) for name in sizes}
+        if config.weights
+        else {name: float(size) for name, size in sizes.items()}
+    )
     if min(weights.values()) < 0 or not sum(weights.values()) > 0:
         raise UserError("weights: must not be negative, and not all zero")
     total = total or config.characters or sum(sizes.values())
@@ -176,14 +251,21 @@ def copies(config: MixConfig, share: Share, document: Document) -> Iterator[Docu
     marked = {**document.metadata, config.field: share.name}
     first = f"{share.name}/{document.id}"
     for number in range(1, count + 1):
-        yield replace(document, id=first + (f"~{number}" if number > 1 else ""), metadata={**marked, **({COPY_OF: first} if number > 1 else {})})
+        yield replace(
+            document,
+            id=first + (f"~{number}" if number > 1 else ""),
+            metadata={**marked, **({COPY_OF: first} if number > 1 else {})},
+        )
 
 
 def _deal_part(config: MixConfig, buckets: int, unit: tuple[Share, Span], folder: Path) -> Json:
     share, span = unit
     characters = documents = 0
     with ExitStack() as stack:
-        writers = [stack.enter_context(DocumentWriter(folder / f"{i:05d}", group_bytes=max(1 << 18, (32 << 20) // buckets))) for i in range(buckets)]
+        writers = [
+            stack.enter_context(DocumentWriter(folder / f"{i:05d}", group_bytes=max(1 << 18, (32 << 20) // buckets)))
+            for i in range(buckets)
+        ]
         for document in span.documents():
             for copy in copies(config, share, document):
                 writers[int(draw(config.seed, "bucket", copy.id) * buckets)].add(copy)

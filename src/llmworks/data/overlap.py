@@ -1,4 +1,6 @@
-"""Stage `data.overlap`: count what two sets of conversations share, so that a recipe can refuse to test on what it trained on."""
+"""Stage `data.overlap`: count what two sets of conversations share, so that a recipe can refuse to test on what it
+trained on.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def overlap(config: OverlapConfig, left: Dataset, right: Dataset, ctx: Context) 
     ctx.report.title = f"Overlap of {left.name} and {right.name}"
     ctx.report.data = {**counts, "left_rows": len(a), "right_rows": len(b)}
     ctx.report.table(
-        "What both hold", ("what", "count", "first"), [(n.replace("_", " "), len(v), v[0] if v else "") for n, v in shared.items()]
+        "What both hold",
+        ("what", "count", "first"),
+        [(n.replace("_", " "), len(v), v[0] if v else "") for n, v in shared.items()],
     )
     return Report(ctx.out, metrics=counts)
 

@@ -1,6 +1,8 @@
-"""Stage `data.pack`: conversations or documents as rows of tokens of one length, so full that nothing is wasted, none running into another.
+"""Stage `data.pack`: conversations or documents as rows of tokens of one length, so full that nothing is wasted, none
+running into another.
 
-Text becomes tokens in parts, `packing.fit` says which pieces share a row, and the rows are written as shards that training maps
+Text becomes tokens in parts, `packing.fit` says which pieces share a row, and the rows are written as shards that
+training maps
 (`data.tokens`). A conversation is never cut; one that is too long is set aside.
 """
 
@@ -35,17 +37,25 @@ BINS = 40
 class PackConfig(Config):
     """The rows, and what text becomes."""
 
-    length: int = Field(2048, gt=1, description="tokens of a row; longer conversations are set aside, longer documents divided")
+    length: int = Field(
+        2048, gt=1, description="tokens of a row; longer conversations are set aside, longer documents divided"
+    )
     template: Template = Field("keep", description=CHOICES)
     document_end: str = Field("", description="the token that ends a document; default: the tokenizer's end token")
-    control_tokens: Literal["set-aside", "keep"] = Field("set-aside", description="conversations with a control token in somebody's text; keep: it controls. In documents it is text")
+    control_tokens: Literal["set-aside", "keep"] = Field(
+        "set-aside",
+        description="conversations with a control token in somebody's text; keep: it controls. In documents it is text",
+    )
     seed: int = Field(0, description="seed of the order")
 
 
 def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, ctx: Context) -> Dataset:
-    """Write `shard-00000.safetensors` and on. The bytes depend on data, tokenizer and config alone, not on the number of workers.
+    """Write `shard-00000.safetensors` and on.
 
-    Errors: ModelError for a tokenizer or a template that would damage; DataError for data of another kind, or when nothing is left.
+    The bytes depend on data, tokenizer and config alone, not on the number of workers.
+
+    Errors: ModelError for a tokenizer or a template that would damage; DataError for data of another kind, or when
+    nothing is left.
     """
     tokenizer = tokenizer_of(model, config.template)
     chats = schema_of(data)
@@ -53,21 +63,41 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
         raise DataError(f"{data.name}: holds preference pairs; what is packed are conversations or documents")
     if chats:
         how = How(model.path, config.template, config.length, control=config.control_tokens == "keep")
-        done = work(ctx, "tokens", partial(encode_chats, how), file_spans(row_files(data, "chat"), partial(open_rows, kind="chat")))
+        done = work(
+            ctx,
+            "tokens",
+            partial(encode_chats, how),
+            file_spans(row_files(data, "chat"), partial(open_rows, kind="chat")),
+        )
         uses = done.total("uses")
-        require_template(model.name, tokenizer, stop_ids(model.path, tokenizer), Uses(**{name: uses[name] > 0 for name in ("system", "tools", "results", "turns")}))
+        require_template(
+            model.name,
+            tokenizer,
+            stop_ids(model.path, tokenizer),
+            Uses(**{name: uses[name] > 0 for name in ("system", "tools", "results", "turns")}),
+        )
     else:
         how = How(model.path, config.template, config.length, *_around(config, tokenizer))
         done = work(ctx, "tokens", partial(encode_documents, how), spans(data))
     if not done.sum("pieces"):
-        raise DataError(f"{data.name}: nothing is left to pack, all {done.sum('rejected'):,} rows were set aside ({_reasons(done).most_common(1)[0][0]})")
+        raise DataError(
+            f"{data.name}: nothing is left to pack, all {done.sum('rejected'):,} rows were set aside"
+            f" ({_reasons(done).most_common(1)[0][0]})"
+        )
     lengths, order, ends = _arrange(config, done, ctx.scratch)
     largest = max(len(tokenizer) - 1, *(summary["largest"] for summary in done.summaries))
-    shards = work(ctx, "shards", partial(_write_shard, ctx.scratch, done.folders, bool(chats), largest), _plan(lengths, order, ends))
+    shards = work(
+        ctx,
+        "shards",
+        partial(_write_shard, ctx.scratch, done.folders, bool(chats), largest),
+        _plan(lengths, order, ends),
+    )
     for i, folder in enumerate(shards.folders):
         link(folder / "shard.safetensors", ctx.out / f"shard-{i:05d}.safetensors")
     _gather_rejected(done, ctx.out)
-    return _finish(config, data, model, tokenizer, largest + 1, ctx, lengths, ends, shards.sum("learned"), _reasons(done))
+    return _finish(
+        config, data, model, tokenizer, largest + 1, ctx, lengths, ends, shards.sum("learned"), _reasons(done)
+    )
 
 
 def _around(config: PackConfig, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -78,14 +108,18 @@ def _around(config: PackConfig, tokenizer: Any) -> tuple[tuple[int, ...], tuple[
     if config.document_end and (end is None or tokenizer.convert_ids_to_tokens(end) != config.document_end):
         raise ModelError(f"config.document_end: {config.document_end!r} is no token of this tokenizer")
     if end is None:
-        raise ModelError("the tokenizer has no end token, so documents would run into one another; name one (document_end)")
+        raise ModelError(
+            "the tokenizer has no end token, so documents would run into one another; name one (document_end)"
+        )
     if len(before) + 1 >= config.length:
         raise ModelError(f"config.length is {config.length}, which leaves no room for text")
     return tuple(before), (int(end),)
 
 
 def _arrange(config: PackConfig, done: Done, scratch: Path) -> tuple[Any, Any, Any]:
-    """(lengths of all pieces, `best_fit`'s order and ends); the order is kept in scratch, where the writers of shards read it."""
+    """(lengths of all pieces, `best_fit`'s order and ends); the order is kept in scratch, where the writers of shards
+    read it.
+    """
     import numpy as np
 
     lengths = np.concatenate([np.load(folder / "lengths.npy") for folder in done.folders])
@@ -99,7 +133,14 @@ def _plan(lengths: Any, order: Any, ends: Any) -> list[tuple[int, int, tuple[int
     import numpy as np
 
     tokens = np.cumsum(lengths[order])[ends - 1]
-    bounds = [0, *(int(np.searchsorted(tokens, at, side="left")) + 1 for at in range(SHARD_TOKENS, int(tokens[-1]), SHARD_TOKENS)), len(ends)]
+    bounds = [
+        0,
+        *(
+            int(np.searchsorted(tokens, at, side="left")) + 1
+            for at in range(SHARD_TOKENS, int(tokens[-1]), SHARD_TOKENS)
+        ),
+        len(ends),
+    ]
     found = []
     for low, high in pairwise(bounds):
         if low < high:
@@ -108,7 +149,9 @@ def _plan(lengths: Any, order: Any, ends: Any) -> list[tuple[int, int, tuple[int
     return found
 
 
-def _write_shard(scratch: Path, folders: list[Path], chats: bool, largest: int, part: tuple[int, int, tuple[int, ...]], folder: Path) -> Json:
+def _write_shard(
+    scratch: Path, folders: list[Path], chats: bool, largest: int, part: tuple[int, int, tuple[int, ...]], folder: Path
+) -> Json:
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -121,8 +164,11 @@ def _write_shard(scratch: Path, folders: list[Path], chats: bool, largest: int, 
     lengths = np.concatenate(lengths_of)[order]
     pieces = np.concatenate([[0], np.cumsum(lengths)])
     tensors: dict[str, Any] = {
-        "tokens": np.empty(pieces[-1], np.uint16 if largest < 1 << 16 else np.uint32), "pieces": pieces, "rows": pieces[[0, *ends]], "origins": np.empty(len(order), np.int64),
-    }  # fmt: skip
+        "tokens": np.empty(pieces[-1], np.uint16 if largest < 1 << 16 else np.uint32),
+        "pieces": pieces,
+        "rows": pieces[[0, *ends]],
+        "origins": np.empty(len(order), np.int64),
+    }
     if chats:
         tensors["learned"] = np.empty(pieces[-1], np.uint8)
     for number in np.unique(of).tolist():  # one part after the other, so that few files are open
@@ -157,7 +203,18 @@ def _reasons(done: Done) -> Counter[str]:
     return found
 
 
-def _finish(config: PackConfig, data: Dataset, model: Model | Adapter | Tokenizer, tokenizer: Any, vocabulary: int, ctx: Context, lengths: Any, ends: Any, learned: int, reasons: Counter[str]) -> Dataset:
+def _finish(
+    config: PackConfig,
+    data: Dataset,
+    model: Model | Adapter | Tokenizer,
+    tokenizer: Any,
+    vocabulary: int,
+    ctx: Context,
+    lengths: Any,
+    ends: Any,
+    learned: int,
+    reasons: Counter[str],
+) -> Dataset:
     """The data set with its report."""
     import numpy as np
 
@@ -168,22 +225,40 @@ def _finish(config: PackConfig, data: Dataset, model: Model | Adapter | Tokenize
     }  # fmt: skip
     report = ctx.report
     report.title = f"{data.name} packed for {model.name}"
-    report.lead = f"{pieces:,} pieces in {rows:,} rows of {config.length:,} tokens; {figures['fill']:.2%} of the room is filled."
+    report.lead = (
+        f"{pieces:,} pieces in {rows:,} rows of {config.length:,} tokens; {figures['fill']:.2%} of the room is filled."
+    )
     report.data = {**figures, "length": config.length, "rejected": dict(reasons)}
     report.table("Figures", ("what", "value"), list(figures.items()))
     counts = np.bincount(np.minimum((lengths * BINS) // (config.length + 1), BINS - 1), minlength=BINS)
     per_row = np.diff(np.concatenate([[0], ends]))
     most = int(per_row.max())
-    report.histograms("Sizes", {
-        "tokens of a piece": {"counts": counts.tolist(), "top": config.length},
-        "pieces of a row": {"counts": np.bincount(np.minimum(per_row * BINS // (most + 1), BINS - 1), minlength=BINS).tolist(), "top": most},
-    })  # fmt: skip
+    report.histograms(
+        "Sizes",
+        {
+            "tokens of a piece": {"counts": counts.tolist(), "top": config.length},
+            "pieces of a row": {
+                "counts": np.bincount(np.minimum(per_row * BINS // (most + 1), BINS - 1), minlength=BINS).tolist(),
+                "top": most,
+            },
+        },
+    )
     if reasons:
         report.table("Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
-    ctx.progress.say(report.lead + (f" {figures['set_aside']:,} rows were set aside (rejected.jsonl)." if reasons else ""))
+    ctx.progress.say(
+        report.lead + (f" {figures['set_aside']:,} rows were set aside (rejected.jsonl)." if reasons else "")
+    )
     about = {
-        "schema": "tokens", "length": config.length, "vocabulary": vocabulary, "rows": rows, "tokens": tokens,
-        "tokenizer": hashlib.sha256(tokenizer._tokenizer.to_str().encode()).hexdigest() if hasattr(tokenizer, "_tokenizer") else "",
+        "schema": "tokens",
+        "length": config.length,
+        "vocabulary": vocabulary,
+        "rows": rows,
+        "tokens": tokens,
+        "tokenizer": (
+            hashlib.sha256(tokenizer._tokenizer.to_str().encode()).hexdigest()
+            if hasattr(tokenizer, "_tokenizer")
+            else ""
+        ),
         "template": hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
-    }  # fmt: skip
+    }
     return Dataset(ctx.out, metrics=figures, about=about)

@@ -29,7 +29,10 @@ class QueryConfig(Config):
     """What to ask, and of whom."""
 
     sql: str = Field(min_length=1, description="the query; its rows become documents in the order that they come")
-    url: str = Field("", description="a SQLAlchemy URL, with ${NAME} for what the environment holds; empty: the input is a SQLite file")
+    url: str = Field(
+        "",
+        description="a SQLAlchemy URL, with ${NAME} for what the environment holds; empty: the input is a SQLite file",
+    )
     text_field: str = Field("text", description="column that holds the text")
     id_field: str = Field("", description="column that is the document's id; default: the row's number")
     max_document_mb: int = Field(64, gt=0, le=1024, description="longer texts are set aside")
@@ -37,9 +40,12 @@ class QueryConfig(Config):
 
 
 def query(config: QueryConfig, ctx: Context, database: Dataset | None = None) -> Dataset:
-    """Ask the query and keep every row: the text column as text, the others as metadata. Nothing is written to the database.
+    """Ask the query and keep every row: the text column as text, the others as metadata.
 
-    Errors: UserError for a query or URL that does not work; DataError when no row gives a document; MissingDependency for a driver.
+    Nothing is written to the database.
+
+    Errors: UserError for a query or URL that does not work; DataError when no row gives a document; MissingDependency
+    for a driver.
     """
     engine, name = _engine(config, database)
     try:
@@ -56,10 +62,23 @@ def query(config: QueryConfig, ctx: Context, database: Dataset | None = None) ->
         first = f", the first row: {aside.first.reason}" if aside.first else ""
         raise DataError(f"{name}: no row of the query gives a document{first}")
     ctx.report.title = f"Documents of {name}"
-    ctx.report.lead = f"{writer.documents:,} documents, {writer.characters:,} characters; {aside.count:,} rows set aside."
+    ctx.report.lead = (
+        f"{writer.documents:,} documents, {writer.characters:,} characters; {aside.count:,} rows set aside."
+    )
     ctx.report.table("Query", ("what", "value"), [("database", name), ("query", config.sql)])
     metrics = {"documents": writer.documents, "characters": writer.characters, "rejected": aside.count}
-    asked = Dataset(ctx.out, about={"sources": [{"name": name, "licence": "not stated", "what": f"a query{f' as of {config.as_of}' if config.as_of else ''}"}]})
+    asked = Dataset(
+        ctx.out,
+        about={
+            "sources": [
+                {
+                    "name": name,
+                    "licence": "not stated",
+                    "what": f"a query{f' as of {config.as_of}' if config.as_of else ''}",
+                }
+            ]
+        },
+    )
     return finish(ctx, "data.query", [asked], metrics=metrics, extra={"rejected": aside.count})
 
 
@@ -79,7 +98,9 @@ def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]
         with database.path.open("rb") as stream:
             if stream.read(16) != b"SQLite format 3\0":
                 raise DataError(f"{database.path}: is no SQLite file")
-        url = sqlalchemy.URL.create("sqlite", database=f"file:{database.path}", query={"mode": "ro", "immutable": "1", "uri": "true"})
+        url = sqlalchemy.URL.create(
+            "sqlite", database=f"file:{database.path}", query={"mode": "ro", "immutable": "1", "uri": "true"}
+        )
         return sqlalchemy.create_engine(url), database.name
     try:
         return sqlalchemy.create_engine(re.sub(r"\$\{(\w+)\}", _secret, config.url)), config.url
@@ -88,7 +109,9 @@ def _engine(config: QueryConfig, database: Dataset | None) -> tuple[Engine, str]
     except sqlalchemy.exc.ArgumentError:
         raise UserError("url: cannot be understood; write it as dialect://user:${NAME}@host/database") from None
     except ImportError as error:
-        raise MissingDependency(f"{config.url.partition(':')[0]}: its driver is missing ({error}); install it with pip") from None
+        raise MissingDependency(
+            f"{config.url.partition(':')[0]}: its driver is missing ({error}); install it with pip"
+        ) from None
 
 
 def _secret(match: re.Match[str]) -> str:

@@ -1,4 +1,5 @@
-"""Stage `data.read`: raw files of many formats become documents, as a stream; what gives none is set aside with its reason.
+"""Stage `data.read`: raw files of many formats become documents, as a stream; what gives none is set aside with its
+reason.
 
 Formats are told by the suffix, a file without a known one is text. The readers live in `formats/`.
 """
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 HTML = (".html", ".htm", ".xhtml")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PART_FILES = 256
-SKIPPED = frozenset({"dataset_info.json", "dataset_dict.json", "state.json"})  # beside the .arrow files of a saved `datasets` directory
+SKIPPED = frozenset(
+    {"dataset_info.json", "dataset_dict.json", "state.json"}
+)  # beside the .arrow files of a saved `datasets` directory
 
 
 class ReadConfig(Config):
@@ -37,7 +40,9 @@ class ReadConfig(Config):
     text_field: str = Field("text", description="field of a row (JSONL, JSON, CSV, Parquet, Arrow) that holds the text")
     id_field: str = Field("", description="field of a row that is the document's id; default: its file and number")
     keep_fields: list[str] | None = Field(None, description="fields of a row that become metadata; default: all others")
-    html: Literal["main", "all"] = Field("main", description="main: a page's content without navigation; all: all its text")
+    html: Literal["main", "all"] = Field(
+        "main", description="main: a page's content without navigation; all: all its text"
+    )
     max_document_mb: int = Field(64, gt=0, le=1024, description="longer documents are set aside")
     max_expanded_mb: int = Field(20_000, gt=0, description="what one compressed file or archive may expand to")
 
@@ -51,9 +56,11 @@ class Files:
 
 
 def read(config: ReadConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Read every file of `data`: text, Markdown, HTML, PDF, JSON, JSONL, CSV, Parquet, Arrow, WARC, R data; also compressed, in zip or tar.
+    """Read every file of `data`: text, Markdown, HTML, PDF, JSON, JSONL, CSV, Parquet, Arrow, WARC, R data; also
+    compressed, in zip or tar.
 
-    Errors: DataError when there is no file, or none gives a document; MissingDependency for HTML, PDF or WARC without the extra.
+    Errors: DataError when there is no file, or none gives a document; MissingDependency for HTML, PDF or WARC without
+    the extra.
     """
     from llmworks.data.readers.source import find_files
 
@@ -104,7 +111,13 @@ def _read_files(config: ReadConfig, part: Files, folder: Path) -> Json:
                     writer.add(item)
                     formats[_format(item.source)] += 1
     first = f"{aside.first.file}: {aside.first.reason}" if aside.first else ""
-    return {"documents": writer.documents, "characters": writer.characters, "formats": formats, "reasons": aside.reasons, "first": first}
+    return {
+        "documents": writer.documents,
+        "characters": writer.characters,
+        "formats": formats,
+        "reasons": aside.reasons,
+        "first": first,
+    }
 
 
 def documents(file: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
@@ -127,7 +140,9 @@ def _read(source: Source, config: ReadConfig) -> Iterator[Document | Unusable]:
     from llmworks.data.readers import pdf, rdb, tables, text, warc
 
     limit = config.max_document_mb << 20
-    fields = tables.Fields(config.text_field, config.id_field, limit, None if config.keep_fields is None else frozenset(config.keep_fields))
+    fields = tables.Fields(
+        config.text_field, config.id_field, limit, None if config.keep_fields is None else frozenset(config.keep_fields)
+    )
     match source.suffix:
         case ".jsonl" | ".ndjson":
             yield from tables.read_jsonl_rows(source, fields)
@@ -183,12 +198,18 @@ def _format(source: str) -> str:
     return "text"
 
 
-def _report(ctx: Context, data: Dataset, metrics: Mapping[str, int], formats: Counter[str], reasons: Counter[str]) -> None:
+def _report(
+    ctx: Context, data: Dataset, metrics: Mapping[str, int], formats: Counter[str], reasons: Counter[str]
+) -> None:
     report = ctx.report
     report.title = f"Documents of {data.name}"
     mean = metrics["characters"] / metrics["documents"]
-    report.lead = f"{metrics['documents']:,} documents, {mean:,.0f} characters on average; {metrics['rejected']:,} set aside."
+    report.lead = (
+        f"{metrics['documents']:,} documents, {mean:,.0f} characters on average; {metrics['rejected']:,} set aside."
+    )
     report.data = {"documents": metrics["documents"], "formats": dict(formats), "reasons": dict(reasons)}
     report.table("Documents by format", ("format", "documents"), formats.most_common())
     if reasons:
-        report.table("Set aside", ("reason", "how many"), reasons.most_common(), note="Each with its place in rejected.jsonl.")
+        report.table(
+            "Set aside", ("reason", "how many"), reasons.most_common(), note="Each with its place in rejected.jsonl."
+        )

@@ -31,15 +31,16 @@ SHOWN = 4  # samples of each kind from each part
 class RedactConfig(Config):
     """What is looked for and what is done about it."""
 
-    kinds: list[Kind] = Field(
-        default_factory=lambda: list(KINDS), min_length=1, description="what is looked for"
-    )
+    kinds: list[Kind] = Field(default_factory=lambda: list(KINDS), min_length=1, description="what is looked for")
     action: Literal["redact", "tag", "drop"] = Field(
-        "redact", description="redact: replace by the kind; tag: only count in the metadata field `pii`; drop: drop the document"
+        "redact",
+        description="redact: replace by the kind; tag: only count in the metadata field `pii`; drop: drop the document",
     )
     drop_above: int = Field(0, ge=0, description="drop: documents with more findings than this")
     placeholder: str = Field("[{kind}]", description="what stands for a finding; {kind} is EMAIL, PHONE ...")
-    examples: bool = Field(False, description="also what is reserved for examples: example.com, private networks, 555-01xx, placeholders")
+    examples: bool = Field(
+        False, description="also what is reserved for examples: example.com, private networks, 555-01xx, placeholders"
+    )
 
 
 def redact(config: RedactConfig, data: Dataset, ctx: Context) -> Dataset:
@@ -59,16 +60,27 @@ def redact(config: RedactConfig, data: Dataset, ctx: Context) -> Dataset:
     report.lead = f"{touched:,} of {every:,} documents hold {found.total():,} findings; they were {what}."
     report.data = {"documents": every, "touched": touched, "found": dict(found), "dropped": done.sum("dropped")}
     report.table("Findings", ("kind", "how many"), found.most_common())
-    samples = [{"finding": s["kind"], "text": s["text"]} for kind in config.kinds for s in [s for part in done.summaries for s in part["shown"] if s["kind"] == kind][:SHOWN]]
+    samples = [
+        {"finding": s["kind"], "text": s["text"]}
+        for kind in config.kinds
+        for s in [s for part in done.summaries for s in part["shown"] if s["kind"] == kind][:SHOWN]
+    ]
     report.samples("Where they stood", samples, note="A few of each kind, taken out, with what is around them.")
-    metrics = {"documents": done.sum("kept"), "dropped": done.sum("dropped"), "touched": touched, **{f"found_{kind}": n for kind, n in sorted(found.items())}}
+    metrics = {
+        "documents": done.sum("kept"),
+        "dropped": done.sum("dropped"),
+        "touched": touched,
+        **{f"found_{kind}": n for kind, n in sorted(found.items())},
+    }
     dropped = {"personal data or secrets": done.sum("dropped")} if done.sum("dropped") else {}
     note = "; ".join(f"{kind} {n:,}" for kind, n in found.most_common())
     return finish(ctx, "data.redact", [data], dropped=dropped, metrics=metrics, note=f"{what}: {note}" if note else "")
 
 
 def findings(text: str, kinds: list[Kind], examples: bool = False) -> list[Finding]:
-    """Everything of the kinds in a text, without overlaps; where two checks see the same, a secret or a number with a checksum wins."""
+    """Everything of the kinds in a text, without overlaps; where two checks see the same, a secret or a number with a
+    checksum wins.
+    """
     from llmworks.guard.pii import CHECKS
     from llmworks.guard.secrets import secrets
 
@@ -104,7 +116,9 @@ def _redact_part(config: RedactConfig, part: Span, folder: Path) -> Json:
             clean = redacted(document.text, found, config.placeholder)
             marked = replace(document, metadata={**document.metadata, "pii": dict(sorted(own.items()))})
             if config.action == "drop" and len(found) > config.drop_above:
-                dropped.add(replace(marked, text=clean), "personal data or secrets")  # also what is set aside shows none
+                dropped.add(
+                    replace(marked, text=clean), "personal data or secrets"
+                )  # also what is set aside shows none
             else:
                 writer.add(replace(marked, text=clean) if config.action == "redact" else marked)
     return {"kept": writer.documents, "dropped": dropped.documents, "touched": touched, "found": counts, "shown": shown}
@@ -117,6 +131,10 @@ def _samples(text: str, found: list[Finding], shown: list[Json]) -> list[Json]:
         if sum(s["kind"] == kind for s in shown) < SHOWN:
             first = next(f for f in found if f.kind == kind)
             start, end = max(0, first.start - AROUND), min(len(text), first.end + AROUND)
-            inside = [replace(f, start=max(f.start, start) - start, end=min(f.end, end) - start) for f in found if f.end > start and f.start < end]
+            inside = [
+                replace(f, start=max(f.start, start) - start, end=min(f.end, end) - start)
+                for f in found
+                if f.end > start and f.start < end
+            ]
             new.append({"kind": kind, "text": redacted(text[start:end], inside, "[{kind}]")})
     return sorted(new, key=lambda s: s["kind"])

@@ -1,4 +1,6 @@
-"""Stage `data.semdedup`: of documents that mean the same, one stays (SemDeDup, Abbas et al. 2023), judged by the vectors of an embedder."""
+"""Stage `data.semdedup`: of documents that mean the same, one stays (SemDeDup, Abbas et al. 2023), judged by the
+vectors of an embedder.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,16 @@ VECTORS, SIZES = "vectors.npy", "sizes.npy"
 class SemdedupConfig(Config):
     """What counts as meaning the same."""
 
-    threshold: float = Field(0.95, gt=0, le=1, description="cosine of two documents' vectors, at least; depends on the embedder")
+    threshold: float = Field(
+        0.95, gt=0, le=1, description="cosine of two documents' vectors, at least; depends on the embedder"
+    )
     keep: Literal["longest", "first"] = Field("longest", description="which of a cluster stays")
     seed: int = Field(0, description="seed of the partition of large data sets")
 
 
 def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Context) -> Dataset:
-    """Keep one document of every cluster of like meaning; the others go to `dropped/` with `duplicate_of` and the cosine.
+    """Keep one document of every cluster of like meaning; the others go to `dropped/` with `duplicate_of` and the
+    cosine.
 
     Errors: ModelError when `embedder` is none; MissingDependency without the extra `corpus` on large data.
     """
@@ -41,7 +46,11 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
     rows = sum(part.rows for part in parts)
     done = work(ctx, "embed", partial(_embed_part, embedder.path), parts)
     vectors = np.concatenate([np.load(folder / VECTORS) for folder in done.folders])
-    sizes = np.concatenate([np.load(folder / SIZES) for folder in done.folders]) if config.keep == "longest" else np.zeros(rows)
+    sizes = (
+        np.concatenate([np.load(folder / SIZES) for folder in done.folders])
+        if config.keep == "longest"
+        else np.zeros(rows)
+    )
     clusters = Clusters(rows)
     compared, joined = join_similar(vectors, config.threshold, clusters, config.seed)
     drops: dict[int, Drop] = {}
@@ -51,17 +60,35 @@ def semdedup(config: SemdedupConfig, data: Dataset, embedder: Model, ctx: Contex
         counts[len(group)] += 1
         for row in group:
             if row != kept:
-                drops[row] = Drop("like meaning", kept, round(float(vectors[row].astype(np.float32) @ vectors[kept].astype(np.float32)), 4))
+                drops[row] = Drop(
+                    "like meaning",
+                    kept,
+                    round(float(vectors[row].astype(np.float32) @ vectors[kept].astype(np.float32)), 4),
+                )
     written = write_kept(ctx, parts, save_plan(ctx, parts, drops))
     stay = written.sum("kept")
     report = ctx.report
     report.title = f"{data.name} without documents of like meaning"
-    report.lead = f"{stay:,} of {rows:,} documents stay ({stay / max(rows, 1):.1%}); {joined:,} of {compared:,} pairs have a cosine of at least {config.threshold} under {embedder.name}."
-    report.data = {"kept": stay, "dropped": len(drops), "cluster_sizes": {str(k): v for k, v in sorted(counts.items())}, "compared": compared}
+    report.lead = (
+        f"{stay:,} of {rows:,} documents stay ({stay / max(rows, 1):.1%}); {joined:,} of {compared:,} pairs have a"
+        f" cosine of at least {config.threshold} under {embedder.name}."
+    )
+    report.data = {
+        "kept": stay,
+        "dropped": len(drops),
+        "cluster_sizes": {str(k): v for k, v in sorted(counts.items())},
+        "compared": compared,
+    }
     if counts:
         report.table("Clusters", ("documents in the cluster", "clusters"), sorted(counts.items()))
     side_by_side(report, parts, drops)
-    metrics = {"documents": stay, "dropped": len(drops), "clusters": counts.total(), "compared": compared, "joined": joined}
+    metrics = {
+        "documents": stay,
+        "dropped": len(drops),
+        "clusters": counts.total(),
+        "compared": compared,
+        "joined": joined,
+    }
     return finish(ctx, "data.semdedup", [data], dropped={"like meaning": len(drops)} if drops else {}, metrics=metrics)
 
 

@@ -1,4 +1,5 @@
-"""Stage `data.show`: look at a data set: its rows as chats, in the terminal and on a page with search and filters, and what it is like as a whole.
+"""Stage `data.show`: look at a data set: its rows as chats, in the terminal and on a page with search and filters, and
+what it is like as a whole.
 
 With a model its rows are shown as tokens too, coloured by what is learned. Also reads packed tokens.
 """
@@ -44,7 +45,8 @@ class ShowConfig(Config):
 def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter | Tokenizer | None = None) -> Report:
     """One page, `report.html`, with statistics and rows; `model` adds tokens and what is learned.
 
-    Errors: DataError for data that are no conversations, pairs or packed tokens, or when no row fits; UserError for packed tokens without a model;
+    Errors: DataError for data that are no conversations, pairs or packed tokens, or when no row fits; UserError for
+    packed tokens without a model;
     ModelError for a model without a chat template.
     """
     tokenizer = tokenizer_of(model, config.template) if model is not None else None
@@ -56,26 +58,45 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     if not kind:
         raise DataError(f"{data.name}: {_instead(data.path)}")
     if model is not None and tokenizer is not None and not tokenizer.chat_template:
-        raise ModelError(f"{model.name} has no chat template, so conversations are no tokens to it; name one with --set template=chatml, or leave the model out")
+        raise ModelError(
+            f"{model.name} has no chat template, so conversations are no tokens to it; name one with --set"
+            " template=chatml, or leave the model out"
+        )
     every = read_preference(data) if kind == "preference" else read_chat(data)
     wanted = config.contains.lower()
     fitting = [row for row in every if not wanted or wanted in json.dumps(turns_of(row), ensure_ascii=False).lower()]
     rows = fitting[config.first : config.first + config.rows]
     if not rows:
-        raise DataError(f"{data.name}: no row " + (f"holds {config.contains!r}" if not fitting else f"comes after the first {config.first}"))
+        raise DataError(
+            f"{data.name}: no row "
+            + (f"holds {config.contains!r}" if not fitting else f"comes after the first {config.first}")
+        )
     facts = describe(every, _identify())
     encoder = ConversationEncoder(tokenizer) if tokenizer is not None else None
     same, asked = repeated(every)
-    marks = {row["id"]: (["same row"] if row["id"] in same else []) + (["same question"] if row["id"] in asked else []) for row in rows}
+    marks = {
+        row["id"]: (["same row"] if row["id"] in same else []) + (["same question"] if row["id"] in asked else [])
+        for row in rows
+    }
     shown = [_item(row, marks[row["id"]], _tokens(row, encoder, tokenizer)) for row in rows]
     report = ctx.report
     report.title = f"{data.name}: {facts['rows']:,} {'preference pairs' if kind == 'preference' else 'conversations'}"
-    report.lead = f"{len(rows):,} of {len(fitting):,} rows are on this page." + ("" if encoder else " Give a model to see tokens and what is learned.")
+    report.lead = f"{len(rows):,} of {len(fitting):,} rows are on this page." + (
+        "" if encoder else " Give a model to see tokens and what is learned."
+    )
     report.data = facts
     _statistics(ctx, facts)
     report.drawing("Rows", page(shown), plain="\n\n".join(_plain(item) for item in shown[:10]))
     report.terminal = "\n".join([_summary(facts), *(as_terminal(item, tokenizer) for item in shown[: config.terminal])])
-    return Report(ctx.out, metrics={"rows": facts["rows"], "shown": len(rows), "same_rows": facts["same_rows"], "same_questions": facts["same_questions"]})
+    return Report(
+        ctx.out,
+        metrics={
+            "rows": facts["rows"],
+            "shown": len(rows),
+            "same_rows": facts["same_rows"],
+            "same_questions": facts["same_questions"],
+        },
+    )
 
 
 def _instead(path: Path) -> str:
@@ -97,20 +118,43 @@ def _identify() -> Any:
 
 def _item(row: Row, marks: list[str], tokens: list[Json]) -> Json:
     """A row as the page takes it."""
-    sides = [("", row["messages"])] if "messages" in row else [("", row["prompt"]), ("chosen", row["chosen"]), ("rejected", row["rejected"])]
+    sides = (
+        [("", row["messages"])]
+        if "messages" in row
+        else [("", row["prompt"]), ("chosen", row["chosen"]), ("rejected", row["rejected"])]
+    )
     turns = []
     for side, messages in sides:
         for m in messages:
-            calls = [json.dumps({"name": c["function"]["name"], "arguments": c["function"]["arguments"]}, ensure_ascii=False) for c in m.get("tool_calls") or ()]
+            calls = [
+                json.dumps({"name": c["function"]["name"], "arguments": c["function"]["arguments"]}, ensure_ascii=False)
+                for c in m.get("tool_calls") or ()
+            ]
             text = "\n".join(filter(None, [m.get("content") or "", *calls]))
-            turns.append({"role": side or m["role"], "text": text[:LONG] + ("…" if len(text) > LONG else ""), "off": m.get("weight") == 0})
+            turns.append(
+                {
+                    "role": side or m["role"],
+                    "text": text[:LONG] + ("…" if len(text) > LONG else ""),
+                    "off": m.get("weight") == 0,
+                }
+            )
     tools = [t.get("function", t).get("name", "?") for t in row.get("tools") or ()]
     answer = None if row.get("answer") is None else json.dumps(row["answer"], ensure_ascii=False)[:600]
-    return {"id": row["id"], "turns": turns, "tools": tools, "answer": answer, "tags": tags(row), "marks": marks, "tokens": tokens}
+    return {
+        "id": row["id"],
+        "turns": turns,
+        "tools": tools,
+        "answer": answer,
+        "tags": tags(row),
+        "marks": marks,
+        "tokens": tokens,
+    }
 
 
 def _tokens(row: Row, encoder: ConversationEncoder | None, tokenizer: Any) -> list[Json]:
-    """The conversation, or both sides of a pair, as tokens: their texts, and a digit each: 1 learned, 2 control token, 3 both."""
+    """The conversation, or both sides of a pair, as tokens: their texts, and a digit each: 1 learned, 2 control token,
+    3 both.
+    """
     if encoder is None:
         return []
     found = []
@@ -127,7 +171,11 @@ def _tokens(row: Row, encoder: ConversationEncoder | None, tokenizer: Any) -> li
 
 def _drawn(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> Json:
     pieces = view.pieces(tokenizer, ids)
-    return {"ids": list(ids), "pieces": [text for text, _ in pieces], "flags": "".join(str(learned + 2 * special) for (_, special), learned in zip(pieces, mask, strict=True))}
+    return {
+        "ids": list(ids),
+        "pieces": [text for text, _ in pieces],
+        "flags": "".join(str(learned + 2 * special) for (_, special), learned in zip(pieces, mask, strict=True)),
+    }
 
 
 def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context) -> Report:
@@ -138,25 +186,76 @@ def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context
     shown: list[Json] = []
     for number in chosen:
         row = packed[number]
-        pieces = [{"side": f"piece {i + 1}, row {origin} of the input", **_drawn(tokenizer, row.ids[row.segments == i].tolist(), row.learned[row.segments == i].astype(int).tolist())} for i, origin in enumerate(row.origins.tolist())]
-        shown.append({"id": f"row {number}", "turns": [], "tools": [], "answer": None, "tags": {"pieces": str(len(pieces)), "tokens": str(len(row.ids))}, "marks": [], "tokens": pieces})
-    tokens, learned, pieces_count = (sum(int(x) for x in values) for values in zip(*((len(s["tokens"]), s["learned"].sum() if "learned" in s else len(s["tokens"]) - len(s["pieces"]) + 1, len(s["pieces"]) - 1) for s in packed.shards), strict=True))
+        pieces = [
+            {
+                "side": f"piece {i + 1}, row {origin} of the input",
+                **_drawn(
+                    tokenizer, row.ids[row.segments == i].tolist(), row.learned[row.segments == i].astype(int).tolist()
+                ),
+            }
+            for i, origin in enumerate(row.origins.tolist())
+        ]
+        shown.append(
+            {
+                "id": f"row {number}",
+                "turns": [],
+                "tools": [],
+                "answer": None,
+                "tags": {"pieces": str(len(pieces)), "tokens": str(len(row.ids))},
+                "marks": [],
+                "tokens": pieces,
+            }
+        )
+    tokens, learned, pieces_count = (
+        sum(int(x) for x in values)
+        for values in zip(
+            *(
+                (
+                    len(s["tokens"]),
+                    s["learned"].sum() if "learned" in s else len(s["tokens"]) - len(s["pieces"]) + 1,
+                    len(s["pieces"]) - 1,
+                )
+                for s in packed.shards
+            ),
+            strict=True,
+        )
+    )
     facts = {"rows": len(packed), "pieces": pieces_count, "tokens": tokens, "learned": learned}
     report = ctx.report
     report.title = f"{data.name}: {len(packed):,} rows of packed tokens"
-    report.lead = f"{pieces_count:,} pieces, {tokens:,} tokens, {learned:,} of them learned; {len(shown):,} rows are on this page."
+    report.lead = (
+        f"{pieces_count:,} pieces, {tokens:,} tokens, {learned:,} of them learned; {len(shown):,} rows are on this"
+        " page."
+    )
     report.data = facts
-    report.drawing("Rows", page(shown), plain="\n\n".join(f"{item['id']}: {len(item['tokens'])} pieces" for item in shown))
+    report.drawing(
+        "Rows", page(shown), plain="\n\n".join(f"{item['id']}: {len(item['tokens'])} pieces" for item in shown)
+    )
     report.terminal = "\n".join([report.lead, *(as_terminal(item, tokenizer) for item in shown[: config.terminal])])
     return Report(ctx.out, metrics=facts)
 
 
 def _statistics(ctx: Context, facts: Json) -> None:
     report = ctx.report
-    whole = [(label, facts[name]) for label, name in (("rows", "rows"), ("with a system turn", "with_system"), ("with tools", "with_tools"), ("with tool calls", "with_calls"), ("that stand more than once", "same_rows"), ("whose question stands more than once", "same_questions"))]
+    whole = [
+        (label, facts[name])
+        for label, name in (
+            ("rows", "rows"),
+            ("with a system turn", "with_system"),
+            ("with tools", "with_tools"),
+            ("with tool calls", "with_calls"),
+            ("that stand more than once", "same_rows"),
+            ("whose question stands more than once", "same_questions"),
+        )
+    ]
     report.table("All rows", ("rows", "number"), whole)
     report.table("Turns of a row", ("turns", "rows"), list(facts["turns"].items())[:40])
-    report.table("Characters of a turn", ("role", "turns", *next(iter(facts["lengths"].values()))), [(role, facts["roles"][role], *sizes.values()) for role, sizes in facts["lengths"].items()], note="Shares of the turns that are at most so long.")
+    report.table(
+        "Characters of a turn",
+        ("role", "turns", *next(iter(facts["lengths"].values()))),
+        [(role, facts["roles"][role], *sizes.values()) for role, sizes in facts["lengths"].items()],
+        note="Shares of the turns that are at most so long.",
+    )
     if facts["languages"]:
         report.table("Languages", ("code", "rows"), list(facts["languages"].items()))
     for name, values in facts["fields"].items():
@@ -165,23 +264,45 @@ def _statistics(ctx: Context, facts: Json) -> None:
 
 def _summary(facts: Json) -> str:
     sizes = facts["lengths"].get("assistant", next(iter(facts["lengths"].values())))
-    lines = [f"{facts['rows']:,} rows; turns " + ", ".join(f"{turns}: {n:,}" for turns, n in list(facts["turns"].items())[:8]) + f"; answers of {sizes['50%']:,} characters in the middle, {sizes['100%']:,} at most"]
-    told = [f"{facts[name]:,} {label}" for name, label in (("with_system", "with a system turn"), ("with_tools", "with tools"), ("same_rows", "stand more than once"), ("same_questions", "ask what another asks")) if facts[name]]
+    lines = [
+        f"{facts['rows']:,} rows; turns "
+        + ", ".join(f"{turns}: {n:,}" for turns, n in list(facts["turns"].items())[:8])
+        + f"; answers of {sizes['50%']:,} characters in the middle, {sizes['100%']:,} at most"
+    ]
+    told = [
+        f"{facts[name]:,} {label}"
+        for name, label in (
+            ("with_system", "with a system turn"),
+            ("with_tools", "with tools"),
+            ("same_rows", "stand more than once"),
+            ("same_questions", "ask what another asks"),
+        )
+        if facts[name]
+    ]
     languages = ", ".join(f"{code} {n:,}" for code, n in list(facts["languages"].items())[:6])
     return "\n".join(filter(None, [*lines, "; ".join(told), f"languages: {languages}" if languages else ""]))
 
 
 def as_terminal(item: Json, tokenizer: Any = None) -> str:
     """A row as a chat; as coloured tokens where there are some."""
-    lines = [f"\n\x1b[1m{item['id']}\x1b[0m " + " ".join([*(f"{k}={v}" for k, v in item["tags"].items()), *(f"[{m}]" for m in item["marks"])])]
+    lines = [
+        f"\n\x1b[1m{item['id']}\x1b[0m "
+        + " ".join([*(f"{k}={v}" for k, v in item["tags"].items()), *(f"[{m}]" for m in item["marks"])])
+    ]
     if item["tokens"] and tokenizer is not None:
         for part in item["tokens"]:
             lines.append(f"{part['side']}:" if part["side"] else "")
             lines.append(part.get("error") or _coloured(tokenizer, part["ids"], [int(f) & 1 for f in part["flags"]]))
         return "\n".join(filter(None, lines))
     for turn in item["turns"]:
-        wrapped = [part for line in turn["text"].splitlines() or [""] for part in (textwrap.wrap(line, WIDTH, replace_whitespace=False, drop_whitespace=False) or [""])]
-        lines.append(f"\x1b[{COLOURS.get(turn['role'], '0')};1m{turn['role']}\x1b[0m" + (" (not learned)" if turn["off"] else ""))
+        wrapped = [
+            part
+            for line in turn["text"].splitlines() or [""]
+            for part in textwrap.wrap(line, WIDTH, replace_whitespace=False, drop_whitespace=False) or [""]
+        ]
+        lines.append(
+            f"\x1b[{COLOURS.get(turn['role'], '0')};1m{turn['role']}\x1b[0m" + (" (not learned)" if turn["off"] else "")
+        )
         lines += [f"  {line}" for line in wrapped[:30]] + (["  …"] if len(wrapped) > 30 else [])
     if item["answer"]:
         lines.append(f"\x1b[2manswer {item['answer']}\x1b[0m")
@@ -192,14 +313,28 @@ def _coloured(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
     between = len(ids) - HEAD - TAIL
     if between <= 0:
         return view.as_ansi(tokenizer, ids, mask)
-    return f"{view.as_ansi(tokenizer, ids[:HEAD], mask[:HEAD])}\n  … {between:,} tokens, which the page shows …\n{view.as_ansi(tokenizer, ids[-TAIL:], mask[-TAIL:])}"
+    return (
+        f"{view.as_ansi(tokenizer, ids[:HEAD], mask[:HEAD])}\n  … {between:,} tokens, which the page shows"
+        f" …\n{view.as_ansi(tokenizer, ids[-TAIL:], mask[-TAIL:])}"
+    )
 
 
 def _plain(item: Json) -> str:
-    return "\n".join([f"**{item['id']}**", "", *(f"- {turn['role']}: {' '.join(turn['text'].split())[:400]}" for turn in item["turns"])])
+    return "\n".join(
+        [
+            f"**{item['id']}**",
+            "",
+            *(f"- {turn['role']}: {' '.join(turn['text'].split())[:400]}" for turn in item["turns"]),
+        ]
+    )
 
 
 def page(items: Sequence[Json]) -> str:
     """The part of the page with the rows: search, filters, chats and tokens. Needs nothing from outside."""
-    data = json.dumps(items, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    data = (
+        json.dumps(items, ensure_ascii=False)
+        .replace("<", "\\u003c")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
+    )
     return Path(__file__).with_name("show.template.html").read_text(encoding="utf-8").replace("{{data}}", data)

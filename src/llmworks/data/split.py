@@ -31,8 +31,20 @@ class SplitConfig(Config):
     folds: int = Field(5, ge=2, description="number of folds; one of them is the test side")
     fold: int = Field(0, ge=0, description="index of the test fold")
     seed: int = Field(0, description="seed of the shuffle of groups")
-    group_by: str = Field("", description="what is kept together: source, or a metadata field; default: the group of a conversation, each document alone")
-    stratify_by: str = Field("", description="source or a metadata field whose values have equal shares in every fold; a group counts with its first document")
+    group_by: str = Field(
+        "",
+        description=(
+            "what is kept together: source, or a metadata field; default: the group of a conversation, each document"
+            " alone"
+        ),
+    )
+    stratify_by: str = Field(
+        "",
+        description=(
+            "source or a metadata field whose values have equal shares in every fold; a group counts with its first"
+            " document"
+        ),
+    )
 
     @model_validator(mode="after")
     def _fold_exists(self) -> Self:
@@ -42,7 +54,9 @@ class SplitConfig(Config):
 
 
 def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
-    """Keep the conversations, preference pairs or documents of one side, in their order. Groups, not rows, are dealt to the folds.
+    """Keep the conversations, preference pairs or documents of one side, in their order.
+
+    Groups, not rows, are dealt to the folds.
 
     Errors: DataError when a side would be empty.
     """
@@ -50,13 +64,16 @@ def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
     if not kind and any(data.path.glob("*.parquet")):
         return _split_documents(config, data, ctx)
     if config.group_by or config.stratify_by:
-        raise UserError("group_by and stratify_by are for documents; conversations and pairs are kept together by their group")
+        raise UserError(
+            "group_by and stratify_by are for documents; conversations and pairs are kept together by their group"
+        )
     rows = read_preference(data) if kind == "preference" else read_chat(data)
     held_out = test_groups([row["group"] for row in rows], config)
     kept = [row for row in rows if (row["group"] in held_out) == (config.part == "test")]
     if not kept:
         raise DataError(
-            f"{data.name}: the {config.part} side of {config.folds} folds is empty; {len({r['group'] for r in rows})} groups are too few"
+            f"{data.name}: the {config.part} side of {config.folds} folds is empty; {len({r['group'] for r in rows})}"
+            " groups are too few"
         )
     groups = len(_groups(kept))
     note = f"{config.part} side of fold {config.fold} of {config.folds}, {groups:,} of {len(_groups(rows)):,} groups"
@@ -64,7 +81,9 @@ def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
 
 
 def test_groups(groups: Sequence[str], config: SplitConfig) -> set[str]:
-    """The groups of the test fold: sorted names, shuffled by the seed, dealt in turn, so fold sizes differ by one at most."""
+    """The groups of the test fold: sorted names, shuffled by the seed, dealt in turn, so fold sizes differ by one at
+    most.
+    """
     names = sorted(set(groups))
     random.Random(config.seed).shuffle(names)
     return set(names[config.fold :: config.folds])
@@ -75,20 +94,27 @@ def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Datase
     strata: dict[str, str] = {}  # group -> stratum
     for part in parts:
         for document in part.documents():
-            strata.setdefault(value_of(document, config.group_by or "id"), value_of(document, config.stratify_by) if config.stratify_by else "")
+            strata.setdefault(
+                value_of(document, config.group_by or "id"),
+                value_of(document, config.stratify_by) if config.stratify_by else "",
+            )
     held_out: set[str] = set()
     first = config.fold
     for stratum in sorted(set(strata.values())):
         names = sorted(group for group, own in strata.items() if own == stratum)
         random.Random(f"{config.seed}/{stratum}").shuffle(names)
         held_out.update(names[first :: config.folds])
-        first = (first - len(names)) % config.folds  # small strata begin at different folds, so that folds are of one size
+        first = (
+            first - len(names)
+        ) % config.folds  # small strata begin at different folds, so that folds are of one size
     side = ctx.scratch / "test-groups.json"
     side.write_text(json.dumps(sorted(held_out)))
     done = work(ctx, "split", partial(_split_part, config, side), parts)
     kept = done.sum("documents")
     if not kept:
-        raise DataError(f"{data.name}: the {config.part} side of {config.folds} folds is empty; {len(strata)} groups are too few")
+        raise DataError(
+            f"{data.name}: the {config.part} side of {config.folds} folds is empty; {len(strata)} groups are too few"
+        )
     done.gather(ctx.out)
     groups = len(held_out) if config.part == "test" else len(strata) - len(held_out)
     note = f"{config.part} side of fold {config.fold} of {config.folds}, {groups:,} of {len(strata):,} groups"
@@ -111,7 +137,10 @@ def value_of(document: Document, field: str) -> str:
     if field == "source":
         return document.source
     if field not in document.metadata:
-        raise DataError(f"document {document.id!r} has no {field!r} in its metadata (it has {', '.join(document.metadata) or 'none'})")
+        raise DataError(
+            f"document {document.id!r} has no {field!r} in its metadata (it has"
+            f" {', '.join(document.metadata) or 'none'})"
+        )
     return str(document.metadata[field])
 
 

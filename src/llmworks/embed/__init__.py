@@ -21,7 +21,8 @@ class Embedder(Protocol):
 
 
 def open_embedder(path: Path) -> Embedder:
-    """The embedder in a directory: a sentence encoder (Hugging Face, with config.json) or static vectors (a table and a tokenizer).
+    """The embedder in a directory: a sentence encoder (Hugging Face, with config.json) or static vectors (a table and a
+    tokenizer).
 
     Errors: ModelError for anything else.
     """
@@ -33,4 +34,7 @@ def open_embedder(path: Path) -> Embedder:
         from llmworks.embed.static import StaticVectors
 
         return StaticVectors(path)
-    raise ModelError(f"{path}: holds no embedder; wanted is a sentence encoder (config.json) or static vectors (model.safetensors, tokenizer.json)")
+    raise ModelError(
+        f"{path}: holds no embedder; wanted is a sentence encoder (config.json) or static vectors (model.safetensors,"
+        " tokenizer.json)"
+    )

@@ -1,4 +1,6 @@
-"""Sentence encoders: the mean of a Transformer's last hidden states over a text's tokens (Reimers and Gurevych 2019)."""
+"""Sentence encoders: the mean of a Transformer's last hidden states over a text's tokens (Reimers and Gurevych
+2019).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Encoder:
         """Vectors [texts, dimensions] of unit length; texts are cut at the encoder's length."""
         import torch
 
-        ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, add_special_tokens=True)["input_ids"]
+        ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, add_special_tokens=True)[
+            "input_ids"
+        ]
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # little padding
         out = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         at = 0

@@ -1,4 +1,5 @@
-"""GloVe: vectors whose products are the logarithms of how often words stand near one another (Pennington, Socher & Manning 2014).
+"""GloVe: vectors whose products are the logarithms of how often words stand near one another (Pennington, Socher &
+Manning 2014).
 
     minimise over all pairs: f(X) (w . c + b + b' - log X)^2,   f(X) = min(1, (X / most)^power)
 
@@ -17,7 +18,10 @@ HELD = 1 << 24  # pairs that are merged at once
 
 
 def cooccurrences(texts: Iterable[Any], words: int, window: int) -> tuple[Any, Any, Any]:
-    """(word, other word, X) of every ordered pair that stands within `window` of one another. texts: numpy arrays of word numbers, -1 for none."""
+    """(word, other word, X) of every ordered pair that stands within `window` of one another.
+
+    texts: numpy arrays of word numbers, -1 for none.
+    """
     import numpy as np
 
     keys: Any = np.zeros(0, dtype=np.int64)
@@ -36,7 +40,9 @@ def cooccurrences(texts: Iterable[Any], words: int, window: int) -> tuple[Any, A
             one, other = text[:-distance], text[distance:]
             both = (one >= 0) & (other >= 0)
             one, other = one[both].astype(np.int64), other[both].astype(np.int64)
-            held.append((np.concatenate([one * words + other, other * words + one]), np.full(2 * len(one), 1 / distance)))
+            held.append(
+                (np.concatenate([one * words + other, other * words + one]), np.full(2 * len(one), 1 / distance))
+            )
             waiting += 2 * len(one)
         if waiting > HELD:
             merge()
@@ -45,8 +51,23 @@ def cooccurrences(texts: Iterable[Any], words: int, window: int) -> tuple[Any, A
     return keys // words, keys % words, sums
 
 
-def glove(pairs: tuple[Any, Any, Any], words: int, dimensions: int, *, epochs: int, rate: float = 0.05, most: float = 100.0, power: float = 0.75, batch: int = 4096, seed: int = 0, each: Callable[[int, float], None] | None = None) -> Tensor:
-    """Vectors [words, dimensions], each the sum of a word's own and its context's, by AdaGrad on batches of pairs. `each` hears epoch and mean loss."""
+def glove(
+    pairs: tuple[Any, Any, Any],
+    words: int,
+    dimensions: int,
+    *,
+    epochs: int,
+    rate: float = 0.05,
+    most: float = 100.0,
+    power: float = 0.75,
+    batch: int = 4096,
+    seed: int = 0,
+    each: Callable[[int, float], None] | None = None,
+) -> Tensor:
+    """Vectors [words, dimensions], each the sum of a word's own and its context's, by AdaGrad on batches of pairs.
+
+    `each` hears epoch and mean loss.
+    """
     draw = torch.Generator().manual_seed(seed)
     first, second = (torch.from_numpy(x) for x in pairs[:2])
     log, weight = (torch.from_numpy(x).float() for x in (pairs[2], pairs[2]))
@@ -65,7 +86,9 @@ def glove(pairs: tuple[Any, Any, Any], words: int, dimensions: int, *, epochs: i
             for table, square, i, other in zip(tables, squares, at, (c, w), strict=True):
                 by = torch.cat((slope[:, None] * other[:, :-1], slope[:, None]), 1)
                 touched, place = torch.unique(i, return_inverse=True)
-                summed, squared = (torch.zeros(len(touched), by.shape[1]).index_add_(0, place, x) for x in (by, by.square()))
+                summed, squared = (
+                    torch.zeros(len(touched), by.shape[1]).index_add_(0, place, x) for x in (by, by.square())
+                )
                 square[touched] += squared  # pair by pair, as the authors' code has it
                 table[touched] -= rate * summed / square[touched].sqrt()
         if each is not None:

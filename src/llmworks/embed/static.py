@@ -1,4 +1,7 @@
-"""Static vectors: the mean of a table's rows over a text's tokens (as WordLlama and Model2Vec do). Fast, and blind to word order."""
+"""Static vectors: the mean of a table's rows over a text's tokens (as WordLlama and Model2Vec do).
+
+Fast, and blind to word order.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ class StaticVectors:
         """Vectors [texts, dimensions] of unit length."""
         out = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         for at in range(0, len(texts), BATCH):
-            encoded = self.tokenizer.encode_batch_fast([t[:20_000] for t in texts[at : at + BATCH]], add_special_tokens=False)
+            encoded = self.tokenizer.encode_batch_fast(
+                [t[:20_000] for t in texts[at : at + BATCH]], add_special_tokens=False
+            )
             for i, one in enumerate(encoded, at):
                 ids = one.ids
                 if ids:

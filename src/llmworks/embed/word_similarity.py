@@ -1,6 +1,8 @@
-"""What word vectors know: do words that people find alike have like vectors (a rank correlation), and is king - man + woman queen?
+"""What word vectors know: do words that people find alike have like vectors (a rank correlation), and is king - man +
+woman queen?
 
-WordSim353 (Finkelstein et al. 2002), SimLex999 (Hill et al. 2015), analogies (Mikolov et al. 2013, by 3CosAdd). Knows no training.
+WordSim353 (Finkelstein et al. 2002), SimLex999 (Hill et al. 2015), analogies (Mikolov et al. 2013, by 3CosAdd). Knows
+no training.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ class Analogies:
 
 
 def read(path: Path, *, lowercase: bool = True) -> Pairs | Analogies:
-    """The test in a file: lines of two words and a number, or of four words below `: section`. Lines that begin with # are left out. DataError for others."""
+    """The test in a file: lines of two words and a number, or of four words below `: section`.
+
+    Lines that begin with # are left out. DataError for others.
+    """
     files = [path] if path.is_file() else sorted(p for p in path.glob("[!.]*.t*") if p.is_file())
     if len(files) != 1:
         raise DataError(f"{path}: holds {len(files)} text files, a test of words is one")
@@ -57,7 +62,9 @@ def read(path: Path, *, lowercase: bool = True) -> Pairs | Analogies:
         elif len(words) == 3 and not analogies.sections and _number(words[2]):
             pairs.append((words[0], words[1], float(words[2])))
         else:
-            raise DataError(f"{files[0]}: line {number} is neither two words and a number nor four words ({line[:40]!r})")
+            raise DataError(
+                f"{files[0]}: line {number} is neither two words and a number nor four words ({line[:40]!r})"
+            )
     if not pairs and not analogies.sections:
         raise DataError(f"{files[0]}: holds no test of words")
     return Pairs(pairs) if pairs else analogies
@@ -82,7 +89,10 @@ class Found:
 
 
 def likeness(test: Pairs, vector: Vector) -> Found:
-    """Spearman's rank correlation of people's scores and cosines, over pairs of which both words have a vector. Of 10 pairs or more, interval by Fisher's z (Bonett & Wright 2000)."""
+    """Spearman's rank correlation of people's scores and cosines, over pairs of which both words have a vector.
+
+    Of 10 pairs or more, interval by Fisher's z (Bonett & Wright 2000).
+    """
     from scipy.stats import spearmanr
 
     known = [(vector(a), vector(b), score) for a, b, score in test.rows]
@@ -97,7 +107,8 @@ def likeness(test: Pairs, vector: Vector) -> Found:
 
 
 def solve(test: Analogies, words: dict[str, int], table: Any) -> dict[str, Found]:
-    """Accuracy by section, and of "all": the word whose vector is nearest to b - a + c, none of the three; over questions whose words have a row in `table`.
+    """Accuracy by section, and of "all": the word whose vector is nearest to b - a + c, none of the three; over
+    questions whose words have a row in `table`.
 
     table: [words, dimensions], lengths of any size; lengths are made one first.
     """
@@ -105,7 +116,9 @@ def solve(test: Analogies, words: dict[str, int], table: Any) -> dict[str, Found
     found: dict[str, Found] = {}
     right_of_all = answered = asked = 0
     for section, rows in test.sections.items():
-        known = np.array([[words[w] for w in row] for row in rows if all(w in words for w in row)], dtype=np.int64).reshape(-1, 4)
+        known = np.array(
+            [[words[w] for w in row] for row in rows if all(w in words for w in row)], dtype=np.int64
+        ).reshape(-1, 4)
         right = 0
         for start in range(0, len(known), BATCH):
             a, b, c, d = known[start : start + BATCH].T

@@ -1,4 +1,8 @@
-"""Stage `evaluate.arena`: a leaderboard of votes between two answers, by people (`llmworks arena`) and by judges (`evaluate.judge`). Knows no model."""
+"""Stage `evaluate.arena`: a leaderboard of votes between two answers, by people (`llmworks arena`) and by judges
+(`evaluate.judge`).
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,9 @@ WON = {"A": 1.0, "B": 0.0, "C": 0.5}
 class ArenaConfig(Config):
     """Whose votes count."""
 
-    voters: Literal["all", "people", "judges"] = Field("all", description="whose votes make the ratings; agreement of both is told where both voted")
+    voters: Literal["all", "people", "judges"] = Field(
+        "all", description="whose votes make the ratings; agreement of both is told where both voted"
+    )
     resamples: int = Field(500, ge=50, description="bootstrap resamples of the intervals")
     seed: int = Field(0, description="seed of the resampling")
 
@@ -40,20 +46,30 @@ class Ballot:
     lengths: tuple[int, int]
 
 
-def arena(config: ArenaConfig, ctx: Context, votes: list[Dataset] | None = None, judged: list[Report] | None = None) -> Report:
-    """Bradley-Terry ratings with 95% intervals, with and without the length of answers taken into account; Elo; wins of every two.
+def arena(
+    config: ArenaConfig, ctx: Context, votes: list[Dataset] | None = None, judged: list[Report] | None = None
+) -> Report:
+    """Bradley-Terry ratings with 95% intervals, with and without the length of answers taken into account; Elo; wins of
+    every two.
 
     `votes`: files that `llmworks arena` wrote, or rows of {question, a, b, vote, voter}; either input may be left out.
     Errors: DataError for votes of another form, or too few.
     """
-    ballots = [b for data in votes or [] for b in read_votes(data)] + [b for report in judged or [] for b in of_judges(report)]
+    ballots = [b for data in votes or [] for b in read_votes(data)] + [
+        b for report in judged or [] for b in of_judges(report)
+    ]
     counted = [b for b in ballots if config.voters == "all" or b.person == (config.voters == "people")]
     names = sorted({name for b in counted for name in (b.a, b.b)})
     if len(names) < 2 or len(counted) < 10:
-        raise DataError(f"{len(counted)} votes on {len(names)} models are too few for ratings; ten on two are the least")
+        raise DataError(
+            f"{len(counted)} votes on {len(names)} models are too few for ratings; ten on two are the least"
+        )
     apart = _apart(counted, names)
     if apart:
-        raise DataError(f"no vote joins {', '.join(apart[0][:3])} with {', '.join(apart[1][:3])}, so their ratings cannot be compared; let some of them meet")
+        raise DataError(
+            f"no vote joins {', '.join(apart[0][:3])} with {', '.join(apart[1][:3])}, so their ratings cannot be"
+            " compared; let some of them meet"
+        )
     rated = [Vote(names.index(b.a), names.index(b.b), WON[b.vote], style_of(*b.lengths), b.question) for b in counted]
     plain, _ = bradley_terry(rated, len(names))
     drawn, questions = resampled(rated, len(names), seed=config.seed, resamples=config.resamples)
@@ -67,20 +83,66 @@ def arena(config: ArenaConfig, ctx: Context, votes: list[Dataset] | None = None,
     page.title = "Arena"
     beside = [names[i] for i in order[1:] if intervals(drawn[:, order[0]] - drawn[:, i], questions)[0] <= 0]
     told = f"; not told apart from {', '.join(beside)}" if beside else ""
-    page.lead = f"{len(counted)} votes on {len(names)} models; {best} leads with {plain[order[0]]:.0f} (95% interval {low[order[0]]:.0f} to {high[order[0]]:.0f}){told}."
+    page.lead = (
+        f"{len(counted)} votes on {len(names)} models; {best} leads with {plain[order[0]]:.0f} (95% interval"
+        f" {low[order[0]]:.0f} to {high[order[0]]:.0f}){told}."
+    )
     rank_styled = sorted(range(len(names)), key=lambda i: -styled[i])
-    rows = [(place, names[i], f"{plain[i]:.0f}", f"{low[i]:.0f} to {high[i]:.0f}", f"{styled[i]:.0f}", rank_styled.index(i) + 1, f"{online[i]:.0f}", tallies[names[i]]) for place, i in enumerate(order, 1)]
-    page.table("Ratings", ("", "model", "Bradley-Terry", "95% interval", "at equal length", "place at equal length", "Elo", "votes"), rows, f"A difference of 100 is 64% of wins. At equal length: the votes' liking for longer answers ({weight:+.2f} nats for one many times as long) is taken out. Elo depends on the order of votes.")
-    page.intervals("Bradley-Terry ratings", [(names[i], float(plain[i]), float(low[i]), float(high[i])) for i in order], x="rating")
-    page.table("Wins", ("model", *(names[i] for i in order)), [(names[i], *(_wins(counted, names[i], names[j]) if i != j else "" for j in order)) for i in order], "Of the row against the column, ties half.")
+    rows = [
+        (
+            place,
+            names[i],
+            f"{plain[i]:.0f}",
+            f"{low[i]:.0f} to {high[i]:.0f}",
+            f"{styled[i]:.0f}",
+            rank_styled.index(i) + 1,
+            f"{online[i]:.0f}",
+            tallies[names[i]],
+        )
+        for place, i in enumerate(order, 1)
+    ]
+    page.table(
+        "Ratings",
+        ("", "model", "Bradley-Terry", "95% interval", "at equal length", "place at equal length", "Elo", "votes"),
+        rows,
+        f"A difference of 100 is 64% of wins. At equal length: the votes' liking for longer answers ({weight:+.2f} nats"
+        " for one many times as long) is taken out. Elo depends on the order of votes.",
+    )
+    page.intervals(
+        "Bradley-Terry ratings", [(names[i], float(plain[i]), float(low[i]), float(high[i])) for i in order], x="rating"
+    )
+    page.table(
+        "Wins",
+        ("model", *(names[i] for i in order)),
+        [(names[i], *(_wins(counted, names[i], names[j]) if i != j else "" for j in order)) for i in order],
+        "Of the row against the column, ties half.",
+    )
     voters = Counter(b.voter for b in counted)
     page.table("Voters", ("voter", "votes"), voters.most_common(40))
-    metrics: dict[str, Any] = {"votes": len(counted), "models": len(names), "best": best, "not_told_apart": len(beside), "style": weight}
+    metrics: dict[str, Any] = {
+        "votes": len(counted),
+        "models": len(names),
+        "best": best,
+        "not_told_apart": len(beside),
+        "style": weight,
+    }
     agreement = _agreement(ballots)
     if agreement:
         metrics["agreement"] = agreement[0]
         page.text("People and judges", f"On {agreement[1]} pairs that both voted on they agree in {agreement[0]:.0%}.")
-    page.data = {"ratings": {names[i]: {"rating": float(plain[i]), "low": float(low[i]), "high": float(high[i]), "at_equal_length": float(styled[i]), "elo": online[i]} for i in order}, "metrics": metrics}
+    page.data = {
+        "ratings": {
+            names[i]: {
+                "rating": float(plain[i]),
+                "low": float(low[i]),
+                "high": float(high[i]),
+                "at_equal_length": float(styled[i]),
+                "elo": online[i],
+            }
+            for i in order
+        },
+        "metrics": metrics,
+    }
     return Report(ctx.out, metrics=metrics)
 
 
@@ -90,16 +152,34 @@ def read_votes(data: Dataset) -> list[Ballot]:
     out: list[Ballot] = []
     for file, number, row in raw_rows(data.path, rejected):
         where = f"{data.name}: {file} row {number}"
-        missing = next((k for k in ("question", "a", "b", "vote") if not isinstance(row.get(k), str) or not row[k]), None)
+        missing = next(
+            (k for k in ("question", "a", "b", "vote") if not isinstance(row.get(k), str) or not row[k]), None
+        )
         if missing:
             raise DataError(f"{where}: has no `{missing}`; a vote is {{question, a, b, vote: A, B or C, voter}}")
         if row["vote"] not in WON or row["a"] == row["b"]:
-            raise DataError(f"{where}: the vote {row['vote']!r} is none of A, B, C (a tie)" if row["vote"] not in WON else f"{where}: {row['a']!r} is voted on against itself")
+            raise DataError(
+                f"{where}: the vote {row['vote']!r} is none of A, B, C (a tie)"
+                if row["vote"] not in WON
+                else f"{where}: {row['a']!r} is voted on against itself"
+            )
         lengths = row.get("lengths")
         known = isinstance(lengths, list) and len(lengths) == 2 and all(isinstance(n, int) for n in lengths)
-        out.append(Ballot(row["question"], row["a"], row["b"], row["vote"], str(row.get("voter") or "someone"), True, (lengths[0], lengths[1]) if known and isinstance(lengths, list) else (0, 0)))
+        out.append(
+            Ballot(
+                row["question"],
+                row["a"],
+                row["b"],
+                row["vote"],
+                str(row.get("voter") or "someone"),
+                True,
+                (lengths[0], lengths[1]) if known and isinstance(lengths, list) else (0, 0),
+            )
+        )
     if rejected.rows:
-        raise DataError(f"{data.name}: {len(rejected.rows)} votes cannot be read, the first: {rejected.rows[0]['reason']}")
+        raise DataError(
+            f"{data.name}: {len(rejected.rows)} votes cannot be read, the first: {rejected.rows[0]['reason']}"
+        )
     return out
 
 
@@ -110,9 +190,15 @@ def of_judges(report: Report) -> list[Ballot]:
         raise DataError(f"{report.name}: is no judgement of two evaluations (`llmworks evaluate judge` with --against)")
     a, b = data.get("models") or ("", "")
     if a == b:
-        raise DataError(f"{report.name}: both evaluations are of a model called {a!r}; give the models names of their own")
+        raise DataError(
+            f"{report.name}: both evaluations are of a model called {a!r}; give the models names of their own"
+        )
     try:
-        found = [Ballot(str(p["question"]), str(a), str(b), vote, judge, False, (int(p["lengths"][0]), int(p["lengths"][1]))) for p in data["pairs"] for judge, vote in p["verdicts"].items()]
+        found = [
+            Ballot(str(p["question"]), str(a), str(b), vote, judge, False, (int(p["lengths"][0]), int(p["lengths"][1])))
+            for p in data["pairs"]
+            for judge, vote in p["verdicts"].items()
+        ]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         found = []
     if not found or any(ballot.vote not in WON for ballot in found):

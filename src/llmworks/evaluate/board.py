@@ -26,7 +26,13 @@ class BoardConfig(Config):
     """What the page is for."""
 
     title: str = Field("Leaderboard", description="the page's title")
-    model: str = Field("", description="digest of the model that the page is about: its card section is written, and it is compared with the others")
+    model: str = Field(
+        "",
+        description=(
+            "digest of the model that the page is about: its card section is written, and it is compared with the"
+            " others"
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,11 @@ class Entry:
         return float(found["value"]), float(found["low"]), float(found["high"])
 
 
-def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminations: list[Report] | None = None) -> Report:
-    """A table of models and tasks, plots, and differences that are more than noise; `model-card.md` has the section of one model.
+def board(
+    config: BoardConfig, reports: list[Report], ctx: Context, contaminations: list[Report] | None = None
+) -> Report:
+    """A table of models and tasks, plots, and differences that are more than noise; `model-card.md` has the section of
+    one model.
 
     `contaminations`: what evaluate.contamination said of some of the reports.
 
@@ -62,24 +71,67 @@ def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminatio
     page.title = config.title
     best = order[0][0]
     placed = [name for name, rank in order if rank is not None]
-    page.lead = f"{counted(len(order), 'model')} on {counted(len(columns), 'task')}." + (f" Best on average: {best}, by {len(shared)} tasks that {len(placed)} models were asked.{ahead(cells, placed, shared)}" if len(placed) > 1 else "")
-    page.table("Leaderboard", ("model", "mean rank", "mean score", *columns), [row_of(name, rank, cells, columns, shared) for name, rank in order], f"Scores with their 95% intervals; ↓: lower is better. Mean rank and mean score (of those in percent) are over {', '.join(shared) or 'no task'}: what all were asked that were asked half of the tasks or more.")
+    page.lead = f"{counted(len(order), 'model')} on {counted(len(columns), 'task')}." + (
+        f" Best on average: {best}, by {len(shared)} tasks that {len(placed)} models were"
+        f" asked.{ahead(cells, placed, shared)}"
+        if len(placed) > 1
+        else ""
+    )
+    page.table(
+        "Leaderboard",
+        ("model", "mean rank", "mean score", *columns),
+        [row_of(name, rank, cells, columns, shared) for name, rank in order],
+        "Scores with their 95% intervals; ↓: lower is better. Mean rank and mean score (of those in percent) are over"
+        f" {', '.join(shared) or 'no task'}: what all were asked that were asked half of the tasks or more.",
+    )
     percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
     if percent:
-        page.bars("Scores", {c: {name: cells[name, c].score for name, _ in order if (name, c) in cells} for c in percent}, "Lines are 95% intervals.")
+        page.bars(
+            "Scores",
+            {c: {name: cells[name, c].score for name, _ in order if (name, c) in cells} for c in percent},
+            "Lines are 95% intervals.",
+        )
     spokes = [c for c in shared if c in percent]
     if len(spokes) >= 3:
-        page.radar("Profile", spokes, {name: [cells[name, c].score[0] for c in spokes] for name in (placed or [best])[:6]})
+        page.radar(
+            "Profile", spokes, {name: [cells[name, c].score[0] for c in spokes] for name in (placed or [best])[:6]}
+        )
     about = names.get(config.model, best)
     tests = differences(cells, about, [name for name, _ in order if name != about], columns)
     if tests:
-        rows = [(other, column, f"{d:+.1%}", f"{low:+.1%} to {high:+.1%}", small(p), small(adjusted), verdict(d, adjusted)) for other, column, d, low, high, p, adjusted in tests]
-        page.table(f"{about} against the others", ("against", "task", "difference", "95% interval", "p", "p of all", "verdict"), rows, f"Paired over the same samples. {len(tests)} tests are made at once: by chance alone {0.05 * len(tests):.1f} of them would be below 5%, so that the verdict goes by `p of all` (Holm).")
+        rows = [
+            (other, column, f"{d:+.1%}", f"{low:+.1%} to {high:+.1%}", small(p), small(adjusted), verdict(d, adjusted))
+            for other, column, d, low, high, p, adjusted in tests
+        ]
+        page.table(
+            f"{about} against the others",
+            ("against", "task", "difference", "95% interval", "p", "p of all", "verdict"),
+            rows,
+            f"Paired over the same samples. {len(tests)} tests are made at once: by chance alone"
+            f" {0.05 * len(tests):.1f} of them would be below 5%, so that the verdict goes by `p of all` (Holm).",
+        )
     seen = [seen_row(c) for c in sorted(contaminations or [], key=lambda c: (str(c.about.get("task")), c.digest))]
     if seen:
-        page.table("Rows that models may have seen in training", ("model", "task", "samples", "touched", "too short to compare", "score of clean", "score of touched"), seen, "Touched: 13 words in a row stand in what the model or its ancestors were trained on in this workspace. What a foreign model was trained on is not known.")
-    page.table("What was asked", ("task", "metric", "shots", "prompt", "samples", "models"), [asked_row(c, entries) for c in columns])
-    page.data = {"models": {name: {"digest": digest, "scores": {c: cells[name, c].score[0] for c in columns if (name, c) in cells}} for digest, name in names.items()}, "ranks": dict(order), "columns": columns}
+        page.table(
+            "Rows that models may have seen in training",
+            ("model", "task", "samples", "touched", "too short to compare", "score of clean", "score of touched"),
+            seen,
+            "Touched: 13 words in a row stand in what the model or its ancestors were trained on in this workspace."
+            " What a foreign model was trained on is not known.",
+        )
+    page.table(
+        "What was asked",
+        ("task", "metric", "shots", "prompt", "samples", "models"),
+        [asked_row(c, entries) for c in columns],
+    )
+    page.data = {
+        "models": {
+            name: {"digest": digest, "scores": {c: cells[name, c].score[0] for c in columns if (name, c) in cells}}
+            for digest, name in names.items()
+        },
+        "ranks": dict(order),
+        "columns": columns,
+    }
     (ctx.out / CARD).write_text(card(about, cells, columns), encoding="utf-8")
     metrics = {"models": len(order), "tasks": len(columns), "best": best}
     return Report(ctx.out, metrics=metrics, about={"model": config.model})
@@ -88,7 +140,13 @@ def board(config: BoardConfig, reports: list[Report], ctx: Context, contaminatio
 def entry_of(report: Report) -> Entry:
     """One evaluation as an entry. DataError when it is none."""
     data = read_evaluation(report, *WHOLE, of_samples=("question", "group", "score"))
-    return Entry(str(report.about.get("model", "")), str(data["model"]), column_of(data), report.manifest.finished if report.manifest else "", data)
+    return Entry(
+        str(report.about.get("model", "")),
+        str(data["model"]),
+        column_of(data),
+        report.manifest.finished if report.manifest else "",
+        data,
+    )
 
 
 def column_of(data: Mapping[str, Any]) -> str:
@@ -102,16 +160,30 @@ def latest(entries: Sequence[Entry]) -> list[Entry]:
     """Of several evaluations of one model in one column the last; columns are named as shortly as they can be."""
     found = {(e.model, e.column): e for e in sorted(entries, key=lambda e: e.finished)}
     labels = labels_of({e.column: e.data for e in found.values()})
-    return [Entry(e.model, e.name, labels[e.column], e.finished, e.data) for e in sorted(found.values(), key=lambda e: (e.column, e.model))]
+    return [
+        Entry(e.model, e.name, labels[e.column], e.finished, e.data)
+        for e in sorted(found.values(), key=lambda e: (e.column, e.model))
+    ]
 
 
 def labels_of(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """A name for every column: the task's, with what tells it from other columns of the same task."""
     out: dict[str, str] = {}
     for task in {c.split(" #")[0] for c in columns}:
-        alike = {c: [f"{d['shots']} shots", f"{len(d['samples'])} rows", str(d["protocol"].get("prompt", "")), str(d["protocol"].get("side", "all"))] for c, d in columns.items() if c.split(" #")[0] == task}
+        alike = {
+            c: [
+                f"{d['shots']} shots",
+                f"{len(d['samples'])} rows",
+                str(d["protocol"].get("prompt", "")),
+                str(d["protocol"].get("side", "all")),
+            ]
+            for c, d in columns.items()
+            if c.split(" #")[0] == task
+        }
         differing = [i for i in range(4) if len({facts[i] for facts in alike.values()}) > 1]
-        named = {c: f"{task} ({', '.join(facts[i] for i in differing)})" if differing else task for c, facts in alike.items()}
+        named = {
+            c: f"{task} ({', '.join(facts[i] for i in differing)})" if differing else task for c, facts in alike.items()
+        }
         out |= {c: label if list(named.values()).count(label) == 1 else c for c, label in named.items()}
     return out
 
@@ -119,13 +191,19 @@ def labels_of(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def names_of(entries: Sequence[Entry]) -> dict[str, str]:
     """A name for every model's digest; models of one name are told apart by their digests."""
     names = {e.model: e.name for e in sorted(entries, key=lambda e: e.finished)}
-    return {digest: name if list(names.values()).count(name) == 1 else f"{name} {digest[:6]}" for digest, name in names.items()}
+    return {
+        digest: name if list(names.values()).count(name) == 1 else f"{name} {digest[:6]}"
+        for digest, name in names.items()
+    }
 
 
-def ranked(cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns: Sequence[str]) -> tuple[list[tuple[str, float | None]], list[str]]:
+def ranked(
+    cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns: Sequence[str]
+) -> tuple[list[tuple[str, float | None]], list[str]]:
     """((name, mean rank), the best first and those without a rank last; the tasks that ranks are of).
 
-    Tasks: those that all were asked that were asked half of the tasks or more. A model that was not asked all of them has no rank. Equal scores share places.
+    Tasks: those that all were asked that were asked half of the tasks or more. A model that was not asked all of them
+    has no rank. Equal scores share places.
     """
     many = [name for name in names if 2 * sum((name, c) in cells for c in columns) >= len(columns)] or list(names)
     shared = one_of_each(cells, [c for c in columns if all((name, c) in cells for name in many)])
@@ -135,10 +213,16 @@ def ranked(cells: Mapping[tuple[str, str], Entry], names: Sequence[str], columns
         sign = -1 if cells[placed[0], column].data["better"] == "higher" else 1
         values = {name: sign * cells[name, column].score[0] for name in placed}
         for name in placed:
-            below, equal = sum(v < values[name] for v in values.values()), sum(v == values[name] for v in values.values())
+            below, equal = (
+                sum(v < values[name] for v in values.values()),
+                sum(v == values[name] for v in values.values()),
+            )
             ranks[name].append(below + (equal + 1) / 2)
     means = {name: sum(r) / len(r) for name, r in ranks.items()}
-    return [*sorted(means.items(), key=lambda item: (item[1], item[0])), *((name, None) for name in sorted(names) if name not in means)], shared
+    return [
+        *sorted(means.items(), key=lambda item: (item[1], item[0])),
+        *((name, None) for name in sorted(names) if name not in means),
+    ], shared
 
 
 def one_of_each(cells: Mapping[tuple[str, str], Any], columns: Sequence[str]) -> list[str]:
@@ -152,23 +236,38 @@ def one_of_each(cells: Mapping[tuple[str, str], Any], columns: Sequence[str]) ->
     return [c for c in columns if c in {column for _, column in best.values()}]
 
 
-def row_of(name: str, rank: float | None, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str], shared: Sequence[str]) -> tuple[Any, ...]:
+def row_of(
+    name: str, rank: float | None, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str], shared: Sequence[str]
+) -> tuple[Any, ...]:
     """A model's row."""
     percent = [cells[name, c].score[0] for c in shared if cells[name, c].data["percent"]] if rank is not None else []
-    return (name, "–" if rank is None else f"{rank:.2f}", f"{sum(percent) / len(percent):.1%}" if percent else "–", *(shown(cells[name, c]) if (name, c) in cells else "–" for c in columns))
+    return (
+        name,
+        "–" if rank is None else f"{rank:.2f}",
+        f"{sum(percent) / len(percent):.1%}" if percent else "–",
+        *(shown(cells[name, c]) if (name, c) in cells else "–" for c in columns),
+    )
 
 
 def shown(entry: Entry) -> str:
     """A score with its interval."""
     value, low, high = entry.score
-    return f"{value:.1%} ({low:.0%}–{high:.0%})" if entry.data["percent"] else f"{value:.4g} ({low:.3g}–{high:.3g})" + (" ↓" if entry.data["better"] == "lower" else "")
+    return (
+        f"{value:.1%} ({low:.0%}–{high:.0%})"
+        if entry.data["percent"]
+        else f"{value:.4g} ({low:.3g}–{high:.3g})" + (" ↓" if entry.data["better"] == "lower" else "")
+    )
 
 
 Difference = tuple[str, str, float, float, float, float, float]
 
 
-def differences(cells: Mapping[tuple[str, str], Entry], name: str, others: Sequence[str], columns: Sequence[str]) -> list[Difference]:
-    """(other, task, difference in favour of `name`, interval, p, p adjusted for all tests) for tasks whose score is a mean in percent."""
+def differences(
+    cells: Mapping[tuple[str, str], Entry], name: str, others: Sequence[str], columns: Sequence[str]
+) -> list[Difference]:
+    """(other, task, difference in favour of `name`, interval, p, p adjusted for all tests) for tasks whose score is a
+    mean in percent.
+    """
     found: list[tuple[str, str, float, float, float, float]] = []
     for column in columns:
         for other in others:
@@ -177,9 +276,17 @@ def differences(cells: Mapping[tuple[str, str], Entry], name: str, others: Seque
             left, right = ({s["id"]: s for s in cells[n, column].data["samples"]} for n in (other, name))
             sign = 1 if cells[name, column].data["better"] == "higher" else -1
             ids = sorted(left)
-            paired = paired_difference([sign * left[i]["score"] for i in ids], [sign * right[i]["score"] for i in ids], groups=[left[i]["group"] for i in ids])
+            paired = paired_difference(
+                [sign * left[i]["score"] for i in ids],
+                [sign * right[i]["score"] for i in ids],
+                groups=[left[i]["group"] for i in ids],
+            )
             d = paired.difference
-            chance = sign_flip([left[i]["score"] for i in ids], [right[i]["score"] for i in ids], groups=[left[i]["group"] for i in ids])
+            chance = sign_flip(
+                [left[i]["score"] for i in ids],
+                [right[i]["score"] for i in ids],
+                groups=[left[i]["group"] for i in ids],
+            )
             found.append((other, column, d.value, d.low, d.high, chance))
     return [(*f, p) for f, p in zip(found, holm([f[-1] for f in found]), strict=True)]
 
@@ -188,7 +295,12 @@ def ahead(cells: Mapping[tuple[str, str], Entry], placed: Sequence[str], shared:
     """Whether the first model is more than by chance before the one that comes next."""
     tests = differences(cells, placed[0], [placed[1]], shared)
     apart = sum(adjusted < 0.05 for *_, adjusted in tests)
-    return f" {f'{apart} of {len(tests)} tasks' if apart else 'No task'} {'tell' if apart > 1 else 'tells'} it apart from {placed[1]}, which comes next." if tests else ""
+    return (
+        f" {f'{apart} of {len(tests)} tasks' if apart else 'No task'} {'tell' if apart > 1 else 'tells'} it apart from"
+        f" {placed[1]}, which comes next."
+        if tests
+        else ""
+    )
 
 
 def small(chance: float) -> str:
@@ -204,7 +316,14 @@ def verdict(difference: float, chance: float) -> str:
 def seen_row(report: Report) -> tuple[Any, ...]:
     """What a model may have seen of a task."""
     data, m = report.read(), report.metrics
-    return (data["model"], data["task"], m["samples"], m["touched"], m["short"], *(f"{m[k]:.4g}" if k in m else "–" for k in ("score_clean", "score_touched")))
+    return (
+        data["model"],
+        data["task"],
+        m["samples"],
+        m["touched"],
+        m["short"],
+        *(f"{m[k]:.4g}" if k in m else "–" for k in ("score_clean", "score_touched")),
+    )
 
 
 def asked_row(column: str, entries: Sequence[Entry]) -> tuple[Any, ...]:
@@ -223,11 +342,20 @@ def rows_told(data: Mapping[str, Any]) -> str:
 def card(name: str, cells: Mapping[tuple[str, str], Entry], columns: Sequence[str]) -> str:
     """The section of a model card."""
     columns = one_of_each({k: e for k, e in cells.items() if k[0] == name}, [c for c in columns if (name, c) in cells])
-    lines = [f"## Evaluation of {name}", "", "| task | metric | score | 95% interval | samples | shots | prompt |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"## Evaluation of {name}",
+        "",
+        "| task | metric | score | 95% interval | samples | shots | prompt |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for column in columns:
         if (name, column) in cells:
             entry = cells[name, column]
             value, low, high = entry.score
             form = "{:.1%}" if entry.data["percent"] else "{:.4g}"
-            lines.append(f"| {column} | {entry.data['metric']} | {form.format(value)} | {form.format(low)} to {form.format(high)} | {rows_told(entry.data)} | {entry.data['shots']} | {entry.data['protocol'].get('prompt', '')} |")
+            lines.append(
+                f"| {column} | {entry.data['metric']} | {form.format(value)} | {form.format(low)} to"
+                f" {form.format(high)} | {rows_told(entry.data)} | {entry.data['shots']} |"
+                f" {entry.data['protocol'].get('prompt', '')} |"
+            )
     return "\n".join(lines) + "\n"

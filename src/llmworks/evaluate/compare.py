@@ -1,6 +1,7 @@
 """Stage `evaluate.compare`: is one evaluation better than another, sample by sample, and what made the difference?
 
-Two models on one task, or one model on two engines or with two prompts. A paired bootstrap over the same samples; samples that differ are put down to
+Two models on one task, or one model on two engines or with two prompts. A paired bootstrap over the same samples;
+samples that differ are put down to
 their first cause.
 """
 
@@ -33,7 +34,8 @@ class CompareConfig(Config):
 
 
 def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) -> Report:
-    """The mean difference `after - before` with a 95% interval, and a page of the samples that differ, to be filtered by cause.
+    """The mean difference `after - before` with a 95% interval, and a page of the samples that differ, to be filtered
+    by cause.
 
     Metrics: difference, low, high, p_not_better, p_not_worse, gained, lost, samples, differ, same_answer.
     Errors: DataError when the two reports are not of the same samples and task.
@@ -52,40 +54,96 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     one, other = _answers(a, left), _answers(b, right)
     changed = [i for i in ids if one[i] != other[i] or left[i]["score"] != right[i]["score"]]
     metrics = {
-        "difference": d.value, "low": d.low, "high": d.high, "p_not_better": paired.p_not_better, "p_not_worse": paired.p_not_worse, "p": chance, "gained": gained, "lost": lost, "samples": len(ids),
-        "differ": len(changed), "same_answer": sum(one[i] == other[i] for i in ids) / len(ids),
-    }  # fmt: skip
+        "difference": d.value,
+        "low": d.low,
+        "high": d.high,
+        "p_not_better": paired.p_not_better,
+        "p_not_worse": paired.p_not_worse,
+        "p": chance,
+        "gained": gained,
+        "lost": lost,
+        "samples": len(ids),
+        "differ": len(changed),
+        "same_answer": sum(one[i] == other[i] for i in ids) / len(ids),
+    }
     low, high = sorted((sign * d.low, sign * d.high))
     verdict = "not told apart" if chance >= 0.05 else "better" if low > 0 else "worse" if high < 0 else "not told apart"
     page = ctx.report
     form = "{:+.1%}" if a.get("percent", True) else "{:+.4g}"
     told, between = form.format(d.value), f"{form.format(d.low)} to {form.format(d.high)}"
     page.title = f"{after.name} against {before.name}"
-    page.lead = f"{after.name} is {verdict}: {told} (95% interval {between}) over {len(ids)} paired samples; {gained} gained, {lost} lost. The same answer in {metrics['same_answer']:.1%}."
+    page.lead = (
+        f"{after.name} is {verdict}: {told} (95% interval {between}) over {len(ids)} paired samples; {gained} gained,"
+        f" {lost} lost. The same answer in {metrics['same_answer']:.1%}."
+    )
     page.table("Paired bootstrap", ("what", "value"), list(metrics.items()))
     _other_metrics(config, left, right, ids, groups, page)
     causes = {i: cause(a, b, left[i], right[i]) for i in changed} if "definition" in a and "definition" in b else {}
     if causes:
         counted = Counter(causes.values()).most_common()
         several = changes(a, b)
-        note = f" {len(several)} settings differ at once ({', '.join(several)}): what each of them does by itself cannot be told; change one at a time." if len(several) > 1 else ""
-        page.table("Why samples differ", ("cause", "samples", "what it is"), [(c, n, CAUSES[c]) for c, n in counted], f"The first cause that is seen, in the order in which a prompt becomes a score.{note}")
+        note = (
+            f" {len(several)} settings differ at once ({', '.join(several)}): what each of them does by itself cannot"
+            " be told; change one at a time."
+            if len(several) > 1
+            else ""
+        )
+        page.table(
+            "Why samples differ",
+            ("cause", "samples", "what it is"),
+            [(c, n, CAUSES[c]) for c, n in counted],
+            f"The first cause that is seen, in the order in which a prompt becomes a score.{note}",
+        )
         metrics["causes"] = dict(counted)
     if causes or ("definition" in a and "definition" in b):
         differing = settings(a, b)
-        page.table("What decided prompts and scores, and differs", ("what", before.name, after.name), differing or [("nothing", "", "")])
-    items = [(_line(left[i], right[i], sign, causes.get(i, "")), (before.name, _told(left[i])), (after.name, _told(right[i]))) for i in changed[:SHOWN]]
+        page.table(
+            "What decided prompts and scores, and differs",
+            ("what", before.name, after.name),
+            differing or [("nothing", "", "")],
+        )
+    items = [
+        (
+            _line(left[i], right[i], sign, causes.get(i, "")),
+            (before.name, _told(left[i])),
+            (after.name, _told(right[i])),
+        )
+        for i in changed[:SHOWN]
+    ]
     tags = [_tags(left[i], right[i], sign, causes.get(i, "")) for i in changed[:SHOWN]]
-    page.pairs("Samples that differ", items, f"The first {SHOWN} of {len(changed)}." if len(changed) > SHOWN else "", tags)
-    page.data = {"before": before.name, "after": after.name, "verdict": verdict, "metrics": metrics, "differing": [{"id": i, "cause": causes.get(i, ""), "before": left[i]["score"], "after": right[i]["score"]} for i in changed]}
+    page.pairs(
+        "Samples that differ", items, f"The first {SHOWN} of {len(changed)}." if len(changed) > SHOWN else "", tags
+    )
+    page.data = {
+        "before": before.name,
+        "after": after.name,
+        "verdict": verdict,
+        "metrics": metrics,
+        "differing": [
+            {"id": i, "cause": causes.get(i, ""), "before": left[i]["score"], "after": right[i]["score"]}
+            for i in changed
+        ],
+    }
     return Report(ctx.out, metrics=metrics, about={"verdict": verdict})
 
 
-def _check(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+def _check(
+    first: str,
+    second: str,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    left: Mapping[str, Any],
+    right: Mapping[str, Any],
+) -> None:
     if a["task"] != b["task"] or set(left) != set(right):
-        raise DataError(f"{first} and {second} are not of the same task and samples ({a['task']}: {len(left)}, {b['task']}: {len(right)}), so they cannot be paired")
+        raise DataError(
+            f"{first} and {second} are not of the same task and samples ({a['task']}: {len(left)}, {b['task']}:"
+            f" {len(right)}), so they cannot be paired"
+        )
     if a.get("metric") != b.get("metric"):
-        raise DataError(f"{first} and {second} have other scores ({a.get('metric')}, {b.get('metric')}), so they cannot be paired")
+        raise DataError(
+            f"{first} and {second} have other scores ({a.get('metric')}, {b.get('metric')}), so they cannot be paired"
+        )
     by = "row" if all("row" in s for s in (*left.values(), *right.values())) else "question"
     other = next((i for i in sorted(left) if left[i][by] != right[i][by]), None)
     if other is not None:
@@ -93,12 +151,18 @@ def _check(first: str, second: str, a: Mapping[str, Any], b: Mapping[str, Any], 
 
 
 def _answers(run: Mapping[str, Any], samples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What each sample's answer comes down to: the option that was chosen, the answers that were extracted, else the text or its score.
+    """What each sample's answer comes down to: the option that was chosen, the answers that were extracted, else the
+    text or its score.
 
-    Of a text that a function judges as a whole (calls, programs, constraints): the calls in it, or the verdict; another wording is no other answer.
+    Of a text that a function judges as a whole (calls, programs, constraints): the calls in it, or the verdict; another
+    wording is no other answer.
     """
     task = run.get("definition", {})
-    judged = task.get("kind") == "generate" and not any(task.get("extract", {}).values()) and all(str(m.get("name")) not in WRITTEN for m in task.get("metrics", ()))
+    judged = (
+        task.get("kind") == "generate"
+        and not any(task.get("extract", {}).values())
+        and all(str(m.get("name")) not in WRITTEN for m in task.get("metrics", ()))
+    )
     out: dict[str, Any] = {}
     for id, sample in samples.items():
         if "chosen" in sample:
@@ -111,30 +175,68 @@ def _answers(run: Mapping[str, Any], samples: Mapping[str, Mapping[str, Any]]) -
     return out
 
 
-def _other_metrics(config: CompareConfig, left: Mapping[str, Any], right: Mapping[str, Any], ids: list[str], groups: list[str], page: Any) -> None:
+def _other_metrics(
+    config: CompareConfig,
+    left: Mapping[str, Any],
+    right: Mapping[str, Any],
+    ids: list[str],
+    groups: list[str],
+    page: Any,
+) -> None:
     """All metrics that both have, with p-values that allow for their number."""
     names = [n for n in left[ids[0]].get("scores", {}) if n in right[ids[0]].get("scores", {})]
     if len(names) < 2:
         return
-    found = [paired_difference([left[i]["scores"][n] for i in ids], [right[i]["scores"][n] for i in ids], groups=groups, seed=config.seed, resamples=config.resamples) for n in names]
-    chances = [sign_flip([left[i]["scores"][n] for i in ids], [right[i]["scores"][n] for i in ids], groups=groups, seed=config.seed) for n in names]
-    rows = [(n, f"{p.difference.value:+.4g}", f"{p.difference.low:+.4g} to {p.difference.high:+.4g}", small(c), small(h)) for n, p, c, h in zip(names, found, chances, holm(chances), strict=True)]
-    page.table("All metrics", ("metric", "difference", "95% interval", "p", "p of all"), rows, f"{len(names)} metrics are looked at together: `p of all` allows for that (Holm).")
+    found = [
+        paired_difference(
+            [left[i]["scores"][n] for i in ids],
+            [right[i]["scores"][n] for i in ids],
+            groups=groups,
+            seed=config.seed,
+            resamples=config.resamples,
+        )
+        for n in names
+    ]
+    chances = [
+        sign_flip(
+            [left[i]["scores"][n] for i in ids], [right[i]["scores"][n] for i in ids], groups=groups, seed=config.seed
+        )
+        for n in names
+    ]
+    rows = [
+        (n, f"{p.difference.value:+.4g}", f"{p.difference.low:+.4g} to {p.difference.high:+.4g}", small(c), small(h))
+        for n, p, c, h in zip(names, found, chances, holm(chances), strict=True)
+    ]
+    page.table(
+        "All metrics",
+        ("metric", "difference", "95% interval", "p", "p of all"),
+        rows,
+        f"{len(names)} metrics are looked at together: `p of all` allows for that (Holm).",
+    )
 
 
 def _line(left: Mapping[str, Any], right: Mapping[str, Any], sign: int, why: str) -> str:
-    mark = {1: "+", -1: "−", 0: "·"}[(sign * right["score"] > sign * left["score"]) - (sign * right["score"] < sign * left["score"])]
+    mark = {1: "+", -1: "−", 0: "·"}[
+        (sign * right["score"] > sign * left["score"]) - (sign * right["score"] < sign * left["score"])
+    ]
     return f"{mark} {f'[{why}] ' if why else ''}{left['question'][:110]}"
 
 
 def _tags(left: Mapping[str, Any], right: Mapping[str, Any], sign: int, why: str) -> list[str]:
     change = sign * (right["score"] - left["score"])
-    return ["gained" if change > 0 else "lost" if change < 0 else "same score", *([why] if why else []), *([str(left["group"])] if left.get("group") and len(str(left["group"])) < 30 else [])]
+    return [
+        "gained" if change > 0 else "lost" if change < 0 else "same score",
+        *([why] if why else []),
+        *([str(left["group"])] if left.get("group") and len(str(left["group"])) < 30 else []),
+    ]
 
 
 def _told(sample: Mapping[str, Any]) -> str:
     """What a person wants to see of a sample."""
     if "choices" in sample:
-        return "\n".join(f"{'→' if c == sample['chosen'] else ' '}{'✓' if i in sample['gold'] else ' '} {p:9.3f}  {c}" for i, (c, p) in enumerate(zip(sample["choices"], sample["logprobs"], strict=False)))
+        return "\n".join(
+            f"{'→' if c == sample['chosen'] else ' '}{'✓' if i in sample['gold'] else ' '} {p:9.3f}  {c}"
+            for i, (c, p) in enumerate(zip(sample["choices"], sample["logprobs"], strict=False))
+        )
     reason = f"\n\n({sample['reason']})" if sample.get("reason") else ""
     return (sample["text"] or f"log-probability {sum(sample.get('logprobs', []))}") + reason

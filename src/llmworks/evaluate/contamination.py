@@ -1,6 +1,8 @@
-"""Stage `evaluate.contamination`: which samples of an evaluation stand in what the model was trained on, and the score without them.
+"""Stage `evaluate.contamination`: which samples of an evaluation stand in what the model was trained on, and the score
+without them.
 
-A sample is touched when a training row shares a run of its words: 13, as in GPT-3 (Brown et al. 2020, appendix C), or all of it where it has fewer, but 8
+A sample is touched when a training row shares a run of its words: 13, as in GPT-3 (Brown et al. 2020, appendix C), or
+all of it where it has fewer, but 8
 at least. Runs that many samples share are the task's own words and do not count.
 """
 
@@ -26,11 +28,15 @@ class ContaminationConfig(Config):
     """What counts as touched."""
 
     n: int = Field(13, ge=3, le=50, description="words in a row that a training row must share with a sample")
-    least: int = Field(8, ge=3, description="samples of fewer words than n are compared whole, those of fewer than this not at all")
+    least: int = Field(
+        8, ge=3, description="samples of fewer words than n are compared whole, those of fewer than this not at all"
+    )
 
 
 def contamination(config: ContaminationConfig, evaluation: Report, trained: list[Dataset], ctx: Context) -> Report:
-    """The score of touched and of clean samples. Metrics: touched, clean, short (not compared), score_clean, score_touched with their intervals.
+    """The score of touched and of clean samples.
+
+    Metrics: touched, clean, short (not compared), score_clean, score_touched with their intervals.
 
     Errors: DataError for a report that is no evaluation, or training sets that cannot be read as text.
     """
@@ -48,21 +54,45 @@ def contamination(config: ContaminationConfig, evaluation: Report, trained: list
                     touched.setdefault(sample, f"{dataset.name}: {id}: {' '.join(run)}")
     clean = [i for i in samples if i not in touched and i not in short]
     sides = {"clean": clean, "touched": list(touched), "short": short}
-    metrics: dict[str, object] = {"samples": len(samples), "training_rows": rows, **{name: len(ids) for name, ids in sides.items()}}
+    metrics: dict[str, object] = {
+        "samples": len(samples),
+        "training_rows": rows,
+        **{name: len(ids) for name, ids in sides.items()},
+    }
     table = []
     for name, ids in (("all", list(samples)), *sides.items()):
         if ids:
-            found = mean_interval([samples[i]["score"] for i in ids], groups=[str(samples[i].get("group", "")) for i in ids])
+            found = mean_interval(
+                [samples[i]["score"] for i in ids], groups=[str(samples[i].get("group", "")) for i in ids]
+            )
             table.append((name, len(ids), f"{found.value:.4g}", f"{found.low:.4g} to {found.high:.4g}"))
             if name != "all":
                 metrics[f"score_{name}"] = found.value
     page = ctx.report
     page.title = f"{data['task']} on {data['model']}: what it may have seen"
-    page.lead = f"{len(touched)} of {len(samples)} samples share {config.n} words in a row with {rows:,} rows of {', '.join(d.name for d in trained)}; {len(short)} are too short to compare."
+    page.lead = (
+        f"{len(touched)} of {len(samples)} samples share {config.n} words in a row with {rows:,} rows of"
+        f" {', '.join(d.name for d in trained)}; {len(short)} are too short to compare."
+    )
     page.table("Mean score", ("samples", "how many", "mean", "95% interval"), table)
-    page.samples("Touched samples", [{"": samples[i]["question"][:120], "question": samples[i]["question"], "shares": why} for i, why in list(touched.items())[:60]])
-    page.data = {"touched": touched, "short": short, "metrics": metrics, "task": data["task"], "model": data["model"], "evaluation": evaluation.manifest.digest if evaluation.manifest else ""}
-    return Report(ctx.out, metrics=dict(metrics), about={"model": evaluation.about.get("model", ""), "task": data["task"]})
+    page.samples(
+        "Touched samples",
+        [
+            {"": samples[i]["question"][:120], "question": samples[i]["question"], "shares": why}
+            for i, why in list(touched.items())[:60]
+        ],
+    )
+    page.data = {
+        "touched": touched,
+        "short": short,
+        "metrics": metrics,
+        "task": data["task"],
+        "model": data["model"],
+        "evaluation": evaluation.manifest.digest if evaluation.manifest else "",
+    }
+    return Report(
+        ctx.out, metrics=dict(metrics), about={"model": evaluation.about.get("model", ""), "task": data["task"]}
+    )
 
 
 def _index(config: ContaminationConfig, texts: dict[str, str]) -> tuple[dict[tuple[str, ...], list[str]], list[str]]:

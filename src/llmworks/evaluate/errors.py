@@ -1,4 +1,6 @@
-"""Stage `evaluate.errors`: where does a model fail? Failures by topic, length, group and kind of error, with what is more than chance.
+"""Stage `evaluate.errors`: where does a model fail?
+
+Failures by topic, length, group and kind of error, with what is more than chance.
 
 Topics are clusters of all questions, so that each has a rate of failures. Knows no model.
 """
@@ -46,9 +48,11 @@ class Part:
 
 
 def errors(config: ErrorsConfig, evaluation: Report, ctx: Context) -> Report:
-    """Rates of failure by topic, length, group and kind of error; parts that fail more than the rest are told from chance (Fisher's exact test, Holm).
+    """Rates of failure by topic, length, group and kind of error; parts that fail more than the rest are told from
+    chance (Fisher's exact test, Holm).
 
-    Errors: DataError for a report that is no evaluation with right and wrong answers; MissingDependency without scikit-learn.
+    Errors: DataError for a report that is no evaluation with right and wrong answers; MissingDependency without
+    scikit-learn.
     """
     data = read_evaluation(evaluation, "task", "model", of_samples=("question", "score"))
     samples = {s["id"]: s for s in data["samples"]}
@@ -61,19 +65,59 @@ def errors(config: ErrorsConfig, evaluation: Report, ctx: Context) -> Report:
     kinds: dict[str, list[str]] = {}
     for i in sorted(failed):
         kinds.setdefault(kind_of(samples[i]), []).append(i)
-    page.table("Kinds of errors", ("kind", "samples", "of all failures"), [(k, len(v), f"{len(v) / len(failed):.0%}") for k, v in sorted(kinds.items(), key=lambda item: -len(item[1]))] or [("none", 0, "")])
-    facets = {"topic": topics(samples, config), "length": lengths(samples), "group": {i: str(s["group"]) for i, s in samples.items() if s.get("group")}}
+    page.table(
+        "Kinds of errors",
+        ("kind", "samples", "of all failures"),
+        [(k, len(v), f"{len(v) / len(failed):.0%}") for k, v in sorted(kinds.items(), key=lambda item: -len(item[1]))]
+        or [("none", 0, "")],
+    )
+    facets = {
+        "topic": topics(samples, config),
+        "length": lengths(samples),
+        "group": {i: str(s["group"]) for i, s in samples.items() if s.get("group")},
+    }
     parts = [p for facet, names in facets.items() for p in divided(facet, names, failed, len(samples))]
     adjusted = holm([p.chance for p in parts])
-    rows = [(p.facet, p.name, len(p.ids), p.failed, f"{p.rate:.0%}", f"{p.chance:.3g}", f"{a:.3g}", "more than chance" if a < 0.05 else "") for p, a in sorted(zip(parts, adjusted, strict=True), key=lambda item: (item[1], -item[0].rate))]
-    page.table("Where failures are", ("by", "part", "samples", "failed", "rate", "p", "p of all", ""), rows, f"p: chance of as many failures in a part, were they spread evenly (Fisher's exact test, one-sided). {len(parts)} parts are looked at: `p of all` allows for that (Holm).")
+    rows = [
+        (
+            p.facet,
+            p.name,
+            len(p.ids),
+            p.failed,
+            f"{p.rate:.0%}",
+            f"{p.chance:.3g}",
+            f"{a:.3g}",
+            "more than chance" if a < 0.05 else "",
+        )
+        for p, a in sorted(zip(parts, adjusted, strict=True), key=lambda item: (item[1], -item[0].rate))
+    ]
+    page.table(
+        "Where failures are",
+        ("by", "part", "samples", "failed", "rate", "p", "p of all", ""),
+        rows,
+        "p: chance of as many failures in a part, were they spread evenly (Fisher's exact test, one-sided)."
+        f" {len(parts)} parts are looked at: `p of all` allows for that (Holm).",
+    )
     for part in [p for p, a in zip(parts, adjusted, strict=True) if a < 0.05 and p.facet != "length"][:10]:
         page.samples(f"{part.facet}: {part.name}", [_shown(samples[i]) for i in part.ids if i in failed][:EXAMPLES])
     for kind, ids in sorted(kinds.items(), key=lambda item: -len(item[1]))[:6]:
         page.samples(f"Error: {kind}", [_shown(samples[i]) for i in ids[:EXAMPLES]])
-    page.data = {"failed": sorted(failed), "kinds": kinds, "parts": [{"facet": p.facet, "name": p.name, "samples": len(p.ids), "failed": p.failed, "p": p.chance, "p_of_all": a} for p, a in zip(parts, adjusted, strict=True)], "topics": facets["topic"]}
+    page.data = {
+        "failed": sorted(failed),
+        "kinds": kinds,
+        "parts": [
+            {"facet": p.facet, "name": p.name, "samples": len(p.ids), "failed": p.failed, "p": p.chance, "p_of_all": a}
+            for p, a in zip(parts, adjusted, strict=True)
+        ],
+        "topics": facets["topic"],
+    }
     worst = min(zip(adjusted, parts, strict=True), key=lambda item: (item[0], -item[1].rate), default=None)
-    metrics = {"samples": len(samples), "failed": len(failed), "clusters": len(set(facets["topic"].values())), "parts_more_than_chance": sum(a < 0.05 for a in adjusted)}
+    metrics = {
+        "samples": len(samples),
+        "failed": len(failed),
+        "clusters": len(set(facets["topic"].values())),
+        "parts_more_than_chance": sum(a < 0.05 for a in adjusted),
+    }
     if worst is not None and worst[0] < 0.05:
         page.lead += f" Most of all: {worst[1].facet} {worst[1].name!r}, {worst[1].failed} of {len(worst[1].ids)}."
     return Report(ctx.out, metrics=metrics, about={"model": evaluation.about.get("model", "")})
@@ -85,7 +129,13 @@ def kind_of(sample: Mapping[str, Any]) -> str:
         return "not answered"
     if "chosen" in sample:
         best = sorted(sample["logprobs"], reverse=True)
-        return "another option, by a hair" if best[0] - best[1] < 0.1 else f"chose {sample['chosen'][:20]!r} instead" if len(sample["chosen"]) <= 4 else "another option"
+        return (
+            "another option, by a hair"
+            if best[0] - best[1] < 0.1
+            else f"chose {sample['chosen'][:20]!r} instead"
+            if len(sample["chosen"]) <= 4
+            else "another option"
+        )
     if not str(sample.get("text", "")).strip():
         return "an empty answer"
     cut = " (cut off)" if sample.get("finish") == "length" else ""
@@ -101,12 +151,16 @@ def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorsConfig) -> di
         from sklearn.cluster import KMeans
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError:
-        raise MissingDependency("evaluate.errors groups questions with scikit-learn; install it with: pip install 'llmworks[corpus]'") from None
+        raise MissingDependency(
+            "evaluate.errors groups questions with scikit-learn; install it with: pip install 'llmworks[corpus]'"
+        ) from None
     import numpy as np
 
     ids = list(samples)
     try:
-        vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True, max_df=0.5, min_df=2, token_pattern=r"(?u)\b[^\W\d]{3,}\b")
+        vectorizer = TfidfVectorizer(
+            stop_words="english", sublinear_tf=True, max_df=0.5, min_df=2, token_pattern=r"(?u)\b[^\W\d]{3,}\b"
+        )
         vectors = vectorizer.fit_transform([samples[i]["question"] for i in ids])
     except ValueError:  # no word in two questions
         return dict.fromkeys(ids, "all")
@@ -128,7 +182,12 @@ def lengths(samples: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     size = {i: len(s["question"]) for i, s in samples.items()}
     order = sorted(size.values())
     bounds = [order[len(order) * q // 4] for q in (1, 2, 3)]
-    names = [f"up to {bounds[0]} characters", f"{bounds[0]} to {bounds[1]}", f"{bounds[1]} to {bounds[2]}", f"above {bounds[2]} characters"]
+    names = [
+        f"up to {bounds[0]} characters",
+        f"{bounds[0]} to {bounds[1]}",
+        f"{bounds[1]} to {bounds[2]}",
+        f"above {bounds[2]} characters",
+    ]
     return {i: names[sum(n > b for b in bounds)] for i, n in size.items()}
 
 
@@ -146,12 +205,23 @@ def divided(facet: str, names: Mapping[str, str], failed: set[str], total: int) 
 
 
 def at_least(seen: int, drawn: int, marked: int, total: int) -> float:
-    """Chance that of `drawn` of `total` items, of which some are marked, at least `seen` are: the hypergeometric tail (Fisher's exact test, one-sided)."""
+    """Chance that of `drawn` of `total` items, of which some are marked, at least `seen` are: the hypergeometric tail
+    (Fisher's exact test, one-sided).
+    """
     logs: Callable[[int, int], float] = lambda n, k: math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)  # noqa: E731
-    chances = [math.exp(logs(marked, k) + logs(total - marked, drawn - k) - logs(total, drawn)) for k in range(max(seen, drawn - (total - marked)), min(drawn, marked) + 1)]
+    chances = [
+        math.exp(logs(marked, k) + logs(total - marked, drawn - k) - logs(total, drawn))
+        for k in range(max(seen, drawn - (total - marked)), min(drawn, marked) + 1)
+    ]
     return min(1.0, math.fsum(chances))
 
 
 def _shown(sample: Mapping[str, Any]) -> dict[str, str]:
     answers: Sequence[str] = [str(sample.get("text", ""))]
-    return {"": str(sample["question"])[:140], "question": str(sample["question"]), "said": answers[0], "right": str(sample.get("reference", "")), "why": str(sample.get("reason", "")) or kind_of(sample)}
+    return {
+        "": str(sample["question"])[:140],
+        "question": str(sample["question"]),
+        "said": answers[0],
+        "right": str(sample.get("reference", "")),
+        "why": str(sample.get("reason", "")) or kind_of(sample),
+    }

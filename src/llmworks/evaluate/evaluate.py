@@ -1,6 +1,7 @@
 """Stage `evaluate`: a task on a model through any engine, sample by sample, with confidence intervals.
 
-What an engine answered is kept in scratch as it comes, so that a killed run asks nothing twice. Knows tasks and the Engine protocol, no model.
+What an engine answered is kept in scratch as it comes, so that a killed run asks nothing twice. Knows tasks and the
+Engine protocol, no model.
 """
 
 from __future__ import annotations
@@ -26,13 +27,24 @@ class EvaluateConfig(Config):
     """What is asked."""
 
     task: str = Field(description="name of a built-in task, or a YAML file of a task (the lm-evaluation-harness's too)")
-    definition: dict[str, Any] = Field({}, description="the task as it was read, so that another content is another evaluation; filled in from `task`")
-    shots: int | None = Field(None, ge=0, le=100, description="worked examples in front of every question, in place of the task's")
-    prompt: Literal["", "plain", "chat"] = Field("", description="in place of the task's: `plain` text that the model goes on with, or `chat` turns")
-    side: Literal["all", "practice", "test"] = Field("all", description="half of the rows, always the same half: `practice` to find failures that the model may be trained on (evaluate.practice), `test` to measure it afterwards")
+    definition: dict[str, Any] = Field(
+        {}, description="the task as it was read, so that another content is another evaluation; filled in from `task`"
+    )
+    shots: int | None = Field(
+        None, ge=0, le=100, description="worked examples in front of every question, in place of the task's"
+    )
+    prompt: Literal["", "plain", "chat"] = Field(
+        "", description="in place of the task's: `plain` text that the model goes on with, or `chat` turns"
+    )
+    side: Literal["all", "practice", "test"] = Field(
+        "all",
+        description=(
+            "half of the rows, always the same half: `practice` to find failures that the model may be trained on"
+            " (evaluate.practice), `test` to measure it afterwards"
+        ),
+    )
     limit: int | None = Field(None, gt=0, description="only the first rows")
     max_tokens: int | None = Field(None, gt=0, description="longest answer, in place of the task's")
-
 
     @model_validator(mode="before")
     @classmethod
@@ -42,15 +54,21 @@ class EvaluateConfig(Config):
         return values
 
 
-def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx: Context, examples: Dataset | None = None) -> Report:
-    """Ask every row and score what comes back; report each metric with its 95% interval, every sample, and what decided the prompts.
+def evaluate(
+    config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx: Context, examples: Dataset | None = None
+) -> Report:
+    """Ask every row and score what comes back; report each metric with its 95% interval, every sample, and what decided
+    the prompts.
 
-    Errors: UserError for an unknown task, too few rows for worked examples, or an engine that cannot be asked so; DataError for rows without a right answer.
+    Errors: UserError for an unknown task, too few rows for worked examples, or an engine that cannot be asked so;
+    DataError for rows without a right answer.
     """
     task = with_config(checked(config.task, config.definition), config, ctx.seed)
     every = read_rows(task, data, task.split)
     rows = one_side(kept(task, every, data.name), config.side, task)
-    alone = examples is None or (examples.path.resolve() == data.path.resolve() and task.examples_split in ("", task.split))
+    alone = examples is None or (
+        examples.path.resolve() == data.path.resolve() and task.examples_split in ("", task.split)
+    )
     pool = rows if examples is None else read_rows(task, examples, task.examples_split or task.split)
     try:
         asked = questions(task, rows[: config.limit], pool, same_pool=alone)
@@ -60,12 +78,26 @@ def evaluate(config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx:
     measure(task, [], asked)  # a row that cannot be scored is refused before anything is asked
     engine = ctx.open_engine(model)
     try:
-        asker = Asker(task, engine, ctx.scratch, ctx.progress, Memory(ctx.scratch.parent, model.digest, type(engine).__name__))
+        asker = Asker(
+            task, engine, ctx.scratch, ctx.progress, Memory(ctx.scratch.parent, model.digest, type(engine).__name__)
+        )
         asker.check()
         answered = asker.ask(asked)
     finally:
         engine.close()
-    return write_report(task, model, measure(task, answered, asked), {**asker.protocol, "rows": len(every), "left_out": len(every) - len(rows), "asked": len(asked), "side": config.side}, ctx)
+    return write_report(
+        task,
+        model,
+        measure(task, answered, asked),
+        {
+            **asker.protocol,
+            "rows": len(every),
+            "left_out": len(every) - len(rows),
+            "asked": len(asked),
+            "side": config.side,
+        },
+        ctx,
+    )
 
 
 def with_config(task: Task, config: EvaluateConfig, seed: int) -> Task:
@@ -88,4 +120,7 @@ def expectation(task: Task, samples: int) -> str:
     least = detectable(0.5 * 2**0.5, samples)
     if least >= 1:
         return f"{task.name}: {samples} samples, which are too few to tell two models apart"
-    return f"{task.name}: {samples} samples; differences between two models below about {least:.0%} are seldom told from chance (less where both answer alike)"
+    return (
+        f"{task.name}: {samples} samples; differences between two models below about {least:.0%} are seldom told from"
+        " chance (less where both answer alike)"
+    )

@@ -1,6 +1,7 @@
 """Stage `evaluate.judge`: models judge answers: a grade for each, or the better of two, alone or as a jury.
 
-Pairs are shown in both orders, and a judge that changes with the order has decided nothing. The report says how far judges can be trusted: agreement with
+Pairs are shown in both orders, and a judge that changes with the order has decided nothing. The report says how far
+judges can be trusted: agreement with
 one another and with people's labels, and whether place, length or kinship sways them.
 """
 
@@ -31,15 +32,21 @@ SHOWN = 60
 class JudgeConfig(Config):
     """What judges are asked."""
 
-    criteria: str = Field("", description="what is judged, in a phrase; default: does it do what was asked, right, complete and clear")
-    reference: Literal["auto", "never"] = Field("auto", description="auto: the row's reference answer is shown to the judge where there is one")
+    criteria: str = Field(
+        "", description="what is judged, in a phrase; default: does it do what was asked, right, complete and clear"
+    )
+    reference: Literal["auto", "never"] = Field(
+        "auto", description="auto: the row's reference answer is shown to the judge where there is one"
+    )
     max_tokens: int = Field(256, gt=0, description="longest verdict")
     limit: int | None = Field(None, gt=0, description="only the first samples")
 
 
 @dataclass
 class Judged:
-    """What one judge said: by sample, a grade (0 to 1, or a reward) or a verdict A, B or C; `unread`: where it said neither."""
+    """What one judge said: by sample, a grade (0 to 1, or a reward) or a verdict A, B or C; `unread`: where it said
+    neither.
+    """
 
     name: str
     verdicts: dict[str, Any] = field(default_factory=dict)
@@ -49,49 +56,100 @@ class Judged:
     unbounded: bool = False
 
 
-def judge(config: JudgeConfig, answers: Report, judges: dict[str, Model], ctx: Context, against: Report | None = None, labels: Dataset | None = None) -> Report:
-    """Grade the answers of an evaluation, or with `against` say which of two evaluations' answers is better (A: `answers`, B: `against`).
+def judge(
+    config: JudgeConfig,
+    answers: Report,
+    judges: dict[str, Model],
+    ctx: Context,
+    against: Report | None = None,
+    labels: Dataset | None = None,
+) -> Report:
+    """Grade the answers of an evaluation, or with `against` say which of two evaluations' answers is better (A:
+    `answers`, B: `against`).
 
-    `labels`: people's verdicts, rows of {id, label}, with `rater` where several people judged: a grade from 1 to 10, or A, B, C.
-    Metrics: score (mean grade, or share of wins with half of the ties), low, high, unread, and kappa where there are labels.
-    Errors: DataError for evaluations without written answers or of other rows, labels that contradict each other, or no verdict at all.
+    `labels`: people's verdicts, rows of {id, label}, with `rater` where several people judged: a grade from 1 to 10, or
+    A, B, C.
+    Metrics: score (mean grade, or share of wins with half of the ties), low, high, unread, and kappa where there are
+    labels.
+    Errors: DataError for evaluations without written answers or of other rows, labels that contradict each other, or no
+    verdict at all.
     """
     samples = _samples(answers, config.limit)
     others = None if against is None else _samples(against, config.limit)
-    if others is not None and {i: s["question"] for i, s in samples.items()} != {i: s["question"] for i, s in others.items()}:
-        raise DataError(f"{answers.name} and {against.name if against else ''} do not answer the same questions, so their answers cannot be compared")
+    if others is not None and {i: s["question"] for i, s in samples.items()} != {
+        i: s["question"] for i, s in others.items()
+    }:
+        raise DataError(
+            f"{answers.name} and {against.name if against else ''} do not answer the same questions, so their answers"
+            " cannot be compared"
+        )
     people = None if labels is None else read_labels(labels, set(samples), pairs=others is not None)
     found = [_ask(config, name, model, samples, others, ctx) for name, model in judges.items()]
     if not any(one.verdicts for one in found):
         example = next((text for one in found for text in one.said.values()), "")
         form = "[[A]], [[B]] or [[C]]" if others is not None else "a grade in double brackets, as [[7]]"
-        raise DataError(f"no judge gave a verdict; the first said {' '.join(example.split())[:100]!r}; wanted is {form}; take a stronger judge")
+        raise DataError(
+            f"no judge gave a verdict; the first said {' '.join(example.split())[:100]!r}; wanted is {form}; take a"
+            " stronger judge"
+        )
     page = ctx.report
     jury = _jury(found, samples, pairs=others is not None)
     if not jury:
         raise DataError("no answer has a verdict of any judge with a scale; reward models alone can only compare")
     values = {i: {"A": 1.0, "B": 0.0, "C": 0.5}[v] if others is not None else v for i, v in jury.items()}
     score = mean_interval(list(values.values()), groups=[str(samples[i].get("group", "")) for i in values])
-    metrics: dict[str, Any] = {"score": score.value, "low": score.low, "high": score.high, "samples": len(samples), "judged": len(values), "unread": sum(one.unread for one in found)}
+    metrics: dict[str, Any] = {
+        "score": score.value,
+        "low": score.low,
+        "high": score.high,
+        "samples": len(samples),
+        "judged": len(values),
+        "unread": sum(one.unread for one in found),
+    }
     if others is None:
         page.title = f"{answers.name}, graded by {', '.join(judges)}"
-        page.lead = f"Mean grade {1 + score.value * (BEST - 1):.2f} of {BEST} (95% interval {1 + score.low * (BEST - 1):.2f} to {1 + score.high * (BEST - 1):.2f}) over {len(values)} answers."
+        page.lead = (
+            f"Mean grade {1 + score.value * (BEST - 1):.2f} of {BEST} (95% interval {1 + score.low * (BEST - 1):.2f} to"
+            f" {1 + score.high * (BEST - 1):.2f}) over {len(values)} answers."
+        )
     else:
         wins = [sum(v == letter for v in jury.values()) for letter in "ABC"]
         metrics |= {"wins": wins[0], "losses": wins[1], "ties": wins[2]}
         page.title = f"{answers.name} against {against.name if against else ''}, judged by {', '.join(judges)}"
-        page.lead = f"{answers.name} wins {score.value:.1%} (95% interval {score.low:.1%} to {score.high:.1%}), ties counted half: {wins[0]} won, {wins[1]} lost, {wins[2]} ties or undecided, of {len(values)}."
-    page.table("Judges", ("judge", "verdicts", "unread", "mean"), [(one.name, len(one.verdicts), one.unread, _mean(one, pairs=others is not None)) for one in found])
+        page.lead = (
+            f"{answers.name} wins {score.value:.1%} (95% interval {score.low:.1%} to {score.high:.1%}), ties counted"
+            f" half: {wins[0]} won, {wins[1]} lost, {wins[2]} ties or undecided, of {len(values)}."
+        )
+    page.table(
+        "Judges",
+        ("judge", "verdicts", "unread", "mean"),
+        [(one.name, len(one.verdicts), one.unread, _mean(one, pairs=others is not None)) for one in found],
+    )
     if others is not None:
         _biases(found, judges, samples, others, answers, against, page)
     _among(found, page)
     if people is not None:
         metrics |= _with_people(found, jury, people, page, pairs=others is not None)
     page.samples("Verdicts", [_shown(i, samples[i], others, found) for i in list(values)[:SHOWN]])
-    page.data = {"answers": answers.name, "against": against.name if against else "", "metrics": metrics, "judges": {one.name: {"verdicts": one.verdicts, "orders": one.orders} for one in found}, "jury": jury, "said": {one.name: one.said for one in found}}
+    page.data = {
+        "answers": answers.name,
+        "against": against.name if against else "",
+        "metrics": metrics,
+        "judges": {one.name: {"verdicts": one.verdicts, "orders": one.orders} for one in found},
+        "jury": jury,
+        "said": {one.name: one.said for one in found},
+    }
     if others is not None and against is not None:
         page.data["models"] = [answers.read().get("model", answers.name), against.read().get("model", against.name)]
-        page.data["pairs"] = [{"id": i, "question": samples[i]["question"], "lengths": [len(samples[i]["text"]), len(others[i]["text"])], "verdicts": {one.name: one.verdicts[i] for one in found if i in one.verdicts}} for i in jury]
+        page.data["pairs"] = [
+            {
+                "id": i,
+                "question": samples[i]["question"],
+                "lengths": [len(samples[i]["text"]), len(others[i]["text"])],
+                "verdicts": {one.name: one.verdicts[i] for one in found if i in one.verdicts},
+            }
+            for i in jury
+        ]
     return Report(ctx.out, metrics=metrics, about={"model": answers.about.get("model", "")})
 
 
@@ -102,19 +160,35 @@ def _samples(report: Report, limit: int | None) -> dict[str, dict[str, Any]]:
     return {s["id"]: s for s in samples[:limit]}
 
 
-def _ask(config: JudgeConfig, name: str, model: Model | Adapter, samples: Mapping[str, Any], others: Mapping[str, Any] | None, ctx: Context) -> Judged:
+def _ask(
+    config: JudgeConfig,
+    name: str,
+    model: Model | Adapter,
+    samples: Mapping[str, Any],
+    others: Mapping[str, Any] | None,
+    ctx: Context,
+) -> Judged:
     if isinstance(model, Model) and is_reward(model):
         return _rewards(name, Reward(model.path), samples, others)
     prompts: dict[str, str] = {}
     for id, sample in samples.items():
-        turns, reference = (Message("user", sample["question"]),), sample.get("reference", "") if config.reference == "auto" else ""
+        turns, reference = (
+            (Message("user", sample["question"]),),
+            sample.get("reference", "") if config.reference == "auto" else "",
+        )
         if others is None:
             prompts[id] = grading(turns, sample["text"], config.criteria, reference)
         else:
             prompts[f"{id} AB"] = comparing(turns, sample["text"], others[id]["text"], config.criteria, reference)
             prompts[f"{id} BA"] = comparing(turns, others[id]["text"], sample["text"], config.criteria, reference)
-    requests = {key: Request((Message("user", text),), sampling=Sampling(max_tokens=config.max_tokens)) for key, text in prompts.items()}
-    with Journal(ctx.scratch / f"judged-{name}.jsonl", lambda: ctx.open_engine(model)) as journal, ctx.progress.bar(f"{name} judges", len(requests), "verdicts") as bar:
+    requests = {
+        key: Request((Message("user", text),), sampling=Sampling(max_tokens=config.max_tokens))
+        for key, text in prompts.items()
+    }
+    with (
+        Journal(ctx.scratch / f"judged-{name}.jsonl", lambda: ctx.open_engine(model)) as journal,
+        ctx.progress.bar(f"{name} judges", len(requests), "verdicts") as bar,
+    ):
         replies = journal.ask(requests, bar)
     said = {key: reply.text if isinstance(reply, Record) else f"(refused: {reply})" for key, reply in replies.items()}
     made = Judged(name, said=said)
@@ -123,7 +197,10 @@ def _ask(config: JudgeConfig, name: str, model: Model | Adapter, samples: Mappin
             grade = read_grade(said[id])
             verdict: Any = grade
         else:
-            first, swapped = read_choice(said[f"{id} AB"]), {"A": "B", "B": "A"}.get(choice := read_choice(said[f"{id} BA"]), choice)
+            first, swapped = (
+                read_choice(said[f"{id} AB"]),
+                {"A": "B", "B": "A"}.get(choice := read_choice(said[f"{id} BA"]), choice),
+            )
             verdict = agreement.merged(first, swapped) if first and swapped else None
             if verdict:
                 made.orders[id] = (first, swapped)
@@ -165,24 +242,57 @@ def _mean(one: Judged, *, pairs: bool) -> str:
     return f"{mean:.1%} won" if pairs else f"reward {mean:.4g}" if one.unbounded else f"{1 + mean * (BEST - 1):.2f}"
 
 
-def _biases(found: Sequence[Judged], judges: Mapping[str, Model], samples: Mapping[str, Any], others: Mapping[str, Any], answers: Report, against: Report | None, page: Any) -> None:
+def _biases(
+    found: Sequence[Judged],
+    judges: Mapping[str, Model],
+    samples: Mapping[str, Any],
+    others: Mapping[str, Any],
+    answers: Report,
+    against: Report | None,
+    page: Any,
+) -> None:
     """Place, length and kinship, by judge."""
     rows = []
     for one in found:
         ids = list(one.verdicts)
-        longer, decided = agreement.length([one.verdicts[i] for i in ids], [(len(samples[i]["text"]), len(others[i]["text"])) for i in ids])
+        longer, decided = agreement.length(
+            [one.verdicts[i] for i in ids], [(len(samples[i]["text"]), len(others[i]["text"])) for i in ids]
+        )
         place = agreement.position(*zip(*one.orders.values(), strict=True)) if one.orders else {}
         digest = judges[one.name].digest
-        kin = "A" if digest == answers.about.get("model") else "B" if against and digest == against.about.get("model") else ""
+        kin = (
+            "A"
+            if digest == answers.about.get("model")
+            else "B"
+            if against and digest == against.about.get("model")
+            else ""
+        )
         rest = [o for o in found if o is not one]
         own = ""
         if kin:
             share = _share(one.verdicts.values(), kin)
             outside = [v for o in rest for i, v in o.verdicts.items() if i in one.verdicts]
-            own = f"{share:.0%} for its own answers" + (f"; the others {_share(outside, kin):.0%}" if outside else "; no other judge to compare with")
+            own = f"{share:.0%} for its own answers" + (
+                f"; the others {_share(outside, kin):.0%}" if outside else "; no other judge to compare with"
+            )
         told = {k: f"{place[k]:.0%}" if place else "–" for k in ("consistent", "prefers_first", "prefers_second")}
-        rows.append((one.name, told["consistent"], told["prefers_first"], told["prefers_second"], f"{longer:.0%} of {decided}" if decided else "–", own or "–"))
-    page.table("What sways the judges", ("judge", "same in both orders", "the first wins", "the second wins", "the longer wins", "its own answers"), rows, "Pairs are shown in both orders; a judge that changes with the order has decided nothing. Of pairs decided between answers of unequal length, how many the longer won.")
+        rows.append(
+            (
+                one.name,
+                told["consistent"],
+                told["prefers_first"],
+                told["prefers_second"],
+                f"{longer:.0%} of {decided}" if decided else "–",
+                own or "–",
+            )
+        )
+    page.table(
+        "What sways the judges",
+        ("judge", "same in both orders", "the first wins", "the second wins", "the longer wins", "its own answers"),
+        rows,
+        "Pairs are shown in both orders; a judge that changes with the order has decided nothing. Of pairs decided"
+        " between answers of unequal length, how many the longer won.",
+    )
 
 
 def _share(verdicts: Any, letter: str) -> float:
@@ -191,7 +301,11 @@ def _share(verdicts: Any, letter: str) -> float:
 
 
 def _kappa(one: Sequence[Any], other: Sequence[Any]) -> float:
-    return agreement.weighted_kappa(one, other) if all(isinstance(v, float) for v in (*one, *other)) else agreement.kappa(one, other)
+    return (
+        agreement.weighted_kappa(one, other)
+        if all(isinstance(v, float) for v in (*one, *other))
+        else agreement.kappa(one, other)
+    )
 
 
 def _among(found: Sequence[Judged], page: Any) -> None:
@@ -202,16 +316,29 @@ def _among(found: Sequence[Judged], page: Any) -> None:
             ids = [i for i in one.verdicts if i in other.verdicts]
             if ids and one.unbounded == other.unbounded:
                 a, b = [one.verdicts[i] for i in ids], [other.verdicts[i] for i in ids]
-                rows.append((one.name, other.name, len(ids), f"{sum(x == y for x, y in zip(a, b, strict=True)) / len(ids):.0%}", _told(_kappa(a, b))))
+                rows.append(
+                    (
+                        one.name,
+                        other.name,
+                        len(ids),
+                        f"{sum(x == y for x, y in zip(a, b, strict=True)) / len(ids):.0%}",
+                        _told(_kappa(a, b)),
+                    )
+                )
     if rows:
         page.table("Agreement of judges", ("judge", "judge", "samples", "same verdict", "kappa"), rows)
 
 
-def _with_people(found: Sequence[Judged], jury: Mapping[str, Any], people: Mapping[str, Any], page: Any, *, pairs: bool) -> dict[str, Any]:
+def _with_people(
+    found: Sequence[Judged], jury: Mapping[str, Any], people: Mapping[str, Any], page: Any, *, pairs: bool
+) -> dict[str, Any]:
     """Agreement with people's labels, by judge and as a jury."""
     rows: list[tuple[Any, ...]] = []
     out: dict[str, Any] = {}
-    sides: list[tuple[str, Mapping[str, Any]]] = [("the jury", jury), *((one.name, one.verdicts) for one in found if pairs or not one.unbounded)]
+    sides: list[tuple[str, Mapping[str, Any]]] = [
+        ("the jury", jury),
+        *((one.name, one.verdicts) for one in found if pairs or not one.unbounded),
+    ]
     for name, verdicts in sides:
         ids = [i for i in people if i in verdicts]
         if not ids:
@@ -222,7 +349,11 @@ def _with_people(found: Sequence[Judged], jury: Mapping[str, Any], people: Mappi
         rows.append((name, len(ids), f"{same.value:.1%}", f"{same.low:.1%} to {same.high:.1%}", _told(value)))
         if name == "the jury" and not math.isnan(value):
             out = {"kappa": value, "labelled": len(ids)}
-    page.table("Agreement with people", ("judge", "labelled samples", "same verdict" if pairs else "1 - distance of grades", "95% interval", "kappa"), rows or [("none of the labelled samples has a verdict", "", "", "", "")])
+    page.table(
+        "Agreement with people",
+        ("judge", "labelled samples", "same verdict" if pairs else "1 - distance of grades", "95% interval", "kappa"),
+        rows or [("none of the labelled samples has a verdict", "", "", "", "")],
+    )
     return out
 
 
@@ -230,12 +361,23 @@ def _told(value: float) -> str:
     return "– (all say the same)" if math.isnan(value) else f"{value:.2f}"
 
 
-def _shown(id: str, sample: Mapping[str, Any], others: Mapping[str, Any] | None, found: Sequence[Judged]) -> dict[str, str]:
+def _shown(
+    id: str, sample: Mapping[str, Any], others: Mapping[str, Any] | None, found: Sequence[Judged]
+) -> dict[str, str]:
     verdicts = ", ".join(f"{one.name}: {_verdict(one, id, pairs=others is not None)}" for one in found)
     shown = {"": f"{verdicts}  {sample['question'][:90]}", "answer" if others is None else "A": sample["text"]}
     if others is not None:
         shown["B"] = others[id]["text"]
-    return {**shown, **{f"{one.name} said": "\n\n".join(text for key, text in one.said.items() if key in (id, f"{id} AB", f"{id} BA")) for one in found if one.said}}
+    return {
+        **shown,
+        **{
+            f"{one.name} said": "\n\n".join(
+                text for key, text in one.said.items() if key in (id, f"{id} AB", f"{id} BA")
+            )
+            for one in found
+            if one.said
+        },
+    }
 
 
 def _verdict(one: Judged, id: str, *, pairs: bool) -> str:
@@ -243,5 +385,3 @@ def _verdict(one: Judged, id: str, *, pairs: bool) -> str:
         return "no verdict"
     value = one.verdicts[id]
     return str(value) if pairs else f"{value:.3g}" if one.unbounded else f"{1 + value * (BEST - 1):.3g}"
-
-

@@ -1,4 +1,6 @@
-"""Stage `evaluate.keep`: of several models the one of the best mean score, and an honest table: which skills it keeps beside the model that is best at each."""
+"""Stage `evaluate.keep`: of several models the one of the best mean score, and an honest table: which skills it keeps
+beside the model that is best at each.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from llmworks.evaluate.statistics.stored import read_evaluation
 class KeepConfig(Config):
     """Which may be kept."""
 
-    among: list[str] = Field([], description="names of models that may be kept; empty: all. Others stand in the table beside them")
+    among: list[str] = Field(
+        [], description="names of models that may be kept; empty: all. Others stand in the table beside them"
+    )
 
 
 def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report], ctx: Context) -> Model:
@@ -54,9 +58,35 @@ def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report]
         rows.append((task, f"{score[chosen][task]:.3f}", first, f"{score[first][task]:.3f}", verdict))
     page.title = f"Kept: {chosen}"
     lost = [task for task, verdict in zip(tasks, kept, strict=True) if verdict.startswith("worse")]
-    page.lead = f"Of {len(config.among or models)} models {chosen} has the best mean score, {means[chosen]:.3f}; " + (f"it is worse than the best at {', '.join(lost)}." if lost else "at no task is it worse than the best by more than chance.")
-    page.table("All models", ("model", *tasks, "mean", ""), [(name, *(f"{score[name][task]:.3f} ({found[name][task][0].metrics['low']:.3f} to {found[name][task][0].metrics['high']:.3f})" for task in tasks), f"{means[name]:.3f}", "kept" if name == chosen else "" if not config.among or name in config.among else "not asked for") for name in sorted(models, key=lambda name: -means[name])], "In brackets 95% intervals.")
-    page.table("What it keeps", ("task", chosen, "best at it", "score", "beside it"), rows, "Paired over the same samples; the best of several is somewhat too good by chance.")
+    page.lead = f"Of {len(config.among or models)} models {chosen} has the best mean score, {means[chosen]:.3f}; " + (
+        f"it is worse than the best at {', '.join(lost)}."
+        if lost
+        else "at no task is it worse than the best by more than chance."
+    )
+    page.table(
+        "All models",
+        ("model", *tasks, "mean", ""),
+        [
+            (
+                name,
+                *(
+                    f"{score[name][task]:.3f} ({found[name][task][0].metrics['low']:.3f} to"
+                    f" {found[name][task][0].metrics['high']:.3f})"
+                    for task in tasks
+                ),
+                f"{means[name]:.3f}",
+                "kept" if name == chosen else "" if not config.among or name in config.among else "not asked for",
+            )
+            for name in sorted(models, key=lambda name: -means[name])
+        ],
+        "In brackets 95% intervals.",
+    )
+    page.table(
+        "What it keeps",
+        ("task", chosen, "best at it", "score", "beside it"),
+        rows,
+        "Paired over the same samples; the best of several is somewhat too good by chance.",
+    )
     page.data = {"kept": chosen, "scores": score, "means": means, "verdicts": dict(zip(tasks, kept, strict=True))}
     model = models[chosen]
     for file in files_of(model.path):
@@ -68,12 +98,24 @@ def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report]
             except OSError:
                 shutil.copyfile(file, target)
     ctx.progress.say(page.lead)
-    return Model(ctx.out, golden=model.golden, metrics={"mean_score": means[chosen], "kept": chosen, "lost_skills": len(lost)}, about={**model.about, "kept": chosen})
+    return Model(
+        ctx.out,
+        golden=model.golden,
+        metrics={"mean_score": means[chosen], "kept": chosen, "lost_skills": len(lost)},
+        about={**model.about, "kept": chosen},
+    )
 
 
 def _verdict(best: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """The difference to the best at a task, over the samples that both were asked."""
     first, second = ({str(sample["id"]): sample for sample in data["samples"]} for data in (best, own))
     both = [one for one in first if one in second]
-    difference = paired_difference([float(first[one]["score"]) for one in both], [float(second[one]["score"]) for one in both], groups=[str(first[one].get("group", "")) for one in both]).difference
-    return f"{'worse' if difference.high < 0 else 'not told apart'}: {difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    difference = paired_difference(
+        [float(first[one]["score"]) for one in both],
+        [float(second[one]["score"]) for one in both],
+        groups=[str(first[one].get("group", "")) for one in both],
+    ).difference
+    return (
+        f"{'worse' if difference.high < 0 else 'not told apart'}: {difference.value:+.3f} ({difference.low:+.3f} to"
+        f" {difference.high:+.3f})"
+    )

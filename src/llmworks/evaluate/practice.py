@@ -1,6 +1,7 @@
 """Stage `evaluate.practice`: the rows that a model failed on, as conversations for its next training.
 
-Only evaluations of the `practice` side of a set are taken: the `test` side, on which the model is measured, never gets into training by this way. Knows no model.
+Only evaluations of the `practice` side of a set are taken: the `test` side, on which the model is measured, never gets
+into training by this way. Knows no model.
 """
 
 from __future__ import annotations
@@ -25,28 +26,51 @@ class PracticeConfig(Config):
     """Which rows are taken."""
 
     right: float = Field(1.0, gt=0, le=1, description="a sample with a lower score has failed")
-    also_right: float = Field(0.0, ge=0, le=1, description="share of the rows that were answered right that is taken, too, so that the model does not forget them")
+    also_right: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description=(
+            "share of the rows that were answered right that is taken, too, so that the model does not forget them"
+        ),
+    )
 
 
 def practice(config: PracticeConfig, evaluation: Report, data: Dataset, ctx: Context) -> Dataset:
-    """Conversations of the failed rows: what was asked, and the right answer. `data` is the set that the evaluation asked.
+    """Conversations of the failed rows: what was asked, and the right answer.
 
-    Errors: DataError for an evaluation that is not of the practice side, for other rows, or where no row has a right answer as text.
+    `data` is the set that the evaluation asked.
+
+    Errors: DataError for an evaluation that is not of the practice side, for other rows, or where no row has a right
+    answer as text.
     """
     found = read_evaluation(evaluation, "protocol", "definition", "task", "model", of_samples=("score",))
     side = found.get("protocol", {}).get("side")
     if side != "practice":
-        raise DataError(f"{evaluation.name}: was made of {'the test side' if side == 'test' else 'all rows'}; rows to train on are taken from an evaluation with side: practice, and the model is then measured with side: test")
+        raise DataError(
+            f"{evaluation.name}: was made of {'the test side' if side == 'test' else 'all rows'}; rows to train on are"
+            " taken from an evaluation with side: practice, and the model is then measured with side: test"
+        )
     task = Task.model_validate(found["definition"])
-    rows = {row["id"]: row for row in one_side(kept(task, read_rows(task, data, task.split), data.name), "practice", task)}
+    rows = {
+        row["id"]: row for row in one_side(kept(task, read_rows(task, data, task.split), data.name), "practice", task)
+    }
     samples = {s["id"]: s for s in found["samples"]}
     unknown = next((i for i in samples if i not in rows), None)
     if unknown is not None:
-        raise DataError(f"{data.name}: the row {unknown!r} of the evaluation is not among its practice rows; give the data set that was asked")
+        raise DataError(
+            f"{data.name}: the row {unknown!r} of the evaluation is not among its practice rows; give the data set that"
+            " was asked"
+        )
     failed = [i for i, s in samples.items() if s["score"] < config.right]
     good = [i for i, s in samples.items() if s["score"] >= config.right]
     taken = [*failed, *good[: round(config.also_right * len(good))]]
-    asked = questions(task.model_copy(update={"shots": task.shots.model_copy(update={"count": 0})}), [rows[i] for i in taken], [], same_pool=False)
+    asked = questions(
+        task.model_copy(update={"shots": task.shots.model_copy(update={"count": 0})}),
+        [rows[i] for i in taken],
+        [],
+        same_pool=False,
+    )
     made: list[Row] = []
     dropped: dict[str, int] = {}
     for question in asked:
@@ -56,10 +80,31 @@ def practice(config: PracticeConfig, evaluation: Report, data: Dataset, ctx: Con
             continue
         turns = question.turns[0] if question.turns else (Message("user", question.plain[0]),)
         score = samples[question.id]["score"]
-        made.append({"id": question.id, "group": question.group or question.id, "messages": messages_to_json((*turns, Message("assistant", answer))), "tools": [], "answer": question.row.get("answer"), "extra": {"fields": {"failed_on": found["task"], "score": score}}})
+        made.append(
+            {
+                "id": question.id,
+                "group": question.group or question.id,
+                "messages": messages_to_json((*turns, Message("assistant", answer))),
+                "tools": [],
+                "answer": question.row.get("answer"),
+                "extra": {"fields": {"failed_on": found["task"], "score": score}},
+            }
+        )
     if not made:
-        raise DataError(f"{evaluation.name}: {'nothing failed' if not taken else 'none of the failed rows has a right answer as text'}, so there is nothing to practise")
-    return finish_rows(ctx, "evaluate.practice", [data], made, dropped=dropped, metrics={"failed": len(failed), "right": len(made) - len(failed) + sum(dropped.values())}, note=f"failures of {found['model']} on {found['task']}, practice side")
+        raise DataError(
+            f"{evaluation.name}:"
+            f" {'nothing failed' if not taken else 'none of the failed rows has a right answer as text'}, so there is"
+            " nothing to practise"
+        )
+    return finish_rows(
+        ctx,
+        "evaluate.practice",
+        [data],
+        made,
+        dropped=dropped,
+        metrics={"failed": len(failed), "right": len(made) - len(failed) + sum(dropped.values())},
+        note=f"failures of {found['model']} on {found['task']}, practice side",
+    )
 
 
 def _written(answer: Any) -> str:

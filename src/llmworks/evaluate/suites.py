@@ -36,7 +36,10 @@ def suites() -> dict[str, Suite]:
 
 
 def items_of(names: str, limit: int | None = None) -> list[Item]:
-    """The tasks of suites and single tasks, named with commas between; `limit` in place of theirs. UserError for an unknown name."""
+    """The tasks of suites and single tasks, named with commas between; `limit` in place of theirs.
+
+    UserError for an unknown name.
+    """
     from llmworks.evaluate.protocol.load_task import task_names
 
     out: list[Item] = []
@@ -48,7 +51,11 @@ def items_of(names: str, limit: int | None = None) -> list[Item]:
             out.append(Item(task=name))
         else:
             near = difflib.get_close_matches(name, [*known, *task_names()], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"suites: {', '.join(known)}; tasks: {', '.join(task_names())}"
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"suites: {', '.join(known)}; tasks: {', '.join(task_names())}"
+            )
             raise UserError(f"no suite and no task {name!r}; {hint}")
     if not out:
         raise UserError("no task is named; give suites or tasks with commas between, as in quick,code")

@@ -1,4 +1,7 @@
-"""Vote in the terminal: a question, two answers, nobody knows whose. Every vote is written down at once. Knows no model."""
+"""Vote in the terminal: a question, two answers, nobody knows whose.
+
+Every vote is written down at once. Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,21 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def answers_of(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Model -> sample -> sample of evaluations of written answers. DataError when fewer than two models answered the same questions."""
+    """Model -> sample -> sample of evaluations of written answers.
+
+    DataError when fewer than two models answered the same questions.
+    """
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for report in reports:
         data = read_evaluation(report, "model", of_samples=("question",))
         samples = data["samples"]
         if "text" not in samples[0] or "logprobs" in samples[0]:
-            raise DataError(f"{report.name}: has no written answers; an arena is of evaluations of tasks of kind generate")
-        name = data["model"] if data["model"] not in out else f"{data['model']}: {report.name}"  # one model asked in two ways
+            raise DataError(
+                f"{report.name}: has no written answers; an arena is of evaluations of tasks of kind generate"
+            )
+        name = (
+            data["model"] if data["model"] not in out else f"{data['model']}: {report.name}"
+        )  # one model asked in two ways
         if name in out:
             raise DataError(f"{report.name}: stands twice among the evaluations")
         out[name] = {s["id"]: s for s in samples}
@@ -35,13 +45,29 @@ def answers_of(reports: Sequence[Report]) -> dict[str, dict[str, dict[str, Any]]
     return out
 
 
-def matches(answers: dict[str, dict[str, dict[str, Any]]], done: set[tuple[str, str, str]], seed: int) -> list[tuple[str, str, str]]:
-    """(sample, model, model) in a random order and on random sides: every question of every two models once, without those of equal answers."""
+def matches(
+    answers: dict[str, dict[str, dict[str, Any]]], done: set[tuple[str, str, str]], seed: int
+) -> list[tuple[str, str, str]]:
+    """(sample, model, model) in a random order and on random sides: every question of every two models once, without
+    those of equal answers.
+    """
     names = sorted(answers)
-    pairs = [(i, a, b) for place, a in enumerate(names) for b in names[place + 1 :] for i in answers[a] if i in answers[b] and answers[a][i]["question"] == answers[b][i]["question"] and answers[a][i]["text"] != answers[b][i]["text"]]
+    pairs = [
+        (i, a, b)
+        for place, a in enumerate(names)
+        for b in names[place + 1 :]
+        for i in answers[a]
+        if i in answers[b]
+        and answers[a][i]["question"] == answers[b][i]["question"]
+        and answers[a][i]["text"] != answers[b][i]["text"]
+    ]
     draw = random.Random(seed)
     draw.shuffle(pairs)
-    return [(i, a, b) if draw.random() < 0.5 else (i, b, a) for i, a, b in pairs if (i, a, b) not in done and (i, b, a) not in done]
+    return [
+        (i, a, b) if draw.random() < 0.5 else (i, b, a)
+        for i, a, b in pairs
+        if (i, a, b) not in done and (i, b, a) not in done
+    ]
 
 
 def vote(reports: Sequence[Report], file: Path, voter: str, seed: int, source: TextIO, target: TextIO) -> int:
@@ -50,18 +76,34 @@ def vote(reports: Sequence[Report], file: Path, voter: str, seed: int, source: T
     done = {(v["sample"], v["a"], v["b"]) for v in _read(file) if v.get("voter") == voter and "sample" in v}
     todo = matches(answers, done, seed)
     if not todo:
-        raise UserError(f"{voter} has voted on all pairs of different answers" if done else "no two models answered the same question differently")
+        raise UserError(
+            f"{voter} has voted on all pairs of different answers"
+            if done
+            else "no two models answered the same question differently"
+        )
     print(f"{len(todo)} pairs. {HELP}.", file=target)
     count = 0
     for id, a, b in todo:
         sample = answers[a][id]
-        print(f"\n{'=' * 72}\n{_clean(sample['question'])}\n\n--- A ---\n{_clean(sample['text'])}\n\n--- B ---\n{_clean(answers[b][id]['text'])}\n", file=target)
+        print(
+            f"\n{'=' * 72}\n{_clean(sample['question'])}\n\n--- A ---\n{_clean(sample['text'])}\n\n--- B"
+            f" ---\n{_clean(answers[b][id]['text'])}\n",
+            file=target,
+        )
         key = _key(source, target)
         if key == "q":
             break
         if key == "s":
             continue
-        made = {"question": sample["question"], "sample": id, "a": a, "b": b, "vote": KEYS[key], "voter": voter, "lengths": [len(sample["text"]), len(answers[b][id]["text"])]}
+        made = {
+            "question": sample["question"],
+            "sample": id,
+            "a": a,
+            "b": b,
+            "vote": KEYS[key],
+            "voter": voter,
+            "lengths": [len(sample["text"]), len(answers[b][id]["text"])],
+        }
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(made, ensure_ascii=False) + "\n")
         count += 1

@@ -1,4 +1,7 @@
-"""A conversation in the terminal: streams answers of any engine, keeps the turns, cancels on Ctrl-C. Knows only the Engine protocol."""
+"""A conversation in the terminal: streams answers of any engine, keeps the turns, cancels on Ctrl-C.
+
+Knows only the Engine protocol.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ class Conversation:
         self.turns += [Message("user", text), Message("assistant", answer)]
 
 
-def converse(conversation: Conversation, message: str | None, source: TextIO | None = None, target: TextIO | None = None) -> None:
+def converse(
+    conversation: Conversation, message: str | None, source: TextIO | None = None, target: TextIO | None = None
+) -> None:
     """One answer to `message`, or a dialogue over `source` (default: standard input) until it ends."""
     source, target = source or sys.stdin, target or sys.stdout
     if message is not None:

@@ -1,6 +1,8 @@
-"""Replay a model's golden tokens on an engine: does it read the same tokens and say the same as the model that the record is of?
+"""Replay a model's golden tokens on an engine: does it read the same tokens and say the same as the model that the
+record is of?
 
-What an engine lets one see is compared: ids, mask, stop tokens and logits where it runs here; how many tokens it read, and its greedy answers,
+What an engine lets one see is compared: ids, mask, stop tokens and logits where it runs here; how many tokens it read,
+and its greedy answers,
 where it is a server.
 """
 
@@ -28,16 +30,28 @@ class Check:
 
 
 def replay(golden: Golden, engine: Engine, within: float, reference: Engine | None = None) -> list[Check]:
-    """All that can be compared on this engine. `within` bounds how far logits may be away on average (nats); `reference` says greedy answers."""
+    """All that can be compared on this engine.
+
+    `within` bounds how far logits may be away on average (nats); `reference` says greedy answers.
+    """
     found: list[Check] = []
     here: Any = engine
     if hasattr(engine, "tokenizer") and hasattr(engine, "stops"):
         problems = replay_tokens(golden, here.tokenizer, here.stops)
         count = sum(len(c.ids) for c in golden.conversations)
-        found.append(Check("tokens", not problems, "; ".join(problems) or f"{count} ids, their masks and stop ids {golden.stop_ids} are as recorded"))
+        found.append(
+            Check(
+                "tokens",
+                not problems,
+                "; ".join(problems) or f"{count} ids, their masks and stop ids {golden.stop_ids} are as recorded",
+            )
+        )
     if "logits" in engine.can:
         gap = replay_logits(golden, engine.logits)
-        told = f"{gap.mean:.2g} away on average (allowed {within:g}), {gap.largest:.2g} at most, same greedy token in {gap.same_greedy:.0%}"
+        told = (
+            f"{gap.mean:.2g} away on average (allowed {within:g}), {gap.largest:.2g} at most, same greedy token in"
+            f" {gap.same_greedy:.0%}"
+        )
         found.append(Check("logits", gap.mean <= within, told))
     if not found:
         found += _from_outside(golden, engine, reference)
@@ -52,7 +66,14 @@ def asked(conversation: GoldenConversation) -> tuple[Request, int] | None:
     last = max(i for i, m in enumerate(learned) if m)
     begin = next(i for i in range(last, -1, -1) if not learned[i]) + 1
     messages = messages_from_json(conversation.messages[:-1])
-    return Request(messages, tools=tuple({"type": "function", "function": t} if "function" not in t else t for t in conversation.tools), sampling=Sampling(max_tokens=SAID)), begin
+    return (
+        Request(
+            messages,
+            tools=tuple({"type": "function", "function": t} if "function" not in t else t for t in conversation.tools),
+            sampling=Sampling(max_tokens=SAID),
+        ),
+        begin,
+    )
 
 
 def _from_outside(golden: Golden, engine: Engine, reference: Engine | None) -> list[Check]:
@@ -69,13 +90,29 @@ def _from_outside(golden: Golden, engine: Engine, reference: Engine | None) -> l
     if not any(read):
         found = [Check("prompts", None, "the server does not say how many tokens it read")]
     else:
-        wrong = [f"conversation {i}: the server read {got} tokens, recorded are {want}" for i, (got, (_, want)) in enumerate(zip(read, cases, strict=True), 1) if got != want]
+        wrong = [
+            f"conversation {i}: the server read {got} tokens, recorded are {want}"
+            for i, (got, (_, want)) in enumerate(zip(read, cases, strict=True), 1)
+            if got != want
+        ]
         hint = " (a token added in front, another template, or another tokenizer)" if wrong else ""
-        found = [Check("prompts", not wrong, "; ".join(wrong) + hint if wrong else f"the server read {', '.join(map(str, read))} tokens, as recorded")]
+        found = [
+            Check(
+                "prompts",
+                not wrong,
+                (
+                    "; ".join(wrong) + hint
+                    if wrong
+                    else f"the server read {', '.join(map(str, read))} tokens, as recorded"
+                ),
+            )
+        ]
     if reference is not None:
         expected: Sequence[Any] = reference.generate(requests)
         same = sum(_text(a) == _text(b) for a, b in zip(done, expected, strict=True))
-        found.append(Check("greedy answers", None, f"the first {SAID} tokens are the same in {same} of {len(requests)}"))
+        found.append(
+            Check("greedy answers", None, f"the first {SAID} tokens are the same in {same} of {len(requests)}")
+        )
     return found
 
 

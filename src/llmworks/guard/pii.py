@@ -1,4 +1,7 @@
-"""Personal data in a text: e-mail and IP addresses, telephone, card and account numbers. Numbers with a checksum must pass it."""
+"""Personal data in a text: e-mail and IP addresses, telephone, card and account numbers.
+
+Numbers with a checksum must pass it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,42 @@ from collections.abc import Callable, Iterator
 
 from llmworks.guard import Finding
 
-EMAIL = re.compile(r"(?<![\w.+%-])[A-Za-z0-9](?:[\w.+%-]|'(?=\w)){0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.)+([A-Za-z]{2,24})(?![\w@-])")
+EMAIL = re.compile(
+    r"(?<![\w.+%-])[A-Za-z0-9](?:[\w.+%-]|'(?=\w)){0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.)+([A-Za-z]{2,24})(?![\w@-])"
+)
 # what stands behind the last full stop of pictures, units and files, and is no top-level domain
-NO_DOMAIN = frozenset(["png", "jpg", "jpeg", "gif", "webp", "svg", "service", "socket", "timer", "localdomain", "localhost", "py", "js", "ts", "css", "html", "json", "yaml", "md", "txt"])
+NO_DOMAIN = frozenset(
+    [
+        "png",
+        "jpg",
+        "jpeg",
+        "gif",
+        "webp",
+        "svg",
+        "service",
+        "socket",
+        "timer",
+        "localdomain",
+        "localhost",
+        "py",
+        "js",
+        "ts",
+        "css",
+        "html",
+        "json",
+        "yaml",
+        "md",
+        "txt",
+    ]
+)
 IPV4 = re.compile(r"(?<![\w.-])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w-]|\.\d)")
-IPV6 = re.compile(r"(?:(?<![\w:.])|(?<=ip6:))(?=[0-9A-Fa-f:]*:[0-9A-Fa-f]*:)[0-9A-Fa-f:]{2,39}(?:\.\d{1,3}){0,3}(?![\w:])")
-CARD = re.compile(r"(?<![\d.-])[2-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?![\d]|[.-]\d)|(?<![\d.-])3[47]\d{2}[ -]?\d{6}[ -]?\d{5}(?![\d]|[.-]\d)")
+IPV6 = re.compile(
+    r"(?:(?<![\w:.])|(?<=ip6:))(?=[0-9A-Fa-f:]*:[0-9A-Fa-f]*:)[0-9A-Fa-f:]{2,39}(?:\.\d{1,3}){0,3}(?![\w:])"
+)
+CARD = re.compile(
+    r"(?<![\d.-])[2-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?![\d]|[.-]\d)|(?<![\d.-])3[47]\d{2}[ -]?\d{6}["
+    r" -]?\d{5}(?![\d]|[.-]\d)"
+)
 IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 PHONE = re.compile(
     r"(?<![\w+/#-])(?<!\d\.)(?<!\d )(?:"
@@ -26,21 +59,102 @@ PHONE = re.compile(
 VERSION = re.compile(r"(?:\bv|[Vv]ersion|[Rr]elease|[Ff]irmware|[A-Za-z]/)[\s=:\"'v]*$")
 # digits of an account number by country (ISO 13616 registry)
 IBAN_LENGTHS = {
-    "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28, "CH": 21, "CR": 22, "CY": 28, "CZ": 24,
-    "DE": 22, "DK": 18, "DO": 28, "EE": 20, "EG": 29, "ES": 24, "FI": 18, "FO": 18, "FR": 27, "GB": 22, "GE": 22, "GI": 23, "GL": 18, "GR": 27, "GT": 28,
-    "HR": 21, "HU": 28, "IE": 22, "IL": 23, "IQ": 23, "IS": 26, "IT": 27, "JO": 30, "KW": 30, "KZ": 20, "LB": 28, "LC": 32, "LI": 21, "LT": 20, "LU": 20,
-    "LV": 21, "MC": 27, "MD": 24, "ME": 22, "MK": 19, "MR": 27, "MT": 31, "MU": 30, "NL": 18, "NO": 15, "PK": 24, "PL": 28, "PS": 29, "PT": 25, "QA": 29,
-    "RO": 24, "RS": 22, "SA": 24, "SC": 31, "SE": 24, "SI": 19, "SK": 24, "SM": 27, "ST": 25, "SV": 28, "TL": 23, "TN": 24, "TR": 26, "UA": 29, "VA": 22,
-    "VG": 24, "XK": 20,
-}  # fmt: skip
+    "AD": 24,
+    "AE": 23,
+    "AL": 28,
+    "AT": 20,
+    "AZ": 28,
+    "BA": 20,
+    "BE": 16,
+    "BG": 22,
+    "BH": 22,
+    "BR": 29,
+    "BY": 28,
+    "CH": 21,
+    "CR": 22,
+    "CY": 28,
+    "CZ": 24,
+    "DE": 22,
+    "DK": 18,
+    "DO": 28,
+    "EE": 20,
+    "EG": 29,
+    "ES": 24,
+    "FI": 18,
+    "FO": 18,
+    "FR": 27,
+    "GB": 22,
+    "GE": 22,
+    "GI": 23,
+    "GL": 18,
+    "GR": 27,
+    "GT": 28,
+    "HR": 21,
+    "HU": 28,
+    "IE": 22,
+    "IL": 23,
+    "IQ": 23,
+    "IS": 26,
+    "IT": 27,
+    "JO": 30,
+    "KW": 30,
+    "KZ": 20,
+    "LB": 28,
+    "LC": 32,
+    "LI": 21,
+    "LT": 20,
+    "LU": 20,
+    "LV": 21,
+    "MC": 27,
+    "MD": 24,
+    "ME": 22,
+    "MK": 19,
+    "MR": 27,
+    "MT": 31,
+    "MU": 30,
+    "NL": 18,
+    "NO": 15,
+    "PK": 24,
+    "PL": 28,
+    "PS": 29,
+    "PT": 25,
+    "QA": 29,
+    "RO": 24,
+    "RS": 22,
+    "SA": 24,
+    "SC": 31,
+    "SE": 24,
+    "SI": 19,
+    "SK": 24,
+    "SM": 27,
+    "ST": 25,
+    "SV": 28,
+    "TL": 23,
+    "TN": 24,
+    "TR": 26,
+    "UA": 29,
+    "VA": 22,
+    "VG": 24,
+    "XK": 20,
+}
 # card brands: first digits and lengths (ISO/IEC 7812)
 BRANDS = (
-    (re.compile(r"4"), (13, 16, 19)), (re.compile(r"5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720"), (16,)), (re.compile(r"3[47]"), (15,)),
-    (re.compile(r"6011|65|64[4-9]"), (16, 19)), (re.compile(r"35(?:2[89]|[3-8])"), (16,)), (re.compile(r"62"), (16, 17, 18, 19)),
-)  # fmt: skip
-EXAMPLE_DOMAIN = re.compile(r"@(?:.*\.)?(?:example(?:\.(?:com|net|org))?|test|invalid|localhost)$", re.IGNORECASE)  # RFC 2606
+    (re.compile(r"4"), (13, 16, 19)),
+    (re.compile(r"5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720"), (16,)),
+    (re.compile(r"3[47]"), (15,)),
+    (re.compile(r"6011|65|64[4-9]"), (16, 19)),
+    (re.compile(r"35(?:2[89]|[3-8])"), (16,)),
+    (re.compile(r"62"), (16, 17, 18, 19)),
+)
+EXAMPLE_DOMAIN = re.compile(
+    r"@(?:.*\.)?(?:example(?:\.(?:com|net|org))?|test|invalid|localhost)$", re.IGNORECASE
+)  # RFC 2606
 # signs that a text may hold a finding, quickly looked for
-DOTTED, COLONS, DIGITS = re.compile(r"\d\.\d{1,3}\.\d"), re.compile(r"[0-9A-Fa-f]:[0-9A-Fa-f:]*:|::[0-9A-Fa-f]"), re.compile(r"\d{4}[ -]?\d{4}")
+DOTTED, COLONS, DIGITS = (
+    re.compile(r"\d\.\d{1,3}\.\d"),
+    re.compile(r"[0-9A-Fa-f]:[0-9A-Fa-f:]*:|::[0-9A-Fa-f]"),
+    re.compile(r"\d{4}[ -]?\d{4}"),
+)
 NO_NUMBER = re.compile(r"\+\d\.\d+$|0\d{4}-\d{4}$|\+\d+\.\d+[+-]\d+\.\d+$")  # decimals, postal codes, coordinates
 DATE = re.compile(r"\d{4}[-./ ]\d{2}[-./ ]\d{2}|\d{2}[-./ ]\d{2}[-./ ]\d{4}")
 
@@ -65,7 +179,11 @@ def emails(text: str, examples: bool = False) -> Iterator[Finding]:
     """E-mail addresses; those of domains reserved for examples only with `examples`."""
     if "@" in text:
         for match in EMAIL.finditer(text):
-            if ".." not in match.group() and match.group(1).lower() not in NO_DOMAIN and (examples or not EXAMPLE_DOMAIN.search(match.group())):
+            if (
+                ".." not in match.group()
+                and match.group(1).lower() not in NO_DOMAIN
+                and (examples or not EXAMPLE_DOMAIN.search(match.group()))
+            ):
                 yield _finding("email", match)
 
 
@@ -76,7 +194,9 @@ def addresses(text: str, examples: bool = False) -> Iterator[Finding]:
             continue
         for match in pattern.finditer(text):
             try:
-                address = ipaddress.ip_address(match.group().rstrip(":") if not match.group().endswith("::") else match.group())
+                address = ipaddress.ip_address(
+                    match.group().rstrip(":") if not match.group().endswith("::") else match.group()
+                )
             except ValueError:
                 continue
             if address.version == 4 and VERSION.search(text[max(0, match.start() - 20) : match.start()]):
@@ -88,16 +208,26 @@ def addresses(text: str, examples: bool = False) -> Iterator[Finding]:
 
 
 def _is_address(value: str) -> bool:
-    """Whether six digits or more are there and it is no name in code (no digit at all) nor a hardware address (pairs only)."""
+    """Whether six digits or more are there and it is no name in code (no digit at all) nor a hardware address (pairs
+    only).
+    """
     groups = value.split(":")
-    return sum(c.isalnum() for c in value) >= 6 and any(c.isdigit() for c in value) and not all(len(group) == 2 for group in groups)
+    return (
+        sum(c.isalnum() for c in value) >= 6
+        and any(c.isdigit() for c in value)
+        and not all(len(group) == 2 for group in groups)
+    )
 
 
 def cards(text: str, examples: bool = False) -> Iterator[Finding]:
     """Card numbers of the known brands whose check digit is right."""
     for match in CARD.finditer(text) if DIGITS.search(text) else ():
         digits = re.sub(r"\D", "", match.group())
-        if len(set(digits)) > 2 and any(first.match(digits) and len(digits) in lengths for first, lengths in BRANDS) and luhn(digits):
+        if (
+            len(set(digits)) > 2
+            and any(first.match(digits) and len(digits) in lengths for first, lengths in BRANDS)
+            and luhn(digits)
+        ):
             yield _finding("card", match)
 
 
@@ -113,7 +243,9 @@ def ibans(text: str, examples: bool = False) -> Iterator[Finding]:
 
 
 def phones(text: str, examples: bool = False) -> Iterator[Finding]:
-    """Telephone numbers that are written as such: with a country code, or grouped as North American or national numbers are."""
+    """Telephone numbers that are written as such: with a country code, or grouped as North American or national numbers
+    are.
+    """
     for match in PHONE.finditer(text):
         number = re.split(r",? ?(?:ext|x)", match.group())[0]
         digits = re.sub(r"\D", "", number)
@@ -129,4 +261,10 @@ def _finding(kind: str, match: re.Match[str]) -> Finding:
     return Finding(kind, match.start(), match.end(), match.group())
 
 
-CHECKS: dict[str, Callable[[str, bool], Iterator[Finding]]] = {"email": emails, "ip": addresses, "card": cards, "iban": ibans, "phone": phones}
+CHECKS: dict[str, Callable[[str, bool], Iterator[Finding]]] = {
+    "email": emails,
+    "ip": addresses,
+    "card": cards,
+    "iban": ibans,
+    "phone": phones,
+}

@@ -1,4 +1,6 @@
-"""Secrets in a text: keys and tokens by the prefixes that their issuers give them, and values of telling names by their entropy."""
+"""Secrets in a text: keys and tokens by the prefixes that their issuers give them, and values of telling names by their
+entropy.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,17 @@ E = r"(?![A-Za-z0-9_-])"
 # documented formats of the issuers, and how they begin
 KNOWN: dict[str, tuple[tuple[str, ...], re.Pattern[str]]] = {
     "aws": (("AKIA", "ASIA", "AGPA", "AIDA", "AROA"), re.compile(rf"{B}(?:AKIA|ASIA|AGPA|AIDA|AROA)[A-Z2-7]{{16}}{E}")),
-    "github": (("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"), re.compile(rf"{B}(?:gh[pousr]_[A-Za-z0-9]{{36,255}}|github_pat_[A-Za-z0-9]{{22}}_[A-Za-z0-9]{{59}}){E}")),
+    "github": (
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+        re.compile(rf"{B}(?:gh[pousr]_[A-Za-z0-9]{{36,255}}|github_pat_[A-Za-z0-9]{{22}}_[A-Za-z0-9]{{59}}){E}"),
+    ),
     "gitlab": (("glpat-", "glptt-", "gldt-", "glrt-"), re.compile(rf"{B}gl(?:pat|ptt|dt|rt)-[\w-]{{20,64}}{E}")),
-    "slack": (("xox", "hooks.slack"), re.compile(rf"{B}xox[abprs]-[A-Za-z0-9-]{{10,250}}{E}|https://hooks\.slack\.com/services/T\w{{8,}}/B\w{{8,}}/\w{{20,}}")),
+    "slack": (
+        ("xox", "hooks.slack"),
+        re.compile(
+            rf"{B}xox[abprs]-[A-Za-z0-9-]{{10,250}}{E}|https://hooks\.slack\.com/services/T\w{{8,}}/B\w{{8,}}/\w{{20,}}"
+        ),
+    ),
     "google": (("AIza",), re.compile(rf"{B}AIza[\w-]{{35}}{E}")),
     "anthropic": (("sk-ant-",), re.compile(rf"{B}sk-ant-[\w-]{{20,200}}{E}")),
     "openai": (("sk-",), re.compile(rf"{B}sk-(?!ant-)(?:proj-|svcacct-|admin-)?[\w-]{{20,200}}{E}")),
@@ -28,18 +38,30 @@ KNOWN: dict[str, tuple[tuple[str, ...], re.Pattern[str]]] = {
     "npm": (("npm_",), re.compile(rf"{B}npm_[A-Za-z0-9]{{36}}{E}")),
     "pypi": (("pypi-",), re.compile(rf"{B}pypi-AgE[\w-]{{50,1000}}{E}")),
     "jwt": (("eyJ",), re.compile(rf"{B}eyJ[\w-]{{10,}}\.eyJ[\w-]{{10,}}\.[\w-]{{10,}}{E}")),
-    "private key": (("-----BEGIN",), re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{20,}?(?:-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z)")),
+    "private key": (
+        ("-----BEGIN",),
+        re.compile(
+            r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{20,}?(?:-----END (?:[A-Z]+ )*PRIVATE KEY(?:"
+            r" BLOCK)?-----|\Z)"
+        ),
+    ),
 }
 URL_PASSWORD = re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s:/@]{0,64}:([^\s:/@]{3,128})@[\w.-]+")
 NAMED = re.compile(
-    r"(?:api|access|auth(?!or)|secret|private|client|encryption|signing|bearer|session)[_ -]?(?:key|token|secret|id)?|passw(?:or)?d|passwd|pwd|token|secret|credential", re.IGNORECASE
-)  # fmt: skip
-ASSIGNED = re.compile(r"""[:=]>?[ \t]{0,3}(?:(["'`])([^\s"'`]{8,200})\1|([^\s"'`<>{}()$;,&:=]{8,200}={0,2})(?![^\s;,&"'`<>)\]}]))""")
+    r"(?:api|access|auth(?!or)|secret|private|client|encryption|signing|bearer|session)[_"
+    r" -]?(?:key|token|secret|id)?|passw(?:or)?d|passwd|pwd|token|secret|credential",
+    re.IGNORECASE,
+)
+ASSIGNED = re.compile(
+    r"""[:=]>?[ \t]{0,3}(?:(["'`])([^\s"'`]{8,200})\1|([^\s"'`<>{}()$;,&:=]{8,200}={0,2})(?![^\s;,&"'`<>)\]}]))"""
+)
 NAME = re.compile(r"""(?<![A-Za-z0-9])([A-Za-z][\w.-]{1,40})["'\]]{0,2}[ \t]{0,3}:?$""")
 TYPED = re.compile(r"""(?<![A-Za-z0-9])([A-Za-z]\w{1,40}):[ ]?[\w\[\]|]{1,20}[ \t]{0,3}$""")  # name: type = value
 ATTRIBUTE = re.compile(r"""\b(?:key|name)=["']([\w.-]{2,60})["']\s+value=["']([^"'\s]{8,200})["']""")
 BEARER = re.compile(r"\b[Bb]earer\s+([A-Za-z0-9._~+/-]{16,}=*)")
-PLACEHOLDER = re.compile(r"(?i)x{4,}|\*{3,}|\.{3,}|your|example|changeme|change_me|placeholder|dummy|redacted|insert|<|os\.environ|getenv|process\.env|None|null|true|false|password|secret")
+PLACEHOLDER = re.compile(
+    r"(?i)x{4,}|\*{3,}|\.{3,}|your|example|changeme|change_me|placeholder|dummy|redacted|insert|<|os\.environ|getenv|process\.env|None|null|true|false|password|secret"
+)
 MIN_ENTROPY = 3.2  # bits per character; English words are below, random letters and digits above
 
 
@@ -50,7 +72,9 @@ def entropy(value: str) -> float:
 
 
 def secrets(text: str, examples: bool = False) -> Iterator[Finding]:
-    """Keys, tokens, passwords in URLs, and random-looking values of names such as api_key; placeholders only with `examples`."""
+    """Keys, tokens, passwords in URLs, and random-looking values of names such as api_key; placeholders only with
+    `examples`.
+    """
     for begins, pattern in KNOWN.values():
         for match in pattern.finditer(text) if any(begin in text for begin in begins) else ():
             if examples or not PLACEHOLDER.search(match.group()[4:]) or "PRIVATE KEY" in match.group():
@@ -77,7 +101,9 @@ def _is_secret(value: str, examples: bool) -> bool:
 
 
 def looks_random(value: str) -> bool:
-    """Whether a value is no word, path or name: high entropy, and digits, or letters of both cases, among its characters."""
+    """Whether a value is no word, path or name: high entropy, and digits, or letters of both cases, among its
+    characters.
+    """
     kinds = (any(c.isdigit() for c in value), any(c.islower() for c in value), any(c.isupper() for c in value))
     if sum(kinds) < 2 or entropy(value) < min(MIN_ENTROPY, 0.85 * math.log2(len(value))):
         return False

@@ -1,4 +1,7 @@
-"""Axolotl's YAML as steps of a recipe (its configuration reference: docs/config.qmd, docs/dataset-formats). Knows its keys; writes no file."""
+"""Axolotl's YAML as steps of a recipe (its configuration reference: docs/config.qmd, docs/dataset-formats).
+
+Knows its keys; writes no file.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,35 @@ from llmworks.importers.datasets import Source, Steps, read, split
 from llmworks.importers.keys import Keys
 
 TOOL = "Axolotl"
-SHAPES = {"alpaca": "alpaca", "gpteacher": "alpaca", "sharegpt": "sharegpt", "chat_template": "auto", "completion": "text", "pretrain": "text"}
+SHAPES = {
+    "alpaca": "alpaca",
+    "gpteacher": "alpaca",
+    "sharegpt": "sharegpt",
+    "chat_template": "auto",
+    "completion": "text",
+    "pretrain": "text",
+}
 OTHER_METHODS = "rl reward_model process_reward_model"
 LOST = {
     "lora_modules_to_save": "only the adapter is trained; embeddings and head stay as they are",
-    "peft_layers_to_transform peft_layers_pattern peft_layer_replication lora_layers_to_transform": "an adapter stands at every layer of the chosen names",
-    "peft_init_lora_weights peft peft_autocast_adapter_dtype loftq*": "an adapter begins at random, as LoRA's paper has it",
+    "peft_layers_to_transform peft_layers_pattern peft_layer_replication lora_layers_to_transform": (
+        "an adapter stands at every layer of the chosen names"
+    ),
+    "peft_init_lora_weights peft peft_autocast_adapter_dtype loftq*": (
+        "an adapter begins at random, as LoRA's paper has it"
+    ),
     "loraplus_lr_embedding": "embeddings have no adapter",
     "relora* jagged_restart*": "adapters are not folded in on the way",
     "lora_model_dir": "training begins with a new adapter; fold the old one in first, with merge.adapter",
     "max_steps": "the length is told by epochs",
     "noisy_embedding_alpha": "is neftune_noise_alpha's old name: set neftune",
-    "tokens added_tokens_overrides resize_token_embeddings_to_32x shrink_embeddings mean_resizing_embeddings": "the vocabulary stays as it is",
+    "tokens added_tokens_overrides resize_token_embeddings_to_32x shrink_embeddings mean_resizing_embeddings": (
+        "the vocabulary stays as it is"
+    ),
     "default_system_message eot_tokens chat_template_jinja": "the template is one of ours, or the model's own",
-    "overrides_of_model_config overrides_of_model_kwargs rope_scaling random_init_weights": "the model is trained as its files have it",
+    "overrides_of_model_config overrides_of_model_kwargs rope_scaling random_init_weights": (
+        "the model is trained as its files have it"
+    ),
     "unfrozen_parameters": "set freeze to what is to stay as it is",
     "curriculum_sampling shuffle_merged_datasets": "rows are shuffled in every epoch",
     "dataset_exact_deduplication": "set repeated: drop at data.chat",
@@ -38,7 +56,10 @@ LOST = {
 
 
 def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
-    """(steps, seed, the keys with what became of each). `folder`: where paths begin. UserError for what is no fine-tuning, or names no model or data."""
+    """(steps, seed, the keys with what became of each).
+
+    `folder`: where paths begin. UserError for what is no fine-tuning, or names no model or data.
+    """
     keys = Keys(values, TOOL)
     for key in OTHER_METHODS.split():
         if (value := keys.take(key)) not in (None, False):
@@ -46,9 +67,17 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     steps: Steps = {"base": {"use": training.source(str(_needed(keys, "base_model")), folder)}}
     train, held_out, template = _data(keys, folder, steps)
     config: dict[str, Any] = _method(keys)
-    config |= {"epochs": float(keys.number("num_epochs", 1)), "batch_size": keys.whole("micro_batch_size", 1), "max_tokens": keys.whole("sequence_len", 512)}
+    config |= {
+        "epochs": float(keys.number("num_epochs", 1)),
+        "batch_size": keys.whole("micro_batch_size", 1),
+        "max_tokens": keys.whole("sequence_len", 512),
+    }
     if keys.values.get("sample_packing"):
-        keys.otherwise("micro_batch_size", f"counted packed sequences of {config['max_tokens']} tokens; here it counts rows, so that a step learns less: raise batch_size to what fills as many tokens")
+        keys.otherwise(
+            "micro_batch_size",
+            f"counted packed sequences of {config['max_tokens']} tokens; here it counts rows, so that a step learns"
+            " less: raise batch_size to what fills as many tokens",
+        )
     accumulation = keys.whole("gradient_accumulation_steps", 1)
     total = keys.whole("batch_size")
     if total:
@@ -69,11 +98,17 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     if keys.flag("train_on_inputs"):
         keys.lost("train_on_inputs", "only answers are learned")
     config |= training.loop(keys, held_out is not None, config.get("lora", {}).get("base") == "nf4")
-    config["optimizer"] = training.optimizer(keys, "optimizer", "lr_scheduler", rate=None, warmup=0.03, schedule="cosine")
+    config["optimizer"] = training.optimizer(
+        keys, "optimizer", "lr_scheduler", rate=None, warmup=0.03, schedule="cosine"
+    )
     _special_tokens(keys)
     keys.lose(LOST)
     seed = keys.whole("seed", 42)
-    steps["tuned"] = {"stage": "train.sft", "inputs": {"model": "base", "data": train, **({"held_out": held_out} if held_out else {})}, "config": config}
+    steps["tuned"] = {
+        "stage": "train.sft",
+        "inputs": {"model": "base", "data": train, **({"held_out": held_out} if held_out else {})},
+        "config": config,
+    }
     return steps, seed, keys
 
 
@@ -91,7 +126,11 @@ def _method(keys: Keys) -> dict[str, Any]:
     if kind is None:
         if four:
             keys.lost("load_in_4bit", "without an adapter all weights are trained, which cannot be kept in 4 bits")
-        for key in [key for key in keys.values if key.startswith("lora_") and not key.endswith("_kernel") and key != "lora_on_cpu"]:
+        for key in [
+            key
+            for key in keys.values
+            if key.startswith("lora_") and not key.endswith("_kernel") and key != "lora_on_cpu"
+        ]:
             keys.note(key, "meaningless", "there is no adapter")
             keys.take(key)
         return {"method": "full"}
@@ -113,7 +152,9 @@ def _method(keys: Keys) -> dict[str, Any]:
         found["targets"] = [name.rpartition(".")[2] for name in targets if name not in heads]
     if every and targets:
         keys.otherwise("lora_target_modules", "lora_target_linear is set, so all linear layers are adapted")
-    found |= ({"stabilised": True} if keys.flag("peft_use_rslora") else {}) | ({"magnitudes": True} if keys.flag("peft_use_dora") else {})
+    found |= ({"stabilised": True} if keys.flag("peft_use_rslora") else {}) | (
+        {"magnitudes": True} if keys.flag("peft_use_dora") else {}
+    )
     if kind == "qlora" or four:
         found["base"] = "nf4"
         kwargs = keys.inner("bnb_config_kwargs")
@@ -130,7 +171,9 @@ def _data(keys: Keys, folder: Path, steps: Steps) -> tuple[str, str | None, str]
     """(the step that is trained on, the one that is held out, the template)."""
     templates: list[str] = []
     named = str(keys.take("chat_template", "") or "")
-    sources = _sources(keys, "datasets", folder, named, templates) or _sources(keys, "pretraining_dataset", folder, named, templates)
+    sources = _sources(keys, "datasets", folder, named, templates) or _sources(
+        keys, "pretraining_dataset", folder, named, templates
+    )
     if not sources:
         raise UserError(f"{TOOL}: datasets is missing; it names what is learned from")
     rows = read(sources, steps)
@@ -144,7 +187,10 @@ def _data(keys: Keys, folder: Path, steps: Steps) -> tuple[str, str | None, str]
     elif share > 0:
         rows, held_out = split(rows, share, steps, keys, "val_set_size")
     if len(set(templates)) > 1:
-        keys.lost("datasets", f"each set has a template of its own ({', '.join(sorted(set(templates)))}); the first is used for all")
+        keys.lost(
+            "datasets",
+            f"each set has a template of its own ({', '.join(sorted(set(templates)))}); the first is used for all",
+        )
     return rows, held_out, templates[0] if templates else "keep"
 
 
@@ -161,7 +207,10 @@ def _sources(keys: Keys, key: str, folder: Path, named: str, templates: list[str
         path, files = str(_needed(one, "path")), one.take("data_files")
         kind = one.take("type", "pretrain" if key == "pretraining_dataset" else None)
         if isinstance(kind, dict):
-            raise UserError(f"{TOOL}: {key}[{number}].type: a prompt of its own is not translated; write its rows as messages, and read them with data.chat")
+            raise UserError(
+                f"{TOOL}: {key}[{number}].type: a prompt of its own is not translated; write its rows as messages, and"
+                " read them with data.chat"
+            )
         base, _, style = str(kind).partition(":")
         base = base.partition(".")[0]
         if base not in SHAPES:
@@ -170,7 +219,9 @@ def _sources(keys: Keys, key: str, folder: Path, named: str, templates: list[str
             files = [files] if isinstance(files, str) else files or []
             if len(files) != 1:
                 raise UserError(f"{TOOL}: {key}[{number}].data_files: name one file; several are several data sets")
-            ref = training.source(str(files[0]) if path in ("json", "parquet", "csv", "text") else path, folder, dataset=True)
+            ref = training.source(
+                str(files[0]) if path in ("json", "parquet", "csv", "text") else path, folder, dataset=True
+            )
             if ref.startswith("hf:"):
                 one.otherwise("data_files", f"{files[0]}: all files of its folder are read")
                 ref = f"{ref}/{Path(str(files[0])).parent}".removesuffix("/.")
@@ -181,14 +232,28 @@ def _sources(keys: Keys, key: str, folder: Path, named: str, templates: list[str
         one.take("ds_type")
         part = one.take("split", "train")
         if part != "train":
-            one.lost("split", f"{part}; all rows are read: name a folder of the repository, or a file with the rows that are meant")
+            one.lost(
+                "split",
+                f"{part}; all rows are read: name a folder of the repository, or a file with the rows that are meant",
+            )
         if name := one.take("name"):
             ref = f"{ref}/{name}"
             one.otherwise("name", f"{name} is taken as the folder of the repository that has its files")
         found.append(Source(ref, SHAPES[base], text=str(one.take("field", "text"))))
         templates.append(_template(one, base, style, named))
         _conversation(one)
-        one.lose({"shards shards_idx preprocess_shards": "all rows are read", "train_on_eos train_on_eot": "the end of every answer is learned", "drop_system_message": "system turns stay", "message_field_training_detail": "an answer is learned whole, or not (weight 0)", "roles_to_train message_field_training": "answers are learned, but those whose weight is 0", "revision": "a name on the Hub means its newest commit", "field_* split_thinking": "rows are recognised by their usual keys; rename them", "weight*": "every row counts once"})  # fmt: skip
+        one.lose(
+            {
+                "shards shards_idx preprocess_shards": "all rows are read",
+                "train_on_eos train_on_eot": "the end of every answer is learned",
+                "drop_system_message": "system turns stay",
+                "message_field_training_detail": "an answer is learned whole, or not (weight 0)",
+                "roles_to_train message_field_training": "answers are learned, but those whose weight is 0",
+                "revision": "a name on the Hub means its newest commit",
+                "field_* split_thinking": "rows are recognised by their usual keys; rename them",
+                "weight*": "every row counts once",
+            }
+        )
         one.finish()
     return found
 
@@ -197,13 +262,27 @@ def _conversation(one: Keys) -> None:
     """Keys of rows: the usual ones need no word."""
     messages = one.take("field_messages", "messages")
     if messages not in ("messages", "conversations", "conversation"):
-        raise UserError(f"{TOOL}: {one.path}field_messages: conversations are looked for in messages and conversations, not in {messages!r}; rename it in the data")
+        raise UserError(
+            f"{TOOL}: {one.path}field_messages: conversations are looked for in messages and conversations, not in"
+            f" {messages!r}; rename it in the data"
+        )
     mapping = one.take("message_property_mappings", {})
-    role, content = one.take("message_field_role", mapping.pop("role", "role")), one.take("message_field_content", mapping.pop("content", "content"))
+    role, content = (
+        one.take("message_field_role", mapping.pop("role", "role")),
+        one.take("message_field_content", mapping.pop("content", "content")),
+    )
     if (role, content) not in (("role", "content"), ("from", "value")) or mapping:
-        raise UserError(f"{TOOL}: {one.path}message_property_mappings: turns are read as role and content, or from and value; rename them in the data")
+        raise UserError(
+            f"{TOOL}: {one.path}message_property_mappings: turns are read as role and content, or from and value;"
+            " rename them in the data"
+        )
     roles = one.take("roles", {})
-    usual = {"user": {"human", "user"}, "assistant": {"gpt", "assistant", "model"}, "system": {"system"}, "tool": {"tool"}}
+    usual = {
+        "user": {"human", "user"},
+        "assistant": {"gpt", "assistant", "model"},
+        "system": {"system"},
+        "tool": {"tool"},
+    }
     if isinstance(roles, dict) and not all(set(names) <= usual.get(ours, set()) for ours, names in roles.items()):
         one.lost("roles", "roles are read by their usual names; rename others")
     if one.values.get("roles_to_train") == ["assistant"]:

@@ -1,4 +1,6 @@
-"""Steps of a recipe that read what another tool's configuration trains on: raw rows to conversations or documents, several sets to one, held-out rows."""
+"""Steps of a recipe that read what another tool's configuration trains on: raw rows to conversations or documents,
+several sets to one, held-out rows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ Steps = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set. `shape`: a format of data.chat, or `text` for documents, whose text is in the field `text`; `rows`: at most so many, 0 for all."""
+    """A data set.
+
+    `shape`: a format of data.chat, or `text` for documents, whose text is in the field `text`; `rows`: at most so many,
+    0 for all.
+    """
 
     ref: str
     shape: str
@@ -23,23 +29,40 @@ class Source:
 
 
 def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
-    """Add the steps that read all sources; returns the name of the step that holds them together. UserError when documents and conversations are mixed."""
+    """Add the steps that read all sources; returns the name of the step that holds them together.
+
+    UserError when documents and conversations are mixed.
+    """
     names: dict[str, str] = {}
     for number, source in enumerate(sources, 1):
         mark = f"{prefix}{'-' if prefix else ''}{number}" if len(sources) > 1 else prefix
-        raw, made = "-".join(filter(None, ("raw", mark))), "-".join(filter(None, ("texts" if source.shape == "text" else "chats", mark)))
+        raw, made = (
+            "-".join(filter(None, ("raw", mark))),
+            "-".join(filter(None, ("texts" if source.shape == "text" else "chats", mark))),
+        )
         steps[raw] = {"use": source.ref}
         if source.shape == "text":
-            steps[made] = {"stage": "data.read", "inputs": {"data": raw}, **({"config": {"text_field": source.text}} if source.text != "text" else {})}
+            steps[made] = {
+                "stage": "data.read",
+                "inputs": {"data": raw},
+                **({"config": {"text_field": source.text}} if source.text != "text" else {}),
+            }
         else:
             steps[made] = {"stage": "data.chat", "inputs": {"data": raw}, "config": {"format": source.shape}}
         if source.rows and source.shape != "text":
             some = made.replace("chats", "some", 1)
-            steps[some] = {"stage": "data.mix", "inputs": {"data": {"all": made}}, "config": {"rows": source.rows, "max_repeats": 1}}
+            steps[some] = {
+                "stage": "data.mix",
+                "inputs": {"data": {"all": made}},
+                "config": {"rows": source.rows, "max_repeats": 1},
+            }
             made = some
         names[f"set-{number}"] = made
     if len({source.shape == "text" for source in sources}) > 1:
-        raise UserError("documents and conversations stand side by side in its data sets; a fine-tuning reads one kind: translate a configuration of each")
+        raise UserError(
+            "documents and conversations stand side by side in its data sets; a fine-tuning reads one kind: translate a"
+            " configuration of each"
+        )
     if len(sources) == 1:
         return names["set-1"]
     mixed = "-".join(filter(None, ("rows", prefix)))
@@ -48,7 +71,10 @@ def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
 
 
 def split(rows: str, share: float, steps: Steps, keys: Keys, key: str) -> tuple[str, str]:
-    """Add both sides of a split; returns their names. `share`: of the held-out rows, between 0 and 1; of rows, from 1 on; `key` has it."""
+    """Add both sides of a split; returns their names.
+
+    `share`: of the held-out rows, between 0 and 1; of rows, from 1 on; `key` has it.
+    """
     if share >= 1:
         keys.otherwise(key, f"{share} rows; here a share is held out, and a twentieth is taken")
         share = 0.05

@@ -1,4 +1,7 @@
-"""LLaMA-Factory's YAML as steps of a recipe (its arguments: src/llamafactory/hparams, data/README.md). Knows its keys; writes no file."""
+"""LLaMA-Factory's YAML as steps of a recipe (its arguments: src/llamafactory/hparams, data/README.md).
+
+Knows its keys; writes no file.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,35 @@ from llmworks.importers.datasets import Source, Steps, read, split
 from llmworks.importers.keys import Keys
 
 TOOL = "LLaMA-Factory"
-PROMPT = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history", "messages": "conversations", "tools": "tools"}
-TAGS = ({"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": "system", "observation_tag": "observation", "function_tag": "function_call"}, {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool", "function_tag": "function_call"})  # fmt: skip
+PROMPT = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "system": "system",
+    "history": "history",
+    "messages": "conversations",
+    "tools": "tools",
+}
+TAGS = (
+    {
+        "role_tag": "from",
+        "content_tag": "value",
+        "user_tag": "human",
+        "assistant_tag": "gpt",
+        "system_tag": "system",
+        "observation_tag": "observation",
+        "function_tag": "function_call",
+    },
+    {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+        "observation_tag": "tool",
+        "function_tag": "function_call",
+    },
+)
 LOST = {
     "adapter_name_or_path": "training begins with a new adapter; fold the old one in first, with merge.adapter",
     "additional_target modules_to_save": "only the adapter is trained; embeddings and head stay as they are",
@@ -23,8 +53,12 @@ LOST = {
     "train_on_prompt": "only answers are learned",
     "streaming mix_strategy interleave_probs": "all rows of all data sets are read, shuffled",
     "use_galore galore_* use_apollo apollo_* use_badam badam_* use_adam_mini": "the optimizer is adamw, lion or muon",
-    "use_llama_pro use_dft_loss use_asft_loss use_eaft_loss *_loss_* mixture_of_depths moe_aux_loss_coef": "the loss is cross-entropy, of the model as it is",
-    "new_special_tokens* add_tokens add_special_tokens resize_vocab init_special_tokens": "the vocabulary stays as it is",
+    "use_llama_pro use_dft_loss use_asft_loss use_eaft_loss *_loss_* mixture_of_depths moe_aux_loss_coef": (
+        "the loss is cross-entropy, of the model as it is"
+    ),
+    "new_special_tokens* add_tokens add_special_tokens resize_vocab init_special_tokens": (
+        "the vocabulary stays as it is"
+    ),
     "rope_scaling model_revision": "the model is trained as its files have it",
     "tool_format default_system enable_thinking preserve_thinking": "the template says how tools and turns are shown",
     "image_* video_* audio_* media_dir freeze_vision_tower freeze_multi_modal_projector": "only text is learned",
@@ -35,13 +69,19 @@ LOST = {
 
 
 def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
-    """(steps, seed, the keys with what became of each). `folder`: where paths begin. UserError for what is no fine-tuning, or names no model or data."""
+    """(steps, seed, the keys with what became of each).
+
+    `folder`: where paths begin. UserError for what is no fine-tuning, or names no model or data.
+    """
     keys = Keys(values, TOOL)
     stage, method = str(keys.take("stage", "sft")), str(keys.take("finetuning_type", "lora"))
     if stage not in ("sft", "pt"):
         raise UserError(f"{TOOL}: stage: {stage!r} is no supervised fine-tuning; sft and pt are translated")
     if method not in ("lora", "full"):
-        raise UserError(f"{TOOL}: finetuning_type: {method!r} is not translated; lora and full are" + ("; for freeze write method: full, and name in freeze what stays as it is" if method == "freeze" else ""))
+        raise UserError(
+            f"{TOOL}: finetuning_type: {method!r} is not translated; lora and full are"
+            + ("; for freeze write method: full, and name in freeze what stays as it is" if method == "freeze" else "")
+        )
     model = keys.take("model_name_or_path")
     if model is None:
         raise UserError(f"{TOOL}: model_name_or_path is missing")
@@ -52,7 +92,12 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
         for key in [key for key in keys.values if key.startswith("lora_")]:
             keys.take(key)
             keys.note(key, "meaningless", "there is no adapter")
-    config |= {"epochs": float(keys.number("num_train_epochs", 3)), "batch_size": keys.whole("per_device_train_batch_size", 8), "max_tokens": keys.whole("cutoff_len", 2048), "longer": "cut"}
+    config |= {
+        "epochs": float(keys.number("num_train_epochs", 3)),
+        "batch_size": keys.whole("per_device_train_batch_size", 8),
+        "max_tokens": keys.whole("cutoff_len", 2048),
+        "longer": "cut",
+    }
     accumulation = keys.whole("gradient_accumulation_steps", 1)
     if accumulation > 1:
         config["accumulation"] = int(accumulation)
@@ -66,15 +111,25 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
         config["recompute"] = True
     packing, neat = keys.take("packing", stage == "pt"), keys.take("neat_packing")
     if packing or neat:
-        keys.otherwise("packing", f"a row is of {config['max_tokens']} tokens there{'' if neat else ', whose texts see one another'}; here a row is one text, so that a step learns less: raise batch_size to what fills as many tokens")
+        keys.otherwise(
+            "packing",
+            f"a row is of {config['max_tokens']} tokens there{'' if neat else ', whose texts see one another'}; here a"
+            " row is one text, so that a step learns less: raise batch_size to what fills as many tokens",
+        )
     training.precision(keys)
     config |= training.loop(keys, held_out is not None, config.get("lora", {}).get("base") == "nf4")
-    config["optimizer"] = training.optimizer(keys, "optim", "lr_scheduler_type", rate=5e-5, warmup=0.0, schedule="linear")
+    config["optimizer"] = training.optimizer(
+        keys, "optim", "lr_scheduler_type", rate=5e-5, warmup=0.0, schedule="linear"
+    )
     if keys.values.get("do_train", True) is False:
         raise UserError(f"{TOOL}: do_train is false: nothing is trained; tasks are given to `llmworks evaluate`")
     keys.lose(LOST, harmless=(False, 0, -1))
     seed = keys.whole("seed", 42)
-    steps["tuned"] = {"stage": "train.sft", "inputs": {"model": "base", "data": train, **({"held_out": held_out} if held_out else {})}, "config": config}
+    steps["tuned"] = {
+        "stage": "train.sft",
+        "inputs": {"model": "base", "data": train, **({"held_out": held_out} if held_out else {})},
+        "config": config,
+    }
     return steps, seed, keys
 
 
@@ -83,7 +138,9 @@ def _adapter(keys: Keys) -> dict[str, Any]:
     targets = keys.words("lora_target") or ["all"]
     if "all" not in targets:
         found["targets"] = [name.rpartition(".")[2] for name in targets]
-    found |= ({"stabilised": True} if keys.flag("use_rslora") else {}) | ({"magnitudes": True} if keys.flag("use_dora") else {})
+    found |= ({"stabilised": True} if keys.flag("use_rslora") else {}) | (
+        {"magnitudes": True} if keys.flag("use_dora") else {}
+    )
     bits, method = keys.number("quantization_bit"), keys.take("quantization_method", "bnb")
     if bits == 4:
         found["base"] = "nf4"
@@ -117,7 +174,17 @@ def _template(keys: Keys, config: dict[str, Any], stage: str) -> None:
 def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str | None]:
     """(the step that is trained on, the one that is held out)."""
     place = Path(str(keys.take("dataset_dir", "data")))
-    info = _info(keys, next((found for found in (place, folder / place, folder.parent / place, folder.parent.parent / place) if (found / "dataset_info.json").is_file()), None))
+    info = _info(
+        keys,
+        next(
+            (
+                found
+                for found in (place, folder / place, folder.parent / place, folder.parent.parent / place)
+                if (found / "dataset_info.json").is_file()
+            ),
+            None,
+        ),
+    )
     limit = int(keys.number("max_samples", 0))
     names = keys.words("dataset")
     if not names:
@@ -127,7 +194,9 @@ def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str 
     rows = read([_source(keys, name, info, place, folder, stage, limit) for name in names], steps)
     others, share = keys.words("eval_dataset"), keys.number("val_size", 0)
     if others:
-        return rows, read([_source(keys, name, info, place, folder, stage, limit) for name in others], steps, "held-out")
+        return rows, read(
+            [_source(keys, name, info, place, folder, stage, limit) for name in others], steps, "held-out"
+        )
     return split(rows, share, steps, keys, "val_size") if share else (rows, None)
 
 
@@ -148,7 +217,11 @@ def _source(keys: Keys, name: str, info: dict[str, Any], place: Path, folder: Pa
     """One named data set, as `dataset_info.json` describes it."""
     usual = "text" if stage == "pt" else "auto"
     if not info:
-        keys.otherwise("dataset", f"{name}: there is no {place}/dataset_info.json, so that its file is guessed; put the right one into the recipe")
+        keys.otherwise(
+            "dataset",
+            f"{name}: there is no {place}/dataset_info.json, so that its file is guessed; put the right one into the"
+            " recipe",
+        )
         return Source(f"path:{folder.resolve() / place / f'{name}.json'}", usual, rows=limit)
     if name not in info or not name:
         raise UserError(f"{TOOL}: dataset: {name!r} is not in {info['']}/dataset_info.json")
@@ -162,16 +235,29 @@ def _source(keys: Keys, name: str, info: dict[str, Any], place: Path, folder: Pa
         ref = training.source(str(hub), folder, dataset=True)
     else:
         raise UserError(f"{TOOL}: dataset: {name!r} has neither hf_hub_url nor file_name")
-    shape = "text" if stage == "pt" else {"alpaca": "alpaca", "sharegpt": "auto", "openai": "auto"}.get(str(one.take("formatting", "alpaca")), "auto")
+    shape = (
+        "text"
+        if stage == "pt"
+        else {"alpaca": "alpaca", "sharegpt": "auto", "openai": "auto"}.get(
+            str(one.take("formatting", "alpaca")), "auto"
+        )
+    )
     if sub := one.take("folder", one.take("subset")):
         ref = f"{ref}/{sub}"
     columns, tags = one.take("columns", {}), one.take("tags", {})
     text = str(columns.get("prompt", "instruction")) if shape == "text" else "text"
     if shape != "text":
-        odd = [f"{key}: {value}" for key, value in columns.items() if value not in (PROMPT.get(key), "messages" if key == "messages" else None)]
+        odd = [
+            f"{key}: {value}"
+            for key, value in columns.items()
+            if value not in (PROMPT.get(key), "messages" if key == "messages" else None)
+        ]
         odd += [f"{key}: {value}" for key, value in tags.items() if value not in [known.get(key) for known in TAGS]]
         if odd:
-            raise UserError(f"{TOOL}: dataset {name!r}: {', '.join(odd)}: rows are recognised by their usual keys; rename them in the data")
+            raise UserError(
+                f"{TOOL}: dataset {name!r}: {', '.join(odd)}: rows are recognised by their usual keys; rename them in"
+                " the data"
+            )
     for key in ("ms_hub_url", "om_hub_url"):
         one.take(key)
     if "num_samples" in one:

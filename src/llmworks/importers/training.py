@@ -1,4 +1,6 @@
-"""What configurations of fine-tunings have in common: optimizers, precision, adapters, templates, and where models and data lie."""
+"""What configurations of fine-tunings have in common: optimizers, precision, adapters, templates, and where models and
+data lie.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,43 @@ from typing import Any
 from llmworks.core.errors import UserError
 from llmworks.importers.keys import Keys
 
-OPTIMIZERS = {"adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adamw_torch_xla adamw_torch_npu_fused adamw_anyprecision optimi_adamw adam", "lion": "lion_32bit lion_pytorch", "muon": "muon"}  # fmt: skip
-EIGHT_BIT = {"adamw-8bit": "adamw_bnb_8bit adamw_8bit paged_adamw_8bit paged_adamw_32bit ao_adamw_8bit adamw_torch_8bit", "lion": "lion_8bit paged_lion_8bit paged_lion_32bit lion_bnb"}
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}
+OPTIMIZERS = {
+    "adamw": (
+        "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adamw_torch_xla adamw_torch_npu_fused"
+        " adamw_anyprecision optimi_adamw adam"
+    ),
+    "lion": "lion_32bit lion_pytorch",
+    "muon": "muon",
+}
+EIGHT_BIT = {
+    "adamw-8bit": "adamw_bnb_8bit adamw_8bit paged_adamw_8bit paged_adamw_32bit ao_adamw_8bit adamw_torch_8bit",
+    "lion": "lion_8bit paged_lion_8bit paged_lion_32bit lion_bnb",
+}
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "cosine_with_min_lr": "cosine",
+    "warmup_stable_decay": "wsd",
+}
 TEMPLATES = {
-    "chatml": "chatml chatml_de qwen qwen2 qwen_25 qwen2_5 qwen-7b-chat qwen1.5 hermes", "alpaca": "alpaca", "llama-2": "llama2 llama-2 llama2_zh", "llama-3": "llama3 llama-3 llama3_2",
-    "mistral": "mistral mistral_v1 inst mixtral", "mistral-v3": "mistral_v2v3 mistral_small ministral", "gemma": "gemma gemma2 gemma3 gemma_3", "phi": "phi phi3 phi_3 phi_35 phi-3", "zephyr": "zephyr",
-}  # fmt: skip
+    "chatml": "chatml chatml_de qwen qwen2 qwen_25 qwen2_5 qwen-7b-chat qwen1.5 hermes",
+    "alpaca": "alpaca",
+    "llama-2": "llama2 llama-2 llama2_zh",
+    "llama-3": "llama3 llama-3 llama3_2",
+    "mistral": "mistral mistral_v1 inst mixtral",
+    "mistral-v3": "mistral_v2v3 mistral_small ministral",
+    "gemma": "gemma gemma2 gemma3 gemma_3",
+    "phi": "phi phi3 phi_3 phi_35 phi-3",
+    "zephyr": "zephyr",
+}
 
 
 def source(path: str, folder: Path, *, dataset: bool = False) -> str:
-    """A reference to a model or a data set: `path:` for what lies here or is written as a path, `hf:` for a name on the Hub."""
+    """A reference to a model or a data set: `path:` for what lies here or is written as a path, `hf:` for a name on the
+    Hub.
+    """
     if path.startswith(("asset:", "hf:", "path:")):  # names of ours
         return path
     here = Path(path).expanduser()
@@ -38,7 +66,9 @@ def template(name: str) -> str | None:
     return next((ours for ours, theirs in TEMPLATES.items() if name in theirs.split()), None)
 
 
-def optimizer(keys: Keys, name_key: str, schedule_key: str, *, rate: float | None, warmup: float, schedule: str) -> dict[str, Any]:
+def optimizer(
+    keys: Keys, name_key: str, schedule_key: str, *, rate: float | None, warmup: float, schedule: str
+) -> dict[str, Any]:
     """The optimizer's fields. `rate`, `warmup`, `schedule`: the tool's own where nothing is said."""
     found: dict[str, Any] = {}
     name = str(keys.take(name_key, "adamw_torch"))
@@ -47,7 +77,11 @@ def optimizer(keys: Keys, name_key: str, schedule_key: str, *, rate: float | Non
     if ours is None and eight is None:
         keys.lost(name_key, f"{name}; adamw is used")
     elif ours is None:
-        keys.otherwise(name_key, f"{name} is {str(eight).removesuffix('-8bit')} with moments kept whole" + ("; set name to adamw-8bit on a GPU" if eight == "adamw-8bit" else ""))
+        keys.otherwise(
+            name_key,
+            f"{name} is {str(eight).removesuffix('-8bit')} with moments kept whole"
+            + ("; set name to adamw-8bit on a GPU" if eight == "adamw-8bit" else ""),
+        )
         ours = str(eight).removesuffix("-8bit")
     if (ours or "adamw") != "adamw":
         found["name"] = ours
@@ -74,13 +108,25 @@ def optimizer(keys: Keys, name_key: str, schedule_key: str, *, rate: float | Non
         keys.otherwise("warmup_steps", f"{steps} steps; here warmup is a share of all steps, and 0.05 is taken")
     else:
         found["warmup"] = 0.0 if steps == 0 else warmup
-    for theirs, name in (("weight_decay", "weight_decay"), ("adam_beta1", "beta1"), ("adam_beta2", "beta2"), ("max_grad_norm", "clip")):
+    for theirs, name in (
+        ("weight_decay", "weight_decay"),
+        ("adam_beta1", "beta1"),
+        ("adam_beta2", "beta2"),
+        ("max_grad_norm", "clip"),
+    ):
         value = keys.number(theirs)
         if value is not None and (name != "clip" or value > 0):
             found[name] = float(value)
         elif value is not None:
             keys.lost(theirs, "gradients are always scaled down to a norm, of 1 where nothing is said")
-    keys.lose({"adam_epsilon adam_beta3": "the optimizer's other constants are torch's own", "lr_scheduler_kwargs optim_args optim_target_modules lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor lr_groups embedding_lr embedding_lr_scale": "one rate for all weights, by the schedule"}, harmless=(1e-8,))  # fmt: skip
+    keys.lose(
+        {
+            "adam_epsilon adam_beta3": "the optimizer's other constants are torch's own",
+            "lr_scheduler_kwargs optim_args optim_target_modules lr_quadratic_warmup cosine_constant_lr_ratio"
+            " lr_div_factor lr_groups embedding_lr embedding_lr_scale": "one rate for all weights, by the schedule",
+        },
+        harmless=(1e-8,),
+    )
     return found
 
 
@@ -94,13 +140,25 @@ def precision(keys: Keys) -> None:
 
 def sharding(keys: Keys, whole: str) -> dict[str, Any]:
     """FSDP and DeepSpeed's stages, as processes share weights here. `whole`: why weights cannot be sharded, if so."""
-    told = {key: keys.take(key) for key in list(keys.values) if key in ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "dp_shard_size", "deepspeed_plugin") or key.startswith("fsdp_")}
+    told = {
+        key: keys.take(key)
+        for key in list(keys.values)
+        if key in ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "dp_shard_size", "deepspeed_plugin")
+        or key.startswith("fsdp_")
+    }
     named = {key: value for key, value in told.items() if value not in (False, [], {})}
     if not named:
         return {}
-    shards = not whole and any(not (key == "deepspeed" and re.search(r"z(ero)?_?[01](?![0-9])", str(value))) for key, value in named.items())
+    shards = not whole and any(
+        not (key == "deepspeed" and re.search(r"z(ero)?_?[01](?![0-9])", str(value))) for key, value in named.items()
+    )
     for key in named:
-        keys.otherwise(key, f"with several processes (--nproc, torchrun) weights are {'sharded by FSDP2' if shards else 'replicated by DDP'}{f', since {whole}' if whole else ''}; offloading and other options there are not read")
+        keys.otherwise(
+            key,
+            "with several processes (--nproc, torchrun) weights are"
+            f" {'sharded by FSDP2' if shards else 'replicated by DDP'}{f', since {whole}' if whole else ''}; offloading"
+            " and other options there are not read",
+        )
     return {"parallel": {"data": "shard"}} if shards else {}
 
 
@@ -115,21 +173,32 @@ def looks(keys: Keys, held_out: bool) -> dict[str, Any]:
     elif every and every >= 1:
         found["look_every"] = int(every)
     elif every or per_epoch:
-        keys.otherwise("eval_steps" if every else "evals_per_epoch", "held-out rows are looked at every 50 steps; look_every changes it")
+        keys.otherwise(
+            "eval_steps" if every else "evals_per_epoch",
+            "held-out rows are looked at every 50 steps; look_every changes it",
+        )
         found["look_every"] = 50
     saves = keys.number("save_steps")
     if saves and saves >= 1:
         found["checkpoint_every"] = int(saves)
     elif saves:
-        keys.note("save_steps", "meaningless", "a share of all steps; a checkpoint is written every checkpoint_every steps")
-    patience, best = keys.number("early_stopping_patience", keys.number("early_stopping_steps")), keys.flag("load_best_model_at_end")
+        keys.note(
+            "save_steps", "meaningless", "a share of all steps; a checkpoint is written every checkpoint_every steps"
+        )
+    patience, best = (
+        keys.number("early_stopping_patience", keys.number("early_stopping_steps")),
+        keys.flag("load_best_model_at_end"),
+    )
     metric = keys.take("metric_for_best_model")
     if metric not in (None, "loss", "eval_loss"):
         keys.lost("metric_for_best_model", f"{metric}; the least held-out loss is best")
     keys.take("greater_is_better")
     if patience or best:
         if not held_out:
-            keys.lost("early_stopping_patience" if patience else "load_best_model_at_end", "there are no held-out rows to look at")
+            keys.lost(
+                "early_stopping_patience" if patience else "load_best_model_at_end",
+                "there are no held-out rows to look at",
+            )
             return found
         found |= {"best": "held_out"} | ({"patience": int(patience)} if patience else {})
         found.setdefault("look_every", 50)
@@ -143,11 +212,23 @@ def looks(keys: Keys, held_out: bool) -> dict[str, Any]:
 def loop(keys: Keys, held_out: bool, four_bits: bool) -> dict[str, Any]:
     """Looks, checkpoints, and what processes share."""
     found = looks(keys, held_out)
-    return found | sharding(keys, "the best weights are kept whole" if "best" in found else "a base in 4 bits is not sharded" if four_bits else "")
+    return found | sharding(
+        keys,
+        (
+            "the best weights are kept whole"
+            if "best" in found
+            else "a base in 4 bits is not sharded"
+            if four_bits
+            else ""
+        ),
+    )
 
 
 def adapter(keys: Keys, rank: str, *, default_rank: int, default_alpha: float | None, dropout: float) -> dict[str, Any]:
-    """LoRA's fields that both tools name alike. `rank`: the key of the rank; `default_alpha`: None is twice the rank."""
+    """LoRA's fields that both tools name alike.
+
+    `rank`: the key of the rank; `default_alpha`: None is twice the rank.
+    """
     size = keys.whole(rank, default_rank)
     alpha = keys.number("lora_alpha", 2 * size if default_alpha is None else default_alpha)
     found: dict[str, Any] = {"rank": size, "alpha": float(alpha)}

@@ -1,4 +1,6 @@
-"""A YAML file of Axolotl or LLaMA-Factory becomes a recipe, checked as any other, that says of each of their keys what became of it."""
+"""A YAML file of Axolotl or LLaMA-Factory becomes a recipe, checked as any other, that says of each of their keys what
+became of it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class _Once(yaml.SafeLoader):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
         if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} stands twice, again in line {node.start_mark.line + 1 + names.index(twice)} or after it")
+            raise yaml.YAMLError(
+                f"{twice!r} stands twice, again in line {node.start_mark.line + 1 + names.index(twice)} or after it"
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -38,7 +42,10 @@ class Translated:
 
 
 def translate(file: Path) -> Translated:
-    """Read a configuration and write it as a recipe. UserError in one line for a file that is none, or has no meaning here at all."""
+    """Read a configuration and write it as a recipe.
+
+    UserError in one line for a file that is none, or has no meaning here at all.
+    """
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Once)
     except IsADirectoryError:
@@ -60,14 +67,23 @@ def translate(file: Path) -> Translated:
 
 def _text(file: Path, tool: str, steps: dict[str, Any], seed: int, notes: list[Note]) -> str:
     """The recipe with its header."""
-    lines = [f"{file.name} of {tool}, translated. Look at it, then: llmworks plan, llmworks train selftest, llmworks run."]
+    lines = [
+        f"{file.name} of {tool}, translated. Look at it, then: llmworks plan, llmworks train selftest, llmworks run."
+    ]
     for fate, heading in HEADINGS.items():
         found = [note for note in notes if note.fate == fate]
         if found:
             lines += ["", f"{heading}:"]
             for text in dict.fromkeys(note.text for note in found):
                 names = ", ".join(note.key for note in found if note.text == text)
-                lines += textwrap.wrap(f"{names}: {text}", 150, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+                lines += textwrap.wrap(
+                    f"{names}: {text}",
+                    150,
+                    initial_indent="  ",
+                    subsequent_indent="    ",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
     name = "".join(c if c.isalnum() or c in "-_" else "-" for c in file.stem) or "translated"
     body = yaml.safe_dump({"name": name, "seed": seed, "steps": steps}, sort_keys=False, allow_unicode=True, width=150)
     return "".join(f"# {line}".rstrip() + "\n" for line in lines) + body

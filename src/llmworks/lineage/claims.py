@@ -1,4 +1,8 @@
-"""What files of a foreign model say of where it comes from, and under which licence: its card, an adapter's config, mergekit's configuration, GGUF metadata. Nothing of it is proved."""
+"""What files of a foreign model say of where it comes from, and under which licence: its card, an adapter's config,
+mergekit's configuration, GGUF metadata.
+
+Nothing of it is proved.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,9 @@ def claims(path: Path) -> list[Claim]:
 
 
 def licence(path: Path) -> str:
-    """The licence that a model's card or its GGUF metadata states, as the Hub writes it; nothing where none is stated."""
+    """The licence that a model's card or its GGUF metadata states, as the Hub writes it; nothing where none is
+    stated.
+    """
     front = front_of(path)
     said = front.get("license")
     if isinstance(said, list):
@@ -56,14 +62,18 @@ def _all(path: Path) -> Iterator[Claim]:
         yield Claim(str(adapter["base_model_name_or_path"]), "adapter", "adapter_config.json")
     front = front_of(path)
     bases = front.get("base_model") or []
-    relation = str(front.get("base_model_relation") or ("merge" if isinstance(bases, list) and len(bases) > 1 else "finetune"))
+    relation = str(
+        front.get("base_model_relation") or ("merge" if isinstance(bases, list) and len(bases) > 1 else "finetune")
+    )
     for base in bases if isinstance(bases, list) else [bases]:
         yield Claim(str(base), relation, "README.md")
     metadata = _gguf(path)
     for number in range(int(metadata.get("general.base_model.count", 0) or 0)):
         url = str(metadata.get(f"general.base_model.{number}.repo_url", ""))
         named = HUB.match(url)
-        yield Claim(named[1] if named else str(metadata.get(f"general.base_model.{number}.name", "")), "quantized", path.name)
+        yield Claim(
+            named[1] if named else str(metadata.get(f"general.base_model.{number}.name", "")), "quantized", path.name
+        )
 
 
 def _recipe(file: Path) -> Iterator[Claim]:
@@ -80,7 +90,11 @@ def _recipe(file: Path) -> Iterator[Claim]:
             for key, inside in value.items():
                 if key in ("model", "base_model", "source_model"):
                     name = inside.get("path") or (inside.get("model") or {}) if isinstance(inside, dict) else inside
-                    yield Claim(str(name.get("path", "")) if isinstance(name, dict) else str(name or ""), f"merge, {method}", file.name)
+                    yield Claim(
+                        str(name.get("path", "")) if isinstance(name, dict) else str(name or ""),
+                        f"merge, {method}",
+                        file.name,
+                    )
                 elif isinstance(inside, (dict, list)):
                     todo.append(inside)
         elif isinstance(value, list):
@@ -110,7 +124,13 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _gguf(path: Path) -> dict[str, Any]:
     """What the head of a GGUF file says of itself (keys that begin with general.)."""
-    files = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))[:1] if path.is_dir() else []
+    files = (
+        [path]
+        if path.suffix == ".gguf" and path.is_file()
+        else sorted(path.glob("*.gguf"))[:1]
+        if path.is_dir()
+        else []
+    )
     if not files:
         return {}
     from gguf import GGUFReader

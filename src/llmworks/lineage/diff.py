@@ -22,11 +22,15 @@ def diff(a: Artifact, b: Artifact) -> list[Row]:
     ]
     rows += _mapping("config", _flat(left.config), _flat(right.config))
     rows += _mapping(
-        "parent", {p.role: f"{p.name} {p.digest[:12]}" for p in left.parents}, {p.role: f"{p.name} {p.digest[:12]}" for p in right.parents}
+        "parent",
+        {p.role: f"{p.name} {p.digest[:12]}" for p in left.parents},
+        {p.role: f"{p.name} {p.digest[:12]}" for p in right.parents},
     )
     rows += _mapping("version", left.versions, right.versions)
     rows += _mapping("platform", left.platform, right.platform)
-    rows += _mapping("file", {n: f.sha256[:12] for n, f in left.files.items()}, {n: f.sha256[:12] for n, f in right.files.items()})
+    rows += _mapping(
+        "file", {n: f.sha256[:12] for n, f in left.files.items()}, {n: f.sha256[:12] for n, f in right.files.items()}
+    )
     rows += _mapping("about", _flat(left.about), _flat(right.about))
     rows += _mapping("metric", _flat(left.metrics), _flat(right.metrics))
     return rows

@@ -1,4 +1,7 @@
-"""The family of a set of artifacts: who came from whom. Pure graph questions over manifests; reads no file and draws nothing."""
+"""The family of a set of artifacts: who came from whom.
+
+Pure graph questions over manifests; reads no file and draws nothing.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,9 @@ class Family:
         return [(role, node) for node in self.nodes.values() for role, parent in node.parents if parent == digest]
 
     def trained_on(self, digest: str) -> list[Node]:
-        """The data sets that it, or an ancestor, was trained on, as texts: of packed tokens what they were made from; held-out rows are not among them."""
+        """The data sets that it, or an ancestor, was trained on, as texts: of packed tokens what they were made from;
+        held-out rows are not among them.
+        """
         found: dict[str, Node] = {}
         for node in self.ancestors(digest):
             if not node.stage.startswith(("train.", "align.")):
@@ -70,12 +75,20 @@ class Family:
             node = self.nodes.get(digest)
             if node is None or digest in seen:
                 return []
-            return [digest] if node.kind in kinds else [one for _, parent in node.parents for one in nearest(parent, seen | {digest})]
+            return (
+                [digest]
+                if node.kind in kinds
+                else [one for _, parent in node.parents for one in nearest(parent, seen | {digest})]
+            )
 
         found: dict[str, Node] = {}
         for digest, node in self.nodes.items():
             if node.kind in kinds:
-                parents = [(role if parent == above else f"{role}, by way of others", above) for role, parent in node.parents for above in nearest(parent)]
+                parents = [
+                    (role if parent == above else f"{role}, by way of others", above)
+                    for role, parent in node.parents
+                    for above in nearest(parent)
+                ]
                 kept: dict[str, str] = {}
                 for role, parent in parents:
                     kept.setdefault(parent, role)
@@ -94,7 +107,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Kin:
-    """A parent that no manifest names: one that a file claims, or that was deduced. `digest`: the parent's, or a word of its own where nothing is known of it but its name."""
+    """A parent that no manifest names: one that a file claims, or that was deduced.
+
+    `digest`: the parent's, or a word of its own where nothing is known of it but its name.
+    """
 
     child: str
     digest: str
@@ -103,8 +119,12 @@ class Kin:
     ref: str = ""
 
 
-def family_of(artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | None = None, kin: Iterable[Kin] = ()) -> Family:
-    """Build the family of artifacts; `names` (label to artifact) decide how people call them; `kin`: parents beside those of manifests."""
+def family_of(
+    artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | None = None, kin: Iterable[Kin] = ()
+) -> Family:
+    """Build the family of artifacts; `names` (label to artifact) decide how people call them; `kin`: parents beside
+    those of manifests.
+    """
     labels = {a.digest: label.split("/")[-1] for label, a in (names or {}).items()}
     every = {a.digest: a for a in [*artifacts, *(names or {}).values()]}
     nodes: dict[str, Node] = {}
@@ -112,7 +132,9 @@ def family_of(artifacts: Iterable[Artifact], names: Mapping[str, Artifact] | Non
         m = artifact.manifest
         assert m is not None
         parents = tuple((p.role, p.digest) for p in m.parents)
-        nodes[m.digest] = Node(m.digest, m.kind, labels.get(m.digest, ""), m.stage, m.derivation, parents, artifact, artifact.ref)
+        nodes[m.digest] = Node(
+            m.digest, m.kind, labels.get(m.digest, ""), m.stage, m.derivation, parents, artifact, artifact.ref
+        )
         for p in m.parents:
             labels.setdefault(p.digest, p.name)
             if p.digest not in every and p.digest not in nodes:
@@ -145,7 +167,9 @@ def _sorted(nodes: dict[str, Node]) -> dict[str, Node]:
 
     graph = networkx.DiGraph()
     graph.add_nodes_from(nodes)
-    graph.add_edges_from((parent, node.digest) for node in nodes.values() for _, parent in node.parents if parent in nodes)
+    graph.add_edges_from(
+        (parent, node.digest) for node in nodes.values() for _, parent in node.parents if parent in nodes
+    )
 
     def age(digest: str) -> tuple[str, str]:
         artifact = nodes[digest].artifact

@@ -7,9 +7,37 @@ from collections.abc import Mapping
 from llmworks.lineage.family import Family
 
 FREE = (
-    "apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "0bsd", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "isc", "unlicense", "zlib", "psf", "psf-2.0", "public domain", "wtfpl", "ncsa", "afl-3.0",
-    "artistic-2.0", "bsl-1.0", "postgresql", "ms-pl", "cdla-permissive-1.0", "cdla-permissive-2.0", "odc-by", "pddl", "ecl-2.0",
-)  # fmt: skip
+    "apache-2.0",
+    "mit",
+    "bsd",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "bsd-3-clause-clear",
+    "0bsd",
+    "cc0-1.0",
+    "cc-by-2.0",
+    "cc-by-2.5",
+    "cc-by-3.0",
+    "cc-by-4.0",
+    "isc",
+    "unlicense",
+    "zlib",
+    "psf",
+    "psf-2.0",
+    "public domain",
+    "wtfpl",
+    "ncsa",
+    "afl-3.0",
+    "artistic-2.0",
+    "bsl-1.0",
+    "postgresql",
+    "ms-pl",
+    "cdla-permissive-1.0",
+    "cdla-permissive-2.0",
+    "odc-by",
+    "pddl",
+    "ecl-2.0",
+)
 SHARED = ("gpl", "agpl", "lgpl", "cc-by-sa", "mpl", "eupl", "odbl")
 
 
@@ -24,26 +52,48 @@ def kind_of(licence: str) -> str:
 
 
 def conflicts(family: Family, licences: Mapping[str, str]) -> list[str]:
-    """One line for models that state less than what they came from does, or nothing at all, and for those that came from terms that may not go together. `licences`: by digest, what is stated."""
+    """One line for models that state less than what they came from does, or nothing at all, and for those that came
+    from terms that may not go together.
+
+    `licences`: by digest, what is stated.
+    """
     found: dict[str, list[str]] = {}
     for node in family.nodes.values():
         if node.kind not in ("model", "adapter"):
             continue
-        above = {one.label: licences[one.digest] for one in family.ancestors(node.digest) if one.digest != node.digest and licences.get(one.digest, "other") != "other"}
+        above = {
+            one.label: licences[one.digest]
+            for one in family.ancestors(node.digest)
+            if one.digest != node.digest and licences.get(one.digest, "other") != "other"
+        }
         own, kinds = licences.get(node.digest, ""), {name: kind_of(said) for name, said in above.items()}
         strict = {name: above[name] for name, kind in kinds.items() if kind != "free"}
         closed = {name: said for name, said in strict.items() if kinds[name] == "non-commercial"}
         if own not in ("", "other") and kind_of(own) == "free" and strict:
             found.setdefault(f"under {own}, from {_told(strict)}, which ask for more", []).append(node.label)
         elif closed and (own in ("", "other") or kind_of(own) != "non-commercial"):
-            found.setdefault(f"{f'under {own}' if own not in ('', 'other') else 'under no licence of their own'}, from {_told(closed)}, which allows no commercial use", []).append(node.label)
+            found.setdefault(
+                f"{f'under {own}' if own not in ('', 'other') else 'under no licence of their own'}, from"
+                f" {_told(closed)}, which allows no commercial use",
+                [],
+            ).append(node.label)
         shared = {name: said for name, said in strict.items() if kinds[name] == "share-alike"}
         if shared and (own in ("", "other") or kind_of(own) == "own"):
-            found.setdefault(f"{f'under {own}' if own not in ('', 'other') else 'under no licence of their own'}, from {_told(shared)}, which ask for the same licence", []).append(node.label)
+            found.setdefault(
+                f"{f'under {own}' if own not in ('', 'other') else 'under no licence of their own'}, from"
+                f" {_told(shared)}, which ask for the same licence",
+                [],
+            ).append(node.label)
         terms = {said for name, said in strict.items() if kinds[name] in ("share-alike", "own")}
-        if len(terms) > 1 and len({licences[parent] for _, parent in node.parents if licences.get(parent, "other") != "other"}) > 1:
+        if (
+            len(terms) > 1
+            and len({licences[parent] for _, parent in node.parents if licences.get(parent, "other") != "other"}) > 1
+        ):
             found.setdefault(f"from {_told(strict)}: terms that may not go together", []).append(node.label)
-    return [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {what}" for what, names in found.items()]
+    return [
+        f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {what}"
+        for what, names in found.items()
+    ]
 
 
 def _told(licences: Mapping[str, str]) -> str:

@@ -67,7 +67,8 @@ def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Repo
     page.data = {
         "scores": {a.name: {k: a.metrics[k] for k in ("score", "low", "high", "samples")} for a, _ in evaluations},
         "comparisons": {
-            a.name: {k: a.metrics[k] for k in ("difference", "low", "high", "p_not_better", "p_not_worse")} for a, _ in comparisons
+            a.name: {k: a.metrics[k] for k in ("difference", "low", "high", "p_not_better", "p_not_worse")}
+            for a, _ in comparisons
         },
         "sizes": {a.name: size(a) for a in artifacts if isinstance(a, (Model, Adapter))},
     }
@@ -81,10 +82,23 @@ def scores(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, An
     named = [(a.name, a.metrics["score"], a.metrics["low"], a.metrics["high"]) for a, _ in evaluations]
     page.intervals("Scores", named, x=f"{evaluations[0][1]['task']}: share of right answers, 95% bootstrap interval")
     rows = [
-        (a.name, d["model"], d["shots"], f"{a.metrics['score']:.1%}", f"{a.metrics['low']:.1%} to {a.metrics['high']:.1%}", a.metrics["samples"], a.metrics["answer_tokens_per_second"], f"{a.metrics['seconds']:.0f} s")
+        (
+            a.name,
+            d["model"],
+            d["shots"],
+            f"{a.metrics['score']:.1%}",
+            f"{a.metrics['low']:.1%} to {a.metrics['high']:.1%}",
+            a.metrics["samples"],
+            a.metrics["answer_tokens_per_second"],
+            f"{a.metrics['seconds']:.0f} s",
+        )
         for a, d in evaluations
-    ]  # fmt: skip
-    page.table("", ("evaluation", "model", "examples in prompt", "score", "95% interval", "samples", "answer tokens/s", "time"), rows)
+    ]
+    page.table(
+        "",
+        ("evaluation", "model", "examples in prompt", "score", "95% interval", "samples", "answer tokens/s", "time"),
+        rows,
+    )
 
 
 def curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
@@ -97,7 +111,8 @@ def curves(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
             points = [(float(r["step"] + 1), float(r["loss"])) for r in rows if "loss" in r]
             series[artifact.name] = points
             series[f"{artifact.name}, mean of 10"] = [
-                (x, sum(v for _, v in points[max(0, i - 9) : i + 1]) / min(i + 1, 10)) for i, (x, _) in enumerate(points)
+                (x, sum(v for _, v in points[max(0, i - 9) : i + 1]) / min(i + 1, 10))
+                for i, (x, _) in enumerate(points)
             ]
     if series:
         page.curves("Training loss", series, x="step", y="nats per learned token")
@@ -143,7 +158,9 @@ def sizes(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:
                 )
             )
     if rows:
-        page.table("Sizes and cost", ("name", "kind", "format", "size", "made in", "peak memory", "training speed"), rows)
+        page.table(
+            "Sizes and cost", ("name", "kind", "format", "size", "made in", "peak memory", "training speed"), rows
+        )
 
 
 def machine(page: ReportBuilder, artifacts: Sequence[Artifact]) -> None:

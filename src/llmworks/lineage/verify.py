@@ -12,9 +12,17 @@ from typing import Literal
 from llmworks.core.artifact import Artifact, FileEntry, changed_files
 from llmworks.lineage.family import Family, Node
 
-PAGE = "report/report.html"  # how it looks changes with versions; its figures and tables stand in the JSON and Markdown beside it
+# how it looks changes with versions; its figures and tables stand in the JSON and Markdown beside it
+PAGE = "report/report.html"
 Verdict = Literal[
-    "derived again, same bytes", "declared", "from outside", "not here", "not comparable", "files unchanged", "DAMAGED", "DIFFERS"
+    "derived again, same bytes",
+    "declared",
+    "from outside",
+    "not here",
+    "not comparable",
+    "files unchanged",
+    "DAMAGED",
+    "DIFFERS",
 ]
 # Derive an artifact again: the files of the result, or the reason why a comparison would say nothing.
 Derive = Callable[[Artifact], dict[str, FileEntry] | str]
@@ -35,7 +43,10 @@ class Finding:
 
 
 def verify(family: Family, digest: str, derive: Derive) -> list[Finding]:
-    """Findings for the node and all its ancestors, parents first. A node whose parents are damaged is not derived from them."""
+    """Findings for the node and all its ancestors, parents first.
+
+    A node whose parents are damaged is not derived from them.
+    """
     findings: list[Finding] = []
     damaged: set[str] = set()
     for node in family.ancestors(digest):
@@ -67,7 +78,11 @@ def _verify_node(node: Node, damaged: set[str], derive: Derive) -> Finding:
     recorded = artifact.manifest.files
     different = [name for name in sorted(set(derived) | set(recorded)) if derived.get(name) != recorded.get(name)]
     if different == [PAGE] and node.kind != "report":
-        return Finding(node, "derived again, same bytes", f"{len(recorded) - 1} files; {PAGE} has the same figures (report.json), drawn otherwise by this version")
+        return Finding(
+            node,
+            "derived again, same bytes",
+            f"{len(recorded) - 1} files; {PAGE} has the same figures (report.json), drawn otherwise by this version",
+        )
     if different:
         return Finding(node, "DIFFERS", f"derived again, other bytes in: {', '.join(different)}")
     return Finding(node, "derived again, same bytes", f"{len(recorded)} files")

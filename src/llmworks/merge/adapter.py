@@ -1,6 +1,8 @@
-"""Stage `merge.adapter`: fold a LoRA adapter into its model, so that what is left is one ordinary Hugging Face directory.
+"""Stage `merge.adapter`: fold a LoRA adapter into its model, so that what is left is one ordinary Hugging Face
+directory.
 
-The merged model must replay the adapter's golden tokens: folding preserves the function. Everything but the adapted weights is
+The merged model must replay the adapter's golden tokens: folding preserves the function. Everything but the adapted
+weights is
 copied as it is; tokenizer and template come from the adapter, which was trained with them.
 """
 
@@ -27,18 +29,29 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class AdapterConfig(Config):
     """Folding needs no choice; the bound says when to refuse."""
 
-    logits_within: float = Field(0.0, ge=0, description="how far golden logits may move on average before the merge is refused; 0: 0.001 for weights in fp32, 0.02 in fp16, 0.15 in bf16, whose rounding moves them")
+    logits_within: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "how far golden logits may move on average before the merge is refused; 0: 0.001 for weights in fp32, 0.02"
+            " in fp16, 0.15 in bf16, whose rounding moves them"
+        ),
+    )
 
 
 def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Model:
     """Fold `adapter` into `model`, in fp32, keeping the model's number format.
 
-    Errors: ArtifactError when the adapter belongs to another model; GoldenMismatch when the result computes something else.
+    Errors: ArtifactError when the adapter belongs to another model; GoldenMismatch when the result computes something
+    else.
     """
     from llmworks.model.golden import require
 
     if not require_base(adapter, model):
-        ctx.progress.say(f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name} is taken on trust")
+        ctx.progress.say(
+            f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name}"
+            " is taken on trust"
+        )
     if model.format != "hf":
         raise ModelError(f"{model.path}: an adapter is folded into a Hugging Face directory, not into {model.format}")
     for file in sorted(model.path.glob("*.json")):
@@ -52,7 +65,10 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
     ctx.digests.update(entries)
     metrics: dict[str, float] = {"layers": folded.layers}
     if folded.base_error:
-        ctx.progress.say(f"the adapter was trained beside weights in 4 bits, which are what it is folded into; they are {folded.base_error:.1%} off those of {model.name}")
+        ctx.progress.say(
+            "the adapter was trained beside weights in 4 bits, which are what it is folded into; they are"
+            f" {folded.base_error:.1%} off those of {model.name}"
+        )
         metrics["base_error"] = round(folded.base_error, 6)
     golden = adapter.golden
     if golden is None:
@@ -60,7 +76,9 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
 
         golden = record(ctx.out)
         return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf"})
-    gap = require(golden, ctx.out, mean_within=config.logits_within or BOUNDS.get(format_of(ctx.out), 1e-3), step="merge.adapter")
+    gap = require(
+        golden, ctx.out, mean_within=config.logits_within or BOUNDS.get(format_of(ctx.out), 1e-3), step="merge.adapter"
+    )
     assert gap is not None
     return Model(
         ctx.out,
@@ -83,7 +101,11 @@ def format_of(path: Path) -> str:
 
 
 def fold_files(source: Path, adapter_path: Path, out: Path, called: str = "") -> tuple[Folded, dict[str, FileEntry]]:
-    """Copy the safetensors of `source` to `out` with the adapter folded in, tensor by tensor; digests and sizes of the files by name. `called`: how messages call the adapter."""
+    """Copy the safetensors of `source` to `out` with the adapter folded in, tensor by tensor; digests and sizes of the
+    files by name.
+
+    `called`: how messages call the adapter.
+    """
     import torch
 
     from llmworks.merge.execute.blocks import bytes_of
@@ -92,11 +114,15 @@ def fold_files(source: Path, adapter_path: Path, out: Path, called: str = "") ->
 
     shards = Shards(source)
     places = shards.places
-    fold = Fold(adapter_path, lambda layer: places[f"{layer}.weight"].shape if f"{layer}.weight" in places else None, called)
+    fold = Fold(
+        adapter_path, lambda layer: places[f"{layer}.weight"].shape if f"{layer}.weight" in places else None, called
+    )
     adapted, entries = set(fold.layers), {}
     try:
         for file in sorted({place.file for place in places.values()}):
-            names = sorted((name for name, place in places.items() if place.file == file), key=lambda name: places[name].start)
+            names = sorted(
+                (name for name, place in places.items() if place.file == file), key=lambda name: places[name].start
+            )
             shard = Shard(file.name, tuple(Slot(name, places[name].dtype, places[name].shape) for name in names))
             with ShardWriter(out, shard) as writer:
                 for name in names:

@@ -1,4 +1,6 @@
-"""Stage `merge.adapters`: several LoRA adapters of one model as one: side by side, their factors' mean, or their products merged by a method of `merge` and brought back to a rank."""
+"""Stage `merge.adapters`: several LoRA adapters of one model as one: side by side, their factors' mean, or their
+products merged by a method of `merge` and brought back to a rank.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from llmworks.merge.lora.config import AdaptersConfig
 def adapters(config: AdaptersConfig, adapters: dict[str, Adapter], model: Model, ctx: Context) -> Adapter:
     """Merge `adapters`, by name, of `model`.
 
-    Errors: ArtifactError for adapters of another model; ModelError for those that are no plain LoRA; UserError for names or ranks that do not fit.
+    Errors: ArtifactError for adapters of another model; ModelError for those that are no plain LoRA; UserError for
+    names or ranks that do not fit.
     """
     from llmworks.merge.lora.merge_lora import merged
 

@@ -1,7 +1,12 @@
-"""Which models a model was made of, told by its weights: how near its layers are to theirs, and by which shares of them they can be had. Reads some thousands of numbers of each tensor.
+"""Which models a model was made of, told by its weights: how near its layers are to theirs, and by which shares of them
+they can be had.
 
-Layers of models that were not trained from one another are as good as orthogonal; a tuned layer is nearly its parent's, a merged one a sum of its parents', so that a least-squares fit of a layer by the same layer of
-all near candidates has their weights as its solution (task vectors: Ilharco et al. 2023, arXiv:2212.04089). What is near, and what a share has to be, stands below. Direction cannot be seen: candidates are asked about.
+Reads some thousands of numbers of each tensor.
+
+Layers of models that were not trained from one another are as good as orthogonal; a tuned layer is nearly its parent's,
+a merged one a sum of its parents', so that a least-squares fit of a layer by the same layer of
+all near candidates has their weights as its solution (task vectors: Ilharco et al. 2023, arXiv:2212.04089). What is
+near, and what a share has to be, stands below. Direction cannot be seen: candidates are asked about.
 """
 
 from __future__ import annotations
@@ -31,7 +36,9 @@ DENSE = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the child: shares of candidates' layers by (model, number), how near the nearest one is, what no share explains, as a part of the layer, and whether all that was read is equal to the nearest's."""
+    """A layer of the child: shares of candidates' layers by (model, number), how near the nearest one is, what no share
+    explains, as a part of the layer, and whether all that was read is equal to the nearest's.
+    """
 
     number: int
     shares: Mapping[tuple[str, int], float]
@@ -42,7 +49,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Kinship:
-    """What was found. `relation`: same, tuned, merged, layers, experts, or unknown; `parents`: shares on average over layers; `experts`: by expert, whose layers it has."""
+    """What was found.
+
+    `relation`: same, tuned, merged, layers, experts, or unknown; `parents`: shares on average over layers; `experts`:
+    by expert, whose layers it has.
+    """
 
     relation: str
     parents: Mapping[str, float]
@@ -57,9 +68,18 @@ class Kinship:
         equal = sum(layer.equal for layer in self.layers)
         left = sum(layer.left for layer in self.layers) / len(self.layers) if self.layers else 1.0
         return {
-            "same": f"has the weights of {', '.join(self.parents)}", "tuned": f"was tuned from {', '.join(self.parents)}, or that from it: {left:.1%} of its weights is its own", "merged": f"is a merge of {names}; {left:.1%} of its weights is in none of them",
-            "layers": f"has layers of {', '.join(self.parents)}; {equal} of {len(self.layers)} are theirs to the last bit" + ("" if equal else ", as after another number format"), "experts": f"is a mixture whose experts are {', '.join(f'{at} {name}' for at, name in self.experts.items())}", "unknown": "is kin of none of them",
-        }[self.relation]  # fmt: skip
+            "same": f"has the weights of {', '.join(self.parents)}",
+            "tuned": f"was tuned from {', '.join(self.parents)}, or that from it: {left:.1%} of its weights is its own",
+            "merged": f"is a merge of {names}; {left:.1%} of its weights is in none of them",
+            "layers": (
+                f"has layers of {', '.join(self.parents)}; {equal} of {len(self.layers)} are theirs to the last bit"
+                + ("" if equal else ", as after another number format")
+            ),
+            "experts": (
+                f"is a mixture whose experts are {', '.join(f'{at} {name}' for at, name in self.experts.items())}"
+            ),
+            "unknown": "is kin of none of them",
+        }[self.relation]
 
 
 def kinship(child: Layout, candidates: Mapping[str, Layout]) -> Kinship:
@@ -67,17 +87,29 @@ def kinship(child: Layout, candidates: Mapping[str, Layout]) -> Kinship:
     layers = deepest(child)
     if not layers:
         return Kinship("unknown", {}, [])
-    names = [rest for rest, tensor in layers[0].items() if len(child.places[tensor].shape) == 2 and child.places[tensor].count]
+    names = [
+        rest
+        for rest, tensor in layers[0].items()
+        if len(child.places[tensor].shape) == 2 and child.places[tensor].count
+    ]
     unreadable = next((rest for rest in names if child.places[layers[0][rest]].dtype not in READABLE), None)
-    if unreadable is not None or not names:
-        raise ModelError(f"{child.name}: {f'{layers[0][unreadable]} is in {child.places[layers[0][unreadable]].dtype}' if unreadable else 'its layers have no matrices'}, which cannot be compared")
+    if unreadable is not None:
+        tensor = layers[0][unreadable]
+        raise ModelError(f"{child.name}: {tensor} is in {child.places[tensor].dtype}, which cannot be compared")
+    if not names:
+        raise ModelError(f"{child.name}: its layers have no matrices, which cannot be compared")
     experts = [rest for rest in names if EXPERT.fullmatch(rest)]
     plain = [rest for rest in names if rest not in experts and not rest.endswith("gate.weight")] or names
     own = [read(child, layer, plain) for layer in layers]
     theirs = {name: [read(layout, layer, plain) for layer in deepest(layout)] for name, layout in candidates.items()}
     found = [explained(number, vector, theirs) for number, vector in enumerate(own) if vector is not None]
     mixed = _experts(layers, child, experts, candidates)
-    made = _judged(found, mixed, {name: len(vectors) for name, vectors in theirs.items()}, sum(len(one) for one in own if one is not None))
+    made = _judged(
+        found,
+        mixed,
+        {name: len(vectors) for name, vectors in theirs.items()},
+        sum(len(one) for one in own if one is not None),
+    )
     if made.relation == "same" and not identical(child, candidates[next(iter(made.parents))]):
         return replace(made, relation="tuned")
     return made
@@ -90,7 +122,13 @@ def deepest(layout: Layout) -> list[dict[str, str]]:
 
 def identical(one: Layout, other: Layout) -> bool:
     """Whether two models have the same tensors, to the last byte; names before layers' numbers may differ."""
-    both = [{**{(at, rest): tensor for at, layer in enumerate(deepest(layout)) for rest, tensor in layer.items()}, **{(-1, tensor.rpartition(".")[0].rpartition(".")[2]): tensor for tensor in layout.loose}} for layout in (one, other)]
+    both = [
+        {
+            **{(at, rest): tensor for at, layer in enumerate(deepest(layout)) for rest, tensor in layer.items()},
+            **{(-1, tensor.rpartition(".")[0].rpartition(".")[2]): tensor for tensor in layout.loose},
+        }
+        for layout in (one, other)
+    ]
     if both[0].keys() != both[1].keys():
         return False
     for key, tensor in both[0].items():
@@ -110,9 +148,14 @@ def identical(one: Layout, other: Layout) -> bool:
 
 
 def read(layout: Layout, layer: Mapping[str, str], names: Sequence[str]) -> Tensor | None:
-    """Numbers of a layer's matrices, fp64, at places that depend on their shapes alone; None where a matrix is missing, or cannot be read."""
+    """Numbers of a layer's matrices, fp64, at places that depend on their shapes alone; None where a matrix is missing,
+    or cannot be read.
+    """
     tensors = [layer.get(rest) for rest in names]
-    if not all(tensor is not None and layout.places[tensor].dtype in READABLE and layout.places[tensor].count for tensor in tensors):
+    if not all(
+        tensor is not None and layout.places[tensor].dtype in READABLE and layout.places[tensor].count
+        for tensor in tensors
+    ):
         return None
     return torch.cat([sample(layout, tensor) for tensor in tensors if tensor is not None])
 
@@ -138,7 +181,11 @@ def explained(number: int, vector: Tensor, theirs: Mapping[str, Sequence[Tensor 
     near: dict[tuple[str, int], float] = {}
     vectors: dict[tuple[str, int], Tensor] = {}
     for name, layers in theirs.items():
-        fit = {at: one for at, one in enumerate(layers) if one is not None and len(one) == len(vector) and bool(torch.isfinite(one).all())}
+        fit = {
+            at: one
+            for at, one in enumerate(layers)
+            if one is not None and len(one) == len(vector) and bool(torch.isfinite(one).all())
+        }
         cosines = {at: float(vector @ one) / max(1e-30, length * float(one.norm())) for at, one in fit.items()}
         at = max(cosines, key=lambda i: (round(cosines[i], 9), i == number), default=-1)
         if at >= 0 and cosines[at] > NEAR:
@@ -154,19 +201,28 @@ def explained(number: int, vector: Tensor, theirs: Mapping[str, Sequence[Tensor 
 
 
 def shares_of(vector: Tensor, others: Mapping[tuple[str, int], Tensor]) -> tuple[dict[tuple[str, int], float], float]:
-    """(shares of those that count, what is left as a part of the vector), by least squares; those whose share is small, or not sure, are left out one after the other."""
+    """(shares of those that count, what is left as a part of the vector), by least squares; those whose share is small,
+    or not sure, are left out one after the other.
+    """
     chosen = _distinct(others)
     while chosen:
         columns = torch.stack([others[one] for one in chosen], dim=1)
         gram = columns.T @ columns
-        solved = torch.linalg.solve(gram + 1e-12 * gram.diagonal().mean() * torch.eye(len(chosen), dtype=gram.dtype), columns.T @ vector)
+        solved = torch.linalg.solve(
+            gram + 1e-12 * gram.diagonal().mean() * torch.eye(len(chosen), dtype=gram.dtype), columns.T @ vector
+        )
         rest = vector - columns @ solved
         spread = float(rest.square().sum()) / max(1, len(vector) - len(chosen))
         errors = (torch.linalg.pinv(gram).diagonal().clamp(min=0) * spread).sqrt()
-        doubt = [min(float(abs(share)) / SHARE, float(abs(share) / error.clamp(min=1e-30)) / SURE) for share, error in zip(solved, errors, strict=True)]
+        doubt = [
+            min(float(abs(share)) / SHARE, float(abs(share) / error.clamp(min=1e-30)) / SURE)
+            for share, error in zip(solved, errors, strict=True)
+        ]
         worst = min(range(len(doubt)), key=lambda i: doubt[i])
         if doubt[worst] >= 1 or len(chosen) == 1:
-            return {one: float(share) for one, share in zip(chosen, solved, strict=True)}, float(rest.norm() / vector.norm())
+            return {one: float(share) for one, share in zip(chosen, solved, strict=True)}, float(
+                rest.norm() / vector.norm()
+            )
         chosen.pop(worst)
     return {}, 1.0
 
@@ -180,7 +236,9 @@ def _distinct(others: Mapping[tuple[str, int], Tensor]) -> list[tuple[str, int]]
     return kept
 
 
-def _experts(layers: Sequence[Mapping[str, str]], child: Layout, names: Sequence[str], candidates: Mapping[str, Layout]) -> dict[int, str]:
+def _experts(
+    layers: Sequence[Mapping[str, str]], child: Layout, names: Sequence[str], candidates: Mapping[str, Layout]
+) -> dict[int, str]:
     """Whose feed-forward layers each expert has, by all layers."""
     found: dict[int, list[str]] = {}
     for number, layer in enumerate(layers if names else ()):
@@ -210,10 +268,18 @@ def _judged(layers: Sequence[Layer], experts: Mapping[int, str], depths: Mapping
             totals[name] = totals.get(name, 0.0) + share / len(kin)
     often = {name: sum(any(who == name for who, _ in layer.shares) for layer in kin) for name in totals}
     if experts:
-        return Kinship("experts", dict.fromkeys([*experts.values(), *(name for name in totals if often[name] > len(kin) / 2)], 1.0), layers, experts, numbers)
+        return Kinship(
+            "experts",
+            dict.fromkeys([*experts.values(), *(name for name in totals if often[name] > len(kin) / 2)], 1.0),
+            layers,
+            experts,
+            numbers,
+        )
     if not kin or len(kin) < max(1, len(layers) // 4):
         return Kinship("unknown", {}, layers, {}, numbers)
-    moved = any(at != layer.number for layer in kin for _, at in layer.shares) or any(depths[name] != len(layers) for name in totals)
+    moved = any(at != layer.number for layer in kin for _, at in layer.shares) or any(
+        depths[name] != len(layers) for name in totals
+    )
     single = all(len(layer.shares) == 1 for layer in kin)
     sources = {name for layer in kin for name, _ in layer.shares}
     if single and (moved or len(sources) > 1):
@@ -225,7 +291,9 @@ def _judged(layers: Sequence[Layer], experts: Mapping[int, str], depths: Mapping
 
 
 def rank_of(child: Layout, parent: Layout) -> tuple[int, float]:
-    """(rank, share of the sum of squares that it holds) of the difference in a matrix of the middle layer; (0, 0) where it is of no low rank."""
+    """(rank, share of the sum of squares that it holds) of the difference in a matrix of the middle layer; (0, 0) where
+    it is of no low rank.
+    """
     layers = deepest(child)
     for name in sorted(layers[len(layers) // 2].values(), key=lambda one: child.places[one].count):
         place, other = child.places[name], parent.places.get(name)
@@ -239,7 +307,11 @@ def rank_of(child: Layout, parent: Layout) -> tuple[int, float]:
         change = both[0] - both[1]
         if not float(change.abs().max()):
             continue
-        values = torch.linalg.eigvalsh(change @ change.T if change.shape[0] <= change.shape[1] else change.T @ change).flip(0).clamp(min=0)
+        values = (
+            torch.linalg.eigvalsh(change @ change.T if change.shape[0] <= change.shape[1] else change.T @ change)
+            .flip(0)
+            .clamp(min=0)
+        )
         sums = values.cumsum(0) / values.sum()
         rank = int((sums < 0.97).sum()) + 1
         return (rank, float(sums[rank - 1])) if rank <= min(place.shape) // 4 else (0, 0.0)

@@ -1,4 +1,6 @@
-"""Stage `merge.extract`: what a tuned model differs by from its base, as a LoRA adapter: the largest singular vectors of each matrix's change, and what they miss."""
+"""Stage `merge.extract`: what a tuned model differs by from its base, as a LoRA adapter: the largest singular vectors
+of each matrix's change, and what they miss.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The head of a model card (README.md): licence, languages, what it was made of, as the Hub reads them. Knows no step that makes models."""
+"""The head of a model card (README.md): licence, languages, what it was made of, as the Hub reads them.
+
+Knows no step that makes models.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def front_of(model: Model) -> dict[str, Any]:
 
 
 def asset_of(model: Model) -> str:
-    """The asset that a model is, or was made of in one step (converted, an adapter folded into it); nothing for any other."""
+    """The asset that a model is, or was made of in one step (converted, an adapter folded into it); nothing for any
+    other.
+    """
     parents = model.manifest.parents if model.manifest is not None else ()
     refs = [model.ref, *(parent.ref for parent in parents if parent.kind == "model")]
     return next((ref.removeprefix("asset:") for ref in refs if ref.startswith("asset:")), "")
@@ -49,36 +54,73 @@ def hub_names(model: Model) -> list[str]:
 
 
 def complete(out: Path, made: Artifact, inputs: Mapping[str, Any], stage: str) -> None:
-    """Give a directory of a model or an adapter a card where its step wrote none, or a head where it wrote one without: licence, what it was made of, by which step. What is a model in another form (`source`) has none."""
+    """Give a directory of a model or an adapter a card where its step wrote none, or a head where it wrote one without:
+    licence, what it was made of, by which step.
+
+    What is a model in another form (`source`) has none.
+    """
     config = out / ("adapter_config.json" if isinstance(made, Adapter) else "config.json")
     file = out / "README.md"
     body = file.read_text(encoding="utf-8") if file.exists() else ""
-    if not isinstance(made, (Model, Adapter)) or made.about.get("format", "hf") != "hf" or not config.exists() or body.startswith("---") or "source" in inputs:
+    if (
+        not isinstance(made, (Model, Adapter))
+        or made.about.get("format", "hf") != "hf"
+        or not config.exists()
+        or body.startswith("---")
+        or "source" in inputs
+    ):
         return
     base = next((inputs[role] for role in BASES if isinstance(inputs.get(role), Model)), None)
     own = str(json.loads(config.read_text(encoding="utf-8")).get("model_type", "")).startswith("llmworks")
-    front: dict[str, Any] = {**(front_of(base) if base is not None else {}), "library_name": "peft" if isinstance(made, Adapter) else "llmworks" if own else "transformers"}
+    front: dict[str, Any] = {
+        **(front_of(base) if base is not None else {}),
+        "library_name": "peft" if isinstance(made, Adapter) else "llmworks" if own else "transformers",
+    }
     front |= {"pipeline_tag": "text-classification" if made.about.get("head") else "text-generation"}
     front |= bases_of([base], "adapter" if isinstance(made, Adapter) else "finetune") if base is not None else {}
     front["tags"] = [stage.rpartition(".")[2]]
     what = "An adapter" if isinstance(made, Adapter) else "A model"
     of = "" if base is None else f" of {' '.join(base.name.split())}"
-    lines = body.split("\n") if body else [f"# {plain(base.name) + '-' if base is not None else ''}{stage.rpartition('.')[2]}", "", f"{what}, made{of} by the step `{stage}` of llmworks; `manifest.json` has its settings, what went in, and its figures.", ""]
+    lines = (
+        body.split("\n")
+        if body
+        else [
+            f"# {plain(base.name) + '-' if base is not None else ''}{stage.rpartition('.')[2]}",
+            "",
+            (
+                f"{what}, made{of} by the step `{stage}` of llmworks; `manifest.json` has its settings, what went in,"
+                " and its figures."
+            ),
+            "",
+        ]
+    )
     file.unlink(missing_ok=True)  # it may be a link to another model's
     write(out, front, lines)
 
 
 def write(out: Path, front: Mapping[str, Any], lines: Sequence[str]) -> None:
     """README.md."""
-    (out / "README.md").write_text("---\n" + yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True) + "---\n" + "\n".join(lines), encoding="utf-8")
+    (out / "README.md").write_text(
+        "---\n" + yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True) + "---\n" + "\n".join(lines),
+        encoding="utf-8",
+    )
 
 
 def plain(name: str) -> str:
     """A name without what the Hub's names may not have."""
-    return re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2].removeprefix("asset:").removesuffix(".gguf")).strip("-.") or "model"
+    return (
+        re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2].removeprefix("asset:").removesuffix(".gguf")).strip("-.")
+        or "model"
+    )
 
 
 def _licence(name: str) -> dict[str, str]:
     """Of an asset, as the Hub writes licences."""
     found = CATALOGUE[name].licence if name in CATALOGUE else ""
-    return {"license": found.lower()} if re.fullmatch(r"[A-Za-z0-9.-]+", found) else {"license": "other", "license_name": found} if found else {}
+    return (
+        {"license": found.lower()}
+        if re.fullmatch(r"[A-Za-z0-9.-]+", found)
+        else {"license": "other", "license_name": found}
+        if found
+        else {}
+    )

@@ -1,7 +1,10 @@
-"""Stage `model.embedding`: a vector for each word of documents: Word2Vec (skip-gram, CBOW), FastText, or GloVe; scored, and drawn as a map.
+"""Stage `model.embedding`: a vector for each word of documents: Word2Vec (skip-gram, CBOW), FastText, or GloVe; scored,
+and drawn as a map.
 
-Word2Vec and FastText are gensim's, GloVe is `glove.py`. The result opens as any embedder of texts does (a text is the mean of its words), and
-lies beside in the format of its kind: `vectors.bin` of word2vec, or `fasttext.bin`, which knows words that it never saw by their parts.
+Word2Vec and FastText are gensim's, GloVe is `glove.py`. The result opens as any embedder of texts does (a text is the
+mean of its words), and
+lies beside in the format of its kind: `vectors.bin` of word2vec, or `fasttext.bin`, which knows words that it never saw
+by their parts.
 """
 
 from __future__ import annotations
@@ -33,29 +36,48 @@ ALIKE = 0.8  # cosine of two words by chance that is told
 class EmbeddingConfig(Config):
     """How vectors are learned."""
 
-    method: Literal["skip-gram", "cbow", "fasttext", "glove"] = Field("skip-gram", description="skip-gram: a word guesses its neighbours; cbow: they guess it (Mikolov et al. 2013); fasttext: skip-gram over parts of words (Bojanowski et al. 2017); glove: counts of neighbours (Pennington et al. 2014)")
+    method: Literal["skip-gram", "cbow", "fasttext", "glove"] = Field(
+        "skip-gram",
+        description=(
+            "skip-gram: a word guesses its neighbours; cbow: they guess it (Mikolov et al. 2013); fasttext: skip-gram"
+            " over parts of words (Bojanowski et al. 2017); glove: counts of neighbours (Pennington et al. 2014)"
+        ),
+    )
     dimensions: int = Field(100, gt=1, description="numbers of a vector")
-    window: int = Field(5, gt=0, description="words to each side that are neighbours; word2vec draws a smaller one each time")
+    window: int = Field(
+        5, gt=0, description="words to each side that are neighbours; word2vec draws a smaller one each time"
+    )
     least: int = Field(5, gt=0, description="times that a word must stand to get a vector")
     words: int = Field(100_000, gt=0, description="the most frequent words, at most")
     lowercase: bool = Field(True, description="words without case")
     epochs: int = Field(0, ge=0, description="passes; 0: 5, and 15 for glove, whose passes go over pairs")
-    learning_rate: float = Field(0.0, ge=0, description="at the beginning; 0: 0.025 for skip-gram and fasttext, 0.05 for cbow and glove")
+    learning_rate: float = Field(
+        0.0, ge=0, description="at the beginning; 0: 0.025 for skip-gram and fasttext, 0.05 for cbow and glove"
+    )
     negative: int = Field(5, gt=0, description="words that are no neighbours, drawn for each that is (all but glove)")
-    sample: float = Field(1e-4, ge=0, description="frequent words are left out by this threshold (all but glove); 0: none is")
+    sample: float = Field(
+        1e-4, ge=0, description="frequent words are left out by this threshold (all but glove); 0: none is"
+    )
     parts: tuple[int, int] = Field((3, 6), description="letters of the parts of words, from and to (fasttext)")
-    workers: int = Field(1, gt=0, description="threads (all but glove); more than one and the vectors differ from run to run")
+    workers: int = Field(
+        1, gt=0, description="threads (all but glove); more than one and the vectors differ from run to run"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if not 1 <= self.parts[0] <= self.parts[1] <= 20:
-            raise ValueError(f"parts is {list(self.parts)}: letters from and to, the first at least 1 and at most the second, which is at most 20")
+            raise ValueError(
+                f"parts is {list(self.parts)}: letters from and to, the first at least 1 and at most the second, which"
+                " is at most 20"
+            )
         return self
 
 
 @dataclass(frozen=True)
 class Made:
-    """Words, the most frequent first, their vectors [words, dimensions] in fp32, and the vector of any word, or None."""
+    """Words, the most frequent first, their vectors [words, dimensions] in fp32, and the vector of any word, or
+    None.
+    """
 
     words: list[str]
     table: Any
@@ -63,9 +85,12 @@ class Made:
 
 
 def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[str, Dataset] | None = None) -> Model:
-    """Learn a vector for each word. `tests`: files of word pairs with people's scores, or of analogies (assets wordsim353, simlex999, word-analogies).
+    """Learn a vector for each word.
 
-    Errors: DataError for too little text or a test that cannot be read; MissingDependency without gensim or scikit-learn.
+    `tests`: files of word pairs with people's scores, or of analogies (assets wordsim353, simlex999, word-analogies).
+
+    Errors: DataError for too little text or a test that cannot be read; MissingDependency without gensim or
+    scikit-learn.
     """
     _require()
     import numpy as np
@@ -74,12 +99,19 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
         raise UserError(f"a test cannot be called {min(taken)!r}, which is a figure of its own; give it another name")
     asked = {name: read(test.path, lowercase=config.lowercase) for name, test in (tests or {}).items()}
     counts = _count(config, data, ctx)
-    words = [word for word, times in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if times >= config.least][: config.words]
+    words = [
+        word for word, times in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if times >= config.least
+    ][: config.words]
     if len(words) < max(10, config.dimensions // 10):
-        raise DataError(f"{data.name}: only {len(words)} words stand {config.least} times or more; give more text, or lower config.least")
+        raise DataError(
+            f"{data.name}: only {len(words)} words stand {config.least} times or more; give more text, or lower"
+            " config.least"
+        )
     made = (_glove if config.method == "glove" else _gensim)(config, data, words, counts, ctx)
     if not np.isfinite(made.table).all():
-        raise TrainingError(f"the vectors are no numbers any more; lower learning_rate ({config.learning_rate or 'its default'})")
+        raise TrainingError(
+            f"the vectors are no numbers any more; lower learning_rate ({config.learning_rate or 'its default'})"
+        )
     _save(made, config, counts, ctx.out)
     metrics: dict[str, float] = {"words": len(words), "text_words": sum(counts.values())}
     rows: list[tuple[Any, ...]] = []
@@ -93,24 +125,49 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
             score = likeness(test, made.vector)
         rows.append(_row(name, score))
         metrics |= {name: 0.0 if math.isnan(score.score) else round(score.score, 4), f"{name}_answered": score.answered}
-        lines.append(f"{name} {'has no score' if math.isnan(score.score) else f'{score.score:.3f}'} ({score.answered} of {score.questions} answered)")
+        lines.append(
+            f"{name} {'has no score' if math.isnan(score.score) else f'{score.score:.3f}'} ({score.answered} of"
+            f" {score.questions} answered)"
+        )
     report = ctx.report
     report.title = f"{len(words):,} words of {data.name} ({config.method})"
-    report.lead = f"Vectors of {config.dimensions} numbers, learned from {sum(counts.values()):,} words." + (f" {'; '.join(lines)}." if lines else "")
+    report.lead = f"Vectors of {config.dimensions} numbers, learned from {sum(counts.values()):,} words." + (
+        f" {'; '.join(lines)}." if lines else ""
+    )
     alike = collapsed(made.table)
     metrics["warnings"] = int(alike > ALIKE)
     if alike > ALIKE:
-        warning = f"most vectors point the same way (two words by chance have a cosine of {alike:.2f}), so there was too little text for so few passes; give more text, or more epochs and a larger sample"
+        warning = (
+            f"most vectors point the same way (two words by chance have a cosine of {alike:.2f}), so there was too"
+            " little text for so few passes; give more text, or more epochs and a larger sample"
+        )
         report.text("Warnings", warning)
         ctx.progress.say(f"warning: {warning}")
     if rows:
-        report.table("Scores", ("test", "score", "from", "to", "answered", "questions"), rows, note="Pairs: Spearman's rank correlation with people's scores; analogies: share that is right. Only what has vectors is answered; 95 % intervals.")
+        report.table(
+            "Scores",
+            ("test", "score", "from", "to", "answered", "questions"),
+            rows,
+            note=(
+                "Pairs: Spearman's rank correlation with people's scores; analogies: share that is right. Only what has"
+                " vectors is answered; 95 % intervals."
+            ),
+        )
     for name, found in kinds.items():
-        report.table(f"{name}, by kind", ("kind", "right", "from", "to", "answered", "questions"), [_row(kind, one) for kind, one in found.items() if kind != "all"], note="The answer must be the nearest of all words; 95 % intervals.")
+        report.table(
+            f"{name}, by kind",
+            ("kind", "right", "from", "to", "answered", "questions"),
+            [_row(kind, one) for kind, one in found.items() if kind != "all"],
+            note="The answer must be the nearest of all words; 95 % intervals.",
+        )
     _look(made, counts, ctx)
     report.data |= {**metrics, "method": config.method}
     ctx.progress.say(report.lead)
-    return Model(ctx.out, metrics=metrics, about={"format": "static-vectors", "architecture": config.method, "dimensions": config.dimensions})
+    return Model(
+        ctx.out,
+        metrics=metrics,
+        about={"format": "static-vectors", "architecture": config.method, "dimensions": config.dimensions},
+    )
 
 
 def collapsed(table: Any) -> float:
@@ -123,7 +180,12 @@ def collapsed(table: Any) -> float:
 
 
 def _row(name: str, found: Found) -> tuple[Any, ...]:
-    return (name, *(None if math.isnan(x) else round(x, 3) for x in (found.score, found.low, found.high)), found.answered, found.questions)
+    return (
+        name,
+        *(None if math.isnan(x) else round(x, 3) for x in (found.score, found.low, found.high)),
+        found.answered,
+        found.questions,
+    )
 
 
 def _require() -> None:
@@ -131,14 +193,19 @@ def _require() -> None:
         import gensim  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise MissingDependency(f"word vectors need {error.name}; install it with: pip install 'llmworks[words]'") from None
+        raise MissingDependency(
+            f"word vectors need {error.name}; install it with: pip install 'llmworks[words]'"
+        ) from None
 
 
 def _texts(config: EmbeddingConfig, data: Dataset) -> Iterator[list[str]]:
     """The words of each document."""
     from tokenizers import normalizers
 
-    pattern, lower = regex.compile(WORD), normalizers.Lowercase()  # Python's own knows a final sigma, the saved tokenizer does not
+    pattern, lower = (
+        regex.compile(WORD),
+        normalizers.Lowercase(),
+    )  # Python's own knows a final sigma, the saved tokenizer does not
     for document in read_documents(data):
         yield pattern.findall(lower.normalize_str(document.text) if config.lowercase else document.text)
 
@@ -172,10 +239,21 @@ def _gensim(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Co
             bar.advance()
 
     usual: dict[str, Any] = {
-        "vector_size": config.dimensions, "window": config.window, "min_count": 1, "negative": config.negative, "sample": config.sample, "workers": config.workers, "seed": ctx.seed + 1,
-        "sg": int(config.method != "cbow"), "alpha": config.learning_rate or (0.05 if config.method == "cbow" else 0.025),
-    }  # fmt: skip
-    model = FastText(min_n=config.parts[0], max_n=config.parts[1], **usual) if config.method == "fasttext" else Word2Vec(**usual)
+        "vector_size": config.dimensions,
+        "window": config.window,
+        "min_count": 1,
+        "negative": config.negative,
+        "sample": config.sample,
+        "workers": config.workers,
+        "seed": ctx.seed + 1,
+        "sg": int(config.method != "cbow"),
+        "alpha": config.learning_rate or (0.05 if config.method == "cbow" else 0.025),
+    }
+    model = (
+        FastText(min_n=config.parts[0], max_n=config.parts[1], **usual)
+        if config.method == "fasttext"
+        else Word2Vec(**usual)
+    )
     model.build_vocab_from_freq({word: counts[word] for word in words}, corpus_count=0)
     with ctx.progress.bar("learn", epochs, "passes") as bar:
         model.train(Lines(), total_words=sum(counts.values()), epochs=epochs, callbacks=[Shown()])
@@ -183,7 +261,11 @@ def _gensim(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Co
         from gensim.models.fasttext import save_facebook_model
 
         save_facebook_model(model, str(ctx.out / "fasttext.bin"))
-        return Made(words, np.stack([model.wv[word] for word in words]).astype(np.float32), lambda word: model.wv[word] if word else None)
+        return Made(
+            words,
+            np.stack([model.wv[word] for word in words]).astype(np.float32),
+            lambda word: model.wv[word] if word else None,
+        )
     return _known(words, np.stack([model.wv[word] for word in words]).astype(np.float32))
 
 
@@ -193,12 +275,24 @@ def _glove(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Cou
     from llmworks.embed.glove import cooccurrences, glove
 
     place = {word: i for i, word in enumerate(words)}
-    pairs = cooccurrences((np.array([place.get(word, -1) for word in text], dtype=np.int32) for text in _texts(config, data)), len(words), config.window)
+    pairs = cooccurrences(
+        (np.array([place.get(word, -1) for word in text], dtype=np.int32) for text in _texts(config, data)),
+        len(words),
+        config.window,
+    )
     if not len(pairs[0]):
         raise DataError(f"{data.name}: no two words stand near one another; glove learns from nothing else")
     epochs = config.epochs or 15
     with ctx.progress.bar("learn", epochs, "passes") as bar:
-        vectors = glove(pairs, len(words), config.dimensions, epochs=epochs, rate=config.learning_rate or 0.05, seed=ctx.seed, each=lambda epoch, loss: bar.advance(1, loss=loss))
+        vectors = glove(
+            pairs,
+            len(words),
+            config.dimensions,
+            epochs=epochs,
+            rate=config.learning_rate or 0.05,
+            seed=ctx.seed,
+            each=lambda epoch, loss: bar.advance(1, loss=loss),
+        )
     return _known(words, vectors.numpy())
 
 
@@ -221,9 +315,15 @@ def _save(made: Made, config: EmbeddingConfig, counts: Counter[str], out: Path) 
         tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     tokenizer.save(str(out / "tokenizer.json"))
-    save_file({"embedding": np.concatenate([np.zeros((1, made.table.shape[1]), np.float32), made.table])}, out / "model.safetensors")
+    save_file(
+        {"embedding": np.concatenate([np.zeros((1, made.table.shape[1]), np.float32), made.table])},
+        out / "model.safetensors",
+    )
     (out / "model.safetensors").chmod(0o644)
-    (out / "embedding.json").write_text(json.dumps({"method": config.method, "words": len(made.words), "dimensions": config.dimensions}) + "\n", encoding="utf-8")
+    (out / "embedding.json").write_text(
+        json.dumps({"method": config.method, "words": len(made.words), "dimensions": config.dimensions}) + "\n",
+        encoding="utf-8",
+    )
     if config.method != "fasttext":
         from gensim.models import KeyedVectors
 
@@ -242,7 +342,11 @@ def _look(made: Made, counts: Counter[str], ctx: Context) -> None:
     from sklearn.manifold import TSNE
 
     unit = made.table / np.maximum(np.linalg.norm(made.table, axis=1, keepdims=True), 1e-12)
-    telling = [i for i, word in enumerate(made.words) if len(word) > 2 and word.isalpha() and word.lower() not in ENGLISH_STOP_WORDS]
+    telling = [
+        i
+        for i, word in enumerate(made.words)
+        if len(word) > 2 and word.isalpha() and word.lower() not in ENGLISH_STOP_WORDS
+    ]
     rows = []
     for i in telling[:: max(1, min(len(telling), 1000) // SHOWN)][:SHOWN]:
         fits = unit @ unit[i]
@@ -253,6 +357,18 @@ def _look(made: Made, counts: Counter[str], ctx: Context) -> None:
     chosen = telling[:DRAWN]
     if len(chosen) < 3 * CLUSTERS:
         return
-    points = TSNE(2, perplexity=min(15, (len(chosen) - 1) / 3), metric="cosine", init="random", random_state=ctx.seed, n_jobs=1).fit_transform(unit[chosen])
+    points = TSNE(
+        2, perplexity=min(15, (len(chosen) - 1) / 3), metric="cosine", init="random", random_state=ctx.seed, n_jobs=1
+    ).fit_transform(unit[chosen])
     groups = KMeans(CLUSTERS, random_state=ctx.seed, n_init=4).fit_predict(unit[chosen])
-    ctx.report.points("A map", [(made.words[i], float(x), float(y), int(group)) for i, (x, y), group in zip(chosen, points, groups, strict=True)], note=f"The {len(chosen)} most frequent words that say something, by t-SNE of their cosines; colours are clusters (k-means) of the vectors themselves.")
+    ctx.report.points(
+        "A map",
+        [
+            (made.words[i], float(x), float(y), int(group))
+            for i, (x, y), group in zip(chosen, points, groups, strict=True)
+        ],
+        note=(
+            f"The {len(chosen)} most frequent words that say something, by t-SNE of their cosines; colours are clusters"
+            " (k-means) of the vectors themselves."
+        ),
+    )

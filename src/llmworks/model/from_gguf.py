@@ -1,4 +1,5 @@
-"""Stage `model.from_gguf`: a GGUF file becomes a Hugging Face directory (safetensors, tokenizer, template, golden tokens).
+"""Stage `model.from_gguf`: a GGUF file becomes a Hugging Face directory (safetensors, tokenizer, template, golden
+tokens).
 
 Reads the blocks with the vectorised `gguf` reader and dequantizes to fp32, which loses nothing that the file still has.
 Knows the layouts of Llama, Qwen2, Qwen3, Gemma 3 and Phi-3; says so for any other architecture.
@@ -19,9 +20,6 @@ from llmworks.model.io.gguf_layout import KINDS, LAYOUTS
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-
-
-
 
 
 class FromGgufConfig(Config):
@@ -99,7 +97,10 @@ def config_of(path: Path) -> dict[str, Any]:
 def _config(path: Path, reader: GGUFReader, meta: dict[str, Any], dtype: str) -> dict[str, Any]:
     architecture = meta.get("general.architecture")
     if architecture not in KINDS:
-        raise ModelError(f"{path}: architecture {architecture!r} cannot be converted, only {', '.join(KINDS)}; it can still be run as it is (gguf:{path})")
+        raise ModelError(
+            f"{path}: architecture {architecture!r} cannot be converted, only {', '.join(KINDS)}; it can still be run"
+            f" as it is (gguf:{path})"
+        )
     tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
     try:
         return hf_config(meta, tied, dtype)
@@ -108,24 +109,50 @@ def _config(path: Path, reader: GGUFReader, meta: dict[str, Any], dtype: str) ->
 
 
 def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a model from GGUF metadata. ModelError for scaled rotary positions, which are not carried over."""
+    """The `config.json` of a model from GGUF metadata.
+
+    ModelError for scaled rotary positions, which are not carried over.
+    """
     architecture = str(meta["general.architecture"])
     kind = KINDS[architecture]
-    own = {key.removeprefix(f"{architecture}."): value for key, value in meta.items() if key.startswith(f"{architecture}.")}
+    own = {
+        key.removeprefix(f"{architecture}."): value for key, value in meta.items() if key.startswith(f"{architecture}.")
+    }
     if own.get("rope.scaling.type", "none") != "none":
-        raise ModelError(f"this GGUF file scales its rotary positions ({own['rope.scaling.type']}), which conversion does not carry over")
+        raise ModelError(
+            f"this GGUF file scales its rotary positions ({own['rope.scaling.type']}), which conversion does not carry"
+            " over"
+        )
     heads = int(own["attention.head_count"])
     hidden = int(own["embedding_length"])
     width = int(own.get("attention.key_length", hidden // heads))
     theta = float(own.get("rope.freq_base", 10000.0))
     every: dict[str, dict[str, Any]] = {
-        "llama": {"attention_bias": False, "mlp_bias": False}, "qwen2": {"use_sliding_window": False}, "qwen3": {"use_sliding_window": False, "attention_bias": False},
-        "phi3": {"sliding_window": int(own.get("attention.sliding_window", 0)) or None, "original_max_position_embeddings": int(own.get("rope.scaling.original_context_length", own["context_length"]))},
-        "gemma3_text": {
-            "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": width, "sliding_window": int(own.get("attention.sliding_window", 0)), "layer_types": [("full" if (i + 1) % 6 == 0 else "sliding") + "_attention" for i in range(int(own["block_count"]))],
-            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": theta}, "sliding_attention": {"rope_type": "default", "rope_theta": float(own.get("rope.freq_base_swa", 10000.0))}},
+        "llama": {"attention_bias": False, "mlp_bias": False},
+        "qwen2": {"use_sliding_window": False},
+        "qwen3": {"use_sliding_window": False, "attention_bias": False},
+        "phi3": {
+            "sliding_window": int(own.get("attention.sliding_window", 0)) or None,
+            "original_max_position_embeddings": int(
+                own.get("rope.scaling.original_context_length", own["context_length"])
+            ),
         },
-    }  # fmt: skip
+        "gemma3_text": {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": width,
+            "sliding_window": int(own.get("attention.sliding_window", 0)),
+            "layer_types": [
+                ("full" if (i + 1) % 6 == 0 else "sliding") + "_attention" for i in range(int(own["block_count"]))
+            ],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": theta},
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": float(own.get("rope.freq_base_swa", 10000.0)),
+                },
+            },
+        },
+    }
     more = every[kind]
     return {
         "architectures": [LAYOUTS[kind].model],
@@ -168,7 +195,9 @@ def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: st
         name = to_hf_name(tensor.name, KINDS[architecture])
         if name is None:
             if tensor.name == "rope_freqs.weight":
-                raise ModelError("this GGUF file scales its rotary frequencies (rope_freqs), which conversion does not carry over")
+                raise ModelError(
+                    "this GGUF file scales its rotary frequencies (rope_freqs), which conversion does not carry over"
+                )
             raise ModelError(f"the GGUF tensor {tensor.name!r} has no place in such a model")
         shape = tuple(int(n) for n in reversed(tensor.shape))
         weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(shape)

@@ -1,4 +1,7 @@
-"""Golden tokens of a Hugging Face model: record them, or replay them, with logits from torch. What they hold, and what must replay, is `tokenize/chat/golden.py`'s."""
+"""Golden tokens of a Hugging Face model: record them, or replay them, with logits from torch.
+
+What they hold, and what must replay, is `tokenize/chat/golden.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -38,5 +41,10 @@ def require(recorded: Golden, path: Path, *, mean_within: float, step: str) -> g
 
     tokenizer = load_tokenizer(path)
     return golden.require(
-        recorded, tokenizer, stop_ids(path, tokenizer), torch_logits(load_model(path)), mean_within=mean_within, step=step
+        recorded,
+        tokenizer,
+        stop_ids(path, tokenizer),
+        torch_logits(load_model(path)),
+        mean_within=mean_within,
+        step=step,
     )

@@ -22,9 +22,11 @@ class NewConfig(Shape):
 
 
 def new(config: NewConfig, tokenizer: Tokenizer | Model | Adapter, ctx: Context) -> Model:
-    """Draw a decoder's weights by the run's seed (normal, 0.02; less where a layer adds to the state) and save them beside the tokenizer.
+    """Draw a decoder's weights by the run's seed (normal, 0.02; less where a layer adds to the state) and save them
+    beside the tokenizer.
 
-    Errors: UserError for a vocabulary that is smaller than the tokenizer's; ModelError for a tokenizer that cannot be read.
+    Errors: UserError for a vocabulary that is smaller than the tokenizer's; ModelError for a tokenizer that cannot be
+    read.
     """
 
     def draw(vocabulary: int, ids: Ids) -> tuple[Any, str]:

@@ -21,7 +21,8 @@ class RecurrentConfig(RecurrentShape):
 def recurrent(config: RecurrentConfig, tokenizer: Tokenizer | Model | Adapter, ctx: Context) -> Model:
     """Draw the weights of an RNN, LSTM, GRU or window model by the run's seed and save them beside the tokenizer.
 
-    Errors: UserError for a vocabulary that is smaller than the tokenizer's; ModelError for a tokenizer that cannot be read.
+    Errors: UserError for a vocabulary that is smaller than the tokenizer's; ModelError for a tokenizer that cannot be
+    read.
     """
 
     def draw(vocabulary: int, ids: Ids) -> tuple[Any, str]:
@@ -29,7 +30,9 @@ def recurrent(config: RecurrentConfig, tokenizer: Tokenizer | Model | Adapter, c
         from llmworks.tokenize.load import quiet_transformers
 
         quiet_transformers()
-        model = recurrent.RecurrentForCausalLM(recurrent.RecurrentConfig(shape=config.model_dump() | {"vocabulary": vocabulary}, **ids))
+        model = recurrent.RecurrentForCausalLM(
+            recurrent.RecurrentConfig(shape=config.model_dump() | {"vocabulary": vocabulary}, **ids)
+        )
         model.save_pretrained(ctx.out)
         return model, config.kind
 

@@ -1,4 +1,5 @@
-"""Stage `model.show`: look inside a model, or two side by side: its layers with shapes, parameters, work and cache, and its block as a drawing.
+"""Stage `model.show`: look inside a model, or two side by side: its layers with shapes, parameters, work and cache, and
+its block as a drawing.
 
 All of it comes from the configuration; weights are not read.
 """
@@ -27,7 +28,11 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class ShowConfig(Config):
     """For which text work and cache are counted."""
 
-    context: int = Field(0, ge=0, description="tokens that the counted token sees, itself included; 0: as many as the model reads, at most 4,096")
+    context: int = Field(
+        0,
+        ge=0,
+        description="tokens that the counted token sees, itself included; 0: as many as the model reads, at most 4,096",
+    )
     cache: str = Field("float32", pattern="^(float32|bfloat16|float16)$", description="number format of the cache")
 
 
@@ -56,7 +61,13 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
     for what, values in (
         ("parameters", [sum(p.parameters for p in parts) for parts in found.values()]),
         ("parameters that a token meets", [sum(p.active for p in parts) for parts in found.values()]),
-        ("parameters without embeddings", [sum(p.parameters for p in parts if p.name not in ("embedding", "position", "head")) for parts in found.values()]),
+        (
+            "parameters without embeddings",
+            [
+                sum(p.parameters for p in parts if p.name not in ("embedding", "position", "head"))
+                for parts in found.values()
+            ],
+        ),
         ("operations of a token", [sum(p.work for p in parts) for parts in found.values()]),
         ("of them attention's", [sum(p.work for p in parts if p.name == "attention") for parts in found.values()]),
         ("cache of a token, bytes", [sum(p.cache for p in parts) * width for parts in found.values()]),
@@ -68,8 +79,22 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
     report = ctx.report
     report.title = " beside ".join(names)
     report.lead = "; ".join(_line(name, parts) for name, parts in found.items()) + "."
-    report.data = {"context": context, "models": {name: {"parameters": sum(p.parameters for p in parts), "active": sum(p.active for p in parts), "work": sum(p.work for p in parts), "cache_bytes": sum(p.cache for p in parts) * width} for name, parts in found.items()}}
-    note = f"Operations are those of matrix products, a multiply-add as two, of a token that sees {context:,}, itself included; a training step takes about three times as many. The cache is in {config.cache}."
+    report.data = {
+        "context": context,
+        "models": {
+            name: {
+                "parameters": sum(p.parameters for p in parts),
+                "active": sum(p.active for p in parts),
+                "work": sum(p.work for p in parts),
+                "cache_bytes": sum(p.cache for p in parts) * width,
+            }
+            for name, parts in found.items()
+        },
+    }
+    note = (
+        f"Operations are those of matrix products, a multiply-add as two, of a token that sees {context:,}, itself"
+        f" included; a training step takes about three times as many. The cache is in {config.cache}."
+    )
     report.table("Figures", ("what", *names), rows, note=note)
     report.drawing("The block" if len(shapes) == 1 else "The blocks", draw(shapes), plain="(drawing: see report.html)")
     if len(shapes) == 2:
@@ -77,14 +102,34 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
     lines = [report.lead, ""]
     for name, parts in found.items():
         table = _table(parts, width)
-        report.table(f"Layers of {name}", ("block", "part", "shape", "parameters", "operations", "cache, bytes"), table, note="Blocks that are alike stand once; figures are those of one of them, for one token.")
+        report.table(
+            f"Layers of {name}",
+            ("block", "part", "shape", "parameters", "operations", "cache, bytes"),
+            table,
+            note="Blocks that are alike stand once; figures are those of one of them, for one token.",
+        )
         lines += _plain(name, table)
-    report.terminal = "\n".join([*lines, "Of one token that sees " + f"{context:,}; cache in bytes. Blocks that are alike stand once, with the figures of one of them."])
-    return Report(ctx.out, metrics={"parameters": sum(p.parameters for p in found[names[0]]), "work": sum(p.work for p in found[names[0]])})
+    report.terminal = "\n".join(
+        [
+            *lines,
+            "Of one token that sees "
+            + f"{context:,}; cache in bytes. Blocks that are alike stand once, with the figures of one of them.",
+        ]
+    )
+    return Report(
+        ctx.out,
+        metrics={
+            "parameters": sum(p.parameters for p in found[names[0]]),
+            "work": sum(p.work for p in found[names[0]]),
+        },
+    )
 
 
 def _line(name: str, parts: Sequence[Part]) -> str:
-    return f"{name} has {sum(p.parameters for p in parts):,} parameters and takes {sum(p.work for p in parts) / 1e6:,.1f} million operations for a token"
+    return (
+        f"{name} has {sum(p.parameters for p in parts):,} parameters and takes {sum(p.work for p in parts) / 1e6:,.1f}"
+        " million operations for a token"
+    )
 
 
 def shape_of_model(model: Model) -> Any_Shape:
@@ -123,10 +168,19 @@ def _differences(one: Any_Shape, two: Any_Shape) -> list[tuple[str, str, str]]:
 
     sides = []
     for shape in (one, two):
-        flat = {k: v for k, v in shape.model_dump().items() if not isinstance(v, dict)} | {f"{k}.{n}": w for k, v in shape.model_dump().items() if isinstance(v, dict) for n, w in v.items()}
-        flat |= {"hidden": shape.inner, **({} if isinstance(shape, RecurrentShape) else {"kv_heads": shape.groups, "head_width": shape.per_head})}
+        flat = {k: v for k, v in shape.model_dump().items() if not isinstance(v, dict)} | {
+            f"{k}.{n}": w for k, v in shape.model_dump().items() if isinstance(v, dict) for n, w in v.items()
+        }
+        flat |= {
+            "hidden": shape.inner,
+            **({} if isinstance(shape, RecurrentShape) else {"kv_heads": shape.groups, "head_width": shape.per_head}),
+        }
         sides.append({"kind": "decoder", **flat})
-    return [(name, str(sides[0][name]), str(sides[1][name])) for name in sides[0] if name in sides[1] and sides[0][name] != sides[1][name]]
+    return [
+        (name, str(sides[0][name]), str(sides[1][name]))
+        for name in sides[0]
+        if name in sides[1] and sides[0][name] != sides[1][name]
+    ]
 
 
 def _table(parts: Sequence[Part], width: int) -> list[tuple[object, ...]]:
@@ -142,8 +196,23 @@ def _table(parts: Sequence[Part], width: int) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
     for numbers, group in kinds:
         for part in group:
-            shape = "; ".join("×".join(map(str, sizes)) + ("" if name == "weight" else f" {name}") for name, sizes in part.tensors.items()) or "–"
-            rows.append((_ranges(numbers), part.name, shape + (f" (the {part.shares}'s)" if part.shares else ""), part.parameters, part.work, part.cache * width))
+            shape = (
+                "; ".join(
+                    "×".join(map(str, sizes)) + ("" if name == "weight" else f" {name}")
+                    for name, sizes in part.tensors.items()
+                )
+                or "–"
+            )
+            rows.append(
+                (
+                    _ranges(numbers),
+                    part.name,
+                    shape + (f" (the {part.shares}'s)" if part.shares else ""),
+                    part.parameters,
+                    part.work,
+                    part.cache * width,
+                )
+            )
     return rows
 
 
@@ -164,6 +233,18 @@ def _same(one: Sequence[Part], two: Sequence[Part]) -> bool:
 
 def _plain(name: str, rows: Sequence[tuple[object, ...]]) -> list[str]:
     """The table for a terminal."""
-    cells = [("block", "part", "shape", "parameters", "operations", "cache")] + [tuple(f"{c:,}" if isinstance(c, int) else str(c) for c in row) for row in rows]
+    cells = [("block", "part", "shape", "parameters", "operations", "cache")] + [
+        tuple(f"{c:,}" if isinstance(c, int) else str(c) for c in row) for row in rows
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(6)]
-    return [name, *("  " + "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells), ""]
+    return [
+        name,
+        *(
+            "  "
+            + "  ".join(
+                c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in cells
+        ),
+        "",
+    ]

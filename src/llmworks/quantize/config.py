@@ -12,9 +12,19 @@ from llmworks.core.artifact import Config
 class KeptConfig(Config):
     """What is left as it is, and what the damage is measured on."""
 
-    skip: list[str] = Field([], description="layers that stay as they are, by a part of their names, as self_attn.v_proj or layers.0.")
-    rest: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="number format of scales and of what is not quantized: embedding, head, norms; auto: bfloat16 where that changes no weight, else float16, float32 where a weight is beyond its range")
-    held: int = Field(8, ge=0, description="texts of `data` that are not calibrated by, on which model and result are compared")
+    skip: list[str] = Field(
+        [], description="layers that stay as they are, by a part of their names, as self_attn.v_proj or layers.0."
+    )
+    rest: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto",
+        description=(
+            "number format of scales and of what is not quantized: embedding, head, norms; auto: bfloat16 where that"
+            " changes no weight, else float16, float32 where a weight is beyond its range"
+        ),
+    )
+    held: int = Field(
+        8, ge=0, description="texts of `data` that are not calibrated by, on which model and result are compared"
+    )
     length: int = Field(512, gt=1, description="tokens of a text of `data`")
 
 
@@ -28,7 +38,10 @@ class QuantizeConfig(KeptConfig):
 class WholeConfig(QuantizeConfig):
     """And the form in which weights alone are whole numbers."""
 
-    form: Literal["compressed-tensors", "gptq", "awq"] = Field("compressed-tensors", description="layout of the files: any bits (transformers, vLLM); gptq: 2, 3, 4 or 8 bits; awq: 4 bits")
+    form: Literal["compressed-tensors", "gptq", "awq"] = Field(
+        "compressed-tensors",
+        description="layout of the files: any bits (transformers, vLLM); gptq: 2, 3, 4 or 8 bits; awq: 4 bits",
+    )
 
     @model_validator(mode="after")
     def _has_a_place(self) -> Self:

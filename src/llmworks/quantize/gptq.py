@@ -1,6 +1,8 @@
-"""Stage `quantize.gptq`: weights as whole numbers, column by column; each column makes up for the errors of those before it, as the layer's inputs on `data` have it.
+"""Stage `quantize.gptq`: weights as whole numbers, column by column; each column makes up for the errors of those
+before it, as the layer's inputs on `data` have it.
 
-Frantar et al. 2022 (arXiv:2210.17323). Each layer is calibrated on what the layers before it, quantized already, give it.
+Frantar et al. 2022 (arXiv:2210.17323). Each layer is calibrated on what the layers before it, quantized already, give
+it.
 """
 
 from __future__ import annotations
@@ -15,18 +17,52 @@ from llmworks.quantize.config import CalibratedConfig, WholeConfig
 class GptqConfig(CalibratedConfig, WholeConfig):
     """How columns are rounded."""
 
-    symmetric: bool = Field(True, description="whole numbers around 0; else with a zero point, of the same bits, for each group")
-    damping: float = Field(0.01, gt=0, lt=1, description="share of the mean second moment of inputs that is added to all of them")
-    by_activation: bool = Field(True, description="columns with the largest inputs first (act-order), scales by the weights as they are, so that no g_idx is needed")
-    search: bool = Field(True, description="scales by which a group's part of the outputs changes least, in place of those of the largest weights")
+    symmetric: bool = Field(
+        True, description="whole numbers around 0; else with a zero point, of the same bits, for each group"
+    )
+    damping: float = Field(
+        0.01, gt=0, lt=1, description="share of the mean second moment of inputs that is added to all of them"
+    )
+    by_activation: bool = Field(
+        True,
+        description=(
+            "columns with the largest inputs first (act-order), scales by the weights as they are, so that no g_idx is"
+            " needed"
+        ),
+    )
+    search: bool = Field(
+        True,
+        description=(
+            "scales by which a group's part of the outputs changes least, in place of those of the largest weights"
+        ),
+    )
     scale: bool = Field(False, description="columns that read large inputs made larger before, as AWQ does")
 
 
 def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else, ModelError for inputs whose moments cannot be inverted."""
+    """Write a directory in the form of compressed-tensors.
+
+    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    result computes something else, ModelError for inputs whose moments cannot be inverted.
+    """
     from llmworks.model.lowbit.integer import Grid
     from llmworks.quantize.algorithms.calibrated import Gptq
     from llmworks.quantize.run import run
 
-    method = Gptq(config.texts, damping=config.damping, by_activation=config.by_activation, search=config.search, scale=config.scale)
-    return run(config, model, ctx, data, method, Grid(config.bits, config.group, symmetric=config.symmetric), {"method": "gptq"}, config.form)
+    method = Gptq(
+        config.texts,
+        damping=config.damping,
+        by_activation=config.by_activation,
+        search=config.search,
+        scale=config.scale,
+    )
+    return run(
+        config,
+        model,
+        ctx,
+        data,
+        method,
+        Grid(config.bits, config.group, symmetric=config.symmetric),
+        {"method": "gptq"},
+        config.form,
+    )

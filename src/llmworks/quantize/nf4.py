@@ -1,6 +1,8 @@
-"""Stage `quantize.nf4`: weights in 4 bits of bitsandbytes: the nearest of 16 quantiles of a normal distribution (NF4), or of 15 floats (FP4).
+"""Stage `quantize.nf4`: weights in 4 bits of bitsandbytes: the nearest of 16 quantiles of a normal distribution (NF4),
+or of 15 floats (FP4).
 
-Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3. Each block of 64 weights by itself, so that nothing has to be calibrated.
+Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3. Each block of 64 weights by itself, so that nothing has to be
+calibrated.
 """
 
 from __future__ import annotations
@@ -19,14 +21,29 @@ class Nf4Config(QuantizeConfig):
 
     bits: Literal[4] = Field(4, description="of a weight")
     group: Literal[64] = Field(64, description="weights that share a scale")
-    levels: Literal["nf4", "fp4"] = Field("nf4", description="quantiles of a normal distribution, or floats of two exponent bits and one of a fraction")
+    levels: Literal["nf4", "fp4"] = Field(
+        "nf4", description="quantiles of a normal distribution, or floats of two exponent bits and one of a fraction"
+    )
     double: bool = Field(True, description="scales in 8 bits, in blocks of 256 that share one (double quantization)")
 
 
 def nf4(config: Nf4Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
+    """Write a directory in the form of bitsandbytes; `data`: what the damage is measured on.
+
+    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    result computes something else.
+    """
     from llmworks.model.lowbit.bnb_4bit import Levels, matrix_of
     from llmworks.quantize.algorithms.round_to_nearest import Nearest
     from llmworks.quantize.run import run
 
-    return run(config, model, ctx, data, Nearest(matrix_of), Levels(config.levels, config.double), {"method": config.levels}, "bitsandbytes-4bit")
+    return run(
+        config,
+        model,
+        ctx,
+        data,
+        Nearest(matrix_of),
+        Levels(config.levels, config.double),
+        {"method": config.levels},
+        "bitsandbytes-4bit",
+    )

@@ -1,4 +1,7 @@
-"""From a model to one whose matrices are whole numbers: the walk, what is written, what is measured, the page. What a matrix becomes is each method's own."""
+"""From a model to one whose matrices are whole numbers: the walk, what is written, what is measured, the page.
+
+What a matrix becomes is each method's own.
+"""
 
 from __future__ import annotations
 
@@ -62,14 +65,29 @@ class Method(Protocol):
         """The matrices of layers that read the same, by name; those whose grid is None stay."""
 
 
-def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, method: Method, grid: Any, about: Mapping[str, Any], form: str = "compressed-tensors", grids: Mapping[str, Any] | None = None) -> Model:
-    """Write a directory in a form of `model.quantized.FORMS`. The golden tokens are replayed on what was written. `grids`: of layers, by name, that have another than `grid`.
+def run(
+    config: KeptConfig,
+    model: Model,
+    ctx: Context,
+    data: Dataset | None,
+    method: Method,
+    grid: Any,
+    about: Mapping[str, Any],
+    form: str = "compressed-tensors",
+    grids: Mapping[str, Any] | None = None,
+) -> Model:
+    """Write a directory in a form of `model.quantized.FORMS`.
 
-    Errors: ModelError for a model that is quantized already, of another architecture, or with weights that are no numbers; DataError for too little text; GoldenMismatch when the result computes something else.
+    The golden tokens are replayed on what was written. `grids`: of layers, by name, that have another than `grid`.
+
+    Errors: ModelError for a model that is quantized already, of another architecture, or with weights that are no
+    numbers; DataError for too little text; GoldenMismatch when the result computes something else.
     """
     source = open_source(model)
     if method.texts and data is None:
-        raise DataError("this method has to see what layers read; give `data`: conversations or texts of what the model is for")
+        raise DataError(
+            "this method has to see what layers read; give `data`: conversations or texts of what the model is for"
+        )
     tokenizer = load_tokenizer(model.path)
     if data is not None:
         check_length(config.length, source.shape.context)
@@ -77,41 +95,120 @@ def run(config: KeptConfig, model: Model, ctx: Context, data: Dataset | None, me
     else:
         ids = held = torch.zeros(0, config.length, dtype=torch.long)
     stored = "float16" if form in ("gptq", "awq", "hqq") else stored_of(source, config.rest)
-    grid, others = replace(grid, stored=stored), {name: replace(one, stored=stored) for name, one in (grids or {}).items()}
+    grid, others = (
+        replace(grid, stored=stored),
+        {name: replace(one, stored=stored) for name, one in (grids or {}).items()},
+    )
     skip = skipping(source, config.skip)
-    golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])
-    told, damage = _walked(source, ids, held, ctx, method, lambda name: None if skip(name) else others.get(name, grid), FORMS[form], getattr(torch, stored))
+    golden = model.golden or record(
+        tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0]
+    )
+    told, damage = _walked(
+        source,
+        ids,
+        held,
+        ctx,
+        method,
+        lambda name: None if skip(name) else others.get(name, grid),
+        FORMS[form],
+        getattr(torch, stored),
+    )
     chosen = {one["name"]: others.get(one["name"], grid) for one in told}
-    left = ["lm_head", *(name.removesuffix(".weight") for name, shape in source.shapes.items() if source.number_of(name) >= 0 and len(shape) == 2 and skip(name))]
+    left = [
+        "lm_head",
+        *(
+            name.removesuffix(".weight")
+            for name, shape in source.shapes.items()
+            if source.number_of(name) >= 0 and len(shape) == 2 and skip(name)
+        ),
+    ]
     _write(source, ctx, stored, FORMS[form].config_of(chosen, left))
     made = Source(ctx.out, quantized=True)
     texts = [list(one.ids) for one in golden.conversations]
     known = dict(zip(map(tuple, texts), logits_of(made, texts), strict=True))
-    gap = require(golden, tokenizer, stop_ids(ctx.out, tokenizer), lambda some: known[tuple(some)], mean_within=allowed(min(one.bits for one in chosen.values()), inputs=bool(grid.inputs)), step=f"quantize.{about['method']}")
+    gap = require(
+        golden,
+        tokenizer,
+        stop_ids(ctx.out, tokenizer),
+        lambda some: known[tuple(some)],
+        mean_within=allowed(min(one.bits for one in chosen.values()), inputs=bool(grid.inputs)),
+        step=f"quantize.{about['method']}",
+    )
     assert gap is not None
     size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
     weights = sum(one["weights"] for one in told)
     metrics = {
-        "bytes": size, "bits_a_weight": round(sum(one["bits"] * one["weights"] for one in told) / weights, 4), "quantized_weights": weights, **{name: round(value, 6) for name, value in damage.items()},
-        "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
-    }  # fmt: skip
-    bits, inputs = round(sum(chosen[one["name"]].bits * one["weights"] for one in told) / weights, 2), grid.inputs.bits if grid.inputs else 16
-    said = f"its matrices in {bits:g} bits a weight, " + (f"groups of {grid.group} with a scale" if grid.group else "a scale a row") + (f", what they are multiplied by in {inputs}" if inputs < 16 else "") + f", by the method {about['method']}."
-    write_card(ctx.out, model, said, form=form, method=str(about["method"]), bits=bits, name=hub_name(model.name, form, bits, inputs=inputs), metrics=metrics, data=data)
+        "bytes": size,
+        "bits_a_weight": round(sum(one["bits"] * one["weights"] for one in told) / weights, 4),
+        "quantized_weights": weights,
+        **{name: round(value, 6) for name, value in damage.items()},
+        "golden_gap_mean": round(gap.mean, 5),
+        "golden_gap_largest": round(gap.largest, 5),
+        "golden_same_greedy": round(gap.same_greedy, 5),
+    }
+    bits, inputs = (
+        round(sum(chosen[one["name"]].bits * one["weights"] for one in told) / weights, 2),
+        grid.inputs.bits if grid.inputs else 16,
+    )
+    said = (
+        f"its matrices in {bits:g} bits a weight, "
+        + (f"groups of {grid.group} with a scale" if grid.group else "a scale a row")
+        + (f", what they are multiplied by in {inputs}" if inputs < 16 else "")
+        + f", by the method {about['method']}."
+    )
+    write_card(
+        ctx.out,
+        model,
+        said,
+        form=form,
+        method=str(about["method"]),
+        bits=bits,
+        name=hub_name(model.name, form, bits, inputs=inputs),
+        metrics=metrics,
+        data=data,
+    )
     from llmworks.quantize.report.page import describe
 
-    describe(ctx.report, model.name, str(about["method"]), told, metrics, sum(file.stat().st_size for file in model.path.glob("*.safetensors")))
+    describe(
+        ctx.report,
+        model.name,
+        str(about["method"]),
+        told,
+        metrics,
+        sum(file.stat().st_size for file in model.path.glob("*.safetensors")),
+    )
     ctx.progress.say(ctx.report.lead)
-    return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf", "dtype": stored, "architecture": str(model.about.get("architecture", "")), "bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, **about, **({"calibration": data.name} if data is not None else {})})
+    return Model(
+        ctx.out,
+        golden=golden,
+        metrics=metrics,
+        about={
+            "format": "hf",
+            "dtype": stored,
+            "architecture": str(model.about.get("architecture", "")),
+            "bits": grid.bits,
+            "group": grid.group,
+            "symmetric": grid.symmetric,
+            **about,
+            **({"calibration": data.name} if data is not None else {}),
+        },
+    )
 
 
 def open_source(model: Model) -> Source:
     """The model's directory, piece by piece. ModelError for one that cannot be quantized."""
     if model.format != "hf":
-        raise ModelError(f"{model.name}: a Hugging Face directory is quantized, this is {model.format}; convert it with the stage model.from_gguf")
+        raise ModelError(
+            f"{model.name}: a Hugging Face directory is quantized, this is {model.format}; convert it with the stage"
+            " model.from_gguf"
+        )
     source = Source(model.path)
     if source.kind == "gpt2" or source.shape.experts:
-        raise ModelError(f"{model.name}: {'queries, keys and values are one matrix in its files' if source.kind == 'gpt2' else 'its experts are no single matrices'}, which compressed-tensors has no names for; quantize.gguf may serve")
+        fused = "queries, keys and values are one matrix in its files"
+        raise ModelError(
+            f"{model.name}: {fused if source.kind == 'gpt2' else 'its experts are no single matrices'},"
+            " which compressed-tensors has no names for; quantize.gguf may serve"
+        )
     return source
 
 
@@ -142,11 +239,22 @@ def skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
             raise ModelError(f"config.skip: no layer's name holds {part!r}; one is {names[0]}")
     matrices = [name for name, shape in source.shapes.items() if source.number_of(name) >= 0 and len(shape) == 2]
     if all(any(part in name for part in skip) for name in matrices):
-        raise ModelError(f"config.skip: all {len(matrices)} matrices of blocks are skipped; nothing is left to quantize")
+        raise ModelError(
+            f"config.skip: all {len(matrices)} matrices of blocks are skipped; nothing is left to quantize"
+        )
     return lambda name: any(part in name for part in skip)
 
 
-def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Method, grid_of: Callable[[str], Any], form: Any, stored: torch.dtype) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def _walked(
+    source: Source,
+    ids: Tensor,
+    held: Tensor,
+    ctx: Context,
+    method: Method,
+    grid_of: Callable[[str], Any],
+    form: Any,
+    stored: torch.dtype,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """(what became of each layer, the damage). Each block is written to scratch when it is done."""
     from safetensors.torch import save_file
 
@@ -175,10 +283,24 @@ def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Met
                         if matrix.grid.inputs:
                             read_rounded(layer, matrix.grid.inputs)
                         tensors |= form.tensors_of(source.rename(f"{head}{name}"), matrix)
-                        told.append({"name": source.rename(f"{head}{name}"), "layer": name, "block": passing.number, "lost": lost, "bits": matrix.bits, "weights": before.numel(), "shape": shape_of(before, after), "apart": passing.apart.get(name)})
+                        told.append(
+                            {
+                                "name": source.rename(f"{head}{name}"),
+                                "layer": name,
+                                "block": passing.number,
+                                "lost": lost,
+                                "bits": matrix.bits,
+                                "weights": before.numel(),
+                                "shape": shape_of(before, after),
+                                "apart": passing.apart.get(name),
+                            }
+                        )
                 passing.finish()
                 rest = to_standard(plain, source.kind) if source.kind else plain
-                save_file({name: tensor.to(stored).contiguous() for name, tensor in rest.items()} | tensors, folder / f"{passing.number:05}.safetensors")
+                save_file(
+                    {name: tensor.to(stored).contiguous() for name, tensor in rest.items()} | tensors,
+                    folder / f"{passing.number:05}.safetensors",
+                )
                 (folder / f"{passing.number:05}.json").write_text(json.dumps(told))
                 passing.done()
                 bar.advance()
@@ -187,12 +309,19 @@ def _walked(source: Source, ids: Tensor, held: Tensor, ctx: Context, method: Met
 
 
 def shape_of(before: Tensor, after: Tensor) -> dict[str, Any]:
-    """How many weights there are of each size, before and after, in rows evenly taken (SEEN weights about): counts of BINS equal bins within five times their root mean square; what is beyond is in the last."""
+    """How many weights there are of each size, before and after, in rows evenly taken (SEEN weights about): counts of
+    BINS equal bins within five times their root mean square; what is beyond is in the last.
+    """
     step = max(1, before.numel() // SEEN)
     before, after = before[::step], after[::step]
     high = 5 * float(before.square().mean().sqrt()) or 1.0
     low = -high
-    return {"low": low, "high": high, "before": torch.histc(before.clamp(low, high), BINS, low, high).int().tolist(), "after": torch.histc(after.clamp(low, high), BINS, low, high).int().tolist()}
+    return {
+        "low": low,
+        "high": high,
+        "before": torch.histc(before.clamp(low, high), BINS, low, high).int().tolist(),
+        "after": torch.histc(after.clamp(low, high), BINS, low, high).int().tolist(),
+    }
 
 
 def _grid_of(source: Source, grid_of: Callable[[str], Any], head: str, name: str) -> Any:
@@ -207,7 +336,10 @@ def _write(source: Source, ctx: Context, stored: str, quantization: Mapping[str,
     outside = ctx.scratch / "blocks" / "outside.safetensors"
     save_file({name: tensor.to(number).contiguous() for name, tensor in source.tensors(-1).items()}, outside)
     join_files([*sorted((ctx.scratch / "blocks").glob("0*.safetensors")), outside], ctx.out / "model.safetensors")
-    config = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {"dtype": stored, "quantization_config": dict(quantization)}
+    config = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {
+        "dtype": stored,
+        "quantization_config": dict(quantization),
+    }
     (ctx.out / "config.json").write_text(json.dumps(config, indent=2))
     copy_rest(source.path, ctx.out)
 
@@ -215,5 +347,10 @@ def _write(source: Source, ctx: Context, stored: str, quantization: Mapping[str,
 def copy_rest(source: Path, out: Path) -> None:
     """Tokenizer, template, generation config: all that is no weight."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and file.name not in STAYS and not file.name.startswith("."):
+        if (
+            file.is_file()
+            and file.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+            and file.name not in STAYS
+            and not file.name.startswith(".")
+        ):
             shutil.copyfile(file, out / file.name)

@@ -1,4 +1,6 @@
-"""Stage `quantize.zeropoint`: weights as whole numbers between the smallest and the largest of a group, 0 lying on one of them, each rounded to the nearest."""
+"""Stage `quantize.zeropoint`: weights as whole numbers between the smallest and the largest of a group, 0 lying on one
+of them, each rounded to the nearest.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,28 @@ from llmworks.quantize.config import WholeConfig
 class ZeropointConfig(WholeConfig):
     """Where the range ends."""
 
-    search: bool = Field(False, description="ranges of least squared error in place of those of the smallest and largest weights")
+    search: bool = Field(
+        False, description="ranges of least squared error in place of those of the smallest and largest weights"
+    )
 
 
 def zeropoint(config: ZeropointConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Write a directory in the form of compressed-tensors; `data`: what the damage is measured on. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
+    """Write a directory in the form of compressed-tensors; `data`: what the damage is measured on.
+
+    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    result computes something else.
+    """
     from llmworks.model.lowbit.integer import Grid, whole
     from llmworks.quantize.algorithms.round_to_nearest import Nearest, best_ranges
     from llmworks.quantize.run import run
 
-    return run(config, model, ctx, data, Nearest(best_ranges if config.search else whole), Grid(config.bits, config.group, symmetric=False), {"method": "zeropoint"}, config.form)
+    return run(
+        config,
+        model,
+        ctx,
+        data,
+        Nearest(best_ranges if config.search else whole),
+        Grid(config.bits, config.group, symmetric=False),
+        {"method": "zeropoint"},
+        config.form,
+    )

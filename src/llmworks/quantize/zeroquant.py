@@ -1,4 +1,5 @@
-"""Stage `quantize.zeroquant`: weights in groups and what they are multiplied by token by token, each block then taught to answer as it did before (layer-by-layer distillation).
+"""Stage `quantize.zeroquant`: weights in groups and what they are multiplied by token by token, each block then taught
+to answer as it did before (layer-by-layer distillation).
 
 Yao et al. 2022, ZeroQuant (arXiv:2206.01861), sections 3.1 and 3.2.
 """
@@ -22,11 +23,23 @@ class ZeroquantConfig(CalibratedConfig):
 
 
 def zeroquant(config: ZeroquantConfig, model: Model, ctx: Context, data: Dataset) -> Model:
-    """Write a directory in the form of compressed-tensors. Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the result computes something else."""
+    """Write a directory in the form of compressed-tensors.
+
+    Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
+    result computes something else.
+    """
     from llmworks.model.lowbit.activations import Reading
     from llmworks.model.lowbit.integer import Grid
     from llmworks.quantize.algorithms.block_distillation import Distilled
     from llmworks.quantize.run import run
 
     method = Distilled(config.texts, epochs=config.epochs, batch=config.batch, rate=config.learning_rate, seed=ctx.seed)
-    return run(config, model, ctx, data, method, Grid(config.bits, config.group, inputs=Reading(config.inputs)), {"method": "zeroquant"})
+    return run(
+        config,
+        model,
+        ctx,
+        data,
+        method,
+        Grid(config.bits, config.group, inputs=Reading(config.inputs)),
+        {"method": "zeroquant"},
+    )

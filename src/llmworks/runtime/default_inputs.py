@@ -1,4 +1,7 @@
-"""The rows that a task names: its data set, and that of its examples, converted where it reads conversations. Knows no model."""
+"""The rows that a task names: its data set, and that of its examples, converted where it reads conversations.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,24 @@ from llmworks.runtime.stages import resolve as resolve_stage
 
 def default_inputs(stage: ResolvedStage, config: Config, given: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     """The inputs of a stage, with those that its task names where none were given."""
-    if "data" in given or stage.name not in ("evaluate", "evaluate.practice") or (stage.name == "evaluate.practice" and "evaluation" not in given):
+    if (
+        "data" in given
+        or stage.name not in ("evaluate", "evaluate.practice")
+        or (stage.name == "evaluate.practice" and "evaluation" not in given)
+    ):
         return given
-    task = load_task(str(getattr(config, "task", ""))) if stage.name == "evaluate" else checked(given["evaluation"].name, given["evaluation"].read().get("definition"))
+    task = (
+        load_task(str(getattr(config, "task", "")))
+        if stage.name == "evaluate"
+        else checked(given["evaluation"].name, given["evaluation"].read().get("definition"))
+    )
     if not task.data:
         raise UserError(f"--data is missing, and the task {task.name!r} names no data set of its own")
     if stage.name == "evaluate.practice":
         return {**given, "data": rows_of(task, task.data, workspace)}
-    examples = {"examples": rows_of(task, task.examples, workspace)} if task.examples and "examples" not in given else {}
+    examples = (
+        {"examples": rows_of(task, task.examples, workspace)} if task.examples and "examples" not in given else {}
+    )
     return {**given, "data": rows_of(task, task.data, workspace), **examples}
 
 
@@ -38,7 +51,15 @@ def rows_of(task: Task, ref: str, workspace: Workspace | None = None) -> Dataset
         return found
     stage = resolve_stage("data.chat")
     config = stage.config.model_validate({"format": task.format} if task.format else {})
-    done = execute(stage, config, {"data": found}, Workspace(cache_directory() / "converted"), seed=0, open_engine=open_engine, quiet=True)
+    done = execute(
+        stage,
+        config,
+        {"data": found},
+        Workspace(cache_directory() / "converted"),
+        seed=0,
+        open_engine=open_engine,
+        quiet=True,
+    )
     made = load(done.artifact.path, name=found.name, ref=ref)
     assert isinstance(made, Dataset)
     return made

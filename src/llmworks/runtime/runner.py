@@ -73,7 +73,8 @@ class Run:
             accepted = step.stage.inputs[role.partition("[")[0]].kinds
             if not isinstance(artifact, accepted):
                 raise UserError(
-                    f"{self.recipe.path}: {step.name}.inputs.{role}: {artifact.name!r} is a {artifact.kind}, wanted is {' or '.join(k.kind for k in accepted)}"
+                    f"{self.recipe.path}: {step.name}.inputs.{role}: {artifact.name!r} is a {artifact.kind}, wanted is"
+                    f" {' or '.join(k.kind for k in accepted)}"
                 )
         return out
 
@@ -100,7 +101,8 @@ class Run:
             return Judgement(
                 name,
                 "up to date",
-                "same stage, config and parents" + ("; its code has changed since, without a new revision" if changed else ""),
+                "same stage, config and parents"
+                + ("; its code has changed since, without a new revision" if changed else ""),
                 artifact,
             )
         return Judgement(name, "to run", self._why(step, inputs, key), expect=expect, expect_from=source)
@@ -130,11 +132,19 @@ class Run:
         m = last.manifest
         reasons: list[str] = []
         if (m.stage, m.revision) != (step.stage.name, step.stage.stage.revision):
-            reasons.append(f"stage {m.stage} revision {m.revision} became {step.stage.name} revision {step.stage.stage.revision}")
+            reasons.append(
+                f"stage {m.stage} revision {m.revision} became {step.stage.name} revision {step.stage.stage.revision}"
+            )
         new = step.config.model_dump(mode="json")
-        reasons += [f"config.{k} was {m.config.get(k)!r}, is {new.get(k)!r}" for k in {**m.config, **new} if m.config.get(k) != new.get(k)]
+        reasons += [
+            f"config.{k} was {m.config.get(k)!r}, is {new.get(k)!r}"
+            for k in {**m.config, **new}
+            if m.config.get(k) != new.get(k)
+        ]
         old_parents, new_parents = {p.role: p.digest for p in m.parents}, {r: a.digest for r, a in flat_inputs(inputs)}
-        reasons += [f"input {r} changed" for r in {**old_parents, **new_parents} if old_parents.get(r) != new_parents.get(r)]
+        reasons += [
+            f"input {r} changed" for r in {**old_parents, **new_parents} if old_parents.get(r) != new_parents.get(r)
+        ]
         if m.seed != self.recipe.seed:
             reasons.append(f"seed was {m.seed}, is {self.recipe.seed}")
         return "; ".join(reasons) or "its artifact is no longer in the store"
@@ -144,9 +154,14 @@ class Run:
         last = self.bound(step.name)
         if last is not None and last.manifest is not None and last.manifest.stage == step.stage.name:
             m = last.metrics
-            return Expect(
-                seconds=m.get("wall_seconds", 0), memory_mb=m.get("peak_memory_bytes", 0) / 1e6, disk_mb=size_of(last.path) / 1e6
-            ), "measured here"
+            return (
+                Expect(
+                    seconds=m.get("wall_seconds", 0),
+                    memory_mb=m.get("peak_memory_bytes", 0) / 1e6,
+                    disk_mb=size_of(last.path) / 1e6,
+                ),
+                "measured here",
+            )
         return step.expect, "the recipe's figure" if step.expect != Expect() else ""
 
     def plan(self) -> list[Judgement]:
@@ -188,11 +203,14 @@ class Run:
                 self.say(f"✓ {label}  {step.ref}  {artifact.kind} {artifact.digest[:12]}")
                 done.append(Judgement(name, "from outside", step.ref, artifact))
             elif isinstance(step, GateStep):
-                self.say(f"{'✓' if judgement.state == 'gate holds' else '✗'} {label}  {judgement.state}: {judgement.why}")
+                self.say(
+                    f"{'✓' if judgement.state == 'gate holds' else '✗'} {label}  {judgement.state}: {judgement.why}"
+                )
                 done.append(judgement)
                 if judgement.state != "gate holds":
                     raise GateFailed(
-                        f"gate {name}: {judgement.why}{f' ({step.because})' if step.because else ''}; the run stops here, what was made is kept"
+                        f"gate {name}: {judgement.why}{f' ({step.because})' if step.because else ''}; the run stops"
+                        " here, what was made is kept"
                     )
             else:
                 done.append(self._run_stage(step, judgement, label, explain))
@@ -224,7 +242,8 @@ class Run:
         )
         self._bind(step.name, outcome.artifact)
         self.say(
-            f"✓ {label}  {outcome.artifact.kind} {outcome.artifact.digest[:12]}  {outcome.seconds:.1f} s  {facts(outcome.artifact.metrics)}"
+            f"✓ {label}  {outcome.artifact.kind} {outcome.artifact.digest[:12]}  {outcome.seconds:.1f} s "
+            f" {facts(outcome.artifact.metrics)}"
         )
         return Judgement(step.name, "made", judgement.why, outcome.artifact)
 
@@ -271,4 +290,14 @@ def facts(metrics: Mapping[str, Any]) -> str:
         "shared_texts",
     )
     named = {"score": f"score ({metrics['metric']})"} if isinstance(metrics.get("metric"), str) else {}
-    return "  ".join(f"{named.get(k, k)} {metrics[k]:.4g}" if isinstance(metrics[k], float) else f"{k} {metrics[k]}" if isinstance(metrics[k], str) else f"{k} {metrics[k]:,}" for k in shown if k in metrics)
+    return "  ".join(
+        (
+            f"{named.get(k, k)} {metrics[k]:.4g}"
+            if isinstance(metrics[k], float)
+            else f"{k} {metrics[k]}"
+            if isinstance(metrics[k], str)
+            else f"{k} {metrics[k]:,}"
+        )
+        for k in shown
+        if k in metrics
+    )

@@ -1,6 +1,8 @@
-"""The only stage table, and how an entry is resolved: its function, its config class, the inputs it takes and what it makes.
+"""The only stage table, and how an entry is resolved: its function, its config class, the inputs it takes and what it
+makes.
 
-Entries are strings, so that listing stages imports nothing. Third parties add stages by the entry point group `llmworks.runtime.stages`.
+Entries are strings, so that listing stages imports nothing. Third parties add stages by the entry point group
+`llmworks.runtime.stages`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of p
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table: where the function is, the revision of its behaviour, whether its bytes can be derived again."""
+    """One row of the table: where the function is, the revision of its behaviour, whether its bytes can be derived
+    again.
+    """
 
     target: str
     revision: int
@@ -37,98 +41,376 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "data.read": Stage("llmworks.data.read:read", 1, "exact", "raw files of many formats to documents"),
     "data.query": Stage("llmworks.data.query:query", 1, "declared", "the rows of a SQL query to documents"),
-    "data.clean": Stage("llmworks.data.clean:clean", 1, "exact", "mend documents, drop bad text by the published rules"),
-    "data.classify": Stage("llmworks.data.classify:classify", 1, "exact-on-this-platform", "learn what good text is, score, keep the better part"),
-    "data.dedup": Stage("llmworks.data.dedup:dedup", 1, "exact", "keep one of each cluster of exact or near duplicates"),
-    "data.semdedup": Stage("llmworks.data.semdedup:semdedup", 1, "exact-on-this-platform", "keep one of each cluster of like meaning"),
-    "data.decontaminate": Stage("llmworks.data.decontaminate:decontaminate", 1, "exact", "find training documents that hold test rows"),
+    "data.clean": Stage(
+        "llmworks.data.clean:clean", 1, "exact", "mend documents, drop bad text by the published rules"
+    ),
+    "data.classify": Stage(
+        "llmworks.data.classify:classify",
+        1,
+        "exact-on-this-platform",
+        "learn what good text is, score, keep the better part",
+    ),
+    "data.dedup": Stage(
+        "llmworks.data.dedup:dedup", 1, "exact", "keep one of each cluster of exact or near duplicates"
+    ),
+    "data.semdedup": Stage(
+        "llmworks.data.semdedup:semdedup", 1, "exact-on-this-platform", "keep one of each cluster of like meaning"
+    ),
+    "data.decontaminate": Stage(
+        "llmworks.data.decontaminate:decontaminate", 1, "exact", "find training documents that hold test rows"
+    ),
     "data.redact": Stage("llmworks.data.redact:redact", 1, "exact", "replace, tag or drop personal data and secrets"),
-    "data.chat": Stage("llmworks.data.chat:chat", 5, "exact", "raw rows of any usual shape to conversations or preference pairs"),
-    "data.doctor": Stage("llmworks.data.doctor:doctor", 3, "exact", "would this model learn from these conversations what is meant?"),
-    "data.show": Stage("llmworks.data.show:show", 2, "exact", "look at conversations, pairs or packed tokens: statistics, and a page of chats"),
-    "data.export": Stage("llmworks.data.export:export", 3, "exact", "conversations or preference pairs back to JSONL, in any shape"),
-    "data.pack": Stage("llmworks.data.pack:pack", 2, "exact", "conversations or documents as full rows of tokens, in shards that training maps"),
-    "data.map": Stage("llmworks.data.map:map", 1, "exact-on-this-platform", "documents as points in clusters: an interactive page and a picture"),
+    "data.chat": Stage(
+        "llmworks.data.chat:chat", 5, "exact", "raw rows of any usual shape to conversations or preference pairs"
+    ),
+    "data.doctor": Stage(
+        "llmworks.data.doctor:doctor", 3, "exact", "would this model learn from these conversations what is meant?"
+    ),
+    "data.show": Stage(
+        "llmworks.data.show:show",
+        2,
+        "exact",
+        "look at conversations, pairs or packed tokens: statistics, and a page of chats",
+    ),
+    "data.export": Stage(
+        "llmworks.data.export:export", 3, "exact", "conversations or preference pairs back to JSONL, in any shape"
+    ),
+    "data.pack": Stage(
+        "llmworks.data.pack:pack",
+        2,
+        "exact",
+        "conversations or documents as full rows of tokens, in shards that training maps",
+    ),
+    "data.map": Stage(
+        "llmworks.data.map:map",
+        1,
+        "exact-on-this-platform",
+        "documents as points in clusters: an interactive page and a picture",
+    ),
     "data.mix": Stage("llmworks.data.mix:mix", 1, "exact", "several sets as one, by weights, shuffled"),
     "data.split": Stage("llmworks.data.split:split", 3, "exact", "one side of a seeded split, groups kept together"),
     "data.overlap": Stage("llmworks.data.overlap:overlap", 1, "exact", "count what two data sets share"),
-    "tokenize.train": Stage("llmworks.tokenize.train:train", 1, "exact-on-this-platform", "a tokenizer of documents: BPE, Unigram or WordPiece"),
-    "tokenize.compare": Stage("llmworks.tokenize.compare:compare", 1, "exact", "several tokenizers on the same texts, in figures and in colour"),
+    "tokenize.train": Stage(
+        "llmworks.tokenize.train:train",
+        1,
+        "exact-on-this-platform",
+        "a tokenizer of documents: BPE, Unigram or WordPiece",
+    ),
+    "tokenize.compare": Stage(
+        "llmworks.tokenize.compare:compare",
+        1,
+        "exact",
+        "several tokenizers on the same texts, in figures and in colour",
+    ),
     "model.new": Stage("llmworks.model.new:new", 2, "exact-on-this-platform", "an untrained decoder of any shape"),
-    "model.recurrent": Stage("llmworks.model.recurrent:recurrent", 2, "exact-on-this-platform", "an untrained RNN, LSTM, GRU or window model"),
-    "model.show": Stage("llmworks.model.show:show", 1, "exact", "look inside a model, or two side by side: layers, work, cache, a drawing"),
-    "model.embedding": Stage("llmworks.model.embedding:embedding", 1, "declared", "word vectors of documents: Word2Vec, FastText or GloVe, scored"),
-    "model.from_gguf": Stage("llmworks.model.from_gguf:from_gguf", 2, "exact", "a GGUF file to a Hugging Face directory"),
-    "train.compare": Stage("llmworks.train.compare:compare", 1, "exact", "trainings side by side: at equal tokens, at equal time"),
-    "train.ngram": Stage("llmworks.train.ngram:ngram", 2, "exact-on-this-platform", "count an n-gram model of packed tokens (Kneser-Ney)"),
+    "model.recurrent": Stage(
+        "llmworks.model.recurrent:recurrent", 2, "exact-on-this-platform", "an untrained RNN, LSTM, GRU or window model"
+    ),
+    "model.show": Stage(
+        "llmworks.model.show:show",
+        1,
+        "exact",
+        "look inside a model, or two side by side: layers, work, cache, a drawing",
+    ),
+    "model.embedding": Stage(
+        "llmworks.model.embedding:embedding",
+        1,
+        "declared",
+        "word vectors of documents: Word2Vec, FastText or GloVe, scored",
+    ),
+    "model.from_gguf": Stage(
+        "llmworks.model.from_gguf:from_gguf", 2, "exact", "a GGUF file to a Hugging Face directory"
+    ),
+    "train.compare": Stage(
+        "llmworks.train.compare:compare", 1, "exact", "trainings side by side: at equal tokens, at equal time"
+    ),
+    "train.ngram": Stage(
+        "llmworks.train.ngram:ngram", 2, "exact-on-this-platform", "count an n-gram model of packed tokens (Kneser-Ney)"
+    ),
     "train.pretrain": Stage("llmworks.train.pretrain:pretrain", 2, "declared", "train a model on packed tokens"),
-    "train.scaling": Stage("llmworks.train.scaling:scaling", 1, "declared", "many small trainings, the law that they follow, and a larger one predicted"),
-    "train.sft": Stage("llmworks.train.sft:sft", 3, "declared", "supervised fine-tuning of an adapter or of all weights, loss on answers"),
-    "train.shorten": Stage("llmworks.train.shorten:shorten", 2, "exact-on-this-platform", "a model without the blocks that change their input least, to be taught"),
-    "train.distill": Stage("llmworks.train.distill:distill", 1, "declared", "a student learns a teacher's chances of tokens, or its answers"),
-    "train.rates": Stage("llmworks.train.rates:rates", 2, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"),
-    "merge": Stage("llmworks.merge.merge:merge", 4, "exact-on-this-platform", "several models as one, by mergekit's YAML"),
-    "merge.experts": Stage("llmworks.merge.experts:experts", 2, "exact-on-this-platform", "dense models as experts of one (frankenMoE, upcycling)"),
-    "merge.kinship": Stage("llmworks.merge.kinship:kinship", 1, "exact-on-this-platform", "which models a model was made of, told by its weights"),
-    "merge.transplant": Stage("llmworks.merge.transplant:transplant", 2, "exact-on-this-platform", "a model with another tokenizer"),
-    "merge.adapters": Stage("llmworks.merge.adapters:adapters", 4, "exact-on-this-platform", "several LoRA adapters as one"),
-    "merge.extract": Stage("llmworks.merge.extract:extract", 3, "exact-on-this-platform", "a LoRA adapter of what a model differs by from its base"),
-    "merge.adapter": Stage("llmworks.merge.adapter:adapter", 2, "exact-on-this-platform", "fold an adapter into its model"),
-    "quantize.rotate": Stage("llmworks.quantize.rotate:rotate", 2, "exact-on-this-platform", "the same model, its states turned so that no column is large; to be quantized next"),
-    "quantize.absmax": Stage("llmworks.quantize.absmax:absmax", 3, "exact-on-this-platform", "weights as whole numbers around 0, each the nearest"),
-    "quantize.zeropoint": Stage("llmworks.quantize.zeropoint:zeropoint", 3, "exact-on-this-platform", "weights as whole numbers from the smallest to the largest, each the nearest"),
-    "quantize.gptq": Stage("llmworks.quantize.gptq:gptq", 5, "exact-on-this-platform", "whole numbers, each column making up for the errors of those before it"),
-    "quantize.awq": Stage("llmworks.quantize.awq:awq", 4, "exact-on-this-platform", "whole numbers, columns that read large inputs made larger before"),
-    "quantize.mixed": Stage("llmworks.quantize.mixed:mixed", 4, "exact-on-this-platform", "whole numbers of more bits where a model bears least to lose them, within a budget"),
-    "quantize.smoothquant": Stage("llmworks.quantize.smoothquant:smoothquant", 3, "exact-on-this-platform", "weights and inputs in 8 bits, what is large in inputs moved into weights"),
-    "quantize.int8": Stage("llmworks.quantize.int8:int8", 3, "exact-on-this-platform", "weights and inputs in 8 bits, but for large inputs (LLM.int8())"),
-    "quantize.hqq": Stage("llmworks.quantize.hqq:hqq", 4, "exact-on-this-platform", "whole numbers with real zero points that leave few weights far off (HQQ)"),
-    "quantize.nf4": Stage("llmworks.quantize.nf4:nf4", 3, "exact-on-this-platform", "4 bits of bitsandbytes: quantiles of a normal distribution, or floats"),
-    "quantize.zeroquant": Stage("llmworks.quantize.zeroquant:zeroquant", 3, "exact-on-this-platform", "weights in groups, inputs by token, each block taught to answer as before"),
-    "quantize.exl2": Stage("llmworks.quantize.exl2:exl2", 1, "declared", "handed over to exllamav2 or exllamav3, on a GPU"),
-    "quantize.sense": Stage("llmworks.quantize.sense:sense", 1, "exact-on-this-platform", "what matrices read and what formats would cost them: llama.cpp's importance matrix, and more"),
-    "quantize.gguf": Stage("llmworks.quantize.gguf:gguf", 4, "exact-on-this-platform", "a Hugging Face directory to one GGUF file"),
-    "quantize.adapter": Stage("llmworks.quantize.adapter:adapter", 1, "exact-on-this-platform", "a LoRA adapter as a GGUF file that llama.cpp puts on a model"),
-    "align.dpo": Stage("llmworks.align.dpo:dpo", 1, "declared", "the better of two answers becomes more probable (DPO and its family)"),
-    "align.cpo": Stage("llmworks.align.cpo:cpo", 1, "declared", "the same without a reference, better answers learned beside it"),
-    "align.simpo": Stage("llmworks.align.simpo:simpo", 1, "declared", "the same by mean log-probabilities and a margin, without a reference"),
-    "align.orpo": Stage("llmworks.align.orpo:orpo", 1, "declared", "fine-tuning and preferences in one, by odds, without a reference"),
+    "train.scaling": Stage(
+        "llmworks.train.scaling:scaling",
+        1,
+        "declared",
+        "many small trainings, the law that they follow, and a larger one predicted",
+    ),
+    "train.sft": Stage(
+        "llmworks.train.sft:sft",
+        3,
+        "declared",
+        "supervised fine-tuning of an adapter or of all weights, loss on answers",
+    ),
+    "train.shorten": Stage(
+        "llmworks.train.shorten:shorten",
+        2,
+        "exact-on-this-platform",
+        "a model without the blocks that change their input least, to be taught",
+    ),
+    "train.distill": Stage(
+        "llmworks.train.distill:distill",
+        1,
+        "declared",
+        "a student learns a teacher's chances of tokens, or its answers",
+    ),
+    "train.rates": Stage(
+        "llmworks.train.rates:rates", 2, "declared", "a learning rate for a fine-tuning, by a short run at rising rates"
+    ),
+    "merge": Stage(
+        "llmworks.merge.merge:merge", 4, "exact-on-this-platform", "several models as one, by mergekit's YAML"
+    ),
+    "merge.experts": Stage(
+        "llmworks.merge.experts:experts",
+        2,
+        "exact-on-this-platform",
+        "dense models as experts of one (frankenMoE, upcycling)",
+    ),
+    "merge.kinship": Stage(
+        "llmworks.merge.kinship:kinship",
+        1,
+        "exact-on-this-platform",
+        "which models a model was made of, told by its weights",
+    ),
+    "merge.transplant": Stage(
+        "llmworks.merge.transplant:transplant", 2, "exact-on-this-platform", "a model with another tokenizer"
+    ),
+    "merge.adapters": Stage(
+        "llmworks.merge.adapters:adapters", 4, "exact-on-this-platform", "several LoRA adapters as one"
+    ),
+    "merge.extract": Stage(
+        "llmworks.merge.extract:extract",
+        3,
+        "exact-on-this-platform",
+        "a LoRA adapter of what a model differs by from its base",
+    ),
+    "merge.adapter": Stage(
+        "llmworks.merge.adapter:adapter", 2, "exact-on-this-platform", "fold an adapter into its model"
+    ),
+    "quantize.rotate": Stage(
+        "llmworks.quantize.rotate:rotate",
+        2,
+        "exact-on-this-platform",
+        "the same model, its states turned so that no column is large; to be quantized next",
+    ),
+    "quantize.absmax": Stage(
+        "llmworks.quantize.absmax:absmax",
+        3,
+        "exact-on-this-platform",
+        "weights as whole numbers around 0, each the nearest",
+    ),
+    "quantize.zeropoint": Stage(
+        "llmworks.quantize.zeropoint:zeropoint",
+        3,
+        "exact-on-this-platform",
+        "weights as whole numbers from the smallest to the largest, each the nearest",
+    ),
+    "quantize.gptq": Stage(
+        "llmworks.quantize.gptq:gptq",
+        5,
+        "exact-on-this-platform",
+        "whole numbers, each column making up for the errors of those before it",
+    ),
+    "quantize.awq": Stage(
+        "llmworks.quantize.awq:awq",
+        4,
+        "exact-on-this-platform",
+        "whole numbers, columns that read large inputs made larger before",
+    ),
+    "quantize.mixed": Stage(
+        "llmworks.quantize.mixed:mixed",
+        4,
+        "exact-on-this-platform",
+        "whole numbers of more bits where a model bears least to lose them, within a budget",
+    ),
+    "quantize.smoothquant": Stage(
+        "llmworks.quantize.smoothquant:smoothquant",
+        3,
+        "exact-on-this-platform",
+        "weights and inputs in 8 bits, what is large in inputs moved into weights",
+    ),
+    "quantize.int8": Stage(
+        "llmworks.quantize.int8:int8",
+        3,
+        "exact-on-this-platform",
+        "weights and inputs in 8 bits, but for large inputs (LLM.int8())",
+    ),
+    "quantize.hqq": Stage(
+        "llmworks.quantize.hqq:hqq",
+        4,
+        "exact-on-this-platform",
+        "whole numbers with real zero points that leave few weights far off (HQQ)",
+    ),
+    "quantize.nf4": Stage(
+        "llmworks.quantize.nf4:nf4",
+        3,
+        "exact-on-this-platform",
+        "4 bits of bitsandbytes: quantiles of a normal distribution, or floats",
+    ),
+    "quantize.zeroquant": Stage(
+        "llmworks.quantize.zeroquant:zeroquant",
+        3,
+        "exact-on-this-platform",
+        "weights in groups, inputs by token, each block taught to answer as before",
+    ),
+    "quantize.exl2": Stage(
+        "llmworks.quantize.exl2:exl2", 1, "declared", "handed over to exllamav2 or exllamav3, on a GPU"
+    ),
+    "quantize.sense": Stage(
+        "llmworks.quantize.sense:sense",
+        1,
+        "exact-on-this-platform",
+        "what matrices read and what formats would cost them: llama.cpp's importance matrix, and more",
+    ),
+    "quantize.gguf": Stage(
+        "llmworks.quantize.gguf:gguf", 4, "exact-on-this-platform", "a Hugging Face directory to one GGUF file"
+    ),
+    "quantize.adapter": Stage(
+        "llmworks.quantize.adapter:adapter",
+        1,
+        "exact-on-this-platform",
+        "a LoRA adapter as a GGUF file that llama.cpp puts on a model",
+    ),
+    "align.dpo": Stage(
+        "llmworks.align.dpo:dpo", 1, "declared", "the better of two answers becomes more probable (DPO and its family)"
+    ),
+    "align.cpo": Stage(
+        "llmworks.align.cpo:cpo", 1, "declared", "the same without a reference, better answers learned beside it"
+    ),
+    "align.simpo": Stage(
+        "llmworks.align.simpo:simpo",
+        1,
+        "declared",
+        "the same by mean log-probabilities and a margin, without a reference",
+    ),
+    "align.orpo": Stage(
+        "llmworks.align.orpo:orpo", 1, "declared", "fine-tuning and preferences in one, by odds, without a reference"
+    ),
     "align.kto": Stage("llmworks.align.kto:kto", 1, "declared", "single answers, each good or bad, in place of pairs"),
-    "align.reward": Stage("llmworks.align.reward:reward", 1, "declared", "a model that scores answers, learned of pairs"),
-    "align.process": Stage("llmworks.align.process:process", 1, "declared", "a model that scores steps of answers, learned of labelled steps"),
-    "align.grpo": Stage("llmworks.align.grpo:grpo", 2, "declared", "the policy's own answers, each beside the others to its prompt (GRPO and its kin)"),
-    "align.rloo": Stage("llmworks.align.rloo:rloo", 2, "declared", "the same by whole answers, each less the mean of the others (RLOO)"),
-    "align.ppo": Stage("llmworks.align.ppo:ppo", 2, "declared", "the same with a model of what each token is worth (PPO)"),
-    "align.online-dpo": Stage("llmworks.align.online_dpo:online_dpo", 2, "declared", "DPO on pairs that the policy has just written"),
+    "align.reward": Stage(
+        "llmworks.align.reward:reward", 1, "declared", "a model that scores answers, learned of pairs"
+    ),
+    "align.process": Stage(
+        "llmworks.align.process:process",
+        1,
+        "declared",
+        "a model that scores steps of answers, learned of labelled steps",
+    ),
+    "align.grpo": Stage(
+        "llmworks.align.grpo:grpo",
+        2,
+        "declared",
+        "the policy's own answers, each beside the others to its prompt (GRPO and its kin)",
+    ),
+    "align.rloo": Stage(
+        "llmworks.align.rloo:rloo", 2, "declared", "the same by whole answers, each less the mean of the others (RLOO)"
+    ),
+    "align.ppo": Stage(
+        "llmworks.align.ppo:ppo", 2, "declared", "the same with a model of what each token is worth (PPO)"
+    ),
+    "align.online-dpo": Stage(
+        "llmworks.align.online_dpo:online_dpo", 2, "declared", "DPO on pairs that the policy has just written"
+    ),
     "evaluate": Stage("llmworks.evaluate.evaluate:evaluate", 2, "declared", "a task on a model, sample by sample"),
-    "evaluate.arena": Stage("llmworks.evaluate.arena:arena", 1, "exact", "ratings of models by votes of people and judges, with intervals"),
-    "evaluate.board": Stage("llmworks.evaluate.board:board", 2, "exact", "evaluations side by side: a leaderboard, a model card's section"),
-    "evaluate.contamination": Stage("llmworks.evaluate.contamination:contamination", 1, "exact", "the score of samples that a model may have seen in training, and of the others"),
-    "evaluate.errors": Stage("llmworks.evaluate.errors:errors", 1, "exact-on-this-platform", "where a model fails: by topic, length, group and kind of error"),
-    "evaluate.practice": Stage("llmworks.evaluate.practice:practice", 1, "exact", "failed rows as conversations to train on, apart from those it is tested on"),
-    "evaluate.keep": Stage("llmworks.evaluate.keep:keep", 2, "exact", "of several models the best by its evaluations, and which skills it keeps"),
-    "evaluate.judge": Stage("llmworks.evaluate.judge:judge", 1, "declared", "models judge answers: grades, or the better of two, alone or as a jury"),
-    "evaluate.compare": Stage("llmworks.evaluate.compare:compare", 3, "exact", "paired test of two evaluations, and why samples differ"),
-    "synthesize.verifiable": Stage("llmworks.synthesize.verifiable:verifiable", 1, "exact", "instructions that can be verified, with answers made by rule"),
-    "synthesize.instruct": Stage("llmworks.synthesize.instruct:instruct", 1, "declared", "new tasks from seed tasks, answered (Self-Instruct)"),
-    "synthesize.evolve": Stage("llmworks.synthesize.evolve:evolve", 2, "declared", "instructions made harder or other, step by step (Evol-Instruct)"),
-    "synthesize.personas": Stage("llmworks.synthesize.personas:personas", 1, "declared", "people who would read a text, and what they ask"),
-    "synthesize.grounded": Stage("llmworks.synthesize.grounded:grounded", 1, "declared", "questions and answers that stand in documents"),
-    "synthesize.reason": Stage("llmworks.synthesize.reason:reason", 1, "declared", "answers with reasoning that ends at the known answer"),
-    "synthesize.sample": Stage("llmworks.synthesize.sample:sample", 1, "declared", "several answers to a question, those that a verifier accepts"),
-    "synthesize.branch": Stage("llmworks.synthesize.branch:branch", 1, "declared", "a question divided, solved in parts, merged"),
-    "synthesize.pairs": Stage("llmworks.synthesize.pairs:pairs", 1, "declared", "preference pairs by verifier, judge or ratings"),
-    "tune.running": Stage("llmworks.tune.running:running", 3, "declared", "what it takes to run a model here: memory, speeds, answers"),
-    "tune.tradeoff": Stage("llmworks.tune.tradeoff:tradeoff", 2, "exact", "the page of a model's quantizations: sizes, damage, speeds, skills"),
-    "tune.evolution": Stage("llmworks.tune.evolution:evolution", 1, "declared", "the page of a search for a merge's numbers"),
-    "tune.trials": Stage("llmworks.tune.trials:trials", 1, "declared", "the page of a sweep: what was tried, what came of it"),
-    "lineage.report": Stage("llmworks.lineage.report:report", 1, "declared", "one page: family tree, curves, scores, samples, sizes"),
+    "evaluate.arena": Stage(
+        "llmworks.evaluate.arena:arena", 1, "exact", "ratings of models by votes of people and judges, with intervals"
+    ),
+    "evaluate.board": Stage(
+        "llmworks.evaluate.board:board", 2, "exact", "evaluations side by side: a leaderboard, a model card's section"
+    ),
+    "evaluate.contamination": Stage(
+        "llmworks.evaluate.contamination:contamination",
+        1,
+        "exact",
+        "the score of samples that a model may have seen in training, and of the others",
+    ),
+    "evaluate.errors": Stage(
+        "llmworks.evaluate.errors:errors",
+        1,
+        "exact-on-this-platform",
+        "where a model fails: by topic, length, group and kind of error",
+    ),
+    "evaluate.practice": Stage(
+        "llmworks.evaluate.practice:practice",
+        1,
+        "exact",
+        "failed rows as conversations to train on, apart from those it is tested on",
+    ),
+    "evaluate.keep": Stage(
+        "llmworks.evaluate.keep:keep",
+        2,
+        "exact",
+        "of several models the best by its evaluations, and which skills it keeps",
+    ),
+    "evaluate.judge": Stage(
+        "llmworks.evaluate.judge:judge",
+        1,
+        "declared",
+        "models judge answers: grades, or the better of two, alone or as a jury",
+    ),
+    "evaluate.compare": Stage(
+        "llmworks.evaluate.compare:compare", 3, "exact", "paired test of two evaluations, and why samples differ"
+    ),
+    "synthesize.verifiable": Stage(
+        "llmworks.synthesize.verifiable:verifiable",
+        1,
+        "exact",
+        "instructions that can be verified, with answers made by rule",
+    ),
+    "synthesize.instruct": Stage(
+        "llmworks.synthesize.instruct:instruct", 1, "declared", "new tasks from seed tasks, answered (Self-Instruct)"
+    ),
+    "synthesize.evolve": Stage(
+        "llmworks.synthesize.evolve:evolve",
+        2,
+        "declared",
+        "instructions made harder or other, step by step (Evol-Instruct)",
+    ),
+    "synthesize.personas": Stage(
+        "llmworks.synthesize.personas:personas", 1, "declared", "people who would read a text, and what they ask"
+    ),
+    "synthesize.grounded": Stage(
+        "llmworks.synthesize.grounded:grounded", 1, "declared", "questions and answers that stand in documents"
+    ),
+    "synthesize.reason": Stage(
+        "llmworks.synthesize.reason:reason", 1, "declared", "answers with reasoning that ends at the known answer"
+    ),
+    "synthesize.sample": Stage(
+        "llmworks.synthesize.sample:sample",
+        1,
+        "declared",
+        "several answers to a question, those that a verifier accepts",
+    ),
+    "synthesize.branch": Stage(
+        "llmworks.synthesize.branch:branch", 1, "declared", "a question divided, solved in parts, merged"
+    ),
+    "synthesize.pairs": Stage(
+        "llmworks.synthesize.pairs:pairs", 1, "declared", "preference pairs by verifier, judge or ratings"
+    ),
+    "tune.running": Stage(
+        "llmworks.tune.running:running", 3, "declared", "what it takes to run a model here: memory, speeds, answers"
+    ),
+    "tune.tradeoff": Stage(
+        "llmworks.tune.tradeoff:tradeoff",
+        2,
+        "exact",
+        "the page of a model's quantizations: sizes, damage, speeds, skills",
+    ),
+    "tune.evolution": Stage(
+        "llmworks.tune.evolution:evolution", 1, "declared", "the page of a search for a merge's numbers"
+    ),
+    "tune.trials": Stage(
+        "llmworks.tune.trials:trials", 1, "declared", "the page of a sweep: what was tried, what came of it"
+    ),
+    "lineage.report": Stage(
+        "llmworks.lineage.report:report", 1, "declared", "one page: family tree, curves, scores, samples, sizes"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a stage: the kinds it accepts, whether it takes one, a list or a mapping, and whether it may be left out."""
+    """One input of a stage: the kinds it accepts, whether it takes one, a list or a mapping, and whether it may be left
+    out.
+    """
 
     name: str
     kinds: tuple[type[Artifact], ...]
@@ -166,7 +448,10 @@ class ResolvedStage:
 
 @functools.cache
 def table() -> dict[str, Stage]:
-    """The built-in stages and those of installed packages. An entry point names a `Stage` object; built-in names win."""
+    """The built-in stages and those of installed packages.
+
+    An entry point names a `Stage` object; built-in names win.
+    """
     from importlib.metadata import entry_points
 
     return {**{point.name: point.load() for point in entry_points(group="llmworks.runtime.stages")}, **STAGES}
@@ -181,7 +466,9 @@ def resolve(name: str) -> ResolvedStage:
 
     if name not in table():
         near = difflib.get_close_matches(name, table(), n=1)
-        raise UserError(f"unknown stage {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks stages` lists them")
+        raise UserError(
+            f"unknown stage {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks stages` lists them"
+        )
     stage = table()[name]
     module, _, attribute = stage.target.partition(":")
     function = getattr(importlib.import_module(module), attribute)
@@ -190,7 +477,9 @@ def resolve(name: str) -> ResolvedStage:
     for parameter in inspect.signature(function).parameters.values():
         if hints[parameter.name] is Context or parameter.name == "config":
             continue
-        inputs[parameter.name] = _input(parameter.name, hints[parameter.name], parameter.default is inspect.Parameter.empty)
+        inputs[parameter.name] = _input(
+            parameter.name, hints[parameter.name], parameter.default is inspect.Parameter.empty
+        )
     made = typing.get_args(hints["return"])  # of several kinds the first is what the default configuration makes
     return ResolvedStage(name, stage, function, hints["config"], inputs, made[0] if made else hints["return"])
 
@@ -208,8 +497,14 @@ def _input(name: str, hint: Any, required: bool) -> Input:
     return Input(name, kinds, shape, required)
 
 
-def config_help(config: type[Config], prefix: str = "", rates: Mapping[str, float] | None = None) -> list[tuple[str, str, str]]:
-    """(field, type and default, description) of every field of a config class, those of configs within it as `optimizer.learning_rate`. `rates`: learning rates by method, where they are other than the field's."""
+def config_help(
+    config: type[Config], prefix: str = "", rates: Mapping[str, float] | None = None
+) -> list[tuple[str, str, str]]:
+    """(field, type and default, description) of every field of a config class, those of configs within it as
+    `optimizer.learning_rate`.
+
+    `rates`: learning rates by method, where they are other than the field's.
+    """
     rates = rates or getattr(config, "rates", None)
     rows: list[tuple[str, str, str]] = []
     for name, field in config.model_fields.items():
@@ -220,7 +515,9 @@ def config_help(config: type[Config], prefix: str = "", rates: Mapping[str, floa
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         if rates and name == "learning_rate":
             own = {**({} if "lora" in rates else {"else": field.default}), **rates}
-            default = "default " + ", ".join(f"{rate:g} ({method})" if method != "else" else f"{rate:g}" for method, rate in own.items())
+            default = "default " + ", ".join(
+                f"{rate:g} ({method})" if method != "else" else f"{rate:g}" for method, rate in own.items()
+            )
         rows.append((f"{prefix}{name}", f"{hint}, {default}", field.description or ""))
     return rows
 
@@ -234,7 +531,9 @@ def told_type(hint: Any) -> str:
         return " | ".join(told_type(part) for part in parts)
     if origin in (list, dict, tuple):
         return f"{origin.__name__}[{', '.join(told_type(part) if part is not ... else '...' for part in parts)}]"
-    return "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return (
+        "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    )
 
 
 @functools.cache

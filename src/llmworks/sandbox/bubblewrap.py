@@ -1,6 +1,7 @@
 """Run a command under bubblewrap: what it sees of the host, what it may use up, and how it ended.
 
-It sees the system's programs and libraries, read-only; `/box`, its own directory in memory; and nothing else: no network, no home, no
+It sees the system's programs and libraries, read-only; `/box`, its own directory in memory; and nothing else: no
+network, no home, no
 environment, no other process. Time, memory and processes are counted over everything it starts, by a watcher outside.
 """
 
@@ -41,7 +42,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it ended: by itself (`exit`, with its exit code, 128 + signal for a signal), or because a limit was reached."""
+    """How it ended: by itself (`exit`, with its exit code, 128 + signal for a signal), or because a limit was
+    reached.
+    """
 
     ended: Literal["exit", "time", "memory", "processes", "output"]
     code: int
@@ -57,7 +60,10 @@ class Outcome:
 
 @functools.cache
 def require() -> str:
-    """The path of bubblewrap. MissingDependency, in one line, when it is not there or the kernel does not let it work."""
+    """The path of bubblewrap.
+
+    MissingDependency, in one line, when it is not there or the kernel does not let it work.
+    """
     found = shutil.which("bwrap")
     if not found:
         raise MissingDependency(f"running untrusted code needs bubblewrap; {INSTALL}")
@@ -65,12 +71,24 @@ def require() -> str:
     done = subprocess.run(probe, capture_output=True, text=True, env={}, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-        raise MissingDependency(f"bubblewrap cannot isolate here ({why}); allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces)")
+        raise MissingDependency(
+            f"bubblewrap cannot isolate here ({why}); allow user namespaces (sysctl kernel.unprivileged_userns_clone=1,"
+            " user.max_user_namespaces)"
+        )
     return found
 
 
-def run(command: Sequence[str], *, files: Mapping[str, str | bytes] | None = None, stdin: str = "", limits: Limits | None = None, show: Sequence[Path] = ()) -> Outcome:
-    """Run a command in `/box`, which holds `files` (relative path: content). `show` names what else of the host it may read.
+def run(
+    command: Sequence[str],
+    *,
+    files: Mapping[str, str | bytes] | None = None,
+    stdin: str = "",
+    limits: Limits | None = None,
+    show: Sequence[Path] = (),
+) -> Outcome:
+    """Run a command in `/box`, which holds `files` (relative path: content).
+
+    `show` names what else of the host it may read.
 
     Errors: MissingDependency without bubblewrap, UserError for a file name that leaves `/box`.
     """
@@ -92,7 +110,13 @@ def run(command: Sequence[str], *, files: Mapping[str, str | bytes] | None = Non
         words += ["--chdir", WORK, "--", *_rlimits(limits), *command]
         began = time.monotonic()
         process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=descriptors, env={}, cwd="/"
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=descriptors,
+            env={},
+            cwd="/",
         )
         return _watched(process, stdin.encode(), limits, began)
 
@@ -105,7 +129,17 @@ def _inside(name: str) -> str:
 
 
 def _namespaces() -> list[str]:
-    own = ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    own = [
+        "--unshare-all",
+        "--unshare-user",
+        "--disable-userns",
+        "--uid",
+        "65534",
+        "--gid",
+        "65534",
+        "--hostname",
+        "sandbox",
+    ]
     return [*own, "--cap-drop", "ALL", "--new-session", "--die-with-parent", "--clearenv"]
 
 
@@ -118,7 +152,14 @@ def _host(show: Sequence[Path]) -> list[str]:
             words += ["--symlink", str(path.readlink()), str(path)]
         elif path.exists():
             words += ["--ro-bind", str(path), str(path)]
-    words += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]
+    words += [
+        "--ro-bind-try",
+        "/etc/ld.so.cache",
+        "/etc/ld.so.cache",
+        "--ro-bind-try",
+        "/etc/alternatives",
+        "/etc/alternatives",
+    ]
     for path in show:
         if not path.is_relative_to("/usr"):
             words += ["--ro-bind", str(path), str(path)]
@@ -133,7 +174,13 @@ def _room(limits: Limits) -> list[str]:
         words += ["--size", size, "--tmpfs", place]
     words += ["--remount-ro", "/dev", "--remount-ro", "/"]
     words += ["--remount-ro", "/proc"]  # root outside is the owner of /proc/sys inside, whatever it is called there
-    for name, value in (("PATH", "/usr/local/bin:/usr/bin:/bin"), ("HOME", WORK), ("LANG", "C.UTF-8"), ("OMP_NUM_THREADS", "1"), ("OPENBLAS_NUM_THREADS", "1")):
+    for name, value in (
+        ("PATH", "/usr/local/bin:/usr/bin:/bin"),
+        ("HOME", WORK),
+        ("LANG", "C.UTF-8"),
+        ("OMP_NUM_THREADS", "1"),
+        ("OPENBLAS_NUM_THREADS", "1"),
+    ):
         words += ["--setenv", name, value]
     return words
 
@@ -142,9 +189,16 @@ def _rlimits(limits: Limits) -> list[str]:
     """Limits of each process, set inside, so that processes are counted in the sandbox's own namespace."""
     seconds = max(1, int(limits.seconds + 1))
     return [
-        "/usr/bin/prlimit", f"--cpu={seconds}", f"--as={limits.memory_mb * MB}", f"--fsize={limits.disk_mb * MB}", "--nofile=256", f"--nproc={limits.processes}",
-        "--core=0", "--memlock=0", "--",
-    ]  # fmt: skip
+        "/usr/bin/prlimit",
+        f"--cpu={seconds}",
+        f"--as={limits.memory_mb * MB}",
+        f"--fsize={limits.disk_mb * MB}",
+        "--nofile=256",
+        f"--nproc={limits.processes}",
+        "--core=0",
+        "--memlock=0",
+        "--",
+    ]
 
 
 @contextlib.contextmanager
@@ -224,7 +278,9 @@ def _watched(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits, beg
 
 
 def _used(parent: int) -> tuple[int, int]:
-    """(processes, resident bytes) of all that a process started, directly or not; the sandbox's own three processes are not counted."""
+    """(processes, resident bytes) of all that a process started, directly or not; the sandbox's own three processes are
+    not counted.
+    """
     parents: dict[int, int] = {}
     resident: dict[int, int] = {}
     for place in Path("/proc").glob("[0-9]*"):

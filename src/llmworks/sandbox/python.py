@@ -11,9 +11,18 @@ from llmworks.sandbox.bubblewrap import Limits, Outcome, run
 MAIN = "main.py"
 
 
-def run_python(code: str, *, files: Mapping[str, str | bytes] | None = None, stdin: str = "", limits: Limits | None = None) -> Outcome:
-    """Run `code` as a program beside `files`. It has the standard library and what is installed for the base interpreter."""
+def run_python(
+    code: str, *, files: Mapping[str, str | bytes] | None = None, stdin: str = "", limits: Limits | None = None
+) -> Outcome:
+    """Run `code` as a program beside `files`.
+
+    It has the standard library and what is installed for the base interpreter.
+    """
     interpreter = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     return run(
-        [str(interpreter), "-B", "-E", "-s", MAIN], files={**(files or {}), MAIN: code}, stdin=stdin, limits=limits, show=[Path(sys.base_prefix)]
+        [str(interpreter), "-B", "-E", "-s", MAIN],
+        files={**(files or {}), MAIN: code},
+        stdin=stdin,
+        limits=limits,
+        show=[Path(sys.base_prefix)],
     )

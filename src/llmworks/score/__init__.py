@@ -1,6 +1,7 @@
 """Score functions by name: (prompt, completion, row) -> Score. Shared by evaluation, rewards and synthesis.
 
-What is accepted stands in the row's `answer`: {NAME: ARGUMENTS} for a function call, a key, or an object whose first field says the kind.
+What is accepted stands in the row's `answer`: {NAME: ARGUMENTS} for a function call, a key, or an object whose first
+field says the kind.
 """
 
 from __future__ import annotations
@@ -17,25 +18,47 @@ from llmworks.score.key import key
 from llmworks.score.shape import regex, schema
 from llmworks.score.sql import sql
 
-FIELDS = {"constraints": constraints, "tests": code, "sql": sql, "schema": schema, "regex": regex, "key": key}  # of `answer`, and who reads it
+FIELDS = {
+    "constraints": constraints,
+    "tests": code,
+    "sql": sql,
+    "schema": schema,
+    "regex": regex,
+    "key": key,
+}  # of `answer`, and who reads it
 
 
 def verified(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
     """By whatever verifier the row's `answer` is for. DataError for a row without one."""
     answer = row.get("answer")
     if isinstance(answer, Mapping):
-        verifier = next((function for field, function in FIELDS.items() if field in answer), function_call if row.get("tools") else None)
+        verifier = next(
+            (function for field, function in FIELDS.items() if field in answer),
+            function_call if row.get("tools") else None,
+        )
     else:
         verifier = key if answer is not None else None
     if verifier is None:
-        raise DataError(f"row {row.get('id')!r}: has no `answer` that an answer could be checked against ({', '.join(FIELDS)}, or a function call)")
+        raise DataError(
+            f"row {row.get('id')!r}: has no `answer` that an answer could be checked against ({', '.join(FIELDS)}, or a"
+            " function call)"
+        )
     return verifier(prompt, completion, row)
 
 
 SCORES: dict[str, ScoreFunction] = {
-    "verified": verified, "function_call": function_call, "valid_call": valid_call, "key": key, "regex": regex, "schema": schema, "code": code, "sql": sql,
-    "constraints": constraints, "constraints_loose": constraints_loose, "constraints_share": constraints_share,
-}  # fmt: skip
+    "verified": verified,
+    "function_call": function_call,
+    "valid_call": valid_call,
+    "key": key,
+    "regex": regex,
+    "schema": schema,
+    "code": code,
+    "sql": sql,
+    "constraints": constraints,
+    "constraints_loose": constraints_loose,
+    "constraints_share": constraints_share,
+}
 
 
 def score_function(name: str) -> ScoreFunction:

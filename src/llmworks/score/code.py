@@ -16,9 +16,12 @@ LIMITS = Limits(seconds=10, memory_mb=512)
 
 
 def code(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the answer's last block of Python passes `answer.tests`, which run behind it. `answer.setup` stands in front of both.
+    """1 when the answer's last block of Python passes `answer.tests`, which run behind it.
 
-    A program that ends before the tests are through has not passed. Errors: DataError for a row without tests; MissingDependency without
+    `answer.setup` stands in front of both.
+
+    A program that ends before the tests are through has not passed. Errors: DataError for a row without tests;
+    MissingDependency without
     bubblewrap.
     """
     answer = row.get("answer")

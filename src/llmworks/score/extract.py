@@ -6,12 +6,18 @@ import json
 import re
 from typing import Any
 
-FINAL = re.compile(r"(?:\\boxed\{((?:[^{}]|\{[^{}]*\})*)\})|(?:####|(?:final\s+)?answer\s*(?:is)?\s*[:=]|(?:the\s+)?(?:final\s+|correct\s+)?answer\s+is)\s*:?[ \t]*([^\n]*)", re.IGNORECASE)
+FINAL = re.compile(
+    r"(?:\\boxed\{((?:[^{}]|\{[^{}]*\})*)\})|(?:####|(?:final\s+)?answer\s*(?:is)?\s*[:=]|(?:the\s+)?(?:final\s+|correct\s+)?answer\s+is)\s*:?["
+    r" \t]*([^\n]*)",
+    re.IGNORECASE,
+)
 FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def final_answer(text: str) -> str:
-    r"""What follows the last `Answer:`, `the answer is`, `####`, or stands in the last `\boxed{}`; else the last line with words."""
+    r"""What follows the last `Answer:`, `the answer is`, `####`, or stands in the last `\boxed{}`; else the last line
+    with words.
+    """
     found = list(FINAL.finditer(text))
     if found:
         return next(part for part in found[-1].groups() if part is not None).strip()
@@ -27,14 +33,19 @@ def code_block(text: str, *languages: str) -> str:
 
 
 def json_value(text: str) -> Any:
-    """The JSON of an answer: all of it, its last fenced block, or the first object or array in it. ValueError when there is none."""
+    """The JSON of an answer: all of it, its last fenced block, or the first object or array in it.
+
+    ValueError when there is none.
+    """
     candidates = [text.strip()]
     if FENCE.search(text):
         candidates.insert(0, code_block(text, "json").strip())
     candidates += [text[at:] for at in (text.find("{"), text.find("[")) if at >= 0]
     for candidate in candidates:
         try:
-            return json.JSONDecoder().raw_decode(candidate)[0] if candidate is not candidates[0] else json.loads(candidate)
+            return (
+                json.JSONDecoder().raw_decode(candidate)[0] if candidate is not candidates[0] else json.loads(candidate)
+            )
         except ValueError:
             continue
     raise ValueError("no JSON in the answer")

@@ -1,7 +1,10 @@
-"""Score a function call against accepted values: the rules of the Berkeley function calling leaderboard (BFCL v4, AST check, Python).
+"""Score a function call against accepted values: the rules of the Berkeley function calling leaderboard (BFCL v4, AST
+check, Python).
 
-One call, the right name, all required arguments, none unknown; every value of the declared type and among the accepted ones. Text
-is compared without case, spaces and the punctuation `, . / - _ * ^`. An integer is accepted for a number, never the reverse.
+One call, the right name, all required arguments, none unknown; every value of the declared type and among the accepted
+ones. Text
+is compared without case, spaces and the punctuation `, . / - _ * ^`. An integer is accepted for a number, never the
+reverse.
 Its decisions agree with BFCL's own checker on the recorded cases in the tests.
 """
 
@@ -15,12 +18,22 @@ from llmworks.core.errors import DataError
 from llmworks.core.types import Message, Score
 from llmworks.tokenize.chat.templates import parse_calls
 
-_PYTHON_TYPE: dict[str, type] = {"integer": int, "number": float, "boolean": bool, "array": list, "string": str, "object": dict}
+_PYTHON_TYPE: dict[str, type] = {
+    "integer": int,
+    "number": float,
+    "boolean": bool,
+    "array": list,
+    "string": str,
+    "object": dict,
+}
 OMITTED = ""
 
 
 def function_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the completion is exactly one accepted call. `row` has `tools` (JSON schema) and `answer` ({name: {argument: accepted values}})."""
+    """1 when the completion is exactly one accepted call.
+
+    `row` has `tools` (JSON schema) and `answer` ({name: {argument: accepted values}}).
+    """
     ((name, accepted),) = accepted_call(row).items()
     _, calls = parse_calls(completion)
     if len(calls) != 1:
@@ -34,14 +47,18 @@ def function_call(prompt: Sequence[Message], completion: str, row: Mapping[str, 
 
 
 def valid_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the completion is one call of one of the row's `tools` whose arguments fit its JSON schema, right or not: JSON that a program could run."""
+    """1 when the completion is one call of one of the row's `tools` whose arguments fit its JSON schema, right or not:
+    JSON that a program could run.
+    """
     import jsonschema_rs
 
     _, calls = parse_calls(completion)
     if len(calls) != 1:
         return Score(0.0, f"{len(calls)} calls that can be read, wanted one")
     call = calls[0]
-    function = next((f for f in (tool.get("function", tool) for tool in row.get("tools") or []) if f["name"] == call.name), None)
+    function = next(
+        (f for f in (tool.get("function", tool) for tool in row.get("tools") or []) if f["name"] == call.name), None
+    )
     if function is None:
         return Score(0.0, f"called {call.name!r}, which is no tool of the row")
     parameters = function.get("parameters") or {}
@@ -51,21 +68,34 @@ def valid_call(prompt: Sequence[Message], completion: str, row: Mapping[str, Any
     try:
         problem = next(jsonschema_rs.validator_for(dict(parameters), offline=True).iter_errors(call.arguments), None)
     except jsonschema_rs.ValidationError as error:
-        raise DataError(f"row {row.get('id')!r}: the parameters of {call.name!r} are no JSON schema ({error.message})") from None
-    return Score(0.0, f"{'.'.join(map(str, problem.instance_path)) or 'arguments'}: {problem.message}"[:200]) if problem else Score(1.0)
+        raise DataError(
+            f"row {row.get('id')!r}: the parameters of {call.name!r} are no JSON schema ({error.message})"
+        ) from None
+    return (
+        Score(0.0, f"{'.'.join(map(str, problem.instance_path)) or 'arguments'}: {problem.message}"[:200])
+        if problem
+        else Score(1.0)
+    )
 
 
 def accepted_call(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row's accepted call. DataError when its `answer` is not one call of one of its `tools`."""
     answer, tools = row.get("answer"), row.get("tools") or []
-    if not isinstance(answer, Mapping) or len(answer) != 1 or next(iter(answer)) not in [t.get("function", t).get("name") for t in tools]:
+    if (
+        not isinstance(answer, Mapping)
+        or len(answer) != 1
+        or next(iter(answer)) not in [t.get("function", t).get("name") for t in tools]
+    ):
         raise DataError(
-            f"row {row.get('id')!r}: `answer` must be {{NAME: {{ARGUMENT: [accepted values]}}}} with NAME among the row's `tools`"
+            f"row {row.get('id')!r}: `answer` must be {{NAME: {{ARGUMENT: [accepted values]}}}} with NAME among the"
+            " row's `tools`"
         )
     return answer
 
 
-def check_arguments(given: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> str:
+def check_arguments(
+    given: Mapping[str, Any], accepted: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]
+) -> str:
     """What is wrong with the arguments, or an empty string."""
     properties = parameters.get("properties", {})
     for name in parameters.get("required", []):
@@ -106,10 +136,16 @@ def check_value(value: Any, accepted: Sequence[Any], spec: Mapping[str, Any]) ->
     if as_variable and not isinstance(value, str):
         return "" if value in accepted else f"{value!r} is not among {list(accepted)}"
     if not as_variable and isinstance(value, dict):
-        return "" if any(_object_fits(value, a) for a in accepted if isinstance(a, dict)) else f"{value!r} is not among {list(accepted)}"
+        return (
+            ""
+            if any(_object_fits(value, a) for a in accepted if isinstance(a, dict))
+            else f"{value!r} is not among {list(accepted)}"
+        )
     if not as_variable and isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
         fits = any(
-            len(value) == len(a) and all(_object_fits(v, w) for v, w in zip(value, a, strict=True)) for a in accepted if isinstance(a, list)
+            len(value) == len(a) and all(_object_fits(v, w) for v, w in zip(value, a, strict=True))
+            for a in accepted
+            if isinstance(a, list)
         )
         return "" if fits else f"{value!r} is not among {list(accepted)}"
     if any(same(value, a) for a in accepted):

@@ -1,4 +1,6 @@
-"""Scores that a model gives: a grade for one answer, or which of two is better. The prompts, and how the verdict is read; asking is the caller's.
+"""Scores that a model gives: a grade for one answer, or which of two is better.
+
+The prompts, and how the verdict is read; asking is the caller's.
 
 Two answers are shown in both orders, since judges prefer the first (Zheng et al. 2023, section 3.3).
 """
@@ -12,7 +14,9 @@ from llmworks.core.types import Message
 
 BEST = 10
 VERDICT = re.compile(r"\[\[\s*([\d.]+|[ABC]|tie)\s*\]\]", re.IGNORECASE)
-LOOSE = re.compile(r"(?:grade|rating|score)\W{0,12}(?:is\W{0,4}|of\W{0,4})?([\d.]+)|\b([\d.]+)\s*(?:/|out of)\s*10\b", re.IGNORECASE)
+LOOSE = re.compile(
+    r"(?:grade|rating|score)\W{0,12}(?:is\W{0,4}|of\W{0,4})?([\d.]+)|\b([\d.]+)\s*(?:/|out of)\s*10\b", re.IGNORECASE
+)
 
 
 def transcript(prompt: Sequence[Message]) -> str:
@@ -25,11 +29,15 @@ def _reference(reference: str) -> str:
 
 
 def grading(prompt: Sequence[Message], answer: str, criteria: str = "", reference: str = "") -> str:
-    """What asks a judge for a grade from 1 to 10; a reference answer helps where judges are weaker than the question (Zheng et al. 2023, section 3.4)."""
+    """What asks a judge for a grade from 1 to 10; a reference answer helps where judges are weaker than the question
+    (Zheng et al. 2023, section 3.4).
+    """
     what = criteria or "whether it does what was asked, is right, complete and clear, and says nothing needless"
     return (
-        f"Grade the answer at the end of this conversation: {what}.\n\n{transcript(prompt)}{_reference(reference)}\n\n[The answer begins]\n{answer}\n[The answer ends]\n\n"
-        "Say in one or two sentences what is good and bad about it, then write a grade from 1 (useless) to 10 (could not be better) in double brackets, like this: [[5]]"
+        "Grade the answer at the end of this conversation:"
+        f" {what}.\n\n{transcript(prompt)}{_reference(reference)}\n\n[The answer begins]\n{answer}\n[The answer"
+        " ends]\n\nSay in one or two sentences what is good and bad about it, then write a grade from 1 (useless) to"
+        " 10 (could not be better) in double brackets, like this: [[5]]"
     )
 
 
@@ -37,8 +45,10 @@ def comparing(prompt: Sequence[Message], first: str, second: str, criteria: str 
     """What asks a judge for the better of two answers."""
     what = criteria or "which does better what was asked, is right, complete and clear"
     return (
-        f"Compare two answers to this conversation: {what}. Their order and length do not matter.\n\n{transcript(prompt)}{_reference(reference)}\n\n[Answer A begins]\n{first}\n[Answer A ends]\n\n"
-        f"[Answer B begins]\n{second}\n[Answer B ends]\n\nSay in one or two sentences why, then write [[A]], [[B]], or [[C]] for a tie."
+        f"Compare two answers to this conversation: {what}. Their order and length do not"
+        f" matter.\n\n{transcript(prompt)}{_reference(reference)}\n\n[Answer A begins]\n{first}\n[Answer A"
+        f" ends]\n\n[Answer B begins]\n{second}\n[Answer B ends]\n\nSay in one or two sentences why, then write [[A]],"
+        " [[B]], or [[C]] for a tie."
     )
 
 

@@ -1,4 +1,7 @@
-"""Score an answer against its key: a number, a word, the letter of an option, or any of several. Numbers are compared as numbers."""
+"""Score an answer against its key: a number, a word, the letter of an option, or any of several.
+
+Numbers are compared as numbers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ UNITS = " \t$€£%°"
 
 
 def key(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the final answer is the row's `answer` (or `answer.key`), or one of it where it is a list. DataError for a row without one."""
+    """1 when the final answer is the row's `answer` (or `answer.key`), or one of it where it is a list.
+
+    DataError for a row without one.
+    """
     accepted = accepted_keys(row)
     said = final_answer(completion)
     if any(same(said, wanted) for wanted in accepted):
@@ -30,8 +36,12 @@ def accepted_keys(row: Mapping[str, Any]) -> list[str]:
     answer = row.get("answer")
     answer = answer.get("key") if isinstance(answer, Mapping) else answer
     found = answer if isinstance(answer, list) else [answer]
-    if not found or any(not isinstance(a, (str, int, float)) or isinstance(a, bool) or not str(a).strip() for a in found):
-        raise DataError(f"row {row.get('id')!r}: `answer` must be the key (text or a number), a list of them, or {{\"key\": ...}}")
+    if not found or any(
+        not isinstance(a, (str, int, float)) or isinstance(a, bool) or not str(a).strip() for a in found
+    ):
+        raise DataError(
+            f'row {row.get("id")!r}: `answer` must be the key (text or a number), a list of them, or {{"key": ...}}'
+        )
     return [str(a) for a in found]
 
 

@@ -1,4 +1,7 @@
-"""ROUGE (Lin 2004): how alike two texts are, by the n-grams or the longest subsequence of words that they share. Pure functions."""
+"""ROUGE (Lin 2004): how alike two texts are, by the n-grams or the longest subsequence of words that they share.
+
+Pure functions.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,10 @@ SECONDS = 2.0  # of one match: some patterns take longer than a lifetime on some
 
 
 def regex(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when `answer.regex` is found in the answer (`^` and `$` are its ends) in time. DataError for a row without a pattern, or a broken one."""
+    """1 when `answer.regex` is found in the answer (`^` and `$` are its ends) in time.
+
+    DataError for a row without a pattern, or a broken one.
+    """
     answer = row.get("answer")
     pattern = answer.get("regex") if isinstance(answer, Mapping) else None
     if not isinstance(pattern, str):
@@ -30,7 +33,10 @@ def regex(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) ->
 
 
 def schema(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the answer's JSON fits `answer.schema`. DataError for a row without a schema, or a broken one, or one that is not whole by itself."""
+    """1 when the answer's JSON fits `answer.schema`.
+
+    DataError for a row without a schema, or a broken one, or one that is not whole by itself.
+    """
     import jsonschema_rs
 
     answer = row.get("answer")
@@ -46,4 +52,8 @@ def schema(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -
     except ValueError as error:
         return Score(0.0, str(error))
     problem = min(validator.iter_errors(value), key=lambda e: list(map(str, e.instance_path)), default=None)
-    return Score(0.0, f"{'.'.join(map(str, problem.instance_path)) or 'value'}: {problem.message}"[:200]) if problem else Score(1.0)
+    return (
+        Score(0.0, f"{'.'.join(map(str, problem.instance_path)) or 'value'}: {problem.message}"[:200])
+        if problem
+        else Score(1.0)
+    )

@@ -1,7 +1,9 @@
 """Score a SQL query by what it gives: the same rows as the reference query on the same database, in SQLite in memory.
 
-Queries can only read; time and the number of rows are bounded. Rows are compared as a bag, in their order where the reference orders them
-(the execution accuracy of Spider, Yu et al. 2018). Without any data every query gives the same, so rows need `answer.setup`.
+Queries can only read; time and the number of rows are bounded. Rows are compared as a bag, in their order where the
+reference orders them
+(the execution accuracy of Spider, Yu et al. 2018). Without any data every query gives the same, so rows need
+`answer.setup`.
 """
 
 from __future__ import annotations
@@ -17,15 +19,29 @@ from llmworks.core.errors import DataError
 from llmworks.core.types import Message, Score
 from llmworks.score.extract import code_block
 
-SECONDS, ROWS, STEPS, BYTES = 5.0, 20_000, 10_000, 1 << 20  # time and rows of a query, steps between two looks, bytes of a value
+SECONDS, ROWS, STEPS, BYTES = (
+    5.0,
+    20_000,
+    10_000,
+    1 << 20,
+)  # time and rows of a query, steps between two looks, bytes of a value
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, 33}  # 33: SQLITE_RECURSIVE
 
 
 def sql(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when the answer's query gives what `answer.sql` gives on `answer.setup`. DataError for a row whose own query cannot be run."""
+    """1 when the answer's query gives what `answer.sql` gives on `answer.setup`.
+
+    DataError for a row whose own query cannot be run.
+    """
     answer = row.get("answer")
-    if not isinstance(answer, Mapping) or not isinstance(answer.get("sql"), str) or not isinstance(answer.get("setup"), str):
-        raise DataError(f'row {row.get("id")!r}: `answer` must be {{"sql": QUERY, "setup": SQL THAT MAKES THE DATABASE}}')
+    if (
+        not isinstance(answer, Mapping)
+        or not isinstance(answer.get("sql"), str)
+        or not isinstance(answer.get("setup"), str)
+    ):
+        raise DataError(
+            f'row {row.get("id")!r}: `answer` must be {{"sql": QUERY, "setup": SQL THAT MAKES THE DATABASE}}'
+        )
     database = sqlite3.connect(":memory:")
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, BYTES)
     try:
@@ -53,7 +69,10 @@ def query_of(completion: str) -> str:
 
 
 def run(database: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
-    """The rows of a query that only reads. sqlite3.Error for anything else, or when it takes too long or gives too much."""
+    """The rows of a query that only reads.
+
+    sqlite3.Error for anything else, or when it takes too long or gives too much.
+    """
     deadline = time.monotonic() + SECONDS
     database.set_progress_handler(lambda: int(time.monotonic() > deadline), STEPS)
     database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)

@@ -1,4 +1,6 @@
-"""Completions as OpenAI API objects: whole, as chunks of a stream, and with the tool calls that the answer's text holds."""
+"""Completions as OpenAI API objects: whole, as chunks of a stream, and with the tool calls that the answer's text
+holds.
+"""
 
 from __future__ import annotations
 
@@ -59,13 +61,28 @@ def whole(identity: str, created: int, model: str, completion: Completion, with_
 
 
 async def chunks(
-    identity: str, created: int, model: str, first: Delta, rest: AsyncIterator[Delta], with_tools: bool, include_usage: bool
+    identity: str,
+    created: int,
+    model: str,
+    first: Delta,
+    rest: AsyncIterator[Delta],
+    with_tools: bool,
+    include_usage: bool,
 ) -> AsyncIterator[str]:
-    """Server-sent events of `chat.completion.chunk` objects. With tools, text from the beginning of a call on is held until it is parsed."""
+    """Server-sent events of `chat.completion.chunk` objects.
+
+    With tools, text from the beginning of a call on is held until it is parsed.
+    """
 
     def event(delta: dict[str, Any], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        body: dict[str, Any] = {"id": identity, "object": "chat.completion.chunk", "created": created, "model": model, "choices": [choice]}
+        body: dict[str, Any] = {
+            "id": identity,
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": model,
+            "choices": [choice],
+        }
         if include_usage:
             body["usage"] = None
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

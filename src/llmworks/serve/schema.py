@@ -1,4 +1,7 @@
-"""The OpenAI chat completions request as this server reads it, and how it becomes a `Request`. Knows no HTTP framework."""
+"""The OpenAI chat completions request as this server reads it, and how it becomes a `Request`.
+
+Knows no HTTP framework.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,23 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmworks.core.errors import RequestError
 from llmworks.core.types import Request, Sampling, messages_from_json
 
-# Fields of the API that would change the answer, and their values that change nothing. Any other value is refused, not ignored.
+# Fields of the API that would change the answer, and their values that change nothing. Any other value is refused, not
+# ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1), "frequency_penalty": (None, 0, 0.0), "presence_penalty": (None, 0, 0.0), "logit_bias": (None, {}), "logprobs": (None, False), "top_logprobs": (None, 0),
-    "response_format": (None, {"type": "text"}), "audio": (None,), "modalities": (None, ["text"]), "prediction": (None,), "web_search_options": (None,), "functions": (None, []),
+    "n": (None, 1),
+    "frequency_penalty": (None, 0, 0.0),
+    "presence_penalty": (None, 0, 0.0),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "response_format": (None, {"type": "text"}),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "functions": (None, []),
     "function_call": (None, "none", "auto"),
-}  # fmt: skip
+}
 
 
 class StreamOptions(BaseModel):
@@ -56,19 +70,27 @@ class ChatRequest(BaseModel):
         if len(stop) > 4:
             raise RequestError("stop: at most 4 strings")
         sampling = Sampling(
-            max_tokens=self.max_completion_tokens or self.max_tokens or default_max_tokens, temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p, top_k=self.top_k or 0, seed=self.seed, stop=stop,
-        )  # fmt: skip
+            max_tokens=self.max_completion_tokens or self.max_tokens or default_max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            seed=self.seed,
+            stop=stop,
+        )
         return Request(messages, tools=self._tools(), sampling=sampling)
 
     def _tools(self) -> tuple[dict[str, Any], ...]:
         if self.tool_choice not in (None, "auto", "none"):
-            raise RequestError(f"tool_choice: {self.tool_choice!r} is not supported by this server, only 'auto' and 'none'")
+            raise RequestError(
+                f"tool_choice: {self.tool_choice!r} is not supported by this server, only 'auto' and 'none'"
+            )
         for i, tool in enumerate(self.tools or ()):
             if (
                 tool.get("type") != "function"
                 or not isinstance(tool.get("function"), dict)
                 or not isinstance(tool["function"].get("name"), str)
             ):
-                raise RequestError(f"tools[{i}]: must be {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}")
+                raise RequestError(
+                    f"tools[{i}]: must be {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}"
+                )
         return () if self.tool_choice == "none" else tuple(self.tools or ())

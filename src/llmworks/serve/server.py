@@ -1,6 +1,7 @@
 """An OpenAI-compatible HTTP server over one engine: /v1/models, /v1/chat/completions (whole or streamed), /health.
 
-Requests that cannot be answered as asked get the API's error body, never a silent change. Knows the Engine protocol, no model.
+Requests that cannot be answered as asked get the API's error body, never a silent change. Knows the Engine protocol, no
+model.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ DEFAULT_MAX_TOKENS = 512
 PARALLEL = 4
 
 
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None) -> dict[str, Any]:
+def error_body(
+    message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
     """The API's error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Turns:
-    """Works on requests in threads of its own: one for an engine that answers one at a time, several where it can do more."""
+    """Works on requests in threads of its own: one for an engine that answers one at a time, several where it can do
+    more.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -128,7 +133,12 @@ def build_app(engine: Engine, name: str) -> FastAPI:
             model
             if model_id == name
             else JSONResponse(
-                error_body(f"The model {model_id!r} does not exist; this server has {name!r}", code="model_not_found", param="model"), 404
+                error_body(
+                    f"The model {model_id!r} does not exist; this server has {name!r}",
+                    code="model_not_found",
+                    param="model",
+                ),
+                404,
             )
         )
 
@@ -144,7 +154,12 @@ def build_app(engine: Engine, name: str) -> FastAPI:
             return JSONResponse(error_body(f"the body is not JSON: {error}"), 400)
         if body.model != name:
             return JSONResponse(
-                error_body(f"The model {body.model!r} does not exist; this server has {name!r}", code="model_not_found", param="model"), 404
+                error_body(
+                    f"The model {body.model!r} does not exist; this server has {name!r}",
+                    code="model_not_found",
+                    param="model",
+                ),
+                404,
             )
         request = body.request(DEFAULT_MAX_TOKENS)
         identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -155,7 +170,9 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         opening = await deltas.__anext__()  # what cannot be answered is refused before the stream begins
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         lines = chunks(identity, created, name, opening, deltas, bool(request.tools), with_usage)
-        return StreamingResponse(until_error(lines), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return StreamingResponse(
+            until_error(lines), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
 
     @app.exception_handler(RequestError)
     async def refused(http: Request, error: RequestError) -> JSONResponse:
@@ -180,7 +197,8 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             raise UserError(
-                f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', None) or error}); choose another --port"
+                f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', None) or error}); choose another"
+                " --port"
             ) from None
 
 
@@ -190,7 +208,8 @@ def serve_forever(engine: Engine, name: str, host: str, port: int) -> None:
 
     address = f"http://{host}:{port}/v1"
     print(
-        f"{name} at {address}\nTry:\n  curl {address}/chat/completions -H 'Content-Type: application/json' -d '{json.dumps({'model': name, 'messages': [{'role': 'user', 'content': 'Hi'}]})}'\nCtrl-C stops.",
+        f"{name} at {address}\nTry:\n  curl {address}/chat/completions -H 'Content-Type: application/json' -d"
+        f" '{json.dumps({'model': name, 'messages': [{'role': 'user', 'content': 'Hi'}]})}'\nCtrl-C stops.",
         flush=True,
     )
     app = build_app(engine, name)

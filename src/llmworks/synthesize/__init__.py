@@ -1,1 +1,3 @@
-"""Data made by models: one recipe of generation per file, over any engine; every row knows the prompts and the model that made it."""
+"""Data made by models: one recipe of generation per file, over any engine; every row knows the prompts and the model
+that made it.
+"""

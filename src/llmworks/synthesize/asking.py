@@ -1,4 +1,6 @@
-"""Ask a model and keep what came of it: rows with their origin, what was set aside and why, what it cost. Shared by all recipes.
+"""Ask a model and keep what came of it: rows with their origin, what was set aside and why, what it cost.
+
+Shared by all recipes.
 
 Answers stay in scratch as they come, so that a killed run asks nothing twice. Knows no recipe.
 """
@@ -78,11 +80,18 @@ class Maker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._journal.__exit__(kind, error, trace)
 
-    def ask(self, what: str, prompts: Sequence[Prompt | str], *, max_tokens: int = 0, temperature: float | None = None) -> list[Answer]:
-        """The answers, in the order of the prompts; a text alone is a user's turn. What the model refuses gives a problem, never an end."""
+    def ask(
+        self, what: str, prompts: Sequence[Prompt | str], *, max_tokens: int = 0, temperature: float | None = None
+    ) -> list[Answer]:
+        """The answers, in the order of the prompts; a text alone is a user's turn.
+
+        What the model refuses gives a problem, never an end.
+        """
         ids: list[str] = []
         requests: dict[str, Request] = {}
         for prompt in prompts:
@@ -97,48 +106,105 @@ class Maker:
 
     def _request(self, prompt: Prompt, max_tokens: int, temperature: float | None) -> Request:
         heat = self.decoding.temperature if temperature is None else temperature
-        plain = Request(prompt.messages, sampling=Sampling(max_tokens or self.decoding.max_tokens, heat, self.decoding.top_p if heat else 1.0))
+        plain = Request(
+            prompt.messages,
+            sampling=Sampling(max_tokens or self.decoding.max_tokens, heat, self.decoding.top_p if heat else 1.0),
+        )
         if not heat:
             return plain
         # of the prompt and the run's seed alone, so that the same run asks the same
         seed = (int(request_id(plain, prompt.turn), 16) + self.ctx.seed) % (1 << 31)
-        return Request(prompt.messages, sampling=Sampling(plain.sampling.max_tokens, heat, plain.sampling.top_p, seed=seed))
+        return Request(
+            prompt.messages, sampling=Sampling(plain.sampling.max_tokens, heat, plain.sampling.top_p, seed=seed)
+        )
 
     def _usable(self, answer: Any) -> Answer:
         if isinstance(answer, RequestError):
             return Answer("", f"refused by the {'server' if self._server else 'engine'} ({answer})")
         text = answer.text.strip()
-        problem = {"length": "cut off at max_tokens", "filtered": "filtered by the provider", "cancelled": "cancelled"}.get(answer.finish, "")
+        problem = {
+            "length": "cut off at max_tokens",
+            "filtered": "filtered by the provider",
+            "cancelled": "cancelled",
+        }.get(answer.finish, "")
         return Answer(text, problem or ("" if text else "empty answer"))
 
     def keep(
-        self, id: str, messages: Sequence[Message], asked: Sequence[Prompt | str], *, group: str = "", tools: Sequence[Json] = (), answer: Any = None, **origin: Any
-    ) -> None:  # fmt: skip
+        self,
+        id: str,
+        messages: Sequence[Message],
+        asked: Sequence[Prompt | str],
+        *,
+        group: str = "",
+        tools: Sequence[Json] = (),
+        answer: Any = None,
+        **origin: Any,
+    ) -> None:
         """Keep a conversation that came of these prompts. `origin` is what else is known of how it was made."""
-        self.rows.append(self.row(id, asked, group=group, tools=tools, answer=answer, messages=messages_to_json(messages), **origin))
+        self.rows.append(
+            self.row(id, asked, group=group, tools=tools, answer=answer, messages=messages_to_json(messages), **origin)
+        )
 
-    def row(self, id: str, asked: Sequence[Prompt | str], *, group: str = "", tools: Sequence[Json] = (), answer: Any = None, source: Row | None = None, **parts: Any) -> Row:
-        """A row with `made_by` among its own fields: stage, model, prompts, and whatever of `parts` is no part of a row; beside the fields of `source`."""
+    def row(
+        self,
+        id: str,
+        asked: Sequence[Prompt | str],
+        *,
+        group: str = "",
+        tools: Sequence[Json] = (),
+        answer: Any = None,
+        source: Row | None = None,
+        **parts: Any,
+    ) -> Row:
+        """A row with `made_by` among its own fields: stage, model, prompts, and whatever of `parts` is no part of a
+        row; beside the fields of `source`.
+        """
         turns: Json = {name: parts.pop(name) for name in ("messages", "prompt", "chosen", "rejected") if name in parts}
-        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else messages_to_json(p.messages) for p in asked]
-        by = {"model": self.model.ref.partition("?")[0] or self.model.name, "digest": self.model.digest[:12]} if self.model else {}
+        prompts = [
+            [{"role": "user", "content": p}] if isinstance(p, str) else messages_to_json(p.messages) for p in asked
+        ]
+        by = (
+            {"model": self.model.ref.partition("?")[0] or self.model.name, "digest": self.model.digest[:12]}
+            if self.model
+            else {}
+        )
         made = {"stage": self.stage, **by, "prompts": prompts, **parts}
-        return {"id": id, "group": group or id, **turns, "tools": list(tools), "answer": answer, "extra": {"fields": {**fields_of(source), "made_by": made}}}
+        return {
+            "id": id,
+            "group": group or id,
+            **turns,
+            "tools": list(tools),
+            "answer": answer,
+            "extra": {"fields": {**fields_of(source), "made_by": made}},
+        }
 
     def drop(self, origin: str, reason: str, text: str = "") -> None:
         """Set something aside. A reason's part in brackets is detail, and not counted apart."""
         self.rejected.append({"from": origin, "reason": reason, "text": text[:2000]})
         self.reasons[reason.partition(" (")[0]] += 1
 
-    def finish(self, parents: Sequence[Dataset], *, lead: str = "", metrics: Mapping[str, Any] | None = None, note: str = "") -> Dataset:
+    def finish(
+        self, parents: Sequence[Dataset], *, lead: str = "", metrics: Mapping[str, Any] | None = None, note: str = ""
+    ) -> Dataset:
         """Write everything. DataError when nothing could be kept."""
         if not self.rows:
             why = ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
             first = next((r["reason"] for r in self.rejected if "(" in r["reason"]), "")
-            raise DataError(f"nothing that {self.by} answered could be kept ({why or 'no question'}{f'; the first: {first}' if first else ''}); the answers are in {self.ctx.scratch}, try another model, another --seed, or weaker conditions")
+            raise DataError(
+                f"nothing that {self.by} answered could be kept"
+                f" ({why or 'no question'}{f'; the first: {first}' if first else ''}); the answers are in"
+                f" {self.ctx.scratch}, try another model, another --seed, or weaker conditions"
+            )
         if self.rejected:
-            (self.ctx.out / REJECTED).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rejected), encoding="utf-8", errors="backslashreplace")
-            self.ctx.progress.say(f"{len(self.rejected):,} set aside in {REJECTED}: " + ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4)))
+            (self.ctx.out / REJECTED).write_text(
+                "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rejected),
+                encoding="utf-8",
+                errors="backslashreplace",
+            )
+            self.ctx.progress.say(
+                f"{len(self.rejected):,} set aside in {REJECTED}: "
+                + ", ".join(f"{reason} {n:,}" for reason, n in self.reasons.most_common(4))
+            )
         figures = {**self.account(), "rejected": len(self.rejected), **(metrics or {})}
         report = self.ctx.report
         report.title = f"{self.stage} by {self.by}"
@@ -146,9 +212,20 @@ class Maker:
         report.data = {"rows": len(self.rows), **figures, "reasons": dict(self.reasons)}
         report.table("Figures", ("what", "value"), [("rows", len(self.rows)), *figures.items()])
         if self.reasons:
-            report.table("Set aside", ("reason", "times"), self.reasons.most_common(40), note=f"The texts are in {REJECTED}.")
+            report.table(
+                "Set aside", ("reason", "times"), self.reasons.most_common(40), note=f"The texts are in {REJECTED}."
+            )
         report.samples("Rows", [_shown(row) for row in self.rows[:SHOWN]])
-        return finish_rows(self.ctx, self.stage, parents, self.rows, dropped=self.reasons, metrics=figures, note=f"by {self.by}" + (f"; {note}" if note else ""), extra={"made_by": self.by})
+        return finish_rows(
+            self.ctx,
+            self.stage,
+            parents,
+            self.rows,
+            dropped=self.reasons,
+            metrics=figures,
+            note=f"by {self.by}" + (f"; {note}" if note else ""),
+            extra={"made_by": self.by},
+        )
 
     def also(self, other: Maker) -> None:
         """Count what another model of the same run took."""
@@ -157,12 +234,17 @@ class Maker:
     def account(self) -> Json:
         """What all answers took, those of an interrupted run too; the cost where the reference names prices."""
         records = [self._journal.known[id] for id in self._asked if id in self._journal.known]
-        prompt_tokens, completion_tokens = sum(r.prompt_tokens for r in records), sum(r.completion_tokens for r in records)
+        prompt_tokens, completion_tokens = (
+            sum(r.prompt_tokens for r in records),
+            sum(r.completion_tokens for r in records),
+        )
         found: Json = {"requests": len(records), "prompt_tokens": prompt_tokens, "answer_tokens": completion_tokens}
         if self.model and self._server:
             options = parse_remote(self.model.ref)[2]
             if options.input_price or options.output_price:
-                found["cost"] = round(Account(options.input_price, options.output_price).price(prompt_tokens, completion_tokens), 6)
+                found["cost"] = round(
+                    Account(options.input_price, options.output_price).price(prompt_tokens, completion_tokens), 6
+                )
         for other in self._others:
             found = {name: found.get(name, 0) + other.get(name, 0) for name in {**found, **other}}
         return found
@@ -185,7 +267,10 @@ def fields_of(row: Row | None) -> Json:
 
 
 def questions(data: Dataset, limit: int | None = None) -> list[tuple[Row, tuple[Message, ...]]]:
-    """(row, its conversation up to the last answer) of a set of conversations, tools written into the text. DataError when no row asks anything."""
+    """(row, its conversation up to the last answer) of a set of conversations, tools written into the text.
+
+    DataError when no row asks anything.
+    """
     found = []
     for row in read_chat(data):
         turns = flat_messages(row) if row["messages"] else ()
@@ -206,7 +291,13 @@ def instruction_of(row: Row) -> str:
 def _shown(row: Row) -> dict[str, str]:
     turns = row.get("messages") or [*row["prompt"], *row["chosen"]]
     head = next((m["content"] for m in turns if m["role"] == "user"), row["id"])
-    shown = {"": " ".join(head.split())[:120], **{f"{i} {m['role']}": m.get("content") or json.dumps(m.get("tool_calls"), ensure_ascii=False) for i, m in enumerate(turns, 1)}}
+    shown = {
+        "": " ".join(head.split())[:120],
+        **{
+            f"{i} {m['role']}": m.get("content") or json.dumps(m.get("tool_calls"), ensure_ascii=False)
+            for i, m in enumerate(turns, 1)
+        },
+    }
     if "rejected" in row:
         shown["rejected"] = row["rejected"][-1]["content"]
     return shown

@@ -1,4 +1,6 @@
-"""Stage `synthesize.branch`: a question is divided into parts, each part answered alone, the answers made one (branch-solve-merge, Saha et al. 2023)."""
+"""Stage `synthesize.branch`: a question is divided into parts, each part answered alone, the answers made one
+(branch-solve-merge, Saha et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,21 @@ class BranchConfig(Config):
 
 
 def branch(config: BranchConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Answer the question of every conversation of one user turn in parts; `made_by.parts` keeps the parts and their answers.
+    """Answer the question of every conversation of one user turn in parts; `made_by.parts` keeps the parts and their
+    answers.
 
     Errors: DataError when no row asks anything, or nothing can be kept.
     """
-    asked = [(row, turns[-1].content) for row, turns in questions(data, config.limit) if sum(m.role == "user" for m in turns) == 1]
+    asked = [
+        (row, turns[-1].content)
+        for row, turns in questions(data, config.limit)
+        if sum(m.role == "user" for m in turns) == 1
+    ]
     with Maker(ctx, model, config.decoding, "synthesize.branch") as maker:
         prompts = [
-            f"Task:\n{text}\n\nWhich parts must a good answer have? Name 2 to {config.parts} parts that can be worked on apart from one another and that cover the task together. "
-            "Write a numbered list, one short line a part, and nothing else. Do not answer the task."
+            f"Task:\n{text}\n\nWhich parts must a good answer have? Name 2 to {config.parts} parts that can be worked"
+            " on apart from one another and that cover the task together. Write a numbered list, one short line a"
+            " part, and nothing else. Do not answer the task."
             for _, text in asked
         ]
         divided: list[tuple[Row, str, str, list[str]]] = []
@@ -41,22 +49,38 @@ def branch(config: BranchConfig, model: Model | Adapter, data: Dataset, ctx: Con
             else:
                 divided.append((row, text, prompt, parts))
         solved = _solve(maker, divided)
-        merges = [_merge_prompt(text, parts, solved[row["id"]]) for row, text, _, parts in divided if row["id"] in solved]
+        merges = [
+            _merge_prompt(text, parts, solved[row["id"]]) for row, text, _, parts in divided if row["id"] in solved
+        ]
         whole = [item for item in divided if item[0]["id"] in solved]
-        answers = maker.ask("merge", merges, max_tokens=config.merging.max_tokens, temperature=config.merging.temperature)
+        answers = maker.ask(
+            "merge", merges, max_tokens=config.merging.max_tokens, temperature=config.merging.temperature
+        )
         for (row, _, prompt, parts), merge, answer in zip(whole, merges, answers, strict=True):
             if reason := answer.problem or ("refuses to answer" if refuses(answer.text) else ""):
                 maker.drop(row["id"], reason, answer.text)
                 continue
             done = [{"part": part, "answer": said} for part, said in zip(parts, solved[row["id"]], strict=True)]
-            maker.rows.append(maker.row(row["id"], [prompt, merge], group=row["group"], answer=row["answer"], source=row, messages=answered(row, Message("assistant", answer.text)), parts=done))
+            maker.rows.append(
+                maker.row(
+                    row["id"],
+                    [prompt, merge],
+                    group=row["group"],
+                    answer=row["answer"],
+                    source=row,
+                    messages=answered(row, Message("assistant", answer.text)),
+                    parts=done,
+                )
+            )
         return maker.finish([data], note=f"{len(whole):,} of {len(asked):,} questions divided and solved")
 
 
 def _solve(maker: Maker, divided: list[tuple[Row, str, str, list[str]]]) -> dict[str, list[str]]:
     """The answers to all parts by row; a row one of whose parts fails is set aside."""
     prompts = [
-        f"Task:\n{text}\n\nThe task is worked on in parts:\n" + "\n".join(f"{i}. {p}" for i, p in enumerate(parts, 1)) + f"\n\nWrite part {number} only: {part}"
+        f"Task:\n{text}\n\nThe task is worked on in parts:\n"
+        + "\n".join(f"{i}. {p}" for i, p in enumerate(parts, 1))
+        + f"\n\nWrite part {number} only: {part}"
         for _, text, _, parts in divided
         for number, part in enumerate(parts, 1)
     ]
@@ -74,4 +98,7 @@ def _solve(maker: Maker, divided: list[tuple[Row, str, str, list[str]]]) -> dict
 
 def _merge_prompt(text: str, parts: list[str], answers: list[str]) -> str:
     done = "\n\n".join(f"{i}. {part}\n{said}" for i, (part, said) in enumerate(zip(parts, answers, strict=True), 1))
-    return f"Task:\n{text}\n\nThese are answers to its parts:\n\n{done}\n\nWrite one answer to the whole task from them: say each thing once, in a good order, and leave out what does not belong. Do not mention the parts."
+    return (
+        f"Task:\n{text}\n\nThese are answers to its parts:\n\n{done}\n\nWrite one answer to the whole task from them:"
+        " say each thing once, in a good order, and leave out what does not belong. Do not mention the parts."
+    )

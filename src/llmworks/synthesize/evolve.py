@@ -1,6 +1,8 @@
-"""Stage `synthesize.evolve`: instructions made harder or other, step by step, and answered anew (Evol-Instruct, Xu et al. 2023).
+"""Stage `synthesize.evolve`: instructions made harder or other, step by step, and answered anew (Evol-Instruct, Xu et
+al. 2023).
 
-In depth: one more condition, a deeper question, the concrete for the general, more steps of thought, richer input. In breadth: another
+In depth: one more condition, a deeper question, the concrete for the general, more steps of thought, richer input. In
+breadth: another
 instruction of the same field. What fails is set aside and its parent stays for the next round.
 """
 
@@ -24,23 +26,39 @@ ASKS: dict[Operator, str] = {
     "constrain": "Add one condition or requirement that an answer must meet.",
     "deepen": "Where it asks about something in general, ask for more depth and breadth about it.",
     "concretize": "Put more specific notions in the place of general ones.",
-    "reason": "Where it can be answered in a single step, rewrite it so that several steps of thought are needed, and ask for them.",
+    "reason": (
+        "Where it can be answered in a single step, rewrite it so that several steps of thought are needed, and ask for"
+        " them."
+    ),
     "enrich": "Give it richer input to work on: a table, a piece of code, a formula or some JSON, written out in full.",
 }
 TELLS = re.compile(r"\b(?:given|original|rewritten|new|created|evolved)[ _](?:prompt|instruction)s?\b", re.IGNORECASE)
-SAME = "Are these two instructions the same, that is, with the same conditions, the same depth and the same breadth?\n\nFirst:\n{0}\n\nSecond:\n{1}\n\nAnswer with one word, yes or no."
+SAME = (
+    "Are these two instructions the same, that is, with the same conditions, the same depth and the same"
+    " breadth?\n\nFirst:\n{0}\n\nSecond:\n{1}\n\nAnswer with one word, yes or no."
+)
 
 
 class EvolveConfig(Config):
     """Which steps, and how often."""
 
     rounds: int = Field(2, ge=1, le=8, description="steps from the first instruction")
-    operators: tuple[Operator, ...] = Field(("constrain", "deepen", "concretize", "reason", "breadth"), min_length=1, description="one is drawn for each step")
+    operators: tuple[Operator, ...] = Field(
+        ("constrain", "deepen", "concretize", "reason", "breadth"),
+        min_length=1,
+        description="one is drawn for each step",
+    )
     keep_first: bool = Field(True, description="keep the rows of the input too, unchanged")
     limit: int | None = Field(None, gt=0, description="only the first rows")
-    more_words: int = Field(25, ge=1, description="words that a step in depth may add; asked for, and twice as many are refused")
-    alike: float = Field(0.9, gt=0, le=1, description="ROUGE-L with an instruction that is there from which on a new one is refused")
-    check_same: bool = Field(True, description="ask the model whether a step changed anything, and set aside what it calls the same")
+    more_words: int = Field(
+        25, ge=1, description="words that a step in depth may add; asked for, and twice as many are refused"
+    )
+    alike: float = Field(
+        0.9, gt=0, le=1, description="ROUGE-L with an instruction that is there from which on a new one is refused"
+    )
+    check_same: bool = Field(
+        True, description="ask the model whether a step changed anything, and set aside what it calls the same"
+    )
     decoding: Decoding = Field(Decoding(), description="how instructions are drawn")
     answers: Decoding = Field(Decoding(temperature=0.0), description="how they are answered")
 
@@ -67,21 +85,39 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
             found = {}  # id -> (operator, prompt, instruction)
             for (id, operator), prompt, answer in zip(steps, prompts, maker.ask(f"step {step}", prompts), strict=True):
                 instruction = labelled(answer.text, "new instruction") or bare(answer.text)
-                reason = problem_of(config, operator, current[id], instruction, answer) or ("" if pool.add(instruction) else "like another instruction")
+                reason = problem_of(config, operator, current[id], instruction, answer) or (
+                    "" if pool.add(instruction) else "like another instruction"
+                )
                 if reason:
                     maker.drop(f"{id}~{step}", reason, answer.text)
                 else:
                     found[id] = (operator, prompt, instruction)
             for id in _same(config, maker, current, {id: instruction for id, (_, _, instruction) in found.items()}):
                 maker.drop(f"{id}~{step}", "says the same as before", found.pop(id)[2])
-            asked = {id: Prompt((*systems[id], Message("user", instruction))) for id, (_, _, instruction) in found.items()}
-            answers = maker.ask(f"answers {step}", list(asked.values()), max_tokens=config.answers.max_tokens, temperature=config.answers.temperature)
+            asked = {
+                id: Prompt((*systems[id], Message("user", instruction))) for id, (_, _, instruction) in found.items()
+            }
+            answers = maker.ask(
+                f"answers {step}",
+                list(asked.values()),
+                max_tokens=config.answers.max_tokens,
+                temperature=config.answers.temperature,
+            )
             for (id, (operator, prompt, instruction)), answer in zip(found.items(), answers, strict=True):
                 if reason := answer.problem or eliminated(answer.text):
                     maker.drop(f"{id}~{step}", reason, f"{instruction}\n\n{answer.text}")
                     continue
                 turns = (*asked[id].messages, Message("assistant", answer.text))
-                maker.keep(f"{id}~{step}", turns, [prompt, asked[id]], group=by_id[id]["group"], source=by_id[id], operator=operator, step=step, evolved_from=current[id])
+                maker.keep(
+                    f"{id}~{step}",
+                    turns,
+                    [prompt, asked[id]],
+                    group=by_id[id]["group"],
+                    source=by_id[id],
+                    operator=operator,
+                    step=step,
+                    evolved_from=current[id],
+                )
                 current[id] = instruction
         return maker.finish([data], note=f"{len(rows):,} instructions, {config.rounds} steps")
 
@@ -89,12 +125,19 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
 def _prompt(config: EvolveConfig, operator: Operator, instruction: str) -> str:
     if operator == "breadth":
         return (
-            "Read this instruction:\n\n" + instruction + "\n\nWrite another one of the same field, but rarer. It must be about as long and as hard, make sense, and be answerable "
-            "by an assistant that reads and writes text. Write it behind the words `New instruction:` and nothing else."
+            "Read this instruction:\n\n"
+            + instruction
+            + "\n\nWrite another one of the same field, but rarer. It must be about as long and as hard, make sense,"
+            " and be answerable by an assistant that reads and writes text. Write it behind the words `New"
+            " instruction:` and nothing else."
         )
     return (
-        "Read this instruction:\n\n" + instruction + "\n\nRewrite it so that it is harder to answer well, but still makes sense and can be answered by an assistant that reads and writes text. "
-        f"{ASKS[operator]} Add about {config.more_words} words at most, and leave out nothing that it gives. Do not answer it. Write the result behind the words `New instruction:` and nothing else."
+        "Read this instruction:\n\n"
+        + instruction
+        + "\n\nRewrite it so that it is harder to answer well, but still makes sense and can be answered by an"
+        f" assistant that reads and writes text. {ASKS[operator]} Add about {config.more_words} words at most, and"
+        " leave out nothing that it gives. Do not answer it. Write the result behind the words `New instruction:`"
+        " and nothing else."
     )
 
 
@@ -112,7 +155,9 @@ def problem_of(config: EvolveConfig, operator: Operator, before: str, after: str
 
 
 def eliminated(answer: str) -> str:
-    """Why the answer to an evolved instruction says that the step failed (Xu et al. 2023, section 2.2), or an empty string."""
+    """Why the answer to an evolved instruction says that the step failed (Xu et al. 2023, section 2.2), or an empty
+    string.
+    """
     if refuses(answer):
         return "refuses to answer"
     return "" if re.search(r"\w\w", answer) else "answer without words"
@@ -121,5 +166,7 @@ def eliminated(answer: str) -> str:
 def _same(config: EvolveConfig, maker: Maker, before: dict[str, str], after: dict[str, str]) -> list[str]:
     if not config.check_same or not after:
         return []
-    said = maker.ask("compare", [SAME.format(before[id], text) for id, text in after.items()], max_tokens=8, temperature=0.0)
+    said = maker.ask(
+        "compare", [SAME.format(before[id], text) for id, text in after.items()], max_tokens=8, temperature=0.0
+    )
     return [id for id, answer in zip(after, said, strict=True) if re.match(r"\W*yes\b", answer.text, re.IGNORECASE)]

@@ -1,6 +1,8 @@
-"""Stage `synthesize.grounded`: questions that a passage answers, and answers that stand in it; what does not is set aside.
+"""Stage `synthesize.grounded`: questions that a passage answers, and answers that stand in it; what does not is set
+aside.
 
-A passage is asked about, each question is answered from the passage alone, and an answer is kept when the words that it adds, and all its
+A passage is asked about, each question is answered from the passage alone, and an answer is kept when the words that it
+adds, and all its
 numbers and names, are in the passage. So a small model cannot put its own knowledge, or its errors, into the set.
 """
 
@@ -23,10 +25,103 @@ from llmworks.synthesize.text.diversity import Pool
 from llmworks.synthesize.text.parse import bare, numbered, refuses
 
 PARAGRAPH = re.compile(r"[^\n]*\S[^\n]*(?:\n[^\n]*\S[^\n]*)*")  # lines with something on them
-POINTS = re.compile(r"\b(?:this|the|these|above|following|given|provided|according to)\s+(?:\w+\s+)?(?:passage|text|document|excerpt|section|paragraph|article|context|documentation|chapter|example|code)s?\b", re.IGNORECASE)
-UNKNOWN = re.compile(r"\b(?:not (?:mentioned|stated|specified|given|provided|answered)|does(?: not|n't) (?:say|mention|state|specify|provide|answer)|no information)\b", re.IGNORECASE)
+POINTS = re.compile(
+    r"\b(?:this|the|these|above|following|given|provided|according"
+    r" to)\s+(?:\w+\s+)?(?:passage|text|document|excerpt|section|paragraph|article|context|documentation|chapter"
+    r"|example|code)s?\b",
+    re.IGNORECASE,
+)
+UNKNOWN = re.compile(
+    r"\b(?:not (?:mentioned|stated|specified|given|provided|answered)|does(?: not|n't)"
+    r" (?:say|mention|state|specify|provide|answer)|no information)\b",
+    re.IGNORECASE,
+)
 # words that carry nothing of their own, which an answer may add
-COMMON = frozenset(["a", "about", "all", "also", "an", "and", "any", "are", "as", "at", "be", "been", "both", "but", "by", "can", "could", "do", "does", "each", "for", "from", "had", "has", "have", "how", "if", "in", "into", "is", "it", "its", "may", "more", "most", "must", "no", "not", "of", "on", "one", "only", "or", "other", "should", "so", "some", "such", "than", "that", "the", "their", "them", "then", "there", "these", "they", "this", "those", "to", "two", "up", "use", "used", "uses", "using", "was", "were", "what", "when", "where", "which", "while", "who", "why", "will", "with", "would", "you", "your", "yes"])  # fmt: skip
+COMMON = frozenset(
+    [
+        "a",
+        "about",
+        "all",
+        "also",
+        "an",
+        "and",
+        "any",
+        "are",
+        "as",
+        "at",
+        "be",
+        "been",
+        "both",
+        "but",
+        "by",
+        "can",
+        "could",
+        "do",
+        "does",
+        "each",
+        "for",
+        "from",
+        "had",
+        "has",
+        "have",
+        "how",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "may",
+        "more",
+        "most",
+        "must",
+        "no",
+        "not",
+        "of",
+        "on",
+        "one",
+        "only",
+        "or",
+        "other",
+        "should",
+        "so",
+        "some",
+        "such",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "those",
+        "to",
+        "two",
+        "up",
+        "use",
+        "used",
+        "uses",
+        "using",
+        "was",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "while",
+        "who",
+        "why",
+        "will",
+        "with",
+        "would",
+        "you",
+        "your",
+        "yes",
+    ]
+)
 
 
 ON_TOPIC = 0.5  # share of a question's telling words that must stand in the passage
@@ -47,15 +142,28 @@ class GroundedConfig(Config):
     characters: int = Field(1500, ge=100, description="longest passage; cut between paragraphs")
     least: int = Field(300, ge=20, description="shortest passage")
     questions: int = Field(2, ge=1, le=10, description="questions of a passage")
-    support: float = Field(0.8, ge=0, le=1, description="share of the telling words that an answer adds to its question which must stand in the passage; numbers and names of code must all")
-    alike: float = Field(0.8, gt=0, le=1, description="ROUGE-L from which on a question is refused as like one that is there")
-    with_passage: bool = Field(False, description="show the passage in the user's turn, to train reading rather than knowing")
+    support: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description=(
+            "share of the telling words that an answer adds to its question which must stand in the passage; numbers"
+            " and names of code must all"
+        ),
+    )
+    alike: float = Field(
+        0.8, gt=0, le=1, description="ROUGE-L from which on a question is refused as like one that is there"
+    )
+    with_passage: bool = Field(
+        False, description="show the passage in the user's turn, to train reading rather than knowing"
+    )
     decoding: Decoding = Field(Decoding(max_tokens=256), description="how questions are drawn")
     answers: Decoding = Field(Decoding(temperature=0.0, max_tokens=200), description="how they are answered")
 
 
 def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Make conversations of one question and one answer from a set of documents; `made_by.passage` says where each answer stands.
+    """Make conversations of one question and one answer from a set of documents; `made_by.passage` says where each
+    answer stands.
 
     Errors: DataError without a passage long enough, or when nothing can be kept.
     """
@@ -70,25 +178,52 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
         for passage, prompt, answer in zip(chosen, prompts, maker.ask("questions", prompts), strict=True):
             id = f"{passage.document}@{passage.start}"
             asked = numbered(answer.text) or [line.strip() for line in answer.text.splitlines() if "?" in line]
-            asked = asked[: config.questions] if not answer.problem.startswith("cut off") else asked[:-1][: config.questions]
+            asked = (
+                asked[: config.questions]
+                if not answer.problem.startswith("cut off")
+                else asked[:-1][: config.questions]
+            )
             if not asked:
                 maker.drop(id, answer.problem or "no question", answer.text)
             for number, question in enumerate(map(question_of, asked), 1):
-                if reason := problem_of(question) or off_topic(question, passage.text) or ("" if pool.add(question) else "like another question"):
+                if (
+                    reason := problem_of(question)
+                    or off_topic(question, passage.text)
+                    or ("" if pool.add(question) else "like another question")
+                ):
                     maker.drop(f"{id}?{number}", reason, question)
                 else:
                     found.append((passage, f"{id}?{number}", prompt, question))
         asks = [_answer_prompt(passage, question) for passage, _, _, question in found]
-        answers = maker.ask("answers", asks, max_tokens=config.answers.max_tokens, temperature=config.answers.temperature)
+        answers = maker.ask(
+            "answers", asks, max_tokens=config.answers.max_tokens, temperature=config.answers.temperature
+        )
         for (passage, id, prompt, question), ask, answer in zip(found, asks, answers, strict=True):
             share, missing = support_of(answer.text, passage.text, question)
-            reason = answer.problem or unsupported(answer.text) or (f"not in the passage ({missing})" if missing else f"not in the passage (telling words: {share:.0%})" if share < config.support else "")
+            reason = (
+                answer.problem
+                or unsupported(answer.text)
+                or (
+                    f"not in the passage ({missing})"
+                    if missing
+                    else f"not in the passage (telling words: {share:.0%})"
+                    if share < config.support
+                    else ""
+                )
+            )
             if reason:
                 maker.drop(id, reason, f"{question}\n\n{answer.text}")
                 continue
             shown = f"{passage.text}\n\n{question}" if config.with_passage else question
             where = {"document": passage.document, "start": passage.start, "end": passage.start + len(passage.text)}
-            maker.keep(id, (Message("user", shown), Message("assistant", answer.text)), [prompt, ask], group=passage.document, passage=where, support=round(share, 3))
+            maker.keep(
+                id,
+                (Message("user", shown), Message("assistant", answer.text)),
+                [prompt, ask],
+                group=passage.document,
+                passage=where,
+                support=round(share, 3),
+            )
         return maker.finish([data], note=f"{len(chosen):,} of {len(every):,} passages")
 
 
@@ -109,20 +244,31 @@ def passages_of(document: Document, config: GroundedConfig) -> list[Passage]:
 def _question_prompt(config: GroundedConfig, passage: Passage) -> str:
     count = f"{config.questions} questions" if config.questions > 1 else "one question"
     return (
-        f"{passage.text}\n\n---\nWrite {count} that the passage above answers. Each must make sense to somebody who does not see the passage, so name what it is about. "
-        "Write a numbered list of questions, one a line, and nothing else."
+        f"{passage.text}\n\n---\nWrite {count} that the passage above answers. Each must make sense to somebody who"
+        " does not see the passage, so name what it is about. Write a numbered list of questions, one a line, and"
+        " nothing else."
     )
 
 
 def _answer_prompt(passage: Passage, question: str) -> str:
-    return f"{passage.text}\n\n---\nAnswer this question from the passage above alone, in one to three sentences and with its words. If it does not say, write: not stated.\n\nQuestion: {question}"
+    return (
+        f"{passage.text}\n\n---\nAnswer this question from the passage above alone, in one to three sentences and with"
+        f" its words. If it does not say, write: not stated.\n\nQuestion: {question}"
+    )
 
 
 def question_of(item: str) -> str:
     """The question in an item of a list: its first line, up to the question mark, without a label."""
     line = next((line for line in map(str.strip, item.splitlines()) if line), "")
     end = line.find("?")
-    return bare(re.sub(r"^\W*(?:question|q)\b[\W\d]*:\W*|^\W*question\W*", "", line[: end + 1] if end >= 0 else line, flags=re.IGNORECASE))
+    return bare(
+        re.sub(
+            r"^\W*(?:question|q)\b[\W\d]*:\W*|^\W*question\W*",
+            "",
+            line[: end + 1] if end >= 0 else line,
+            flags=re.IGNORECASE,
+        )
+    )
 
 
 def problem_of(question: str) -> str:
@@ -136,11 +282,20 @@ def problem_of(question: str) -> str:
 
 def unsupported(answer: str) -> str:
     """Why an answer is none, or an empty string."""
-    return "not stated" if UNKNOWN.search(answer) else "refuses to answer" if refuses(answer) else "points at the passage" if POINTS.search(answer) else ""
+    return (
+        "not stated"
+        if UNKNOWN.search(answer)
+        else "refuses to answer"
+        if refuses(answer)
+        else "points at the passage"
+        if POINTS.search(answer)
+        else ""
+    )
 
 
 def support_of(answer: str, passage: str, question: str) -> tuple[float, str]:
-    """(share of the telling words that an answer adds to its question which stand in the passage, a number or name that does not, if there is one).
+    """(share of the telling words that an answer adds to its question which stand in the passage, a number or name that
+    does not, if there is one).
 
     An answer that adds nothing has the share 0.
     """
@@ -151,12 +306,20 @@ def support_of(answer: str, passage: str, question: str) -> tuple[float, str]:
 
 
 def off_topic(question: str, passage: str) -> str:
-    """Why a question is not about a passage, or an empty string: a number or name that is not in it, or few of its telling words."""
+    """Why a question is not about a passage, or an empty string: a number or name that is not in it, or few of its
+    telling words.
+    """
     there = {_stem(word) for word in words(passage)}
     telling = [word for word in words(question) if word not in COMMON]
     exact = next((word for word in telling if _is_exact(word) and _stem(word) not in there), "")
     share = sum(_stem(word) in there for word in telling) / len(telling) if telling else 0.0
-    return f"asks about something else ({exact})" if exact else f"asks about something else (telling words: {share:.0%})" if share < ON_TOPIC else ""
+    return (
+        f"asks about something else ({exact})"
+        if exact
+        else f"asks about something else (telling words: {share:.0%})"
+        if share < ON_TOPIC
+        else ""
+    )
 
 
 def _is_exact(word: str) -> bool:

@@ -1,6 +1,8 @@
-"""Stage `synthesize.instruct`: new tasks from a few seed tasks, answered by the model itself (Self-Instruct, Wang et al. 2023).
+"""Stage `synthesize.instruct`: new tasks from a few seed tasks, answered by the model itself (Self-Instruct, Wang et
+al. 2023).
 
-Every round shows tasks drawn from the seeds and from what was made, asks for more, and takes those that are unlike all others and can be
+Every round shows tasks drawn from the seeds and from what was made, asks for more, and takes those that are unlike all
+others and can be
 answered in text alone.
 """
 
@@ -21,7 +23,11 @@ from llmworks.synthesize.text.diversity import Pool
 from llmworks.synthesize.text.parse import numbered, refuses
 
 # What a model that reads and writes text cannot do (the filter of Self-Instruct)
-OUT_OF_REACH = re.compile(r"\b(?:image|images|picture|photo|graph|graphs|plot|map|draw|video|audio|music file|attached|attachment|file|files|go to|website|url|link)\b", re.IGNORECASE)
+OUT_OF_REACH = re.compile(
+    r"\b(?:image|images|picture|photo|graph|graphs|plot|map|draw|video|audio|music"
+    r" file|attached|attachment|file|files|go to|website|url|link)\b",
+    re.IGNORECASE,
+)
 
 
 class InstructConfig(Config):
@@ -33,7 +39,9 @@ class InstructConfig(Config):
     shown: int = Field(8, ge=1, description="tasks shown as examples in a request")
     made_shown: int = Field(2, ge=0, description="of them at most so many that were made, the rest are seeds")
     asked: int = Field(5, ge=1, description="new tasks asked for in a request")
-    alike: float = Field(0.7, gt=0, le=1, description="ROUGE-L with a task that is there from which on a new one is refused")
+    alike: float = Field(
+        0.7, gt=0, le=1, description="ROUGE-L with a task that is there from which on a new one is refused"
+    )
     min_words: int = Field(4, ge=1, description="shortest task")
     max_words: int = Field(150, ge=1, description="longest task")
     decoding: Decoding = Field(Decoding(temperature=0.9), description="how tasks are drawn")
@@ -41,12 +49,15 @@ class InstructConfig(Config):
 
 
 def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Make conversations of one question and one answer; `data` are conversations whose first user turns are the seed tasks.
+    """Make conversations of one question and one answer; `data` are conversations whose first user turns are the seed
+    tasks.
 
     Errors: DataError without seed tasks, or when nothing can be kept.
     """
     pool = Pool(config.alike)
-    seeds = [text for text in (" ".join(instruction_of(row).split()) for row in read_chat(data)) if text and pool.add(text)]
+    seeds = [
+        text for text in (" ".join(instruction_of(row).split()) for row in read_chat(data)) if text and pool.add(text)
+    ]
     if not seeds:
         raise DataError(f"{data.name}: has no user turn that could be a seed task")
     draw = random.Random(ctx.seed)
@@ -56,8 +67,12 @@ def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx:
             if len(made) >= config.rows:
                 break
             prompts = [_prompt(config, seeds, [task for task, _ in made], draw) for _ in range(config.requests)]
-            numbers = range(turn * config.requests, (turn + 1) * config.requests)  # two requests may show the same tasks
-            asked = [Prompt((Message("user", prompt),), number) for number, prompt in zip(numbers, prompts, strict=True)]
+            numbers = range(
+                turn * config.requests, (turn + 1) * config.requests
+            )  # two requests may show the same tasks
+            asked = [
+                Prompt((Message("user", prompt),), number) for number, prompt in zip(numbers, prompts, strict=True)
+            ]
             for prompt, answer in zip(prompts, maker.ask(f"round {turn + 1}", asked), strict=True):
                 tasks = [] if answer.problem and not answer.text else numbered(answer.text)
                 tasks = tasks[:-1] if answer.problem.startswith("cut off") else tasks  # the last one is not whole
@@ -69,13 +84,20 @@ def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx:
                         maker.drop(f"round {turn + 1}", reason, task)
                     elif len(made) < config.rows:
                         made.append((task, prompt))
-        answers = maker.ask("answers", [task for task, _ in made], max_tokens=config.answers.max_tokens, temperature=config.answers.temperature)
+        answers = maker.ask(
+            "answers",
+            [task for task, _ in made],
+            max_tokens=config.answers.max_tokens,
+            temperature=config.answers.temperature,
+        )
         for number, ((task, prompt), answer) in enumerate(zip(made, answers, strict=True), 1):
             reason = answer.problem or ("refuses to answer" if refuses(answer.text) else "")
             if reason:
                 maker.drop(f"task {number}", reason, f"{task}\n\n{answer.text}")
             else:
-                maker.keep(f"task-{number:06d}", (Message("user", task), Message("assistant", answer.text)), [prompt, task])
+                maker.keep(
+                    f"task-{number:06d}", (Message("user", task), Message("assistant", answer.text)), [prompt, task]
+                )
         return maker.finish([data], note=f"{len(seeds):,} seed tasks")
 
 
@@ -85,9 +107,10 @@ def _prompt(config: InstructConfig, seeds: list[str], made: list[str], draw: ran
     draw.shuffle(shown)
     examples = "\n".join(f"{i}. {task}" for i, task in enumerate(shown, 1))
     return (
-        f"Here are {len(shown)} tasks that people give to an assistant that reads and writes text:\n\n{examples}\n\n"
-        f"Write {config.asked} more tasks. They must differ from these and from one another in subject, in verb and in form; each must hold all that is needed to do it, "
-        "without pictures, files or links. Write a numbered list with one task a line and nothing else."
+        f"Here are {len(shown)} tasks that people give to an assistant that reads and writes"
+        f" text:\n\n{examples}\n\nWrite {config.asked} more tasks. They must differ from these and from one another in"
+        " subject, in verb and in form; each must hold all that is needed to do it, without pictures, files or links."
+        " Write a numbered list with one task a line and nothing else."
     )
 
 

@@ -1,6 +1,8 @@
-"""Stage `synthesize.pairs`: preference pairs of a model's own answers, told apart by a verifier or a judge, or of answers that people rated.
+"""Stage `synthesize.pairs`: preference pairs of a model's own answers, told apart by a verifier or a judge, or of
+answers that people rated.
 
-Several answers to each question are scored; a good and a bad one make a pair. On-policy pairs, since the model that is aligned wrote both.
+Several answers to each question are scored; a good and a bad one make a pair. On-policy pairs, since the model that is
+aligned wrote both.
 """
 
 from __future__ import annotations
@@ -22,13 +24,33 @@ from llmworks.synthesize.asking import Answer, Decoding, Maker, Prompt, question
 class PairsConfig(Config):
     """Where answers and scores come from, and which make a pair."""
 
-    by: Literal["verifier", "judge", "ratings"] = Field("verifier", description="verifier: of the row's answer; judge: a model's grades, needs the input `judge`; ratings: of the row's own answers")
+    by: Literal["verifier", "judge", "ratings"] = Field(
+        "verifier",
+        description=(
+            "verifier: of the row's answer; judge: a model's grades, needs the input `judge`; ratings: of the row's own"
+            " answers"
+        ),
+    )
     score: str = Field("verified", description="score function of the verifier")
     answers: int = Field(4, ge=2, le=64, description="answers drawn of each question")
     margin: float = Field(0.5, gt=0, le=1, description="least difference of the scores (0 to 1) of a pair")
-    choose: Literal["widest", "all"] = Field("widest", description="widest: the best and the worst answer of a question; all: every pair with the margin")
-    longest: float = Field(0.0, ge=0, description="a chosen answer may be so many times as long as the rejected one; 0: no bound. Against rewards for length")
-    field: str = Field("ratings", description="by ratings: the field that holds a list of {text, rating}, or answers in `answers` and their ratings in this field")
+    choose: Literal["widest", "all"] = Field(
+        "widest", description="widest: the best and the worst answer of a question; all: every pair with the margin"
+    )
+    longest: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "a chosen answer may be so many times as long as the rejected one; 0: no bound. Against rewards for length"
+        ),
+    )
+    field: str = Field(
+        "ratings",
+        description=(
+            "by ratings: the field that holds a list of {text, rating}, or answers in `answers` and their ratings in"
+            " this field"
+        ),
+    )
     criteria: str = Field("", description="what the judge looks at, in words")
     limit: int | None = Field(None, gt=0, description="only the first rows")
     decoding: Decoding = Field(Decoding(temperature=1.0), description="how answers are drawn")
@@ -44,17 +66,32 @@ class Scored(NamedTuple):
     prompt: Prompt | None
 
 
-def pairs(config: PairsConfig, data: Dataset, ctx: Context, model: Model | Adapter | None = None, judge: Model | Adapter | None = None) -> Dataset:
+def pairs(
+    config: PairsConfig,
+    data: Dataset,
+    ctx: Context,
+    model: Model | Adapter | None = None,
+    judge: Model | Adapter | None = None,
+) -> Dataset:
     """Make preference pairs for the questions of a set of conversations (their turns before the last answer).
 
     `model` answers (by ratings nobody does), `judge` grades.
-    Errors: UserError without the model or the judge that `by` needs; DataError for rows that cannot be verified or hold no ratings, or when no
+    Errors: UserError without the model or the judge that `by` needs; DataError for rows that cannot be verified or hold
+    no ratings, or when no
     question has answers far enough apart.
     """
     if (config.by == "judge") != (judge is not None):
-        raise UserError("by: judge needs the input `judge`" if judge is None else f"the input `judge` is for by: judge, this is by: {config.by}")
+        raise UserError(
+            "by: judge needs the input `judge`"
+            if judge is None
+            else f"the input `judge` is for by: judge, this is by: {config.by}"
+        )
     if (config.by == "ratings") == (model is not None):
-        raise UserError(f"by: {config.by} needs the input `model`" if model is None else "by: ratings pairs the answers that the rows have; leave the input `model` out")
+        raise UserError(
+            f"by: {config.by} needs the input `model`"
+            if model is None
+            else "by: ratings pairs the answers that the rows have; leave the input `model` out"
+        )
     asked = questions(data, config.limit)
     with Maker(ctx, model, config.decoding, "synthesize.pairs") as maker:
         if config.by == "ratings":
@@ -62,26 +99,61 @@ def pairs(config: PairsConfig, data: Dataset, ctx: Context, model: Model | Adapt
         else:
             if config.by == "verifier":
                 for row, turns in asked:
-                    score_function(config.score)(turns, "", row)  # a row that cannot be judged is refused before anything is asked
+                    score_function(config.score)(
+                        turns, "", row
+                    )  # a row that cannot be judged is refused before anything is asked
             drawn = _drawn(config, maker, asked)
             scored = _verified(config, asked, drawn) if judge is None else _judged(config, maker, judge, asked, drawn)
         for row, turns in asked:
             found = choose(config, scored[row["id"]])
             if not found:
                 best = max((s.score for s in scored[row["id"]]), default=None)
-                told = "fewer than two different answers" if len(scored[row["id"]]) < 2 else f"no margin (the best scores {best:.2g})"
+                told = (
+                    "fewer than two different answers"
+                    if len(scored[row["id"]]) < 2
+                    else f"no margin (the best scores {best:.2g})"
+                )
                 maker.drop(row["id"], told, "\n\n".join(s.text for s in scored[row["id"]]))
             for number, (good, bad) in enumerate(found, 1):
-                origin: Json = {"by": config.by, "scores": [round(good.score, 4), round(bad.score, 4)], "why": bad.why, "answers": len(scored[row["id"]])}
+                origin: Json = {
+                    "by": config.by,
+                    "scores": [round(good.score, 4), round(bad.score, 4)],
+                    "why": bad.why,
+                    "answers": len(scored[row["id"]]),
+                }
                 id = row["id"] if config.choose == "widest" else f"{row['id']}~{number}"
-                sides: Json = {name: messages_to_json([Message("assistant", s.text)]) for name, s in (("chosen", good), ("rejected", bad))}
-                maker.rows.append(maker.row(id, [s.prompt for s in (good, bad) if s.prompt], group=row["group"], answer=row["answer"], source=row, prompt=messages_to_json(turns), **sides, **origin))
+                sides: Json = {
+                    name: messages_to_json([Message("assistant", s.text)])
+                    for name, s in (("chosen", good), ("rejected", bad))
+                }
+                maker.rows.append(
+                    maker.row(
+                        id,
+                        [s.prompt for s in (good, bad) if s.prompt],
+                        group=row["group"],
+                        answer=row["answer"],
+                        source=row,
+                        prompt=messages_to_json(turns),
+                        **sides,
+                        **origin,
+                    )
+                )
         longer = sum(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in maker.rows)
         share = longer / len(maker.rows) if maker.rows else 0.0
-        return maker.finish([data], lead=f"{len(maker.rows):,} pairs of {len(asked):,} questions; the chosen answer is the longer one in {share:.0%}.", metrics={"chosen_longer": round(share, 4)}, note=f"by {config.by}")
+        return maker.finish(
+            [data],
+            lead=(
+                f"{len(maker.rows):,} pairs of {len(asked):,} questions; the chosen answer is the longer one in"
+                f" {share:.0%}."
+            ),
+            metrics={"chosen_longer": round(share, 4)},
+            note=f"by {config.by}",
+        )
 
 
-def _drawn(config: PairsConfig, maker: Maker, asked: Sequence[tuple[Row, tuple[Message, ...]]]) -> dict[str, list[tuple[Prompt, Answer]]]:
+def _drawn(
+    config: PairsConfig, maker: Maker, asked: Sequence[tuple[Row, tuple[Message, ...]]]
+) -> dict[str, list[tuple[Prompt, Answer]]]:
     """The usable, different answers to each question."""
     prompts = [Prompt(turns, turn) for _, turns in asked for turn in range(config.answers)]
     answers = iter(zip(prompts, maker.ask("answers", prompts), strict=True))
@@ -97,7 +169,9 @@ def _drawn(config: PairsConfig, maker: Maker, asked: Sequence[tuple[Row, tuple[M
     return found
 
 
-def _verified(config: PairsConfig, asked: Sequence[tuple[Row, tuple[Message, ...]]], drawn: dict[str, list[tuple[Prompt, Answer]]]) -> dict[str, list[Scored]]:
+def _verified(
+    config: PairsConfig, asked: Sequence[tuple[Row, tuple[Message, ...]]], drawn: dict[str, list[tuple[Prompt, Answer]]]
+) -> dict[str, list[Scored]]:
     verify = score_function(config.score)
     found = {}
     for row, turns in asked:
@@ -107,9 +181,17 @@ def _verified(config: PairsConfig, asked: Sequence[tuple[Row, tuple[Message, ...
 
 
 def _judged(
-    config: PairsConfig, maker: Maker, by: Model | Adapter, asked: Sequence[tuple[Row, tuple[Message, ...]]], drawn: dict[str, list[tuple[Prompt, Answer]]]
-) -> dict[str, list[Scored]]:  # fmt: skip
-    todo = [(row["id"], prompt, answer.text, judge.grading(turns, answer.text, config.criteria)) for row, turns in asked for prompt, answer in drawn[row["id"]]]
+    config: PairsConfig,
+    maker: Maker,
+    by: Model | Adapter,
+    asked: Sequence[tuple[Row, tuple[Message, ...]]],
+    drawn: dict[str, list[tuple[Prompt, Answer]]],
+) -> dict[str, list[Scored]]:
+    todo = [
+        (row["id"], prompt, answer.text, judge.grading(turns, answer.text, config.criteria))
+        for row, turns in asked
+        for prompt, answer in drawn[row["id"]]
+    ]
     found: dict[str, list[Scored]] = {row["id"]: [] for row, _ in asked}
     with Maker(maker.ctx, by, config.judging, "synthesize.pairs", file="judged.jsonl") as judging:
         for (id, prompt, text, _), verdict in zip(todo, judging.ask("judge", [ask for *_, ask in todo]), strict=True):
@@ -123,17 +205,34 @@ def _judged(
 
 
 def rated(row: Row, field: str) -> list[Scored]:
-    """A row's own answers with their ratings, brought to 0 to 1 by the least and the largest. DataError when it has none."""
+    """A row's own answers with their ratings, brought to 0 to 1 by the least and the largest.
+
+    DataError when it has none.
+    """
     fields = row["extra"].get("fields", {})
     given = fields.get(field)
     answers = fields.get("answers")
     if isinstance(given, list) and isinstance(answers, list) and len(given) == len(answers):
         given = [{"text": text, "rating": rating} for text, rating in zip(answers, given, strict=True)]
-    good = isinstance(given, list) and all(isinstance(g, dict) and isinstance(g.get("text"), str) and isinstance(g.get("rating"), (int, float)) for g in given)
+    good = isinstance(given, list) and all(
+        isinstance(g, dict) and isinstance(g.get("text"), str) and isinstance(g.get("rating"), (int, float))
+        for g in given
+    )
     if not good or not isinstance(given, list) or not given:
-        raise DataError(f"row {row['id']!r}: `{field}` must be a list of {{\"text\": ..., \"rating\": number}}, or of as many numbers as `answers` has texts")
+        raise DataError(
+            f'row {row["id"]!r}: `{field}` must be a list of {{"text": ..., "rating": number}}, or of as many numbers'
+            " as `answers` has texts"
+        )
     least, most = min(g["rating"] for g in given), max(g["rating"] for g in given)
-    return [Scored(g["text"], (g["rating"] - least) / (most - least) if most > least else 1.0, f"rated {g['rating']:g} of {least:g} to {most:g}", None) for g in given]
+    return [
+        Scored(
+            g["text"],
+            (g["rating"] - least) / (most - least) if most > least else 1.0,
+            f"rated {g['rating']:g} of {least:g} to {most:g}",
+            None,
+        )
+        for g in given
+    ]
 
 
 def choose(config: PairsConfig, scored: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
@@ -142,7 +241,9 @@ def choose(config: PairsConfig, scored: Sequence[Scored]) -> list[tuple[Scored, 
         (good, bad)
         for good in scored
         for bad in scored
-        if good.score - bad.score >= config.margin - 1e-9 and good.text != bad.text and (not config.longest or len(good.text) <= config.longest * max(1, len(bad.text)))
+        if good.score - bad.score >= config.margin - 1e-9
+        and good.text != bad.text
+        and (not config.longest or len(good.text) <= config.longest * max(1, len(bad.text)))
     ]
     # of equally wide ones the pair whose sides are of like length
     found.sort(key=lambda p: (p[1].score - p[0].score, abs(len(p[0].text) - len(p[1].text)), p[0].text, p[1].text))

@@ -1,4 +1,6 @@
-"""Stage `synthesize.personas`: people who would read a text, and what each of them would ask (Persona Hub, Ge et al. 2024)."""
+"""Stage `synthesize.personas`: people who would read a text, and what each of them would ask (Persona Hub, Ge et al.
+2024).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from llmworks.synthesize.text.parse import bare, labelled, numbered, refuses
 
 WHO = {
     "instruction": "write something that this person would ask an assistant to do in their work or life",
-    "reasoning": "write a hard problem of logic or mathematics whose story fits this person and that has one right answer",
+    "reasoning": (
+        "write a hard problem of logic or mathematics whose story fits this person and that has one right answer"
+    ),
     "knowledge": "write a question of knowledge that this person would want explained in detail",
 }
 
@@ -27,10 +31,17 @@ class PersonasConfig(Config):
 
     texts: int = Field(100, gt=0, description="documents whose readers are made up, the first of the input")
     characters: int = Field(1500, gt=0, description="of a document, its beginning is shown")
-    related: int = Field(0, ge=0, le=10, description="for each person so many more of their surroundings (Persona Hub's persona-to-persona)")
+    related: int = Field(
+        0,
+        ge=0,
+        le=10,
+        description="for each person so many more of their surroundings (Persona Hub's persona-to-persona)",
+    )
     asks: Literal["instruction", "reasoning", "knowledge"] = Field("instruction", description="what each person asks")
     questions: int = Field(1, ge=1, le=10, description="questions of each person")
-    alike: float = Field(0.7, gt=0, le=1, description="ROUGE-L from which on a person or a question is refused as like one that is there")
+    alike: float = Field(
+        0.7, gt=0, le=1, description="ROUGE-L from which on a person or a question is refused as like one that is there"
+    )
     in_system: bool = Field(False, description="put the person into a system turn, so that the answers are for them")
     decoding: Decoding = Field(Decoding(temperature=0.9), description="how people and questions are drawn")
     answers: Decoding = Field(Decoding(temperature=0.0), description="how questions are answered")
@@ -47,40 +58,80 @@ def personas(config: PersonasConfig, model: Model | Adapter, data: Dataset, ctx:
     people: list[tuple[str, str]] = []  # (id, who)
     known, asked = Pool(config.alike), Pool(config.alike)
     with Maker(ctx, model, config.decoding, "synthesize.personas") as maker:
-        prompts = [f"Who is likely to read or write the text below? Describe one such person in one or two sentences: what they do, know and want. Begin with \"A\" or \"An\" and write nothing else.\n\nText:\n{d.text[: config.characters]}" for d in texts]
+        prompts = [
+            "Who is likely to read or write the text below? Describe one such person in one or two sentences: what"
+            ' they do, know and want. Begin with "A" or "An" and write nothing'
+            f" else.\n\nText:\n{d.text[: config.characters]}"
+            for d in texts
+        ]
         for document, answer in zip(texts, maker.ask("people", prompts, max_tokens=120), strict=True):
             _take(maker, known, people, document.id, answer.problem, bare(answer.text.split("\n\n")[0]))
         if config.related:
             first = list(people)
-            prompts = [f"{who}\n\nWho are {config.related} people that this person often deals with, of other walks of life? Describe each in one sentence, as a numbered list and nothing else." for _, who in first]
+            prompts = [
+                f"{who}\n\nWho are {config.related} people that this person often deals with, of other walks of life?"
+                " Describe each in one sentence, as a numbered list and nothing else."
+                for _, who in first
+            ]
             for (id, _), answer in zip(first, maker.ask("surroundings", prompts), strict=True):
                 for number, who in enumerate(numbered(answer.text)[: config.related] if not answer.problem else [], 1):
                     _take(maker, known, people, f"{id}+{number}", "", who)
         prompts = [
-            f"Imagine this person:\n\n{who}\n\nNow {WHO[config.asks]}. Write it as they would say it, complete in itself, behind the word `Question:` and nothing else." + (f"\nThis is number {n} of {config.questions}; it must differ from what one thinks of first." if n > 1 else "")
+            f"Imagine this person:\n\n{who}\n\nNow {WHO[config.asks]}. Write it as they would say it, complete in"
+            " itself, behind the word `Question:` and nothing else."
+            + (
+                f"\nThis is number {n} of {config.questions}; it must differ from what one thinks of first."
+                if n > 1
+                else ""
+            )
             for _, who in people
             for n in range(1, config.questions + 1)
         ]
         owners = [person for person in people for _ in range(config.questions)]
         found: list[tuple[str, str, str, str]] = []  # (id, who, prompt, question)
-        for number, ((id, who), prompt, answer) in enumerate(zip(owners, prompts, maker.ask("questions", prompts), strict=True)):
+        for number, ((id, who), prompt, answer) in enumerate(
+            zip(owners, prompts, maker.ask("questions", prompts), strict=True)
+        ):
             question = labelled(answer.text, "question") or bare(answer.text)
-            reason = answer.problem or ("refuses" if refuses(question) else "too short" if len(question.split()) < 4 else "" if asked.add(question) else "like another question")
+            reason = answer.problem or (
+                "refuses"
+                if refuses(question)
+                else (
+                    "too short" if len(question.split()) < 4 else "" if asked.add(question) else "like another question"
+                )
+            )
             if reason:
                 maker.drop(id, reason, question)
             else:
                 found.append((f"{id}?{number % config.questions + 1}", who, prompt, question))
-        for (id, who, prompt, question), answer in zip(found, maker.ask("answers", [q for *_, q in found], max_tokens=config.answers.max_tokens, temperature=config.answers.temperature), strict=True):
+        for (id, who, prompt, question), answer in zip(
+            found,
+            maker.ask(
+                "answers",
+                [q for *_, q in found],
+                max_tokens=config.answers.max_tokens,
+                temperature=config.answers.temperature,
+            ),
+            strict=True,
+        ):
             if reason := answer.problem or ("refuses to answer" if refuses(answer.text) else ""):
                 maker.drop(id, reason, f"{question}\n\n{answer.text}")
                 continue
             system = (Message("system", f"You are talking with this person: {who}"),) if config.in_system else ()
-            maker.keep(id, (*system, Message("user", question), Message("assistant", answer.text)), [prompt, question], group=id.partition("?")[0].partition("+")[0], persona=who)
+            maker.keep(
+                id,
+                (*system, Message("user", question), Message("assistant", answer.text)),
+                [prompt, question],
+                group=id.partition("?")[0].partition("+")[0],
+                persona=who,
+            )
         return maker.finish([data], note=f"{len(people):,} people")
 
 
 def _take(maker: Maker, known: Pool, people: list[tuple[str, str]], id: str, problem: str, who: str) -> None:
-    reason = problem or ("no person" if len(who.split()) < 5 or refuses(who) else "" if known.add(who) else "like another person")
+    reason = problem or (
+        "no person" if len(who.split()) < 5 or refuses(who) else "" if known.add(who) else "like another person"
+    )
     if reason:
         maker.drop(id, reason, who)
     else:

@@ -1,6 +1,8 @@
-"""Stage `synthesize.reason`: answers with their reasoning, kept where it ends at the known answer (STaR, Zelikman et al. 2022).
+"""Stage `synthesize.reason`: answers with their reasoning, kept where it ends at the known answer (STaR, Zelikman et
+al. 2022).
 
-A question that is never answered right is asked once more with the answer as a hint; the reasoning then is kept as if there had been none.
+A question that is never answered right is asked once more with the answer as a hint; the reasoning then is kept as if
+there had been none.
 """
 
 from __future__ import annotations
@@ -18,8 +20,15 @@ from llmworks.score.key import accepted_keys, key
 from llmworks.synthesize.asking import Decoding, Maker, Prompt, answered, questions
 
 HOW = "\n\nThink step by step. End with a line that says `Answer:` and the answer alone."
-HINT = "\n\nThe right answer is: {0}. Explain step by step how one gets there, as if you had not been told. End with a line that says `Answer:` and the answer alone."
-TOLD = re.compile(r"\b(?:hint|was told|were told|as given|given that the (?:right |correct )?answer|we (?:already )?know (?:that )?the answer|the right answer is (?:given|said))\b", re.IGNORECASE)
+HINT = (
+    "\n\nThe right answer is: {0}. Explain step by step how one gets there, as if you had not been told. End with a"
+    " line that says `Answer:` and the answer alone."
+)
+TOLD = re.compile(
+    r"\b(?:hint|was told|were told|as given|given that the (?:right |correct )?answer|we (?:already )?know (?:that"
+    r" )?the answer|the right answer is (?:given|said))\b",
+    re.IGNORECASE,
+)
 
 
 class ReasonConfig(Config):
@@ -33,7 +42,9 @@ class ReasonConfig(Config):
 
 
 def reason(config: ReasonConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """Give conversations whose `answer` is a key an answer with reasoning. The row's own question is kept, without the words that ask for reasoning.
+    """Give conversations whose `answer` is a key an answer with reasoning.
+
+    The row's own question is kept, without the words that ask for reasoning.
 
     Errors: DataError for rows without a key, or when nothing can be kept.
     """
@@ -46,15 +57,33 @@ def reason(config: ReasonConfig, model: Model | Adapter, data: Dataset, ctx: Con
             if not todo:
                 break
             hinted = turn == config.tries
-            prompts = [Prompt(_with(turns, HINT.format(accepted_keys(row)[0]) if hinted else HOW), turn) for row, turns in todo]
+            prompts = [
+                Prompt(_with(turns, HINT.format(accepted_keys(row)[0]) if hinted else HOW), turn) for row, turns in todo
+            ]
             left: list[tuple[Row, tuple[Message, ...]]] = []
-            for (row, turns), prompt, answer in zip(todo, prompts, maker.ask("with the answer as a hint" if hinted else f"try {turn + 1}", prompts), strict=True):
+            for (row, turns), prompt, answer in zip(
+                todo,
+                prompts,
+                maker.ask("with the answer as a hint" if hinted else f"try {turn + 1}", prompts),
+                strict=True,
+            ):
                 why = answer.problem or problem_of(config, answer.text, hinted) or key(turns, answer.text, row).reason
                 if why:
                     last[row["id"]] = f"{why}\n{answer.text}"
                     left.append((row, turns))
                     continue
-                maker.rows.append(maker.row(row["id"], [prompt], group=row["group"], answer=row["answer"], source=row, messages=answered(row, Message("assistant", answer.text)), tries=turn + 1, hinted=hinted))
+                maker.rows.append(
+                    maker.row(
+                        row["id"],
+                        [prompt],
+                        group=row["group"],
+                        answer=row["answer"],
+                        source=row,
+                        messages=answered(row, Message("assistant", answer.text)),
+                        tries=turn + 1,
+                        hinted=hinted,
+                    )
+                )
             todo = left
         for row, _ in todo:
             why, _, text = last[row["id"]].partition("\n")

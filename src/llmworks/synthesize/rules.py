@@ -1,6 +1,10 @@
-"""Instructions that an answer can be made for by rule: how each is said, what is drawn for it, and what it makes of a text. Pure functions.
+"""Instructions that an answer can be made for by rule: how each is said, what is drawn for it, and what it makes of a
+text.
 
-The checks are IFEval's and IFBench's, by their names (`score/constraints`). An answer is made in the order of the stages: words, shape, front, back, around.
+Pure functions.
+
+The checks are IFEval's and IFBench's, by their names (`score/constraints`). An answer is made in the order of the
+stages: words, shape, front, back, around.
 """
 
 from __future__ import annotations
@@ -13,15 +17,34 @@ from typing import Any
 
 Given = dict[str, Any]
 STAGES = ("words", "shape", "front", "back", "around", "alone")
-ENDINGS = ("That is all.", "Read on.", "More soon.", "Is there anything else I can help with?", "Let me know what you think.", "End of message.", "Stay tuned.", "Thank you for reading.")
-POSTSCRIPTS = ("More will follow.", "Please pass it on.", "This was checked twice.", "Ask me for the source.", "Nothing was left out.")
+ENDINGS = (
+    "That is all.",
+    "Read on.",
+    "More soon.",
+    "Is there anything else I can help with?",
+    "Let me know what you think.",
+    "End of message.",
+    "Stay tuned.",
+    "Thank you for reading.",
+)
+POSTSCRIPTS = (
+    "More will follow.",
+    "Please pass it on.",
+    "This was checked twice.",
+    "Ask me for the source.",
+    "Nothing was left out.",
+)
 PLACES = ("[author]", "[date]", "[city]", "[name]", "[source]")
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind. `draw` gives the arguments of its check, and None where a text has no room for it; `make` turns what stands so far into what follows it."""
+    """One kind.
+
+    `draw` gives the arguments of its check, and None where a text has no room for it; `make` turns what stands so far
+    into what follows it.
+    """
 
     name: str
     stage: str
@@ -37,13 +60,19 @@ def words_of(text: str) -> list[str]:
 
 def _capitals(made: str, text: str, given: Given) -> str:
     words = made.split(" ")
-    return " ".join([*(word.upper() for word in words[: given["capital_frequency"]]), *words[given["capital_frequency"] :]])
+    return " ".join(
+        [*(word.upper() for word in words[: given["capital_frequency"]]), *words[given["capital_frequency"] :]]
+    )
 
 
 def _longest(text: str, count: int) -> list[str]:
     """The longest words, where it is beyond doubt which they are: plain, no other as long."""
     words = sorted(set(words_of(text)), key=len, reverse=True)
-    sure = len(words) > count and len(words[count - 1]) > len(words[count]) and all(word.isalpha() and words_of(text).count(word) == 1 for word in words[:count])
+    sure = (
+        len(words) > count
+        and len(words[count - 1]) > len(words[count])
+        and all(word.isalpha() and words_of(text).count(word) == 1 for word in words[:count])
+    )
     return words[:count] if sure else []
 
 
@@ -85,7 +114,10 @@ def _number(key: str, least: int, most: int, **rest: Any) -> Callable[[str, Rand
 
 def _capital_draw(text: str, random: Random) -> Given | None:
     """Two to four words, all of them words, and not written so already."""
-    plain = next((number for number, word in enumerate(words_of(text)) if not word.isalpha() or word.isupper()), len(words_of(text)))
+    plain = next(
+        (number for number, word in enumerate(words_of(text)) if not word.isalpha() or word.isupper()),
+        len(words_of(text)),
+    )
     room = min(4, plain, len(words_of(text)) // 2)
     return {"capital_frequency": random.randint(2, room), "capital_relation": "at least"} if room >= 2 else None
 
@@ -112,30 +144,155 @@ def _span(text: str, random: Random) -> Given | None:
 
 
 RULES = (
-    Rule("keywords:forbidden_words", "words", ("Do not use the word '{forbidden_words[0]}'.", "Leave the word '{forbidden_words[0]}' out."), _forbidden, _without),
-    Rule("punctuation:no_comma", "words", ("Do not use any commas.", "There must be no comma in your answer."), lambda t, r: {} if "," in t else None, lambda m, t, g: m.replace(",", "")),
-    Rule("change_case:capital_word_frequency", "words", ("Write the first {word} words in capital letters.", "Put the first {word} words in all capitals."), _capital_draw, _capitals),
-    Rule("detectable_format:number_highlighted_sections", "words", ("Highlight the {word} longest {words} with asterisks, as *this*.", "Mark the {word} longest {words} by *asterisks*."), _highlight_draw, _highlights),
-    Rule("detectable_format:number_bullet_lists", "shape", ("Divide it into exactly {word} bullet points, each beginning with *.", "Give it as exactly {word} bullet points (* like this)."), _number("num_bullets", 2, 4), lambda m, t, g: "\n".join(f"* {part}" for part in _parts(m, g["num_bullets"]))),
-    Rule("detectable_format:multiple_sections", "shape", ("Divide it into {word} parts, and begin each with PART and its number, as PART 1.", "Give {word} parts, marked PART 1, PART 2 and so on."), _number("num_sections", 2, 3, section_spliter="PART"), lambda m, t, g: "\n".join(f"PART {i + 1}\n{part}" for i, part in enumerate(_parts(m, g["num_sections"])))),
-    Rule("combination:two_responses", "shape", ("Give it twice, the second time in capital letters, with ****** between.", "Give two versions, separated by ******: as it is, and in capital letters."), lambda t, r: {} if t != t.upper() else None, lambda m, t, g: f"{m}\n******\n{m.upper()}"),
-    Rule("detectable_format:title", "front", ("Begin with a title in double angular brackets, as <<title>>: its first three words.", "Put its first three words above it as a title, wrapped in << and >>."), lambda t, r: {}, lambda m, t, g: f"<<{' '.join(words_of(t)[:3])}>>\n{m}"),
-    Rule("combination:repeat_prompt", "front", ("First repeat the text word for word, then give your answer on the next line.", "Before your answer, say the text once as it is, on a line of its own."), lambda t, r: {"prompt_to_repeat": t}, lambda m, t, g: f"{t}\n{m}"),
-    Rule("detectable_content:number_placeholders", "back", ("After it, leave {word} {places} in square brackets, as [author].", "Add {word} {places} such as [date] at the end of it, in square brackets."), _number("num_placeholders", 1, 4), lambda m, t, g: f"{m}\n{' '.join(PLACES[: g['num_placeholders']])}"),
-    Rule("keywords:frequency", "back", ("After it, say the word '{keyword}' {word} times.", "Add a line that has '{keyword}' {word} times."), _keyword, _again),
-    Rule("detectable_content:postscript", "back", ("Add a postscript that begins with P.S. and says: {told}", "At the end, add P.S. and: {told}"), lambda t, r: {"postscript_marker": "P.S.", "told": r.choice(POSTSCRIPTS)}, lambda m, t, g: f"{m}\nP.S. {g['told']}"),
-    Rule("startend:end_checker", "back", ("End with exactly these words: {end_phrase}", "Finish with the phrase \"{end_phrase}\" and nothing after it."), lambda t, r: {"end_phrase": r.choice(ENDINGS)}, lambda m, t, g: f"{m}\n{g['end_phrase']}"),
-    Rule("startend:quotation", "around", ("Wrap your whole answer in double quotation marks.", "Put double quotation marks around all of your answer."), lambda t, r: {} if '"' not in t else None, lambda m, t, g: f'"{m}"'),
-    Rule("detectable_format:json_format", "alone", ("Give it as JSON with the one key \"text\", and nothing else.", "Answer in JSON only: an object whose key \"text\" holds it."), lambda t, r: {}, lambda m, t, g: json.dumps({"text": m}, ensure_ascii=False)),
-    Rule("repeat:repeat_span", "alone", ("Say only its words {first} to {last}, and nothing else.", "Answer with nothing but the words number {first} to {last} of it."), _span, lambda m, t, g: " ".join(words_of(t)[g["n_start"] : g["n_end"]])),
-)  # fmt: skip
+    Rule(
+        "keywords:forbidden_words",
+        "words",
+        ("Do not use the word '{forbidden_words[0]}'.", "Leave the word '{forbidden_words[0]}' out."),
+        _forbidden,
+        _without,
+    ),
+    Rule(
+        "punctuation:no_comma",
+        "words",
+        ("Do not use any commas.", "There must be no comma in your answer."),
+        lambda t, r: {} if "," in t else None,
+        lambda m, t, g: m.replace(",", ""),
+    ),
+    Rule(
+        "change_case:capital_word_frequency",
+        "words",
+        ("Write the first {word} words in capital letters.", "Put the first {word} words in all capitals."),
+        _capital_draw,
+        _capitals,
+    ),
+    Rule(
+        "detectable_format:number_highlighted_sections",
+        "words",
+        (
+            "Highlight the {word} longest {words} with asterisks, as *this*.",
+            "Mark the {word} longest {words} by *asterisks*.",
+        ),
+        _highlight_draw,
+        _highlights,
+    ),
+    Rule(
+        "detectable_format:number_bullet_lists",
+        "shape",
+        (
+            "Divide it into exactly {word} bullet points, each beginning with *.",
+            "Give it as exactly {word} bullet points (* like this).",
+        ),
+        _number("num_bullets", 2, 4),
+        lambda m, t, g: "\n".join(f"* {part}" for part in _parts(m, g["num_bullets"])),
+    ),
+    Rule(
+        "detectable_format:multiple_sections",
+        "shape",
+        (
+            "Divide it into {word} parts, and begin each with PART and its number, as PART 1.",
+            "Give {word} parts, marked PART 1, PART 2 and so on.",
+        ),
+        _number("num_sections", 2, 3, section_spliter="PART"),
+        lambda m, t, g: "\n".join(f"PART {i + 1}\n{part}" for i, part in enumerate(_parts(m, g["num_sections"]))),
+    ),
+    Rule(
+        "combination:two_responses",
+        "shape",
+        (
+            "Give it twice, the second time in capital letters, with ****** between.",
+            "Give two versions, separated by ******: as it is, and in capital letters.",
+        ),
+        lambda t, r: {} if t != t.upper() else None,
+        lambda m, t, g: f"{m}\n******\n{m.upper()}",
+    ),
+    Rule(
+        "detectable_format:title",
+        "front",
+        (
+            "Begin with a title in double angular brackets, as <<title>>: its first three words.",
+            "Put its first three words above it as a title, wrapped in << and >>.",
+        ),
+        lambda t, r: {},
+        lambda m, t, g: f"<<{' '.join(words_of(t)[:3])}>>\n{m}",
+    ),
+    Rule(
+        "combination:repeat_prompt",
+        "front",
+        (
+            "First repeat the text word for word, then give your answer on the next line.",
+            "Before your answer, say the text once as it is, on a line of its own.",
+        ),
+        lambda t, r: {"prompt_to_repeat": t},
+        lambda m, t, g: f"{t}\n{m}",
+    ),
+    Rule(
+        "detectable_content:number_placeholders",
+        "back",
+        (
+            "After it, leave {word} {places} in square brackets, as [author].",
+            "Add {word} {places} such as [date] at the end of it, in square brackets.",
+        ),
+        _number("num_placeholders", 1, 4),
+        lambda m, t, g: f"{m}\n{' '.join(PLACES[: g['num_placeholders']])}",
+    ),
+    Rule(
+        "keywords:frequency",
+        "back",
+        ("After it, say the word '{keyword}' {word} times.", "Add a line that has '{keyword}' {word} times."),
+        _keyword,
+        _again,
+    ),
+    Rule(
+        "detectable_content:postscript",
+        "back",
+        ("Add a postscript that begins with P.S. and says: {told}", "At the end, add P.S. and: {told}"),
+        lambda t, r: {"postscript_marker": "P.S.", "told": r.choice(POSTSCRIPTS)},
+        lambda m, t, g: f"{m}\nP.S. {g['told']}",
+    ),
+    Rule(
+        "startend:end_checker",
+        "back",
+        ("End with exactly these words: {end_phrase}", 'Finish with the phrase "{end_phrase}" and nothing after it.'),
+        lambda t, r: {"end_phrase": r.choice(ENDINGS)},
+        lambda m, t, g: f"{m}\n{g['end_phrase']}",
+    ),
+    Rule(
+        "startend:quotation",
+        "around",
+        ("Wrap your whole answer in double quotation marks.", "Put double quotation marks around all of your answer."),
+        lambda t, r: {} if '"' not in t else None,
+        lambda m, t, g: f'"{m}"',
+    ),
+    Rule(
+        "detectable_format:json_format",
+        "alone",
+        (
+            'Give it as JSON with the one key "text", and nothing else.',
+            'Answer in JSON only: an object whose key "text" holds it.',
+        ),
+        lambda t, r: {},
+        lambda m, t, g: json.dumps({"text": m}, ensure_ascii=False),
+    ),
+    Rule(
+        "repeat:repeat_span",
+        "alone",
+        (
+            "Say only its words {first} to {last}, and nothing else.",
+            "Answer with nothing but the words number {first} to {last} of it.",
+        ),
+        _span,
+        lambda m, t, g: " ".join(words_of(t)[g["n_start"] : g["n_end"]]),
+    ),
+)
 OURS = ("told", "times")  # arguments that no check knows
 ALONE_WITH = ("shape", "front")  # of these stages one rule at most
 
 
 def number_word(given: Given) -> str:
     """The number that a rule's arguments hold, as a word."""
-    found = given.get("times") or next((value for value in given.values() if isinstance(value, int) and not isinstance(value, bool)), 0)
+    found = given.get("times") or next(
+        (value for value in given.values() if isinstance(value, int) and not isinstance(value, bool)), 0
+    )
     return NUMBERS[found] if found < len(NUMBERS) else str(found)
 
 
@@ -143,7 +300,12 @@ def said(rule: Rule, given: Given, random: Random) -> str:
     """The instruction in words."""
     word = number_word(given)
     one = word == "one"
-    forms = {"first": given.get("n_start", 0) + 1, "last": given.get("n_end", 0), "words": "word" if one else "words", "places": "placeholder" if one else "placeholders"}
+    forms = {
+        "first": given.get("n_start", 0) + 1,
+        "last": given.get("n_end", 0),
+        "words": "word" if one else "words",
+        "places": "placeholder" if one else "placeholders",
+    }
     return random.choice(rule.said).format(**given, **forms, word=word)
 
 
@@ -161,7 +323,9 @@ def chosen(rules: tuple[Rule, ...], text: str, count: int, random: Random) -> li
         given = rule.draw(text, random)
         if given is not None:
             found.append((rule, given))
-    return sorted(found, key=lambda pair: (STAGES.index(pair[0].stage), [rule.name for rule in RULES].index(pair[0].name)))
+    return sorted(
+        found, key=lambda pair: (STAGES.index(pair[0].stage), [rule.name for rule in RULES].index(pair[0].name))
+    )
 
 
 def answer(text: str, rules: list[tuple[Rule, Given]]) -> str:

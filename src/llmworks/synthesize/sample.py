@@ -1,6 +1,8 @@
-"""Stage `synthesize.sample`: several answers to each question, those that a verifier accepts are kept (rejection sampling, as in Yuan et al. 2023).
+"""Stage `synthesize.sample`: several answers to each question, those that a verifier accepts are kept (rejection
+sampling, as in Yuan et al. 2023).
 
-The verifier is that of the row's `answer`: a key, a regular expression, a JSON schema, unit tests, a SQL query, a function call.
+The verifier is that of the row's `answer`: a key, a regular expression, a JSON schema, unit tests, a SQL query, a
+function call.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class SampleConfig(Config):
     answers: int = Field(4, ge=1, le=256, description="answers drawn of each question")
     score: str = Field("verified", description="score function; verified: by the kind of the row's answer")
     accept: float = Field(1.0, gt=0, le=1, description="least score")
-    keep: Literal["first", "shortest", "all"] = Field("first", description="of the accepted answers to one question; all: those that differ")
+    keep: Literal["first", "shortest", "all"] = Field(
+        "first", description="of the accepted answers to one question; all: those that differ"
+    )
     stop: bool = Field(True, description="ask no more of a question once an answer is accepted (with keep: all, never)")
     limit: int | None = Field(None, gt=0, description="only the first rows")
     decoding: Decoding = Field(Decoding(), description="how answers are drawn")
@@ -32,7 +36,8 @@ class SampleConfig(Config):
 def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
     """Answer the question of every conversation (its turns before the last answer) and keep what is verified.
 
-    Errors: DataError for rows that cannot be verified, or when nothing is accepted; UserError for an unknown score function.
+    Errors: DataError for rows that cannot be verified, or when nothing is accepted; UserError for an unknown score
+    function.
     """
     judge = score_function(config.score)
     asked = questions(data, config.limit)
@@ -42,9 +47,15 @@ def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Con
     why: dict[str, tuple[str, str]] = {}
     with Maker(ctx, model, config.decoding, "synthesize.sample") as maker:
         for turn in range(config.answers):
-            todo = [(row, turns) for row, turns in asked if not (accepted[row["id"]] and config.stop and config.keep == "first")]
+            todo = [
+                (row, turns)
+                for row, turns in asked
+                if not (accepted[row["id"]] and config.stop and config.keep == "first")
+            ]
             prompts = [Prompt(turns, turn) for _, turns in todo]
-            for (row, turns), prompt, answer in zip(todo, prompts, maker.ask(f"answer {turn + 1}", prompts), strict=True):
+            for (row, turns), prompt, answer in zip(
+                todo, prompts, maker.ask(f"answer {turn + 1}", prompts), strict=True
+            ):
                 problem = answer.problem or _judged(judge(turns, answer.text, row), config.accept)
                 if problem:
                     why[row["id"]] = (answer.problem or f"no answer accepted ({problem})", answer.text)
@@ -56,10 +67,24 @@ def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Con
             for number, (prompt, text, turn) in enumerate(_chosen(config, accepted[row["id"]]), 1):
                 id = row["id"] if config.keep != "all" else f"{row['id']}~{number}"
                 maker.rows.append(
-                    maker.row(id, [prompt], group=row["group"], tools=row["tools"], answer=row["answer"], source=row, messages=answered(row, as_turn(text)), drawn=turn, accepted=len(accepted[row["id"]]))
+                    maker.row(
+                        id,
+                        [prompt],
+                        group=row["group"],
+                        tools=row["tools"],
+                        answer=row["answer"],
+                        source=row,
+                        messages=answered(row, as_turn(text)),
+                        drawn=turn,
+                        accepted=len(accepted[row["id"]]),
+                    )
                 )
         solved = sum(map(bool, accepted.values()))
-        return maker.finish([data], metrics={"questions": len(asked), "solved": solved}, note=f"{solved:,} of {len(asked):,} questions solved, by {config.score}")
+        return maker.finish(
+            [data],
+            metrics={"questions": len(asked), "solved": solved},
+            note=f"{solved:,} of {len(asked):,} questions solved, by {config.score}",
+        )
 
 
 def _judged(score: Score, least: float) -> str:

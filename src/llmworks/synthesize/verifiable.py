@@ -1,6 +1,9 @@
-"""Stage `synthesize.verifiable`: instructions about given texts that can be verified, with an answer made by rule. No model is asked.
+"""Stage `synthesize.verifiable`: instructions about given texts that can be verified, with an answer made by rule.
 
-Each row says which of IFEval's and IFBench's checks its answer has to pass, so that any answer to it can be scored: by the task `instructions`, by rejection
+No model is asked.
+
+Each row says which of IFEval's and IFBench's checks its answer has to pass, so that any answer to it can be scored: by
+the task `instructions`, by rejection
 sampling, as a reward. Rows about one text are one group, so that a split keeps them together.
 """
 
@@ -21,7 +24,12 @@ from llmworks.data.store.rows import Row, flat_messages, read_chat, schema_of
 from llmworks.synthesize import rules
 
 ATTEMPTS = 8  # draws for a text whose instructions did not go together
-OPENINGS = ("Write this text again.", "Here is a text. Give it again, with a change.", "Repeat the text below as you are told.", "Rewrite the text that follows.")
+OPENINGS = (
+    "Write this text again.",
+    "Here is a text. Give it again, with a change.",
+    "Repeat the text below as you are told.",
+    "Rewrite the text that follows.",
+)
 
 
 class VerifiableConfig(Config):
@@ -62,40 +70,85 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
         if config.rows and len(rows) == config.rows:
             break
         if not config.words[0] <= len(text.split()) <= config.words[1] or text in seen:
-            rejected.add(data.name, 0, "stood before" if text in seen else f"not of {config.words[0]} to {config.words[1]} words", text)
+            rejected.add(
+                data.name,
+                0,
+                "stood before" if text in seen else f"not of {config.words[0]} to {config.words[1]} words",
+                text,
+            )
             continue
         seen.add(text)
-        row = next((row for attempt in range(ATTEMPTS) if (row := _row(id, text, config, chosen, Random(f"{config.seed} {id} {attempt}"))) is not None), None)
+        row = next(
+            (
+                row
+                for attempt in range(ATTEMPTS)
+                if (row := _row(id, text, config, chosen, Random(f"{config.seed} {id} {attempt}"))) is not None
+            ),
+            None,
+        )
         if row is None:
             rejected.add(data.name, 0, "no instructions fit this text", text)
         else:
             rows.append(row)
     if not rows:
-        raise DataError(f"{data.name}: none of {len(texts)} texts is of {config.words[0]} to {config.words[1]} words and has room for {config.least} of the instructions{' of kinds' if config.kinds else ''}")
+        raise DataError(
+            f"{data.name}: none of {len(texts)} texts is of {config.words[0]} to {config.words[1]} words and has room"
+            f" for {config.least} of the instructions{' of kinds' if config.kinds else ''}"
+        )
     rejected.write(ctx.out, ctx.progress.say)
     kinds = Counter(name for row in rows for name in row["answer"]["constraints"])
     asked = Counter(len(row["answer"]["constraints"]) for row in rows)
     ctx.report.title = f"Verifiable instructions about {data.name}"
-    ctx.report.lead = f"{len(rows):,} rows, {sum(kinds.values()):,} instructions; every answer was made by rule and passes its checks."
+    ctx.report.lead = (
+        f"{len(rows):,} rows, {sum(kinds.values()):,} instructions; every answer was made by rule and passes its"
+        " checks."
+    )
     ctx.report.data = {"rows": len(rows), "kinds": dict(kinds), "instructions": dict(asked)}
     ctx.report.table("Instructions", ("instruction", "rows"), kinds.most_common())
     ctx.report.table("How many a row has", ("instructions", "rows"), sorted(asked.items()))
-    ctx.report.table("Examples", ("question", "answer"), [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows[:8]])
-    return finish_rows(ctx, "synthesize.verifiable", [data], rows, dropped=Counter(row["reason"] for row in rejected.rows), metrics={"instructions": sum(kinds.values())}, note="answers made by rule")
+    ctx.report.table(
+        "Examples",
+        ("question", "answer"),
+        [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows[:8]],
+    )
+    return finish_rows(
+        ctx,
+        "synthesize.verifiable",
+        [data],
+        rows,
+        dropped=Counter(row["reason"] for row in rejected.rows),
+        metrics={"instructions": sum(kinds.values())},
+        note="answers made by rule",
+    )
 
 
 def _row(id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.Rule, ...], random: Random) -> Row | None:
-    """A row about a text; None where too few instructions fit it, or those drawn do not go together, as a quotation around a repeated text."""
+    """A row about a text; None where too few instructions fit it, or those drawn do not go together, as a quotation
+    around a repeated text.
+    """
     from llmworks.score.constraints import followed
 
     found = rules.chosen(kinds, text, random.randint(config.least, config.most), random)
     made = rules.answer(text, found)
-    names, arguments = [rule.name for rule, _ in found], [{key: value for key, value in given.items() if key not in rules.OURS} for _, given in found]
+    names, arguments = (
+        [rule.name for rule, _ in found],
+        [{key: value for key, value in given.items() if key not in rules.OURS} for _, given in found],
+    )
     if len(found) < config.least or not all(followed(made, names, arguments)):
         return None
     asked = [rules.said(rule, given, random) for rule, given in found]
-    messages = [{"role": "user", "content": f"{random.choice(OPENINGS)} {' '.join(asked)}\n\n{text}"}, {"role": "assistant", "content": made}]
-    return {"id": id, "group": id, "messages": messages, "tools": [], "answer": {"constraints": names, "arguments": arguments}, "extra": {"text": text}}
+    messages = [
+        {"role": "user", "content": f"{random.choice(OPENINGS)} {' '.join(asked)}\n\n{text}"},
+        {"role": "assistant", "content": made},
+    ]
+    return {
+        "id": id,
+        "group": id,
+        "messages": messages,
+        "tools": [],
+        "answer": {"constraints": names, "arguments": arguments},
+        "extra": {"text": text},
+    }
 
 
 def _texts(data: Dataset) -> list[tuple[str, str]]:
@@ -107,4 +160,7 @@ def _texts(data: Dataset) -> list[tuple[str, str]]:
             if asked:
                 found.append((str(row["id"]), " ".join(asked[-1].split())))
         return found
-    return [(document.id, " ".join(next((line for line in document.text.splitlines() if line.strip()), "").split())) for document in read_documents(data)]
+    return [
+        (document.id, " ".join(next((line for line in document.text.splitlines() if line.strip()), "").split()))
+        for document in read_documents(data)
+    ]

@@ -1,4 +1,6 @@
-"""Stage `tokenize.compare`: several tokenizers on the same texts: how short they make them, by language, what they lose, and where they divide, in colour."""
+"""Stage `tokenize.compare`: several tokenizers on the same texts: how short they make them, by language, what they
+lose, and where they divide, in colour.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class CompareConfig(Config):
     characters: int = Field(2_000_000, gt=0, description="of the documents, at most so many")
 
 
-def compare(config: CompareConfig, tokenizers: dict[str, Tokenizer | Model | Adapter], ctx: Context, data: Dataset | None = None) -> Report:
+def compare(
+    config: CompareConfig, tokenizers: dict[str, Tokenizer | Model | Adapter], ctx: Context, data: Dataset | None = None
+) -> Report:
     """Measure each tokenizer on the same texts. A text that is not given back as it was is counted as lost.
 
     Errors: UserError without a tokenizer; ModelError for a model without one; DataError for data that are no documents.
@@ -44,31 +48,90 @@ def compare(config: CompareConfig, tokenizers: dict[str, Tokenizer | Model | Ada
         for name, tokenizer in loaded.items():
             usages[name] = measure(tokenizer, texts)
             bar.advance()
-    best = max(usages, key=lambda name: (-usages[name].whole.lost, usages[name].whole.bytes_per_token))  # what loses text is short for nothing
+    best = max(
+        usages, key=lambda name: (-usages[name].whole.lost, usages[name].whole.bytes_per_token)
+    )  # what loses text is short for nothing
     metrics: dict[str, float] = {}
     rows = []
     for name, tokenizer in loaded.items():
         whole = usages[name].whole
         metrics |= {f"{name}_bytes_per_token": round(whole.bytes_per_token, 4), f"{name}_lost": whole.lost}
-        rows.append((name, len(tokenizer), whole.tokens, whole.bytes_per_token, whole.fertility, whole.tokens / usages[best].whole.tokens, whole.lost))
+        rows.append(
+            (
+                name,
+                len(tokenizer),
+                whole.tokens,
+                whole.bytes_per_token,
+                whole.fertility,
+                whole.tokens / usages[best].whole.tokens,
+                whole.lost,
+            )
+        )
     report = ctx.report
-    report.title = f"{len(loaded)} tokenizers on {data.name if data else 'a text' if config.text else 'six short texts'}"
+    report.title = (
+        f"{len(loaded)} tokenizers on {data.name if data else 'a text' if config.text else 'six short texts'}"
+    )
     losing = [name for name, usage in usages.items() if usage.whole.lost]
-    report.lead = f"{best} makes the fewest tokens: {usages[best].whole.bytes_per_token:.2f} bytes in each." + (f" {' and '.join(losing)} {'does' if len(losing) == 1 else 'do'} not give every text back." if losing else "")
-    report.data = {"texts": len(texts), "bytes": usages[best].whole.bytes, "tokenizers": {row[0]: {"vocabulary": row[1], "tokens": row[2], "bytes_per_token": row[3], "tokens_per_word": row[4], "lost": row[6]} for row in rows}}
-    columns = ("tokenizer", "vocabulary", "tokens", "bytes per token", "tokens per word", f"tokens, to {best}'s", "texts not given back")
+    report.lead = f"{best} makes the fewest tokens: {usages[best].whole.bytes_per_token:.2f} bytes in each." + (
+        f" {' and '.join(losing)} {'does' if len(losing) == 1 else 'do'} not give every text back." if losing else ""
+    )
+    report.data = {
+        "texts": len(texts),
+        "bytes": usages[best].whole.bytes,
+        "tokenizers": {
+            row[0]: {
+                "vocabulary": row[1],
+                "tokens": row[2],
+                "bytes_per_token": row[3],
+                "tokens_per_word": row[4],
+                "lost": row[6],
+            }
+            for row in rows
+        },
+    }
+    columns = (
+        "tokenizer",
+        "vocabulary",
+        "tokens",
+        "bytes per token",
+        "tokens per word",
+        f"tokens, to {best}'s",
+        "texts not given back",
+    )
     report.table("Figures", columns, rows)
     groups = sorted(usages[best].groups, key=lambda g: -usages[best].groups[g].bytes)[:20]
-    report.table("Bytes per token", ("texts of", *loaded), [(group, *(usages[name].groups[group].bytes_per_token for name in loaded)) for group in groups])
+    report.table(
+        "Bytes per token",
+        ("texts of", *loaded),
+        [(group, *(usages[name].groups[group].bytes_per_token for name in loaded)) for group in groups],
+    )
     lines = [report.lead]
-    firsts = texts if len(texts) <= SAMPLED else [(group, next(text for g, text in texts if g == group)) for group in groups[:SAMPLED]]
+    firsts = (
+        texts
+        if len(texts) <= SAMPLED
+        else [(group, next(text for g, text in texts if g == group)) for group in groups[:SAMPLED]]
+    )
     for group, text in ((group, text[:SAMPLE]) for group, text in firsts):
-        drawn = {name: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for name, tokenizer in loaded.items()}
-        page = "".join(f"<p class=note>{view.escaped(name)}: {len(ids)} tokens</p>{view.striped_html(loaded[name], ids)}" for name, ids in drawn.items())
-        plain = "\n\n".join(f"{name}: {len(ids)} tokens\n{view.striped_plain(loaded[name], ids)}" for name, ids in drawn.items())
+        drawn = {
+            name: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            for name, tokenizer in loaded.items()
+        }
+        page = "".join(
+            f"<p class=note>{view.escaped(name)}: {len(ids)} tokens</p>{view.striped_html(loaded[name], ids)}"
+            for name, ids in drawn.items()
+        )
+        plain = "\n\n".join(
+            f"{name}: {len(ids)} tokens\n{view.striped_plain(loaded[name], ids)}" for name, ids in drawn.items()
+        )
         report.drawing(f"Where they divide: {group}", view.STRIPES + page, plain=plain)
-        short = {name: tokenizer(text[:SHORT], add_special_tokens=False, split_special_tokens=True)["input_ids"] for name, tokenizer in loaded.items()}
-        lines += [f"\n{group}", *(f"{name:<16} {len(ids):>5}  {view.striped_ansi(loaded[name], ids)}" for name, ids in short.items())]
+        short = {
+            name: tokenizer(text[:SHORT], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            for name, tokenizer in loaded.items()
+        }
+        lines += [
+            f"\n{group}",
+            *(f"{name:<16} {len(ids):>5}  {view.striped_ansi(loaded[name], ids)}" for name, ids in short.items()),
+        ]
     report.terminal = "\n".join(lines)
     return Report(ctx.out, metrics=metrics)
 

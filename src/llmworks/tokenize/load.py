@@ -45,7 +45,11 @@ def ids_of(tokenizer: Any) -> int:
 
 
 def one_template(path: Path, named: Mapping[str, str]) -> str:
-    """Several templates, which some models have by name, as one: `tool_use` with tools, else `default`, as transformers chooses. ModelError without a default."""
+    """Several templates, which some models have by name, as one: `tool_use` with tools, else `default`, as transformers
+    chooses.
+
+    ModelError without a default.
+    """
     if "default" not in named:
         raise ModelError(f"{path}: has chat templates by name ({', '.join(sorted(named))}), but none is called default")
     default, with_tools = (named.get(name, named["default"]).removesuffix("\n") for name in ("default", "tool_use"))

@@ -1,4 +1,8 @@
-"""What a tokenizer makes of texts: bytes per token, tokens per word, by group of texts; which tokens are long, and which are never used. Knows no file."""
+"""What a tokenizer makes of texts: bytes per token, tokens per word, by group of texts; which tokens are long, and
+which are never used.
+
+Knows no file.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,9 @@ def measure(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> Usage:
     def flush() -> None:
         if not batch:
             return
-        encoded = tokenizer([text for _, text in batch], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        encoded = tokenizer([text for _, text in batch], add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         for (group, text), ids in zip(batch, encoded, strict=True):
             lost = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text
             for counts in (found.whole, found.groups.setdefault(group, Counts())):
@@ -82,8 +88,12 @@ def group_of(document: Document) -> str:
 
 
 def script_of(text: str) -> str:
-    """The script of most letters in a text's beginning, by the first word of their Unicode names; "none" without letters."""
-    names = Counter(unicodedata.name(c, "UNKNOWN").replace("-", " ").split(" ")[0].capitalize() for c in text[:LOOK] if c.isalpha())
+    """The script of most letters in a text's beginning, by the first word of their Unicode names; "none" without
+    letters.
+    """
+    names = Counter(
+        unicodedata.name(c, "UNKNOWN").replace("-", " ").split(" ")[0].capitalize() for c in text[:LOOK] if c.isalpha()
+    )
     return names.most_common(1)[0][0] if names else "none"
 
 
@@ -91,20 +101,38 @@ def report_usage(report: ReportBuilder, tokenizer: Any, usage: Usage) -> dict[st
     """Add tables of a tokenizer's use to a report; returns the figures."""
     whole, absent = usage.whole, unused(tokenizer, usage.used)
     figures = {
-        "bytes_per_token": round(whole.bytes_per_token, 4), "tokens_per_word": round(whole.fertility, 4), "unused": len(absent), "texts_not_given_back": whole.lost,
-    }  # fmt: skip
+        "bytes_per_token": round(whole.bytes_per_token, 4),
+        "tokens_per_word": round(whole.fertility, 4),
+        "unused": len(absent),
+        "texts_not_given_back": whole.lost,
+    }
     measured = {"texts": whole.texts, "bytes": whole.bytes, "tokens": whole.tokens}
-    report.data |= {**measured, **figures, "groups": {name: round(c.bytes_per_token, 4) for name, c in usage.groups.items()}}
+    report.data |= {
+        **measured,
+        **figures,
+        "groups": {name: round(c.bytes_per_token, 4) for name, c in usage.groups.items()},
+    }
     report.table("Figures", ("what", "value"), [*measured.items(), *figures.items()])
     groups = sorted(usage.groups.items(), key=lambda item: (-item[1].bytes, item[0]))
     report.table(
-        "By language or script", ("texts of", "texts", "bytes", "bytes per token", "tokens per word", "not given back"),
+        "By language or script",
+        ("texts of", "texts", "bytes", "bytes per token", "tokens per word", "not given back"),
         [(name, c.texts, c.bytes, c.bytes_per_token, c.fertility, c.lost) for name, c in groups[:SHOWN]],
-        note="Bytes per token are comparable between tokenizers, less between scripts: a letter takes one byte in some and three in others.",
-    )  # fmt: skip
+        note=(
+            "Bytes per token are comparable between tokenizers, less between scripts: a letter takes one byte in some"
+            " and three in others."
+        ),
+    )
     words, signs = longest(tokenizer, usage.used)
-    report.table("Longest tokens", ("token", "times"), words, note=f"With letters or digits; {signs:,} tokens have none.")
-    report.table("Tokens that these texts never use", ("id", "token"), [(id, repr(token_text(tokenizer, id))) for id in absent[:SHOWN]], note=f"{len(absent):,} in all.")
+    report.table(
+        "Longest tokens", ("token", "times"), words, note=f"With letters or digits; {signs:,} tokens have none."
+    )
+    report.table(
+        "Tokens that these texts never use",
+        ("id", "token"),
+        [(id, repr(token_text(tokenizer, id))) for id in absent[:SHOWN]],
+        note=f"{len(absent):,} in all.",
+    )
     return figures
 
 
@@ -116,9 +144,15 @@ def unused(tokenizer: Any, used: Counter[int]) -> list[int]:
 
 def longest(tokenizer: Any, used: Counter[int]) -> tuple[list[tuple[str, int]], int]:
     """((text, times used) of the longest tokens that have a letter or a digit, how many tokens have none)."""
-    texts = [(token_text(tokenizer, id), used[id]) for id in range(len(tokenizer)) if id not in tokenizer.added_tokens_decoder]
+    texts = [
+        (token_text(tokenizer, id), used[id])
+        for id in range(len(tokenizer))
+        if id not in tokenizer.added_tokens_decoder
+    ]
     words = [item for item in texts if any(c.isalnum() for c in item[0])]
-    return [(repr(text), times) for text, times in sorted(words, key=lambda item: (-len(item[0]), item[0]))[:SHOWN]], len(texts) - len(words)
+    return [
+        (repr(text), times) for text, times in sorted(words, key=lambda item: (-len(item[0]), item[0]))[:SHOWN]
+    ], len(texts) - len(words)
 
 
 def token_text(tokenizer: Any, id: int) -> str:

@@ -1,4 +1,5 @@
-"""Stage `tokenize.train`: a tokenizer of documents: byte-level BPE, Unigram or WordPiece, with its control tokens and chat template, and a report.
+"""Stage `tokenize.train`: a tokenizer of documents: byte-level BPE, Unigram or WordPiece, with its control tokens and
+chat template, and a report.
 
 The library learns the vocabulary (`bpe/trainers.py`); `bpe/reference.py` is the same to read.
 """
@@ -20,14 +21,20 @@ MEASURED = 5_000_000  # characters that the report looks at
 ROLES = {
     "bpe": {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"},
     "unigram": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
-    "wordpiece": {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "eos_token": "[SEP]"},
+    "wordpiece": {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+        "eos_token": "[SEP]",
+    },
 }
 
 
-
-
 def train(config: TrainConfig, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Tokenizer:
-    """Learn a tokenizer from documents; the report measures it on `held_out`, else on the beginning of the same documents.
+    """Learn a tokenizer from documents; the report measures it on `held_out`, else on the beginning of the same
+    documents.
 
     Errors: UserError for a vocabulary that control tokens and bytes fill; DataError for too little text.
     """
@@ -36,19 +43,27 @@ def train(config: TrainConfig, data: Dataset, ctx: Context, held_out: Dataset | 
     roles, control = control_tokens(config)
     floor = len(control) + (0 if config.algorithm == "wordpiece" else 256)
     if config.vocabulary <= floor:
-        raise UserError(f"config.vocabulary is {config.vocabulary:,}, of which {floor:,} are control tokens and bytes; ask for more")
+        raise UserError(
+            f"config.vocabulary is {config.vocabulary:,}, of which {floor:,} are control tokens and bytes; ask for more"
+        )
     documents, characters = count_characters(data)
     share = min(1.0, config.characters / max(1, characters))
     with ctx.progress.bar("read", documents, "documents") as bar:
         made = learn(config, control, lambda: _texts(data, share, bar))
     if made.get_vocab_size() < config.vocabulary:
-        raise DataError(f"{data.name}: {int(characters * share):,} characters give {made.get_vocab_size():,} tokens, config.vocabulary asks for {config.vocabulary:,}; give more text or ask for fewer")
+        raise DataError(
+            f"{data.name}: {int(characters * share):,} characters give {made.get_vocab_size():,} tokens,"
+            f" config.vocabulary asks for {config.vocabulary:,}; give more text or ask for fewer"
+        )
     tokenizer = as_transformers(made, roles, "" if config.template == "none" else named_template(config.template))
     tokenizer.save_pretrained(ctx.out)
     usage = measure(tokenizer, _measured(held_out or data))
     where = f"{held_out.name}, which it did not see" if held_out else f"{data.name}, from which it was learned"
     ctx.report.title = f"{config.vocabulary:,} tokens ({config.algorithm}) of {data.name}"
-    ctx.report.lead = f"A token holds {usage.whole.bytes_per_token:.2f} bytes of {where}; a word takes {usage.whole.fertility:.2f} tokens."
+    ctx.report.lead = (
+        f"A token holds {usage.whole.bytes_per_token:.2f} bytes of {where}; a word takes {usage.whole.fertility:.2f}"
+        " tokens."
+    )
     figures = {"vocabulary": config.vocabulary, **report_usage(ctx.report, tokenizer, usage)}
     ctx.report.data |= {"characters": int(characters * share), "control": control}
     ctx.progress.say(ctx.report.lead)

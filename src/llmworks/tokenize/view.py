@@ -12,14 +12,17 @@ SPECIAL_LEARNED, SPECIAL_READ = "\x1b[42;1;31m", "\x1b[100;1;33m"
 RESET = "\x1b[0m"
 ANSI_COLOURS = (44, 43, 46, 41, 45)  # tokens that take turns
 STYLE = (
-    "<style>.tk{color:#1b1f24;font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.tk span{border-radius:3px;padding:1px 0;border-right:1px solid #fff}"
-    ".tk .l{background:#bbf7d0}.tk .r{background:#e5e7eb}.tk .s{font-weight:600;color:#b91c1c}</style>"
+    "<style>.tk{color:#1b1f24;font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.tk"
+    " span{border-radius:3px;padding:1px 0;border-right:1px solid #fff}.tk .l{background:#bbf7d0}.tk"
+    " .r{background:#e5e7eb}.tk .s{font-weight:600;color:#b91c1c}</style>"
 )
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, bool]]:
     """(text, whether it is a special token) of each token; bytes of one character stand with its last token."""
-    special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = set(tokenizer.all_special_ids) | {
+        i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     out: list[tuple[str, bool]] = []
     held: list[int] = []
     for token in ids:
@@ -48,10 +51,20 @@ def as_ansi(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
 
 
 def without_colours(text: str) -> str:
-    """What was made for a terminal, for a file: learned stretches stand in «» instead, tokens in turning colours between bars."""
+    """What was made for a terminal, for a file: learned stretches stand in «» instead, tokens in turning colours
+    between bars.
+    """
     learned = rf"(?:{re.escape(LEARNED)}|{re.escape(SPECIAL_LEARNED)})"
-    marked = re.sub(rf"(?:{learned}[^\x1b]*{re.escape(RESET)}\n?)+", lambda m: f"«{m[0].rstrip()}»" + ("\n" if m[0].endswith("\n") else ""), text)
-    barred = re.sub(rf"\x1b\[(?:{'|'.join(map(str, ANSI_COLOURS))});30m([^\x1b]*){re.escape(RESET)}(?=(\x1b)?)", lambda m: m[1] + ("|" if m[2] else ""), marked)
+    marked = re.sub(
+        rf"(?:{learned}[^\x1b]*{re.escape(RESET)}\n?)+",
+        lambda m: f"«{m[0].rstrip()}»" + ("\n" if m[0].endswith("\n") else ""),
+        text,
+    )
+    barred = re.sub(
+        rf"\x1b\[(?:{'|'.join(map(str, ANSI_COLOURS))});30m([^\x1b]*){re.escape(RESET)}(?=(\x1b)?)",
+        lambda m: m[1] + ("|" if m[2] else ""),
+        marked,
+    )
     return re.sub(r"\x1b\[[\d;]*m", "", barred)
 
 
@@ -74,9 +87,12 @@ def as_html(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
 
 
 COLOURS = ("#bfdbfe", "#fde68a", "#bbf7d0", "#fecaca", "#ddd6fe")
-STRIPES = "<style>.st{color:#1b1f24;font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.st span{padding:1px 0;border-radius:2px}" + "".join(
-    f".st .c{i}{{background:{colour}}}" for i, colour in enumerate(COLOURS)
-) + "</style>"  # fmt: skip
+STRIPES = (
+    "<style>.st{color:#1b1f24;font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word}.st"
+    " span{padding:1px 0;border-radius:2px}"
+    + "".join(f".st .c{i}{{background:{colour}}}" for i, colour in enumerate(COLOURS))
+    + "</style>"
+)
 
 
 def escaped(text: str) -> str:
@@ -85,16 +101,25 @@ def escaped(text: str) -> str:
 
 
 def striped_html(tokenizer: Any, ids: Sequence[int]) -> str:
-    """For a page that has `STRIPES`: tokens in colours that take turns, their ids as tooltips. What bytes share a character stands as one."""
+    """For a page that has `STRIPES`: tokens in colours that take turns, their ids as tooltips.
+
+    What bytes share a character stands as one.
+    """
     spans = ""
     for number, (token, (piece, _)) in enumerate(zip(ids, pieces(tokenizer, ids), strict=True)):
-        spans += f'<span class="c{number % len(COLOURS)}" title="{token}">{html.escape(piece).replace(chr(10), "⏎" + chr(10)) or "·"}</span>'
+        spans += (
+            f'<span class="c{number % len(COLOURS)}"'
+            f' title="{token}">{html.escape(piece).replace(chr(10), "⏎" + chr(10)) or "·"}</span>'
+        )
     return f'<div class="st">{spans}</div>'
 
 
 def striped_ansi(tokenizer: Any, ids: Sequence[int]) -> str:
     """The same for the terminal, on one line."""
-    shown = ((piece.replace("\n", "⏎") or "·", ANSI_COLOURS[i % len(ANSI_COLOURS)]) for i, (piece, _) in enumerate(pieces(tokenizer, ids)))
+    shown = (
+        (piece.replace("\n", "⏎") or "·", ANSI_COLOURS[i % len(ANSI_COLOURS)])
+        for i, (piece, _) in enumerate(pieces(tokenizer, ids))
+    )
     return "".join(f"\x1b[{colour};30m{piece}{RESET}" for piece, colour in shown)
 
 

@@ -1,4 +1,5 @@
-"""Stage `train.compare`: trainings side by side by what they left in their metrics: bits per byte at equal tokens and at equal time.
+"""Stage `train.compare`: trainings side by side by what they left in their metrics: bits per byte at equal tokens and
+at equal time.
 
 Reads models that `train.pretrain` and `train.ngram` made; runs none of them.
 """
@@ -41,7 +42,8 @@ class Run:
 def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Report:
     """A table and curves. Models must have been measured on the same held-out tokens.
 
-    Errors: UserError for less than two models, or a first one that is not among them; DataError for a model without held-out figures, or measured on others.
+    Errors: UserError for less than two models, or a first one that is not among them; DataError for a model without
+    held-out figures, or measured on others.
     """
     if len(models) < 2:
         raise UserError("compare needs two models or more; name each: --models NAME=REF")
@@ -49,31 +51,98 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
     if first not in models:
         raise UserError(f"config.first is {first!r}; the models are {', '.join(models)}")
     runs = {name: read(name, model) for name, model in models.items()}
-    seen = {name: tuple(p.digest for p in model.manifest.parents if p.role == "held_out") if model.manifest else () for name, model in models.items()}
+    seen = {
+        name: tuple(p.digest for p in model.manifest.parents if p.role == "held_out") if model.manifest else ()
+        for name, model in models.items()
+    }
     other = next((name for name in models if seen[name] != seen[first]), None)
     if other is not None:
-        raise DataError(f"{other} and {first} were not measured on the same held-out tokens, so their figures cannot be compared")
+        raise DataError(
+            f"{other} and {first} were not measured on the same held-out tokens, so their figures cannot be compared"
+        )
     trained = {name: run for name, run in runs.items() if len(run.by_tokens) > 1}
-    tokens, seconds = (min((points[-1][0] for points in (getattr(run, kind) for run in trained.values())), default=0.0) for kind in ("by_tokens", "by_seconds"))
+    tokens, seconds = (
+        min((points[-1][0] for points in (getattr(run, kind) for run in trained.values())), default=0.0)
+        for kind in ("by_tokens", "by_seconds")
+    )
     rows = []
     for name, run in runs.items():
         equal = (at(run.by_tokens, tokens), at(run.by_seconds, seconds)) if name in trained else (None, None)
-        rows.append((name, run.parameters or None, run.tokens, run.by_seconds[-1][0] if name in trained else None, *equal, run.bits_per_byte, run.perplexity))
+        rows.append(
+            (
+                name,
+                run.parameters or None,
+                run.tokens,
+                run.by_seconds[-1][0] if name in trained else None,
+                *equal,
+                run.bits_per_byte,
+                run.perplexity,
+            )
+        )
     report = ctx.report
     report.title = f"{len(runs)} trainings side by side"
     best = min(runs, key=lambda name: runs[name].bits_per_byte)
     report.lead = f"At the end {best} is best: {runs[best].bits_per_byte:.4f} bits per byte." + crossing(first, trained)
-    report.table("Figures", ("model", "parameters", "tokens", "seconds", f"bits per byte at {tokens:,.0f} tokens", f"at {seconds:,.0f} s", "at the end, all held-out tokens", "perplexity"), rows, note="Curves, and the figures at equal tokens and time, are of the part of the held-out tokens that is looked at on the way; between two looks the value is taken on a line.")
-    for heading, kind, x in (("Bits per byte by tokens", "by_tokens", "tokens"), ("Bits per byte by time", "by_seconds", "seconds of training")):
+    report.table(
+        "Figures",
+        (
+            "model",
+            "parameters",
+            "tokens",
+            "seconds",
+            f"bits per byte at {tokens:,.0f} tokens",
+            f"at {seconds:,.0f} s",
+            "at the end, all held-out tokens",
+            "perplexity",
+        ),
+        rows,
+        note=(
+            "Curves, and the figures at equal tokens and time, are of the part of the held-out tokens that is looked at"
+            " on the way; between two looks the value is taken on a line."
+        ),
+    )
+    for heading, kind, x in (
+        ("Bits per byte by tokens", "by_tokens", "tokens"),
+        ("Bits per byte by time", "by_seconds", "seconds of training"),
+    ):
         series = {name: getattr(run, kind) for name, run in trained.items()}
         if series:
             last = max(points[-1][0] for points in series.values())
-            flat = {name: [(0.0, run.bits_per_byte), (last, run.bits_per_byte)] for name, run in runs.items() if name not in trained}
-            report.curves(heading, {**series, **flat}, x=x, y="bits", note="Flat lines, of models that are counted, are of all held-out tokens; the others of the part that is looked at on the way." if flat else "")
-    report.data = {"models": {name: {"bits_per_byte": run.bits_per_byte, "parameters": run.parameters, "tokens": run.tokens} for name, run in runs.items()}, "equal_tokens": tokens, "equal_seconds": seconds}
+            flat = {
+                name: [(0.0, run.bits_per_byte), (last, run.bits_per_byte)]
+                for name, run in runs.items()
+                if name not in trained
+            }
+            report.curves(
+                heading,
+                {**series, **flat},
+                x=x,
+                y="bits",
+                note=(
+                    "Flat lines, of models that are counted, are of all held-out tokens; the others of the part that is"
+                    " looked at on the way."
+                    if flat
+                    else ""
+                ),
+            )
+    report.data = {
+        "models": {
+            name: {"bits_per_byte": run.bits_per_byte, "parameters": run.parameters, "tokens": run.tokens}
+            for name, run in runs.items()
+        },
+        "equal_tokens": tokens,
+        "equal_seconds": seconds,
+    }
     others = [run.bits_per_byte for name, run in runs.items() if name != first]
     ctx.progress.say(report.lead)
-    return Report(ctx.out, metrics={"bits_per_byte": runs[first].bits_per_byte, "best_other": min(others), "ahead": round(min(others) - runs[first].bits_per_byte, 5)})
+    return Report(
+        ctx.out,
+        metrics={
+            "bits_per_byte": runs[first].bits_per_byte,
+            "best_other": min(others),
+            "ahead": round(min(others) - runs[first].bits_per_byte, 5),
+        },
+    )
 
 
 def read(name: str, model: Model) -> Run:
@@ -87,8 +156,13 @@ def read(name: str, model: Model) -> Run:
     tokens, seconds = (list(accumulate(row[key] for row in steps)) for key in ("tokens", "seconds"))
     looks = [(place[row["step"]], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
     return Run(
-        [(tokens[i], bits) for i, bits in looks], [(seconds[i], bits) for i, bits in looks], int(model.metrics.get("parameters", 0)), int(model.metrics.get("tokens", 0)), float(model.metrics["bits_per_byte"]), float(model.metrics["perplexity"]),
-    )  # fmt: skip
+        [(tokens[i], bits) for i, bits in looks],
+        [(seconds[i], bits) for i, bits in looks],
+        int(model.metrics.get("parameters", 0)),
+        int(model.metrics.get("tokens", 0)),
+        float(model.metrics["bits_per_byte"]),
+        float(model.metrics["perplexity"]),
+    )
 
 
 def at(points: Points, x: float) -> float | None:
@@ -110,8 +184,17 @@ def crossing(first: str, trained: dict[str, Run]) -> str:
     own = trained[first].by_seconds
     since: float | None = None
     for x, y in own:
-        best = min((value for run in others.values() if (value := at(run.by_seconds, x) if x <= run.by_seconds[-1][0] else run.by_seconds[-1][1]) is not None), default=float("inf"))
+        best = min(
+            (
+                value
+                for run in others.values()
+                if (value := at(run.by_seconds, x) if x <= run.by_seconds[-1][0] else run.by_seconds[-1][1]) is not None
+            ),
+            default=float("inf"),
+        )
         since = None if y > best else x if since is None else since
     if since is None:
         return f" At equal time {first} is never the best of those that were trained."
-    return f" At equal time {first} is the best of those that were trained" + (" from the first look on." if since == own[0][0] else f" from {since:,.0f} s on.")
+    return f" At equal time {first} is the best of those that were trained" + (
+        " from the first look on." if since == own[0][0] else f" from {since:,.0f} s on."
+    )

@@ -1,4 +1,5 @@
-"""Stage `train.distill`: a student learns from a teacher: from its chances of every token where both have one vocabulary, else from what it writes.
+"""Stage `train.distill`: a student learns from a teacher: from its chances of every token where both have one
+vocabulary, else from what it writes.
 
 Everything else is `train.sft`'s: what of the student is trained, batches, looks, reports.
 """
@@ -26,9 +27,28 @@ if TYPE_CHECKING:
 class DistillConfig(SftConfig):
     """A fine-tuning whose answers, or whose chances of them, are a teacher's."""
 
-    source: Literal["auto", "logits", "text"] = Field("auto", description="what is learned: the teacher's chances of every token of the data's answers (logits), or answers that it writes (text); auto: logits where both have one vocabulary and the teacher is a directory")
-    direction: Literal["forward", "reverse", "between"] = Field("forward", description="logits: KL(teacher || student), which covers all that the teacher may say; the reverse, which keeps to what it says most; or the Jensen-Shannon divergence between them")
-    temperature: float = Field(1.0, gt=0, description="logits: both are divided by it, so that small chances count for more above 1; the loss is multiplied by its square")
+    source: Literal["auto", "logits", "text"] = Field(
+        "auto",
+        description=(
+            "what is learned: the teacher's chances of every token of the data's answers (logits), or answers that it"
+            " writes (text); auto: logits where both have one vocabulary and the teacher is a directory"
+        ),
+    )
+    direction: Literal["forward", "reverse", "between"] = Field(
+        "forward",
+        description=(
+            "logits: KL(teacher || student), which covers all that the teacher may say; the reverse, which keeps to"
+            " what it says most; or the Jensen-Shannon divergence between them"
+        ),
+    )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description=(
+            "logits: both are divided by it, so that small chances count for more above 1; the loss is multiplied by"
+            " its square"
+        ),
+    )
     mix: float = Field(0.0, ge=0, lt=1, description="logits: share of the data's own answers in the loss")
     answer_tokens: int = Field(512, gt=0, description="text: longest answer of the teacher")
     answer_temperature: float = Field(0.0, ge=0, description="text: 0: the most probable answer")
@@ -36,42 +56,75 @@ class DistillConfig(SftConfig):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if self.source == "text" and (self.mix or self.direction != "forward" or self.temperature != 1.0):
-            raise ValueError("mix, direction and temperature are of logits; with source text the teacher's answers are learned as they are")
+            raise ValueError(
+                "mix, direction and temperature are of logits; with source text the teacher's answers are learned as"
+                " they are"
+            )
         if self.method in ("prompt", "prefix"):
             raise ValueError("a soft prompt is not distilled; take method lora or full")
         return self
 
 
-def distill(config: DistillConfig, teacher: Model | Adapter, student: Model, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Adapter | Model:
-    """Train the student on the rows of `data`: with the teacher's chances of their answers, or with answers that the teacher writes to their questions.
+def distill(
+    config: DistillConfig,
+    teacher: Model | Adapter,
+    student: Model,
+    data: Dataset,
+    ctx: Context,
+    held_out: Dataset | None = None,
+) -> Adapter | Model:
+    """Train the student on the rows of `data`: with the teacher's chances of their answers, or with answers that the
+    teacher writes to their questions.
 
-    Errors: as train.sft; UserError where logits are wanted of a teacher that cannot give them, or of another vocabulary.
+    Errors: as train.sft; UserError where logits are wanted of a teacher that cannot give them, or of another
+    vocabulary.
     """
     from llmworks.train.distributed import world
 
     why = cannot_give_logits(teacher, student)
-    of_logits = [name for name, value in (("temperature", 1.0), ("mix", 0.0), ("direction", "forward")) if getattr(config, name) != value]
+    of_logits = [
+        name
+        for name, value in (("temperature", 1.0), ("mix", 0.0), ("direction", "forward"))
+        if getattr(config, name) != value
+    ]
     if why and (config.source == "logits" or of_logits):
-        raise UserError(f"config.{'source is logits' if config.source == 'logits' else f'{of_logits[0]} is of logits'}, but {why}; set source to text{'' if config.source == 'logits' else ' and leave it out'}, or give such a teacher")
+        raise UserError(
+            f"config.{'source is logits' if config.source == 'logits' else f'{of_logits[0]} is of logits'}, but {why};"
+            f" set source to text{'' if config.source == 'logits' else ' and leave it out'}, or give such a teacher"
+        )
     if config.source == "text" or why:
         if world.processes() > 1:
             raise UserError("a teacher's answers are written by one process; start one")
-        ctx.progress.say(f"{teacher.name} writes the answers" + (f", since {why}" if why and config.source == "auto" else ""))
+        ctx.progress.say(
+            f"{teacher.name} writes the answers" + (f", since {why}" if why and config.source == "auto" else "")
+        )
         made = sft(config, student, written(config, teacher, data, ctx), ctx, held_out)
         ctx.report.lead = f"{teacher.name} wrote the answers{f', since {why}' if why else ''}. {ctx.report.lead}"
         return made
     with world.opened(config.parallel) as here:
         if here.size > 1:
             raise UserError("a training with a teacher's logits runs in one process; set source to text, or start one")
-        made = tune(config, student, data, ctx, held_out, here, lambda tuned, material: _loss(config, teacher, tuned, material, ctx))
-        ctx.report.lead = f"{teacher.name} taught by its chances of every token: the loss is what they differ by. {ctx.report.lead}"
+        made = tune(
+            config,
+            student,
+            data,
+            ctx,
+            held_out,
+            here,
+            lambda tuned, material: _loss(config, teacher, tuned, material, ctx),
+        )
+        ctx.report.lead = (
+            f"{teacher.name} taught by its chances of every token: the loss is what they differ by. {ctx.report.lead}"
+        )
         return made
 
 
 def cannot_give_logits(teacher: Model | Adapter, student: Model) -> str:
     """Why a teacher cannot teach by its chances; empty where it can."""
     if isinstance(teacher, Adapter) or teacher.format != "hf":
-        return f"{teacher.name} is {'an adapter, which is to be merged first' if isinstance(teacher, Adapter) else 'no Hugging Face directory'}"
+        adapter = isinstance(teacher, Adapter)
+        wrong = "an adapter, which is to be merged first" if adapter else "no Hugging Face directory"
+        return f"{teacher.name} is {wrong}"
     from llmworks.tokenize.load import load_tokenizer
 
     one, other = (load_tokenizer(m.path).get_vocab() for m in (teacher, student))
@@ -88,37 +141,78 @@ def _loss(config: DistillConfig, teacher: Model | Adapter, tuned: Tuned, materia
 
     guide = open_tuned(teacher.path)
     if guide.free != tuned.free:
-        raise ModelError(f"{teacher.name} and the student are of architectures that read batches in two ways; set source to text")
+        raise ModelError(
+            f"{teacher.name} and the student are of architectures that read batches in two ways; set source to text"
+        )
     for model in (guide.network, tuned.network):
         if whole_logits(model):
-            raise ModelError("a model whose logits are shaped after its head (soft caps, scales) teaches by its text only; set source to text")
+            raise ModelError(
+                "a model whose logits are shaped after its head (soft caps, scales) teaches by its text only; set"
+                " source to text"
+            )
     if guide.network.config.vocab_size != tuned.network.config.vocab_size:
-        raise ModelError(f"the teacher has {guide.network.config.vocab_size:,} rows of logits, the student {tuned.network.config.vocab_size:,}; set source to text")
+        raise ModelError(
+            f"the teacher has {guide.network.config.vocab_size:,} rows of logits, the student"
+            f" {tuned.network.config.vocab_size:,}; set source to text"
+        )
     ctx.progress.say(f"{teacher.name} teaches by its chances of {sum(e.labels for e in material.examples):,} tokens")
     guide.network.to(next(tuned.network.parameters()).device)
-    return taught(guide.network.requires_grad_(False).eval(), beta=DIRECTIONS.get(config.direction, 0.5), temperature=config.temperature, mix=config.mix)
+    return taught(
+        guide.network.requires_grad_(False).eval(),
+        beta=DIRECTIONS.get(config.direction, 0.5),
+        temperature=config.temperature,
+        mix=config.mix,
+    )
 
 
 def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
-    """The conversations of `data` with the teacher's answer at their end; those that it does not finish, or leaves empty, are left out. DataError when none is left."""
-    rows = [row for row in training_rows(data) if "messages" in row and row["messages"][-1]["role"] == "assistant" and len(row["messages"]) > 1]
+    """The conversations of `data` with the teacher's answer at their end; those that it does not finish, or leaves
+    empty, are left out.
+
+    DataError when none is left.
+    """
+    rows = [
+        row
+        for row in training_rows(data)
+        if "messages" in row and row["messages"][-1]["role"] == "assistant" and len(row["messages"]) > 1
+    ]
     if not rows:
         raise DataError(f"{data.name}: has no conversations that a teacher could answer")
-    sampling = Sampling(max_tokens=config.answer_tokens, temperature=config.answer_temperature, seed=ctx.seed if config.answer_temperature else None)
+    sampling = Sampling(
+        max_tokens=config.answer_tokens,
+        temperature=config.answer_temperature,
+        seed=ctx.seed if config.answer_temperature else None,
+    )
     requests = {str(row["id"]): Request(flat_messages(row)[:-1], sampling=sampling) for row in rows}
-    with Journal(ctx.scratch / "answers.jsonl", lambda: ctx.open_engine(teacher)) as journal, ctx.progress.bar("the teacher answers", len(requests), "answers") as bar:
+    with (
+        Journal(ctx.scratch / "answers.jsonl", lambda: ctx.open_engine(teacher)) as journal,
+        ctx.progress.bar("the teacher answers", len(requests), "answers") as bar,
+    ):
         replies = journal.ask(requests, bar)
     made: list[Row] = []
     lost: list[tuple[str, str]] = []
     for row in rows:
         reply = replies[str(row["id"])]
         if isinstance(reply, Record) and reply.finish == "stop" and reply.text.strip():
-            made.append({**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": reply.text.strip()}]})
+            made.append(
+                {**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": reply.text.strip()}]}
+            )
         else:
-            why = "failed" if not isinstance(reply, Record) else "is empty" if not reply.text.strip() else f"is not finished within {config.answer_tokens} tokens"
+            why = (
+                "failed"
+                if not isinstance(reply, Record)
+                else "is empty"
+                if not reply.text.strip()
+                else f"is not finished within {config.answer_tokens} tokens"
+            )
             lost.append((str(row["id"]), f"the teacher's answer {why}"))
     ctx.progress.say(f"{len(made)} of {len(rows)} answers are whole and not empty")
     if not made:
-        raise DataError(f"{teacher.name} finished none of {len(rows)} answers within {config.answer_tokens} tokens; set answer_tokens higher")
+        raise DataError(
+            f"{teacher.name} finished none of {len(rows)} answers within {config.answer_tokens} tokens; set"
+            " answer_tokens higher"
+        )
     write_chat(ctx.scratch / "written", made)
-    return Dataset(ctx.scratch / "written", name=f"{data.name} by {teacher.name}", about={"schema": "chat", "lost": lost})
+    return Dataset(
+        ctx.scratch / "written", name=f"{data.name} by {teacher.name}", about={"schema": "chat", "lost": lost}
+    )

@@ -1,4 +1,5 @@
-"""Stage `train.ngram`: an n-gram model of packed tokens, counted, not trained: what a model that learns has to be better than.
+"""Stage `train.ngram`: an n-gram model of packed tokens, counted, not trained: what a model that learns has to be
+better than.
 
 Interpolated Kneser-Ney (`model/ngram/kneser_ney.py`). It answers and is measured as every other model.
 """
@@ -20,7 +21,12 @@ class NgramConfig(Config):
     """How far it looks back, and what is taken from counts."""
 
     order: int = Field(5, ge=1, le=8, description="tokens of the longest n-gram: it looks back one less")
-    discount: float = Field(0.0, ge=0, lt=1, description="taken from every count; 0: three discounts for each order, estimated (modified Kneser-Ney)")
+    discount: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="taken from every count; 0: three discounts for each order, estimated (modified Kneser-Ney)",
+    )
     rows: int = Field(0, ge=0, description="rows of held-out tokens that are measured; 0: all")
 
     @model_validator(mode="after")
@@ -30,8 +36,16 @@ class NgramConfig(Config):
         return self
 
 
-def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Model:
-    """Count the n-grams of all pieces of packed rows; each piece is a text of its own. Holds about 60 bytes for each token of the data in memory.
+def ngram(
+    config: NgramConfig,
+    tokenizer: Model | Tokenizer | Adapter,
+    data: Dataset,
+    ctx: Context,
+    held_out: Dataset | None = None,
+) -> Model:
+    """Count the n-grams of all pieces of packed rows; each piece is a text of its own.
+
+    Holds about 60 bytes for each token of the data in memory.
 
     Errors: DataError for data that are not packed tokens; ModelError for tokens of another tokenizer.
     """
@@ -55,7 +69,10 @@ def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dat
     if not len(tokens):
         raise DataError(f"{data.name}: has no tokens")
     if int(tokens.max()) >= vocabulary:
-        raise ModelError(f"{data.name}: has token {int(tokens.max()):,}, {tokenizer.name} has {vocabulary:,}; give the tokenizer that the data was packed with")
+        raise ModelError(
+            f"{data.name}: has token {int(tokens.max()):,}, {tokenizer.name} has {vocabulary:,}; give the tokenizer"
+            " that the data was packed with"
+        )
     ends = np.cumsum([0, *(len(shard["tokens"]) for shard in packed.shards)])
     begins = np.concatenate([shard["pieces"][:-1] + end for shard, end in zip(packed.shards, ends, strict=False)])
     with ctx.progress.bar("count", 1, "passes") as bar:
@@ -64,7 +81,11 @@ def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dat
     discounts, fallen = estimated(orders)
     if config.discount:
         discounts, fallen = [(config.discount,) * 3] * config.order, []
-    ids = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id") if getattr(loaded, name) is not None}
+    ids = {
+        name: getattr(loaded, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if getattr(loaded, name) is not None
+    }
     model = NgramForCausalLM.of(orders, discounts, **ids)
     quiet_transformers()
     model.save_pretrained(ctx.out)
@@ -78,11 +99,33 @@ def ngram(config: NgramConfig, tokenizer: Model | Tokenizer | Adapter, data: Dat
         found = measure(model, Packed(held_out), loaded, rows=config.rows)
         if not found.tokens:
             raise DataError(f"{held_out.name}: has no token that is learned")
-        metrics |= {"perplexity": round(found.perplexity, 4), "bits_per_byte": round(found.bits_per_byte, 5), "nats_per_token": round(found.per_token, 5)}
-        report.lead += f" On {held_out.name} its perplexity is {found.perplexity:,.1f}: {found.bits_per_byte:.3f} bits per byte."
-    report.table("n-grams", ("length", "different ones", "that stand once", "taken from 1", "from 2", "from more"), [(n, len(o.keys), int((o.counts == 1).sum()), *d) for n, (o, d) in enumerate(zip(orders, discounts, strict=True), 1)])
+        metrics |= {
+            "perplexity": round(found.perplexity, 4),
+            "bits_per_byte": round(found.bits_per_byte, 5),
+            "nats_per_token": round(found.per_token, 5),
+        }
+        report.lead += (
+            f" On {held_out.name} its perplexity is {found.perplexity:,.1f}: {found.bits_per_byte:.3f} bits per byte."
+        )
+    report.table(
+        "n-grams",
+        ("length", "different ones", "that stand once", "taken from 1", "from 2", "from more"),
+        [
+            (n, len(o.keys), int((o.counts == 1).sum()), *d)
+            for n, (o, d) in enumerate(zip(orders, discounts, strict=True), 1)
+        ],
+    )
     if fallen:
-        report.text("Discounts", f"The text is too small to estimate those of length {', '.join(map(str, fallen))}; 0.5, 1 and 1.5 were taken.")
+        report.text(
+            "Discounts",
+            f"The text is too small to estimate those of length {', '.join(map(str, fallen))}; 0.5, 1 and 1.5 were"
+            " taken.",
+        )
     report.data |= {**metrics, "order": config.order}
     ctx.progress.say(report.lead)
-    return Model(ctx.out, golden=record(ctx.out), metrics=metrics, about={"format": "hf", "dtype": "float32", "architecture": "ngram"})
+    return Model(
+        ctx.out,
+        golden=record(ctx.out),
+        metrics=metrics,
+        about={"format": "hf", "dtype": "float32", "architecture": "ngram"},
+    )

@@ -1,6 +1,7 @@
 """Stage `train.pretrain`: train a model on packed tokens, from nothing or on from where it is: every token is learned.
 
-Ends with bits per byte on tokens that it did not see, curves, and what it writes before and after. What was killed goes on from its checkpoint.
+Ends with bits per byte on tokens that it did not see, curves, and what it writes before and after. What was killed goes
+on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -25,9 +26,15 @@ if TYPE_CHECKING:
 class PretrainOptimizer(OptimizerConfig):
     """The optimizer's fields, with what is usual from nothing."""
 
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment; lion: of the momentum, 0.99 is usual")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; vectors, as gains and biases, have none")
-    warmup: float = Field(0.02, ge=0, lt=1, description="fraction of all steps over which the learning rate rises from zero")
+    beta2: float = Field(
+        0.95, ge=0, lt=1, description="decay of the second moment; lion: of the momentum, 0.99 is usual"
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled weight decay of matrices; vectors, as gains and biases, have none"
+    )
+    warmup: float = Field(
+        0.02, ge=0, lt=1, description="fraction of all steps over which the learning rate rises from zero"
+    )
 
 
 class PretrainConfig(Config):
@@ -36,16 +43,49 @@ class PretrainConfig(Config):
     epochs: float = Field(1.0, gt=0, le=100_000, description="passes over the data; may be a fraction")
     tokens: int = Field(0, ge=0, description="tokens to read, in place of epochs; 0: by epochs")
     batch: int = Field(8, gt=0, description="rows that are computed at once")
-    accumulation: int = Field(1, gt=0, description="parts of a step; its loss is the mean over all their labels, as in one large batch")
+    accumulation: int = Field(
+        1, gt=0, description="parts of a step; its loss is the mean over all their labels, as in one large batch"
+    )
     optimizer: PretrainOptimizer = Field(PretrainOptimizer(), description="optimizer and learning rate")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of products, under autocast; weights stay fp32. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU, where the others are many times slower")
-    recompute: bool = Field(False, description="keep no activations of blocks, compute them again backward: less memory, a third more time")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description=(
+            "of products, under autocast; weights stay fp32. auto: bf16 on a GPU that has it, fp16 on an older one,"
+            " fp32 on a CPU, where the others are many times slower"
+        ),
+    )
+    recompute: bool = Field(
+        False, description="keep no activations of blocks, compute them again backward: less memory, a third more time"
+    )
     compile: bool = Field(False, description="torch.compile: the first step takes a minute or more")
-    parallel: Parallel = Field(Parallel(), description="what processes share, where several are started (--nproc, torchrun); a step is the same whatever their number")
-    average: float = Field(0.0, ge=0, lt=1, description="decay of a running mean of the weights, which is what is saved, less in the first steps, (1 + step) / (10 + step); 0: the last weights are")
-    spike: float = Field(3.0, ge=0, description="stop at a loss so many nats above the median of the last 50 steps, or before there are 20, thrice so many above the first; 0: never")
+    parallel: Parallel = Field(
+        Parallel(),
+        description=(
+            "what processes share, where several are started (--nproc, torchrun); a step is the same whatever their"
+            " number"
+        ),
+    )
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "decay of a running mean of the weights, which is what is saved, less in the first steps, (1 + step) / (10"
+            " + step); 0: the last weights are"
+        ),
+    )
+    spike: float = Field(
+        3.0,
+        ge=0,
+        description=(
+            "stop at a loss so many nats above the median of the last 50 steps, or before there are 20, thrice so many"
+            " above the first; 0: never"
+        ),
+    )
     look_every: int = Field(100, gt=0, description="steps between two looks at held-out tokens, with samples")
-    look_rows: int = Field(64, gt=0, description="rows of held-out tokens at each look; at the end all of them are measured, too")
+    look_rows: int = Field(
+        64, gt=0, description="rows of held-out tokens at each look; at the end all of them are measured, too"
+    )
     prompts: list[str] = Field(["The", "In the", "def "], description="beginnings of the samples")
     sample_tokens: int = Field(40, ge=0, description="tokens of a sample; 0: no samples")
     checkpoint_every: int = Field(100, gt=0, description="steps between two checkpoints")
@@ -58,10 +98,13 @@ class PretrainConfig(Config):
         return self
 
 
-def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Model:
+def pretrain(
+    config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None = None
+) -> Model:
     """Train all weights of the model on the rows of `data`, whose tokens must be its tokenizer's.
 
-    Errors: DataError for data that are no packed tokens, of another tokenizer, or fewer than a step; ModelError for rows that are longer than the model reads;
+    Errors: DataError for data that are no packed tokens, of another tokenizer, or fewer than a step; ModelError for
+    rows that are longer than the model reads;
     TrainingError when the loss is no number or jumps.
     """
     from llmworks.train.distributed import world
@@ -72,10 +115,14 @@ def pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, 
         except RuntimeError as error:
             if "allocate memory" not in str(error) and "out of memory" not in str(error):
                 raise
-            raise TrainingError("there is too little memory for a step; make batch smaller and accumulation larger, or set recompute") from error
+            raise TrainingError(
+                "there is too little memory for a step; make batch smaller and accumulation larger, or set recompute"
+            ) from error
 
 
-def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None, world: World) -> Model:
+def _pretrain(
+    config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None, world: World
+) -> Model:
     """`pretrain` in one of the processes; the first looks, draws and saves."""
     import torch
 
@@ -91,8 +138,14 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
     from llmworks.train.loop.report import draw, picture
     from llmworks.train.loop.samples import continued
 
-    if config.compile and world.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise MissingDependency("compile: there is no C++ compiler here; install one, such as g++, or leave compile out")
+    if (
+        config.compile
+        and world.device.type == "cpu"
+        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    ):
+        raise MissingDependency(
+            "compile: there is no C++ compiler here; install one, such as g++, or leave compile out"
+        )
     tokenizer = tokenizer_of(model)
     torch.manual_seed(ctx.seed)
     network = open_trainable(model.path)
@@ -110,12 +163,32 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
     share = share_of(config.batch * config.accumulation, world.count("data"), config.batch)
     own = config.batch * config.accumulation // world.count("data")
     if config.parallel.pipeline > 1 and own % share:
-        raise UserError(f"a step has {own} rows in each process, which are no parts of {share}; with parallel.pipeline the parts must be alike: make batch divide it")
-    steps = PackedSteps(packed, steps_of(config, packed, data, length), rows=share, parts=config.batch * config.accumulation // share, length=length, seed=ctx.seed, device=world.device, share=(world.at("data"), world.count("data")))
+        raise UserError(
+            f"a step has {own} rows in each process, which are no parts of {share}; with parallel.pipeline the parts"
+            " must be alike: make batch divide it"
+        )
+    steps = PackedSteps(
+        packed,
+        steps_of(config, packed, data, length),
+        rows=share,
+        parts=config.batch * config.accumulation // share,
+        length=length,
+        seed=ctx.seed,
+        device=world.device,
+        share=(world.at("data"), world.count("data")),
+    )
     parameters = sum(p.numel() for p in network.parameters())
-    whole = network if parallel_whole(config.parallel, world.size) else open_trainable(model.path).to(world.device) if world.first else None
+    whole = (
+        network
+        if parallel_whole(config.parallel, world.size)
+        else open_trainable(model.path).to(world.device)
+        if world.first
+        else None
+    )
     precision = resolved(config.precision, world.device, spread=config.parallel != Parallel())
-    placed = (Pipelined if config.parallel.pipeline > 1 else place)(network, config.parallel, world, precision=precision, compiled=config.compile)
+    placed = (Pipelined if config.parallel.pipeline > 1 else place)(
+        network, config.parallel, world, precision=precision, compiled=config.compile
+    )
     begun = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed) if world.first else []
     kept: dict[int, list[str]] = {}
 
@@ -129,12 +202,21 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
         if unseen is None:
             return {}
         found = measure(whole, unseen, tokenizer, rows=config.look_rows, batch=config.batch)
-        ctx.progress.say(f"step {step + 1}: held out {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}")
+        ctx.progress.say(
+            f"step {step + 1}: held out {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}"
+        )
         return {"held_out": found.per_token, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
 
-    habits = Habits(config.checkpoint_every, config.keep, precision, config.average, config.spike, look, config.look_every)
-    ctx.progress.say(f"{parameters:,} parameters, {len(steps):,} steps of {config.batch * config.accumulation} rows" + (f", {world.size} processes" if world.size > 1 else ""))
-    metrics: dict[str, Any] = dict(train(placed, steps, packed_loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress))
+    habits = Habits(
+        config.checkpoint_every, config.keep, precision, config.average, config.spike, look, config.look_every
+    )
+    ctx.progress.say(
+        f"{parameters:,} parameters, {len(steps):,} steps of {config.batch * config.accumulation} rows"
+        + (f", {world.size} processes" if world.size > 1 else "")
+    )
+    metrics: dict[str, Any] = dict(
+        train(placed, steps, packed_loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress)
+    )
     placed.gather(whole)
     if not world.first or whole is None:
         return Model(ctx.out)
@@ -149,11 +231,25 @@ def _pretrain(config: PretrainConfig, model: Model, data: Dataset, ctx: Context,
         found = measure(whole, unseen, tokenizer, batch=config.batch)
         metrics |= {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 5)}
     ended = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
-    warnings = draw(ctx.report, f"{model.name} on {data.name}", rows, metrics, config.prompts, begun, ended, network.config.vocab_size)
+    warnings = draw(
+        ctx.report,
+        f"{model.name} on {data.name}",
+        rows,
+        metrics,
+        config.prompts,
+        begun,
+        ended,
+        network.config.vocab_size,
+    )
     for warning in warnings:
         ctx.progress.say(f"warning: {warning}")
     metrics["warnings"] = len(warnings)
-    return Model(ctx.out, golden=record(ctx.out), metrics=metrics, about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))})
+    return Model(
+        ctx.out,
+        golden=record(ctx.out),
+        metrics=metrics,
+        about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))},
+    )
 
 
 def parallel_whole(parallel: Parallel, processes: int) -> bool:
@@ -168,11 +264,17 @@ def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any
     same_tokenizer(data, tokenizer, model.name)
     largest = max(int(shard["tokens"].max()) for shard in packed.shards)
     if largest >= network.config.vocab_size:
-        raise DataError(f"{data.name}: has token {largest:,}, {model.name} has {network.config.vocab_size:,}; pack it with the model's tokenizer")
+        raise DataError(
+            f"{data.name}: has token {largest:,}, {model.name} has {network.config.vocab_size:,}; pack it with the"
+            " model's tokenizer"
+        )
     length = max(int((shard["rows"][1:] - shard["rows"][:-1]).max()) for shard in packed.shards)
     reads = getattr(network.config, "max_position_embeddings", length)
     if length > reads:
-        raise ModelError(f"{data.name}: has rows of {length:,} tokens, {model.name} reads {reads:,}; pack shorter rows, or make a model with more context")
+        raise ModelError(
+            f"{data.name}: has rows of {length:,} tokens, {model.name} reads {reads:,}; pack shorter rows, or make a"
+            " model with more context"
+        )
     return int(data.about.get("length") or length)
 
 
@@ -191,7 +293,11 @@ def save(network: Any, tokenizer: Any, model: Model, out: Path) -> None:
     from llmworks.model.nn.decoder import DecoderForCausalLM
     from llmworks.tokenize.load import read_json
 
-    ids = {name: value for name, value in read_json(model.path / "config.json").items() if name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {
+        name: value
+        for name, value in read_json(model.path / "config.json").items()
+        if name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     if isinstance(network, DecoderForCausalLM):
         save_decoder(network, out, token_ids=ids)
     else:

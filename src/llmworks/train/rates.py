@@ -1,4 +1,7 @@
-"""Stage `train.rates`: which learning rate does this fine-tuning want? A short run whose rate rises from far too low to far too high (Smith 2015, arXiv:1506.01186, section 3.3)."""
+"""Stage `train.rates`: which learning rate does this fine-tuning want?
+
+A short run whose rate rises from far too low to far too high (Smith 2015, arXiv:1506.01186, section 3.3).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ SMOOTH, WORSE = 0.8, 2.0  # weight of earlier losses in the running mean; how ma
 class RatesConfig(Config):
     """What is tried."""
 
-    training: SftConfig = Field(SftConfig(), description="the fine-tuning whose learning rate is looked for; its own rate, schedule and length are not read")
+    training: SftConfig = Field(
+        SftConfig(),
+        description="the fine-tuning whose learning rate is looked for; its own rate, schedule and length are not read",
+    )
     lowest: float = Field(1e-6, gt=0, description="the first learning rate")
     highest: float = Field(1.0, gt=0, description="the last one, if the loss lets it come so far")
     steps: int = Field(60, ge=20, description="steps between them")
@@ -28,14 +34,19 @@ class RatesConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.lowest * 10 > self.highest:
-            raise ValueError(f"lowest {self.lowest:g} and highest {self.highest:g} are too near; there should be a factor of 10 between them at least")
+            raise ValueError(
+                f"lowest {self.lowest:g} and highest {self.highest:g} are too near; there should be a factor of 10"
+                " between them at least"
+            )
         return self
 
 
 def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Report:
-    """The loss over rising learning rates, and a rate to train with: a tenth of that with the lowest smoothed loss, but no more than where it falls the fastest.
+    """The loss over rising learning rates, and a rate to train with: a tenth of that with the lowest smoothed loss, but
+    no more than where it falls the fastest.
 
-    Metrics: learning_rate, steepest, lowest. Errors: as train.sft; DataError for less data than two steps; TrainingError where the first steps already diverge.
+    Metrics: learning_rate, steepest, lowest. Errors: as train.sft; DataError for less data than two steps;
+    TrainingError where the first steps already diverge.
     """
     import torch
 
@@ -50,15 +61,27 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
     material = read(training, model, data, None)
     each = training.batch_size * training.accumulation
     if len(material.examples) < 2 * each:
-        raise DataError(f"{data.name}: has {len(material.examples)} rows to learn, a step takes {each}; there should be two steps at least")
+        raise DataError(
+            f"{data.name}: has {len(material.examples)} rows to learn, a step takes {each}; there should be two steps"
+            " at least"
+        )
     tuned = open_tuned(model.path)
     torch.manual_seed(ctx.seed)
     prepare(tuned, training)
-    steps = Steps(material.examples, epochs=math.ceil(config.steps * each / len(material.examples)) + 1, size=training.batch_size, accumulation=training.accumulation, seed=ctx.seed, free=tuned.free)[: config.steps]
+    steps = Steps(
+        material.examples,
+        epochs=math.ceil(config.steps * each / len(material.examples)) + 1,
+        size=training.batch_size,
+        accumulation=training.accumulation,
+        seed=ctx.seed,
+        free=tuned.free,
+    )[: config.steps]
     loss: Any = packed_loss if tuned.free else next_token_loss
     if training.neftune:
         loss = Noise(tuned.network, training.neftune).around(loss)
-    rising: list[float] = [config.lowest * (config.highest / config.lowest) ** (i / (config.steps - 1)) for i in range(config.steps)]
+    rising: list[float] = [
+        config.lowest * (config.highest / config.lowest) ** (i / (config.steps - 1)) for i in range(config.steps)
+    ]
 
     def rate(step: int) -> float:
         seen = [row["loss"] for row in ctx.progress.read_metrics()]
@@ -67,21 +90,50 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
         return rising[step]
 
     try:
-        train(tuned.network, steps, loss, training.optimizer, Habits(10**9, precision=resolved(training.precision, torch.device("cpu")), rate=rate, faster={"b": training.lora.faster} if training.lora.faster > 1 else {}), scratch=ctx.scratch, progress=ctx.progress)
+        train(
+            tuned.network,
+            steps,
+            loss,
+            training.optimizer,
+            Habits(
+                10**9,
+                precision=resolved(training.precision, torch.device("cpu")),
+                rate=rate,
+                faster={"b": training.lora.faster} if training.lora.faster > 1 else {},
+            ),
+            scratch=ctx.scratch,
+            progress=ctx.progress,
+        )
     except _Enough:
         pass
     except TrainingError as error:  # a loss that is no number ends the search, too
         ctx.progress.say(str(error))
     losses = [row["loss"] for row in ctx.progress.read_metrics()]
     if len(losses) < 10:
-        raise TrainingError(f"the loss is broken after {len(losses)} steps, at a learning rate of {rising[len(losses)]:.1e}; set lowest to less")
+        raise TrainingError(
+            f"the loss is broken after {len(losses)} steps, at a learning rate of {rising[len(losses)]:.1e}; set lowest"
+            " to less"
+        )
     best, steepest, at_lowest = chosen(rising, losses)
-    metrics: dict[str, Any] = {"learning_rate": float(f"{best:.2g}"), "steepest": float(f"{steepest:.2g}"), "lowest": float(f"{at_lowest:.2g}"), "steps": len(losses)}
+    metrics: dict[str, Any] = {
+        "learning_rate": float(f"{best:.2g}"),
+        "steepest": float(f"{steepest:.2g}"),
+        "lowest": float(f"{at_lowest:.2g}"),
+        "steps": len(losses),
+    }
     page = ctx.report
     page.title = f"Learning rates for {model.name} on {data.name}"
-    page.lead = f"Train with about {best:.1e}. The smoothed loss falls the fastest at {steepest:.1e} and is lowest at {at_lowest:.1e}; tried up to {rising[len(losses) - 1]:.1e}."
+    page.lead = (
+        f"Train with about {best:.1e}. The smoothed loss falls the fastest at {steepest:.1e} and is lowest at"
+        f" {at_lowest:.1e}; tried up to {rising[len(losses) - 1]:.1e}."
+    )
     logs = [math.log10(r) for r in rising]
-    page.curves("Loss", {"loss": list(zip(logs, losses, strict=False)), "smoothed": list(zip(logs, smoothed(losses), strict=False))}, x="learning rate, power of ten", y="nats a learned token")
+    page.curves(
+        "Loss",
+        {"loss": list(zip(logs, losses, strict=False)), "smoothed": list(zip(logs, smoothed(losses), strict=False))},
+        x="learning rate, power of ten",
+        y="nats a learned token",
+    )
     page.table("Figures", ("what", "value"), list(metrics.items()))
     page.data = {"rates": rising[: len(losses)], "losses": losses, "metrics": metrics}
     return Report(ctx.out, metrics=metrics)
@@ -101,9 +153,17 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def chosen(rising: Sequence[float], losses: Sequence[float]) -> tuple[float, float, float]:
-    """(a rate to train with, where the smoothed loss falls the fastest over rates on a logarithmic axis, where it is lowest)."""
+    """(a rate to train with, where the smoothed loss falls the fastest over rates on a logarithmic axis, where it is
+    lowest).
+    """
     smooth = smoothed(losses)
     low = min(range(len(smooth)), key=smooth.__getitem__)
-    falls = [(smooth[i + 2] - smooth[i - 2]) for i in range(2, max(3, min(low, len(smooth) - 3)) + 1) if i + 2 < len(smooth)]
+    falls = [
+        (smooth[i + 2] - smooth[i - 2]) for i in range(2, max(3, min(low, len(smooth) - 3)) + 1) if i + 2 < len(smooth)
+    ]
     steep = 2 + min(range(len(falls)), key=falls.__getitem__) if falls else low
-    return min(rising[low] / 10, rising[steep]) if steep < low else rising[low] / 10, rising[min(steep, low)], rising[low]
+    return (
+        min(rising[low] / 10, rising[steep]) if steep < low else rising[low] / 10,
+        rising[min(steep, low)],
+        rising[low],
+    )

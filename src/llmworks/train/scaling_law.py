@@ -1,7 +1,11 @@
-"""Scaling laws: the loss of a training from its size and its tokens, fitted to small runs, with intervals. Knows no model and no training.
+"""Scaling laws: the loss of a training from its size and its tokens, fitted to small runs, with intervals.
 
-Hoffmann et al. 2022 (arXiv:2203.15556): the parametric form is approach 3 (section 3.3, eq. 10), the parabolas are approach 2 (section 3.2).
-Intervals are those of Besiroglu et al. 2024 (arXiv:2404.10102): runs are drawn again with replacement, and the fit is made anew.
+Knows no model and no training.
+
+Hoffmann et al. 2022 (arXiv:2203.15556): the parametric form is approach 3 (section 3.3, eq. 10), the parabolas are
+approach 2 (section 3.2).
+Intervals are those of Besiroglu et al. 2024 (arXiv:2404.10102): runs are drawn again with replacement, and the fit is
+made anew.
 """
 
 from __future__ import annotations
@@ -40,7 +44,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = floor + a / N^alpha + b / D^beta. `draws` [times, 5]: the same five of runs drawn again; `residuals`: log measured less log predicted."""
+    """L(N, D) = floor + a / N^alpha + b / D^beta.
+
+    `draws` [times, 5]: the same five of runs drawn again; `residuals`: log measured less log predicted.
+    """
 
     floor: float
     a: float
@@ -59,7 +66,9 @@ class Law:
         rng = np.random.default_rng(1)
         floor, a, alpha, b, beta = self.draws.T
         means = floor + a / parameters**alpha + b / tokens**beta
-        spread = self.residuals * np.sqrt(len(self.residuals) / max(1, len(self.residuals) - 5))  # five of them were fitted away
+        spread = self.residuals * np.sqrt(
+            len(self.residuals) / max(1, len(self.residuals) - 5)
+        )  # five of them were fitted away
         found = means * np.exp(rng.choice(spread, (20, len(means))))
         return Interval(self.at(parameters, tokens), *_middle(found))
 
@@ -78,7 +87,9 @@ class Law:
 
 @dataclass(frozen=True)
 class Valley:
-    """Runs of the same work: the parabola of their loss in log parameters, `curve` its coefficients, and where it is least (None: not among the sizes that were run)."""
+    """Runs of the same work: the parabola of their loss in log parameters, `curve` its coefficients, and where it is
+    least (None: not among the sizes that were run).
+    """
 
     work: float
     curve: tuple[float, float, float]
@@ -86,14 +97,23 @@ class Valley:
 
 
 def fit(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> Law:
-    """The law of least Huber loss between logarithms, from many beginnings. Errors: DataError for less than six runs; MissingDependency without scipy."""
+    """The law of least Huber loss between logarithms, from many beginnings.
+
+    Errors: DataError for less than six runs; MissingDependency without scipy.
+    """
     if len(runs) < 6 or len({r.parameters for r in runs}) < 3 or len({r.tokens for r in runs}) < 3:
-        raise DataError(f"a law has five coefficients; {len(runs)} runs are too few, or of too few sizes, to fit it: give more sizes or more flops")
+        raise DataError(
+            f"a law has five coefficients; {len(runs)} runs are too few, or of too few sizes, to fit it: give more"
+            " sizes or more flops"
+        )
     if not all(np.isfinite(r.loss) and r.loss > 0 for r in runs):
         raise DataError("the loss of a run is no number above zero")
     size, tokens, loss = (np.log([getattr(r, name) for r in runs]) for name in ("parameters", "tokens", "loss"))
     # beginnings: exponents of the paper's grid, each part as large as the loss or less
-    starts = [(np.log(floor), share + alpha * size.mean(), alpha, share + beta * tokens.mean(), beta) for alpha, beta, floor, share in itertools.product((0.2, 0.4, 0.8), (0.2, 0.4, 0.8), (0.5, 1.5), (-1.0, 0.5))]
+    starts = [
+        (np.log(floor), share + alpha * size.mean(), alpha, share + beta * tokens.mean(), beta)
+        for alpha, beta, floor, share in itertools.product((0.2, 0.4, 0.8), (0.2, 0.4, 0.8), (0.5, 1.5), (-1.0, 0.5))
+    ]
     found = min((_least(np.array(start), size, tokens, loss) for start in starts), key=lambda x: x[1])[0]
     rng = np.random.default_rng(seed)
     again: list[Any] = []
@@ -101,11 +121,15 @@ def fit(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> Law:
         chosen = rng.integers(len(runs), size=len(runs))
         if len(set(size[chosen])) > 2 and len(set(tokens[chosen])) > 2:
             again.append(_least(found, size[chosen], tokens[chosen], loss[chosen])[0])
-    return Law(*_plain(found), draws=np.array([_plain(x) for x in again]), residuals=loss - _log(found, size, tokens)[0])
+    return Law(
+        *_plain(found), draws=np.array([_plain(x) for x in again]), residuals=loss - _log(found, size, tokens)[0]
+    )
 
 
 def valleys(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> list[Valley]:
-    """The parabola of each amount of work that has four runs or more; runs are the same work when it differs by less than a tenth."""
+    """The parabola of each amount of work that has four runs or more; runs are the same work when it differs by less
+    than a tenth.
+    """
     groups: list[list[Run]] = []
     for run in sorted(runs, key=lambda r: r.work):
         if groups and run.work < 1.1 * groups[-1][0].work:
@@ -119,8 +143,17 @@ def valleys(runs: Sequence[Run], draws: int = 200, seed: int = 0) -> list[Valley
         residuals = (y - np.polyval(curve, x)) * np.sqrt(len(x) / max(1, len(x) - 3))
         low, high = x.min() - 0.7, x.max() + 0.7  # up to twice and half of what was run
         place = _lowest(curve)
-        inside = [p for _ in range(draws) if (p := _lowest(np.polyfit(x, np.polyval(curve, x) + rng.choice(residuals, len(x)), 2))) is not None and low < p < high]
-        least = Interval(float(np.exp(place)), *_middle(np.exp(inside))) if place is not None and x.min() < place < x.max() and len(inside) > draws / 2 else None
+        inside = [
+            p
+            for _ in range(draws)
+            if (p := _lowest(np.polyfit(x, np.polyval(curve, x) + rng.choice(residuals, len(x)), 2))) is not None
+            and low < p < high
+        ]
+        least = (
+            Interval(float(np.exp(place)), *_middle(np.exp(inside)))
+            if place is not None and x.min() < place < x.max() and len(inside) > draws / 2
+            else None
+        )
         found.append(Valley(float(np.mean([r.work for r in group])), tuple(curve), least))
     return found
 
@@ -161,7 +194,9 @@ def _least(start: Any, size: Any, tokens: Any, loss: Any) -> tuple[Any, float]:
     try:
         from scipy.optimize import minimize
     except ImportError:
-        raise MissingDependency("a scaling law is fitted with scipy; install it with: pip install 'llmworks[scaling]'") from None
+        raise MissingDependency(
+            "a scaling law is fitted with scipy; install it with: pip install 'llmworks[scaling]'"
+        ) from None
 
     def objective(x: Any) -> tuple[float, Any]:
         predicted, slopes = _log(x, size, tokens)
@@ -170,5 +205,12 @@ def _least(start: Any, size: Any, tokens: Any, loss: Any) -> tuple[Any, float]:
         value = np.where(near, 0.5 * off**2, HUBER * (np.abs(off) - 0.5 * HUBER)).sum()
         return value / HUBER, slopes @ np.where(near, off, HUBER * np.sign(off)) / HUBER
 
-    done = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(-3, 3), (-5, 60), (0.02, 3), (-5, 80), (0.02, 3)], options={"maxiter": 2000, "ftol": 1e-13, "gtol": 1e-9})
+    done = minimize(
+        objective,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(-3, 3), (-5, 60), (0.02, 3), (-5, 80), (0.02, 3)],
+        options={"maxiter": 2000, "ftol": 1e-13, "gtol": 1e-9},
+    )
     return done.x, float(done.fun)

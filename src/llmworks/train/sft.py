@@ -1,4 +1,8 @@
-"""Stage `train.sft`: supervised fine-tuning on conversations, completions or texts: an adapter beside frozen weights, or all weights, or some. Only answers are learned."""
+"""Stage `train.sft`: supervised fine-tuning on conversations, completions or texts: an adapter beside frozen weights,
+or all weights, or some.
+
+Only answers are learned.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,15 @@ from llmworks.data.conversations.training_rows import training_rows
 from llmworks.data.doctor import require_template, uses_of
 from llmworks.data.store.rows import Row
 from llmworks.tokenize.chat.named import use_template
-from llmworks.train.finetune.run import Material, TuneConfig, Way, check_golden, context_of, in_memory, require_directory
+from llmworks.train.finetune.run import (
+    Material,
+    TuneConfig,
+    Way,
+    check_golden,
+    context_of,
+    in_memory,
+    require_directory,
+)
 from llmworks.train.finetune.run import tune as tuned_by
 from llmworks.train.loop.schedule import OptimizerConfig
 
@@ -23,14 +35,20 @@ if TYPE_CHECKING:
     from llmworks.train.finetune.examples import Example
     from llmworks.train.finetune.trainable import Tuned
 
-RATES = {"full": 5e-5, "prompt": 0.03, "prefix": 0.01}  # where none is given: an adapter's would break all weights, and move a soft prompt too slowly
+RATES = {
+    "full": 5e-5,
+    "prompt": 0.03,
+    "prefix": 0.01,
+}  # where none is given: an adapter's would break all weights, and move a soft prompt too slowly
 
 
 class SoftConfig(Config):
     """A soft prompt."""
 
     tokens: int = Field(16, gt=0, le=1024, description="vectors that stand before every text")
-    text: str = Field("", description="prompt: what they begin as, cut or repeated to their number; empty: tokens that are drawn")
+    text: str = Field(
+        "", description="prompt: what they begin as, cut or repeated to their number; empty: tokens that are drawn"
+    )
 
 
 class SftConfig(TuneConfig):
@@ -38,15 +56,45 @@ class SftConfig(TuneConfig):
 
     rates: ClassVar[Mapping[str, float]] = RATES
 
-    method: Literal["lora", "full", "prompt", "prefix"] = Field("lora", description="lora: an adapter, all else is frozen; full: the weights themselves, those that `freeze` leaves; prompt, prefix: vectors before every text (peft), a few thousand numbers")  # type: ignore[assignment]
+    method: Literal["lora", "full", "prompt", "prefix"] = Field(
+        "lora",
+        description=(
+            "lora: an adapter, all else is frozen; full: the weights themselves, those that `freeze` leaves; prompt,"
+            " prefix: vectors before every text (peft), a few thousand numbers"
+        ),
+    )  # type: ignore[assignment]
     soft: SoftConfig = Field(SoftConfig(), description="the vectors of prompt and prefix")
-    accumulation: int = Field(1, gt=0, description="parts per step; the step's loss is normalised over all their label tokens")
+    accumulation: int = Field(
+        1, gt=0, description="parts per step; the step's loss is normalised over all their label tokens"
+    )
     learn: Literal["all", "last"] = Field("all", description="which answers of a conversation are learned")
-    longer: Literal["set-aside", "cut", "refuse"] = Field("set-aside", description="rows longer than max_tokens: set aside and counted; cut at the end, so that a cut answer teaches no end; or the training does not begin")
-    neftune: float = Field(0.0, ge=0, description="noise on embedded tokens while training, 5 is usual; 0: none (arXiv:2310.05914)")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description=f"learning rate schedule and optimizer; the learning rate, if not given, is 0.001, of method full {RATES['full']:g}, prompt {RATES['prompt']:g}, prefix {RATES['prefix']:g}")
-    look_every: int = Field(0, ge=0, description="steps between two looks at how well held-out answers are predicted; 0: at the end only")
-    best: Literal["", "held_out", "accuracy"] = Field("", description="which look's weights are saved: the one with the lowest loss (held_out), or with the most tokens foreseen (accuracy); empty: the last step's")
+    longer: Literal["set-aside", "cut", "refuse"] = Field(
+        "set-aside",
+        description=(
+            "rows longer than max_tokens: set aside and counted; cut at the end, so that a cut answer teaches no end;"
+            " or the training does not begin"
+        ),
+    )
+    neftune: float = Field(
+        0.0, ge=0, description="noise on embedded tokens while training, 5 is usual; 0: none (arXiv:2310.05914)"
+    )
+    optimizer: OptimizerConfig = Field(
+        OptimizerConfig(),
+        description=(
+            "learning rate schedule and optimizer; the learning rate, if not given, is 0.001, of method full"
+            f" {RATES['full']:g}, prompt {RATES['prompt']:g}, prefix {RATES['prefix']:g}"
+        ),
+    )
+    look_every: int = Field(
+        0, ge=0, description="steps between two looks at how well held-out answers are predicted; 0: at the end only"
+    )
+    best: Literal["", "held_out", "accuracy"] = Field(
+        "",
+        description=(
+            "which look's weights are saved: the one with the lowest loss (held_out), or with the most tokens foreseen"
+            " (accuracy); empty: the last step's"
+        ),
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -59,7 +107,9 @@ class SftConfig(TuneConfig):
         return self
 
 
-def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Adapter | Model:
+def sft(
+    config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None = None
+) -> Adapter | Model:
     """Train on the rows of `data`: conversations (data.chat), documents, or rows of `prompt` and `completion`.
 
     Errors: DataError when no row can be trained on; GoldenMismatch when the template changes and golden is "keep";
@@ -69,7 +119,9 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
 
     require_directory(model)
     if (config.best or config.look_every) and held_out is None:
-        raise UserError(f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out")
+        raise UserError(
+            f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out"
+        )
     with world.opened(config.parallel) as here:
         try:
             return tune(config, model, data, ctx, held_out, here)
@@ -78,7 +130,10 @@ def sft(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: 
 
 
 def read(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | None) -> Material:
-    """Rows as the model is given them. Errors: DataError, GoldenMismatch, and ModelError for a template that would damage them."""
+    """Rows as the model is given them.
+
+    Errors: DataError, GoldenMismatch, and ModelError for a template that would damage them.
+    """
     from llmworks.tokenize.load import load_tokenizer, stop_ids
     from llmworks.train.finetune.generation_check import answerable
 
@@ -91,13 +146,28 @@ def read(config: SftConfig, model: Model, data: Dataset, held_out: Dataset | Non
         require_template(model.name, tokenizer, stops, uses_of(rows))
     most = context_of(model) - (config.soft.tokens if config.method in ("prompt", "prefix") else 0)
     examples, set_aside = make_examples(tokenizer, rows, config, data.name, most)
-    set_aside = [*((str(id), str(why)) for id, why in data.about.get("lost", [])), *set_aside]  # those that a teacher did not answer
-    unseen = make_examples(tokenizer, training_rows(held_out)[: config.look_rows], config, held_out.name, most)[0] if held_out is not None else []
+    set_aside = [
+        *((str(id), str(why)) for id, why in data.about.get("lost", [])),
+        *set_aside,
+    ]  # those that a teacher did not answer
+    unseen = (
+        make_examples(tokenizer, training_rows(held_out)[: config.look_rows], config, held_out.name, most)[0]
+        if held_out is not None
+        else []
+    )
     questions = answerable(held_out)[: config.samples] if held_out is not None else []
     return Material(tokenizer, stops, examples, set_aside, unseen, questions)
 
 
-def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None, world: World, loss_of: Callable[[Tuned, Material], Any] | None = None) -> Adapter | Model:
+def tune(
+    config: SftConfig,
+    model: Model,
+    data: Dataset,
+    ctx: Context,
+    held_out: Dataset | None,
+    world: World,
+    loss_of: Callable[[Tuned, Material], Any] | None = None,
+) -> Adapter | Model:
     """`sft` in one of the processes. `loss_of`: makes the loss of a batch, where it is not that of next tokens."""
     from llmworks.train.finetune.examples import collate, joined
     from llmworks.train.finetune.generation_check import predicted, write_report
@@ -112,30 +182,44 @@ def tune(config: SftConfig, model: Model, data: Dataset, ctx: Context, held_out:
         if config.neftune:
             loss = Noise(tuned.network, config.neftune).around(loss)
         return Way(
-            loss, lambda some, _: joined(some, world.device) if tuned.free else collate(some).to(world.device),
-            lambda network, unseen: predicted(network, unseen, free=tuned.free, size=config.batch_size, device=world.device),
+            loss,
+            lambda some, _: joined(some, world.device) if tuned.free else collate(some).to(world.device),
+            lambda network, unseen: predicted(
+                network, unseen, free=tuned.free, size=config.batch_size, device=world.device
+            ),
             lambda found: f"held-out answers {found['held_out']:.4f} nats a token, {found['accuracy']:.1%} foreseen",
-        )  # fmt: skip
+        )
 
     return tuned_by(config, model, ctx, world, material, way, write_report)
 
 
-def make_examples(tokenizer: Any, rows: Sequence[Row], config: SftConfig, name: str = "the data", most: int = 1 << 30) -> tuple[list[Example], list[tuple[str, str]]]:
-    """(examples, (id, reason) of the rows set aside). `most`: tokens that the model reads. DataError when none is left, or for one that is too long where that is refused."""
+def make_examples(
+    tokenizer: Any, rows: Sequence[Row], config: SftConfig, name: str = "the data", most: int = 1 << 30
+) -> tuple[list[Example], list[tuple[str, str]]]:
+    """(examples, (id, reason) of the rows set aside).
+
+    `most`: tokens that the model reads. DataError when none is left, or for one that is too long where that is refused.
+    """
     from llmworks.train.finetune.examples import make_example
 
     examples: list[Example] = []
     set_aside: list[tuple[str, str]] = []
     for row in rows:
-        made = make_example(tokenizer, row, min(config.max_tokens, most), last=config.learn == "last", cut=config.longer == "cut")
+        made = make_example(
+            tokenizer, row, min(config.max_tokens, most), last=config.learn == "last", cut=config.longer == "cut"
+        )
         if isinstance(made, str):
             if config.longer == "refuse" and "longer than max_tokens" in made:
-                raise DataError(f"{name}: row {row['id']!r}: {made}; set max_tokens higher, or longer to set-aside or cut")
+                raise DataError(
+                    f"{name}: row {row['id']!r}: {made}; set max_tokens higher, or longer to set-aside or cut"
+                )
             set_aside.append((str(row["id"]), made))
         else:
             examples.append(made)
     if not examples:
-        raise DataError(f"{name}: none of {len(rows)} rows can be learned; the first: {set_aside[0][1] if set_aside else 'no rows'}")
+        raise DataError(
+            f"{name}: none of {len(rows)} rows can be learned; the first: {set_aside[0][1] if set_aside else 'no rows'}"
+        )
     return examples, set_aside
 
 
@@ -144,4 +228,8 @@ def say(ctx: Context, config: SftConfig, material: Material) -> None:
     examples, set_aside = material.examples, material.set_aside
     tokens, learned = sum(len(e.ids) for e in examples), sum(e.labels for e in examples)
     cut = sum(len(e.ids) == config.max_tokens for e in examples) if config.longer == "cut" else 0
-    ctx.progress.say(f"{len(examples)} rows, {tokens:,} tokens, {learned:,} of them learned" + (f"; {len(set_aside)} set aside" if set_aside else "") + (f"; up to {cut} cut" if cut else ""))
+    ctx.progress.say(
+        f"{len(examples)} rows, {tokens:,} tokens, {learned:,} of them learned"
+        + (f"; {len(set_aside)} set aside" if set_aside else "")
+        + (f"; up to {cut} cut" if cut else "")
+    )

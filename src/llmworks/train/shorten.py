@@ -1,6 +1,8 @@
-"""Stage `train.shorten`: a model without some of its blocks, the beginning of a smaller one that learns from the whole (train.distill).
+"""Stage `train.shorten`: a model without some of its blocks, the beginning of a smaller one that learns from the whole
+(train.distill).
 
-Those are left out that change their input least: one less the cosine between what goes into a block and what comes out, over tokens of `data`
+Those are left out that change their input least: one less the cosine between what goes into a block and what comes out,
+over tokens of `data`
 (block influence: Men et al. 2024, ShortGPT, arXiv:2403.03853, equation 1).
 """
 
@@ -39,18 +41,27 @@ class ShortenConfig(Config):
 
 
 def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
-    """Leave blocks out. Errors: ModelError for a model that is not one of our decoder's architectures, or whose blocks are of two kinds in turn; UserError for blocks that it has not."""
+    """Leave blocks out.
+
+    Errors: ModelError for a model that is not one of our decoder's architectures, or whose blocks are of two kinds in
+    turn; UserError for blocks that it has not.
+    """
     from llmworks.model.golden import record
     from llmworks.model.io.families import load_decoder, save_decoder
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.tokenize.load import load_tokenizer, read_json
 
     if model.format != "hf":
-        raise ModelError(f"{model.name}: blocks are left out of a Hugging Face directory, this is {model.format}; convert it with the stage model.from_gguf")
+        raise ModelError(
+            f"{model.name}: blocks are left out of a Hugging Face directory, this is {model.format}; convert it with"
+            " the stage model.from_gguf"
+        )
     whole = load_decoder(model.path)
     count = whole.shape.layers
     if whole.shape.window and whole.shape.full_every:
-        raise ModelError(f"{model.name}: its blocks look back near and far in turn; without some of them the turns would change")
+        raise ModelError(
+            f"{model.name}: its blocks look back near and far in turn; without some of them the turns would change"
+        )
     if config.layers >= count or len(config.drop) >= count or max(config.drop, default=0) >= count:
         raise UserError(f"{model.name} has {count} blocks, from 0 to {count - 1}; fewer, but one at least, can stay")
     tokenizer = load_tokenizer(model.path)
@@ -58,7 +69,11 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
     if data is not None:
         from llmworks.train.finetune.examples import make_example
 
-        examples = [example for row in training_rows(data)[: config.rows] if not isinstance(example := make_example(tokenizer, row, config.max_tokens, cut=True), str)]
+        examples = [
+            example
+            for row in training_rows(data)[: config.rows]
+            if not isinstance(example := make_example(tokenizer, row, config.max_tokens, cut=True), str)
+        ]
         if not examples:
             raise DataError(f"{data.name}: none of its first {config.rows} rows can be read by {model.name}")
         found = influence(whole, examples)
@@ -69,18 +84,35 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
     small = DecoderForCausalLM(DecoderConfig(shape=whole.shape.model_copy(update={"layers": len(stay)}).model_dump()))
     small.load_state_dict(renumbered(whole.state_dict(), stay))
     small.train(False)
-    ids = {name: value for name, value in read_json(model.path / "config.json").items() if name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {
+        name: value
+        for name, value in read_json(model.path / "config.json").items()
+        if name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     save_decoder(small, ctx.out, token_ids=ids)
     tokenizer.save_pretrained(ctx.out)
     if (model.path / "generation_config.json").exists():
         shutil.copyfile(model.path / "generation_config.json", ctx.out / "generation_config.json")
     before, after = (sum(p.numel() for p in m.parameters()) for m in (whole, small))
     ctx.report.title = f"{model.name} with {len(stay)} of {count} blocks"
-    ctx.report.lead = f"{after:,} of {before:,} parameters. Left out: {', '.join(map(str, drop))}. What is left has to learn again, as by train.distill."
+    ctx.report.lead = (
+        f"{after:,} of {before:,} parameters. Left out: {', '.join(map(str, drop))}. What is left has to learn again,"
+        " as by train.distill."
+    )
     ctx.report.data = {"drop": drop, "influence": [round(value, 5) for value in found]}
     if found:
-        ctx.report.table("How much a block changes its input", ("block", "influence", "stays"), [(number, round(value, 4), number in stay) for number, value in enumerate(found)], note="One less the cosine between a token's state before and after the block, the mean over tokens.")
-    return Model(ctx.out, golden=record(ctx.out), metrics={"blocks": len(stay), "parameters": after}, about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))})
+        ctx.report.table(
+            "How much a block changes its input",
+            ("block", "influence", "stays"),
+            [(number, round(value, 4), number in stay) for number, value in enumerate(found)],
+            note="One less the cosine between a token's state before and after the block, the mean over tokens.",
+        )
+    return Model(
+        ctx.out,
+        golden=record(ctx.out),
+        metrics={"blocks": len(stay), "parameters": after},
+        about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))},
+    )
 
 
 def renumbered(state: Mapping[str, Any], stay: Sequence[int]) -> dict[str, Any]:

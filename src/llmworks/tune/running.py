@@ -1,4 +1,7 @@
-"""Stage `tune.running`: what it takes to run a model here: its memory, how fast it reads and writes, and what it says. Measured in a process of its own."""
+"""Stage `tune.running`: what it takes to run a model here: its memory, how fast it reads and writes, and what it says.
+
+Measured in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ from llmworks.core.artifact import Config, Model, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import ModelError
 
-PROMPTS = ("Explain in two sentences why the sky is blue.", "Write a Python function that adds two numbers.", "Name three cities in Italy as a JSON list.")
+PROMPTS = (
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that adds two numbers.",
+    "Name three cities in Italy as a JSON list.",
+)
 
 
 class RunningConfig(Config):
@@ -32,15 +39,32 @@ def running(config: RunningConfig, model: Model, ctx: Context) -> Report:
     """
     if model.format == "http":
         raise ModelError(f"{model.name}: runs elsewhere, so that nothing can be measured of it here")
-    asked = {"path": str(model.gguf_path if model.format == "gguf" else model.path), "format": model.format, **config.model_dump()}
-    done = subprocess.run([sys.executable, "-m", "llmworks.tune.running_worker"], input=json.dumps(asked), capture_output=True, text=True)
+    asked = {
+        "path": str(model.gguf_path if model.format == "gguf" else model.path),
+        "format": model.format,
+        **config.model_dump(),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "llmworks.tune.running_worker"], input=json.dumps(asked), capture_output=True, text=True
+    )
     if done.returncode:
-        raise ModelError(f"{model.name}: cannot be run ({(done.stderr.strip().splitlines() or ['it ended with ' + str(done.returncode)])[-1][:200]})")
+        raise ModelError(
+            f"{model.name}: cannot be run"
+            f" ({(done.stderr.strip().splitlines() or ['it ended with ' + str(done.returncode)])[-1][:200]})"
+        )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     metrics = {name: found[name] for name in ("memory", "read_speed", "write_speed") if found[name] is not None}
     ctx.report.title = f"Running {model.name}"
-    writes = f"writes {found['write_speed']:,.1f}" if found["write_speed"] is not None else "ends each answer at its first token"
-    ctx.report.lead = f"{found['memory'] / 1e6:,.0f} MB at most; of tokens it reads {found['read_speed']:,.0f} a second and {writes}."
+    writes = (
+        f"writes {found['write_speed']:,.1f}"
+        if found["write_speed"] is not None
+        else "ends each answer at its first token"
+    )
+    ctx.report.lead = (
+        f"{found['memory'] / 1e6:,.0f} MB at most; of tokens it reads {found['read_speed']:,.0f} a second and {writes}."
+    )
     ctx.report.data = {"metrics": metrics, "answers": dict(zip(config.prompts, found["answers"], strict=True))}
-    ctx.report.samples("What it says", [{"prompt": prompt, "answer": answer} for prompt, answer in ctx.report.data["answers"].items()])
+    ctx.report.samples(
+        "What it says", [{"prompt": prompt, "answer": answer} for prompt, answer in ctx.report.data["answers"].items()]
+    )
     return Report(ctx.out, metrics=metrics, about={"model": model.digest})

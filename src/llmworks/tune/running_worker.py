@@ -1,4 +1,7 @@
-"""The process in which a model is run to be measured: a request on standard input, figures on standard output. See `running.py`."""
+"""The process in which a model is run to be measured: a request on standard input, figures on standard output.
+
+See `running.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from llmworks.core.memory import peak_memory
 def main() -> None:
     """Open, read, write, say."""
     asked = json.loads(sys.stdin.read())
-    with peak_memory() as memory:  # what the system counts of a process includes, up to its start, the one that started it
+    with (
+        peak_memory() as memory
+    ):  # what the system counts of a process includes, up to its start, the one that started it
         engine = opened(Path(asked["path"]), asked["format"])
         try:
             found = measured(engine, asked)
@@ -43,13 +48,21 @@ def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
     from llmworks.core.types import Message, Request, Sampling
 
     def request(prompt: str, tokens: int) -> Request:
-        return Request((Message("user", prompt),), sampling=Sampling(max_tokens=tokens)) if engine.tokenizer.chat_template else Request(ids=tuple(engine.tokenizer(prompt)["input_ids"]), sampling=Sampling(max_tokens=tokens))
+        return (
+            Request((Message("user", prompt),), sampling=Sampling(max_tokens=tokens))
+            if engine.tokenizer.chat_template
+            else Request(ids=tuple(engine.tokenizer(prompt)["input_ids"]), sampling=Sampling(max_tokens=tokens))
+        )
 
-    ids = engine.tokenizer(" ".join(["the weather is what it was before"] * asked["read"]))["input_ids"][: asked["read"]]
+    ids = engine.tokenizer(" ".join(["the weather is what it was before"] * asked["read"]))["input_ids"][
+        : asked["read"]
+    ]
     best = 0.0
     for turn in range(asked["repeats"] + 1):
         began = time.perf_counter()
-        engine.generate([Request(ids=(*ids[turn:], *ids[:turn]), sampling=Sampling(max_tokens=1))])  # another beginning, so that nothing of it is kept from before
+        engine.generate(
+            [Request(ids=(*ids[turn:], *ids[:turn]), sampling=Sampling(max_tokens=1))]
+        )  # another beginning, so that nothing of it is kept from before
         best = max(best, len(ids) / (time.perf_counter() - began)) if turn else 0.0
     tokens = seconds = 0.0
     answers = []
@@ -62,7 +75,11 @@ def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
         seconds += max(1e-9, time.perf_counter() - began - first)
         tokens += max(0, len(made.ids) - 1)
         answers.append(made.text)
-    return {"read_speed": round(best, 2), "write_speed": round(tokens / seconds, 2) if tokens else None, "answers": answers}  # None of a model that ends each answer at its first token
+    return {
+        "read_speed": round(best, 2),
+        "write_speed": round(tokens / seconds, 2) if tokens else None,
+        "answers": answers,
+    }  # None of a model that ends each answer at its first token
 
 
 if __name__ == "__main__":

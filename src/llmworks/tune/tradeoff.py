@@ -1,4 +1,8 @@
-"""Stage `tune.tradeoff`: the page of a model's quantizations: what each takes and what it costs, which are worth having, which skill falls. Knows no method."""
+"""Stage `tune.tradeoff`: the page of a model's quantizations: what each takes and what it costs, which are worth
+having, which skill falls.
+
+Knows no method.
+"""
 
 from __future__ import annotations
 
@@ -48,39 +52,118 @@ class TradeoffConfig(Config):
     budget: float | None = Field(None, description="bytes that the files may have")
 
 
-def tradeoff(config: TradeoffConfig, ctx: Context, models: list[Model] | None = None, reports: list[Report] | None = None) -> Report:
-    """Sizes against divergence, the ways that nothing smaller beats, a recommendation, skills, speeds, answers side by side. `models`, `reports`: what it was measured on and by.
+def tradeoff(
+    config: TradeoffConfig, ctx: Context, models: list[Model] | None = None, reports: list[Report] | None = None
+) -> Report:
+    """Sizes against divergence, the ways that nothing smaller beats, a recommendation, skills, speeds, answers side by
+    side.
+
+    `models`, `reports`: what it was measured on and by.
 
     Errors: DataError when nothing was quantized, or nothing is within the budget.
     """
     made = sorted((v for v in config.variants if v.kl is not None), key=lambda v: (v.bytes, v.kl))
     if not made:
-        raise DataError(f"no quantization of {config.model} came to a result; the first: {next((v.why for v in config.variants if v.why), 'none was tried')}")
+        raise DataError(
+            f"no quantization of {config.model} came to a result; the first:"
+            f" {next((v.why for v in config.variants if v.why), 'none was tried')}"
+        )
     best = worth_having(made)
     chosen = recommended(best, config.budget)
     page, original = ctx.report, config.original
     page.title = f"{config.model}: what it costs to be smaller"
-    page.lead = f"{chosen.name}: {chosen.bytes / 1e6:,.1f} MB of {original.bytes / 1e6:,.1f}, {chosen.kl:.4f} nats a token away from the model as it was, its best guess the same for {chosen.same_top or 0:.1%} of tokens."
+    page.lead = (
+        f"{chosen.name}: {chosen.bytes / 1e6:,.1f} MB of {original.bytes / 1e6:,.1f}, {chosen.kl:.4f} nats a token away"
+        f" from the model as it was, its best guess the same for {chosen.same_top or 0:.1%} of tokens."
+    )
     page.text("Which to take", _advice(best, chosen, config.budget))
     groups: dict[str, list[tuple[str, float, float]]] = {}
     for v in made:
         groups.setdefault(v.form, []).append((v.name, v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)))
-    page.scatter("Size and damage", groups, [(v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)) for v in best], x="megabytes of weights", y="nats a token away", log=True, note="The line goes through those that nothing smaller beats.")
-    rows = [(v.name, v.form, round(v.bytes / 1e6, 1), round(v.bits, 2), _figure(v.kl, 4), _share(v.same_top), _figure(v.perplexity, 3), _figure(v.memory and v.memory / 1e6, 0), _figure(v.read_speed, 0), _figure(v.write_speed, 1), "yes" if v in best else "") for v in (original, *made)]
-    page.table("All", ("way", "loads in", "MB", "bits a weight", "nats a token", "same best guess", "perplexity", "memory MB", "reads tokens/s", "writes tokens/s", "worth having"), rows, "Divergence, agreement and perplexity are on the same texts apart. Bits are of what was quantized; GGUF files quantize the embedding, too. Speeds are of one run on this machine.")
+    page.scatter(
+        "Size and damage",
+        groups,
+        [(v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)) for v in best],
+        x="megabytes of weights",
+        y="nats a token away",
+        log=True,
+        note="The line goes through those that nothing smaller beats.",
+    )
+    rows = [
+        (
+            v.name,
+            v.form,
+            round(v.bytes / 1e6, 1),
+            round(v.bits, 2),
+            _figure(v.kl, 4),
+            _share(v.same_top),
+            _figure(v.perplexity, 3),
+            _figure(v.memory and v.memory / 1e6, 0),
+            _figure(v.read_speed, 0),
+            _figure(v.write_speed, 1),
+            "yes" if v in best else "",
+        )
+        for v in (original, *made)
+    ]
+    page.table(
+        "All",
+        (
+            "way",
+            "loads in",
+            "MB",
+            "bits a weight",
+            "nats a token",
+            "same best guess",
+            "perplexity",
+            "memory MB",
+            "reads tokens/s",
+            "writes tokens/s",
+            "worth having",
+        ),
+        rows,
+        "Divergence, agreement and perplexity are on the same texts apart. Bits are of what was quantized; GGUF files"
+        " quantize the embedding, too. Speeds are of one run on this machine.",
+    )
     tasks = list(original.skills)
     if tasks:
-        page.table("Skills", ("way", *tasks), [(v.name, *(_skill(v.skills.get(task), original.skills[task]) for task in tasks)) for v in (original, *made)], "Scores with the half of their 95% intervals; what is beyond the original's interval is marked.")
+        page.table(
+            "Skills",
+            ("way", *tasks),
+            [
+                (v.name, *(_skill(v.skills.get(task), original.skills[task]) for task in tasks))
+                for v in (original, *made)
+            ],
+            "Scores with the half of their 95% intervals; what is beyond the original's interval is marked.",
+        )
         page.text("What the perplexity hides", hidden(original, made))
     prompts = list(original.answers)
-    page_answers = [{"prompt": prompt, "as it was": original.answers[prompt], **{v.name: v.answers.get(prompt, "") for v in made if v.answers}} for prompt in prompts]
+    page_answers = [
+        {
+            "prompt": prompt,
+            "as it was": original.answers[prompt],
+            **{v.name: v.answers.get(prompt, "") for v in made if v.answers},
+        }
+        for prompt in prompts
+    ]
     if prompts:
         page.samples("What they say", page_answers)
     failed = [v for v in config.variants if v.why]
     if failed:
         page.table("What did not come to a result", ("way", "why"), [(v.name, v.why) for v in failed])
-    metrics: dict[str, Any] = {"variants": len(made), "failed": len(failed), "worth_having": len(best), "recommended_bytes": chosen.bytes, "recommended_kl": chosen.kl}
-    page.data = {"metrics": metrics, "recommended": chosen.model_dump(), "worth_having": [v.name for v in best], "original": original.model_dump(), "variants": [v.model_dump() for v in config.variants]}
+    metrics: dict[str, Any] = {
+        "variants": len(made),
+        "failed": len(failed),
+        "worth_having": len(best),
+        "recommended_bytes": chosen.bytes,
+        "recommended_kl": chosen.kl,
+    }
+    page.data = {
+        "metrics": metrics,
+        "recommended": chosen.model_dump(),
+        "worth_having": [v.name for v in best],
+        "original": original.model_dump(),
+        "variants": [v.model_dump() for v in config.variants],
+    }
     return Report(ctx.out, metrics=metrics)
 
 
@@ -94,40 +177,81 @@ def worth_having(made: Sequence[Variant]) -> list[Variant]:
 
 
 def recommended(best: Sequence[Variant], budget: float | None) -> Variant:
-    """The nearest within a budget of bytes; without one, the smallest whose best guess is the same for 95 % of tokens, else the nearest of all. DataError when nothing is small enough."""
+    """The nearest within a budget of bytes; without one, the smallest whose best guess is the same for 95 % of tokens,
+    else the nearest of all.
+
+    DataError when nothing is small enough.
+    """
     if budget is not None:
         within = [v for v in best if v.bytes <= budget]
         if not within:
-            raise DataError(f"nothing is within {budget / 1e6:,.1f} MB; the smallest is {best[0].name} of {best[0].bytes / 1e6:,.1f} MB")
+            raise DataError(
+                f"nothing is within {budget / 1e6:,.1f} MB; the smallest is {best[0].name} of"
+                f" {best[0].bytes / 1e6:,.1f} MB"
+            )
         return within[-1]
     return next((v for v in best if (v.same_top or 0.0) >= 0.95), best[-1])
 
 
 def _advice(best: Sequence[Variant], chosen: Variant, budget: float | None) -> str:
-    why = f"is the nearest to the model within {budget / 1e6:,.1f} MB" if budget is not None else "is the smallest whose best guess is the same for 95 % of tokens" if (chosen.same_top or 0.0) >= 0.95 else "is the nearest to the model of all that were tried; none has the same best guess for 95 % of tokens, so try more bits (gguf-q6_k, gguf-q8_0, absmax-8)"
+    why = (
+        f"is the nearest to the model within {budget / 1e6:,.1f} MB"
+        if budget is not None
+        else (
+            "is the smallest whose best guess is the same for 95 % of tokens"
+            if (chosen.same_top or 0.0) >= 0.95
+            else (
+                "is the nearest to the model of all that were tried; none has the same best guess for 95 % of tokens,"
+                " so try more bits (gguf-q6_k, gguf-q8_0, absmax-8)"
+            )
+        )
+    )
     steps = ", ".join(f"{v.name} ({v.bytes / 1e6:,.1f} MB, {v.kl:.4f})" for v in best)
-    return f"{chosen.name} {why}. Worth having at all, each the nearest of its size or less (megabytes, nats a token): {steps}."
+    return (
+        f"{chosen.name} {why}. Worth having at all, each the nearest of its size or less (megabytes, nats a token):"
+        f" {steps}."
+    )
 
 
 def hidden(original: Variant, made: Sequence[Variant]) -> str:
-    """Which skills fall beyond their interval while the perplexity rises by less than 3 %; and of ways whose perplexities are within 5 % of one another, the two that are farthest apart in a skill, beyond their intervals."""
+    """Which skills fall beyond their interval while the perplexity rises by less than 3 %; and of ways whose
+    perplexities are within 5 % of one another, the two that are farthest apart in a skill, beyond their intervals.
+    """
     found = [
-        f"{v.name} loses {task} ({original.skills[task].score:.3g} to {v.skills[task].score:.3g}) though its perplexity rises by {v.perplexity / original.perplexity - 1:.1%} only"
-        for v in made if v.perplexity and original.perplexity and v.perplexity < 1.03 * original.perplexity
-        for task in original.skills if task in v.skills and v.skills[task].high < original.skills[task].low
-    ]  # fmt: skip
-    first = "; ".join(found) + "." if found else "No skill fell beyond its interval in a way whose perplexity rises by less than 3 %: on so many samples none was found."
+        f"{v.name} loses {task} ({original.skills[task].score:.3g} to {v.skills[task].score:.3g}) though its perplexity"
+        f" rises by {v.perplexity / original.perplexity - 1:.1%} only"
+        for v in made
+        if v.perplexity and original.perplexity and v.perplexity < 1.03 * original.perplexity
+        for task in original.skills
+        if task in v.skills and v.skills[task].high < original.skills[task].low
+    ]
+    first = (
+        "; ".join(found) + "."
+        if found
+        else (
+            "No skill fell beyond its interval in a way whose perplexity rises by less than 3 %: on so many samples"
+            " none was found."
+        )
+    )
     return " ".join([first, *(line for task in original.skills if (line := _apart(task, made)))])
 
 
 def _apart(task: str, made: Sequence[Variant]) -> str:
     """The two ways of like perplexities that are farthest apart in a skill; nothing where all intervals overlap."""
     told = [(v, v.perplexity, v.skills[task]) for v in made if v.perplexity and task in v.skills]
-    pairs = [(high.score - low.score, a, b) for a, one, high in told for b, other, low in told if high.low > low.high and 1 / 1.05 < one / other < 1.05]
+    pairs = [
+        (high.score - low.score, a, b)
+        for a, one, high in told
+        for b, other, low in told
+        if high.low > low.high and 1 / 1.05 < one / other < 1.05
+    ]
     if not pairs:
         return ""
     _, a, b = max(pairs, key=lambda pair: pair[0])
-    return f"{a.name} and {b.name} are alike by perplexity ({a.perplexity:.2f} and {b.perplexity:.2f}), and not in {task}: {a.skills[task].score:.3g} and {b.skills[task].score:.3g}."
+    return (
+        f"{a.name} and {b.name} are alike by perplexity ({a.perplexity:.2f} and {b.perplexity:.2f}), and not in {task}:"
+        f" {a.skills[task].score:.3g} and {b.skills[task].score:.3g}."
+    )
 
 
 def _skill(found: Skill | None, before: Skill) -> str:

@@ -1,4 +1,7 @@
-"""Stage `tune.trials`: the page of a sweep: what was tried, what came of it, which fields mattered. Knows no recipe and no optimizer."""
+"""Stage `tune.trials`: the page of a sweep: what was tried, what came of it, which fields mattered.
+
+Knows no recipe and no optimizer.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ class TrialsConfig(Config):
 
 
 def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Adapter] | None = None) -> Report:
-    """The best values, the best score over trials, each field against the score, and every trial. `results`: what the trials' step made.
+    """The best values, the best score over trials, each field against the score, and every trial.
+
+    `results`: what the trials' step made.
 
     Errors: DataError when no trial has a score.
     """
@@ -48,24 +53,60 @@ def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Ad
     page.lead = f"Best of {len(scored)} trials: {config.metric} {best.score:.4g} with {values}."
     if failed := len(config.trials) - len(scored):
         page.lead += f" {failed} came to no score."
-    page.text("How to read it", "The best score was chosen among many, on the same rows: it is too good by chance. Measure what is chosen on rows that no trial has seen.")
+    page.text(
+        "How to read it",
+        "The best score was chosen among many, on the same rows: it is too good by chance. Measure what is chosen on"
+        " rows that no trial has seen.",
+    )
     page.table("What to set", ("field", "value"), [(field, _told(value)) for field, value in best.values.items()])
     so_far, curve = None, []
     for t in scored:
         so_far = t.score if so_far is None or sign * (t.score or 0) > sign * so_far else so_far
         curve.append((float(t.number + 1), float(so_far or 0.0)))
-    page.curves("Best so far", {"best so far": curve, "each trial": [(float(t.number + 1), float(t.score or 0.0)) for t in scored]}, x="trial", y=config.metric)
+    page.curves(
+        "Best so far",
+        {"best so far": curve, "each trial": [(float(t.number + 1), float(t.score or 0.0)) for t in scored]},
+        x="trial",
+        y=config.metric,
+    )
     if config.importance:
-        page.table("Which fields mattered", ("field", "share of what scores differ by"), sorted(config.importance.items(), key=lambda item: -item[1]), "Of few trials this is a rough guess.")
+        page.table(
+            "Which fields mattered",
+            ("field", "share of what scores differ by"),
+            sorted(config.importance.items(), key=lambda item: -item[1]),
+            "Of few trials this is a rough guess.",
+        )
     for field in best.values:
-        numbers = sorted((float(t.values[field]), float(t.score or 0.0)) for t in scored if isinstance(t.values.get(field), (int, float)) and not isinstance(t.values.get(field), bool))
+        numbers = sorted(
+            (float(t.values[field]), float(t.score or 0.0))
+            for t in scored
+            if isinstance(t.values.get(field), (int, float)) and not isinstance(t.values.get(field), bool)
+        )
         if len({x for x, _ in numbers}) > 2:
             page.curves(f"{field}", {"trials": numbers}, x=field, y=config.metric)
     fields = list(best.values)
-    rows = [(t.number + 1, "–" if t.score is None else f"{t.score:.4g}", *(_told(t.values.get(f)) for f in fields), f"{t.seconds:.0f}", t.why[:160]) for t in sorted(config.trials, key=lambda t: -sign * t.score if t.score is not None else float("inf"))]
+    rows = [
+        (
+            t.number + 1,
+            "–" if t.score is None else f"{t.score:.4g}",
+            *(_told(t.values.get(f)) for f in fields),
+            f"{t.seconds:.0f}",
+            t.why[:160],
+        )
+        for t in sorted(config.trials, key=lambda t: -sign * t.score if t.score is not None else float("inf"))
+    ]
     page.table("All trials", ("trial", config.metric, *fields, "seconds", "why not"), rows)
-    metrics: dict[str, Any] = {"score": best.score, "trials": len(config.trials), "failed": len(config.trials) - len(scored)}
-    page.data = {"best": best.values, "metrics": metrics, "trials": [t.model_dump() for t in config.trials], "importance": config.importance}
+    metrics: dict[str, Any] = {
+        "score": best.score,
+        "trials": len(config.trials),
+        "failed": len(config.trials) - len(scored),
+    }
+    page.data = {
+        "best": best.values,
+        "metrics": metrics,
+        "trials": [t.model_dump() for t in config.trials],
+        "importance": config.importance,
+    }
     return Report(ctx.out, metrics=metrics)
 
 

@@ -1,4 +1,8 @@
-"""All wanted quantizations of a model in one run that goes on after a kill: each made, measured, run and asked, then one page. See `tune/tradeoff.py`."""
+"""All wanted quantizations of a model in one run that goes on after a kill: each made, measured, run and asked, then
+one page.
+
+See `tune/tradeoff.py`.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,28 @@ class Way:
 
 GGUF = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs", "q3_k_m", "iq3_xs", "q2_k", "iq2_xs")
 WAYS: dict[str, Way] = {
-    "absmax-8": Way("absmax", {"bits": 8, "group": 0}), "int8": Way("int8"), "smoothquant-8": Way("smoothquant", {"bits": 8, "group": 0}), "absmax-4": Way("absmax"), "zeropoint-4": Way("zeropoint"), "hqq-4": Way("hqq"), "nf4": Way("nf4"),
-    "fp4": Way("nf4", {"levels": "fp4"}), "gptq-4": Way("gptq"), "gptq-4-zero": Way("gptq", {"symmetric": False, "scale": True}), "awq-4": Way("awq"), "zeroquant-4": Way("zeroquant"),
-    "rotated-gptq-4": Way("gptq", before="rotate"), "gptq-3": Way("gptq", {"bits": 3}), "mixed-4.25": Way("mixed", {"bits": 4.25}), "mixed-3.25": Way("mixed", {"bits": 3.25}),
-    **{f"gguf-{kind}": Way("gguf", {"type": kind}) for kind in GGUF}, **{f"gguf-{kind}-auto": Way("gguf", {"type": kind, "allocate": True}) for kind in ("q5_k_m", "q4_k_m", "q3_k_m", "q2_k")},
-}  # fmt: skip
+    "absmax-8": Way("absmax", {"bits": 8, "group": 0}),
+    "int8": Way("int8"),
+    "smoothquant-8": Way("smoothquant", {"bits": 8, "group": 0}),
+    "absmax-4": Way("absmax"),
+    "zeropoint-4": Way("zeropoint"),
+    "hqq-4": Way("hqq"),
+    "nf4": Way("nf4"),
+    "fp4": Way("nf4", {"levels": "fp4"}),
+    "gptq-4": Way("gptq"),
+    "gptq-4-zero": Way("gptq", {"symmetric": False, "scale": True}),
+    "awq-4": Way("awq"),
+    "zeroquant-4": Way("zeroquant"),
+    "rotated-gptq-4": Way("gptq", before="rotate"),
+    "gptq-3": Way("gptq", {"bits": 3}),
+    "mixed-4.25": Way("mixed", {"bits": 4.25}),
+    "mixed-3.25": Way("mixed", {"bits": 3.25}),
+    **{f"gguf-{kind}": Way("gguf", {"type": kind}) for kind in GGUF},
+    **{
+        f"gguf-{kind}-auto": Way("gguf", {"type": kind, "allocate": True})
+        for kind in ("q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+    },
+}
 LOADS = {"gguf": "llama.cpp", "int8": "transformers", "nf4": "transformers", "hqq": "vLLM"}
 CALIBRATED = ("gptq", "awq", "smoothquant", "zeroquant", "mixed", "gguf")
 
@@ -46,10 +67,17 @@ def ways_of(names: Sequence[str]) -> dict[str, Way]:
         return dict(WAYS)
     chosen: dict[str, Way] = {}
     for name in names:
-        found = {one: way for one, way in WAYS.items() if one == name} or {one: way for one, way in WAYS.items() if one.startswith(name)}
+        found = {one: way for one, way in WAYS.items() if one == name} or {
+            one: way for one, way in WAYS.items() if one.startswith(name)
+        }
         if not found:
-            near = next((one for one in WAYS if one == f"gguf-{name}"), "") or next(iter(difflib.get_close_matches(name, WAYS, n=1)), "")
-            raise UserError(f"no way to quantize is called {name!r}{f', did you mean {near!r}' if near else ''}; known: {', '.join(WAYS)}")
+            near = next((one for one in WAYS if one == f"gguf-{name}"), "") or next(
+                iter(difflib.get_close_matches(name, WAYS, n=1)), ""
+            )
+            raise UserError(
+                f"no way to quantize is called {name!r}{f', did you mean {near!r}' if near else ''}; known:"
+                f" {', '.join(WAYS)}"
+            )
         chosen |= found
     return chosen
 
@@ -73,18 +101,43 @@ class Frontier:
         """One stage's artifact, made or found."""
         stage = resolve(name)
         checked = stage.config.model_validate(dict(config))
-        return execute(stage, checked, default_inputs(stage, checked, dict(inputs), self.workspace), self.workspace, seed=0, open_engine=partial(open_engine, workspace=self.workspace), quiet=self.quiet).artifact
+        return execute(
+            stage,
+            checked,
+            default_inputs(stage, checked, dict(inputs), self.workspace),
+            self.workspace,
+            seed=0,
+            open_engine=partial(open_engine, workspace=self.workspace),
+            quiet=self.quiet,
+        ).artifact
 
     def quantized(self, way: Way) -> Model:
         """The model in this way."""
         base = self.step(f"quantize.{way.before}", {}, {"model": self.model}) if way.before else self.model
-        config = {"held": self.held, "length": self.length, **({"texts": self.texts} if way.stage in CALIBRATED else {}), **way.config}
-        more = {"sense": self.step("quantize.sense", {"texts": self.texts, "length": self.length, **({} if self.costs else {"sensed": 0})}, {"model": base, "data": self.data})} if way.stage == "gguf" and way.config["type"] != "q8_0" else {}
+        config = {
+            "held": self.held,
+            "length": self.length,
+            **({"texts": self.texts} if way.stage in CALIBRATED else {}),
+            **way.config,
+        }
+        more = (
+            {
+                "sense": self.step(
+                    "quantize.sense",
+                    {"texts": self.texts, "length": self.length, **({} if self.costs else {"sensed": 0})},
+                    {"model": base, "data": self.data},
+                )
+            }
+            if way.stage == "gguf" and way.config["type"] != "q8_0"
+            else {}
+        )
         made = self.step(f"quantize.{way.stage}", config, {"model": base, "data": self.data, **more})
         assert isinstance(made, Model)
         return made
 
-    def measured(self, name: str, model: Model, form: str, figures: Mapping[str, Any]) -> tuple[dict[str, Any], list[Report]]:
+    def measured(
+        self, name: str, model: Model, form: str, figures: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[Report]]:
         """(a variant's figures, the reports that they are of)."""
         ran = self.step("tune.running", {}, {"model": model})
         reports, skills = [ran], dict[str, dict[str, float]]()
@@ -96,20 +149,41 @@ class Frontier:
                 continue
             skills |= skills_of(item.task, asked.read())
             reports.append(asked)
-        size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in model.path.glob(pattern)) if model.path.is_dir() else model.path.stat().st_size
-        told = {key: float(figures[key]) for key in ("kl", "same_top", "perplexity") if math.isfinite(figures.get(key, math.nan))}
-        return {"name": name, "form": form, "digest": model.digest, "bytes": size, "bits": float(figures.get("bits_a_weight", 0.0)), **told, **{key: float(ran.metrics[key]) for key in ("memory", "read_speed", "write_speed") if key in ran.metrics}, "skills": skills, "answers": ran.read()["answers"]}, reports
+        size = (
+            sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in model.path.glob(pattern))
+            if model.path.is_dir()
+            else model.path.stat().st_size
+        )
+        told = {
+            key: float(figures[key])
+            for key in ("kl", "same_top", "perplexity")
+            if math.isfinite(figures.get(key, math.nan))
+        }
+        return {
+            "name": name,
+            "form": form,
+            "digest": model.digest,
+            "bytes": size,
+            "bits": float(figures.get("bits_a_weight", 0.0)),
+            **told,
+            **{key: float(ran.metrics[key]) for key in ("memory", "read_speed", "write_speed") if key in ran.metrics},
+            "skills": skills,
+            "answers": ran.read()["answers"],
+        }, reports
 
 
 def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None) -> tuple[Report, Model | None]:
     """(the page, the model that it recommends). A way that cannot be had is named on the page, with the reason.
 
-    Errors: ModelError for a model that is quantized already; DataError when no way could be had, or none is within the budget.
+    Errors: ModelError for a model that is quantized already; DataError when no way could be had, or none is within the
+    budget.
     """
     if job.model.format != "hf" or read_json(job.model.path / "config.json").get("quantization_config"):
         raise ModelError(f"{job.model.name}: is quantized already; give the model that it was made of")
     job.costs = any(way.config.get("allocate") for way in ways.values())
-    job.say(f"{len(ways)} ways; each is made, measured and asked, which takes minutes; what is there already is found again")
+    job.say(
+        f"{len(ways)} ways; each is made, measured and asked, which takes minutes; what is there already is found again"
+    )
     variants: list[dict[str, Any]] = []
     models: dict[str, Model] = {}
     reports: list[Report] = []
@@ -128,8 +202,20 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
         variants.append(found)
         models[model.digest] = model
         reports += seen
-        job.say(f"✓ {name}  {found['bytes'] / 1e6:,.1f} MB  {found.get('kl', float('nan')):.4f} nats a token  {found['write_speed'] if 'write_speed' in found else float('nan'):,.1f} tokens/s" + "".join(f"  {task} {skill['score']:.3f}" for task, skill in found["skills"].items()))
-    original, seen = job.measured("as it was", job.model, "transformers", {"bits_a_weight": 8 * _bytes_a_weight(job.model), **({"perplexity": before, "same_top": 1.0, "kl": 0.0} if before else {})})
+        job.say(
+            f"✓ {name}  {found['bytes'] / 1e6:,.1f} MB  {found.get('kl', float('nan')):.4f} nats a token "
+            f" {found['write_speed'] if 'write_speed' in found else float('nan'):,.1f} tokens/s"
+            + "".join(f"  {task} {skill['score']:.3f}" for task, skill in found["skills"].items())
+        )
+    original, seen = job.measured(
+        "as it was",
+        job.model,
+        "transformers",
+        {
+            "bits_a_weight": 8 * _bytes_a_weight(job.model),
+            **({"perplexity": before, "same_top": 1.0, "kl": 0.0} if before else {}),
+        },
+    )
     config = {"model": job.model.name, "original": original, "variants": variants, "budget": budget}
     inputs: dict[str, Any] = {"reports": [*seen, *reports], **({"models": list(models.values())} if models else {})}
     page = job.step("tune.tradeoff", config, inputs)
@@ -138,15 +224,28 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
 
 
 def skills_of(task: str, found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Scores by name of an evaluation's report: the task's own, and, where answers are written, what else they are scored by."""
+    """Scores by name of an evaluation's report: the task's own, and, where answers are written, what else they are
+    scored by.
+    """
     names = [name for name in found["intervals"] if name == found["metric"] or found["kind"] == "generate"]
-    return {task if name == found["metric"] else f"{task}: {name}": {"score": found["intervals"][name]["value"], **{key: found["intervals"][name][key] for key in ("low", "high")}} for name in names}
+    return {
+        task if name == found["metric"] else f"{task}: {name}": {
+            "score": found["intervals"][name]["value"],
+            **{key: found["intervals"][name][key] for key in ("low", "high")},
+        }
+        for name in names
+    }
 
 
 def _bytes_a_weight(model: Model) -> float:
     """Of the model's files, as they are stored."""
     from llmworks.model.io.weights import read_header
 
-    entries = [entry for file in sorted(model.path.glob("*.safetensors")) for name, entry in read_header(file).items() if name != "__metadata__"]
+    entries = [
+        entry
+        for file in sorted(model.path.glob("*.safetensors"))
+        for name, entry in read_header(file).items()
+        if name != "__metadata__"
+    ]
     weights = sum(math.prod(entry["shape"]) for entry in entries)
     return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries) / weights if weights else 0.0

@@ -1,4 +1,8 @@
-"""The trainings of a recipe: shape, rows and tokens of each, read from what was made, or from the steps that will make it. Runs nothing."""
+"""The trainings of a recipe: shape, rows and tokens of each, read from what was made, or from the steps that will make
+it.
+
+Runs nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,13 @@ from llmworks.train.sft import SftConfig
 ROUND = 64  # as model.new has it
 
 
-def estimate_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | Tuning | None:
-    """The training that a step is, whatever it trains; None where it is none, or its model is not known yet. Errors: UserError for processes that cannot share it."""
+def estimate_of(
+    recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1
+) -> Training | Tuning | None:
+    """The training that a step is, whatever it trains; None where it is none, or its model is not known yet.
+
+    Errors: UserError for processes that cannot share it.
+    """
     training = training_of(recipe, found, name, processes) or tuning_of(recipe, found, name)
     if training is None:
         return None
@@ -33,27 +42,53 @@ def estimate_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, proces
 
 
 def tuning_of(recipe: Recipe, found: Mapping[str, Artifact], name: str) -> Tuning | None:
-    """The fine-tuning that a step is; None where it is none, or its model is not there yet. Errors: DataError for data that are no conversations."""
+    """The fine-tuning that a step is; None where it is none, or its model is not there yet.
+
+    Errors: DataError for data that are no conversations.
+    """
     step = recipe.steps[name]
-    if not isinstance(step, StageStep) or not isinstance(step.config, SftConfig) or step.stage.name not in ("train.sft", "train.distill"):
+    if (
+        not isinstance(step, StageStep)
+        or not isinstance(step.config, SftConfig)
+        or step.stage.name not in ("train.sft", "train.distill")
+    ):
         return None
     learner = "student" if step.stage.name == "train.distill" else "model"
-    model, data, held_out, teacher = (found.get(str(step.inputs.get(role))) for role in (learner, "data", "held_out", "teacher"))
+    model, data, held_out, teacher = (
+        found.get(str(step.inputs.get(role))) for role in (learner, "data", "held_out", "teacher")
+    )
     shape = shape_of_step(recipe, found, step.inputs[learner])
     if not isinstance(model, Model) or model.format != "hf" or not isinstance(shape, Shape):
         return None
     known = data if isinstance(data, Dataset) else None
-    guide = shape_of_step(recipe, found, step.inputs["teacher"]) if isinstance(teacher, Model) and getattr(step.config, "source", "") != "text" and not cannot_give_logits(teacher, model) else None
+    guide = (
+        shape_of_step(recipe, found, step.inputs["teacher"])
+        if isinstance(teacher, Model)
+        and getattr(step.config, "source", "") != "text"
+        and not cannot_give_logits(teacher, model)
+        else None
+    )
     return Tuning(
-        step.config, model.path, shape, conversations_of(known) if known else None, known.path if known else None, held_out.path if isinstance(held_out, Dataset) else None,
+        step.config,
+        model.path,
+        shape,
+        conversations_of(known) if known else None,
+        known.path if known else None,
+        held_out.path if isinstance(held_out, Dataset) else None,
         *((teacher.path, guide) if isinstance(teacher, Model) and isinstance(guide, Shape) else ()),
-    )  # fmt: skip
+    )
 
 
 def training_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | None:
-    """The pre-training that a step is, with what is known of it; None where it is none, or its model's shape is not known yet."""
+    """The pre-training that a step is, with what is known of it; None where it is none, or its model's shape is not
+    known yet.
+    """
     step = recipe.steps[name]
-    if not isinstance(step, StageStep) or not isinstance(step.config, PretrainConfig) or step.stage.name != "train.pretrain":
+    if (
+        not isinstance(step, StageStep)
+        or not isinstance(step.config, PretrainConfig)
+        or step.stage.name != "train.pretrain"
+    ):
         return None
     shape = shape_of_step(recipe, found, step.inputs["model"])
     if shape is None:
@@ -61,7 +96,16 @@ def training_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, proces
     length, rows, tokens = data_of_step(recipe, found, step.inputs["data"])
     held_out = data_of_step(recipe, found, step.inputs["held_out"])[1] if "held_out" in step.inputs else 0
     made = found.get(str(step.inputs["data"]))
-    return Training(step.config, shape, length or shape.context, rows, tokens, held_out, processes, made.path if made is not None else None)
+    return Training(
+        step.config,
+        shape,
+        length or shape.context,
+        rows,
+        tokens,
+        held_out,
+        processes,
+        made.path if made is not None else None,
+    )
 
 
 def shape_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> Shape | RecurrentShape | None:
@@ -78,7 +122,9 @@ def shape_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> S
     if not isinstance(step, StageStep):
         return None
     if step.stage.name in ("model.new", "model.recurrent"):
-        vocabulary = getattr(step.config, "vocabulary", 0) or vocabulary_of_step(recipe, found, step.inputs["tokenizer"])
+        vocabulary = getattr(step.config, "vocabulary", 0) or vocabulary_of_step(
+            recipe, found, step.inputs["tokenizer"]
+        )
         kind = Shape if step.stage.name == "model.new" else RecurrentShape
         return kind.model_validate(step.config.model_dump() | {"vocabulary": vocabulary}) if vocabulary else None
     return shape_of_step(recipe, found, step.inputs["model"]) if step.stage.name == "train.pretrain" else None
@@ -89,7 +135,11 @@ def vocabulary_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any)
     made, step = found.get(name), recipe.steps.get(name)
     if made is not None and (made.path / "tokenizer.json").exists():
         tokens = read_json(made.path / "tokenizer.json")
-        known = {*tokens["model"]["vocab"].values()} if isinstance(tokens["model"].get("vocab"), dict) else set(range(len(tokens["model"].get("vocab", []))))
+        known = (
+            {*tokens["model"]["vocab"].values()}
+            if isinstance(tokens["model"].get("vocab"), dict)
+            else set(range(len(tokens["model"].get("vocab", []))))
+        )
         return -(-(max(known | {t["id"] for t in tokens.get("added_tokens", [])}) + 1) // ROUND) * ROUND
     if isinstance(step, StageStep) and step.stage.name == "tokenize.train":
         return -(-int(getattr(step.config, "vocabulary", 0)) // ROUND) * ROUND
@@ -102,7 +152,9 @@ def data_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> tu
     if isinstance(made, Dataset):
         about = made.about
         if about.get("schema") not in (None, "tokens"):
-            raise DataError(f"{made.name}: holds {about['schema']}, no packed tokens; make them with the stage data.pack")
+            raise DataError(
+                f"{made.name}: holds {about['schema']}, no packed tokens; make them with the stage data.pack"
+            )
         return int(about.get("length") or 0), int(about.get("rows") or 0), int(about.get("tokens") or 0)
     if isinstance(step, StageStep) and step.stage.name == "data.pack":
         return int(getattr(step.config, "length", 0)), 0, 0

@@ -1,4 +1,7 @@
-"""A merge whose numbers are found by evaluation: each attempt is merged, asked, and thrown away; its scores are kept in a journal that a killed search goes on from. The best is made to stay.
+"""A merge whose numbers are found by evaluation: each attempt is merged, asked, and thrown away; its scores are kept in
+a journal that a killed search goes on from.
+
+The best is made to stay.
 
 The search is `tune/search/cma.py`'s; this knows stages, tasks and the workspace.
 """
@@ -47,7 +50,15 @@ class Evolution:
         """One stage's artifact."""
         found = resolve(stage)
         checked = found.config.model_validate(dict(config))
-        return execute(found, checked, default_inputs(found, checked, dict(inputs), self.workspace), workspace, seed=self.seed, open_engine=partial(open_engine, workspace=workspace), quiet=self.quiet).artifact
+        return execute(
+            found,
+            checked,
+            default_inputs(found, checked, dict(inputs), self.workspace),
+            workspace,
+            seed=self.seed,
+            open_engine=partial(open_engine, workspace=workspace),
+            quiet=self.quiet,
+        ).artifact
 
     def asked(self, model: Model, item: Item, workspace: Workspace) -> Report:
         """One evaluation."""
@@ -57,22 +68,39 @@ class Evolution:
 
     def key(self, plain: Mapping[str, Any]) -> str:
         """What a journal is of."""
-        said = [plain, {name: model.digest for name, model in self.models.items()}, [item.model_dump() for item in self.items], self.population, self.gradient, self.negative, self.seed]
+        said = [
+            plain,
+            {name: model.digest for name, model in self.models.items()},
+            [item.model_dump() for item in self.items],
+            self.population,
+            self.gradient,
+            self.negative,
+            self.seed,
+        ]
         return hashlib.sha256(canonical_json(said).encode()).hexdigest()[:12]
 
 
 def evolution(job: Evolution) -> tuple[Report, Model]:
-    """(the page, the best merge). Errors: UserError for a merge without numbers, or no tasks; those of `merge` and `evaluate`."""
+    """(the page, the best merge).
+
+    Errors: UserError for a merge without numbers, or no tasks; those of `merge` and `evaluate`.
+    """
     if not job.items:
         raise UserError("no task is named that the merge is searched by; give --suite")
     if job.attempts < 2 or job.population < 2:
         raise UserError("--attempts and --population must be 2 or more")
     plain = job.config.model_dump(mode="json", exclude_defaults=True)
     genes = genes_of(plain, gradient=job.gradient, negative=job.negative)
-    with job.workspace.in_use(), job.workspace.lock(job.key(plain)):  # the same search in another process waits, and finds its attempts
+    with (
+        job.workspace.in_use(),
+        job.workspace.lock(job.key(plain)),
+    ):  # the same search in another process waits, and finds its attempts
         place = job.workspace.root / "scratch" / f"evolve-{job.key(plain)}"
         place.mkdir(parents=True, exist_ok=True)
-        job.say(f"{len(genes)} numbers, {job.attempts} attempts, {len(job.items)} tasks each; what was tried before is not tried again")
+        job.say(
+            f"{len(genes)} numbers, {job.attempts} attempts, {len(job.items)} tasks each; what was tried before is not"
+            " tried again"
+        )
 
         def judge(values: Sequence[float]) -> tuple[float, dict[str, float]]:
             aside = Workspace(place / "attempt")
@@ -91,9 +119,23 @@ def evolution(job: Evolution) -> tuple[Report, Model]:
                 shutil.rmtree(aside.root, ignore_errors=True)
 
         def told(one: Attempt, known: bool) -> None:
-            job.say(f"{'·' if known else '✓'} {one.number + 1:>3}  {one.score:.4f}  " + "  ".join(f"{gene.name.removesuffix('.parameters')} {value:g}" for gene, value in zip(genes, one.values, strict=True)))
+            job.say(
+                f"{'·' if known else '✓'} {one.number + 1:>3}  {one.score:.4f}  "
+                + "  ".join(
+                    f"{gene.name.removesuffix('.parameters')} {value:g}"
+                    for gene, value in zip(genes, one.values, strict=True)
+                )
+            )
 
-        found = evolve(genes, judge, place / "journal.jsonl", attempts=job.attempts, population=job.population, seed=job.seed, told=told)
+        found = evolve(
+            genes,
+            judge,
+            place / "journal.jsonl",
+            attempts=job.attempts,
+            population=job.population,
+            seed=job.seed,
+            told=told,
+        )
         best = max(found, key=lambda one: one.score)
         child = job.made("merge", with_values(plain, genes, best.values), {"models": dict(job.models)}, job.workspace)
         child.name = "best"
@@ -116,7 +158,23 @@ def _page(job: Evolution, found: Sequence[Attempt], names: Sequence[str], child:
             scores.setdefault(name, {})[item.task] = [float(report.metrics[key]) for key in ("score", "low", "high")]
             samples[item.task] = int(report.metrics.get("samples", 0))
             reports.append(report)
-    config = {"merge": job.name, "searched": [item.task for item in job.items], "scores": scores, "samples": samples, "attempts": [{"generation": one.generation, "values": dict(zip(names, one.values, strict=True)), "score": one.score, "parts": one.parts} for one in found]}
-    page = job.made("tune.evolution", config, {"models": [child, *job.models.values()], "reports": reports}, job.workspace)
+    config = {
+        "merge": job.name,
+        "searched": [item.task for item in job.items],
+        "scores": scores,
+        "samples": samples,
+        "attempts": [
+            {
+                "generation": one.generation,
+                "values": dict(zip(names, one.values, strict=True)),
+                "score": one.score,
+                "parts": one.parts,
+            }
+            for one in found
+        ],
+    }
+    page = job.made(
+        "tune.evolution", config, {"models": [child, *job.models.values()], "reports": reports}, job.workspace
+    )
     assert isinstance(page, Report)
     return page

@@ -1,4 +1,5 @@
-"""Find an artifact's relatives wherever they are, and derive an artifact again: what `tree` and `verify` need from stages and references.
+"""Find an artifact's relatives wherever they are, and derive an artifact again: what `tree` and `verify` need from
+stages and references.
 
 The questions themselves (who descends from whom, what differs) are answered in `lineage/`.
 """
@@ -26,7 +27,9 @@ from llmworks.runtime.stages import resolve as resolve_stage
 
 
 def family_with(workspace: Workspace, *more: Artifact) -> Family:
-    """The family of the workspace, what its artifacts came from as far as it is on this machine, and more artifacts; of models from outside also what their files claim, and what was deduced from weights."""
+    """The family of the workspace, what its artifacts came from as far as it is on this machine, and more artifacts; of
+    models from outside also what their files claim, and what was deduced from weights.
+    """
     every = [*workspace.artifacts(), *more]
     known = {a.digest for a in every}
     todo = [p for a in [*every, *workspace.names().values()] if a.manifest for p in a.manifest.parents]
@@ -46,23 +49,53 @@ def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
     """Parents that `merge.kinship` found, of models that no stage made."""
     known = {artifact.digest: artifact for artifact in artifacts}
     for artifact in artifacts:
-        if isinstance(artifact, Report) and artifact.manifest is not None and artifact.manifest.stage == "merge.kinship":
+        if (
+            isinstance(artifact, Report)
+            and artifact.manifest is not None
+            and artifact.manifest.stage == "merge.kinship"
+        ):
             data = artifact.read()
             child = known.get(str(data.get("child", "")))
-            for parent in data.get("parents", []) if child is not None and child.manifest is not None and not child.manifest.parents else []:
+            for parent in (
+                data.get("parents", [])
+                if child is not None and child.manifest is not None and not child.manifest.parents
+                else []
+            ):
                 share = f" {parent['share']:.2f}" if data.get("relation") == "merged" else ""
-                yield Kin(str(data["child"]), str(parent["digest"]), str(parent["name"]), f"by its weights: {data.get('relation')}{share}")
+                yield Kin(
+                    str(data["child"]),
+                    str(parent["digest"]),
+                    str(parent["name"]),
+                    f"by its weights: {data.get('relation')}{share}",
+                )
 
 
 def _claimed(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
     """Parents that files of models from outside name."""
-    known = {ref.removeprefix("hf:"): artifact.digest for artifact in artifacts for ref in (artifact.ref, artifact.name) if ref and isinstance(artifact, (Model, Adapter))}
+    known = {
+        ref.removeprefix("hf:"): artifact.digest
+        for artifact in artifacts
+        for ref in (artifact.ref, artifact.name)
+        if ref and isinstance(artifact, (Model, Adapter))
+    }
     for artifact in artifacts:
-        if not isinstance(artifact, (Model, Adapter)) or artifact.manifest is None or artifact.manifest.stage or not artifact.path.exists() or artifact.about.get("format") == "http":
+        if (
+            not isinstance(artifact, (Model, Adapter))
+            or artifact.manifest is None
+            or artifact.manifest.stage
+            or not artifact.path.exists()
+            or artifact.about.get("format") == "http"
+        ):
             continue
         for claim in claims(artifact.path):
             named = claim.name.removeprefix("hf:")
-            yield Kin(artifact.digest, known.get(named, f"claimed:{named}"), named, f"{claim.file} says: {claim.relation}", claim.name)
+            yield Kin(
+                artifact.digest,
+                known.get(named, f"claimed:{named}"),
+                named,
+                f"{claim.file} says: {claim.relation}",
+                claim.name,
+            )
 
 
 def licences_of(family: Family) -> dict[str, str]:
@@ -70,8 +103,18 @@ def licences_of(family: Family) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in family.nodes.values():
         if node.kind in ("model", "adapter") and node.artifact is not None:
-            asset = node.artifact.ref.removeprefix("asset:") if node.artifact.ref.startswith("asset:") else str(node.artifact.about.get("asset", ""))
-            said = CATALOGUE[asset].licence.lower() if asset in CATALOGUE else licence(node.artifact.path) if node.artifact.path.exists() else ""
+            asset = (
+                node.artifact.ref.removeprefix("asset:")
+                if node.artifact.ref.startswith("asset:")
+                else str(node.artifact.about.get("asset", ""))
+            )
+            said = (
+                CATALOGUE[asset].licence.lower()
+                if asset in CATALOGUE
+                else licence(node.artifact.path)
+                if node.artifact.path.exists()
+                else ""
+            )
             if said:
                 found[node.digest] = said
     return found
@@ -89,7 +132,9 @@ def _from_outside(parent: Parent) -> Artifact | None:
 
 
 def derive(workspace: Workspace, family: Family, artifact: Artifact) -> dict[str, FileEntry] | str:
-    """The files of an artifact made again in a temporary place; or a text that says why a comparison would say nothing."""
+    """The files of an artifact made again in a temporary place; or a text that says why a comparison would say
+    nothing.
+    """
     m = artifact.manifest
     assert m is not None
     stage = resolve_stage(m.stage)
@@ -107,9 +152,15 @@ def derive(workspace: Workspace, family: Family, artifact: Artifact) -> dict[str
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if files != m.files:
-        changed = {k: (m.versions[k], v) for k, v in versions().items() if k in m.versions and m.versions[k] != v and k != "llmworks"}
+        changed = {
+            k: (m.versions[k], v)
+            for k, v in versions().items()
+            if k in m.versions and m.versions[k] != v and k != "llmworks"
+        }
         if changed:
-            return "other bytes, but made with " + ", ".join(f"{k} {old} (here {new})" for k, (old, new) in changed.items())
+            return "other bytes, but made with " + ", ".join(
+                f"{k} {old} (here {new})" for k, (old, new) in changed.items()
+            )
         if m.derivation == "exact-on-this-platform" and m.platform != machine():
             return f"other bytes, but made on {m.platform.get('processor')}"
     return files

@@ -1,4 +1,5 @@
-"""A merge in one line: the YAML is written, parents and child are merged and asked, and the child's card says what came of it, in the Hub's format.
+"""A merge in one line: the YAML is written, parents and child are merged and asked, and the child's card says what came
+of it, in the Hub's format.
 
 What a merge and an evaluation are is in their rooms; this puts them together.
 """
@@ -31,14 +32,33 @@ from llmworks.runtime.stages import resolve
 DENSITY = 0.5
 
 
-def recipe_of(method: str, models: Sequence[str], base: str = "", weights: Sequence[float] = (), density: float = DENSITY, t: float = 0.5) -> MergeConfig:
-    """Mergekit's configuration of some models by a method, with what people usually begin with. UserError for a method that is not known, or what it cannot have."""
+def recipe_of(
+    method: str,
+    models: Sequence[str],
+    base: str = "",
+    weights: Sequence[float] = (),
+    density: float = DENSITY,
+    t: float = 0.5,
+) -> MergeConfig:
+    """Mergekit's configuration of some models by a method, with what people usually begin with.
+
+    UserError for a method that is not known, or what it cannot have.
+    """
     if method not in METHODS:
-        return MergeConfig(merge_method=method, models=[{"model": name} for name in models])  # whose error says what is known
+        return MergeConfig(
+            merge_method=method, models=[{"model": name} for name in models]
+        )  # whose error says what is known
     how = METHODS[method]
     others = [name for name in models if name != base]
     if how.base == "required" and not base:
-        raise UserError(f"--method {method} " + ("begins at one of the two; name it as --base" if method == "slerp" else "measures models from a base; give it as --base"))
+        raise UserError(
+            f"--method {method} "
+            + (
+                "begins at one of the two; name it as --base"
+                if method == "slerp"
+                else "measures models from a base; give it as --base"
+            )
+        )
     if weights and len(weights) != len(others):
         raise UserError(f"--weights: {len(weights)} numbers for {len(others)} models")
     twice = next((name for name in models if list(models).count(name) > 1), None)
@@ -53,11 +73,17 @@ def recipe_of(method: str, models: Sequence[str], base: str = "", weights: Seque
         if "density" in takes and method != "task_arithmetic":
             own["density"] = density
         given.append({"model": name, **({"parameters": own} if own else {})})
-    said: dict[str, Any] = {"merge_method": method, "models": given, **({"base_model": base} if base and how.base != "none" else {})}
+    said: dict[str, Any] = {
+        "merge_method": method,
+        "models": given,
+        **({"base_model": base} if base and how.base != "none" else {}),
+    }
     if "t" in takes:
         said["parameters"] = {"t": t}
     if method == "passthrough":
-        raise UserError("--method passthrough puts layers on layers; write its slices in a file, and run llmworks merge FILE")
+        raise UserError(
+            "--method passthrough puts layers on layers; write its slices in a file, and run llmworks merge FILE"
+        )
     return MergeConfig.model_validate(said)
 
 
@@ -78,7 +104,15 @@ class Lazy:
         """One stage's artifact."""
         found = resolve(stage)
         checked = found.config.model_validate(dict(config))
-        return execute(found, checked, default_inputs(found, checked, dict(inputs), self.workspace), self.workspace, seed=self.seed, open_engine=partial(open_engine, workspace=self.workspace), quiet=self.quiet).artifact
+        return execute(
+            found,
+            checked,
+            default_inputs(found, checked, dict(inputs), self.workspace),
+            self.workspace,
+            seed=self.seed,
+            open_engine=partial(open_engine, workspace=self.workspace),
+            quiet=self.quiet,
+        ).artifact
 
 
 def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
@@ -96,29 +130,55 @@ def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
             except LlmworksError as error:
                 job.say(f"  not asked: {who} on {item.task}: {error}")
                 continue
-            job.say(f"✓ {who}  {item.task}  {report.metrics['score']:.3f} ({report.metrics['low']:.3f} to {report.metrics['high']:.3f})")
-            job.scores.setdefault(who, {})[item.task] = f"{report.metrics['score']:.3f} ({report.metrics['low']:.3f} to {report.metrics['high']:.3f})"
+            job.say(
+                f"✓ {who}  {item.task}  {report.metrics['score']:.3f} ({report.metrics['low']:.3f} to"
+                f" {report.metrics['high']:.3f})"
+            )
+            job.scores.setdefault(who, {})[item.task] = (
+                f"{report.metrics['score']:.3f} ({report.metrics['low']:.3f} to {report.metrics['high']:.3f})"
+            )
             reports.append(report)
     if not reports:
         return child, None
     reports = list({report.digest: report for report in reports}.values())
-    board = job.made("evaluate.board", {"model": child.digest, "title": f"{name} and its parents"}, {"reports": sorted(reports, key=lambda report: report.digest)})
+    board = job.made(
+        "evaluate.board",
+        {"model": child.digest, "title": f"{name} and its parents"},
+        {"reports": sorted(reports, key=lambda report: report.digest)},
+    )
     assert isinstance(board, Report)
     return child, board
 
 
 def scores_of(child: Model, workspace: Workspace) -> list[Report]:
     """The evaluations of a model that are in the workspace."""
-    return [one for one in workspace.artifacts() if isinstance(one, Report) and one.manifest is not None and one.manifest.stage == "evaluate" and any(parent.digest == child.digest for parent in one.manifest.parents)]
+    return [
+        one
+        for one in workspace.artifacts()
+        if isinstance(one, Report)
+        and one.manifest is not None
+        and one.manifest.stage == "evaluate"
+        and any(parent.digest == child.digest for parent in one.manifest.parents)
+    ]
 
 
 def told(config: MergeConfig) -> str:
     """The configuration as mergekit reads it."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    return yaml.safe_dump(
+        config.model_dump(mode="json", exclude_defaults=True),
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,
+        width=120,
+    )
 
 
 def export(child: Model, board: Report | None, name: str, target: Path, scores: Sequence[Report] = ()) -> None:
-    """A directory that can be uploaded as it is: the child's files (hard links where the disk has them), and a card with what was measured. UserError where something is there already."""
+    """A directory that can be uploaded as it is: the child's files (hard links where the disk has them), and a card
+    with what was measured.
+
+    UserError where something is there already.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: is there already, and is not empty; choose another --export")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,14 +207,27 @@ def _fill(child: Model, board: Report | None, name: str, target: Path, scores: S
                 shutil.copyfile(file, target / file.name)
     front = front_of(child.path)
     body = (child.path / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1].split("\n")
-    body = [f"# {name}" if at == next((i for i, line in enumerate(body) if line.startswith("# ")), -1) else line for at, line in enumerate(body)]
+    body = [
+        f"# {name}" if at == next((i for i, line in enumerate(body) if line.startswith("# ")), -1) else line
+        for at, line in enumerate(body)
+    ]
     section = board.path / "model-card.md" if board is not None else None
     if section is not None and section.exists():
         body += ["", section.read_text(encoding="utf-8")]
     results = [
-        {"task": {"type": "text-generation"}, "dataset": {"name": str(report.read()["task"]), "type": str(report.read()["task"])}, "metrics": [{"type": str(report.metrics.get("metric", "score")), "value": round(float(report.metrics["score"]), 4), "name": str(report.metrics.get("metric", "score"))}]}
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": str(report.read()["task"]), "type": str(report.read()["task"])},
+            "metrics": [
+                {
+                    "type": str(report.metrics.get("metric", "score")),
+                    "value": round(float(report.metrics["score"]), 4),
+                    "name": str(report.metrics.get("metric", "score")),
+                }
+            ],
+        }
         for report in scores
-    ]  # fmt: skip
+    ]
     if results:
         front["model-index"] = [{"name": name, "results": results}]
     write(target, front, body)

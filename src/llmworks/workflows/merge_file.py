@@ -1,4 +1,5 @@
-"""mergekit's YAML files as they are: one merge, or several of which later ones use earlier ones; the models that they name are found before anything is planned.
+"""mergekit's YAML files as they are: one merge, or several of which later ones use earlier ones; the models that they
+name are found before anything is planned.
 
 What a merge does is in `merge/`; this knows files, references and the workspace.
 """
@@ -42,20 +43,30 @@ class Document:
 
 
 def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
-    """The merges of a file, those that others use before these. `sets`: KEY=VALUE for the one without a name, or the only one. UserError, in one line, for anything that is not mergekit's YAML."""
+    """The merges of a file, those that others use before these.
+
+    `sets`: KEY=VALUE for the one without a name, or the only one. UserError, in one line, for anything that is not
+    mergekit's YAML.
+    """
     try:
         found = [one for one in yaml.safe_load_all(file.read_text(encoding="utf-8")) if one is not None]
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give mergekit's YAML") from None
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{file}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}") from None
+        raise UserError(
+            f"{file}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}"
+        ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+        raise UserError(
+            f"{file}: cannot be read as YAML ({(str(error) or type(error).__name__).splitlines()[0]})"
+        ) from None
     if not found or not all(isinstance(one, dict) for one in found):
         raise UserError(f"{file}: holds no merge; it is a mapping with merge_method and models (mergekit's YAML)")
     names = [one.pop("name", "") or "" for one in found]
     if not all(isinstance(name, str) for name in names):
-        raise UserError(f"{file}: name is {next(name for name in names if not isinstance(name, str))!r}, it must be a text")
+        raise UserError(
+            f"{file}: name is {next(name for name in names if not isinstance(name, str))!r}, it must be a text"
+        )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{file}: {f'the name {twice!r} stands twice' if twice else 'more than one merge has no name'}")
@@ -64,12 +75,17 @@ def read(file: Path, sets: Sequence[str] = ()) -> list[Document]:
         if not equals:
             raise UserError(f"--set {text}: write it as key=value")
         assign(found[names.index("")] if "" in names else found[-1], key.split("."), value)
-    documents = {name: Document(name, _checked(one, f"{file}{f', {name}' if name else ''}")) for name, one in zip(names, found, strict=True)}
+    documents = {
+        name: Document(name, _checked(one, f"{file}{f', {name}' if name else ''}"))
+        for name, one in zip(names, found, strict=True)
+    }
     return _ordered(documents, file)
 
 
 def _checked(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
-    kind: type[MergeConfig | ExpertsConfig] = ExpertsConfig if "experts" in values and "merge_method" not in values else MergeConfig
+    kind: type[MergeConfig | ExpertsConfig] = (
+        ExpertsConfig if "experts" in values and "merge_method" not in values else MergeConfig
+    )
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -77,13 +93,35 @@ def _checked(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
 
 
 def _problem(kind: type[MergeConfig | ExpertsConfig], error: ValidationError, where: str) -> list[str]:
-    """What is wrong, without all that a value could have been: pydantic tells an error for each form that a setting may have."""
+    """What is wrong, without all that a value could have been: pydantic tells an error for each form that a setting may
+    have.
+    """
     said: list[dict[str, Any]] = [dict(one) for one in error.errors()]
-    inside = [one for one in said if any("Condition" in str(part) for part in one["loc"]) and one["type"] in ("extra_forbidden", "missing")]
+    inside = [
+        one
+        for one in said
+        if any("Condition" in str(part) for part in one["loc"]) and one["type"] in ("extra_forbidden", "missing")
+    ]
     if inside:
         one = min(inside, key=lambda each: each["type"] != "extra_forbidden")
-        place = ".".join([where, *(str(part) for part in one["loc"][:-1] if not (isinstance(part, str) and ("[" in part or part == "Condition")))])
-        return [f"{place}: " + (unknown("key", str(one["loc"][-1]), list(Condition.model_fields)) if one["type"] == "extra_forbidden" else f"{one['loc'][-1]} is missing")]
+        place = ".".join(
+            [
+                where,
+                *(
+                    str(part)
+                    for part in one["loc"][:-1]
+                    if not (isinstance(part, str) and ("[" in part or part == "Condition"))
+                ),
+            ]
+        )
+        return [
+            f"{place}: "
+            + (
+                unknown("key", str(one["loc"][-1]), list(Condition.model_fields))
+                if one["type"] == "extra_forbidden"
+                else f"{one['loc'][-1]} is missing"
+            )
+        ]
     return [config_problem(kind, one, where) for one in said[:4]]
 
 
@@ -92,7 +130,9 @@ def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
 
     def visit(name: str, above: tuple[str, ...]) -> None:
         if name in above:
-            raise UserError(f"{file}: merges use one another in a circle: {' uses '.join([*above[above.index(name) :], name])}")
+            raise UserError(
+                f"{file}: merges use one another in a circle: {' uses '.join([*above[above.index(name) :], name])}"
+            )
         if name not in done:
             for used in documents[name].config.named():
                 if used.partition("+")[0] and used.partition("+")[0] in documents:
@@ -106,12 +146,19 @@ def _ordered(documents: Mapping[str, Document], file: Path) -> list[Document]:
 
 def unnamed(documents: Sequence[Document], given: Mapping[str, Model]) -> str:
     """A model that is given and that no merge of a file names; empty where all are named."""
-    named = {part for document in documents for name in document.config.named() for part in (name, name.partition("+")[0])}
+    named = {
+        part for document in documents for name in document.config.named() for part in (name, name.partition("+")[0])
+    }
     return next((name for name in given if name not in named), "")
 
 
-def found_models(config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], workspace: Workspace) -> dict[str, Model]:
-    """The models that a merge names: those given, else by reference. An adapter behind + is folded into its model first."""
+def found_models(
+    config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], workspace: Workspace
+) -> dict[str, Model]:
+    """The models that a merge names: those given, else by reference.
+
+    An adapter behind + is folded into its model first.
+    """
     return {name: given[name] if name in given else _model(name, given, workspace) for name in config.named()}
 
 
@@ -121,12 +168,22 @@ def _model(name: str, given: Mapping[str, Model], workspace: Workspace) -> Model
         raise UserError(f"{name!r} names no model; write MODEL, or MODEL+ADAPTER")
     found = given[base] if base in given else _reference(base, workspace)
     if not isinstance(found, Model):
-        raise UserError(f"{base}: is {'an' if found.kind[0] in 'aei' else 'a'} {found.kind}, and models are merged" + ("; write MODEL+ADAPTER" if isinstance(found, Adapter) else ""))
+        raise UserError(
+            f"{base}: is {'an' if found.kind[0] in 'aei' else 'a'} {found.kind}, and models are merged"
+            + ("; write MODEL+ADAPTER" if isinstance(found, Adapter) else "")
+        )
     if not plus:
         return found
     folded = _reference(adapter, workspace)
     stage = resolve_stage("merge.adapter")
-    made = execute(stage, stage.config(), {"adapter": folded, "model": found}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace)).artifact
+    made = execute(
+        stage,
+        stage.config(),
+        {"adapter": folded, "model": found},
+        workspace,
+        seed=0,
+        open_engine=partial(open_engine, workspace=workspace),
+    ).artifact
     named = load(made.path, name=name)
     assert isinstance(named, Model)
     return named
@@ -142,14 +199,31 @@ def _reference(name: str, workspace: Workspace) -> Any:
         raise
 
 
-def merge_file(documents: Sequence[Document], workspace: Workspace, *, given: Mapping[str, Model], seed: int, quiet: bool = False, say: Callable[[str], None] = lambda line: None) -> Outcome:
+def merge_file(
+    documents: Sequence[Document],
+    workspace: Workspace,
+    *,
+    given: Mapping[str, Model],
+    seed: int,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Outcome:
     """Carry out all merges of a file; the last one's result."""
     known, outcome = dict(given), None
     for document in documents:
         models = found_models(document.config, known, workspace)
         if document.name:
             say(f"merge {document.name}")
-        outcome = execute(resolve_stage(document.stage), document.config, {"models": models}, workspace, seed=seed, open_engine=partial(open_engine, workspace=workspace), quiet=quiet, announce=say)
+        outcome = execute(
+            resolve_stage(document.stage),
+            document.config,
+            {"models": models},
+            workspace,
+            seed=seed,
+            open_engine=partial(open_engine, workspace=workspace),
+            quiet=quiet,
+            announce=say,
+        )
         if document.name:
             named = load(outcome.artifact.path, name=document.name)
             assert isinstance(named, Model)
@@ -163,10 +237,16 @@ def plan_file(documents: Sequence[Document], workspace: Workspace, given: Mappin
     from llmworks.merge.plan.prepare import prepared
 
     if len(documents) > 1:
-        raise UserError(f"--plan: the file holds {len(documents)} merges, and what later ones read is not there yet; run it, or plan one at a time")
+        raise UserError(
+            f"--plan: the file holds {len(documents)} merges, and what later ones read is not there yet; run it, or"
+            " plan one at a time"
+        )
     config = documents[0].config
     if not isinstance(config, MergeConfig):
-        raise UserError("--plan: experts are copied as they are; what is written is as large as the base and each expert's feed-forward layers")
+        raise UserError(
+            "--plan: experts are copied as they are; what is written is as large as the base and each expert's"
+            " feed-forward layers"
+        )
     paths = {name: given[name].path if name in given else _path(name, workspace) for name in config.named()}
     return prepared(config, {name: layout_of(name, path) for name, path in paths.items()})[2]
 

@@ -1,4 +1,6 @@
-"""A sweep over a recipe: each trial is a run of it with other fields, in one workspace, so that steps that trials share are made once."""
+"""A sweep over a recipe: each trial is a run of it with other fields, in one workspace, so that steps that trials share
+are made once.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,11 @@ def run_trial(unit: Unit) -> Outcome:
         if isinstance(value, float) and not math.isfinite(value):
             return Outcome(None, f"{unit.step}.{unit.metric} is {value}", time.monotonic() - began)
         if not isinstance(value, (int, float)):
-            return Outcome(None, f"{unit.step} has no metric {unit.metric!r}; it has {', '.join(sorted(map(str, found.metrics)))}", time.monotonic() - began)
+            return Outcome(
+                None,
+                f"{unit.step} has no metric {unit.metric!r}; it has {', '.join(sorted(map(str, found.metrics)))}",
+                time.monotonic() - began,
+            )
         return Outcome(float(value), "", time.monotonic() - began, found.digest)
     except (LlmworksError, GateFailed) as error:
         return Outcome(None, str(error), time.monotonic() - began)
@@ -65,33 +71,57 @@ def run_trial(unit: Unit) -> Outcome:
 def check(search: Search, recipe: Recipe, path: Path, sets: Sequence[str]) -> None:
     """Whether the recipe has the step and the fields, with the values at the ends of each. UserError, RecipeError."""
     if not isinstance(recipe.steps.get(search.step), StageStep):
-        raise UserError(f"metric {search.metric}: the recipe {recipe.name} has no stage {search.step!r}; it has {', '.join(n for n, s in recipe.steps.items() if isinstance(s, StageStep))}")
+        raise UserError(
+            f"metric {search.metric}: the recipe {recipe.name} has no stage {search.step!r}; it has"
+            f" {', '.join(n for n, s in recipe.steps.items() if isinstance(s, StageStep))}"
+        )
     for field, space in search.fields.items():
         for value in space.choices or [int(x) if space.whole else x for x in (space.low, space.high) if x is not None]:
             load_recipe(path, [*sets, *overrides({field: value})])
 
 
-def sweep(path: Path, search: Search, workspace: Workspace, sets: Sequence[str] = (), pool: Pool | None = None, say: Callable[[str], None] = lambda line: None) -> Report:
-    """Try until there are as many trials as wanted; returns the page. A sweep that was killed goes on; the best trial's steps bear the recipe's names at the end.
+def sweep(
+    path: Path,
+    search: Search,
+    workspace: Workspace,
+    sets: Sequence[str] = (),
+    pool: Pool | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Try until there are as many trials as wanted; returns the page.
 
-    Errors: UserError for a search that does not fit the recipe; DataError when no trial comes to a score; MissingDependency without optuna.
+    A sweep that was killed goes on; the best trial's steps bear the recipe's names at the end.
+
+    Errors: UserError for a search that does not fit the recipe; DataError when no trial comes to a score;
+    MissingDependency without optuna.
     """
     pool = pool or Pool()
     recipe = load_recipe(path, sets)
     check(search, recipe, path, sets)
-    key = hashlib.sha256("\n".join([path.read_text(encoding="utf-8"), search.model_dump_json(exclude={"trials"}), *sets]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        "\n".join([path.read_text(encoding="utf-8"), search.model_dump_json(exclude={"trials"}), *sets]).encode()
+    ).hexdigest()[:16]
     study = Study(search, workspace.root / "scratch" / f"sweep-{key}" / "journal.log")
     if study.trials:
         say(f"going on after {len(study.trials)} trials")
     made: list[str] = []
     while (left := search.trials - len(study.trials)) > 0:
         asked = [study.ask() for _ in range(min(left, pool.workers))]
-        units = [Unit(path, workspace.root, (*sets, *overrides(trial.values)), search.step, search.name) for trial in asked]
+        units = [
+            Unit(path, workspace.root, (*sets, *overrides(trial.values)), search.step, search.name) for trial in asked
+        ]
         for place, outcome in pool.map(run_trial, units):
             trial = asked[place]
             study.tell(Trial(trial.number, trial.values, outcome.score, outcome.why, outcome.seconds))
-            told = ", ".join(f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}" for field, value in trial.values.items())
-            say(f"{'·' if outcome.score is None else '✓'} trial {trial.number + 1}  {told}  {f'{search.metric} {outcome.score:.4g}' if outcome.score is not None else outcome.why}  {outcome.seconds:.0f} s")
+            told = ", ".join(
+                f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}"
+                for field, value in trial.values.items()
+            )
+            say(
+                f"{'·' if outcome.score is None else '✓'} trial {trial.number + 1}  {told} "
+                f" {f'{search.metric} {outcome.score:.4g}' if outcome.score is not None else outcome.why} "
+                f" {outcome.seconds:.0f} s"
+            )
             made += [outcome.digest] if outcome.digest else []
     best = study.best
     results: list[Any] = []
@@ -100,10 +130,32 @@ def sweep(path: Path, search: Search, workspace: Workspace, sets: Sequence[str] 
         job.run()
         results = [job.found[search.step]]
     page = resolve("tune.trials")
-    config = page.config.model_validate({
-        "recipe": recipe.name, "metric": search.metric, "direction": search.direction, "importance": study.importance(),
-        "trials": [{"number": t.number, "values": dict(t.values), "score": t.score, "why": t.why, "seconds": round(t.seconds, 1)} for t in study.trials],
-    })  # fmt: skip
-    done = execute(page, config, {"results": results} if results else {}, workspace, seed=0, open_engine=partial(open_engine, workspace=workspace), quiet=True)
+    config = page.config.model_validate(
+        {
+            "recipe": recipe.name,
+            "metric": search.metric,
+            "direction": search.direction,
+            "importance": study.importance(),
+            "trials": [
+                {
+                    "number": t.number,
+                    "values": dict(t.values),
+                    "score": t.score,
+                    "why": t.why,
+                    "seconds": round(t.seconds, 1),
+                }
+                for t in study.trials
+            ],
+        }
+    )
+    done = execute(
+        page,
+        config,
+        {"results": results} if results else {},
+        workspace,
+        seed=0,
+        open_engine=partial(open_engine, workspace=workspace),
+        quiet=True,
+    )
     assert isinstance(done.artifact, Report)
     return done.artifact

@@ -1,4 +1,7 @@
-"""Contrastive preference optimization: pairs without a reference, which is taken to be uniform; chosen answers are learned beside it. Log-probabilities are summed over tokens, of ipo in the mean.
+"""Contrastive preference optimization: pairs without a reference, which is taken to be uniform; chosen answers are
+learned beside it.
+
+Log-probabilities are summed over tokens, of ipo in the mean.
 
 Xu et al. 2024 (arXiv:2401.08417, equation 3). TRL's `CPOTrainer` computes the same numbers.
 """
@@ -15,5 +18,11 @@ def cpo(sides: Sides, kind: str = "sigmoid", *, beta: float = 0.1, smoothing: fl
     """The loss of each pair, without the learning of chosen answers."""
     chosen, rejected = sides.means if kind == "ipo" else (sides.chosen, sides.rejected)
     difference = chosen - rejected
-    loss = (difference - 1 / (2 * beta)) ** 2 if kind == "ipo" else torch.relu(1 - beta * difference) if kind == "hinge" else sigmoid(beta * difference, smoothing)
+    loss = (
+        (difference - 1 / (2 * beta)) ** 2
+        if kind == "ipo"
+        else torch.relu(1 - beta * difference)
+        if kind == "hinge"
+        else sigmoid(beta * difference, smoothing)
+    )
     return Judged(loss, beta * chosen.detach(), beta * rejected.detach())

@@ -1,6 +1,8 @@
-"""Direct preference optimization and its relatives: the policy's log-probabilities, less the reference's, are rewards, summed over the tokens of an answer.
+"""Direct preference optimization and its relatives: the policy's log-probabilities, less the reference's, are rewards,
+summed over the tokens of an answer.
 
-Rafailov et al. 2023 (arXiv:2305.18290). Each kind says what it does with the difference of the two rewards, or with each of them. `ipo` and `sigmoid-mean` take
+Rafailov et al. 2023 (arXiv:2305.18290). Each kind says what it does with the difference of the two rewards, or with
+each of them. `ipo` and `sigmoid-mean` take
 means over tokens. TRL's `DPOTrainer` computes the same numbers.
 """
 
@@ -19,7 +21,9 @@ MOST = 80.0  # exponents: exp of more is no number of fp32
 
 
 def scores(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
-    """Log-ratios as the f-divergence has them that holds the policy to the reference: f'(ratio) (Wang et al. 2023, arXiv:2309.16240)."""
+    """Log-ratios as the f-divergence has them that holds the policy to the reference: f'(ratio) (Wang et al. 2023,
+    arXiv:2309.16240).
+    """
     if divergence == "forward":
         return 1 - torch.exp((-ratios).clamp(max=MOST))
     if divergence == "jensen-shannon":
@@ -42,7 +46,9 @@ def robust(difference: Tensor, smoothing: float) -> Tensor:
 def exo(difference: Tensor, smoothing: float) -> Tensor:
     """KL of the policy's choice between the two from the label's (Ji et al. 2024, arXiv:2402.00856, equation 16)."""
     for_chosen, for_rejected = F.logsigmoid(difference), F.logsigmoid(-difference)
-    return for_chosen.exp() * (for_chosen - math.log1p(-smoothing)) + for_rejected.exp() * (for_rejected - math.log(smoothing))
+    return for_chosen.exp() * (for_chosen - math.log1p(-smoothing)) + for_rejected.exp() * (
+        for_rejected - math.log(smoothing)
+    )
 
 
 def discopop(difference: Tensor, tau: float = 0.05) -> Tensor:
@@ -52,7 +58,9 @@ def discopop(difference: Tensor, tau: float = 0.05) -> Tensor:
 
 
 def nca(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Each reward by itself, so that the chosen answer does not become improbable, too (Chen et al. 2024, arXiv:2402.05369)."""
+    """Each reward by itself, so that the chosen answer does not become improbable, too (Chen et al. 2024,
+    arXiv:2402.05369).
+    """
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
@@ -62,7 +70,9 @@ def bco(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Chosen answers become more probable, rejected ones less: they are better than the model's own (D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 7)."""
+    """Chosen answers become more probable, rejected ones less: they are better than the model's own (D'Oosterlinck et
+    al. 2024, arXiv:2408.06266, equation 7).
+    """
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
@@ -71,22 +81,51 @@ def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 
 
-OF_DIFFERENCE: dict[str, Callable[[Tensor, float], Tensor]] = {"sigmoid": sigmoid, "sigmoid-mean": lambda d, _: -F.logsigmoid(d), "hinge": lambda d, _: torch.relu(1 - d), "robust": robust, "exo": exo, "discopop": lambda d, _: discopop(d)}
-OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"nca": nca, "bco": bco, "apo-zero": apo_zero, "apo-down": apo_down}
+OF_DIFFERENCE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "sigmoid": sigmoid,
+    "sigmoid-mean": lambda d, _: -F.logsigmoid(d),
+    "hinge": lambda d, _: torch.relu(1 - d),
+    "robust": robust,
+    "exo": exo,
+    "discopop": lambda d, _: discopop(d),
+}
+OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "nca": nca,
+    "bco": bco,
+    "apo-zero": apo_zero,
+    "apo-down": apo_down,
+}
 
 
-def dpo(sides: Sides, kind: str = "sigmoid", *, beta: float = 0.1, smoothing: float = 0.0, divergence: str = "reverse", alpha: float = 0.5) -> Judged:
-    """The loss of each pair. `smoothing`: of sigmoid, robust, exo and aot; `divergence`: of all but nca, bco, apo and sppo, which take log-ratios as they are."""
+def dpo(
+    sides: Sides,
+    kind: str = "sigmoid",
+    *,
+    beta: float = 0.1,
+    smoothing: float = 0.0,
+    divergence: str = "reverse",
+    alpha: float = 0.5,
+) -> Judged:
+    """The loss of each pair.
+
+    `smoothing`: of sigmoid, robust, exo and aot; `divergence`: of all but nca, bco, apo and sppo, which take log-ratios
+    as they are.
+    """
     ratios = sides.ratios
     chosen, rejected = (scores(ratio, divergence, alpha) for ratio in ratios)
     rewards = beta * ratios[0].detach(), beta * ratios[1].detach()
     if kind in ("ipo", "sigmoid-mean"):
         chosen, rejected = chosen / sides.chosen_tokens, rejected / sides.rejected_tokens
-    if kind == "ipo":  # Azar et al. 2023, arXiv:2310.12036, equation 17; over mean log-probabilities, as its authors say
+    if (
+        kind == "ipo"
+    ):  # Azar et al. 2023, arXiv:2310.12036, equation 17; over mean log-probabilities, as its authors say
         loss = (chosen - rejected - 1 / (2 * beta)) ** 2
     elif kind == "sppo":  # Wu et al. 2024, arXiv:2405.00675, equation 4.7 with chances 1 and 0
         loss = (ratios[0] - 0.5 / beta) ** 2 + (ratios[1] + 0.5 / beta) ** 2
-    elif kind in ("aot", "aot-unpaired"):  # Melnyk et al. 2024, arXiv:2406.05882: one distribution dominates the other, whichever answers belong together
+    elif kind in (
+        "aot",
+        "aot-unpaired",
+    ):  # Melnyk et al. 2024, arXiv:2406.05882: one distribution dominates the other, whichever answers belong together
         loss = sigmoid(beta * _sorted(sides, paired=kind == "aot"), smoothing)
     elif kind in OF_BOTH:
         loss = OF_BOTH[kind](beta * ratios[0], beta * ratios[1])
@@ -96,10 +135,14 @@ def dpo(sides: Sides, kind: str = "sigmoid", *, beta: float = 0.1, smoothing: fl
 
 
 def _sorted(sides: Sides, *, paired: bool) -> Tensor:
-    """Differences of quantiles: of margins to the policy and to the reference; or of ratios of chosen and of rejected answers."""
+    """Differences of quantiles: of margins to the policy and to the reference; or of ratios of chosen and of rejected
+    answers.
+    """
     if not paired:
         chosen, rejected = sides.ratios
         return chosen.sort().values - rejected.sort().values
     assert sides.reference_chosen is not None
     assert sides.reference_rejected is not None
-    return (sides.chosen - sides.rejected).sort().values - (sides.reference_chosen - sides.reference_rejected).sort().values
+    return (sides.chosen - sides.rejected).sort().values - (
+        sides.reference_chosen - sides.reference_rejected
+    ).sort().values

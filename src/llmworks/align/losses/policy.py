@@ -1,6 +1,10 @@
-"""Losses of reinforcement learning from whole answers: what a token of an answer is worth, how far the policy may move in a step, and what a step is the mean of. Pure functions.
+"""Losses of reinforcement learning from whole answers: what a token of an answer is worth, how far the policy may move
+in a step, and what a step is the mean of.
 
-GRPO: Shao et al. 2024 (arXiv:2402.03300); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740); clipping: Schulman et al. 2017 (arXiv:1707.06347). TRL's `GRPOTrainer` and `RLOOTrainer`
+Pure functions.
+
+GRPO: Shao et al. 2024 (arXiv:2402.03300); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740); clipping: Schulman et al. 2017
+(arXiv:1707.06347). TRL's `GRPOTrainer` and `RLOOTrainer`
 compute the same numbers. Tokens are those that are weighed, [n]; `owner` is the number of each one's answer.
 """
 
@@ -18,9 +22,11 @@ SMALL = 1e-4  # beside a deviation that is divided by
 
 
 def group_advantages(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
-    """How much better an answer is than the others to its prompt, [prompts, answers]; those without a reward (NaN) count for nothing and have 0.
+    """How much better an answer is than the others to its prompt, [prompts, answers]; those without a reward (NaN)
+    count for nothing and have 0.
 
-    `scale`: by the deviation of the group (GRPO), of all (REINFORCE++), or not (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783: dividing by it favours questions that are too easy or too hard).
+    `scale`: by the deviation of the group (GRPO), of all (REINFORCE++), or not (Dr. GRPO, Liu et al. 2025,
+    arXiv:2503.20783: dividing by it favours questions that are too easy or too hard).
     """
     apart = rewards - rewards.nanmean(1, keepdim=True)
     if scale != "none":
@@ -36,7 +42,9 @@ def deviation(rewards: Tensor) -> Tensor:
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """RLOO: a reward less the mean of the others to the same prompt, [prompts, answers]; 0 of one without a reward or without others."""
+    """RLOO: a reward less the mean of the others to the same prompt, [prompts, answers]; 0 of one without a reward or
+    without others.
+    """
     there = ~rewards.isnan()
     count, total = there.sum(1, keepdim=True), rewards.nansum(1, keepdim=True)
     others = (total - rewards.nan_to_num(0.0)) / (count - 1).clamp(min=1)
@@ -44,7 +52,9 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def overlong(lengths: Tensor, most: int, soft: int) -> Tensor:
-    """DAPO's punishment of answers that come near the longest: 0 up to most - soft tokens, then down to -1 (Yu et al. 2025, arXiv:2503.14476, equation 13)."""
+    """DAPO's punishment of answers that come near the longest: 0 up to most - soft tokens, then down to -1 (Yu et al.
+    2025, arXiv:2503.14476, equation 13).
+    """
     return -((lengths - (most - soft)) / max(1, soft)).clamp(0, 1)
 
 
@@ -55,8 +65,18 @@ class Weighed(NamedTuple):
     clipped: Tensor
 
 
-def ratios(logprobs: Tensor, old: Tensor, owner: Tensor, counts: Tensor, level: Literal["token", "answer"], *, summed: bool = False) -> Tensor:
-    """Log of how much more probable a token is than when it was drawn [n]; of level answer the mean over its answer (GSPO, Zheng et al. 2025, arXiv:2507.18071), or the sum (RLOO)."""
+def ratios(
+    logprobs: Tensor,
+    old: Tensor,
+    owner: Tensor,
+    counts: Tensor,
+    level: Literal["token", "answer"],
+    *,
+    summed: bool = False,
+) -> Tensor:
+    """Log of how much more probable a token is than when it was drawn [n]; of level answer the mean over its answer
+    (GSPO, Zheng et al. 2025, arXiv:2507.18071), or the sum (RLOO).
+    """
     log = logprobs - old
     if level == "token":
         return log
@@ -64,11 +84,24 @@ def ratios(logprobs: Tensor, old: Tensor, owner: Tensor, counts: Tensor, level: 
     return (whole if summed else whole / counts.clamp(min=1))[owner]
 
 
-def weighed(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, owner: Tensor, counts: Tensor, *, form: Form = "clip", low: float = 0.2, high: float = 0.2, ceiling: float = 0.0) -> Weighed:
+def weighed(
+    logprobs: Tensor,
+    log_ratio: Tensor,
+    advantages: Tensor,
+    owner: Tensor,
+    counts: Tensor,
+    *,
+    form: Form = "clip",
+    low: float = 0.2,
+    high: float = 0.2,
+    ceiling: float = 0.0,
+) -> Weighed:
     """The loss of each token, before the distance to the reference. advantages: of each token [n].
 
-    clip: PPO's, between 1 - low and 1 + high (DAPO: high above low); `ceiling`: the most that a ratio may be at all (0: none). cispo: REINFORCE with ratios up to `high` (MiniMax 2025,
-    arXiv:2506.13585). sapo: a soft gate (arXiv:2511.20347). vespo: a gamma-shaped weight of whole answers (arXiv:2602.10693).
+    clip: PPO's, between 1 - low and 1 + high (DAPO: high above low); `ceiling`: the most that a ratio may be at all (0:
+    none). cispo: REINFORCE with ratios up to `high` (MiniMax 2025,
+    arXiv:2506.13585). sapo: a soft gate (arXiv:2511.20347). vespo: a gamma-shaped weight of whole answers
+    (arXiv:2602.10693).
     """
     ratio = log_ratio.exp()
     never = torch.zeros_like(ratio, dtype=torch.bool)
@@ -87,15 +120,21 @@ def weighed(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, owner: Tens
 
 
 def _gamma(log_ratio: Tensor, advantages: Tensor, owner: Tensor, counts: Tensor) -> Tensor:
-    """e^l w^k e^(-l w) of each token's answer, w its probability over that when it was drawn: k 2 and l 3 where the advantage is not negative, else 3 and 2."""
-    whole = log_ratio.new_zeros(len(counts)).index_add(0, owner, log_ratio.clamp(-20, 20)).clamp(math.log(1e-8), 20)[owner]
+    """e^l w^k e^(-l w) of each token's answer, w its probability over that when it was drawn: k 2 and l 3 where the
+    advantage is not negative, else 3 and 2.
+    """
+    whole = (
+        log_ratio.new_zeros(len(counts)).index_add(0, owner, log_ratio.clamp(-20, 20)).clamp(math.log(1e-8), 20)[owner]
+    )
     good = advantages >= 0
     k, scale = torch.where(good, 2.0, 3.0), torch.where(good, 3.0, 2.0)
     return torch.exp(scale + k * whole - scale * whole.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def distance(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """KL(policy || reference) of each token, as it is estimated from the token alone: r - log r - 1, never below zero (Schulman 2020, k3)."""
+    """KL(policy || reference) of each token, as it is estimated from the token alone: r - log r - 1, never below zero
+    (Schulman 2020, k3).
+    """
     log = reference - logprobs
     return log.exp() - log - 1
 
@@ -103,7 +142,8 @@ def distance(logprobs: Tensor, reference: Tensor) -> Tensor:
 def shares(owner: Tensor, counts: Tensor, mean: Mean, *, answers: int, tokens: int, longest: int) -> Tensor:
     """What each token counts [n], so that the sum over all of a step's parts is its loss times its answers.
 
-    answer: each answer counts as much as another, whatever its length (GRPO). tokens: each token (DAPO). length: each token, over the most there could be (Dr. GRPO: long wrong answers are not spared).
+    answer: each answer counts as much as another, whatever its length (GRPO). tokens: each token (DAPO). length: each
+    token, over the most there could be (Dr. GRPO: long wrong answers are not spared).
     sum: an answer is the sum of its tokens. answers, tokens: of the whole step.
     """
     if mean == "answer":

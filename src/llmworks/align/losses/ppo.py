@@ -1,6 +1,10 @@
-"""Proximal policy optimization beside what `policy.py` has: what each token of an answer is worth by a model of values, learned at the same time. Pure functions.
+"""Proximal policy optimization beside what `policy.py` has: what each token of an answer is worth by a model of values,
+learned at the same time.
 
-Schulman et al. 2017 (arXiv:1707.06347); estimates of advantages: Schulman et al. 2016 (arXiv:1506.02438), equation 16; for language models: Ziegler et al. 2019 (arXiv:1909.08593), and
+Pure functions.
+
+Schulman et al. 2017 (arXiv:1707.06347); estimates of advantages: Schulman et al. 2016 (arXiv:1506.02438), equation 16;
+for language models: Ziegler et al. 2019 (arXiv:1909.08593), and
 Huang et al. 2024 (arXiv:2403.17031), whose details these are.
 """
 
@@ -11,7 +15,8 @@ from torch import Tensor
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, owner: Tensor, *, kl: float) -> Tensor:
-    """The reward of each token [n]: at the last token of an answer its score [answers], at all less `kl` times how much more probable the token is than to the reference.
+    """The reward of each token [n]: at the last token of an answer its score [answers], at all less `kl` times how much
+    more probable the token is than to the reference.
 
     Tokens stand in the order of their answers.
     """
@@ -21,8 +26,12 @@ def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, owner: Te
     return rewards.index_add(0, lasts[there], scores[there].to(rewards.dtype))
 
 
-def gae(rewards: Tensor, values: Tensor, owner: Tensor, *, discount: float = 1.0, trace: float = 0.95) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) of each token [n]: the sum of later surprises, which fade by discount * trace a token; nothing follows an answer's last token."""
+def gae(
+    rewards: Tensor, values: Tensor, owner: Tensor, *, discount: float = 1.0, trace: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of each token [n]: the sum of later surprises, which fade by discount * trace a token;
+    nothing follows an answer's last token.
+    """
     advantages = torch.zeros_like(rewards)
     later, place = 0.0, owner.tolist()
     reward, value = rewards.tolist(), values.tolist()
@@ -42,6 +51,8 @@ def whitened(x: Tensor, *, centred: bool = True) -> Tensor:
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Half the square of each token's error [n], the larger of that of the value and that of the value held near the old one."""
+    """Half the square of each token's error [n], the larger of that of the value and that of the value held near the
+    old one.
+    """
     held = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)

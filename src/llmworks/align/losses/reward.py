@@ -1,4 +1,7 @@
-"""Losses of models that score: answers of a pair against one another, or steps of an answer each by itself. Knows no model."""
+"""Losses of models that score: answers of a pair against one another, or steps of an answer each by itself.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from torch.nn import functional as F
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, *, center: float = 0.0) -> Tensor:
-    """-log of the chance that the chosen answer wins, its score less the margin (Bradley & Terry 1952; margin: Touvron et al. 2023, arXiv:2307.09288, equation 2); each [pairs].
+    """-log of the chance that the chosen answer wins, its score less the margin (Bradley & Terry 1952; margin: Touvron
+    et al. 2023, arXiv:2307.09288, equation 2); each [pairs].
 
-    `center`: weight of the square of both scores' sum, which keeps scores around 0 (Eisenstein et al. 2023, arXiv:2312.09244).
+    `center`: weight of the square of both scores' sum, which keeps scores around 0 (Eisenstein et al. 2023,
+    arXiv:2312.09244).
     """
     return -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
 

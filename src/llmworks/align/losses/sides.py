@@ -1,4 +1,8 @@
-"""What losses of pairs are computed from: how probable the two answers of each pair are, to the policy and to the reference. Knows no model."""
+"""What losses of pairs are computed from: how probable the two answers of each pair are, to the policy and to the
+reference.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sides:
-    """Log-probabilities of whole answers in nats, summed over their tokens, and how many tokens they have; each [pairs]. Without a reference those are None."""
+    """Log-probabilities of whole answers in nats, summed over their tokens, and how many tokens they have; each
+    [pairs].
+
+    Without a reference those are None.
+    """
 
     chosen: Tensor
     rejected: Tensor

@@ -1,6 +1,10 @@
-"""Simple preference optimization: rewards are mean log-probabilities, as an answer is written, and should be apart by a margin. No reference.
+"""Simple preference optimization: rewards are mean log-probabilities, as an answer is written, and should be apart by a
+margin.
 
-Meng et al. 2024 (arXiv:2405.14734, equation 6). With `alpha` the reward is bent: AlphaPO (Gupta et al. 2025, arXiv:2501.03884). TRL's `CPOTrainer` computes the same numbers
+No reference.
+
+Meng et al. 2024 (arXiv:2405.14734, equation 6). With `alpha` the reward is bent: AlphaPO (Gupta et al. 2025,
+arXiv:2501.03884). TRL's `CPOTrainer` computes the same numbers
 (loss_type simpo).
 """
 
@@ -18,7 +22,14 @@ def bent(means: Tensor, alpha: float) -> Tensor:
     return means if not alpha else -torch.expm1(-alpha * means) / alpha
 
 
-def simpo(sides: Sides, *, beta: float = 2.0, margin: float = 0.5, smoothing: float = 0.0, alpha: float = 0.0) -> Judged:
-    """The loss of each pair. `margin`: gamma of the paper, in units of the reward (beta times the mean log-probability)."""
+def simpo(
+    sides: Sides, *, beta: float = 2.0, margin: float = 0.5, smoothing: float = 0.0, alpha: float = 0.0
+) -> Judged:
+    """The loss of each pair.
+
+    `margin`: gamma of the paper, in units of the reward (beta times the mean log-probability).
+    """
     chosen, rejected = (bent(mean, alpha) for mean in sides.means)
-    return Judged(sigmoid(beta * (chosen - rejected) - margin, smoothing), beta * chosen.detach(), beta * rejected.detach())
+    return Judged(
+        sigmoid(beta * (chosen - rejected) - margin, smoothing), beta * chosen.detach(), beta * rejected.detach()
+    )

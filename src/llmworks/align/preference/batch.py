@@ -1,4 +1,8 @@
-"""Prompts and their answers as one batch: a prompt is read once and each answer goes on from it, or, for models that cannot, every answer is a padded row of its own. Knows no method."""
+"""Prompts and their answers as one batch: a prompt is read once and each answer goes on from it, or, for models that
+cannot, every answer is a padded row of its own.
+
+Knows no method.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,16 @@ from llmworks.train.finetune.examples import where
 
 @dataclass(frozen=True)
 class Branches:
-    """`ids` [rows, length] as they are read. Of each token that is weighed, n in all: `at`, the place in the flattened states that predicts it; `wanted`, its id; `owner`, the number of its answer.
+    """`ids` [rows, length] as they are read.
 
-    `lasts` [answers]: the place of each answer's last token. `positions`, `segments`, `branches` [1, length]: of the one row in which prompts branch; None where answers are padded rows. `spoken` [prompt tokens, 2]: places and ids of prompts' own tokens,
-    where they are asked for. `tokens`: that are read, padding left out; `labels`: what a step's loss is divided by, here examples; `given`: what a method puts beside it.
+    Of each token that is weighed, n in all: `at`, the place in the flattened states that predicts it; `wanted`, its id;
+    `owner`, the number of its answer.
+
+    `lasts` [answers]: the place of each answer's last token. `positions`, `segments`, `branches` [1, length]: of the
+    one row in which prompts branch; None where answers are padded rows. `spoken` [prompt tokens, 2]: places and ids of
+    prompts' own tokens,
+    where they are asked for. `tokens`: that are read, padding left out; `labels`: what a step's loss is divided by,
+    here examples; `given`: what a method puts beside it.
     """
 
     ids: Tensor
@@ -47,7 +57,10 @@ class Branches:
 
 
 def branched(examples: Sequence[Answered], device: torch.device | str = "cpu", *, prompts: bool = False) -> Branches:
-    """One row: each example a segment, its prompt and then its answers, none of which sees another. `prompts`: their own tokens are asked for, too."""
+    """One row: each example a segment, its prompt and then its answers, none of which sees another.
+
+    `prompts`: their own tokens are asked for, too.
+    """
     ids: list[int] = []
     positions: list[int] = []
     segments: list[int] = []
@@ -77,13 +90,33 @@ def branched(examples: Sequence[Answered], device: torch.device | str = "cpu", *
             branches += [branch] * len(answer.ids)
             answers += 1
         segments += [number] * (len(ids) - start)
-    row, places, texts, parts = (torch.tensor([values], device=device) for values in (ids, positions, segments, branches))
-    return Branches(row, _tensor(at, device), _tensor(wanted, device), _tensor(owner, device), _tensor(lasts, device), answers, len(examples), len(ids), where(examples), places, texts, parts, _pair(spoken, device) if prompts else None)
+    row, places, texts, parts = (
+        torch.tensor([values], device=device) for values in (ids, positions, segments, branches)
+    )
+    return Branches(
+        row,
+        _tensor(at, device),
+        _tensor(wanted, device),
+        _tensor(owner, device),
+        _tensor(lasts, device),
+        answers,
+        len(examples),
+        len(ids),
+        where(examples),
+        places,
+        texts,
+        parts,
+        _pair(spoken, device) if prompts else None,
+    )
 
 
 def padded(examples: Sequence[Answered], device: torch.device | str = "cpu", *, prompts: bool = False) -> Branches:
     """Each answer behind its prompt in a row of its own, padded on the right, where nothing is asked for."""
-    rows = [((*example.prompt, *answer.ids), (*(0 for _ in example.prompt), *answer.mask)) for example in examples for answer in example.answers]
+    rows = [
+        ((*example.prompt, *answer.ids), (*(0 for _ in example.prompt), *answer.mask))
+        for example in examples
+        for answer in example.answers
+    ]
     width = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
     at, wanted, owner = [], [], []
@@ -96,8 +129,23 @@ def padded(examples: Sequence[Answered], device: torch.device | str = "cpu", *, 
                 owner.append(number)
     lasts = [number * width + len(tokens) - 1 for number, (tokens, _) in enumerate(rows)]
     firsts = [sum(len(e.answers) for e in examples[:i]) for i in range(len(examples))]
-    spoken = [(first * width + i, example.prompt[i + 1]) for first, example in zip(firsts, examples, strict=True) for i in range(len(example.prompt) - 1)]
-    return Branches(ids, _tensor(at, device), _tensor(wanted, device), _tensor(owner, device), _tensor(lasts, device), len(rows), len(examples), sum(len(tokens) for tokens, _ in rows), where(examples), spoken=_pair(spoken, device) if prompts else None)
+    spoken = [
+        (first * width + i, example.prompt[i + 1])
+        for first, example in zip(firsts, examples, strict=True)
+        for i in range(len(example.prompt) - 1)
+    ]
+    return Branches(
+        ids,
+        _tensor(at, device),
+        _tensor(wanted, device),
+        _tensor(owner, device),
+        _tensor(lasts, device),
+        len(rows),
+        len(examples),
+        sum(len(tokens) for tokens, _ in rows),
+        where(examples),
+        spoken=_pair(spoken, device) if prompts else None,
+    )
 
 
 def _tensor(values: Sequence[int], device: torch.device | str) -> Tensor:

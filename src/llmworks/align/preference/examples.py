@@ -1,4 +1,7 @@
-"""Prompts with answers to them as token ids: what of a row is read, what is weighed, and what the answers share. Knows no tensor and no method."""
+"""Prompts with answers to them as token ids: what of a row is read, what is weighed, and what the answers share.
+
+Knows no tensor and no method.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and answers to it. `prompt` is what all answers share before anything is weighed, so that it is read once for all."""
+    """A prompt and answers to it.
+
+    `prompt` is what all answers share before anything is weighed, so that it is read once for all.
+    """
 
     id: str
     prompt: tuple[int, ...]
@@ -51,8 +57,20 @@ class Answered:
         return sum(answer.tokens for answer in self.answers)
 
 
-def answered(tokenizer: Any, id: str, prompt: Sequence[Message], sides: Mapping[str, Sequence[Message]], tools: Sequence[Any], *, most: int, cut: bool = False) -> Answered | str:
-    """A prompt and what `sides` answer, by the model's template; or why it cannot be used. `most`: tokens of prompt and answer; `cut`: what is longer loses its end."""
+def answered(
+    tokenizer: Any,
+    id: str,
+    prompt: Sequence[Message],
+    sides: Mapping[str, Sequence[Message]],
+    tools: Sequence[Any],
+    *,
+    most: int,
+    cut: bool = False,
+) -> Answered | str:
+    """A prompt and what `sides` answer, by the model's template; or why it cannot be used.
+
+    `most`: tokens of prompt and answer; `cut`: what is longer loses its end.
+    """
     found: list[Answer] = []
     for side, messages in sides.items():
         if not any(m.role == "assistant" and (m.content.strip() or m.tool_calls) for m in messages):
@@ -62,7 +80,9 @@ def answered(tokenizer: Any, id: str, prompt: Sequence[Message], sides: Mapping[
             rendered = render_masked(tokenizer, turns, tools=shown)
         except (RequestError, ModelError, ValueError) as error:
             return str(error)
-        last = max((i for i, m in enumerate(rendered.mask) if m), default=-1)  # what follows the last token that is weighed is not read
+        last = max(
+            (i for i, m in enumerate(rendered.mask) if m), default=-1
+        )  # what follows the last token that is weighed is not read
         if last < 1:
             return EMPTY.format(side=side)
         found.append(Answer(rendered.ids[: last + 1], rendered.mask[: last + 1]))
@@ -76,13 +96,18 @@ def answered(tokenizer: Any, id: str, prompt: Sequence[Message], sides: Mapping[
     if len(found) > 1 and all(answer == found[0] for answer in found):
         return "both sides are the same" + (" where they were cut" if longest > most else "")
     shared = min(begins, len(os.path.commonprefix([answer.ids for answer in found])))
-    return Answered(id, found[0].ids[:shared], tuple(Answer(answer.ids[shared:], answer.mask[shared:]) for answer in found))
+    return Answered(
+        id, found[0].ids[:shared], tuple(Answer(answer.ids[shared:], answer.mask[shared:]) for answer in found)
+    )
 
 
 def pair_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> Answered | str:
     """The example of a preference row: two answers, the chosen one first."""
     try:
-        prompt, sides = messages_from_json(row["prompt"]), {side: messages_from_json(row[side]) for side in ("chosen", "rejected")}
+        prompt, sides = (
+            messages_from_json(row["prompt"]),
+            {side: messages_from_json(row[side]) for side in ("chosen", "rejected")},
+        )
     except ValueError as error:
         return str(error)
     made = answered(tokenizer, str(row["id"]), prompt, sides, row.get("tools") or (), most=most, cut=cut)
@@ -90,13 +115,19 @@ def pair_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> Answer
 
 
 def margin_of(row: Row) -> float:
-    """By how much a pair's chosen answer is better, as its row says (`margin`, or two `scores`); 0 where it says nothing."""
+    """By how much a pair's chosen answer is better, as its row says (`margin`, or two `scores`); 0 where it says
+    nothing.
+    """
     extra = row.get("extra") or {}
     fields = {**(extra.get("fields") or {}), **extra}
     margin, scores = fields.get("margin"), fields.get("scores")
     if _number(margin):
         return float(margin)
-    return float(scores[0]) - float(scores[1]) if isinstance(scores, (list, tuple)) and len(scores) == 2 and all(map(_number, scores)) else 0.0
+    return (
+        float(scores[0]) - float(scores[1])
+        if isinstance(scores, (list, tuple)) and len(scores) == 2 and all(map(_number, scores))
+        else 0.0
+    )
 
 
 def _number(value: object) -> TypeGuard[float]:
@@ -105,12 +136,17 @@ def _number(value: object) -> TypeGuard[float]:
 
 
 def singles_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> list[Answered | str]:
-    """The examples of a row: of a pair two, a wanted and an unwanted answer; of a conversation its last answer, wanted as its field `label` says."""
+    """The examples of a row: of a pair two, a wanted and an unwanted answer; of a conversation its last answer, wanted
+    as its field `label` says.
+    """
     if "chosen" in row:
         pair = pair_of(tokenizer, row, most, cut=cut)
         if isinstance(pair, str):
             return [pair]
-        return [replace(pair, id=f"{pair.id}:{side}", answers=(answer,), good=side == "chosen") for side, answer in zip(("chosen", "rejected"), pair.answers, strict=True)]
+        return [
+            replace(pair, id=f"{pair.id}:{side}", answers=(answer,), good=side == "chosen")
+            for side, answer in zip(("chosen", "rejected"), pair.answers, strict=True)
+        ]
     label = label_of(row)
     if label is None:
         return ["has no `label` that says whether its answer is wanted: true or false, or 1 or 0"]
@@ -118,7 +154,9 @@ def singles_of(tokenizer: Any, row: Row, most: int, *, cut: bool = False) -> lis
         messages = messages_from_json(row["messages"])
     except ValueError as error:
         return [str(error)]
-    made = answered(tokenizer, str(row["id"]), messages[:-1], {"only": messages[-1:]}, row.get("tools") or (), most=most, cut=cut)
+    made = answered(
+        tokenizer, str(row["id"]), messages[:-1], {"only": messages[-1:]}, row.get("tools") or (), most=most, cut=cut
+    )
     return [made if isinstance(made, str) else replace(made, good=label)]
 
 
@@ -144,5 +182,7 @@ def apart(examples: Sequence[Answered], mark: str = "") -> list[Answered]:
     found = []
     for example in examples:
         seen[example.id] += 1
-        found.append(replace(example, id=example.id + (f" ({seen[example.id]})" if seen[example.id] > 1 else "") + mark))
+        found.append(
+            replace(example, id=example.id + (f" ({seen[example.id]})" if seen[example.id] > 1 else "") + mark)
+        )
     return found

@@ -1,4 +1,7 @@
-"""How probable given tokens are to a model: log-probabilities of a batch's answers, with gradients. The head runs on the places that are asked for, some at a time. Knows no method."""
+"""How probable given tokens are to a model: log-probabilities of a batch's answers, with gradients.
+
+The head runs on the places that are asked for, some at a time. Knows no method.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from llmworks.model.loss.linear_logprobs import linear_logprobs, of_logits
 from llmworks.train.loop.losses import whole_logits
 
 
-def batch_of(examples: Sequence[Answered], *, free: bool, device: torch.device | str = "cpu", prompts: bool = False) -> Branches:
+def batch_of(
+    examples: Sequence[Answered], *, free: bool, device: torch.device | str = "cpu", prompts: bool = False
+) -> Branches:
     """Examples as a model reads them: `free`, as `train.tuned.Tuned` has it, where texts of one row can be apart."""
     return branched(examples, device, prompts=prompts) if free else padded(examples, device, prompts=prompts)
 
@@ -22,14 +27,17 @@ def batch_of(examples: Sequence[Answered], *, free: bool, device: torch.device |
 def states(model: Any, batch: Branches) -> Tensor:
     """The last states of all tokens [rows * length, width]."""
     if batch.positions is not None:
-        found = model.decoder(model.get_input_embeddings()(batch.ids), batch.positions, segments=batch.segments, branches=batch.branches)
+        found = model.decoder(
+            model.get_input_embeddings()(batch.ids), batch.positions, segments=batch.segments, branches=batch.branches
+        )
     else:
         found = model.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
     return found.reshape(-1, found.shape[-1])  # type: ignore[no-any-return]
 
 
 def logprobs(model: Any, batch: Branches, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities [n] in nats of the tokens that are weighed, entropies [n] there without a gradient, log-probabilities of the prompts' own tokens, if they are asked for).
+    """(log-probabilities [n] in nats of the tokens that are weighed, entropies [n] there without a gradient,
+    log-probabilities of the prompts' own tokens, if they are asked for).
 
     Logits are divided by `temperature` first, as they were when the tokens were drawn.
     """
@@ -46,7 +54,9 @@ def logprobs(model: Any, batch: Branches, temperature: float = 1.0) -> tuple[Ten
 
 
 def still(network: nn.Module) -> None:
-    """Take dropout out of a network: chances of two models are compared, and what is left out by chance would be a difference."""
+    """Take dropout out of a network: chances of two models are compared, and what is left out by chance would be a
+    difference.
+    """
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

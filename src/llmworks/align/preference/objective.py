@@ -1,6 +1,8 @@
-"""How answers of pairs, or single answers, become a loss: joined into batches, read by the policy, held against the reference, judged by a method's pure function; and what is told of it.
+"""How answers of pairs, or single answers, become a loss: joined into batches, read by the policy, held against the
+reference, judged by a method's pure function; and what is told of it.
 
-A step is one batch: what is a mean over tokens, or a distance over answers, is of the whole step, whatever its parts. Knows no method's formula.
+A step is one batch: what is a mean over tokens, or a distance over answers, is of the whole step, whatever its parts.
+Knows no method's formula.
 """
 
 from __future__ import annotations
@@ -47,13 +49,25 @@ class Given:
         """Examples as this policy reads them."""
         return batch_of(some, free=self.tuned.free, device=self.device, prompts=prompts)
 
-    def references(self, examples: Sequence[Answered], join: Callable[[Sequence[Answered]], Branches]) -> dict[str, list[float]]:
-        """Log-probabilities of examples' answers to the reference: of the policy as it begins, or of another model, which is opened for it and given back."""
+    def references(
+        self, examples: Sequence[Answered], join: Callable[[Sequence[Answered]], Branches]
+    ) -> dict[str, list[float]]:
+        """Log-probabilities of examples' answers to the reference: of the policy as it begins, or of another model,
+        which is opened for it and given back.
+        """
         network, what = self.tuned.network, "reference"
         if self.reference is not None:
             other = open_tuned(self.reference.path)
             network, what = other.network.to(self.device).requires_grad_(False), f"chances of {self.reference.name}"
-        return cached(network, examples, self.ctx.scratch / "reference.jsonl", join, size=2 * self.config.batch_size, progress=self.ctx.progress, what=what)
+        return cached(
+            network,
+            examples,
+            self.ctx.scratch / "reference.jsonl",
+            join,
+            size=2 * self.config.batch_size,
+            progress=self.ctx.progress,
+            what=what,
+        )
 
 
 class Told:
@@ -78,17 +92,40 @@ class Told:
 
 
 class Pairs:
-    """Losses of pairs. `judge`: the method's function; `learn`: how much the chosen answers are learned beside it, in nats a token, with `prompts` their prompts, too; `tail`: what a token counts that is
+    """Losses of pairs.
+
+    `judge`: the method's function; `learn`: how much the chosen answers are learned beside it, in nats a token, with
+    `prompts` their prompts, too; `tail`: what a token counts that is
+
     beyond the shorter answer of its pair; `compared`: whether there is a reference, `live`: computed beside every step.
     """
 
-    def __init__(self, given: Given, judge: Callable[[Sides], Judged], *, compared: bool, live: bool = False, learn: float = 0.0, prompts: bool = False, tail: float = 1.0) -> None:
+    def __init__(
+        self,
+        given: Given,
+        judge: Callable[[Sides], Judged],
+        *,
+        compared: bool,
+        live: bool = False,
+        learn: float = 0.0,
+        prompts: bool = False,
+        tail: float = 1.0,
+    ) -> None:
         still(given.tuned.network)
-        self.given, self.judge, self.learn, self.prompts, self.tail, self.told = given, judge, learn, prompts, tail, Told()
+        self.given, self.judge, self.learn, self.prompts, self.tail, self.told = (
+            given,
+            judge,
+            learn,
+            prompts,
+            tail,
+            Told(),
+        )
         self.start = Start(given.tuned.network) if live else None
         self.known: dict[str, list[float]] = {}
         if compared and not live:
-            self.known = given.references([*given.material.examples, *given.material.unseen], lambda some: self.join(some, some, bare=True))
+            self.known = given.references(
+                [*given.material.examples, *given.material.unseen], lambda some: self.join(some, some, bare=True)
+            )
 
     def way(self) -> Way:
         """As the run has it."""
@@ -99,17 +136,23 @@ class Pairs:
         batch = self.given.join(some, prompts=self.prompts and not bare)
         more: dict[str, Any] = {}
         if self.learn:  # a mean over all tokens of the step, though its parts are divided by pairs
-            more["share"] = len(step) / sum(pair.answers[0].tokens + (max(0, len(pair.prompt) - 1) if self.prompts else 0) for pair in step)
+            more["share"] = len(step) / sum(
+                pair.answers[0].tokens + (max(0, len(pair.prompt) - 1) if self.prompts else 0) for pair in step
+            )
         if self.tail != 1.0:
             counts = batch.counts.view(-1, 2).amin(-1)[batch.owner // 2]
             firsts = torch.cat([batch.owner.new_zeros(1), batch.counts.cumsum(0)[:-1]])[batch.owner]
-            more["weights"] = torch.where(torch.arange(len(batch.owner), device=batch.owner.device) - firsts < counts, 1.0, self.tail)
+            more["weights"] = torch.where(
+                torch.arange(len(batch.owner), device=batch.owner.device) - firsts < counts, 1.0, self.tail
+            )
         if self.known and not bare:
             more["reference"] = torch.tensor([self.known[pair.id] for pair in some], device=self.given.device)
         return replace(batch, given=more)
 
     def sides(self, network: Any, batch: Branches) -> tuple[Sides, Tensor, Tensor, Tensor]:
-        """(both sides of each pair, log-probabilities of their tokens, entropies there, log-probabilities of prompts' tokens)."""
+        """(both sides of each pair, log-probabilities of their tokens, entropies there, log-probabilities of prompts'
+        tokens).
+        """
         found, entropy, spoken = logprobs(network, batch)
         reference = batch.given.get("reference")
         if self.start is not None:
@@ -117,7 +160,18 @@ class Pairs:
                 reference = sums(network, batch).view(-1, 2)
         summed = batch.summed(found * batch.given["weights"] if "weights" in batch.given else found).view(-1, 2)
         counts = batch.counts.view(-1, 2)
-        return Sides(summed[:, 0], summed[:, 1], counts[:, 0], counts[:, 1], *((reference[:, 0], reference[:, 1]) if reference is not None else ())), found, entropy, spoken
+        return (
+            Sides(
+                summed[:, 0],
+                summed[:, 1],
+                counts[:, 0],
+                counts[:, 1],
+                *((reference[:, 0], reference[:, 1]) if reference is not None else ()),
+            ),
+            found,
+            entropy,
+            spoken,
+        )
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
         """Summed over the pairs of a batch."""
@@ -135,10 +189,18 @@ class Pairs:
         return learned
 
     def _tell(self, judged: Judged, entropy: Tensor) -> None:
-        self.told.add(chosen=judged.chosen, rejected=judged.rejected, margin=judged.chosen - judged.rejected, ranked=(judged.chosen > judged.rejected).float(), entropy=entropy)
+        self.told.add(
+            chosen=judged.chosen,
+            rejected=judged.rejected,
+            margin=judged.chosen - judged.rejected,
+            ranked=(judged.chosen > judged.rejected).float(),
+            entropy=entropy,
+        )
 
     def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
-        """Held-out pairs: their mean loss (what is learned of chosen answers is part of it), the share in which the chosen answer has the larger reward, and the mean margin."""
+        """Held-out pairs: their mean loss (what is learned of chosen answers is part of it), the share in which the
+        chosen answer has the larger reward, and the mean margin.
+        """
         training = network.training
         network.train(False)
         found, size, learned = Told(), 2 * self.given.config.batch_size, 0.0
@@ -150,24 +212,43 @@ class Pairs:
                 judged = self.judge(sides)
                 if self.learn:  # the share is of all of them together
                     learned += float(self._learned(batch, each, spoken))
-                found.add(held_out=judged.loss, accuracy=(judged.chosen > judged.rejected).float(), held_out_margin=judged.chosen - judged.rejected)
+                found.add(
+                    held_out=judged.loss,
+                    accuracy=(judged.chosen > judged.rejected).float(),
+                    held_out_margin=judged.chosen - judged.rejected,
+                )
         network.train(training)
         told = found.means()
         return told | {"held_out": told["held_out"] + learned / max(1, len(unseen)), "held_out_rows": len(unseen)}
 
 
 class Singles:
-    """The loss of single answers (KTO). Its distance from the reference is measured on other examples' answers to the same prompts, of the whole step."""
+    """The loss of single answers (KTO).
 
-    def __init__(self, given: Given, *, beta: float, good_weight: float, bad_weight: float, measured: bool, live: bool = False) -> None:
+    Its distance from the reference is measured on other examples' answers to the same prompts, of the whole step.
+    """
+
+    def __init__(
+        self, given: Given, *, beta: float, good_weight: float, bad_weight: float, measured: bool, live: bool = False
+    ) -> None:
         still(given.tuned.network)
         self.given, self.told, self.measured = given, Told(), measured
         self.options = {"beta": beta, "good_weight": good_weight, "bad_weight": bad_weight}
         self.start = Start(given.tuned.network) if live else None
-        self.others = {example.id: example for some in (given.material.examples, given.material.unseen) for example in crossed(some, given.config.max_tokens)} if measured else {}
+        self.others = (
+            {
+                example.id: example
+                for some in (given.material.examples, given.material.unseen)
+                for example in crossed(some, given.config.max_tokens)
+            }
+            if measured
+            else {}
+        )
         self.known: dict[str, list[float]] = {}
         if not live:
-            self.known = given.references([*given.material.examples, *given.material.unseen, *self.others.values()], given.join)
+            self.known = given.references(
+                [*given.material.examples, *given.material.unseen, *self.others.values()], given.join
+            )
         self.distance = torch.zeros((), device=given.device)
 
     def way(self) -> Way:
@@ -175,10 +256,22 @@ class Singles:
         return Way(self.loss, self.join, self.look, said, self.told.means)
 
     def join(self, some: Sequence[Answered], step: Sequence[Answered]) -> Branches:
-        """Some answers of a step as a batch; the first part of a step has the examples that the distance is measured on."""
+        """Some answers of a step as a batch; the first part of a step has the examples that the distance is measured
+        on.
+        """
         first = bool(self.measured) and some[0] is step[0]
-        others = [self.others[example.id + OTHER] for example in step if example.id + OTHER in self.others] if first else []
-        return replace(self.given.join(some), given={"good": torch.tensor([example.good for example in some], device=self.given.device), "ids": [e.id for e in some], "first": first, "others": others})
+        others = (
+            [self.others[example.id + OTHER] for example in step if example.id + OTHER in self.others] if first else []
+        )
+        return replace(
+            self.given.join(some),
+            given={
+                "good": torch.tensor([example.good for example in some], device=self.given.device),
+                "ids": [e.id for e in some],
+                "first": first,
+                "others": others,
+            },
+        )
 
     def ratios(self, network: Any, batch: Branches, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(log-probability of each answer less the reference's, entropies of tokens)."""
@@ -209,11 +302,17 @@ class Singles:
         return kto(ratios, good, self.distance, **self.options).sum()
 
     def look(self, network: Any, unseen: Sequence[Answered]) -> dict[str, float]:
-        """Held-out answers: their mean loss, and the chance that a wanted one has a larger reward than an unwanted one (area under the curve)."""
+        """Held-out answers: their mean loss, and the chance that a wanted one has a larger reward than an unwanted one
+        (area under the curve).
+        """
         training = network.training
         network.train(False)
         size = self.given.config.batch_size
-        away = self.away(network, [self.others[e.id + OTHER] for e in unseen if e.id + OTHER in self.others]) if self.measured else torch.zeros((), device=self.given.device)
+        away = (
+            self.away(network, [self.others[e.id + OTHER] for e in unseen if e.id + OTHER in self.others])
+            if self.measured
+            else torch.zeros((), device=self.given.device)
+        )
         found, good = [], []
         with torch.no_grad():
             for at in range(0, len(unseen), size):
@@ -225,17 +324,29 @@ class Singles:
         ahead = ratios[wanted][:, None] - ratios[~wanted][None]
         told = {"held_out": float(kto(ratios, wanted, away, **self.options).mean())}
         if ahead.numel():  # else there is one kind only, and nothing to rank
-            told |= {"accuracy": float(((ahead > 0).float() + 0.5 * (ahead == 0).float()).mean()), "held_out_margin": float(self.options["beta"] * ahead.mean())}
+            told |= {
+                "accuracy": float(((ahead > 0).float() + 0.5 * (ahead == 0).float()).mean()),
+                "held_out_margin": float(self.options["beta"] * ahead.mean()),
+            }
         return told
 
 
 def crossed(examples: Sequence[Answered], most: int) -> list[Answered]:
-    """Each example's prompt with the answer of the example before it, or the nearest before that has another prompt and makes no more than `most` tokens."""
+    """Each example's prompt with the answer of the example before it, or the nearest before that has another prompt and
+    makes no more than `most` tokens.
+    """
     made = []
     longest = min(most, max((len(example.ids) for example in examples), default=0))  # which the model reads, too
     for at, example in enumerate(examples):
         others = (examples[at - back] for back in range(1, len(examples)))
-        other = next((e for e in others if e.prompt != example.prompt and len(example.prompt) + len(e.answers[0].ids) <= longest), None)
+        other = next(
+            (
+                e
+                for e in others
+                if e.prompt != example.prompt and len(example.prompt) + len(e.answers[0].ids) <= longest
+            ),
+            None,
+        )
         if other is not None:
             made.append(replace(example, id=example.id + OTHER, answers=other.answers))
     return made
@@ -243,4 +354,8 @@ def crossed(examples: Sequence[Answered], most: int) -> list[Answered]:
 
 def said(found: Mapping[str, float]) -> str:
     """A look in words."""
-    return f"held-out answers: loss {found['held_out']:.4f}" + (f", {found['accuracy']:.1%} ranked right, margin {found['held_out_margin']:+.3f}" if "accuracy" in found else ", all of one kind")
+    return f"held-out answers: loss {found['held_out']:.4f}" + (
+        f", {found['accuracy']:.1%} ranked right, margin {found['held_out_margin']:+.3f}"
+        if "accuracy" in found
+        else ", all of one kind"
+    )

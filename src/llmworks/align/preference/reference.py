@@ -1,6 +1,9 @@
-"""The reference of an alignment: the policy as it was before the first step, an adapter that it began with included. Its chances are computed once and kept, or beside every step.
+"""The reference of an alignment: the policy as it was before the first step, an adapter that it began with included.
 
-No second model is in memory for it: beside an adapter the reference is the model with the adapter switched off, or as the adapter was.
+Its chances are computed once and kept, or beside every step.
+
+No second model is in memory for it: beside an adapter the reference is the model with the adapter switched off, or as
+the adapter was.
 """
 
 from __future__ import annotations
@@ -30,7 +33,11 @@ class Start:
     def __init__(self, network: nn.Module) -> None:
         self.layers = [layer for _, layer in layers(network)]
         self.off = not any(bool(layer.b.any()) for layer in self.layers)  # a new adapter adds nothing
-        self.kept = [] if self.off else [[p.detach().clone() for p in layer.parameters() if p.requires_grad] for layer in self.layers]
+        self.kept = (
+            []
+            if self.off
+            else [[p.detach().clone() for p in layer.parameters() if p.requires_grad] for layer in self.layers]
+        )
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -40,7 +47,9 @@ class Start:
             for number, layer in enumerate(self.layers):
                 layer.off = self.off
                 if not self.off:
-                    for p, value in zip((p for p in layer.parameters() if p.requires_grad), self.kept[number], strict=True):
+                    for p, value in zip(
+                        (p for p in layer.parameters() if p.requires_grad), self.kept[number], strict=True
+                    ):
                         p.data = value
             with torch.no_grad():
                 yield
@@ -52,7 +61,9 @@ class Start:
 
 
 def sums(network: Any, batch: Branches) -> Tensor:
-    """Log-probabilities of a batch's answers in nats [answers], without gradients; tokens count as the batch's `weights` say."""
+    """Log-probabilities of a batch's answers in nats [answers], without gradients; tokens count as the batch's
+    `weights` say.
+    """
     training = network.training
     network.train(False)
     with torch.no_grad():
@@ -61,15 +72,28 @@ def sums(network: Any, batch: Branches) -> Tensor:
     return batch.summed(found * batch.given["weights"] if "weights" in batch.given else found)
 
 
-def cached(network: Any, examples: Sequence[Answered], file: Path, join: Join, *, size: int, progress: Progress, what: str = "reference") -> dict[str, list[float]]:
-    """Log-probabilities of the answers of each example, by its id; those that the file has are not computed again, the others are added to it."""
+def cached(
+    network: Any,
+    examples: Sequence[Answered],
+    file: Path,
+    join: Join,
+    *,
+    size: int,
+    progress: Progress,
+    what: str = "reference",
+) -> dict[str, list[float]]:
+    """Log-probabilities of the answers of each example, by its id; those that the file has are not computed again, the
+    others are added to it.
+    """
     known: dict[str, list[float]] = {}
     if file.exists():
         with contextlib.suppress(ValueError):  # a last line that was cut off
             for line in file.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 known[row["id"]] = row["sums"]
-        file.write_text("".join(json.dumps({"id": id, "sums": values}) + "\n" for id, values in known.items()), encoding="utf-8")
+        file.write_text(
+            "".join(json.dumps({"id": id, "sums": values}) + "\n" for id, values in known.items()), encoding="utf-8"
+        )
     todo = sorted((e for e in examples if e.id not in known), key=lambda e: len(e.ids))
     if not todo:
         return known
@@ -78,7 +102,10 @@ def cached(network: Any, examples: Sequence[Answered], file: Path, join: Join, *
             some = todo[start : start + size]
             found, at = sums(network, join(some)).tolist(), 0
             if not all(value == value for value in found):
-                raise TrainingError(f"rows {', '.join(e.id for e in some[:4])}: the reference's chances are no numbers; look at the model, or at these rows")
+                raise TrainingError(
+                    f"rows {', '.join(e.id for e in some[:4])}: the reference's chances are no numbers; look at the"
+                    " model, or at these rows"
+                )
             for example in some:
                 known[example.id] = found[at : at + len(example.answers)]
                 at += len(example.answers)

@@ -1,6 +1,9 @@
-"""What all alignments by given answers share: their fields, what they read, and the run. Which loss the answers have is each method's own. Knows no tensor.
+"""What all alignments by given answers share: their fields, what they read, and the run.
 
-The policy is a model, or a model with an adapter that it goes on from. The reference is the policy as it begins, unless another model is given.
+Which loss the answers have is each method's own. Knows no tensor.
+
+The policy is a model, or a model with an adapter that it goes on from. The reference is the policy as it begins, unless
+another model is given.
 """
 
 from __future__ import annotations
@@ -17,7 +20,16 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
 from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
 from llmworks.tokenize.chat.named import use_template
-from llmworks.train.finetune.run import Material, TuneConfig, Way, check_golden, context_of, in_memory, require_directory, tune
+from llmworks.train.finetune.run import (
+    Material,
+    TuneConfig,
+    Way,
+    check_golden,
+    context_of,
+    in_memory,
+    require_directory,
+    tune,
+)
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
@@ -33,12 +45,20 @@ class PreferenceConfig(TuneConfig):
 
     epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
     batch_size: int = Field(8, gt=0, description="pairs, or single answers, per part of a step")
-    longer: Literal["set-aside", "cut", "refuse"] = Field("set-aside", description="rows of which prompt and answer are longer than max_tokens: set aside and counted; cut at the end; or the training does not begin")
+    longer: Literal["set-aside", "cut", "refuse"] = Field(
+        "set-aside",
+        description=(
+            "rows of which prompt and answer are longer than max_tokens: set aside and counted; cut at the end; or the"
+            " training does not begin"
+        ),
+    )
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
         if self.lora.dropout:
-            raise ValueError("lora.dropout: chances of two models are compared here, and dropout would be a difference; leave it 0")
+            raise ValueError(
+                "lora.dropout: chances of two models are compared here, and dropout would be a difference; leave it 0"
+            )
         if self.parallel.data == "shard":
             raise ValueError("parallel: an alignment runs in one process")
         return self
@@ -57,17 +77,30 @@ class Policy:
         return self.model.name if self.adapter is None else self.adapter.name
 
     def open(self, config: Any, stage: str) -> tuple[Any, list[int]]:
-        """Its tokenizer, with the template of the configuration, and stop tokens. Errors: ModelError, ArtifactError, GoldenMismatch, UserError."""
+        """Its tokenizer, with the template of the configuration, and stop tokens.
+
+        Errors: ModelError, ArtifactError, GoldenMismatch, UserError.
+        """
         from llmworks.tokenize.load import load_tokenizer, stop_ids
 
         require_directory(self.model)
         if self.adapter is not None:
             require_base(self.adapter, self.model)
             if config.method != "lora":
-                raise UserError("an adapter is gone on with by method lora; merge it first (llmworks merge adapter) to train all weights")
+                raise UserError(
+                    "an adapter is gone on with by method lora; merge it first (llmworks merge adapter) to train all"
+                    " weights"
+                )
             if config.lora != type(config.lora)():
-                raise UserError("config.lora: the policy goes on with the adapter it is given, whose shape is not changed; leave lora out")
-        source = self.adapter.path if self.adapter is not None and (self.adapter.path / "tokenizer.json").exists() else self.model.path
+                raise UserError(
+                    "config.lora: the policy goes on with the adapter it is given, whose shape is not changed; leave"
+                    " lora out"
+                )
+        source = (
+            self.adapter.path
+            if self.adapter is not None and (self.adapter.path / "tokenizer.json").exists()
+            else self.model.path
+        )
         tokenizer = load_tokenizer(source)
         stops = list(stop_ids(self.model.path, tokenizer))
         use_template(tokenizer, config.template)
@@ -82,10 +115,21 @@ def rows_of(data: Dataset, *, singles: bool) -> list[Row]:
         return read_preference(data)
     if kind == "chat" and singles:
         return read_chat(data)
-    raise DataError(f"{data.name}: holds no preference pairs{' and no conversations with a `label`' if singles else ''}; make them with synthesize.pairs, or of rows of prompt, chosen and rejected with data.chat")
+    raise DataError(
+        f"{data.name}: holds no preference pairs{' and no conversations with a `label`' if singles else ''}; make them"
+        " with synthesize.pairs, or of rows of prompt, chosen and rejected with data.chat"
+    )
 
 
-def read(config: PreferenceConfig, policy: Policy, data: Dataset, held_out: Dataset | None, stage: str, *, singles: bool = False) -> Material:
+def read(
+    config: PreferenceConfig,
+    policy: Policy,
+    data: Dataset,
+    held_out: Dataset | None,
+    stage: str,
+    *,
+    singles: bool = False,
+) -> Material:
     """Rows as the model is given them. Errors: as `Policy.open`; DataError where no row can be used."""
     tokenizer, stops = policy.open(config, stage)
     most = min(config.max_tokens, context_of(policy.model))
@@ -94,30 +138,63 @@ def read(config: PreferenceConfig, policy: Policy, data: Dataset, held_out: Data
     questions: list[Row] = []
     if held_out is not None:
         rows = rows_of(held_out, singles=singles)
-        unseen = apart(examples_of(config, tokenizer, rows[: config.look_rows], held_out.name, most, singles=singles)[0], HELD)
-        questions = [{**row, "messages": row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]]} for row in [row for row in rows if not singles or label_of(row) is not False][: config.samples]]
+        unseen = apart(
+            examples_of(config, tokenizer, rows[: config.look_rows], held_out.name, most, singles=singles)[0], HELD
+        )
+        questions = [
+            {**row, "messages": row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]]}
+            for row in [row for row in rows if not singles or label_of(row) is not False][: config.samples]
+        ]
     return Material(tokenizer, stops, examples, lost, unseen, questions)
 
 
-def examples_of(config: PreferenceConfig, tokenizer: Any, rows: Sequence[Row], name: str, most: int, *, singles: bool) -> tuple[list[Answered], list[tuple[str, str]]]:
-    """(examples, rows set aside with the reason). DataError when none is left, or one is too long where that is refused."""
+def examples_of(
+    config: PreferenceConfig, tokenizer: Any, rows: Sequence[Row], name: str, most: int, *, singles: bool
+) -> tuple[list[Answered], list[tuple[str, str]]]:
+    """(examples, rows set aside with the reason).
+
+    DataError when none is left, or one is too long where that is refused.
+    """
     made: list[tuple[str, Answered | str]] = []
     for row in rows:
-        some: Sequence[Answered | str] = singles_of(tokenizer, row, most, cut=config.longer == "cut") if singles else [pair_of(tokenizer, row, most, cut=config.longer == "cut")]
+        some: Sequence[Answered | str] = (
+            singles_of(tokenizer, row, most, cut=config.longer == "cut")
+            if singles
+            else [pair_of(tokenizer, row, most, cut=config.longer == "cut")]
+        )
         for one in some:
             if config.longer == "refuse" and isinstance(one, str) and "longer than max_tokens" in one:
-                raise DataError(f"{name}: row {row['id']!r}: {one}; set max_tokens higher, or longer to set-aside or cut")
+                raise DataError(
+                    f"{name}: row {row['id']!r}: {one}; set max_tokens higher, or longer to set-aside or cut"
+                )
             made.append((str(row["id"]), one))
     return kept(made, name)
 
 
-def prefer(config: PreferenceConfig, policy: Policy, data: Dataset, ctx: Context, held_out: Dataset | None, way_of: Callable[[Given], Way], stage: str, *, reference: Model | None = None, singles: bool = False) -> Adapter | Model:
-    """Train by given answers. `way_of` makes the loss, of what is known when the policy is there. Errors: as `read`; TrainingError when the loss stops being a number."""
+def prefer(
+    config: PreferenceConfig,
+    policy: Policy,
+    data: Dataset,
+    ctx: Context,
+    held_out: Dataset | None,
+    way_of: Callable[[Given], Way],
+    stage: str,
+    *,
+    reference: Model | None = None,
+    singles: bool = False,
+) -> Adapter | Model:
+    """Train by given answers.
+
+    `way_of` makes the loss, of what is known when the policy is there. Errors: as `read`; TrainingError when the loss
+    stops being a number.
+    """
     from llmworks.align.report import describe
     from llmworks.train.distributed import world
 
     if (config.best or config.look_every) and held_out is None:
-        raise UserError(f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out")
+        raise UserError(
+            f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out"
+        )
     if world.processes() > 1:
         raise UserError("an alignment runs in one process; start one")
     material = read(config, policy, data, held_out, stage, singles=singles)
@@ -125,7 +202,10 @@ def prefer(config: PreferenceConfig, policy: Policy, data: Dataset, ctx: Context
         same_vocabulary(reference, policy)
     weighed = sum(example.labels for example in material.examples)
     shared_prompts(material.examples, material.unseen, lambda example: example.prompt, ctx.progress.say)
-    ctx.progress.say(f"{len(material.examples)} {'answers' if singles else 'pairs'}, {weighed:,} tokens of answers" + (f"; {len(material.set_aside)} rows set aside" if material.set_aside else ""))
+    ctx.progress.say(
+        f"{len(material.examples)} {'answers' if singles else 'pairs'}, {weighed:,} tokens of answers"
+        + (f"; {len(material.set_aside)} rows set aside" if material.set_aside else "")
+    )
     with world.opened(config.parallel) as here:
         from llmworks.align.preference.objective import Given
 
@@ -138,19 +218,31 @@ def prefer(config: PreferenceConfig, policy: Policy, data: Dataset, ctx: Context
             raise (in_memory(error) or error) from error
 
 
-def shared_prompts(learned: Sequence[Any], unseen: Sequence[Any], prompt_of: Callable[[Any], Any], say: Callable[[str], None]) -> None:
+def shared_prompts(
+    learned: Sequence[Any], unseen: Sequence[Any], prompt_of: Callable[[Any], Any], say: Callable[[str], None]
+) -> None:
     """Say how many held-out prompts are among those that are learned from: what is seen there is no measure then."""
     known = {prompt_of(one) for one in learned}
     shared = sum(prompt_of(one) in known for one in unseen)
     if shared:
-        say(f"warning: {shared} of {len(unseen)} held-out prompts are learned from, too; what they show says nothing of others")
+        say(
+            f"warning: {shared} of {len(unseen)} held-out prompts are learned from, too; what they show says nothing of"
+            " others"
+        )
 
 
 def same_vocabulary(reference: Model, policy: Policy) -> None:
-    """Whether a reference's chances are of the policy's tokens. Errors: ModelError for no directory, UserError for another vocabulary."""
+    """Whether a reference's chances are of the policy's tokens.
+
+    Errors: ModelError for no directory, UserError for another vocabulary.
+    """
     from llmworks.tokenize.load import load_tokenizer
 
     require_directory(reference)
     one, other = (load_tokenizer(model.path).get_vocab() for model in (reference, policy.model))
     if one != other:
-        raise UserError(f"the reference {reference.name} has another vocabulary than {policy.name} ({len(one):,} and {len(other):,} tokens), so that its chances are of other tokens; leave the input `reference` out, and the policy's own beginning is it")
+        raise UserError(
+            f"the reference {reference.name} has another vocabulary than {policy.name} ({len(one):,} and {len(other):,}"
+            " tokens), so that its chances are of other tokens; leave the input `reference` out, and the policy's own"
+            " beginning is it"
+        )

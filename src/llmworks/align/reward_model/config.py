@@ -13,14 +13,30 @@ from llmworks.core.artifact import Model
 if TYPE_CHECKING:
     pass
 
+
 class RewardConfig(PreferenceConfig):
     """What is trained, and how far apart answers should score."""
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 5e-4, "full": 2e-5}
 
-    margin: float = Field(0.0, ge=0, description="how far apart the scores of a pair should be, for each unit of its own margin (a field `margin`, or the difference of its `scores`)")
-    center: float = Field(0.0, ge=0, description="weight of the square of both scores' sum, which keeps scores around 0; 0.01 is usual (arXiv:2312.09244)")
-    look_rows: int = Field(512, gt=0, description="held-out pairs of a look; accuracy and calibration are of the last one")
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "how far apart the scores of a pair should be, for each unit of its own margin (a field `margin`, or the"
+            " difference of its `scores`)"
+        ),
+    )
+    center: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "weight of the square of both scores' sum, which keeps scores around 0; 0.01 is usual (arXiv:2312.09244)"
+        ),
+    )
+    look_rows: int = Field(
+        512, gt=0, description="held-out pairs of a look; accuracy and calibration are of the last one"
+    )
 
     @model_validator(mode="after")
     def _scores(self) -> Self:
@@ -32,5 +48,3 @@ class RewardConfig(PreferenceConfig):
     def makes(self) -> type[Model]:
         """A model, also where an adapter was trained: it is folded."""
         return Model
-
-

@@ -19,13 +19,25 @@ if TYPE_CHECKING:
 from llmworks.align.reward_model.config import RewardConfig
 
 
-def train_scorer(config: RewardConfig, policy: Policy, material: Material, ctx: Context, kind: Any, labels: Mapping[str, Sequence[bool]]) -> Model:
-    """Train the head of one kind (`whole` answers or `steps`) and what is below it, and describe what it scores. Errors: UserError for what it cannot do."""
+def train_scorer(
+    config: RewardConfig,
+    policy: Policy,
+    material: Material,
+    ctx: Context,
+    kind: Any,
+    labels: Mapping[str, Sequence[bool]],
+) -> Model:
+    """Train the head of one kind (`whole` answers or `steps`) and what is below it, and describe what it scores.
+
+    Errors: UserError for what it cannot do.
+    """
     from llmworks.align.reward_model.run import Ranking, Steps, saver
     from llmworks.train.distributed import world
 
     if (config.best or config.look_every) and not material.unseen:
-        raise UserError(f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out")
+        raise UserError(
+            f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out"
+        )
     if world.processes() > 1:
         raise UserError("an alignment runs in one process; start one")
     kept_by: list[Any] = []
@@ -34,7 +46,9 @@ def train_scorer(config: RewardConfig, policy: Policy, material: Material, ctx: 
         from llmworks.align.preference.objective import Given
 
         given = Given(config, tuned, material, ctx, here.device)
-        kept_by.append(Ranking(given, margin=config.margin, center=config.center) if kind == "whole" else Steps(given, labels))
+        kept_by.append(
+            Ranking(given, margin=config.margin, center=config.center) if kind == "whole" else Steps(given, labels)
+        )
         made: Way = kept_by[0].way()
         return made
 
@@ -46,12 +60,28 @@ def train_scorer(config: RewardConfig, policy: Policy, material: Material, ctx: 
         if ctx.progress.metrics is not None:
             shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
         if material.set_aside:
-            (ctx.out / "set_aside.jsonl").write_text("".join(json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in material.set_aside), encoding="utf-8")
-        metrics |= {"rows": len(material.examples), "set_aside": len(material.set_aside), "trained_parameters": tuned.trained}
+            (ctx.out / "set_aside.jsonl").write_text(
+                "".join(
+                    json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n"
+                    for id, reason in material.set_aside
+                ),
+                encoding="utf-8",
+            )
+        metrics |= {
+            "rows": len(material.examples),
+            "set_aside": len(material.set_aside),
+            "trained_parameters": tuned.trained,
+        }
         from llmworks.align.report import describe_scores
 
-        metrics |= describe_scores(ctx.report, policy.name, rows, metrics, config.model_dump(), material.set_aside, learner.seen, kind)
-        return Model(ctx.out, metrics=metrics, about={"format": "hf", "head": kind, "architecture": str(policy.model.about.get("architecture", ""))})
+        metrics |= describe_scores(
+            ctx.report, policy.name, rows, metrics, config.model_dump(), material.set_aside, learner.seen, kind
+        )
+        return Model(
+            ctx.out,
+            metrics=metrics,
+            about={"format": "hf", "head": kind, "architecture": str(policy.model.about.get("architecture", ""))},
+        )
 
     with world.opened(config.parallel) as here:
         try:
@@ -63,10 +93,19 @@ def train_scorer(config: RewardConfig, policy: Policy, material: Material, ctx: 
 
 
 def pad_of(material: Material) -> int:
-    """A token that fills up batches and ends no answer: transformers reads the score at the last token that is another."""
+    """A token that fills up batches and ends no answer: transformers reads the score at the last token that is
+    another.
+    """
     ends = {answer.ids[-1] for example in material.examples for answer in example.answers}
     tokenizer = material.tokenizer
-    return next((int(id) for id in (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids) if id is not None and id not in ends), 0)
+    return next(
+        (
+            int(id)
+            for id in (tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids)
+            if id is not None and id not in ends
+        ),
+        0,
+    )
 
 
 def _no_page(*_: Any) -> None:

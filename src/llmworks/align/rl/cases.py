@@ -11,7 +11,9 @@ from llmworks.data.store.rows import Row
 
 @dataclass(frozen=True)
 class Case:
-    """An answer to be valued: the row that was asked, its prompt, the answer's text, how many tokens it has, and whether it was cut off."""
+    """An answer to be valued: the row that was asked, its prompt, the answer's text, how many tokens it has, and
+    whether it was cut off.
+    """
 
     row: Row
     prompt: tuple[Message, ...]

@@ -1,4 +1,8 @@
-"""How answers that the policy drew become a loss: what each is worth beside the others to its prompt, or by a model of values; and what is looked at on the way. Knows no formula and no engine."""
+"""How answers that the policy drew become a loss: what each is worth beside the others to its prompt, or by a model of
+values; and what is looked at on the way.
+
+Knows no formula and no engine.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,11 @@ SHOWN, WIDE = 2, 600  # texts of a rollout that are kept to be shown, and letter
 
 @dataclass(frozen=True)
 class Objective:
-    """What `losses/policy.py` is told. `kl`: weight of the distance to the reference, `unbiased`: weighed by the ratio, as what was drawn is; `whole`: an answer cut off is learned, too."""
+    """What `losses/policy.py` is told.
+
+    `kl`: weight of the distance to the reference, `unbiased`: weighed by the ratio, as what was drawn is; `whole`: an
+    answer cut off is learned, too.
+    """
 
     form: Form = "clip"
     mean: Mean = "answer"
@@ -42,11 +50,29 @@ class Objective:
 
 
 class Groups:
-    """Steps on answers that are drawn as the policy learns. `advantages`: of a rollout [prompts, answers]; `old`: whether they need log-probabilities."""
+    """Steps on answers that are drawn as the policy learns.
 
-    def __init__(self, given: Given, drawing: Drawing, objective: Objective, advantages: Callable[[Rollout], Tensor], *, old: bool = False) -> None:
+    `advantages`: of a rollout [prompts, answers]; `old`: whether they need log-probabilities.
+    """
+
+    def __init__(
+        self,
+        given: Given,
+        drawing: Drawing,
+        objective: Objective,
+        advantages: Callable[[Rollout], Tensor],
+        *,
+        old: bool = False,
+    ) -> None:
         still(given.tuned.network)
-        self.given, self.drawing, self.objective, self.advantages, self.needs_old, self.told = given, drawing, objective, advantages, old, Told()
+        self.given, self.drawing, self.objective, self.advantages, self.needs_old, self.told = (
+            given,
+            drawing,
+            objective,
+            advantages,
+            old,
+            Told(),
+        )
         self.seen: list[float] = []  # what answers to held-out prompts were worth when they were looked at last
         self.texts: list[str] = []
         self.figures: dict[str, float] = {}
@@ -58,8 +84,25 @@ class Groups:
         """As the run has it."""
         self.began = self._began()
         scratch = self.given.ctx.scratch
-        steps = Rollouts(self.drawing, scratch / "rollouts", epochs=self.given.config.epochs, seed=self.given.ctx.seed, join=self.join, heard=self.heard, old=not self.once or self.needs_old)
-        return Way(self.loss, lambda some, _: some, self.look, said, self.tell, steps, lambda: bool(self.given.config.best) or not self.seen, self.done)
+        steps = Rollouts(
+            self.drawing,
+            scratch / "rollouts",
+            epochs=self.given.config.epochs,
+            seed=self.given.ctx.seed,
+            join=self.join,
+            heard=self.heard,
+            old=not self.once or self.needs_old,
+        )
+        return Way(
+            self.loss,
+            lambda some, _: some,
+            self.look,
+            said,
+            self.tell,
+            steps,
+            lambda: bool(self.given.config.best) or not self.seen,
+            self.done,
+        )
 
     def done(self) -> None:
         """Nothing is to be put back."""
@@ -77,14 +120,23 @@ class Groups:
         self.figures = made.figures
         self.dull = self.dull + 1 if made.figures["alike"] == 1.0 else 0
         if self.dull in (3, 30):
-            self.given.ctx.progress.say(f"warning: in {self.dull} rollouts all answers {'to each prompt ' if self.drawing.habit.answers > 1 else ''}were worth the same, so that nothing is learned; ask easier or harder prompts, draw more answers, or raise temperature")
+            self.given.ctx.progress.say(
+                f"warning: in {self.dull} rollouts all answers"
+                f" {'to each prompt ' if self.drawing.habit.answers > 1 else ''}were worth the same, so that nothing is"
+                " learned; ask easier or harder prompts, draw more answers, or raise temperature"
+            )
         file = self.given.ctx.scratch / "samples.json"
         kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if str(number) not in kept:
             kept[str(number)] = [
-                {"prompt": self.drawing.asked[prompt].prompt[-1].content[-WIDE:], "answer": group[0].text[:WIDE], "reward": group[0].reward, "cut": group[0].cut}
+                {
+                    "prompt": self.drawing.asked[prompt].prompt[-1].content[-WIDE:],
+                    "answer": group[0].text[:WIDE],
+                    "reward": group[0].reward,
+                    "cut": group[0].cut,
+                }
                 for prompt, group in list(zip(made.prompts, made.drawn, strict=True))[:SHOWN]
-            ]  # fmt: skip
+            ]
             write_whole(file, json.dumps(kept))
 
     def join(self, made: Rollout, some: Sequence[int], step: Sequence[int]) -> Branches:
@@ -119,26 +171,54 @@ class Groups:
         """(the loss of each token, with what was clipped, log-probabilities when they were drawn)."""
         old = found.detach() if self.once or "old" not in batch.given else batch.given["old"]
         o = self.objective
-        log = ratios(found, old, batch.owner, batch.counts, "answer" if o.level == "answer" else "token", summed=o.summed)
-        worth = weighed(found, log, batch.given["advantages"], batch.owner, batch.counts, form=o.form, low=o.low, high=o.high, ceiling=o.ceiling)
+        log = ratios(
+            found, old, batch.owner, batch.counts, "answer" if o.level == "answer" else "token", summed=o.summed
+        )
+        worth = weighed(
+            found,
+            log,
+            batch.given["advantages"],
+            batch.owner,
+            batch.counts,
+            form=o.form,
+            low=o.low,
+            high=o.high,
+            ceiling=o.ceiling,
+        )
         return worth.loss, worth, old
 
     def _shares(self, batch: Branches) -> Tensor:
-        """What each token counts; those of answers without a reward, and, where that is wanted, of answers that were cut off, count nothing."""
+        """What each token counts; those of answers without a reward, and, where that is wanted, of answers that were
+        cut off, count nothing.
+        """
         known = ~batch.given["reward"].isnan() & (~batch.given["cut"] | self.objective.whole)
-        counted: Tensor = shares(batch.owner, batch.counts, self.objective.mean, answers=batch.given["answers"], tokens=batch.given["tokens"], longest=self.drawing.habit.longest) * known[batch.owner]
+        counted: Tensor = (
+            shares(
+                batch.owner,
+                batch.counts,
+                self.objective.mean,
+                answers=batch.given["answers"],
+                tokens=batch.given["tokens"],
+                longest=self.drawing.habit.longest,
+            )
+            * known[batch.owner]
+        )
         return counted
 
     def _answered(self, asked: Sequence[Asked]) -> tuple[list[float], list[str]]:
         """What greedy answers to held-out prompts are worth, and the answers."""
         groups = self.drawing.answers(asked, 1, 0.0, lambda *_: 0)
-        return [valued[0].total for valued in self.drawing.valued(groups, held=True)], [group[0][0].text for group in groups]
+        return [valued[0].total for valued in self.drawing.valued(groups, held=True)], [
+            group[0][0].text for group in groups
+        ]
 
     def _began(self) -> list[float]:
         """What they were worth before the first step."""
         file = self.given.ctx.scratch / "began.json"
         if not file.exists():
-            write_whole(file, json.dumps(self._answered(self.given.material.unseen)[0] if self.given.material.unseen else []))
+            write_whole(
+                file, json.dumps(self._answered(self.given.material.unseen)[0] if self.given.material.unseen else [])
+            )
         found: list[float] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
@@ -151,11 +231,36 @@ class Groups:
 
 
 class Actor(Groups):
-    """PPO: what each token is worth beside what a head on the policy's states expects; the head learns that at the same time. `worth`: weight of its loss, `held`: how near it is held to what it said."""
+    """PPO: what each token is worth beside what a head on the policy's states expects; the head learns that at the same
+    time.
 
-    def __init__(self, given: Given, drawing: Drawing, objective: Objective, *, reference_kl: float, discount: float, trace: float, worth: float, held: float, white: bool) -> None:
-        super().__init__(given, drawing, objective, lambda made: torch.zeros(len(made.drawn), drawing.habit.answers), old=True)
-        self.reference_kl, self.discount, self.trace, self.worth, self.held, self.white = reference_kl, discount, trace, worth, held, white
+    `worth`: weight of its loss, `held`: how near it is held to what it said.
+    """
+
+    def __init__(
+        self,
+        given: Given,
+        drawing: Drawing,
+        objective: Objective,
+        *,
+        reference_kl: float,
+        discount: float,
+        trace: float,
+        worth: float,
+        held: float,
+        white: bool,
+    ) -> None:
+        super().__init__(
+            given, drawing, objective, lambda made: torch.zeros(len(made.drawn), drawing.habit.answers), old=True
+        )
+        self.reference_kl, self.discount, self.trace, self.worth, self.held, self.white = (
+            reference_kl,
+            discount,
+            trace,
+            worth,
+            held,
+            white,
+        )
         network = given.tuned.network
         torch.manual_seed(given.ctx.seed)
         self.head = new_head(network.get_input_embeddings().weight.shape[1], "whole").to(given.device)
@@ -185,15 +290,28 @@ class Actor(Groups):
         old, values = (torch.tensor([v for one in flat for v in getattr(one, name)]) for name in ("old", "values"))
         reference = torch.tensor([v for one in flat for v in one.reference]) if flat[0].reference else old
         scores = torch.tensor([one.reward for one in flat]).nan_to_num(0.0)
-        counted = torch.tensor([one.reward == one.reward and (self.objective.whole or not one.cut) for one in flat])[owner]  # others count for nothing, here as in the loss
-        advantages, returns = gae(token_rewards(scores, old, reference, owner, kl=self.reference_kl), values, owner, discount=self.discount, trace=self.trace)
+        counted = torch.tensor([one.reward == one.reward and (self.objective.whole or not one.cut) for one in flat])[
+            owner
+        ]  # others count for nothing, here as in the loss
+        advantages, returns = gae(
+            token_rewards(scores, old, reference, owner, kl=self.reference_kl),
+            values,
+            owner,
+            discount=self.discount,
+            trace=self.trace,
+        )
         weighed_by = torch.zeros_like(advantages)
-        weighed_by[counted] = whitened(advantages[counted]) if self.white and bool(counted.any()) else advantages[counted]
+        weighed_by[counted] = (
+            whitened(advantages[counted]) if self.white and bool(counted.any()) else advantages[counted]
+        )
         rest = iter(zip(weighed_by.tolist(), returns.tolist(), strict=True))
         for one in flat:
             both = [next(rest) for _ in one.ids]
             one.advantages, one.returns = [a for a, _ in both], [r for _, r in both]
-        made.figures |= {"kl": float((old - reference).mean()), "explained": explained(values[counted], returns[counted])}
+        made.figures |= {
+            "kl": float((old - reference).mean()),
+            "explained": explained(values[counted], returns[counted]),
+        }
         self.keep(number, made)
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
@@ -201,14 +319,18 @@ class Actor(Groups):
         found, entropy, read = self._both(network, batch)
         total, worth, old = self._policy(batch, found)
         wrong = value_loss(read, batch.given["values"], batch.given["returns"], self.held)
-        self.told.add(entropy=entropy, clipped=worth.clipped.float(), ratio=(found.detach() - old).exp(), value_loss=wrong)
+        self.told.add(
+            entropy=entropy, clipped=worth.clipped.float(), ratio=(found.detach() - old).exp(), value_loss=wrong
+        )
         return ((total + self.worth * wrong) * self._shares(batch)).sum()
 
     def _both(self, network: Any, batch: Branches) -> tuple[Tensor, Tensor, Tensor]:
         from llmworks.model.loss.linear_logprobs import linear_logprobs
 
         here = states(network, batch)[batch.at]
-        found, entropy = linear_logprobs(here, network.get_output_embeddings(), batch.wanted, self.drawing.habit.temperature)
+        found, entropy = linear_logprobs(
+            here, network.get_output_embeddings(), batch.wanted, self.drawing.habit.temperature
+        )
         return found, entropy, self.head(here)[:, 0].float()
 
 
@@ -216,25 +338,51 @@ class Contest(Groups):
     """Online DPO: of the answers to a prompt the best and the worst are a pair."""
 
     def __init__(self, given: Given, drawing: Drawing, *, kind: str, beta: float, whole: bool) -> None:
-        super().__init__(given, drawing, Objective(whole=whole), lambda made: torch.zeros(len(made.drawn), drawing.habit.answers))
+        super().__init__(
+            given, drawing, Objective(whole=whole), lambda made: torch.zeros(len(made.drawn), drawing.habit.answers)
+        )
         self.kind, self.beta = kind, beta
 
     def loss(self, network: Any, batch: Branches) -> Tensor:
-        """Summed over pairs, as often as a prompt has answers; prompts whose answers are all worth the same have none."""
+        """Summed over pairs, as often as a prompt has answers; prompts whose answers are all worth the same have
+        none.
+        """
         found, entropy, _ = logprobs(network, batch, self.drawing.habit.temperature)
         each = self.drawing.habit.answers
         summed, reference = (batch.summed(x).view(-1, each) for x in (found, batch.given["reference"]))
-        counts, rewards = batch.counts.view(-1, each), batch.given["reward"].masked_fill(batch.given["cut"] & (not self.objective.whole), torch.nan).view(-1, each)
-        best, worst = rewards.nan_to_num(-torch.inf).argmax(1, keepdim=True), rewards.nan_to_num(torch.inf).argmin(1, keepdim=True)
+        counts, rewards = (
+            batch.counts.view(-1, each),
+            batch.given["reward"]
+            .masked_fill(batch.given["cut"] & (not self.objective.whole), torch.nan)
+            .view(-1, each),
+        )
+        best, worst = (
+            rewards.nan_to_num(-torch.inf).argmax(1, keepdim=True),
+            rewards.nan_to_num(torch.inf).argmin(1, keepdim=True),
+        )
         apart = (rewards.gather(1, best) - rewards.gather(1, worst))[:, 0]
         told = apart > 1e-9  # false where one is not known
 
         def of(x: Tensor, which: Tensor) -> Tensor:
             return x.gather(1, which)[told, 0]
 
-        sides = Sides(of(summed, best), of(summed, worst), of(counts, best), of(counts, worst), of(reference, best), of(reference, worst))
+        sides = Sides(
+            of(summed, best),
+            of(summed, worst),
+            of(counts, best),
+            of(counts, worst),
+            of(reference, best),
+            of(reference, worst),
+        )
         judged = dpo(sides, self.kind, beta=self.beta)
-        self.told.add(entropy=entropy, chosen=judged.chosen, rejected=judged.rejected, margin=judged.chosen - judged.rejected, ranked=(judged.chosen > judged.rejected).float(), kl=found.detach() - batch.given["reference"])
+        self.told.add(
+            entropy=entropy,
+            chosen=judged.chosen,
+            rejected=judged.rejected,
+            margin=judged.chosen - judged.rejected,
+            ranked=(judged.chosen > judged.rejected).float(),
+            kl=found.detach() - batch.given["reference"],
+        )
         return judged.loss.sum() * each + 0.0 * found.sum()
 
 

@@ -1,4 +1,7 @@
-"""Answers scored by a model with a head: whole ones at their last token, or by their steps. It reads them by its own tokenizer and template. Knows no training."""
+"""Answers scored by a model with a head: whole ones at their last token, or by their steps.
+
+It reads them by its own tokenizer and template. Knows no training.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,11 @@ ROWS = 16  # answers that are read at once
 
 
 def scores_of(model: Model) -> Values:
-    """A function from cases to scores: of a model for whole answers its score, of one for steps the least chance of a step to be right. ModelError for a model without a head."""
+    """A function from cases to scores: of a model for whole answers its score, of one for steps the least chance of a
+    step to be right.
+
+    ModelError for a model without a head.
+    """
     scorer, tokenizer = Scorer(model.path), load_tokenizer(model.path)
 
     def values(cases: Sequence[Case]) -> list[float | str]:
@@ -35,7 +42,12 @@ def scores_of(model: Model) -> Values:
 
 
 def _whole(scorer: Scorer, tokenizer: object, cases: Sequence[Case]) -> list[float | str]:
-    made = [answered(tokenizer, str(number), case.prompt, {"only": (Message("assistant", case.text),)}, (), most=scorer.context) for number, case in enumerate(cases)]
+    made = [
+        answered(
+            tokenizer, str(number), case.prompt, {"only": (Message("assistant", case.text),)}, (), most=scorer.context
+        )
+        for number, case in enumerate(cases)
+    ]
     good = [one for one in made if not isinstance(one, str)]
     scores: list[float] = []
     if good:
@@ -56,8 +68,18 @@ def _steps(scorer: Scorer, tokenizer: object, cases: Sequence[Case]) -> list[flo
             ids += encode(tokenizer, step.strip() + "\n")
             ends.append(len(ids) - 1)
         if not ends or len(ids) > scorer.context:
-            found.append("has no step" if not ends else f"{len(ids)} tokens, longer than the reward model reads ({scorer.context})")
+            found.append(
+                "has no step"
+                if not ends
+                else f"{len(ids)} tokens, longer than the reward model reads ({scorer.context})"
+            )
             continue
         row = torch.tensor([ids])
-        found.append(float(scorer.scores(row, torch.arange(len(ids))[None], torch.zeros_like(row), torch.tensor(ends)).sigmoid().min()))
+        found.append(
+            float(
+                scorer.scores(row, torch.arange(len(ids))[None], torch.zeros_like(row), torch.tensor(ends))
+                .sigmoid()
+                .min()
+            )
+        )
     return found

@@ -1,4 +1,6 @@
-"""What an answer is worth: named functions, each with a weight, added up. Functions of `score/`, of the user's own file (in the sandbox), a model that scores, a judge, or its length.
+"""What an answer is worth: named functions, each with a weight, added up.
+
+Functions of `score/`, of the user's own file (in the sandbox), a model that scores, a judge, or its length.
 
 An answer that a function fails on has no reward (NaN) and is kept aside with the reason. Knows no training.
 """
@@ -25,8 +27,6 @@ GRADE = 192  # tokens of a judge's answer
 MOST = 1e30  # that a value can be: sums and squares of more are no numbers of fp32
 
 
-
-
 @dataclass(frozen=True)
 class Valued:
     """What an answer is worth in all (NaN: nobody knows), and by each function; `why`: what failed."""
@@ -36,29 +36,48 @@ class Valued:
     why: str = ""
 
 
-
-
 def check_names(names: Mapping[str, float]) -> None:
     """Whether rewards are known by their names; raises ValueError."""
     if not names:
         raise ValueError("rewards is empty; name a function and its weight, as {verified: 1}")
     for name, weight in names.items():
         if ":" not in name and name not in SCORES and name not in NAMES:
-            raise ValueError(f"rewards: {name!r} is none of {', '.join([*sorted(SCORES), *NAMES])}, nor FILE.py:FUNCTION")
+            raise ValueError(
+                f"rewards: {name!r} is none of {', '.join([*sorted(SCORES), *NAMES])}, nor FILE.py:FUNCTION"
+            )
         if not weight:
             raise ValueError(f"rewards: {name} has the weight 0; leave it out")
 
 
 class Rewards:
-    """Named functions with weights. `reward`: the model behind `model`; `judge`: whom `judge` asks; `most`: tokens of the longest answer, the last `soft` of which `overlong` punishes.
+    """Named functions with weights.
+
+    `reward`: the model behind `model`; `judge`: whom `judge` asks; `most`: tokens of the longest answer, the last
+    `soft` of which `overlong` punishes.
 
     Errors: UserError for a function whose model, or file, is not there.
     """
 
-    def __init__(self, weights: Mapping[str, float], *, most: int, soft: int, seconds: float, reward: Model | None = None, judge: Callable[[], Engine] | None = None, criteria: str = "", aside: Path | None = None, stop: bool = False) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        most: int,
+        soft: int,
+        seconds: float,
+        reward: Model | None = None,
+        judge: Callable[[], Engine] | None = None,
+        criteria: str = "",
+        aside: Path | None = None,
+        stop: bool = False,
+    ) -> None:
         for name, given, what in (("model", reward, "reward"), ("judge", judge, "judge")):
             if (name in weights) != (given is not None):
-                raise UserError(f"rewards: {name} needs the input `{what}`" if given is None else f"the input `{what}` is for the reward `{name}`, which config.rewards does not have")
+                raise UserError(
+                    f"rewards: {name} needs the input `{what}`"
+                    if given is None
+                    else f"the input `{what}` is for the reward `{name}`, which config.rewards does not have"
+                )
         self.weights, self.most, self.soft, self.aside, self.stop = dict(weights), most, soft, aside, stop
         self.judge, self.criteria = judge, criteria
         self.engine: Engine | None = None
@@ -67,7 +86,12 @@ class Rewards:
     def _function(self, name: str, seconds: float, reward: Model | None) -> Values:
         if ":" in name:
             code = UserCode(name, seconds)
-            return lambda cases: code.values([{"prompt": messages_to_json(case.prompt), "completion": case.text, "row": plain(case.row)} for case in cases])
+            return lambda cases: code.values(
+                [
+                    {"prompt": messages_to_json(case.prompt), "completion": case.text, "row": plain(case.row)}
+                    for case in cases
+                ]
+            )
         if name == "model":
             assert reward is not None
             from llmworks.align.rl.reward_model import scores_of
@@ -78,7 +102,9 @@ class Rewards:
         if name == "length":
             return lambda cases: [min(1.0, case.tokens / self.most) for case in cases]
         if name == "overlong":
-            return lambda cases: [-min(1.0, max(0.0, (case.tokens - (self.most - self.soft)) / max(1, self.soft))) for case in cases]
+            return lambda cases: [
+                -min(1.0, max(0.0, (case.tokens - (self.most - self.soft)) / max(1, self.soft))) for case in cases
+            ]
         function = score_function(name)
 
         def each(cases: Sequence[Case]) -> list[float | str]:
@@ -97,11 +123,20 @@ class Rewards:
     def _judged(self, cases: Sequence[Case]) -> list[float | str]:
         assert self.judge is not None
         self.engine = engine = self.engine or self.judge()  # which is opened once
-        requests = [Request((Message("user", grading(case.prompt, case.text, self.criteria)),), sampling=Sampling(max_tokens=GRADE)) for case in cases]
+        requests = [
+            Request(
+                (Message("user", grading(case.prompt, case.text, self.criteria)),), sampling=Sampling(max_tokens=GRADE)
+            )
+            for case in cases
+        ]
         found: list[float | str] = ["" for _ in cases]
         for at, reply in engine.each(requests):
             grade = None if isinstance(reply, LlmworksError) else read_grade(reply.text)
-            found[at] = (str(reply) if isinstance(reply, LlmworksError) else "the judge gave no grade") if grade is None else grade
+            found[at] = (
+                (str(reply) if isinstance(reply, LlmworksError) else "the judge gave no grade")
+                if grade is None
+                else grade
+            )
         return found
 
     def check(self, row: Row, prompt: tuple[Message, ...]) -> None:
@@ -111,7 +146,10 @@ class Rewards:
                 score_function(name)(prompt, "", row)
 
     def of(self, cases: Sequence[Case], *, held: bool = False) -> list[Valued]:
-        """The value of each case; `held`: they are answers to held-out prompts. Errors: TrainingError for one without, where that is to stop the run."""
+        """The value of each case; `held`: they are answers to held-out prompts.
+
+        Errors: TrainingError for one without, where that is to stop the run.
+        """
         parts: list[dict[str, float]] = [{} for _ in cases]
         problems: list[list[str]] = [[] for _ in cases]
         for name, function in self.functions.items():
@@ -120,11 +158,30 @@ class Rewards:
                     problems[at].append(f"{name}: {value if isinstance(value, str) else f'gave {value}'}")
                 else:
                     parts[at][name] = value
-        made = [Valued(math.nan if why else sum(self.weights[name] * value for name, value in part.items()), part, "; ".join(why)) for part, why in zip(parts, problems, strict=True)]
+        made = [
+            Valued(
+                math.nan if why else sum(self.weights[name] * value for name, value in part.items()),
+                part,
+                "; ".join(why),
+            )
+            for part, why in zip(parts, problems, strict=True)
+        ]
         failed = [(case, valued) for case, valued in zip(cases, made, strict=True) if valued.why]
         if failed and self.aside is not None:
             with self.aside.open("a", encoding="utf-8") as out:
-                out.writelines(json.dumps({"id": str(case.row.get("id")), "held_out": held, "reason": valued.why, "completion": case.text}, ensure_ascii=False) + "\n" for case, valued in failed)
+                out.writelines(
+                    json.dumps(
+                        {
+                            "id": str(case.row.get("id")),
+                            "held_out": held,
+                            "reason": valued.why,
+                            "completion": case.text,
+                        },
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                    for case, valued in failed
+                )
         if failed and self.stop:
             raise TrainingError(f"row {failed[0][0].row.get('id')!r}: {failed[0][1].why}; on_error is stop")
         return made
@@ -133,5 +190,3 @@ class Rewards:
 def plain(row: Row) -> Row:
     """What of a row can be written as JSON."""
     return json.loads(json.dumps(row, default=str))  # type: ignore[no-any-return]
-
-

@@ -1,6 +1,10 @@
-"""Answers of the policy itself, drawn as it learns: prompts, their answers as token ids, what these are worth, and what the policy and the reference thought of them. One file each, so that a killed run goes on.
+"""Answers of the policy itself, drawn as it learns: prompts, their answers as token ids, what these are worth, and what
+the policy and the reference thought of them.
 
-Tokens are used as they were drawn. What was cut off has no end to learn; what ended has its end token. Old log-probabilities are the trainer's, at the temperature of the draws. Knows no loss.
+One file each, so that a killed run goes on.
+
+Tokens are used as they were drawn. What was cut off has no end to learn; what ended has its end token. Old
+log-probabilities are the trainer's, at the temperature of the draws. Knows no loss.
 """
 
 from __future__ import annotations
@@ -50,7 +54,9 @@ class Asked:
 
 @dataclass
 class Drawn:
-    """An answer that was drawn: its ids (the end token among them, if it ended), what it is worth, log-probabilities of its tokens as the engine, the trainer before any step, and the reference have them."""
+    """An answer that was drawn: its ids (the end token among them, if it ended), what it is worth, log-probabilities of
+    its tokens as the engine, the trainer before any step, and the reference have them.
+    """
 
     ids: list[int]
     text: str
@@ -83,22 +89,40 @@ class Rollout:
 
     def save(self, file: Path) -> None:
         """Write it whole."""
-        write_whole(file, json.dumps({"prompts": self.prompts, "figures": self.figures, "drawn": [[asdict(one) for one in group] for group in self.drawn]}))
+        write_whole(
+            file,
+            json.dumps(
+                {
+                    "prompts": self.prompts,
+                    "figures": self.figures,
+                    "drawn": [[asdict(one) for one in group] for group in self.drawn],
+                }
+            ),
+        )
 
     @classmethod
     def load(cls, file: Path) -> Rollout:
         """TrainingError for a file that cannot be read."""
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            return cls(found["prompts"], [[Drawn(**one) for one in group] for group in found["drawn"]], found["figures"])
+            return cls(
+                found["prompts"], [[Drawn(**one) for one in group] for group in found["drawn"]], found["figures"]
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrainingError(f"{file}: the answers of this step cannot be read ({error}); delete {file.parent.parent} to begin anew") from None
+            raise TrainingError(
+                f"{file}: the answers of this step cannot be read ({error}); delete {file.parent.parent} to begin anew"
+            ) from None
 
 
 @dataclass(frozen=True)
 class Habit:
-    """How answers are drawn and used. `each`: prompts of a rollout; `size`: prompts that are read at once; `updates` of the weights a pass, `passes` over each rollout; `fresh`: rounds in which
-    prompts whose answers are all worth the same are replaced by others; `compared`: whether log-probabilities of the reference are wanted.
+    """How answers are drawn and used.
+
+    `each`: prompts of a rollout; `size`: prompts that are read at once; `updates` of the weights a pass, `passes` over
+    each rollout; `fresh`: rounds in which
+
+    prompts whose answers are all worth the same are replaced by others; `compared`: whether log-probabilities of the
+    reference are wanted.
     """
 
     answers: int
@@ -125,14 +149,24 @@ class Drawing:
         self.drawing = self.valuing = 0.0  # seconds, of the last draws
         self.noting: Callable[[Rollout], None] | None = None  # what else is noted of a rollout
 
-    def answers(self, prompts: Sequence[Asked], answers: int, temperature: float, seeds: Callable[[int, int], int]) -> list[list[tuple[Completion, Case]]]:
+    def answers(
+        self, prompts: Sequence[Asked], answers: int, temperature: float, seeds: Callable[[int, int], int]
+    ) -> list[list[tuple[Completion, Case]]]:
         """Answers to each prompt."""
         material = self.given.material
         engine = TorchEngine(self.network, material.tokenizer, material.stops, "policy")
         requests = [
-            Request(ids=one.ids, sampling=Sampling(max_tokens=self.habit.longest, temperature=temperature, seed=seeds(number, turn) if temperature else None))
-            for number, one in enumerate(prompts) for turn in range(answers)
-        ]  # fmt: skip
+            Request(
+                ids=one.ids,
+                sampling=Sampling(
+                    max_tokens=self.habit.longest,
+                    temperature=temperature,
+                    seed=seeds(number, turn) if temperature else None,
+                ),
+            )
+            for number, one in enumerate(prompts)
+            for turn in range(answers)
+        ]
         training = self.network.training
         self.network.train(False)
         done = iter(engine.generate(requests))
@@ -143,7 +177,9 @@ class Drawing:
             for _ in range(answers):
                 completion = next(done)
                 ids = len(completion.ids) + (completion.ended is not None)
-                group.append((completion, Case(one.row, one.prompt, completion.text, ids, completion.finish == "length")))
+                group.append(
+                    (completion, Case(one.row, one.prompt, completion.text, ids, completion.finish == "length"))
+                )
             found.append(group)
         return found
 
@@ -151,7 +187,10 @@ class Drawing:
         """What they are worth; `held`: to held-out prompts. TrainingError where nobody knows of any."""
         flat = self.rewards.of([case for group in groups for _, case in group], held=held)
         if flat and all(one.why for one in flat):
-            raise TrainingError(f"none of {len(flat)} answers{' to held-out prompts' if held else ''} has a reward; the first: {flat[0].why}")
+            raise TrainingError(
+                f"none of {len(flat)} answers{' to held-out prompts' if held else ''} has a reward; the first:"
+                f" {flat[0].why}"
+            )
         each = iter(flat)
         return [[next(each) for _ in group] for group in groups]
 
@@ -167,7 +206,9 @@ class Drawing:
         for turn in range(self.habit.fresh):
             dull = [at for at, row in enumerate(made.rewards) if alike(row)]
             others = sorted(set(range(len(self.asked))) - asked)
-            chosen = random.Random(_seed(self.given.ctx.seed, number, turn, -1)).sample(others, min(len(dull), len(others)))
+            chosen = random.Random(_seed(self.given.ctx.seed, number, turn, -1)).sample(
+                others, min(len(dull), len(others))
+            )
             asked |= set(chosen)
             more = self._drawn(number, turn + 1, chosen) if chosen else Rollout([], [])
             for at, prompt, group in zip(dull, more.prompts, more.drawn, strict=False):
@@ -187,15 +228,31 @@ class Drawing:
 
     def _drawn(self, number: int, turn: int, prompts: Sequence[int]) -> Rollout:
         began = time.monotonic()
-        groups = self.answers([self.asked[i] for i in prompts], self.habit.answers, self.habit.temperature, lambda at, answer: _seed(self.given.ctx.seed, number, turn, at, answer))
+        groups = self.answers(
+            [self.asked[i] for i in prompts],
+            self.habit.answers,
+            self.habit.temperature,
+            lambda at, answer: _seed(self.given.ctx.seed, number, turn, at, answer),
+        )
         drawn_by = time.monotonic()
         values = self.valued(groups)
         self.drawing, self.valuing = drawn_by - began, time.monotonic() - drawn_by
-        return Rollout(list(prompts), [[drawn(completion, case, valued) for (completion, case), valued in zip(group, worth, strict=True)] for group, worth in zip(groups, values, strict=True)])
+        return Rollout(
+            list(prompts),
+            [
+                [drawn(completion, case, valued) for (completion, case), valued in zip(group, worth, strict=True)]
+                for group, worth in zip(groups, values, strict=True)
+            ],
+        )
 
     def examples(self, made: Rollout) -> list[Answered]:
         """Prompts with their answers, as they are trained on."""
-        return [Answered(f"{prompt}", self.asked[prompt].ids, tuple(Answer(tuple(one.ids), (1,) * len(one.ids)) for one in group)) for prompt, group in zip(made.prompts, made.drawn, strict=True)]
+        return [
+            Answered(
+                f"{prompt}", self.asked[prompt].ids, tuple(Answer(tuple(one.ids), (1,) * len(one.ids)) for one in group)
+            )
+            for prompt, group in zip(made.prompts, made.drawn, strict=True)
+        ]
 
     def _note(self, made: Rollout, name: str, temperature: float, network: Any = None) -> None:
         """Log-probabilities of all tokens, as a network has them now: the policy's, if no other is given."""
@@ -216,11 +273,24 @@ class Drawing:
         rewards, flat = made.rewards, [one for group in made.drawn for one in group]
         known = rewards[~rewards.isnan()]
         found = {
-            "reward": float(known.mean()) if len(known) else 0.0, "reward_deviation": float(known.std(correction=0)) if len(known) else 0.0, "alike": sum(map(alike, rewards)) / len(rewards) if self.habit.answers > 1 else float(alike(rewards.flatten())),
-            "length": sum(len(one.ids) for one in flat) / len(flat), "cut": sum(one.cut for one in flat) / len(flat), "repeated": sum(repetition(one.ids) for one in flat) / len(flat), "failed": float(rewards.isnan().float().mean()),
-        }  # fmt: skip
+            "reward": float(known.mean()) if len(known) else 0.0,
+            "reward_deviation": float(known.std(correction=0)) if len(known) else 0.0,
+            "alike": (
+                sum(map(alike, rewards)) / len(rewards) if self.habit.answers > 1 else float(alike(rewards.flatten()))
+            ),
+            "length": sum(len(one.ids) for one in flat) / len(flat),
+            "cut": sum(one.cut for one in flat) / len(flat),
+            "repeated": sum(repetition(one.ids) for one in flat) / len(flat),
+            "failed": float(rewards.isnan().float().mean()),
+        }
         names = sorted({name for one in flat for name in one.parts})
-        return found | {f"reward_{name}": sum(one.parts.get(name, 0.0) for one in flat) / max(1, sum(name in one.parts for one in flat)) for name in names if len(names) > 1}
+        return found | {
+            f"reward_{name}": (
+                sum(one.parts.get(name, 0.0) for one in flat) / max(1, sum(name in one.parts for one in flat))
+            )
+            for name in names
+            if len(names) > 1
+        }
 
     def _bias(self, made: Rollout) -> dict[str, float]:
         """How far the engine's log-probabilities are from the trainer's, where both are of temperature 1."""
@@ -253,9 +323,22 @@ def _seed(*parts: int) -> int:
 
 
 class Rollouts(Sequence[list[Callable[[], Any]]]):
-    """The steps of a training on answers that are drawn when their first step is asked for. `made`: hears of each rollout, new or read again; `join`: makes a batch of some of its prompts."""
+    """The steps of a training on answers that are drawn when their first step is asked for.
 
-    def __init__(self, drawing: Drawing, folder: Path, *, epochs: float, seed: int, join: Callable[[Rollout, Sequence[int], Sequence[int]], Branches], heard: Callable[[int, Rollout], None], old: bool) -> None:
+    `made`: hears of each rollout, new or read again; `join`: makes a batch of some of its prompts.
+    """
+
+    def __init__(
+        self,
+        drawing: Drawing,
+        folder: Path,
+        *,
+        epochs: float,
+        seed: int,
+        join: Callable[[Rollout, Sequence[int], Sequence[int]], Branches],
+        heard: Callable[[int, Rollout], None],
+        old: bool,
+    ) -> None:
         self.drawing, self.folder, self.join, self.heard, self.old = drawing, folder, join, heard, old
         folder.mkdir(exist_ok=True)
         habit, count = drawing.habit, len(drawing.asked)
@@ -263,7 +346,9 @@ class Rollouts(Sequence[list[Callable[[], Any]]]):
         order: list[int] = []
         epoch = 0
         while len(order) < wanted * habit.each:
-            order += [i for part in plan_epoch([0] * count, habit.each, seed * 1000 + epoch, by_length=False) for i in part]
+            order += [
+                i for part in plan_epoch([0] * count, habit.each, seed * 1000 + epoch, by_length=False) for i in part
+            ]
             epoch += 1
         self.rollouts = [order[at * habit.each : (at + 1) * habit.each] for at in range(wanted)]
         self.now: tuple[int, Rollout] | None = None
@@ -276,7 +361,10 @@ class Rollouts(Sequence[list[Callable[[], Any]]]):
     @overload
     def __getitem__(self, step: slice) -> Sequence[list[Callable[[], Any]]]: ...
     def __getitem__(self, step: int | slice) -> Any:
-        """The makers of a step's parts. The first step of a rollout draws it, unless that was done before the run was stopped."""
+        """The makers of a step's parts.
+
+        The first step of a rollout draws it, unless that was done before the run was stopped.
+        """
         if isinstance(step, slice):
             return [self[i] for i in range(*step.indices(len(self)))]
         if not 0 <= step < len(self):
@@ -285,7 +373,10 @@ class Rollouts(Sequence[list[Callable[[], Any]]]):
         number, inner = divmod(step, habit.updates * habit.passes)
         made = self.rollout(number)
         some = list(self._numbers(number, inner, len(made.prompts)))
-        return [functools.partial(self.join, made, some[at : at + habit.size], some) for at in range(0, len(some), habit.size)]
+        return [
+            functools.partial(self.join, made, some[at : at + habit.size], some)
+            for at in range(0, len(some), habit.size)
+        ]
 
     def _numbers(self, number: int, inner: int, count: int) -> Iterator[int]:
         """Which prompts of a rollout a step is of: all are shuffled for each pass."""
@@ -312,11 +403,23 @@ class Rollouts(Sequence[list[Callable[[], Any]]]):
 
 
 def joined(given: Given, drawing: Drawing, made: Rollout, some: Sequence[int]) -> Branches:
-    """Some prompts of a rollout as a batch, with what was noted of their tokens; what its loss is divided by is its answers."""
+    """Some prompts of a rollout as a batch, with what was noted of their tokens; what its loss is divided by is its
+    answers.
+    """
     examples = drawing.examples(made)
     batch = given.join([examples[i] for i in some])
     chosen = [one for i in some for one in made.drawn[i]]
-    more: dict[str, Any] = {name: torch.tensor([value for one in chosen for value in getattr(one, name)], device=given.device) for name in TOKENS if getattr(chosen[0], name)}
-    more["engine"] = torch.tensor([value for one in chosen for value in (*one.engine, *(math.nan for _ in one.ids[len(one.engine) :]))], device=given.device)
-    more |= {"cut": torch.tensor([one.cut for one in chosen], device=given.device), "reward": torch.tensor([one.reward for one in chosen], device=given.device)}
+    more: dict[str, Any] = {
+        name: torch.tensor([value for one in chosen for value in getattr(one, name)], device=given.device)
+        for name in TOKENS
+        if getattr(chosen[0], name)
+    }
+    more["engine"] = torch.tensor(
+        [value for one in chosen for value in (*one.engine, *(math.nan for _ in one.ids[len(one.engine) :]))],
+        device=given.device,
+    )
+    more |= {
+        "cut": torch.tensor([one.cut for one in chosen], device=given.device),
+        "reward": torch.tensor([one.reward for one in chosen], device=given.device),
+    }
     return replace(batch, labels=len(chosen), given=more)

@@ -1,6 +1,9 @@
-"""What all alignments by the policy's own answers share: their fields, the prompts that they read, and the run. Which loss answers have is each method's own. Knows no tensor.
+"""What all alignments by the policy's own answers share: their fields, the prompts that they read, and the run.
 
-The policy answers prompts, functions say what the answers are worth, and answers that are worth more become more probable.
+Which loss answers have is each method's own. Knows no tensor.
+
+The policy answers prompts, functions say what the answers are worth, and answers that are worth more become more
+probable.
 """
 
 from __future__ import annotations
@@ -34,24 +37,72 @@ class OnlineConfig(TuneConfig):
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 1e-6}
 
-    rewards: dict[str, float] = Field({"verified": 1.0}, description="functions of an answer and their weights: score functions (verified: by the row's `answer`), FILE.py:FUNCTION (in the sandbox), model (the input `reward`), judge (the input `judge`), length (share of max_answer), overlong (0 to -1 over the last `soft` tokens)")
+    rewards: dict[str, float] = Field(
+        {"verified": 1.0},
+        description=(
+            "functions of an answer and their weights: score functions (verified: by the row's `answer`),"
+            " FILE.py:FUNCTION (in the sandbox), model (the input `reward`), judge (the input `judge`), length (share"
+            " of max_answer), overlong (0 to -1 over the last `soft` tokens)"
+        ),
+    )
     answers: int = Field(8, ge=1, le=256, description="answers that are drawn of each prompt")
-    temperature: float = Field(1.0, ge=0.01, description="of the draws, and of the probabilities that are learned; nothing else of the distribution is cut off")
+    temperature: float = Field(
+        1.0,
+        ge=0.01,
+        description=(
+            "of the draws, and of the probabilities that are learned; nothing else of the distribution is cut off"
+        ),
+    )
     max_answer: int = Field(256, gt=0, description="tokens of the longest answer; longer ones are cut off")
-    cut: Literal["learn", "leave"] = Field("learn", description="answers that were cut off: learned by what they are worth, without an end; or left out of the loss (DAPO)")
+    cut: Literal["learn", "leave"] = Field(
+        "learn",
+        description=(
+            "answers that were cut off: learned by what they are worth, without an end; or left out of the loss (DAPO)"
+        ),
+    )
     soft: int = Field(0, ge=0, description="tokens before max_answer over which the reward `overlong` falls to -1")
-    reward_seconds: float = Field(5.0, gt=0, description="the longest that a reward function of a file may take for one answer")
-    on_error: Literal["aside", "stop"] = Field("aside", description="an answer that a reward function fails on, or says NaN of: kept aside with the reason and not learned; or the run stops")
+    reward_seconds: float = Field(
+        5.0, gt=0, description="the longest that a reward function of a file may take for one answer"
+    )
+    on_error: Literal["aside", "stop"] = Field(
+        "aside",
+        description=(
+            "an answer that a reward function fails on, or says NaN of: kept aside with the reason and not learned; or"
+            " the run stops"
+        ),
+    )
     criteria: str = Field("", description="what the judge looks at, in words")
     epochs: float = Field(1.0, gt=0, description="passes over the prompts; may be a fraction")
     batch_size: int = Field(4, gt=0, description="prompts, with all their answers, that are read at once")
     accumulation: int = Field(1, gt=0, description="of these a step")
     updates: int = Field(1, gt=0, description="steps that each draw of answers is divided into")
     passes: int = Field(1, gt=0, description="how often each draw is gone through (mu of GRPO)")
-    fresh: int = Field(0, ge=0, le=10, description="rounds in which prompts whose answers are all worth the same are replaced by others (dynamic sampling of DAPO)")
-    max_tokens: int = Field(2048, gt=1, description="tokens of the longest prompt and max_answer together; longer prompts are set aside")
-    look_every: int = Field(0, ge=0, description="steps between two looks at what greedy answers to held-out prompts are worth; before the first and after the last step they are looked at anyway")
-    best: Literal["", "accuracy"] = Field("", description="which look's weights are saved: the one with the largest reward (accuracy); empty: the last step's")
+    fresh: int = Field(
+        0,
+        ge=0,
+        le=10,
+        description=(
+            "rounds in which prompts whose answers are all worth the same are replaced by others (dynamic sampling of"
+            " DAPO)"
+        ),
+    )
+    max_tokens: int = Field(
+        2048, gt=1, description="tokens of the longest prompt and max_answer together; longer prompts are set aside"
+    )
+    look_every: int = Field(
+        0,
+        ge=0,
+        description=(
+            "steps between two looks at what greedy answers to held-out prompts are worth; before the first and after"
+            " the last step they are looked at anyway"
+        ),
+    )
+    best: Literal["", "accuracy"] = Field(
+        "",
+        description=(
+            "which look's weights are saved: the one with the largest reward (accuracy); empty: the last step's"
+        ),
+    )
 
     def reads(self) -> tuple[str, ...]:
         """Of reward functions."""
@@ -61,13 +112,21 @@ class OnlineConfig(TuneConfig):
     def _online(self) -> Self:
         check_names(self.rewards)
         if self.fresh and self.answers < 2:
-            raise ValueError("fresh replaces prompts whose answers are all worth the same; with one answer each that says nothing")
+            raise ValueError(
+                "fresh replaces prompts whose answers are all worth the same; with one answer each that says nothing"
+            )
         if self.lora.dropout:
-            raise ValueError("lora.dropout: what is learned is what was drawn, and dropout would be a difference; leave it 0")
+            raise ValueError(
+                "lora.dropout: what is learned is what was drawn, and dropout would be a difference; leave it 0"
+            )
         if ("overlong" in self.rewards) != bool(self.soft):
-            raise ValueError("the reward `overlong` needs soft, the tokens over which it falls, and soft is of nothing else")
+            raise ValueError(
+                "the reward `overlong` needs soft, the tokens over which it falls, and soft is of nothing else"
+            )
         if self.max_answer >= self.max_tokens:
-            raise ValueError(f"max_answer {self.max_answer} leaves no token for a prompt: max_tokens is {self.max_tokens}")
+            raise ValueError(
+                f"max_answer {self.max_answer} leaves no token for a prompt: max_tokens is {self.max_tokens}"
+            )
         if self.parallel.data == "shard":
             raise ValueError("parallel: an alignment runs in one process")
         return self
@@ -81,7 +140,9 @@ def prompt_of(row: Row) -> tuple[Message, ...]:
     return turns if turns and turns[-1].role in ("user", "tool") else ()
 
 
-def prompts_of(config: OnlineConfig, tokenizer: Any, data: Dataset, most: int, limit: int = 0) -> tuple[list[Asked], list[tuple[str, str]]]:
+def prompts_of(
+    config: OnlineConfig, tokenizer: Any, data: Dataset, most: int, limit: int = 0
+) -> tuple[list[Asked], list[tuple[str, str]]]:
     """(prompts, rows set aside with the reason). DataError when none is left."""
     from llmworks.align.rl.rollouts import Asked
 
@@ -98,18 +159,38 @@ def prompts_of(config: OnlineConfig, tokenizer: Any, data: Dataset, most: int, l
         if not ids:
             lost.append((str(row["id"]), "asks nothing"))
         elif len(ids) + config.max_answer > most:
-            lost.append((str(row["id"]), f"a prompt of {len(ids)} tokens leaves no room for max_answer {config.max_answer} in {most}"))
+            lost.append(
+                (
+                    str(row["id"]),
+                    f"a prompt of {len(ids)} tokens leaves no room for max_answer {config.max_answer} in {most}",
+                )
+            )
         else:
             found.append(Asked(row, turns, tuple(ids)))
     if not found:
-        raise DataError(f"{data.name}: none of {len(rows)} rows can be asked; the first: {lost[0][1] if lost else 'no rows'}")
+        raise DataError(
+            f"{data.name}: none of {len(rows)} rows can be asked; the first: {lost[0][1] if lost else 'no rows'}"
+        )
     return found, lost
 
 
-def run(config: OnlineConfig, policy: Policy, data: Dataset, ctx: Context, held_out: Dataset | None, groups_of: Callable[[Given, Drawing], Groups], stage: str, *, compared: bool, reward: Model | None, judge: Model | Adapter | None) -> Adapter | Model:
+def run(
+    config: OnlineConfig,
+    policy: Policy,
+    data: Dataset,
+    ctx: Context,
+    held_out: Dataset | None,
+    groups_of: Callable[[Given, Drawing], Groups],
+    stage: str,
+    *,
+    compared: bool,
+    reward: Model | None,
+    judge: Model | Adapter | None,
+) -> Adapter | Model:
     """Train by the policy's own answers. `compared`: whether the reference is asked what it thinks of them.
 
-    Errors: DataError for rows that cannot be asked or valued; UserError for a reward without its model or file; TrainingError when the loss stops being a number, or an answer has no reward and on_error is stop.
+    Errors: DataError for rows that cannot be asked or valued; UserError for a reward without its model or file;
+    TrainingError when the loss stops being a number, or an answer has no reward and on_error is stop.
     """
     from llmworks.align.preference.objective import Given
     from llmworks.align.report import describe_online
@@ -117,11 +198,23 @@ def run(config: OnlineConfig, policy: Policy, data: Dataset, ctx: Context, held_
     from llmworks.train.distributed import world
 
     if (config.best or config.look_every) and held_out is None:
-        raise UserError(f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out")
+        raise UserError(
+            f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out"
+        )
     if world.processes() > 1:
         raise UserError("an alignment runs in one process; start one")
     aside = ctx.scratch / "failed_rewards.jsonl"
-    rewards = Rewards(config.rewards, most=config.max_answer, soft=config.soft, seconds=config.reward_seconds, reward=reward, judge=None if judge is None else lambda: ctx.open_engine(judge), criteria=config.criteria, aside=aside, stop=config.on_error == "stop")
+    rewards = Rewards(
+        config.rewards,
+        most=config.max_answer,
+        soft=config.soft,
+        seconds=config.reward_seconds,
+        reward=reward,
+        judge=None if judge is None else lambda: ctx.open_engine(judge),
+        criteria=config.criteria,
+        aside=aside,
+        stop=config.on_error == "stop",
+    )
     tokenizer, stops = policy.open(config, stage)
     most = min(config.max_tokens, context_of(policy.model))
     asked, lost = prompts_of(config, tokenizer, data, most)
@@ -131,10 +224,27 @@ def run(config: OnlineConfig, policy: Policy, data: Dataset, ctx: Context, held_
         rewards.check(one.row, one.prompt)
     each = config.batch_size * config.accumulation * config.updates
     if len(asked) < each:
-        raise DataError(f"{data.name}: {len(asked)} prompts, a draw takes {each} (batch_size {config.batch_size}, accumulation {config.accumulation}, updates {config.updates}); give more, or make it smaller")
+        raise DataError(
+            f"{data.name}: {len(asked)} prompts, a draw takes {each} (batch_size {config.batch_size}, accumulation"
+            f" {config.accumulation}, updates {config.updates}); give more, or make it smaller"
+        )
     questions = [{**one.row, "messages": _with_answer(one)} for one in unseen[: config.samples]]
-    ctx.progress.say(f"{len(asked)} prompts, {config.answers} answers to each of {each} a draw, worth by {', '.join(f'{weight:g} x {name}' for name, weight in config.rewards.items())}" + (f"; {len(lost)} rows set aside" if lost else ""))
-    habit = Habit(config.answers, config.temperature, config.max_answer, each, config.batch_size, config.updates, config.passes, compared, config.fresh)
+    ctx.progress.say(
+        f"{len(asked)} prompts, {config.answers} answers to each of {each} a draw, worth by"
+        f" {', '.join(f'{weight:g} x {name}' for name, weight in config.rewards.items())}"
+        + (f"; {len(lost)} rows set aside" if lost else "")
+    )
+    habit = Habit(
+        config.answers,
+        config.temperature,
+        config.max_answer,
+        each,
+        config.batch_size,
+        config.updates,
+        config.passes,
+        compared,
+        config.fresh,
+    )
     made: list[Groups] = []
     with world.opened(config.parallel) as here:
 
@@ -149,10 +259,31 @@ def run(config: OnlineConfig, policy: Policy, data: Dataset, ctx: Context, held_
             if "accuracy" in metrics:  # as looks have it, whatever they look at
                 metrics["held_out_reward"] = metrics.pop("accuracy")
                 metrics.pop("held_out")
-            metrics |= describe_online(report, title, rows, metrics, fields, set_aside, made[0].began, made[0].seen, ctx.scratch / "samples.json", aside, ctx.progress.say)
+            metrics |= describe_online(
+                report,
+                title,
+                rows,
+                metrics,
+                fields,
+                set_aside,
+                made[0].began,
+                made[0].seen,
+                ctx.scratch / "samples.json",
+                aside,
+                ctx.progress.say,
+            )
 
         try:
-            return tune(config, policy.model, ctx, here, Material(tokenizer, stops, asked, lost, unseen, questions), way, describe, adapter=policy.adapter)
+            return tune(
+                config,
+                policy.model,
+                ctx,
+                here,
+                Material(tokenizer, stops, asked, lost, unseen, questions),
+                way,
+                describe,
+                adapter=policy.adapter,
+            )
         except RuntimeError as error:
             raise (in_memory(error) or error) from error
 

@@ -1,4 +1,8 @@
-"""A reward function from the user's own file, run in the sandbox: what it raises, or how long it takes, is told of the answer, and nothing waits for it. Knows no training."""
+"""A reward function from the user's own file, run in the sandbox: what it raises, or how long it takes, is told of the
+answer, and nothing waits for it.
+
+Knows no training.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from llmworks.sandbox import Limits, run_python
 
 START = 10.0  # seconds for the interpreter and the imports of the file
 ROUND = 1000  # answers that one program values
-HARNESS = '''\
+HARNESS = """\
 import importlib.util, json, os, select, signal, sys
 tell = os.fdopen(os.dup(1), "w")
 null = os.open(os.devnull, os.O_WRONLY)
@@ -70,15 +74,21 @@ while at < len(cases):  # a child of its own, so that what does not hear its ala
     os.close(source)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if at < len(cases):
-        print(json.dumps({"number": cases[at][0], "error": why or "ended the program (%s)" % (("signal %d" % -code) if code < 0 else ("exit code %d" % code))}), file=tell, flush=True)
+        ended = "signal %d" % -code if code < 0 else "exit code %d" % code
+        said = {"number": cases[at][0], "error": why or "ended the program (%s)" % ended}
+        print(json.dumps(said), file=tell, flush=True)
         at += 1
-'''
+"""
 
 
 class UserCode:
-    """`FILE.py:FUNCTION`, called as function(prompt, completion, row): prompt a list of {role, content}, completion a text, row what its row holds. It gives a number.
+    """`FILE.py:FUNCTION`, called as function(prompt, completion, row): prompt a list of {role, content}, completion a
+    text, row what its row holds.
 
-    It has the standard library and what is installed for the base interpreter, no network and no files. Errors: UserError for a file or a function that is not there.
+    It gives a number.
+
+    It has the standard library and what is installed for the base interpreter, no network and no files. Errors:
+    UserError for a file or a function that is not there.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
@@ -96,7 +106,9 @@ class UserCode:
             raise UserError(f"rewards: {name!r}: {path} is no Python ({error})") from None
         functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
         if self.function not in functions:
-            raise UserError(f"rewards: {name!r}: {path} has no function {self.function!r}; it has {', '.join(functions) or 'none'}")
+            raise UserError(
+                f"rewards: {name!r}: {path} has no function {self.function!r}; it has {', '.join(functions) or 'none'}"
+            )
 
     def values(self, cases: Sequence[Mapping[str, Any]]) -> list[float | str]:
         """A number of each case {prompt, completion, row}, or what went wrong with it."""
@@ -108,11 +120,18 @@ class UserCode:
             lines = [line for text in outcome.stdout.splitlines() if (line := _said(text)) is not None]
             found |= {line["number"]: _value(line) for line in lines if "number" in line}
             if not any("ready" in line for line in lines):
-                last = next((line for line in reversed(outcome.stderr.splitlines()) if line.strip()), f"ended by {outcome.ended}")
+                last = next(
+                    (line for line in reversed(outcome.stderr.splitlines()) if line.strip()),
+                    f"ended by {outcome.ended}",
+                )
                 raise UserError(f"rewards: {self.name!r}: the file cannot be run: {last[:200]}")
             left = [number for number, _ in todo if number not in found]
             if left:  # the program that calls it was ended with it
-                found[left[0]] = f"reached the limit of {outcome.ended}" if outcome.ended != "exit" else f"ended the program (exit code {outcome.code})"
+                found[left[0]] = (
+                    f"reached the limit of {outcome.ended}"
+                    if outcome.ended != "exit"
+                    else f"ended the program (exit code {outcome.code})"
+                )
         return [found[number] for number in range(len(cases))]
 
 
@@ -128,4 +147,8 @@ def _said(text: str) -> dict[str, Any] | None:
 def _value(line: Mapping[str, Any]) -> float | str:
     """The number, or the reason in letters that can be written."""
     value = line.get("value")
-    return float(value) if isinstance(value, (int, float)) else str(line.get("error", "gave nothing")).encode("utf-8", "replace").decode()
+    return (
+        float(value)
+        if isinstance(value, (int, float))
+        else str(line.get("error", "gave nothing")).encode("utf-8", "replace").decode()
+    )

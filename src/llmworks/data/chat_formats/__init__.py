@@ -1,6 +1,8 @@
-"""The shapes in which conversations and preferences are exchanged, recognised by their keys, read into one schema and written back.
+"""The shapes in which conversations and preferences are exchanged, recognised by their keys, read into one schema and
+written back.
 
-Each shape is one file: `matches(raw)`, `read(raw)` and `write(row)`. What the schema has no place for is kept in `extra`, so that a row is
+Each shape is one file: `matches(raw)`, `read(raw)` and `write(row)`. What the schema has no place for is kept in
+`extra`, so that a row is
 written back as it was. Reading and writing raise ValueError, which says what is wrong.
 """
 
@@ -15,8 +17,14 @@ from llmworks.data.chat_formats.fields import Row
 
 # in the order in which they are tried
 SHAPES: dict[str, ModuleType] = {
-    "preference": preference, "messages": messages, "sharegpt": sharegpt, "alpaca": alpaca, "chatml": chatml, "evals": evals, "completion": completion,
-}  # fmt: skip
+    "preference": preference,
+    "messages": messages,
+    "sharegpt": sharegpt,
+    "alpaca": alpaca,
+    "chatml": chatml,
+    "evals": evals,
+    "completion": completion,
+}
 CONTENT = ("messages", "prompt", "chosen", "rejected", "tools", "answer")
 
 
@@ -29,13 +37,19 @@ def recognise(raw: Json) -> str:
     if empty:
         raise ValueError(f"has no turns: `{empty}` is empty")
     if "prompt" in raw:
-        raise ValueError("has a `prompt` and nothing that answers it; questions alone are rows of `messages` with a user turn, read with turns: any")
+        raise ValueError(
+            "has a `prompt` and nothing that answers it; questions alone are rows of `messages` with a user turn, read"
+            " with turns: any"
+        )
     keys = ", ".join(list(raw)[:8]) or "none"
     raise ValueError(f"its keys ({keys}) are of no known shape; known: {', '.join(SHAPES)}")
 
 
 def read(raw: Json, name: str = "") -> Row:
-    """A raw row in the schema of conversations, or of preferences. One that its shape would not write back as it is carries itself along."""
+    """A raw row in the schema of conversations, or of preferences.
+
+    One that its shape would not write back as it is carries itself along.
+    """
     shape = SHAPES[name or recognise(raw)]
     if not shape.matches(raw):
         raise ValueError(f"is not of the shape {name!r}; its keys are {', '.join(list(raw)[:8]) or 'none'}")
@@ -51,14 +65,18 @@ def read(raw: Json, name: str = "") -> Row:
 
 
 def write(row: Row, name: str = "") -> Json:
-    """The row in a shape, with that shape's own keys; without a name in the one it came in, as it was unless it was changed since.
+    """The row in a shape, with that shape's own keys; without a name in the one it came in, as it was unless it was
+    changed since.
 
     ValueError for a row of which something would be lost.
     """
     extra = row.get("extra") or {}
     origin = "" if name else extra.get("shape", "")
     if name and extra.get("lost"):
-        raise ValueError(f"its turns have {', '.join(map(repr, extra['lost']))}, which would be lost; format: as-read keeps them, turn_fields: drop leaves them out")
+        raise ValueError(
+            f"its turns have {', '.join(map(repr, extra['lost']))}, which would be lost; format: as-read keeps them,"
+            " turn_fields: drop leaves them out"
+        )
     if name:
         row = {**row, "extra": {key: extra[key] for key in ("fields", "input") if key in extra}}
     name = name or origin or ("preference" if "chosen" in row else "messages")

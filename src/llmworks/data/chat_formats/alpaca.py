@@ -33,12 +33,20 @@ def read(raw: Json) -> Row:
 
 
 def write(row: Row) -> Json:
-    """The raw row. ValueError for a conversation with tools, or one that does not go user, assistant, user, assistant."""
+    """The raw row.
+
+    ValueError for a conversation with tools, or one that does not go user, assistant, user, assistant.
+    """
     messages = list(messages_from_json(row["messages"]))
     extra = row.get("extra") or {}
     system = messages.pop(0).content if messages and messages[0].role == "system" else ""
     roles = [m.role for m in messages]
-    if row.get("tools") or any(m.tool_calls for m in messages) or roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
+    if (
+        row.get("tools")
+        or any(m.tool_calls for m in messages)
+        or roles != ["user", "assistant"] * (len(roles) // 2)
+        or not roles
+    ):
         raise ValueError("Alpaca's shape holds user and assistant turns in pairs only, without tools")
     asked, answered = messages[-2].content, messages[-1].content
     history = [[messages[i].content, messages[i + 1].content] for i in range(0, len(messages) - 2, 2)]

@@ -5,7 +5,14 @@ from __future__ import annotations
 from llmworks.core.types import Json, messages_from_json, messages_to_json
 from llmworks.data.chat_formats.fields import Row, asked, common, complete, restored, side
 
-PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "response"), ("query", "response"), ("question", "answer"), ("input", "output"))
+PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "response"),
+    ("query", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+)
 
 
 def matches(raw: Json) -> bool:
@@ -32,7 +39,9 @@ def write(row: Row) -> Json:
         turns = 1 if prompted < 0 else prompted
     else:
         first, second, turns = "prompt", "completion", len(messages) - 1
-        prompted = answered = -1 if [m.role for m in messages] == ["user", "assistant"] and not messages[1].tool_calls else 0
+        prompted = answered = (
+            -1 if [m.role for m in messages] == ["user", "assistant"] and not messages[1].tool_calls else 0
+        )
         if not messages or messages[-1].role != "assistant":
             raise ValueError("does not end with an assistant turn, so there is no completion")
     prompt, completion = messages[:turns], messages[turns:]

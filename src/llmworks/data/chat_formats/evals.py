@@ -1,4 +1,6 @@
-"""The shape of OpenAI's evals: `input`, a list of turns, and `ideal`, the answer or a list of accepted ones, which is also the key."""
+"""The shape of OpenAI's evals: `input`, a list of turns, and `ideal`, the answer or a list of accepted ones, which is
+also the key.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ def matches(raw: Json) -> bool:
 
 
 def read(raw: Json) -> Row:
-    """A chat row. A question that stands in a system turn alone becomes a user's turn. ValueError for an answer that is no text."""
+    """A chat row.
+
+    A question that stands in a system turn alone becomes a user's turn. ValueError for an answer that is no text.
+    """
     asked = list(messages_from_json(raw["input"]))
     if asked[-1].role == "system":
         asked[-1] = replace(asked[-1], role="user")

@@ -28,11 +28,17 @@ def common(raw: Json, shape: str, used: Collection[str], variant: Json | None = 
     if left:
         extra["fields"] = left
     if "tools" in raw:
-        extra["tools"] = "text" if as_text else "wrapped" if tools and all("function" in tool for tool in tools) else "plain"
+        extra["tools"] = (
+            "text" if as_text else "wrapped" if tools and all("function" in tool for tool in tools) else "plain"
+        )
     extra["given"] = [key for key in ("id", "group", "answer") if key in raw]
     return {
-        "id": _name(raw.get("id")), "group": _name(raw.get("group")), "tools": [tool.get("function", tool) for tool in tools], "answer": raw.get("answer"), "extra": extra,
-    }  # fmt: skip
+        "id": _name(raw.get("id")),
+        "group": _name(raw.get("group")),
+        "tools": [tool.get("function", tool) for tool in tools],
+        "answer": raw.get("answer"),
+        "extra": extra,
+    }
 
 
 def _name(value: Any) -> str:
@@ -40,9 +46,15 @@ def _name(value: Any) -> str:
 
 
 def restored(row: Row, shape: str) -> Json:
-    """What `common` took from a raw row of this shape, to be put back; of a row of another shape, its id, group, tools and answer."""
+    """What `common` took from a raw row of this shape, to be put back; of a row of another shape, its id, group, tools
+    and answer.
+    """
     extra = row.get("extra") or {}
-    given = extra.get("given", []) if extra.get("shape") == shape else ["id", "group", *(["answer"] if row.get("answer") is not None else [])]
+    given = (
+        extra.get("given", [])
+        if extra.get("shape") == shape
+        else ["id", "group", *(["answer"] if row.get("answer") is not None else [])]
+    )
     out: Json = {**{key: row[key] for key in given}, **extra.get("fields", {})}
     form = extra.get("tools") if extra.get("shape") == shape else "plain" if row.get("tools") else None
     if form == "text":
@@ -58,7 +70,10 @@ LEARNED = ("train", "training", "loss")  # other trainers' marks of a turn
 
 
 def weight_of(turn: Json) -> int:
-    """1 for a turn that is learned, 0 for one that is not. ValueError for a weight between, which no trainer here knows."""
+    """1 for a turn that is learned, 0 for one that is not.
+
+    ValueError for a weight between, which no trainer here knows.
+    """
     weight = turn.get("weight")
     if weight not in (None, 0, 1) or isinstance(weight, str):
         raise ValueError(f"weight is {weight!r}, it must be 0 or 1")
@@ -68,14 +83,24 @@ def weight_of(turn: Json) -> int:
 
 def lost_keys(turns: Sequence[Any], known: Collection[str]) -> Json:
     """{"lost": keys} of turns that the schema has no place for; they are written back as read, and nowhere else."""
-    found = sorted({key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if key not in known and key not in LEARNED and value not in (None, [], {}, "")})
+    found = sorted(
+        {
+            key
+            for turn in turns
+            if isinstance(turn, dict)
+            for key, value in turn.items()
+            if key not in known and key not in LEARNED and value not in (None, [], {}, "")
+        }
+    )
     return {"lost": found} if found else {}
 
 
 def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
-    """(turns up to the answer, form of the field as `side`, the other fields that were used) of a prompt and what stands beside it.
+    """(turns up to the answer, form of the field as `side`, the other fields that were used) of a prompt and what
+    stands beside it.
 
-    A system prompt comes first, a history before the question, a context above it, an input below. ValueError for one that is not of its usual form.
+    A system prompt comes first, a history before the question, a context above it, an input below. ValueError for one
+    that is not of its usual form.
     """
     turns, form = side(raw, key, "user")
     used: list[str] = []
@@ -85,18 +110,35 @@ def asked(raw: Json, key: str) -> tuple[list[Message], int, tuple[str, ...]]:
         used.extend([name] if name else [])
         return raw.get(name) if name else None
 
-    system, above, below, history = beside("system", "system_prompt"), beside("context"), beside("input"), beside("history")
+    system, above, below, history = (
+        beside("system", "system_prompt"),
+        beside("context"),
+        beside("input"),
+        beside("history"),
+    )
     if form != -1 and (above or below or history):
         raise ValueError(f"`{used[-1]}` stands beside a prompt of turns; put it into them")
     for value in (system, above, below):
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"`{next(name for name in used if raw[name] is value)}` must be text, not {type(value).__name__}")
+            raise ValueError(
+                f"`{next(name for name in used if raw[name] is value)}` must be text, not {type(value).__name__}"
+            )
     if above or below:
         turns = [Message("user", "\n\n".join(filter(None, (above, turns[0].content, below))))]
     if history is not None:
-        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history):
+        if not isinstance(history, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+            for pair in history
+        ):
             raise ValueError("`history` must be a list of pairs of texts")
-        turns = [*(message for before, after in history for message in (Message("user", before), Message("assistant", after))), *turns]
+        turns = [
+            *(
+                message
+                for before, after in history
+                for message in (Message("user", before), Message("assistant", after))
+            ),
+            *turns,
+        ]
     if system:
         if turns and turns[0].role == "system":
             raise ValueError("a system turn stands in the prompt and another beside it")

@@ -16,7 +16,9 @@ def matches(raw: Json) -> bool:
 def _key(raw: Json) -> str:
     for key in KEYS:
         turns = raw.get(key)
-        if isinstance(turns, list) and (key == "messages" or (turns and isinstance(turns[0], dict) and "role" in turns[0])):
+        if isinstance(turns, list) and (
+            key == "messages" or (turns and isinstance(turns[0], dict) and "role" in turns[0])
+        ):
             return key
     return ""
 
@@ -29,11 +31,16 @@ def read(raw: Json) -> Row:
         raise ValueError(f"`{key}` must be a list of turns, each with role and content")
     known = ("role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call")
     row = common(raw, "messages", (key,), ({"key": key} if key != "messages" else {}) | lost_keys(turns, known))
-    return {**row, "messages": messages_to_json(messages_from_json([plain(turn, number) for number, turn in enumerate(turns, 1)]))}
+    return {
+        **row,
+        "messages": messages_to_json(messages_from_json([plain(turn, number) for number, turn in enumerate(turns, 1)])),
+    }
 
 
 def plain(turn: Json, number: int) -> Json:
-    """A turn in today's form: OpenAI's older function calls as tool calls, other trainers' marks of what is not learned as weights."""
+    """A turn in today's form: OpenAI's older function calls as tool calls, other trainers' marks of what is not learned
+    as weights.
+    """
     try:
         turn = {**turn, "weight": weight_of(turn)}
     except ValueError as error:
@@ -43,8 +50,15 @@ def plain(turn: Json, number: int) -> Json:
     if isinstance(turn.get("function_call"), dict):
         turn["tool_calls"] = [{"id": "", "type": "function", "function": turn["function_call"]}]
     if turn.get("content") is None and not turn.get("tool_calls"):
-        others = [key for key, value in turn.items() if key not in ("role", "content", "weight", "name", "tool_calls") and value]
-        raise ValueError(f"message {number} ({turn.get('role')}) has neither content nor tool calls" + (f"; `{others[0]}` is not read" if others else ""))
+        others = [
+            key
+            for key, value in turn.items()
+            if key not in ("role", "content", "weight", "name", "tool_calls") and value
+        ]
+        raise ValueError(
+            f"message {number} ({turn.get('role')}) has neither content nor tool calls"
+            + (f"; `{others[0]}` is not read" if others else "")
+        )
     return turn
 
 

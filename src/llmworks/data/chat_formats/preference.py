@@ -1,6 +1,8 @@
-r"""Preference pairs: `chosen` and `rejected`, with the prompt beside them, in both of them, or as a conversation before them.
+r"""Preference pairs: `chosen` and `rejected`, with the prompt beside them, in both of them, or as a conversation before
+them.
 
-Known: prompt and two texts; prompt and two lists of turns; two lists that begin alike (the prompt is what they share); Anthropic's
+Known: prompt and two texts; prompt and two lists of turns; two lists that begin alike (the prompt is what they share);
+Anthropic's
 "\n\nHuman: ... \n\nAssistant: ..." texts; LLaMA-Factory's `conversations` with a chosen and a rejected turn.
 """
 
@@ -24,7 +26,10 @@ def matches(raw: Json) -> bool:
 
 
 def read(raw: Json) -> Row:
-    """A preference row {prompt, chosen, rejected}, each a list of messages. ValueError when it cannot be told what the prompt is."""
+    """A preference row {prompt, chosen, rejected}, each a list of messages.
+
+    ValueError when it cannot be told what the prompt is.
+    """
     key = next((name for name in PROMPTS if name in raw), "")
     if key:
         form, prompt, chosen, rejected, variant = "prompt", *_with_prompt(raw, key)
@@ -42,8 +47,18 @@ def read(raw: Json) -> Row:
     else:
         raise ValueError(f"has chosen and rejected, but no prompt ({', '.join(PROMPTS)})")
     used = variant.pop("used", ())
-    row = common(raw, "preference", (key, "chosen", "rejected", "conversations", *used) if key else ("chosen", "rejected", "conversations"), {"form": form, "key": key, **variant})
-    return {**row, "prompt": messages_to_json(prompt), "chosen": messages_to_json(chosen), "rejected": messages_to_json(rejected)}
+    row = common(
+        raw,
+        "preference",
+        (key, "chosen", "rejected", "conversations", *used) if key else ("chosen", "rejected", "conversations"),
+        {"form": form, "key": key, **variant},
+    )
+    return {
+        **row,
+        "prompt": messages_to_json(prompt),
+        "chosen": messages_to_json(chosen),
+        "rejected": messages_to_json(rejected),
+    }
 
 
 def _with_prompt(raw: Json, key: str) -> tuple[list[Message], list[Message], list[Message], Json]:
@@ -76,7 +91,10 @@ def _human(raw: Json, key: str) -> list[Message]:
     value: Any = raw[key]
     if not isinstance(value, str) or not value.startswith(HUMAN):
         raise ValueError(f"`{key}` must begin with '\\n\\nHuman:' as the other side does")
-    return [Message("user" if turn[1] == "Human" else "assistant", turn[2].removeprefix(" ")) for turn in TURN.finditer(value)]
+    return [
+        Message("user" if turn[1] == "Human" else "assistant", turn[2].removeprefix(" "))
+        for turn in TURN.finditer(value)
+    ]
 
 
 def write(row: Row) -> Json:
@@ -92,11 +110,17 @@ def write(row: Row) -> Json:
         complete([*prompt, *chosen, *rejected], "the Human/Assistant shape")
         return {**out, "chosen": _as_human([*prompt, *chosen]), "rejected": _as_human([*prompt, *rejected])}
     if form == "turns":
-        return {**out, "chosen": messages_to_json([*prompt, *chosen]), "rejected": messages_to_json([*prompt, *rejected])}
+        return {
+            **out,
+            "chosen": messages_to_json([*prompt, *chosen]),
+            "rejected": messages_to_json([*prompt, *rejected]),
+        }
     forms, whole = extra.get("forms", [0, 0, 0]), extra.get("whole", [False, False])
     sides = [prompt, [*prompt, *chosen] if whole[0] else chosen, [*prompt, *rejected] if whole[1] else rejected]
     complete([m for turns, kind in zip(sides, forms, strict=True) if kind < 0 for m in turns], "a pair of texts")
-    values = [turns[0].content if kind < 0 else messages_to_json(turns) for turns, kind in zip(sides, forms, strict=True)]
+    values = [
+        turns[0].content if kind < 0 else messages_to_json(turns) for turns, kind in zip(sides, forms, strict=True)
+    ]
     return {**out, **dict(zip((extra.get("key") or "prompt", "chosen", "rejected"), values, strict=True))}
 
 

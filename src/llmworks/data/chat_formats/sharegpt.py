@@ -1,4 +1,6 @@
-"""ShareGPT's shape: `conversations`, a list of turns with `from` and `value`, as ShareGPT, Vicuna, OpenHermes and LLaMA-Factory have them."""
+"""ShareGPT's shape: `conversations`, a list of turns with `from` and `value`, as ShareGPT, Vicuna, OpenHermes and
+LLaMA-Factory have them.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,21 @@ from llmworks.core.types import Json, Message, ToolCall, messages_from_json, mes
 from llmworks.data.chat_formats.fields import Row, common, complete, lost_keys, restored, text, weight_of
 
 ROLES = {
-    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
 NAMES = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
 
 
@@ -31,7 +45,10 @@ def read(raw: Json) -> Row:
     if apart:
         messages.insert(0, Message("system", raw["system"]))
     lost = lost_keys(turns, ("from", "value", "weight"))
-    return {**common(raw, "sharegpt", ("conversations", "system"), ({"system_apart": True} if apart else {}) | lost), "messages": messages_to_json(messages)}
+    return {
+        **common(raw, "sharegpt", ("conversations", "system"), ({"system_apart": True} if apart else {}) | lost),
+        "messages": messages_to_json(messages),
+    }
 
 
 def turn_of(turn: Json, number: int = 1) -> Message:
@@ -53,9 +70,17 @@ def turn_of(turn: Json, number: int = 1) -> Message:
     try:
         calls = json.loads(value)
         calls = calls if isinstance(calls, list) else [calls]
-        made = tuple(ToolCall(str(call["name"]), call.get("arguments") if isinstance(call.get("arguments"), dict) else json.loads(call["arguments"])) for call in calls)
+        made = tuple(
+            ToolCall(
+                str(call["name"]),
+                call.get("arguments") if isinstance(call.get("arguments"), dict) else json.loads(call["arguments"]),
+            )
+            for call in calls
+        )
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f"turn {number} is a function_call, but its value is no JSON object with name and arguments") from None
+        raise ValueError(
+            f"turn {number} is a function_call, but its value is no JSON object with name and arguments"
+        ) from None
     return Message("assistant", "", made, weight=weight)
 
 
@@ -63,7 +88,10 @@ def turn_to(message: Message) -> Json:
     """A message as a turn."""
     if message.tool_calls:
         calls = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
-        return {"from": "function_call", "value": json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)}
+        return {
+            "from": "function_call",
+            "value": json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False),
+        }
     return {"from": NAMES[message.role], "value": message.content}
 
 

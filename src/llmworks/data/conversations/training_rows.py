@@ -1,4 +1,8 @@
-"""What a model learns from: conversations, documents, or rows of `prompt` and `completion` as they are, and their token ids. Knows no training."""
+"""What a model learns from: conversations, documents, or rows of `prompt` and `completion` as they are, and their token
+ids.
+
+Knows no training.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,10 @@ from llmworks.tokenize.chat.templates import encode, for_template, render_masked
 
 
 def training_rows(data: Dataset) -> list[Row]:
-    """Rows with an id and `messages`, or `text`, or `prompt` and `completion`. Errors: DataError for anything else, or rows that cannot be read."""
+    """Rows with an id and `messages`, or `text`, or `prompt` and `completion`.
+
+    Errors: DataError for anything else, or rows that cannot be read.
+    """
     parquet = data.path.is_dir() and any(data.path.glob("*.parquet"))
     if schema_of(data) == "chat":
         return read_chat(data)
@@ -29,14 +36,22 @@ def training_rows(data: Dataset) -> list[Row]:
         where = f"{data.name}: {file} row {number}"
         names = ("prompt", "completion") if "prompt" in row or "completion" in row else ("text",)
         if "messages" in row or "conversations" in row:
-            raise DataError(f"{where}: holds a conversation; make conversations of these rows first, with the stage data.chat")
+            raise DataError(
+                f"{where}: holds a conversation; make conversations of these rows first, with the stage data.chat"
+            )
         wrong = next((name for name in names if not isinstance(row.get(name), str)), None)
         if wrong:
-            raise DataError(f"{where}: has no text {wrong!r}; a fine-tuning reads conversations (data.chat), documents, or rows of `text`, or of `prompt` and `completion`")
+            raise DataError(
+                f"{where}: has no text {wrong!r}; a fine-tuning reads conversations (data.chat), documents, or rows of"
+                " `text`, or of `prompt` and `completion`"
+            )
         rows.append({"id": str(row.get("id", number)), **{name: row[name] for name in names}})
     if rejected.rows:
         first = rejected.rows[0]
-        raise DataError(f"{data.name}: {len(rejected.rows)} rows cannot be read, the first in {first['file']}:{first['line']}: {first['reason']}")
+        raise DataError(
+            f"{data.name}: {len(rejected.rows)} rows cannot be read, the first in {first['file']}:{first['line']}:"
+            f" {first['reason']}"
+        )
     if not rows:
         raise DataError(f"{data.name}: has no rows")
     return rows
@@ -54,7 +69,10 @@ def _documents(data: Dataset) -> bool:
 
 
 def ids_of(tokenizer: Any, row: Row) -> tuple[Sequence[int], Sequence[int]]:
-    """(token ids of a row, 1 where they are learned). Errors: RequestError, ModelError or ValueError for what the template refuses."""
+    """(token ids of a row, 1 where they are learned).
+
+    Errors: RequestError, ModelError or ValueError for what the template refuses.
+    """
     if "messages" not in row:
         return _text(tokenizer, row)
     messages, tools = for_template(tokenizer, messages_from_json(row["messages"]), row.get("tools") or ())
@@ -66,7 +84,9 @@ def _text(tokenizer: Any, row: Row) -> tuple[list[int], list[int]]:
     """A text as it is, ended by the tokenizer's end token: all of it is learned, or what completes a prompt."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     bos = tokenizer.bos_token_id
-    begin = [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []  # where this tokenizer's texts begin so
+    begin = (
+        [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
+    )  # where this tokenizer's texts begin so
     prompt = list(encode(tokenizer, row["prompt"])) if "prompt" in row else []
     said = list(encode(tokenizer, row["completion"] if "prompt" in row else row["text"])) + end
     return begin + prompt + said, [0] * (len(begin) + len(prompt)) + [1] * len(said)

@@ -1,4 +1,7 @@
-"""What can be wrong with the turns of a conversation: their order, empty turns, tool calls and their results. Pure functions."""
+"""What can be wrong with the turns of a conversation: their order, empty turns, tool calls and their results.
+
+Pure functions.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ def problems(messages: Sequence[Message], tools: Sequence[Json] = ()) -> list[st
     if not messages:
         return ["has no turns"]
     found += _order(messages)
-    found += [f"turn {i} ({m.role}) is empty" for i, m in enumerate(messages, 1) if not m.content.strip() and not m.tool_calls]
+    found += [
+        f"turn {i} ({m.role}) is empty" for i, m in enumerate(messages, 1) if not m.content.strip() and not m.tool_calls
+    ]
     found += _calls(messages, tools)
     if not any(m.role == "assistant" for m in messages):
         found.append("has no assistant turn")
@@ -54,7 +59,10 @@ def _calls(messages: Sequence[Message], tools: Sequence[Json]) -> list[str]:
                 waiting.remove(message.tool_call_id if message.tool_call_id in waiting else waiting[0])
             continue
         if waiting:
-            found.append(f"turn {i} ({message.role}) comes before the result of {len(waiting)} call{'s' if len(waiting) > 1 else ''}")
+            found.append(
+                f"turn {i} ({message.role}) comes before the result of {len(waiting)}"
+                f" call{'s' if len(waiting) > 1 else ''}"
+            )
             waiting = []
         if message.tool_calls and message.role != "assistant":
             found.append(f"turn {i} is a {message.role} turn with a tool call")
@@ -64,8 +72,14 @@ def _calls(messages: Sequence[Message], tools: Sequence[Json]) -> list[str]:
             if functions and function is None:
                 found.append(f"turn {i} calls {call.name!r}, which is not among the tools")
             elif function is not None:
-                missing = [name for name in (function.get("parameters") or {}).get("required") or [] if name not in call.arguments]
-                found += [f"turn {i} calls {call.name!r} without the required argument {missing[0]!r}"] if missing else []
+                missing = [
+                    name
+                    for name in (function.get("parameters") or {}).get("required") or []
+                    if name not in call.arguments
+                ]
+                found += (
+                    [f"turn {i} calls {call.name!r} without the required argument {missing[0]!r}"] if missing else []
+                )
     return found
 
 
@@ -74,8 +88,20 @@ def merged(messages: Sequence[Message]) -> tuple[Message, ...]:
     out: list[Message] = []
     for message in messages:
         last = out[-1] if out else None
-        if last and last.role == message.role and message.role in ("user", "assistant", "system") and not last.tool_calls and last.weight == message.weight:
-            out[-1] = Message(last.role, "\n\n".join(filter(None, (last.content, message.content))), message.tool_calls, name=last.name, weight=last.weight)
+        if (
+            last
+            and last.role == message.role
+            and message.role in ("user", "assistant", "system")
+            and not last.tool_calls
+            and last.weight == message.weight
+        ):
+            out[-1] = Message(
+                last.role,
+                "\n\n".join(filter(None, (last.content, message.content))),
+                message.tool_calls,
+                name=last.name,
+                weight=last.weight,
+            )
         else:
             out.append(message)
     return tuple(out)

@@ -1,6 +1,7 @@
 """What becomes of documents that were found to be duplicates: the plan of each part, the writing, the pairs to look at.
 
-Shared by the stages that find them. A plan is a file per part that says why a row goes, which document stays for it, and how similar they are.
+Shared by the stages that find them. A plan is a file per part that says why a row goes, which document stays for it,
+and how similar they are.
 """
 
 from __future__ import annotations
@@ -95,7 +96,10 @@ def _write_part(repeating: Lines | None, plan: Path, unit: tuple[int, Span], fol
             gone = {i - row: drops[str(i)] for i in range(row, row + table.num_rows) if str(i) in drops}
             for i, document in zip(gone, table_documents(rows_of(table, list(gone))), strict=True):
                 reason, kept, similarity = gone[i]
-                dropped.add(replace(document, metadata={**document.metadata, "duplicate_of": kept, "similarity": similarity}), reason)
+                dropped.add(
+                    replace(document, metadata={**document.metadata, "duplicate_of": kept, "similarity": similarity}),
+                    reason,
+                )
                 reasons[reason] += 1
             stay = rows_of(table, [i for i in range(table.num_rows) if i not in gone]) if gone else table
             if repeating is None or not len(repeated["numbers"]):
@@ -103,7 +107,9 @@ def _write_part(repeating: Lines | None, plan: Path, unit: tuple[int, Span], fol
             else:
                 places = [row + i for i in range(table.num_rows) if i not in gone]
                 for place, document in zip(places, table_documents(stay), strict=True):
-                    text, out = lines.without(repeating, document.text, part.row + place, repeated["numbers"], repeated["first"])
+                    text, out = lines.without(
+                        repeating, document.text, part.row + place, repeated["numbers"], repeated["first"]
+                    )
                     taken += len(out)
                     shown.update(out)
                     if out and len(text.strip()) < repeating.min_left:
@@ -112,7 +118,13 @@ def _write_part(repeating: Lines | None, plan: Path, unit: tuple[int, Span], fol
                     else:
                         writer.add(replace(document, text=text.strip()) if out else document)
             row += table.num_rows
-    return {"kept": writer.documents, "characters": writer.characters, "dropped": reasons, "lines": taken, "shown": dict(shown.most_common(200))}
+    return {
+        "kept": writer.documents,
+        "characters": writer.characters,
+        "dropped": reasons,
+        "lines": taken,
+        "shown": dict(shown.most_common(200)),
+    }
 
 
 def rows_of(table: Any, rows: list[int]) -> Any:
@@ -143,8 +155,18 @@ def side_by_side(report: ReportBuilder, parts: Sequence[Span], drops: Mapping[in
     texts = texts_of(parts, {row for row, _ in chosen} | {drop.kept for _, drop in chosen})
     report.pairs(
         "Pairs side by side",
-        [(f"{drop.reason}, similarity {drop.similarity:.2f}", _shown("kept", texts[drop.kept]), _shown("dropped", texts[row])) for row, drop in chosen],
-        note="From the least to the most similar; what differs is marked. A similarity below the bound: others of the cluster link the two.",
+        [
+            (
+                f"{drop.reason}, similarity {drop.similarity:.2f}",
+                _shown("kept", texts[drop.kept]),
+                _shown("dropped", texts[row]),
+            )
+            for row, drop in chosen
+        ],
+        note=(
+            "From the least to the most similar; what differs is marked. A similarity below the bound: others of the"
+            " cluster link the two."
+        ),
     )
 
 

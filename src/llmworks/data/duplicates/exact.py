@@ -16,7 +16,9 @@ from llmworks.data.text.hashing import Array, Hashed, mix
 class Exact(Config):
     """What counts as an exact duplicate."""
 
-    by: Literal["words", "bytes"] = Field("words", description="words: case, white space and punctuation do not count; bytes: everything does")
+    by: Literal["words", "bytes"] = Field(
+        "words", description="words: case, white space and punctuation do not count; bytes: everything does"
+    )
 
 
 def hash_texts(column: Any) -> Array:
@@ -26,11 +28,15 @@ def hash_texts(column: Any) -> Array:
     try:
         from xxhash import xxh3_64_digest
     except ImportError:
-        raise MissingDependency("data.dedup hashes with xxhash; install it with: pip install 'llmworks[corpus]'") from None
+        raise MissingDependency(
+            "data.dedup hashes with xxhash; install it with: pip install 'llmworks[corpus]'"
+        ) from None
     found: list[Array] = []
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
         _, offsets, data = chunk.buffers()
-        places = np.frombuffer(offsets, dtype=np.int64 if pa.types.is_large_string(chunk.type) else np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        places = np.frombuffer(offsets, dtype=np.int64 if pa.types.is_large_string(chunk.type) else np.int32)[
+            chunk.offset : chunk.offset + len(chunk) + 1
+        ]
         view = memoryview(data if data is not None else b"")
         ends = places.tolist()
         digests = b"".join([xxh3_64_digest(view[begin:end]) for begin, end in pairwise(ends)])

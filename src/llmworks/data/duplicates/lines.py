@@ -1,4 +1,6 @@
-"""Lines that many documents share, such as menus, licences and signatures: kept where they come first, taken out elsewhere."""
+"""Lines that many documents share, such as menus, licences and signatures: kept where they come first, taken out
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def line_numbers(config: Lines, text: str) -> list[int]:
     """A 64-bit number for each line that is long enough, 0 for others."""
     from xxhash import xxh3_64_intdigest
 
-    return [xxh3_64_intdigest(key.encode()) if len(key := line.strip()) >= config.min_characters else 0 for line in divided(config, text)]
+    return [
+        xxh3_64_intdigest(key.encode()) if len(key := line.strip()) >= config.min_characters else 0
+        for line in divided(config, text)
+    ]
 
 
 def divided(config: Lines, text: str) -> list[str]:
@@ -38,7 +43,9 @@ def divided(config: Lines, text: str) -> list[str]:
 
 
 def repeated_lines(config: Lines, folders: Sequence[Path]) -> tuple[Array, Array]:
-    """(numbers of lines that too many documents have, sorted; the first row of each), from the parts' files of (number, row)."""
+    """(numbers of lines that too many documents have, sorted; the first row of each), from the parts' files of (number,
+    row).
+    """
     parts = [np.load(folder / LINES, mmap_mode="r") for folder in folders]
     slices = 1 + sum(map(len, parts)) // SLICE
     numbers: list[Array] = []

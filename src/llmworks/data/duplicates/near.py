@@ -1,7 +1,10 @@
-"""Near-duplicates by MinHash (Broder 1997) and locality-sensitive hashing, each candidate verified by its true Jaccard similarity.
+"""Near-duplicates by MinHash (Broder 1997) and locality-sensitive hashing, each candidate verified by its true Jaccard
+similarity.
 
-One permutation gives all minima (Li, Owen and Zhang 2012); empty places are filled from full ones chosen by a fixed hash (Shrivastava 2017).
-Shingles stay on disk, in memory are one band's numbers at a time; so memory grows with the documents, not with their text.
+One permutation gives all minima (Li, Owen and Zhang 2012); empty places are filled from full ones chosen by a fixed
+hash (Shrivastava 2017).
+Shingles stay on disk, in memory are one band's numbers at a time; so memory grows with the documents, not with their
+text.
 """
 
 from __future__ import annotations
@@ -31,10 +34,15 @@ class Near(Config):
 
     shingle: int = Field(5, ge=1, le=50, description="words of a shingle")
     threshold: float = Field(
-        0.35, gt=0, le=1, description="Jaccard similarity of the shingle sets, at least; one word in ten changed gives about 0.42"
+        0.35,
+        gt=0,
+        le=1,
+        description="Jaccard similarity of the shingle sets, at least; one word in ten changed gives about 0.42",
     )
     permutations: int = Field(128, ge=16, le=1024, description="minima of a signature; a power of two")
-    rows: int = Field(0, ge=0, description="minima of a band; 0: as many as find a pair at the threshold with a chance of 0.8")
+    rows: int = Field(
+        0, ge=0, description="minima of a band; 0: as many as find a pair at the threshold with a chance of 0.8"
+    )
 
     @model_validator(mode="after")
     def _power_of_two(self) -> Self:
@@ -47,7 +55,9 @@ class Near(Config):
     @property
     def band_rows(self) -> int:
         """Minima of a band."""
-        return self.rows or max((r for r in range(1, 17) if found(self.threshold, r, self.permutations // r) >= RECALL), default=1)
+        return self.rows or max(
+            (r for r in range(1, 17) if found(self.threshold, r, self.permutations // r) >= RECALL), default=1
+        )
 
     @property
     def bands(self) -> int:
@@ -56,12 +66,15 @@ class Near(Config):
 
 
 def found(similarity: float, rows: int, bands: int) -> float:
-    """The chance that a pair of this similarity shares a band (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4.2)."""
+    """The chance that a pair of this similarity shares a band (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets,
+    3.4.2).
+    """
     return float(1 - (1 - similarity**rows) ** bands)
 
 
 def signatures(sets: Hashed, permutations: int) -> Array:
-    """Minima [texts, permutations] of sorted sets of 32-bit numbers; the first bits choose the place, the rest is the value.
+    """Minima [texts, permutations] of sorted sets of 32-bit numbers; the first bits choose the place, the rest is the
+    value.
 
     A text without shingles has zeros only.
     """
@@ -94,14 +107,21 @@ def _filled(minima: Array, full: Array) -> Array:
 def _turns(places: int) -> Array:
     """For each attempt, the place that each place looks at; every place is looked at once."""
     random = np.random.Generator(np.random.PCG64(places))
-    return np.array([random.permutation(places) for _ in range(4 * places)] + [(np.arange(places) + i) % places for i in range(1, places)])
+    return np.array(
+        [random.permutation(places) for _ in range(4 * places)]
+        + [(np.arange(places) + i) % places for i in range(1, places)]
+    )
 
 
 def bands(signature: Array, rows: int) -> Array:
     """A number for each band [bands, texts]; 0 for texts without shingles."""
     count = signature.shape[1] // rows
     with np.errstate(over="ignore"):
-        value = np.arange(1, count + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) * np.ones(len(signature), np.uint64)
+        value = (
+            np.arange(1, count + 1, dtype=np.uint64)[:, None]
+            * np.uint64(0x9E3779B97F4A7C15)
+            * np.ones(len(signature), np.uint64)
+        )
         for row in range(rows):
             value = mix(value + signature[:, row : count * rows : rows].T)
     value[:, ~signature.any(axis=1)] = 0
@@ -150,7 +170,10 @@ def jaccard(a: Array, b: Array) -> float:
 
 
 def join_near(config: Near, folders: Sequence[Path], clusters: Clusters, chosen: Array) -> tuple[int, int]:
-    """Join the rows whose similarity is at least the threshold; returns (pairs compared, pairs joined). Only `chosen` rows are looked at."""
+    """Join the rows whose similarity is at least the threshold; returns (pairs compared, pairs joined).
+
+    Only `chosen` rows are looked at.
+    """
     sets = ShingleSets(folders)
     refused: set[tuple[int, int]] = set()
     compared = joined = 0

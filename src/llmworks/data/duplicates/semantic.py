@@ -1,6 +1,8 @@
-"""Documents that mean the same: vectors near one another, found inside the cells of a k-means partition (SemDeDup, Abbas et al. 2023).
+"""Documents that mean the same: vectors near one another, found inside the cells of a k-means partition (SemDeDup,
+Abbas et al. 2023).
 
-Up to EXACT documents every pair is compared. Beyond, each document is compared inside the two cells whose centres are nearest.
+Up to EXACT documents every pair is compared. Beyond, each document is compared inside the two cells whose centres are
+nearest.
 """
 
 from __future__ import annotations
@@ -18,8 +20,13 @@ CELL = 2_000  # documents of a cell, about
 BLOCK = 2_000  # rows of one matrix product
 
 
-def join_similar(vectors: Array, threshold: float, clusters: Clusters, seed: int = 0, exact: int = EXACT, cell: int = CELL) -> tuple[int, int]:
-    """Join rows whose cosine is at least `threshold`; returns (pairs compared, pairs joined). `vectors` [rows, dimensions] are of unit length."""
+def join_similar(
+    vectors: Array, threshold: float, clusters: Clusters, seed: int = 0, exact: int = EXACT, cell: int = CELL
+) -> tuple[int, int]:
+    """Join rows whose cosine is at least `threshold`; returns (pairs compared, pairs joined).
+
+    `vectors` [rows, dimensions] are of unit length.
+    """
     compared = joined = 0
     for members in cells(vectors, seed, exact, cell):
         for at in range(0, len(members), BLOCK):
@@ -43,9 +50,13 @@ def cells(vectors: Array, seed: int, exact: int, cell: int) -> Iterator[Array]:
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ImportError:
-        raise MissingDependency("data.semdedup needs scikit-learn for this many documents; install it with: pip install 'llmworks[corpus]'") from None
+        raise MissingDependency(
+            "data.semdedup needs scikit-learn for this many documents; install it with: pip install 'llmworks[corpus]'"
+        ) from None
     count = max(2, len(rows) // cell)
-    means = MiniBatchKMeans(count, random_state=seed, batch_size=4096, n_init=1, max_iter=20).fit(vectors[rows].astype(np.float32))
+    means = MiniBatchKMeans(count, random_state=seed, batch_size=4096, n_init=1, max_iter=20).fit(
+        vectors[rows].astype(np.float32)
+    )
     nearest: list[Array] = []
     for at in range(0, len(rows), BLOCK * 10):
         near = vectors[rows[at : at + BLOCK * 10]].astype(np.float32) @ means.cluster_centers_.T.astype(np.float32)

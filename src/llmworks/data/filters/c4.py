@@ -1,6 +1,7 @@
 """The rules of C4 (Raffel et al. 2020, section 2.2): lines that are no sentences go, then texts with too few sentences.
 
-Decisions are those of datatrove's C4QualityFilter, which follows c4_utils.py of tensorflow-datasets. The list of bad words is not applied.
+Decisions are those of datatrove's C4QualityFilter, which follows c4_utils.py of tensorflow-datasets. The list of bad
+words is not applied.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "
 class C4(Config):
     """C4's rules. They also change a text: only its good lines stay."""
 
-    terminal_punctuation: bool = Field(True, description="drop lines that do not end a sentence (FineWeb leaves this rule out)")
+    terminal_punctuation: bool = Field(
+        True, description="drop lines that do not end a sentence (FineWeb leaves this rule out)"
+    )
     min_words_per_line: int = Field(3, ge=0, description="drop lines with fewer words")
     max_word_length: int = Field(1000, gt=0, description="drop lines with a longer word")
     citations: bool = Field(True, description="take [1], [edit] and [citation needed] out")
@@ -43,7 +46,18 @@ def c4(config: C4, texts: list[str], words: Words) -> tuple[list[str], Judgement
         kept.append("\n".join(lines).strip())
         reasons.append(reason)
         sentences.append(count)
-    judged = judge(len(texts), [Bound("c4: too few sentences", "sentences (counted up to the bound)", np.array(sentences), 12, low=config.min_sentences)])
+    judged = judge(
+        len(texts),
+        [
+            Bound(
+                "c4: too few sentences",
+                "sentences (counted up to the bound)",
+                np.array(sentences),
+                12,
+                low=config.min_sentences,
+            )
+        ],
+    )
     judged.reasons = [first or second for first, second in zip(reasons, judged.reasons, strict=True)]
     return kept, judged, dropped
 

@@ -1,6 +1,7 @@
 """English words as spaCy's blank English tokenizer splits them, which is what datatrove's published filters count.
 
-A chunk between white space is split by rules: what begins it, what ends it, what divides it, and a table of exceptions. The rules are
+A chunk between white space is split by rules: what begins it, what ends it, what divides it, and a table of exceptions.
+The rules are
 those of spaCy's `lang/en` and `lang/punctuation` (MIT licence), stated anew. Whole texts are counted by `words`.
 """
 
@@ -14,20 +15,333 @@ from itertools import pairwise
 
 SYMBOLS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 CURRENCY = "$£€¥฿₽﷼₴" + "".join(map(chr, range(0x20A0, 0x20C0)))
-UNITS = ["km", "km²", "km³", "m", "m²", "m³", "dm", "dm²", "dm³", "cm", "cm²", "cm³", "mm", "mm²", "mm³", "ha", "µm", "nm", "yd", "in", "ft", "kg", "g", "mg", "µg", "t", "lb", "oz", "m/s", "km/h", "kmh", "mph", "hPa", "Pa", "mbar", "mb", "MB", "kb", "KB", "gb", "GB", "tb", "TB", "T", "G", "M", "K", "%"]
+UNITS = [
+    "km",
+    "km²",
+    "km³",
+    "m",
+    "m²",
+    "m³",
+    "dm",
+    "dm²",
+    "dm³",
+    "cm",
+    "cm²",
+    "cm³",
+    "mm",
+    "mm²",
+    "mm³",
+    "ha",
+    "µm",
+    "nm",
+    "yd",
+    "in",
+    "ft",
+    "kg",
+    "g",
+    "mg",
+    "µg",
+    "t",
+    "lb",
+    "oz",
+    "m/s",
+    "km/h",
+    "kmh",
+    "mph",
+    "hPa",
+    "Pa",
+    "mbar",
+    "mb",
+    "MB",
+    "kb",
+    "KB",
+    "gb",
+    "GB",
+    "tb",
+    "TB",
+    "T",
+    "G",
+    "M",
+    "K",
+    "%",
+]
 QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 
-ABBREVIATIONS = ["Mt.", "Ak.", "Ala.", "Apr.", "Ariz.", "Ark.", "Aug.", "Calif.", "Colo.", "Conn.", "Dec.", "Del.", "Feb.", "Fla.", "Ga.", "Ia.", "Id.", "Ill.", "Ind.", "Jan.", "Jul.", "Jun.", "Kan.", "Kans.", "Ky.", "La.", "Mar.", "Mass.", "Mich.", "Minn.", "Miss.", "N.C.", "N.D.", "N.H.", "N.J.", "N.M.", "N.Y.", "Neb.", "Nebr.", "Nev.", "Nov.", "Oct.", "Okla.", "Ore.", "Pa.", "S.C.", "Sep.", "Sept.", "Tenn.", "Va.", "Wash.", "Wis.", "a.m.", "p.m.", "Adm.", "Bros.", "co.", "Co.", "Corp.", "D.C.", "Dr.", "e.g.", "E.g.", "E.G.", "Gen.", "Gov.", "i.e.", "I.e.", "I.E.", "Inc.", "Jr.", "Ltd.", "Md.", "Messrs.", "Mo.", "Mont.", "Mr.", "Mrs.", "Ms.", "Ph.D.", "Prof.", "Rep.", "Rev.", "Sen.", "St.", "vs.", "v.s.", "and/or", "w/o", "ma'am", "Ma'am", "o'clock", "O'clock", "C++", "<space>", "''", "\\t", "\\n", "'S", "'s", "‘S", "‘s", "'re", "'d", "'em", "'ll", "'nuff", "'Cause", "'cause", "'cos", "'Cos", "'coz", "'Coz", "'cuz", "'Cuz", "'bout", "—", "'"]
-EMOTICONS = [":)", ":-)", ":))", ":-))", ":)))", ":-)))", "(:", "(-:", "=)", "(=", ":]", ":-]", "[:", "[-:", "[=", "=]", ":o)", "(o:", ":}", ":-}", "8)", "8-)", "(-8", ";)", ";-)", "(;", "(-;", ":(", ":-(", ":((", ":-((", ":(((", ":-(((", "):", ")-:", "=(", ">:(", ":')", ":'-)", ":'(", ":'-(", ":/", ":-/", "=/", "=|", ":|", ":-|", "]=", ":1", ":P", ":-P", ":p", ":-p", ":O", ":-O", ":o", ":-o", ":0", ":-0", ":()", ">:o", ":*", ":-*", ":3", ":-3", "=3", ":>", ":->", ":X", ":-X", ":x", ":-x", ":D", ":-D", ";D", ";-D", "=D", "xD", "XD", "xDD", "XDD", "8D", "8-D", "^_^", "^__^", "^___^", ">.<", ">.>", "<.<", "._.", ";_;", "-_-", "-__-", "v.v", "V.V", "v_v", "V_V", "o_o", "o_O", "O_o", "O_O", "0_o", "o_0", "0_0", "o.O", "O.o", "O.O", "o.o", "0.0", "o.0", "0.o", "@_@", "<3", "<33", "<333", "</3", "(^_^)", "(-_-)", "(._.)", "(>_<)", "(*_*)", '\\")']
+ABBREVIATIONS = [
+    "Mt.",
+    "Ak.",
+    "Ala.",
+    "Apr.",
+    "Ariz.",
+    "Ark.",
+    "Aug.",
+    "Calif.",
+    "Colo.",
+    "Conn.",
+    "Dec.",
+    "Del.",
+    "Feb.",
+    "Fla.",
+    "Ga.",
+    "Ia.",
+    "Id.",
+    "Ill.",
+    "Ind.",
+    "Jan.",
+    "Jul.",
+    "Jun.",
+    "Kan.",
+    "Kans.",
+    "Ky.",
+    "La.",
+    "Mar.",
+    "Mass.",
+    "Mich.",
+    "Minn.",
+    "Miss.",
+    "N.C.",
+    "N.D.",
+    "N.H.",
+    "N.J.",
+    "N.M.",
+    "N.Y.",
+    "Neb.",
+    "Nebr.",
+    "Nev.",
+    "Nov.",
+    "Oct.",
+    "Okla.",
+    "Ore.",
+    "Pa.",
+    "S.C.",
+    "Sep.",
+    "Sept.",
+    "Tenn.",
+    "Va.",
+    "Wash.",
+    "Wis.",
+    "a.m.",
+    "p.m.",
+    "Adm.",
+    "Bros.",
+    "co.",
+    "Co.",
+    "Corp.",
+    "D.C.",
+    "Dr.",
+    "e.g.",
+    "E.g.",
+    "E.G.",
+    "Gen.",
+    "Gov.",
+    "i.e.",
+    "I.e.",
+    "I.E.",
+    "Inc.",
+    "Jr.",
+    "Ltd.",
+    "Md.",
+    "Messrs.",
+    "Mo.",
+    "Mont.",
+    "Mr.",
+    "Mrs.",
+    "Ms.",
+    "Ph.D.",
+    "Prof.",
+    "Rep.",
+    "Rev.",
+    "Sen.",
+    "St.",
+    "vs.",
+    "v.s.",
+    "and/or",
+    "w/o",
+    "ma'am",
+    "Ma'am",
+    "o'clock",
+    "O'clock",
+    "C++",
+    "<space>",
+    "''",
+    "\\t",
+    "\\n",
+    "'S",
+    "'s",
+    "‘S",
+    "‘s",
+    "'re",
+    "'d",
+    "'em",
+    "'ll",
+    "'nuff",
+    "'Cause",
+    "'cause",
+    "'cos",
+    "'Cos",
+    "'coz",
+    "'Coz",
+    "'cuz",
+    "'Cuz",
+    "'bout",
+    "—",
+    "'",
+]
+EMOTICONS = [
+    ":)",
+    ":-)",
+    ":))",
+    ":-))",
+    ":)))",
+    ":-)))",
+    "(:",
+    "(-:",
+    "=)",
+    "(=",
+    ":]",
+    ":-]",
+    "[:",
+    "[-:",
+    "[=",
+    "=]",
+    ":o)",
+    "(o:",
+    ":}",
+    ":-}",
+    "8)",
+    "8-)",
+    "(-8",
+    ";)",
+    ";-)",
+    "(;",
+    "(-;",
+    ":(",
+    ":-(",
+    ":((",
+    ":-((",
+    ":(((",
+    ":-(((",
+    "):",
+    ")-:",
+    "=(",
+    ">:(",
+    ":')",
+    ":'-)",
+    ":'(",
+    ":'-(",
+    ":/",
+    ":-/",
+    "=/",
+    "=|",
+    ":|",
+    ":-|",
+    "]=",
+    ":1",
+    ":P",
+    ":-P",
+    ":p",
+    ":-p",
+    ":O",
+    ":-O",
+    ":o",
+    ":-o",
+    ":0",
+    ":-0",
+    ":()",
+    ">:o",
+    ":*",
+    ":-*",
+    ":3",
+    ":-3",
+    "=3",
+    ":>",
+    ":->",
+    ":X",
+    ":-X",
+    ":x",
+    ":-x",
+    ":D",
+    ":-D",
+    ";D",
+    ";-D",
+    "=D",
+    "xD",
+    "XD",
+    "xDD",
+    "XDD",
+    "8D",
+    "8-D",
+    "^_^",
+    "^__^",
+    "^___^",
+    ">.<",
+    ">.>",
+    "<.<",
+    "._.",
+    ";_;",
+    "-_-",
+    "-__-",
+    "v.v",
+    "V.V",
+    "v_v",
+    "V_V",
+    "o_o",
+    "o_O",
+    "O_o",
+    "O_O",
+    "0_o",
+    "o_0",
+    "0_0",
+    "o.O",
+    "O.o",
+    "O.O",
+    "o.o",
+    "0.0",
+    "o.0",
+    "0.o",
+    "@_@",
+    "<3",
+    "<33",
+    "<333",
+    "</3",
+    "(^_^)",
+    "(-_-)",
+    "(._.)",
+    "(>_<)",
+    "(*_*)",
+    '\\")',
+]
 DROPPED_G = "doin goin nothin nuthin ol somethin lovin havin"
-NOT_SPLIT = frozenset(["Ill", "ill", "Its", "its", "Hell", "hell", "Shell", "shell", "Shed", "shed", "were", "Were", "Well", "well", "Whore", "whore"])
+NOT_SPLIT = frozenset(
+    [
+        "Ill",
+        "ill",
+        "Its",
+        "its",
+        "Hell",
+        "hell",
+        "Shell",
+        "shell",
+        "Shed",
+        "shed",
+        "were",
+        "Were",
+        "Well",
+        "well",
+        "Whore",
+        "whore",
+    ]
+)
 OTHERS = (
-    "y'|all y|all how|'d|'y How|'d|'y not|'ve not|ve Not|'ve Not|ve can|not Can|not gon|na Gon|na got|ta Got|ta let|'s Let|'s c'm|on C'm|on"
+    "y'|all y|all how|'d|'y How|'d|'y not|'ve not|ve Not|'ve Not|ve can|not Can|not gon|na Gon|na got|ta Got|ta let|'s"
+    " Let|'s c'm|on C'm|on"
 )
 
 
 def _contractions() -> dict[str, tuple[str, ...]]:
-    """Pronouns, question words and verbs with what is joined to them, with and without the apostrophe, also capitalised."""
+    """Pronouns, question words and verbs with what is joined to them, with and without the apostrophe, also
+    capitalised.
+    """
     found: set[tuple[str, ...]] = set()
 
     def join(words: str, *endings: str) -> None:
@@ -66,7 +380,11 @@ def exceptions() -> dict[str, tuple[str, ...]]:
         table[line.replace("|", "")] = tuple(line.split("|"))
     table |= {word: (word,) for word in (*ABBREVIATIONS, *EMOTICONS, "em", "ll", "nuff")}
     table |= {f"{letter}.": (f"{letter}.",) for letter in "abcdefghijklmnopqrstuvwxyzäöü"}
-    table |= {chunk.replace("'", "’"): tuple(p.replace("'", "’") for p in parts) for chunk, parts in table.items() if "'" in chunk}
+    table |= {
+        chunk.replace("'", "’"): tuple(p.replace("'", "’") for p in parts)
+        for chunk, parts in table.items()
+        if "'" in chunk
+    }
     return {chunk: parts for chunk, parts in table.items() if chunk not in NOT_SPLIT}
 
 
@@ -149,7 +467,8 @@ LONGEST, LONGEST_JOINED = 6, 12  # words of one exception that the rules divide,
 PLAIN = re.compile(r"[A-Za-z]+[,;:!?]?|[A-Za-z]*[a-z]{2}\.")
 
 
-# brackets, quotes and marks, each a word of its own, around what begins and ends with an ASCII letter or digit that no rule takes away
+# brackets, quotes and marks, each a word of its own, around what begins and ends with an ASCII letter or digit that no
+# rule takes away
 WRAPPED = re.compile(
     r"([(\[{<\"'`*_#&]*)((?!US\$|[CA]\$)[A-Za-z0-9](?:\S*[A-Za-z0-9])?)(?<!['’][sS])(?<![0-9][A-Za-z])(?<![0-9][A-Za-z]{2})(?<![0-9][A-Za-z]{3})(?<!/[sh])"
     r"([)\]}>\"'`*,;:!?_#&]*)((?<=[a-z0-9)\]}>\"'`*,;:!?_#&])\.)?"
@@ -203,7 +522,10 @@ def _affixes(chunk: str, special: Container[str]) -> tuple[list[str], str, list[
 
 
 def _again(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Divided exceptions among what the rules made: words that are one, neighbours that together are one. The longest wins."""
+    """Divided exceptions among what the rules made: words that are one, neighbours that together are one.
+
+    The longest wins.
+    """
     special, begins = divided()
     if special.keys().isdisjoint(words) and not any(one + two[0] in begins for one, two in pairwise(words)):
         return words
@@ -213,7 +535,11 @@ def _again(words: tuple[str, ...]) -> tuple[str, ...]:
         longest = at + 1
         if longest < len(words) and words[at] + words[longest][0] in begins:
             size = len(words[at])
-            while longest < len(words) and longest < at + LONGEST and (size := size + len(words[longest])) <= LONGEST_JOINED:
+            while (
+                longest < len(words)
+                and longest < at + LONGEST
+                and (size := size + len(words[longest])) <= LONGEST_JOINED
+            ):
                 longest += 1
         for end in range(longest, at, -1):
             joined = "".join(words[at:end])
@@ -229,8 +555,14 @@ def _again(words: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.cache
 def divided() -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-    """(exceptions that the rules would divide: only these are put together again, how they begin, from two characters on)."""
-    table = {chunk: parts for chunk, parts in exceptions().items() if prefix(chunk) or suffix(chunk) or _divided(chunk) != (chunk,)}
+    """(exceptions that the rules would divide: only these are put together again, how they begin, from two characters
+    on).
+    """
+    table = {
+        chunk: parts
+        for chunk, parts in exceptions().items()
+        if prefix(chunk) or suffix(chunk) or _divided(chunk) != (chunk,)
+    }
     return table, frozenset(chunk[:size] for chunk in table for size in range(2, len(chunk) + 1))
 
 

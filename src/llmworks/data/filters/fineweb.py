@@ -1,4 +1,5 @@
-"""The rules that FineWeb adds (Penedo et al. 2024, arXiv 2406.17557, section 3.5): lists, short lines and repeated lines.
+"""The rules that FineWeb adds (Penedo et al. 2024, arXiv 2406.17557, section 3.5): lists, short lines and repeated
+lines.
 
 Decisions are those of datatrove's FineWebQualityFilter.
 """
@@ -22,7 +23,9 @@ class FineWeb(Config):
     min_punctuated_lines: float = Field(0.12, ge=0, description="share of lines that end in punctuation, at least")
     max_short_lines: float = Field(0.67, ge=0, description="share of short lines, at most")
     short_line: int = Field(30, ge=0, description="characters of a short line, at most")
-    max_repeated_characters: float = Field(0.01, ge=0, description="share of characters in lines that occurred before, at most")
+    max_repeated_characters: float = Field(
+        0.01, ge=0, description="share of characters in lines that occurred before, at most"
+    )
     max_new_lines: float = Field(0.3, ge=0, description="line breaks per word, at most")
 
 
@@ -33,13 +36,27 @@ def fineweb(config: FineWeb, texts: list[str], counts: Array) -> Judgement:
     judged = judge(
         len(texts),
         [
-            Bound("fineweb: lines without punctuation", "lines that end in punctuation", punctuated, 1, low=config.min_punctuated_lines),
+            Bound(
+                "fineweb: lines without punctuation",
+                "lines that end in punctuation",
+                punctuated,
+                1,
+                low=config.min_punctuated_lines,
+            ),
             Bound("fineweb: short lines", "short lines", short, 1, high=config.max_short_lines),
-            Bound("fineweb: repeated lines", "characters in lines that occurred before", repeated, 0.1, high=config.max_repeated_characters),
+            Bound(
+                "fineweb: repeated lines",
+                "characters in lines that occurred before",
+                repeated,
+                0.1,
+                high=config.max_repeated_characters,
+            ),
             Bound("fineweb: a list", "line breaks per word", share(breaks, counts), 0.6, high=config.max_new_lines),
         ],
     )
-    judged.reasons = ["fineweb: empty" if not text.strip() else reason for text, reason in zip(texts, judged.reasons, strict=True)]
+    judged.reasons = [
+        "fineweb: empty" if not text.strip() else reason for text, reason in zip(texts, judged.reasons, strict=True)
+    ]
     return judged
 
 
@@ -50,4 +67,9 @@ def _line_shares(text: str, short_line: int) -> tuple[float, float, float, int]:
         return 0.0, 0.0, 0.0, 0
     breaks = text.count("\n")
     ends = sum(line[-1] in TERMINAL for line in lines)
-    return ends / len(lines), sum(len(line) <= short_line for line in lines) / len(lines), repeats(lines)[1] / (len(text) - breaks), breaks
+    return (
+        ends / len(lines),
+        sum(len(line) <= short_line for line in lines) / len(lines),
+        repeats(lines)[1] / (len(text) - breaks),
+        breaks,
+    )

@@ -1,6 +1,7 @@
 """The quality and repetition rules of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A1.1 and table A1).
 
-Decisions are those of datatrove's GopherQualityFilter and GopherRepetitionFilter. Repetition is first bounded from above for a whole batch
+Decisions are those of datatrove's GopherQualityFilter and GopherRepetitionFilter. Repetition is first bounded from
+above for a whole batch
 with sorted n-gram hashes; only the texts that come near a threshold are counted n-gram by n-gram.
 """
 
@@ -76,11 +77,23 @@ def gopher_quality(config: GopherQuality, batch: Batch, words: Words) -> Judgeme
             Bound("gopher: hash signs", "hash signs per word", share(hashes, count), 0.2, high=c.max_symbol_ratio),
             Bound("gopher: ellipses", "ellipses per word", share(ellipses, count), 0.2, high=c.max_symbol_ratio),
             Bound("gopher: bullets", "lines that begin with a bullet", bullets, 1, high=c.max_bullet_lines),
-            Bound("gopher: lines end in ellipses", "lines that end with an ellipsis", trailing, 1, high=c.max_ellipsis_lines),
-            Bound("gopher: words without letters", "words with a letter", share(batch.sums(words.alpha[ids]), count), 1, low=c.min_alpha_words),
+            Bound(
+                "gopher: lines end in ellipses",
+                "lines that end with an ellipsis",
+                trailing,
+                1,
+                high=c.max_ellipsis_lines,
+            ),
+            Bound(
+                "gopher: words without letters",
+                "words with a letter",
+                share(batch.sums(words.alpha[ids]), count),
+                1,
+                low=c.min_alpha_words,
+            ),
             Bound("gopher: few stop words", "kinds of stop words", stops, 8, low=c.min_stop_words),
         ],
-    )  # fmt: skip
+    )
 
 
 def _marks(text: str) -> tuple[int, int, float, float]:
@@ -95,22 +108,47 @@ def _marks(text: str) -> tuple[int, int, float, float]:
 
 
 def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> Judgement:
-    """Apply the repetition rules to a batch. Shares of n-grams that are surely below their bound are given as upper estimates."""
+    """Apply the repetition rules to a batch.
+
+    Shares of n-grams that are surely below their bound are given as upper estimates.
+    """
     c = config
     total = np.array([len(text) for text in batch.texts], dtype=float)
     parts = [_repeated_parts(text) for text in batch.texts]
     paragraphs, paragraph_characters, lines, line_characters = (np.array(column) for column in zip(*parts, strict=True))
     bounds = [
         Bound("gopher: repeated paragraphs", "repeated paragraphs", paragraphs, 1, high=c.paragraphs),
-        Bound("gopher: characters in repeated paragraphs", "characters in repeated paragraphs", paragraph_characters, 1, high=c.paragraph_characters),
+        Bound(
+            "gopher: characters in repeated paragraphs",
+            "characters in repeated paragraphs",
+            paragraph_characters,
+            1,
+            high=c.paragraph_characters,
+        ),
         Bound("gopher: repeated lines", "repeated lines", lines, 1, high=c.lines),
-        Bound("gopher: characters in repeated lines", "characters in repeated lines", line_characters, 1, high=c.line_characters),
-    ]  # fmt: skip
+        Bound(
+            "gopher: characters in repeated lines",
+            "characters in repeated lines",
+            line_characters,
+            1,
+            high=c.line_characters,
+        ),
+    ]
     for n, limit in ((2, c.top_2_gram), (3, c.top_3_gram), (4, c.top_4_gram)):
         value = share(top_characters(batch, words, n), total)
-        bounds.append(Bound(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit))
-    # what lies in repeated n-grams bounds their count from above, and what lies in longer ones; texts that are dropped anyway are not counted
-    limits = (c.repeated_5_grams, c.repeated_6_grams, c.repeated_7_grams, c.repeated_8_grams, c.repeated_9_grams, c.repeated_10_grams)
+        bounds.append(
+            Bound(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit)
+        )
+    # what lies in repeated n-grams bounds their count from above, and what lies in longer ones; texts that are dropped
+    # anyway are not counted
+    limits = (
+        c.repeated_5_grams,
+        c.repeated_6_grams,
+        c.repeated_7_grams,
+        c.repeated_8_grams,
+        c.repeated_9_grams,
+        c.repeated_10_grams,
+    )
     fine = ~np.any([bound.fails() for bound in bounds], axis=0)
     value = np.ones(len(batch.texts))
     for n, limit in zip(range(5, 11), limits, strict=True):
@@ -120,11 +158,17 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
         value[suspects] = share(_covered(some, words, n, runs), total[suspects])
         above = fine[suspects] & (value[suspects] > limit)
         counted = value.copy()
-        counted[suspects[above]] = share(repeated_characters(some, words, n, runs, above)[above], total[suspects[above]])
-        bounds.append(Bound(f"gopher: repeated {n}-grams", f"characters in repeated {n}-grams", counted, 0.4, high=limit))
+        counted[suspects[above]] = share(
+            repeated_characters(some, words, n, runs, above)[above], total[suspects[above]]
+        )
+        bounds.append(
+            Bound(f"gopher: repeated {n}-grams", f"characters in repeated {n}-grams", counted, 0.4, high=limit)
+        )
         fine &= ~bounds[-1].fails()
     judged = judge(len(batch.texts), bounds)
-    judged.reasons = ["gopher: empty" if not text else reason for text, reason in zip(batch.texts, judged.reasons, strict=True)]
+    judged.reasons = [
+        "gopher: empty" if not text else reason for text, reason in zip(batch.texts, judged.reasons, strict=True)
+    ]
     return judged
 
 
@@ -134,7 +178,9 @@ def _repeated_parts(text: str) -> tuple[float, float, float, float]:
     stripped = text.strip()
     paragraphs = PARAGRAPHS.split(stripped) if "\n\n" in stripped else [stripped]
     repeated, characters = repeats(paragraphs)
-    lines = [line for line in text.split("\n") if line]  # as split at \n+, which leaves an empty line at each end that is one
+    lines = [
+        line for line in text.split("\n") if line
+    ]  # as split at \n+, which leaves an empty line at each end that is one
     lines = [""] * text.startswith("\n") + lines + [""] * text.endswith("\n") if lines else ["", ""]
     repeated_lines, line_characters = repeats(lines) if len(lines) > 1 else (0, 0)
     return repeated / len(paragraphs), characters / size, repeated_lines / len(lines), line_characters / size
@@ -155,7 +201,9 @@ def repeats(parts: Sequence[str]) -> tuple[int, int]:
 
 
 def top_characters(batch: Batch, words: Words, n: int) -> Array:
-    """Characters of each text in all occurrences of its most frequent n-gram; of equally frequent ones the first counts."""
+    """Characters of each text in all occurrences of its most frequent n-gram; of equally frequent ones the first
+    counts.
+    """
     result = np.zeros(len(batch.texts))
     places, begins = equal_runs(batch, n)
     counts = np.diff(np.append(begins, len(places)))
@@ -174,7 +222,8 @@ def top_characters(batch: Batch, words: Words, n: int) -> Array:
 
 
 def repeated_characters(batch: Batch, words: Words, n: int, runs: Runs, chosen: Array) -> Array:
-    """Characters of each chosen text in n-grams that occurred before, read from the left; a repeated one is stepped over whole.
+    """Characters of each chosen text in n-grams that occurred before, read from the left; a repeated one is stepped
+    over whole.
 
     Only n-grams that occur more than once in their text need to be looked at; all others change nothing.
     """
@@ -189,7 +238,9 @@ def repeated_characters(batch: Batch, words: Words, n: int, runs: Runs, chosen: 
     sizes = sums[at + n] - sums[at] if len(at) else at
     seen: set[int] = set()
     free = 0  # a repeated n-gram takes its words away from those that follow
-    for place, key, size, owner in zip(at.tolist(), run.tolist(), sizes.tolist(), batch.owner[at].tolist(), strict=True):
+    for place, key, size, owner in zip(
+        at.tolist(), run.tolist(), sizes.tolist(), batch.owner[at].tolist(), strict=True
+    ):
         if place < free:
             continue
         if key in seen:
@@ -201,7 +252,9 @@ def repeated_characters(batch: Batch, words: Words, n: int, runs: Runs, chosen: 
 
 
 def _covered(batch: Batch, words: Words, n: int, runs: Runs) -> Array:
-    """Characters of each text that lie in an n-gram which occurred before: no count of repeated n-grams or longer ones is above it."""
+    """Characters of each text that lie in an n-gram which occurred before: no count of repeated n-grams or longer ones
+    is above it.
+    """
     places, begins = runs
     before = np.ones(len(places), dtype=bool)
     before[begins] = False
@@ -211,11 +264,13 @@ def _covered(batch: Batch, words: Words, n: int, runs: Runs) -> Array:
 
 
 def equal_runs(batch: Batch, n: int) -> Runs:
-    """(places of n-grams inside texts, ordered so that equal ones of one text are neighbours; where each group of equals begins).
+    """(places of n-grams inside texts, ordered so that equal ones of one text are neighbours; where each group of
+    equals begins).
 
     Most n-grams that occur once are left out: a table of counts by some bits of the hash leaves few of them to sort.
 
-    The place is kept in the low bits of the hash, so that one sort orders both; groups are in the order of their places.
+    The place is kept in the low bits of the hash, so that one sort orders both; groups are in the order of their
+    places.
     """
     size = len(batch.ids) - n + 1
     if size <= 0:

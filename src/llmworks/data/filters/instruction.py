@@ -1,4 +1,6 @@
-"""Length and symbol rules for instructions and answers: what is too short to teach anything, too long, or not language."""
+"""Length and symbol rules for instructions and answers: what is too short to teach anything, too long, or not
+language.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Instruction(Config):
 
     min_characters: int = Field(10, ge=0, description="characters, at least")
     max_characters: int = Field(20_000, gt=0, description="characters, at most")
-    max_symbols: float = Field(0.25, ge=0, description="share of characters that are neither letters, digits nor white space, at most")
+    max_symbols: float = Field(
+        0.25, ge=0, description="share of characters that are neither letters, digits nor white space, at most"
+    )
     max_digits: float = Field(0.3, ge=0, description="share of characters that are digits, at most")
     max_run: int = Field(100, gt=0, description="the same character in a row, at most")
 
@@ -38,8 +42,16 @@ def instruction(config: Instruction, texts: list[str]) -> Judgement:
         [
             Bound("instruction: too short", "characters", size, 4000, low=config.min_characters),
             Bound("instruction: too long", "characters", size, 4000, high=config.max_characters),
-            Bound("instruction: symbols", "share of symbols", (inked - digits - letters) / inked, 1, high=config.max_symbols),
+            Bound(
+                "instruction: symbols",
+                "share of symbols",
+                (inked - digits - letters) / inked,
+                1,
+                high=config.max_symbols,
+            ),
             Bound("instruction: digits", "share of digits", digits / inked, 1, high=config.max_digits),
-            Bound("instruction: one character repeated", "longest run of one character", runs, 200, high=config.max_run),
+            Bound(
+                "instruction: one character repeated", "longest run of one character", runs, 200, high=config.max_run
+            ),
         ],
     )

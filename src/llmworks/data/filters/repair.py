@@ -1,4 +1,6 @@
-"""Text as it was meant: broken encodings mended, odd white space and control characters taken out, boilerplate lines dropped."""
+"""Text as it was meant: broken encodings mended, odd white space and control characters taken out, boilerplate lines
+dropped.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,61 @@ BLANK = re.compile(r"\n{3,}")
 SIGNS = re.compile(r"[^\x00-\x7f]|&[#a-zA-Z]|\x1b|\r")  # without any of these there is nothing to mend
 # short lines that pages have around their text; matched whole, case and marks at the end left aside
 BOILERPLATE = re.compile(
-    r"(?:skip to (?:main )?content|advertisement|advertise(?: with us)?|sponsored(?: content)?|read more|continue reading|learn more|click here(?: to .{1,40})?"
-    r"|share(?: this)?(?: (?:on|via|with) .{1,40})?|share this (?:page|post|article|story)|tweet|like us on facebook|follow us(?: on .{1,40})?|sign (?:in|up)|log ?in|register"
-    r"|subscribe(?: (?:now|to) ?.{0,40})?|sign up for (?:our|the) .{0,30}newsletter.{0,30}|all rights reserved|(?:copyright )?(?:©|\(c\)) ?\d{4}.{0,60}|back to (?:the )?top"
-    r"|related (?:articles|posts|stories)|you (?:may|might) also like|leave a (?:reply|comment)|post a comment|\d+ comments?|view all comments|previous|next|home|menu|search"
-    r"|(?:this|our) (?:web)?site uses cookies.{0,80}|accept (?:all )?cookies|privacy policy|terms of (?:use|service)|cookie policy|loading|print|e-?mail this)[.:!…»>| ]*",
+    r"(?:skip to (?:main )?content|advertisement|advertise(?: with us)?|sponsored(?: content)?|read more|continue"
+    r" reading|learn more|click here(?: to .{1,40})?"
+    r"|share(?: this)?(?: (?:on|via|with) .{1,40})?|share this (?:page|post|article|story)|tweet|like us on"
+    r" facebook|follow us(?: on .{1,40})?|sign (?:in|up)|log ?in|register"
+    r"|subscribe(?: (?:now|to) ?.{0,40})?|sign up for (?:our|the) .{0,30}newsletter.{0,30}|all rights"
+    r" reserved|(?:copyright )?(?:©|\(c\)) ?\d{4}.{0,60}|back to (?:the )?top"
+    r"|related (?:articles|posts|stories)|you (?:may|might) also like|leave a (?:reply|comment)|post a comment|\d+"
+    r" comments?|view all comments|previous|next|home|menu|search"
+    r"|(?:this|our) (?:web)?site uses cookies.{0,80}|accept (?:all )?cookies|privacy policy|terms of"
+    r" (?:use|service)|cookie policy|loading|print|e-?mail this)[.:!…»>| ]*",
     re.IGNORECASE,
 )
 
 # how those lines begin; most lines do not
 BEGINNINGS = frozenset(
-    ["ski", "adv", "spo", "rea", "con", "lea", "cli", "sha", "twe", "lik", "fol", "sig", "log", "reg", "sub", "all", "cop", "©", "(", "bac", "rel", "you", "pos", "vie", "pre", "nex", "hom", "men", "sea", "thi", "our", "acc", "pri", "ter", "coo", "loa", "e-m", "ema"]
+    [
+        "ski",
+        "adv",
+        "spo",
+        "rea",
+        "con",
+        "lea",
+        "cli",
+        "sha",
+        "twe",
+        "lik",
+        "fol",
+        "sig",
+        "log",
+        "reg",
+        "sub",
+        "all",
+        "cop",
+        "©",
+        "(",
+        "bac",
+        "rel",
+        "you",
+        "pos",
+        "vie",
+        "pre",
+        "nex",
+        "hom",
+        "men",
+        "sea",
+        "thi",
+        "our",
+        "acc",
+        "pri",
+        "ter",
+        "coo",
+        "loa",
+        "e-m",
+        "ema",
+    ]
 )
 
 
@@ -34,8 +80,12 @@ class Repair(Config):
     """What is mended before any rule looks."""
 
     encoding: bool = Field(True, description="mend text that was decoded wrongly, HTML entities and ligatures (ftfy)")
-    whitespace: bool = Field(True, description="one kind of space and line break, no control characters, at most one empty line in a row")
-    boilerplate: bool = Field(True, description="drop short lines such as 'Share this on Facebook' or 'Skip to content'")
+    whitespace: bool = Field(
+        True, description="one kind of space and line break, no control characters, at most one empty line in a row"
+    )
+    boilerplate: bool = Field(
+        True, description="drop short lines such as 'Share this on Facebook' or 'Skip to content'"
+    )
 
 
 def repair(config: Repair, text: str) -> tuple[str, int]:
@@ -44,9 +94,17 @@ def repair(config: Repair, text: str) -> tuple[str, int]:
         try:
             import ftfy
         except ImportError:
-            raise MissingDependency("data.clean mends text with ftfy; install it with: pip install 'llmworks[corpus]'") from None
-        # as ftfy does for a whole text: entities stay where there are tags; lines are mended one by one, most need nothing
-        mend = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, unescape_html=False if "<" in text else "auto", explain=False)
+            raise MissingDependency(
+                "data.clean mends text with ftfy; install it with: pip install 'llmworks[corpus]'"
+            ) from None
+        # as ftfy does for a whole text: entities stay where there are tags; lines are mended one by one, most need
+        # nothing
+        mend = ftfy.TextFixerConfig(
+            uncurl_quotes=False,
+            fix_character_width=False,
+            unescape_html=False if "<" in text else "auto",
+            explain=False,
+        )
         text = "\n".join(ftfy.fix_text(line, mend) if SIGNS.search(line) else line for line in text.split("\n"))
     if config.whitespace:
         text = SPACES.sub(" ", CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))

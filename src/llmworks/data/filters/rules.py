@@ -1,4 +1,6 @@
-"""What every rule set shares: a judgement of a batch of texts, and how the values it looked at are counted for a histogram."""
+"""What every rule set shares: a judgement of a batch of texts, and how the values it looked at are counted for a
+histogram.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def judge(count: int, bounds: Sequence[Bound]) -> Judgement:
     histograms: dict[str, dict[str, Any]] = {}
     for bound in bounds:
         reasons[(reasons == "") & bound.fails()] = bound.reason
-        histogram = histograms.setdefault(bound.label, {"counts": [0] * BINS, "top": bound.top, "low": None, "high": None})
+        histogram = histograms.setdefault(
+            bound.label, {"counts": [0] * BINS, "top": bound.top, "low": None, "high": None}
+        )
         if not any(histogram["counts"]):
             places = np.clip(np.nan_to_num(bound.value) / bound.top * BINS, 0, BINS - 1).astype(int)
             histogram["counts"] = np.bincount(places, minlength=BINS).tolist()

@@ -1,6 +1,7 @@
 """Texts as arrays of word numbers, and what is known of each word; so that rules count with arrays instead of loops.
 
-A chunk between white space is split once (`english.split_chunk`) and remembered. The vocabulary is dropped when it grows past a limit.
+A chunk between white space is split once (`english.split_chunk`) and remembered. The vocabulary is dropped when it
+grows past a limit.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ SENTENCE_ENDS = frozenset(
     "𑗂𑗃𑗉𑗊𑗋𑗌𑗍𑗎𑗏𑗐𑗑𑗒𑗓𑗔𑗕𑗖𑗗𑙁𑙂𑜼𑜽𑜾𑩂𑩃𑪛𑪜𑱁𑱂𖩮𖩯𖫵𖬷𖬸𖭄𛲟𝪈｡。"
 )
 # what datatrove counts as a symbol: its PUNCTUATION (with control characters) and TERMINAL_PUNCTUATION
-TERMINAL = SENTENCE_ENDS | frozenset("؞؝᠉᭽᭾⹓⹔࠷࠹࠽࠾𐽕𐽖𐽗𐽘𐽙𑥄𑥆𑻷𑻸𖺘\U00010f86\U00010f87\U00010f88\U00010f89\U00011f43\U00011f44។៕៖៙៚")
-SYMBOLS = TERMINAL | frozenset("!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|∶´[=-`*．（–？！：$～«〉,><》)?）。…@_.\"}►»") | frozenset(
-    map(chr, (*range(9), *range(11, 32), *range(127, 160)))
+TERMINAL = SENTENCE_ENDS | frozenset(
+    "؞؝᠉᭽᭾⹓⹔࠷࠹࠽࠾𐽕𐽖𐽗𐽘𐽙𑥄𑥆𑻷𑻸𖺘\U00010f86\U00010f87\U00010f88\U00010f89\U00011f43\U00011f44។៕៖៙៚"
+)
+SYMBOLS = (
+    TERMINAL
+    | frozenset("!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|∶´[=-`*．（–？！：$～«〉,><》)?）。…@_.\"}►»")
+    | frozenset(map(chr, (*range(9), *range(11, 32), *range(127, 160))))
 )
 END, PUNCTUATION, WORD = 0, 1, 2  # what a word is to the sentence splitter
 
@@ -53,7 +58,11 @@ class Batch:
         """Some of the texts, by their index."""
         parts = [self.ids[self.starts[i] : self.starts[i + 1]] for i in chosen]
         ids = np.concatenate(parts) if parts else self.ids[:0]
-        return Batch([self.texts[i] for i in chosen], ids, np.concatenate(([0], np.cumsum([len(p) for p in parts], dtype=np.int64))).astype(np.int64))
+        return Batch(
+            [self.texts[i] for i in chosen],
+            ids,
+            np.concatenate(([0], np.cumsum([len(p) for p in parts], dtype=np.int64))).astype(np.int64),
+        )
 
     def sums(self, values: Array) -> Array:
         """The sum over each text of a value per word."""

@@ -10,9 +10,12 @@ from typing import Any
 
 
 def best_fit(lengths: Sequence[int] | Any, capacity: int, seed: int) -> tuple[Any, Any]:
-    """(order, ends): the pieces' numbers row after row, and where in `order` each row ends. Rows, and equal lengths, are shuffled by the seed.
+    """(order, ends): the pieces' numbers row after row, and where in `order` each row ends.
 
-    Every length is from 1 to `capacity`. Each piece, the longest first, goes where it leaves least free: a row is found by the lowest set
+    Rows, and equal lengths, are shuffled by the seed.
+
+    Every length is from 1 to `capacity`. Each piece, the longest first, goes where it leaves least free: a row is found
+    by the lowest set
     bit of an integer in which bit n says that some row has n free.
     """
     import numpy as np
@@ -42,5 +45,8 @@ def best_fit(lengths: Sequence[int] | Any, capacity: int, seed: int) -> tuple[An
             having[left].append(row)
     mixed = [rows[i] for i in generator.permutation(len(rows)).tolist()]
     # within a row too, or the longest would always stand first
-    order = np.array([piece for row in mixed for piece in (row if len(row) == 1 else generator.permutation(row).tolist())], dtype=np.int64)
+    order = np.array(
+        [piece for row in mixed for piece in (row if len(row) == 1 else generator.permutation(row).tolist())],
+        dtype=np.int64,
+    )
     return order, np.cumsum([len(row) for row in mixed], dtype=np.int64)

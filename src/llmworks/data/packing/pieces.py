@@ -1,4 +1,6 @@
-"""Conversations and documents as pieces of tokens: one part of the input at a time, written to files that are mapped again to be packed."""
+"""Conversations and documents as pieces of tokens: one part of the input at a time, written to files that are mapped
+again to be packed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ NOTHING = "no assistant token to learn"
 
 @dataclass(frozen=True)
 class How:
-    """How text becomes tokens: the tokenizer's directory and template, the longest piece, and what stands around a document."""
+    """How text becomes tokens: the tokenizer's directory and template, the longest piece, and what stands around a
+    document.
+    """
 
     tokenizer: Path
     template: Template
@@ -60,10 +64,19 @@ class Pieces:
         """Write the arrays, and what was set aside."""
         import numpy as np
 
-        for name, values, kind in (("tokens", self.tokens, np.uint32), ("lengths", self.lengths, np.int64), ("origins", self.origins, np.int64), ("learned", self.learned, np.uint8)):
-            np.save(folder / f"{name}.npy", np.frombuffer(values, dtype=kind) if len(values) else np.zeros(0, dtype=kind))
+        for name, values, kind in (
+            ("tokens", self.tokens, np.uint32),
+            ("lengths", self.lengths, np.int64),
+            ("origins", self.origins, np.int64),
+            ("learned", self.learned, np.uint8),
+        ):
+            np.save(
+                folder / f"{name}.npy", np.frombuffer(values, dtype=kind) if len(values) else np.zeros(0, dtype=kind)
+            )
         if self.rejected:
-            (folder / "rejected.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rejected), encoding="utf-8")
+            (folder / "rejected.jsonl").write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rejected), encoding="utf-8"
+            )
 
 
 @functools.lru_cache(maxsize=1)
@@ -75,7 +88,9 @@ def _encoder(how: How) -> ConversationEncoder:
 
 
 def encode_chats(how: How, part: Span, folder: Path) -> Json:
-    """One part of a data set of conversations. A row that is too long, teaches nothing, or is refused by the template is set aside, never cut.
+    """One part of a data set of conversations.
+
+    A row that is too long, teaches nothing, or is refused by the template is set aside, never cut.
 
     So is one with a control token in somebody's text, unless `how` allows it.
     """
@@ -91,9 +106,17 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
                     ids, mask = encoder.encode_plain(row.roles, row.contents)
                 else:
                     messages = messages_from_json(row["messages"])
-                    uses |= _uses(tuple(m.role for m in messages)) | ({"tools"} if row["tools"] or any(m.tool_calls for m in messages) else set())
+                    uses |= _uses(tuple(m.role for m in messages)) | (
+                        {"tools"} if row["tools"] or any(m.tool_calls for m in messages) else set()
+                    )
                     ids, mask = encoder.encode(messages, row["tools"])
-                reason = f"longer than length ({len(ids)} tokens)" if len(ids) > how.longest else NOTHING if mask.find(1, 1) < 0 else ""
+                reason = (
+                    f"longer than length ({len(ids)} tokens)"
+                    if len(ids) > how.longest
+                    else NOTHING
+                    if mask.find(1, 1) < 0
+                    else ""
+                )
             except (RequestError, ModelError, ValueError) as error:
                 ids, mask, reason = [], b"", str(error)
             if reason:
@@ -102,11 +125,20 @@ def encode_chats(how: How, part: Span, folder: Path) -> Json:
                 pieces.add(origin, ids, mask)
             origin += 1
     pieces.write(folder)
-    return {"pieces": len(pieces.lengths), "tokens": len(pieces.tokens), "rejected": len(pieces.rejected), "largest": max(pieces.tokens, default=0), "uses": dict.fromkeys(sorted(uses), 1)}
+    return {
+        "pieces": len(pieces.lengths),
+        "tokens": len(pieces.tokens),
+        "rejected": len(pieces.rejected),
+        "largest": max(pieces.tokens, default=0),
+        "uses": dict.fromkeys(sorted(uses), 1),
+    }
 
 
 def encode_documents(how: How, part: Span, folder: Path) -> Json:
-    """One part of a data set of documents; longer ones are divided. Control tokens that stand in the text are encoded as text."""
+    """One part of a data set of documents; longer ones are divided.
+
+    Control tokens that stand in the text are encoded as text.
+    """
     encoder = _encoder(how)
     pieces = Pieces()
     for origin, document in enumerate(part.documents(), part.row):
@@ -115,10 +147,17 @@ def encode_documents(how: How, part: Span, folder: Path) -> Json:
             pieces.reject(origin, document.id, "empty")
             continue
         pieces.add(origin, ids[: how.longest])
-        for start in range(how.longest - 1, len(ids) - 1, how.longest - 1):  # from the last token on, so that the one after it is learned too
+        for start in range(
+            how.longest - 1, len(ids) - 1, how.longest - 1
+        ):  # from the last token on, so that the one after it is learned too
             pieces.add(origin, ids[start : start + how.longest])
     pieces.write(folder)
-    return {"pieces": len(pieces.lengths), "tokens": len(pieces.tokens), "rejected": len(pieces.rejected), "largest": max(pieces.tokens, default=0)}
+    return {
+        "pieces": len(pieces.lengths),
+        "tokens": len(pieces.tokens),
+        "rejected": len(pieces.rejected),
+        "largest": max(pieces.tokens, default=0),
+    }
 
 
 class Plain(NamedTuple):
@@ -129,7 +168,6 @@ class Plain(NamedTuple):
     contents: list[str]
 
 
-
 @functools.cache
 def _known(roles: tuple[str, ...]) -> bool:
     return set(roles).issubset(ROLES)
@@ -137,7 +175,11 @@ def _known(roles: tuple[str, ...]) -> bool:
 
 @functools.cache
 def _uses(roles: tuple[str, ...]) -> set[str]:
-    return ({"system"} if "system" in roles else set()) | ({"results"} if "tool" in roles else set()) | ({"turns"} if roles.count("assistant") > 1 else set())
+    return (
+        ({"system"} if "system" in roles else set())
+        | ({"results"} if "tool" in roles else set())
+        | ({"turns"} if roles.count("assistant") > 1 else set())
+    )
 
 
 def _rows(table: Any) -> Iterator[Plain | Json]:
@@ -152,11 +194,21 @@ def _rows(table: Any) -> Iterator[Plain | Json]:
         for name in ("tool_calls", "tool_call_id", "name", "weight"):
             if name in [turns.type.field(i).name for i in range(turns.type.num_fields)]:
                 odd[1:] |= turns.field(name).is_valid().to_numpy(zero_copy_only=False)
-        odd[1:] |= turns.field("content").is_null().to_numpy(zero_copy_only=False) | turns.field("role").is_null().to_numpy(zero_copy_only=False)
+        odd[1:] |= turns.field("content").is_null().to_numpy(zero_copy_only=False) | turns.field(
+            "role"
+        ).is_null().to_numpy(zero_copy_only=False)
         before = np.cumsum(odd)
         # roles that are no plain ones are left to the rows' own reader, which knows other names and refuses the rest
-        plain = (before[offsets[1:]] == before[offsets[:-1]]) & (batch.column("tools").to_numpy(zero_copy_only=False) == "[]") & (offsets[1:] > offsets[:-1])
-        roles, contents, ids = turns.field("role").to_pylist(), turns.field("content").to_pylist(), batch.column("id").to_pylist()
+        plain = (
+            (before[offsets[1:]] == before[offsets[:-1]])
+            & (batch.column("tools").to_numpy(zero_copy_only=False) == "[]")
+            & (offsets[1:] > offsets[:-1])
+        )
+        roles, contents, ids = (
+            turns.field("role").to_pylist(),
+            turns.field("content").to_pylist(),
+            batch.column("id").to_pylist(),
+        )
         bounds = offsets.tolist()
         for i, simple in enumerate(plain.tolist()):
             turns_of = tuple(roles[bounds[i] : bounds[i + 1]])

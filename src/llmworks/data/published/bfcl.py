@@ -1,4 +1,5 @@
-"""Rows of the Berkeley function calling leaderboard: its type names to JSON schema, its accepted answers to one right call.
+"""Rows of the Berkeley function calling leaderboard: its type names to JSON schema, its accepted answers to one right
+call.
 
 Source: the BFCL v4 data files (`question`, `function`, `ground_truth`).
 """
@@ -29,14 +30,28 @@ def rows(folder: Path, rejected: Rejected) -> list[Row]:
         try:
             messages, functions, call, accepted = chat_row(question, answers[question.get("id")])
         except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
-            rejected.add("questions.jsonl", line, f"not a BFCL question with an answer ({type(error).__name__}: {error})", str(question))
+            rejected.add(
+                "questions.jsonl",
+                line,
+                f"not a BFCL question with an answer ({type(error).__name__}: {error})",
+                str(question),
+            )
             continue
         if question["id"] in seen:
             rejected.add("questions.jsonl", line, f"the id {question['id']!r} stands twice", str(question))
             continue
         seen.add(question["id"])
         full = messages_to_json((*messages, Message("assistant", "", (call,))))
-        found.append({"id": question["id"], "group": call.name, "messages": full, "tools": functions, "answer": accepted, "extra": {}})
+        found.append(
+            {
+                "id": question["id"],
+                "group": call.name,
+                "messages": full,
+                "tools": functions,
+                "answer": accepted,
+                "extra": {},
+            }
+        )
     return found
 
 
@@ -59,9 +74,11 @@ def json_schema(spec: Any) -> Any:
 
 
 def right_call(accepted: Json, function: Json, question: str = "") -> ToolCall:
-    """One call out of the accepted ones: the first listed value of every argument; one that may be left out is, unless the question states it.
+    """One call out of the accepted ones: the first listed value of every argument; one that may be left out is, unless
+    the question states it.
 
-    To leave out what the question states would teach that a stated value may be dropped, which is wrong where the answer needs it.
+    To leave out what the question states would teach that a stated value may be dropped, which is wrong where the
+    answer needs it.
     """
     ((name, arguments),) = accepted.items()
     required = function["parameters"].get("required", [])
@@ -88,7 +105,11 @@ def _states(question: str, value: Any) -> bool:
 def _plain(value: Any) -> Any:
     """Inside objects, BFCL lists the accepted values of every key: take the first, leave optional keys out."""
     if isinstance(value, dict):
-        return {k: _plain(v[0]) if isinstance(v, list) and v else v for k, v in value.items() if not (isinstance(v, list) and OMITTED in v)}
+        return {
+            k: _plain(v[0]) if isinstance(v, list) and v else v
+            for k, v in value.items()
+            if not (isinstance(v, list) and OMITTED in v)
+        }
     if isinstance(value, list):
         return [_plain(v) if isinstance(v, dict) else v for v in value]
     return value

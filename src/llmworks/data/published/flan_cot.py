@@ -1,6 +1,9 @@
-"""Worked multiple-choice examples as FLAN writes them: `Q: ... (A) ... (B) ... A: Let's think step by step. ... The answer is (C).`
+"""Worked multiple-choice examples as FLAN writes them: `Q: ... (A) ... (B) ... A: Let's think step by step.
 
-One JSON object of subject -> text with several examples, as lm-evaluation-harness has for MMLU (Hendrycks et al. 2021; Wei et al. 2022).
+... The answer is (C).`
+
+One JSON object of subject -> text with several examples, as lm-evaluation-harness has for MMLU (Hendrycks et al. 2021;
+Wei et al. 2022).
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ OPTION = re.compile(r"\(([A-Z])\)")
 
 
 def rows(path: Path, rejected: Rejected) -> list[Row]:
-    """Chat rows: question with its options, reasoning that ends with the answer's letter; the letter is the key, the subject the group."""
+    """Chat rows: question with its options, reasoning that ends with the answer's letter; the letter is the key, the
+    subject the group.
+    """
     files = [path] if path.is_file() else sorted(path.glob("[!.]*.json"))
     if not files:
         raise DataError(f"{path}: format flan-cot takes a JSON file")
@@ -40,9 +45,20 @@ def rows(path: Path, rejected: Rejected) -> list[Row]:
                 asked, said = asked.strip(), said.strip()
                 letter = ANSWER.search(said)
                 if letter is None or letter[1] not in OPTION.findall(asked):
-                    rejected.add(file.name, line, "an example does not end with one of its options", f"Q: {asked}\nA: {said}")
+                    rejected.add(
+                        file.name, line, "an example does not end with one of its options", f"Q: {asked}\nA: {said}"
+                    )
                     continue
                 turns = (Message("user", asked), Message("assistant", said))
                 extra = {"fields": {"subject": subject}}
-                found.append({"id": f"{subject}-{number}", "group": subject, "messages": messages_to_json(turns), "tools": [], "answer": f"({letter[1]})", "extra": extra})
+                found.append(
+                    {
+                        "id": f"{subject}-{number}",
+                        "group": subject,
+                        "messages": messages_to_json(turns),
+                        "tools": [],
+                        "answer": f"({letter[1]})",
+                        "extra": extra,
+                    }
+                )
     return found

@@ -1,7 +1,10 @@
-"""Spider's text-to-SQL questions as OpenAI's evals have them: tables and columns, a question, the query; and data to run queries on.
+"""Spider's text-to-SQL questions as OpenAI's evals have them: tables and columns, a question, the query; and data to
+run queries on.
 
-The set comes without databases, so each question gets one: rows of small numbers and of the words that the query names, drawn until the query
-gives something (the idea of distilled test suites, Zhong et al. 2020). So two queries that differ in meaning mostly differ in what they give.
+The set comes without databases, so each question gets one: rows of small numbers and of the words that the query names,
+drawn until the query
+gives something (the idea of distilled test suites, Zhong et al. 2020). So two queries that differ in meaning mostly
+differ in what they give.
 """
 
 from __future__ import annotations
@@ -38,11 +41,25 @@ def rows(path: Path, rejected: Rejected) -> list[Row]:
                 tables = tables_of(asked)
                 setup = database(tables, query, seed=line)
             except (KeyError, IndexError, TypeError, ValueError) as error:
-                rejected.add(file.name, line, str(error) if isinstance(error, ValueError) else "not a question with tables and a query", str(raw))
+                rejected.add(
+                    file.name,
+                    line,
+                    str(error) if isinstance(error, ValueError) else "not a question with tables and a query",
+                    str(raw),
+                )
                 continue
             turns = (Message("user", asked), Message("assistant", f"```sql\n{query.strip()}\n```"))
             group = "+".join(sorted(name.lower() for name, _ in tables))
-            found.append({"id": f"spider-{line}", "group": group, "messages": messages_to_json(turns), "tools": [], "answer": {"sql": query, "setup": setup}, "extra": {"fields": {"tables": len(tables)}}})
+            found.append(
+                {
+                    "id": f"spider-{line}",
+                    "group": group,
+                    "messages": messages_to_json(turns),
+                    "tools": [],
+                    "answer": {"sql": query, "setup": setup},
+                    "extra": {"fields": {"tables": len(tables)}},
+                }
+            )
     return found
 
 
@@ -74,7 +91,9 @@ def database(tables: list[tuple[str, list[tuple[str, str]]]], query: str, seed: 
             names = ", ".join(f'"{column}" {_type(kind)}' for column, kind in columns)
             lines.append(f'CREATE TABLE "{name}" ({names});')
             for place in range(ROWS + number):  # else all tables would have as many rows
-                values = ", ".join(_value(draw, kind, words, numbers, place, first=i == 0) for i, (_, kind) in enumerate(columns))
+                values = ", ".join(
+                    _value(draw, kind, words, numbers, place, first=i == 0) for i, (_, kind) in enumerate(columns)
+                )
                 lines.append(f'INSERT INTO "{name}" VALUES ({values});')
         setup = "\n".join(lines)
         try:
@@ -99,9 +118,23 @@ def _value(draw: random.Random, kind: str, words: list[str], numbers: list[Any],
     if first and kind == "number":
         return str(place + 1)  # a key, most often
     if kind == "number":
-        some = draw.choice(numbers) + draw.choice((-1, 0, 0, 1)) if numbers and draw.random() < 0.4 else draw.randint(1, ROWS)
+        some = (
+            draw.choice(numbers) + draw.choice((-1, 0, 0, 1))
+            if numbers and draw.random() < 0.4
+            else draw.randint(1, ROWS)
+        )
         return str(some)
     if kind == "time":
         return f"'{draw.randint(2000, 2020)}-{draw.randint(1, 12):02d}-{draw.randint(1, 28):02d}'"
-    word = draw.choice(words) if words and draw.random() < 0.5 else str(draw.choice(numbers)) if numbers and draw.random() < 0.2 else draw.choice(WORDS) if draw.random() < 0.7 else str(draw.randint(1, ROWS))
+    word = (
+        draw.choice(words)
+        if words and draw.random() < 0.5
+        else (
+            str(draw.choice(numbers))
+            if numbers and draw.random() < 0.2
+            else draw.choice(WORDS)
+            if draw.random() < 0.7
+            else str(draw.randint(1, ROWS))
+        )
+    )
     return "'" + word.replace("'", "''") + "'"

@@ -11,7 +11,10 @@ Part = Literal["main", "all"]
 
 
 def page_text(data: bytes, part: Part) -> tuple[str, str]:
-    """(text, title) of an HTML page; the text is empty where there is no content. NotText for bytes that are no page."""
+    """(text, title) of an HTML page; the text is empty where there is no content.
+
+    NotText for bytes that are no page.
+    """
     try:
         import trafilatura
         from lxml import etree
@@ -24,7 +27,9 @@ def page_text(data: bytes, part: Part) -> tuple[str, str]:
         tree = trafilatura.load_html(text)
         if tree is None:
             raise NotText("no HTML page")
-    title = " ".join("".join(node.itertext()) for node in tree.iter("title") if isinstance(node, etree._Element)).strip()
+    title = " ".join(
+        "".join(node.itertext()) for node in tree.iter("title") if isinstance(node, etree._Element)
+    ).strip()
     if part == "all":
         return trafilatura.html2txt(tree).strip(), title
     # dates and authors are left to others: finding them depends on today's date

@@ -1,6 +1,7 @@
 """R's lazy-load data bases (`.rdb`): each stored vector of strings is one document, its elements are lines.
 
-Objects are zlib streams behind their length; inside is R's XDR serialization (R Internals, section 1.8). Only strings are read.
+Objects are zlib streams behind their length; inside is R's XDR serialization (R Internals, section 1.8). Only strings
+are read.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def read_rdb(source: Source, limit: int) -> Iterator[Document | Unusable]:
 
 
 def strings(value: bytes) -> list[str]:
-    """The elements of a serialized vector of strings. ValueError for anything else, struct.error when it is cut short."""
+    """The elements of a serialized vector of strings.
+
+    ValueError for anything else, struct.error when it is cut short.
+    """
     if value[:2] != b"X\n":
         raise ValueError("not in XDR format")
     (version,) = struct.unpack_from(">i", value, 2)

@@ -1,7 +1,11 @@
-"""Where bytes come from: files below a directory, what compressed files and archives hold. Streams; unpacks nothing to disk but what
+"""Where bytes come from: files below a directory, what compressed files and archives hold.
+
+Streams; unpacks nothing to disk but what
+
 must be read from its end.
 
-A member's name is its file's with `!` between: `books.zip!austen/emma.txt`. Everything that is expanded is metered, so that an archive
+A member's name is its file's with `!` between: `books.zip!austen/emma.txt`. Everything that is expanded is metered, so
+that an archive
 bomb ends with a reason. Knows no document format.
 """
 
@@ -23,7 +27,16 @@ from typing import IO, Any, cast
 from llmworks.core.documents import Unusable
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+BROKEN = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+)
 DEPTH = 3  # archives inside archives
 
 
@@ -104,7 +117,10 @@ def source(root: Path, path: Path) -> Source:
 
 
 def expand(source: Source, limit: int, depth: int = 0) -> Iterator[Source | Unusable]:
-    """The source itself, or what it holds when it is compressed or an archive. `limit`: bytes that may come out of it."""
+    """The source itself, or what it holds when it is compressed or an archive.
+
+    `limit`: bytes that may come out of it.
+    """
     return _expand(source, Meter(limit), depth)
 
 
@@ -158,7 +174,10 @@ def _buffered(meter: Meter, *streams: IO[bytes]) -> IO[bytes]:
 
 
 def seekable(source: Source) -> IO[bytes]:
-    """A stream that can be read from any place: the file itself, or a temporary copy. May raise what reading the source raises."""
+    """A stream that can be read from any place: the file itself, or a temporary copy.
+
+    May raise what reading the source raises.
+    """
     if source.path is not None:
         return source.path.open("rb")
     copy = cast(IO[bytes], tempfile.SpooledTemporaryFile(max_size=32 << 20))  # noqa: SIM115
@@ -182,7 +201,10 @@ def _zip_members(source: Source, meter: Meter) -> Iterator[Source | Unusable]:
 
 
 def _tar_members(source: Source, meter: Meter) -> Iterator[Source | Unusable]:
-    with source.open() as stream, tarfile.open(fileobj=stream, mode="r|gz" if source.suffix == ".tgz" else "r|") as archive:
+    with (
+        source.open() as stream,
+        tarfile.open(fileobj=stream, mode="r|gz" if source.suffix == ".tgz" else "r|") as archive,
+    ):
         for info in archive:
             if not info.isfile() or _hidden(info.name):
                 continue

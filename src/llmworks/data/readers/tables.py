@@ -23,7 +23,9 @@ from llmworks.data.readers.text import SAMPLE, NotText, encoding_of, read_limite
 
 @dataclass(frozen=True)
 class Fields:
-    """Which field holds the text, which the id ("" for the row's place), how long a text may be, in bytes, and which others to keep."""
+    """Which field holds the text, which the id ("" for the row's place), how long a text may be, in bytes, and which
+    others to keep.
+    """
 
     text: str
     id: str
@@ -143,7 +145,9 @@ def read_csv(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
         previous = csv.field_size_limit(fields.limit)
         try:
             table = csv.DictReader(
-                io.TextIOWrapper(stream, encoding, newline=""), dialect="excel-tab" if source.suffix == ".tsv" else "excel", strict=True
+                io.TextIOWrapper(stream, encoding, newline=""),
+                dialect="excel-tab" if source.suffix == ".tsv" else "excel",
+                strict=True,
             )
             names = table.fieldnames or []
             if fields.text not in names:
@@ -152,7 +156,10 @@ def read_csv(source: Source, fields: Fields) -> Iterator[Document | Unusable]:
             for number, row in enumerate(table, 1):
                 if None in row or None in row.values():
                     yield Unusable(
-                        source.name, number, f"not as many fields as the first row ({len(names)})", str(list(row.values()))[:2000]
+                        source.name,
+                        number,
+                        f"not as many fields as the first row ({len(names)})",
+                        str(list(row.values()))[:2000],
                     )
                 else:
                     yield row_document(row, source.name, number, fields)
@@ -170,7 +177,9 @@ def read_parquet(source: Source, fields: Fields) -> Iterator[Document | Unusable
     with seekable(source) as stream:
         try:
             with pq.ParquetFile(stream) as table:
-                yield from _arrow_rows((b for b in table.iter_batches(batch_size=256)), table.schema_arrow.names, source.name, fields)
+                yield from _arrow_rows(
+                    (b for b in table.iter_batches(batch_size=256)), table.schema_arrow.names, source.name, fields
+                )
         except (pa.ArrowException, OSError) as error:
             yield Unusable(source.name, 0, f"not readable as Parquet ({str(error).splitlines()[0]})")
 

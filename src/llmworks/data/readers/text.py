@@ -12,13 +12,22 @@ from llmworks.core.types import Document
 from llmworks.data.readers.source import Source
 
 SAMPLE = 1 << 16
-BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
-# 8-bit encodings of the Latin script differ in few letters, too few for a general guesser: those of each language decide, the first of equals
+BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# 8-bit encodings of the Latin script differ in few letters, too few for a general guesser: those of each language
+# decide, the first of equals
 LETTERS = {
     "cp1252": "àâæçéèêëîïôœùûüÿñ äöüßéà áéíóúüñçàòï ãáâàçéêíóôõúü àèéìíòóù åäöæøéà ëïéóüèêö áéíóúýþæöð",
-    "cp1250": "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţșț čćđšž", "iso8859_2": "ąćęłńóśźż áčďéěíňóřšťúůýž áéíóöőúüű ăâîşţ",
-    "cp1254": "çğıöşüâîûi̇", "cp1257": "ąčęėįšųūž āčēģīķļņšūž äõöüšž",
-}  # fmt: skip
+    "cp1250": "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţșț čćđšž",
+    "iso8859_2": "ąćęłńóśźż áčďéěíňóřšťúůýž áéíóöőúüű ăâîşţ",
+    "cp1254": "çğıöşüâîûi̇",
+    "cp1257": "ąčęėįšųūž āčēģīķļņšūž äõöüšž",
+}
 MARKS = frozenset("\xa0“”„‘’‚–—…•·€£¥«»‹›§©®™°±×÷¿¡ªº½¼¾²³¹µ¶†‡‰\xad")
 _CONTROL = frozenset(range(32)) - frozenset(b"\t\n\r\f\x08\x1b")
 
@@ -46,7 +55,9 @@ def encoding_of(data: bytes) -> str:
 
 
 def _guess(data: bytes) -> str:
-    """The most likely encoding, judged by the lines that are not ASCII: the others say nothing and would water it down."""
+    """The most likely encoding, judged by the lines that are not ASCII: the others say nothing and would water it
+    down.
+    """
     from charset_normalizer import from_bytes
 
     telling = b"\n".join(line for line in data.splitlines() if not line.isascii())
@@ -68,7 +79,14 @@ def _covered(data: bytes, encoding: str) -> float:
         beyond = [char for char in data.decode(encoding).lower() if char > "\x7f" and char not in MARKS]
     except UnicodeDecodeError:
         return 0.0
-    return max((sum(char in letters for char in beyond) / len(beyond) for letters in LETTERS[encoding].split()), default=0.0) if beyond else 1.0
+    return (
+        max(
+            (sum(char in letters for char in beyond) / len(beyond) for letters in LETTERS[encoding].split()),
+            default=0.0,
+        )
+        if beyond
+        else 1.0
+    )
 
 
 def _binary(data: bytes) -> bool:
@@ -123,4 +141,6 @@ def read_text(source: Source, limit: int) -> Iterator[Document | Unusable]:
     if not text.strip():
         yield Unusable(source.name, 0, "empty")
         return
-    yield Document(source.name, text, source.name, {} if encoding in ("utf-8", "utf-8-sig", "ascii") else {"encoding": encoding})
+    yield Document(
+        source.name, text, source.name, {} if encoding in ("utf-8", "utf-8-sig", "ascii") else {"encoding": encoding}
+    )

@@ -24,13 +24,19 @@ def read_warc(source: Source, limit: int, part: Part) -> Iterator[Document | Unu
 
     number = 0
     with source.open() as stream:
-        if not cast(io.BufferedReader, stream).peek(5).startswith(b"WARC/"):  # warcio takes any text for an old ARC file
+        if (
+            not cast(io.BufferedReader, stream).peek(5).startswith(b"WARC/")
+        ):  # warcio takes any text for an old ARC file
             yield Unusable(source.name, 0, "no WARC records")
             return
         try:
             for record in ArchiveIterator(stream):
                 number += 1
-                if record.rec_type == "response" and record.http_headers is not None and record.http_headers.get_statuscode() == "200":
+                if (
+                    record.rec_type == "response"
+                    and record.http_headers is not None
+                    and record.http_headers.get_statuscode() == "200"
+                ):
                     yield from _response(record, source.name, number, limit, part)
         except ArchiveLoadFailed as error:
             yield Unusable(source.name, number + 1, f"not readable as WARC ({str(error).strip().splitlines()[0]})")

@@ -1,4 +1,7 @@
-"""Read JSONL line by line. A broken line is set aside with its number and reason, never dropped silently and never fatal alone."""
+"""Read JSONL line by line.
+
+A broken line is set aside with its number and reason, never dropped silently and never fatal alone.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,16 @@ class Rejected:
         """Write `rejected.jsonl` when there is anything to write, and say how many and the first reason."""
         if not self.rows:
             return
-        (out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows), encoding="utf-8", errors="backslashreplace")
+        (out / "rejected.jsonl").write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows),
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
         first = self.rows[0]
-        say(f"{len(self.rows):,} row{'s' if len(self.rows) > 1 else ''} set aside in rejected.jsonl, the first: {first['file']} line {first['line']}: {first['reason']}")
+        say(
+            f"{len(self.rows):,} row{'s' if len(self.rows) > 1 else ''} set aside in rejected.jsonl, the first:"
+            f" {first['file']} line {first['line']}: {first['reason']}"
+        )
 
 
 def read_jsonl(path: Path, rejected: Rejected) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -42,7 +52,9 @@ def read_jsonl(path: Path, rejected: Rejected) -> Iterator[tuple[int, dict[str, 
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors write a byte order mark
+                value = json.loads(
+                    raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                )  # some editors write a byte order mark
             except UnicodeDecodeError as error:
                 rejected.add(path.name, number, f"not UTF-8 (byte {error.start})", raw.decode("utf-8", "replace"))
                 continue

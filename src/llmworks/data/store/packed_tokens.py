@@ -1,7 +1,9 @@
 """Packed tokens on disk: shards that are mapped, not read, and an order of reading that can go on where it stopped.
 
-A shard is a safetensors file: `tokens` of all rows one after the other; `rows` and `pieces`, where each begins (and where the last ends);
-`origins`, the row of the input that each piece came from; `learned`, 1 for labels (missing: all but the first token of a piece).
+A shard is a safetensors file: `tokens` of all rows one after the other; `rows` and `pieces`, where each begins (and
+where the last ends);
+`origins`, the row of the input that each piece came from; `learned`, 1 for labels (missing: all but the first token of
+a piece).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ TYPES = {"U16": "<u2", "U32": "<u4", "U8": "|u1", "I64": "<i8"}
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row, numpy arrays of its length: ids, whether each token is learned, positions that begin again with each piece, and the piece's number.
+    """One row, numpy arrays of its length: ids, whether each token is learned, positions that begin again with each
+    piece, and the piece's number.
 
     `origins` has a number for each piece.
     """
@@ -68,13 +71,24 @@ class Packed:
         segments = np.repeat(np.arange(high - low), lengths)
         positions = np.arange(end - begin) - np.repeat(shard["pieces"][low:high] - begin, lengths)
         learned = shard["learned"][begin:end].astype(bool) if "learned" in shard else positions > 0
-        return PackedRow(shard["tokens"][begin:end].astype(np.int64), learned, positions, segments, shard["origins"][low:high])
+        return PackedRow(
+            shard["tokens"][begin:end].astype(np.int64), learned, positions, segments, shard["origins"][low:high]
+        )
 
 
-def read(packed: Packed, seed: int, *, start: Place | None = None, epochs: int | None = None, reader: int = 0, readers: int = 1) -> Iterator[tuple[Place, PackedRow]]:
+def read(
+    packed: Packed,
+    seed: int,
+    *,
+    start: Place | None = None,
+    epochs: int | None = None,
+    reader: int = 0,
+    readers: int = 1,
+) -> Iterator[tuple[Place, PackedRow]]:
     """Rows in an order shuffled by seed and epoch, each with the place to start from to read what comes after it.
 
-    One of several readers gets every `readers`-th row; rows that are left over at the end of an epoch are read by nobody, so that all get
+    One of several readers gets every `readers`-th row; rows that are left over at the end of an epoch are read by
+    nobody, so that all get
     as many. A place holds for any number of readers that divides its row.
     """
     import numpy as np
@@ -92,14 +106,27 @@ def read(packed: Packed, seed: int, *, start: Place | None = None, epochs: int |
 
 
 def stack(rows: Sequence[PackedRow], length: int, pad: int = 0) -> dict[str, Any]:
-    """A batch, arrays [rows, length]: input_ids, position_ids, segment_ids, learned. Padding is a segment of its own, not learned."""
+    """A batch, arrays [rows, length]: input_ids, position_ids, segment_ids, learned.
+
+    Padding is a segment of its own, not learned.
+    """
     import numpy as np
 
     shape = (len(rows), length)
-    batch = {"input_ids": np.full(shape, pad, np.int64), "position_ids": np.zeros(shape, np.int64), "segment_ids": np.full(shape, -1, np.int64), "learned": np.zeros(shape, bool)}
+    batch = {
+        "input_ids": np.full(shape, pad, np.int64),
+        "position_ids": np.zeros(shape, np.int64),
+        "segment_ids": np.full(shape, -1, np.int64),
+        "learned": np.zeros(shape, bool),
+    }
     for i, row in enumerate(rows):
         n = len(row.ids)
-        for name, values in (("input_ids", row.ids), ("position_ids", row.positions), ("segment_ids", row.segments), ("learned", row.learned)):
+        for name, values in (
+            ("input_ids", row.ids),
+            ("position_ids", row.positions),
+            ("segment_ids", row.segments),
+            ("learned", row.learned),
+        ):
             batch[name][i, :n] = values
         batch["position_ids"][i, n:] = np.arange(length - n)
     return batch
@@ -127,5 +154,7 @@ def map_shard(path: Path) -> dict[str, Any]:
         if missing := {"tokens", "rows", "pieces", "origins"} - set(tensors):
             raise ValueError(f"it has no {min(missing)!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is no shard of packed tokens ({error}); make it again with the stage data.pack") from None
+        raise DataError(
+            f"{path}: is no shard of packed tokens ({error}); make it again with the stage data.pack"
+        ) from None
     return tensors

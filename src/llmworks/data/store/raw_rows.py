@@ -1,4 +1,6 @@
-"""Rows of raw files as JSON objects, one at a time: JSONL, JSON, Parquet, Arrow, CSV, compressed or not, one file or a directory of them."""
+"""Rows of raw files as JSON objects, one at a time: JSONL, JSON, Parquet, Arrow, CSV, compressed or not, one file or a
+directory of them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ KNOWN = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 
 
 def raw_rows(path: Path, rejected: Rejected) -> Iterator[tuple[str, int, Json]]:
-    """(file, number of the row from 1, row). Rows that are none are set aside. DataError for a file of no known kind, or none at all."""
+    """(file, number of the row from 1, row).
+
+    Rows that are none are set aside. DataError for a file of no known kind, or none at all.
+    """
     count = 0
     for file in find_files(path):
         if file.name in ("README.md", "rejected.jsonl", "dataset_info.json", "state.json", "LICENSE"):
@@ -58,13 +63,21 @@ def _rows(item: Any, rejected: Rejected) -> Iterator[tuple[int, Any]]:
             yield from enumerate(value if isinstance(value, list) else [value], 1)
         elif item.suffix in (".csv", ".tsv"):
             with item.open() as stream:
-                table = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), dialect="excel-tab" if item.suffix == ".tsv" else "excel", strict=True)
+                table = csv.DictReader(
+                    io.TextIOWrapper(stream, "utf-8-sig", newline=""),
+                    dialect="excel-tab" if item.suffix == ".tsv" else "excel",
+                    strict=True,
+                )
                 yield from enumerate(table, 1)
         else:
             with seekable(item) as stream:
-                yield from enumerate((without_nulls(row) for batch in _batches(stream, item.suffix) for row in batch.to_pylist()), 1)
+                yield from enumerate(
+                    (without_nulls(row) for batch in _batches(stream, item.suffix) for row in batch.to_pylist()), 1
+                )
     except (ValueError, csv.Error, pa.ArrowException, *BROKEN) as error:
-        raise DataError(f"{item.name}: cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        raise DataError(
+            f"{item.name}: cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from None
 
 
 def _json_lines(stream: IO[bytes], name: str, rejected: Rejected) -> Iterator[tuple[int, Any]]:
@@ -73,7 +86,10 @@ def _json_lines(stream: IO[bytes], name: str, rejected: Rejected) -> Iterator[tu
             rejected.add(name, number, f"longer than {LIMIT >> 20} MB", "")
         elif line.strip():
             try:
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors write a byte order mark
+                yield (
+                    number,
+                    json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")),
+                )  # some editors write a byte order mark
             except UnicodeDecodeError as error:
                 rejected.add(name, number, f"not UTF-8 (byte {error.start})", line.decode("utf-8", "replace"))
             except (ValueError, RecursionError) as error:

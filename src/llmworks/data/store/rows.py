@@ -1,6 +1,7 @@
 """Rows of a Dataset artifact: written as Parquet with a fixed schema, read back as plain dictionaries.
 
-A chat row is {id, group, messages, tools, answer, extra}; a preference row has prompt, chosen and rejected instead of messages. tools,
+A chat row is {id, group, messages, tools, answer, extra}; a preference row has prompt, chosen and rejected instead of
+messages. tools,
 answer and extra are kept as JSON text, since every row has its own shape; extra is what the row had besides.
 """
 
@@ -28,10 +29,26 @@ def _schema(kind: str) -> Any:
     function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
     call = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)])
     message = pa.struct(
-        [("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(call)), ("tool_call_id", pa.string()), ("name", pa.string()), ("weight", pa.int8())]
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("tool_calls", pa.list_(call)),
+            ("tool_call_id", pa.string()),
+            ("name", pa.string()),
+            ("weight", pa.int8()),
+        ]
     )
     turns = [(name, pa.list_(message)) for name in TURNS[kind]]
-    return pa.schema([("id", pa.string()), ("group", pa.string()), *turns, ("tools", pa.string()), ("answer", pa.string()), ("extra", pa.string())])
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("group", pa.string()),
+            *turns,
+            ("tools", pa.string()),
+            ("answer", pa.string()),
+            ("extra", pa.string()),
+        ]
+    )
 
 
 def write_chat(out: Path, rows: Sequence[Row]) -> None:
@@ -50,11 +67,21 @@ def _write(out: Path, rows: Sequence[Row], kind: str) -> None:
 
     text = json.JSONEncoder(ensure_ascii=False).encode
     stored = [
-        {**row, "tools": text(row["tools"]) if row.get("tools") else "[]", "answer": text(row.get("answer")), "extra": text(row["extra"]) if row.get("extra") else "{}"}
+        {
+            **row,
+            "tools": text(row["tools"]) if row.get("tools") else "[]",
+            "answer": text(row.get("answer")),
+            "extra": text(row["extra"]) if row.get("extra") else "{}",
+        }
         for row in rows
     ]
     out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(stored, schema=_schema(kind)), out / "part-00000.parquet", compression="zstd", row_group_size=GROUP_ROWS)
+    pq.write_table(
+        pa.Table.from_pylist(stored, schema=_schema(kind)),
+        out / "part-00000.parquet",
+        compression="zstd",
+        row_group_size=GROUP_ROWS,
+    )
 
 
 def read_chat(dataset: Dataset) -> list[Row]:
@@ -116,7 +143,9 @@ def open_rows(file: Path, kind: str) -> Any:
     missing = [name for name in _schema(kind).names if name not in names and name != "extra"]
     if missing:
         opened.close()
-        raise DataError(f"{file}: has no column {missing[0]!r}, so it holds no {WHAT[kind]}; make them with the stage data.chat")
+        raise DataError(
+            f"{file}: has no column {missing[0]!r}, so it holds no {WHAT[kind]}; make them with the stage data.chat"
+        )
     return opened
 
 
@@ -136,17 +165,28 @@ def table_rows(table: Any, kind: str) -> Iterator[Row]:
     """A table's rows. DataError for one that has no turns where they must be."""
     for row in table.to_pylist():
         if any(row[name] is None or None in row[name] for name in TURNS[kind]):
-            raise DataError(f"row {row['id']!r}: {' or '.join(TURNS[kind])} is empty; make {WHAT[kind]} with the stage data.chat")
+            raise DataError(
+                f"row {row['id']!r}: {' or '.join(TURNS[kind])} is empty; make {WHAT[kind]} with the stage data.chat"
+            )
         turns = {name: [{k: v for k, v in turn.items() if v is not None} for turn in row[name]] for name in TURNS[kind]}
         try:
-            loaded = {"tools": json.loads(row["tools"] or "[]"), "answer": json.loads(row["answer"] or "null"), "extra": json.loads(row.get("extra") or "{}")}
+            loaded = {
+                "tools": json.loads(row["tools"] or "[]"),
+                "answer": json.loads(row["answer"] or "null"),
+                "extra": json.loads(row.get("extra") or "{}"),
+            }
         except ValueError as error:
-            raise DataError(f"row {row['id']!r}: tools, answer or extra is no JSON ({error}); make {WHAT[kind]} with the stage data.chat") from None
+            raise DataError(
+                f"row {row['id']!r}: tools, answer or extra is no JSON ({error}); make {WHAT[kind]} with the stage"
+                " data.chat"
+            ) from None
         yield {**row, **turns, **loaded}
 
 
 def _read(dataset: Dataset, kind: str) -> list[Row]:
-    rows = [row for file in row_files(dataset, kind) for table in row_tables(file, kind) for row in table_rows(table, kind)]
+    rows = [
+        row for file in row_files(dataset, kind) for table in row_tables(file, kind) for row in table_rows(table, kind)
+    ]
     ids = [row["id"] for row in rows]
     if len(set(ids)) < len(ids):
         seen: set[str] = set()

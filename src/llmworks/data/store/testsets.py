@@ -52,14 +52,19 @@ def _raw(dataset: Dataset) -> Iterator[tuple[str, str]]:
     for file in find_files(dataset.path):
         for item in expand(source(dataset.path, file), 1 << 30):
             if isinstance(item, Unusable) or item.suffix not in RAW:
-                raise DataError(f"{file}: rows can be compared from documents, conversations or JSON; make documents with the stage data.read")
+                raise DataError(
+                    f"{file}: rows can be compared from documents, conversations or JSON; make documents with the stage"
+                    " data.read"
+                )
             with item.open() as stream:
                 try:
                     if item.suffix == ".json":
                         value = json.load(stream)
                         rows: list[Any] = value if isinstance(value, list) else [value]
                     else:
-                        rows = [json.loads(line) for _, line in lines(stream, LIMIT) if line is not None and line.strip()]
+                        rows = [
+                            json.loads(line) for _, line in lines(stream, LIMIT) if line is not None and line.strip()
+                        ]
                 except ValueError as error:
                     raise DataError(f"{file}: not JSON ({error})") from None
             for number, row in enumerate(rows, 1):

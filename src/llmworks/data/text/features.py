@@ -1,4 +1,6 @@
-"""Texts as sparse vectors of hashed words and word pairs, and a linear model over them. Fast, and the same on every machine.
+"""Texts as sparse vectors of hashed words and word pairs, and a linear model over them.
+
+Fast, and the same on every machine.
 
 Hashing trick: Weinberger et al. 2009. Values are square roots of counts, rows have unit length.
 """

@@ -1,7 +1,9 @@
 """Words as 64-bit numbers, for whole columns of text at once: what duplicates, overlaps and the classifier count with.
 
-A word is a run of ASCII letters, digits or characters beyond ASCII; case is folded. Its number is a polynomial of its bytes modulo 2**64,
-so that one running sum over a column gives every word's number as a difference (Karp and Rabin 1987), then mixed. The same everywhere.
+A word is a run of ASCII letters, digits or characters beyond ASCII; case is folded. Its number is a polynomial of its
+bytes modulo 2**64,
+so that one running sum over a column gives every word's number as a difference (Karp and Rabin 1987), then mixed. The
+same everywhere.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ class Hashed:
 
 @functools.cache
 def _tables() -> tuple[Array, Array]:
-    """(a number for each byte, 0 for what divides words; whether a byte is part of a word). Capital letters are as small ones."""
+    """(a number for each byte, 0 for what divides words; whether a byte is part of a word).
+
+    Capital letters are as small ones.
+    """
     random = np.random.Generator(np.random.PCG64(20240601))
     numbers = random.integers(1, 2**63, 256, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     inside = np.zeros(256, dtype=bool)

@@ -1,4 +1,7 @@
-"""What a set of conversations or preference pairs is like: turns, lengths, roles, languages, duplicates, other fields. Pure functions."""
+"""What a set of conversations or preference pairs is like: turns, lengths, roles, languages, duplicates, other fields.
+
+Pure functions.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def question_of(row: Row) -> str:
 
 
 def describe(rows: Sequence[Row], identify: Callable[[str], tuple[str, float]] | None = None) -> Json:
-    """Counts and quantiles. `identify` gives (code, score) of a text's language; of large sets every n-th row is asked about."""
+    """Counts and quantiles.
+
+    `identify` gives (code, score) of a text's language; of large sets every n-th row is asked about.
+    """
     lengths: dict[str, list[int]] = {}
     turns: Counter[int] = Counter()
     roles: Counter[str] = Counter()
@@ -48,11 +54,22 @@ def describe(rows: Sequence[Row], identify: Callable[[str], tuple[str, float]] |
     every = max(1, len(rows) // SAMPLED)
     languages = Counter(identify(_words(row))[0] or "none" for row in rows[::every]) if identify else Counter[str]()
     return {
-        "rows": len(rows), "turns": dict(sorted(turns.items())), "roles": dict(roles.most_common()), "lengths": {role: quantiles(sizes) for role, sizes in lengths.items()},
-        "with_tools": sum(bool(row.get("tools")) for row in rows), "with_calls": sum(any(m.get("tool_calls") for m in turns_of(row)) for row in rows),
-        "with_system": sum(turns_of(row)[:1] != [] and turns_of(row)[0]["role"] == "system" for row in rows), "same_rows": sum(n - 1 for n in whole.values()), "same_questions": sum(n - 1 for n in asked.values()),
-        "languages": dict(languages.most_common(20)), "fields": {name: dict(counts.most_common(VALUES)) for name, counts in fields.items() if 1 < len(counts) <= max(VALUES, len(rows) // 10)},
-    }  # fmt: skip
+        "rows": len(rows),
+        "turns": dict(sorted(turns.items())),
+        "roles": dict(roles.most_common()),
+        "lengths": {role: quantiles(sizes) for role, sizes in lengths.items()},
+        "with_tools": sum(bool(row.get("tools")) for row in rows),
+        "with_calls": sum(any(m.get("tool_calls") for m in turns_of(row)) for row in rows),
+        "with_system": sum(turns_of(row)[:1] != [] and turns_of(row)[0]["role"] == "system" for row in rows),
+        "same_rows": sum(n - 1 for n in whole.values()),
+        "same_questions": sum(n - 1 for n in asked.values()),
+        "languages": dict(languages.most_common(20)),
+        "fields": {
+            name: dict(counts.most_common(VALUES))
+            for name, counts in fields.items()
+            if 1 < len(counts) <= max(VALUES, len(rows) // 10)
+        },
+    }
 
 
 def tags(row: Row) -> dict[str, str]:

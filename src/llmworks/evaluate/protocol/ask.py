@@ -1,4 +1,8 @@
-"""Put a task's questions to an engine: prompts encoded, options scored, answers written, all kept in scratch as it comes. Knows no metric."""
+"""Put a task's questions to an engine: prompts encoded, options scored, answers written, all kept in scratch as it
+comes.
+
+Knows no metric.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,10 @@ NEEDS = {"choice": "score", "likelihood": "score", "perplexity": "score"}
 
 @dataclass(frozen=True)
 class Answered:
-    """What an engine did with one question: options found, or answers written. `cut`: tokens of the prompt that were left out; `refused`: why it was not
+    """What an engine did with one question: options found, or answers written.
+
+    `cut`: tokens of the prompt that were left out; `refused`: why it was not
+
     answered; `read`: what tells the tokens that were read from others, where the engine shows them.
     """
 
@@ -38,7 +45,10 @@ class Answered:
 
 @dataclass
 class Asker:
-    """One task on one engine. `protocol` is filled while asking: what decided the prompts, for who compares two runs."""
+    """One task on one engine.
+
+    `protocol` is filled while asking: what decided the prompts, for who compares two runs.
+    """
 
     task: Task
     engine: Engine
@@ -51,11 +61,29 @@ class Asker:
         """Whether this engine can be asked this task at all. UserError or ModelError in one line."""
         needed = NEEDS.get(self.task.kind, "ids" if self.task.prompt == "plain" else "")
         if needed and needed not in self.engine.can:
-            why = {"score": "needs log-probabilities of given text", "ids": "goes on with plain text, which needs an engine that takes token ids"}[needed]
-            how = "; ask it with prompt: chat" if needed == "ids" else "; take a task of kind generate, or an engine that can score"
-            raise UserError(f"the task {self.task.name!r} {why}, and {self.engine.name} offers {', '.join(sorted(self.engine.can)) or 'none'}{how}")
-        if self.task.prompt == "chat" and self.task.kind != "perplexity" and self._tokenizer is not None and not self._tokenizer.chat_template:
-            raise ModelError(f"{self.engine.name} has no chat template, and the task {self.task.name!r} asks in turns; use prompt: plain")
+            why = {
+                "score": "needs log-probabilities of given text",
+                "ids": "goes on with plain text, which needs an engine that takes token ids",
+            }[needed]
+            how = (
+                "; ask it with prompt: chat"
+                if needed == "ids"
+                else "; take a task of kind generate, or an engine that can score"
+            )
+            raise UserError(
+                f"the task {self.task.name!r} {why}, and {self.engine.name} offers"
+                f" {', '.join(sorted(self.engine.can)) or 'none'}{how}"
+            )
+        if (
+            self.task.prompt == "chat"
+            and self.task.kind != "perplexity"
+            and self._tokenizer is not None
+            and not self._tokenizer.chat_template
+        ):
+            raise ModelError(
+                f"{self.engine.name} has no chat template, and the task {self.task.name!r} asks in turns; use prompt:"
+                " plain"
+            )
 
     @property
     def _tokenizer(self) -> Any:
@@ -75,14 +103,20 @@ class Asker:
     def _describe(self) -> None:
         tokenizer = self._tokenizer
         self.protocol |= {
-            "engine": type(self.engine).__name__, "prompt": self.task.prompt, "shots": self.task.shots.model_dump(exclude={"rows"}), "context": None if self._longest == UNBOUNDED else self._longest,
-        }  # fmt: skip
+            "engine": type(self.engine).__name__,
+            "prompt": self.task.prompt,
+            "shots": self.task.shots.model_dump(exclude={"rows"}),
+            "context": None if self._longest == UNBOUNDED else self._longest,
+        }
         if tokenizer is not None:
             template = str(tokenizer.chat_template or "")
             self.protocol |= {
-                "bos": bool(tokenizer.bos_token_id is not None and texts_of(tokenizer)("a")[:1] == [tokenizer.bos_token_id]), "template": hashlib.sha256(template.encode()).hexdigest()[:12] if template else "",
+                "bos": bool(
+                    tokenizer.bos_token_id is not None and texts_of(tokenizer)("a")[:1] == [tokenizer.bos_token_id]
+                ),
+                "template": hashlib.sha256(template.encode()).hexdigest()[:12] if template else "",
                 "stops": sorted(getattr(self.engine, "stops", ())),
-            }  # fmt: skip
+            }
         dtype = getattr(getattr(self.engine, "model", None), "dtype", None)
         if dtype is not None:
             self.protocol["dtype"] = str(dtype).removeprefix("torch.")
@@ -101,9 +135,18 @@ class Asker:
                 encoder = lambda text: encode(tokenizer, text)  # noqa: E731 - the template wrote all special tokens
                 prompts = tuple(render_text(tokenizer, turns) + question.prefix for turns in question.turns)
                 options = [(self._before(question) if question.prefix else "") + option for option in question.options]
-            given.append([pair(encoder, prompt, option, self._longest, beginning_of(tokenizer)) for prompt in prompts for option in options])
+            given.append(
+                [
+                    pair(encoder, prompt, option, self._longest, beginning_of(tokenizer))
+                    for prompt in prompts
+                    for option in options
+                ]
+            )
         found = self._scored([g for row in given for g in row])
-        return [Answered(q, tuple(found[g.key] for g in row), cut=max(g.cut for g in row), read=_mark([g.key for g in row])) for q, row in zip(questions, given, strict=True)]
+        return [
+            Answered(q, tuple(found[g.key] for g in row), cut=max(g.cut for g in row), read=_mark([g.key for g in row]))
+            for q, row in zip(questions, given, strict=True)
+        ]
 
     def _before(self, question: Question) -> str:
         """What stands between prompt and option."""
@@ -113,15 +156,22 @@ class Asker:
         tokenizer = self._tokenizer
         beginning = beginning_of(tokenizer)
         if beginning is None:
-            raise ModelError(f"{self.engine.name} has no token that begins or ends a text, which a text has to begin with")
+            raise ModelError(
+                f"{self.engine.name} has no token that begins or ends a text, which a text has to begin with"
+            )
         window = min(self.task.window, self._longest)
         self.protocol |= {"window": window, "stride": min(self.task.stride or window, window), "beginning": beginning}
         given: list[list[Given]] = []
         for question in questions:
             ids = list(texts_of(tokenizer)(question.plain[0]))
-            given.append(windows(ids[1:] if ids[:1] == [beginning] else ids, beginning, window, self.protocol["stride"]))
+            given.append(
+                windows(ids[1:] if ids[:1] == [beginning] else ids, beginning, window, self.protocol["stride"])
+            )
         found = self._scored([g for row in given for g in row])
-        return [Answered(q, tuple(found[g.key] for g in row), read=_mark([g.key for g in row])) for q, row in zip(questions, given, strict=True)]
+        return [
+            Answered(q, tuple(found[g.key] for g in row), read=_mark([g.key for g in row]))
+            for q, row in zip(questions, given, strict=True)
+        ]
 
     def _scored(self, given: Sequence[Given]) -> Mapping[str, Found]:
         with self.progress.bar(f"score on {self.engine.name}", len(given), "texts") as bar:
@@ -137,22 +187,46 @@ class Asker:
             request, cuts[question.id] = self._request(question)
             reads[question.id] = self._read(request)
             for number in range(self.task.samples):
-                requests[self._place(question, number)] = Request(request.messages, request.ids, sampling=self._sampling(number))
-        self.protocol |= {"max_tokens": self.task.max_tokens, "stop": self.task.stop, "temperature": self.task.temperature, "top_p": self.task.top_p, "samples": self.task.samples}
-        with Journal(self.scratch / "answers.jsonl", lambda: self.engine) as journal, self.progress.bar(f"ask {self.engine.name}", len(requests), "answers") as bar:
+                requests[self._place(question, number)] = Request(
+                    request.messages, request.ids, sampling=self._sampling(number)
+                )
+        self.protocol |= {
+            "max_tokens": self.task.max_tokens,
+            "stop": self.task.stop,
+            "temperature": self.task.temperature,
+            "top_p": self.task.top_p,
+            "samples": self.task.samples,
+        }
+        with (
+            Journal(self.scratch / "answers.jsonl", lambda: self.engine) as journal,
+            self.progress.bar(f"ask {self.engine.name}", len(requests), "answers") as bar,
+        ):
             marks = {place: request_id(request) for place, request in requests.items()}
             remembered = self.memory.recall(marks.values()) if self.memory else {}
-            journal.known |= {place: Record(**{**remembered[mark], "id": place}) for place, mark in marks.items() if mark in remembered and place not in journal.known}
+            journal.known |= {
+                place: Record(**{**remembered[mark], "id": place})
+                for place, mark in marks.items()
+                if mark in remembered and place not in journal.known
+            }
             answers = journal.ask(requests, bar)
             if self.memory:
-                self.memory.add({marks[place]: asdict(answer) for place, answer in answers.items() if isinstance(answer, Record) and marks[place] not in remembered})
+                self.memory.add(
+                    {
+                        marks[place]: asdict(answer)
+                        for place, answer in answers.items()
+                        if isinstance(answer, Record) and marks[place] not in remembered
+                    }
+                )
         refused = [answer for answer in answers.values() if isinstance(answer, RequestError)]
         if len(refused) == len(answers):
             raise refused[0]  # it is not for the questions' sake
         out: list[Answered] = []
         for question in questions:
             found = [answers[self._place(question, number)] for number in range(self.task.samples)]
-            records = tuple(Record(question.id, "", "refused", 0, 0, 0.0) if isinstance(answer, RequestError) else answer for answer in found)
+            records = tuple(
+                Record(question.id, "", "refused", 0, 0, 0.0) if isinstance(answer, RequestError) else answer
+                for answer in found
+            )
             why = next((str(answer) for answer in found if isinstance(answer, RequestError)), "")
             out.append(Answered(question, records=records, cut=cuts[question.id], refused=why, read=reads[question.id]))
         return out
@@ -172,14 +246,23 @@ class Asker:
 
     def _sampling(self, number: int) -> Sampling:
         seed = number if self.task.temperature else None
-        return Sampling(max_tokens=self.task.max_tokens, temperature=self.task.temperature, top_p=self.task.top_p, seed=seed, stop=tuple(self.task.stop))
+        return Sampling(
+            max_tokens=self.task.max_tokens,
+            temperature=self.task.temperature,
+            top_p=self.task.top_p,
+            seed=seed,
+            stop=tuple(self.task.stop),
+        )
 
     def _request(self, question: Question) -> tuple[Request, int]:
         """(what is sent, how many tokens of a plain prompt were left out in front so that the answer has room)."""
         if self.task.prompt == "chat" and not question.prefix:
             return Request(question.turns[0]), 0
         if self._tokenizer is None or "ids" not in self.engine.can:
-            raise UserError(f"the task {self.task.name!r} begins the answer for the model, which needs an engine that takes token ids; {self.engine.name} does not")
+            raise UserError(
+                f"the task {self.task.name!r} begins the answer for the model, which needs an engine that takes token"
+                f" ids; {self.engine.name} does not"
+            )
         if self.task.prompt == "chat":
             ids = list(encode(self._tokenizer, render_text(self._tokenizer, question.turns[0]) + question.prefix))
         else:

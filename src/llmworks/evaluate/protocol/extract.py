@@ -41,7 +41,9 @@ def _apply(step: Step, said: str) -> str:
 
 
 def match(step: Step, said: str) -> str:
-    """The match of a pattern that is picked: its first group that matched, or all of it; white space around it removed."""
+    """The match of a pattern that is picked: its first group that matched, or all of it; white space around it
+    removed.
+    """
     try:
         found = expressions.findall(step.pattern, said, timeout=SECONDS)
     except TimeoutError:

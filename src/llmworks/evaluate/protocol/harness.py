@@ -1,4 +1,6 @@
-"""Tasks of the lm-evaluation-harness as tasks of this project, and back: the subset that is data. What is code in them is refused by name.
+"""Tasks of the lm-evaluation-harness as tasks of this project, and back: the subset that is data.
+
+What is code in them is refused by name.
 
 Reference: lm_eval 0.4.13, `config/task.py` and its documentation of task files.
 """
@@ -12,23 +14,71 @@ from typing import Any
 from llmworks.core.errors import UserError
 from llmworks.evaluate.protocol.task import Task
 
-KINDS = {"multiple_choice": "choice", "loglikelihood": "likelihood", "loglikelihood_rolling": "perplexity", "generate_until": "generate"}
+KINDS = {
+    "multiple_choice": "choice",
+    "loglikelihood": "likelihood",
+    "loglikelihood_rolling": "perplexity",
+    "generate_until": "generate",
+}
 LENGTH = 256  # tokens of an answer where the file says nothing
 PLAIN = {  # fields that change nothing that is asked here
-    "tag", "task_alias", "group", "metadata", "should_decontaminate", "doc_to_decontamination_query", "training_split", "validation_split", "unsafe_code", "dataset_path", "dataset_name", "dataset_kwargs",
-    "test_split", "fewshot_split", "repeats",
-}  # fmt: skip
+    "tag",
+    "task_alias",
+    "group",
+    "metadata",
+    "should_decontaminate",
+    "doc_to_decontamination_query",
+    "training_split",
+    "validation_split",
+    "unsafe_code",
+    "dataset_path",
+    "dataset_name",
+    "dataset_kwargs",
+    "test_split",
+    "fewshot_split",
+    "repeats",
+}
 READ = {
-    "task", "output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "description", "target_delimiter", "fewshot_delimiter", "fewshot_config", "num_fewshot", "metric_list", "generation_kwargs", "filter_list",
-    "gen_prefix", "include",
-}  # fmt: skip
+    "task",
+    "output_type",
+    "doc_to_text",
+    "doc_to_target",
+    "doc_to_choice",
+    "description",
+    "target_delimiter",
+    "fewshot_delimiter",
+    "fewshot_config",
+    "num_fewshot",
+    "metric_list",
+    "generation_kwargs",
+    "filter_list",
+    "gen_prefix",
+    "include",
+}
 FILTERS = {"lowercase": "lower", "uppercase": "upper", "remove_whitespace": "strip"}
 IGNORES = {"ignore_case": "ignore_case", "ignore_punctuation": "ignore_punctuation", "regexes_to_ignore": "ignore"}
-METRICS = {"acc", "acc_norm", "acc_bytes", "brier_score", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "exact_match", "bleu", "chrf", "chrf++", "ter"}
+METRICS = {
+    "acc",
+    "acc_norm",
+    "acc_bytes",
+    "brier_score",
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "exact_match",
+    "bleu",
+    "chrf",
+    "chrf++",
+    "ter",
+}
 
 
 def load_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A task file with what it includes. Functions that it names are kept as a mark, to be refused where they matter."""
+    """A task file with what it includes.
+
+    Functions that it names are kept as a mark, to be refused where they matter.
+    """
     import yaml
 
     if path.resolve() in within:
@@ -43,7 +93,9 @@ def load_yaml(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a task is a built-in name or a YAML file") from None
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{path}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}") from None
+        raise UserError(
+            f"{path}:{error.problem_mark.line + 1 if error.problem_mark else 1}: not YAML: {error.problem}"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
@@ -65,7 +117,9 @@ def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Our fields of a harness's task. UserError for what needs its code, or that is unknown here."""
     for field, given in values.items():
         if _has_function(given):
-            raise UserError(f"{path}: {field} is a function; only tasks that are data can be read here, write it as a template")
+            raise UserError(
+                f"{path}: {field} is a function; only tasks that are data can be read here, write it as a template"
+            )
         if field not in READ | PLAIN:
             raise UserError(f"{path}: the field {field!r} of the lm-evaluation-harness is not known here")
     kind = KINDS.get(str(values.get("output_type", "generate_until")))
@@ -74,21 +128,42 @@ def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     generation = dict(values.get("generation_kwargs") or {})
     between = values.get("fewshot_delimiter", "\n\n")
     out: dict[str, Any] = {
-        "name": str(values.get("task") or path.stem), "what": str(values.get("task_alias") or values.get("task") or path.stem), "kind": kind, "prompt": "plain", "description": values.get("description", ""),
-        "question": str(values.get("doc_to_text", "")), "answer": values.get("doc_to_target", ""), "before_answer": values.get("target_delimiter", " "), "between": between,
-        "prefix": values.get("gen_prefix") or "", "shots": _shots(values, path), "metrics": _metrics(values, kind, path), "extract": _extract(values, path), **_data(values, path),
-    }  # fmt: skip
+        "name": str(values.get("task") or path.stem),
+        "what": str(values.get("task_alias") or values.get("task") or path.stem),
+        "kind": kind,
+        "prompt": "plain",
+        "description": values.get("description", ""),
+        "question": str(values.get("doc_to_text", "")),
+        "answer": values.get("doc_to_target", ""),
+        "before_answer": values.get("target_delimiter", " "),
+        "between": between,
+        "prefix": values.get("gen_prefix") or "",
+        "shots": _shots(values, path),
+        "metrics": _metrics(values, kind, path),
+        "extract": _extract(values, path),
+        **_data(values, path),
+    }
     if kind == "perplexity":
         out |= {"question": str(values.get("doc_to_target", "")), "answer": ""}
     if values.get("doc_to_choice") is not None:
         choices = values["doc_to_choice"]
         out["choices"] = list(choices.values()) if isinstance(choices, dict) else choices
     if kind == "likelihood":  # the harness scores the target as it is, and divides only worked examples
-        out |= {"before_answer": "", "example_answer": f"{out['before_answer']}{out['answer']}" if str(out["answer"]).count("{{") else out["answer"]}
+        out |= {
+            "before_answer": "",
+            "example_answer": (
+                f"{out['before_answer']}{out['answer']}" if str(out["answer"]).count("{{") else out["answer"]
+            ),
+        }
     if kind == "generate":
         until = generation.get("until", between)
         sampled = bool(generation.get("do_sample", float(generation.get("temperature", 0) or 0) > 0))
-        out |= {"stop": [until] if isinstance(until, str) else list(until), "max_tokens": int(generation.get("max_gen_toks") or generation.get("max_new_tokens") or LENGTH), "top_p": float(generation.get("top_p", 1.0)) if sampled else 1.0, "samples": int(values.get("repeats") or 1)}
+        out |= {
+            "stop": [until] if isinstance(until, str) else list(until),
+            "max_tokens": int(generation.get("max_gen_toks") or generation.get("max_new_tokens") or LENGTH),
+            "top_p": float(generation.get("top_p", 1.0)) if sampled else 1.0,
+            "samples": int(values.get("repeats") or 1),
+        }
         out["temperature"] = float(generation.get("temperature", 1.0)) if sampled else 0.0
         unknown = set(generation) - {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p"}
         if unknown:
@@ -99,7 +174,11 @@ def from_harness(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _has_function(value: Any) -> bool:
     if isinstance(value, _Function):
         return True
-    return any(map(_has_function, value.values() if isinstance(value, dict) else value)) if isinstance(value, (dict, list)) else False
+    return (
+        any(map(_has_function, value.values() if isinstance(value, dict) else value))
+        if isinstance(value, (dict, list))
+        else False
+    )
 
 
 def _shots(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -114,7 +193,12 @@ def _shots(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _metrics(values: Mapping[str, Any], kind: str, path: Path) -> list[dict[str, Any]]:
-    default = {"choice": ["acc", "acc_norm"], "likelihood": ["perplexity", "acc"], "perplexity": ["word_perplexity", "byte_perplexity", "bits_per_byte"], "generate": ["exact_match"]}[kind]
+    default = {
+        "choice": ["acc", "acc_norm"],
+        "likelihood": ["perplexity", "acc"],
+        "perplexity": ["word_perplexity", "byte_perplexity", "bits_per_byte"],
+        "generate": ["exact_match"],
+    }[kind]
     out: list[dict[str, Any]] = []
     for item in values.get("metric_list") or [{"metric": name} for name in default]:
         name = str(item.get("metric"))
@@ -134,17 +218,29 @@ def _extract(values: Mapping[str, Any], path: Path) -> dict[str, list[dict[str, 
         for item in way.get("filter", []):
             function = item.get("function")
             if function == "regex":
-                steps.append({"how": "regex", "pattern": item.get("regex_pattern", r"#### (\-?[0-9\.\,]+)"), "pick": item.get("group_select", 0), "fallback": item.get("fallback", "[invalid]")})
+                steps.append(
+                    {
+                        "how": "regex",
+                        "pattern": item.get("regex_pattern", r"#### (\-?[0-9\.\,]+)"),
+                        "pick": item.get("group_select", 0),
+                        "fallback": item.get("fallback", "[invalid]"),
+                    }
+                )
             elif function in FILTERS:
                 steps.append({"how": FILTERS[function]})
             elif function != "take_first":
-                raise UserError(f"{path}: filter_list: the filter {function!r} is not known here; known: regex, take_first, {', '.join(FILTERS)}")
+                raise UserError(
+                    f"{path}: filter_list: the filter {function!r} is not known here; known: regex, take_first,"
+                    f" {', '.join(FILTERS)}"
+                )
         out["" if way.get("name") in (None, "none") else str(way["name"])] = steps
     return out or {"": []}
 
 
 def _data(values: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """References of the rows that are asked and of the examples: local files as the harness names them, or a set of the Hub with its splits."""
+    """References of the rows that are asked and of the examples: local files as the harness names them, or a set of the
+    Hub with its splits.
+    """
     source, options = str(values.get("dataset_path") or ""), dict(values.get("dataset_kwargs") or {})
     test = str(values.get("test_split") or values.get("validation_split") or "")
     shots = str(values.get("fewshot_split") or values.get("training_split") or values.get("validation_split") or "")
@@ -152,30 +248,62 @@ def _data(values: Mapping[str, Any], path: Path) -> dict[str, str]:
     if source in ("json", "csv", "parquet"):
         named = files if isinstance(files, dict) else {test or "train": files}
         base = Path(str(options.get("data_dir") or ""))
-        found = {split: str(base / (file[0] if isinstance(file, list) else str(file))) for split, file in named.items() if file}
+        found = {
+            split: str(base / (file[0] if isinstance(file, list) else str(file)))
+            for split, file in named.items()
+            if file
+        }
         return {"data": found.get(test, ""), "examples": found.get(shots, "") if shots != test else ""}
     if not source:
         return {}
     name = str(values.get("dataset_name") or "")
     ref = f"hf:datasets/{source}" + (f"/{name}" if name and name != "default" else "")
-    return {"data": ref, "split": test, "examples": ref if shots and shots != test else "", "examples_split": shots if shots != test else ""}
+    return {
+        "data": ref,
+        "split": test,
+        "examples": ref if shots and shots != test else "",
+        "examples_split": shots if shots != test else "",
+    }
 
 
 def to_harness(task: Task) -> dict[str, Any]:
     """A task as the harness's YAML has it. UserError for what it cannot say."""
     if task.rows == "chat" or task.contexts or isinstance(task.answer, dict) or task.group:
-        what = "conversations" if task.rows == "chat" else "`contexts`" if task.contexts else "an `answer` of fields" if isinstance(task.answer, dict) else "`group`"
+        what = (
+            "conversations"
+            if task.rows == "chat"
+            else (
+                "`contexts`"
+                if task.contexts
+                else "an `answer` of fields"
+                if isinstance(task.answer, dict)
+                else "`group`"
+            )
+        )
         raise UserError(f"{task.name}: {what} cannot be written for the lm-evaluation-harness without code")
     unknown = [m.name for m in task.metrics if m.name not in METRICS]
     if unknown:
-        raise UserError(f"{task.name}: the metric {unknown[0]!r} cannot be written for the lm-evaluation-harness without code")
+        raise UserError(
+            f"{task.name}: the metric {unknown[0]!r} cannot be written for the lm-evaluation-harness without code"
+        )
     choose = {"each": "default", "first": "first_n"}.get(task.shots.choose)
     if task.shots.count and choose is None:
-        raise UserError(f"{task.name}: the lm-evaluation-harness draws other examples for every question; set shots.choose to each, or first")
+        raise UserError(
+            f"{task.name}: the lm-evaluation-harness draws other examples for every question; set shots.choose to each,"
+            " or first"
+        )
     out: dict[str, Any] = {
-        "task": task.name, "output_type": {ours: theirs for theirs, ours in KINDS.items()}[task.kind], "doc_to_text": task.question, "doc_to_target": task.answer, "target_delimiter": task.before_answer,
-        "fewshot_delimiter": task.between, "num_fewshot": task.shots.count, "metric_list": [_metric(m.model_dump()) for m in task.metrics], "metadata": {"version": 1.0}, **_source(task),
-    }  # fmt: skip
+        "task": task.name,
+        "output_type": {ours: theirs for theirs, ours in KINDS.items()}[task.kind],
+        "doc_to_text": task.question,
+        "doc_to_target": task.answer,
+        "target_delimiter": task.before_answer,
+        "fewshot_delimiter": task.between,
+        "num_fewshot": task.shots.count,
+        "metric_list": [_metric(m.model_dump()) for m in task.metrics],
+        "metadata": {"version": 1.0},
+        **_source(task),
+    }
     if task.kind == "perplexity":
         out |= {"doc_to_text": "", "doc_to_target": task.question}
     if task.choices:
@@ -189,23 +317,61 @@ def to_harness(task: Task) -> dict[str, Any]:
     if task.kind == "likelihood":
         out["doc_to_target"] = f"{task.before_answer}{task.answer}"
     if task.kind == "generate":
-        sampling: dict[str, Any] = {"do_sample": True, "temperature": task.temperature, "top_p": task.top_p} if task.temperature else {"do_sample": False}
-        out |= {"generation_kwargs": {"until": task.stop, "max_gen_toks": task.max_tokens, **sampling}, "repeats": task.samples}
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": task.temperature, "top_p": task.top_p}
+            if task.temperature
+            else {"do_sample": False}
+        )
+        out |= {
+            "generation_kwargs": {"until": task.stop, "max_gen_toks": task.max_tokens, **sampling},
+            "repeats": task.samples,
+        }
         if task.extract != {"": []}:
-            out["filter_list"] = [{"name": name or "none", "filter": [*map(_filter, (s.model_dump() for s in steps)), {"function": "take_first"}]} for name, steps in task.extract.items()]
+            out["filter_list"] = [
+                {
+                    "name": name or "none",
+                    "filter": [*map(_filter, (s.model_dump() for s in steps)), {"function": "take_first"}],
+                }
+                for name, steps in task.extract.items()
+            ]
     return out
 
 
 def _metric(measure: Mapping[str, Any]) -> dict[str, Any]:
-    lower = measure["name"] in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
-    plain = {"perplexity": "perplexity", "word_perplexity": "weighted_perplexity", "byte_perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte", "brier_score": "brier_score"}
-    aggregation = plain.get(measure["name"], measure["name"] if measure["name"] in ("bleu", "chrf", "chrf++", "ter") else "mean")
-    return {"metric": measure["name"], "aggregation": aggregation, "higher_is_better": not lower, **{theirs: measure[ours] for theirs, ours in IGNORES.items() if measure[ours]}}
+    lower = measure["name"] in (
+        "perplexity",
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+        "brier_score",
+        "ter",
+    )
+    plain = {
+        "perplexity": "perplexity",
+        "word_perplexity": "weighted_perplexity",
+        "byte_perplexity": "weighted_perplexity",
+        "bits_per_byte": "bits_per_byte",
+        "brier_score": "brier_score",
+    }
+    aggregation = plain.get(
+        measure["name"], measure["name"] if measure["name"] in ("bleu", "chrf", "chrf++", "ter") else "mean"
+    )
+    return {
+        "metric": measure["name"],
+        "aggregation": aggregation,
+        "higher_is_better": not lower,
+        **{theirs: measure[ours] for theirs, ours in IGNORES.items() if measure[ours]},
+    }
 
 
 def _filter(step: Mapping[str, Any]) -> dict[str, Any]:
     if step["how"] == "regex":
-        return {"function": "regex", "regex_pattern": step["pattern"], "group_select": step["pick"], "fallback": step["fallback"]}
+        return {
+            "function": "regex",
+            "regex_pattern": step["pattern"],
+            "group_select": step["pick"],
+            "fallback": step["fallback"],
+        }
     names = {ours: theirs for theirs, ours in FILTERS.items()}
     if step["how"] not in names:
         raise UserError(f"extract: {step['how']!r} cannot be written for the lm-evaluation-harness without code")
@@ -216,6 +382,16 @@ def _source(task: Task) -> dict[str, Any]:
     if task.data.startswith("hf:datasets/"):
         owner, _, rest = task.data.removeprefix("hf:datasets/").partition("/")
         name, _, config = rest.partition("/")
-        return {"dataset_path": f"{owner}/{name}", **({"dataset_name": config} if config else {}), "test_split": task.split or "test", **({"fewshot_split": task.examples_split} if task.examples_split else {})}
+        return {
+            "dataset_path": f"{owner}/{name}",
+            **({"dataset_name": config} if config else {}),
+            "test_split": task.split or "test",
+            **({"fewshot_split": task.examples_split} if task.examples_split else {}),
+        }
     files = {"test": task.data or f"{task.name}.jsonl", **({"fewshot": task.examples} if task.examples else {})}
-    return {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test", **({"fewshot_split": "fewshot" if task.examples else "test"} if task.shots.count else {})}
+    return {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "test_split": "test",
+        **({"fewshot_split": "fewshot" if task.examples else "test"} if task.shots.count else {}),
+    }

@@ -1,6 +1,7 @@
 """How probable an engine finds given texts: encoding, windows, and asking with everything written down as it comes.
 
-Context and continuation are encoded together and then divided, white space at the end of the context moved over, as the lm-evaluation-harness does:
+Context and continuation are encoded together and then divided, white space at the end of the context moved over, as the
+lm-evaluation-harness does:
 so that a word is the tokens that it is in running text. Knows no task.
 """
 
@@ -26,7 +27,9 @@ Encode = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class Given:
-    """Token ids, of which those from `begin` on are scored; `cut`: tokens that were left out in front, because the engine reads no more."""
+    """Token ids, of which those from `begin` on are scored; `cut`: tokens that were left out in front, because the
+    engine reads no more.
+    """
 
     ids: tuple[int, ...]
     begin: int
@@ -40,7 +43,9 @@ class Given:
 
 @dataclass(frozen=True)
 class Found:
-    """Summed log-probability in nats of the scored tokens, how many they are, whether greedy decoding writes them, and the seconds it took."""
+    """Summed log-probability in nats of the scored tokens, how many they are, whether greedy decoding writes them, and
+    the seconds it took.
+    """
 
     key: str
     logprob: float
@@ -50,7 +55,9 @@ class Found:
 
 
 def pair(encode: Encode, context: str, continuation: str, longest: int, beginning: int | None) -> Given:
-    """A continuation after its context; after the beginning-of-text token where the context is empty. Too long ones lose their beginning.
+    """A continuation after its context; after the beginning-of-text token where the context is empty.
+
+    Too long ones lose their beginning.
 
     `longest`: tokens that the engine reads. Errors: DataError for a continuation of no tokens, or of more than that.
     """
@@ -69,17 +76,23 @@ def pair(encode: Encode, context: str, continuation: str, longest: int, beginnin
 
 def _cut(ids: list[int], begin: int, longest: int, continuation: str) -> Given:
     if not 0 < begin < len(ids):
-        raise DataError(f"the text {continuation[:60]!r} adds no token to what stands before it, so it cannot be scored")
+        raise DataError(
+            f"the text {continuation[:60]!r} adds no token to what stands before it, so it cannot be scored"
+        )
     cut = max(0, len(ids) - longest - 1)
     if begin <= cut:
-        raise DataError(f"the text {continuation[:60]!r} has {len(ids) - begin} tokens, more than the {longest} that the engine reads")
+        raise DataError(
+            f"the text {continuation[:60]!r} has {len(ids) - begin} tokens, more than the {longest} that the engine"
+            " reads"
+        )
     return Given(tuple(ids[cut:]), begin - cut, cut)
 
 
 def windows(ids: Sequence[int], beginning: int, window: int, stride: int = 0) -> list[Given]:
     """A whole text in windows of at most `window` tokens of context, every token scored once.
 
-    The first window begins with the beginning-of-text token. Each later one scores `stride` tokens (0: `window`), the last one what is left, with as
+    The first window begins with the beginning-of-text token. Each later one scores `stride` tokens (0: `window`), the
+    last one what is left, with as
     many before them as fit: the lm-evaluation-harness's rolling windows.
     """
     out = [Given((beginning, *ids[:window]), 1)] if ids else []
@@ -92,8 +105,13 @@ def windows(ids: Sequence[int], beginning: int, window: int, stride: int = 0) ->
     return out
 
 
-def ask(wanted: Sequence[Given], engine: Engine, file: Path, bar: Bar, memory: Memory | None = None) -> dict[str, Found]:
-    """How probable all are, by key. What the file or the memory holds is not asked again; new findings are added to the file, chunk by chunk."""
+def ask(
+    wanted: Sequence[Given], engine: Engine, file: Path, bar: Bar, memory: Memory | None = None
+) -> dict[str, Found]:
+    """How probable all are, by key.
+
+    What the file or the memory holds is not asked again; new findings are added to the file, chunk by chunk.
+    """
     known = read_found(file)
     remembered = memory.recall(given.key for given in wanted) if memory else {}
     known = {**{key: Found(**value) for key, value in remembered.items()}, **known}
@@ -106,7 +124,9 @@ def ask(wanted: Sequence[Given], engine: Engine, file: Path, bar: Bar, memory: M
             scores = engine.score([given.ids for given in chunk], [given.begin for given in chunk])
             seconds = (time.monotonic() - began) / len(chunk)
             if any(math.isnan(chance) for scored in scores for chance in scored.logprobs):
-                raise ModelError(f"{engine.name} gives no number (NaN) as the probability of a token; its weights are broken")
+                raise ModelError(
+                    f"{engine.name} gives no number (NaN) as the probability of a token; its weights are broken"
+                )
             for given, scored in zip(chunk, scores, strict=True):
                 found = Found(given.key, sum(scored.logprobs), len(scored.logprobs), scored.greedy, seconds)
                 known[given.key] = found
@@ -151,13 +171,17 @@ def read_found(file: Path) -> dict[str, Found]:
 
 
 def texts_of(tokenizer: Any) -> Encode:
-    """Encode running text as the model wants it: with the beginning-of-text token where its tokenizer adds one, never a second."""
+    """Encode running text as the model wants it: with the beginning-of-text token where its tokenizer adds one, never a
+    second.
+    """
     bos = tokenizer.bos_token
 
     def encode(text: str) -> Sequence[int]:
         ids: Sequence[int] = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
         eos = tokenizer.eos_token_id
-        return ids[:-1] if ids and ids[-1] == eos and eos is not None and not text.endswith(tokenizer.eos_token) else ids
+        return (
+            ids[:-1] if ids and ids[-1] == eos and eos is not None and not text.endswith(tokenizer.eos_token) else ids
+        )
 
     return encode
 
@@ -166,5 +190,3 @@ def beginning_of(tokenizer: Any) -> int | None:
     """The token that stands before a text of its own: that of the beginning, else that of the end."""
     token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return token
-
-

@@ -15,17 +15,27 @@ from llmworks.evaluate.protocol.task import Task
 
 def task_names() -> list[str]:
     """Names of the built-in tasks."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("llmworks.evaluate").joinpath("tasks").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in resources.files("llmworks.evaluate").joinpath("tasks").iterdir()
+        if p.name.endswith(".yaml")
+    )
 
 
 def load_task(name: str) -> Task:
-    """A built-in task by its name, or a YAML file of ours or of the lm-evaluation-harness. UserError for one that is neither, or broken."""
+    """A built-in task by its name, or a YAML file of ours or of the lm-evaluation-harness.
+
+    UserError for one that is neither, or broken.
+    """
     import yaml
 
     if not name.endswith((".yaml", ".yml")):
         if name not in task_names():
             near = difflib.get_close_matches(name, task_names(), n=1)
-            raise UserError(f"unknown task {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(task_names())}, or a YAML file"))
+            raise UserError(
+                f"unknown task {name!r}"
+                + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(task_names())}, or a YAML file")
+            )
         text = resources.files("llmworks.evaluate").joinpath("tasks", f"{name}.yaml").read_text(encoding="utf-8")
         return checked(name, yaml.safe_load(text))
     from llmworks.evaluate.protocol.harness import from_harness, load_yaml
@@ -36,13 +46,26 @@ def load_task(name: str) -> Task:
         return beside(checked(name, values), path)
     try:
         return beside(checked(name, from_harness(values, path)), path)
-    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:  # foreign files have anything anywhere
-        raise UserError(f"{name}: is no task of the lm-evaluation-harness that can be read ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        RecursionError,
+    ) as error:  # foreign files have anything anywhere
+        raise UserError(
+            f"{name}: is no task of the lm-evaluation-harness that can be read ({type(error).__name__}:"
+            f" {' '.join(str(error).split())[:120]})"
+        ) from None
 
 
 def beside(task: Task, path: Path) -> Task:
     """The task with files of data that lie beside its own file found there, whatever the current directory is."""
-    found = {field: str(path.parent / ref) for field in ("data", "examples") if (ref := getattr(task, field)) and ":" not in ref and (path.parent / ref).exists()}
+    found = {
+        field: str(path.parent / ref)
+        for field in ("data", "examples")
+        if (ref := getattr(task, field)) and ":" not in ref and (path.parent / ref).exists()
+    }
     return task.model_copy(update=found) if found else task
 
 
@@ -60,7 +83,9 @@ def checked(name: str, values: Any) -> Task:
         said = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(where, Task.model_fields, n=1)
-            said = f"unknown field {where!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(Task.model_fields)}")
+            said = f"unknown field {where!r}" + (
+                f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(Task.model_fields)}"
+            )
             where = ""
         raise UserError(f"{name}: {f'{where}: ' if where else ''}{said}") from None
     for measure in task.metrics:

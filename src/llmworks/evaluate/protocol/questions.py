@@ -1,4 +1,7 @@
-"""Rows as questions: templates filled, worked examples in front, options and right answers known. Plain text or turns; knows no tokenizer."""
+"""Rows as questions: templates filled, worked examples in front, options and right answers known.
+
+Plain text or turns; knows no tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,11 @@ NAMES = ("id", "task_id", "question_id", "key")  # fields that name a row
 
 @dataclass(frozen=True)
 class Question:
-    """One row, ready to be asked: as plain texts or as turns (several where the options differ before the answer), and what is right.
+    """One row, ready to be asked: as plain texts or as turns (several where the options differ before the answer), and
+    what is right.
 
-    `options`: what is scored after the prompt, `choices`: the same as the task names them; `gold`: places of the right choices; `references`: right
+    `options`: what is scored after the prompt, `choices`: the same as the task names them; `gold`: places of the right
+    choices; `references`: right
     answers as text; `row`: what score functions read.
     """
 
@@ -46,7 +51,10 @@ class Question:
 
 
 def read_rows(task: Task, data: Dataset, split: str) -> list[Row]:
-    """All rows, each with an `id` of its own. DataError when there are none, or one cannot be read: scores of a part would not be comparable."""
+    """All rows, each with an `id` of its own.
+
+    DataError when there are none, or one cannot be read: scores of a part would not be comparable.
+    """
     if task.rows == "chat":
         rows = read_chat(data)
     else:
@@ -54,7 +62,10 @@ def read_rows(task: Task, data: Dataset, split: str) -> list[Row]:
         rows = [row for file in _files(data.path, split) for _, _, row in raw_rows(file, rejected)]
         if rejected.rows:
             first = rejected.rows[0]
-            raise DataError(f"{data.name}: {len(rejected.rows)} rows cannot be read, the first in {first['file']}:{first['line']}: {first['reason']}")
+            raise DataError(
+                f"{data.name}: {len(rejected.rows)} rows cannot be read, the first in {first['file']}:{first['line']}:"
+                f" {first['reason']}"
+            )
         rows = _with_ids(rows)
     if not rows:
         raise DataError(f"{data.name}: has no rows")
@@ -63,7 +74,11 @@ def read_rows(task: Task, data: Dataset, split: str) -> list[Row]:
 
 def kept(task: Task, rows: Sequence[Row], name: str) -> list[Row]:
     """The rows that the task is for. DataError when there are none."""
-    found = [row for row in rows if text(task.only, row).strip() not in ("", "False", "0", "None")] if task.only else list(rows)
+    found = (
+        [row for row in rows if text(task.only, row).strip() not in ("", "False", "0", "None")]
+        if task.only
+        else list(rows)
+    )
     if not found:
         raise DataError(f"{name}: none of the {len(rows)} rows is for the task {task.name!r} (`only`: {task.only})")
     return found
@@ -88,7 +103,9 @@ def _with_ids(rows: list[Row]) -> list[Row]:
 
 
 def one_side(rows: Sequence[Row], side: str, task: Task) -> list[Row]:
-    """One half of the rows, by what they say and not by their ids or order; rows of one group, and rows that say the same, are on one side."""
+    """One half of the rows, by what they say and not by their ids or order; rows of one group, and rows that say the
+    same, are on one side.
+    """
     if side == "all":
         return list(rows)
     found = [row for row in rows if side_of(row, text(task.group, row)) == side]
@@ -104,7 +121,9 @@ def side_of(row: Row, group: str) -> str:
 
 
 def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool: bool) -> list[Question]:
-    """All rows as questions. `pool`: where worked examples come from; `same_pool`: it is the rows themselves, so that none is its own example.
+    """All rows as questions.
+
+    `pool`: where worked examples come from; `same_pool`: it is the rows themselves, so that none is its own example.
 
     Errors: UserError for too few examples; DataError for a row without a right answer, or that does not fit a template.
     """
@@ -115,11 +134,17 @@ def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool
 
 def says_the_same(one: Row, other: Row) -> bool:
     """Whether two rows are the same but for their names: neither may be the other's example."""
-    return one is other or {k: v for k, v in one.items() if k not in NAMES} == {k: v for k, v in other.items() if k not in NAMES}
+    return one is other or {k: v for k, v in one.items() if k not in NAMES} == {
+        k: v for k, v in other.items() if k not in NAMES
+    }
 
 
 class _Draw:
-    """Draws worked examples. `each` draws as the lm-evaluation-harness does: one generator over all questions, one more row where its own may be among them."""
+    """Draws worked examples.
+
+    `each` draws as the lm-evaluation-harness does: one generator over all questions, one more row where its own may be
+    among them.
+    """
 
     def __init__(self, task: Task, pool: Sequence[Row], same_pool: bool) -> None:
         self.task, self.shots = task, task.shots
@@ -141,23 +166,35 @@ class _Draw:
         pool = self.pools.get(group, [])
         if len(pool) < count:
             where = f" of the group {group!r}" if self.shots.same_group else ""
-            raise UserError(f"shots is {self.shots.count}, but there are {len(pool)} rows{where} to take examples from" + (", the one that is asked among them" if self.extra else ""))
+            raise UserError(
+                f"shots is {self.shots.count}, but there are {len(pool)} rows{where} to take examples from"
+                + (", the one that is asked among them" if self.extra else "")
+            )
         if self.shots.choose == "each":
             found, more = self.random.sample(pool, count), self.random
         else:
             if group not in self.drawn:
-                self.drawn[group] = pool[:count] if self.shots.choose == "first" else random.Random(self.shots.seed).sample(pool, count)
+                self.drawn[group] = (
+                    pool[:count] if self.shots.choose == "first" else random.Random(self.shots.seed).sample(pool, count)
+                )
             found, more = self.drawn[group], random.Random(self.shots.seed)
         kept = [other for other in found if not says_the_same(other, row)][: self.shots.count]
         if len(kept) == self.shots.count:
             return kept
         rest = [other for other in pool if not says_the_same(other, row)]
         if len(rest) < self.shots.count:
-            raise UserError(f"shots is {self.shots.count}, but only {len(rest)} rows to take examples from say something else than row {row['id']!r}")
+            raise UserError(
+                f"shots is {self.shots.count}, but only {len(rest)} rows to take examples from say something else than"
+                f" row {row['id']!r}"
+            )
         if self.shots.choose == "each":
             return more.sample(rest, self.shots.count)
         unused = [other for other in rest if other not in kept]
-        return kept + (unused[: self.shots.count - len(kept)] if self.shots.choose == "first" else more.sample(unused, self.shots.count - len(kept)))
+        return kept + (
+            unused[: self.shots.count - len(kept)]
+            if self.shots.choose == "first"
+            else more.sample(unused, self.shots.count - len(kept))
+        )
 
 
 def _question(task: Task, row: Row, draw: _Draw) -> Question:
@@ -177,7 +214,9 @@ def _question(task: Task, row: Row, draw: _Draw) -> Question:
         ending = text(task.question, row)
         options: tuple[str, ...] = (ending,)
         if not ending:
-            raise DataError(f"row {row['id']!r}: `question` is empty; with `contexts` it is what is scored after each of them")
+            raise DataError(
+                f"row {row['id']!r}: `question` is empty; with `contexts` it is what is scored after each of them"
+            )
     else:
         options = tuple(choices) if task.kind == "choice" else references if task.kind == "likelihood" else ()
     shown = contexts[0] if not task.contexts else " | ".join(contexts)
@@ -186,11 +225,25 @@ def _question(task: Task, row: Row, draw: _Draw) -> Question:
     turns: tuple[tuple[Message, ...], ...] = ()
     if task.prompt == "plain":
         front = _front(task, row, examples)
-        plain = tuple(front + context + (_space(task, context, prefix) if prefix else "") + prefix for context in contexts)
+        plain = tuple(
+            front + context + (_space(task, context, prefix) if prefix else "") + prefix for context in contexts
+        )
     else:
         before = _turns(task, row, examples)
         turns = tuple((*before, Message("user", context)) for context in contexts)
-    return Question(row["id"], scored, text(task.group, row), shown, plain, turns, prefix, options, tuple(choices) if task.kind == "choice" else (), gold, references)
+    return Question(
+        row["id"],
+        scored,
+        text(task.group, row),
+        shown,
+        plain,
+        turns,
+        prefix,
+        options,
+        tuple(choices) if task.kind == "choice" else (),
+        gold,
+        references,
+    )
 
 
 def _chat_question(task: Task, row: Row, draw: _Draw) -> Question:
@@ -199,7 +252,14 @@ def _chat_question(task: Task, row: Row, draw: _Draw) -> Question:
     reference = messages[-1].content
     description = text(task.description, row)
     system = (Message("system", description),) if description else ()
-    return Question(row["id"], row, row.get("group") or "", messages[-2].content, turns=((*system, *before, *messages[:-1]),), references=(reference,))
+    return Question(
+        row["id"],
+        row,
+        row.get("group") or "",
+        messages[-2].content,
+        turns=((*system, *before, *messages[:-1]),),
+        references=(reference,),
+    )
 
 
 def _conversation(row: Row) -> tuple[Message, ...]:
@@ -213,13 +273,18 @@ def _conversation(row: Row) -> tuple[Message, ...]:
 
 
 def placed(task: Task, row: Row, right: Any) -> Any:
-    """A right answer; digits that a template writes are a place, whatever the choices are called, as in the lm-evaluation-harness."""
+    """A right answer; digits that a template writes are a place, whatever the choices are called, as in the
+    lm-evaluation-harness.
+    """
     written = isinstance(right, str) and isinstance(task.answer, str) and task.answer not in row
     return int(right) if written and right.isdecimal() and len(right) < 10 else right
 
 
 def gold_places(row: Row, right: Any, choices: Sequence[str]) -> tuple[int, ...]:
-    """Places of the right choices, given as numbers, texts, or a list of either. DataError when one is not among the choices."""
+    """Places of the right choices, given as numbers, texts, or a list of either.
+
+    DataError when one is not among the choices.
+    """
     out: list[int] = []
     for item in right if isinstance(right, list) else [right]:
         number = isinstance(item, int) or (isinstance(item, str) and item.strip().isdecimal() and len(item) < 10)
@@ -230,7 +295,9 @@ def gold_places(row: Row, right: Any, choices: Sequence[str]) -> tuple[int, ...]
         else:
             place = -1
         if not 0 <= place < len(choices):
-            raise DataError(f"row {row['id']!r}: the right answer {str(item)[:60]!r} is not among its {len(choices)} choices")
+            raise DataError(
+                f"row {row['id']!r}: the right answer {str(item)[:60]!r} is not among its {len(choices)} choices"
+            )
         out.append(place)
     if not out:
         raise DataError(f"row {row['id']!r}: has no right answer")
@@ -247,7 +314,10 @@ def _example(task: Task, row: Row) -> tuple[str, str]:
     """(what is asked, what is answered) of a worked example."""
     prefix = text(task.prefix, row)
     if task.contexts:
-        contexts, place = listed(task.contexts, row), gold_places(row, placed(task, row, value(task.answer, row)), listed(task.contexts, row))[0]
+        contexts, place = (
+            listed(task.contexts, row),
+            gold_places(row, placed(task, row, value(task.answer, row)), listed(task.contexts, row))[0],
+        )
         return contexts[place], _joined(prefix, text(task.question, row), " ")
     if task.example_answer:
         answer = text(task.example_answer, row)
@@ -289,5 +359,3 @@ def _joined(first: str, second: str, between: str) -> str:
     if not first or not second:
         return first or second
     return first + second if first[-1].isspace() or second[0].isspace() else first + between + second
-
-

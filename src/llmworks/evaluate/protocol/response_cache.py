@@ -1,6 +1,8 @@
-"""What a model was asked before in this workspace, by digest: other metrics, more rows or a changed task ask only what is new.
+"""What a model was asked before in this workspace, by digest: other metrics, more rows or a changed task ask only what
+is new.
 
-One file of a model on an engine, beside the scratch directories, added to under a lock; `llmworks gc --scratch` forgets it. Knows no task.
+One file of a model on an engine, beside the scratch directories, added to under a lock; `llmworks gc --scratch` forgets
+it. Knows no task.
 """
 
 from __future__ import annotations
@@ -41,4 +43,6 @@ class Memory:
         with self.file.open("ab") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             text = "".join(json.dumps([key, dict(value)], ensure_ascii=False) + "\n" for key, value in findings.items())
-            stream.write(b"\n" + text.encode("utf-8", "replace"))  # a new line first: the last one may have been cut short
+            stream.write(
+                b"\n" + text.encode("utf-8", "replace")
+            )  # a new line first: the last one may have been cut short

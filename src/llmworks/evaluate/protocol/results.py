@@ -34,7 +34,10 @@ class Measured:
 
 
 def measure(task: Task, answered: Sequence[Answered], asked: Sequence[Question]) -> Measured:
-    """Score what was answered. Without answers only the rows are checked: DataError for one whose own reference cannot be scored."""
+    """Score what was answered.
+
+    Without answers only the rows are checked: DataError for one whose own reference cannot be scored.
+    """
     names = score_functions(task.metrics) if task.kind == "generate" else []
     if not answered:
         for question in asked:
@@ -51,7 +54,10 @@ def measure(task: Task, answered: Sequence[Answered], asked: Sequence[Question])
         for spec in task.metrics:
             metric = metric_of(task.kind, spec)
             name = metric.name + (f"/{way}" if way else "")
-            numbers = [(0.0, 1.0) if one.refused and not metric.corpus else metric.numbers(sample) for one, (sample, _) in zip(answered, judged, strict=True)]
+            numbers = [
+                (0.0, 1.0) if one.refused and not metric.corpus else metric.numbers(sample)
+                for one, (sample, _) in zip(answered, judged, strict=True)
+            ]
             metrics[name] = metric
             found = interval(numbers, metric.value, groups=groups)
             values[name] = certain(found, len(grouped(numbers, groups))) if metric.percent else found
@@ -88,7 +94,12 @@ def _judged(task: Task, one: Answered, steps: Sequence[Any], names: Sequence[str
     if task.kind != "generate":
         if task.kind == "likelihood":  # of several right answers the most probable
             best = max(one.found, key=lambda f: f.logprob)
-            return Text(best.logprob, best.tokens, any(f.greedy for f in one.found), question.options[one.found.index(best)]), ""
+            return (
+                Text(
+                    best.logprob, best.tokens, any(f.greedy for f in one.found), question.options[one.found.index(best)]
+                ),
+                "",
+            )
         return Text(sum(f.logprob for f in one.found), sum(f.tokens for f in one.found), False, question.plain[0]), ""
     answers: list[str] = []
     scores: dict[str, list[float]] = {}
@@ -109,47 +120,112 @@ def _judged(task: Task, one: Answered, steps: Sequence[Any], names: Sequence[str
 def _sample(task: Task, one: Answered) -> dict[str, Any]:
     """One sample as it is stored: what was asked, what came back, and what it cost."""
     question = one.question
-    sample: dict[str, Any] = {"id": question.id, "group": question.group, "question": question.shown, "reference": " | ".join(question.references), "reason": f"refused: {one.refused}" if one.refused else "", "scores": {}, "cut": one.cut, "read": one.read}
-    sample["row"] = hashlib.sha256(json.dumps({k: v for k, v in question.row.items() if k != "answer"}, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    sample["asked"] = hashlib.sha256(repr((question.plain, [[(m.role, m.content) for m in turns] for turns in question.turns], question.prefix, question.options)).encode()).hexdigest()[:12]
+    sample: dict[str, Any] = {
+        "id": question.id,
+        "group": question.group,
+        "question": question.shown,
+        "reference": " | ".join(question.references),
+        "reason": f"refused: {one.refused}" if one.refused else "",
+        "scores": {},
+        "cut": one.cut,
+        "read": one.read,
+    }
+    sample["row"] = hashlib.sha256(
+        json.dumps({k: v for k, v in question.row.items() if k != "answer"}, sort_keys=True, default=str).encode()
+    ).hexdigest()[:12]
+    sample["asked"] = hashlib.sha256(
+        repr(
+            (
+                question.plain,
+                [[(m.role, m.content) for m in turns] for turns in question.turns],
+                question.prefix,
+                question.options,
+            )
+        ).encode()
+    ).hexdigest()[:12]
     if one.records:
         first = one.records[0]
-        sample |= {"text": first.text, "finish": first.finish, "prompt_tokens": sum(r.prompt_tokens for r in one.records), "completion_tokens": sum(r.completion_tokens for r in one.records)}
+        sample |= {
+            "text": first.text,
+            "finish": first.finish,
+            "prompt_tokens": sum(r.prompt_tokens for r in one.records),
+            "completion_tokens": sum(r.completion_tokens for r in one.records),
+        }
         sample["seconds"] = sum(r.seconds for r in one.records)
         if len(one.records) > 1:
             sample["texts"] = [r.text for r in one.records]
         return sample
     logprobs = [f.logprob for f in one.found]
-    sample |= {"logprobs": logprobs, "tokens": [f.tokens for f in one.found], "seconds": sum(f.seconds for f in one.found)}
+    sample |= {
+        "logprobs": logprobs,
+        "tokens": [f.tokens for f in one.found],
+        "seconds": sum(f.seconds for f in one.found),
+    }
     if task.kind == "choice":
         best = logprobs.index(max(logprobs))
-        sample |= {"choices": list(question.choices), "gold": list(question.gold), "chosen": question.choices[best], "text": question.choices[best]}
+        sample |= {
+            "choices": list(question.choices),
+            "gold": list(question.gold),
+            "chosen": question.choices[best],
+            "text": question.choices[best],
+        }
     else:
-        sample |= {"text": question.options[0] if task.kind == "likelihood" else "", "greedy": [f.greedy for f in one.found]}
+        sample |= {
+            "text": question.options[0] if task.kind == "likelihood" else "",
+            "greedy": [f.greedy for f in one.found],
+        }
     return sample
 
 
-def write_report(task: Task, model: Model | Adapter, made: Measured, protocol: Mapping[str, Any], ctx: Context) -> Report:
+def write_report(
+    task: Task, model: Model | Adapter, made: Measured, protocol: Mapping[str, Any], ctx: Context
+) -> Report:
     """Fill the report and make the artifact's metrics."""
     samples, name = made.samples, next(iter(made.values))
     metric, score = made.metrics[name], made.values[name]
     seconds = sum(s["seconds"] for s in samples)
-    metrics: dict[str, Any] = {"score": score.value, "low": score.low, "high": score.high, "metric": name, "samples": len(samples), "seconds": round(seconds, 2)}
+    metrics: dict[str, Any] = {
+        "score": score.value,
+        "low": score.low,
+        "high": score.high,
+        "metric": name,
+        "samples": len(samples),
+        "seconds": round(seconds, 2),
+    }
     metrics |= {f"{n}": v.value for n, v in made.values.items()}
     if task.kind == "generate":
         metrics |= _costs(samples, seconds, model)
     if cut := sum(s["cut"] > 0 for s in samples):
         metrics["prompts_cut"] = cut
     value, between = _shown(metric, score)
-    shots = f", {task.shots.count} worked example{'s' if task.shots.count > 1 else ''} in the prompt" if task.shots.count else ""
+    shots = (
+        f", {task.shots.count} worked example{'s' if task.shots.count > 1 else ''} in the prompt"
+        if task.shots.count
+        else ""
+    )
     report = ctx.report
     report.title = f"{task.name} on {model.name}{shots}"
     report.lead = f"{task.what or name}: {value} (95% interval {between}) of {len(samples)} samples."
     report.data = {
-        "task": task.name, "model": model.name, "shots": task.shots.count, "kind": task.kind, "metric": name, "better": metric.better, "percent": metric.percent, "protocol": dict(protocol), "definition": task.model_dump(),
-        "metrics": metrics, "intervals": {n: {"value": v.value, "low": v.low, "high": v.high} for n, v in made.values.items()}, "samples": [{k: v for k, v in s.items() if k != "seconds"} for s in samples],
-    }  # fmt: skip
-    report.table("Metrics", ("metric", "value", "95% interval"), [(n, *_shown(made.metrics[n], v)) for n, v in made.values.items()], _how(made, samples))
+        "task": task.name,
+        "model": model.name,
+        "shots": task.shots.count,
+        "kind": task.kind,
+        "metric": name,
+        "better": metric.better,
+        "percent": metric.percent,
+        "protocol": dict(protocol),
+        "definition": task.model_dump(),
+        "metrics": metrics,
+        "intervals": {n: {"value": v.value, "low": v.low, "high": v.high} for n, v in made.values.items()},
+        "samples": [{k: v for k, v in s.items() if k != "seconds"} for s in samples],
+    }
+    report.table(
+        "Metrics",
+        ("metric", "value", "95% interval"),
+        [(n, *_shown(made.metrics[n], v)) for n, v in made.values.items()],
+        _how(made, samples),
+    )
     _by_group(made, name, report)
     report.table("Figures", ("what", "value"), list(metrics.items()))
     if task.kind != "perplexity":
@@ -161,7 +237,12 @@ def write_report(task: Task, model: Model | Adapter, made: Measured, protocol: M
 
 def _costs(samples: Sequence[Mapping[str, Any]], seconds: float, model: Model | Adapter) -> dict[str, Any]:
     tokens, read = sum(s["completion_tokens"] for s in samples), sum(s["prompt_tokens"] for s in samples)
-    costs: dict[str, Any] = {"prompt_tokens": read, "answer_tokens": tokens, "answer_tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0, "cut_off": sum(s["finish"] == "length" for s in samples)}
+    costs: dict[str, Any] = {
+        "prompt_tokens": read,
+        "answer_tokens": tokens,
+        "answer_tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0,
+        "cut_off": sum(s["finish"] == "length" for s in samples),
+    }
     if refused := sum(s["finish"] == "refused" for s in samples):
         costs["refused"] = refused
     if isinstance(model, Model) and model.format == "http":
@@ -190,7 +271,11 @@ def _by_group(made: Measured, name: str, report: Any) -> None:
     for sample in made.samples:
         groups.setdefault(sample["group"], []).append(sample["score"])
     if 1 < len(groups) <= 100 and len(groups) < len(made.samples):
-        report.table(f"{name} by group", ("group", "samples", "mean"), [(g, len(v), round(sum(v) / len(v), 4)) for g, v in sorted(groups.items())])
+        report.table(
+            f"{name} by group",
+            ("group", "samples", "mean"),
+            [(g, len(v), round(sum(v) / len(v), 4)) for g, v in sorted(groups.items())],
+        )
 
 
 def _wrong(samples: Sequence[Mapping[str, Any]], report: Any) -> None:
@@ -204,11 +289,27 @@ def _wrong(samples: Sequence[Mapping[str, Any]], report: Any) -> None:
 def _page(sample: Mapping[str, Any]) -> dict[str, str]:
     mark = "✓" if sample["score"] == 1 else "✗"
     if "choices" in sample:
-        options = "\n".join(f"{'→' if c == sample['chosen'] else ' '} {'✓' if i in sample['gold'] else ' '} {p:9.3f}  {c}" for i, (c, p) in enumerate(zip(sample["choices"], sample["logprobs"][: len(sample["choices"])], strict=True)))
-        return {"": f"{mark} {_line(sample['question'])}", "question": sample["question"], "options": options, "why": sample["reason"] or "right"}
+        options = "\n".join(
+            f"{'→' if c == sample['chosen'] else ' '} {'✓' if i in sample['gold'] else ' '} {p:9.3f}  {c}"
+            for i, (c, p) in enumerate(
+                zip(sample["choices"], sample["logprobs"][: len(sample["choices"])], strict=True)
+            )
+        )
+        return {
+            "": f"{mark} {_line(sample['question'])}",
+            "question": sample["question"],
+            "options": options,
+            "why": sample["reason"] or "right",
+        }
     if "logprobs" in sample and not sample["text"]:
         return {"": f"{sample['score']:.4g} {_line(sample['question'])}", "log-probability": str(sample["logprobs"])}
-    return {"": f"{mark} {_line(sample['question'])}", "question": sample["question"], "answer": sample["text"], "reference": sample["reference"], "why": sample["reason"] or ("right" if sample["score"] == 1 else "another answer")}
+    return {
+        "": f"{mark} {_line(sample['question'])}",
+        "question": sample["question"],
+        "answer": sample["text"],
+        "reference": sample["reference"],
+        "why": sample["reason"] or ("right" if sample["score"] == 1 else "another answer"),
+    }
 
 
 def _line(question: str) -> str:

@@ -1,4 +1,7 @@
-"""Fill a task's templates from a row: Jinja as the lm-evaluation-harness has it, in a sandbox. Knows no task and no model."""
+"""Fill a task's templates from a row: Jinja as the lm-evaluation-harness has it, in a sandbox.
+
+Knows no task and no model.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ def _environment() -> Any:
     from jinja2.sandbox import SandboxedEnvironment
 
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["regex_replace"] = lambda string, pattern, repl, count=0: expressions.sub(pattern, repl, string, count=count, timeout=SECONDS)
+    environment.filters["regex_replace"] = lambda string, pattern, repl, count=0: expressions.sub(
+        pattern, repl, string, count=count, timeout=SECONDS
+    )
     return environment
 
 
@@ -32,17 +37,25 @@ def _compiled(template: str) -> Any:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> Any:
-    """A template filled from a row; the name of a field gives that field's value, of whatever type. DataError naming row and template."""
+    """A template filled from a row; the name of a field gives that field's value, of whatever type.
+
+    DataError naming row and template.
+    """
     if template in row:
         if row[template] is None:
             raise DataError(f"row {row.get('id', '?')!r}: the field {template!r} is null")
         return row[template]
     if NAME.fullmatch(template):
-        raise DataError(f"row {row.get('id', '?')!r}: has no field {template!r}; it has {', '.join(sorted(map(str, row)))[:160]}")
+        raise DataError(
+            f"row {row.get('id', '?')!r}: has no field {template!r}; it has {', '.join(sorted(map(str, row)))[:160]}"
+        )
     try:
         return _compiled(template).render(**row)
     except Exception as error:  # a template is a program: it may fail in any way
-        raise DataError(f"row {row.get('id', '?')!r}: the template {template[:60]!r} cannot be filled ({' '.join(str(error).split())[:160]})") from None
+        raise DataError(
+            f"row {row.get('id', '?')!r}: the template {template[:60]!r} cannot be filled"
+            f" ({' '.join(str(error).split())[:160]})"
+        ) from None
 
 
 def text(template: str, row: Mapping[str, Any]) -> str:
@@ -61,20 +74,28 @@ def _whole(text: str, row: Mapping[str, Any]) -> str:
 
 
 def listed(template: str | list[str], row: Mapping[str, Any]) -> list[str]:
-    """A list of texts: given, a field of the row, or the Python or JSON list that a template writes. DataError for anything else."""
+    """A list of texts: given, a field of the row, or the Python or JSON list that a template writes.
+
+    DataError for anything else.
+    """
     if isinstance(template, list):
         return template
     value = fill(template, row)
     value = _literal(value) if isinstance(value, str) else value
     if not isinstance(value, list) or not value or not all(isinstance(v, (str, int, float)) for v in value):
-        raise DataError(f"row {row.get('id', '?')!r}: {template[:60]!r} gives no list of texts, but {str(value)[:60]!r}")
+        raise DataError(
+            f"row {row.get('id', '?')!r}: {template[:60]!r} gives no list of texts, but {str(value)[:60]!r}"
+        )
     return [_whole(str(v), row) for v in value]
 
 
 def value(template: Any, row: Mapping[str, Any]) -> Any:
     """A template filled, lists and digits read as such; of a mapping all its templates."""
     if isinstance(template, dict):
-        return {key: value(item, row) if isinstance(item, dict) else fill(item, row) if isinstance(item, str) else item for key, item in template.items()}
+        return {
+            key: value(item, row) if isinstance(item, dict) else fill(item, row) if isinstance(item, str) else item
+            for key, item in template.items()
+        }
     if not isinstance(template, str):
         return template
     found = fill(template, row) if template else ""

@@ -1,6 +1,7 @@
 """How far judges agree, and what sways them. Pure functions on verdicts.
 
-Kappa: Cohen 1960; several raters: Fleiss 1971. Position and length bias of judges: Zheng et al. 2023 (arXiv:2306.05685), section 3.3.
+Kappa: Cohen 1960; several raters: Fleiss 1971. Position and length bias of judges: Zheng et al. 2023
+(arXiv:2306.05685), section 3.3.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from collections.abc import Hashable, Mapping, Sequence
 
 
 def kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
-    """Cohen's kappa of two raters' labels of the same items: 1 is full agreement, 0 that of chance. NaN where both only ever say one and the same."""
+    """Cohen's kappa of two raters' labels of the same items: 1 is full agreement, 0 that of chance.
+
+    NaN where both only ever say one and the same.
+    """
     n = len(a)
     observed = sum(x == y for x, y in zip(a, b, strict=True)) / n
     left, right = Counter(a), Counter(b)
@@ -19,7 +23,10 @@ def kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
 
 
 def weighted_kappa(a: Sequence[float], b: Sequence[float]) -> float:
-    """Cohen's kappa for grades: a disagreement weighs as the square of its size (Cohen 1968). NaN where all grades are the same."""
+    """Cohen's kappa for grades: a disagreement weighs as the square of its size (Cohen 1968).
+
+    NaN where all grades are the same.
+    """
     n = len(a)
     observed = sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / n
     left, right = Counter(a), Counter(b)
@@ -28,7 +35,10 @@ def weighted_kappa(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def fleiss(rows: Sequence[Sequence[Hashable]]) -> float:
-    """Fleiss' kappa of items that each have the same number of labels, two or more. NaN where all labels are the same."""
+    """Fleiss' kappa of items that each have the same number of labels, two or more.
+
+    NaN where all labels are the same.
+    """
     count, raters = len(rows), len(rows[0])
     tallies = [Counter(row) for row in rows]
     within = sum((sum(v * v for v in tally.values()) - raters) / (raters * (raters - 1)) for tally in tallies) / count
@@ -40,7 +50,8 @@ def fleiss(rows: Sequence[Sequence[Hashable]]) -> float:
 
 
 def merged(first: str, swapped: str) -> str:
-    """One verdict of two, the answers being shown in both orders: "A", "B" or "C" for a tie; a judge that changes with the order has none: a tie.
+    """One verdict of two, the answers being shown in both orders: "A", "B" or "C" for a tie; a judge that changes with
+    the order has none: a tie.
 
     `first`, `swapped`: what was said of A before B, and of B before A, both in terms of A and B.
     """
@@ -48,7 +59,9 @@ def merged(first: str, swapped: str) -> str:
 
 
 def position(firsts: Sequence[str], swapped: Sequence[str]) -> Mapping[str, float]:
-    """Shares of pairs: `consistent` in both orders; `prefers_first`, `prefers_second`: of the others, won by whichever stood there."""
+    """Shares of pairs: `consistent` in both orders; `prefers_first`, `prefers_second`: of the others, won by whichever
+    stood there.
+    """
     n = max(1, len(firsts))
     first = sum(x == "A" and y == "B" for x, y in zip(firsts, swapped, strict=True))
     second = sum(x == "B" and y == "A" for x, y in zip(firsts, swapped, strict=True))

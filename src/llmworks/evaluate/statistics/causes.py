@@ -1,4 +1,5 @@
-"""Why two runs of a task say different things of one sample: the first cause, in the order in which a prompt becomes a score.
+"""Why two runs of a task say different things of one sample: the first cause, in the order in which a prompt becomes a
+score.
 
 Pure functions on what evaluations store: `definition` and `protocol` of the runs, and their samples.
 """
@@ -100,7 +101,14 @@ def settings(a: Run, b: Run) -> list[tuple[str, str, str]]:
 
 
 def changes(a: Run, b: Run) -> list[str]:
-    """What a person changed between two runs: the model, the engine and its precision, fields of the task. What follows from those, as a template, is not counted."""
+    """What a person changed between two runs: the model, the engine and its precision, fields of the task.
+
+    What follows from those, as a template, is not counted.
+    """
     out = ["model"] if a.get("model") != b.get("model") else []
     out += ["engine"] if any(a["protocol"].get(key) != b["protocol"].get(key) for key in ("engine", "dtype")) else []
-    return out + [key for key in sorted({*a["definition"], *b["definition"]} - IGNORED) if a["definition"].get(key) != b["definition"].get(key)]
+    return out + [
+        key
+        for key in sorted({*a["definition"], *b["definition"]} - IGNORED)
+        if a["definition"].get(key) != b["definition"].get(key)
+    ]

@@ -25,13 +25,20 @@ def read_labels(data: Dataset, known: set[str], *, pairs: bool) -> dict[str, Any
         if id not in known:
             raise DataError(f"{where}: the id {id!r} is no sample of this evaluation")
         if rater in given.get(id, {}):
-            raise DataError(f"{where}: {f'{rater!r} labels' if rater else 'there are two labels for'} the sample {id!r}{' twice' if rater else ''}; name the `rater` where several people judged")
+            raise DataError(
+                f"{where}: {f'{rater!r} labels' if rater else 'there are two labels for'} the sample"
+                f" {id!r}{' twice' if rater else ''}; name the `rater` where several people judged"
+            )
         given.setdefault(id, {})[rater] = _label(row.get("label"), where, pairs=pairs)
     if rejected.rows:
-        raise DataError(f"{data.name}: {len(rejected.rows)} rows cannot be read, the first: {rejected.rows[0]['reason']}")
+        raise DataError(
+            f"{data.name}: {len(rejected.rows)} rows cannot be read, the first: {rejected.rows[0]['reason']}"
+        )
     if not given:
         raise DataError(f"{data.name}: has no labels")
-    return {id: majority(list(votes.values())) if pairs else sum(votes.values()) / len(votes) for id, votes in given.items()}
+    return {
+        id: majority(list(votes.values())) if pairs else sum(votes.values()) / len(votes) for id, votes in given.items()
+    }
 
 
 def _label(value: Any, where: str, *, pairs: bool) -> Any:

@@ -1,6 +1,7 @@
 """What samples are worth: each metric turns a sample into a few numbers, and the sums of those numbers into its value.
 
-That form holds for means, ratios (perplexity) and corpus scores (BLEU) alike, so that all can be resampled. Knows no engine and no file.
+That form holds for means, ratios (perplexity) and corpus scores (BLEU) alike, so that all can be resampled. Knows no
+engine and no file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ SECONDS = 2.0  # of one pattern on one text
 
 @dataclass(frozen=True)
 class Choice:
-    """What an engine found of a question's options: log-probabilities in nats, the options' texts, the places of the right ones."""
+    """What an engine found of a question's options: log-probabilities in nats, the options' texts, the places of the
+    right ones.
+    """
 
     logprobs: Sequence[float]
     choices: Sequence[str]
@@ -45,7 +48,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Written:
-    """Answers that were written to one question, after extraction, the references, and what each score function said of every answer."""
+    """Answers that were written to one question, after extraction, the references, and what each score function said of
+    every answer.
+    """
 
     answers: Sequence[str]
     references: Sequence[str]
@@ -95,7 +100,14 @@ CHOICE = {
 
 
 def _ratio(name: str, below: Callable[[Text], float], value: Callable[[Any], Any]) -> Metric:
-    return Metric(name, lambda s: (-s.logprob, float(below(s))), lambda sums: value(sums[..., 0] / sums[..., 1]), better="lower", percent=False, corpus=True)
+    return Metric(
+        name,
+        lambda s: (-s.logprob, float(below(s))),
+        lambda sums: value(sums[..., 0] / sums[..., 1]),
+        better="lower",
+        percent=False,
+        corpus=True,
+    )
 
 
 def _exp(nats: Any) -> Any:
@@ -117,7 +129,9 @@ PERPLEXITY = {
 
 
 def exact_match(measure: Measure, said: str, reference: str) -> float:
-    """1 when both are the same, but for what is ignored, in this order: patterns, case, punctuation (as Hugging Face's `evaluate`)."""
+    """1 when both are the same, but for what is ignored, in this order: patterns, case, punctuation (as Hugging Face's
+    `evaluate`).
+    """
     return float(_plain(measure, said) == _plain(measure, reference))
 
 
@@ -133,19 +147,26 @@ def _plain(measure: Measure, said: str) -> str:
 
 def f1(said: str, reference: str) -> float:
     """Overlap of words, without articles, case and punctuation (SQuAD, Rajpurkar et al. 2016)."""
-    given, wanted = (re.sub(r"\b(a|an|the)\b", " ", re.sub(f"[{re.escape(string.punctuation)}]", "", t.lower())).split() for t in (said, reference))
+    given, wanted = (
+        re.sub(r"\b(a|an|the)\b", " ", re.sub(f"[{re.escape(string.punctuation)}]", "", t.lower())).split()
+        for t in (said, reference)
+    )
     same = sum((Counter(given) & Counter(wanted)).values())
     return float(given == wanted) if not given or not wanted else 2 * same / (len(given) + len(wanted))
 
 
 def pass_at(n: int, right: int, k: int) -> float:
-    """Chance that one of k tries is right, unbiased, from n tries of which some were (Chen et al. 2021, arXiv:2107.03374, equation 1)."""
+    """Chance that one of k tries is right, unbiased, from n tries of which some were (Chen et al. 2021,
+    arXiv:2107.03374, equation 1).
+    """
     return 1.0 if n - right < k else 1.0 - math.prod(1.0 - k / i for i in range(n - right + 1, n + 1))
 
 
 def _best(of: Callable[[str, str], float]) -> Callable[[Written], float]:
     """The mean over answers of the best over references."""
-    return lambda s: sum(max(of(answer, reference) for reference in s.references) for answer in s.answers) / len(s.answers)
+    return lambda s: (
+        sum(max(of(answer, reference) for reference in s.references) for answer in s.answers) / len(s.answers)
+    )
 
 
 @cache
@@ -161,7 +182,9 @@ def _corpus(name: str) -> Metric:
     """A corpus score of sacrebleu (Post 2018), from its own counts of each sample. 0 to 100."""
 
     def numbers(sample: Written) -> Numbers:
-        (counts,) = _sacre(name)._extract_corpus_statistics([sample.answers[0]], [[reference] for reference in sample.references])
+        (counts,) = _sacre(name)._extract_corpus_statistics(
+            [sample.answers[0]], [[reference] for reference in sample.references]
+        )
         return tuple(float(count) for count in counts)
 
     def value(sums: Any) -> Any:
@@ -173,16 +196,25 @@ def _corpus(name: str) -> Metric:
 
 
 def _rouge(n: int) -> Callable[[str, str], float]:
-    return lambda said, reference: rouge_n(words(said), words(reference), n) if n else rouge_l(words(said), words(reference))
+    return lambda said, reference: (
+        rouge_n(words(said), words(reference), n) if n else rouge_l(words(said), words(reference))
+    )
 
 
 WRITTEN: dict[str, Callable[[Measure], Metric]] = {
     "exact_match": lambda m: mean("exact_match", _best(lambda said, reference: exact_match(m, said, reference))),
-    "contains": lambda m: mean("contains", _best(lambda said, reference: float(reference.strip().lower() in said.lower()))),
+    "contains": lambda m: mean(
+        "contains", _best(lambda said, reference: float(reference.strip().lower() in said.lower()))
+    ),
     "f1": lambda m: mean("f1", _best(f1)),
-    "rouge1": lambda m: mean("rouge1", _best(_rouge(1))), "rouge2": lambda m: mean("rouge2", _best(_rouge(2))), "rougeL": lambda m: mean("rougeL", _best(_rouge(0))),
-    "bleu": lambda m: _corpus("bleu"), "chrf": lambda m: _corpus("chrf"), "chrf++": lambda m: _corpus("chrf++"), "ter": lambda m: _corpus("ter"),
-}  # fmt: skip
+    "rouge1": lambda m: mean("rouge1", _best(_rouge(1))),
+    "rouge2": lambda m: mean("rouge2", _best(_rouge(2))),
+    "rougeL": lambda m: mean("rougeL", _best(_rouge(0))),
+    "bleu": lambda m: _corpus("bleu"),
+    "chrf": lambda m: _corpus("chrf"),
+    "chrf++": lambda m: _corpus("chrf++"),
+    "ter": lambda m: _corpus("ter"),
+}
 GIVEN: dict[Kind, Mapping[str, Metric]] = {"choice": CHOICE, "likelihood": LIKELIHOOD, "perplexity": PERPLEXITY}
 
 
@@ -194,7 +226,10 @@ def check_measure(kind: Kind, measure: Measure, task: str) -> None:
     if measure.name not in known:
         raise UserError(f"{task}: a task of kind {kind} has no metric {measure.name!r}; known: {', '.join(known)}")
     if measure.name == "pass_at" and measure.of not in SCORES:
-        raise UserError(f"{task}: pass_at needs `of`, the score function that says which try is right; known: {', '.join(sorted(SCORES))}")
+        raise UserError(
+            f"{task}: pass_at needs `of`, the score function that says which try is right; known:"
+            f" {', '.join(sorted(SCORES))}"
+        )
 
 
 def score_functions(measures: Sequence[Measure]) -> list[str]:
@@ -209,5 +244,10 @@ def metric_of(kind: Kind, measure: Measure) -> Metric:
     if measure.name in WRITTEN:
         return WRITTEN[measure.name](measure)
     if measure.name == "pass_at":
-        return mean(f"pass@{measure.k}", lambda s: pass_at(len(s.scores[measure.of]), sum(score == 1.0 for score in s.scores[measure.of]), measure.k))
+        return mean(
+            f"pass@{measure.k}",
+            lambda s: pass_at(
+                len(s.scores[measure.of]), sum(score == 1.0 for score in s.scores[measure.of]), measure.k
+            ),
+        )
     return mean(measure.name, lambda s: sum(s.scores[measure.name]) / len(s.scores[measure.name]))

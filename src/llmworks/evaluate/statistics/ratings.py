@@ -1,6 +1,9 @@
-"""Ratings from votes between two: Bradley-Terry by maximum likelihood, with a covariate for style, and Elo. Pure functions on numbers.
+"""Ratings from votes between two: Bradley-Terry by maximum likelihood, with a covariate for style, and Elo.
 
-Sources: Bradley & Terry 1952; Elo 1978; Chiang et al. 2024, Chatbot Arena (arXiv:2403.04132), section 5, and its style control: the difference of the
+Pure functions on numbers.
+
+Sources: Bradley & Terry 1952; Elo 1978; Chiang et al. 2024, Chatbot Arena (arXiv:2403.04132), section 5, and its style
+control: the difference of the
 answers' lengths as a further term of the logistic regression.
 """
 
@@ -17,7 +20,9 @@ RIDGE = 1e-3  # of a vote: keeps ratings finite where one has won all its votes
 
 @dataclass(frozen=True)
 class Vote:
-    """One vote: places of two models, what the first won (1, 0, 0.5 for a tie), how much longer its answer was, and what question it was."""
+    """One vote: places of two models, what the first won (1, 0, 0.5 for a tie), how much longer its answer was, and
+    what question it was.
+    """
 
     a: int
     b: int
@@ -32,7 +37,8 @@ def style_of(a: int, b: int) -> float:
 
 
 def bradley_terry(votes: Sequence[Vote], models: int, weights: Any = None, *, style: bool = False) -> tuple[Any, float]:
-    """(ratings [models] on Elo's scale with the mean 1000, weight of style in nats; 0 without it) that make the votes most likely.
+    """(ratings [models] on Elo's scale with the mean 1000, weight of style in nats; 0 without it) that make the votes
+    most likely.
 
     P(a wins) = sigmoid(strength_a - strength_b + weight * style); a tie is half a vote for each. Newton's method.
     """
@@ -60,14 +66,25 @@ def bradley_terry(votes: Sequence[Vote], models: int, weights: Any = None, *, st
     return ratings, float(strength[models]) if style else 0.0
 
 
-def resampled(votes: Sequence[Vote], models: int, *, style: bool = False, seed: int = 0, resamples: int = 500) -> tuple[Any, int]:
-    """(ratings [resamples, models], how many independent draws each is of); votes on one question are drawn together."""
+def resampled(
+    votes: Sequence[Vote], models: int, *, style: bool = False, seed: int = 0, resamples: int = 500
+) -> tuple[Any, int]:
+    """(ratings [resamples, models], how many independent draws each is of); votes on one question are drawn
+    together.
+    """
     import numpy as np
 
     names = {q: i for i, q in enumerate(dict.fromkeys(v.question or f"#{i}" for i, v in enumerate(votes)))}
     places = np.array([names[v.question or f"#{i}"] for i, v in enumerate(votes)])
     rng = np.random.default_rng(seed)
-    drawn = np.stack([bradley_terry(votes, models, rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[places], style=style)[0] for _ in range(resamples)])
+    drawn = np.stack(
+        [
+            bradley_terry(
+                votes, models, rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[places], style=style
+            )[0]
+            for _ in range(resamples)
+        ]
+    )
     return drawn, len(names)
 
 

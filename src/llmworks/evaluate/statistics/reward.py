@@ -1,4 +1,7 @@
-"""A reward model as a judge: a model with one number at its end says how good an answer is. Knows no prompt of a judge."""
+"""A reward model as a judge: a model with one number at its end says how good an answer is.
+
+Knows no prompt of a judge.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,11 @@ from llmworks.tokenize.load import load_tokenizer, quiet_transformers, read_json
 def is_reward(model: Model) -> bool:
     """Whether a model's directory holds a sequence classifier."""
     config = model.path / "config.json"
-    return model.format not in ("http", "gguf") and config.exists() and any(str(a).endswith("ForSequenceClassification") for a in read_json(config).get("architectures") or [])
+    return (
+        model.format not in ("http", "gguf")
+        and config.exists()
+        and any(str(a).endswith("ForSequenceClassification") for a in read_json(config).get("architectures") or [])
+    )
 
 
 class Reward:
@@ -34,6 +41,9 @@ class Reward:
         """How good an answer to a conversation is; larger is better, there is no scale."""
         import torch
 
-        ids = encode(self.tokenizer, render_text(self.tokenizer, (*prompt, Message("assistant", answer)), generation_prompt=False))
+        ids = encode(
+            self.tokenizer,
+            render_text(self.tokenizer, (*prompt, Message("assistant", answer)), generation_prompt=False),
+        )
         with torch.inference_mode():
             return float(self.model(torch.tensor([list(ids)])).logits[0, 0])

@@ -1,4 +1,6 @@
-"""Evaluations as they lie on disk, read again: whoever reads a report's data finds in it what it needs, or says in one line what is missing."""
+"""Evaluations as they lie on disk, read again: whoever reads a report's data finds in it what it needs, or says in one
+line what is missing.
+"""
 
 from __future__ import annotations
 
@@ -59,20 +61,32 @@ WHOLE = ("task", "model", "metric", "shots", "percent", "better", "protocol", "d
 
 
 def read_evaluation(report: Report, *needs: str, of_samples: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The data of an evaluation. DataError for a report that is none, or lacks what is needed, of itself or of every sample, or has two samples of one id."""
+    """The data of an evaluation.
+
+    DataError for a report that is none, or lacks what is needed, of itself or of every sample, or has two samples of
+    one id.
+    """
     data = report.read()
     missing = next((k for k in ("samples", *needs) if k not in data or (k == "samples" and not data[k])), None)
     if missing:
-        raise DataError(f"{report.name}: is no evaluation of a task (`llmworks evaluate`), or of an older form: it has no `{missing}`; make it again")
+        raise DataError(
+            f"{report.name}: is no evaluation of a task (`llmworks evaluate`), or of an older form: it has no"
+            f" `{missing}`; make it again"
+        )
     try:
         _Evaluation.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"{report.name}: report.json was changed by hand or is broken: {'.'.join(map(str, first['loc']))}: {first['msg']}; make it again") from None
+        raise DataError(
+            f"{report.name}: report.json was changed by hand or is broken: {'.'.join(map(str, first['loc']))}:"
+            f" {first['msg']}; make it again"
+        ) from None
     for number, sample in enumerate(data["samples"], 1):
         lacks = next((k for k in of_samples if k not in sample), None)
         if lacks:
-            raise DataError(f"{report.name}: sample {sample['id']!r} (number {number}) has no `{lacks}`; make the evaluation again")
+            raise DataError(
+                f"{report.name}: sample {sample['id']!r} (number {number}) has no `{lacks}`; make the evaluation again"
+            )
     twice = [id for id, count in Counter(s["id"] for s in data["samples"]).items() if count > 1]
     if twice:
         raise DataError(f"{report.name}: two samples have the id {twice[0]!r}; make the evaluation again")

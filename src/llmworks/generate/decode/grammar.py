@@ -12,7 +12,11 @@ from llmworks.core.types import Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # else a model may write spaces for ever
+FORM: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}  # else a model may write spaces for ever
 
 
 def check_schema(schema: Json) -> None:
@@ -39,7 +43,9 @@ class Grammars:
         from llguidance import LLMatcher
 
         try:
-            matcher = LLMatcher(self.tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=FORM), log_level=0)
+            matcher = LLMatcher(
+                self.tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=FORM), log_level=0
+            )
         except ValueError as error:
             raise RequestError(f"the JSON schema cannot be held to: {' '.join(str(error).split())[:200]}") from None
         if matcher.is_error():
@@ -58,7 +64,9 @@ class Grammar:
         import numpy as np
         import torch
 
-        bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8), count=self.vocabulary, bitorder="little")
+        bits = np.unpackbits(
+            np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8), count=self.vocabulary, bitorder="little"
+        )
         return logits.masked_fill(torch.from_numpy(bits == 0), float("-inf"))
 
     def take(self, token: int) -> None:

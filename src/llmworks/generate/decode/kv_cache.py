@@ -1,4 +1,6 @@
-"""A key-value cache that grows in place: room is reserved ahead, so that a token costs its own bytes, not a copy of everything."""
+"""A key-value cache that grows in place: room is reserved ahead, so that a token costs its own bytes, not a copy of
+everything.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         length, new = self.get_seq_length(), key_states.shape[-2]
         if self.buffers is None or length + new > self.buffers[0].shape[-2]:
-            self.buffers = self._reserve(self.keys, key_states, length), self._reserve(self.values, value_states, length)
+            self.buffers = (
+                self._reserve(self.keys, key_states, length),
+                self._reserve(self.values, value_states, length),
+            )
         keys, values = self.buffers
         keys[:, :, length : length + new] = key_states
         values[:, :, length : length + new] = value_states

@@ -1,7 +1,10 @@
-"""Log-probabilities of many given texts, each beginning that some of them share computed once: the texts as a tree of tokens, read branch by branch.
+"""Log-probabilities of many given texts, each beginning that some of them share computed once: the texts as a tree of
+tokens, read branch by branch.
 
-Worked examples in front of every question are read once for all questions, a question once for all its choices. Branches that fit are read in one row,
-under a mask by which a token sees its own ancestors only (tree attention: SpecInfer, Miao et al. 2023, arXiv:2305.09781, section 4.2); nothing is padded and
+Worked examples in front of every question are read once for all questions, a question once for all its choices.
+Branches that fit are read in one row,
+under a mask by which a token sees its own ancestors only (tree attention: SpecInfer, Miao et al. 2023,
+arXiv:2305.09781, section 4.2); nothing is padded and
 no cache is copied. Knows no request and no tokenizer.
 """
 
@@ -24,7 +27,8 @@ Part = tuple["Branch", int, int]  # tokens of a branch from the first number up 
 class Branch:
     """Tokens that follow one another without a fork, and what goes on from them.
 
-    `depth`: tokens before them; `asked`: the first place, counted from the root, that is asked for in a text through here; `size`: tokens to read from here on;
+    `depth`: tokens before them; `asked`: the first place, counted from the root, that is asked for in a text through
+    here; `size`: tokens to read from here on;
     `chances`: of each token, NaN where nobody asked; `best`: whether no other token was more probable there.
     """
 
@@ -73,10 +77,13 @@ def grow(texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Branch]:
     return roots
 
 
-def score(model: Any, cache: Any, texts: Sequence[Sequence[int]], begins: Sequence[int], row: int = ROW) -> list[Scored]:
+def score(
+    model: Any, cache: Any, texts: Sequence[Sequence[int]], begins: Sequence[int], row: int = ROW
+) -> list[Scored]:
     """Each text's tokens from its begin (1 or more) on, given all before.
 
-    `cache`: empty, of the model's kind; it can be cropped. `row`: tokens that are read at once, and the most whose logits exist.
+    `cache`: empty, of the model's kind; it can be cropped. `row`: tokens that are read at once, and the most whose
+    logits exist.
     """
     roots = grow(texts, begins)
     with torch.inference_mode():
@@ -85,11 +92,19 @@ def score(model: Any, cache: Any, texts: Sequence[Sequence[int]], begins: Sequen
 
 
 def fits(model: Any, longest: int) -> bool:
-    """Whether a model can be read under such a mask: a transformer that is told positions, and sees all before a token in texts of so many tokens."""
+    """Whether a model can be read under such a mask: a transformer that is told positions, and sees all before a token
+    in texts of so many tokens.
+    """
     known = inspect.signature(model.forward).parameters
     config = model.config
     window = getattr(config, "sliding_window", None)
-    return {"position_ids", "logits_to_keep"} <= set(known) and not hasattr(model, "new_cache") and not hasattr(config, "shape") and not getattr(config, "alibi", False) and (not window or longest <= window)
+    return (
+        {"position_ids", "logits_to_keep"} <= set(known)
+        and not hasattr(model, "new_cache")
+        and not hasattr(config, "shape")
+        and not getattr(config, "alibi", False)
+        and (not window or longest <= window)
+    )
 
 
 def _read(model: Any, cache: Any, branches: list[Branch], row: int) -> None:
@@ -147,7 +162,9 @@ def _forward(model: Any, cache: Any, parts: list[Part]) -> None:
         parent = {id(child): branch for branch, _, _ in parts for child in branch.children}
         for branch, start, end in parts:
             at = begins[id(branch)]
-            sees[at : at + end - start, at : at + end - start] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+            sees[at : at + end - start, at : at + end - start] = torch.ones(
+                end - start, end - start, dtype=torch.bool
+            ).tril()
             above = parent.get(id(branch))
             if above is not None and id(above) in begins:  # all that its parent's last token sees
                 last = begins[id(above)] + len(above.ids) - 1
@@ -167,7 +184,14 @@ def _forward(model: Any, cache: Any, parts: list[Part]) -> None:
     if mask is not None:
         dtype = model.get_input_embeddings().weight.dtype
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-    logits = model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+    logits = model(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=keep,
+    ).logits[0]
     if not wanted:
         return
     number = {place: n for n, place in enumerate(places)}

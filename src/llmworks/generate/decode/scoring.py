@@ -1,4 +1,7 @@
-"""What engines that score given text have in common: what can be asked, and how logits become scores. Pure functions on numbers."""
+"""What engines that score given text have in common: what can be asked, and how logits become scores.
+
+Pure functions on numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,18 @@ from llmworks.core.types import Scored
 
 
 def check_score(ids: Sequence[Sequence[int]], begins: Sequence[int], longest: int, name: str) -> None:
-    """RequestError for a sequence that is too long, or that has nothing to score. The last token is not read, so a text may be one longer."""
+    """RequestError for a sequence that is too long, or that has nothing to score.
+
+    The last token is not read, so a text may be one longer.
+    """
     for sequence, begin in zip(ids, begins, strict=True):
         if len(sequence) > longest + 1:
             raise RequestError(f"{len(sequence)} tokens to score, {name} reads {longest} at most")
         if not 1 <= begin < len(sequence):
-            raise RequestError(f"nothing to score from token {begin} of {len(sequence)}: at least one token must stand before what is scored")
+            raise RequestError(
+                f"nothing to score from token {begin} of {len(sequence)}: at least one token must stand before what is"
+                " scored"
+            )
 
 
 def scored(logits: Any, ids: Sequence[int], begin: int) -> Scored:

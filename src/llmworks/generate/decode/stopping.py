@@ -12,7 +12,9 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
 
 
 def safe_length(text: str, stop: Sequence[str]) -> int:
-    """How many characters can be shown: not the beginning of a stop string, nor of a character whose bytes are incomplete."""
+    """How many characters can be shown: not the beginning of a stop string, nor of a character whose bytes are
+    incomplete.
+    """
     end = len(text.rstrip("\ufffd"))
     for s in stop:
         for n in range(min(len(s) - 1, end), 0, -1):

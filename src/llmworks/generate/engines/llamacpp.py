@@ -1,6 +1,9 @@
-"""The llama.cpp engine: a GGUF file. xllamacpp generates (parallel slots, continuous batching), cyllama scores given text.
+"""The llama.cpp engine: a GGUF file.
 
-Prompts are rendered by the file's own template and tokenizer, read from its metadata, and passed as ids: the same path as the
+xllamacpp generates (parallel slots, continuous batching), cyllama scores given text.
+
+Prompts are rendered by the file's own template and tokenizer, read from its metadata, and passed as ids: the same path
+as the
 torch engine, so that the same conversation is the same ids in both.
 """
 
@@ -33,7 +36,9 @@ SCORE_TOKENS = 2048
 class LlamaCppEngine:
     """Engine over one GGUF file. The scoring context is opened only when it is asked for."""
 
-    def __init__(self, path: Path, *, name: str = "", threads: int | None = None, slots: int = SLOTS, adapter: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, name: str = "", threads: int | None = None, slots: int = SLOTS, adapter: Path | None = None
+    ) -> None:
         meta = metadata(open_reader(path))  # says what is wrong with a broken file before native code sees it
         self.path, self.name = path, name or path.stem
         self.threads = threads or int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1)
@@ -43,7 +48,9 @@ class LlamaCppEngine:
         trained = int(meta.get(f"{meta.get('general.architecture')}.context_length", SLOT_TOKENS))
         self.context = min(trained, SLOT_TOKENS)
         tools = {"tools"} if self.tokenizer.chat_template and renders_tools(self.tokenizer) else set()
-        self.can = frozenset({"ids", "schema", "parallel", *(() if adapter else ("score", "logits")), *tools})  # what scores given text puts no adapter on
+        self.can = frozenset(
+            {"ids", "schema", "parallel", *(() if adapter else ("score", "logits")), *tools}
+        )  # what scores given text puts no adapter on
         self._server: Any = None
         self._scorer: Any = None
         self._lock = threading.Lock()
@@ -57,9 +64,13 @@ class LlamaCppEngine:
                 p.model.path = str(self.path)
                 p.n_ctx, p.n_parallel, p.warmup, p.verbosity = self.context * self.slots, self.slots, False, -1
                 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = self.threads
-                p.cpuparams.poll = p.cpuparams_batch.poll = 0  # never spin: a busy core elsewhere would stall every token
+                p.cpuparams.poll = p.cpuparams_batch.poll = (
+                    0  # never spin: a busy core elsewhere would stall every token
+                )
                 p.cache_ram_mib = 0  # saving every prompt's state costs more than it gives here
-                p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as torch computes, and as the scorer does
+                p.cache_type_k = p.cache_type_v = (
+                    xllamacpp.ggml_type.GGML_TYPE_F32
+                )  # as torch computes, and as the scorer does
                 p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
                 p.n_gpu_layers, p.port, p.ctx_shift = 0, 0, False
                 if self.adapter is not None:
@@ -92,7 +103,16 @@ class LlamaCppEngine:
 
     def next_tokens(self, ids: Sequence[int], count: int) -> dict[int, float]:
         """The most probable tokens after `ids`, and their log-probabilities."""
-        reply = self._generator().handle_completions({"prompt": list(ids), "n_predict": 1, "temperature": 0.0, "n_probs": count, "post_sampling_probs": False, "cache_prompt": False})
+        reply = self._generator().handle_completions(
+            {
+                "prompt": list(ids),
+                "n_predict": 1,
+                "temperature": 0.0,
+                "n_probs": count,
+                "post_sampling_probs": False,
+                "cache_prompt": False,
+            }
+        )
         content = (_choice(reply, self.name).get("logprobs") or {}).get("content") or []
         if not content:
             raise EngineError(f"{self.name}: llama.cpp said no probabilities")
@@ -104,16 +124,30 @@ class LlamaCppEngine:
         return ids
 
     def _logprobs(self, prompt: list[int], ids: list[int]) -> list[float]:
-        """llama.cpp reports tokens that share a character as one: then their log-probabilities are taken from the scorer."""
+        """llama.cpp reports tokens that share a character as one: then their log-probabilities are taken from the
+        scorer.
+        """
         return list(self.score([[*prompt, *ids]], [len(prompt)])[0].logprobs) if ids else []
 
     def _body(self, prompt: list[int], request: Request) -> dict[str, Any]:
         s = request.sampling
         body: dict[str, Any] = {
-            "prompt": prompt, "n_predict": min(s.max_tokens, self.context - len(prompt)), "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k,
-            "min_p": 0.0, "typical_p": 1.0, "repeat_penalty": 1.0, "stop": list(s.stop), "n_probs": 1, "post_sampling_probs": False, "cache_prompt": True,
-            "samplers": ["top_k", "top_p", "temperature"], "return_tokens": True, "verbose": True,
-        }  # fmt: skip
+            "prompt": prompt,
+            "n_predict": min(s.max_tokens, self.context - len(prompt)),
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "top_k": s.top_k,
+            "min_p": 0.0,
+            "typical_p": 1.0,
+            "repeat_penalty": 1.0,
+            "stop": list(s.stop),
+            "n_probs": 1,
+            "post_sampling_probs": False,
+            "cache_prompt": True,
+            "samplers": ["top_k", "top_p", "temperature"],
+            "return_tokens": True,
+            "verbose": True,
+        }
         if s.seed is not None:
             body["seed"] = s.seed
         if request.schema is not None:
@@ -155,10 +189,14 @@ class LlamaCppEngine:
                     yield Delta(choice["text"])
                 if choice["finish_reason"]:
                     count = int((piece.get("usage") or {}).get("completion_tokens", len(ids)))
-                    whole = count == len(ids)  # else some characters took several tokens, of which only the last is told
+                    whole = count == len(
+                        ids
+                    )  # else some characters took several tokens, of which only the last is told
                     kept = self._without_stop(ids) if whole else []
                     count -= len(ids) - len(kept) if whole else 0
-                    done = Completion(text, _finish(choice, False), tuple(kept), tuple(logprobs[: len(kept)]), len(prompt), count)
+                    done = Completion(
+                        text, _finish(choice, False), tuple(kept), tuple(logprobs[: len(kept)]), len(prompt), count
+                    )
                     yield Delta("", done)
                     return
         finally:
@@ -166,7 +204,9 @@ class LlamaCppEngine:
             worker.join()  # native code must not outlive the process that waits for it
 
     def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
-        """How probable the tokens from each begin on are, or all after the first; what a sequence begins with like the one before is read once."""
+        """How probable the tokens from each begin on are, or all after the first; what a sequence begins with like the
+        one before is read once.
+        """
         begins = begins or [1] * len(ids)
         check_score(ids, begins, SCORE_TOKENS, self.name)
         with self._lock, _silence():

@@ -1,4 +1,7 @@
-"""Logits of given text from llama.cpp, through cyllama: what the generating binding cannot do. Knows no request and no tokenizer."""
+"""Logits of given text from llama.cpp, through cyllama: what the generating binding cannot do.
+
+Knows no request and no tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,16 @@ class Scorer:
         self.held: list[int] = []  # what the context has read
 
     def rows(self, ids: Sequence[int], first: int) -> list[Any]:
-        """Next-token logits after every position from `first` on: one fp32 array [vocabulary] each. What the last text began with alike is not read again."""
+        """Next-token logits after every position from `first` on: one fp32 array [vocabulary] each.
+
+        What the last text began with alike is not read again.
+        """
         same = 0
         while same < min(len(self.held), len(ids), first) and self.held[same] == ids[same]:
             same += 1
-        if same < len(self.held) and not self.context.memory_seq_rm(0, same, -1):  # recurrent states cannot be taken back in part
+        if same < len(self.held) and not self.context.memory_seq_rm(
+            0, same, -1
+        ):  # recurrent states cannot be taken back in part
             self.context.kv_cache_clear()
             same = 0
         self.held = []

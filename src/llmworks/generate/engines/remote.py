@@ -1,6 +1,9 @@
-"""The remote engine: a model behind HTTP, whichever provider's API it speaks. Knows no model file and no provider's format.
+"""The remote engine: a model behind HTTP, whichever provider's API it speaks.
 
-Asks several at once, keeps to the limits of its reference, sends again what failed for a reason that may pass, and keeps an account. A
+Knows no model file and no provider's format.
+
+Asks several at once, keeps to the limits of its reference, sends again what failed for a reason that may pass, and
+keeps an account. A
 remote engine tells no ids, and scores given text only where the server can and its tokenizer is at hand.
 """
 
@@ -32,8 +35,19 @@ from llmworks.generate.remote.usage import Account
 
 WIRES: dict[Api, Callable[[], Wire]] = {"openai": OpenAI, "anthropic": Anthropic, "google": Google, "cohere": Cohere}
 PASSING = {408, 409, 425, 429}  # and everything from 500 on
-CLOSED = {401, 402, 404, 405, 410, 498}  # key, credit, model or address: no other request will do better; 498: a token that Cohere does not know
-CLOSED_WORDS = ("insufficient_quota", "API_KEY_INVALID", "credit balance is too low")  # the same, under a status that says less
+CLOSED = {
+    401,
+    402,
+    404,
+    405,
+    410,
+    498,
+}  # key, credit, model or address: no other request will do better; 498: a token that Cohere does not know
+CLOSED_WORDS = (
+    "insufficient_quota",
+    "API_KEY_INVALID",
+    "credit balance is too low",
+)  # the same, under a status that says less
 SAMPLING_WORDS = re.compile(r"temperature|top_p|top_k|topP|topK")
 LONGEST_PAUSE = 600.0  # a server that asks for more is given up
 CHARACTERS_PER_TOKEN = 4  # to guess a prompt's tokens before the server has counted them
@@ -59,17 +73,26 @@ class RemoteEngine:
         self._closed: AccessError | None = None
         self._key = api_key(url, self.options, self.wire.key)
         if not self._key.isascii():
-            raise UserError(f"{self.url}: the key in ${self.options.key or self.wire.key} has characters that no header can have; set it again")
+            raise UserError(
+                f"{self.url}: the key in ${self.options.key or self.wire.key} has characters that no header can have;"
+                " set it again"
+            )
         self.client = httpx.Client(
-            timeout=httpx.Timeout(self.options.timeout, connect=10.0, pool=None), headers=self.wire.headers(self._key, plain=self.plain),
-            limits=httpx.Limits(max_connections=self.options.concurrency, max_keepalive_connections=self.options.concurrency),
-        )  # fmt: skip
+            timeout=httpx.Timeout(self.options.timeout, connect=10.0, pool=None),
+            headers=self.wire.headers(self._key, plain=self.plain),
+            limits=httpx.Limits(
+                max_connections=self.options.concurrency, max_keepalive_connections=self.options.concurrency
+            ),
+        )
 
     def _open_tokenizer(self, path: Path) -> None:
         from llmworks.tokenize.load import load_tokenizer
 
         if self.api != "openai":
-            raise UserError(f"{self.url}: option 'tokenizer' is for servers that speak OpenAI's API; {self.api}'s cannot score given text")
+            raise UserError(
+                f"{self.url}: option 'tokenizer' is for servers that speak OpenAI's API; {self.api}'s cannot score"
+                " given text"
+            )
         self.tokenizer = load_tokenizer(path)
         self.can |= {"score", "ids"}
 
@@ -81,9 +104,14 @@ class RemoteEngine:
             check_schema(request.schema)
         if request.ids:
             if "ids" not in self.can or stream:
-                raise RequestError(f"{self.name} is remote: it takes messages, not token ids; with the option `tokenizer` it takes ids, unless streamed")
+                raise RequestError(
+                    f"{self.name} is remote: it takes messages, not token ids; with the option `tokenizer` it takes"
+                    " ids, unless streamed"
+                )
             return "/completions", completion_body(self.model, request.ids, request.sampling, self.plain)
-        return self.wire.address(self.model, stream=stream), self.wire.body(self.model, request, stream=stream, plain=self.plain)
+        return self.wire.address(self.model, stream=stream), self.wire.body(
+            self.model, request, stream=stream, plain=self.plain
+        )
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, some at once, in their order; the first error is raised when all others are answered."""
@@ -96,11 +124,29 @@ class RemoteEngine:
 
     def _answer(self, request: Request) -> Completion:
         read = read_completion if request.ids else self.wire.read
-        guess = sum(len(m.content) for m in request.messages) // CHARACTERS_PER_TOKEN + len(request.ids) + request.sampling.max_tokens
-        return self._ask(lambda: self._body(request, stream=False), read, guess, lambda done: (done.prompt_tokens, done.completion_tokens))
+        guess = (
+            sum(len(m.content) for m in request.messages) // CHARACTERS_PER_TOKEN
+            + len(request.ids)
+            + request.sampling.max_tokens
+        )
+        return self._ask(
+            lambda: self._body(request, stream=False),
+            read,
+            guess,
+            lambda done: (done.prompt_tokens, done.completion_tokens),
+        )
 
-    def _ask(self, body: Callable[[], tuple[str, Json]], read: Callable[[Any], T], guess: int, counts: Callable[[T], tuple[int, int]]) -> T:
-        """One reply, asked for until it comes or there is no attempt left. `body` is made anew for each: a server may have taught it another form."""
+    def _ask(
+        self,
+        body: Callable[[], tuple[str, Json]],
+        read: Callable[[Any], T],
+        guess: int,
+        counts: Callable[[T], tuple[int, int]],
+    ) -> T:
+        """One reply, asked for until it comes or there is no attempt left.
+
+        `body` is made anew for each: a server may have taught it another form.
+        """
         for attempt in range(self.options.retries + 1):
             if self._closed is not None:
                 raise self._closed
@@ -147,7 +193,10 @@ class RemoteEngine:
         self.account.add(prompt_tokens, completion_tokens)
 
     def stream(self, request: Request) -> Iterator[Delta]:
-        """Answer one request piece by piece; closing the iterator closes the connection. Sent again only while nothing has come."""
+        """Answer one request piece by piece; closing the iterator closes the connection.
+
+        Sent again only while nothing has come.
+        """
         for attempt in range(self.options.retries + 1):
             said = ""
             try:
@@ -157,13 +206,17 @@ class RemoteEngine:
                 return
             except Passing as error:
                 if said:
-                    raise EngineError(f"{self.url}: the stream broke off after {len(said)} characters: {error}") from None
+                    raise EngineError(
+                        f"{self.url}: the stream broke off after {len(said)} characters: {error}"
+                    ) from None
                 self._again(attempt, error)
 
     def _stream_once(self, request: Request) -> Iterator[Delta]:
         path, body = self._body(request, stream=True)
         stream = self.wire.stream()
-        entry = self._go(sum(len(m.content) for m in request.messages) // CHARACTERS_PER_TOKEN + request.sampling.max_tokens)
+        entry = self._go(
+            sum(len(m.content) for m in request.messages) // CHARACTERS_PER_TOKEN + request.sampling.max_tokens
+        )
         try:
             with self.client.stream("POST", f"{self.url}{path}", json=body) as reply:
                 if reply.status_code >= 400:
@@ -189,7 +242,9 @@ class RemoteEngine:
 
     def _lost(self, error: httpx.RequestError) -> Exception:
         """What a broken connection is: final when the server has never answered, else it may pass."""
-        if isinstance(error, (httpx.UnsupportedProtocol, httpx.ProxyError)) or (isinstance(error, httpx.ConnectError) and not self.account.requests):
+        if isinstance(error, (httpx.UnsupportedProtocol, httpx.ProxyError)) or (
+            isinstance(error, httpx.ConnectError) and not self.account.requests
+        ):
             return EngineError(f"{self.url}: {type(error).__name__}: {error}; is the server running?")
         return Passing(f"{type(error).__name__}: {str(error) or 'no answer'}")
 
@@ -209,8 +264,16 @@ class RemoteEngine:
         message = self._redacted(message)
         said = f"{status}: {message}"
         # some forbid a single request for what it says, which shows once others were answered
-        if status in CLOSED or any(word in reply.text for word in CLOSED_WORDS) or (status == 403 and not self.account.requests):
-            about_key = f"; is the key in ${self.options.key or self.wire.key} right?" if status in (401, 403, 498) or "API_KEY_INVALID" in reply.text else ""
+        if (
+            status in CLOSED
+            or any(word in reply.text for word in CLOSED_WORDS)
+            or (status == 403 and not self.account.requests)
+        ):
+            about_key = (
+                f"; is the key in ${self.options.key or self.wire.key} right?"
+                if status in (401, 403, 498) or "API_KEY_INVALID" in reply.text
+                else ""
+            )
             self._closed = AccessError(f"{self.url}: {said}{about_key}")
             raise self._closed
         if status == 400 and self.wire.adapt(message):
@@ -224,9 +287,15 @@ class RemoteEngine:
         raise kind(f"{self.url}: {said}{hint}")
 
     def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
-        """How probable the tokens from each begin on are, or all after the first. RequestError where the server cannot say."""
+        """How probable the tokens from each begin on are, or all after the first.
+
+        RequestError where the server cannot say.
+        """
         if "score" not in self.can:
-            raise RequestError(f"{self.name} is remote: it cannot score given text, unless its server has OpenAI's completions API with `echo` and the option `tokenizer` names its tokenizer")
+            raise RequestError(
+                f"{self.name} is remote: it cannot score given text, unless its server has OpenAI's completions API"
+                " with `echo` and the option `tokenizer` names its tokenizer"
+            )
         begins = begins or [1] * len(ids)
         check_score(ids, begins, 1 << 30, self.name)
         self._closed = None
@@ -237,7 +306,12 @@ class RemoteEngine:
         def answer(request: Request) -> Completion:
             place = places[id(request)]
             tokens = len(request.ids)
-            told = self._ask(lambda: ("/completions", score_body(self.model, request.ids)), partial(read_scores, tokens=tokens), tokens, lambda _: (tokens, 1))
+            told = self._ask(
+                lambda: ("/completions", score_body(self.model, request.ids)),
+                partial(read_scores, tokens=tokens),
+                tokens,
+                lambda _: (tokens, 1),
+            )
             kept = told[begins[place] - 1 :]
             found[place] = Scored(tuple(chance for chance, _ in kept), all(best for _, best in kept))
             return Completion("", "stop")
@@ -257,7 +331,12 @@ class RemoteEngine:
         out: list[list[float]] = []
         for start in range(0, len(texts), TEXTS):
             part = list(texts[start : start + TEXTS])
-            out += self._ask(partial(self.wire.embedding, self.model, part), partial(self._vectors, count=len(part)), sum(map(len, part)) // CHARACTERS_PER_TOKEN, lambda _: (0, 0))
+            out += self._ask(
+                partial(self.wire.embedding, self.model, part),
+                partial(self._vectors, count=len(part)),
+                sum(map(len, part)) // CHARACTERS_PER_TOKEN,
+                lambda _: (0, 0),
+            )
         return out
 
     def _vectors(self, reply: Any, count: int) -> list[list[float]]:
@@ -281,7 +360,11 @@ def _error_text(data: Any) -> str:
 
 
 def _pause(reply: httpx.Response) -> float:
-    """Seconds that a server asks to wait: `retry-after-ms`, `retry-after` in seconds or as a date, Google's `retryDelay`. 0 when it says nothing that can be read."""
+    """Seconds that a server asks to wait: `retry-after-ms`, `retry-after` in seconds or as a date, Google's
+    `retryDelay`.
+
+    0 when it says nothing that can be read.
+    """
     from datetime import UTC, datetime
 
     headers = reply.headers

@@ -43,7 +43,9 @@ class TorchEngine:
 
     @classmethod
     def open(cls, path: Path, *, adapter: Path | None = None, name: str = "") -> TorchEngine:
-        """Load a Hugging Face directory; an adapter is folded into the weights, a soft prompt put before every text, their tokenizer and template are used."""
+        """Load a Hugging Face directory; an adapter is folded into the weights, a soft prompt put before every text,
+        their tokenizer and template are used.
+        """
         model: Any = load_model(path, low_bit=adapter is None)
         source = path
         if adapter is not None:
@@ -116,9 +118,16 @@ class TorchEngine:
         return [row.completion() for row in rows]
 
     def _forward(self, ids: Tensor, cache: Any, positions: Tensor | None, attention: Tensor | None) -> Tensor:
-        """Logits [rows, vocabulary] after the last of `ids` [rows, length]; the cache takes in their keys and values."""
+        """Logits [rows, vocabulary] after the last of `ids` [rows, length]; the cache takes in their keys and
+        values.
+        """
         out = self.model(
-            input_ids=ids.to(self.device), attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids.to(self.device),
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         logits: Tensor = out.logits[:, -1].float().cpu()  # where generators are
         return logits
@@ -142,7 +151,9 @@ class TorchEngine:
         rest = [prompt[shared:] for prompt in prompts]
         width = max(map(len, rest))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rest])
-        mask = torch.tensor([[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rest], device=self.device)
+        mask = torch.tensor(
+            [[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rest], device=self.device
+        )
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
         padded = bool((mask == 0).any())
         logits = self._forward(ids, cache, position_ids, mask if padded or shared else None)
@@ -169,17 +180,28 @@ class TorchEngine:
                 logits = self._forward(torch.tensor([[token]]), cache, position[:, None], None)
 
     def score(self, ids: Sequence[Sequence[int]], begins: Sequence[int] = ()) -> list[Scored]:
-        """How probable the tokens from each begin on are, or all after the first. What sequences begin with alike is read once."""
+        """How probable the tokens from each begin on are, or all after the first.
+
+        What sequences begin with alike is read once.
+        """
         begins = begins or [1] * len(ids)
         check_score(ids, begins, self.context, self.name)
         if tree.fits(self.model, max(map(len, ids), default=0)):
             return tree.score(self.model, cache_for(self.model), ids, begins)
-        return [scored(self.logits(sequence[:-1]), sequence, begin) for sequence, begin in zip(ids, begins, strict=True)]
+        return [
+            scored(self.logits(sequence[:-1]), sequence, begin) for sequence, begin in zip(ids, begins, strict=True)
+        ]
 
     def logits(self, ids: Sequence[int]) -> Any:
         """Next-token logits after every position: numpy [len(ids), vocabulary]."""
         with torch.inference_mode():
-            return self.model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False).logits[0].float().cpu().numpy()
+            return (
+                self.model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
+                .logits[0]
+                .float()
+                .cpu()
+                .numpy()
+            )
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """Not offered: what a causal model says of a text is no good vector of it."""
@@ -236,4 +258,12 @@ class _Row:
 
     def completion(self) -> Completion:
         """The finished answer."""
-        return Completion(self.text(), self.finish or "cancelled", tuple(self.ids), tuple(self.logprobs), len(self.prompt), len(self.ids), self.ended)
+        return Completion(
+            self.text(),
+            self.finish or "cancelled",
+            tuple(self.ids),
+            tuple(self.logprobs),
+            len(self.prompt),
+            len(self.ids),
+            self.ended,
+        )

@@ -1,4 +1,7 @@
-"""The Anthropic Messages API. Reference: docs.claude.com/en/api/messages, and the provider's own client for its version of October 2026."""
+"""The Anthropic Messages API.
+
+Reference: docs.claude.com/en/api/messages, and the provider's own client for its version of October 2026.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ PASSES = {"overloaded_error", "rate_limit_error", "api_error", "timeout_error"} 
 
 
 class Anthropic:
-    """It takes no seed, and since its newest models no temperature, top_p and top_k: answers cannot be repeated. Older models may be asked to."""
+    """It takes no seed, and since its newest models no temperature, top_p and top_k: answers cannot be repeated.
+
+    Older models may be asked to.
+    """
 
     key = "ANTHROPIC_API_KEY"
     plain = True
@@ -30,23 +36,39 @@ class Anthropic:
         return "/messages"
 
     def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
-        """System apart, turns as blocks. Only one of temperature and top_p may be given to newer models: top_p is sent where it is not 1."""
+        """System apart, turns as blocks.
+
+        Only one of temperature and top_p may be given to newer models: top_p is sent where it is not 1.
+        """
         s = request.sampling
         system, turns = without_system(request.messages)
         if not turns:
             raise RequestError("the request has no message but the system's; this API wants a user's")
-        body: Json = {"model": model, "max_tokens": s.max_tokens, "messages": _merged([_turn(m) for m in named(turns)]), "stream": stream}
+        body: Json = {
+            "model": model,
+            "max_tokens": s.max_tokens,
+            "messages": _merged([_turn(m) for m in named(turns)]),
+            "stream": stream,
+        }
         if system:
             body["system"] = system
         if not plain:
-            body |= {"temperature": s.temperature, **({"top_p": s.top_p} if s.top_p < 1 else {}), **({"top_k": s.top_k} if s.top_k else {})}
+            body |= {
+                "temperature": s.temperature,
+                **({"top_p": s.top_p} if s.top_p < 1 else {}),
+                **({"top_k": s.top_k} if s.top_k else {}),
+            }
         if s.stop:
             body["stop_sequences"] = list(s.stop)
         if request.tools:
             body["tools"] = [
-                {"name": f["name"], **({"description": f["description"]} if f.get("description") else {}), "input_schema": f.get("parameters") or {"type": "object", "properties": {}}}
+                {
+                    "name": f["name"],
+                    **({"description": f["description"]} if f.get("description") else {}),
+                    "input_schema": f.get("parameters") or {"type": "object", "properties": {}},
+                }
                 for f in functions(request.tools)
-            ]  # fmt: skip
+            ]
         if request.schema is not None:
             body["output_config"] = {"format": {"type": "json_schema", "schema": request.schema}}
         return body
@@ -75,9 +97,11 @@ class Anthropic:
         raise RequestError("this API has no embeddings")
 
 
-
 class AnthropicStream:
-    """message_start, blocks with deltas, message_delta with the reason, message_stop. Unknown events are passed over, as the API asks."""
+    """message_start, blocks with deltas, message_delta with the reason, message_stop.
+
+    Unknown events are passed over, as the API asks.
+    """
 
     def __init__(self) -> None:
         self.text = ""
@@ -121,7 +145,10 @@ class AnthropicStream:
 
 def _turn(message: Message) -> Json:
     if message.role == "tool":
-        return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": message.tool_call_id, "content": message.content}]}
+        return {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": message.tool_call_id, "content": message.content}],
+        }
     blocks: list[Json] = [{"type": "text", "text": message.content}] if message.content else []
     blocks += [{"type": "tool_use", "id": c.id, "name": c.name, "input": c.arguments} for c in message.tool_calls]
     return {"role": message.role, "content": blocks}

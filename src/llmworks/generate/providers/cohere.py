@@ -27,12 +27,22 @@ class Cohere:
         return "/chat"
 
     def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
-        """Temperature, `p` and `k`; `k` 0 is off there too. The API defaults p to 0.75 and bounds it to 0.99, which is sent for 1."""
+        """Temperature, `p` and `k`; `k` 0 is off there too.
+
+        The API defaults p to 0.75 and bounds it to 0.99, which is sent for 1.
+        """
         s = request.sampling
-        messages = [{k: v for k, v in m.items() if k != "name" and (k != "content" or v or not m.get("tool_calls"))} for m in messages_to_json(named(request.messages))]
+        messages = [
+            {k: v for k, v in m.items() if k != "name" and (k != "content" or v or not m.get("tool_calls"))}
+            for m in messages_to_json(named(request.messages))
+        ]
         body: Json = {"model": model, "messages": messages, "max_tokens": s.max_tokens, "stream": stream}
         if not plain:
-            body |= {"temperature": s.temperature, "k": s.top_k, **({"p": min(0.99, max(0.01, s.top_p))} if s.temperature else {})}
+            body |= {
+                "temperature": s.temperature,
+                "k": s.top_k,
+                **({"p": min(0.99, max(0.01, s.top_p))} if s.temperature else {}),
+            }
         if s.seed is not None:
             body["seed"] = s.seed
         if s.stop:
@@ -48,8 +58,13 @@ class Cohere:
         message, reason = reply["message"], reply["finish_reason"]
         if reason in AGAIN:
             raise Passing(f"it ended with the reason {reason}")
-        text = "".join(str(block["text"]) for block in message.get("content") or [] if block.get("type", "text") == "text")
-        calls = [Call(str(call["function"]["name"]), call["function"].get("arguments")) for call in message.get("tool_calls") or []]
+        text = "".join(
+            str(block["text"]) for block in message.get("content") or [] if block.get("type", "text") == "text"
+        )
+        calls = [
+            Call(str(call["function"]["name"]), call["function"].get("arguments"))
+            for call in message.get("tool_calls") or []
+        ]
         return _completion(text + written(calls), reason, reply.get("usage"))
 
     def stream(self) -> CohereStream:
@@ -62,12 +77,17 @@ class Cohere:
 
     def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
         """The embed API; texts are compared with one another here, none is a query."""
-        return "/embed", {"model": model, "texts": list(texts), "input_type": "clustering", "embedding_types": ["float"], "truncate": "NONE"}
+        return "/embed", {
+            "model": model,
+            "texts": list(texts),
+            "input_type": "clustering",
+            "embedding_types": ["float"],
+            "truncate": "NONE",
+        }
 
     def vectors(self, reply: Json) -> list[list[float]]:
         """The vectors of 32-bit numbers."""
         return [[float(x) for x in vector] for vector in reply["embeddings"]["float"]]
-
 
 
 class CohereStream:
@@ -90,7 +110,9 @@ class CohereStream:
             function = event["delta"]["message"]["tool_calls"]["function"]
             self.calls[int(event["index"])] = Call(str(function["name"]), function.get("arguments") or "")
         elif kind == "tool-call-delta":
-            self.calls[int(event["index"])].arguments += event["delta"]["message"]["tool_calls"]["function"]["arguments"]
+            self.calls[int(event["index"])].arguments += event["delta"]["message"]["tool_calls"]["function"][
+                "arguments"
+            ]
         elif kind == "message-end":
             self.reason, self.usage = event["delta"]["finish_reason"], event["delta"].get("usage")
             if self.reason in AGAIN:
@@ -107,4 +129,9 @@ class CohereStream:
 
 def _completion(text: str, reason: Any, usage: Any) -> Completion:
     tokens = (usage or {}).get("tokens")
-    return Completion(text, finish(reason, ["MAX_TOKENS"], ["ERROR_TOXIC"]), prompt_tokens=count(tokens, "input_tokens"), completion_tokens=count(tokens, "output_tokens"))
+    return Completion(
+        text,
+        finish(reason, ["MAX_TOKENS"], ["ERROR_TOXIC"]),
+        prompt_tokens=count(tokens, "input_tokens"),
+        completion_tokens=count(tokens, "output_tokens"),
+    )

@@ -9,7 +9,18 @@ from llmworks.core.errors import RequestError
 from llmworks.core.types import Completion, Json, Message, Request
 from llmworks.generate.providers.protocol import Call, Passing, count, finish, functions, named, without_system, written
 
-FILTERED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR")
+FILTERED = (
+    "SAFETY",
+    "RECITATION",
+    "BLOCKLIST",
+    "PROHIBITED_CONTENT",
+    "SPII",
+    "LANGUAGE",
+    "IMAGE_SAFETY",
+    "IMAGE_PROHIBITED_CONTENT",
+    "IMAGE_RECITATION",
+    "MODEL_ARMOR",
+)
 ENDED = ("STOP", "MAX_TOKENS", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", *FILTERED)
 OUTPUT = ("candidatesTokenCount", "thoughtsTokenCount")
 
@@ -67,12 +78,13 @@ class Google:
 
     def embedding(self, model: str, texts: Sequence[str]) -> tuple[str, Json]:
         """All texts in one request."""
-        return f"/models/{model}:batchEmbedContents", {"requests": [{"model": f"models/{model}", "content": {"parts": [{"text": text}]}} for text in texts]}
+        return f"/models/{model}:batchEmbedContents", {
+            "requests": [{"model": f"models/{model}", "content": {"parts": [{"text": text}]}} for text in texts]
+        }
 
     def vectors(self, reply: Json) -> list[list[float]]:
         """The values of each."""
         return [[float(x) for x in item["values"]] for item in reply["embeddings"]]
-
 
 
 class GoogleStream:
@@ -105,22 +117,33 @@ class GoogleStream:
     def end(self) -> tuple[str, Completion]:
         """The calls, and all."""
         if self.reason not in ENDED:
-            raise Passing(f"it ended with the reason {self.reason}" if self.reason else "it ended without a finish reason")
+            raise Passing(
+                f"it ended with the reason {self.reason}" if self.reason else "it ended without a finish reason"
+            )
         calls = written(self.calls)
         why = finish(self.reason, ["MAX_TOKENS"], FILTERED)
-        return calls, Completion(self.text + calls, why, prompt_tokens=count(self.usage, "promptTokenCount"), completion_tokens=count(self.usage, *OUTPUT))
+        return calls, Completion(
+            self.text + calls,
+            why,
+            prompt_tokens=count(self.usage, "promptTokenCount"),
+            completion_tokens=count(self.usage, *OUTPUT),
+        )
 
 
 def _declaration(function: Json) -> Json:
     return {
-        "name": function["name"], **({"description": function["description"]} if function.get("description") else {}),
+        "name": function["name"],
+        **({"description": function["description"]} if function.get("description") else {}),
         **({"parametersJsonSchema": function["parameters"]} if function.get("parameters") else {}),
-    }  # fmt: skip
+    }
 
 
 def _turn(message: Message) -> Json:
     if message.role == "tool":
-        return {"role": "user", "parts": [{"functionResponse": {"name": message.name, "response": {"result": message.content}}}]}
+        return {
+            "role": "user",
+            "parts": [{"functionResponse": {"name": message.name, "response": {"result": message.content}}}],
+        }
     parts: list[Json] = [{"text": message.content}] if message.content else []
     parts += [{"functionCall": {"name": c.name, "args": c.arguments}} for c in message.tool_calls]
     return {"role": "model" if message.role == "assistant" else "user", "parts": parts}

@@ -1,6 +1,7 @@
 """The OpenAI chat completions API, as OpenAI, vLLM, Ollama, LM Studio, OpenRouter, Together and many others speak it.
 
-Reference: platform.openai.com/docs/api-reference/chat; given text is scored by the older completions API with `echo`, as vLLM offers it.
+Reference: platform.openai.com/docs/api-reference/chat; given text is scored by the older completions API with `echo`,
+as vLLM offers it.
 """
 
 from __future__ import annotations
@@ -33,11 +34,20 @@ class OpenAI:
     def body(self, model: str, request: Request, *, stream: bool, plain: bool) -> Json:
         """Messages as they are stored here, which is this API's form."""
         s = request.sampling
-        body: Json = {"model": model, "messages": messages_to_json(request.messages), self._limit: s.max_tokens, **_sampling(s, plain), "stream": stream}
+        body: Json = {
+            "model": model,
+            "messages": messages_to_json(request.messages),
+            self._limit: s.max_tokens,
+            **_sampling(s, plain),
+            "stream": stream,
+        }
         if request.tools:
             body["tools"] = [{"type": "function", "function": function} for function in functions(request.tools)]
         if request.schema is not None:
-            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": request.schema, "strict": True}}
+            body["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": request.schema, "strict": True},
+            }
         if stream:
             body["stream_options"] = {"include_usage": True}
         return body
@@ -46,9 +56,16 @@ class OpenAI:
         """The first choice."""
         choice, usage = reply["choices"][0], reply.get("usage")
         message = choice["message"]
-        calls = [Call(str(call["function"]["name"]), call["function"].get("arguments")) for call in message.get("tool_calls") or []]
+        calls = [
+            Call(str(call["function"]["name"]), call["function"].get("arguments"))
+            for call in message.get("tool_calls") or []
+        ]
         refusal = message.get("refusal") if not message.get("content") and not calls else None
-        return _completion(str(refusal or _content(message)) + written(calls), "content_filter" if refusal else choice.get("finish_reason"), usage)
+        return _completion(
+            str(refusal or _content(message)) + written(calls),
+            "content_filter" if refusal else choice.get("finish_reason"),
+            usage,
+        )
 
     def stream(self) -> OpenAIStream:
         """A reader of one stream."""
@@ -67,8 +84,9 @@ class OpenAI:
 
     def vectors(self, reply: Json) -> list[list[float]]:
         """In the order of their indices."""
-        return [[float(x) for x in item["embedding"]] for item in sorted(reply["data"], key=lambda item: int(item["index"]))]
-
+        return [
+            [float(x) for x in item["embedding"]] for item in sorted(reply["data"], key=lambda item: int(item["index"]))
+        ]
 
 
 class OpenAIStream:
@@ -112,18 +130,27 @@ def read_completion(reply: Json) -> Completion:
 
 
 def score_body(model: str, ids: Sequence[int]) -> Json:
-    """The completions API, asked for log-probabilities of what it is given. Servers that refuse an answer of no tokens are given one."""
+    """The completions API, asked for log-probabilities of what it is given.
+
+    Servers that refuse an answer of no tokens are given one.
+    """
     return {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
 
 
 def read_scores(reply: Json, tokens: int) -> list[tuple[float, bool]]:
-    """For each given token but the first: (log-probability in nats, whether no token is more probable). ValueError when the server tells fewer."""
+    """For each given token but the first: (log-probability in nats, whether no token is more probable).
+
+    ValueError when the server tells fewer.
+    """
     told = reply["choices"][0]["logprobs"]
     chances, best = told["token_logprobs"], told.get("top_logprobs") or []
     if len(chances) < tokens or any(chance is None for chance in chances[1:tokens]):
         raise ValueError(f"log-probabilities of {len(chances)} tokens, {tokens} were given")
     tops = [*best, *[None] * (tokens - len(best))]
-    return [(float(chance), bool(top) and float(chance) >= max(map(float, top.values()))) for chance, top in zip(chances[1:tokens], tops[1:tokens], strict=True)]
+    return [
+        (float(chance), bool(top) and float(chance) >= max(map(float, top.values())))
+        for chance, top in zip(chances[1:tokens], tops[1:tokens], strict=True)
+    ]
 
 
 def collect_calls(calls: dict[int, Call], fragments: Sequence[Json]) -> None:
@@ -151,4 +178,6 @@ def _content(message: Json) -> str:
 
 def _completion(text: str, reason: Any, usage: Any) -> Completion:
     why: FinishReason = finish(reason, ["length"], ["content_filter"])
-    return Completion(text, why, prompt_tokens=count(usage, "prompt_tokens"), completion_tokens=count(usage, "completion_tokens"))
+    return Completion(
+        text, why, prompt_tokens=count(usage, "prompt_tokens"), completion_tokens=count(usage, "completion_tokens")
+    )

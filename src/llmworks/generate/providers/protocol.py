@@ -1,4 +1,6 @@
-"""What tells one provider's API from another: addresses, headers, bodies, replies and events of a stream. Knows no connection and no retry.
+"""What tells one provider's API from another: addresses, headers, bodies, replies and events of a stream.
+
+Knows no connection and no retry.
 
 Every provider answers in one form here: text, in which tool calls stand as the models of this project write them.
 """
@@ -26,7 +28,10 @@ class Stream(Protocol):
     """Puts the events of one stream together."""
 
     def take(self, event: Json) -> str:
-        """The new text of an event. KeyError, TypeError, ValueError or AttributeError for an event that makes no sense."""
+        """The new text of an event.
+
+        KeyError, TypeError, ValueError or AttributeError for an event that makes no sense.
+        """
         ...
 
     def end(self) -> tuple[str, Completion]:
@@ -35,9 +40,13 @@ class Stream(Protocol):
 
 
 class Wire(Protocol):
-    """One API. Bodies and replies are parsed JSON; what cannot be read raises KeyError, IndexError, TypeError, ValueError or AttributeError.
+    """One API.
 
-    `key`: the environment variable that usually holds its key; `can`: what an engine over it offers; `plain`: it takes no temperature today.
+    Bodies and replies are parsed JSON; what cannot be read raises KeyError, IndexError, TypeError, ValueError or
+    AttributeError.
+
+    `key`: the environment variable that usually holds its key; `can`: what an engine over it offers; `plain`: it takes
+    no temperature today.
     """
 
     key: str
@@ -119,7 +128,9 @@ def without_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
 
 
 def named(messages: Sequence[Message]) -> list[Message]:
-    """The same messages, every tool call with an id and every result with the id and the name of its call: as given, else in their order."""
+    """The same messages, every tool call with an id and every result with the id and the name of its call: as given,
+    else in their order.
+    """
     waiting: list[ToolCall] = []
     names: dict[str, str] = {}
     made, out = 0, []

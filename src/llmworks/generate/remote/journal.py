@@ -1,4 +1,7 @@
-"""Answers that were paid for: kept in a file as they come, so that a run that was killed asks nothing twice. Knows no task."""
+"""Answers that were paid for: kept in a file as they come, so that a run that was killed asks nothing twice.
+
+Knows no task.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +44,22 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._engine is not None:
             self._engine.close()
 
     def ask(self, requests: Mapping[str, Request], bar: Bar) -> dict[str, Record | RequestError]:
-        """The answer to every request, by the id that it has here; a request that cannot be answered as asked gives its error.
+        """The answer to every request, by the id that it has here; a request that cannot be answered as asked gives its
+        error.
 
         Errors: the first other error, after the answers that are under way are written down.
         """
         todo = [id for id in requests if id not in self.known]
-        todo.sort(key=lambda id: sum(len(m.content) for m in requests[id].messages))  # alike lengths together: less padding
+        todo.sort(
+            key=lambda id: sum(len(m.content) for m in requests[id].messages)
+        )  # alike lengths together: less padding
         bar.resume(bar.done + len(requests) - len(todo))
         refused: dict[str, RequestError] = {}
         if todo:
@@ -59,7 +67,9 @@ class Journal:
             with self._file.open("a", encoding="utf-8") as stream:
                 for start in range(0, len(todo), CHUNK):
                     failed: LlmworksError | None = None
-                    for id, answer in self._answers(self._engine, {id: requests[id] for id in todo[start : start + CHUNK]}):
+                    for id, answer in self._answers(
+                        self._engine, {id: requests[id] for id in todo[start : start + CHUNK]}
+                    ):
                         if isinstance(answer, Record):
                             self.known[id] = answer
                             stream.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
@@ -82,12 +92,29 @@ class Journal:
                 yield ids[place], answer
                 continue
             began, spent = time.monotonic(), time.monotonic() - began
-            yield ids[place], Record(ids[place], answer.text.encode("utf-8", "replace").decode(), answer.finish, answer.prompt_tokens, answer.completion_tokens, spent)
+            yield (
+                ids[place],
+                Record(
+                    ids[place],
+                    answer.text.encode("utf-8", "replace").decode(),
+                    answer.finish,
+                    answer.prompt_tokens,
+                    answer.completion_tokens,
+                    spent,
+                ),
+            )
 
 
 def request_id(request: Request, turn: int = 0) -> str:
     """What tells a request from others; `turn` tells repeated ones apart."""
-    content = [messages_to_json(request.messages), list(request.ids), list(request.tools), asdict(request.sampling), turn, *([request.schema] if request.schema is not None else [])]
+    content = [
+        messages_to_json(request.messages),
+        list(request.ids),
+        list(request.tools),
+        asdict(request.sampling),
+        turn,
+        *([request.schema] if request.schema is not None else []),
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -96,7 +123,9 @@ def read_records(file: Path) -> dict[str, Record]:
     if not file.exists():
         return {}
     good: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # not splitlines: answers hold other separators
+    for line in file.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    ):  # not splitlines: answers hold other separators
         try:
             good.append(json.loads(line))
         except ValueError:

@@ -13,10 +13,15 @@ from llmworks.core.types import Completion, Request
 Answered = tuple[int, Completion | LlmworksError]
 
 
-def each_in_threads(answer: Callable[[Request], Completion], requests: Sequence[Request], threads: int, *, leave: bool = False) -> Iterator[Answered]:
-    """(place, answer or the error of that request) as they are ready. Closing the iterator, or an interrupt, starts no further request.
+def each_in_threads(
+    answer: Callable[[Request], Completion], requests: Sequence[Request], threads: int, *, leave: bool = False
+) -> Iterator[Answered]:
+    """(place, answer or the error of that request) as they are ready.
 
-    Requests that are under way then are waited for, unless `leave`: a server that hangs must not hold up the end of the program.
+    Closing the iterator, or an interrupt, starts no further request.
+
+    Requests that are under way then are waited for, unless `leave`: a server that hangs must not hold up the end of the
+    program.
     """
     todo: queue.SimpleQueue[tuple[int, Request]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Completion | BaseException]] = queue.SimpleQueue()

@@ -1,4 +1,5 @@
-"""When a remote server may be asked: limits per minute, pauses that a server asks for, and growing delays after failures.
+"""When a remote server may be asked: limits per minute, pauses that a server asks for, and growing delays after
+failures.
 
 Knows no HTTP. One pace is shared by all threads that ask one server.
 """
@@ -28,7 +29,10 @@ class Pace:
         self._closed = threading.Event()
 
     def go(self, tokens: int) -> list[float]:
-        """Wait until a request of about so many tokens may be sent. What it returns is given to `settle`. EngineError when closed meanwhile."""
+        """Wait until a request of about so many tokens may be sent.
+
+        What it returns is given to `settle`. EngineError when closed meanwhile.
+        """
         while True:
             with self._lock:
                 delay = self._delay(tokens)
@@ -78,5 +82,7 @@ class Pace:
 
 
 def back_off(attempt: int) -> float:
-    """Seconds before the next attempt: doubled each time, and drawn anew so that many clients do not come back together."""
+    """Seconds before the next attempt: doubled each time, and drawn anew so that many clients do not come back
+    together.
+    """
     return float(min(LONGEST_DELAY, FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1.0))

@@ -1,4 +1,7 @@
-"""What asking costs: requests, tokens and money, counted by all threads of an engine. Money is counted where prices are given."""
+"""What asking costs: requests, tokens and money, counted by all threads of an engine.
+
+Money is counted where prices are given.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +51,17 @@ class Account:
     def check(self) -> None:
         """EngineError when the budget is spent."""
         if self.budget and self.cost >= self.budget:
-            raise EngineError(f"the budget of {self.budget:g} is spent ({self.cost:.4g}); raise `budget` in the model's reference to go on")
+            raise EngineError(
+                f"the budget of {self.budget:g} is spent ({self.cost:.4g}); raise `budget` in the model's reference to"
+                " go on"
+            )
 
     def to_json(self) -> Json:
         """The counts, and the cost where prices are known."""
-        counts = {"requests": self.requests, "retries": self.retries, "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        counts = {
+            "requests": self.requests,
+            "retries": self.retries,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
         return {**counts, **({"cost": round(self.cost, 6)} if self.input_price or self.output_price else {})}

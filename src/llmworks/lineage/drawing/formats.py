@@ -1,4 +1,7 @@
-"""Draw a family: as a tree of lines for the terminal, in layers as SVG, PNG and Mermaid. Knows only `family.Family` and where its boxes stand; the page that can be searched is `page.py`'s."""
+"""Draw a family: as a tree of lines for the terminal, in layers as SVG, PNG and Mermaid.
+
+Knows only `family.Family` and where its boxes stand; the page that can be searched is `page.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,52 @@ from llmworks.lineage.drawing.layout import BOX_H, BOX_W, placed
 from llmworks.lineage.family import Family, Node
 
 BY = "by its weights: "
-COLORS = {"model": "#2563eb", "adapter": "#7c3aed", "dataset": "#059669", "tokenizer": "#0891b2", "index": "#b45309", "report": "#64748b"}
+COLORS = {
+    "model": "#2563eb",
+    "adapter": "#7c3aed",
+    "dataset": "#059669",
+    "tokenizer": "#0891b2",
+    "index": "#b45309",
+    "report": "#64748b",
+}
 
 
 def draw_text(family: Family) -> str:
-    """Roots on the left, children indented below; a node with several parents stands below the one it is made of, the rest are named."""
+    """Roots on the left, children indented below; a node with several parents stands below the one it is made of, the
+    rest are named.
+    """
     lines: list[str] = []
     primary = {node.digest: _primary_parent(node) for node in family.nodes.values()}
 
     def visit(node: Node, prefix: str, last: bool, top: bool) -> None:
         others = [family.nodes[p].label for _, p in node.parents if p != primary[node.digest] and p in family.nodes]
         joint = "" if top else ("└─ " if last else "├─ ")
-        made = f"  [{' '.join([node.stage, *_how(node)])}]" if node.stage else f"  [from outside{f': {node.ref}' if node.ref else ''}]"
+        made = (
+            f"  [{' '.join([node.stage, *_how(node)])}]"
+            if node.stage
+            else f"  [from outside{f': {node.ref}' if node.ref else ''}]"
+        )
         extra = f"  + {', '.join(dict.fromkeys(others))}" if others else ""
         told = [role for role, digest in node.parents if digest in family.nodes and line_of(node, role) == "dotted"]
         if len(told) > 1 and all(role.startswith(BY) for role in told):  # all parents with their shares
-            told = [BY + "; ".join(f"{role.removeprefix(BY)} {family.nodes[digest].label}" for role, digest in node.parents if role in told and digest in family.nodes)]
+            told = [
+                BY
+                + "; ".join(
+                    f"{role.removeprefix(BY)} {family.nodes[digest].label}"
+                    for role, digest in node.parents
+                    if role in told and digest in family.nodes
+                )
+            ]
         own = next((role for role, digest in node.parents if digest == primary[node.digest]), "")
-        by = f"  ({told[0]})" if told else "  (its tokenizer alone)" if own == "tokenizer" and node.kind == "model" else ""
-        lines.append(f"{prefix}{joint}{node.label}  {node.kind}{'' if node.digest.startswith('claimed:') else f' {node.digest[:12]}'}{made}{by}{extra}{_facts(node)}")
+        by = (
+            f"  ({told[0]})"
+            if told
+            else "  (its tokenizer alone)"
+            if own == "tokenizer" and node.kind == "model"
+            else ""
+        )
+        digest = "" if node.digest.startswith("claimed:") else f" {node.digest[:12]}"
+        lines.append(f"{prefix}{joint}{node.label}  {node.kind}{digest}{made}{by}{extra}{_facts(node)}")
         below = [child for child in family.nodes.values() if primary[child.digest] == node.digest]
         for i, child in enumerate(below):
             visit(child, prefix + ("" if top else ("   " if last else "│  ")), i == len(below) - 1, False)
@@ -50,14 +80,20 @@ def _primary_parent(node: Node) -> str:
 def _facts(node: Node) -> str:
     if node.artifact is None or node.artifact.manifest is None:
         return ""
-    numbers = [(k, v) for k, v in node.artifact.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    numbers = [
+        (k, v) for k, v in node.artifact.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
     shown = [f"{k} {v:.4g}" for k, v in numbers if k in ("score", "difference", "rows", "loss")]
     return f"  ({', '.join(shown)})" if shown else ""
 
 
 def line_of(node: Node, role: str) -> str:
-    """How an edge to a node is drawn: solid where it can be derived again, dashed where it is declared, dotted where a file claims it or weights say so."""
-    return "dotted" if role.startswith(BY) or " says: " in role else "dashed" if node.derivation == "declared" else "solid"
+    """How an edge to a node is drawn: solid where it can be derived again, dashed where it is declared, dotted where a
+    file claims it or weights say so.
+    """
+    return (
+        "dotted" if role.startswith(BY) or " says: " in role else "dashed" if node.derivation == "declared" else "solid"
+    )
 
 
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="5 3"', "dotted": ' stroke-dasharray="1.5 3"'}
@@ -65,7 +101,11 @@ DASHES = {"solid": "", "dashed": ' stroke-dasharray="5 3"', "dotted": ' stroke-d
 
 def told(node: Node) -> tuple[str, str, str]:
     """What stands in a node's box."""
-    return node.label, " ".join([node.stage or node.ref or "from outside", *_how(node)]), f"{node.kind} {node.digest[:8] if not node.digest.startswith('claimed:') else 'known by its name'}"
+    return (
+        node.label,
+        " ".join([node.stage or node.ref or "from outside", *_how(node)]),
+        f"{node.kind} {node.digest[:8] if not node.digest.startswith('claimed:') else 'known by its name'}",
+    )
 
 
 def _how(node: Node) -> list[str]:
@@ -73,25 +113,47 @@ def _how(node: Node) -> list[str]:
     if node.artifact is None or node.artifact.manifest is None or not node.stage.startswith(("merge", "quantize.")):
         return []
     about = node.artifact.about
-    found = [str(about[key]) for key in ("method", "type") if about.get(key) and str(about[key]) != node.stage.split(".")[-1]]
+    found = [
+        str(about[key]) for key in ("method", "type") if about.get(key) and str(about[key]) != node.stage.split(".")[-1]
+    ]
     bits = about.get("average") or about.get("bits")
-    return [*found, *([f"{bits:g} bits"] if isinstance(bits, (int, float)) else []), *(["allocated"] if about.get("allocated") else [])]
+    return [
+        *found,
+        *([f"{bits:g} bits"] if isinstance(bits, (int, float)) else []),
+        *(["allocated"] if about.get("allocated") else []),
+    ]
 
 
 def draw_svg(family: Family) -> str:
     """Boxes by kind, `placed`; edges by `line_of`."""
     at = placed(family)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{at.width:.0f}" height="{at.height:.0f}" viewBox="0 0 {at.width:.0f} {at.height:.0f}" font-family="system-ui,sans-serif" font-size="12">']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{at.width:.0f}" height="{at.height:.0f}" viewBox="0 0'
+        f' {at.width:.0f} {at.height:.0f}" font-family="system-ui,sans-serif" font-size="12">'
+    ]
     for edge in at.edges:
         way = " ".join(command + " ".join(f"{one:.0f}" for one in numbers) for command, numbers in edge.way)
-        parts.append(f'<path class="edge" data-from="{html.escape(edge.parent)}" data-to="{html.escape(edge.child)}" d="{way}" fill="none" stroke="#94a3b8" stroke-width="1.4"{DASHES[line_of(family.nodes[edge.child], edge.role)]}><title>{html.escape(edge.role)}</title></path>')
+        parts.append(
+            f'<path class="edge" data-from="{html.escape(edge.parent)}" data-to="{html.escape(edge.child)}" d="{way}"'
+            ' fill="none" stroke="#94a3b8"'
+            f' stroke-width="1.4"{DASHES[line_of(family.nodes[edge.child], edge.role)]}>'
+            f"<title>{html.escape(edge.role)}</title></path>"
+        )
     for digest, (x, y) in at.boxes.items():
         node = family.nodes[digest]
         color = COLORS.get(node.kind, "#64748b")
-        parts.append(f'<g class="node" data-id="{html.escape(digest)}"><title>{html.escape(f"{node.label}: {node.kind} {digest}")}</title><rect x="{x:.0f}" y="{y:.0f}" width="{BOX_W}" height="{BOX_H}" rx="7" fill="#fff" stroke="{color}" stroke-width="1.6"/>')
+        parts.append(
+            '<g class="node"'
+            f' data-id="{html.escape(digest)}"><title>{html.escape(f"{node.label}: {node.kind} {digest}")}</title><rect'
+            f' x="{x:.0f}" y="{y:.0f}" width="{BOX_W}" height="{BOX_H}" rx="7" fill="#fff" stroke="{color}"'
+            ' stroke-width="1.6"/>'
+        )
         for i, line in enumerate(told(node)):
             weight = ' font-weight="600"' if i == 0 else ""
-            parts.append(f'<text x="{x + 10:.0f}" y="{y + 17 + 14.5 * i:.0f}" fill="{color if i != 1 else "#475569"}"{weight} font-size="{12 if i == 0 else 10.5}">{html.escape(_short(line, 25 if i == 0 else 28))}</text>')
+            parts.append(
+                f'<text x="{x + 10:.0f}" y="{y + 17 + 14.5 * i:.0f}" fill="{color if i != 1 else "#475569"}"{weight}'
+                f' font-size="{12 if i == 0 else 10.5}">{html.escape(_short(line, 25 if i == 0 else 28))}</text>'
+            )
         parts.append("</g>")
     return "".join(parts) + "</svg>"
 
@@ -114,13 +176,39 @@ def draw_png(family: Family, file: Path) -> None:
         for edge in at.edges:
             points = [(numbers[i], numbers[i + 1]) for _, numbers in edge.way for i in range(0, len(numbers), 2)]
             curve = Curve(points, [code for command, _ in edge.way for code in codes[command]])
-            axes.add_patch(PathPatch(curve, fill=False, edgecolor="#94a3b8", linewidth=1, linestyle=line_of(family.nodes[edge.child], edge.role)))
+            axes.add_patch(
+                PathPatch(
+                    curve,
+                    fill=False,
+                    edgecolor="#94a3b8",
+                    linewidth=1,
+                    linestyle=line_of(family.nodes[edge.child], edge.role),
+                )
+            )
         for digest, (x, y) in at.boxes.items():
             node = family.nodes[digest]
             color = COLORS.get(node.kind, "#64748b")
-            axes.add_patch(FancyBboxPatch((x + 3, y + 3), BOX_W - 6, BOX_H - 6, boxstyle="round,pad=3", facecolor="white", edgecolor=color, linewidth=1.2))
+            axes.add_patch(
+                FancyBboxPatch(
+                    (x + 3, y + 3),
+                    BOX_W - 6,
+                    BOX_H - 6,
+                    boxstyle="round,pad=3",
+                    facecolor="white",
+                    edgecolor=color,
+                    linewidth=1.2,
+                )
+            )
             for i, line in enumerate(told(node)):
-                axes.text(x + 9, y + 16 + 14.5 * i, _short(line, 24 if i == 0 else 27), color=color if i != 1 else "#475569", fontsize=7 if i == 0 else 6, fontweight="bold" if i == 0 else "normal", parse_math=False)
+                axes.text(
+                    x + 9,
+                    y + 16 + 14.5 * i,
+                    _short(line, 24 if i == 0 else 27),
+                    color=color if i != 1 else "#475569",
+                    fontsize=7 if i == 0 else 6,
+                    fontweight="bold" if i == 0 else "normal",
+                    parse_math=False,
+                )
         figure.savefig(file, metadata={"Software": None})
 
 
@@ -129,12 +217,28 @@ def draw_mermaid(family: Family) -> str:
     names = {digest: f"n{number}" for number, digest in enumerate(family.nodes)}
 
     def safe(text: str) -> str:
-        return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
+        return (
+            text.replace("&", "&amp;")
+            .replace('"', "&quot;")
+            .replace("<", "&lt;")
+            .replace(">", "&gt;")
+            .replace("\n", " ")
+        )
 
     arrows = {"solid": "-->", "dashed": "-.->", "dotted": "-.->"}
-    lines = ["graph TD", *(f'  {names[node.digest]}["{"<br/>".join(map(safe, told(node)))}"]' for node in family.nodes.values())]
-    lines += [f'  {names[parent]} {arrows[line_of(node, role)]}|"{safe(role)}"| {names[node.digest]}' for node in family.nodes.values() for role, parent in node.parents if parent in names]
-    lines += [f"  style {names[node.digest]} stroke:{COLORS.get(node.kind, '#64748b')}" for node in family.nodes.values()]
+    lines = [
+        "graph TD",
+        *(f'  {names[node.digest]}["{"<br/>".join(map(safe, told(node)))}"]' for node in family.nodes.values()),
+    ]
+    lines += [
+        f'  {names[parent]} {arrows[line_of(node, role)]}|"{safe(role)}"| {names[node.digest]}'
+        for node in family.nodes.values()
+        for role, parent in node.parents
+        if parent in names
+    ]
+    lines += [
+        f"  style {names[node.digest]} stroke:{COLORS.get(node.kind, '#64748b')}" for node in family.nodes.values()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """Where the boxes of a family's drawing stand, and the ways of its lines. Knows only `family.Family`; draws nothing.
 
-Layers from top to bottom by distance from the roots (Sugiyama et al. 1981). A layer with many boxes has several rows, so that the whole is about as wide as a screen; lines to rows but the first run between the columns.
+Layers from top to bottom by distance from the roots (Sugiyama et al. 1981). A layer with many boxes has several rows,
+so that the whole is about as wide as a screen; lines to rows but the first run between the columns.
 """
 
 from __future__ import annotations
@@ -39,16 +40,25 @@ class Placed:
 
 
 def placed(family: Family) -> Placed:
-    """Each node is below its parents, as far as there is room; of those in a column the ones with children stand last."""
+    """Each node is below its parents, as far as there is room; of those in a column the ones with children stand
+    last.
+    """
     import networkx
 
     graph = networkx.DiGraph()
     graph.add_nodes_from(family.nodes)
-    links = [(parent, node.digest, role) for node in family.nodes.values() for role, parent in node.parents if parent in family.nodes]
+    links = [
+        (parent, node.digest, role)
+        for node in family.nodes.values()
+        for role, parent in node.parents
+        if parent in family.nodes
+    ]
     graph.add_edges_from((parent, child) for parent, child, _ in links)
     layers = [list(layer) for layer in networkx.topological_generations(graph)]
     most = widest([len(layer) for layer in layers])
-    width = max((_columns(len(layer), most) for layer in layers), default=1) * (BOX_W + GAP_X) + 2 * PAD  # with a gap left of the first column, for lines
+    width = (
+        max((_columns(len(layer), most) for layer in layers), default=1) * (BOX_W + GAP_X) + 2 * PAD
+    )  # with a gap left of the first column, for lines
     boxes: dict[str, tuple[float, float]] = {}
     tops: dict[str, float] = {}
     y = float(PAD)
@@ -57,11 +67,18 @@ def placed(family: Family) -> Placed:
         layer.sort(key=lambda d: (wanted[d], family.nodes[d].label))
         rows = -(-len(layer) // most)
         columns = [layer[at : at + rows] for at in range(0, len(layer), rows)]
-        for column, x in zip(columns, _spread([[wanted[d] for d in column] for column in columns], width, top=not depth), strict=True):
+        for column, x in zip(
+            columns, _spread([[wanted[d] for d in column] for column in columns], width, top=not depth), strict=True
+        ):
             for row, digest in enumerate(sorted(column, key=lambda d: graph.out_degree(d) > 0)):
                 boxes[digest], tops[digest] = (x, y + row * (BOX_H + GAP_ROW)), y
         y += rows * (BOX_H + GAP_ROW) - GAP_ROW + GAP_Y
-    return Placed(boxes, [Edge(parent, child, role, _way(boxes[parent], boxes[child], tops[child])) for parent, child, role in links], width, y - GAP_Y + PAD)
+    return Placed(
+        boxes,
+        [Edge(parent, child, role, _way(boxes[parent], boxes[child], tops[child])) for parent, child, role in links],
+        width,
+        y - GAP_Y + PAD,
+    )
 
 
 def widest(sizes: list[int]) -> int:
@@ -89,10 +106,16 @@ def _wanted(graph: Any, layer: list[str], boxes: dict[str, tuple[float, float]],
 
 
 def _spread(wanted: list[list[float]], width: float, *, top: bool) -> list[float]:
-    """Where columns begin, from left to right: each at the mean of what its nodes want, no two in one place; of the topmost layer evenly."""
+    """Where columns begin, from left to right: each at the mean of what its nodes want, no two in one place; of the
+    topmost layer evenly.
+    """
     low, high, step = float(PAD + GAP_X), width - PAD - BOX_W, BOX_W + GAP_X
     if top:
-        xs = [(low + high) / 2] if len(wanted) == 1 else [low + at * (high - low) / (len(wanted) - 1) for at in range(len(wanted))]
+        xs = (
+            [(low + high) / 2]
+            if len(wanted) == 1
+            else [low + at * (high - low) / (len(wanted) - 1) for at in range(len(wanted))]
+        )
     else:
         xs = [min(max(low, sum(column) / len(column)), high) for column in wanted]
     for at in range(1, len(xs)):  # those to the right move on
@@ -103,10 +126,17 @@ def _spread(wanted: list[list[float]], width: float, *, top: bool) -> list[float
 
 
 def _way(parent: tuple[float, float], child: tuple[float, float], top: float) -> Way:
-    """From below a parent to above a child; where a row stands above the child, down beside its column and into its left side."""
+    """From below a parent to above a child; where a row stands above the child, down beside its column and into its
+    left side.
+    """
     a, b, x, y = parent[0] + BOX_W / 2, parent[1] + BOX_H, *child
     if y == top:
         c = x + BOX_W / 2
         return (("M", (a, b)), ("C", (a, b + 24, c, y - 24, c, y)))
     gutter, middle = x - GAP_X / 2, y + BOX_H / 2
-    return (("M", (a, b)), ("C", (a, b + 24, gutter, top - 24, gutter, top)), ("L", (gutter, middle - 9)), ("C", (gutter, middle, gutter, middle, x, middle)))
+    return (
+        ("M", (a, b)),
+        ("C", (a, b + 24, gutter, top - 24, gutter, top)),
+        ("L", (gutter, middle - 9)),
+        ("C", (gutter, middle, gutter, middle, x, middle)),
+    )

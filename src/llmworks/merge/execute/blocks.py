@@ -1,4 +1,8 @@
-"""The tensors of a merge that are computed: inputs read where they lie, or as another vocabulary has them, and a method's results as bytes. Knows no method and no file of the result."""
+"""The tensors of a merge that are computed: inputs read where they lie, or as another vocabulary has them, and a
+method's results as bytes.
+
+Knows no method and no file of the result.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,23 @@ from llmworks.model.io.safetensors_io import FLOATS, TORCH
 class Blocks:
     """`given`: tensors that come from no model, by name; `notes`: what methods count."""
 
-    def __init__(self, method: Method, models: Mapping[str, Layout], vocabulary: Vocabulary | None, seed: int, given: Mapping[str, Tensor], notes: dict[str, int]) -> None:
-        self.method, self.models, self.vocabulary, self.seed, self.given, self.notes = method, models, vocabulary, seed, given, notes
+    def __init__(
+        self,
+        method: Method,
+        models: Mapping[str, Layout],
+        vocabulary: Vocabulary | None,
+        seed: int,
+        given: Mapping[str, Tensor],
+        notes: dict[str, int],
+    ) -> None:
+        self.method, self.models, self.vocabulary, self.seed, self.given, self.notes = (
+            method,
+            models,
+            vocabulary,
+            seed,
+            given,
+            notes,
+        )
 
     def pieces(self, job: Job, pool: ThreadPoolExecutor) -> Iterator[Callable[[], memoryview]]:
         """What computes the bytes of a tensor of the result, block after block."""
@@ -35,12 +54,18 @@ class Blocks:
         group = self.group(job)
         if not group.count:
             return
-        method: Future[Piece] | Piece = pool.submit(self.method.function(), group) if job.dtype in FLOATS else alike(job)
+        method: Future[Piece] | Piece = (
+            pool.submit(self.method.function(), group) if job.dtype in FLOATS else alike(job)
+        )
         size = max(1, group.count) if self.method.whole and job.dtype in FLOATS else BLOCK
         for number, start in enumerate(range(0, max(1, group.count), size)):
-            yield lambda number=number, start=start: self.piece(job, group, method, number, start, min(size, group.count - start))  # type: ignore[misc]
+            yield lambda number=number, start=start: self.piece(
+                job, group, method, number, start, min(size, group.count - start)
+            )  # type: ignore[misc]
 
-    def piece(self, job: Job, group: Group, method: Future[Piece] | Piece, number: int, start: int, count: int) -> memoryview:
+    def piece(
+        self, job: Job, group: Group, method: Future[Piece] | Piece, number: int, start: int, count: int
+    ) -> memoryview:
         """The bytes of one block. ModelError for values that are no numbers."""
         function = method.result() if isinstance(method, Future) else method
         blocks = group.read(start, count)
@@ -60,7 +85,10 @@ class Blocks:
         for (model, tensor), block in zip(job.sources, blocks, strict=True):
             if not torch.isfinite(block).all():
                 return ModelError(broken(model, tensor))
-        return UserError(f"{job.name}: the merge makes values that are no numbers, or that {TORCH[job.out_dtype]} cannot hold; look at its weights, or give out_dtype: float32")
+        return UserError(
+            f"{job.name}: the merge makes values that are no numbers, or that {TORCH[job.out_dtype]} cannot hold; look"
+            " at its weights, or give out_dtype: float32"
+        )
 
     def group(self, job: Job) -> Group:
         """A tensor as a method sees it."""
@@ -77,7 +105,16 @@ class Blocks:
             return self.numbers(model, tensor, first, count)
         width = int(np.prod(job.shape[1:], dtype=np.int64))
         low, high = first // width, -(-(first + count) // width)
-        rows = torch.cat([self.rows(model, tensor, low, min(high, self.vocabulary.tokens), width, job), *([self.mean(model, tensor, width, job).expand(high - max(low, self.vocabulary.tokens), -1)] if high > self.vocabulary.tokens else [])])
+        rows = torch.cat(
+            [
+                self.rows(model, tensor, low, min(high, self.vocabulary.tokens), width, job),
+                *(
+                    [self.mean(model, tensor, width, job).expand(high - max(low, self.vocabulary.tokens), -1)]
+                    if high > self.vocabulary.tokens
+                    else []
+                ),
+            ]
+        )
         return rows.reshape(-1)[first - low * width : first - low * width + count]
 
     def numbers(self, model: str, tensor: str, first: int, count: int) -> Tensor:
@@ -101,7 +138,12 @@ class Blocks:
             if take[at] >= 0:
                 made[at:end] = self.numbers(model, tensor, int(take[at]) * width, (end - at) * width).view(-1, width)
             else:
-                donors = [(name, own, row) for name, row in self.vocabulary.spare.get(low + at, ()) for other, own in job.sources if other == name]
+                donors = [
+                    (name, own, row)
+                    for name, row in self.vocabulary.spare.get(low + at, ())
+                    for other, own in job.sources
+                    if other == name
+                ]
                 for name, own, row in donors:
                     made[at] += self.numbers(name, own, row * width, width)
                 if len(donors) > 1:
@@ -129,7 +171,10 @@ def alike(job: Job) -> Piece:
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
         if not all(torch.equal(blocks[0], block) for block in blocks[1:]):
-            raise ModelError(f"{job.name}: holds {TORCH[job.dtype]} numbers that differ between the models, and such cannot be merged")
+            raise ModelError(
+                f"{job.name}: holds {TORCH[job.dtype]} numbers that differ between the models, and such cannot be"
+                " merged"
+            )
         return blocks[0]
 
     return piece

@@ -1,4 +1,8 @@
-"""The tensors of a merge that are a model's own, to the last bit: their bytes, looked at for values that are no numbers. Imports no torch."""
+"""The tensors of a merge that are a model's own, to the last bit: their bytes, looked at for values that are no
+numbers.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,16 @@ from llmworks.merge.plan.layout import Layout
 from llmworks.merge.plan.plan import BLOCK, Job
 from llmworks.model.io.safetensors_io import BYTES
 
-EXPONENTS: dict[str, tuple[Any, int]] = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000), "F64": (np.uint64, 0x7FF0000000000000), "F8_E5M2": (np.uint8, 0x7C), "F8_E4M3": (np.uint8, 0x7F)}  # all bits of one are set in NaN and infinite values (IEEE 754; of F8_E4M3 all bits but the sign, in NaN: Micikevicius et al. 2022)
+EXPONENTS: dict[str, tuple[Any, int]] = {
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+    "F32": (np.uint32, 0x7F800000),
+    "F64": (np.uint64, 0x7FF0000000000000),
+    "F8_E5M2": (np.uint8, 0x7C),
+    "F8_E4M3": (np.uint8, 0x7F),
+    # all bits of one are set in NaN and infinite values (IEEE 754; of F8_E4M3 all bits but the sign, in NaN:
+    # Micikevicius et al. 2022)
+}
 
 
 def is_copy(job: Job, models: Mapping[str, Layout]) -> bool:

@@ -1,4 +1,7 @@
-"""From models and a configuration to a directory: the plan, the tokenizer, the weights, the config, what has to replay. See `merge.py`."""
+"""From models and a configuration to a directory: the plan, the tokenizer, the weights, the config, what has to replay.
+
+See `merge.py`.
+"""
 
 from __future__ import annotations
 
@@ -38,28 +41,61 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
     layouts = layouts_of(config, models)
     donor, vocabulary, plan = prepared(config, layouts)
     if plan.unused:
-        ctx.progress.say(f"{config.merge_method} has no parameter {', '.join(plan.unused)}, which the configuration gives")
+        ctx.progress.say(
+            f"{config.merge_method} has no parameter {', '.join(plan.unused)}, which the configuration gives"
+        )
     for part in plan.idle:
-        ctx.progress.say(f"no tensor's name holds {part}, which a filter asks for; one is {plan.jobs[len(plan.jobs) // 2].name}")
+        ctx.progress.say(
+            f"no tensor's name holds {part}, which a filter asks for; one is {plan.jobs[len(plan.jobs) // 2].name}"
+        )
     write_config(config, layouts[donor], plan, vocabulary, ctx.out, layouts)
     source = write_tokenizer(config, layouts, donor, vocabulary, ctx.out)
     read = replay(models[source], ctx, layouts) if source else None
-    bare = {row for job in plan.jobs if job.tokens for row in vocabulary.bare([model for model, _ in job.sources])} if vocabulary is not None else set()
+    bare = (
+        {row for job in plan.jobs if job.tokens for row in vocabulary.bare([model for model, _ in job.sources])}
+        if vocabulary is not None
+        else set()
+    )
     if bare:
-        ctx.progress.say(f"warning: {len(bare)} tokens have a row of zeros in tensors of models that do not have them; give tokenizer.tokens with what stands for them, or another tokenizer_source")
+        ctx.progress.say(
+            f"warning: {len(bare)} tokens have a row of zeros in tensors of models that do not have them; give"
+            " tokenizer.tokens with what stands for them, or another tokenizer_source"
+        )
     stream = Stream(plan, layouts, vocabulary, ctx.seed)
     size = written(stream, config.shard_bytes, layouts, ctx)
     weights = sum(math.prod(job.shape) for job in plan.jobs)
-    metrics: dict[str, Any] = {"bytes": size, "parameters": weights, "models": len(models), **({"tied_at_a_threshold": stream.notes["tied"]} if "tied" in stream.notes else {})}
+    metrics: dict[str, Any] = {
+        "bytes": size,
+        "parameters": weights,
+        "models": len(models),
+        **({"tied_at_a_threshold": stream.notes["tied"]} if "tied" in stream.notes else {}),
+    }
     if stream.notes.get("tied", 0) > 0.01 * weights:
-        ctx.progress.say(f"{stream.notes['tied'] / weights:.1%} of the weights changed by exactly as much as the last change that was kept, in numbers of so few bits; which of them are kept is by their order (dtype: float32 tells them apart)")
+        ctx.progress.say(
+            f"{stream.notes['tied'] / weights:.1%} of the weights changed by exactly as much as the last change that"
+            " was kept, in numbers of so few bits; which of them are kept is by their order (dtype: float32 tells them"
+            " apart)"
+        )
     recorded = golden.record(*read, logits_at(ctx.out)) if read else None
     describe(config, models, plan, metrics, ctx, donor)
-    return Model(ctx.out, golden=recorded, metrics=metrics, about={"format": "hf", "method": config.merge_method, "dtype": TORCH[plan.jobs[0].out_dtype], "architecture": layouts[donor].kind})
+    return Model(
+        ctx.out,
+        golden=recorded,
+        metrics=metrics,
+        about={
+            "format": "hf",
+            "method": config.merge_method,
+            "dtype": TORCH[plan.jobs[0].out_dtype],
+            "architecture": layouts[donor].kind,
+        },
+    )
 
 
 def written(stream: Stream, most: int, layouts: Mapping[str, Layout], ctx: Context) -> int:
-    """Write the weights, in files of at most so many bytes; what was written before a kill is kept. How many bytes they are."""
+    """Write the weights, in files of at most so many bytes; what was written before a kill is kept.
+
+    How many bytes they are.
+    """
     shards = stream.shards(most)
     folder = ctx.scratch / "shards"
     folder.mkdir(exist_ok=True)
@@ -76,7 +112,9 @@ def written(stream: Stream, most: int, layouts: Mapping[str, Layout], ctx: Conte
 
 
 def placed(file: Path, target: Path) -> None:
-    """A file of scratch in its place, as a link: what is still to be done may be killed, and the file is not to be made again."""
+    """A file of scratch in its place, as a link: what is still to be done may be killed, and the file is not to be made
+    again.
+    """
     try:
         os.link(file, target)
     except OSError:  # a file system without links
@@ -85,7 +123,9 @@ def placed(file: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def workers(stream: Stream) -> Iterator[int]:
-    """How many threads make blocks: torch's, each of which then computes alone, but for a method that looks at whole tensors; one that copies, without torch."""
+    """How many threads make blocks: torch's, each of which then computes alone, but for a method that looks at whole
+    tensors; one that copies, without torch.
+    """
     if not stream.computes:
         yield 1
         return
@@ -101,18 +141,35 @@ def workers(stream: Stream) -> Iterator[int]:
 
 
 def layouts_of(config: MergeConfig, models: Mapping[str, Model]) -> dict[str, Layout]:
-    """The headers of all models that the configuration names. UserError for models that it does not name, or does not have."""
+    """The headers of all models that the configuration names.
+
+    UserError for models that it does not name, or does not have.
+    """
     spare = [name for name in models if name not in config.named()]
     if spare:
         raise UserError(f"the model {spare[0]!r} is given, and the configuration names {', '.join(config.named())}")
     for name, model in models.items():
         if model.format != "hf":
-            raise ModelError(f"{name}: is a {model.format} file; Hugging Face directories are merged (llmworks model from_gguf makes one)")
+            raise ModelError(
+                f"{name}: is a {model.format} file; Hugging Face directories are merged (llmworks model from_gguf makes"
+                " one)"
+            )
     return {name: layout_of(name, models[name].path) for name in config.named() if name in models}
 
 
-def write_config(config: MergeConfig, donor: Layout, plan: Plan, vocabulary: Vocabulary | None, out: Path, models: Mapping[str, Layout] | None = None) -> None:
-    """config.json: the donor's, with the layers, tokens and number format that the result has; lists with an entry for each layer have those of the `models` that layers come from. ModelError where one has no such list."""
+def write_config(
+    config: MergeConfig,
+    donor: Layout,
+    plan: Plan,
+    vocabulary: Vocabulary | None,
+    out: Path,
+    models: Mapping[str, Layout] | None = None,
+) -> None:
+    """config.json: the donor's, with the layers, tokens and number format that the result has; lists with an entry for
+    each layer have those of the `models` that layers come from.
+
+    ModelError where one has no such list.
+    """
     made = json.loads(json.dumps(donor.config))
     text = made["text_config"] if isinstance(made.get("text_config"), dict) else made
     if config.slices is not None or config.modules is not None:
@@ -122,7 +179,11 @@ def write_config(config: MergeConfig, donor: Layout, plan: Plan, vocabulary: Voc
                 if text.get(key) == own:
                     text[key] = len(origins)
             for key, value in list(text.items()):
-                if isinstance(value, list) and len(value) == own and key.endswith(("layer_types", "_per_layer", "layers_block_type")):
+                if (
+                    isinstance(value, list)
+                    and len(value) == own
+                    and key.endswith(("layer_types", "_per_layer", "layers_block_type"))
+                ):
                     text[key] = [_entry((models or {}).get(name, donor), key, layer) for name, layer in origins]
     if vocabulary is not None:
         text["vocab_size"] = vocabulary.rows
@@ -133,7 +194,9 @@ def write_config(config: MergeConfig, donor: Layout, plan: Plan, vocabulary: Voc
     wanted = config.out_dtype or config.dtype
     if wanted:
         for part in (made, text):
-            for key in [name for name in ("dtype", "torch_dtype") if name in part] or (["dtype"] if part is made else []):
+            for key in [name for name in ("dtype", "torch_dtype") if name in part] or (
+                ["dtype"] if part is made else []
+            ):
                 part[key] = TORCH[DTYPES[wanted]]
     (out / "config.json").write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if (donor.path / "generation_config.json").exists():
@@ -144,33 +207,91 @@ def _entry(model: Layout, key: str, layer: int) -> Any:
     """What a model's config has of a layer in a list."""
     found = model.text.get(key)
     if not isinstance(found, list) or layer >= len(found):
-        raise ModelError(f"{model.name}: its config.json has no {key} of layer {layer}, which others have; their layers cannot stand in one model")
+        raise ModelError(
+            f"{model.name}: its config.json has no {key} of layer {layer}, which others have; their layers cannot stand"
+            " in one model"
+        )
     return found[layer]
 
 
-def describe(config: MergeConfig, models: Mapping[str, Model], plan: Plan, metrics: Mapping[str, Any], ctx: Context, donor: str) -> None:
+def describe(
+    config: MergeConfig, models: Mapping[str, Model], plan: Plan, metrics: Mapping[str, Any], ctx: Context, donor: str
+) -> None:
     """The page, the card, and the configuration beside the weights, by which others see what it was made of."""
     said = config.model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     (ctx.out / RECIPE).write_text(text, encoding="utf-8")
     names = [name for name in models if name != donor]
     how = METHODS[config.merge_method]
-    lead = f"{len(models)} models by {config.merge_method}{f' ({how.source})' if how.source else ''}: {metrics['parameters'] / 1e6:,.1f} million parameters, {metrics['bytes'] / 1e6:,.1f} MB in {TORCH[plan.jobs[0].out_dtype]}."
+    lead = (
+        f"{len(models)} models by {config.merge_method}{f' ({how.source})' if how.source else ''}:"
+        f" {metrics['parameters'] / 1e6:,.1f} million parameters, {metrics['bytes'] / 1e6:,.1f} MB in"
+        f" {TORCH[plan.jobs[0].out_dtype]}."
+    )
     page = ctx.report
     page.title, page.lead = f"Merge of {', '.join(models)}", lead
-    page.table("Models", ("name", "what", "digest", "reference"), [(name, "base" if name == config.base_model else "", model.digest[:12], model.ref) for name, model in models.items()])
-    page.table("Layers", ("stack", "layers", "from"), [(stack, len(origins), ", ".join(spans(origins))) for stack, origins in plan.layers.items()], "Each layer's first source; a method mixes all sources of a slice.")
+    page.table(
+        "Models",
+        ("name", "what", "digest", "reference"),
+        [
+            (name, "base" if name == config.base_model else "", model.digest[:12], model.ref)
+            for name, model in models.items()
+        ],
+    )
+    page.table(
+        "Layers",
+        ("stack", "layers", "from"),
+        [(stack, len(origins), ", ".join(spans(origins))) for stack, origins in plan.layers.items()],
+        "Each layer's first source; a method mixes all sources of a slice.",
+    )
     if metrics.get("tied_at_a_threshold"):
-        page.text("Ties", f"{metrics['tied_at_a_threshold']:,} changes were as large as the last one that was kept, some of them kept and some not: the first in each tensor's order. A sort that is not stable may keep others of them.")
+        page.text(
+            "Ties",
+            f"{metrics['tied_at_a_threshold']:,} changes were as large as the last one that was kept, some of them kept"
+            " and some not: the first in each tensor's order. A sort that is not stable may keep others of them.",
+        )
     page.drawing("Configuration", f"<pre>{html.escape(text)}</pre>", plain=text)
-    page.data = {"method": config.merge_method, "models": {name: model.digest for name, model in models.items()}, "layers": {stack: list(map(list, origins)) for stack, origins in plan.layers.items()}, **metrics}
+    page.data = {
+        "method": config.merge_method,
+        "models": {name: model.digest for name, model in models.items()},
+        "layers": {stack: list(map(list, origins)) for stack, origins in plan.layers.items()},
+        **metrics,
+    }
     fronts = [front_of(model) for model in models.values()]
     licences = {str(front.get("license", "")) for front in fronts}
-    front = {**({key: value for key, value in fronts[0].items() if key != "language"} if len(licences) == 1 else {"license": "other"}), "library_name": "transformers", "pipeline_tag": "text-generation", **bases_of(list(models.values()), "merge"), "tags": ["merge", "mergekit", config.merge_method]}
+    front = {
+        **(
+            {key: value for key, value in fronts[0].items() if key != "language"}
+            if len(licences) == 1
+            else {"license": "other"}
+        ),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **bases_of(list(models.values()), "merge"),
+        "tags": ["merge", "mergekit", config.merge_method],
+    }
     name = f"{plain(donor)}-{config.merge_method}"
-    lines = [f"# {name}", "", f"A merge of {', '.join(models)} by {config.merge_method}" + (f", measured from {config.base_model}." if config.base_model else "."), ""]
+    lines = [
+        f"# {name}",
+        "",
+        f"A merge of {', '.join(models)} by {config.merge_method}"
+        + (f", measured from {config.base_model}." if config.base_model else "."),
+        "",
+    ]
     if len(licences) > 1:
-        lines += ["Its parents have different licences: " + "; ".join(f"{one}: {f.get('license', 'none stated')}" for one, f in zip(models, fronts, strict=True)) + ". Which terms hold for the result is not settled here.", ""]
-    lines += ["```yaml", text.rstrip(), "```", "", "The tokens, mask and stop tokens of its tokenizer's model were replayed on these files." if names else "", ""]
+        lines += [
+            "Its parents have different licences: "
+            + "; ".join(f"{one}: {f.get('license', 'none stated')}" for one, f in zip(models, fronts, strict=True))
+            + ". Which terms hold for the result is not settled here.",
+            "",
+        ]
+    lines += [
+        "```yaml",
+        text.rstrip(),
+        "```",
+        "",
+        "The tokens, mask and stop tokens of its tokenizer's model were replayed on these files." if names else "",
+        "",
+    ]
     write(ctx.out, front, lines)
     ctx.progress.say(lead)

@@ -1,6 +1,10 @@
-"""A merge, tensor by tensor and block by block: read, computed and written at once, files that are whole are kept through a kill. In memory are some blocks, or, for methods that look at a tensor as one, that tensor.
+"""A merge, tensor by tensor and block by block: read, computed and written at once, files that are whole are kept
+through a kill.
 
-Knows no method and imports no torch: what is only copied needs none. Threads make blocks, each on one core; this thread writes them in their order, and digests what it writes.
+In memory are some blocks, or, for methods that look at a tensor as one, that tensor.
+
+Knows no method and imports no torch: what is only copied needs none. Threads make blocks, each on one core; this thread
+writes them in their order, and digests what it writes.
 """
 
 from __future__ import annotations
@@ -29,7 +33,14 @@ if TYPE_CHECKING:
 class Stream:
     """One merge. `given`: tensors that come from no model, by name; `notes`: what methods counted."""
 
-    def __init__(self, plan: Plan, models: Mapping[str, Layout], vocabulary: Vocabulary | None, seed: int, given: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        models: Mapping[str, Layout],
+        vocabulary: Vocabulary | None,
+        seed: int,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.plan, self.models, self.vocabulary, self.seed, self.given = plan, models, vocabulary, seed, given or {}
         self.notes: dict[str, int] = {}
 
@@ -42,7 +53,12 @@ class Stream:
 
     def copied(self, job: Job) -> bool:
         """Whether a tensor is that of a model, to the last bit."""
-        return job.name not in self.given and self.plan.method.plain and not (self.vocabulary is not None and job.tokens) and is_copy(job, self.models)
+        return (
+            job.name not in self.given
+            and self.plan.method.plain
+            and not (self.vocabulary is not None and job.tokens)
+            and is_copy(job, self.models)
+        )
 
     @property
     def computes(self) -> bool:
@@ -53,8 +69,14 @@ class Stream:
         """The files of the result."""
         return divided([Slot(job.name, job.out_dtype, job.shape) for job in self.plan.jobs], most)
 
-    def write(self, shards: Sequence[Shard], folder: Path, threads: int, told: Callable[[int], None]) -> dict[str, FileEntry]:
-        """Write those files that are not in `folder` yet, and the index where there are several; digests and sizes by name. `told` hears of bytes that are written."""
+    def write(
+        self, shards: Sequence[Shard], folder: Path, threads: int, told: Callable[[int], None]
+    ) -> dict[str, FileEntry]:
+        """Write those files that are not in `folder` yet, and the index where there are several; digests and sizes by
+        name.
+
+        `told` hears of bytes that are written.
+        """
         jobs = {job.name: job for job in self.plan.jobs}
         entries = self._found(folder)
         with ThreadPoolExecutor(threads) as pool:
@@ -76,7 +98,9 @@ class Stream:
     def _note(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
         """Say which files are whole, and what was counted on the way."""
         new = folder / "done.new"
-        new.write_text(json.dumps({"files": {name: entry.model_dump() for name, entry in entries.items()}, "notes": self.notes}))
+        new.write_text(
+            json.dumps({"files": {name: entry.model_dump() for name, entry in entries.items()}, "notes": self.notes})
+        )
         new.replace(folder / "done.json")
 
     def _found(self, folder: Path) -> dict[str, FileEntry]:

@@ -1,4 +1,6 @@
-"""One tensor of several models as a method sees it: read block by block as often as it wants, or whole. Knows no method and no file format.
+"""One tensor of several models as a method sees it: read block by block as often as it wants, or whole.
+
+Knows no method and no file format.
 
 Blocks are the same each time, so that what is counted in one reading is right in the next.
 """
@@ -16,12 +18,17 @@ from torch import Tensor
 
 from llmworks.merge.plan.plan import BLOCK
 
-Piece = Callable[[Sequence[Tensor], int], Tensor]  # (blocks of all inputs, the block's number) -> the block of the result
+Piece = Callable[
+    [Sequence[Tensor], int], Tensor
+]  # (blocks of all inputs, the block's number) -> the block of the result
 
 
 @dataclass(frozen=True)
 class Group:
-    """`base`: which input is the base; `shared`, `each`: parameters, of the tensor and of each input. `read(first, count)`: all inputs from a number on, flat, in `dtype`. `notes`: counted for the report."""
+    """`base`: which input is the base; `shared`, `each`: parameters, of the tensor and of each input.
+
+    `read(first, count)`: all inputs from a number on, flat, in `dtype`. `notes`: counted for the report.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -58,11 +65,15 @@ class Group:
             yield self.read(start, min(BLOCK, self.count - start))
 
     def generator(self, source: int, block: int) -> torch.Generator:
-        """Random numbers of a block of an input: by seed, tensor, input and block alone, so that they are the same in each reading and on any number of threads."""
+        """Random numbers of a block of an input: by seed, tensor, input and block alone, so that they are the same in
+        each reading and on any number of threads.
+        """
         return torch.Generator().manual_seed(self._seed(source, block))
 
     def words(self, source: int, block: int, count: int) -> Any:
-        """Random words of 64 bits, a numpy array, under the same rule; from a small fast generator (Doty-Humphrey's SFC64), whose stream numpy keeps."""
+        """Random words of 64 bits, a numpy array, under the same rule; from a small fast generator (Doty-Humphrey's
+        SFC64), whose stream numpy keeps.
+        """
         return np.random.SFC64(self._seed(source, block)).random_raw(count)
 
     def _seed(self, source: int, block: int) -> int:

@@ -7,9 +7,11 @@ from torch import Tensor
 
 
 def factors(change: Tensor, rank: int, kept: float = 1.0) -> tuple[Tensor, Tensor, float]:
-    """(A [r, in], B [out, r], what is lost as a share of the change) with B A nearest to a change [out, in] in the sum of squares (Eckart and Young 1936).
+    """(A [r, in], B [out, r], what is lost as a share of the change) with B A nearest to a change [out, in] in the sum
+    of squares (Eckart and Young 1936).
 
-    The rank is the least that keeps a share `kept` of the sum of squares, and `rank` at most; each factor has the root of the singular values. By the eigenvectors of the smaller product of the matrix with itself, in fp64.
+    The rank is the least that keeps a share `kept` of the sum of squares, and `rank` at most; each factor has the root
+    of the singular values. By the eigenvectors of the smaller product of the matrix with itself, in fp64.
     """
     wide = change.double()
     turned = wide.shape[0] > wide.shape[1]

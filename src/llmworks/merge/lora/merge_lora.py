@@ -1,4 +1,7 @@
-"""LoRA adapters written: extracted from two models, or made of several; each matrix alone in memory. See `extract.py`, `adapters.py`."""
+"""LoRA adapters written: extracted from two models, or made of several; each matrix alone in memory.
+
+See `extract.py`, `adapters.py`.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +41,36 @@ def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) ->
     """The stage's work."""
     for one in (model, base):
         if one.format != "hf":
-            raise ModelError(f"{one.name}: is a {one.format} file; an adapter is extracted from Hugging Face directories")
+            raise ModelError(
+                f"{one.name}: is a {one.format} file; an adapter is extracted from Hugging Face directories"
+            )
     tuned, first = layout_of(model.name, model.path), layout_of(base.name, base.path)
     if str(first.config.get("model_type")) in TURNED:
-        raise ModelError(f"{base.name}: is a {first.config['model_type']}, whose matrices stand in its files the other way round; no adapter of such is written here")
+        raise ModelError(
+            f"{base.name}: is a {first.config['model_type']}, whose matrices stand in its files the other way round; no"
+            " adapter of such is written here"
+        )
     _alike(tuned, first)
     pairs: Pairs = {}
     told: list[tuple[str, int, float, float]] = []
     rest: list[tuple[str, float]] = []
     total = lost = 0.0
-    names = [name for name in {**first.places, **tuned.places} if (first.places.get(name) or tuned.places[name]).dtype in FLOATS]
+    names = [
+        name
+        for name in {**first.places, **tuned.places}
+        if (first.places.get(name) or tuned.places[name]).dtype in FLOATS
+    ]
     with ctx.progress.bar("extract", len(names), "tensors") as bar:
         for name in names:
             before, after = (_tensor(layout, layout.tied(name) or name) for layout in (first, tuned))
             change, layer = after - before, name.removesuffix(".weight")
             size = float(change.square().sum())
-            if LAYER.match(name) and change.ndim == 2 and name.endswith(".weight") and not any(part in name for part in config.skip):
+            if (
+                LAYER.match(name)
+                and change.ndim == 2
+                and name.endswith(".weight")
+                and not any(part in name for part in config.skip)
+            ):
                 if size:
                     a, b, miss = factors(change, config.rank, config.kept)
                     pairs[layer] = (a, b)
@@ -73,19 +90,52 @@ def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) ->
         if (model.path / file).exists():
             shutil.copyfile(model.path / file, ctx.out / file)
     missed = (lost / total) ** 0.5
-    metrics: dict[str, Any] = {"missed": round(missed, 6), "rank": max(len(a) for a, _ in pairs.values()), "layers": len(pairs), "left_out": len(rest)}
+    metrics: dict[str, Any] = {
+        "missed": round(missed, 6),
+        "rank": max(len(a) for a, _ in pairs.values()),
+        "layers": len(pairs),
+        "left_out": len(rest),
+    }
     recorded, gap = _golden(ctx, base, model.golden)
     if gap is not None:
         metrics |= {"golden_gap_mean": round(gap.mean, 5), "golden_same_greedy": round(gap.same_greedy, 5)}
     page = ctx.report
-    page.title, page.lead = f"{model.name} as an adapter of {base.name}", f"Ranks up to {metrics['rank']} of {len(pairs)} matrices miss {missed:.1%} of what {model.name} differs by from {base.name}" + (f", what {len(rest)} other tensors differ by among it." if rest else ".")
-    page.table("Matrices", ("layer", "rank", "change, of the weights", "missed, of the change"), [(layer, rank, f"{size:.2%}", f"{miss:.2%}") for layer, rank, size, miss in sorted(told, key=lambda one: -one[3])], "Root of sums of squares.")
+    page.title, page.lead = (
+        f"{model.name} as an adapter of {base.name}",
+        f"Ranks up to {metrics['rank']} of {len(pairs)} matrices miss {missed:.1%} of what {model.name} differs by from"
+        f" {base.name}" + (f", what {len(rest)} other tensors differ by among it." if rest else "."),
+    )
+    page.table(
+        "Matrices",
+        ("layer", "rank", "change, of the weights", "missed, of the change"),
+        [
+            (layer, rank, f"{size:.2%}", f"{miss:.2%}")
+            for layer, rank, size, miss in sorted(told, key=lambda one: -one[3])
+        ],
+        "Root of sums of squares.",
+    )
     if rest:
-        page.table("Changed, and not in the adapter", ("tensor", "change, of the weights"), [(name, f"{size:.3%}") for name, size in sorted(rest, key=lambda one: -one[1])], "Embeddings, heads, norms and biases have no place in this LoRA, nor has what is skipped.")
-        ctx.progress.say(f"{len(rest)} tensors differ that have no place in the adapter (embeddings, heads, norms, biases, what is skipped); the most: {max(rest, key=lambda one: one[1])[0]}")
-    page.data = {"layers": {layer: {"rank": rank, "change": size, "missed": miss} for layer, rank, size, miss in told}, **metrics}
+        page.table(
+            "Changed, and not in the adapter",
+            ("tensor", "change, of the weights"),
+            [(name, f"{size:.3%}") for name, size in sorted(rest, key=lambda one: -one[1])],
+            "Embeddings, heads, norms and biases have no place in this LoRA, nor has what is skipped.",
+        )
+        ctx.progress.say(
+            f"{len(rest)} tensors differ that have no place in the adapter (embeddings, heads, norms, biases, what is"
+            f" skipped); the most: {max(rest, key=lambda one: one[1])[0]}"
+        )
+    page.data = {
+        "layers": {layer: {"rank": rank, "change": size, "missed": miss} for layer, rank, size, miss in told},
+        **metrics,
+    }
     ctx.progress.say(page.lead)
-    return Adapter(ctx.out, metrics=metrics, golden=recorded, about={"base": base.digest, "method": "extract", "rank": metrics["rank"], "base_kept": "as-is"})
+    return Adapter(
+        ctx.out,
+        metrics=metrics,
+        golden=recorded,
+        about={"base": base.digest, "method": "extract", "rank": metrics["rank"], "base_kept": "as-is"},
+    )
 
 
 def _alike(tuned: Layout, base: Layout) -> None:
@@ -94,9 +144,15 @@ def _alike(tuned: Layout, base: Layout) -> None:
         if one is None or other is None:
             if name.endswith("lm_head.weight"):
                 continue
-            raise ModelError(f"{(base if other is None else tuned).name}: has no tensor {name}, which {(tuned if other is None else base).name} has")
+            raise ModelError(
+                f"{(base if other is None else tuned).name}: has no tensor {name}, which"
+                f" {(tuned if other is None else base).name} has"
+            )
         if one.shape != other.shape:
-            raise ModelError(f"{name}: its shapes differ: {tuned.name} {list(one.shape)}, {base.name} {list(other.shape)}; an adapter keeps shapes")
+            raise ModelError(
+                f"{name}: its shapes differ: {tuned.name} {list(one.shape)}, {base.name} {list(other.shape)}; an"
+                " adapter keeps shapes"
+            )
 
 
 def _tensor(layout: Layout, name: str) -> Tensor:
@@ -123,7 +179,9 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
     if config.normalize and config.method in ("cat", "linear", "svd"):
         total = sum(weights.values())
         if abs(total) < 1e-9:
-            raise UserError("the weights sum to zero, so that they cannot be normalized; change them, or set normalize=false")
+            raise UserError(
+                "the weights sum to zero, so that they cannot be normalized; change them, or set normalize=false"
+            )
         weights = {name: weight / total for name, weight in weights.items()}
     rank = config.rank or max(len(one.a) for pairs in found.values() for one in pairs.values())
     made: Pairs = {}
@@ -132,9 +190,15 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
         given = {name: pairs[layer] for name, pairs in found.items() if layer in pairs}
         shapes = {name: (len(one.b), one.a.shape[1]) for name, one in given.items()}
         if len(set(shapes.values())) > 1:
-            raise ModelError(f"{layer}: its shapes differ: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}; the adapters are of different models")
+            raise ModelError(
+                f"{layer}: its shapes differ: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())};"
+                " the adapters are of different models"
+            )
         if config.method == "cat":
-            made[layer] = (torch.cat([one.a * (weights[name] * one.scale) for name, one in given.items()]), torch.cat([one.b for one in given.values()], dim=1))
+            made[layer] = (
+                torch.cat([one.a * (weights[name] * one.scale) for name, one in given.items()]),
+                torch.cat([one.b for one in given.values()], dim=1),
+            )
         elif config.method == "linear":
             made[layer] = _mean(layer, given, weights)
         else:
@@ -143,70 +207,150 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
             size = float(change.square().sum())
             lost, whole, made[layer] = lost + miss**2 * size, whole + size, (a, b)
     write_adapter(ctx.out, made, model)
-    source = next((adapter.path for adapter in adapters.values() if (adapter.path / "tokenizer.json").exists()), model.path)
+    source = next(
+        (adapter.path for adapter in adapters.values() if (adapter.path / "tokenizer.json").exists()), model.path
+    )
     for file in TOKENIZER_FILES:
         if (source / file).exists():
             shutil.copyfile(source / file, ctx.out / file)
     missed = (lost / whole) ** 0.5 if whole else 0.0
-    metrics: dict[str, Any] = {"adapters": len(adapters), "layers": len(made), "rank": max(len(a) for a, _ in made.values()), "missed": round(missed, 6)}
+    metrics: dict[str, Any] = {
+        "adapters": len(adapters),
+        "layers": len(made),
+        "rank": max(len(a) for a, _ in made.values()),
+        "missed": round(missed, 6),
+    }
     recorded, _ = _golden(ctx, model, None)
     page = ctx.report
     page.title = f"Adapters of {model.name} as one"
-    page.lead = f"{', '.join(adapters)} by {config.method}: rank {metrics['rank']}" + (f", which misses {missed:.1%} of what the merge is." if config.method not in ("cat", "linear") else ".")
-    page.table("Adapters", ("name", "weight", "ranks", "layers"), [(name, f"{weights[name]:g}", str(max(len(one.a) for one in pairs.values())), len(pairs)) for name, pairs in found.items()])
+    page.lead = f"{', '.join(adapters)} by {config.method}: rank {metrics['rank']}" + (
+        f", which misses {missed:.1%} of what the merge is." if config.method not in ("cat", "linear") else "."
+    )
+    page.table(
+        "Adapters",
+        ("name", "weight", "ranks", "layers"),
+        [
+            (name, f"{weights[name]:g}", str(max(len(one.a) for one in pairs.values())), len(pairs))
+            for name, pairs in found.items()
+        ],
+    )
     page.data = {"weights": weights, **metrics}
     ctx.progress.say(page.lead)
-    return Adapter(ctx.out, metrics=metrics, golden=recorded, about={"base": model.digest, "method": config.method, "rank": metrics["rank"], "base_kept": "as-is"})
+    return Adapter(
+        ctx.out,
+        metrics=metrics,
+        golden=recorded,
+        about={"base": model.digest, "method": config.method, "rank": metrics["rank"], "base_kept": "as-is"},
+    )
 
 
 def _factors(adapter: Adapter, model: Model, ctx: Context) -> dict[str, Factors]:
-    """An adapter's factors by layer. Errors: ArtifactError for one of another model; ModelError for one that is no plain LoRA."""
+    """An adapter's factors by layer.
+
+    Errors: ArtifactError for one of another model; ModelError for one that is no plain LoRA.
+    """
     if not require_base(adapter, model):
-        ctx.progress.say(f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name} is taken on trust")
+        ctx.progress.say(
+            f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name}"
+            " is taken on trust"
+        )
     config, found = read_factors(adapter.path, adapter.name)
     if config.get("use_dora") or (adapter.path / BASE).exists():
-        raise ModelError(f"{adapter.name}: {'is a DoRA' if config.get('use_dora') else 'was trained beside weights in 4 bits'}, whose change is no product of two matrices alone; fold it (llmworks merge adapter), and merge the models")
+        raise ModelError(
+            f"{adapter.name}: {'is a DoRA' if config.get('use_dora') else 'was trained beside weights in 4 bits'},"
+            " whose change is no product of two matrices alone; fold it (llmworks merge adapter), and merge the models"
+        )
     return found
 
 
 def _mean(layer: str, given: Mapping[str, Factors], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-    """Sums of factors, each times the root of its weight and scale, the sign in A (peft, `add_weighted_adapter` with "linear")."""
+    """Sums of factors, each times the root of its weight and scale, the sign in A (peft, `add_weighted_adapter` with
+    "linear").
+    """
     ranks = {name: len(one.a) for name, one in given.items()}
     if len(set(ranks.values())) > 1:
-        raise UserError(f"{layer}: factors of different ranks have no mean ({', '.join(f'{name} {rank}' for name, rank in ranks.items())}); take cat or svd")
+        raise UserError(
+            f"{layer}: factors of different ranks have no mean"
+            f" ({', '.join(f'{name} {rank}' for name, rank in ranks.items())}); take cat or svd"
+        )
     shares = {name: weights[name] * one.scale for name, one in given.items()}
     a = [one.a * math.copysign(abs(shares[name]) ** 0.5, shares[name]) for name, one in given.items()]
     b = [one.b * abs(shares[name]) ** 0.5 for name, one in given.items()]
     return torch.stack(a).sum(0), torch.stack(b).sum(0)
 
 
-def _change(config: AdaptersConfig, layer: str, given: Mapping[str, Factors], weights: Mapping[str, float], seed: int) -> Tensor:
+def _change(
+    config: AdaptersConfig, layer: str, given: Mapping[str, Factors], weights: Mapping[str, float], seed: int
+) -> Tensor:
     """The products of a layer's factors, merged by a method of `merge` as changes of a base of zeros."""
     products = [(one.b @ one.a) * one.scale for one in given.values()]
     shape, flat = tuple(products[0].shape), [torch.zeros(products[0].numel()), *(one.flatten() for one in products)]
     method = METHODS["task_arithmetic" if config.method == "svd" else config.method]
     own = {parameter.name: parameter.default for parameter in method.parameters if parameter.of == "other"}
-    each = [{}, *({**own, "weight": weights[name], "density": 1.0 if config.method == "svd" else config.density} for name in given)]
-    shared = {parameter.name: parameter.default for parameter in method.parameters if parameter.of == "tensor"} | {"normalize": config.normalize and config.method != "svd"}
-    group = Group(layer, shape, torch.float32, 0, shared, each, lambda first, count: [one[first : first + count] for one in flat], seed)
+    each = [
+        {},
+        *(
+            {**own, "weight": weights[name], "density": 1.0 if config.method == "svd" else config.density}
+            for name in given
+        ),
+    ]
+    shared = {parameter.name: parameter.default for parameter in method.parameters if parameter.of == "tensor"} | {
+        "normalize": config.normalize and config.method != "svd"
+    }
+    group = Group(
+        layer,
+        shape,
+        torch.float32,
+        0,
+        shared,
+        each,
+        lambda first, count: [one[first : first + count] for one in flat],
+        seed,
+    )
     piece, size = method.function()(group), group.count if method.whole else BLOCK
-    made = [piece(group.read(start, min(size, group.count - start)), number) for number, start in enumerate(range(0, group.count, size))]
+    made = [
+        piece(group.read(start, min(size, group.count - start)), number)
+        for number, start in enumerate(range(0, group.count, size))
+    ]
     merged: Tensor = torch.cat(made).view(shape)
     return merged
 
 
 def write_adapter(out: Path, pairs: Pairs, base: Model) -> None:
-    """A peft directory. The most common rank is `r`, others stand in `rank_pattern`; alpha is the rank, so that the product counts as it is."""
+    """A peft directory.
+
+    The most common rank is `r`, others stand in `rank_pattern`; alpha is the rank, so that the product counts as it is.
+    """
     from safetensors.torch import save_file
 
     ranks = [len(a) for a, _ in pairs.values()]
     common = max(set(ranks), key=ranks.count)
     others = {layer: len(a) for layer, (a, _) in pairs.items() if len(a) != common}
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.ref.removeprefix("hf:") or base.name, "r": common, "lora_alpha": common, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "target_modules": sorted({layer.rpartition(".")[2] for layer in pairs}), "use_rslora": False, "use_dora": False, "rank_pattern": others, "alpha_pattern": others,
-    }  # fmt: skip
-    save_file({f"{PREFIX}{layer}.lora_{part}.weight": one.contiguous() for layer, both in pairs.items() for part, one in zip("AB", both, strict=True)}, out / "adapter_model.safetensors", metadata={"format": "pt"})
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.ref.removeprefix("hf:") or base.name,
+        "r": common,
+        "lora_alpha": common,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted({layer.rpartition(".")[2] for layer in pairs}),
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
+    save_file(
+        {
+            f"{PREFIX}{layer}.lora_{part}.weight": one.contiguous()
+            for layer, both in pairs.items()
+            for part, one in zip("AB", both, strict=True)
+        },
+        out / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

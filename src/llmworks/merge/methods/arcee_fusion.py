@@ -1,4 +1,8 @@
-"""Only the changes that matter: by their size and by how far the softmax of their row is moved, those beyond the upper fence of all. As mergekit's `arcee_fusion`."""
+"""Only the changes that matter: by their size and by how far the softmax of their row is moved, those beyond the upper
+fence of all.
+
+As mergekit's `arcee_fusion`.
+"""
 
 from __future__ import annotations
 

@@ -19,14 +19,23 @@ def breadcrumbs_ties(group: Group) -> Piece:
 
 def _crumbs(group: Group, *, elect: bool) -> Piece:
     check(group)
-    kept = ranks_of(group, [_middle(density, gamma, group.count) for density, gamma in zip(group.weights("density"), group.weights("gamma"), strict=True)], upward=True)
+    kept = ranks_of(
+        group,
+        [
+            _middle(density, gamma, group.count)
+            for density, gamma in zip(group.weights("density"), group.weights("gamma"), strict=True)
+        ],
+        upward=True,
+    )
     factors = sums_of(group, kept)
 
     return lambda blocks, number: added(group, blocks, chosen(group, blocks, kept, factors, number), elect=elect)
 
 
 def _middle(density: float, gamma: float, count: int) -> tuple[int, int] | None:
-    """(how many of the smallest are left out, how many behind them are kept); fewer of the largest are left out where density wants more."""
+    """(how many of the smallest are left out, how many behind them are kept); fewer of the largest are left out where
+    density wants more.
+    """
     if density >= 1:
         return None
     wanted = int(density * count)

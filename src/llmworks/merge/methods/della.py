@@ -13,7 +13,11 @@ from llmworks.merge.methods.task_arithmetic import added, check
 
 
 def della(group: Group) -> Piece:
-    """`density`: the share that is kept; `epsilon`: how far chances are from it, for the smallest less, for the largest more. The sign is elected."""
+    """`density`: the share that is kept; `epsilon`: how far chances are from it, for the smallest less, for the largest
+    more.
+
+    The sign is elected.
+    """
     return _pruned(group, elect=True)
 
 
@@ -27,10 +31,16 @@ def _pruned(group: Group, *, elect: bool) -> Piece:
     densities, spreads = group.weights("density"), group.weights("epsilon")
     for density, spread in zip(densities, spreads, strict=True):
         if 0 < density < 1 and not (density - spread > 0 and density + spread < 1):
-            raise UserError(f"della: density {density:g} and epsilon {spread:g}: chances run from {density - spread:g} to {density + spread:g}, and must be between 0 and 1")
+            raise UserError(
+                f"della: density {density:g} and epsilon {spread:g}: chances run from {density - spread:g} to"
+                f" {density + spread:g}, and must be between 0 and 1"
+            )
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
-        changes = [pruned(change.view(group.shape), density, spread, group, at).reshape(-1) for at, (change, density, spread) in enumerate(zip(deltas(group, blocks), densities, spreads, strict=True))]
+        changes = [
+            pruned(change.view(group.shape), density, spread, group, at).reshape(-1)
+            for at, (change, density, spread) in enumerate(zip(deltas(group, blocks), densities, spreads, strict=True))
+        ]
         return added(group, blocks, changes, elect=elect)
 
     return piece

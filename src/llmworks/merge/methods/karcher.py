@@ -1,4 +1,7 @@
-"""The Karcher (Riemannian) mean of models as directions, times the mean of their lengths. Karcher 1977; as mergekit's `karcher`."""
+"""The Karcher (Riemannian) mean of models as directions, times the mean of their lengths.
+
+Karcher 1977; as mergekit's `karcher`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ def karcher(group: Group) -> Piece:
 
 
 def mean_direction(models: Sequence[Tensor], most: int, small: float) -> Tensor:
-    """Of vectors [numbers]: the point of the sphere whose squared arcs to all are least, by steps in the plane that touches it."""
+    """Of vectors [numbers]: the point of the sphere whose squared arcs to all are least, by steps in the plane that
+    touches it.
+    """
     if len(models) == 1:
         return models[0]
     wide, kind = torch.float64 if models[0].dtype == torch.float64 else torch.float32, models[0].dtype

@@ -17,7 +17,10 @@ def linear(group: Group) -> Piece:
     weights = torch.tensor([[float(one["weight"]) for one in group.each]], dtype=wide)
     total = weights.sum(dim=1)
     if group.shared["normalize"] and not float(total.abs()) > 1e-12:
-        raise UserError(f"linear: the weights of {group.name} sum to zero, so that their mean is undefined; change them, or set normalize: false")
+        raise UserError(
+            f"linear: the weights of {group.name} sum to zero, so that their mean is undefined; change them, or set"
+            " normalize: false"
+        )
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
         made = torch.zeros_like(blocks[0], dtype=wide)

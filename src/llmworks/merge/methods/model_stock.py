@@ -1,4 +1,7 @@
-"""Between a base and the mean of models tuned from it, by the angle between what they learned. Jang et al. 2024 (arXiv:2403.19522), equation 5."""
+"""Between a base and the mean of models tuned from it, by the angle between what they learned.
+
+Jang et al. 2024 (arXiv:2403.19522), equation 5.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def model_stock(group: Group) -> Piece:
         cosine, count = torch.stack(cosines).mean(dim=0).unsqueeze(-1), len(tuned)
         below = 1 + (count - 1) * cosine
         lost = below.abs() < 1e-6  # opposite changes: nothing but the base is left
-        share = torch.where(lost, torch.zeros_like(cosine), count * cosine / torch.where(lost, torch.ones_like(below), below))
+        share = torch.where(
+            lost, torch.zeros_like(cosine), count * cosine / torch.where(lost, torch.ones_like(below), below)
+        )
         mean = sum(tuned[1:], start=tuned[0]) / count
         return (share * mean + (1 - share) * base).reshape(-1)
 

@@ -1,4 +1,8 @@
-"""The mean of several models on a sphere: projected to the plane that touches it at their mean, averaged there, and put back. Goddard 2025 (goddard.blog/posts/multislerp-wow-what-a-cool-idea)."""
+"""The mean of several models on a sphere: projected to the plane that touches it at their mean, averaged there, and put
+back.
+
+Goddard 2025 (goddard.blog/posts/multislerp-wow-what-a-cool-idea).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,10 @@ from llmworks.merge.execute.tensor_group import Group, Piece
 
 
 def multislerp(group: Group) -> Piece:
-    """`weight`: of each model; `normalize_weights`: their sum is 1. UserError for vectors whose weighted mean is zero."""
+    """`weight`: of each model; `normalize_weights`: their sum is 1.
+
+    UserError for vectors whose weighted mean is zero.
+    """
 
     def piece(blocks: Sequence[Tensor], _: int) -> Tensor:
         if len(group.others) == 1:
@@ -34,7 +41,9 @@ def mean_on_sphere(points: Tensor, group: Group) -> Tensor:
     if group.shared["normalize_weights"]:
         total = weights.sum()
         if float(total) == 0:
-            raise UserError(f"multislerp: the weights of {group.name} sum to zero; change them, or set normalize_weights: false")
+            raise UserError(
+                f"multislerp: the weights of {group.name} sum to zero; change them, or set normalize_weights: false"
+            )
         weights = weights / total
     lengths = torch.norm(points, dim=-1, keepdim=True)
     units = points / (lengths + tiny)
@@ -43,7 +52,10 @@ def mean_on_sphere(points: Tensor, group: Group) -> Tensor:
     if length < tiny:
         if len(points) == 2:
             return points[0] * weights[0] + points[1] * weights[1]
-        raise UserError(f"multislerp: the weighted models of {group.name} are opposite to one another, so that their mean is zero; change the weights")
+        raise UserError(
+            f"multislerp: the weighted models of {group.name} are opposite to one another, so that their mean is zero;"
+            " change the weights"
+        )
     mean = mean / length
     along = (units * mean).sum(-1, keepdim=True)
     step = ((units - along * mean) * weights.view(-1, 1)).sum(0)

@@ -1,4 +1,7 @@
-"""The other model's weight where it is near the base's, less and less of it where it is far. alchemonaut, QuartetAnemoi-70B."""
+"""The other model's weight where it is near the base's, less and less of it where it is far.
+
+alchemonaut, QuartetAnemoi-70B.
+"""
 
 from __future__ import annotations
 

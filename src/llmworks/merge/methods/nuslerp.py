@@ -1,4 +1,7 @@
-"""Along the arc between two models, or between what they learned; each tensor, or each row of it, as one vector. mergekit's NuSLERP."""
+"""Along the arc between two models, or between what they learned; each tensor, or each row of it, as one vector.
+
+mergekit's NuSLERP.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ TINY = 1e-8
 
 
 def nuslerp(group: Group) -> Piece:
-    """`weight`: of the two, whose share the way is. `nuslerp_flatten`: the tensor is one vector; else its rows are, or its columns with `nuslerp_row_wise`."""
+    """`weight`: of the two, whose share the way is.
+
+    `nuslerp_flatten`: the tensor is one vector; else its rows are, or its columns with `nuslerp_row_wise`.
+    """
     first, second = group.weights()
     total = first + second
     t = 0.5 if abs(total) < 1e-6 else second / total
@@ -36,7 +42,9 @@ def nuslerp(group: Group) -> Piece:
 
 
 def arc(t: float, a: Tensor, b: Tensor) -> Tensor:
-    """The point at a share of the way between vectors, which are the last dimension; on a line where they have one direction."""
+    """The point at a share of the way between vectors, which are the last dimension; on a line where they have one
+    direction.
+    """
     units = [one / torch.norm(one, dim=-1, keepdim=True).clamp(min=1e-7) for one in (a, b)]
     cosine = (units[0] * units[1]).sum(dim=-1, keepdim=True).clamp(-1, 1)
     straight = (1 - cosine.square()) <= TINY**2

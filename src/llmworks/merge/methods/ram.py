@@ -1,4 +1,7 @@
-"""Changes that one model alone made are kept whole, those that several made are averaged. Reinforced Agent Merging (arXiv:2601.13572)."""
+"""Changes that one model alone made are kept whole, those that several made are averaged.
+
+Reinforced Agent Merging (arXiv:2601.13572).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ def ram(group: Group) -> Piece:
 
 
 def ramplus_tl(group: Group) -> Piece:
-    """The same, what one model alone changed made larger by how much it shares: by `r`, at most `alpha`, tensor by tensor."""
+    """The same, what one model alone changed made larger by how much it shares: by `r`, at most `alpha`, tensor by
+    tensor.
+    """
     return lambda blocks, _: _merged(group, blocks, plus=True)
 
 

@@ -1,7 +1,10 @@
-"""Which changes are kept by their size, without a sort: sizes are counted by their bit patterns, block by block, until the k-th is known.
+"""Which changes are kept by their size, without a sort: sizes are counted by their bit patterns, block by block, until
+the k-th is known.
 
-The patterns of |x| of a float are in the order of their values, so that the k-th largest of 16 bits is found by one count of 32,768 patterns, that of 32 bits by one of their upper and one of their lower halves.
-Of sizes that are equal to the last one that is kept, the first in the tensor's order are kept; a sort that is not stable may keep others.
+The patterns of |x| of a float are in the order of their values, so that the k-th largest of 16 bits is found by one
+count of 32,768 patterns, that of 32 bits by one of their upper and one of their lower halves.
+Of sizes that are equal to the last one that is kept, the first in the tensor's order are kept; a sort that is not
+stable may keep others.
 """
 
 from __future__ import annotations
@@ -22,7 +25,10 @@ HALVES = 1 << 15
 
 @dataclass(frozen=True)
 class Edge:
-    """Where ranks begin or end: at a pattern, of which the first `of_it` in the tensor's order lie before it. `before`: how many of these patterns stand in earlier blocks."""
+    """Where ranks begin or end: at a pattern, of which the first `of_it` in the tensor's order lie before it.
+
+    `before`: how many of these patterns stand in earlier blocks.
+    """
 
     pattern: int
     of_it: int
@@ -41,10 +47,16 @@ class Ranks:
         """Of a block, all bits set where a change is kept."""
         found = patterns(change)
         inside = self._within(found, self.high, number)
-        return inside if not self.low.pattern and not self.low.of_it and self.upward else inside & ~self._within(found, self.low, number)
+        return (
+            inside
+            if not self.low.pattern and not self.low.of_it and self.upward
+            else inside & ~self._within(found, self.low, number)
+        )
 
     def _within(self, found: Tensor, edge: Edge, number: int) -> Tensor:
-        """All bits set where a size lies before an edge: a difference below 0 has its first bit set, which is shifted through."""
+        """All bits set where a size lies before an edge: a difference below 0 has its first bit set, which is shifted
+        through.
+        """
         shift = 8 * found.element_size() - 1
         here, left = edge.before[number + 1] - edge.before[number], edge.of_it - edge.before[number]
         if left >= here:  # all of the edge's pattern that are in this block
@@ -65,7 +77,10 @@ def patterns(change: Tensor) -> Tensor:
 
 
 def ranks_of(group: Group, wanted: Sequence[tuple[int, int] | None], *, upward: bool = False) -> list[Ranks | None]:
-    """For each input beside the base: which ranks are (left out first, kept then); None where all are kept. Reads the tensors once, of 32 bits twice."""
+    """For each input beside the base: which ranks are (left out first, kept then); None where all are kept.
+
+    Reads the tensors once, of 32 bits twice.
+    """
     sides = [at for at, one in enumerate(wanted) if one is not None]
     if not sides:
         return [None] * len(wanted)
@@ -87,7 +102,9 @@ def _ranks(wanted: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _torn(edge: Edge) -> int:
-    """Changes of the size of an edge, where some of them are kept and some are not; of those of no size it is the same which are."""
+    """Changes of the size of an edge, where some of them are kept and some are not; of those of no size it is the same
+    which are.
+    """
     return edge.before[-1] if edge.pattern and 0 < edge.of_it < edge.before[-1] else 0
 
 
@@ -98,7 +115,9 @@ def _counted(group: Group, sides: Sequence[int]) -> dict[int, Any]:
         changes = deltas(group, blocks)
         for at in sides:
             bits = patterns(changes[at])
-            found[at][number] = torch.bincount(bits if bits.dtype == torch.int16 else bits >> 16, minlength=HALVES).numpy()
+            found[at][number] = torch.bincount(
+                bits if bits.dtype == torch.int16 else bits >> 16, minlength=HALVES
+            ).numpy()
     return found
 
 
@@ -117,7 +136,11 @@ def _edge(counts: Any, rank: int, upward: bool) -> Edge:
 
 def _finer(group: Group, coarse: dict[int, list[tuple[int, int]]], upward: bool) -> dict[int, list[Edge]]:
     """Edges of 32 bits: of the patterns with an upper half, the lower halves counted."""
-    found = {(at, side): np.zeros((group.pieces, 1 << 16), np.int32) for at, places in coarse.items() for side in range(len(places))}
+    found = {
+        (at, side): np.zeros((group.pieces, 1 << 16), np.int32)
+        for at, places in coarse.items()
+        for side in range(len(places))
+    }
     for number, blocks in enumerate(group.blocks()):
         changes = deltas(group, blocks)
         for (at, side), counts in found.items():
@@ -143,10 +166,15 @@ def sums_of(group: Group, kept: Sequence[Any]) -> list[Tensor | None]:
                 size = change.abs()
                 whole[at] = whole[at] + size.sum(dtype=torch.float32)
                 part[at] = part[at] + keep(size, kept[at].mask(change, number)).sum(dtype=torch.float32)
-    return [None if one is None or min(float(all_), float(some)) < 1e-7 else all_.to(group.dtype) / some.to(group.dtype) for one, all_, some in zip(kept, whole, part, strict=True)]
+    return [
+        None if one is None or min(float(all_), float(some)) < 1e-7 else all_.to(group.dtype) / some.to(group.dtype)
+        for one, all_, some in zip(kept, whole, part, strict=True)
+    ]
 
 
-def chosen(group: Group, blocks: Sequence[Tensor], masks: Sequence[Any], factors: Sequence[Tensor | None], number: int) -> list[Tensor]:
+def chosen(
+    group: Group, blocks: Sequence[Tensor], masks: Sequence[Any], factors: Sequence[Tensor | None], number: int
+) -> list[Tensor]:
     """Changes of a block, those that are kept, larger by what was lost."""
     found = []
     for change, mask, factor in zip(deltas(group, blocks), masks, factors, strict=True):

@@ -1,4 +1,8 @@
-"""Select the changes that differ most between models, weigh models by the size of theirs, erase those of the minor sign. Wan et al. 2024 (arXiv:2408.07990)."""
+"""Select the changes that differ most between models, weigh models by the size of theirs, erase those of the minor
+sign.
+
+Wan et al. 2024 (arXiv:2408.07990).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Along the arc between two models, each tensor as one vector. Shoemake 1985, "Animating rotation with quaternion curves"."""
+"""Along the arc between two models, each tensor as one vector.
+
+Shoemake 1985, "Animating rotation with quaternion curves".
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,19 @@ def slerp(group: Group) -> Piece:
     assert group.base is not None
     wide = torch.float64 if group.dtype == torch.float64 else torch.float32
     first, second = group.base, 1 - group.base
-    lengths: list[list[float]] = [[], []]  # numbers, no tensors: small ones that stay between large ones that go would keep memory from the system
+    lengths: list[list[float]] = [
+        [],
+        [],
+    ]  # numbers, no tensors: small ones that stay between large ones that go would keep memory from the system
     for blocks in group.blocks():
         for side, at in enumerate((first, second)):
             lengths[side].append(float(torch.linalg.vector_norm(blocks[at].to(wide)[None], dim=1, keepdim=True)))
     a, b = (torch.linalg.vector_norm(torch.tensor(parts, dtype=wide).view(-1, 1, 1), dim=0) for parts in lengths)
     a, b = (torch.where(length > TINY, length, 1) for length in (a, b))
-    parts = [float(((blocks[first].to(wide)[None] / a) * (blocks[second].to(wide)[None] / b)).sum(dim=1, keepdim=True)) for blocks in group.blocks()]
+    parts = [
+        float(((blocks[first].to(wide)[None] / a) * (blocks[second].to(wide)[None] / b)).sum(dim=1, keepdim=True))
+        for blocks in group.blocks()
+    ]
     cosine = torch.tensor(parts, dtype=wide).view(-1, 1, 1).sum(dim=0).clamp(-1, 1)
     t = torch.tensor([[group.shared["t"]]], dtype=wide)
     straight = cosine.abs() > STRAIGHT

@@ -1,4 +1,6 @@
-"""What models learned, added to what they learned it on; the end that TIES, DARE, DELLA and breadcrumbs share. Ilharco et al. 2023 (arXiv:2212.04089).
+"""What models learned, added to what they learned it on; the end that TIES, DARE, DELLA and breadcrumbs share.
+
+Ilharco et al. 2023 (arXiv:2212.04089).
 
 Signs and what is kept are worked out on the bits of numbers, which is many times faster than with truth values.
 """
@@ -29,13 +31,23 @@ def check(group: Group) -> None:
     """UserError for weights that `normalize` cannot divide by."""
     weights = group.weights()
     if group.shared["normalize"] and weights and all(weight == 0 for weight in weights):
-        raise UserError(f"{group.name}: all weights are zero, so that their mean is undefined; change them, or set normalize: false")
+        raise UserError(
+            f"{group.name}: all weights are zero, so that their mean is undefined; change them, or set normalize: false"
+        )
 
 
-def added(group: Group, blocks: Sequence[Tensor], changes: Sequence[Tensor], *, elect: bool, larger: Sequence[float] | None = None) -> Tensor:
+def added(
+    group: Group,
+    blocks: Sequence[Tensor],
+    changes: Sequence[Tensor],
+    *,
+    elect: bool,
+    larger: Sequence[float] | None = None,
+) -> Tensor:
     """A block of the base and the weighted changes of the others, whose memory is used.
 
-    elect: only changes of the sign that most of the change has count (TIES, section 3; the mean is over those that have it). larger: what each change is multiplied by beside its weight, which no mean counts.
+    elect: only changes of the sign that most of the change has count (TIES, section 3; the mean is over those that have
+    it). larger: what each change is multiplied by beside its weight, which no mean counts.
     """
     assert group.base is not None
     base = blocks[group.base]
@@ -51,9 +63,13 @@ def added(group: Group, blocks: Sequence[Tensor], changes: Sequence[Tensor], *, 
     moved = total(changes)
     divisor = _whole(weights)
     if elect:
-        sign = moved.view(INTS[moved.element_size()]) & SIGN[moved.element_size()]  # a sum is -0 only where all changes are 0
+        sign = (
+            moved.view(INTS[moved.element_size()]) & SIGN[moved.element_size()]
+        )  # a sum is -0 only where all changes are 0
         numbers = finite(moved.view(torch.uint8).numpy(), NAMES[moved.dtype])
-        changes = [_positive(_turned(change, sign), numbers=numbers) for change in changes]  # those of the other sign are 0
+        changes = [
+            _positive(_turned(change, sign), numbers=numbers) for change in changes
+        ]  # those of the other sign are 0
         moved = total(changes)
         if group.shared["normalize"]:
             moved, divisor = moved.clone() if len(changes) == 1 else moved, _agreeing(changes, weights)
@@ -85,7 +101,9 @@ def total(parts: Sequence[Tensor]) -> Tensor:
 
 def kept(change: Tensor, mask: Tensor) -> Tensor:
     """A change where a mask of bits is set, else 0, in place."""
-    return change.view(INTS[change.element_size()]).bitwise_and_(mask.to(INTS[change.element_size()])).view(change.dtype)
+    return (
+        change.view(INTS[change.element_size()]).bitwise_and_(mask.to(INTS[change.element_size()])).view(change.dtype)
+    )
 
 
 def _turned(change: Tensor, sign: Tensor) -> Tensor:

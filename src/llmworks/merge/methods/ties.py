@@ -1,4 +1,7 @@
-"""Small changes left out, the sign by what most of the change has, the mean of those that agree. Yadav et al. 2023 (arXiv:2306.01708)."""
+"""Small changes left out, the sign by what most of the change has, the mean of those that agree.
+
+Yadav et al. 2023 (arXiv:2306.01708).
+"""
 
 from __future__ import annotations
 

@@ -26,15 +26,26 @@ def gates(config: ExpertsConfig, base: Path, experts: Sequence[Expert], seed: in
         drawn: Tensor = torch.rand(layers, len(experts), width, generator=generator)
         return drawn.mul_(2).sub_(1).mul_(width**-0.5)
     tokenizer = load_tokenizer(base)
-    prompts = list(dict.fromkeys(prompt for one in experts for prompt in [*one.positive_prompts, *one.negative_prompts]))
-    ids = [list(tokenizer((tokenizer.bos_token or "") + prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    prompts = list(
+        dict.fromkeys(prompt for one in experts for prompt in [*one.positive_prompts, *one.negative_prompts])
+    )
+    ids = [
+        list(tokenizer((tokenizer.bos_token or "") + prompt, add_special_tokens=False)["input_ids"])
+        for prompt in prompts
+    ]
     empty = next((prompt for prompt, tokens in zip(prompts, ids, strict=True) if not tokens), None)
     if empty is not None:
         raise ModelError(f"the prompt {empty!r} has no tokens")
-    found = embedded(base, prompts, ids, layers) if config.gate_mode == "cheap_embed" else hidden(base, prompts, ids, mean=config.gate_mode == "hidden_avg")
+    found = (
+        embedded(base, prompts, ids, layers)
+        if config.gate_mode == "cheap_embed"
+        else hidden(base, prompts, ids, mean=config.gate_mode == "hidden_avg")
+    )
     rows = []
     for one in experts:
-        row = at(found, one.positive_prompts, config) - (at(found, one.negative_prompts, config) if one.negative_prompts else 0)
+        row = at(found, one.positive_prompts, config) - (
+            at(found, one.negative_prompts, config) if one.negative_prompts else 0
+        )
         rows.append(row / row.norm(dim=-1, keepdim=True).clamp(min=1e-8))
     return torch.stack(rows, dim=1)
 
@@ -42,13 +53,20 @@ def gates(config: ExpertsConfig, base: Path, experts: Sequence[Expert], seed: in
 def at(found: Found, prompts: Sequence[str], config: ExpertsConfig) -> Tensor:
     """Where some prompts are, [layers, width]: their mean; of embeddings the sum, of length 1."""
     total: Tensor = torch.stack([found[prompt] for prompt in prompts]).sum(0)
-    return total / total.norm(dim=-1, keepdim=True).clamp(min=1e-8) if config.gate_mode == "cheap_embed" else total / len(prompts)
+    return (
+        total / total.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+        if config.gate_mode == "cheap_embed"
+        else total / len(prompts)
+    )
 
 
 def embedded(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], layers: int) -> Found:
     """The sum of tokens' embeddings, the same for all layers."""
     embedding: Any = Source(base).frame().decoder.embedding
-    return {prompt: embedding(torch.tensor(list(tokens))).detach().float().sum(0).expand(layers, -1) for prompt, tokens in zip(prompts, ids, strict=True)}
+    return {
+        prompt: embedding(torch.tensor(list(tokens))).detach().float().sum(0).expand(layers, -1)
+        for prompt, tokens in zip(prompts, ids, strict=True)
+    }
 
 
 def hidden(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], *, mean: bool) -> Found:
@@ -59,7 +77,10 @@ def hidden(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], *, 
         frame = source.frame()
         stack: Any = frame.decoder
         places = [torch.arange(len(tokens))[None] for tokens in ids]
-        states = [stack.begin(stack.embedding(torch.tensor([list(tokens)])), where) for tokens, where in zip(ids, places, strict=True)]
+        states = [
+            stack.begin(stack.embedding(torch.tensor([list(tokens)])), where)
+            for tokens, where in zip(ids, places, strict=True)
+        ]
         for number in range(source.shape.layers):
             for kept, state in zip(told, states, strict=True):
                 kept.append(state[0].mean(0) if mean else state[0, -1])
@@ -69,5 +90,7 @@ def hidden(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], *, 
 
 
 def alike(rows: Tensor) -> list[int]:
-    """Layers whose rows [layers, experts, width] point the same way, so that the router can hardly choose: their condition number is above 5, as mergekit-moe warns."""
+    """Layers whose rows [layers, experts, width] point the same way, so that the router can hardly choose: their
+    condition number is above 5, as mergekit-moe warns.
+    """
     return [layer for layer, row in enumerate(rows) if float(torch.linalg.cond(row.float())) > 5]

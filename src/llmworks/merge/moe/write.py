@@ -1,4 +1,8 @@
-"""A mixture of experts, written tensor by tensor: which tensor is whose, in the layouts of Mixtral, Qwen2-MoE and Qwen3-MoE. See `experts.py`."""
+"""A mixture of experts, written tensor by tensor: which tensor is whose, in the layouts of Mixtral, Qwen2-MoE and
+Qwen3-MoE.
+
+See `experts.py`.
+"""
 
 from __future__ import annotations
 
@@ -48,20 +52,45 @@ def run(config: ExpertsConfig, models: Mapping[str, Model], ctx: Context) -> Mod
     rows = gates(config, base.path, config.experts, ctx.seed, layers, width)
     weak = alike(rows) if len(config.experts) > 1 else []
     if weak:
-        ctx.progress.say(f"warning: in {'all' if len(weak) == layers else len(weak)} layers the experts' rows of the router point nearly the same way; prompts may be too much alike")
+        ctx.progress.say(
+            f"warning: in {'all' if len(weak) == layers else len(weak)} layers the experts' rows of the router point"
+            " nearly the same way; prompts may be too much alike"
+        )
     dtype = DTYPES[config.dtype] if config.dtype else base.places[base.stacks[STACK][0]["mlp.up_proj.weight"]].dtype
     given = routers(config, kind, rows, base, ctx.seed, layers, width)
-    jobs = [*jobs_of(config, kind, layouts, dtype), *(Job(name, tuple(one.shape), (), None, "F32", dtype, {}, ()) for name, one in given.items())]
-    plan = Plan(METHODS["passthrough"], tuple(sorted(jobs, key=lambda job: order(job.name))), {STACK: tuple((config.base_model, layer) for layer in range(layers))})
+    jobs = [
+        *jobs_of(config, kind, layouts, dtype),
+        *(Job(name, tuple(one.shape), (), None, "F32", dtype, {}, ()) for name, one in given.items()),
+    ]
+    plan = Plan(
+        METHODS["passthrough"],
+        tuple(sorted(jobs, key=lambda job: order(job.name))),
+        {STACK: tuple((config.base_model, layer) for layer in range(layers))},
+    )
     stream = Stream(plan, layouts, None, ctx.seed, given)
     write_config(config, kind, base, dtype, ctx)
     copy_tokenizer(base.path, ctx.out)
-    read = replay(models[config.base_model], ctx, {config.base_model: base}) if (ctx.out / "tokenizer.json").exists() else None
+    read = (
+        replay(models[config.base_model], ctx, {config.base_model: base})
+        if (ctx.out / "tokenizer.json").exists()
+        else None
+    )
     size = written(stream, config.shard_bytes, layouts, ctx)
     recorded = golden.record(*read, logits_at(ctx.out)) if read else None
-    metrics = {"bytes": size, "parameters": sum(torch.Size(job.shape).numel() for job in plan.jobs), "experts": len(config.experts), "models": len(models), "alike_layers": len(weak)}
+    metrics = {
+        "bytes": size,
+        "parameters": sum(torch.Size(job.shape).numel() for job in plan.jobs),
+        "experts": len(config.experts),
+        "models": len(models),
+        "alike_layers": len(weak),
+    }
     describe(config, models, kind, rows, metrics, ctx)
-    return Model(ctx.out, golden=recorded, metrics=metrics, about={"format": "hf", "method": "experts", "dtype": TORCH[dtype], "architecture": kind})
+    return Model(
+        ctx.out,
+        golden=recorded,
+        metrics=metrics,
+        about={"format": "hf", "method": "experts", "dtype": TORCH[dtype], "architecture": kind},
+    )
 
 
 def kind_of(config: ExpertsConfig, layouts: Mapping[str, Layout]) -> str:
@@ -73,11 +102,16 @@ def kind_of(config: ExpertsConfig, layouts: Mapping[str, Layout]) -> str:
         raise UserError(f"{config.base_model}: is a {own}; experts are made of llama, mistral, qwen2 and qwen3")
     strange = next((name for name, one in kinds.items() if one not in TAKES[kind]), None)
     if strange is not None or len(set(kinds.values())) > 1:
-        raise UserError(f"{strange or config.base_model}: is a {kinds[strange or config.base_model]}; the layout {kind} takes models of one kind of {', '.join(TAKES[kind])}: {', '.join(f'{n} is a {k}' for n, k in kinds.items())}")
+        raise UserError(
+            f"{strange or config.base_model}: is a {kinds[strange or config.base_model]}; the layout {kind} takes"
+            f" models of one kind of {', '.join(TAKES[kind])}: {', '.join(f'{n} is a {k}' for n, k in kinds.items())}"
+        )
     if kind == "qwen" and not config.shared_experts:
         raise UserError("the layout qwen (Qwen2-MoE) has an expert that all tokens go to; give shared_experts with one")
     if kind != "qwen" and config.shared_experts:
-        raise UserError(f"the layout {kind} has no shared experts; leave out shared_experts, or give architecture: qwen")
+        raise UserError(
+            f"the layout {kind} has no shared experts; leave out shared_experts, or give architecture: qwen"
+        )
     return kind
 
 
@@ -90,8 +124,13 @@ def jobs_of(config: ExpertsConfig, kind: str, layouts: Mapping[str, Layout], dty
         if place is None:
             raise ModelError(f"{model}: has no tensor {tensor}")
         if wanted is not None and wanted.shape != place.shape:
-            raise ModelError(f"{tensor}: its shapes differ: {config.base_model} {list(wanted.shape)}, {model} {list(place.shape)}")
-        told: dict[str, Any] = {"scale": expert.residual_scale if expert and ".down_proj." in tensor else None, "noise": (expert.noise_scale or None) if expert else None}
+            raise ModelError(
+                f"{tensor}: its shapes differ: {config.base_model} {list(wanted.shape)}, {model} {list(place.shape)}"
+            )
+        told: dict[str, Any] = {
+            "scale": expert.residual_scale if expert and ".down_proj." in tensor else None,
+            "noise": (expert.noise_scale or None) if expert else None,
+        }
         return Job(name, place.shape, ((model, tensor),), None, place.dtype, dtype, {}, (told,))
 
     for tensor in base.loose:
@@ -103,25 +142,41 @@ def jobs_of(config: ExpertsConfig, kind: str, layouts: Mapping[str, Layout], dty
                 continue
             part, _, end = rest.removeprefix("mlp.").partition(".")
             for at, expert in enumerate(config.experts):
-                place = f"block_sparse_moe.experts.{at}.{PARTS.get(part, part)}" if kind == "mixtral" else f"mlp.experts.{at}.{part}"
+                place = (
+                    f"block_sparse_moe.experts.{at}.{PARTS.get(part, part)}"
+                    if kind == "mixtral"
+                    else f"mlp.experts.{at}.{part}"
+                )
                 yield job(f"{STACK}.{number}.{place}.{end}", expert.source_model, tensor, expert)
             for expert in config.shared_experts or ():
                 yield job(f"{STACK}.{number}.mlp.shared_expert.{part}.{end}", expert.source_model, tensor, expert)
 
 
-def routers(config: ExpertsConfig, kind: str, rows: Tensor, base: Layout, seed: int, layers: int, width: int) -> dict[str, Tensor]:
-    """Tensors that no model has: the routers; of qwen the gate of the shared expert, and biases of attention where the models have none."""
+def routers(
+    config: ExpertsConfig, kind: str, rows: Tensor, base: Layout, seed: int, layers: int, width: int
+) -> dict[str, Tensor]:
+    """Tensors that no model has: the routers; of qwen the gate of the shared expert, and biases of attention where the
+    models have none.
+    """
     name = "block_sparse_moe.gate" if kind == "mixtral" else "mlp.gate"
     found = {f"{STACK}.{number}.{name}.weight": rows[number].contiguous() for number in range(layers)}
     if kind == "qwen":
         assert config.shared_experts is not None
         shared = config.shared_experts[0]
-        gate = gates(config, base.path, [shared], seed + 1, layers, width) if shared.positive_prompts or config.gate_mode in ("random", "uniform_random") else torch.zeros(layers, 1, width)
-        found |= {f"{STACK}.{number}.mlp.shared_expert_gate.weight": gate[number].contiguous() for number in range(layers)}
+        gate = (
+            gates(config, base.path, [shared], seed + 1, layers, width)
+            if shared.positive_prompts or config.gate_mode in ("random", "uniform_random")
+            else torch.zeros(layers, 1, width)
+        )
+        found |= {
+            f"{STACK}.{number}.mlp.shared_expert_gate.weight": gate[number].contiguous() for number in range(layers)
+        }
         for number, layer in enumerate(base.stacks[STACK]):
             for part in ("q_proj", "k_proj", "v_proj"):
                 if f"self_attn.{part}.bias" not in layer:
-                    found[f"{STACK}.{number}.self_attn.{part}.bias"] = torch.zeros(base.places[layer[f"self_attn.{part}.weight"]].shape[0])
+                    found[f"{STACK}.{number}.self_attn.{part}.bias"] = torch.zeros(
+                        base.places[layer[f"self_attn.{part}.weight"]].shape[0]
+                    )
     return found
 
 
@@ -138,11 +193,34 @@ def write_config(config: ExpertsConfig, kind: str, base: Layout, dtype: str, ctx
         made.pop(key, None)
     made["dtype"] = TORCH[dtype]
     if kind == "mixtral":
-        made |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": len(config.experts), "num_experts_per_tok": config.experts_per_token, "sliding_window": None}
+        made |= {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": len(config.experts),
+            "num_experts_per_tok": config.experts_per_token,
+            "sliding_window": None,
+        }
     else:
         inner = made["intermediate_size"]
-        made |= {"num_experts": len(config.experts), "num_experts_per_tok": config.experts_per_token, "decoder_sparse_step": 1, "norm_topk_prob": True, "moe_intermediate_size": inner, "mlp_only_layers": []}
-        made |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} if kind == "qwen3" else {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "shared_expert_intermediate_size": inner, "sliding_window": None, "use_sliding_window": False}
+        made |= {
+            "num_experts": len(config.experts),
+            "num_experts_per_tok": config.experts_per_token,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": inner,
+            "mlp_only_layers": [],
+        }
+        made |= (
+            {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+            if kind == "qwen3"
+            else {
+                "architectures": ["Qwen2MoeForCausalLM"],
+                "model_type": "qwen2_moe",
+                "shared_expert_intermediate_size": inner,
+                "sliding_window": None,
+                "use_sliding_window": False,
+            }
+        )
     if any(HEAD.search(tensor) for tensor in base.loose):
         made["tie_word_embeddings"] = False
     (ctx.out / "config.json").write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -150,20 +228,54 @@ def write_config(config: ExpertsConfig, kind: str, base: Layout, dtype: str, ctx
         shutil.copyfile(base.path / "generation_config.json", ctx.out / "generation_config.json")
 
 
-def describe(config: ExpertsConfig, models: Mapping[str, Model], kind: str, rows: Tensor, metrics: Mapping[str, Any], ctx: Context) -> None:
+def describe(
+    config: ExpertsConfig,
+    models: Mapping[str, Model],
+    kind: str,
+    rows: Tensor,
+    metrics: Mapping[str, Any],
+    ctx: Context,
+) -> None:
     """The page and the card."""
-    text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(
+        config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=120
+    )
     (ctx.out / "mergekit_moe_config.yml").write_text(text, encoding="utf-8")
-    lead = f"{len(config.experts)} experts of {config.base_model} in the layout {kind}, {config.experts_per_token} for each token: {metrics['parameters'] / 1e6:,.1f} million parameters, {metrics['bytes'] / 1e6:,.1f} MB."
+    lead = (
+        f"{len(config.experts)} experts of {config.base_model} in the layout {kind}, {config.experts_per_token} for"
+        f" each token: {metrics['parameters'] / 1e6:,.1f} million parameters, {metrics['bytes'] / 1e6:,.1f} MB."
+    )
     page = ctx.report
     page.title, page.lead = f"Experts of {config.base_model}", lead
-    page.table("Experts", ("expert", "model", "prompts", "not for"), [(str(at), one.source_model, "; ".join(one.positive_prompts)[:200], "; ".join(one.negative_prompts)[:200]) for at, one in enumerate(config.experts)])
+    page.table(
+        "Experts",
+        ("expert", "model", "prompts", "not for"),
+        [
+            (str(at), one.source_model, "; ".join(one.positive_prompts)[:200], "; ".join(one.negative_prompts)[:200])
+            for at, one in enumerate(config.experts)
+        ],
+    )
     if len(config.experts) > 1:
         units = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
         nearest = [float((unit @ unit.T).fill_diagonal_(-1).max()) for unit in units]
-        page.table("Routers", ("layer", "cosine of the two rows that are nearest"), [(str(layer), f"{value:.3f}") for layer, value in enumerate(nearest)], "Near 1, a router can hardly tell two experts apart before it is trained.")
+        page.table(
+            "Routers",
+            ("layer", "cosine of the two rows that are nearest"),
+            [(str(layer), f"{value:.3f}") for layer, value in enumerate(nearest)],
+            "Near 1, a router can hardly tell two experts apart before it is trained.",
+        )
     page.drawing("Configuration", f"<pre>{html.escape(text)}</pre>", plain=text)
     page.data = {"layout": kind, "models": {name: model.digest for name, model in models.items()}, **metrics}
-    front = {**front_of(models[config.base_model]), "library_name": "transformers", "pipeline_tag": "text-generation", **bases_of(list(models.values()), "merge"), "tags": ["merge", "mergekit", "moe", "frankenmoe"]}
-    write(ctx.out, front, [f"# {plain(config.base_model)}-{len(config.experts)}x-MoE", "", lead, "", "```yaml", text.rstrip(), "```", ""])
+    front = {
+        **front_of(models[config.base_model]),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **bases_of(list(models.values()), "merge"),
+        "tags": ["merge", "mergekit", "moe", "frankenmoe"],
+    }
+    write(
+        ctx.out,
+        front,
+        [f"# {plain(config.base_model)}-{len(config.experts)}x-MoE", "", lead, "", "```yaml", text.rstrip(), "```", ""],
+    )
     ctx.progress.say(lead)

@@ -1,6 +1,7 @@
 """The methods of merging: what each takes, and where it is. A literal table; imports no method.
 
-`whole`: a method that looks at a tensor as one, so that the tensor of all models is in memory; else it is read in blocks. `plain`: it leaves a tensor as it is where none of its parameters is given. Defaults are mergekit's.
+`whole`: a method that looks at a tensor as one, so that the tensor of all models is in memory; else it is read in
+blocks. `plain`: it leaves a tensor as it is where none of its parameters is given. Defaults are mergekit's.
 """
 
 from __future__ import annotations
@@ -41,31 +42,148 @@ class Method:
         return made
 
 
-def _vectors(name: str, source: str, *more: Parameter, normalize: bool = False, rescale: bool = False, whole: bool = False, pace: float = 8.0) -> Method:
+def _vectors(
+    name: str,
+    source: str,
+    *more: Parameter,
+    normalize: bool = False,
+    rescale: bool = False,
+    whole: bool = False,
+    pace: float = 8.0,
+) -> Method:
     """A method on what inputs differ by from the base."""
-    shared = (Parameter("int8_mask", bool, default=False), Parameter("normalize", bool, default=normalize), Parameter("rescale", bool, default=rescale), Parameter("lambda", float, default=1.0))
-    return Method(name, source, "required", (*shared, Parameter("weight", float, "other"), Parameter("density", float, "other", 1.0, 0, 1), *more), whole=whole, pace=12.0 if whole else pace)
+    shared = (
+        Parameter("int8_mask", bool, default=False),
+        Parameter("normalize", bool, default=normalize),
+        Parameter("rescale", bool, default=rescale),
+        Parameter("lambda", float, default=1.0),
+    )
+    return Method(
+        name,
+        source,
+        "required",
+        (*shared, Parameter("weight", float, "other"), Parameter("density", float, "other", 1.0, 0, 1), *more),
+        whole=whole,
+        pace=12.0 if whole else pace,
+    )
 
 
 METHODS: dict[str, Method] = {
-    "linear": Method("linear:linear", "Wortsman et al. 2022, arXiv:2203.05482", "none", (Parameter("weight", float, "input"), Parameter("normalize", bool, default=True))),
+    "linear": Method(
+        "linear:linear",
+        "Wortsman et al. 2022, arXiv:2203.05482",
+        "none",
+        (Parameter("weight", float, "input"), Parameter("normalize", bool, default=True)),
+    ),
     "slerp": Method("slerp:slerp", "Shoemake 1985", "required", (Parameter("t", float),), least=2, most=2, pace=6.0),
-    "nuslerp": Method("nuslerp:nuslerp", "mergekit, NuSLERP", "optional", (Parameter("weight", float, "other"), Parameter("nuslerp_row_wise", bool, default=False), Parameter("nuslerp_flatten", bool, default=True)), least_others=2, most_others=2, whole=True, pace=12.0),
-    "multislerp": Method("multislerp:multislerp", "Goddard 2025, goddard.blog", "optional", (Parameter("weight", float, "other"), Parameter("normalize_weights", bool, default=True), Parameter("eps", float, default=1e-8)), least_others=1, whole=True, pace=12.0),
+    "nuslerp": Method(
+        "nuslerp:nuslerp",
+        "mergekit, NuSLERP",
+        "optional",
+        (
+            Parameter("weight", float, "other"),
+            Parameter("nuslerp_row_wise", bool, default=False),
+            Parameter("nuslerp_flatten", bool, default=True),
+        ),
+        least_others=2,
+        most_others=2,
+        whole=True,
+        pace=12.0,
+    ),
+    "multislerp": Method(
+        "multislerp:multislerp",
+        "Goddard 2025, goddard.blog",
+        "optional",
+        (
+            Parameter("weight", float, "other"),
+            Parameter("normalize_weights", bool, default=True),
+            Parameter("eps", float, default=1e-8),
+        ),
+        least_others=1,
+        whole=True,
+        pace=12.0,
+    ),
     "task_arithmetic": _vectors("task_arithmetic:task_arithmetic", "Ilharco et al. 2023, arXiv:2212.04089", pace=2.5),
     "ties": _vectors("ties:ties", "Yadav et al. 2023, arXiv:2306.01708", normalize=True),
     "dare_linear": _vectors("dare:dare_linear", "Yu et al. 2024, arXiv:2311.03099", rescale=True),
     "dare_ties": _vectors("dare:dare_ties", "Yu et al. 2024, arXiv:2311.03099", rescale=True),
-    "della": _vectors("della:della", "Deep et al. 2024, arXiv:2406.11617", Parameter("epsilon", float, "other", 0.15, 0, 1), normalize=True, rescale=True, whole=True, pace=12.0),
-    "della_linear": _vectors("della:della_linear", "Deep et al. 2024, arXiv:2406.11617", Parameter("epsilon", float, "other", 0.15, 0, 1), rescale=True, whole=True, pace=12.0),
-    "breadcrumbs": _vectors("breadcrumbs:breadcrumbs", "Davari and Belilovsky 2023, arXiv:2312.06795", Parameter("gamma", float, "other", 0.01, 0, 1)),
-    "breadcrumbs_ties": _vectors("breadcrumbs:breadcrumbs_ties", "Davari and Belilovsky 2023, arXiv:2312.06795", Parameter("gamma", float, "other", 0.01, 0, 1)),
-    "model_stock": Method("model_stock:model_stock", "Jang et al. 2024, arXiv:2403.19522", "required", (Parameter("filter_wise", bool, default=False),), least=3, whole=True, pace=12.0),
-    "sce": Method("sce:sce", "Wan et al. 2024, arXiv:2408.07990", "required", (Parameter("int8_mask", bool, default=False), Parameter("select_topk", float, default=1.0, low=0, high=1)), whole=True, pace=12.0),
+    "della": _vectors(
+        "della:della",
+        "Deep et al. 2024, arXiv:2406.11617",
+        Parameter("epsilon", float, "other", 0.15, 0, 1),
+        normalize=True,
+        rescale=True,
+        whole=True,
+        pace=12.0,
+    ),
+    "della_linear": _vectors(
+        "della:della_linear",
+        "Deep et al. 2024, arXiv:2406.11617",
+        Parameter("epsilon", float, "other", 0.15, 0, 1),
+        rescale=True,
+        whole=True,
+        pace=12.0,
+    ),
+    "breadcrumbs": _vectors(
+        "breadcrumbs:breadcrumbs",
+        "Davari and Belilovsky 2023, arXiv:2312.06795",
+        Parameter("gamma", float, "other", 0.01, 0, 1),
+    ),
+    "breadcrumbs_ties": _vectors(
+        "breadcrumbs:breadcrumbs_ties",
+        "Davari and Belilovsky 2023, arXiv:2312.06795",
+        Parameter("gamma", float, "other", 0.01, 0, 1),
+    ),
+    "model_stock": Method(
+        "model_stock:model_stock",
+        "Jang et al. 2024, arXiv:2403.19522",
+        "required",
+        (Parameter("filter_wise", bool, default=False),),
+        least=3,
+        whole=True,
+        pace=12.0,
+    ),
+    "sce": Method(
+        "sce:sce",
+        "Wan et al. 2024, arXiv:2408.07990",
+        "required",
+        (Parameter("int8_mask", bool, default=False), Parameter("select_topk", float, default=1.0, low=0, high=1)),
+        whole=True,
+        pace=12.0,
+    ),
     "arcee_fusion": Method("arcee_fusion:arcee_fusion", "arcee.ai", "required", least=2, most=2, whole=True, pace=12.0),
-    "nearswap": Method("nearswap:nearswap", "alchemonaut, QuartetAnemoi-70B", "required", (Parameter("t", float),), least=2, most=2),
-    "karcher": Method("karcher:karcher", "Karcher 1977; mergekit", "none", (Parameter("max_iter", int, default=10, low=1), Parameter("tol", float, default=1e-5, low=0)), whole=True, pace=12.0),
-    "ram": Method("ram:ram", "arXiv:2601.13572", "required", (Parameter("epsilon", float, default=1e-5, low=0),), whole=True, pace=12.0),
-    "ramplus_tl": Method("ram:ramplus_tl", "arXiv:2601.13572", "required", (Parameter("r", float, default=0.1, low=0), Parameter("alpha", float, default=0.2, low=0), Parameter("epsilon", float, default=1e-5, low=0)), whole=True, pace=12.0),
-    "passthrough": Method("passthrough:passthrough", "", "none", (Parameter("scale", float, "input", None),), most=1, plain=True, pace=0.7),
-}  # fmt: skip
+    "nearswap": Method(
+        "nearswap:nearswap", "alchemonaut, QuartetAnemoi-70B", "required", (Parameter("t", float),), least=2, most=2
+    ),
+    "karcher": Method(
+        "karcher:karcher",
+        "Karcher 1977; mergekit",
+        "none",
+        (Parameter("max_iter", int, default=10, low=1), Parameter("tol", float, default=1e-5, low=0)),
+        whole=True,
+        pace=12.0,
+    ),
+    "ram": Method(
+        "ram:ram",
+        "arXiv:2601.13572",
+        "required",
+        (Parameter("epsilon", float, default=1e-5, low=0),),
+        whole=True,
+        pace=12.0,
+    ),
+    "ramplus_tl": Method(
+        "ram:ramplus_tl",
+        "arXiv:2601.13572",
+        "required",
+        (
+            Parameter("r", float, default=0.1, low=0),
+            Parameter("alpha", float, default=0.2, low=0),
+            Parameter("epsilon", float, default=1e-5, low=0),
+        ),
+        whole=True,
+        pace=12.0,
+    ),
+    "passthrough": Method(
+        "passthrough:passthrough", "", "none", (Parameter("scale", float, "input", None),), most=1, plain=True, pace=0.7
+    ),
+}

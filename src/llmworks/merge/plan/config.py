@@ -1,4 +1,6 @@
-"""What is merged, and how: mergekit's YAML as it is. A key that means nothing here is an error that names it. Knows no tensor.
+"""What is merged, and how: mergekit's YAML as it is.
+
+A key that means nothing here is an error that names it. Knows no tensor.
 
 https://github.com/arcee-ai/mergekit, docs/; models are named by the keys of the stage's input `models`.
 """
@@ -12,7 +14,18 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from llmworks.core.artifact import Config
 
-DTYPES = {"bfloat16": "BF16", "bf16": "BF16", "float16": "F16", "fp16": "F16", "half": "F16", "float32": "F32", "fp32": "F32", "float": "F32", "float64": "F64", "double": "F64"}
+DTYPES = {
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+    "float16": "F16",
+    "fp16": "F16",
+    "half": "F16",
+    "float32": "F32",
+    "fp32": "F32",
+    "float": "F32",
+    "float64": "F64",
+    "double": "F64",
+}
 
 
 def _named(value: Any) -> Any:
@@ -63,8 +76,12 @@ class Written(Config):
 class Condition(Config):
     """A value for tensors whose name holds a text."""
 
-    value: Scalar | list[Scalar] = Field(description="a scalar, or a gradient: values over the layers, between which it runs evenly")
-    filter: str | None = Field(None, description="part of a tensor's name; without it, or *, the value is for all that are left")
+    value: Scalar | list[Scalar] = Field(
+        description="a scalar, or a gradient: values over the layers, between which it runs evenly"
+    )
+    filter: str | None = Field(
+        None, description="part of a tensor's name; without it, or *, the value is for all that are left"
+    )
 
 
 Setting = Condition | list[Condition] | Scalar | list[Scalar]
@@ -101,7 +118,10 @@ class OutputSlice(Written):
     def _alike(self) -> OutputSlice:
         lengths = {source.layer_range[1] - source.layer_range[0] for source in self.sources}
         if len(lengths) > 1:
-            raise ValueError(f"the sources of a slice have {' and '.join(map(str, sorted(lengths)))} layers; they must have equally many")
+            raise ValueError(
+                f"the sources of a slice have {' and '.join(map(str, sorted(lengths)))} layers; they must have equally"
+                " many"
+            )
         return self
 
 
@@ -158,17 +178,35 @@ class TokenizerRule(Written):
 class MergeConfig(Written):
     """mergekit's keys, and the size of files."""
 
-    merge_method: str = Field(description="linear, slerp, nuslerp, multislerp, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, model_stock, sce, arcee_fusion, nearswap, karcher, ram, ramplus_tl, passthrough")
+    merge_method: str = Field(
+        description=(
+            "linear, slerp, nuslerp, multislerp, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear,"
+            " breadcrumbs, breadcrumbs_ties, model_stock, sce, arcee_fusion, nearswap, karcher, ram, ramplus_tl,"
+            " passthrough"
+        )
+    )
     models: list[InputModel] | None = Field(None, min_length=1, description="whole models, each {model, parameters}")
-    slices: list[OutputSlice] | None = Field(None, min_length=1, description="or layers, each {sources: [{model, layer_range, parameters}], parameters}")
-    modules: dict[str, OutputModule] | None = Field(None, min_length=1, description="or parts that have layers of their own, each {models or slices, parameters}")
-    base_model: Ref | None = Field(None, description="the model that others are measured from, and whose config and tokenizer the result has")
-    parameters: Settings = Field({}, description="parameters of the method: scalars, gradients (lists), or [{filter, value}]")
+    slices: list[OutputSlice] | None = Field(
+        None, min_length=1, description="or layers, each {sources: [{model, layer_range, parameters}], parameters}"
+    )
+    modules: dict[str, OutputModule] | None = Field(
+        None, min_length=1, description="or parts that have layers of their own, each {models or slices, parameters}"
+    )
+    base_model: Ref | None = Field(
+        None, description="the model that others are measured from, and whose config and tokenizer the result has"
+    )
+    parameters: Settings = Field(
+        {}, description="parameters of the method: scalars, gradients (lists), or [{filter, value}]"
+    )
     dtype: Dtype = Field(None, description="number format that is computed in; default: that of the files")
     out_dtype: Dtype = Field(None, description="number format of the result; default: that it is computed in")
     tokenizer_source: Ref | None = Field(None, description="union, base, or a model: whose tokens the result has")
-    tokenizer: TokenizerRule | None = Field(None, description="the same with rules for tokens: {source, tokens, pad_to_multiple_of}")
-    chat_template: str | None = Field(None, description="auto (that of most models), the name of one, or a Jinja template")
+    tokenizer: TokenizerRule | None = Field(
+        None, description="the same with rules for tokens: {source, tokens, pad_to_multiple_of}"
+    )
+    chat_template: str | None = Field(
+        None, description="auto (that of most models), the name of one, or a Jinja template"
+    )
     shard_bytes: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
 
     @model_validator(mode="after")
@@ -185,13 +223,35 @@ class MergeConfig(Written):
         yield from self.models or ()
         for part in (self.modules or {}).values():
             yield from part.models or ()
-        for one in [*(self.slices or ()), *(slice_ for part in (self.modules or {}).values() for slice_ in part.slices or ())]:
+        for one in [
+            *(self.slices or ()),
+            *(slice_ for part in (self.modules or {}).values() for slice_ in part.slices or ()),
+        ]:
             yield from one.sources
 
     def named(self) -> list[str]:
         """Names of models, each once: the base first."""
-        bases = [self.base_model, *(one.base_model for one in self.slices or ()), *(one.base_model for part in (self.modules or {}).values() for one in part.slices or ())]
+        bases = [
+            self.base_model,
+            *(one.base_model for one in self.slices or ()),
+            *(one.base_model for part in (self.modules or {}).values() for one in part.slices or ()),
+        ]
         rule = self.tokenizer
-        tokens = [self.tokenizer_source, *((rule.source, *(one.source.model if isinstance(one.source, ModelToken) else one.source for one in rule.tokens.values())) if rule else ())]
+        tokens = [
+            self.tokenizer_source,
+            *(
+                (
+                    rule.source,
+                    *(
+                        one.source.model if isinstance(one.source, ModelToken) else one.source
+                        for one in rule.tokens.values()
+                    ),
+                )
+                if rule
+                else ()
+            ),
+        ]
         others = [name for name in tokens if isinstance(name, str) and name not in ("union", "base")]
-        return list(dict.fromkeys(name for name in [*bases, *(source.model for source in self.sources()), *others] if name))
+        return list(
+            dict.fromkeys(name for name in [*bases, *(source.model for source in self.sources()), *others] if name)
+        )

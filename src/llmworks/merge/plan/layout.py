@@ -1,4 +1,7 @@
-"""A model's tensors by their names alone: stacks of layers, and what stands before and after them. Any architecture; knows no merge."""
+"""A model's tensors by their names alone: stacks of layers, and what stands before and after them.
+
+Any architecture; knows no merge.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,19 @@ from llmworks.tokenize.load import read_json
 LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 BEFORE = re.compile(r"embed|wte|wpe|tok_")
 HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
-SPARE = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$|\.attention\.(?:masked_)?bias$")  # buffers that old files hold and no model reads
+SPARE = re.compile(
+    r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$|\.attention\.(?:masked_)?bias$"
+)  # buffers that old files hold and no model reads
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass
 class Layout:
-    """One model. `stacks`: by the name that stands before a layer's number, what each layer holds, by the rest of the name; `loose`: tensors of no layer."""
+    """One model.
+
+    `stacks`: by the name that stands before a layer's number, what each layer holds, by the rest of the name; `loose`:
+    tensors of no layer.
+    """
 
     name: str
     path: Path
@@ -60,7 +69,12 @@ class Layout:
     def has_tokens(self, tensor: str) -> bool:
         """Whether a tensor has a row for each token."""
         shape = self.places[tensor].shape
-        return bool(shape) and LAYER.match(tensor) is None and shape[0] == self.vocabulary and not re.search(r"position|wpe", tensor)
+        return (
+            bool(shape)
+            and LAYER.match(tensor) is None
+            and shape[0] == self.vocabulary
+            and not re.search(r"position|wpe", tensor)
+        )
 
     def embedding(self) -> str | None:
         """The tensor of its input embedding."""
@@ -72,7 +86,10 @@ class Layout:
 
 
 def layout_of(name: str, path: Path) -> Layout:
-    """Read a directory's headers. ModelError for a broken directory, a quantized one, or layers that are not numbered from 0 on."""
+    """Read a directory's headers.
+
+    ModelError for a broken directory, a quantized one, or layers that are not numbered from 0 on.
+    """
     config = read_json(path / "config.json")
     if config.get("quantization_config"):
         raise ModelError(f"{name}: is quantized, and cannot be merged; give the model that it was made of")
@@ -88,6 +105,9 @@ def layout_of(name: str, path: Path) -> Layout:
             found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = tensor
     for stack, layers in found.items():
         if sorted(layers) != list(range(len(layers))):
-            raise ModelError(f"{name}: of the layers {stack}.N there are {len(layers)}, numbered up to {max(layers)}; tensors are missing")
+            raise ModelError(
+                f"{name}: of the layers {stack}.N there are {len(layers)}, numbered up to {max(layers)}; tensors are"
+                " missing"
+            )
         made.stacks[stack] = [layers[number] for number in range(len(layers))]
     return made

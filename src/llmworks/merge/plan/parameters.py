@@ -1,6 +1,7 @@
 """What a parameter of a merge is for one tensor: its filters, then its place in a gradient. Knows no method.
 
-As mergekit's `evaluate_setting`: the first condition whose filter is in the tensor's name counts; a gradient of n values is even between them over the layers, t from 0 to 1.
+As mergekit's `evaluate_setting`: the first condition whose filter is in the tensor's name counts; a gradient of n
+values is even between them over the layers, t from 0 to 1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class Parameter:
 
 
 def value_of(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], tensor: str, t: float, where: str) -> Any:
-    """A parameter's value by settings from the closest to the farthest. UserError for a value of another kind, or where none is given and it has no default."""
+    """A parameter's value by settings from the closest to the farthest.
+
+    UserError for a value of another kind, or where none is given and it has no default.
+    """
     for settings in sources:
         if parameter.name in settings:
             found = _evaluated(settings[parameter.name], tensor, t, parameter, where)
@@ -77,9 +81,14 @@ def _checked(value: Any, parameter: Parameter, where: str) -> Any:
         elif not isinstance(value, bool):
             found = parameter.kind(value)
             if not parameter.low <= found <= parameter.high and abs(found) != float("inf"):
-                raise UserError(f"{where}: {parameter.name} is {value!r}, it must be {f'from {parameter.low:g} to {parameter.high:g}' if parameter.high != float('inf') else f'{parameter.low:g} or more'}")
+                bounded = parameter.high != float("inf")
+                wanted = f"from {parameter.low:g} to {parameter.high:g}" if bounded else f"{parameter.low:g} or more"
+                raise UserError(f"{where}: {parameter.name} is {value!r}, it must be {wanted}")
             if found == found and abs(found) != float("inf"):
                 return found
     except (TypeError, ValueError, OverflowError):
         pass
-    raise UserError(f"{where}: {parameter.name} is {value!r}, it must be {'true or false' if parameter.kind is bool else 'a number' if parameter.kind is float else 'a whole number'}")
+    raise UserError(
+        f"{where}: {parameter.name} is {value!r}, it must be"
+        f" {'true or false' if parameter.kind is bool else 'a number' if parameter.kind is float else 'a whole number'}"
+    )

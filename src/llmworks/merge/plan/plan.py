@@ -1,6 +1,9 @@
-"""From a merge's configuration and the headers of its models to what is to be computed, tensor by tensor. Reads no weights and computes nothing.
+"""From a merge's configuration and the headers of its models to what is to be computed, tensor by tensor.
 
-As mergekit's planner: a gradient runs over the layers of a slice; tensors before the layers have the settings of the first slice, those behind them of the last.
+Reads no weights and computes nothing.
+
+As mergekit's planner: a gradient runs over the layers of a slice; tensors before the layers have the settings of the
+first slice, those behind them of the last.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ BLOCK = 1 << 20  # numbers of each input that are in memory at once
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the result: of which tensors it is made, and by which parameters. `each`: parameters of each source; `tokens`: it has a row for each token."""
+    """One tensor of the result: of which tensors it is made, and by which parameters.
+
+    `each`: parameters of each source; `tokens`: it has a row for each token.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -71,7 +77,8 @@ def spans(origins: tuple[tuple[str, int], ...]) -> list[str]:
 def plan_of(config: MergeConfig, models: Mapping[str, Layout], rows: int = 0) -> Plan:
     """What is to be computed. `rows`: tokens of the result, where its tokenizer is another than those of the models.
 
-    Errors: UserError for an unknown method, models that are missing, parameters of the wrong kind, slices that no model has; ModelError for tensors that are missing, or of other shapes.
+    Errors: UserError for an unknown method, models that are missing, parameters of the wrong kind, slices that no model
+    has; ModelError for tensors that are missing, or of other shapes.
     """
     method = check(config, models)
     planner = Planner(config, models, method, rows)
@@ -80,11 +87,18 @@ def plan_of(config: MergeConfig, models: Mapping[str, Layout], rows: int = 0) ->
     strange = next((name for settings in planner.settings() for name in settings if name not in anywhere), None)
     if strange is not None:
         near = difflib.get_close_matches(strange, known, n=1)
-        raise UserError(f"merge_method {config.merge_method}: unknown parameter {strange!r}{f', did you mean {near[0]!r}?' if near else ''}; it has {', '.join(sorted(known)) or 'none'}")
+        raise UserError(
+            f"merge_method {config.merge_method}: unknown parameter"
+            f" {strange!r}{f', did you mean {near[0]!r}?' if near else ''}; it has {', '.join(sorted(known)) or 'none'}"
+        )
     jobs = tuple(planner.jobs())
     unused = sorted({name for settings in planner.settings() for name in settings} - known)
     names = {name for job in jobs for name in (job.name, *(tensor for _, tensor in job.sources))}
-    idle = sorted(part for part in {part for settings in planner.settings() for part in filters_of(settings)} if not any(part in name for name in names))
+    idle = sorted(
+        part
+        for part in {part for settings in planner.settings() for part in filters_of(settings)}
+        if not any(part in name for name in names)
+    )
     return Plan(method, jobs, planner.layers, tuple(unused), tuple(idle))
 
 
@@ -93,7 +107,10 @@ def check(config: MergeConfig, models: Mapping[str, Layout]) -> Method:
     method = METHODS.get(config.merge_method)
     if method is None:
         near = difflib.get_close_matches(config.merge_method, METHODS, n=1)
-        raise UserError(f"merge_method: {config.merge_method!r} is not known{f', did you mean {near[0]!r}?' if near else ''}; known: {', '.join(METHODS)}")
+        raise UserError(
+            f"merge_method: {config.merge_method!r} is not known{f', did you mean {near[0]!r}?' if near else ''};"
+            f" known: {', '.join(METHODS)}"
+        )
     missing = [name for name in config.named() if name not in models]
     if missing:
         raise UserError(f"the model {missing[0]!r} is not given; given: {', '.join(models)}")
@@ -126,7 +143,9 @@ class Planner:
         parts = self.parts()
         first, last = next(iter(parts.values())), list(parts.values())[-1]
         settings = (first[0].parameters, self.config.parameters), (last[0].parameters, self.config.parameters)
-        loose = self.loose([source for part in parts.values() for source in (*part[1][0].sources, *part[1][-1].sources)])
+        loose = self.loose(
+            [source for part in parts.values() for source in (*part[1][0].sources, *part[1][-1].sources)]
+        )
         for name in (one for one in loose if BEFORE.search(one)):
             yield from self.outside(name, first[1][0], settings[0])
         for stack, (module, slices) in parts.items():
@@ -139,7 +158,10 @@ class Planner:
         stacks = list(self.donor.stacks) or [""]
         if self.config.modules is None:
             if self.config.slices is not None and len(stacks) > 1:
-                raise UserError(f"slices: {self.donor.name} has several stacks of layers ({', '.join(stacks)}); give modules, each with its slices")
+                raise UserError(
+                    f"slices: {self.donor.name} has several stacks of layers ({', '.join(stacks)}); give modules, each"
+                    " with its slices"
+                )
             module = OutputModule(models=self.config.models, slices=self.config.slices)
             return {stack: (module, self.slices(module, stack)) for stack in stacks}
         given = self.config.modules
@@ -147,7 +169,10 @@ class Planner:
             given = {stacks[0]: next(iter(given.values()))}
         unknown = [name for name in given if name not in stacks] + [name for name in stacks if name not in given]
         if unknown:
-            raise UserError(f"modules: {unknown[0]!r}; {self.donor.name} has the stacks of layers {', '.join(stacks)}, each of which needs a module of its name")
+            raise UserError(
+                f"modules: {unknown[0]!r}; {self.donor.name} has the stacks of layers {', '.join(stacks)}, each of"
+                " which needs a module of its name"
+            )
         return {stack: (given[stack], self.slices(given[stack], stack)) for stack in stacks}
 
     def slices(self, module: OutputModule, stack: str) -> list[OutputSlice]:
@@ -157,7 +182,9 @@ class Planner:
                 for source in one.sources:
                     count = len(self.models[source.model].stacks.get(stack, ()))
                     if source.layer_range[1] > count:
-                        raise UserError(f"layer_range {list(source.layer_range)} of {source.model}: it has {count} layers")
+                        raise UserError(
+                            f"layer_range {list(source.layer_range)} of {source.model}: it has {count} layers"
+                        )
             return module.slices
         sources = list(module.models or ())
         base = self.config.base_model
@@ -165,11 +192,30 @@ class Planner:
             sources.append(InputModel(model=base))
         counts = {source.model: len(self.models[source.model].stacks.get(stack, ())) for source in sources}
         if len(set(counts.values())) > 1:
-            raise ModelError(f"models of different depth cannot be merged as they are: {', '.join(f'{name} has {count} layers' for name, count in counts.items())}; give slices")
+            raise ModelError(
+                "models of different depth cannot be merged as they are:"
+                f" {', '.join(f'{name} has {count} layers' for name, count in counts.items())}; give slices"
+            )
         count = next(iter(counts.values()))
         if not count:
-            return [OutputSlice.model_construct(sources=[InputSlice.model_construct(model=s.model, parameters=s.parameters, layer_range=(0, 0)) for s in sources], base_model=None, parameters={})]
-        return [OutputSlice(sources=[InputSlice(model=source.model, parameters=source.parameters, layer_range=(0, count)) for source in sources])]
+            return [
+                OutputSlice.model_construct(
+                    sources=[
+                        InputSlice.model_construct(model=s.model, parameters=s.parameters, layer_range=(0, 0))
+                        for s in sources
+                    ],
+                    base_model=None,
+                    parameters={},
+                )
+            ]
+        return [
+            OutputSlice(
+                sources=[
+                    InputSlice(model=source.model, parameters=source.parameters, layer_range=(0, count))
+                    for source in sources
+                ]
+            )
+        ]
 
     def stack(self, stack: str, module: OutputModule, slices: Sequence[OutputSlice]) -> Iterator[Job]:
         """The layers of a stack."""
@@ -178,12 +224,25 @@ class Planner:
             count = one.sources[0].layer_range[1] - one.sources[0].layer_range[0]
             for offset in range(count):
                 number, t = len(origins), offset / (count - 1) if count > 1 else 1.0
-                layers = [self.models[source.model].stacks[stack][source.layer_range[0] + offset] for source in one.sources]
+                layers = [
+                    self.models[source.model].stacks[stack][source.layer_range[0] + offset] for source in one.sources
+                ]
                 for rest in dict.fromkeys(rest for layer in layers for rest in layer):
-                    absent = [source.model for source, layer in zip(one.sources, layers, strict=True) if rest not in layer]
+                    absent = [
+                        source.model for source, layer in zip(one.sources, layers, strict=True) if rest not in layer
+                    ]
                     if absent:
-                        raise ModelError(f"{absent[0]}: has no tensor {stack}.{one.sources[0].layer_range[0] + offset}.{rest}, which others have")
-                    yield self.job(f"{stack}.{number}.{rest}", [(source.model, layer[rest]) for source, layer in zip(one.sources, layers, strict=True)], one, (one.parameters, module.parameters, self.config.parameters), t)
+                        raise ModelError(
+                            f"{absent[0]}: has no tensor {stack}.{one.sources[0].layer_range[0] + offset}.{rest}, which"
+                            " others have"
+                        )
+                    yield self.job(
+                        f"{stack}.{number}.{rest}",
+                        [(source.model, layer[rest]) for source, layer in zip(one.sources, layers, strict=True)],
+                        one,
+                        (one.parameters, module.parameters, self.config.parameters),
+                        t,
+                    )
                 origins.append((one.sources[0].model, one.sources[0].layer_range[0] + offset))
         self.layers[stack] = tuple(origins)
 
@@ -192,16 +251,32 @@ class Planner:
         return list(dict.fromkeys(name for source in sources for name in self.models[source.model].loose))
 
     def outside(self, name: str, one: OutputSlice, settings: Sequence[Mapping[str, Setting]]) -> Iterator[Job]:
-        """A tensor of no layer. A head that no source has in its files is the embedding in all of them, and is not written."""
+        """A tensor of no layer.
+
+        A head that no source has in its files is the embedding in all of them, and is not written.
+        """
         found = [(source.model, self.models[source.model].tied(name)) for source in one.sources]
-        if HEAD.search(name) and self.donor.text.get("tie_word_embeddings", True) and not any(name in self.models[source.model].places for source in one.sources):
+        if (
+            HEAD.search(name)
+            and self.donor.text.get("tie_word_embeddings", True)
+            and not any(name in self.models[source.model].places for source in one.sources)
+        ):
             return
         absent = [model for model, tensor in found if tensor is None]
         if absent:
             raise ModelError(f"{absent[0]}: has no tensor {name}, which others have")
-        yield self.job(name, [(model, tensor) for model, tensor in found if tensor], one, (one.parameters, *settings), 0.0)
+        yield self.job(
+            name, [(model, tensor) for model, tensor in found if tensor], one, (one.parameters, *settings), 0.0
+        )
 
-    def job(self, name: str, sources: list[tuple[str, str]], one: OutputSlice, settings: Sequence[Mapping[str, Setting]], t: float) -> Job:
+    def job(
+        self,
+        name: str,
+        sources: list[tuple[str, str]],
+        one: OutputSlice,
+        settings: Sequence[Mapping[str, Setting]],
+        t: float,
+    ) -> Job:
         """One tensor; its parameters are those of the source, then of the slice, the module, and all."""
         where = f"merge_method {self.config.merge_method}"
         models = [model for model, _ in sources]
@@ -211,38 +286,85 @@ class Planner:
         shapes = {place.shape[1:] if tokens and self.rows else place.shape for place in places}
         if len(shapes) > 1:
             told = ", ".join(f"{model} {list(place.shape)}" for model, place in zip(models, places, strict=True))
-            raise ModelError(f"{name}: its shapes differ: {told}" + ("; the vocabularies differ, give tokenizer_source: union, base or a model" if len({place.shape[1:] for place in places}) == 1 else ""))
+            raise ModelError(
+                f"{name}: its shapes differ: {told}"
+                + (
+                    "; the vocabularies differ, give tokenizer_source: union, base or a model"
+                    if len({place.shape[1:] for place in places}) == 1
+                    else ""
+                )
+            )
         dtype = widest(place.dtype for place in places)
         if dtype in FLOATS:
             dtype = DTYPES[self.config.dtype] if self.config.dtype else dtype
         wanted = self.config.out_dtype or self.config.dtype
         if dtype.startswith("F8") and (not self.method.plain or (wanted and DTYPES[wanted] != dtype)):
-            raise ModelError(f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which is copied (merge_method: passthrough, no dtype) and neither computed with nor converted; convert the model first")
+            raise ModelError(
+                f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which is copied (merge_method: passthrough, no"
+                " dtype) and neither computed with nor converted; convert the model first"
+            )
         shared = {p.name: value_of(p, settings, name, t, where) for p in self.method.parameters if p.of == "tensor"}
         each = []
         for index, (model, tensor) in enumerate(sources):
             own = [source.parameters for source in one.sources if source.model == model]
-            each.append({p.name: value_of(p, (*own, *settings), tensor, t, f"{where}: {model}") for p in self.method.parameters if p.of == "input" or (p.of == "other" and index != base)})
+            each.append(
+                {
+                    p.name: value_of(p, (*own, *settings), tensor, t, f"{where}: {model}")
+                    for p in self.method.parameters
+                    if p.of == "input" or (p.of == "other" and index != base)
+                }
+            )
         if dtype.startswith("F8") and any(value is not None for value in each[0].values()):
-            raise ModelError(f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which nothing can be multiplied by; convert the model first")
+            raise ModelError(
+                f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which nothing can be multiplied by; convert the"
+                " model first"
+            )
         shape = (self.rows, *places[0].shape[1:]) if tokens and self.rows else places[0].shape
         out = DTYPES[self.config.out_dtype] if self.config.out_dtype and dtype in FLOATS else dtype
-        return Job(name, shape, tuple(sources), base, dtype, out, shared, tuple(each), tokens, sum(place.size for place in places))
+        return Job(
+            name,
+            shape,
+            tuple(sources),
+            base,
+            dtype,
+            out,
+            shared,
+            tuple(each),
+            tokens,
+            sum(place.size for place in places),
+        )
 
     def base(self, models: Sequence[str], base: str | None, name: str) -> int | None:
-        """The base's place among the sources. UserError where the method has to have one, or for too few or many sources."""
+        """The base's place among the sources.
+
+        UserError where the method has to have one, or for too few or many sources.
+        """
         method, label = self.method, f"merge_method {self.config.merge_method}"
         if len(set(models)) < len(models):
-            raise UserError(f"{name}: the model {next(one for one in models if list(models).count(one) > 1)} stands twice among its sources")
+            raise UserError(
+                f"{name}: the model {next(one for one in models if list(models).count(one) > 1)} stands twice among its"
+                " sources"
+            )
         if method.base == "none":
             base = None
         if base is not None and base not in models:
-            raise UserError(f"{label}: base_model {base} is not among the sources of {name}; it has to be one of a slice's sources")
+            raise UserError(
+                f"{label}: base_model {base} is not among the sources of {name}; it has to be one of a slice's sources"
+            )
         if method.base == "required" and base is None:
             raise UserError(f"{label}: needs a base_model")
         others = len(models) - (base is not None)
-        for count, least, most, what in ((len(models), method.least, method.most, "models"), (others, method.least_others, method.most_others, "models beside the base")):
+        for count, least, most, what in (
+            (len(models), method.least, method.most, "models"),
+            (others, method.least_others, method.most_others, "models beside the base"),
+        ):
             if count < least or (most is not None and count > most):
-                wanted = f"{least}" if least == most else f"at most {most}" if most is not None and count > most else f"at least {least}"
+                wanted = (
+                    f"{least}"
+                    if least == most
+                    else f"at most {most}"
+                    if most is not None and count > most
+                    else f"at least {least}"
+                )
                 raise UserError(f"{label}: takes {wanted} {what}, given are {count}: {', '.join(models)}")
         return list(models).index(base) if base is not None else None

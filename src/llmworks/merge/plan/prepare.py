@@ -12,12 +12,17 @@ from llmworks.merge.vocabulary.vocabulary import Vocabulary, same_tokens, vocabu
 
 
 def prepared(config: MergeConfig, layouts: Mapping[str, Layout]) -> tuple[str, Vocabulary | None, Plan]:
-    """(the model that gives the config and what else is no weight, tokens where they are not as they were, the plan)."""
+    """(the model that gives the config and what else is no weight, tokens where they are not as they were, the
+    plan).
+    """
     check(config, layouts)
     donor = config.base_model or config.named()[0]
     kinds = {name: layout.kind for name, layout in layouts.items()}
     if len(set(kinds.values())) > 1:
-        raise ModelError(f"models of different architectures cannot be merged: {', '.join(f'{name} is a {kind}' for name, kind in kinds.items())}")
+        raise ModelError(
+            "models of different architectures cannot be merged:"
+            f" {', '.join(f'{name} is a {kind}' for name, kind in kinds.items())}"
+        )
     rule = config.tokenizer or (TokenizerRule(source=config.tokenizer_source) if config.tokenizer_source else None)
     if rule is None:
         same_tokens(layouts)

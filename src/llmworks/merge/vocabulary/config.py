@@ -12,6 +12,11 @@ from llmworks.core.artifact import Config
 class TransplantConfig(Config):
     """What new tokens begin as, and what is looked at."""
 
-    new: Literal["pieces", "mean", "zero"] = Field("pieces", description="rows of tokens that the model has not: the mean of their pieces' rows, the mean of all rows, or zeros")
+    new: Literal["pieces", "mean", "zero"] = Field(
+        "pieces",
+        description=(
+            "rows of tokens that the model has not: the mean of their pieces' rows, the mean of all rows, or zeros"
+        ),
+    )
     texts: int = Field(64, gt=0, description="rows of `data` on which the model is measured before and after")
     shard_bytes: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")

@@ -1,4 +1,7 @@
-"""A merge's tokenizer, template and golden tokens: written and replayed before any weight, recorded after. Knows no method."""
+"""A merge's tokenizer, template and golden tokens: written and replayed before any weight, recorded after.
+
+Knows no method.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,15 @@ from llmworks.tokenize.chat.named import FOLDER, NAMED
 from llmworks.tokenize.load import load_tokenizer, read_json, stop_ids
 
 
-def write_tokenizer(config: MergeConfig, layouts: Mapping[str, Layout], donor: str, vocabulary: Vocabulary | None, out: Path) -> str:
+def write_tokenizer(
+    config: MergeConfig, layouts: Mapping[str, Layout], donor: str, vocabulary: Vocabulary | None, out: Path
+) -> str:
     """The tokenizer's files and template; the model that they come from, or nothing where it has none."""
-    source = donor if vocabulary is None else next(name for name, layout in layouts.items() if layout.path == vocabulary.source)
+    source = (
+        donor
+        if vocabulary is None
+        else next(name for name, layout in layouts.items() if layout.path == vocabulary.source)
+    )
     if vocabulary is None:
         copy_tokenizer(layouts[donor].path, out)
     else:
@@ -36,14 +45,23 @@ def write_tokenizer(config: MergeConfig, layouts: Mapping[str, Layout], donor: s
             (out / "chat_template.jinja").write_text(template, encoding="utf-8")
             settings = read_json(out / "tokenizer_config.json")
             settings.pop("chat_template", None)
-            (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (out / "tokenizer_config.json").write_text(
+                json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
     return source if (out / "tokenizer.json").exists() else ""
 
 
 def template_of(said: str, layouts: Mapping[str, Layout], source: str) -> str:
-    """auto: what most models have; a name of `tokenize.named`; or the template itself. UserError for what is none of these."""
+    """auto: what most models have; a name of `tokenize.named`; or the template itself.
+
+    UserError for what is none of these.
+    """
     if said == "auto":
-        found = [load_tokenizer(layout.path).chat_template for layout in layouts.values() if (layout.path / "tokenizer_config.json").exists()]
+        found = [
+            load_tokenizer(layout.path).chat_template
+            for layout in layouts.values()
+            if (layout.path / "tokenizer_config.json").exists()
+        ]
         templates = [str(one).strip() for one in found if one]
         return max(templates, key=templates.count) if templates else ""
     if said in NAMED:
@@ -53,22 +71,34 @@ def template_of(said: str, layouts: Mapping[str, Layout], source: str) -> str:
             raise UserError(f"chat_template: {said} writes {missing[0]}, which is no token of {source}")
         return (FOLDER / f"{said}.jinja").read_text(encoding="utf-8")
     if len(said) < 20 or "{" not in said:
-        raise UserError(f"chat_template: {said!r} is neither auto, nor a known name ({', '.join(NAMED)}), nor a Jinja template")
+        raise UserError(
+            f"chat_template: {said!r} is neither auto, nor a known name ({', '.join(NAMED)}), nor a Jinja template"
+        )
     return said
 
 
 def replay(source: Model, ctx: Context, layouts: Mapping[str, Layout]) -> tuple[Any, list[int]]:
-    """(the result's tokenizer, its stop ids), before any weight is written: ids, mask and stop tokens are those of the model whose tokenizer it has. Says which models end their answers otherwise.
+    """(the result's tokenizer, its stop ids), before any weight is written: ids, mask and stop tokens are those of the
+    model whose tokenizer it has.
 
-    Errors: ModelError for files of a tokenizer that cannot be read, of a model or of the result, or a template that cannot be rendered; GoldenMismatch.
+    Says which models end their answers otherwise.
+
+    Errors: ModelError for files of a tokenizer that cannot be read, of a model or of the result, or a template that
+    cannot be rendered; GoldenMismatch.
     """
-    owns = {name: ends_of(layout.path) for name, layout in layouts.items() if (layout.path / "tokenizer_config.json").exists()}
+    owns = {
+        name: ends_of(layout.path)
+        for name, layout in layouts.items()
+        if (layout.path / "tokenizer_config.json").exists()
+    }
     theirs = load_tokenizer(source.path)
     tokenizer = load_tokenizer(ctx.out)
     stops = stop_ids(ctx.out, tokenizer)
     templates = [str(one.chat_template or "").strip() for one in (theirs, tokenizer)]
     if templates[0] != templates[1] and not golden.renderable(tokenizer):
-        raise UserError("chat_template: the template cannot be rendered, not one conversation; look for a mistake in its Jinja")
+        raise UserError(
+            "chat_template: the template cannot be rendered, not one conversation; look for a mistake in its Jinja"
+        )
     if templates[0] == templates[1]:
         said = source.golden or golden.record(theirs, stop_ids(source.path, theirs), lambda ids: [[0.0]] * len(ids))
         golden.require(said, tokenizer, stops, step="merge")
@@ -76,7 +106,10 @@ def replay(source: Model, ctx: Context, layouts: Mapping[str, Layout]) -> tuple[
     for name, own in owns.items():
         other = [token for token in own if token not in ends]
         if other:
-            ctx.progress.say(f"warning: {name} ends its answers with {', '.join(other)}, the result with {', '.join(ends)}; an answer in the manner of {name} may not end")
+            ctx.progress.say(
+                f"warning: {name} ends its answers with {', '.join(other)}, the result with {', '.join(ends)}; an"
+                f" answer in the manner of {name} may not end"
+            )
     return tokenizer, stops
 
 
@@ -87,7 +120,9 @@ def ends_of(path: Path) -> list[str]:
 
 
 def logits_at(path: Path) -> golden.Logits:
-    """What a directory's model says, block by block where it is a decoder that is known here, else loaded as a whole."""
+    """What a directory's model says, block by block where it is a decoder that is known here, else loaded as a
+    whole.
+    """
     from llmworks.model.golden import torch_logits
     from llmworks.model.io.layer_forward import logits_of
     from llmworks.model.io.layer_reader import Source

@@ -1,4 +1,8 @@
-"""From one vocabulary to another: what a token is as bytes, which tokens two tokenizers share, and what stands for those that they do not. See `transplant.py`."""
+"""From one vocabulary to another: what a token is as bytes, which tokens two tokenizers share, and what stands for
+those that they do not.
+
+See `transplant.py`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,9 @@ OWN = "model"  # the model's name in the plan
 
 @dataclass(frozen=True)
 class Mapped:
-    """Where each new token's row comes from: the row of the same token, of the token of the same role, of the pieces that are averaged; `lost`: no piece was found."""
+    """Where each new token's row comes from: the row of the same token, of the token of the same role, of the pieces
+    that are averaged; `lost`: no piece was found.
+    """
 
     same: Mapping[int, int]
     role: Mapping[int, int]
@@ -47,10 +53,20 @@ class Mapped:
 
 
 def token_bytes(tokenizer: Any, definition: Mapping[str, Any]) -> dict[int, bytes]:
-    """What tokens are, as bytes, by id; added tokens as their text. Of byte-level vocabularies their bytes, of SentencePiece's a space for its mark; marks of what goes on in a word, or ends it (##, </w>), are no part of them."""
-    added, model = {one["id"]: one["content"].encode() for one in definition.get("added_tokens", [])}, definition.get("model") or {}
+    """What tokens are, as bytes, by id; added tokens as their text.
+
+    Of byte-level vocabularies their bytes, of SentencePiece's a space for its mark; marks of what goes on in a word, or
+    ends it (##, </w>), are no part of them.
+    """
+    added, model = (
+        {one["id"]: one["content"].encode() for one in definition.get("added_tokens", [])},
+        definition.get("model") or {},
+    )
     inside, end = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-    vocab, level = tokenizer.get_vocab(), "ByteLevel" in json.dumps([definition.get("pre_tokenizer"), definition.get("decoder")])
+    vocab, level = (
+        tokenizer.get_vocab(),
+        "ByteLevel" in json.dumps([definition.get("pre_tokenizer"), definition.get("decoder")]),
+    )
     letters, found = byte_characters(), dict(added)
     for token, at in vocab.items():
         if at in added:
@@ -71,7 +87,9 @@ def token_bytes(tokenizer: Any, definition: Mapping[str, Any]) -> dict[int, byte
 def mapped(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str, Any]], rows: int) -> Mapped:
     """From the ids of one tokenizer, of which there are so many `rows`, to those of another."""
     before, after = (token_bytes(one, definition) for one, definition in zip((old, new), definitions, strict=True))
-    special = [{one["id"] for one in definition.get("added_tokens", []) if one.get("special")} for definition in definitions]
+    special = [
+        {one["id"] for one in definition.get("added_tokens", []) if one.get("special")} for definition in definitions
+    ]
     by_bytes = {(data, at in special[0]): at for at, data in sorted(before.items(), reverse=True)}
     roles = {getattr(new, f"{role}_token_id"): getattr(old, f"{role}_token_id") for role in ROLES}
     same: dict[int, int] = {}
@@ -93,7 +111,9 @@ def mapped(old: Any, new: Any, definitions: tuple[Mapping[str, Any], Mapping[str
 
 
 def _pieces(old: Any, data: bytes, by_bytes: Mapping[tuple[bytes, bool], int]) -> Sequence[int]:
-    """What the old tokenizer makes of a token: of its text, or, where it is no whole characters, of its single bytes."""
+    """What the old tokenizer makes of a token: of its text, or, where it is no whole characters, of its single
+    bytes.
+    """
     try:
         found = list(old(data.decode(), add_special_tokens=False, split_special_tokens=True)["input_ids"])
     except UnicodeDecodeError:
@@ -104,7 +124,9 @@ def _pieces(old: Any, data: bytes, by_bytes: Mapping[tuple[bytes, bool], int]) -
     return [at for at in found if at != old.unk_token_id]
 
 
-def run(config: TransplantConfig, model: Model, tokenizer: Model | Tokenizer, ctx: Context, data: Dataset | None) -> Model:
+def run(
+    config: TransplantConfig, model: Model, tokenizer: Model | Tokenizer, ctx: Context, data: Dataset | None
+) -> Model:
     """The stage's work."""
     if model.format != "hf":
         raise ModelError(f"{model.name}: is a {model.format} file; a Hugging Face directory is given another tokenizer")
@@ -121,12 +143,20 @@ def run(config: TransplantConfig, model: Model, tokenizer: Model | Tokenizer, ct
     strange = next((row for row in take.tolist() if row >= layout.vocabulary), None)
     if strange is not None:
         raise ModelError(f"{model.name}: its tokenizer has an id {strange}, its embedding {layout.vocabulary} rows")
-    spare = {at: tuple((OWN, part) for part in parts) for at, parts in found.pieces.items()} if config.new == "pieces" else {}
+    spare = (
+        {at: tuple((OWN, part) for part in parts) for at, parts in found.pieces.items()}
+        if config.new == "pieces"
+        else {}
+    )
     fresh = [*found.lost, *(found.pieces if config.new != "pieces" else ())]
     if config.new != "zero" and fresh:
-        spare |= dict.fromkeys(fresh, tuple((OWN, row) for row in sorted(set(found.same.values()))[:: max(1, len(found.same) // 256)]))  # the mean of some hundreds of rows, evenly taken
+        spare |= dict.fromkeys(
+            fresh, tuple((OWN, row) for row in sorted(set(found.same.values()))[:: max(1, len(found.same) // 256)])
+        )  # the mean of some hundreds of rows, evenly taken
     vocabulary = Vocabulary(count, count, {OWN: take}, spare, tokenizer.path)
-    merge = MergeConfig.model_validate({"merge_method": "passthrough", "models": [{"model": OWN}], "shard_bytes": config.shard_bytes})
+    merge = MergeConfig.model_validate(
+        {"merge_method": "passthrough", "models": [{"model": OWN}], "shard_bytes": config.shard_bytes}
+    )
     plan = plan_of(merge, {OWN: layout}, count)
     size = written(Stream(plan, {OWN: layout}, vocabulary, ctx.seed), config.shard_bytes, {OWN: layout}, ctx)
     write_config(merge, layout, plan, vocabulary, ctx.out)
@@ -134,14 +164,29 @@ def run(config: TransplantConfig, model: Model, tokenizer: Model | Tokenizer, ct
         (ctx.out / name).unlink(missing_ok=True)
     copy_tokenizer(tokenizer.path, ctx.out)
     write_roles(ctx.out, new, tokenizer.path)
-    metrics: dict[str, Any] = {"bytes": size, "vocabulary": count, "same": len(found.same), "by_role": len(found.role), "by_pieces": len(found.pieces), "lost": len(found.lost)}
+    metrics: dict[str, Any] = {
+        "bytes": size,
+        "vocabulary": count,
+        "same": len(found.same),
+        "by_role": len(found.role),
+        "by_pieces": len(found.pieces),
+        "lost": len(found.lost),
+    }
     if data is not None:
         rows = training_rows(data)[: config.texts]
-        metrics |= {"bits_a_byte_before": round(bits_a_byte(model.path, old, rows), 5), "bits_a_byte": round(bits_a_byte(ctx.out, new, rows), 5)}
+        metrics |= {
+            "bits_a_byte_before": round(bits_a_byte(model.path, old, rows), 5),
+            "bits_a_byte": round(bits_a_byte(ctx.out, new, rows), 5),
+        }
     out_tokenizer = load_tokenizer(ctx.out)
     recorded = golden.record(out_tokenizer, stop_ids(ctx.out, out_tokenizer), logits_at(ctx.out))
     _describe(config, model, tokenizer, found, old, new, metrics, ctx)
-    return Model(ctx.out, golden=recorded, metrics=metrics, about={"format": "hf", "method": "transplant", "dtype": TORCH[plan.jobs[0].out_dtype]})
+    return Model(
+        ctx.out,
+        golden=recorded,
+        metrics=metrics,
+        about={"format": "hf", "method": "transplant", "dtype": TORCH[plan.jobs[0].out_dtype]},
+    )
 
 
 def _definition(path: Path) -> dict[str, Any]:
@@ -163,22 +208,69 @@ def bits_a_byte(path: Path, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -
         if len(ids) > 1:
             said = torch.as_tensor(np.asarray(logits(ids)))
             loss += float(F.cross_entropy(said[:-1], torch.tensor(ids[1:]), reduction="sum"))
-            size += len(tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
+            size += len(
+                tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False).encode()
+            )
     if not size:
         raise DataError(f"none of {len(rows)} rows can be read by this tokenizer" + (f": {refused}" if refused else ""))
     return loss / size / math.log(2)
 
 
-def _describe(config: TransplantConfig, model: Model, tokenizer: Model | Tokenizer, found: Mapped, old: Any, new: Any, metrics: Mapping[str, Any], ctx: Context) -> None:
+def _describe(
+    config: TransplantConfig,
+    model: Model,
+    tokenizer: Model | Tokenizer,
+    found: Mapped,
+    old: Any,
+    new: Any,
+    metrics: Mapping[str, Any],
+    ctx: Context,
+) -> None:
     page = ctx.report
     page.title = f"{model.name} with the tokenizer of {tokenizer.name}"
-    told = f" Bits a byte were {metrics['bits_a_byte_before']:.3f}, are {metrics['bits_a_byte']:.3f}." if "bits_a_byte" in metrics else ""
-    page.lead = f"Of {metrics['vocabulary']:,} tokens {metrics['same']:,} are the model's own, {metrics['by_role']:,} are known by their role, {metrics['by_pieces']:,} begin as {'the mean of their pieces' if config.new == 'pieces' else config.new}.{told}"
-    names, letters = {at: token for token, at in new.get_vocab().items()}, {at: token for token, at in old.get_vocab().items()}
+    told = (
+        f" Bits a byte were {metrics['bits_a_byte_before']:.3f}, are {metrics['bits_a_byte']:.3f}."
+        if "bits_a_byte" in metrics
+        else ""
+    )
+    page.lead = (
+        f"Of {metrics['vocabulary']:,} tokens {metrics['same']:,} are the model's own, {metrics['by_role']:,} are known"
+        f" by their role, {metrics['by_pieces']:,} begin as"
+        f" {'the mean of their pieces' if config.new == 'pieces' else config.new}.{told}"
+    )
+    names, letters = (
+        {at: token for token, at in new.get_vocab().items()},
+        {at: token for token, at in old.get_vocab().items()},
+    )
     shown = [*found.pieces.items()][:: max(1, len(found.pieces) // 40)][:40]
-    page.table("Some new tokens", ("token", "pieces"), [(repr(names.get(at, "")), " ".join(repr(letters.get(part, "")) for part in parts)) for at, parts in shown])
-    page.table("By role", ("token", "was"), [(repr(names.get(at, "")), repr(letters.get(row, ""))) for at, row in found.role.items()])
+    page.table(
+        "Some new tokens",
+        ("token", "pieces"),
+        [(repr(names.get(at, "")), " ".join(repr(letters.get(part, "")) for part in parts)) for at, parts in shown],
+    )
+    page.table(
+        "By role",
+        ("token", "was"),
+        [(repr(names.get(at, "")), repr(letters.get(row, ""))) for at, row in found.role.items()],
+    )
     page.data = dict(metrics)
-    front = {**front_of(model), "library_name": "transformers", "pipeline_tag": "text-generation", **bases_of([model], "finetune"), "tags": ["tokenizer-transplant"]}
-    write(ctx.out, front, [f"# {plain(model.name)}-{plain(tokenizer.name)}-tokenizer", "", page.lead, "", "It is to be trained on before it is used.", ""])
+    front = {
+        **front_of(model),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **bases_of([model], "finetune"),
+        "tags": ["tokenizer-transplant"],
+    }
+    write(
+        ctx.out,
+        front,
+        [
+            f"# {plain(model.name)}-{plain(tokenizer.name)}-tokenizer",
+            "",
+            page.lead,
+            "",
+            "It is to be trained on before it is used.",
+            "",
+        ],
+    )
     ctx.progress.say(page.lead)

@@ -1,4 +1,8 @@
-"""A model's shape as a drawing: from tokens down to the next token, its block once, with what is added around each part. SVG; knows no weights."""
+"""A model's shape as a drawing: from tokens down to the next token, its block once, with what is added around each
+part.
+
+SVG; knows no weights.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,10 @@ class _Column:
     def text(self, lines: list[str], *, bold: bool = False) -> None:
         """Lines without a box."""
         for line in lines:
-            self.parts.append(f'<text x="{self.middle}" y="{self.y + 13}" text-anchor="middle" font-size="{13 if bold else 11.5}"{" font-weight=" + chr(34) + "600" + chr(34) if bold else ""}>{html.escape(line)}</text>')
+            style = 'font-size="13" font-weight="600"' if bold else 'font-size="11.5"'
+            self.parts.append(
+                f'<text x="{self.middle}" y="{self.y + 13}" text-anchor="middle" {style}>{html.escape(line)}</text>'
+            )
             self.y += 17
         self.y += 3
 
@@ -38,35 +45,64 @@ class _Column:
     def box(self, title: str, lines: list[str], tint: str) -> None:
         """A part."""
         height = 22 + 14 * len(lines)
-        self.parts.append(f'<rect x="{self.x + LEFT}" y="{self.y}" width="{BOX}" height="{height}" rx="6" fill="{TINTS[tint]}" stroke="#94a3b8"/>')
-        self.parts.append(f'<text x="{self.middle}" y="{self.y + 15}" text-anchor="middle" font-size="12.5" font-weight="600">{html.escape(title)}</text>')
+        self.parts.append(
+            f'<rect x="{self.x + LEFT}" y="{self.y}" width="{BOX}" height="{height}" rx="6" fill="{TINTS[tint]}"'
+            ' stroke="#94a3b8"/>'
+        )
+        self.parts.append(
+            f'<text x="{self.middle}" y="{self.y + 15}" text-anchor="middle" font-size="12.5"'
+            f' font-weight="600">{html.escape(title)}</text>'
+        )
         for i, line in enumerate(lines):
-            self.parts.append(f'<text x="{self.middle}" y="{self.y + 29 + 14 * i}" text-anchor="middle" font-size="10.5" fill="#475569">{html.escape(line)}</text>')
+            self.parts.append(
+                f'<text x="{self.middle}" y="{self.y + 29 + 14 * i}" text-anchor="middle" font-size="10.5"'
+                f' fill="#475569">{html.escape(line)}</text>'
+            )
         self.y += height
 
     def added(self, begin: float) -> None:
         """The sum of what came out and what went around, which left at `begin`."""
         self.arrow()
         y, side = self.y + 9, self.x + LEFT - 22
-        self.parts.append(f'<circle cx="{self.middle}" cy="{y}" r="9" fill="#fff" stroke="#475569"/><path d="M{self.middle - 5} {y}h10M{self.middle} {y - 5}v10" stroke="#475569"/>')
-        self.parts.append(f'<path d="M{self.middle} {begin}H{side}V{y}H{self.middle - 11}" fill="none" stroke="#475569" marker-end="url(#tip)"/>')
+        self.parts.append(
+            f'<circle cx="{self.middle}" cy="{y}" r="9" fill="#fff" stroke="#475569"/><path d="M{self.middle - 5}'
+            f' {y}h10M{self.middle} {y - 5}v10" stroke="#475569"/>'
+        )
+        self.parts.append(
+            f'<path d="M{self.middle} {begin}H{side}V{y}H{self.middle - 11}" fill="none" stroke="#475569"'
+            ' marker-end="url(#tip)"/>'
+        )
         self.y += 18
 
 
 def _order(shape: Shape) -> list[str]:
     """How order is known."""
     if shape.position != "rope":
-        return [{"learned": f"learned positions, {shape.context:,}", "sinusoidal": "sinusoidal positions", "alibi": "ALiBi: nearer is heeded more", "none": "no positions"}[shape.position]]
+        return [
+            {
+                "learned": f"learned positions, {shape.context:,}",
+                "sinusoidal": "sinusoidal positions",
+                "alibi": "ALiBi: nearer is heeded more",
+                "none": "no positions",
+            }[shape.position]
+        ]
     rope = shape.rope
     base = f"{rope.theta:,.0f}" + (f", {shape.window_theta:,.0f} in windows" if shape.window_theta else "")
-    return [f"rotary positions, base {base}"] + ([f"stretched {rope.factor:g} times ({rope.scaling})"] if rope.scaling != "none" else [])
+    return [f"rotary positions, base {base}"] + (
+        [f"stretched {rope.factor:g} times ({rope.scaling})"] if rope.scaling != "none" else []
+    )
 
 
 def _attention(shape: Shape) -> list[str]:
     kind = "multi-head" if shape.groups == shape.heads else "multi-query" if shape.groups == 1 else "grouped-query"
-    lines = [f"{shape.heads} query heads of {shape.per_head}, {shape.groups} key-value ({kind})", *(_order(shape) if shape.position in ("rope", "alibi") else [])]
+    lines = [
+        f"{shape.heads} query heads of {shape.per_head}, {shape.groups} key-value ({kind})",
+        *(_order(shape) if shape.position in ("rope", "alibi") else []),
+    ]
     if shape.window:
-        lines.append(f"looks back {shape.window:,} tokens" + (f", all in every {shape.full_every}th" if shape.full_every else ""))
+        lines.append(
+            f"looks back {shape.window:,} tokens" + (f", all in every {shape.full_every}th" if shape.full_every else "")
+        )
     return lines + (["queries and keys normed"] if shape.qk_norm else [])
 
 
@@ -74,7 +110,11 @@ def _feed_forward(shape: Shape) -> tuple[str, list[str]]:
     bend = {"silu": "SiLU", "gelu": "GELU", "gelu-tanh": "GELU (tanh)"}[shape.activation]
     kind = {"silu": "SwiGLU"}.get(shape.activation, "GeGLU") if shape.gated else bend
     lines = [f"{shape.width:,} → {shape.inner:,} → {shape.width:,}, {kind}"]
-    return ("Mixture of experts", [f"{shape.experts.count} experts, {shape.experts.chosen} for each token", *lines]) if shape.experts else ("Feed-forward", lines)
+    return (
+        ("Mixture of experts", [f"{shape.experts.count} experts, {shape.experts.chosen} for each token", *lines])
+        if shape.experts
+        else ("Feed-forward", lines)
+    )
 
 
 def _block(column: _Column, shape: Shape) -> None:
@@ -100,26 +140,49 @@ def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
     column = _Column(x, 6)
     column.text([name], bold=True)
     column.arrow()
-    column.box("Embedding", [f"{shape.vocabulary:,} tokens → {shape.width:,} numbers", *(_order(shape) if isinstance(shape, Shape) and shape.position not in ("rope", "alibi") else [])], "table")
+    column.box(
+        "Embedding",
+        [
+            f"{shape.vocabulary:,} tokens → {shape.width:,} numbers",
+            *(_order(shape) if isinstance(shape, Shape) and shape.position not in ("rope", "alibi") else []),
+        ],
+        "table",
+    )
     if isinstance(shape, Shape):
         top = column.y + 8
         column.y += 8
         _block(column, shape)
         column.y += 10
-        column.parts.insert(0, f'<rect x="{x + 28}" y="{top}" width="{WIDTH - 50}" height="{column.y - top}" rx="10" fill="none" stroke="#64748b" stroke-dasharray="5 4"/>')
-        column.parts.append(f'<text x="{x + WIDTH - 52}" y="{top + 16}" font-size="13" font-weight="600">× {shape.layers}</text>')
+        column.parts.insert(
+            0,
+            f'<rect x="{x + 28}" y="{top}" width="{WIDTH - 50}" height="{column.y - top}" rx="10" fill="none"'
+            ' stroke="#64748b" stroke-dasharray="5 4"/>',
+        )
+        column.parts.append(
+            f'<text x="{x + WIDTH - 52}" y="{top + 16}" font-size="13" font-weight="600">× {shape.layers}</text>'
+        )
         if shape.norm_place != "post":
             column.arrow()
             column.box({"rms": "RMSNorm", "layer": "LayerNorm"}[shape.norm], [], "norm")
     elif shape.kind == "mlp":
         column.arrow()
-        column.box("Window", [f"the last {shape.reach} tokens: {shape.reach * shape.width:,} → {shape.inner:,}, tanh"], "state")
+        column.box(
+            "Window", [f"the last {shape.reach} tokens: {shape.reach * shape.width:,} → {shape.inner:,}, tanh"], "state"
+        )
     else:
         for _ in range(shape.layers):
             column.arrow()
-            column.box(shape.kind.upper(), [f"{'two states' if shape.kind == 'lstm' else 'state'} of {shape.inner:,} numbers"], "state")
+            column.box(
+                shape.kind.upper(),
+                [f"{'two states' if shape.kind == 'lstm' else 'state'} of {shape.inner:,} numbers"],
+                "state",
+            )
     column.arrow()
-    column.box("Head", [f"{shape.width:,} → {shape.vocabulary:,} logits" + (", the embedding's matrix" if shape.tied else "")], "table")
+    column.box(
+        "Head",
+        [f"{shape.width:,} → {shape.vocabulary:,} logits" + (", the embedding's matrix" if shape.tied else "")],
+        "table",
+    )
     return column
 
 
@@ -127,6 +190,12 @@ def draw(shapes: dict[str, Shape | RecurrentShape]) -> str:
     """Models side by side, as one SVG."""
     columns = [_column(name, shape, i * WIDTH) for i, (name, shape) in enumerate(shapes.items())]
     wide, high = WIDTH * len(columns), max(column.y for column in columns) + 10
-    tip = '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="#475569"/></marker></defs>'
+    tip = (
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7"'
+        ' orient="auto"><path d="M0 0L8 4L0 8z" fill="#475569"/></marker></defs>'
+    )
     body = "".join("".join(column.parts) for column in columns)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high:g}" width="{wide}" font-family="system-ui,sans-serif" fill="#1b1f24">{tip}{body}</svg>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high:g}" width="{wide}"'
+        f' font-family="system-ui,sans-serif" fill="#1b1f24">{tip}{body}</svg>'
+    )

@@ -1,6 +1,10 @@
-"""What a shape comes to: its parts with their tensors, parameters, the work of a token, and what a token leaves in the cache. Torch-free; knows no weights.
+"""What a shape comes to: its parts with their tensors, parameters, the work of a token, and what a token leaves in the
+cache.
 
-Work is counted as matrix products only, a multiply-add as two operations (Kaplan et al. 2020, section 2.1), of one token that sees `context` tokens,
+Torch-free; knows no weights.
+
+Work is counted as matrix products only, a multiply-add as two operations (Kaplan et al. 2020, section 2.1), of one
+token that sees `context` tokens,
 itself included.
 """
 
@@ -17,7 +21,11 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model. `tensors`: name to shape; `work`: operations of a token; `cache`: numbers that a token leaves; `used`: share of its parameters that a token meets."""
+    """One part of a model.
+
+    `tensors`: name to shape; `work`: operations of a token; `cache`: numbers that a token leaves; `used`: share of its
+    parameters that a token meets.
+    """
 
     where: str  # outside of blocks "", else the block's number
     name: str
@@ -68,7 +76,13 @@ def _decoder(shape: Shape, context: int) -> Iterator[Part]:
             yield _norm(shape, where, f"feed-forward {names[1]}")
     if shape.norm_place != "post":
         yield _norm(shape, "", "norm")
-    yield Part("", "head", {"weight": (shape.vocabulary, width)}, 2 * shape.vocabulary * width, shares="embedding" if shape.tied else "")
+    yield Part(
+        "",
+        "head",
+        {"weight": (shape.vocabulary, width)},
+        2 * shape.vocabulary * width,
+        shares="embedding" if shape.tied else "",
+    )
 
 
 def _norm(shape: Shape, where: str, name: str) -> Part:
@@ -76,7 +90,13 @@ def _norm(shape: Shape, where: str, name: str) -> Part:
 
 
 def _linear(where: str, name: str, inputs: int, outputs: int, bias: bool, cache: int = 0) -> Part:
-    return Part(where, name, {"weight": (outputs, inputs), **({"bias": (outputs,)} if bias else {})}, 2 * inputs * outputs, cache)
+    return Part(
+        where,
+        name,
+        {"weight": (outputs, inputs), **({"bias": (outputs,)} if bias else {})},
+        2 * inputs * outputs,
+        cache,
+    )
 
 
 def _attention(shape: Shape, where: str, seen: int) -> Iterator[Part]:
@@ -102,7 +122,13 @@ def _feed_forward(shape: Shape, where: str) -> Iterator[Part]:
     count, chosen = shape.experts.count, shape.experts.chosen
     yield _linear(where, "router", shape.width, count, bias=False)
     for name, inputs, outputs in matrices:
-        yield Part(where, f"{name} ({count} experts)", {"weight": (count, outputs, inputs), **({"bias": (count, outputs)} if bias else {})}, 2 * inputs * outputs * chosen, used=chosen / count)
+        yield Part(
+            where,
+            f"{name} ({count} experts)",
+            {"weight": (count, outputs, inputs), **({"bias": (count, outputs)} if bias else {})},
+            2 * inputs * outputs * chosen,
+            used=chosen / count,
+        )
 
 
 def _recurrent(shape: RecurrentShape) -> Iterator[Part]:
@@ -114,22 +140,40 @@ def _recurrent(shape: RecurrentShape) -> Iterator[Part]:
         gates = {"rnn": 1, "gru": 3, "lstm": 4}[shape.kind]
         for layer in range(shape.layers):
             inputs = width if layer == 0 else inner
-            sizes: dict[str, Sizes] = {"input": (gates * inner, inputs), "state": (gates * inner, inner), "input bias": (gates * inner,), "state bias": (gates * inner,)}
+            sizes: dict[str, Sizes] = {
+                "input": (gates * inner, inputs),
+                "state": (gates * inner, inner),
+                "input bias": (gates * inner,),
+                "state bias": (gates * inner,),
+            }
             yield Part(str(layer), shape.kind, sizes, 2 * gates * inner * (inputs + inner))
     if inner != width:
         yield _linear("", "to width", inner, width, bias=False)
-    yield Part("", "head", {"weight": (shape.vocabulary, width)}, 2 * shape.vocabulary * width, shares="embedding" if shape.tied else "")
+    yield Part(
+        "",
+        "head",
+        {"weight": (shape.vocabulary, width)},
+        2 * shape.vocabulary * width,
+        shares="embedding" if shape.tied else "",
+    )
 
 
 def state_of(shape: Shape | RecurrentShape) -> int:
     """Numbers that are kept of a text whatever its length."""
     if isinstance(shape, Shape):
         return 0
-    return (shape.reach - 1) * shape.width if shape.kind == "mlp" else shape.layers * shape.inner * (2 if shape.kind == "lstm" else 1)
+    return (
+        (shape.reach - 1) * shape.width
+        if shape.kind == "mlp"
+        else shape.layers * shape.inner * (2 if shape.kind == "lstm" else 1)
+    )
 
 
 def cached(shape: Shape | RecurrentShape, tokens: int) -> int:
     """Numbers that are kept of a text of so many tokens: a layer with a window needs no more than that of it."""
     if isinstance(shape, RecurrentShape):
         return state_of(shape)
-    return sum(2 * shape.groups * shape.per_head * min(tokens, shape.window_of(layer) or tokens) for layer in range(shape.layers))
+    return sum(
+        2 * shape.groups * shape.per_head * min(tokens, shape.window_of(layer) or tokens)
+        for layer in range(shape.layers)
+    )

@@ -1,4 +1,8 @@
-"""A large file that is written from its beginning to its end, past the system's page cache where the file system can: what has to reach the disk anyway is not copied through the memory of all others first. Knows no format."""
+"""A large file that is written from its beginning to its end, past the system's page cache where the file system can:
+what has to reach the disk anyway is not copied through the memory of all others first.
+
+Knows no format.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,10 @@ DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Draft:
-    """`size` bytes that are given piece by piece. Nothing is in the file for certain before `finish`. OSError, at once, where the disk has no room for them."""
+    """`size` bytes that are given piece by piece.
+
+    Nothing is in the file for certain before `finish`. OSError, at once, where the disk has no room for them.
+    """
 
     def __init__(self, path: Path, size: int) -> None:
         self._path, self._size = path, size
@@ -29,15 +36,25 @@ class Draft:
             self._past(True)
 
     def _reserve(self) -> None:
-        """Ask for the whole room at once: a full disk is known before anything is computed, and writing is cheaper than where the file grows block by block. Not all file systems can."""
+        """Ask for the whole room at once: a full disk is known before anything is computed, and writing is cheaper than
+        where the file grows block by block.
+
+        Not all file systems can.
+        """
         try:
-            if shutil.disk_usage(self._path.parent).free < self._size:  # asked before: a file system may take all that it has before it finds that it is too little
+            if (
+                shutil.disk_usage(self._path.parent).free < self._size
+            ):  # asked before: a file system may take all that it has before it finds that it is too little
                 raise OSError(errno.ENOSPC, "no space left")
             os.posix_fallocate(self._file, 0, self._size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self.drop()
-                raise OSError(error.errno, "no space left" if error.errno != errno.EFBIG else "a file may not be so large here", str(self._path.parent)) from error
+                raise OSError(
+                    error.errno,
+                    "no space left" if error.errno != errno.EFBIG else "a file may not be so large here",
+                    str(self._path.parent),
+                ) from error
 
     def _past(self, wanted: bool) -> bool:
         """Write past the cache from here on, or through it; whether that is another way than before."""
@@ -87,6 +104,8 @@ class Draft:
 
     def _close(self) -> None:
         os.close(self._file)
-        with contextlib.suppress(BufferError):  # a write that failed still looks at it, as long as its error is being told
+        with contextlib.suppress(
+            BufferError
+        ):  # a write that failed still looks at it, as long as its error is being told
             self._view.release()
             self._room.close()

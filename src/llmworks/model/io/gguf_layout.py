@@ -1,4 +1,5 @@
-"""How Hugging Face models are laid out in a GGUF file, by architecture: names, the order of Q's and K's rows, norms that count from one.
+"""How Hugging Face models are laid out in a GGUF file, by architecture: names, the order of Q's and K's rows, norms
+that count from one.
 
 One table for both directions (`from_gguf`, `to_gguf`). Knows nothing of quantization. Layout: llama.cpp's
 `convert_hf_to_gguf.py` and the GGUF specification.
@@ -30,12 +31,19 @@ OUTER_NAMES: tuple[tuple[str, str], ...] = (
 
 BIAS_NAMES: tuple[tuple[str, str], ...] = tuple((f"attn_{x}.bias", f"self_attn.{x}_proj.bias") for x in "qkv")
 HEAD_NORMS = (("attn_q_norm.weight", "self_attn.q_norm.weight"), ("attn_k_norm.weight", "self_attn.k_norm.weight"))
-AROUND = (("post_attention_norm.weight", "post_attention_layernorm.weight"), ("ffn_norm.weight", "pre_feedforward_layernorm.weight"), ("post_ffw_norm.weight", "post_feedforward_layernorm.weight"))
+AROUND = (
+    ("post_attention_norm.weight", "post_attention_layernorm.weight"),
+    ("ffn_norm.weight", "pre_feedforward_layernorm.weight"),
+    ("post_ffw_norm.weight", "post_feedforward_layernorm.weight"),
+)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One architecture: its name in a GGUF file, that of its class in config.json, the names in a block (GGUF, Hugging Face); `interleaved`: Q and K have their rows in pairs; `from_zero`: norms count from zero in config.json's model, from one in the file."""
+    """One architecture: its name in a GGUF file, that of its class in config.json, the names in a block (GGUF, Hugging
+    Face); `interleaved`: Q and K have their rows in pairs; `from_zero`: norms count from zero in config.json's model,
+    from one in the file.
+    """
 
     architecture: str
     model: str
@@ -50,8 +58,24 @@ LAYOUTS: dict[str, Layout] = {  # by model_type
     "mistral": Layout("llama", "MistralForCausalLM", BLOCK_NAMES, interleaved=True),
     "qwen2": Layout("qwen2", "Qwen2ForCausalLM", (*BLOCK_NAMES, *BIAS_NAMES)),
     "qwen3": Layout("qwen3", "Qwen3ForCausalLM", (*BLOCK_NAMES, *HEAD_NORMS)),
-    "gemma3_text": Layout("gemma3", "Gemma3ForCausalLM", (*(pair for pair in BLOCK_NAMES if pair[0] != "ffn_norm.weight"), *HEAD_NORMS, *AROUND), from_zero=True),
-    "phi3": Layout("phi3", "Phi3ForCausalLM", (*(pair for pair in BLOCK_NAMES if not pair[0].startswith(("attn_q.", "attn_k.", "attn_v.", "ffn_gate.", "ffn_up."))), *FUSED)),
+    "gemma3_text": Layout(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        (*(pair for pair in BLOCK_NAMES if pair[0] != "ffn_norm.weight"), *HEAD_NORMS, *AROUND),
+        from_zero=True,
+    ),
+    "phi3": Layout(
+        "phi3",
+        "Phi3ForCausalLM",
+        (
+            *(
+                pair
+                for pair in BLOCK_NAMES
+                if not pair[0].startswith(("attn_q.", "attn_k.", "attn_v.", "ffn_gate.", "ffn_up."))
+            ),
+            *FUSED,
+        ),
+    ),
 }
 KINDS = {layout.architecture: kind for kind, layout in reversed(LAYOUTS.items())}  # model_type by a file's architecture
 
@@ -60,7 +84,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def to_gguf_name(name: str, kind: str = "llama") -> str | None:
-    """The GGUF name of a Hugging Face parameter, or None when the layout of its model_type has no place for it. Matrices have the same names in all but phi3."""
+    """The GGUF name of a Hugging Face parameter, or None when the layout of its model_type has no place for it.
+
+    Matrices have the same names in all but phi3.
+    """
     for gguf_name, hf_name in OUTER_NAMES:
         if name == hf_name:
             return gguf_name

@@ -1,4 +1,7 @@
-"""The tokenizer that a GGUF file's metadata describe, as transformers has it: byte-level BPE, and SentencePiece's. Knows no weights."""
+"""The tokenizer that a GGUF file's metadata describe, as transformers has it: byte-level BPE, and SentencePiece's.
+
+Knows no weights.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from tokenizers.models import BPE
 from llmworks.core.errors import ModelError
 from llmworks.model.io.gguf_layout import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
-QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA_WORDS = QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 PRE = ("smollm", "gpt-2", "qwen2", "llama-bpe")  # ways to split texts before BPE, as llama.cpp names them
 
@@ -23,14 +28,20 @@ def pre_tokenizer_of(name: str) -> Any:
         split = pre_tokenizers.Split(Regex(QWEN_WORDS if name == "qwen2" else LLAMA_WORDS), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]) if name == "smollm" else byte_level
+    return (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+        if name == "smollm"
+        else byte_level
+    )
 
 
 def write_tokenizer(meta: dict[str, Any], out: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`."""
     build_tokenizer(meta).save(str(out / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_options(meta)}
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def tokenizer_of(meta: dict[str, Any]) -> Any:
@@ -42,16 +53,27 @@ def tokenizer_of(meta: dict[str, Any]) -> Any:
 
 
 def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of GGUF metadata: byte-level BPE ("gpt2"), or SentencePiece's ("llama"). ModelError for one that is not known."""
+    """The tokenizer of GGUF metadata: byte-level BPE ("gpt2"), or SentencePiece's ("llama").
+
+    ModelError for one that is not known.
+    """
     kind = meta.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise ModelError(f"the GGUF tokenizer {kind!r} is not known here, only 'gpt2' and 'llama'")
     tokenizer = _pieces(meta) if kind == "llama" else _bytes(meta)
-    tokenizer.add_tokens([AddedToken(token, special=one == CONTROL, normalized=False) for token, one in zip(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"], strict=True) if one in (CONTROL, USER_DEFINED)])
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=one == CONTROL, normalized=False)
+            for token, one in zip(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"], strict=True)
+            if one in (CONTROL, USER_DEFINED)
+        ]
+    )
     bos = meta.get("tokenizer.ggml.bos_token_id")
     if bos is not None and adds_bos(meta):
         token = meta["tokenizer.ggml.tokens"][int(bos)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, int(bos))])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, int(bos))]
+        )
     return tokenizer
 
 
@@ -66,14 +88,36 @@ def _pieces(meta: dict[str, Any]) -> Tokenizer:
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     scores, types = meta["tokenizer.ggml.scores"], meta["tokenizer.ggml.token_type"]
     known = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, BYTE)}
-    ranked = sorted((i for i in known.values() if types[i] == NORMAL and len(tokens[i]) > 1), key=lambda i: (-scores[i], i))
-    merges = [(tokens[i][:at], tokens[i][at:]) for i in ranked for at in range(1, len(tokens[i])) if tokens[i][:at] in known and tokens[i][at:] in known]
+    ranked = sorted(
+        (i for i in known.values() if types[i] == NORMAL and len(tokens[i]) > 1), key=lambda i: (-scores[i], i)
+    )
+    merges = [
+        (tokens[i][:at], tokens[i][at:])
+        for i in ranked
+        for at in range(1, len(tokens[i]))
+        if tokens[i][:at] in known and tokens[i][at:] in known
+    ]
     unknown = next((tokens[i] for i, one in enumerate(types) if one == UNKNOWN), None)
-    tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=merges,
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     before = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
     spaces = normalizers.Replace(" ", "\u2581")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if before else spaces
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if before else [])])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if before else []),
+        ]
+    )
     return tokenizer
 
 
@@ -84,7 +128,9 @@ def _bytes(meta: dict[str, Any]) -> Tokenizer:
         raise ModelError(f"the GGUF pre-tokenizer {pre!r} is not known here, only {', '.join(PRE)}")
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(
+        BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=pre == "llama-bpe")
+    )
     tokenizer.pre_tokenizer = pre_tokenizer_of(pre)
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -95,9 +141,16 @@ def _bytes(meta: dict[str, Any]) -> Tokenizer:
 def tokenizer_options(meta: dict[str, Any]) -> dict[str, Any]:
     """Special tokens, length and template as `tokenizer_config.json` has them."""
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+    named = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
     options: dict[str, Any] = {
-        role: tokens[int(meta[f"tokenizer.ggml.{key}"])] for role, key in named.items() if f"tokenizer.ggml.{key}" in meta
+        role: tokens[int(meta[f"tokenizer.ggml.{key}"])]
+        for role, key in named.items()
+        if f"tokenizer.ggml.{key}" in meta
     }
     options |= {
         "model_max_length": int(meta[f"{meta['general.architecture']}.context_length"]),

@@ -16,7 +16,9 @@ def logits_of(source: Source, texts: Sequence[Sequence[int]]) -> list[Any]:
         frame = source.frame()
         stack: Any = frame.decoder
         places = [torch.arange(len(ids))[None] for ids in texts]
-        states = [stack.begin(stack.embedding(torch.tensor([list(ids)])), at) for ids, at in zip(texts, places, strict=True)]
+        states = [
+            stack.begin(stack.embedding(torch.tensor([list(ids)])), at) for ids, at in zip(texts, places, strict=True)
+        ]
         for number in range(source.shape.layers):
             with source.only(stack, source.block(number)):
                 states = [stack.through(state, at) for state, at in zip(states, places, strict=True)]

@@ -26,7 +26,8 @@ class Source:
     """The decoder of a directory, of which no more is in memory than what is asked for.
 
     `quantized`: whether it is one that was written here, whose weights are read as plain ones.
-    Errors: ModelError for a broken directory, one that is quantized already, and an architecture that is not our decoder's.
+    Errors: ModelError for a broken directory, one that is quantized already, and an architecture that is not our
+    decoder's.
     """
 
     def __init__(self, path: Path, *, quantized: bool = False) -> None:
@@ -35,7 +36,9 @@ class Source:
         self.path, self.config = path, read_json(path / "config.json")
         self.method: dict[str, Any] = self.config.get("quantization_config") or {}
         if self.method and not quantized:
-            raise ModelError(f"{path}: is quantized already ({self.method.get('quant_method')}); give the model that it was made of")
+            raise ModelError(
+                f"{path}: is quantized already ({self.method.get('quant_method')}); give the model that it was made of"
+            )
         self.kind, self.shape = shape_of(self.config)
         self.rename = rename_of(self.kind)
         self.quantized: set[str] = set()  # layers that were read, and whose weights are no plain ones
@@ -68,11 +71,21 @@ class Source:
                     yield name, tensors.get_tensor(name)
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a block (-1: of none), under their names in the directory, as they are stored. ModelError for those that are no numbers."""
+        """The tensors of a block (-1: of none), under their names in the directory, as they are stored.
+
+        ModelError for those that are no numbers.
+        """
         found = dict(self.read(name for name in self.places if self.number_of(name) == number))
         for name, tensor in found.items():
-            if tensor.is_floating_point() and (tensor.element_size() < 2 or not math.isfinite(float(tensor.sum(dtype=torch.float64)))) and not torch.isfinite(tensor).all():  # a sum takes a fraction of the time
-                raise ModelError(f"{self.path}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are no numbers (NaN or infinite)")
+            if (
+                tensor.is_floating_point()
+                and (tensor.element_size() < 2 or not math.isfinite(float(tensor.sum(dtype=torch.float64))))
+                and not torch.isfinite(tensor).all()
+            ):  # a sum takes a fraction of the time
+                raise ModelError(
+                    f"{self.path}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are no numbers (NaN"
+                    " or infinite)"
+                )
         return found
 
     def ours(self, number: int) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""Load a Hugging Face directory as torch modules, and say in one line what is wrong with one that cannot be loaded. Knows no architecture."""
+"""Load a Hugging Face directory as torch modules, and say in one line what is wrong with one that cannot be loaded.
+
+Knows no architecture.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def load_model(path: Path, dtype: str = "float32", *, low_bit: bool = False) -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the CPU, in `dtype`. ModelError, in one line, for a broken directory. `low_bit`: as of `standard.load_decoder`."""
+    """A causal language model in evaluation mode, on the CPU, in `dtype`.
+
+    ModelError, in one line, for a broken directory. `low_bit`: as of `standard.load_decoder`.
+    """
     from transformers import AutoModelForCausalLM
 
     import llmworks.model.io.register  # noqa: F401  (makes them known to transformers)
@@ -36,18 +42,22 @@ def load_model(path: Path, dtype: str = "float32", *, low_bit: bool = False) -> 
     except Exception as error:
         raise ModelError(f"{path}: the model cannot be loaded ({first_line(error)})") from None
     model: Any = loaded[0]
-    missing = [name for name in loaded[1]["missing_keys"] if not name.endswith("lm_head.weight") or not model.config.tie_word_embeddings]
+    missing = [
+        name
+        for name in loaded[1]["missing_keys"]
+        if not name.endswith("lm_head.weight") or not model.config.tie_word_embeddings
+    ]
     if missing:
-        raise ModelError(f"{path}: weights are missing for {len(missing)} parameters, the first is {sorted(missing)[0]}")
+        raise ModelError(
+            f"{path}: weights are missing for {len(missing)} parameters, the first is {sorted(missing)[0]}"
+        )
     evaluating: PreTrainedModel = model.eval()
     return evaluating
 
 
-
-
-
 def open_adaptable(path: Path) -> tuple[Any, Callable[[str], str]]:
-    """(the model of a directory, fp32; the names of its layers in the directory's files): our decoder where layers are one to one, else as transformers has it.
+    """(the model of a directory, fp32; the names of its layers in the directory's files): our decoder where layers are
+    one to one, else as transformers has it.
 
     Errors: ModelError for a broken directory.
     """

@@ -1,4 +1,8 @@
-"""Makes the decoder, encoders, n-grams and recurrent models known to transformers, so that their directories load by its `Auto` classes. Nothing else."""
+"""Makes the decoder, encoders, n-grams and recurrent models known to transformers, so that their directories load by
+its `Auto` classes.
+
+Nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Tensors of safetensors files as runs of bytes: read in pieces wherever they lie, written one after the other with their digest. Knows no tensor library."""
+"""Tensors of safetensors files as runs of bytes: read in pieces wherever they lie, written one after the other with
+their digest.
+
+Knows no tensor library.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,40 @@ from llmworks.core.errors import ModelError
 from llmworks.model.io.direct_writer import Draft
 from llmworks.model.io.weights import check_weights, read_header, weight_files
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
-TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
+BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+}
+TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -44,7 +80,10 @@ class Place:
 
 
 class Shards:
-    """The tensors of a directory, read where they lie. ModelError for a broken directory, or a number format that is not known."""
+    """The tensors of a directory, read where they lie.
+
+    ModelError for a broken directory, or a number format that is not known.
+    """
 
     def __init__(self, path: Path) -> None:
         check_weights(path)
@@ -58,22 +97,44 @@ class Shards:
                 if name == "__metadata__":
                     continue
                 if name in self.places:
-                    raise ModelError(f"{path}: the tensor {name} is in {self.places[name].file.name} and in {file.name}")
+                    raise ModelError(
+                        f"{path}: the tensor {name} is in {self.places[name].file.name} and in {file.name}"
+                    )
                 try:
-                    place = Place(file, start + int(entry["data_offsets"][0]), str(entry["dtype"]), tuple(int(side) for side in entry["shape"]))
-                    known = place.dtype in BYTES and min((0, *place.shape)) >= 0 and place.size == int(entry["data_offsets"][1]) - int(entry["data_offsets"][0])
+                    place = Place(
+                        file,
+                        start + int(entry["data_offsets"][0]),
+                        str(entry["dtype"]),
+                        tuple(int(side) for side in entry["shape"]),
+                    )
+                    known = (
+                        place.dtype in BYTES
+                        and min((0, *place.shape)) >= 0
+                        and place.size == int(entry["data_offsets"][1]) - int(entry["data_offsets"][0])
+                    )
                 except (KeyError, TypeError, ValueError, IndexError):
-                    raise ModelError(f"{file}: its safetensors header is broken at {name}; copy or fetch it again") from None
+                    raise ModelError(
+                        f"{file}: its safetensors header is broken at {name}; copy or fetch it again"
+                    ) from None
                 if not known:
-                    raise ModelError(f"{file}: {name}: {place.dtype} {list(place.shape)} is no number format that is known here, or not of so many bytes")
+                    raise ModelError(
+                        f"{file}: {name}: {place.dtype} {list(place.shape)} is no number format that is known here, or"
+                        " not of so many bytes"
+                    )
                 self.places[name] = place
 
     def read(self, name: str, first: int, into: memoryview) -> None:
-        """Fill a buffer with the bytes of a tensor from its number `first` on. Safe in several threads. ModelError where the file ends before."""
+        """Fill a buffer with the bytes of a tensor from its number `first` on.
+
+        Safe in several threads. ModelError where the file ends before.
+        """
         place = self.places[name]
         at, whole = place.start + first * BYTES[place.dtype], len(into)
         if first < 0 or first * BYTES[place.dtype] + whole > place.size:
-            raise ModelError(f"{self.path}: {name} has {place.count} numbers, of which those from {first} on, {whole // BYTES[place.dtype]}, are not all there")
+            raise ModelError(
+                f"{self.path}: {name} has {place.count} numbers, of which those from {first} on,"
+                f" {whole // BYTES[place.dtype]}, are not all there"
+            )
         if place.file not in self._files:
             self._files[place.file] = os.open(place.file, os.O_RDONLY)
         done = 0
@@ -129,7 +190,9 @@ class Shard:
 
 
 def divided(slots: Sequence[Slot], most: int) -> list[Shard]:
-    """Tensors in files of at most so many bytes (a tensor that is larger has its own), named as transformers names them; in each the widest numbers come first, so that all are aligned."""
+    """Tensors in files of at most so many bytes (a tensor that is larger has its own), named as transformers names
+    them; in each the widest numbers come first, so that all are aligned.
+    """
     parts: list[list[Slot]] = [[]]
     filled = 0
     for slot in slots:
@@ -138,17 +201,30 @@ def divided(slots: Sequence[Slot], most: int) -> list[Shard]:
             filled = 0
         parts[-1].append(slot)
         filled += slot.size
-    names = ["model.safetensors"] if len(parts) == 1 else [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
-    return [Shard(name, tuple(sorted(part, key=lambda slot: -BYTES[slot.dtype]))) for name, part in zip(names, parts, strict=True)]
+    names = (
+        ["model.safetensors"]
+        if len(parts) == 1
+        else [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
+    )
+    return [
+        Shard(name, tuple(sorted(part, key=lambda slot: -BYTES[slot.dtype])))
+        for name, part in zip(names, parts, strict=True)
+    ]
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
     """model.safetensors.index.json of several files."""
-    return {"metadata": {"total_size": sum(shard.size for shard in shards)}, "weight_map": {slot.name: shard.file for shard in shards for slot in shard.slots}}
+    return {
+        "metadata": {"total_size": sum(shard.size for shard in shards)},
+        "weight_map": {slot.name: shard.file for shard in shards for slot in shard.slots},
+    }
 
 
 class ShardWriter:
-    """One file, its tensors' bytes given one after the other; `entry` is its digest and size when it is closed. It has its name when it is whole."""
+    """One file, its tensors' bytes given one after the other; `entry` is its digest and size when it is closed.
+
+    It has its name when it is whole.
+    """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         self._target, self._place = folder / shard.file, folder / f".{shard.file}.part"
@@ -173,7 +249,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._digester.shutdown()
         if kind is not None or self._left:
             self._draft.drop()
@@ -186,12 +264,13 @@ class ShardWriter:
 
 
 def widest(dtypes: Iterable[str]) -> str:
-    """The number format that numbers of several formats are computed in together, as torch has it. ModelError where no rule is known."""
+    """The number format that numbers of several formats are computed in together, as torch has it.
+
+    ModelError where no rule is known.
+    """
     kinds = set(dtypes)
     if len(kinds) == 1:
         return kinds.pop()
     if not kinds <= set(FLOATS):
         raise ModelError(f"numbers of the formats {', '.join(sorted(kinds))} cannot be merged")
     return "F64" if "F64" in kinds else "F32"
-
-

@@ -1,4 +1,8 @@
-"""Save an untrained model beside its tokenizer: the vocabulary it needs, the memory it takes, special ids, golden tokens. Knows no architecture."""
+"""Save an untrained model beside its tokenizer: the vocabulary it needs, the memory it takes, special ids, golden
+tokens.
+
+Knows no architecture.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,12 @@ ROUND = 64  # rows of an embedding compute fastest in multiples of it
 Ids = dict[str, int]
 
 
-def save_untrained(config: Shape | RecurrentShape, tokenizer: Tokenizer | Model | Adapter, ctx: Context, draw: Callable[[int, Ids], tuple[Any, str]]) -> Model:
+def save_untrained(
+    config: Shape | RecurrentShape,
+    tokenizer: Tokenizer | Model | Adapter,
+    ctx: Context,
+    draw: Callable[[int, Ids], tuple[Any, str]],
+) -> Model:
     """`draw` (vocabulary, special ids) makes the model, saves it, and says what it was saved as."""
     import torch
 
@@ -30,14 +39,23 @@ def save_untrained(config: Shape | RecurrentShape, tokenizer: Tokenizer | Model 
     vocabulary = config.vocabulary or -(-needed // ROUND) * ROUND
     require_memory(config.model_copy(update={"vocabulary": vocabulary}))
     torch.manual_seed(ctx.seed)
-    ids = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id") if getattr(loaded, name) is not None}
+    ids = {
+        name: getattr(loaded, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if getattr(loaded, name) is not None
+    }
     model, kind = draw(vocabulary, ids)
     loaded.model_max_length = config.context
     loaded.save_pretrained(ctx.out)
     (ctx.out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
     parameters = sum(p.numel() for p in model.parameters())
     ctx.progress.say(f"{parameters:,} parameters, saved as {kind}")
-    return Model(ctx.out, golden=record(ctx.out), metrics={"parameters": parameters}, about={"format": "hf", "dtype": "float32", "architecture": kind})
+    return Model(
+        ctx.out,
+        golden=record(ctx.out),
+        metrics={"parameters": parameters},
+        about={"format": "hf", "dtype": "float32", "architecture": kind},
+    )
 
 
 def require_memory(shape: Shape | RecurrentShape) -> None:
@@ -49,4 +67,7 @@ def require_memory(shape: Shape | RecurrentShape) -> None:
     wanted = 8 * sum(part.parameters for part in parts_of(shape, 1))
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > there:
-        raise MissingDependency(f"the model has {wanted // 8:,} parameters; making it takes {wanted / 1e9:,.0f} GB of memory, this machine has {there / 1e9:,.0f} GB")
+        raise MissingDependency(
+            f"the model has {wanted // 8:,} parameters; making it takes {wanted / 1e9:,.0f} GB of memory, this machine"
+            f" has {there / 1e9:,.0f} GB"
+        )

@@ -1,4 +1,7 @@
-"""Files of weights: which ones a directory has, their headers, and tensors read one at a time. Errors of one line for what is missing or cut short."""
+"""Files of weights: which ones a directory has, their headers, and tensors read one at a time.
+
+Errors of one line for what is missing or cut short.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def check_weights(path: Path) -> None:
     for file in files:
         header = read_header(file)
         try:
-            end = max((int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0)
+            end = max(
+                (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
+            )
         except (KeyError, TypeError, ValueError, IndexError):
             raise ModelError(f"{file}: its safetensors header is broken; copy or fetch it again") from None
         size = file.stat().st_size
@@ -37,7 +42,9 @@ def check_weights(path: Path) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that a directory's weights are in: those that its index names; without one all but `consolidated`, which Mistral's repositories have beside them under other names."""
+    """The files that a directory's weights are in: those that its index names; without one all but `consolidated`,
+    which Mistral's repositories have beside them under other names.
+    """
     index = path / "model.safetensors.index.json"
     files = sorted(path.glob("*.safetensors"))
     if index.exists():
@@ -45,7 +52,10 @@ def weight_files(path: Path) -> list[Path]:
         wanted = {str(name) for name in named.values()} if isinstance(named, dict) else set()
         missing = sorted(wanted - {file.name for file in files})
         if missing or not wanted:
-            raise ModelError(f"{index}: {f'names {missing[0]}, which is not there' if missing else 'names no files'}; copy or fetch the directory again")
+            raise ModelError(
+                f"{index}: {f'names {missing[0]}, which is not there' if missing else 'names no files'}; copy or fetch"
+                " the directory again"
+            )
         return [file for file in files if file.name in wanted]
     others = [file for file in files if not file.name.startswith("consolidated")]
     return others or files
@@ -61,7 +71,9 @@ class Stored(Mapping[str, "Tensor"]):
         try:
             self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
         except Exception as error:  # safetensors raises its own kind
-            raise ModelError(f"{path}: its safetensors files cannot be read ({first_line(error)}); copy or fetch them again") from None
+            raise ModelError(
+                f"{path}: its safetensors files cannot be read ({first_line(error)}); copy or fetch them again"
+            ) from None
         self._places = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  (no mapping)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -76,10 +88,15 @@ class Stored(Mapping[str, "Tensor"]):
 
 
 def refuse_scorer(path: Path) -> None:
-    """Whether a directory's model writes texts. ModelError for one that scores them, whose head over the vocabulary would be made up."""
+    """Whether a directory's model writes texts.
+
+    ModelError for one that scores them, whose head over the vocabulary would be made up.
+    """
     names = read_json(path / "config.json").get("architectures") or []
     if any("Classification" in str(name) for name in names):
-        raise ModelError(f"{path}: is a {names[0]}, which scores texts and writes none; give the model that is to write")
+        raise ModelError(
+            f"{path}: is a {names[0]}, which scores texts and writes none; give the model that is to write"
+        )
 
 
 def read_header(file: Path) -> dict[str, Any]:

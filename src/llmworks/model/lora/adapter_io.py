@@ -1,4 +1,6 @@
-"""Adapters on disk, in peft's format: `adapter_model.safetensors`, `adapter_config.json`, and `base.json` where the base was kept in fewer bits while it was trained."""
+"""Adapters on disk, in peft's format: `adapter_model.safetensors`, `adapter_config.json`, and `base.json` where the
+base was kept in fewer bits while it was trained.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,16 @@ PREFIX = "base_model.model."
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 BASE = "base.json"
 Json = dict[str, Any]
-UNKNOWN = ("modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication", "trainable_token_indices", "use_qalora", "use_bdlora", "target_parameters")
+UNKNOWN = (
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "target_parameters",
+)
 
 
 def state(model: nn.Module, rename: Rename = str) -> dict[str, Tensor]:
@@ -47,15 +58,33 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], rename: Rename =
                 layer.magnitude.copy_(tensors[f"{stem}.lora_magnitude_vector"])
 
 
-def save_adapter(model: nn.Module, out: Path, lora: Lora, *, base_name: str, rename: Rename = str, base: Mapping[str, Any] | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    out: Path,
+    lora: Lora,
+    *,
+    base_name: str,
+    rename: Rename = str,
+    base: Mapping[str, Any] | None = None,
+) -> None:
     """Write the adapter as peft reads it. `base`: how the base was kept while the adapter was trained."""
     from safetensors.torch import save_file
 
     names = sorted({rename(name).rpartition(".")[2] for name, _ in layers(model)})
     config: Json = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
-        "target_modules": names, "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "use_rslora": lora.stabilised, "use_dora": lora.magnitudes,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": names,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": lora.stabilised,
+        "use_dora": lora.magnitudes,
+    }
     save_file(state(model, rename), out / "adapter_model.safetensors", metadata={"format": "pt"})
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if base:
@@ -63,17 +92,31 @@ def save_adapter(model: nn.Module, out: Path, lora: Lora, *, base_name: str, ren
 
 
 def read_adapter(path: Path) -> tuple[Json, dict[str, Tensor]]:
-    """(config, tensors) of a peft LoRA directory. ModelError for another method, or an option that is not known here."""
+    """(config, tensors) of a peft LoRA directory.
+
+    ModelError for another method, or an option that is not known here.
+    """
     from safetensors.torch import load_file
 
     config = read_json(path / "adapter_config.json")
     if config.get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        raise ModelError(f"{path}: is a soft prompt, which stands before texts and cannot be folded into weights; use it as it is (llmworks chat, evaluate)")
+        raise ModelError(
+            f"{path}: is a soft prompt, which stands before texts and cannot be folded into weights; use it as it is"
+            " (llmworks chat, evaluate)"
+        )
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is known here")
     file = path / "adapter_model.safetensors"
     if not file.exists():
-        raise ModelError(f"{path}: has no {file.name}" + ("; adapter_model.bin is a pickle, which can run any code when it is opened: save it again by peft with safe_serialization" if file.with_suffix(".bin").exists() else ", and is no peft adapter directory"))
+        raise ModelError(
+            f"{path}: has no {file.name}"
+            + (
+                "; adapter_model.bin is a pickle, which can run any code when it is opened: save it again by peft with"
+                " safe_serialization"
+                if file.with_suffix(".bin").exists()
+                else ", and is no peft adapter directory"
+            )
+        )
     try:
         tensors = load_file(file)
     except Exception as error:  # safetensors raises its own kind for a truncated file
@@ -82,7 +125,9 @@ def read_adapter(path: Path) -> tuple[Json, dict[str, Tensor]]:
         raise ModelError(f"{path}/adapter_config.json: needs a rank `r` above zero and `lora_alpha`")
     pattern = config.get("alpha_pattern") or {}
     if not (isinstance(pattern, dict) and all(_number(alpha) and _pattern(layer) for layer, alpha in pattern.items())):
-        raise ModelError(f"{path}/adapter_config.json: alpha_pattern is no map from patterns of layers' names to numbers")
+        raise ModelError(
+            f"{path}/adapter_config.json: alpha_pattern is no map from patterns of layers' names to numbers"
+        )
     unknown = [key for key in UNKNOWN if config.get(key)]
     if unknown or config.get("bias", "none") != "none":
         raise ModelError(f"{path}: the adapter uses {unknown[0] if unknown else 'bias'}, which is not known here")
@@ -102,7 +147,8 @@ class Factors:
 def read_factors(path: Path, called: str = "") -> tuple[Json, dict[str, Factors]]:
     """(config, factors by layer) of a peft LoRA directory. `called`: how messages call it, else by its path.
 
-    Errors: ModelError for what `read_adapter` refuses, a tensor that is no part of a plain LoRA, factors that do not belong together, and values that are no numbers.
+    Errors: ModelError for what `read_adapter` refuses, a tensor that is no part of a plain LoRA, factors that do not
+    belong together, and values that are no numbers.
     """
     config, tensors = read_adapter(path)
     name, found = called or str(path), dict[str, dict[str, Tensor]]()
@@ -118,13 +164,25 @@ def read_factors(path: Path, called: str = "") -> tuple[Json, dict[str, Factors]
     for layer, parts in found.items():
         a, b, magnitude = (parts.get(part) for part in PARTS)
         if a is None or b is None:
-            raise ModelError(f"{name}: {layer} {'has an A and no B matrix' if b is None else 'has no A matrix'}; copy the adapter again")
+            raise ModelError(
+                f"{name}: {layer} {'has an A and no B matrix' if b is None else 'has no A matrix'}; copy the adapter"
+                " again"
+            )
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
-            raise ModelError(f"{name}: {layer}: A {list(a.shape)} and B {list(b.shape)} are no two matrices of one rank; copy the adapter again")
+            raise ModelError(
+                f"{name}: {layer}: A {list(a.shape)} and B {list(b.shape)} are no two matrices of one rank; copy the"
+                " adapter again"
+            )
         if dora != (magnitude is not None):
-            raise ModelError(f"{name}: {layer} has {'no' if dora else 'a'} lora_magnitude_vector, and adapter_config.json says use_dora: {str(dora).lower()}")
+            raise ModelError(
+                f"{name}: {layer} has {'no' if dora else 'a'} lora_magnitude_vector, and adapter_config.json says"
+                f" use_dora: {str(dora).lower()}"
+            )
         if magnitude is not None and magnitude.shape != (len(b),):
-            raise ModelError(f"{name}: {layer}: a lora_magnitude_vector {list(magnitude.shape)} is not that of {len(b)} rows; copy the adapter again")
+            raise ModelError(
+                f"{name}: {layer}: a lora_magnitude_vector {list(magnitude.shape)} is not that of {len(b)} rows; copy"
+                " the adapter again"
+            )
         if not all(math.isfinite(float(one.sum(dtype=torch.float64))) for one in parts.values()):
             raise ModelError(f"{name}: {layer} holds values that are no numbers (NaN or infinite)")
         made[layer] = Factors(a, b, scale_of(config, layer, len(a)), magnitude)
@@ -132,7 +190,9 @@ def read_factors(path: Path, called: str = "") -> tuple[Json, dict[str, Factors]
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """The factor of a layer's product: alpha / r, or alpha / sqrt(r); `alpha_pattern` may name another alpha for it, as peft's `get_pattern_key` looks for it."""
+    """The factor of a layer's product: alpha / r, or alpha / sqrt(r); `alpha_pattern` may name another alpha for it, as
+    peft's `get_pattern_key` looks for it.
+    """
     alpha = float(config["lora_alpha"])
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
@@ -154,9 +214,15 @@ def _pattern(text: str) -> bool:
 
 
 def base_of(path: Path) -> Json:
-    """How the base was kept while the adapter at `path` was trained: {} for as it is, else `{"kept": "nf4", "double": ..., "layers": [...]}`. ModelError for anything else."""
+    """How the base was kept while the adapter at `path` was trained: {} for as it is, else `{"kept": "nf4", "double":
+    ..., "layers": [...]}`.
+
+    ModelError for anything else.
+    """
     file = path / BASE
     found = read_json(file) if file.exists() else {}
     if found and not (found.get("kept") == "nf4" and isinstance(found.get("layers"), list)):
-        raise ModelError(f"{file}: says that the base was kept as {found.get('kept')!r}; only nf4, with its layers, is known here")
+        raise ModelError(
+            f"{file}: says that the base was kept as {found.get('kept')!r}; only nf4, with its layers, is known here"
+        )
     return found

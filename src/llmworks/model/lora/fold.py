@@ -1,6 +1,9 @@
-"""Fold a LoRA adapter into a model's weights: W + s B A, of DoRA with each row at its learned length; computed in fp32. The one place that does this.
+"""Fold a LoRA adapter into a model's weights: W + s B A, of DoRA with each row at its learned length; computed in fp32.
 
-A base that was kept in 4 bits while the adapter was trained is taken as those bits say: the adapter corrects their error, too. Knows no training.
+The one place that does this.
+
+A base that was kept in 4 bits while the adapter was trained is taken as those bits say: the adapter corrects their
+error, too. Knows no training.
 """
 
 from __future__ import annotations
@@ -20,16 +23,22 @@ from llmworks.model.lowbit.nf4 import pack, unpack
 
 @dataclass(frozen=True)
 class Folded:
-    """Layers that were adapted; of a base in 4 bits the root of the mean square of what its bits lost, as a share of the weights'."""
+    """Layers that were adapted; of a base in 4 bits the root of the mean square of what its bits lost, as a share of
+    the weights'.
+    """
 
     layers: int
     base_error: float = 0.0
 
 
 class Fold:
-    """What an adapter does to each layer's weight. Holds the adapter alone; what is added to a weight is computed when its turn comes.
+    """What an adapter does to each layer's weight.
 
-    Errors: ModelError when a tensor of the adapter has no weight in the model, whose shapes `shape_of(layer name)` says, or one of another shape: known before anything is folded; and for weights that are no numbers then. `called`: how messages call the adapter.
+    Holds the adapter alone; what is added to a weight is computed when its turn comes.
+
+    Errors: ModelError when a tensor of the adapter has no weight in the model, whose shapes `shape_of(layer name)`
+    says, or one of another shape: known before anything is folded; and for weights that are no numbers then. `called`:
+    how messages call the adapter.
     """
 
     def __init__(self, adapter: Path, shape_of: Callable[[str], Sequence[int] | None], called: str = "") -> None:
@@ -41,9 +50,13 @@ class Fold:
             shape = shape_of(layer)
             if shape is None:
                 raise ModelError(f"{name}: belongs to another model: this one has no layer {layer}")
-            wanted = (len(self._parts[layer].b), self._parts[layer].a.shape[1]) if layer in self._parts else tuple(shape)
+            wanted = (
+                (len(self._parts[layer].b), self._parts[layer].a.shape[1]) if layer in self._parts else tuple(shape)
+            )
             if tuple(shape) != wanted:
-                raise ModelError(f"{name}: belongs to another model: {layer} has the shape {tuple(shape)} here, {wanted} there")
+                raise ModelError(
+                    f"{name}: belongs to another model: {layer} has the shape {tuple(shape)} here, {wanted} there"
+                )
         self._lost = self._whole = 0.0
 
     @torch.no_grad()
@@ -52,7 +65,10 @@ class Fold:
         base = weight.float()
         if layer in self._in_bits:
             bits = unpack(pack(base, double=self._double))
-            self._lost, self._whole = self._lost + float((bits - base).square().sum()), self._whole + float(base.square().sum())
+            self._lost, self._whole = (
+                self._lost + float((bits - base).square().sum()),
+                self._whole + float(base.square().sum()),
+            )
             base = bits
         if layer in self._parts:
             part = self._parts[layer]
@@ -61,7 +77,10 @@ class Fold:
                 base = base * (part.magnitude / torch.linalg.norm(base, dim=1))[:, None]
         made = base.to(weight.dtype)
         if not math.isfinite(float(made.sum(dtype=torch.float64))):
-            raise ModelError(f"{self._name}: folded into {layer}, it makes values that are no numbers, or that {str(weight.dtype).removeprefix('torch.')} cannot hold")
+            raise ModelError(
+                f"{self._name}: folded into {layer}, it makes values that are no numbers, or that"
+                f" {str(weight.dtype).removeprefix('torch.')} cannot hold"
+            )
         return made
 
     def result(self) -> Folded:
@@ -70,7 +89,10 @@ class Fold:
 
 
 def fold_into(weight_of: Callable[[str], Tensor | None], adapter: Path) -> Folded:
-    """Add the adapter at `adapter` to the weights that `weight_of(layer name)` gives, in place. Errors: those of Fold; nothing is half folded."""
+    """Add the adapter at `adapter` to the weights that `weight_of(layer name)` gives, in place.
+
+    Errors: those of Fold; nothing is half folded.
+    """
 
     def shape_of(layer: str) -> Sequence[int] | None:
         weight = weight_of(layer)

@@ -1,7 +1,9 @@
 """LoRA: y = W x + s B A x, with A random and B zero, so that training starts from the model itself.
 
-s is alpha / r (Hu et al. 2021, arXiv:2106.09685), or alpha / sqrt(r), rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). DoRA (Liu et al. 2024,
-arXiv:2402.09353) learns the length of each row of W + s B A beside it. Initialisation as in peft's `LoraLayer.reset_lora_parameters`. Files are
+s is alpha / r (Hu et al. 2021, arXiv:2106.09685), or alpha / sqrt(r), rank-stabilised (Kalajdzievski 2023,
+arXiv:2312.03732). DoRA (Liu et al. 2024,
+arXiv:2402.09353) learns the length of each row of W + s B A beside it. Initialisation as in peft's
+`LoraLayer.reset_lora_parameters`. Files are
 `adapter.py`'s, folding into the weights is `fold.py`'s; knows no other adapter.
 """
 
@@ -40,7 +42,9 @@ class Lora:
 
 
 class _Adapted(torch.autograd.Function):
-    """W x + s B A x in one: nothing of the width of the output is made twice, and of a frozen W nothing is kept, which may be unpacked anew each time."""
+    """W x + s B A x in one: nothing of the width of the output is made twice, and of a frozen W nothing is kept, which
+    may be unpacked anew each time.
+    """
 
     @staticmethod
     def forward(context: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any) -> Tensor:
@@ -98,7 +102,9 @@ class LoraLinear(nn.Module):
         return plain + F.linear(F.linear(low, self.a), self.b * self.scale)
 
     def _with_magnitudes(self, x: Tensor, magnitude: Tensor) -> Tensor:
-        """Of each row of W + s B A the direction, times its learned length; its own length is a constant for the gradient (section 4.3 of the paper)."""
+        """Of each row of W + s B A the direction, times its learned length; its own length is a constant for the
+        gradient (section 4.3 of the paper).
+        """
         weight = dense(self.base)
         low = F.dropout(x, self.dropout, self.training) if self.dropout else x
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -113,11 +119,17 @@ class LoraLinear(nn.Module):
 def linear_layers(model: nn.Module) -> list[str]:
     """Names of all linear layers but the output head."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, NF4Linear)) and module is not head]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, NF4Linear)) and module is not head
+    ]
 
 
 def target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename = str) -> list[str]:
-    """Names of the linear layers to adapt: all but the output head for "all-linear", else those whose last name in the model's files is listed."""
+    """Names of the linear layers to adapt: all but the output head for "all-linear", else those whose last name in the
+    model's files is listed.
+    """
     names = linear_layers(model)
     if targets == "all-linear":
         return names
@@ -125,7 +137,10 @@ def target_layers(model: nn.Module, targets: Sequence[str] | str, rename: Rename
     wanted = [name for name in names if lasts[name] in targets]
     missing = sorted(set(targets) - {lasts[name] for name in wanted})
     if missing:
-        raise ModelError(f"lora.targets: the model has no linear layer named {missing[0]!r}; it has {', '.join(sorted(set(lasts.values())))}")
+        raise ModelError(
+            f"lora.targets: the model has no linear layer named {missing[0]!r}; it has"
+            f" {', '.join(sorted(set(lasts.values())))}"
+        )
     return wanted
 
 
@@ -133,7 +148,10 @@ def attach(model: nn.Module, targets: Sequence[str] | str, lora: Lora, rename: R
     """Freeze the model and put a `LoraLinear` around every target, in place. Seed torch before: A is random."""
     names = target_layers(model, targets, rename)
     if not names:
-        raise ModelError("the model has no linear layer that could be adapted (layers of GPT-2 in transformers are none); train all weights")
+        raise ModelError(
+            "the model has no linear layer that could be adapted (layers of GPT-2 in transformers are none); train all"
+            " weights"
+        )
     attach_to(model, names, lora)
 
 

@@ -1,5 +1,7 @@
-"""Soft prompts: trained vectors that stand before every text, as tokens that nobody can write (prompt tuning: Lester et al. 2021, arXiv:2104.08691), or as keys
-and values of every layer (prefix tuning: Li & Liang 2021, arXiv:2101.00190). Trained by peft, read from its files. Knows no training and no request.
+"""Soft prompts: trained vectors that stand before every text, as tokens that nobody can write (prompt tuning: Lester et
+al. 2021, arXiv:2104.08691), or as keys
+and values of every layer (prefix tuning: Li & Liang 2021, arXiv:2101.00190). Trained by peft, read from its files.
+Knows no training and no request.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ def is_soft(adapter: Path) -> bool:
 
 
 class Prompted(nn.Module):
-    """A causal model of transformers behind a soft prompt, for who reads with a cache: an empty one begins with the prompt. Positions and 2-d masks are the text's alone."""
+    """A causal model of transformers behind a soft prompt, for who reads with a cache: an empty one begins with the
+    prompt.
+
+    Positions and 2-d masks are the text's alone.
+    """
 
     def __init__(self, model: Any, keys: list[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -42,7 +48,15 @@ class Prompted(nn.Module):
         table: nn.Module = self.base.get_input_embeddings()
         return table
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: Any = None, use_cache: bool | None = None, logits_to_keep: Any = 0) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: Any = 0,
+    ) -> Any:
         """As the model's. A 4-d mask covers what is in the cache, with the prompt where that is in it."""
         from transformers import DynamicCache
 
@@ -54,29 +68,52 @@ class Prompted(nn.Module):
         if attention_mask is not None and (attention_mask.dim() == 2 or begins):
             attention_mask = F.pad(attention_mask, (self.virtual, 0), value=1 if attention_mask.dim() == 2 else 0)
         positions = None if position_ids is None else position_ids + self.virtual
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep)
+        return self.base(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )
 
 
 def prompted(model: Any, adapter: Path) -> Prompted:
-    """A model of transformers with the soft prompt of a peft directory. ModelError for one that is broken, or another model's."""
+    """A model of transformers with the soft prompt of a peft directory.
+
+    ModelError for one that is broken, or another model's.
+    """
     from safetensors.torch import load_file
 
     config = read_json(adapter / "adapter_config.json")
     try:
         table = load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"].float()
     except Exception as error:  # safetensors raises its own kind for a truncated file
-        raise ModelError(f"{adapter}: the soft prompt cannot be read ({type(error).__name__}: {error}); copy it again") from None
+        raise ModelError(
+            f"{adapter}: the soft prompt cannot be read ({type(error).__name__}: {error}); copy it again"
+        ) from None
     own = model.config
     if config["peft_type"] == "PREFIX_TUNING":
         if config.get("prefix_projection"):
             raise ModelError(f"{adapter}: uses prefix_projection, which is not known here")
-        heads, width = getattr(own, "num_key_value_heads", None) or own.num_attention_heads, getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        heads, width = (
+            getattr(own, "num_key_value_heads", None) or own.num_attention_heads,
+            getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads,
+        )
         if table.shape[1] != own.num_hidden_layers * 2 * heads * width:
-            raise ModelError(f"{adapter}: belongs to another model: its prefix has {table.shape[1]} numbers a token, this model {own.num_hidden_layers * 2 * heads * width}")
+            raise ModelError(
+                f"{adapter}: belongs to another model: its prefix has {table.shape[1]} numbers a token, this model"
+                f" {own.num_hidden_layers * 2 * heads * width}"
+            )
         parts = table.view(1, len(table), own.num_hidden_layers * 2, heads, width).permute(2, 0, 3, 1, 4)
-        return Prompted(model, [(parts[2 * i].contiguous(), parts[2 * i + 1].contiguous()) for i in range(own.num_hidden_layers)])
+        return Prompted(
+            model, [(parts[2 * i].contiguous(), parts[2 * i + 1].contiguous()) for i in range(own.num_hidden_layers)]
+        )
     if table.shape[1] != own.hidden_size:
-        raise ModelError(f"{adapter}: belongs to another model: its prompt has {table.shape[1]} numbers a token, this model {own.hidden_size}")
+        raise ModelError(
+            f"{adapter}: belongs to another model: its prompt has {table.shape[1]} numbers a token, this model"
+            f" {own.hidden_size}"
+        )
     with torch.no_grad():
         cache = model(inputs_embeds=table[None].to(model.dtype), use_cache=True).past_key_values
     return Prompted(model, [(layer.keys, layer.values) for layer in cache.layers])

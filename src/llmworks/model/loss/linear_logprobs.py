@@ -1,4 +1,8 @@
-"""The head and the log-probability of given tokens in one, some tokens at a time: for losses that weigh texts by how probable they are. Knows no model and no loss."""
+"""The head and the log-probability of given tokens in one, some tokens at a time: for losses that weigh texts by how
+probable they are.
+
+Knows no model and no loss.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,9 @@ from llmworks.model.loss.linear_cross_entropy import chunk, is_plain
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """The gradient of a token's log-probability by its state is kept, and scaled when the loss has said by what; that of the head's weights is computed anew, where they are trained."""
+    """The gradient of a token's log-probability by its state is kept, and scaled when the loss has said by what; that
+    of the head's weights is computed anew, where they are trained.
+    """
 
     @staticmethod
     def forward(context: Any, states: Tensor, weight: Tensor, tokens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -33,7 +39,9 @@ class _LinearLogProbs(torch.autograd.Function):
                 by_logits = chances.neg_().scatter_add_(-1, wanted, torch.ones_like(right)).to(states.dtype)
                 torch.mm(by_logits, matrix, out=by_state[part])
         context.scale = scale
-        context.save_for_backward(by_state, states if weight.requires_grad else None, weight if weight.requires_grad else None, tokens)
+        context.save_for_backward(
+            by_state, states if weight.requires_grad else None, weight if weight.requires_grad else None, tokens
+        )
         context.mark_non_differentiable(entropy)
         return found, entropy
 
@@ -47,14 +55,27 @@ class _LinearLogProbs(torch.autograd.Function):
         if weight is not None:
             by_weight = torch.zeros_like(weight, dtype=torch.float32)
             for part, logits in _chunks(states, weight.to(states.dtype), scale):
-                by_logits = torch.softmax(logits, -1, out=logits).neg_().scatter_add_(-1, tokens[part, None], torch.ones_like(logits[:, :1]))
-                by_weight.addmm_((by_logits * gradient[part, None]).to(states.dtype).T.float(), states[part].float(), alpha=scale)
+                by_logits = (
+                    torch.softmax(logits, -1, out=logits)
+                    .neg_()
+                    .scatter_add_(-1, tokens[part, None], torch.ones_like(logits[:, :1]))
+                )
+                by_weight.addmm_(
+                    (by_logits * gradient[part, None]).to(states.dtype).T.float(), states[part].float(), alpha=scale
+                )
             by_weight = by_weight.to(weight.dtype)
-        return None if by_state is None else by_state * (gradient * scale)[:, None].to(by_state.dtype), by_weight, None, None
+        return (
+            None if by_state is None else by_state * (gradient * scale)[:, None].to(by_state.dtype),
+            by_weight,
+            None,
+            None,
+        )
 
 
 def _chunks(states: Tensor, matrix: Tensor, scale: float) -> Any:
-    """(part, its logits [some, vocabulary] in fp32), all in the same memory: what is fresh costs more than the mathematics."""
+    """(part, its logits [some, vocabulary] in fp32), all in the same memory: what is fresh costs more than the
+    mathematics.
+    """
     step = chunk(len(matrix))
     room = states.new_empty(min(step, len(states)), len(matrix))
     for start in range(0, len(states), step):
@@ -64,7 +85,10 @@ def _chunks(states: Tensor, matrix: Tensor, scale: float) -> Any:
 
 
 def linear_logprobs(states: Tensor, head: nn.Module, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(log-probabilities in nats of tokens [n] after states [n, width], entropies there [n], which have no gradient). Logits are divided by `temperature`. Not differentiable twice."""
+    """(log-probabilities in nats of tokens [n] after states [n, width], entropies there [n], which have no gradient).
+
+    Logits are divided by `temperature`. Not differentiable twice.
+    """
     if not len(states):
         return states.sum(-1).float(), states.new_zeros(0, dtype=torch.float32)
     if is_plain(head):

@@ -1,4 +1,7 @@
-"""What a model is asked to guess: the next token, hidden tokens, or hidden spans. Pure functions of ids; the next token needs none. Knows no model."""
+"""What a model is asked to guess: the next token, hidden tokens, or hidden spans.
+
+Pure functions of ids; the next token needs none. Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,20 @@ from llmworks.core.errors import DataError
 from llmworks.model.loss.linear_cross_entropy import IGNORED
 
 
-def hide_tokens(ids: Tensor, mask_id: int, vocabulary: int, *, share: float = 0.15, keep: Sequence[int] = (), generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """(ids with some hidden, labels that are IGNORED elsewhere), for masked language modelling (Devlin et al. 2019, section 3.1).
+def hide_tokens(
+    ids: Tensor,
+    mask_id: int,
+    vocabulary: int,
+    *,
+    share: float = 0.15,
+    keep: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(ids with some hidden, labels that are IGNORED elsewhere), for masked language modelling (Devlin et al. 2019,
+    section 3.1).
 
-    Of the chosen `share` 80 % become the mask, 10 % any token by chance, 10 % stay. ids: [batch, length]; `keep`: ids that are never chosen.
+    Of the chosen `share` 80 % become the mask, 10 % any token by chance, 10 % stay. ids: [batch, length]; `keep`: ids
+    that are never chosen.
     """
     draw = torch.rand(ids.shape, generator=generator)
     allowed = ~torch.isin(ids, torch.tensor(list(keep), dtype=ids.dtype))
@@ -26,15 +39,29 @@ def hide_tokens(ids: Tensor, mask_id: int, vocabulary: int, *, share: float = 0.
     return torch.where(chosen & (how >= 0.8) & (how < 0.9), other, hidden), labels
 
 
-def hide_spans(ids: Sequence[int], sentinels: Sequence[int], end: int, *, share: float = 0.15, mean: float = 3.0, generator: torch.Generator | None = None) -> tuple[list[int], list[int]]:
-    """(text with spans hidden behind sentinels, the sentinels with what they hide), both ended, for span corruption (T5, Raffel et al. 2020, section 3.1.4).
+def hide_spans(
+    ids: Sequence[int],
+    sentinels: Sequence[int],
+    end: int,
+    *,
+    share: float = 0.15,
+    mean: float = 3.0,
+    generator: torch.Generator | None = None,
+) -> tuple[list[int], list[int]]:
+    """(text with spans hidden behind sentinels, the sentinels with what they hide), both ended, for span corruption
+    (T5, Raffel et al. 2020, section 3.1.4).
 
-    T5 closes the target with one more sentinel; here it is the end alone. Errors: DataError for less than two tokens, or no sentinel.
+    T5 closes the target with one more sentinel; here it is the end alone. Errors: DataError for less than two tokens,
+    or no sentinel.
 
-    About `share` of the tokens are hidden in spans of `mean` tokens on average; as many spans as there are sentinels at most, and some text between two.
+    About `share` of the tokens are hidden in spans of `mean` tokens on average; as many spans as there are sentinels at
+    most, and some text between two.
     """
     if len(ids) < 2 or not sentinels:
-        raise DataError(f"spans are hidden in texts of two tokens or more, behind sentinels; there are {len(ids)} tokens and {len(sentinels)} sentinels")
+        raise DataError(
+            f"spans are hidden in texts of two tokens or more, behind sentinels; there are {len(ids)} tokens and"
+            f" {len(sentinels)} sentinels"
+        )
     hidden = min(max(round(len(ids) * share), 1), len(ids) - 1)
     spans = min(max(round(hidden / mean), 1), hidden, len(ids) - hidden, len(sentinels))
     inside, outside = _parts(hidden, spans, generator), _parts(len(ids) - hidden, spans, generator)

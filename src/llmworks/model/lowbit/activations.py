@@ -1,4 +1,8 @@
-"""Inputs of linear layers as whole numbers, too, each token's by its own largest: what a layer in 8 bits of both computes. Knows no method."""
+"""Inputs of linear layers as whole numbers, too, each token's by its own largest: what a layer in 8 bits of both
+computes.
+
+Knows no method.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Reading:
-    """How a layer's inputs are rounded. `edge`: where the largest comes to lie, as of a `Grid`; `threshold`: what is larger stays as it is, and does not count as the largest (0: nothing; LLM.int8())."""
+    """How a layer's inputs are rounded.
+
+    `edge`: where the largest comes to lie, as of a `Grid`; `threshold`: what is larger stays as it is, and does not
+    count as the largest (0: nothing; LLM.int8()).
+    """
 
     bits: int = 8
     edge: Literal["last", "between"] = "between"
@@ -19,13 +27,18 @@ class Reading:
 
 
 def round_tokens(x: Tensor, reading: Reading) -> Tensor:
-    """[..., columns] rounded to whole numbers around 0, and restored. Each token by itself, whatever is computed beside it."""
+    """[..., columns] rounded to whole numbers around 0, and restored.
+
+    Each token by itself, whatever is computed beside it.
+    """
     high = (1 << (reading.bits - 1)) - 1
     large = x.abs()
     far = large > reading.threshold if reading.threshold else None
     if far is not None:
         large = large.masked_fill(far, 0)
-    scale = (large.amax(-1, keepdim=True) / (high if reading.edge == "last" else high + 0.5)).clamp(min=torch.finfo(x.dtype).eps)
+    scale = (large.amax(-1, keepdim=True) / (high if reading.edge == "last" else high + 0.5)).clamp(
+        min=torch.finfo(x.dtype).eps
+    )
     made = (x / scale).round().clamp(-high - 1, high) * scale
     return made if far is None else torch.where(far, x, made)
 

@@ -1,4 +1,8 @@
-"""4 bits in a Hugging Face directory in the form of bitsandbytes, which transformers and peft read: NF4 or FP4, blocks of 64 that share a scale. Knows no method."""
+"""4 bits in a Hugging Face directory in the form of bitsandbytes, which transformers and peft read: NF4 or FP4, blocks
+of 64 that share a scale.
+
+Knows no method.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,14 @@ from llmworks.core.errors import ModelError
 from llmworks.model.lowbit.nf4 import BLOCK, BOOKS, SCALES, Packed, dynamic_map, pack, unpack
 
 METHOD = "bitsandbytes"
-PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+PARTS = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+)
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,26 @@ def matrix_of(weight: Tensor, grid: Levels) -> Matrix:
 def tensors_of(name: str, matrix: Matrix) -> dict[str, Tensor]:
     """The tensors of a layer `name`."""
     packed, grid = matrix.packed, matrix.grid
-    said: dict[str, Any] = {"quant_type": grid.book, "blocksize": BLOCK, "dtype": grid.stored, "shape": list(packed.shape)}
-    found = {f"{name}.weight": packed.codes[:, None].contiguous(), f"{name}.weight.absmax": packed.scales.contiguous(), f"{name}.weight.quant_map": torch.tensor(BOOKS[grid.book], dtype=torch.float32)}
+    said: dict[str, Any] = {
+        "quant_type": grid.book,
+        "blocksize": BLOCK,
+        "dtype": grid.stored,
+        "shape": list(packed.shape),
+    }
+    found = {
+        f"{name}.weight": packed.codes[:, None].contiguous(),
+        f"{name}.weight.absmax": packed.scales.contiguous(),
+        f"{name}.weight.quant_map": torch.tensor(BOOKS[grid.book], dtype=torch.float32),
+    }
     if packed.second is not None:
         said |= {"nested_blocksize": SCALES, "nested_dtype": "float32", "nested_offset": packed.mean}
-        found |= {f"{name}.weight.nested_absmax": packed.second, f"{name}.weight.nested_quant_map": dynamic_map().clone()}
-    found[f"{name}.weight.quant_state.bitsandbytes__{grid.book}"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+        found |= {
+            f"{name}.weight.nested_absmax": packed.second,
+            f"{name}.weight.nested_quant_map": dynamic_map().clone(),
+        }
+    found[f"{name}.weight.quant_state.bitsandbytes__{grid.book}"] = torch.tensor(
+        list(json.dumps(said).encode()), dtype=torch.uint8
+    )
     return found
 
 
@@ -70,9 +95,18 @@ def config_of(grids: Mapping[str, Levels], left: Sequence[str]) -> dict[str, Any
     """`quantization_config`; `left`: layers that are as they were."""
     grid = next(iter(grids.values()))
     return {
-        "quant_method": METHOD, "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": grid.book, "bnb_4bit_use_double_quant": grid.double, "bnb_4bit_compute_dtype": grid.stored, "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": list(left), "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False, "llm_int8_threshold": 6.0,
-    }  # fmt: skip
+        "quant_method": METHOD,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": grid.book,
+        "bnb_4bit_use_double_quant": grid.double,
+        "bnb_4bit_compute_dtype": grid.stored,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(left),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_threshold": 6.0,
+    }
 
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Matrix | Tensor]]:
@@ -80,7 +114,14 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
     for name, tensor in tensors.items():
         if name.endswith(PARTS):
             continue
-        state = next((f"{name}.quant_state.bitsandbytes__{book}" for book in BOOKS if f"{name}.quant_state.bitsandbytes__{book}" in tensors), None)
+        state = next(
+            (
+                f"{name}.quant_state.bitsandbytes__{book}"
+                for book in BOOKS
+                if f"{name}.quant_state.bitsandbytes__{book}" in tensors
+            ),
+            None,
+        )
         if state is None:
             if tensor.dtype == torch.uint8:
                 raise ModelError(f"{name}: has no quant_state, which says what its 4 bits stand for")
@@ -98,7 +139,14 @@ def _read(tensors: Mapping[str, Tensor], name: str, state: str) -> Packed:
         second = tensors[f"{name}.nested_absmax"] if "nested_blocksize" in said else None
         if second is not None and len(second) != -(-len(tensors[f"{name}.absmax"]) // SCALES):
             raise ValueError(f"{len(second)} scales of scales")
-        packed = Packed(tensors[name].view(torch.uint8).flatten(), tensors[f"{name}.absmax"], shape, second, float(said.get("nested_offset", 0.0)), str(said["quant_type"]))
+        packed = Packed(
+            tensors[name].view(torch.uint8).flatten(),
+            tensors[f"{name}.absmax"],
+            shape,
+            second,
+            float(said.get("nested_offset", 0.0)),
+            str(said["quant_type"]),
+        )
         if int(said["blocksize"]) != BLOCK or (second is not None and int(said["nested_blocksize"]) != SCALES):
             raise ModelError(f"{name}: blocks of {said['blocksize']} weights cannot be read here, only of {BLOCK}")
         if len(packed.codes) != -(-count // 2) or len(packed.scales) != -(-count // BLOCK) or packed.book not in BOOKS:

@@ -1,6 +1,8 @@
-"""LLM.int8() in a Hugging Face directory, in the form of bitsandbytes, which transformers reads: int8 weights with a scale for each row, inputs rounded but for those that are large.
+"""LLM.int8() in a Hugging Face directory, in the form of bitsandbytes, which transformers reads: int8 weights with a
+scale for each row, inputs rounded but for those that are large.
 
-Dettmers et al. 2022 (arXiv:2208.07339). bitsandbytes takes a whole column out as soon as one token of a batch is large in it; here each large number is taken out, so that no token depends on others.
+Dettmers et al. 2022 (arXiv:2208.07339). bitsandbytes takes a whole column out as soon as one token of a batch is large
+in it; here each large number is taken out, so that no token depends on others.
 """
 
 from __future__ import annotations
@@ -21,14 +23,26 @@ THRESHOLD = 6.0
 
 def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
     """The tensors of a layer `name` that holds a matrix of whole numbers, a scale for each row."""
-    return {f"{name}.weight": matrix.codes.contiguous(), f"{name}.SCB": (matrix.scales.scale[:, 0] * 127).float().contiguous(), f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {
+        f"{name}.weight": matrix.codes.contiguous(),
+        f"{name}.SCB": (matrix.scales.scale[:, 0] * 127).float().contiguous(),
+        f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
 
 
 def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
     """`quantization_config`; `left`: layers that are as they were."""
     inputs = next(iter(grids.values())).inputs
     threshold = inputs.threshold if inputs else 0.0
-    return {"quant_method": METHOD, "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": threshold, "llm_int8_skip_modules": list(left), "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False}
+    return {
+        "quant_method": METHOD,
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": threshold,
+        "llm_int8_skip_modules": list(left),
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
 
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
@@ -38,13 +52,20 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
         if part in ("SCB", "weight_format"):
             continue
         if part == "weight" and f"{layer}.SCB" in tensors and tensor.dtype != torch.int8:
-            raise ModelError(f"{layer}: has scales (SCB), and weights of {str(tensor.dtype).removeprefix('torch.')} in place of int8")
+            raise ModelError(
+                f"{layer}: has scales (SCB), and weights of {str(tensor.dtype).removeprefix('torch.')} in place of int8"
+            )
         if f"{layer}.weight_format" in tensors and part == "weight" and int(tensors[f"{layer}.weight_format"]):
-            raise ModelError(f"{layer}: its int8 weights are in a GPU's own order (weight_format {int(tensors[f'{layer}.weight_format'])}); only rows one after the other can be read here")
+            raise ModelError(
+                f"{layer}: its int8 weights are in a GPU's own order (weight_format"
+                f" {int(tensors[f'{layer}.weight_format'])}); only rows one after the other can be read here"
+            )
         if tensor.dtype == torch.int8:
             scale = tensors.get(f"{layer}.SCB")
             if scale is None or scale.numel() != len(tensor) or not scale.isfinite().all():
-                raise ModelError(f"{layer}: has no scale (SCB), or one that is no number, for each of its {len(tensor)} rows")
+                raise ModelError(
+                    f"{layer}: has no scale (SCB), or one that is no number, for each of its {len(tensor)} rows"
+                )
             worth = scale.float().view(-1, 1) / 127
             yield name, Whole(tensor, Scales(worth, torch.zeros_like(worth)), Grid(8))
         else:
@@ -53,6 +74,11 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterato
 
 def reading_of(config: Mapping[str, Any], name: str) -> Reading | None:
     """How a layer's inputs are rounded; None: they are not."""
-    if any(part == name or part in name.split(".") or name.startswith(f"{part}.") for part in config.get("llm_int8_skip_modules") or ()):
+    if any(
+        part == name or part in name.split(".") or name.startswith(f"{part}.")
+        for part in config.get("llm_int8_skip_modules") or ()
+    ):
         return None
-    return Reading(8, "last", float(THRESHOLD if config.get("llm_int8_threshold") is None else config["llm_int8_threshold"]))
+    return Reading(
+        8, "last", float(THRESHOLD if config.get("llm_int8_threshold") is None else config["llm_int8_threshold"])
+    )

@@ -1,4 +1,7 @@
-"""A quantized directory's weights as plain ones, and what its layers read, by the form that its config names. Knows no method of quantization."""
+"""A quantized directory's weights as plain ones, and what its layers read, by the form that its config names.
+
+Knows no method of quantization.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,25 @@ from llmworks.model.lowbit import hqq as hqq_layout
 from llmworks.model.lowbit.activations import read_rounded
 from llmworks.model.lowbit.linear import LowBitLinear
 
-FORMS: dict[str, Any] = {"compressed-tensors": compressed, "bitsandbytes-int8": mixed_int8, "bitsandbytes-4bit": four_bits, "gptq": gptq_layout.Gptq, "awq": gptq_layout.Awq, "hqq": hqq_layout}  # each: tensors_of, config_of, weights, reading_of
+FORMS: dict[str, Any] = {
+    "compressed-tensors": compressed,
+    "bitsandbytes-int8": mixed_int8,
+    "bitsandbytes-4bit": four_bits,
+    "gptq": gptq_layout.Gptq,
+    "awq": gptq_layout.Awq,
+    "hqq": hqq_layout,
+}  # each: tensors_of, config_of, weights, reading_of
 
 
-BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, ArithmeticError)  # what nonsense in a config or a tensor comes to
+BROKEN = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    ArithmeticError,
+)  # what nonsense in a config or a tensor comes to
 
 
 def form_of(config: Mapping[str, Any]) -> Any:
@@ -31,21 +49,34 @@ def form_of(config: Mapping[str, Any]) -> Any:
     if method == mixed_int8.METHOD:
         return mixed_int8 if config.get("load_in_8bit") else four_bits
     if method not in FORMS:
-        raise ModelError(f"config.json: weights quantized by {method!r} cannot be read here; known: {compressed.METHOD}, {mixed_int8.METHOD}, gptq, awq, hqq")
+        raise ModelError(
+            f"config.json: weights quantized by {method!r} cannot be read here; known: {compressed.METHOD},"
+            f" {mixed_int8.METHOD}, gptq, awq, hqq"
+        )
     return FORMS[method]
 
 
 def dense(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a directory as plain weights, fp32. `config`: its `quantization_config`. ModelError for a form that is not known, or tensors that do not belong together."""
+    """All tensors of a directory as plain weights, fp32.
+
+    `config`: its `quantization_config`. ModelError for a form that is not known, or tensors that do not belong
+    together.
+    """
     return {name: plain(what) for name, what in weights(tensors, config)}
 
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, what it is: a tensor, or a matrix with `weight()`) of a directory's weights, one after the other. `config`, errors: as of `dense`."""
+    """(name, what it is: a tensor, or a matrix with `weight()`) of a directory's weights, one after the other.
+
+    `config`, errors: as of `dense`.
+    """
     try:
         yield from form_of(config).weights(tensors, config)
     except BROKEN as error:
-        raise ModelError(f"config.json: its quantization_config, or a tensor that it is for, cannot be read ({type(error).__name__}: {error})") from None
+        raise ModelError(
+            f"config.json: its quantization_config, or a tensor that it is for, cannot be read ({type(error).__name__}:"
+            f" {error})"
+        ) from None
 
 
 def plain(what: Any) -> Tensor:
@@ -59,8 +90,14 @@ def plain(what: Any) -> Tensor:
     return made.float()
 
 
-def round_inputs(model: nn.Module, config: Mapping[str, Any], rename: Callable[[str], str], quantized: Container[str], head: str = "") -> None:
-    """Let those layers read rounded inputs of which a `quantization_config` says so. `rename`: from the decoder's names to those of the config; `quantized`: the layers, by the config's names, whose weights are no plain ones in the files: others read as ever;
+def round_inputs(
+    model: nn.Module, config: Mapping[str, Any], rename: Callable[[str], str], quantized: Container[str], head: str = ""
+) -> None:
+    """Let those layers read rounded inputs of which a `quantization_config` says so.
+
+    `rename`: from the decoder's names to those of the config; `quantized`: the layers, by the config's names, whose
+    weights are no plain ones in the files: others read as ever;
+
     `head`: what stands before the names of the model's layers in the decoder.
     """
     form = form_of(config)
@@ -71,6 +108,8 @@ def round_inputs(model: nn.Module, config: Mapping[str, Any], rename: Callable[[
         try:
             reading = form.reading_of(config, rename(whole))
         except BROKEN as error:
-            raise ModelError(f"config.json: its quantization_config cannot be read ({type(error).__name__}: {error})") from None
+            raise ModelError(
+                f"config.json: its quantization_config cannot be read ({type(error).__name__}: {error})"
+            ) from None
         if reading is not None:
             read_rounded(layer, reading)

@@ -1,4 +1,5 @@
-"""Weights as whole numbers in a Hugging Face directory, in the form of compressed-tensors, which transformers and vLLM read: names of tensors, their packing, the config that says so.
+"""Weights as whole numbers in a Hugging Face directory, in the form of compressed-tensors, which transformers and vLLM
+read: names of tensors, their packing, the config that says so.
 
 Layouts: `pack-quantized` (bit after bit, as int32) and `int-quantized` (int8, where inputs are, too). Knows no method.
 """
@@ -21,7 +22,9 @@ PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape
 
 
 def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
-    """The tensors of a layer `name` that holds a matrix of whole numbers: int8 as they are where inputs are rounded, too, else packed."""
+    """The tensors of a layer `name` that holds a matrix of whole numbers: int8 as they are where inputs are rounded,
+    too, else packed.
+    """
     grid, (rows, columns) = matrix.grid, matrix.codes.shape
     stored = getattr(torch, grid.stored)
     scale = matrix.scales.scale.to(stored).contiguous()
@@ -29,10 +32,16 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
         scale = scale.expand(rows, 1).contiguous()
     if _plain(grid):
         return {f"{name}.weight": matrix.codes.contiguous(), f"{name}.weight_scale": scale}
-    found = {f"{name}.weight_packed": packed(matrix.codes, grid.bits), f"{name}.weight_scale": scale, f"{name}.weight_shape": torch.tensor([rows, columns])}
+    found = {
+        f"{name}.weight_packed": packed(matrix.codes, grid.bits),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": torch.tensor([rows, columns]),
+    }
     if not grid.symmetric:
         zero = matrix.scales.zero.expand(rows, -1).to(torch.int8)
-        found[f"{name}.weight_zero_point"] = packed(zero.T.contiguous(), grid.bits).T.contiguous()  # rows, not groups, stand together
+        found[f"{name}.weight_zero_point"] = packed(
+            zero.T.contiguous(), grid.bits
+        ).T.contiguous()  # rows, not groups, stand together
     return found
 
 
@@ -42,34 +51,89 @@ def _plain(grid: Grid) -> bool:
 
 
 def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of layers by name, and those that were left as they were. Layers of one grid share a group of the config."""
+    """`quantization_config` of layers by name, and those that were left as they were.
+
+    Layers of one grid share a group of the config.
+    """
     kinds: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
         kinds.setdefault(grid, []).append(name)
     groups = {}
     for number, (grid, names) in enumerate(kinds.items()):
         strategy = "group" if grid.group > 0 else "channel"
-        weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "strategy": strategy, "group_size": grid.group if grid.group > 0 else None, "dynamic": False, "observer": "minmax", "actorder": None, "block_structure": None}
-        inputs = {"num_bits": grid.inputs.bits, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True, "observer": None, "actorder": None, "block_structure": None} if grid.inputs else None
-        groups[f"group_{number}"] = {"targets": ["Linear"] if len(kinds) == 1 else names, "weights": weights, "input_activations": inputs, "output_activations": None, "format": "int-quantized" if _plain(grid) else "pack-quantized"}
+        weights = {
+            "num_bits": grid.bits,
+            "type": "int",
+            "symmetric": grid.symmetric,
+            "strategy": strategy,
+            "group_size": grid.group if grid.group > 0 else None,
+            "dynamic": False,
+            "observer": "minmax",
+            "actorder": None,
+            "block_structure": None,
+        }
+        inputs = (
+            {
+                "num_bits": grid.inputs.bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "group_size": None,
+                "dynamic": True,
+                "observer": None,
+                "actorder": None,
+                "block_structure": None,
+            }
+            if grid.inputs
+            else None
+        )
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(kinds) == 1 else names,
+            "weights": weights,
+            "input_activations": inputs,
+            "output_activations": None,
+            "format": "int-quantized" if _plain(grid) else "pack-quantized",
+        }
     formats = {group["format"] for group in groups.values()}
-    return {"quant_method": METHOD, "format": formats.pop() if len(formats) == 1 else "mixed-precision", "quantization_status": "compressed", "config_groups": groups, "ignore": list(left), "kv_cache_scheme": None, "global_compression_ratio": None}
+    return {
+        "quant_method": METHOD,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(left),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
 
 
 def named(name: str, some: Iterable[str]) -> bool:
-    """Whether a layer is among targets: by its name, or by a pattern that its name begins with ("re:...", compressed-tensors' match_name)."""
-    return any(re.match(one.removeprefix("re:"), name) is not None if one.startswith("re:") else one == name for one in some)
+    """Whether a layer is among targets: by its name, or by a pattern that its name begins with ("re:...",
+    compressed-tensors' match_name).
+    """
+    return any(
+        re.match(one.removeprefix("re:"), name) is not None if one.startswith("re:") else one == name for one in some
+    )
 
 
 def group_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What `quantization_config` says of a layer. ModelError where it says nothing that is known here."""
     groups = list(config.get("config_groups", {}).values())
-    found = next((group for group in groups if named(name, group["targets"])), None) or next((group for group in groups if "Linear" in group["targets"]), None)
+    found = next((group for group in groups if named(name, group["targets"])), None) or next(
+        (group for group in groups if "Linear" in group["targets"]), None
+    )
     if found is None or found["weights"].get("type", "int") != "int":
         raise ModelError(f"config.json: quantization_config has no whole numbers for {name}")
     inputs = found.get("input_activations")
-    if inputs and not (inputs.get("type", "int") == "int" and inputs.get("strategy") == "token" and inputs.get("dynamic") and inputs.get("symmetric", True)):
-        raise ModelError(f"config.json: quantization_config rounds the inputs of {name} in a way that is not known here; known: whole numbers around 0, by token, dynamic")
+    if inputs and not (
+        inputs.get("type", "int") == "int"
+        and inputs.get("strategy") == "token"
+        and inputs.get("dynamic")
+        and inputs.get("symmetric", True)
+    ):
+        raise ModelError(
+            f"config.json: quantization_config rounds the inputs of {name} in a way that is not known here; known:"
+            " whole numbers around 0, by token, dynamic"
+        )
     group: dict[str, Any] = found
     return group
 
@@ -106,16 +170,31 @@ def read(tensors: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -
             rows, columns = codes.shape
         groups = scale.shape[1] if scale.ndim == 2 else 1
         scale = scale.reshape(-1, groups)
-        if f"{layer}.weight_g_idx" in tensors and not torch.equal(tensors[f"{layer}.weight_g_idx"].long(), torch.arange(columns) // (columns // groups)):
+        if f"{layer}.weight_g_idx" in tensors and not torch.equal(
+            tensors[f"{layer}.weight_g_idx"].long(), torch.arange(columns) // (columns // groups)
+        ):
             raise ModelError(f"{layer}: its groups are out of order (g_idx), which cannot be read here")
         zero = torch.zeros_like(scale)
         if not scale.isfinite().all() or not tensors[f"{layer}.weight_scale"].is_floating_point():
             raise ValueError("scales that are no numbers")
         if not symmetric:
             given = tensors[f"{layer}.weight_zero_point"]
-            zero = (unpacked(given.T.contiguous(), bits, rows).T if given.dtype == torch.int32 else given.reshape(-1, groups)).float()
-        if columns % groups or scale.shape[0] not in (1, rows) or zero.shape != scale.shape or codes.shape != (rows, columns):
+            zero = (
+                unpacked(given.T.contiguous(), bits, rows).T
+                if given.dtype == torch.int32
+                else given.reshape(-1, groups)
+            ).float()
+        if (
+            columns % groups
+            or scale.shape[0] not in (1, rows)
+            or zero.shape != scale.shape
+            or codes.shape != (rows, columns)
+        ):
             raise ValueError(f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}")
     except (KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"{layer}: its tensors do not belong together ({error})") from None
-    return Whole(codes, Scales(scale, zero), Grid(bits, (-1 if len(scale) == 1 and rows > 1 else 0) if groups == 1 else columns // groups, symmetric))
+    return Whole(
+        codes,
+        Scales(scale, zero),
+        Grid(bits, (-1 if len(scale) == 1 and rows > 1 else 0) if groups == 1 else columns // groups, symmetric),
+    )

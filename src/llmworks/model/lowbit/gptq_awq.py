@@ -1,7 +1,12 @@
-"""Whole numbers in a Hugging Face directory as GPTQ and AWQ checkpoints have them, which transformers, vLLM, SGLang and others read. Knows no method.
+"""Whole numbers in a Hugging Face directory as GPTQ and AWQ checkpoints have them, which transformers, vLLM, SGLang and
+others read.
 
-GPTQ (AutoGPTQ, gptqmodel): `qweight` [in * bits / 32, out], `qzeros` [groups, out * bits / 32], `scales` [groups, out], `g_idx` [in]; format 1 keeps a zero point less one, format 2 as it is.
-AWQ (AutoAWQ, "gemm"): `qweight` [in, out / 8], `qzeros` [groups, out / 8], eight columns to a word in the order 0 2 4 6 1 3 5 7.
+Knows no method.
+
+GPTQ (AutoGPTQ, gptqmodel): `qweight` [in * bits / 32, out], `qzeros` [groups, out * bits / 32], `scales` [groups, out],
+`g_idx` [in]; format 1 keeps a zero point less one, format 2 as it is.
+AWQ (AutoAWQ, "gemm"): `qweight` [in, out / 8], `qzeros` [groups, out / 8], eight columns to a word in the order 0 2 4 6
+1 3 5 7.
 """
 
 from __future__ import annotations
@@ -23,9 +28,14 @@ def check(name: str, matrix: Whole) -> None:
     """Whether the layouts have a place for it. ModelError where not."""
     rows, columns = matrix.codes.shape
     if matrix.grid.inputs or matrix.grid.group < 0:
-        raise ModelError(f"{name}: the forms gptq and awq have no place for rounded inputs, or for one scale of a whole matrix")
+        raise ModelError(
+            f"{name}: the forms gptq and awq have no place for rounded inputs, or for one scale of a whole matrix"
+        )
     if rows * matrix.grid.bits % 32 or columns * matrix.grid.bits % 32:
-        raise ModelError(f"{name}: {rows} x {columns} weights in {matrix.grid.bits} bits do not fill words of 32 bits, as the forms gptq and awq have them; take compressed-tensors, or skip the layer")
+        raise ModelError(
+            f"{name}: {rows} x {columns} weights in {matrix.grid.bits} bits do not fill words of 32 bits, as the forms"
+            " gptq and awq have them; take compressed-tensors, or skip the layer"
+        )
 
 
 def scales_of(matrix: Whole) -> Tensor:
@@ -41,9 +51,16 @@ class Gptq:
         """The tensors of a layer `name`."""
         check(name, matrix)
         grid = matrix.grid
-        zero = matrix.scales.zero.to(torch.int8).T - (1 if grid.symmetric else 0)  # format 1 where there are none, format 2 else
+        zero = matrix.scales.zero.to(torch.int8).T - (
+            1 if grid.symmetric else 0
+        )  # format 1 where there are none, format 2 else
         groups = torch.arange(matrix.codes.shape[1], dtype=torch.int32) // grid.size(matrix.codes.shape[1])
-        return {f"{name}.qweight": packed(matrix.codes, grid.bits).T.contiguous(), f"{name}.qzeros": packed(zero.contiguous(), grid.bits), f"{name}.scales": scales_of(matrix), f"{name}.g_idx": groups}
+        return {
+            f"{name}.qweight": packed(matrix.codes, grid.bits).T.contiguous(),
+            f"{name}.qzeros": packed(zero.contiguous(), grid.bits),
+            f"{name}.scales": scales_of(matrix),
+            f"{name}.g_idx": groups,
+        }
 
     @staticmethod
     def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
@@ -51,13 +68,24 @@ class Gptq:
         grid = _only(grids)
         names = [name for name in left if name != "lm_head"]
         return {
-            "quant_method": "gptq", "bits": grid.bits, "group_size": grid.group or -1, "sym": grid.symmetric, "desc_act": False, "lm_head": False, "true_sequential": True, "pack_dtype": "int32",
-            "checkpoint_format": "gptq" if grid.symmetric else "gptq_v2", **_dynamic(names),
-        }  # fmt: skip
+            "quant_method": "gptq",
+            "bits": grid.bits,
+            "group_size": grid.group or -1,
+            "sym": grid.symmetric,
+            "desc_act": False,
+            "lm_head": False,
+            "true_sequential": True,
+            "pack_dtype": "int32",
+            "checkpoint_format": "gptq" if grid.symmetric else "gptq_v2",
+            **_dynamic(names),
+        }
 
     @staticmethod
     def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
-        """(name, what it is) of all weights of a directory; plain ones, fp32, where columns are out of order (`g_idx`). ModelError for a layer whose tensors do not belong together."""
+        """(name, what it is) of all weights of a directory; plain ones, fp32, where columns are out of order (`g_idx`).
+
+        ModelError for a layer whose tensors do not belong together.
+        """
         bits, second = int(config["bits"]), config.get("checkpoint_format", config.get("format", "gptq")) == "gptq_v2"
         if bits not in (2, 3, 4, 8):
             raise ModelError(f"config.json: a GPTQ checkpoint of {bits} bits cannot be read here")
@@ -94,20 +122,38 @@ class Awq:
         check(name, matrix)
         if matrix.grid.bits != 4:
             raise ModelError(f"the form awq has 4 bits, not {matrix.grid.bits}; take gptq or compressed-tensors")
-        return {f"{name}.qweight": packed(_turned(matrix.codes.T), 4), f"{name}.qzeros": packed(_turned(matrix.scales.zero.to(torch.int8).T), 4), f"{name}.scales": scales_of(matrix)}
+        return {
+            f"{name}.qweight": packed(_turned(matrix.codes.T), 4),
+            f"{name}.qzeros": packed(_turned(matrix.scales.zero.to(torch.int8).T), 4),
+            f"{name}.scales": scales_of(matrix),
+        }
 
     @staticmethod
     def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
         """`quantization_config`; `left`: layers that are as they were."""
         grid = _only(grids)
         names = [name for name in left if name != "lm_head"]
-        return {"quant_method": "awq", "bits": 4, "group_size": grid.group or -1, "zero_point": True, "version": "gemm", "modules_to_not_convert": names or None, **_dynamic(names)}
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": grid.group or -1,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": names or None,
+            **_dynamic(names),
+        }
 
     @staticmethod
     def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
-        """(name, what it is) of all weights of a directory. ModelError for a layer whose tensors do not belong together."""
+        """(name, what it is) of all weights of a directory.
+
+        ModelError for a layer whose tensors do not belong together.
+        """
         if int(config.get("bits", config.get("w_bit", 4))) != 4 or str(config.get("version", "gemm")).lower() != "gemm":
-            raise ModelError(f"config.json: of AWQ checkpoints those of 4 bits in the version gemm can be read here, not {config.get('bits')} bits, {config.get('version')}")
+            raise ModelError(
+                "config.json: of AWQ checkpoints those of 4 bits in the version gemm can be read here, not"
+                f" {config.get('bits')} bits, {config.get('version')}"
+            )
 
         def matrix(layer: str) -> Whole:
             words, scale = tensors[f"{layer}.qweight"], tensors[f"{layer}.scales"].float()
@@ -131,7 +177,10 @@ def _only(grids: Mapping[str, Grid]) -> Grid:
     """The grid that all layers have. ModelError where they differ."""
     kinds = set(grids.values())
     if len(kinds) > 1:
-        raise ModelError("the forms gptq and awq have one number of bits and one size of groups for all layers; take compressed-tensors")
+        raise ModelError(
+            "the forms gptq and awq have one number of bits and one size of groups for all layers; take"
+            " compressed-tensors"
+        )
     return kinds.pop()
 
 
@@ -140,10 +189,16 @@ def _whole(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Whole:
     (rows, columns), groups = codes.shape, scale.shape[1]
     if columns % groups or scale.shape != (rows, groups) or zero.shape != scale.shape:
         raise ValueError(f"codes {tuple(codes.shape)}, scales {tuple(scale.shape)}, zero points {tuple(zero.shape)}")
-    return Whole(codes.contiguous(), Scales(scale.contiguous(), zero.contiguous()), Grid(bits, 0 if groups == 1 else columns // groups, symmetric=False))
+    return Whole(
+        codes.contiguous(),
+        Scales(scale.contiguous(), zero.contiguous()),
+        Grid(bits, 0 if groups == 1 else columns // groups, symmetric=False),
+    )
 
 
-def _weights(tensors: Mapping[str, Tensor], matrix: Callable[[str], Whole | Tensor]) -> Iterator[tuple[str, Whole | Tensor]]:
+def _weights(
+    tensors: Mapping[str, Tensor], matrix: Callable[[str], Whole | Tensor]
+) -> Iterator[tuple[str, Whole | Tensor]]:
     for name in tensors:
         layer, _, part = name.rpartition(".")
         if part == "qweight":
@@ -154,7 +209,9 @@ def _weights(tensors: Mapping[str, Tensor], matrix: Callable[[str], Whole | Tens
             yield f"{layer}.weight", found
         elif not (name.endswith(PARTS) and f"{layer}.qweight" in tensors):
             tensor = tensors[name]
-            if not (part == "bias" and f"{layer}.qweight" in tensors and not tensor.any()):  # AutoGPTQ writes biases of zeros where there are none
+            if not (
+                part == "bias" and f"{layer}.qweight" in tensors and not tensor.any()
+            ):  # AutoGPTQ writes biases of zeros where there are none
                 yield name, tensor
 
 

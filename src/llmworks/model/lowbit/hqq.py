@@ -1,7 +1,12 @@
-"""Whole numbers with real zero points in a Hugging Face directory, as the package hqq keeps them in safetensors, which vLLM reads. Knows no method.
+"""Whole numbers with real zero points in a Hugging Face directory, as the package hqq keeps them in safetensors, which
+vLLM reads.
 
-Each group of a row is a row of its own: `W_q` [rows * groups / parts, size], the numbers of so many parts of all groups in one byte (3 bits: of ten parts in 32); `scale` and `zero` [rows * groups, 1], a weight being
-(number - zero) * scale, numbers from 0. What else hqq wants to know of a layer stands beside them as tensors. Read and written are groups along rows (its axis 1).
+Knows no method.
+
+Each group of a row is a row of its own: `W_q` [rows * groups / parts, size], the numbers of so many parts of all groups
+in one byte (3 bits: of ten parts in 32); `scale` and `zero` [rows * groups, 1], a weight being
+(number - zero) * scale, numbers from 0. What else hqq wants to know of a layer stands beside them as tensors. Read and
+written are groups along rows (its axis 1).
 """
 
 from __future__ import annotations
@@ -18,8 +23,30 @@ from llmworks.model.lowbit.integer import Grid, Scales, Whole
 
 METHOD = "hqq"
 PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
-SHIFTS: dict[str, tuple[int, ...]] = {"8bit_u8": (0,), "4bit_u8": (4, 0), "3bit_32": tuple(range(27, -1, -3)), "2bit_u8": (6, 4, 2, 0)}  # of the first part, the second ...
-SAID = ("nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero", "quant_scale", "quant_zero")
+SHIFTS: dict[str, tuple[int, ...]] = {
+    "8bit_u8": (0,),
+    "4bit_u8": (4, 0),
+    "3bit_32": tuple(range(27, -1, -3)),
+    "2bit_u8": (6, 4, 2, 0),
+}  # of the first part, the second ...
+SAID = (
+    "nbits",
+    "group_size",
+    "shape",
+    "axis",
+    "packing",
+    "unpack_view_dtype",
+    "view_as_float",
+    "compute_dtype",
+    "offload_meta",
+    "encoded_state_dict",
+    "stores_quant_config",
+    "channel_wise",
+    "optimize",
+    "round_zero",
+    "quant_scale",
+    "quant_zero",
+)
 PARTS = tuple(f".{name}" for name in ("scale", "zero", *SAID))
 
 
@@ -28,22 +55,47 @@ def tensors_of(name: str, matrix: Whole) -> dict[str, Tensor]:
     grid, (rows, columns) = matrix.grid, matrix.codes.shape
     packing = PACKINGS.get(grid.bits)
     if packing is None or grid.inputs or grid.group < 0:
-        raise ModelError(f"{name}: the form hqq has 2, 3, 4 or 8 bits and scales of groups or rows; take compressed-tensors")
+        raise ModelError(
+            f"{name}: the form hqq has 2, 3, 4 or 8 bits and scales of groups or rows; take compressed-tensors"
+        )
     size = grid.size(columns)
     codes = (matrix.codes.int() - grid.low).view(-1, size)
     stored = getattr(torch, grid.stored)
-    said: dict[str, bool | int | str] = {"nbits": grid.bits, "group_size": size, "axis": 1, "packing": packing, "unpack_view_dtype": "torch.int32" if grid.bits == 3 else "torch.uint8", "view_as_float": False, "compute_dtype": f"torch.{grid.stored}", "offload_meta": False, "encoded_state_dict": True, "stores_quant_config": True, "channel_wise": True, "optimize": True, "round_zero": False, "quant_scale": False, "quant_zero": False}
+    said: dict[str, bool | int | str] = {
+        "nbits": grid.bits,
+        "group_size": size,
+        "axis": 1,
+        "packing": packing,
+        "unpack_view_dtype": "torch.int32" if grid.bits == 3 else "torch.uint8",
+        "view_as_float": False,
+        "compute_dtype": f"torch.{grid.stored}",
+        "offload_meta": False,
+        "encoded_state_dict": True,
+        "stores_quant_config": True,
+        "channel_wise": True,
+        "optimize": True,
+        "round_zero": False,
+        "quant_scale": False,
+        "quant_zero": False,
+    }
     return {
-        f"{name}.W_q": _packed(name, codes, packing), f"{name}.scale": matrix.scales.scale.reshape(-1, 1).to(stored), f"{name}.zero": (matrix.scales.zero.reshape(-1, 1) - grid.low).to(stored),
-        f"{name}.shape": torch.tensor([rows, columns]), **{f"{name}.{key}": _encoded(value) for key, value in said.items()},
-    }  # fmt: skip
+        f"{name}.W_q": _packed(name, codes, packing),
+        f"{name}.scale": matrix.scales.scale.reshape(-1, 1).to(stored),
+        f"{name}.zero": (matrix.scales.zero.reshape(-1, 1) - grid.low).to(stored),
+        f"{name}.shape": torch.tensor([rows, columns]),
+        **{f"{name}.{key}": _encoded(value) for key, value in said.items()},
+    }
 
 
 def _encoded(value: bool | int | str) -> Tensor:
     """As hqq keeps what is no tensor."""
     if isinstance(value, bool):
         return torch.tensor(int(value), dtype=torch.uint8)
-    return torch.tensor(value, dtype=torch.int32) if isinstance(value, int) else torch.tensor([ord(one) for one in value], dtype=torch.uint8)
+    return (
+        torch.tensor(value, dtype=torch.int32)
+        if isinstance(value, int)
+        else torch.tensor([ord(one) for one in value], dtype=torch.uint8)
+    )
 
 
 def _packed(name: str, codes: Tensor, packing: str) -> Tensor:
@@ -51,7 +103,10 @@ def _packed(name: str, codes: Tensor, packing: str) -> Tensor:
     if packing == "3bit_32":
         codes = F.pad(codes, (0, 0, 0, -len(codes) % len(shifts)))
     if len(codes) % len(shifts):
-        raise ModelError(f"{name}: its {len(codes)} groups do not fill bytes of {len(shifts)}, as the form hqq has them; take compressed-tensors, or skip the layer")
+        raise ModelError(
+            f"{name}: its {len(codes)} groups do not fill bytes of {len(shifts)}, as the form hqq has them; take"
+            " compressed-tensors, or skip the layer"
+        )
     made = torch.zeros(len(codes) // len(shifts), codes.shape[1], dtype=torch.int32)
     for part, shift in zip(codes.chunk(len(shifts)), shifts, strict=True):
         made |= part << shift
@@ -61,10 +116,29 @@ def _packed(name: str, codes: Tensor, packing: str) -> Tensor:
 def config_of(grids: Mapping[str, Grid], left: Sequence[str]) -> dict[str, Any]:
     """`quantization_config`; `left`: layers that are as they were."""
     if len(set(grids.values())) > 1:
-        raise ModelError("the form hqq has one number of bits and one size of groups for all layers; take compressed-tensors")
+        raise ModelError(
+            "the form hqq has one number of bits and one size of groups for all layers; take compressed-tensors"
+        )
     grid = next(iter(grids.values()))
-    params = {"nbits": grid.bits, "channel_wise": True, "group_size": grid.group or None, "optimize": True, "round_zero": False, "axis": 1, "view_as_float": False}
-    return {"quant_method": METHOD, "quant_config": {"weight_quant_params": params, "scale_quant_params": None, "zero_quant_params": None, "offload_meta": False}, "skip_modules": list(left)}
+    params = {
+        "nbits": grid.bits,
+        "channel_wise": True,
+        "group_size": grid.group or None,
+        "optimize": True,
+        "round_zero": False,
+        "axis": 1,
+        "view_as_float": False,
+    }
+    return {
+        "quant_method": METHOD,
+        "quant_config": {
+            "weight_quant_params": params,
+            "scale_quant_params": None,
+            "zero_quant_params": None,
+            "offload_meta": False,
+        },
+        "skip_modules": list(left),
+    }
 
 
 def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Whole | Tensor]]:
@@ -84,14 +158,19 @@ def _read(tensors: Mapping[str, Tensor], layer: str, params: Mapping[str, Any]) 
         bits = int(tensors[f"{layer}.nbits"]) if f"{layer}.nbits" in tensors else int(params["nbits"])
         axis = int(tensors[f"{layer}.axis"]) if f"{layer}.axis" in tensors else int(params.get("axis", 1))
         if axis != 1 or bits not in PACKINGS or f"{layer}.zero_scale" in tensors:
-            raise ModelError(f"{layer}: of hqq's layers those of 2, 3, 4 or 8 bits with groups along rows (axis 1) and plain scales can be read here, not {bits} bits, axis {axis}")
+            raise ModelError(
+                f"{layer}: of hqq's layers those of 2, 3, 4 or 8 bits with groups along rows (axis 1) and plain scales"
+                f" can be read here, not {bits} bits, axis {axis}"
+            )
         shifts, mask = SHIFTS[PACKINGS[bits]], (1 << bits) - 1
         rows, columns = (int(n) for n in tensors[f"{layer}.shape"])
         scale, zero = (tensors[f"{layer}.{part}"].float().view(rows, -1) for part in ("scale", "zero"))
         words = tensors[f"{layer}.W_q"].int()
         groups = scale.shape[1]
         if len(words) != -(-rows * groups // len(shifts)) or not (scale.isfinite().all() and zero.isfinite().all()):
-            raise ValueError(f"numbers {tuple(words.shape)}, scales {tuple(scale.shape)}, or scales that are no numbers")
+            raise ValueError(
+                f"numbers {tuple(words.shape)}, scales {tuple(scale.shape)}, or scales that are no numbers"
+            )
         codes = torch.cat([words >> shift & mask for shift in shifts])[: rows * groups].reshape(rows, columns)
         if columns % groups or zero.shape != scale.shape or words.shape[1] != columns // groups:
             raise ValueError(f"numbers {tuple(words.shape)}, scales {tuple(scale.shape)}, shape {rows} x {columns}")

@@ -1,4 +1,7 @@
-"""Weights as whole numbers: a scale, and a zero point where the range need not be even, for a matrix, a row, or a group of a row. Pure tensor functions.
+"""Weights as whole numbers: a scale, and a zero point where the range need not be even, for a matrix, a row, or a group
+of a row.
+
+Pure tensor functions.
 
 Absmax and zero-point quantization as in Jacob et al. 2018 (arXiv:1712.05877), section 2.1. Knows no model and no file.
 """
@@ -20,10 +23,14 @@ SHRINK = tuple(1 - 0.02 * step for step in range(30))  # shares of the range tha
 
 @dataclass(frozen=True)
 class Grid:
-    """Which whole numbers weights become. `group`: weights of a row that share a scale (0: all of a row, -1: all of a matrix); `symmetric`: no zero point.
+    """Which whole numbers weights become.
 
-    `edge`: where the largest weight comes to lie on a symmetric grid: on the last number that has a negative (127 of 8 bits, absmax), or between it and the next (127.5, as compressed-tensors has it).
-    `stored`: the number format that scales are kept in, and rounded to before anything is rounded by them. `inputs`: how what the weights are multiplied by is rounded (None: it is not).
+    `group`: weights of a row that share a scale (0: all of a row, -1: all of a matrix); `symmetric`: no zero point.
+
+    `edge`: where the largest weight comes to lie on a symmetric grid: on the last number that has a negative (127 of 8
+    bits, absmax), or between it and the next (127.5, as compressed-tensors has it).
+    `stored`: the number format that scales are kept in, and rounded to before anything is rounded by them. `inputs`:
+    how what the weights are multiplied by is rounded (None: it is not).
     `real`: zero points are kept as scales are, and need be no whole numbers.
     """
 
@@ -50,13 +57,20 @@ class Grid:
         size = self.group if self.group > 0 else columns
         if columns % size:
             near = [n for n in (16, 32, 48, 64, 96, 128, 192, 256) if columns % n == 0]
-            raise ModelError(f"rows of {columns} weights are not divided by groups of {size}" + (f"; they are by {', '.join(map(str, near))}" if near else "; take group 0, one scale a row"))
+            raise ModelError(
+                f"rows of {columns} weights are not divided by groups of {size}"
+                + (f"; they are by {', '.join(map(str, near))}" if near else "; take group 0, one scale a row")
+            )
         return size
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What whole numbers are worth: (number - zero) * scale. Each [rows, groups], of a matrix [1, 1]; `zero` holds whole numbers (but where they may be real), 0 on a symmetric grid."""
+    """What whole numbers are worth: (number - zero) * scale.
+
+    Each [rows, groups], of a matrix [1, 1]; `zero` holds whole numbers (but where they may be real), 0 on a symmetric
+    grid.
+    """
 
     scale: Tensor
     zero: Tensor
@@ -71,7 +85,9 @@ def grouped(weight: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Extremes:
-    """The smallest and the largest weight of groups [rows, groups], 0 among them; on a symmetric grid the largest of their sizes is both."""
+    """The smallest and the largest weight of groups [rows, groups], 0 among them; on a symmetric grid the largest of
+    their sizes is both.
+    """
 
     smallest: Tensor
     largest: Tensor
@@ -112,7 +128,10 @@ def _kept(scale: Tensor, grid: Grid) -> Tensor:
 
 
 def searched(groups: Tensor, grid: Grid, weights: Tensor | None = None, shrink: tuple[float, ...] = SHRINK) -> Scales:
-    """The scales of least squared error, of those for shares of the range. `weights` [groups, size] or like groups: how much each weight's error counts."""
+    """The scales of least squared error, of those for shares of the range.
+
+    `weights` [groups, size] or like groups: how much each weight's error counts.
+    """
     ends = extremes(groups, grid)
     best = ends.scales(grid)
     least = _error(groups, best, grid, weights)
@@ -155,11 +174,19 @@ class Whole:
     @property
     def bits(self) -> float:
         """Bits of a weight, scales and zero points included (scales in 16 bits)."""
-        return self.grid.bits + self.scales.scale.numel() * (16 + (0 if self.grid.symmetric else 16 if self.grid.real else self.grid.bits)) / self.codes.numel()
+        return (
+            self.grid.bits
+            + self.scales.scale.numel()
+            * (16 + (0 if self.grid.symmetric else 16 if self.grid.real else self.grid.bits))
+            / self.codes.numel()
+        )
 
 
 def whole(weight: Tensor, grid: Grid, scales: Scales | None = None) -> Whole:
-    """Round a matrix [rows, columns] to the nearest whole numbers. `scales`: other than those of its largest weights. ModelError for weights that are no numbers."""
+    """Round a matrix [rows, columns] to the nearest whole numbers.
+
+    `scales`: other than those of its largest weights. ModelError for weights that are no numbers.
+    """
     if not torch.isfinite(weight).all():
         raise ModelError(f"{int((~torch.isfinite(weight)).sum())} of its weights are no numbers (NaN or infinite)")
     groups = grouped(weight, grid)
@@ -168,7 +195,9 @@ def whole(weight: Tensor, grid: Grid, scales: Scales | None = None) -> Whole:
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
-    """Whole numbers [rows, columns] of -2^(bits-1) and more, bit after bit, as int32 [rows, ceil(columns * bits / 32)]; the first in the lowest bits (compressed-tensors' layout)."""
+    """Whole numbers [rows, columns] of -2^(bits-1) and more, bit after bit, as int32 [rows, ceil(columns * bits / 32)];
+    the first in the lowest bits (compressed-tensors' layout).
+    """
     import numpy as np
 
     rows, columns = codes.shape
@@ -176,7 +205,9 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     each = 8 // bits
     if 8 % bits == 0 and columns % (4 * each) == 0:  # whole words of whole numbers
         parts = [plain[:, at::each] << (at * bits) for at in range(each)]
-        return torch.from_numpy(functools.reduce(np.bitwise_or, parts).view("<i4").astype(np.int32, copy=False)).to(codes.device)
+        return torch.from_numpy(functools.reduce(np.bitwise_or, parts).view("<i4").astype(np.int32, copy=False)).to(
+            codes.device
+        )
     single = np.unpackbits(plain[:, :, None], axis=2, count=bits, bitorder="little").reshape(rows, columns * bits)
     whole_words = np.zeros((rows, -(-columns * bits // 32) * 4), np.uint8)
     made = np.packbits(single, axis=1, bitorder="little")
@@ -189,7 +220,10 @@ def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
     import numpy as np
 
     if words.dtype != torch.int32 or words.ndim != 2 or not 0 < bits <= 8 or words.shape[1] != -(-columns * bits // 32):
-        raise ValueError(f"{tuple(words.shape)} words of {str(words.dtype).removeprefix('torch.')} are not {columns} numbers of {bits} bits a row")
+        raise ValueError(
+            f"{tuple(words.shape)} words of {str(words.dtype).removeprefix('torch.')} are not {columns} numbers of"
+            f" {bits} bits a row"
+        )
     octets = words.contiguous().cpu().numpy().astype("<i4", copy=False).view(np.uint8)
     if 8 % bits == 0:
         plain = np.empty((len(words), octets.shape[1] * (8 // bits)), np.uint8)

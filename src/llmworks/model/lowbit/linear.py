@@ -1,7 +1,10 @@
-"""Linear layers that compute with whole numbers of 4 or 8 bits as they are stored, through torch's own kernels for CPUs: less memory to read for each token that is written.
+"""Linear layers that compute with whole numbers of 4 or 8 bits as they are stored, through torch's own kernels for
+CPUs: less memory to read for each token that is written.
 
-Few rows go through a kernel; for many the weights are made anew in bfloat16, whose products are twice as fast as those of fp32. Both read inputs, scales and zero points in
-bfloat16 and give bfloat16, so that logits differ from those of the plain weights in the third digit. Where a CPU has no instructions for bfloat16, plain weights are faster and stay. Inference only.
+Few rows go through a kernel; for many the weights are made anew in bfloat16, whose products are twice as fast as those
+of fp32. Both read inputs, scales and zero points in
+bfloat16 and give bfloat16, so that logits differ from those of the plain weights in the third digit. Where a CPU has no
+instructions for bfloat16, plain weights are faster and stay. Inference only.
 """
 
 from __future__ import annotations
@@ -20,8 +23,13 @@ PACKED = 64  # rows of a block of the kernel's own layout
 
 @functools.cache
 def available() -> bool:
-    """Whether this CPU has instructions for bfloat16, and torch packs 4 bits for it in the layout that `Int4Linear` makes weights anew from."""
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+    """Whether this CPU has instructions for bfloat16, and torch packs 4 bits for it in the layout that `Int4Linear`
+    makes weights anew from.
+    """
+    if (
+        not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        or not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    ):
         return False
     codes = (torch.arange(PACKED * 32).view(PACKED, 32) * 7 // 3 % 16).int()
     return torch.equal(_unpacked(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)), codes.T.byte())
@@ -33,7 +41,11 @@ def low_bit_layer(matrix: Whole) -> LowBitLinear | None:
     if not available() or matrix.grid.group < 0:
         return None
     if matrix.grid.bits > 4:
-        return Int8Linear(matrix) if matrix.scales.scale.shape[1] == 1 and columns % 32 == 0 and not matrix.scales.zero.any() else None
+        return (
+            Int8Linear(matrix)
+            if matrix.scales.scale.shape[1] == 1 and columns % 32 == 0 and not matrix.scales.zero.any()
+            else None
+        )
     size = columns // matrix.scales.scale.shape[1]
     group = size if size in GROUPS else next((one for one in GROUPS if size % one == 0), 0)
     return Int4Linear(matrix, group) if group and rows % PACKED == 0 else None
@@ -52,7 +64,9 @@ class LowBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
-        flat = x.reshape(-1, self.in_features).contiguous().to(torch.bfloat16, copy=True)  # the 8-bit kernel ends the process where rows do not begin at a multiple of 32 bytes
+        flat = (
+            x.reshape(-1, self.in_features).contiguous().to(torch.bfloat16, copy=True)
+        )  # the 8-bit kernel ends the process where rows do not begin at a multiple of 32 bytes
         y = (self.few if len(flat) <= self.most else self.many)(flat).to(x.dtype)
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], self.out_features)
 
@@ -79,7 +93,9 @@ class Int8Linear(LowBitLinear):
     def __init__(self, matrix: Whole) -> None:
         rows, columns = matrix.codes.shape
         super().__init__((rows, columns))
-        self.register_buffer("codes", matrix.codes.clone(memory_format=torch.contiguous_format))  # the pages of a file begin anywhere
+        self.register_buffer(
+            "codes", matrix.codes.clone(memory_format=torch.contiguous_format)
+        )  # the pages of a file begin anywhere
         self.register_buffer("scale", matrix.scales.scale.expand(rows, 1)[:, 0].bfloat16().contiguous())
 
     def few(self, x: Tensor) -> Tensor:
@@ -104,9 +120,13 @@ class Int4Linear(LowBitLinear):
         super().__init__((rows, columns))
         self.group = group
         each = columns // group // matrix.scales.scale.shape[1]
-        scale, zero = (one.expand(rows, -1).float().repeat_interleave(each, 1) for one in (matrix.scales.scale, matrix.scales.zero))
+        scale, zero = (
+            one.expand(rows, -1).float().repeat_interleave(each, 1) for one in (matrix.scales.scale, matrix.scales.zero)
+        )
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(matrix.codes.int() + 8, 1))
-        self.register_buffer("scales", torch.stack([scale, -zero * scale], -1).transpose(0, 1).bfloat16().contiguous())  # [groups, out, 2]
+        self.register_buffer(
+            "scales", torch.stack([scale, -zero * scale], -1).transpose(0, 1).bfloat16().contiguous()
+        )  # [groups, out, 2]
 
     def few(self, x: Tensor) -> Tensor:
         """See `LowBitLinear`."""
@@ -130,7 +150,9 @@ def put(model: nn.Module, name: str, layer: LowBitLinear) -> None:
 
 
 def _unpacked(packed: Tensor) -> Tensor:
-    """[in, out], uint8, of the kernel's layout: of each 64 rows, column after column, the first 32 in the lower halves of bytes, the last 32 in the upper."""
+    """[in, out], uint8, of the kernel's layout: of each 64 rows, column after column, the first 32 in the lower halves
+    of bytes, the last 32 in the upper.
+    """
     blocks, columns = packed.shape[0] // PACKED, packed.shape[1] * 2
     halves = packed.view(blocks, columns, PACKED // 2).transpose(0, 1)
     made = torch.empty(columns, blocks, 2, PACKED // 2, dtype=torch.uint8)

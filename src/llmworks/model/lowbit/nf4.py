@@ -1,7 +1,10 @@
-"""NF4: weights in 4 bits, blocks of 64 scaled by their largest, each number the nearest of 16 quantiles of a normal distribution; or FP4, the nearest of floats of two exponent bits and one of a fraction.
+"""NF4: weights in 4 bits, blocks of 64 scaled by their largest, each number the nearest of 16 quantiles of a normal
+distribution; or FP4, the nearest of floats of two exponent bits and one of a fraction.
 
-Dettmers et al. 2023, QLoRA (arXiv:2305.14314), sections 2 and 3; the values, and those of double quantization (the blocks' scales in 8 bits, Dettmers et
-al. 2022, arXiv:2110.02861), are those of bitsandbytes. Pure tensor functions, and the frozen layer that computes with them. Knows no training.
+Dettmers et al. 2023, QLoRA (arXiv:2305.14314), sections 2 and 3; the values, and those of double quantization (the
+blocks' scales in 8 bits, Dettmers et
+al. 2022, arXiv:2110.02861), are those of bitsandbytes. Pure tensor functions, and the frozen layer that computes with
+them. Knows no training.
 """
 
 from __future__ import annotations
@@ -20,16 +23,34 @@ from llmworks.model.nn import kernels
 
 BLOCK, SCALES = 64, 256  # weights that share a scale; scales that share theirs
 LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-FLOATS = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # of a code's lower three bits; the upper one is the sign
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+FLOATS = tuple(
+    value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)
+)  # of a code's lower three bits; the upper one is the sign
 BOOKS = {"nf4": LEVELS, "fp4": (*FLOATS, *(-value for value in FLOATS))}  # what the 16 codes stand for
 
 
 @functools.lru_cache(maxsize=2)
 def dynamic_map() -> Tensor:
-    """256 numbers from -1 to 1, denser near zero: of 8 bits one is the sign, some count a power of ten, the rest divide it evenly (arXiv:2110.02861, figure 2)."""
+    """256 numbers from -1 to 1, denser near zero: of 8 bits one is the sign, some count a power of ten, the rest divide
+    it evenly (arXiv:2110.02861, figure 2).
+    """
     found = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
@@ -51,7 +72,11 @@ def _levels(device: torch.device, book: str = "nf4") -> tuple[Tensor, Tensor, Te
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix in 4 bits. codes: two to a byte, the first in its upper half; scales: of each block; with `second` they are codes themselves, of scales less their mean."""
+    """A matrix in 4 bits.
+
+    codes: two to a byte, the first in its upper half; scales: of each block; with `second` they are codes themselves,
+    of scales less their mean.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -82,15 +107,27 @@ def pack(weight: Tensor, *, double: bool = True, book: str = "nf4") -> Packed:
     groups = F.pad(scales - mean, (0, -len(scales) % SCALES)).view(-1, SCALES)
     second = groups.abs().amax(1)
     table = dynamic_map().to(weight.device)
-    relative = (groups * (1.0 / torch.where(second > 0, second, torch.ones_like(second)))[:, None]).view(-1)[: len(scales)]
-    return Packed(packed, torch.bucketize(relative, (table[1:] + table[:-1]) / 2).to(torch.uint8), tuple(weight.shape), second, float(mean), book)
+    relative = (groups * (1.0 / torch.where(second > 0, second, torch.ones_like(second)))[:, None]).view(-1)[
+        : len(scales)
+    ]
+    return Packed(
+        packed,
+        torch.bucketize(relative, (table[1:] + table[:-1]) / 2).to(torch.uint8),
+        tuple(weight.shape),
+        second,
+        float(mean),
+        book,
+    )
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix that the codes stand for."""
     scales = packed.scales
     if packed.second is not None:
-        scales = dynamic_map().to(scales.device)[scales.int()] * packed.second.repeat_interleave(SCALES)[: len(scales)] + packed.mean
+        scales = (
+            dynamic_map().to(scales.device)[scales.int()] * packed.second.repeat_interleave(SCALES)[: len(scales)]
+            + packed.mean
+        )
     values = _pairs(packed.codes.device, packed.book)[packed.codes.int()].view(-1)
     padded = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK) * scales[:, None]
     return padded.view(-1)[: math.prod(packed.shape)].view(packed.shape).to(dtype)
@@ -138,7 +175,13 @@ class NF4Linear(nn.Module):
     def dense(self) -> Tensor:
         """The weight [out, in] in fp32."""
         shape = (self.out_features, self.in_features)
-        fast = kernels.unpack_nf4(self.codes, self.scales, self.second, self.mean, shape, (dynamic_map(), _levels(self.codes.device)[0])) if self.codes.is_cuda else None
+        fast = (
+            kernels.unpack_nf4(
+                self.codes, self.scales, self.second, self.mean, shape, (dynamic_map(), _levels(self.codes.device)[0])
+            )
+            if self.codes.is_cuda
+            else None
+        )
         return unpack(Packed(self.codes, self.scales, shape, self.second, self.mean)) if fast is None else fast
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
-"""Counting n-grams for Kneser-Ney smoothing: how often each stands in a text, and after how many different tokens. Torch-free; knows no model.
+"""Counting n-grams for Kneser-Ney smoothing: how often each stands in a text, and after how many different tokens.
 
-Kneser & Ney 1995; modified, with three discounts, by Chen & Goodman 1998 (TR-10-98, section 3); counts as KenLM's lmplz takes them
-(Heafield et al. 2013). A text begins with a symbol of its own, whose id is the vocabulary's size, and which is never predicted.
+Torch-free; knows no model.
+
+Kneser & Ney 1995; modified, with three discounts, by Chen & Goodman 1998 (TR-10-98, section 3); counts as KenLM's lmplz
+takes them
+(Heafield et al. 2013). A text begins with a symbol of its own, whose id is the vocabulary's size, and which is never
+predicted.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ FALLBACK = (0.5, 1.0, 1.5)  # discounts where a text is too small to estimate th
 class Order:
     """All n-grams of one length, numbered in the order of `keys`.
 
-    A key is (number of the n-gram's first n - 1 tokens in the order below) * (vocabulary + 1) + (its last token); keys rise. `counts`: the
-    highest order's are how often each stands in the text; a lower one's, after how many different tokens (what begins a text: how often).
+    A key is (number of the n-gram's first n - 1 tokens in the order below) * (vocabulary + 1) + (its last token); keys
+    rise. `counts`: the
+    highest order's are how often each stands in the text; a lower one's, after how many different tokens (what begins a
+    text: how often).
     """
 
     keys: Any  # int64 [n-grams]
@@ -28,7 +34,9 @@ class Order:
 
 
 def count(tokens: Any, begins: Any, vocabulary: int, highest: int) -> list[Order]:
-    """The n-grams of every length up to `highest`. tokens: ids of all texts one after the other; begins: where in them each text begins.
+    """The n-grams of every length up to `highest`.
+
+    tokens: ids of all texts one after the other; begins: where in them each text begins.
 
     All tokens are held in memory, about 60 bytes for each.
     """
@@ -41,8 +49,12 @@ def count(tokens: Any, begins: Any, vocabulary: int, highest: int) -> list[Order
     orders: list[Order] = []
     for n in range(2, highest + 1):
         places = np.flatnonzero(since >= n - 1)
-        keys, first, numbers, counts = np.unique(number[places - 1] * base + text[places], return_index=True, return_inverse=True, return_counts=True)
-        after = np.bincount(number[places[first]], minlength=len(below.keys))  # of how many n-grams each shorter one is the end
+        keys, first, numbers, counts = np.unique(
+            number[places - 1] * base + text[places], return_index=True, return_inverse=True, return_counts=True
+        )
+        after = np.bincount(
+            number[places[first]], minlength=len(below.keys)
+        )  # of how many n-grams each shorter one is the end
         orders.append(Order(below.keys, np.where(after > 0, after, below.counts)))  # none: it begins a text
         below = Order(keys, counts)
         number = np.full(len(text), -1)
@@ -53,7 +65,9 @@ def count(tokens: Any, begins: Any, vocabulary: int, highest: int) -> list[Order
 
 
 def discounts(counts: Any) -> tuple[tuple[float, float, float], bool]:
-    """(what is taken from counts of one, two, and more, whether the fallback was taken) of one order (Chen & Goodman 1998, equation 26)."""
+    """(what is taken from counts of one, two, and more, whether the fallback was taken) of one order (Chen & Goodman
+    1998, equation 26).
+    """
     one, two, three, four = (int((counts == n).sum()) for n in (1, 2, 3, 4))
     if not (one and two and three and four):
         return FALLBACK, True

@@ -1,8 +1,10 @@
-"""An n-gram model: the next token's probability from how often it followed the last few, and fewer, and fewer still (interpolated Kneser-Ney).
+"""An n-gram model: the next token's probability from how often it followed the last few, and fewer, and fewer still
+(interpolated Kneser-Ney).
 
     p(w | h) = max(c(h w) - D, 0) / c(h) + (what was taken) / c(h) * p(w | h without its first token)
 
-down to single tokens, below which all are equally likely. `kneser_ney.py` counts; the interface is the decoder's: logits are log-probabilities.
+down to single tokens, below which all are equally likely. `kneser_ney.py` counts; the interface is the decoder's:
+logits are log-probabilities.
 Knows no training.
 """
 
@@ -30,11 +32,31 @@ class NgramConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     model_type = "llmworks_ngram"
 
-    def __init__(self, vocab_size: int = 2, sizes: Sequence[int] = (3,), discounts: Sequence[Sequence[float]] = ((0.5, 1.0, 1.5),), max_position_embeddings: int = 1 << 20, **kwargs: Any) -> None:
-        self.vocab_size, self.sizes, self.discounts, self.max_position_embeddings = vocab_size, list(sizes), [list(d) for d in discounts], max_position_embeddings
+    def __init__(
+        self,
+        vocab_size: int = 2,
+        sizes: Sequence[int] = (3,),
+        discounts: Sequence[Sequence[float]] = ((0.5, 1.0, 1.5),),
+        max_position_embeddings: int = 1 << 20,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.sizes, self.discounts, self.max_position_embeddings = (
+            vocab_size,
+            list(sizes),
+            [list(d) for d in discounts],
+            max_position_embeddings,
+        )
         kwargs["tie_word_embeddings"] = False
         orders = len(self.sizes)
-        good = orders and self.sizes[0] == vocab_size + 1 and len(self.discounts) == orders and all(len(d) == 3 and all(isinstance(x, (int, float)) and 0 <= x <= n for n, x in enumerate(d, 1)) for d in self.discounts)
+        good = (
+            orders
+            and self.sizes[0] == vocab_size + 1
+            and len(self.discounts) == orders
+            and all(
+                len(d) == 3 and all(isinstance(x, (int, float)) and 0 <= x <= n for n, x in enumerate(d, 1))
+                for d in self.discounts
+            )
+        )
         if not good:
             raise ValueError("config.json: sizes, discounts and vocab_size do not belong together; copy it again")
         super().__init__(**kwargs)
@@ -58,7 +80,14 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
     @classmethod
     def of(cls, orders: Sequence[Order], discounts: Sequence[Sequence[float]], **config: Any) -> NgramForCausalLM:
         """The model of counted n-grams."""
-        made: NgramForCausalLM = cls(NgramConfig(vocab_size=len(orders[0].counts) - 1, sizes=[len(o.counts) for o in orders], discounts=discounts, **config))
+        made: NgramForCausalLM = cls(
+            NgramConfig(
+                vocab_size=len(orders[0].counts) - 1,
+                sizes=[len(o.counts) for o in orders],
+                discounts=discounts,
+                **config,
+            )
+        )
         for n, order in enumerate(orders, 1):
             made.get_buffer(f"counts_{n}").copy_(torch.from_numpy(order.counts))
             if n > 1:
@@ -94,20 +123,27 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         return of[counts.clamp(max=3)]
 
     def tables(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each order and each n-gram of the order below: (where its continuations begin, their count, the share that is taken from them)."""
+        """For each order and each n-gram of the order below: (where its continuations begin, their count, the share
+        that is taken from them).
+        """
         if not self._made:
             for n in range(1, self.highest + 1):
                 counts = self.get_buffer(f"counts_{n}")
                 contexts = self.config.sizes[n - 2] if n > 1 else 1
                 begins = torch.tensor([0, len(counts)], device=counts.device)
                 if n > 1:
-                    begins = torch.searchsorted(self.get_buffer(f"keys_{n}"), torch.arange(contexts + 1, device=counts.device) * (self.vocabulary + 1))
+                    begins = torch.searchsorted(
+                        self.get_buffer(f"keys_{n}"),
+                        torch.arange(contexts + 1, device=counts.device) * (self.vocabulary + 1),
+                    )
                 total, taken = (F.pad(x.cumsum(0), (1, 0))[begins].diff() for x in (counts, self.taken(n, counts)))
                 self._made.append((begins, total, taken / total.clamp(min=1)))
         return self._made
 
     def find(self, n: int, before: Tensor, token: Tensor) -> Tensor:
-        """The number of the n-gram of `before` (a number in the order below, or -1) and a token; -1 where the text had none."""
+        """The number of the n-gram of `before` (a number in the order below, or -1) and a token; -1 where the text had
+        none.
+        """
         keys = self.get_buffer(f"keys_{n}")
         if not keys.numel():
             return torch.full_like(token, -1)
@@ -116,7 +152,10 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         return torch.where((before >= 0) & (keys[at] == wanted), at, -1)
 
     def contexts(self, ids: Tensor, apart: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-        """For each n below the highest, the number [batch, length] of the n-gram that ends at each token. apart: tokens before which another text ends."""
+        """For each n below the highest, the number [batch, length] of the n-gram that ends at each token.
+
+        apart: tokens before which another text ends.
+        """
         found = [ids] if self.highest > 1 else []
         for n in range(2, self.highest):
             before = torch.cat((state[n - 2][0][:, None], found[-1][:, :-1]), 1)
@@ -126,10 +165,15 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
 
     def beginning(self, batch: int, device: torch.device) -> list[Tensor]:
         """The state before a text: the symbol that begins it, and no longer n-gram. Each [1, batch]."""
-        return [torch.full((1, batch), self.vocabulary if n == 1 else -1, device=device) for n in range(1, self.highest)]
+        return [
+            torch.full((1, batch), self.vocabulary if n == 1 else -1, device=device) for n in range(1, self.highest)
+        ]
 
     def chances(self, contexts: Sequence[Tensor]) -> Tensor:
-        """Probabilities [tokens, vocabulary] of what follows. contexts: numbers [tokens] of the n-grams that end there."""
+        """Probabilities [tokens, vocabulary] of what follows.
+
+        contexts: numbers [tokens] of the n-grams that end there.
+        """
         tokens, device = (len(contexts[0]), contexts[0].device) if contexts else (1, self.get_buffer("counts_1").device)
         p = torch.full((tokens, self.vocabulary), 1 / self.vocabulary, dtype=torch.float64, device=device)
         for n, (begins, total, taken) in enumerate(self.tables(), 1):
@@ -142,7 +186,9 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
             rows, here = known.nonzero()[:, 0], here[known]
             p[rows] *= taken[here][:, None]
             lengths = begins[here + 1] - begins[here]
-            entries = torch.arange(int(lengths.sum()), device=device) + (begins[here] - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+            entries = torch.arange(int(lengths.sum()), device=device) + (
+                begins[here] - lengths.cumsum(0) + lengths
+            ).repeat_interleave(lengths)
             words = self.get_buffer(f"keys_{n}")[entries] % (self.vocabulary + 1) if n > 1 else entries
             share = (counts[entries] - self.taken(n, counts[entries])) / total[here].repeat_interleave(lengths)
             rows = rows.repeat_interleave(lengths)
@@ -166,10 +212,19 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         return p
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: StateCache | None = None,
-        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, segment_ids: Tensor | None = None, **_: Any,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
-        """Log-probabilities [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean cross-entropy instead.
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        segment_ids: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Log-probabilities [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none)
+        their mean cross-entropy instead.
 
         Position ids that begin anew, without a mask, part a row into texts that do not see one another.
         Errors: ModelError for ids beyond the vocabulary.
@@ -177,13 +232,21 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         check_ids(input_ids, self.vocabulary)
         batch, length = input_ids.shape
         cache = past_key_values if past_key_values is not None else StateCache() if use_cache else None
-        valid = attention_mask[:, -length:].bool() if attention_mask is not None else torch.ones_like(input_ids, dtype=torch.bool)
+        valid = (
+            attention_mask[:, -length:].bool()
+            if attention_mask is not None
+            else torch.ones_like(input_ids, dtype=torch.bool)
+        )
         if segment_ids is None and position_ids is not None and cache is None and attention_mask is None:
             segment_ids = segments_of(position_ids.expand(batch, length))
         apart = F.pad(~valid[:, :-1], (1, 0))
         if segment_ids is not None:
             apart = apart | F.pad(segment_ids.diff() != 0, (1, 0))
-        state = list(cache.state) if cache is not None and cache.state is not None else self.beginning(batch, input_ids.device)
+        state = (
+            list(cache.state)
+            if cache is not None and cache.state is not None
+            else self.beginning(batch, input_ids.device)
+        )
         contexts = self.contexts(input_ids, apart, state)
         if cache is not None:
             left = valid[:, -1]
@@ -197,7 +260,11 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         rows = kept[0].numel() if kept else (min(logits_to_keep, length) or length) * batch
         flat = [c.flatten() for c in kept]
         step = max(1, ROOM // self.vocabulary)
-        logits = torch.cat([self.chances([c[i : i + step] for c in flat]).log().float() for i in range(0, rows, step)]) if flat else self.chances([]).log().float().expand(rows, -1)
+        logits = (
+            torch.cat([self.chances([c[i : i + step] for c in flat]).log().float() for i in range(0, rows, step)])
+            if flat
+            else self.chances([]).log().float().expand(rows, -1)
+        )
         return CausalLMOutputWithPast(logits=logits.view(batch, -1, self.vocabulary), past_key_values=cache)  # type: ignore[arg-type]
 
 

@@ -1,6 +1,8 @@
-"""Attention: each token asks (query), itself and every earlier one answer (key), and what is said (value) is weighed by how well they fit.
+"""Attention: each token asks (query), itself and every earlier one answer (key), and what is said (value) is weighed by
+how well they fit.
 
-Vaswani et al. 2017 (arXiv:1706.03762). Several query heads may share a key and value head: grouped-query attention (Ainslie et al. 2023,
+Vaswani et al. 2017 (arXiv:1706.03762). Several query heads may share a key and value head: grouped-query attention
+(Ainslie et al. 2023,
 arXiv:2305.13245), one for all: multi-query (Shazeer 2019, arXiv:1911.02150). Knows no block and no feed-forward layer.
 """
 
@@ -23,10 +25,13 @@ from llmworks.model.shape import Shape
 
 @dataclass(frozen=True)
 class Seen:
-    """What queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; without one they see all, or all before them (`causal`).
+    """What queries may look at: `mask` [batch, 1 or heads, queries, keys] is added to their fit; without one they see
+    all, or all before them (`causal`).
 
-    `blocks`: where queries and keys are the same tokens on a CPU, what of them need not be computed (`cpu_attention.py`; only for speed).
-    `parts`: of the one row, texts that do not see one another, (first token, last + 1); there is no mask then, unless texts branch: `masks`, of each part [queries, keys].
+    `blocks`: where queries and keys are the same tokens on a CPU, what of them need not be computed
+    (`cpu_attention.py`; only for speed).
+    `parts`: of the one row, texts that do not see one another, (first token, last + 1); there is no mask then, unless
+    texts branch: `masks`, of each part [queries, keys].
     """
 
     mask: Tensor | None
@@ -36,16 +41,37 @@ class Seen:
     masks: tuple[Tensor, ...] = ()
 
 
-def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0, padding: Tensor | None = None, segments: tuple[Tensor, Tensor] | None = None, branches: Tensor | None = None, alibi: Tensor | None = None, dtype: torch.dtype = torch.float32, block: int = BLOCK) -> Seen:
-    """Who sees whom: a token sees itself and those before it (or all, if not `causal`), nearer than `window`, of its own segment, and no padding.
+def seen(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    causal: bool = True,
+    window: int = 0,
+    padding: Tensor | None = None,
+    segments: tuple[Tensor, Tensor] | None = None,
+    branches: Tensor | None = None,
+    alibi: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    block: int = BLOCK,
+) -> Seen:
+    """Who sees whom: a token sees itself and those before it (or all, if not `causal`), nearer than `window`, of its
+    own segment, and no padding.
 
-    queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and keys; alibi: slopes [heads]; `block`: queries that are computed at once.
-    branches [batch, length]: of a segment's tokens 0 where it is still one text, then the number of the one that goes on from it; those do not see one another, and positions are of each by itself.
+    queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and
+    keys; alibi: slopes [heads]; `block`: queries that are computed at once.
+    branches [batch, length]: of a segment's tokens 0 where it is still one text, then the number of the one that goes
+    on from it; those do not see one another, and positions are of each by itself.
     """
     same = causal and queries.shape[1] == keys.shape[1] > 1
     in_blocks = same and keys.device.type == "cpu"
     # no mask is needed where nothing is hidden beyond causality, and queries are all of the keys, or the last of them
-    if not window and padding is None and segments is None and alibi is None and (not causal or same or queries.shape[1] == 1):
+    if (
+        not window
+        and padding is None
+        and segments is None
+        and alibi is None
+        and (not causal or same or queries.shape[1] == 1)
+    ):
         return Seen(None, causal and queries.shape[1] > 1, blocks_of(keys.shape[1], None, block) if in_blocks else None)
     if same and segments is not None and len(segments[1]) == 1 and padding is None and alibi is None:
         parts = parts_of(segments[1][0])
@@ -68,12 +94,16 @@ def seen(queries: Tensor, keys: Tensor, *, causal: bool = True, window: int = 0,
         allowed = allowed | ~allowed.any(-1, keepdim=True)  # a padded query sees something, or its softmax is no number
     mask = _added(allowed, dtype)[:, None]
     if alibi is not None:
-        mask = (mask - alibi.to(mask)[None, :, None, None] * distance.abs()[:, None].to(dtype)).clamp(min=torch.finfo(dtype).min)
+        mask = (mask - alibi.to(mask)[None, :, None, None] * distance.abs()[:, None].to(dtype)).clamp(
+            min=torch.finfo(dtype).min
+        )
     return Seen(mask, False, blocks_of(keys.shape[1], allowed, block) if in_blocks else None)
 
 
 def _of_one_branch(branches: Tensor) -> Tensor:
-    """[..., length] -> [..., queries, keys]: whether a key is of the query's branch, or of what comes before all branches."""
+    """[..., length] -> [..., queries, keys]: whether a key is of the query's branch, or of what comes before all
+    branches.
+    """
     return (branches[..., None, :] == 0) | (branches[..., :, None] == branches[..., None, :])
 
 
@@ -99,18 +129,39 @@ class Attention(nn.Module):
         self.key = nn.Linear(shape.width, self.groups * self.per_head, bias=qkv)
         self.value = nn.Linear(shape.width, self.groups * self.per_head, bias=qkv)
         self.out = AddingLinear(self.heads * self.per_head, shape.width, bias=out)
-        self.query_norm = RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
-        self.key_norm = RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
+        self.query_norm = (
+            RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
+        )
+        self.key_norm = (
+            RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
+        )
 
-    def forward(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None = None, cache: Any = None, memory: Tensor | None = None) -> Tensor:
-        """Attend. `rotation`: cosine and sine of the tokens' positions; `cache` keeps keys and values of earlier tokens (`update(key, value, layer)`).
+    def forward(
+        self,
+        x: Tensor,
+        look: Seen,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        cache: Any = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        `rotation`: cosine and sine of the tokens' positions; `cache` keeps keys and values of earlier tokens
+        (`update(key, value, layer)`).
 
         `memory` [batch, keys, width]: look at these states in place of x's own (cross-attention).
         """
         attended: Tensor = self.out(self.attend(x, look, rotation, cache, memory))
         return attended
 
-    def attend(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None = None, cache: Any = None, memory: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        x: Tensor,
+        look: Seen,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        cache: Any = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
         """What the heads say [batch, length, heads * per_head], before the last matrix."""
         batch, length, _ = x.shape
         source = x if memory is None else memory
@@ -125,20 +176,47 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         if look.blocks is not None and memory is None and k.shape[2] == length and q.dtype == v.dtype == torch.float32:
-            said = blockwise(q, k, v, self.scale, look.mask, look.blocks, masks_of_blocks(look.blocks, look.parts, look.masks) if look.masks else None)
+            said = blockwise(
+                q,
+                k,
+                v,
+                self.scale,
+                look.mask,
+                look.blocks,
+                masks_of_blocks(look.blocks, look.parts, look.masks) if look.masks else None,
+            )
         else:
             if self.groups < self.heads:
                 k, v = repeated(k, self.heads // self.groups), repeated(v, self.heads // self.groups)
-            if look.parts and memory is None:  # each text by itself: no mask where it does not branch, so that the fastest kernels serve
+            if (
+                look.parts and memory is None
+            ):  # each text by itself: no mask where it does not branch, so that the fastest kernels serve
                 masks = look.masks or [None] * len(look.parts)
-                said = torch.cat([F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], attn_mask=mask, is_causal=mask is None, scale=self.scale) for (a, b), mask in zip(look.parts, masks, strict=True)], dim=2)
+                said = torch.cat(
+                    [
+                        F.scaled_dot_product_attention(
+                            q[:, :, a:b],
+                            k[:, :, a:b],
+                            v[:, :, a:b],
+                            attn_mask=mask,
+                            is_causal=mask is None,
+                            scale=self.scale,
+                        )
+                        for (a, b), mask in zip(look.parts, masks, strict=True)
+                    ],
+                    dim=2,
+                )
             else:
-                said = F.scaled_dot_product_attention(q, k, v, attn_mask=look.mask, is_causal=look.causal, scale=self.scale)
+                said = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=look.mask, is_causal=look.causal, scale=self.scale
+                )
         return said.transpose(1, 2).reshape(batch, length, self.heads * self.per_head)
 
 
 def repeated(x: Tensor, times: int) -> Tensor:
-    """Each key or value head for all query heads of its group: [batch, groups, length, width] -> [batch, groups * times, length, width]."""
+    """Each key or value head for all query heads of its group: [batch, groups, length, width] -> [batch, groups *
+    times, length, width].
+    """
     batch, groups, length, width = x.shape
     return x[:, :, None].expand(batch, groups, times, length, width).reshape(batch, groups * times, length, width)
 

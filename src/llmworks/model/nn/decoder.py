@@ -1,7 +1,9 @@
 """The decoder, whole: tokens become states, blocks let them look back and think, a head says what comes next.
 
-`Stack` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters and `generate` work. Knows no
-tokenizer, no training, no sampling. Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `families.py`; `encoder.py` builds other models of the same blocks.
+`Stack` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters
+and `generate` work. Knows no
+tokenizer, no training, no sampling. Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `families.py`;
+`encoder.py` builds other models of the same blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmworks.core.errors import ModelError
@@ -36,19 +45,26 @@ class Memory:
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; each is added to the state that it read. `crossing`: between them it looks at another text's states."""
+    """Attention, then feed-forward; each is added to the state that it read.
+
+    `crossing`: between them it looks at another text's states.
+    """
 
     def __init__(self, shape: Shape, layer: int, *, crossing: bool = False) -> None:
         super().__init__()
         self.place = shape.norm_place
         self.attention_norm, self.feed_forward_norm = norm_of(shape), norm_of(shape)
-        self.after_attention_norm, self.after_feed_forward_norm = (norm_of(shape) if self.place == "around" else None for _ in range(2))
+        self.after_attention_norm, self.after_feed_forward_norm = (
+            norm_of(shape) if self.place == "around" else None for _ in range(2)
+        )
         self.attention = Attention(shape, layer)
         self.crossing = Attention(shape, layer) if crossing else None
         self.crossing_norm = norm_of(shape) if crossing else None
         self.feed_forward: nn.Module = MixtureOfExperts(shape) if shape.experts else FeedForward(shape)
 
-    def forward(self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None, cache: Any, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, look: Seen, rotation: tuple[Tensor, Tensor] | None, cache: Any, memory: Memory | None = None
+    ) -> Tensor:
         """[batch, length, width] -> the same."""
         x = self.attended(x, self.attention(self.heard(x), look, rotation, cache))
         if memory is not None and self.crossing is not None and self.crossing_norm is not None:
@@ -95,13 +111,33 @@ class Stack(nn.Module):
         self.gradient_checkpointing = False  # transformers sets both when it is told to compute blocks again backward
         self._gradient_checkpointing_func: Any = None
 
-    def forward(self, embedded: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
-        """embedded: what `embedding` gives of the ids, [batch, length, width]; positions: [batch, length]; padding: [batch, keys], 1 where there is a token; segments: [batch, length], without a cache.
+    def forward(
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        *,
+        padding: Tensor | None = None,
+        segments: Tensor | None = None,
+        branches: Tensor | None = None,
+        cache: Any = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """embedded: what `embedding` gives of the ids, [batch, length, width]; positions: [batch, length]; padding:
+        [batch, keys], 1 where there is a token; segments: [batch, length], without a cache.
 
-        branches [batch, length], with segments: texts that begin alike stand in one segment, what they share once (0), then each one's rest under its number, positions going on from what is shared.
+        branches [batch, length], with segments: texts that begin alike stand in one segment, what they share once (0),
+        then each one's rest under its number, positions going on from what is shared.
         Errors: ModelError for a text beyond learned positions.
         """
-        x = self.through(self.begin(embedded, positions), positions, padding=padding, segments=segments, branches=branches, cache=cache, memory=memory)
+        x = self.through(
+            self.begin(embedded, positions),
+            positions,
+            padding=padding,
+            segments=segments,
+            branches=branches,
+            cache=cache,
+            memory=memory,
+        )
         state: Tensor = self.norm(x)
         return state
 
@@ -112,22 +148,52 @@ class Stack(nn.Module):
             x = x * torch.tensor(shape.width**0.5, dtype=x.dtype)
         if self.position is not None:
             if positions.numel() and int(positions.max()) >= shape.context:
-                raise ModelError(f"the text has {int(positions.max()) + 1} tokens, the model has positions for {shape.context}")
+                raise ModelError(
+                    f"the text has {int(positions.max()) + 1} tokens, the model has positions for {shape.context}"
+                )
             x = x + self.position(positions)
         return x + sinusoids(positions, shape.width).to(x.dtype) if shape.position == "sinusoidal" else x
 
-    def through(self, x: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None, memory: Memory | None = None) -> Tensor:
-        """The state after the blocks that are here; each knows its number, so that a part of them computes what it does in the whole."""
-        for block, look, turned in self.sights(x, positions, padding=padding, segments=segments, branches=branches, cache=cache):
+    def through(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        *,
+        padding: Tensor | None = None,
+        segments: Tensor | None = None,
+        branches: Tensor | None = None,
+        cache: Any = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """The state after the blocks that are here; each knows its number, so that a part of them computes what it does
+        in the whole.
+        """
+        for block, look, turned in self.sights(
+            x, positions, padding=padding, segments=segments, branches=branches, cache=cache
+        ):
             given = (x, look, turned, cache, memory)
-            x = self._gradient_checkpointing_func(block.__call__, *given) if self.gradient_checkpointing and self.training and cache is None else block(*given)
+            x = (
+                self._gradient_checkpointing_func(block.__call__, *given)
+                if self.gradient_checkpointing and self.training and cache is None
+                else block(*given)
+            )
         return x
 
-    def sights(self, x: Tensor, positions: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, branches: Tensor | None = None, cache: Any = None) -> Iterator[tuple[Any, Seen, tuple[Tensor, Tensor] | None]]:
+    def sights(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        *,
+        padding: Tensor | None = None,
+        segments: Tensor | None = None,
+        branches: Tensor | None = None,
+        cache: Any = None,
+    ) -> Iterator[tuple[Any, Seen, tuple[Tensor, Tensor] | None]]:
         """Each block that is here, what its tokens see, and how positions turn them."""
         shape = self.shape
         before = cache.get_seq_length() if cache is not None else 0
-        # places in the row: positions may begin anew in it, and windows and ALiBi need differences only, since segments hide the rest
+        # places in the row: positions may begin anew in it, and windows and ALiBi need differences only, since segments
+        # hide the rest
         keys = torch.arange(before + x.shape[1], device=x.device)[None] if branches is None else positions
         queries = keys[:, before:]
         pair = (segments, segments) if segments is not None else None
@@ -137,9 +203,24 @@ class Stack(nn.Module):
         for number, block in self.blocks.named_children():
             window, rope = shape.window_of(int(number)), shape.rope_of(int(number))
             if window not in looks:
-                looks[window] = seen(queries, keys, causal=self.causal, window=window, padding=padding, segments=pair, branches=branches, alibi=slopes, dtype=x.dtype, block=block_of(x.shape[0] * shape.heads))
+                looks[window] = seen(
+                    queries,
+                    keys,
+                    causal=self.causal,
+                    window=window,
+                    padding=padding,
+                    segments=pair,
+                    branches=branches,
+                    alibi=slopes,
+                    dtype=x.dtype,
+                    block=block_of(x.shape[0] * shape.heads),
+                )
             if rope not in rotations:
-                rotations[rope] = rotation(positions, *frequencies(rope, shape.per_head, shape.context)) if shape.position == "rope" else None
+                rotations[rope] = (
+                    rotation(positions, *frequencies(rope, shape.per_head, shape.context))
+                    if shape.position == "rope"
+                    else None
+                )
             yield block, looks[window], rotations[rope]
 
 
@@ -151,8 +232,18 @@ class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def __init__(self, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
         made = Shape.model_validate(shape or {})
         self.shape = made.model_dump()
-        self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads = made.vocabulary, made.width, made.layers, made.heads
-        self.num_key_value_heads, self.head_dim, self.intermediate_size, self.max_position_embeddings = made.groups, made.per_head, made.inner, made.context
+        self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads = (
+            made.vocabulary,
+            made.width,
+            made.layers,
+            made.heads,
+        )
+        self.num_key_value_heads, self.head_dim, self.intermediate_size, self.max_position_embeddings = (
+            made.groups,
+            made.per_head,
+            made.inner,
+            made.context,
+        )
         kwargs["tie_word_embeddings"] = made.tied
         super().__init__(**kwargs)
 
@@ -193,12 +284,23 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         begin(module, self.shape)
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, segment_ids: Tensor | None = None, **_: Any,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
-        """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean cross-entropy instead, and no logits.
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        segment_ids: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean
+        cross-entropy instead, and no logits.
 
-        Position ids that begin anew part a row into texts that do not see one another; not in a row that goes on from a cache.
+        Position ids that begin anew part a row into texts that do not see one another; not in a row that goes on from a
+        cache.
         Errors: ModelError for ids beyond the vocabulary, or a text beyond learned positions.
         """
         check_ids(input_ids, self.shape.vocabulary)
@@ -218,12 +320,24 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         state = self.decoder(x, position_ids, padding=padding, segments=segment_ids, cache=cache)
         if labels is not None:
             return CausalLMOutputWithPast(loss=self.loss(state, labels))
-        return CausalLMOutputWithPast(logits=self.head(state[:, -logits_to_keep:] if logits_to_keep else state), past_key_values=cache)
+        return CausalLMOutputWithPast(
+            logits=self.head(state[:, -logits_to_keep:] if logits_to_keep else state), past_key_values=cache
+        )
 
     def _embed(self, ids: Tensor, *, labelled: bool) -> Tensor:
-        """Embedded ids. Where the head's gradient fills the same matrix, only the rows that were looked up are added to it, not another whole matrix."""
+        """Embedded ids.
+
+        Where the head's gradient fills the same matrix, only the rows that were looked up are added to it, not another
+        whole matrix.
+        """
         table = self.decoder.embedding
-        if labelled and is_plain(self.head) and type(table) is nn.Embedding and table.weight is self.head.weight and not (table._forward_hooks or table._forward_pre_hooks):
+        if (
+            labelled
+            and is_plain(self.head)
+            and type(table) is nn.Embedding
+            and table.weight is self.head.weight
+            and not (table._forward_hooks or table._forward_pre_hooks)
+        ):
             return nn.functional.embedding(ids, table.weight, sparse=True)
         embedded: Tensor = table(ids)
         return embedded
@@ -240,9 +354,13 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
 
 
 def begin(module: nn.Module, shape: Shape) -> None:
-    """Normal weights of 0.02, less where a layer adds to the state: each block does so twice (three times where it looks across, which is not counted)."""
+    """Normal weights of 0.02, less where a layer adds to the state: each block does so twice (three times where it
+    looks across, which is not counted).
+    """
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02 / (2 * shape.layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02)
+        nn.init.normal_(
+            module.weight, std=0.02 / (2 * shape.layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02
+        )
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 

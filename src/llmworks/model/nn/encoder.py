@@ -1,6 +1,8 @@
-"""Other models of the decoder's blocks: an encoder that guesses hidden tokens, and an encoder-decoder that writes what was hidden.
+"""Other models of the decoder's blocks: an encoder that guesses hidden tokens, and an encoder-decoder that writes what
+was hidden.
 
-BERT-like (Devlin et al. 2019) and T5-like (Raffel et al. 2020) in what they do, with the shape's norms, positions and feed-forward layers. What is
+BERT-like (Devlin et al. 2019) and T5-like (Raffel et al. 2020) in what they do, with the shape's norms, positions and
+feed-forward layers. What is
 hidden is chosen in `masking.py`; knows no other architecture.
 """
 
@@ -74,8 +76,12 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _init_weights(self, module: nn.Module) -> None:
         begin(module, self.shape)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any) -> MaskedLMOutput:
-        """Logits [batch, length, vocabulary] of the tokens themselves; with labels (-100: none) their mean cross-entropy instead."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> MaskedLMOutput:
+        """Logits [batch, length, vocabulary] of the tokens themselves; with labels (-100: none) their mean
+        cross-entropy instead.
+        """
         states = self.encoder(self.encoder.embedding(input_ids), places(input_ids), padding=attention_mask)
         if labels is not None:
             return MaskedLMOutput(loss=head_loss(states, self.head, labels))
@@ -93,16 +99,24 @@ class Reader(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
         """Read."""
-        return BaseModelOutput(last_hidden_state=self.stack(self.stack.embedding(input_ids), places(input_ids), padding=attention_mask))
+        return BaseModelOutput(
+            last_hidden_state=self.stack(self.stack.embedding(input_ids), places(input_ids), padding=attention_mask)
+        )
 
 
 class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """An encoder reads a text whole; a decoder writes another, looking back at its own and across at all of the first. One embedding for both."""
+    """An encoder reads a text whole; a decoder writes another, looking back at its own and across at all of the first.
+
+    One embedding for both.
+    """
 
     config_class = Seq2SeqConfig
     base_model_prefix = "decoder"
     main_input_name = "input_ids"
-    _tied_weights_keys = {"head.weight": "encoder.stack.embedding.weight", "decoder.embedding.weight": "encoder.stack.embedding.weight"}  # noqa: RUF012
+    _tied_weights_keys = {  # noqa: RUF012 (as transformers declares it)
+        "head.weight": "encoder.stack.embedding.weight",
+        "decoder.embedding.weight": "encoder.stack.embedding.weight",
+    }
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__(config)
@@ -123,22 +137,42 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         begin(module, self.shape)
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, decoder_input_ids: Tensor | None = None, labels: Tensor | None = None, encoder_outputs: Any = None,
-        past_key_values: Any = None, use_cache: bool | None = None, **_: Any,
-    ) -> Seq2SeqLMOutput:  # fmt: skip
-        """Logits [batch, length, vocabulary] of what the decoder writes next; with labels (-100: none), of which all but the last are read, their loss instead."""
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> Seq2SeqLMOutput:
+        """Logits [batch, length, vocabulary] of what the decoder writes next; with labels (-100: none), of which all
+        but the last are read, their loss instead.
+        """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask)
         states: Tensor = encoder_outputs[0]
         if labels is not None:
             start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
-            decoder_input_ids = torch.cat((start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, self.config.decoder_start_token_id)), 1)
+            decoder_input_ids = torch.cat(
+                (start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, self.config.decoder_start_token_id)), 1
+            )
         assert decoder_input_ids is not None
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         cache = past_key_values.self_attention_cache if past_key_values is not None else None
         at = places(decoder_input_ids, cache.get_seq_length() if cache is not None else 0)
-        memory = Memory(states, seen(at, torch.arange(states.shape[1], device=states.device)[None], causal=False, padding=attention_mask, dtype=states.dtype))
+        memory = Memory(
+            states,
+            seen(
+                at,
+                torch.arange(states.shape[1], device=states.device)[None],
+                causal=False,
+                padding=attention_mask,
+                dtype=states.dtype,
+            ),
+        )
         written = self.decoder(self.get_input_embeddings()(decoder_input_ids), at, cache=cache, memory=memory)
         if labels is not None:
             return Seq2SeqLMOutput(loss=head_loss(written, self.head, labels))
@@ -146,7 +180,8 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
 
 
 for _config, _auto, _model in (
-    (EncoderConfig, AutoModelForMaskedLM, EncoderForMaskedLM), (Seq2SeqConfig, AutoModelForSeq2SeqLM, EncoderDecoderLM),
-):  # fmt: skip
+    (EncoderConfig, AutoModelForMaskedLM, EncoderForMaskedLM),
+    (Seq2SeqConfig, AutoModelForSeq2SeqLM, EncoderDecoderLM),
+):
     AutoConfig.register(_config.model_type, _config)
     _auto.register(_config, _model)

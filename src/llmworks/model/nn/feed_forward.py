@@ -1,4 +1,6 @@
-"""The feed-forward layer: what a token makes of what it attended to. Two matrices and a bend between them, or three with a gate; or many of them, by choice.
+"""The feed-forward layer: what a token makes of what it attended to.
+
+Two matrices and a bend between them, or three with a gate; or many of them, by choice.
 
 Functions of one token alone; knows no attention and no block.
 """
@@ -17,11 +19,17 @@ from llmworks.model.nn import kernels
 from llmworks.model.nn.residual_linear import AddingLinear
 from llmworks.model.shape import Shape
 
-BENDS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": lambda x: F.gelu(x, approximate="tanh")}
+BENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 class _SiluGate(torch.autograd.Function):
-    """silu(gate) * up, the same numbers as the two operations; what the bend gave is computed again backward, not kept: a seventh of what a block keeps."""
+    """silu(gate) * up, the same numbers as the two operations; what the bend gave is computed again backward, not kept:
+    a seventh of what a block keeps.
+    """
 
     @staticmethod
     def forward(context: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -86,16 +94,28 @@ class FeedForward(nn.Module):
         return self.bend(self.up(x)) if self.gate is None else self.bend(self.gate(x)) * self.up(x)
 
     def _plain(self, gate: Tensor) -> bool:
-        """Whether the last matrix is one as it was made: no adapter, no bias, nobody who looks at it, not divided, and no autocast."""
+        """Whether the last matrix is one as it was made: no adapter, no bias, nobody who looks at it, not divided, and
+        no autocast.
+        """
         down: Any = self.down
-        hooked = type(down) is not AddingLinear or down._forward_hooks or down._forward_pre_hooks or down.bias is not None
-        return not hooked and type(down.weight) is nn.Parameter and type(gate) is Tensor and gate.dtype == down.weight.dtype and not torch.is_autocast_enabled(gate.device.type)
+        hooked = (
+            type(down) is not AddingLinear or down._forward_hooks or down._forward_pre_hooks or down.bias is not None
+        )
+        return (
+            not hooked
+            and type(down.weight) is nn.Parameter
+            and type(gate) is Tensor
+            and gate.dtype == down.weight.dtype
+            and not torch.is_autocast_enabled(gate.device.type)
+        )
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to the `chosen` experts that a router likes best, and gets their sum, weighed by the router's softmax over those chosen (Mixtral).
+    """Each token goes to the `chosen` experts that a router likes best, and gets their sum, weighed by the router's
+    softmax over those chosen (Mixtral).
 
-    `balance` after a forward pass is the load-balancing loss of Switch (section 2.2, eq. 4): count * sum over experts of
+    `balance` after a forward pass is the load-balancing loss of Switch (section 2.2, eq. 4): count * sum over experts
+    of
     (share of tokens) * (mean router probability); 1 when even.
     """
 

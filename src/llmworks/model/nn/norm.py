@@ -1,4 +1,7 @@
-"""Normalization: bring a token's state to unit size, then scale it by a learned gain. Functions of one token alone; knows no batch and no block."""
+"""Normalization: bring a token's state to unit size, then scale it by a learned gain.
+
+Functions of one token alone; knows no batch and no block.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,9 @@ class RMSNorm(nn.Module):
 
 
 def norm_of(shape: Shape) -> nn.Module:
-    """The normalization of a shape: LayerNorm (Ba et al. 2016, arXiv:1607.06450), which takes the mean away first and has a bias, or RMSNorm."""
+    """The normalization of a shape: LayerNorm (Ba et al. 2016, arXiv:1607.06450), which takes the mean away first and
+    has a bias, or RMSNorm.
+    """
     if shape.norm == "layer":
         return nn.LayerNorm(shape.width, shape.norm_epsilon)
     return RMSNorm(shape.width, shape.norm_epsilon, from_zero=shape.norm_from_zero)

@@ -1,6 +1,8 @@
-"""Language models before attention: Bengio's window of tokens, and RNN, LSTM and GRU, which carry a state from token to token.
+"""Language models before attention: Bengio's window of tokens, and RNN, LSTM and GRU, which carry a state from token to
+token.
 
-The same interface as the decoder: loss by labels, logits, a cache (here the state, of one size however long the text), texts packed in a row
+The same interface as the decoder: loss by labels, logits, a cache (here the state, of one size however long the text),
+texts packed in a row
 that do not see one another. Knows no attention and no training.
 """
 
@@ -22,7 +24,8 @@ from llmworks.model.shape import RecurrentShape
 
 
 class Window(nn.Module):
-    """tanh(d + H x), x the embeddings of the last `window` tokens one after the other (Bengio et al. 2003, section 2, without direct connections).
+    """tanh(d + H x), x the embeddings of the last `window` tokens one after the other (Bengio et al. 2003, section 2,
+    without direct connections).
 
     Before a text there are zeros. Its state are the embeddings of the last `window` - 1 tokens.
     """
@@ -43,24 +46,32 @@ class Window(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """A state h that each token x changes, and that is what is known of the text so far. s is the logistic function, * elementwise.
+    """A state h that each token x changes, and that is what is known of the text so far.
+
+    s is the logistic function, * elementwise.
 
     rnn: h' = tanh(W x + U h + b) (Elman 1990; as a language model Mikolov et al. 2010).
-    lstm: c' = f * c + i * tanh(W x + U h + b), h' = o * tanh(c'), with gates i, f, o = s(W_. x + U_. h + b_.) (Hochreiter & Schmidhuber 1997; forget gate
+    lstm: c' = f * c + i * tanh(W x + U h + b), h' = o * tanh(c'), with gates i, f, o = s(W_. x + U_. h + b_.)
+    (Hochreiter & Schmidhuber 1997; forget gate
     Gers et al. 2000): c is scaled by f and added to, so that with f near one a gradient reaches far back.
-    gru: h' = (1 - z) * n + z * h, n = tanh(W x + r * (U h + b)), with gates r, z: the same with one state (Cho et al. 2014; r behind U, as cuDNN has it).
+    gru: h' = (1 - z) * n + z * h, n = tanh(W x + r * (U h + b)), with gates r, z: the same with one state (Cho et al.
+    2014; r behind U, as cuDNN has it).
     PyTorch's kernels compute them.
     """
 
     def __init__(self, shape: RecurrentShape) -> None:
         super().__init__()
         kind = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[shape.kind]
-        self.cells = kind(shape.width, shape.inner, shape.layers, batch_first=True, dropout=shape.dropout if shape.layers > 1 else 0.0)
+        self.cells = kind(
+            shape.width, shape.inner, shape.layers, batch_first=True, dropout=shape.dropout if shape.layers > 1 else 0.0
+        )
 
     def forward(self, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
         """x: [texts, length, width], of which `lengths` count -> ([texts, length, inner], state)."""
         ragged = bool((lengths < x.shape[1]).any())
-        given: Tensor | PackedSequence = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False) if ragged else x
+        given: Tensor | PackedSequence = (
+            pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False) if ragged else x
+        )
         start = None if state is None else tuple(s.contiguous() for s in state)
         made, left = self.cells(given, start[0] if start is not None and len(start) == 1 else start)
         if ragged:
@@ -76,7 +87,12 @@ class RecurrentConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def __init__(self, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
         made = RecurrentShape.model_validate(shape or {})
         self.shape = made.model_dump()
-        self.vocab_size, self.hidden_size, self.num_hidden_layers, self.max_position_embeddings = made.vocabulary, made.width, made.layers, made.context
+        self.vocab_size, self.hidden_size, self.num_hidden_layers, self.max_position_embeddings = (
+            made.vocabulary,
+            made.width,
+            made.layers,
+            made.context,
+        )
         kwargs["tie_word_embeddings"] = made.tied
         super().__init__(**kwargs)
 
@@ -123,7 +139,9 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         return StateCache()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Embeddings normal, 0.1; matrices of the state orthogonal, others by their inputs (Glorot); an LSTM's forget gate begins open (Jozefowicz et al. 2015)."""
+        """Embeddings normal, 0.1; matrices of the state orthogonal, others by their inputs (Glorot); an LSTM's forget
+        gate begins open (Jozefowicz et al. 2015).
+        """
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.1 if not self.shape.tied else self.shape.width**-0.5)
         elif isinstance(module, nn.Linear):
@@ -141,10 +159,20 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
                         nn.init.orthogonal_(gate) if name.startswith("weight_hh") else nn.init.xavier_uniform_(gate)
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: StateCache | None = None,
-        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, segment_ids: Tensor | None = None, **_: Any,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
-        """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean cross-entropy instead, and no logits.
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        segment_ids: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [batch, length, vocabulary] of the next token; with labels [batch, length] (-100: none) their mean
+        cross-entropy instead, and no logits.
 
         Position ids that begin anew part a row into texts that do not see one another; not where a cache is used.
         Errors: ModelError for ids beyond the vocabulary.
@@ -152,10 +180,19 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         check_ids(input_ids, self.shape.vocabulary)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if past_key_values is not None else StateCache() if use_cache else None
-        valid = attention_mask[:, -x.shape[1] :].bool() if attention_mask is not None and not attention_mask[:, -x.shape[1] :].all() else None
+        valid = (
+            attention_mask[:, -x.shape[1] :].bool()
+            if attention_mask is not None and not attention_mask[:, -x.shape[1] :].all()
+            else None
+        )
         if segment_ids is None and position_ids is not None and cache is None and valid is None:
             segment_ids = segments_of(position_ids.expand(x.shape[:2]))
-        states, state = self._read(F.dropout(x, self.shape.dropout, self.training), valid, segment_ids, cache.state if cache is not None else None)
+        states, state = self._read(
+            F.dropout(x, self.shape.dropout, self.training),
+            valid,
+            segment_ids,
+            cache.state if cache is not None else None,
+        )
         if cache is not None:
             cache.state, cache.tokens = state or None, cache.tokens + x.shape[1]
         states = F.dropout(states, self.shape.dropout, self.training)
@@ -163,10 +200,16 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
             states = self.to_width(states)
         if labels is not None:
             return CausalLMOutputWithPast(loss=head_loss(states[:, :-1], self.head, labels[:, 1:]))
-        return CausalLMOutputWithPast(logits=self.head(states[:, -logits_to_keep:] if logits_to_keep else states), past_key_values=cache)  # type: ignore[arg-type]
+        logits = self.head(states[:, -logits_to_keep:] if logits_to_keep else states)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
-    def _read(self, x: Tensor, valid: Tensor | None, segments: Tensor | None, state: State | None) -> tuple[Tensor, State]:
-        """States [batch, length, inner] after each token. A row of several texts is read as so many rows, so that each begins anew."""
+    def _read(
+        self, x: Tensor, valid: Tensor | None, segments: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State]:
+        """States [batch, length, inner] after each token.
+
+        A row of several texts is read as so many rows, so that each begins anew.
+        """
         if valid is None and segments is None:
             made, left = self.body(x, torch.full((len(x),), x.shape[1]), state)
             return made, left
@@ -186,7 +229,10 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         whole[valid] = made[text, place]
         if not given.all() and left[0].shape[1] == int(given.sum()):
             kept = before or tuple(s.new_zeros(s.shape[0], len(x), s.shape[2]) for s in left)
-            left = tuple(torch.where(given[None, :, None], torch.zeros_like(k).index_copy_(1, given.nonzero()[:, 0], s), k) for k, s in zip(kept, left, strict=True))
+            left = tuple(
+                torch.where(given[None, :, None], torch.zeros_like(k).index_copy_(1, given.nonzero()[:, 0], s), k)
+                for k, s in zip(kept, left, strict=True)
+            )
         return whole, left
 
 

@@ -1,4 +1,7 @@
-"""What models without attention know of the tokens before: a state of one size, in place of keys and values that grow. Knows none of them."""
+"""What models without attention know of the tokens before: a state of one size, in place of keys and values that grow.
+
+Knows none of them.
+"""
 
 from __future__ import annotations
 

@@ -15,19 +15,27 @@ def check_ids(ids: Tensor | None, vocabulary: int) -> None:
         return
     least, most = (int(x) for x in torch.aminmax(ids))
     if most >= vocabulary:
-        raise ModelError(f"token id {most} is beyond the vocabulary of {vocabulary:,}; the tokenizer is another model's")
+        raise ModelError(
+            f"token id {most} is beyond the vocabulary of {vocabulary:,}; the tokenizer is another model's"
+        )
     if least < 0:
         raise ModelError(f"token id {least} is below zero; only labels may be")
 
 
 def segments_of(positions: Tensor) -> Tensor | None:
-    """The number of each token's text in its row [batch, length]: positions that begin anew are another text's. None when all rows are one text."""
+    """The number of each token's text in its row [batch, length]: positions that begin anew are another text's.
+
+    None when all rows are one text.
+    """
     again = positions.diff(dim=-1) <= 0
     return F.pad(again.cumsum(-1), (1, 0)) if again.any() else None
 
 
 def parts_of(segments: Tensor) -> tuple[tuple[int, int], ...]:
-    """The texts of one row, segments [length] in rising order, as (first token, last + 1). Empty where a number comes back, so that they are no parts."""
+    """The texts of one row, segments [length] in rising order, as (first token, last + 1).
+
+    Empty where a number comes back, so that they are no parts.
+    """
     if bool((segments.diff() < 0).any()):
         return ()
     ends: list[int] = [*(segments.diff().nonzero().flatten() + 1).tolist(), len(segments)]
@@ -35,7 +43,9 @@ def parts_of(segments: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def texts_in(valid: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(text of each token that counts, its place in that text, lengths of the texts). valid, segments: [batch, length]; a text ends where its segment does.
+    """(text of each token that counts, its place in that text, lengths of the texts).
+
+    valid, segments: [batch, length]; a text ends where its segment does.
 
     Texts are numbered in the order of the rows; tokens too, as `x[valid]` has them.
     """

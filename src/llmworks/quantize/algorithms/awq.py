@@ -1,6 +1,10 @@
-"""AWQ: before rounding, inputs that are large are made smaller and their columns larger, so that less is lost where it counts. Pure tensor functions.
+"""AWQ: before rounding, inputs that are large are made smaller and their columns larger, so that less is lost where it
+counts.
 
-Lin et al. 2023 (arXiv:2306.00978), section 3.2: s = mean|x|^a, a between 0 and 1 by search. The error of a layer's outputs is computed from the second moments of its inputs, exactly.
+Pure tensor functions.
+
+Lin et al. 2023 (arXiv:2306.00978), section 3.2: s = mean|x|^a, a between 0 and 1 by search. The error of a layer's
+outputs is computed from the second moments of its inputs, exactly.
 """
 
 from __future__ import annotations
@@ -18,10 +22,14 @@ FINE = (-0.02, 0.02)
 PIECE = 1 << 18  # weights that are looked at at once, so that what is made of them stays near the processor
 
 
-def input_scales(weights: Sequence[Tensor], hessian: Tensor, mean: Tensor, grid: Grid) -> tuple[Tensor, float, float, float]:
-    """(what inputs are divided by [columns], the power, the error without, the error with it) of layers [rows, columns] that read the same.
+def input_scales(
+    weights: Sequence[Tensor], hessian: Tensor, mean: Tensor, grid: Grid
+) -> tuple[Tensor, float, float, float]:
+    """(what inputs are divided by [columns], the power, the error without, the error with it) of layers [rows, columns]
+    that read the same.
 
-    hessian: second moments of the inputs [columns, columns]; mean: of |x| [columns]; columns of the same mean have the same scale.
+    hessian: second moments of the inputs [columns, columns]; mean: of |x| [columns]; columns of the same mean have the
+    same scale.
     """
     stacked, moments, mean = torch.cat(list(weights)).float(), hessian.float(), mean.float().clamp(min=1e-8)
     found: tuple[Tensor, float, float, float] | None = None
@@ -53,7 +61,9 @@ def change(before: Tensor, after: Tensor, moments: Tensor) -> float:
 
 
 def clipped(weight: Tensor, hessian: Tensor, grid: Grid) -> Scales:
-    """Scales by that share of each group's range that changes the group's part of the outputs least (AWQ's search of clipping): of shares by COARSE, then of those about the best of these by FINE."""
+    """Scales by that share of each group's range that changes the group's part of the outputs least (AWQ's search of
+    clipping): of shares by COARSE, then of those about the best of these by FINE.
+    """
     groups = grouped(weight, grid)
     size = groups.shape[-1]
     if grid.group == -1:

@@ -1,4 +1,7 @@
-"""Bits for each part of a model: what each number of them would cost, and which are had within a budget. See `mixed.py`."""
+"""Bits for each part of a model: what each number of them would cost, and which are had within a budget.
+
+See `mixed.py`.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +39,31 @@ def run(config: MixedConfig, model: Model, ctx: Context, data: Dataset) -> Model
     ids, _ = calibration(load_tokenizer(model.path), data, config.texts, config.held, config.length, ctx.seed)
 
     def tries(name: str, weight: Tensor) -> Sequence[Tensor]:
-        return [] if skip(name) else [whole(weight, grid, searched(grouped(weight, grid), grid, shrink=SHARES)).weight() for grid in grids]
+        return (
+            []
+            if skip(name)
+            else [whole(weight, grid, searched(grouped(weight, grid), grid, shrink=SHARES)).weight() for grid in grids]
+        )
 
     found = {name: cost for name, cost in costs(source, ids[: config.sensed], ctx, tries).items() if cost}
     chosen, expected = _chosen(source, found, grids, config.bits)
     base = replace(grids[0], bits=int(config.bits))
     method = Gptq(config.texts, damping=0.01, by_activation=True, search=True)
-    return rounding.run(config, model, ctx, data, method, base, {"method": "mixed", "average": config.bits, "expected_kl": round(expected, 5)}, grids=chosen)
+    return rounding.run(
+        config,
+        model,
+        ctx,
+        data,
+        method,
+        base,
+        {"method": "mixed", "average": config.bits, "expected_kl": round(expected, 5)},
+        grids=chosen,
+    )
 
 
-def _chosen(source: Source, found: Mapping[str, list[float]], grids: Sequence[Grid], budget: float) -> tuple[dict[str, Grid], float]:
+def _chosen(
+    source: Source, found: Mapping[str, list[float]], grids: Sequence[Grid], budget: float
+) -> tuple[dict[str, Grid], float]:
     """(each layer's grid, the divergence that is expected). Layers of a part have the same."""
     units: list[list[str]] = []
     sizes: dict[str, tuple[int, int]] = {}
@@ -64,9 +82,16 @@ def _chosen(source: Source, found: Mapping[str, list[float]], grids: Sequence[Gr
     takes = [[sum(_bits(sizes[name], grid) for name in unit) for grid in grids] for unit in units]
     total = sum(rows * columns for rows, columns in sizes.values())
     try:
-        choices = allocate([[sum(found[name][choice] for name in unit) for choice in range(len(grids))] for unit in units], takes, budget * total)
+        choices = allocate(
+            [[sum(found[name][choice] for name in unit) for choice in range(len(grids))] for unit in units],
+            takes,
+            budget * total,
+        )
     except ValueError:
-        raise ModelError(f"config.bits: {budget:g} bits a weight are fewer than {sum(min(take) for take in takes) / total:.3g}, the fewest of config.choices with their scales") from None
+        raise ModelError(
+            f"config.bits: {budget:g} bits a weight are fewer than {sum(min(take) for take in takes) / total:.3g}, the"
+            " fewest of config.choices with their scales"
+        ) from None
     grid_of = {name: grids[choice] for unit, choice in zip(units, choices, strict=True) for name in unit}
     return grid_of, sum(found[name][choice] for unit, choice in zip(units, choices, strict=True) for name in unit)
 
@@ -74,4 +99,6 @@ def _chosen(source: Source, found: Mapping[str, list[float]], grids: Sequence[Gr
 def _bits(shape: tuple[int, int], grid: Grid) -> float:
     """All bits of a matrix, scales in 16 bits and zero points included."""
     rows, columns = shape
-    return rows * columns * grid.bits + rows * (columns // grid.size(columns)) * (16 + (0 if grid.symmetric else grid.bits))
+    return rows * columns * grid.bits + rows * (columns // grid.size(columns)) * (
+        16 + (0 if grid.symmetric else grid.bits)
+    )

@@ -1,6 +1,8 @@
-"""Layer-by-layer distillation: a block whose weights and inputs are rounded, taught to give what it gave before, of inputs that the blocks before it, quantized already, give.
+"""Layer-by-layer distillation: a block whose weights and inputs are rounded, taught to give what it gave before, of
+inputs that the blocks before it, quantized already, give.
 
-Yao et al. 2022 (arXiv:2206.01861), section 3.2. Rounding passes gradients on as they come (straight through: Bengio et al. 2013, arXiv:1308.3432).
+Yao et al. 2022 (arXiv:2206.01861), section 3.2. Rounding passes gradients on as they come (straight through: Bengio et
+al. 2013, arXiv:1308.3432).
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def _rounded(x: Tensor, reading: Reading) -> Tensor:
 
 
 class Distilled:
-    """Each block taught by Adam for some epochs, at a rate that falls to zero; it keeps its old weights where they do better."""
+    """Each block taught by Adam for some epochs, at a rate that falls to zero; it keeps its old weights where they do
+    better.
+    """
 
     def __init__(self, texts: int, *, epochs: int, batch: int, rate: float, seed: int) -> None:
         self.texts, self.epochs, self.batch, self.rate, self.seed = texts, epochs, batch, rate, seed
@@ -68,10 +72,18 @@ class Distilled:
             for name, layer in layers.items():
                 layer_of(passing.block, name).weight.copy_(layer.weight.detach())
 
-    def _taught(self, passing: Passing, learner: Any, layers: dict[str, Learning], wanted: Tensor) -> tuple[float, float]:
+    def _taught(
+        self, passing: Passing, learner: Any, layers: dict[str, Learning], wanted: Tensor
+    ) -> tuple[float, float]:
         """(mean squared error before, after)."""
         walk, before = passing.walk, passing.before
-        optimizer = torch.optim.Adam([{"params": [layer.weight], "lr": self.rate * float(layer.weight.detach().abs().mean())} for layer in layers.values()], betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [layer.weight], "lr": self.rate * float(layer.weight.detach().abs().mean())}
+                for layer in layers.values()
+            ],
+            betas=(0.9, 0.95),
+        )
         count, places = len(before), walk.positions(1)
         steps = self.epochs * -(-count // self.batch)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -84,7 +96,9 @@ class Distilled:
 
         def whole_gap() -> float:
             with torch.no_grad():
-                return sum(float(gap(some)) * len(some) for some in torch.split(torch.arange(count), self.batch)) / count
+                return (
+                    sum(float(gap(some)) * len(some) for some in torch.split(torch.arange(count), self.batch)) / count
+                )
 
         first = whole_gap()
         for _ in range(self.epochs):
@@ -100,4 +114,6 @@ class Distilled:
         for _ in passing.inputs(part):  # the states go on
             pass
         wanted = {name: grids(name) for name in part.layers}
-        return {name: whole(layer_of(passing.block, name).weight, grid) for name, grid in wanted.items() if grid is not None}
+        return {
+            name: whole(layer_of(passing.block, name).weight, grid) for name, grid in wanted.items() if grid is not None
+        }

@@ -1,4 +1,6 @@
-"""Rounding by what layers read: all layers of a part have the same inputs, so that their rows are looked at as one matrix."""
+"""Rounding by what layers read: all layers of a part have the same inputs, so that their rows are looked at as one
+matrix.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ class Gptq:
     """GPTQ; see `gptq.py`. `scale`: inputs are scaled before, as by AWQ."""
 
     def __init__(self, texts: int, *, damping: float, by_activation: bool, search: bool, scale: bool = False) -> None:
-        self.texts, self.damping, self.by_activation, self.search, self.scale = texts, damping, by_activation, search, scale
+        self.texts, self.damping, self.by_activation, self.search, self.scale = (
+            texts,
+            damping,
+            by_activation,
+            search,
+            scale,
+        )
 
     def prepare(self, passing: Passing, grids: Grids) -> None:
         """Scale what parts read, where that is wanted."""
@@ -41,9 +49,20 @@ class Gptq:
         found = {}
         for wanted, names in kinds.items():
             weights = [layer_of(passing.block, name).weight for name in names]
-            made = solve(torch.cat(weights), moments.hessian, wanted, damping=self.damping, by_activation=self.by_activation, search=self.search)
+            made = solve(
+                torch.cat(weights),
+                moments.hessian,
+                wanted,
+                damping=self.damping,
+                by_activation=self.by_activation,
+                search=self.search,
+            )
             rows = [len(weight) for weight in weights]
-            for name, codes, scale, zero in zip(names, *(torch.split(all_rows, rows) for all_rows in (made.codes, made.scales.scale, made.scales.zero)), strict=True):
+            for name, codes, scale, zero in zip(
+                names,
+                *(torch.split(all_rows, rows) for all_rows in (made.codes, made.scales.scale, made.scales.zero)),
+                strict=True,
+            ):
                 found[name] = Whole(codes, Scales(scale, zero), wanted)
         return found
 
@@ -58,7 +77,10 @@ class Awq:
         """Look at all parts of a block as it is, then scale what they read; the block computes the same as before."""
         scales: list[tuple[Part, Tensor]] = []
         for part in passing.parts:
-            moments, weights = passing.moments(part, sizes=True), [layer_of(passing.block, name).weight for name in part.layers]
+            moments, weights = (
+                passing.moments(part, sizes=True),
+                [layer_of(passing.block, name).weight for name in part.layers],
+            )
             wanted = [grids(name) for name in part.layers]
             mean = _as_given(passing.block, part, moments.mean)
             if mean is not None and wanted[0] is not None and all(grid == wanted[0] for grid in wanted):
@@ -89,8 +111,26 @@ class Smooth:
             moments, weights = passing.moments(part), [layer_of(passing.block, name).weight for name in part.layers]
             wanted = [grids(name) for name in part.layers]
             most = _as_given(passing.block, part, moments.most, largest=True)
-            if most is not None and wanted[0] is not None and wanted[0].inputs and all(grid == wanted[0] for grid in wanted):
-                scales.append((part, smoothing(weights, moments.sample, most, wanted[0], wanted[0].inputs, self.powers, functools.partial(_as_given, passing.block, part, largest=True))[0]))
+            if (
+                most is not None
+                and wanted[0] is not None
+                and wanted[0].inputs
+                and all(grid == wanted[0] for grid in wanted)
+            ):
+                scales.append(
+                    (
+                        part,
+                        smoothing(
+                            weights,
+                            moments.sample,
+                            most,
+                            wanted[0],
+                            wanted[0].inputs,
+                            self.powers,
+                            functools.partial(_as_given, passing.block, part, largest=True),
+                        )[0],
+                    )
+                )
         for part, scale in scales:
             scale_inputs(passing.block, part.layers, scale)
 
@@ -107,7 +147,9 @@ class Smooth:
 
 
 def _as_given(block: Any, part: Part, known: Tensor, *, largest: bool = False) -> Tensor | None:
-    """What is known of each column of a part's inputs, its mean (or its largest) for columns that can only be scaled together; None where nothing before can be scaled."""
+    """What is known of each column of a part's inputs, its mean (or its largest) for columns that can only be scaled
+    together; None where nothing before can be scaled.
+    """
     if part.layers[0] == "feed_forward.down":
         return known if block.feed_forward.gate is not None else None  # without a gate a bend stands between them
     if part.layers[0] != "attention.out":
@@ -121,7 +163,9 @@ def _as_given(block: Any, part: Part, known: Tensor, *, largest: bool = False) -
 
 
 def scale_inputs(block: Any, layers: Sequence[str], scale: Tensor) -> None:
-    """Columns of layers times `scale` [columns], and what makes their inputs divided by it, so that nothing else changes."""
+    """Columns of layers times `scale` [columns], and what makes their inputs divided by it, so that nothing else
+    changes.
+    """
     for name in layers:
         layer_of(block, name).weight.mul_(scale)
     if layers[0] == "feed_forward.down":

@@ -1,6 +1,9 @@
-"""GPTQ's solver: a matrix rounded column by column, each error made up for by the columns that are still to come. Pure tensor functions.
+"""GPTQ's solver: a matrix rounded column by column, each error made up for by the columns that are still to come.
 
-Frantar et al. 2022 (arXiv:2210.17323), algorithm 1; the order by activations and scales that are known beforehand are those of its reference implementation. Knows no model.
+Pure tensor functions.
+
+Frantar et al. 2022 (arXiv:2210.17323), algorithm 1; the order by activations and scales that are known beforehand are
+those of its reference implementation. Knows no model.
 """
 
 from __future__ import annotations
@@ -19,11 +22,22 @@ LAZY = 128  # columns whose errors are passed on at once
 NEAR = 16  # of these, columns whose errors are passed on one by one
 
 
-def solve(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01, by_activation: bool = False, search: bool = True) -> Whole:
-    """Round a matrix [rows, columns] so that x W' changes little for inputs x of the second moments `hessian` [columns, columns].
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    *,
+    damping: float = 0.01,
+    by_activation: bool = False,
+    search: bool = True,
+) -> Whole:
+    """Round a matrix [rows, columns] so that x W' changes little for inputs x of the second moments `hessian` [columns,
+    columns].
 
-    damping: share of the mean moment that is added to all. by_activation: columns of large moments first; scales are then those of the weights as they were, so that groups stay whole.
-    search: scales by which a group's part of the outputs changes least when it is rounded to the nearest; else by largest and smallest weight, of each group as it is when its turn comes.
+    damping: share of the mean moment that is added to all. by_activation: columns of large moments first; scales are
+    then those of the weights as they were, so that groups stay whole.
+    search: scales by which a group's part of the outputs changes least when it is rounded to the nearest; else by
+    largest and smallest weight, of each group as it is when its turn comes.
     Errors: ModelError for weights or moments that are no numbers.
     """
     if not (isfinite(float(weight.sum(dtype=torch.float64))) and isfinite(float(hessian.sum(dtype=torch.float64)))):
@@ -49,9 +63,11 @@ def solve(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01,
 
 
 def inverse_root(moments: Tensor, own: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
-    """The upper Cholesky factor, fp32, of the inverse of a matrix of second moments, which is damped until it has one: the inverse of R where the damped moments are R R', R upper triangular.
+    """The upper Cholesky factor, fp32, of the inverse of a matrix of second moments, which is damped until it has one:
+    the inverse of R where the damped moments are R R', R upper triangular.
 
-    own: what stands on the diagonal, in `order` of columns; the moments are in the order of weights. R is found in fp64; that it is inverted in fp32 costs as much as the last bit of what is returned.
+    own: what stands on the diagonal, in `order` of columns; the moments are in the order of weights. R is found in
+    fp64; that it is inverted in fp32 costs as much as the last bit of what is returned.
     """
     back = (torch.arange(len(own)) if order is None else order).flip(0)
     share = damping
@@ -64,37 +80,62 @@ def inverse_root(moments: Tensor, own: Tensor, damping: float, order: Tensor | N
             if isfinite(float(upper.sum())):
                 return upper
         share = max(share * 10, 1e-4)
-    raise ModelError(f"the moments of its inputs cannot be inverted, though {share:g} of their mean was added; give more calibration text")
+    raise ModelError(
+        f"the moments of its inputs cannot be inverted, though {share:g} of their mean was added; give more calibration"
+        " text"
+    )
 
 
 def inverse_of_upper(matrix: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix [count, count], by halves: a third of the work of solving for all columns of the identity."""
+    """The inverse of an upper triangular matrix [count, count], by halves: a third of the work of solving for all
+    columns of the identity.
+    """
     count = len(matrix)
     if count <= 96:
-        made: Tensor = torch.linalg.solve_triangular(matrix, torch.eye(count, dtype=matrix.dtype, device=matrix.device), upper=True)
+        made: Tensor = torch.linalg.solve_triangular(
+            matrix, torch.eye(count, dtype=matrix.dtype, device=matrix.device), upper=True
+        )
         return made
     half = count // 2
     whole = torch.zeros_like(matrix)
-    whole[:half, :half], whole[half:, half:] = inverse_of_upper(matrix[:half, :half]), inverse_of_upper(matrix[half:, half:])
+    whole[:half, :half], whole[half:, half:] = (
+        inverse_of_upper(matrix[:half, :half]),
+        inverse_of_upper(matrix[half:, half:]),
+    )
     whole[:half, half:] = -(whole[:half, :half] @ matrix[:half, half:] @ whole[half:, half:])
     return whole
 
 
-def _columns(rest: Tensor, upper: Tensor, grid: Grid, size: int, known: Scales | None, order: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _columns(
+    rest: Tensor, upper: Tensor, grid: Grid, size: int, known: Scales | None, order: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scales, zero points), columns in their order of work."""
     columns, rows = rest.shape[1], len(rest)
     turned = rest.T.contiguous()  # a column is a row here, so that it is one piece
     codes = torch.empty(columns, rows)
     groups = 1 if grid.group == -1 else columns // size
-    scale, zero = (known.scale.T.contiguous(), known.zero.T.contiguous()) if known is not None else (torch.empty(groups, rows), torch.empty(groups, rows))
+    scale, zero = (
+        (known.scale.T.contiguous(), known.zero.T.contiguous())
+        if known is not None
+        else (torch.empty(groups, rows), torch.empty(groups, rows))
+    )
     wide = LAZY if known is not None else max(size, LAZY // size * size)
-    of = (torch.arange(columns) if order is None else order) // size if grid.group != -1 else torch.zeros(columns, dtype=torch.long)
+    of = (
+        (torch.arange(columns) if order is None else order) // size
+        if grid.group != -1
+        else torch.zeros(columns, dtype=torch.long)
+    )
     numbers, scales, zeros = of.tolist(), scale.numpy(), zero.numpy()
     for start in range(0, columns, wide):
         end = min(start + wide, columns)
         part, errors = turned[start:end], torch.empty(end - start, rows)
         corner = upper[start:end, start:end].contiguous()
-        every, lost, done, pivots = part.numpy(), errors.numpy(), codes[start:end].numpy(), corner.diagonal().tolist()  # the same memory: on so few numbers a step of numpy is many times shorter
+        every, lost, done, pivots = (
+            part.numpy(),
+            errors.numpy(),
+            codes[start:end].numpy(),
+            corner.diagonal().tolist(),
+        )  # the same memory: on so few numbers a step of numpy is many times shorter
         for i in range(end - start):
             column = start + i
             if known is None and column % size == 0:

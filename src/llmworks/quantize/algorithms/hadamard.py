@@ -1,6 +1,9 @@
-"""Hadamard matrices: orthogonal, all entries of one size, so that what they turn has no large columns. Pure tensor functions.
+"""Hadamard matrices: orthogonal, all entries of one size, so that what they turn has no large columns.
 
-Orders are 2^k times an order of Paley's construction (1933): q + 1 for primes q of 3 modulo 4, 2 (q + 1) for those of 1 modulo 4; 576 is 16 x 36. Random signs as in QuaRot (Ashkboos et al. 2024, arXiv:2404.00456).
+Pure tensor functions.
+
+Orders are 2^k times an order of Paley's construction (1933): q + 1 for primes q of 3 modulo 4, 2 (q + 1) for those of 1
+modulo 4; 576 is 16 x 36. Random signs as in QuaRot (Ashkboos et al. 2024, arXiv:2404.00456).
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ def _paley(order: int) -> Tensor | None:
         even = torch.zeros(half, half, dtype=torch.float64)
         even[0, 1:], even[1:, 0], even[1:, 1:] = 1, 1, _residues(half - 1)
         one = torch.eye(half, dtype=torch.float64)
-        return torch.kron(even, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)) + torch.kron(one, torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64))
+        return torch.kron(even, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)) + torch.kron(
+            one, torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+        )
     return None
 
 
@@ -61,6 +66,12 @@ def _residues(q: int) -> Tensor:
 
 def rotation(order: int, seed: int) -> Tensor:
     """An orthogonal matrix [order, order], fp64: a Hadamard matrix over its root, its rows with random signs."""
-    signs = torch.randint(0, 2, (order, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.int64).to(torch.float64) * 2 - 1
+    signs = (
+        torch.randint(0, 2, (order, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.int64).to(
+            torch.float64
+        )
+        * 2
+        - 1
+    )
     made: Tensor = signs * hadamard(order) / order**0.5
     return made

@@ -1,6 +1,10 @@
-"""Half-quadratic quantization: zero points that make the errors of weights sparse, with nothing known of what layers read. Pure tensor functions.
+"""Half-quadratic quantization: zero points that make the errors of weights sparse, with nothing known of what layers
+read.
 
-Badri and Shaji 2023 (mobiusml.github.io/hqq_blog): min over z of |W - s (round(W / s + z) - z)|_p with p below 1, solved in turns for the errors W_e and for z.
+Pure tensor functions.
+
+Badri and Shaji 2023 (mobiusml.github.io/hqq_blog): min over z of |W - s (round(W / s + z) - z)|_p with p below 1,
+solved in turns for the errors W_e and for z.
 """
 
 from __future__ import annotations
@@ -16,8 +20,19 @@ TURNS = 8  # of fitting scales and zero points to numbers, and numbers to these
 SHARES = (1.0, 0.92, 0.84)  # of a group's range, at which this is begun: a step finds only what is near
 
 
-def zeros(groups: Tensor, scales: Scales, grid: Grid, *, power: float = POWER, beta: float = 10.0, growth: float = 1.01, steps: int = 20) -> Scales:
-    """Real zero points for groups [rows, groups, size] under given scales, until the mean error of all falls no more (the reference's own stop)."""
+def zeros(
+    groups: Tensor,
+    scales: Scales,
+    grid: Grid,
+    *,
+    power: float = POWER,
+    beta: float = 10.0,
+    growth: float = 1.01,
+    steps: int = 20,
+) -> Scales:
+    """Real zero points for groups [rows, groups, size] under given scales, until the mean error of all falls no more
+    (the reference's own stop).
+    """
     best, least = scales, float("inf")
     now = scales
     for _ in range(steps):
@@ -36,7 +51,9 @@ def zeros(groups: Tensor, scales: Scales, grid: Grid, *, power: float = POWER, b
 
 
 def refined(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
-    """Scales and zero points by least squares for the numbers that weights are rounded to, and again, for groups whose squared error falls by it (the reference leaves scales as they are)."""
+    """Scales and zero points by least squares for the numbers that weights are rounded to, and again, for groups whose
+    squared error falls by it (the reference leaves scales as they are).
+    """
     least = _lost(groups, scales, grid)
     mean = groups.mean(-1, keepdim=True)
     for _ in range(TURNS):
@@ -56,9 +73,11 @@ def refined(groups: Tensor, scales: Scales, grid: Grid) -> Scales:
 
 
 def solve(weight: Tensor, grid: Grid) -> Whole:
-    """Round a matrix [rows, columns] by half-quadratic zero points, refined; or by what smaller ranges are refined to: of each group the one of least squared error.
+    """Round a matrix [rows, columns] by half-quadratic zero points, refined; or by what smaller ranges are refined to:
+    of each group the one of least squared error.
 
-    All are begun at whole zero points, as the reference does with 4 bits: 0 is then nearly a number, about which most weights are. They are rounded to the format they are kept in before weights are rounded by them.
+    All are begun at whole zero points, as the reference does with 4 bits: 0 is then nearly a number, about which most
+    weights are. They are rounded to the format they are kept in before weights are rounded by them.
     ModelError for weights that are no numbers.
     """
     if not torch.isfinite(weight).all():
@@ -74,7 +93,12 @@ def solve(weight: Tensor, grid: Grid) -> Whole:
         tried = refined(groups, begun, grid)
         found.append((tried, _lost(groups, tried, grid)))
     best = torch.stack([lost for _, lost in found]).argmin(0)[None]
-    scales = Scales(*(torch.stack(kind).gather(0, best)[0] for kind in ([one.scale for one, _ in found], [one.zero for one, _ in found])))
+    scales = Scales(
+        *(
+            torch.stack(kind).gather(0, best)[0]
+            for kind in ([one.scale for one, _ in found], [one.zero for one, _ in found])
+        )
+    )
     return Whole(rounded(groups, scales, grid).reshape(weight.shape).to(torch.int8), scales, grid)
 
 

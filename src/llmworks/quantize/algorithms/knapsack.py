@@ -1,6 +1,7 @@
 """Bits for each part of a model within a budget: the smallest sum of what each costs. Pure functions.
 
-As EXL2 solves it over a table of measured errors (turboderp, exllamav2); here by marginal gains on each part's lower convex hull, which is within one step of the optimum of the relaxed problem (Shoham and Gersho 1988).
+As EXL2 solves it over a table of measured errors (turboderp, exllamav2); here by marginal gains on each part's lower
+convex hull, which is within one step of the optimum of the relaxed problem (Shoham and Gersho 1988).
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]],
     used = sum(size[0] for size in sizes)
     if used > budget:
         raise ValueError(f"the smallest choices take {used:g}, {budget:g} are there")
-    steps = sorted((step for part, (cost, size) in enumerate(zip(costs, sizes, strict=True)) for step in hull(part, cost, size)), key=lambda step: -step[0])
+    steps = sorted(
+        (step for part, (cost, size) in enumerate(zip(costs, sizes, strict=True)) for step in hull(part, cost, size)),
+        key=lambda step: -step[0],
+    )
     stopped: set[int] = set()
     for _, part, choice in steps:  # a part's own steps come in their order, since gains fall along its hull
         more = sizes[part][choice] - sizes[part][chosen[part]]
@@ -33,7 +37,9 @@ def hull(part: int, cost: Sequence[float], size: Sequence[float]) -> list[tuple[
     """(gain for each unit of size, part, choice) of the steps along the lower convex hull, gains falling."""
     corners = [0]
     for choice in range(1, len(cost)):
-        while len(corners) > 1 and _gain(cost, size, corners[-2], corners[-1]) <= _gain(cost, size, corners[-2], choice):
+        while len(corners) > 1 and _gain(cost, size, corners[-2], corners[-1]) <= _gain(
+            cost, size, corners[-2], choice
+        ):
             corners.pop()
         if cost[choice] < cost[corners[-1]]:
             corners.append(choice)

@@ -1,4 +1,8 @@
-"""A model's states turned, block by block: norms folded into what reads them, one rotation into all that reads and writes the state, another into values and what reads them. See `rotate.py`."""
+"""A model's states turned, block by block: norms folded into what reads them, one rotation into all that reads and
+writes the state, another into values and what reads them.
+
+See `rotate.py`.
+"""
 
 from __future__ import annotations
 
@@ -30,28 +34,53 @@ def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
     from safetensors.torch import save_file
 
     if model.format != "hf":
-        raise ModelError(f"{model.name}: a Hugging Face directory is rotated, this is {model.format}; convert it with the stage model.from_gguf")
+        raise ModelError(
+            f"{model.name}: a Hugging Face directory is rotated, this is {model.format}; convert it with the stage"
+            " model.from_gguf"
+        )
     source = Source(model.path)
     shape = source.shape
-    if shape.norm != "rms" or shape.norm_place == "post" or shape.position in ("learned", "sinusoidal") or shape.experts:
-        raise ModelError(f"{model.name}: cannot be rotated: its norms must only scale (RMSNorm, before each part), its positions be rotary, and its experts be none")
+    if (
+        shape.norm != "rms"
+        or shape.norm_place == "post"
+        or shape.position in ("learned", "sinusoidal")
+        or shape.experts
+    ):
+        raise ModelError(
+            f"{model.name}: cannot be rotated: its norms must only scale (RMSNorm, before each part), its positions be"
+            " rotary, and its experts be none"
+        )
     if shape.norm_place == "around":
-        raise ModelError(f"{model.name}: cannot be rotated: it norms what a block gives, too, before it is added to the state (as Gemma does), and those weights cannot be folded")
+        raise ModelError(
+            f"{model.name}: cannot be rotated: it norms what a block gives, too, before it is added to the state (as"
+            " Gemma does), and those weights cannot be folded"
+        )
     tokenizer = load_tokenizer(model.path)
-    golden = model.golden or record(tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0])
+    golden = model.golden or record(
+        tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0]
+    )
     turn = rotation(shape.width, ctx.seed)
     number = getattr(torch, config.dtype)
     files = []
     with torch.inference_mode(), ctx.progress.bar("rotate", shape.layers + 1, "blocks") as bar:
         for block in range(-1, shape.layers):
             tensors = {name: tensor.double() for name, tensor in source.ours(block).items()}
-            made = _outside(tensors, turn, shape) if block < 0 else _block(tensors, block, turn, shape, rotation(shape.per_head, ctx.seed + 1) if config.values else None)
+            made = (
+                _outside(tensors, turn, shape)
+                if block < 0
+                else _block(
+                    tensors, block, turn, shape, rotation(shape.per_head, ctx.seed + 1) if config.values else None
+                )
+            )
             files.append(ctx.scratch / f"{block + 1:05}.safetensors")
             named = {name: tensor.to(torch.float32).to(number).contiguous() for name, tensor in made.items()}
             save_file(to_standard(named, source.kind) if source.kind else named, files[-1])
             bar.advance()
     join_files(files, ctx.out / "model.safetensors")
-    settings = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {"dtype": config.dtype, "tie_word_embeddings": False}
+    settings = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {
+        "dtype": config.dtype,
+        "tie_word_embeddings": False,
+    }
     if "shape" in settings:
         settings["shape"] = settings["shape"] | {"tied": False}
     (ctx.out / "config.json").write_text(json.dumps(settings, indent=2))
@@ -59,21 +88,43 @@ def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
     written = Source(ctx.out)
     texts = [list(one.ids) for one in golden.conversations]
     known = dict(zip(map(tuple, texts), logits_of(written, texts), strict=True))
-    gap = require(golden, tokenizer, stop_ids(ctx.out, tokenizer), lambda some: known[tuple(some)], mean_within=BOUND[config.dtype], step="quantize.rotate")
+    gap = require(
+        golden,
+        tokenizer,
+        stop_ids(ctx.out, tokenizer),
+        lambda some: known[tuple(some)],
+        mean_within=BOUND[config.dtype],
+        step="quantize.rotate",
+    )
     assert gap is not None
     before, after = (max(_largest(one, block) for block in range(shape.layers)) for one in (source, written))
-    metrics = {"golden_gap_mean": round(gap.mean, 6), "golden_same_greedy": round(gap.same_greedy, 5), "largest_before": round(before, 3), "largest": round(after, 3)}
+    metrics = {
+        "golden_gap_mean": round(gap.mean, 6),
+        "golden_same_greedy": round(gap.same_greedy, 5),
+        "largest_before": round(before, 3),
+        "largest": round(after, 3),
+    }
     ctx.report.title = f"{model.name} rotated"
-    ctx.report.lead = f"It computes the same, golden logits {gap.mean:.2g} away on average. The largest weight of a row is {before:.1f} times the row's root mean square before, {after:.1f} times after, at most."
+    ctx.report.lead = (
+        f"It computes the same, golden logits {gap.mean:.2g} away on average. The largest weight of a row is"
+        f" {before:.1f} times the row's root mean square before, {after:.1f} times after, at most."
+    )
     ctx.report.data = metrics
     ctx.progress.say(ctx.report.lead)
-    return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf", "dtype": config.dtype, "architecture": str(model.about.get("architecture", ""))})
+    return Model(
+        ctx.out,
+        golden=golden,
+        metrics=metrics,
+        about={"format": "hf", "dtype": config.dtype, "architecture": str(model.about.get("architecture", ""))},
+    )
 
 
 def _largest(source: Source, block: int) -> float:
     """The largest weight of a block over the root mean square of its row."""
     matrices = [tensor for tensor in source.ours(block).values() if tensor.ndim == 2]
-    return max(float((tensor.abs().amax(1) / tensor.square().mean(1).sqrt().clamp(min=1e-12)).max()) for tensor in matrices)
+    return max(
+        float((tensor.abs().amax(1) / tensor.square().mean(1).sqrt().clamp(min=1e-12)).max()) for tensor in matrices
+    )
 
 
 def _scale(tensors: dict[str, Tensor], name: str, shape: Any) -> Tensor:
@@ -87,14 +138,21 @@ def _scale(tensors: dict[str, Tensor], name: str, shape: Any) -> Tensor:
 def _outside(tensors: dict[str, Tensor], turn: Tensor, shape: Any) -> dict[str, Tensor]:
     """Embedding and head, which are no longer the same."""
     head = tensors.get("head.weight", tensors["decoder.embedding.weight"])
-    made = {"decoder.embedding.weight": tensors["decoder.embedding.weight"] @ turn, "head.weight": head * _scale(tensors, "decoder.norm.weight", shape) @ turn, "decoder.norm.weight": tensors["decoder.norm.weight"]}
+    made = {
+        "decoder.embedding.weight": tensors["decoder.embedding.weight"] @ turn,
+        "head.weight": head * _scale(tensors, "decoder.norm.weight", shape) @ turn,
+        "decoder.norm.weight": tensors["decoder.norm.weight"],
+    }
     return {**tensors, **made}
 
 
 def _block(tensors: dict[str, Tensor], block: int, turn: Tensor, shape: Any, heads: Tensor | None) -> dict[str, Tensor]:
     """One block: what reads the state, and what writes to it."""
     head = f"decoder.blocks.{block}."
-    for norm, layers in (("attention_norm", ("attention.query", "attention.key", "attention.value")), ("feed_forward_norm", ("feed_forward.gate", "feed_forward.up"))):
+    for norm, layers in (
+        ("attention_norm", ("attention.query", "attention.key", "attention.value")),
+        ("feed_forward_norm", ("feed_forward.gate", "feed_forward.up")),
+    ):
         scale = _scale(tensors, f"{head}{norm}.weight", shape)
         for layer in layers:
             if f"{head}{layer}.weight" in tensors:
@@ -108,6 +166,8 @@ def _block(tensors: dict[str, Tensor], block: int, turn: Tensor, shape: Any, hea
         value, out = tensors[f"{head}attention.value.weight"], tensors[f"{head}attention.out.weight"]
         tensors[f"{head}attention.value.weight"] = (heads.T @ value.view(-1, size, value.shape[1])).reshape(value.shape)
         if f"{head}attention.value.bias" in tensors:
-            tensors[f"{head}attention.value.bias"] = (tensors[f"{head}attention.value.bias"].view(-1, size) @ heads).flatten()
+            tensors[f"{head}attention.value.bias"] = (
+                tensors[f"{head}attention.value.bias"].view(-1, size) @ heads
+            ).flatten()
         tensors[f"{head}attention.out.weight"] = (out.view(len(out), -1, size) @ heads).reshape(out.shape)
     return tensors

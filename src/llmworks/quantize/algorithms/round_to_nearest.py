@@ -25,7 +25,11 @@ class Nearest:
     def part(self, passing: Passing, part: Part, grids: Callable[[str], Any]) -> dict[str, Any]:
         """The layers of a part."""
         wanted = {name: grids(name) for name in part.layers}
-        return {name: self.matrix_of(layer_of(passing.block, name).weight, grid) for name, grid in wanted.items() if grid is not None}
+        return {
+            name: self.matrix_of(layer_of(passing.block, name).weight, grid)
+            for name, grid in wanted.items()
+            if grid is not None
+        }
 
 
 def best_ranges(weight: Tensor, grid: Grid) -> Whole:

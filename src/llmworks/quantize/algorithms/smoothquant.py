@@ -1,6 +1,9 @@
-"""SmoothQuant: what is hard to round in a layer's inputs is moved into its weights, where it is easier. Pure tensor functions.
+"""SmoothQuant: what is hard to round in a layer's inputs is moved into its weights, where it is easier.
 
-Xiao et al. 2022 (arXiv:2211.10438), equation 4: s = max|x|^a / max|w|^(1 - a) for each column; here a is searched for each part of a block, on the error of its outputs.
+Pure tensor functions.
+
+Xiao et al. 2022 (arXiv:2211.10438), equation 4: s = max|x|^a / max|w|^(1 - a) for each column; here a is searched for
+each part of a block, on the error of its outputs.
 """
 
 from __future__ import annotations
@@ -17,10 +20,20 @@ from llmworks.quantize.algorithms.awq import nearest
 POWERS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def smoothing(weights: Sequence[Tensor], sample: Tensor, most: Tensor, grid: Grid, reading: Reading, powers: Sequence[float] = POWERS, shared: Callable[[Tensor], Tensor | None] = lambda columns: columns) -> tuple[Tensor, float, float, float]:
-    """(what inputs are divided by [columns], the power, the error without, the error with it) of layers [rows, columns] that read the same.
+def smoothing(
+    weights: Sequence[Tensor],
+    sample: Tensor,
+    most: Tensor,
+    grid: Grid,
+    reading: Reading,
+    powers: Sequence[float] = POWERS,
+    shared: Callable[[Tensor], Tensor | None] = lambda columns: columns,
+) -> tuple[Tensor, float, float, float]:
+    """(what inputs are divided by [columns], the power, the error without, the error with it) of layers [rows, columns]
+    that read the same.
 
-    sample: some inputs [tokens, columns]; most: the largest |x| of each column [columns]; `shared`: one number for columns that can only be scaled together. The power is 0 where no scaling does better.
+    sample: some inputs [tokens, columns]; most: the largest |x| of each column [columns]; `shared`: one number for
+    columns that can only be scaled together. The power is 0 where no scaling does better.
     """
     stacked = torch.cat(list(weights)).float()
     wanted = sample @ stacked.T
@@ -32,7 +45,9 @@ def smoothing(weights: Sequence[Tensor], sample: Tensor, most: Tensor, grid: Gri
     for power in powers:
         scale = most.clamp(min=1e-8) ** power / columns ** (1 - power)
         scale = (scale / scale.log().mean().exp()).clamp(1e-3, 1e3)
-        error = float((round_tokens(sample / scale, reading) @ nearest(stacked * scale, grid).T - wanted).square().sum())
+        error = float(
+            (round_tokens(sample / scale, reading) @ nearest(stacked * scale, grid).T - wanted).square().sum()
+        )
         if error < best[3]:
             best = (scale, power, first, error)
     return best

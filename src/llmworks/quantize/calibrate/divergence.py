@@ -28,4 +28,10 @@ class Damage:
         if not self.tokens:
             return {}
         before, after = (float(torch.tensor(loss / self.tokens).exp()) for loss in (self.before, self.after))
-        return {"kl": self.kl / self.guesses, "same_top": self.same / self.guesses, "perplexity_before": before, "perplexity": after, "held_tokens": self.tokens}
+        return {
+            "kl": self.kl / self.guesses,
+            "same_top": self.same / self.guesses,
+            "perplexity_before": before,
+            "perplexity": after,
+            "held_tokens": self.tokens,
+        }

@@ -1,4 +1,8 @@
-"""What is important to a GGUF file's quantizer: the mean square of each column that a matrix reads, on texts of what the model is for (llama.cpp's importance matrix). Knows no format."""
+"""What is important to a GGUF file's quantizer: the mean square of each column that a matrix reads, on texts of what
+the model is for (llama.cpp's importance matrix).
+
+Knows no format.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,11 @@ from llmworks.quantize.calibrate.layerwise import Walk
 
 
 def importance(source: Source, ids: Tensor, held: Tensor, ctx: Context) -> tuple[dict[str, Any], Walk]:
-    """(mean squares by the tensor's name in a GGUF file, numpy fp32 [columns]; the walk at its end, which has the states of the texts apart). Blocks are walked one by one; a killed walk goes on at its block."""
+    """(mean squares by the tensor's name in a GGUF file, numpy fp32 [columns]; the walk at its end, which has the
+    states of the texts apart).
+
+    Blocks are walked one by one; a killed walk goes on at its block.
+    """
     kept = ctx.scratch / "importance"
     kept.mkdir(exist_ok=True)
     with torch.inference_mode():

@@ -1,6 +1,8 @@
-"""A walk through a model, block by block: what its layers read, of the texts of a calibration, with what came before already as it will be.
+"""A walk through a model, block by block: what its layers read, of the texts of a calibration, with what came before
+already as it will be.
 
-In memory are one block and the states of the texts before and after it; they lie in files, so that a killed walk goes on at its block. Knows no method.
+In memory are one block and the states of the texts before and after it; they lie in files, so that a killed walk goes
+on at its block. Knows no method.
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ class Part:
 def parts_of(block: Block) -> tuple[Part, ...]:
     """What of a block is quantized, in the order in which it computes."""
     gate = ("feed_forward.gate",) if getattr(block.feed_forward, "gate", None) is not None else ()
-    return (Part(("attention.query", "attention.key", "attention.value")), Part(("attention.out",)), Part((*gate, "feed_forward.up")), Part(("feed_forward.down",)))
+    return (
+        Part(("attention.query", "attention.key", "attention.value")),
+        Part(("attention.out",)),
+        Part((*gate, "feed_forward.up")),
+        Part(("feed_forward.down",)),
+    )
 
 
 def layer_of(block: Block, name: str) -> nn.Linear:
@@ -45,7 +52,9 @@ def layer_of(block: Block, name: str) -> nn.Linear:
 
 
 class Moments:
-    """Sums over the inputs [tokens, columns] of some layers: x'x, |x| (if `sizes`), and the largest |x| of each column; and some of the inputs themselves."""
+    """Sums over the inputs [tokens, columns] of some layers: x'x, |x| (if `sizes`), and the largest |x| of each column;
+    and some of the inputs themselves.
+    """
 
     def __init__(self, columns: int, *, sizes: bool = False) -> None:
         self.square = torch.zeros(columns, columns, dtype=torch.float64)
@@ -85,11 +94,17 @@ class Moments:
 
 
 class Walk:
-    """ids: [texts, length] of the calibration; held: [texts, length] of texts apart, on which the walked model is compared with the model as it was. `folder`: where states are kept;
+    """ids: [texts, length] of the calibration; held: [texts, length] of texts apart, on which the walked model is
+    compared with the model as it was.
+
+    `folder`: where states are kept;
+
     `stored`: the number format of what is not quantized.
     """
 
-    def __init__(self, source: Source, ids: Tensor, held: Tensor, folder: Path, stored: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, source: Source, ids: Tensor, held: Tensor, folder: Path, stored: torch.dtype = torch.float32
+    ) -> None:
         self.source, self.ids, self.folder = source, ids, folder
         self.frame = source.frame()
         self.stack: Any = self.frame.decoder
@@ -138,7 +153,10 @@ class Walk:
         if not len(states):
             return states
         with self.source.only(self.stack, block) as stack:
-            found = [stack.through(some, self.positions(len(some))) for some in torch.split(states, max(1, CHUNK // self.length))]
+            found = [
+                stack.through(some, self.positions(len(some)))
+                for some in torch.split(states, max(1, CHUNK // self.length))
+            ]
         return torch.cat(found)
 
     def advanced(self, number: int, block: Block) -> None:
@@ -149,7 +167,11 @@ class Walk:
         (self.folder / "walk.pt.new").replace(self.folder / "walk.pt")
 
     def damage(self) -> dict[str, float]:
-        """How far the model as it is now is from what it was, on the texts apart: KL divergence in nats a token, share of tokens of the same best guess, perplexities. Both have the head as it is stored."""
+        """How far the model as it is now is from what it was, on the texts apart: KL divergence in nats a token, share
+        of tokens of the same best guess, perplexities.
+
+        Both have the head as it is stored.
+        """
         found = Damage()
         for ids, was, now in zip(self.held, self.as_was, self.as_is, strict=True):
             for some in torch.split(torch.arange(len(ids)), LOGITS):
@@ -171,7 +193,9 @@ class Passing:
         walk.as_was = walk.through(self.block, walk.as_was)
         if walk.count:
             self.before, self.after = walk.states(number), walk.states(number + 1)
-        self.apart: dict[str, float] = {}  # by the first layer of a part: how many times the largest column of its inputs is the median one
+        self.apart: dict[
+            str, float
+        ] = {}  # by the first layer of a part: how many times the largest column of its inputs is the median one
         self.middle: Tensor | None = None  # what the last matrix of attention, or of the feed-forward layer, reads
 
     def inputs(self, part: Part) -> Iterator[Tensor]:

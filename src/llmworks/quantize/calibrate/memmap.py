@@ -13,7 +13,11 @@ from torch import Tensor
 
 
 def mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
-    """A file's fp32 numbers [shape], shared: what is written is in the file. Its room on the disk is taken at once: a disk that fills later would kill the process, not raise. OSError when there is none."""
+    """A file's fp32 numbers [shape], shared: what is written is in the file.
+
+    Its room on the disk is taken at once: a disk that fills later would kill the process, not raise. OSError when there
+    is none.
+    """
     size = math.prod(shape)
     with file.open("ab") as out:
         if size and out.tell() < 4 * size:
@@ -22,7 +26,9 @@ def mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def release(*tensors: Tensor | None) -> None:
-    """Whole mapped tensors leave the process's memory; their numbers stay in the file, and are read again when they are asked for."""
+    """Whole mapped tensors leave the process's memory; their numbers stay in the file, and are read again when they are
+    asked for.
+    """
     with contextlib.suppress(OSError, AttributeError):
         advise = ctypes.CDLL(None).madvise
         for tensor in tensors:

@@ -1,7 +1,10 @@
-"""What a change of each matrix would do to a model's chances of tokens, without trying each: by gradients, walked block by block, back from the end.
+"""What a change of each matrix would do to a model's chances of tokens, without trying each: by gradients, walked block
+by block, back from the end.
 
-To second order the divergence of a model with W + D from that with W is half the mean of (g' D x)^2 over tokens, for what the matrix reads (x) and the gradient at what it gives (g) of the log-probability of tokens drawn from the model
-itself (the Fisher information: Amari 1998; for quantization Kim et al. 2023, arXiv:2306.07629, section 4). Effects of two tokens, or of two matrices, on one another are left out. Knows no method of rounding.
+To second order the divergence of a model with W + D from that with W is half the mean of (g' D x)^2 over tokens, for
+what the matrix reads (x) and the gradient at what it gives (g) of the log-probability of tokens drawn from the model
+itself (the Fisher information: Amari 1998; for quantization Kim et al. 2023, arXiv:2306.07629, section 4). Effects of
+two tokens, or of two matrices, on one another are left out. Knows no method of rounding.
 """
 
 from __future__ import annotations
@@ -23,11 +26,16 @@ from llmworks.quantize.calibrate.memmap import mapped
 
 KEPT = 4096  # tokens whose inputs and gradients are looked at; of more, every so manieth
 Seen = dict[str, list[tuple[Tensor, Tensor]]]  # by layer: inputs and gradients [tokens, columns]
-Tries = Callable[[str, Tensor], Sequence[Tensor]]  # (name of a layer in the directory, its weight) -> what it may become
+Tries = Callable[
+    [str, Tensor], Sequence[Tensor]
+]  # (name of a layer in the directory, its weight) -> what it may become
 
 
 def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, list[float]]:
-    """What each try of each layer would cost, in nats a token, by the layer's name in the directory. ids: [texts, length]. A killed run goes on at its block."""
+    """What each try of each layer would cost, in nats a token, by the layer's name in the directory.
+
+    ids: [texts, length]. A killed run goes on at its block.
+    """
     folder = ctx.scratch / "sensing"
     folder.mkdir(exist_ok=True)
     layers, count, length = source.shape.layers, *ids.shape
@@ -39,7 +47,9 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
         return mapped(folder / f"{name}.bin", (count, length, source.shape.width))
 
     mark = folder / "done.json"
-    done: dict[str, Any] = json.loads(mark.read_text()) if mark.exists() else {"forward": 0, "backward": layers, "costs": {}}
+    done: dict[str, Any] = (
+        json.loads(mark.read_text()) if mark.exists() else {"forward": 0, "backward": layers, "costs": {}}
+    )
     each = max(1, CHUNK // length)
     with torch.no_grad(), ctx.progress.bar("sense", 2 * layers, "blocks") as bar:
         bar.advance(done["forward"] + layers - done["backward"])
@@ -48,7 +58,9 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
         for number in range(done["forward"], layers):
             with source.only(stack, source.block(number)):
                 for some in torch.split(torch.arange(count), each):
-                    states(str(number + 1))[some] = stack.through(states(str(number))[some], places.expand(len(some), -1))
+                    states(str(number + 1))[some] = stack.through(
+                        states(str(number))[some], places.expand(len(some), -1)
+                    )
             done["forward"] = number + 1
             write_whole(mark, json.dumps(done))
             bar.advance()
@@ -60,7 +72,15 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
             stride = -(-ids.numel() // KEPT)
             with source.only(stack, block):
                 for some in torch.split(torch.arange(count), each):
-                    states(f"back-{number}")[some] = _back(block, states(str(number))[some].clone(), states(f"back-{number + 1}")[some].clone(), places.expand(len(some), -1), stack, seen, stride)
+                    states(f"back-{number}")[some] = _back(
+                        block,
+                        states(str(number))[some].clone(),
+                        states(f"back-{number + 1}")[some].clone(),
+                        places.expand(len(some), -1),
+                        stack,
+                        seen,
+                        stride,
+                    )
             done["costs"] |= _tried(source, block, number, seen, tries, stride)
             done["backward"] = number
             write_whole(mark, json.dumps(done))
@@ -85,7 +105,9 @@ def _at_the_end(frame: Any, states: Tensor, seed: int) -> Tensor:
 
 
 def _back(block: Block, state: Tensor, gradient: Tensor, places: Tensor, stack: Any, seen: Seen, stride: int) -> Tensor:
-    """The gradient before a block; every `stride`th token of what its layers read, and of the gradients at what they gave, is added to `seen`."""
+    """The gradient before a block; every `stride`th token of what its layers read, and of the gradients at what they
+    gave, is added to `seen`.
+    """
     hooks = []
     for part in parts_of(block):
         for name in part.layers:
@@ -112,5 +134,7 @@ def _tried(source: Source, block: Block, number: int, seen: Seen, tries: Tries, 
     for layer, pairs in seen.items():
         name, weight = source.rename(f"decoder.blocks.{number}.{layer}"), layer_of(block, layer).weight
         x, back = torch.cat([x for x, _ in pairs]), torch.cat([back for _, back in pairs])
-        found[name] = [stride * float(((x @ (tried - weight).T) * back).sum(1).square().sum()) for tried in tries(name, weight)]
+        found[name] = [
+            stride * float(((x @ (tried - weight).T) * back).sum(1).square().sum()) for tried in tries(name, weight)
+        ]
     return found

@@ -1,4 +1,8 @@
-"""Texts that show what a model's layers read: full rows of tokens of a data set, and others apart on which the damage is measured. Knows no method."""
+"""Texts that show what a model's layers read: full rows of tokens of a data set, and others apart on which the damage
+is measured.
+
+Knows no method.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,19 @@ from llmworks.data.conversations.training_rows import ids_of, training_rows
 
 
 def calibration(tokenizer: Any, data: Dataset, texts: int, held: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(ids of the calibration [texts, length], ids of other rows of the data [held, length]). Rows are joined in an order by the seed and cut; each begins as the tokenizer's texts do.
+    """(ids of the calibration [texts, length], ids of other rows of the data [held, length]).
+
+    Rows are joined in an order by the seed and cut; each begins as the tokenizer's texts do.
 
     Errors: DataError for data of too few tokens, which says how many texts there are.
     """
     rows = training_rows(data)
     random.Random(seed).shuffle(rows)
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id] else []
+    bos = (
+        [tokenizer.bos_token_id]
+        if tokenizer.bos_token_id is not None and list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
+        else []
+    )
     if not texts + held:
         return (torch.zeros(0, length, dtype=torch.long),) * 2
     joined = _texts(tokenizer, rows, length, bos)
@@ -31,7 +41,10 @@ def calibration(tokenizer: Any, data: Dataset, texts: int, held: int, length: in
         if len(found) == texts + held:
             break
     if len(found) < texts + held:
-        raise DataError(f"{data.name}: is {len(found)} texts of {length} tokens, {texts} to calibrate by and {held} apart are wanted; give more data, or set texts, held or length")
+        raise DataError(
+            f"{data.name}: is {len(found)} texts of {length} tokens, {texts} to calibrate by and {held} apart are"
+            " wanted; give more data, or set texts, held or length"
+        )
     ids = torch.tensor(found).view(len(found), length)
     return ids[held:], ids[:held]
 

@@ -1,6 +1,8 @@
 """A LoRA adapter as llama.cpp reads it, and the proof that it computes the same. See `adapter.py`.
 
-Names and metadata as of llama.cpp's convert_lora_to_gguf.py: of each layer `lora_a` [rank, in] and `lora_b` [out, rank], a layer adding alpha / rank times their product. Rows of queries' and keys' B are turned as those of their weights are.
+Names and metadata as of llama.cpp's convert_lora_to_gguf.py: of each layer `lora_a` [rank, in] and `lora_b` [out,
+rank], a layer adding alpha / rank times their product. Rows of queries' and keys' B are turned as those of their
+weights are.
 """
 
 from __future__ import annotations
@@ -35,20 +37,31 @@ WITHIN, BEST = 0.05, 16  # how far log-probabilities of the most probable tokens
 def run(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> Adapter:
     """See `adapter.adapter`."""
     if not require_base(adapter, model):
-        ctx.progress.say(f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name} is taken on trust")
+        ctx.progress.say(
+            f"warning: {adapter.name} does not say by a digest which model it was trained on; that it was {model.name}"
+            " is taken on trust"
+        )
     if model.format != "hf":
-        raise ModelError(f"{model.name}: give the Hugging Face directory that the adapter was trained on, not {model.format}")
+        raise ModelError(
+            f"{model.name}: give the Hugging Face directory that the adapter was trained on, not {model.format}"
+        )
     target = ctx.out / "adapter.gguf"
     layers = write_adapter(adapter.path, model.path, target, config.type)
     apart, same = compared(adapter.path, model, target, ctx.scratch)
     if apart > WITHIN:
-        raise GoldenMismatch(f"quantize.adapter: llama.cpp with {target.name} is {apart:.3f} nats away from the folded model on average (at most {WITHIN})")
+        raise GoldenMismatch(
+            f"quantize.adapter: llama.cpp with {target.name} is {apart:.3f} nats away from the folded model on average"
+            f" (at most {WITHIN})"
+        )
     for file in sorted(adapter.path.iterdir()):
         if file.is_file() and file.name != "manifest.json":
             shutil.copyfile(file, ctx.out / file.name)
     metrics = {"layers": layers, "bytes": target.stat().st_size, "gap": round(apart, 5), "same_greedy": round(same, 5)}
     ctx.report.title = f"{adapter.name} as GGUF"
-    ctx.report.lead = f"{layers} layers, {metrics['bytes'] / 1e6:,.1f} MB. On golden tokens llama.cpp with it is {apart:.4f} nats away from the folded model, its best guess the same for {same:.0%}."
+    ctx.report.lead = (
+        f"{layers} layers, {metrics['bytes'] / 1e6:,.1f} MB. On golden tokens llama.cpp with it is {apart:.4f} nats"
+        f" away from the folded model, its best guess the same for {same:.0%}."
+    )
     figures(ctx.report, metrics)
     ctx.progress.say(ctx.report.lead)
     return Adapter(ctx.out, golden=adapter.golden, metrics=metrics, about={**adapter.about, "gguf": config.type})
@@ -60,9 +73,14 @@ def write_adapter(source: Path, base: Path, target: Path, kind: str) -> int:
 
     config, (given, tensors) = read_config(base), read_adapter(source)
     if given.get("use_dora"):
-        raise ModelError(f"{source}: is a DoRA, whose lengths of rows llama.cpp has no place for; fold it (merge.adapter)")
+        raise ModelError(
+            f"{source}: is a DoRA, whose lengths of rows llama.cpp has no place for; fold it (merge.adapter)"
+        )
     if base_of(source):
-        raise ModelError(f"{source}: was trained on weights in 4 bits, which it corrects; fold it (merge.adapter), which takes them so")
+        raise ModelError(
+            f"{source}: was trained on weights in 4 bits, which it corrects; fold it (merge.adapter), which takes"
+            " them so"
+        )
     model_type = str(config["model_type"])
     heads, layout = int(config["num_attention_heads"]), LAYOUTS[model_type]
     kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -78,12 +96,19 @@ def write_adapter(source: Path, base: Path, target: Path, kind: str) -> int:
         place = to_gguf_name(f"{name}.weight", model_type)
         low, high = (tensors.get(f"{layer}.lora_{part}.weight") for part in "AB")
         if place is None or place == "token_embd.weight" or low is None or high is None:
-            raise ModelError(f"{source}: llama.cpp has no place for what the adapter does to {name}; fold it (merge.adapter)")
+            raise ModelError(
+                f"{source}: llama.cpp has no place for what the adapter does to {name}; fold it (merge.adapter)"
+            )
         a, b = low.float().numpy(), high.float().numpy()
-        b = b * (scale_of(given, name, len(a)) * len(a) / float(given["lora_alpha"]))  # llama.cpp knows one alpha for all, over the rank
+        b = b * (
+            scale_of(given, name, len(a)) * len(a) / float(given["lora_alpha"])
+        )  # llama.cpp knows one alpha for all, over the rank
         turned = heads_of(place, heads, kv_heads) if layout.interleaved else None
         writer.add_tensor(f"{place}.lora_a", np.ascontiguousarray(a.astype(number)))
-        writer.add_tensor(f"{place}.lora_b", np.ascontiguousarray((b if turned is None else interleave_rows(b, turned)).astype(number)))
+        writer.add_tensor(
+            f"{place}.lora_b",
+            np.ascontiguousarray((b if turned is None else interleave_rows(b, turned)).astype(number)),
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -92,7 +117,9 @@ def write_adapter(source: Path, base: Path, target: Path, kind: str) -> int:
 
 
 def compared(adapter: Path, model: Model, file: Path, scratch: Path) -> tuple[float, float]:
-    """(mean distance of the log-probabilities of the most probable next tokens, share of the same best guess) of llama.cpp with the file, and of the folded model, after each half of a golden conversation."""
+    """(mean distance of the log-probabilities of the most probable next tokens, share of the same best guess) of
+    llama.cpp with the file, and of the folded model, after each half of a golden conversation.
+    """
     base = scratch / "base.gguf"
     if not base.exists():
         write_gguf(model.path, scratch / "base.part", "f32", Progress(quiet=True))

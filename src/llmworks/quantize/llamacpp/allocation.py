@@ -1,4 +1,8 @@
-"""Number formats of a GGUF file's tensors by what each would cost the model, within the size that the file's type has by itself. Knows no file."""
+"""Number formats of a GGUF file's tensors by what each would cost the model, within the size that the file's type has
+by itself.
+
+Knows no file.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,10 @@ def kinds_of(row: int) -> list[str]:
 
 
 def table_of(source: Source, ids: Tensor, ctx: Context, importance: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """What each format would cost each matrix of the blocks, by its name in the file. ids: texts by which costs are found; importance: as of `importance.importance`, may be empty."""
+    """What each format would cost each matrix of the blocks, by its name in the file.
+
+    ids: texts by which costs are found; importance: as of `importance.importance`, may be empty.
+    """
     rows: dict[str, int] = {}
     for name, entry in source.shapes.items():
         rows[name.removesuffix(".weight")] = entry[-1]
@@ -37,11 +44,18 @@ def table_of(source: Source, ids: Tensor, ctx: Context, importance: Mapping[str,
         return [restored(weight, kind, importance.get(name)) for kind in kinds_of(weight.shape[1])]
 
     found = costs(source, ids, ctx, tries)
-    return {to_gguf_name(f"{layer}.weight") or layer: dict(zip(kinds_of(rows[layer]), cost, strict=True)) for layer, cost in found.items()}
+    return {
+        to_gguf_name(f"{layer}.weight") or layer: dict(zip(kinds_of(rows[layer]), cost, strict=True))
+        for layer, cost in found.items()
+    }
 
 
-def allocated(table: Table, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> tuple[dict[str, str], float]:
-    """(formats of the tensors of a table, that together are no larger than `types`; the divergence that is expected)."""
+def allocated(
+    table: Table, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]
+) -> tuple[dict[str, str], float]:
+    """(formats of the tensors of a table, that together are no larger than `types`; the divergence that is
+    expected).
+    """
     names, rows = list(table), []
     for name in names:
         best: dict[float, tuple[float, str]] = {}
@@ -50,8 +64,14 @@ def allocated(table: Table, shapes: Mapping[str, tuple[int, ...]], types: Mappin
             best[size] = min(best.get(size, (math.inf, "")), (cost, kind))
         rows.append([(size, *best[size]) for size in sorted(best)])
     budget = sum(math.prod(shapes[name]) * bits_of(types[name]) for name in names)
-    choices = allocate([[cost for _, cost, _ in row] for row in rows], [[size for size, _, _ in row] for row in rows], max(budget, sum(row[0][0] for row in rows)))
-    return {name: row[at][2] for name, row, at in zip(names, rows, choices, strict=True)}, sum(row[at][1] for row, at in zip(rows, choices, strict=True))
+    choices = allocate(
+        [[cost for _, cost, _ in row] for row in rows],
+        [[size for size, _, _ in row] for row in rows],
+        max(budget, sum(row[0][0] for row in rows)),
+    )
+    return {name: row[at][2] for name, row, at in zip(names, rows, choices, strict=True)}, sum(
+        row[at][1] for row, at in zip(rows, choices, strict=True)
+    )
 
 
 def restored(weight: Tensor, kind: str, importance: Any) -> Tensor:
@@ -59,4 +79,6 @@ def restored(weight: Tensor, kind: str, importance: Any) -> Tensor:
     from libgguf import GGMLQuantizationType, dequantize_rows
 
     made = encoded(weight.detach().numpy(), kind, importance)
-    return torch.from_numpy(made.astype("float32") if kind in ("F32", "F16") else dequantize_rows(made, GGMLQuantizationType[kind]))
+    return torch.from_numpy(
+        made.astype("float32") if kind in ("F32", "F16") else dequantize_rows(made, GGMLQuantizationType[kind])
+    )

@@ -21,10 +21,30 @@ def bound_of(kind: str) -> float:
 class GgufConfig(Config):
     """Which number formats, and what is looked at for them."""
 
-    type: FileType = Field("q8_0", description="type of the file, as llama.cpp names them: a mix of number formats of about so many bits a weight (q4_k_m, iq3_xs ...)")
-    tensors: dict[str, str] = Field({}, description='number formats of tensors by a pattern of their names, which go before the type\'s, as {"blk\\.0\\.": "q8_0"}')
-    importance: bool = Field(True, description="formats are told what is important, where `data` is given (llama.cpp's importance matrix)")
-    allocate: bool = Field(False, description="number formats by what each matrix would cost the model, within the size that the type has by itself; needs `data`")
+    type: FileType = Field(
+        "q8_0",
+        description=(
+            "type of the file, as llama.cpp names them: a mix of number formats of about so many bits a weight (q4_k_m,"
+            " iq3_xs ...)"
+        ),
+    )
+    tensors: dict[str, str] = Field(
+        {},
+        description=(
+            'number formats of tensors by a pattern of their names, which go before the type\'s, as {"blk\\.0\\.":'
+            ' "q8_0"}'
+        ),
+    )
+    importance: bool = Field(
+        True, description="formats are told what is important, where `data` is given (llama.cpp's importance matrix)"
+    )
+    allocate: bool = Field(
+        False,
+        description=(
+            "number formats by what each matrix would cost the model, within the size that the type has by itself;"
+            " needs `data`"
+        ),
+    )
     sensed: int = Field(8, gt=0, description="texts of `data` by which such costs are found")
     texts: int = Field(128, gt=0, description="texts of `data` that say what is important")
     held: int = Field(8, ge=0, description="other texts of `data`, on which model and file are compared")
@@ -40,15 +60,14 @@ class GgufConfig(Config):
     def _known(cls, tensors: dict[str, str]) -> dict[str, str]:
         for pattern, kind in tensors.items():
             if kind.upper() not in FORMATS:
-                raise ValueError(f"{pattern}: {kind!r} is no number format of a tensor; known: {', '.join(sorted(FORMATS)).lower()}")
+                raise ValueError(
+                    f"{pattern}: {kind!r} is no number format of a tensor; known: {', '.join(sorted(FORMATS)).lower()}"
+                )
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is no pattern ({error})") from None
         return tensors
-
-
-
 
 
 class SenseConfig(Config):
@@ -57,10 +76,6 @@ class SenseConfig(Config):
     texts: int = Field(128, gt=0, description="texts of `data` that say what is important")
     sensed: int = Field(8, ge=0, description="of these, texts by which costs of formats are found; 0: costs are not")
     length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
-
-
-
-
 
 
 class AdapterConfig(Config):

@@ -1,4 +1,7 @@
-"""A model's shape as a GGUF file's keys, architecture by architecture, as llama.cpp's converter writes them. Knows no tensor of weights and no tokenizer."""
+"""A model's shape as a GGUF file's keys, architecture by architecture, as llama.cpp's converter writes them.
+
+Knows no tensor of weights and no tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,30 @@ from llmworks.core.errors import ModelError
 from llmworks.model.io.gguf_layout import LAYOUTS
 from llmworks.tokenize.load import read_json
 
-NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size")
+NEEDED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "vocab_size",
+)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """`config.json`, checked to be of a layout that GGUF writing covers. ModelError in one line for what llama.cpp would compute in another way."""
+    """`config.json`, checked to be of a layout that GGUF writing covers.
+
+    ModelError in one line for what llama.cpp would compute in another way.
+    """
     config = read_json(path / "config.json")
     kind = config.get("model_type")
     names = config.get("architectures") or []
     if kind not in LAYOUTS or names != [LAYOUTS[kind].model]:
-        raise ModelError(f"{path}: architecture {', '.join(names) or kind} cannot be written as GGUF, only {', '.join(layout.model for layout in LAYOUTS.values())}")
+        raise ModelError(
+            f"{path}: architecture {', '.join(names) or kind} cannot be written as GGUF, only"
+            f" {', '.join(layout.model for layout in LAYOUTS.values())}"
+        )
     missing = [key for key in NEEDED if not isinstance(config.get(key), (int, float))]
     if missing:
         raise ModelError(f"{path}: config.json: {missing[0]!r} is missing, or no number")
@@ -42,9 +59,19 @@ def read_config(path: Path) -> dict[str, Any]:
     if kind in ("qwen2", "qwen3") and config.get("use_sliding_window"):
         raise ModelError(f"{path}: its sliding window has no place in this GGUF layout")
     if kind == "gemma3_text":
-        wanted = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])]
-        if (config.get("layer_types") or wanted) != wanted or config.get("sliding_window_pattern", 6) != 6 or config.get("query_pre_attn_scalar") != config.get("head_dim") or config.get("final_logit_softcapping"):
-            raise ModelError(f"{path}: llama.cpp computes a Gemma 3 whose every sixth layer sees all, whose query_pre_attn_scalar is its head_dim, without soft caps; this is another")
+        wanted = [
+            "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])
+        ]
+        if (
+            (config.get("layer_types") or wanted) != wanted
+            or config.get("sliding_window_pattern", 6) != 6
+            or config.get("query_pre_attn_scalar") != config.get("head_dim")
+            or config.get("final_logit_softcapping")
+        ):
+            raise ModelError(
+                f"{path}: llama.cpp computes a Gemma 3 whose every sixth layer sees all, whose query_pre_attn_scalar is"
+                " its head_dim, without soft caps; this is another"
+            )
     return config
 
 
@@ -58,17 +85,29 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def frequencies(config: Mapping[str, Any]) -> Any:
-    """What each rotary frequency is divided by, numpy fp32 [head width / 2], where positions are scaled as Llama 3's; else None."""
+    """What each rotary frequency is divided by, numpy fp32 [head width / 2], where positions are scaled as Llama 3's;
+    else None.
+    """
     rope = rope_of(config)
     if rope["rope_type"] != "llama3":
         return None
     width = _head_width(config)
-    low, high, old = float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), float(rope["original_max_position_embeddings"])
+    low, high, old = (
+        float(rope["low_freq_factor"]),
+        float(rope["high_freq_factor"]),
+        float(rope["original_max_position_embeddings"]),
+    )
     found = []
     for place in range(0, width, 2):
         length = 2 * math.pi * float(rope["rope_theta"]) ** (place / width)
         share = (old / length - low) / (high - low)
-        found.append(1.0 if length < old / high else float(rope["factor"]) if length > old / low else 1 / ((1 - share) / float(rope["factor"]) + share))
+        found.append(
+            1.0
+            if length < old / high
+            else float(rope["factor"])
+            if length > old / low
+            else 1 / ((1 - share) / float(rope["factor"]) + share)
+        )
     return np.array(found, dtype=np.float32)
 
 
@@ -78,7 +117,12 @@ def _head_width(config: Mapping[str, Any]) -> int:
 
 def add_hyperparameters(writer: Any, config: Mapping[str, Any]) -> None:
     """The keys of the architecture."""
-    kind, heads, width, rope = config["model_type"], int(config["num_attention_heads"]), _head_width(config), rope_of(config)
+    kind, heads, width, rope = (
+        config["model_type"],
+        int(config["num_attention_heads"]),
+        _head_width(config),
+        rope_of(config),
+    )
     window = config.get("sliding_window")
     context = int(config["max_position_embeddings"])
     if kind == "mistral" and window:
@@ -96,7 +140,11 @@ def add_hyperparameters(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(float(rope["factor"]))
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
-        for key, add in (("attention_factor", writer.add_rope_scaling_yarn_attn_factor), ("beta_fast", writer.add_rope_scaling_yarn_beta_fast), ("beta_slow", writer.add_rope_scaling_yarn_beta_slow)):
+        for key, add in (
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
             if rope.get(key) is not None:
                 add(float(rope[key]))
     writer.add_rope_freq_base(float(rope["rope_theta"]))
@@ -110,8 +158,16 @@ def add_hyperparameters(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_rope_dimension_count(width)
     if kind == "gemma3_text":
         local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
-        writer.add_float32("gemma3.rope.freq_base_swa", float(local.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0))
+        writer.add_float32(
+            "gemma3.rope.freq_base_swa", float(local.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0)
+        )
         writer.add_sliding_window(int(window or 0))
     if kind == "phi3":
-        writer.add_rope_scaling_orig_ctx_len(int(config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or context))
+        writer.add_rope_scaling_orig_ctx_len(
+            int(
+                config.get("original_max_position_embeddings")
+                or rope.get("original_max_position_embeddings")
+                or context
+            )
+        )
         writer.add_sliding_window(int(window or 0))

@@ -1,4 +1,8 @@
-"""From a Hugging Face directory to a GGUF file: what is important, the file, its golden tokens in llama.cpp, the damage, the page. See `gguf.py`."""
+"""From a Hugging Face directory to a GGUF file: what is important, the file, its golden tokens in llama.cpp, the
+damage, the page.
+
+See `gguf.py`.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +63,20 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
     given, expected = dict(config.tensors), None
     if config.allocate:
         if not table:
-            raise DataError("config.allocate needs the costs of formats, which `sense` has not: make it with sensed above 0")
+            raise DataError(
+                "config.allocate needs the costs of formats, which `sense` has not: make it with sensed above 0"
+            )
         tensors = Tensors(model.path, read_config(model.path))
-        kinds, expected = allocated(table, tensors.shapes, types_of(tensors.shapes, config.type, tensors.layout(seen is not None), config.tensors))
-        given |= {f"^{re.escape(name)}$": kind for name, kind in kinds.items() if not any(re.search(pattern, name) for pattern in config.tensors)}
+        kinds, expected = allocated(
+            table,
+            tensors.shapes,
+            types_of(tensors.shapes, config.type, tensors.layout(seen is not None), config.tensors),
+        )
+        given |= {
+            f"^{re.escape(name)}$": kind
+            for name, kind in kinds.items()
+            if not any(re.search(pattern, name) for pattern in config.tensors)
+        }
     target = ctx.out / "model.gguf"
     written = write_gguf(model.path, target, config.type, ctx.progress, seen, given)
     engine = LlamaCppEngine(target, name="model.gguf")
@@ -76,13 +90,41 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
     assert gap is not None
     size, weights = target.stat().st_size, sum(math.prod(shape) for shape in written.shapes.values())
     metrics: dict[str, Any] = {
-        **({} if expected is None else {"expected_kl": round(expected, 5)}), "bytes": size, "bits_a_weight": round(_bits(written), 4), "weights": weights, "fallen": len(written.fallen), **{name: round(value, 6) for name, value in damage.items()},
-        "golden_gap_mean": round(gap.mean, 5), "golden_gap_largest": round(gap.largest, 5), "golden_same_greedy": round(gap.same_greedy, 5),
-    }  # fmt: skip
-    said = f"as llama.cpp reads it, {config.type}" + (", formats by what each matrix bears" if config.allocate else "") + (", with an importance matrix." if seen is not None else ".")
-    write_card(ctx.out, model, said, form="gguf", method=config.type, bits=0, name=hub_name(model.name, "gguf", 0), metrics=metrics, data=data, file=gguf_name(model.name, config.type))
+        **({} if expected is None else {"expected_kl": round(expected, 5)}),
+        "bytes": size,
+        "bits_a_weight": round(_bits(written), 4),
+        "weights": weights,
+        "fallen": len(written.fallen),
+        **{name: round(value, 6) for name, value in damage.items()},
+        "golden_gap_mean": round(gap.mean, 5),
+        "golden_gap_largest": round(gap.largest, 5),
+        "golden_same_greedy": round(gap.same_greedy, 5),
+    }
+    said = (
+        f"as llama.cpp reads it, {config.type}"
+        + (", formats by what each matrix bears" if config.allocate else "")
+        + (", with an importance matrix." if seen is not None else ".")
+    )
+    write_card(
+        ctx.out,
+        model,
+        said,
+        form="gguf",
+        method=config.type,
+        bits=0,
+        name=hub_name(model.name, "gguf", 0),
+        metrics=metrics,
+        data=data,
+        file=gguf_name(model.name, config.type),
+    )
     _describe(ctx, model, config.type, written, metrics)
-    about = {"format": "gguf", "type": config.type, "importance": seen is not None, "allocated": config.allocate, **({"calibration": data.name} if data is not None else {})}
+    about = {
+        "format": "gguf",
+        "type": config.type,
+        "importance": seen is not None,
+        "allocated": config.allocate,
+        **({"calibration": data.name} if data is not None else {}),
+    }
     return Model(ctx.out, golden=golden, metrics=metrics, about=about)
 
 
@@ -120,10 +162,23 @@ def sense(config: SenseConfig, model: Model, ctx: Context, data: Dataset) -> Rep
     ctx.report.lead = f"What {len(found)} matrices read, on {ids.numel():,} tokens of {data.name}."
     ctx.report.data = {"model": model.digest, "metrics": {"tokens": ids.numel(), "tensors": len(found)}, "costs": table}
     if table:
-        rows = sorted(((name, *(f"{kind} {cost:.5f}" for kind, cost in kinds.items())) for name, kinds in table.items()), key=lambda row: -max(table[row[0]].values()))
-        ctx.report.lead += f" What each number format would cost each of {len(table)}, in nats a token, is below, the dearest first."
-        ctx.report.table("Costs", ("tensor", *[""] * max(len(row) - 1 for row in rows)), [(*row, *[""] * (max(map(len, rows)) - len(row))) for row in rows[:60]])
-    return Report(ctx.out, metrics={"tokens": ids.numel(), "tensors": len(found)}, about={"model": model.digest, "calibration": data.name})
+        rows = sorted(
+            ((name, *(f"{kind} {cost:.5f}" for kind, cost in kinds.items())) for name, kinds in table.items()),
+            key=lambda row: -max(table[row[0]].values()),
+        )
+        ctx.report.lead += (
+            f" What each number format would cost each of {len(table)}, in nats a token, is below, the dearest first."
+        )
+        ctx.report.table(
+            "Costs",
+            ("tensor", *[""] * max(len(row) - 1 for row in rows)),
+            [(*row, *[""] * (max(map(len, rows)) - len(row))) for row in rows[:60]],
+        )
+    return Report(
+        ctx.out,
+        metrics={"tokens": ids.numel(), "tensors": len(found)},
+        about={"model": model.digest, "calibration": data.name},
+    )
 
 
 def _bits(written: Written) -> float:
@@ -147,18 +202,31 @@ def _describe(ctx: Context, model: Model, kind: str, written: Written, metrics: 
     before = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
     report = ctx.report
     report.title = f"{model.name} as GGUF, {kind}"
-    report.lead = f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['bits_a_weight']:.2f} bits a weight."
+    report.lead = (
+        f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['bits_a_weight']:.2f} bits a weight."
+    )
     if written.fallen:
-        report.lead += f" {len(written.fallen)} of {len(written.types)} tensors have a neighbouring format, since {kind}'s blocks do not divide their rows."
+        report.lead += (
+            f" {len(written.fallen)} of {len(written.types)} tensors have a neighbouring format, since {kind}'s blocks"
+            " do not divide their rows."
+        )
     if "kl" in metrics:
         report.lead += (
-            f" In llama.cpp, on {metrics['held_tokens']:,.0f} tokens apart, it is {metrics['kl']:.4f} nats a token away from the model as it was; its best guess is the same for {metrics['same_top']:.1%} of them;"
-            f" perplexity {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
+            f" In llama.cpp, on {metrics['held_tokens']:,.0f} tokens apart, it is {metrics['kl']:.4f} nats a token away"
+            f" from the model as it was; its best guess is the same for {metrics['same_top']:.1%} of them; perplexity"
+            f" {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
         )
     report.data = {"metrics": dict(metrics), "types": written.types, "fallen": list(written.fallen)}
     figures(report, metrics)
     kinds: dict[str, list[str]] = {}
     for name, found in written.types.items():
         kinds.setdefault(found, []).append(name)
-    report.table("Number formats", ("format", "tensors", "weights", "as"), [(found, len(names), sum(math.prod(written.shapes[name]) for name in names), ", ".join(names[:3])) for found, names in sorted(kinds.items(), key=lambda one: -len(one[1]))])
+    report.table(
+        "Number formats",
+        ("format", "tensors", "weights", "as"),
+        [
+            (found, len(names), sum(math.prod(written.shapes[name]) for name in names), ", ".join(names[:3]))
+            for found, names in sorted(kinds.items(), key=lambda one: -len(one[1]))
+        ],
+    )
     ctx.progress.say(report.lead)

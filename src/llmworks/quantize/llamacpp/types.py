@@ -1,6 +1,10 @@
-"""Which number format each tensor of a GGUF file has, by the file's type: llama.cpp's mixes (`llama_tensor_get_type`), for dense models. Knows no weights.
+"""Which number format each tensor of a GGUF file has, by the file's type: llama.cpp's mixes (`llama_tensor_get_type`),
+for dense models.
 
-A file's type names the format of most matrices; those that a model bears least to lose have more bits. Rows that a format's blocks do not divide have a neighbouring one.
+Knows no weights.
+
+A file's type names the format of most matrices; those that a model bears least to lose have more bits. Rows that a
+format's blocks do not divide have a neighbouring one.
 """
 
 from __future__ import annotations
@@ -11,22 +15,94 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 FileType = Literal[
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",
-    "q2_k", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
-]  # fmt: skip
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q5_k_s",
+    "q5_1",
+    "q5_0",
+    "q4_k_m",
+    "q4_k_s",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
+    "iq4_xs",
+    "q3_k_l",
+    "q3_k_m",
+    "q3_k_s",
+    "iq3_m",
+    "iq3_s",
+    "iq3_xs",
+    "iq3_xxs",
+    "q2_k",
+    "q2_k_s",
+    "iq2_m",
+    "iq2_s",
+    "iq2_xs",
+    "iq2_xxs",
+    "iq1_m",
+    "iq1_s",
+]
 FILE_TYPES: tuple[str, ...] = get_args(FileType)
 PLAIN = ("F32", "F16", "BF16")
-FORMATS = (*PLAIN, "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")  # of a tensor
-BASE = {"iq3_xs": "IQ3_S", "iq3_m": "IQ3_S", "iq2_s": "IQ2_XS", "iq2_m": "IQ2_S"}  # of file types whose most common format has another name
-LARGE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")  # blocks of 256 weights, as K formats have
-FALLBACK = {**dict.fromkeys(LARGE, "IQ4_NL"), "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+FORMATS = (
+    *PLAIN,
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q5_1",
+    "Q5_0",
+    "Q4_K",
+    "Q4_1",
+    "Q4_0",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q3_K",
+    "IQ3_S",
+    "IQ3_XXS",
+    "Q2_K",
+    "IQ2_S",
+    "IQ2_XS",
+    "IQ2_XXS",
+    "IQ1_M",
+    "IQ1_S",
+)  # of a tensor
+BASE = {
+    "iq3_xs": "IQ3_S",
+    "iq3_m": "IQ3_S",
+    "iq2_s": "IQ2_XS",
+    "iq2_m": "IQ2_S",
+}  # of file types whose most common format has another name
+LARGE = (
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_XS",
+)  # blocks of 256 weights, as K formats have
+FALLBACK = {
+    **dict.fromkeys(LARGE, "IQ4_NL"),
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
 SEEING = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")  # cannot be without an importance matrix
 SMALL = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the mixes look at: `layers`; `shared`: heads of queries for each head of keys; `tied`: whether the embedding is the head; `importance`: whether there is an importance matrix."""
+    """What the mixes look at: `layers`; `shared`: heads of queries for each head of keys; `tied`: whether the embedding
+    is the head; `importance`: whether there is an importance matrix.
+    """
 
     layers: int
     shared: int
@@ -39,8 +115,13 @@ def base_of(kind: str) -> str:
     return BASE.get(kind) or re.sub(r"(?<=_K)_[SML]$", "", kind.upper())
 
 
-def types_of(shapes: Mapping[str, tuple[int, ...]], kind: str, layout: Layout, given: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Each tensor's format by its name. shapes: as numpy has them, rows last. given: formats of tensors by a pattern of their names, which go before."""
+def types_of(
+    shapes: Mapping[str, tuple[int, ...]], kind: str, layout: Layout, given: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Each tensor's format by its name.
+
+    shapes: as numpy has them, rows last. given: formats of tensors by a pattern of their names, which go before.
+    """
     return {name: _type_of(name, shape, kind, layout, given or {}) for name, shape in shapes.items()}
 
 
@@ -88,7 +169,15 @@ def _outside(name: str, row: int, kind: str, base: str, layout: Layout) -> str |
             return "Q5_K"
         return base if base == "Q8_0" else "Q6_K"
     if name == "token_embd.weight":
-        return {"iq2_xxs": "Q2_K", "iq2_xs": "Q2_K", "iq1_s": "Q2_K", "iq1_m": "Q2_K", "iq2_s": "IQ3_S", "iq2_m": "IQ3_S", "iq3_xxs": "IQ3_S"}.get(kind, base)
+        return {
+            "iq2_xxs": "Q2_K",
+            "iq2_xs": "Q2_K",
+            "iq1_s": "Q2_K",
+            "iq1_m": "Q2_K",
+            "iq2_s": "IQ3_S",
+            "iq2_m": "IQ3_S",
+            "iq3_xxs": "IQ3_S",
+        }.get(kind, base)
     return None
 
 
@@ -104,8 +193,16 @@ def _inside(name: str, kind: str, base: str, layout: Layout) -> str:
     early = layer < layers // 8
     if kind in SMALL:
         better = "IQ3_S" if kind in ("iq2_s", "iq2_m") else "Q2_K"
-        small = {"attn_v": "Q4_K" if layout.shared >= 4 else better, "attn_qkv": "Q4_K" if layout.shared >= 4 else better, "ffn_down": better if early else base}
-        return small.get(part) or ({"iq1_s": "IQ2_XXS", "iq1_m": "IQ2_XXS", "iq2_s": "IQ3_S", "iq2_m": "IQ3_S"}.get(kind, base) if part == "attn_output" else base)
+        small = {
+            "attn_v": "Q4_K" if layout.shared >= 4 else better,
+            "attn_qkv": "Q4_K" if layout.shared >= 4 else better,
+            "ffn_down": better if early else base,
+        }
+        return small.get(part) or (
+            {"iq1_s": "IQ2_XXS", "iq1_m": "IQ2_XXS", "iq2_s": "IQ3_S", "iq2_m": "IQ3_S"}.get(kind, base)
+            if part == "attn_output"
+            else base
+        )
     rules: dict[str, Any] = {"attn_v": _values, "attn_qkv": _values, "ffn_down": _down}
     if part in rules:
         made: str = rules[part](kind, base, layer, layout)
@@ -121,7 +218,13 @@ def _inside(name: str, kind: str, base: str, layout: Layout) -> str:
 
 def _values(kind: str, base: str, layer: int, layout: Layout) -> str:
     shared = layout.shared >= 4
-    known = {"q2_k": "Q4_K" if shared else "Q3_K", "iq3_xxs": "Q4_K" if shared else "IQ3_XXS" if layout.importance else "IQ3_S", "iq3_m": "Q4_K", "q3_k_m": "Q5_K" if layer < 2 else "Q4_K", "q3_k_l": "Q5_K"}
+    known = {
+        "q2_k": "Q4_K" if shared else "Q3_K",
+        "iq3_xxs": "Q4_K" if shared else "IQ3_XXS" if layout.importance else "IQ3_S",
+        "iq3_m": "Q4_K",
+        "q3_k_m": "Q5_K" if layer < 2 else "Q4_K",
+        "q3_k_l": "Q5_K",
+    }
     if kind in known:
         return known[kind]
     if shared and kind in ("q2_k_s", "iq3_xs", "iq3_s"):

@@ -1,6 +1,7 @@
 """A tokenizer as a GGUF file's keys: byte-level BPE with its merges, SentencePiece's with its scores. Knows no weights.
 
-SentencePiece's scores are not in `tokenizer.json`; what counts is their order, which is that of the merges: a token's score is minus the place of the first merge that makes it.
+SentencePiece's scores are not in `tokenizer.json`; what counts is their order, which is that of the merges: a token's
+score is minus the place of the first merge that makes it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ NEVER = -1e6  # score of a token that no merge makes
 
 
 def add_vocabulary(writer: Any, source: Path, config: dict[str, Any]) -> None:
-    """The `tokenizer.*` keys. Errors: ModelError for a tokenizer that llama.cpp has no name for, or that it would not follow to the token."""
+    """The `tokenizer.*` keys.
+
+    Errors: ModelError for a tokenizer that llama.cpp has no name for, or that it would not follow to the token.
+    """
     tokenizer = load_tokenizer(source)
     definition = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     model = definition["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"{source}: a {model['type']} tokenizer cannot be written as GGUF, only byte-level BPE and SentencePiece's BPE")
+        raise ModelError(
+            f"{source}: a {model['type']} tokenizer cannot be written as GGUF, only byte-level BPE and"
+            " SentencePiece's BPE"
+        )
     pieces = bool(model.get("byte_fallback"))
     size = int(config["vocab_size"])
     named = {*model["vocab"], *(added["content"] for added in definition["added_tokens"])}
-    tokens, types = [f"[PAD{i}]" if f"[PAD{i}]" not in named else f"[PAD{i}, no token]" for i in range(size)], [UNUSED] * size
+    tokens, types = (
+        [f"[PAD{i}]" if f"[PAD{i}]" not in named else f"[PAD{i}, no token]" for i in range(size)],
+        [UNUSED] * size,
+    )
     largest = max([*model["vocab"].values(), *(added["id"] for added in definition["added_tokens"])])
     if largest >= size:
         raise ModelError(f"{source}: its tokenizer has an id {largest}, its embedding {size} rows")
@@ -63,7 +73,11 @@ def _add_ids(writer: Any, source: Path, tokenizer: Any) -> None:
         raise ModelError(f"{source}: has {len(stops)} stop ids, GGUF keeps two (eos and eot)")
     if others:
         writer.add_eot_token_id(others[0])
-    for role, add in (("bos", writer.add_bos_token_id), ("unk", writer.add_unk_token_id), ("pad", writer.add_pad_token_id)):
+    for role, add in (
+        ("bos", writer.add_bos_token_id),
+        ("unk", writer.add_unk_token_id),
+        ("pad", writer.add_pad_token_id),
+    ):
         index = getattr(tokenizer, f"{role}_token_id")
         if index is not None:
             add(index)
@@ -78,11 +92,18 @@ def _prefixed(definition: dict[str, Any]) -> bool:
     """Whether a space is put before a text."""
     normal, pre = definition.get("normalizer") or {}, definition.get("pre_tokenizer") or {}
     parts = [normal, pre, *(normal.get("normalizers") or ()), *(pre.get("pretokenizers") or ())]
-    return any(part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never") for part in parts)
+    return any(
+        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in parts
+    )
 
 
 def scores_of(model: dict[str, Any], types: list[int], source: Path) -> list[float]:
-    """Scores by which llama.cpp joins pieces as the merges do. ModelError where it would not: merges that make one token have to follow one another, and no two pieces that make a token may be without a merge."""
+    """Scores by which llama.cpp joins pieces as the merges do.
+
+    ModelError where it would not: merges that make one token have to follow one another, and no two pieces that make a
+    token may be without a merge.
+    """
     pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     vocabulary = model["vocab"]
     first: dict[str, int] = {}
@@ -90,7 +111,10 @@ def scores_of(model: dict[str, Any], types: list[int], source: Path) -> list[flo
     for rank, (left, right) in enumerate(pairs):
         first.setdefault(left + right, rank)
         if last.get(left + right, rank - 1) != rank - 1:
-            raise ModelError(f"{source}: merges that make {left + right!r} do not follow one another, so that llama.cpp would tokenize in another way")
+            raise ModelError(
+                f"{source}: merges that make {left + right!r} do not follow one another, so that llama.cpp would"
+                " tokenize in another way"
+            )
         last[left + right] = rank
     known = set(pairs)
     made = [NEVER] * len(types)
@@ -98,22 +122,38 @@ def scores_of(model: dict[str, Any], types: list[int], source: Path) -> list[flo
         if token in first:
             made[index] = -float(first[token])
             for at in range(1, len(token)):
-                if token[:at] in vocabulary and token[at:] in vocabulary and (token[:at], token[at:]) not in known and all(types[vocabulary[part]] in (NORMAL, BYTE) for part in (token[:at], token[at:])):
-                    raise ModelError(f"{source}: {token[:at]!r} and {token[at:]!r} have no merge though {token!r} is a token, so that llama.cpp would tokenize in another way")
+                if (
+                    token[:at] in vocabulary
+                    and token[at:] in vocabulary
+                    and (token[:at], token[at:]) not in known
+                    and all(types[vocabulary[part]] in (NORMAL, BYTE) for part in (token[:at], token[at:]))
+                ):
+                    raise ModelError(
+                        f"{source}: {token[:at]!r} and {token[at:]!r} have no merge though {token!r} is a token, so"
+                        " that llama.cpp would tokenize in another way"
+                    )
     return made
 
 
 def pre_tokenizer_name(definition: dict[str, Any], source: Path) -> str:
-    """llama.cpp's name of the way texts are split: plain byte level is "gpt-2", digits apart "smollm", words by a pattern "qwen2" or "llama-bpe"."""
+    """llama.cpp's name of the way texts are split: plain byte level is "gpt-2", digits apart "smollm", words by a
+    pattern "qwen2" or "llama-bpe".
+    """
     pre = definition.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
-    shape = [(p.get("type"), p.get("individual_digits"), p.get("add_prefix_space"), p.get("use_regex", True)) for p in parts]
+    shape = [
+        (p.get("type"), p.get("individual_digits"), p.get("add_prefix_space"), p.get("use_regex", True)) for p in parts
+    ]
     byte_level = ("ByteLevel", None, False, True)
     if shape == [("Digits", True, None, True), byte_level]:
         return "smollm"
     if shape == [byte_level]:
         return "gpt-2"
-    pattern = (parts[0].get("pattern") or {}).get("Regex") if len(parts) == 2 and parts[0].get("type") == "Split" and shape[1][0] == "ByteLevel" else None
+    pattern = (
+        (parts[0].get("pattern") or {}).get("Regex")
+        if len(parts) == 2 and parts[0].get("type") == "Split" and shape[1][0] == "ByteLevel"
+        else None
+    )
     if pattern == QWEN_WORDS and (definition.get("normalizer") or {}).get("type") == "NFC":
         return "qwen2"
     if pattern == LLAMA_WORDS and definition["model"].get("ignore_merges"):

@@ -1,4 +1,7 @@
-"""Write a GGUF file from a Hugging Face directory: metadata, tokenizer, tensors. Layout as in llama.cpp's `convert_hf_to_gguf.py`."""
+"""Write a GGUF file from a Hugging Face directory: metadata, tokenizer, tensors.
+
+Layout as in llama.cpp's `convert_hf_to_gguf.py`.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,29 @@ from llmworks.quantize.llamacpp.vocabulary import add_vocabulary
 
 @dataclass(frozen=True)
 class Written:
-    """What became of each tensor: its shape and format, and those whose format is not that which the file's type would have for them."""
+    """What became of each tensor: its shape and format, and those whose format is not that which the file's type would
+    have for them.
+    """
 
     types: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     fallen: tuple[str, ...]
 
 
-def write_gguf(source: Path, target: Path, kind: str, progress: Progress, importance: Mapping[str, Any] | None = None, given: Mapping[str, str] | None = None) -> Written:
+def write_gguf(
+    source: Path,
+    target: Path,
+    kind: str,
+    progress: Progress,
+    importance: Mapping[str, Any] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> Written:
     """Write `target` from the Hugging Face directory `source`, one tensor in memory at a time.
 
-    kind: the file's type (see `gguf_types`); importance: mean squares of what a tensor reads, by its name, numpy fp32 [columns]; given: formats of tensors by a pattern of their names.
-    Errors: ModelError for an architecture or tokenizer that the layout does not cover, or a type that needs an importance matrix and has none.
+    kind: the file's type (see `gguf_types`); importance: mean squares of what a tensor reads, by its name, numpy fp32
+    [columns]; given: formats of tensors by a pattern of their names.
+    Errors: ModelError for an architecture or tokenizer that the layout does not cover, or a type that needs an
+    importance matrix and has none.
     """
     import gguf
 
@@ -44,9 +58,18 @@ def write_gguf(source: Path, target: Path, kind: str, progress: Progress, import
     layout = tensors.layout(importance is not None)
     types = types_of(tensors.shapes, kind, layout, given)
     wide = types_of({name: (*shape[:-1], 256) for name, shape in tensors.shapes.items()}, kind, layout, given)
-    blind = [name for name, found in types.items() if name not in ("token_embd.weight", "output.weight") and (found in SEEING or (kind == "q2_k_s" and found == "Q2_K")) and name not in (importance or {})]
+    blind = [
+        name
+        for name, found in types.items()
+        if name not in ("token_embd.weight", "output.weight")
+        and (found in SEEING or (kind == "q2_k_s" and found == "Q2_K"))
+        and name not in (importance or {})
+    ]
     if blind:
-        raise ModelError(f"{kind} needs an importance matrix: {blind[0]} would be {types[blind[0]]}; give `data`, texts of what the model is for")
+        raise ModelError(
+            f"{kind} needs an importance matrix: {blind[0]} would be {types[blind[0]]}; give `data`, texts of what the"
+            " model is for"
+        )
     writer = gguf.GGUFWriter(target, LAYOUTS[config["model_type"]].architecture)
     writer.add_file_type(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")))
     add_hyperparameters(writer, config)
@@ -56,7 +79,17 @@ def write_gguf(source: Path, target: Path, kind: str, progress: Progress, import
         number = gguf.GGMLQuantizationType[types[name]]
         size, each = gguf.GGML_QUANT_SIZES[number]
         count = math.prod(shape)
-        writer.add_tensor_info(name, gguf.quant_shape_to_byte_shape(shape, number) if number not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16) else shape, np.dtype({"F32": np.float32, "F16": np.float16}.get(types[name], np.uint8)), count // size * each, raw_dtype=number)
+        writer.add_tensor_info(
+            name,
+            (
+                gguf.quant_shape_to_byte_shape(shape, number)
+                if number not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+                else shape
+            ),
+            np.dtype({"F32": np.float32, "F16": np.float16}.get(types[name], np.uint8)),
+            count // size * each,
+            raw_dtype=number,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -81,7 +114,9 @@ def encoded(weight: Any, kind: str, importance: Any = None) -> Any:
         if half.isinf().any():
             raise ModelError("weights beyond 65504 have no place in f16; take bf16 or f32")
         return half.numpy()
-    return quantize_rows(weight, GGMLQuantizationType[kind], None if importance is None or kind == "Q8_0" else importance)
+    return quantize_rows(
+        weight, GGMLQuantizationType[kind], None if importance is None or kind == "Q8_0" else importance
+    )
 
 
 class Tensors:
@@ -105,11 +140,16 @@ class Tensors:
                     continue
                 if name == "lm_head.weight" and tied:
                     stored = Stored(source)
-                    check_tied(source, {"head.weight": stored[name], "decoder.embedding.weight": stored["model.embed_tokens.weight"]})
+                    check_tied(
+                        source,
+                        {"head.weight": stored[name], "decoder.embedding.weight": stored["model.embed_tokens.weight"]},
+                    )
                     continue
                 gguf_name = to_gguf_name(name, self.kind)
                 if gguf_name is None:
-                    raise ModelError(f"{source}: the tensor {name} has no place in a {self.layout_of.architecture} GGUF file")
+                    raise ModelError(
+                        f"{source}: the tensor {name} has no place in a {self.layout_of.architecture} GGUF file"
+                    )
                 self.places[gguf_name], self.shapes[gguf_name] = (file, name), tuple(entry["shape"])
 
         if self.factors is not None:
@@ -131,7 +171,10 @@ class Tensors:
         with opened as stored:
             weight = stored.get_tensor(name).to(torch.float32).numpy()
         if not np.isfinite(weight).all():
-            raise ModelError(f"{self.source}: {name} holds {int((~np.isfinite(weight)).sum())} values that are no numbers (NaN or infinite)")
+            raise ModelError(
+                f"{self.source}: {name} holds {int((~np.isfinite(weight)).sum())} values that are no numbers (NaN or"
+                " infinite)"
+            )
         if self.layout_of.from_zero and name.endswith("norm.weight"):
             weight = weight + 1
         interleaved = heads_of(name, self.heads, self.kv_heads) if self.layout_of.interleaved else None

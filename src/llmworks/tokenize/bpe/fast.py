@@ -1,6 +1,8 @@
-"""Encode much text fast: a byte-level BPE tokenizer's own merges run by tiktoken, most words looked up, with the same ids.
+"""Encode much text fast: a byte-level BPE tokenizer's own merges run by tiktoken, most words looked up, with the same
+ids.
 
-Works for tokenizers whose pre-tokenizer is byte-level with a pattern that is known; `bulk_encoder` checks ids on a probe before it is
+Works for tokenizers whose pre-tokenizer is byte-level with a pattern that is known; `bulk_encoder` checks ids on a
+probe before it is
 trusted, and gives None for all others, which are encoded by `tokenizers` itself.
 """
 
@@ -15,21 +17,33 @@ from typing import Any
 from llmworks.core.errors import MissingDependency
 
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-GPT2_DIGITS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""  # digits stand alone
-# The same for Python. A run that goes on beyond ASCII is taken whole, up to the next white space, where both patterns divide in any case.
-# The fifth and the last alternative match where that is not certain: before what may be a number, and other white space.
-_SPACE, _LETTERS = r"\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000", r"\xa1\xab\xbf-\u024f\u0400-\u0481\u2010-\u2027\u3041-\u30ff\u4e00-\u9fff"
+GPT2_DIGITS = (
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""  # digits stand alone
+)
+# The same for Python. A run that goes on beyond ASCII is taken whole, up to the next white space, where both patterns
+# divide in any case.
+# The fifth and the last alternative match where that is not certain: before what may be a number, and other white
+# space.
+_SPACE, _LETTERS = (
+    r"\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000",
+    r"\xa1\xab\xbf-\u024f\u0400-\u0481\u2010-\u2027\u3041-\u30ff\u4e00-\u9fff",
+)
 _WORDS = (
-    r" ?[A-Za-z]++(?![^\0-\x7f])|'(?:[stmd]|re|ve|ll)|{digits}| ?[\0-\x08\x0e-\x1f!-/:-@\[-`{{-\x7f]++(?![^\0-\x7f])|[\t-\r ]{{2,}}[^\0-\x7f{letters}]|{before}"
+    r" ?[A-Za-z]++(?![^\0-\x7f])|'(?:[stmd]|re|ve|ll)|{digits}|"
+    r" ?[\0-\x08\x0e-\x1f!-/:-@\[-`{{-\x7f]++(?![^\0-\x7f])|[\t-\r ]{{2,}}[^\0-\x7f{letters}]|{before}"
     r"[\t-\r ]+(?![^\t-\r {space}])| ?[^\t-\r {space}]+|[\t-\r ]+|[{space}]"
 )
 WORDS = {
     GPT2: re.compile(_WORDS.format(digits=r" ?[0-9]++(?![^\0-\x7f])", before="", letters=_LETTERS, space=_SPACE)),
-    GPT2_DIGITS: re.compile(_WORDS.format(digits="[0-9]", before=r"[\t-\r ]+(?=[0-9])|", letters=_LETTERS, space=_SPACE)),
+    GPT2_DIGITS: re.compile(
+        _WORDS.format(digits="[0-9]", before=r"[\t-\r ]+(?=[0-9])|", letters=_LETTERS, space=_SPACE)
+    ),
 }
 RUN = 5000
 _RUN = re.compile(rf"\s{{{RUN}}}")
-_NEW = re.compile("[\U00011de0-\U00011de9\U00016ff4-\U00016ff6\ud800-\udfff]")  # digits of Unicode 17, which tiktoken does not know, and what is no text
+_NEW = re.compile(
+    "[\U00011de0-\U00011de9\U00016ff4-\U00016ff6\ud800-\udfff]"
+)  # digits of Unicode 17, which tiktoken does not know, and what is no text
 PROBE = (
     "Hello world, it's 1234.5 tests!  Two  spaces\n\n\tindent = {'key': [1, 22, 333]}  \n they'll I'VE don't",
     "Grüße aus Köln – 日本語のテキスト мир ١٢٣ ½ ²  \u00a0x\u3000y 🙂👩‍💻 \r\n end ",
@@ -72,10 +86,13 @@ class _Words(dict[str, tuple[int, ...]]):
 class BulkEncoder:
     """Texts to ids without a beginning and an end, as the tokenizer that it was made from gives them.
 
-    `ids` are those of tiktoken's ranks, -1 for a byte without a token; `added` are the tokens that are found in any text.
+    `ids` are those of tiktoken's ranks, -1 for a byte without a token; `added` are the tokens that are found in any
+    text.
     """
 
-    def __init__(self, encoding: Any, ids: Sequence[int], tokenizer: Any, added: Sequence[str], words: re.Pattern[str] | None) -> None:
+    def __init__(
+        self, encoding: Any, ids: Sequence[int], tokenizer: Any, added: Sequence[str], words: re.Pattern[str] | None
+    ) -> None:
         self._encoding, self._ids, self._tokenizer = encoding, ids, tokenizer
         self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self._first = "".join(sorted({token[0] for token in added}))
@@ -130,16 +147,26 @@ class BulkEncoder:
 
 
 def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
-    """The fast form of a `tokenizers.Tokenizer`, or None when it is of another kind. MissingDependency without the extra `corpus`."""
+    """The fast form of a `tokenizers.Tokenizer`, or None when it is of another kind.
+
+    MissingDependency without the extra `corpus`.
+    """
     try:
         import tiktoken
     except ImportError:
-        raise MissingDependency("bulk encoding needs tiktoken; install it with: pip install 'llmworks[corpus]'") from None
+        raise MissingDependency(
+            "bulk encoding needs tiktoken; install it with: pip install 'llmworks[corpus]'"
+        ) from None
     state = json.loads(tokenizer.to_str())
     pattern = _pattern(state.get("pre_tokenizer"))
     model = state["model"]
     other = ("unk_token", "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if pattern is None or model.get("type") != "BPE" or any(model.get(name) for name in other) or any(state.get(name) for name in ("normalizer", "truncation", "padding")):
+    if (
+        pattern is None
+        or model.get("type") != "BPE"
+        or any(model.get(name) for name in other)
+        or any(state.get(name) for name in ("normalizer", "truncation", "padding"))
+    ):
         return None
     characters = byte_characters()
 
@@ -183,11 +210,18 @@ def _pattern(pre: Any) -> str | None:
     step = before[0]
     if step["type"] == "Digits" and step.get("individual_digits") and last.get("use_regex", True):
         return GPT2_DIGITS
-    if step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert") and not last.get("use_regex", True):
+    if (
+        step["type"] == "Split"
+        and step.get("behavior") == "Isolated"
+        and not step.get("invert")
+        and not last.get("use_regex", True)
+    ):
         found: str = step["pattern"].get("Regex") or ""
         if found in WORDS:
             return found
-        return rf"{found}|(?:(?!{found})[\s\S])+" if _least_width(found) else None  # what it leaves out between two finds is a piece too
+        return (
+            rf"{found}|(?:(?!{found})[\s\S])+" if _least_width(found) else None
+        )  # what it leaves out between two finds is a piece too
     return None
 
 
@@ -196,7 +230,9 @@ def _least_width(pattern: str) -> int:
     from re import _parser  # type: ignore[attr-defined]
 
     try:
-        return int(_parser.parse(re.sub(r"\\[pP](?:\{[^}]*\}|\w)", "a", pattern)).getwidth()[0])  # Python knows no \p{L}
+        return int(
+            _parser.parse(re.sub(r"\\[pP](?:\{[^}]*\}|\w)", "a", pattern)).getwidth()[0]
+        )  # Python knows no \p{L}
     except (re.error, OverflowError, RecursionError):
         return 0
 

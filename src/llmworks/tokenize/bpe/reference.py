@@ -1,6 +1,7 @@
 """Byte-pair encoding, whole and readable: join the two neighbours that stand together most often, again and again.
 
-Sennrich et al. 2016 (arXiv:1508.07909), over bytes as in GPT-2 (Radford et al. 2019). The reference that the fast library is tested against:
+Sennrich et al. 2016 (arXiv:1508.07909), over bytes as in GPT-2 (Radford et al. 2019). The reference that the fast
+library is tested against:
 the same merges and the same ids. Slow on purpose; knows no special tokens and no files.
 """
 
@@ -15,11 +16,15 @@ import regex
 from llmworks.tokenize.bpe.fast import GPT2, byte_characters
 
 Pair = tuple[int, int]
-ORDER = [byte for _, byte in sorted(byte_characters().items())]  # ids of bytes follow their printable characters, as GPT-2's do
+ORDER = [
+    byte for _, byte in sorted(byte_characters().items())
+]  # ids of bytes follow their printable characters, as GPT-2's do
 
 
 class BPE:
-    """Text to ids and back by a list of merges. Ids: `first` and on for the 256 bytes, then one for each merge that makes something new.
+    """Text to ids and back by a list of merges.
+
+    Ids: `first` and on for the 256 bytes, then one for each merge that makes something new.
 
     `pattern` divides text into words, and no token reaches over the end of a word.
     """
@@ -44,10 +49,16 @@ class BPE:
     def _divide(self, data: str | bytes) -> list[list[int]]:
         """Words as ids of bytes. Bytes that are no UTF-8 pass through as they are."""
         text = data.decode("utf-8", "surrogateescape") if isinstance(data, bytes) else data
-        return [[self._id_of[bytes([b])] for b in word.encode("utf-8", "surrogateescape")] for word in self._words.findall(text)]
+        return [
+            [self._id_of[bytes([b])] for b in word.encode("utf-8", "surrogateescape")]
+            for word in self._words.findall(text)
+        ]
 
     def train(self, texts: Iterable[str], size: int, *, least: int = 1) -> None:
-        """Learn merges until there are `size` ids, those before `first` too, or no pair stands `least` times. Of equally frequent pairs the one of smaller ids."""
+        """Learn merges until there are `size` ids, those before `first` too, or no pair stands `least` times.
+
+        Of equally frequent pairs the one of smaller ids.
+        """
         words = Counter(tuple(word) for text in texts for word in self._divide(text))
         spelled = [(list(word), count) for word, count in words.items()]
         counts: Counter[Pair] = Counter()
@@ -73,7 +84,9 @@ class BPE:
             counts = +counts  # those that are left
 
     def encode(self, data: str | bytes) -> list[int]:
-        """The ids of a text: in each word the pair that was learned first is joined, the leftmost of its kind, until none is left."""
+        """The ids of a text: in each word the pair that was learned first is joined, the leftmost of its kind, until
+        none is left.
+        """
         out: list[int] = []
         for ids in self._divide(data):
             while len(ids) > 1:

@@ -1,6 +1,8 @@
-"""The three ways in which a vocabulary is learned, each as the `tokenizers` library does it: how text is divided, what is learned, how it is put together again.
+"""The three ways in which a vocabulary is learned, each as the `tokenizers` library does it: how text is divided, what
+is learned, how it is put together again.
 
-`learn` runs one of them, `as_transformers` gives the result its control tokens and template. Knows no files and no data sets.
+`learn` runs one of them, `as_transformers` gives the result its control tokens and template. Knows no files and no data
+sets.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
 
     from llmworks.tokenize.bpe.config import TrainConfig
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPACE = "▁"  # what SentencePiece writes for a space
 NEVER = -1e5  # a score that no path takes
 LETTERS = 1000  # of an alphabet of WordPiece
@@ -30,34 +35,60 @@ def learn(config: TrainConfig, control: Sequence[str], texts: Callable[[], Itera
 
 
 def bpe(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Byte-pair encoding over bytes (Sennrich et al. 2016; Radford et al. 2019): every text has tokens, and is given back as it was."""
+    """Byte-pair encoding over bytes (Sennrich et al. 2016; Radford et al. 2019): every text has tokens, and is given
+    back as it was.
+    """
     made = Tokenizer(models.BPE())
     made.normalizer = normalizer(config.normalize)
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.pre_tokenizer = {
         "gpt2": whole,
         "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole]),
-        "llama-3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+        "llama-3": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
     }[config.divide]
     made.decoder = decoders.ByteLevel()
-    made.train_from_iterator(texts(), trainers.BpeTrainer(
-        vocab_size=config.vocabulary, min_frequency=config.least, special_tokens=added(control), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=config.longest, show_progress=False,
-    ))  # fmt: skip
+    made.train_from_iterator(
+        texts(),
+        trainers.BpeTrainer(
+            vocab_size=config.vocabulary,
+            min_frequency=config.least,
+            special_tokens=added(control),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            max_token_length=config.longest,
+            show_progress=False,
+        ),
+    )
     return made
 
 
 def unigram(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """A unigram language model over pieces (Kudo 2018, arXiv:1804.10959), bytes for characters that are no piece, as SentencePiece's byte fallback.
+    """A unigram language model over pieces (Kudo 2018, arXiv:1804.10959), bytes for characters that are no piece, as
+    SentencePiece's byte fallback.
 
     A text with "▁" in it comes back with a space there.
     """
     made = Tokenizer(models.Unigram())
     made.normalizer = normalizer(config.normalize)
     # lines end words too: without that what is between two spaces may be a page
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"[\r\n\t]+"), "isolated"), pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")])
-    made.train_from_iterator(texts(), trainers.UnigramTrainer(
-        vocab_size=config.vocabulary - len(BYTES), special_tokens=added(control), unk_token="<unk>", initial_alphabet=sorted("<0123456789ABCDEFx>"), max_piece_length=min(config.longest, 16), show_progress=False,
-    ))  # fmt: skip
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"[\r\n\t]+"), "isolated"), pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")]
+    )
+    made.train_from_iterator(
+        texts(),
+        trainers.UnigramTrainer(
+            vocab_size=config.vocabulary - len(BYTES),
+            special_tokens=added(control),
+            unk_token="<unk>",
+            initial_alphabet=sorted("<0123456789ABCDEFx>"),
+            max_piece_length=min(config.longest, 16),
+            show_progress=False,
+        ),
+    )
     state = json.loads(made.to_str())
     first, pieces = state["model"]["vocab"][: len(control)], settled(state["model"]["vocab"][len(control) :])
     # who writes "<0x41>" means these six characters, so their pieces must be better together
@@ -70,7 +101,8 @@ def unigram(config: TrainConfig, control: Sequence[str], texts: Callable[[], Ite
 def settled(vocab: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     """Pieces in an order, and with scores, that are the same in every run.
 
-    The library adds up in any order, so the last digits differ; and the letters that it keeps although they are no good pieces get scores in any order.
+    The library adds up in any order, so the last digits differ; and the letters that it keeps although they are no good
+    pieces get scores in any order.
     """
     pieces = sorted(((piece, round(score, 6)) for piece, score in vocab), key=lambda item: (-item[1], item[0]))
     tail = len(pieces)
@@ -81,23 +113,40 @@ def settled(vocab: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def wordpiece(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """WordPiece as BERT has it (Devlin et al. 2019, arXiv:1810.04805): words at white space and punctuation, the longest piece first, what has none is unknown."""
+    """WordPiece as BERT has it (Devlin et al. 2019, arXiv:1810.04805): words at white space and punctuation, the
+    longest piece first, what has none is unknown.
+    """
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     own = normalizers.BertNormalizer(lowercase=config.lowercase)
     made.normalizer = own if config.normalize == "none" else normalizers.Sequence([normalizer(config.normalize), own])
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
     letters = Counter(c for text in texts() for c in made.normalizer.normalize_str(text) if not c.isspace())
-    alphabet = [c for c, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[: min(LETTERS, (config.vocabulary - len(control)) // 4)]]
+    alphabet = [
+        c
+        for c, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[
+            : min(LETTERS, (config.vocabulary - len(control)) // 4)
+        ]
+    ]
     inside = [f"##{c}" for c in sorted(alphabet)]  # given ids beforehand, which the library else gives in any order
-    made.train_from_iterator(texts(), trainers.WordPieceTrainer(
-        vocab_size=config.vocabulary, min_frequency=config.least, special_tokens=[*added(control), *inside], initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False,
-    ))  # fmt: skip
+    made.train_from_iterator(
+        texts(),
+        trainers.WordPieceTrainer(
+            vocab_size=config.vocabulary,
+            min_frequency=config.least,
+            special_tokens=[*added(control), *inside],
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        ),
+    )
     state = json.loads(made.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in control]
     made = Tokenizer.from_str(json.dumps(state))
     made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
     return made
 
@@ -117,5 +166,7 @@ def as_transformers(made: Tokenizer, roles: Mapping[str, str], template: str) ->
     from transformers import PreTrainedTokenizerFast
 
     kind: Any = PreTrainedTokenizerFast
-    tokenizer: PreTrainedTokenizerFast = kind(tokenizer_object=made, chat_template=template or None, clean_up_tokenization_spaces=False, **roles)
+    tokenizer: PreTrainedTokenizerFast = kind(
+        tokenizer_object=made, chat_template=template or None, clean_up_tokenization_spaces=False, **roles
+    )
     return tokenizer

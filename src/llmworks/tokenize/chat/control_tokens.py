@@ -1,4 +1,7 @@
-"""Control tokens that stand in somebody's text: whoever writes `<|im_end|>` there ends a turn and speaks for others. Knows no template."""
+"""Control tokens that stand in somebody's text: whoever writes `<|im_end|>` there ends a turn and speaks for others.
+
+Knows no template.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ class ControlTokens:
 
     def of_turn(self, message: Message) -> list[str]:
         """Those in a turn's text and in its calls."""
-        calls = [text for call in message.tool_calls for text in (call.name, json.dumps(call.arguments, ensure_ascii=False))]
+        calls = [
+            text for call in message.tool_calls for text in (call.name, json.dumps(call.arguments, ensure_ascii=False))
+        ]
         return list(dict.fromkeys(token for text in (message.content, *calls) for token in self.within(text)))
 
     def of_tools(self, tools: Sequence[Json]) -> list[str]:

@@ -1,6 +1,8 @@
-"""Conversations to token ids with a loss mask, many of them: what `templates.render_masked` gives, faster where the template allows it.
+"""Conversations to token ids with a loss mask, many of them: what `templates.render_masked` gives, faster where the
+template allows it.
 
-A template that only writes the contents is not run for every conversation, and a tokenizer that `bulk` knows encodes only the contents.
+A template that only writes the contents is not run for every conversation, and a tokenizer that `bulk` knows encodes
+only the contents.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Filled:
 class ConversationEncoder:
     """Encodes conversations with a tokenizer's own template.
 
-    `fast` False always runs the template itself; `frozen` fixes the dates that some templates insert, so that a day later gives the same;
+    `fast` False always runs the template itself; `frozen` fixes the dates that some templates insert, so that a day
+    later gives the same;
     `strict` refuses control tokens in somebody's text.
     """
 
@@ -58,7 +61,10 @@ class ConversationEncoder:
         self._plans: dict[Pattern, list[Fixed | Filled] | None] = {}
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Ids, Mask]:
-        """(ids, mask). Tools are written into the text where the template would drop them. ModelError, RequestError as `render_masked`."""
+        """(ids, mask).
+
+        Tools are written into the text where the template would drop them. ModelError, RequestError as `render_masked`.
+        """
         if self._bulk is None or tools or any(m.tool_calls for m in messages):
             self._check(messages, tools)
         if tools or any(m.tool_calls for m in messages):
@@ -78,21 +84,31 @@ class ConversationEncoder:
     def encode_plain(self, roles: Sequence[str], contents: Sequence[str]) -> tuple[Ids, Mask]:
         """The same for turns that have a role, one of `types.ROLES`, and a content only, all answers learned."""
         if self._skeletons is not None:
-            pattern = tuple([(role, 1, content != "", bool(content.strip())) for role, content in zip(roles, contents, strict=True)])
+            pattern = tuple(
+                [(role, 1, content != "", bool(content.strip())) for role, content in zip(roles, contents, strict=True)]
+            )
             plan = self._plans.get(pattern)
             if plan is not None and self._bulk is not None and (done := self._filled(plan, contents)) is not None:
                 return done
         return self.encode([Message(role, content) for role, content in zip(roles, contents, strict=True)])
 
     def _check(self, messages: Sequence[Message], tools: Sequence[Json] = ()) -> None:
-        """RequestError for a control token where none may be. What `bulk` encodes holds no added token at all, so it needs no look."""
+        """RequestError for a control token where none may be.
+
+        What `bulk` encodes holds no added token at all, so it needs no look.
+        """
         if self._control is not None:
-            found = next((tokens for tokens in (self._control.of_tools(tools), *map(self._control.of_turn, messages)) if tokens), None)
+            found = next(
+                (tokens for tokens in (self._control.of_tools(tools), *map(self._control.of_turn, messages)) if tokens),
+                None,
+            )
             if found:
                 raise RequestError(f"a control token in the text ({found[0]})")
 
     def text(self, text: str) -> Ids:
-        """The ids of a document: none are added, and control tokens that stand in it are encoded as the text that they are."""
+        """The ids of a document: none are added, and control tokens that stand in it are encoded as the text that they
+        are.
+        """
         if self._bulk is not None and not self._bulk.holds_added(text):
             return self._bulk.encode_ordinary(text)
         return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -120,11 +136,15 @@ class ConversationEncoder:
         if pattern not in self._plans:
             assert self._skeletons is not None
             found = self._skeletons.of(pattern, lambda: messages)
-            self._plans[pattern] = None if found is None else [piece for text, learned in found for piece in self._divided(text, learned)]
+            self._plans[pattern] = (
+                None if found is None else [piece for text, learned in found for piece in self._divided(text, learned)]
+            )
         return self._plans[pattern]
 
     def _divided(self, text: str, learned: int) -> list[Fixed | Filled]:
-        """A segment divided at the special tokens that the template writes, which part what is encoded, if the tokenizer is known so well."""
+        """A segment divided at the special tokens that the template writes, which part what is encoded, if the
+        tokenizer is known so well.
+        """
         parts = self._apart.split(text) if self._apart and self._bulk else [text]
         found: list[Fixed | Filled] = []
         for part in filter(None, parts):
@@ -135,7 +155,14 @@ class ConversationEncoder:
                 text_turn_trim = HOLE.split(part)
                 pieces: list[str | tuple[int, Callable[[str], str]]] = []
                 for at in range(0, len(text_turn_trim), 3):
-                    pieces += [text_turn_trim[at], *([(int(text_turn_trim[at + 1]), TRIM[text_turn_trim[at + 2]])] if at + 1 < len(text_turn_trim) else [])]
+                    pieces += [
+                        text_turn_trim[at],
+                        *(
+                            [(int(text_turn_trim[at + 1]), TRIM[text_turn_trim[at + 2]])]
+                            if at + 1 < len(text_turn_trim)
+                            else []
+                        ),
+                    ]
                 found.append(Filled(tuple(p for p in pieces if p != ""), bytes([learned])))
         return found
 
@@ -149,12 +176,20 @@ def _bulk(tokenizer: Any) -> BulkEncoder | None:
 
 
 def _apart(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds added tokens that part a text whatever is beside them; None when some take white space in, or two could overlap."""
+    """Finds added tokens that part a text whatever is beside them; None when some take white space in, or two could
+    overlap.
+    """
     known = list(tokenizer.added_tokens_decoder.values())
     added = {str(t.content) for t in known}
     begins = {token[:end] for token in added for end in range(1, len(token))}
     overlap = any(token[start:] in begins for token in added for start in range(1, len(token)))
-    within = any(token[start:end] in added for token in added for start in range(len(token)) for end in range(start + 1, len(token) + 1) if end - start < len(token))
+    within = any(
+        token[start:end] in added
+        for token in added
+        for start in range(len(token))
+        for end in range(start + 1, len(token) + 1)
+        if end - start < len(token)
+    )
     if not added or overlap or within or any(t.lstrip or t.rstrip or t.single_word for t in known):
         return None
     return re.compile("(" + "|".join(map(re.escape, sorted(added))) + ")")

@@ -1,6 +1,8 @@
-"""Golden tokens: a handful of conversations whose ids, loss mask, stop ids and largest logits a model must replay after every step.
+"""Golden tokens: a handful of conversations whose ids, loss mask, stop ids and largest logits a model must replay after
+every step.
 
-Ids, mask and stop ids are compared exactly; logits within a bound that the step declares. Where logits come from is passed in, so
+Ids, mask and stop ids are compared exactly; logits within a bound that the step declares. Where logits come from is
+passed in, so
 that one record serves torch, llama.cpp and any other engine. Knows no model weights.
 """
 
@@ -21,23 +23,46 @@ POSITIONS = 4  # per conversation
 Logits = Callable[[Sequence[int]], Any]  # ids -> [len(ids), vocabulary], numpy
 
 _WEATHER: Json = {
-    "name": "get_weather", "description": "Current weather of a city.",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Name of the city"}, "unit": {"type": "string", "enum": ["C", "F"], "description": "Unit"}}, "required": ["city"]},
-}  # fmt: skip
+    "name": "get_weather",
+    "description": "Current weather of a city.",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "description": "Name of the city"},
+            "unit": {"type": "string", "enum": ["C", "F"], "description": "Unit"},
+        },
+        "required": ["city"],
+    },
+}
 
 CONVERSATIONS: tuple[tuple[tuple[Message, ...], tuple[Json, ...]], ...] = (
     ((Message("user", "What is the capital of France?"), Message("assistant", "The capital of France is Paris.")), ()),
-    ((Message("system", "You answer in one word."), Message("user", "Is water wet?"), Message("assistant", "Yes.")), ()),
+    (
+        (Message("system", "You answer in one word."), Message("user", "Is water wet?"), Message("assistant", "Yes.")),
+        (),
+    ),
     (
         (
-            Message("user", "Añade 1 y 2 — en Python, por favor. 12345"), Message("assistant", "```python\nprint(1 + 2)  # 3\n```"),
-            Message("user", "Danke! 谢谢 🙂\n\n  And in C?"), Message("assistant", 'printf("%d\\n", 1 + 2);'),
+            Message("user", "Añade 1 y 2 — en Python, por favor. 12345"),
+            Message("assistant", "```python\nprint(1 + 2)  # 3\n```"),
+            Message("user", "Danke! 谢谢 🙂\n\n  And in C?"),
+            Message("assistant", 'printf("%d\\n", 1 + 2);'),
         ),
         (),
     ),
-    ((Message("user", "Weather in Oslo, in C?"), Message("assistant", "", (ToolCall("get_weather", {"city": "Oslo", "unit": "C"}),))), (_WEATHER,)),
-)  # fmt: skip
-TEXTS = ("The quick brown fox jumps over the lazy dog.\n", "def add(a, b):\n    return a + b\n", "Zwölf Boxkämpfer — 谢谢 🙂 3.14159")
+    (
+        (
+            Message("user", "Weather in Oslo, in C?"),
+            Message("assistant", "", (ToolCall("get_weather", {"city": "Oslo", "unit": "C"}),)),
+        ),
+        (_WEATHER,),
+    ),
+)
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.\n",
+    "def add(a, b):\n    return a + b\n",
+    "Zwölf Boxkämpfer — 谢谢 🙂 3.14159",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +87,9 @@ def record(tokenizer: Any, stop_ids: Sequence[int], logits: Logits) -> Golden:
 
 
 def renderable(tokenizer: Any) -> list[tuple[tuple[Message, ...], tuple[Json, ...], Rendered]]:
-    """The conversations that this tokenizer's template accepts: many refuse a system turn, or drop tools; without a template none."""
+    """The conversations that this tokenizer's template accepts: many refuse a system turn, or drop tools; without a
+    template none.
+    """
     found = []
     for messages, tools in CONVERSATIONS if tokenizer.chat_template else ():
         if tools and not renders_tools(tokenizer):
@@ -81,13 +108,21 @@ def _conversation(
     positions = sorted({round((i + 1) * (len(ids) - 1) / POSITIONS) for i in range(POSITIONS)})
     top = [np.argsort(-values[p], kind="stable")[:TOP] for p in positions]
     return GoldenConversation(
-        messages=messages, tools=tools, text=text, ids=list(ids), mask=list(mask), positions=positions,
-        top_ids=[[int(i) for i in t] for t in top], top_logits=[[round(float(values[p][i]), 5) for i in t] for p, t in zip(positions, top, strict=True)],
-    )  # fmt: skip
+        messages=messages,
+        tools=tools,
+        text=text,
+        ids=list(ids),
+        mask=list(mask),
+        positions=positions,
+        top_ids=[[int(i) for i in t] for t in top],
+        top_logits=[[round(float(values[p][i]), 5) for i in t] for p, t in zip(positions, top, strict=True)],
+    )
 
 
 def replay_tokens(golden: Golden, tokenizer: Any, stop_ids: Sequence[int]) -> list[str]:
-    """What differs in ids, mask and stop ids under this tokenizer and template: one line each, empty when all is as recorded."""
+    """What differs in ids, mask and stop ids under this tokenizer and template: one line each, empty when all is as
+    recorded.
+    """
     problems: list[str] = []
     if sorted(stop_ids) != sorted(golden.stop_ids):
         problems.append(f"stop ids are {sorted(stop_ids)}, recorded {sorted(golden.stop_ids)}")
@@ -97,17 +132,21 @@ def replay_tokens(golden: Golden, tokenizer: Any, stop_ids: Sequence[int]) -> li
             mask: Sequence[int] = [1] * len(ids)
         else:
             try:
-                rendered = render_masked(tokenizer, messages_from_json(conversation.messages), tools=conversation.tools, frozen=True)
+                rendered = render_masked(
+                    tokenizer, messages_from_json(conversation.messages), tools=conversation.tools, frozen=True
+                )
             except (ModelError, RequestError) as error:
                 problems.append(f"conversation {number}: {error}")
                 continue
             ids, mask = rendered.ids, rendered.mask
         if list(ids) != conversation.ids:
             at = next(
-                (i for i, (a, b) in enumerate(zip(ids, conversation.ids, strict=False)) if a != b), min(len(ids), len(conversation.ids))
+                (i for i, (a, b) in enumerate(zip(ids, conversation.ids, strict=False)) if a != b),
+                min(len(ids), len(conversation.ids)),
             )
             problems.append(
-                f"conversation {number}: token {at} is {_at(ids, at)}, recorded {_at(conversation.ids, at)} ({len(ids)} tokens, recorded {len(conversation.ids)})"
+                f"conversation {number}: token {at} is {_at(ids, at)}, recorded {_at(conversation.ids, at)} ({len(ids)}"
+                f" tokens, recorded {len(conversation.ids)})"
             )
         elif list(mask) != conversation.mask:
             problems.append(f"conversation {number}: same tokens, another loss mask")
@@ -121,7 +160,9 @@ def replay_logits(golden: Golden, logits: Logits) -> LogitGap:
     largest, total, count, same = 0.0, 0.0, 0, 0
     for conversation in golden.conversations:
         values = np.asarray(logits(conversation.ids))
-        for position, ids, recorded in zip(conversation.positions, conversation.top_ids, conversation.top_logits, strict=True):
+        for position, ids, recorded in zip(
+            conversation.positions, conversation.top_ids, conversation.top_logits, strict=True
+        ):
             difference = values[position][ids] - np.asarray(recorded)
             gap = np.abs(difference - difference.mean())
             largest, total, count = max(largest, float(gap.max())), total + float(gap.mean()), count + 1
@@ -130,7 +171,13 @@ def replay_logits(golden: Golden, logits: Logits) -> LogitGap:
 
 
 def require(
-    golden: Golden, tokenizer: Any, stop_ids: Sequence[int], logits: Logits | None = None, *, mean_within: float = 0.0, step: str
+    golden: Golden,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    logits: Logits | None = None,
+    *,
+    mean_within: float = 0.0,
+    step: str,
 ) -> LogitGap | None:
     """Replay everything; GoldenMismatch, saying what differs, when a step did not preserve what it must."""
     problems = replay_tokens(golden, tokenizer, stop_ids)
@@ -141,7 +188,8 @@ def require(
     gap = replay_logits(golden, logits)
     if not gap.mean <= mean_within:  # nor where it is no number
         raise GoldenMismatch(
-            f"{step}: golden logits are {gap.mean:.3g} away on average (largest {gap.largest:.3g}, same greedy token {gap.same_greedy:.0%}), allowed is {mean_within:g}; nothing was published"
+            f"{step}: golden logits are {gap.mean:.3g} away on average (largest {gap.largest:.3g}, same greedy token"
+            f" {gap.same_greedy:.0%}), allowed is {mean_within:g}; nothing was published"
         )
     return gap
 

@@ -1,6 +1,8 @@
-"""Chat templates by name, for a model that has none or gets another: as their models' makers published them, stated anew in `named/`.
+"""Chat templates by name, for a model that has none or gets another: as their models' makers published them, stated
+anew in `named/`.
 
-A model's own template comes first; a name is given on purpose. Where a template has no place for a system turn, it stands before the first
+A model's own template comes first; a name is given on purpose. Where a template has no place for a system turn, it
+stands before the first
 user turn's text; a role or an order that a template cannot show is refused, never dropped.
 """
 
@@ -15,14 +17,18 @@ from llmworks.core.errors import ModelError, UserError
 from llmworks.tokenize.chat.templates import tool_aware
 from llmworks.tokenize.load import load_tokenizer
 
-Template = Literal["keep", "tools", "chatml", "alpaca", "llama-2", "llama-3", "mistral", "mistral-v3", "gemma", "phi", "zephyr"]
+Template = Literal[
+    "keep", "tools", "chatml", "alpaca", "llama-2", "llama-3", "mistral", "mistral-v3", "gemma", "phi", "zephyr"
+]
 CHOICES = "keep: the model's own; tools: its own, taught to show tools and calls; or the name of a published one"
 FOLDER = Path(__file__).parent / "named"
 
 
 @dataclass(frozen=True)
 class Named:
-    """A template: the models that it comes from, the tokens that it writes beside the beginning and end tokens, and which of them ends an answer, if one does."""
+    """A template: the models that it comes from, the tokens that it writes beside the beginning and end tokens, and
+    which of them ends an answer, if one does.
+    """
 
     models: str
     tokens: tuple[str, ...] = ()
@@ -58,9 +64,15 @@ def use_template(tokenizer: Any, template: Template) -> None:
 
 
 def tokenizer_of(model: Model | Adapter | Tokenizer, template: Template = "keep") -> Any:
-    """A model directory's tokenizer with the template that a config names. ModelError for a GGUF file or a server, which have none of their own here."""
+    """A model directory's tokenizer with the template that a config names.
+
+    ModelError for a GGUF file or a server, which have none of their own here.
+    """
     if isinstance(model, Model) and model.format != "hf":
-        raise ModelError(f"{model.name}: its tokenizer is needed, so a Hugging Face directory; this is {model.format}" + ("; convert it with the stage model.from_gguf" if model.format == "gguf" else ""))
+        raise ModelError(
+            f"{model.name}: its tokenizer is needed, so a Hugging Face directory; this is {model.format}"
+            + ("; convert it with the stage model.from_gguf" if model.format == "gguf" else "")
+        )
     tokenizer = load_tokenizer(model.path)
     use_template(tokenizer, template)
     return tokenizer

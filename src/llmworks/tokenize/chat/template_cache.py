@@ -1,6 +1,8 @@
-"""What a chat template writes around the turns: rendered once for conversations of the same roles, then filled with their texts.
+"""What a chat template writes around the turns: rendered once for conversations of the same roles, then filled with
+their texts.
 
-The template is run on opaque contents, which can only be written, joined to other text, trimmed, and asked whether they are there; one that
+The template is run on opaque contents, which can only be written, joined to other text, trimmed, and asked whether they
+are there; one that
 does anything else with them has no skeleton and has to be run for every conversation. Knows no tokenizer's ids.
 """
 
@@ -16,9 +18,13 @@ from llmworks.core.types import Message
 from llmworks.tokenize.chat.templates import FROZEN_DATE, Segment, render_text, segments
 
 MARK = "\U0010fffe"
-HOLE = re.compile(MARK + "([0-9]+)([rbet])")  # a content in rendered text: its turn, and whether it is raw or trimmed at the beginning, end, or both
+HOLE = re.compile(
+    MARK + "([0-9]+)([rbet])"
+)  # a content in rendered text: its turn, and whether it is raw or trimmed at the beginning, end, or both
 TRIM: dict[str, Callable[[str], str]] = {"r": str, "b": str.lstrip, "e": str.rstrip, "t": str.strip}
-Pattern = tuple[tuple[str, int, bool, bool], ...]  # of each turn: role, weight, whether there is text, whether any beside white space
+Pattern = tuple[
+    tuple[str, int, bool, bool], ...
+]  # of each turn: role, weight, whether there is text, whether any beside white space
 
 
 class Inspected(Exception):
@@ -51,7 +57,14 @@ class Opaque:
 
     def _joined(self, *sides: Any) -> Opaque:
         # text that is marked as safe for HTML escapes what it is joined to
-        pieces = [piece for side in sides for piece in (side.pieces if isinstance(side, Opaque) else (side,) if type(side) is str else self._inspected()) if piece != ""]
+        pieces = [
+            piece
+            for side in sides
+            for piece in (
+                side.pieces if isinstance(side, Opaque) else (side,) if type(side) is str else self._inspected()
+            )
+            if piece != ""
+        ]
         return Opaque(pieces, any(map(bool, sides)))
 
     def strip(self) -> Opaque:
@@ -74,12 +87,35 @@ class Opaque:
     def _inspected(self, *_: Any, **__: Any) -> NoReturn:
         raise Inspected
 
-    __hash__ = __len__ = __iter__ = __contains__ = __getitem__ = __getattr__ = __str__ = __repr__ = __format__ = __mul__ = __rmul__ = _inspected
-    __lt__ = __le__ = __gt__ = __ge__ = __mod__ = __rmod__ = __int__ = __float__ = __index__ = __call__ = __html__ = _inspected
+    __hash__ = __len__ = __iter__ = __contains__ = __getitem__ = __getattr__ = __str__ = __repr__ = __format__ = (
+        __mul__
+    ) = __rmul__ = _inspected
+    __lt__ = __le__ = __gt__ = __ge__ = __mod__ = __rmod__ = __int__ = __float__ = __index__ = __call__ = __html__ = (
+        _inspected
+    )
 
 
-FIXED_TESTS = {"string": True, "defined": True, "undefined": False, "none": False, "mapping": False, "iterable": True, "sequence": True, "number": False}
-OF_LISTS = {"length", "count", "first", "last", "list", "selectattr", "rejectattr", "default", "d"}  # filters that only pass on what is in a list
+FIXED_TESTS = {
+    "string": True,
+    "defined": True,
+    "undefined": False,
+    "none": False,
+    "mapping": False,
+    "iterable": True,
+    "sequence": True,
+    "number": False,
+}
+OF_LISTS = {
+    "length",
+    "count",
+    "first",
+    "last",
+    "list",
+    "selectattr",
+    "rejectattr",
+    "default",
+    "d",
+}  # filters that only pass on what is in a list
 
 
 class Skeletons:
@@ -91,7 +127,10 @@ class Skeletons:
         self._known: dict[Pattern, list[Segment] | None] = {}
 
     def of(self, pattern: Pattern, messages: Callable[[], Sequence[Message]]) -> list[Segment] | None:
-        """The segments of a pattern with `HOLE`s for contents, or None. `messages` gives a conversation of it, to see that it is right."""
+        """The segments of a pattern with `HOLE`s for contents, or None.
+
+        `messages` gives a conversation of it, to see that it is right.
+        """
         if pattern not in self._known:
             self._known[pattern] = self._made(pattern, messages())
         return self._known[pattern]
@@ -107,7 +146,12 @@ class Skeletons:
             # without an end token, what is learned ends where the white space of the content begins
             if any(HOLE.split(text)[-1] == "" for text, _ in made):
                 return None
-            real = segments(lambda count, prompt: render_text(self._tokenizer, example[:count], generation_prompt=prompt, frozen=self._frozen), example)
+            real = segments(
+                lambda count, prompt: render_text(
+                    self._tokenizer, example[:count], generation_prompt=prompt, frozen=self._frozen
+                ),
+                example,
+            )
         except Exception:  # whatever the template raises, the renderer will raise and word it
             return None
         return made if [(fill(text, texts), learned) for text, learned in made] == real else None
@@ -116,7 +160,9 @@ class Skeletons:
         messages = [{"role": role, "content": content} for (role, *_), content in zip(pattern, contents, strict=False)]
         extra = {**self._tokenizer.special_tokens_map, **({"date_string": FROZEN_DATE} if self._frozen else {})}
         assert self._template is not None
-        text: str = self._template.render(messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **extra)
+        text: str = self._template.render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **extra
+        )
         return text
 
 
@@ -133,14 +179,18 @@ def fill(text: str, contents: Sequence[str]) -> str:
 
 
 def _compiled(template: str, frozen: bool) -> Any:
-    """The template as Jinja runs it on opaque contents; None for one that catches its own output, which could then be looked into."""
+    """The template as Jinja runs it on opaque contents; None for one that catches its own output, which could then be
+    looked into.
+    """
     import jinja2
     from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if MARK in template:
         return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_written)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_written
+    )
     for drawn in ("random", "safe", "forceescape"):
         environment.filters.pop(drawn)
     environment.globals.pop("lipsum")
@@ -152,7 +202,17 @@ def _compiled(template: str, frozen: bool) -> Any:
     source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)  # transformers' own marks, which write nothing
     try:
         tree = environment.parse(source)
-        kept = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock, nodes.EvalContextModifier, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport)
+        kept = (
+            nodes.Macro,
+            nodes.CallBlock,
+            nodes.AssignBlock,
+            nodes.FilterBlock,
+            nodes.EvalContextModifier,
+            nodes.Block,
+            nodes.Include,
+            nodes.Import,
+            nodes.FromImport,
+        )
         recursive = any(loop.recursive for loop in tree.find_all(nodes.For))
         return None if recursive or any(tree.find(kind) for kind in kept) else environment.from_string(source)
     except jinja2.TemplateError:

@@ -1,4 +1,7 @@
-"""What is wrong with a chat template and its tokenizer, found by rendering conversations of marked words. Knows no data and no weights."""
+"""What is wrong with a chat template and its tokenizer, found by rendering conversations of marked words.
+
+Knows no data and no weights.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,20 @@ from llmworks.core.types import Message, ToolCall
 from llmworks.tokenize.chat.templates import encode, render_masked, render_text, renders_tools
 
 SYSTEM, ASKED, SAID, AGAIN, MORE, RESULT = "zqsystem", "zqasked", "zqsaid", "zqagain", "zqmore", "zqresult"
-MARKS = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:start|end)_of_turn>|\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]")
-TOOL = {"type": "function", "function": {"name": "zqtool", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+MARKS = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|<(?:start|end)_of_turn>|\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
+)
+TOOL = {
+    "type": "function",
+    "function": {"name": "zqtool", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault (`error`: what is trained or asked is not what was meant; `warning`: it may be; `note`: to know), and what to do."""
+    """A fault (`error`: what is trained or asked is not what was meant; `warning`: it may be; `note`: to know), and
+    what to do.
+    """
 
     code: str
     level: Literal["error", "warning", "note"]
@@ -37,18 +47,40 @@ class Uses:
 
 
 def probe(tokenizer: Any, stops: Sequence[int], uses: Uses, vocabulary: int | None = None) -> list[Finding]:
-    """Every fault of a template for these uses. `vocabulary` is the number of rows of the model's embedding, where it is known."""
+    """Every fault of a template for these uses.
+
+    `vocabulary` is the number of rows of the model's embedding, where it is known.
+    """
     found = _tokens(tokenizer, vocabulary)
     if not tokenizer.chat_template:
-        return [*found, Finding("no-template", "error", "the model has no chat template", "give it one by name (template: chatml), or train on plain text")]
+        return [
+            *found,
+            Finding(
+                "no-template",
+                "error",
+                "the model has no chat template",
+                "give it one by name (template: chatml), or train on plain text",
+            ),
+        ]
     try:
         prompt = render_text(tokenizer, (Message("user", ASKED),))
     except RequestError as error:
-        return [*found, Finding("template-broken", "error", str(error), "correct the template, or give the variable that it needs a default")]
+        return [
+            *found,
+            Finding(
+                "template-broken",
+                "error",
+                str(error),
+                "correct the template, or give the variable that it needs a default",
+            ),
+        ]
     try:
         full = render_text(tokenizer, (Message("user", ASKED), Message("assistant", SAID)), generation_prompt=False)
     except RequestError as error:
-        return [*found, Finding("template-broken", "error", f"no answer can be rendered: {error}", "correct the template")]
+        return [
+            *found,
+            Finding("template-broken", "error", f"no answer can be rendered: {error}", "correct the template"),
+        ]
     found += _marks(tokenizer, full) + _begin(tokenizer, full) + _prompt(tokenizer, prompt, full)
     if not any(f.code in ("generation-prompt", "rewrites-turns", "answer-dropped") for f in found):
         found += _end(tokenizer, stops, uses)
@@ -59,12 +91,31 @@ def probe(tokenizer: Any, stops: Sequence[int], uses: Uses, vocabulary: int | No
 def _tokens(tokenizer: Any, vocabulary: int | None) -> list[Finding]:
     found: list[Finding] = []
     if vocabulary is not None and len(tokenizer) > vocabulary:
-        found.append(Finding("vocabulary", "error", f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary} rows", "resize the embedding, or take the model's own tokenizer"))
+        found.append(
+            Finding(
+                "vocabulary",
+                "error",
+                f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary} rows",
+                "resize the embedding, or take the model's own tokenizer",
+            )
+        )
     if tokenizer.eos_token_id is None:
-        found.append(Finding("no-eos", "error", "the tokenizer has no end token", "set eos_token in tokenizer_config.json"))
+        found.append(
+            Finding("no-eos", "error", "the tokenizer has no end token", "set eos_token in tokenizer_config.json")
+        )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        what = f"the padding token is the end token {tokenizer.eos_token!r}: trainers that leave padding out of the loss leave the end out too"
-        found.append(Finding("pad-is-eos", "note", what, "llmworks masks by place, not by id; for other trainers set another pad_token"))
+        what = (
+            f"the padding token is the end token {tokenizer.eos_token!r}: trainers that leave padding out of the loss"
+            " leave the end out too"
+        )
+        found.append(
+            Finding(
+                "pad-is-eos",
+                "note",
+                what,
+                "llmworks masks by place, not by id; for other trainers set another pad_token",
+            )
+        )
     return found
 
 
@@ -73,8 +124,18 @@ def _marks(tokenizer: Any, full: str) -> list[Finding]:
     split = [mark for mark in dict.fromkeys(MARKS.findall(full)) if len(encode(tokenizer, mark)) > 1]
     if not split:
         return []
-    what = f"{split[0]!r} is {len(encode(tokenizer, split[0]))} tokens of this tokenizer, not one ({len(split)} such mark{'s' if len(split) > 1 else ''})"
-    return [Finding("split-mark", "warning", what, "the template is another model's: take the model's own, or add the tokens and train their embeddings")]
+    what = (
+        f"{split[0]!r} is {len(encode(tokenizer, split[0]))} tokens of this tokenizer, not one ({len(split)} such"
+        f" mark{'s' if len(split) > 1 else ''})"
+    )
+    return [
+        Finding(
+            "split-mark",
+            "warning",
+            what,
+            "the template is another model's: take the model's own, or add the tokens and train their embeddings",
+        )
+    ]
 
 
 def _begin(tokenizer: Any, full: str) -> list[Finding]:
@@ -83,29 +144,66 @@ def _begin(tokenizer: Any, full: str) -> list[Finding]:
     if bos is None:
         return []
     if own[:2] == (bos, bos):
-        return [Finding("double-bos", "error", f"the template writes {tokenizer.bos_token!r} twice", "take one of them out of the template")]
+        return [
+            Finding(
+                "double-bos",
+                "error",
+                f"the template writes {tokenizer.bos_token!r} twice",
+                "take one of them out of the template",
+            )
+        ]
     if added[:2] == (bos, bos):
         what = f"the template writes {tokenizer.bos_token!r} and the tokenizer adds another one to rendered text"
-        return [Finding("double-bos", "warning", what, "encode rendered text with add_special_tokens=False, as llmworks does")]
+        return [
+            Finding(
+                "double-bos", "warning", what, "encode rendered text with add_special_tokens=False, as llmworks does"
+            )
+        ]
     if added[0] == bos and own[0] != bos:
-        return [Finding("no-bos", "warning", f"the tokenizer begins texts with {tokenizer.bos_token!r}, the template does not write it", "begin the template with {{ bos_token }}")]
+        return [
+            Finding(
+                "no-bos",
+                "warning",
+                f"the tokenizer begins texts with {tokenizer.bos_token!r}, the template does not write it",
+                "begin the template with {{ bos_token }}",
+            )
+        ]
     return []
 
 
 def _prompt(tokenizer: Any, prompt: str, full: str) -> list[Finding]:
     """Whether what is trained continues what is asked."""
     bare = render_text(tokenizer, (Message("user", ASKED),), generation_prompt=False)
-    fix = "let the template write the same beginning of an answer with add_generation_prompt as before an assistant turn"
+    fix = (
+        "let the template write the same beginning of an answer with add_generation_prompt as before an assistant turn"
+    )
     if SAID not in full:
         return [Finding("answer-dropped", "error", "the template drops assistant turns", "correct the template")]
     if not full.startswith(bare):
-        return [Finding("rewrites-turns", "error", "the template renders a turn otherwise when another follows, so no loss mask can be made", "let every turn be rendered by itself")]
+        return [
+            Finding(
+                "rewrites-turns",
+                "error",
+                "the template renders a turn otherwise when another follows, so no loss mask can be made",
+                "let every turn be rendered by itself",
+            )
+        ]
     if not full.startswith(prompt):
-        what = f"asked, an answer begins after {prompt[len(bare) :]!r}; trained, after {full[len(bare) : full.index(SAID)]!r}"
+        what = (
+            f"asked, an answer begins after {prompt[len(bare) :]!r}; trained, after"
+            f" {full[len(bare) : full.index(SAID)]!r}"
+        )
         return [Finding("generation-prompt", "error", what, fix)]
     between = full[len(prompt) : full.index(SAID)]
     if between.strip():
-        return [Finding("generation-prompt", "error", f"add_generation_prompt does not write {between!r}, which stands before every trained answer", fix)]
+        return [
+            Finding(
+                "generation-prompt",
+                "error",
+                f"add_generation_prompt does not write {between!r}, which stands before every trained answer",
+                fix,
+            )
+        ]
     return []
 
 
@@ -120,16 +218,32 @@ def _end(tokenizer: Any, stops: Sequence[int], uses: Uses) -> list[Finding]:
             if len(messages) == 2 or uses.turns:
                 found.append(Finding("rewrites-turns", "error", str(error), "let every turn be rendered by itself"))
             continue
-        ends = [i for i, m in enumerate(rendered.mask) if m and (i + 1 == len(rendered.mask) or not rendered.mask[i + 1])]
+        ends = [
+            i for i, m in enumerate(rendered.mask) if m and (i + 1 == len(rendered.mask) or not rendered.mask[i + 1])
+        ]
         for number, end in enumerate(ends, 1):
             last = rendered.ids[end]
             if last in stops or any(f.code in ("no-end", "end-not-stop") for f in found):
                 continue
             text = tokenizer.decode([last])
             if text.strip() and (SAID if number == 1 else MORE).endswith(text.strip()):
-                found.append(Finding("no-end", "error", "answers end without an end token: the model never learns to stop", "write eos_token or an end-of-turn token behind each answer"))
+                found.append(
+                    Finding(
+                        "no-end",
+                        "error",
+                        "answers end without an end token: the model never learns to stop",
+                        "write eos_token or an end-of-turn token behind each answer",
+                    )
+                )
             else:
-                found.append(Finding("end-not-stop", "error", f"answers end with {text!r}, which is not among the stop ids {sorted(stops)}", "add its id to eos_token_id in generation_config.json"))
+                found.append(
+                    Finding(
+                        "end-not-stop",
+                        "error",
+                        f"answers end with {text!r}, which is not among the stop ids {sorted(stops)}",
+                        "add its id to eos_token_id in generation_config.json",
+                    )
+                )
     return found
 
 
@@ -138,7 +252,12 @@ def _own_mask(tokenizer: Any) -> list[Finding]:
     if "generation %}" not in str(tokenizer.chat_template).replace("-%}", "%}"):
         return []
     turns = (Message("user", ASKED), Message("assistant", SAID), Message("user", AGAIN), Message("assistant", MORE))
-    made = tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in turns], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    made = tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in turns],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
     ids, theirs = list(made["input_ids"]), list(made["assistant_masks"])
     ours = render_masked(tokenizer, turns)
     if list(ours.ids) != ids or theirs == list(ours.mask):
@@ -147,9 +266,23 @@ def _own_mask(tokenizer: Any) -> list[Finding]:
     missing = tokenizer.decode([i for i, a, b in zip(ids, theirs, ours.mask, strict=True) if b and not a])
     found: list[Finding] = []
     if extra.strip():
-        found.append(Finding("mask-too-wide", "error", f"the template's own generation marks cover {extra[:60]!r}", "let {% generation %} hold the answer and its end token only"))
+        found.append(
+            Finding(
+                "mask-too-wide",
+                "error",
+                f"the template's own generation marks cover {extra[:60]!r}",
+                "let {% generation %} hold the answer and its end token only",
+            )
+        )
     if missing.strip():
-        found.append(Finding("end-not-learned", "error", f"the template's own generation marks leave out {missing[:60]!r}", "let {% generation %} hold the answer's end token too"))
+        found.append(
+            Finding(
+                "end-not-learned",
+                "error",
+                f"the template's own generation marks leave out {missing[:60]!r}",
+                "let {% generation %} hold the answer's end token too",
+            )
+        )
     return found
 
 
@@ -157,33 +290,70 @@ def _system(tokenizer: Any, uses: Uses) -> list[Finding]:
     level: Literal["error", "warning"] = "error" if uses.system else "warning"
     turns = (Message("system", SYSTEM), Message("user", ASKED), Message("assistant", SAID))
     try:
-        shown = [SYSTEM in render_text(tokenizer, turns[:2]), SYSTEM in render_text(tokenizer, turns, generation_prompt=False)]
+        shown = [
+            SYSTEM in render_text(tokenizer, turns[:2]),
+            SYSTEM in render_text(tokenizer, turns, generation_prompt=False),
+        ]
     except RequestError as error:
-        return [Finding("system-refused", level, f"system turns are refused: {error}", "put the system text into the first user turn")]
+        return [
+            Finding(
+                "system-refused",
+                level,
+                f"system turns are refused: {error}",
+                "put the system text into the first user turn",
+            )
+        ]
     if all(shown):
         return []
-    where = "" if not any(shown) else " when it is asked" if shown[1] else " when an answer follows, so it is never trained"
-    return [Finding("system-dropped", level, f"the template drops the system turn silently{where}", "put the system text into the first user turn, or correct the template")]
+    where = (
+        "" if not any(shown) else " when it is asked" if shown[1] else " when an answer follows, so it is never trained"
+    )
+    return [
+        Finding(
+            "system-dropped",
+            level,
+            f"the template drops the system turn silently{where}",
+            "put the system text into the first user turn, or correct the template",
+        )
+    ]
 
 
 def _tools(tokenizer: Any, uses: Uses) -> list[Finding]:
     found: list[Finding] = []
     level: Literal["error", "warning", "note"] = "warning" if uses.tools else "note"
     if not renders_tools(tokenizer):
-        found.append(Finding("tools-dropped", level, "the template drops tools silently; llmworks writes them into the system turn instead", "train with template: tools, so that the saved template shows them"))
+        found.append(
+            Finding(
+                "tools-dropped",
+                level,
+                "the template drops tools silently; llmworks writes them into the system turn instead",
+                "train with template: tools, so that the saved template shows them",
+            )
+        )
         return found
     if not uses.results:
         return found
     call = ToolCall("zqtool", {}, "call00001")
-    turns = (Message("user", ASKED), Message("assistant", "", (call,)), Message("tool", RESULT, tool_call_id="call00001"))
+    turns = (
+        Message("user", ASKED),
+        Message("assistant", "", (call,)),
+        Message("tool", RESULT, tool_call_id="call00001"),
+    )
     try:
         text = render_text(tokenizer, turns, tools=(TOOL,))
     except RequestError as error:
-        return [*found, Finding("results-refused", "error", f"tool results are refused: {error}", "correct the template")]
+        return [
+            *found,
+            Finding("results-refused", "error", f"tool results are refused: {error}", "correct the template"),
+        ]
     if RESULT not in text:
-        found.append(Finding("results-dropped", "error", "the template drops tool results silently", "correct the template"))
+        found.append(
+            Finding("results-dropped", "error", "the template drops tool results silently", "correct the template")
+        )
     if "zqtool" not in text.partition(ASKED)[2]:
-        found.append(Finding("calls-dropped", "error", "the template drops tool calls silently", "correct the template"))
+        found.append(
+            Finding("calls-dropped", "error", "the template drops tool calls silently", "correct the template")
+        )
     return found
 
 
@@ -193,10 +363,26 @@ def _text(tokenizer: Any, prompt: str) -> list[Finding]:
     before = MARKS.sub(" ", prompt.partition(ASKED)[0])
     words = re.findall(r"[A-Za-z]{2,}", before)
     if len(words) > 4:
-        found.append(Finding("own-system", "note", f"without a system turn the template inserts one of its own: {' '.join(before.split())[:80]!r}", "give a system turn where that is not wanted"))
+        found.append(
+            Finding(
+                "own-system",
+                "note",
+                f"without a system turn the template inserts one of its own: {' '.join(before.split())[:80]!r}",
+                "give a system turn where that is not wanted",
+            )
+        )
     if render_text(tokenizer, (Message("user", ASKED),), frozen=True) != prompt:
-        found.append(Finding("date", "warning", "the template inserts today's date: the same conversation is other tokens tomorrow", "give the date as a variable with a default"))
+        found.append(
+            Finding(
+                "date",
+                "warning",
+                "the template inserts today's date: the same conversation is other tokens tomorrow",
+                "give the date as a variable with a default",
+            )
+        )
     padded = f"  {SAID}\n\n"
-    if padded not in render_text(tokenizer, (Message("user", ASKED), Message("assistant", padded)), generation_prompt=False):
+    if padded not in render_text(
+        tokenizer, (Message("user", ASKED), Message("assistant", padded)), generation_prompt=False
+    ):
         found.append(Finding("trims", "note", "the template trims white space around answers", ""))
     return found

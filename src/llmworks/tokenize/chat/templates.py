@@ -1,6 +1,8 @@
-"""Chat templates: render a conversation to token ids with a mask of what is to be learned, and make a template tool-aware.
+"""Chat templates: render a conversation to token ids with a mask of what is to be learned, and make a template
+tool-aware.
 
-Renders with the model's own Jinja template, always; never guesses a format. The mask is found by rendering prefixes, so it
+Renders with the model's own Jinja template, always; never guesses a format. The mask is found by rendering prefixes, so
+it
 holds for every template that only appends, and a template that does not is refused. Knows no model weights.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from llmworks.core.errors import ModelError, RequestError
@@ -16,54 +19,17 @@ from llmworks.core.types import Json, Message, ToolCall
 
 # Put in front of a template: the date that some templates insert becomes a constant.
 FROZEN_DATE = "26 Jul 2024"
-_FROZEN = f"{{%- macro strftime_now(format) -%}}{FROZEN_DATE}{{%- endmacro -%}}{{%- set date_string = '{FROZEN_DATE}' -%}}"
+_FROZEN = (
+    f"{{%- macro strftime_now(format) -%}}{FROZEN_DATE}{{%- endmacro -%}}{{%- set date_string = '{FROZEN_DATE}' -%}}"
+)
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
-TOOL_PREAMBLE = f'Answer by calling a function: {CALL_OPEN}{{"name": NAME, "arguments": {{...}}}}{CALL_CLOSE}\nFunctions:'
+TOOL_PREAMBLE = (
+    f'Answer by calling a function: {CALL_OPEN}{{"name": NAME, "arguments": {{...}}}}{CALL_CLOSE}\nFunctions:'
+)
 
 # Put in front of a model's own template: rewrites `messages` so that tools stand in the system turn and calls are text.
 # It renders exactly what `flatten_tools` builds; without tools and calls it changes nothing.
-_TOOL_PREFIX = """\
-{%- if tools %}
-{%- set flat = namespace(text=PREAMBLE) %}
-{%- for tool in tools %}
-{%- set tool = tool['function'] if 'function' in tool else tool %}
-{%- set parameters = tool['parameters'] or {} %}
-{%- set signature = namespace(names=[]) %}
-{%- for name in (parameters['properties'] or {}) %}
-{%- set signature.names = signature.names + [name if name in (parameters['required'] or []) else name + '?'] %}
-{%- endfor %}
-{%- set flat.text = flat.text + '\\n' + tool['name'] + '(' + (signature.names | join(', ')) + '): ' + (tool['description'] or '') %}
-{%- for name, spec in (parameters['properties'] or {}).items() %}
-{%- set type = spec['type'] if spec['type'] is string else 'any' %}
-{%- set flat.text = flat.text + '\\n- ' + name + ' (' + type + ('' if name in (parameters['required'] or []) else ', optional') %}
-{%- for key, value in spec.items() if key != 'description' and not (key == 'type' and value is string) %}
-{%- set flat.text = flat.text + ', ' + key + ': ' + (value | tojson) %}
-{%- endfor %}
-{%- set flat.text = flat.text + '): ' + (spec['description'] or '') %}
-{%- endfor %}
-{%- endfor %}
-{%- if messages and messages[0]['role'] == 'system' %}
-{%- set messages = [{'role': 'system', 'content': messages[0]['content'] + '\\n\\n' + flat.text}] + messages[1:] %}
-{%- else %}
-{%- set messages = [{'role': 'system', 'content': flat.text}] + messages %}
-{%- endif %}
-{%- set tools = none %}
-{%- endif %}
-{%- set turns = namespace(all=[], text='') %}
-{%- for message in messages %}
-{%- if message['tool_calls'] %}
-{%- set turns.text = message['content'] or '' %}
-{%- for call in message['tool_calls'] %}
-{%- set call = call.function if call.function is defined else call %}
-{%- set turns.text = turns.text + OPEN + '{"name": ' + (call.name | tojson) + ', "arguments": ' + (call.arguments if call.arguments is string else (call.arguments | tojson)) + '}' + CLOSE %}
-{%- endfor %}
-{%- set turns.all = turns.all + [{'role': message['role'], 'content': turns.text}] %}
-{%- else %}
-{%- set turns.all = turns.all + [message] %}
-{%- endif %}
-{%- endfor %}
-{%- set messages = turns.all %}
-"""
+_TOOL_PREFIX = Path(__file__).with_name("tools.jinja").read_text(encoding="utf-8")
 
 
 Segment = tuple[str, int]
@@ -83,7 +49,9 @@ def tool_aware(template: str) -> str:
         return template
     prefix = _TOOL_PREFIX
     for name, text in (("PREAMBLE", TOOL_PREAMBLE), ("OPEN", CALL_OPEN), ("CLOSE", CALL_CLOSE)):
-        prefix = prefix.replace(f"={name})", f"={_jinja_string(text)})").replace(f"+ {name}", f"+ {_jinja_string(text)}")
+        prefix = prefix.replace(f"={name})", f"={_jinja_string(text)})").replace(
+            f"+ {name}", f"+ {_jinja_string(text)}"
+        )
     return prefix + "{#- the model's own template -#}\n" + template.lstrip()
 
 
@@ -92,8 +60,12 @@ def _jinja_string(text: str) -> str:
 
 
 def flatten_tools(messages: Sequence[Message], tools: Sequence[Json] = ()) -> tuple[Message, ...]:
-    """Messages with the tools written into the system turn and calls written as text, for a template that knows no tools."""
-    out = [replace(m, content=m.content + "".join(render_call(c) for c in m.tool_calls), tool_calls=()) for m in messages]
+    """Messages with the tools written into the system turn and calls written as text, for a template that knows no
+    tools.
+    """
+    out = [
+        replace(m, content=m.content + "".join(render_call(c) for c in m.tool_calls), tool_calls=()) for m in messages
+    ]
     if tools:
         text = "\n".join([TOOL_PREAMBLE, *(describe_tool(tool) for tool in tools)])
         if out and out[0].role == "system":
@@ -104,11 +76,13 @@ def flatten_tools(messages: Sequence[Message], tools: Sequence[Json] = ()) -> tu
 
 
 def describe_tool(tool: Json) -> str:
-    """A function's signature (`?` marks what is optional) and its parameters; fewer tokens than its JSON schema, nothing of it left out."""
+    """A function's signature (`?` marks what is optional) and its parameters; fewer tokens than its JSON schema,
+    nothing of it left out.
+    """
     tool = tool.get("function", tool)
     parameters = tool.get("parameters") or {}
     required = parameters.get("required") or []
-    signature = ", ".join(name if name in required else f"{name}?" for name in (parameters.get("properties") or {}))
+    signature = ", ".join(name if name in required else f"{name}?" for name in parameters.get("properties") or {})
     lines = [f"{tool['name']}({signature}): {tool.get('description') or ''}"]
     for name, spec in (parameters.get("properties") or {}).items():
         kind = spec["type"] if isinstance(spec.get("type"), str) else "any"
@@ -124,7 +98,10 @@ def describe_tool(tool: Json) -> str:
 
 def render_call(call: ToolCall) -> str:
     """A tool call as the text that a tool-aware model writes."""
-    return f'{CALL_OPEN}{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {json.dumps(call.arguments, ensure_ascii=False)}}}{CALL_CLOSE}'
+    return (
+        f'{CALL_OPEN}{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments":'
+        f" {json.dumps(call.arguments, ensure_ascii=False)}}}{CALL_CLOSE}"
+    )
 
 
 def parse_calls(text: str, *, strip: bool = True) -> tuple[str, tuple[ToolCall, ...]]:
@@ -154,7 +131,12 @@ def _call_from_json(body: str) -> ToolCall | None:
 
 
 def render_text(
-    tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = (), generation_prompt: bool = True, frozen: bool = False
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Json] = (),
+    generation_prompt: bool = True,
+    frozen: bool = False,
 ) -> str:
     """The text that the model's template makes of a conversation; `frozen` fixes the dates that some templates insert.
 
@@ -164,13 +146,17 @@ def render_text(
 
     template = tokenizer.chat_template
     if not template:
-        raise ModelError("this model has no chat template; give it one (tokenizer_config.json: chat_template) or use a base-model task")
+        raise ModelError(
+            "this model has no chat template; give it one (tokenizer_config.json: chat_template) or use a base-model"
+            " task"
+        )
     turns: list[Json] = []
     for m in messages:
         turn: Json = {"role": m.role, "content": m.content}
         if m.tool_calls:
             turn["tool_calls"] = [
-                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in m.tool_calls
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                for c in m.tool_calls
             ]
         if m.tool_call_id:
             turn["tool_call_id"] = m.tool_call_id
@@ -193,18 +179,27 @@ def render_text(
 def renders_tools(tokenizer: Any) -> bool:
     """Whether the model's template shows tools at all; many drop them silently."""
     probe = (Message("user", "?"),)
-    tool = {"type": "function", "function": {"name": "probe_4f1c", "description": "", "parameters": {"type": "object", "properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "probe_4f1c", "description": "", "parameters": {"type": "object", "properties": {}}},
+    }
     try:
         return "probe_4f1c" in render_text(tokenizer, probe, tools=(tool,))
     except RequestError:
         return False
 
 
-def for_template(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Json]) -> tuple[tuple[Message, ...], tuple[Json, ...]]:
-    """(messages, tools) as the model's template can show them: as they are, or written into the text where it would drop them."""
+def for_template(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Json]
+) -> tuple[tuple[Message, ...], tuple[Json, ...]]:
+    """(messages, tools) as the model's template can show them: as they are, or written into the text where it would
+    drop them.
+    """
     if (tools or any(m.tool_calls for m in messages)) and not renders_tools(tokenizer):
         return flatten_tools(messages, tools), ()
-    return tuple(messages), tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+    return tuple(messages), tuple(
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+    )
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -218,9 +213,11 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], *, tools: Sequenc
 
 
 def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) -> list[Segment]:
-    """A conversation's text in pieces, each with 1 where it is learned: every assistant turn (but those of weight 0) with its end-of-turn token.
+    """A conversation's text in pieces, each with 1 where it is learned: every assistant turn (but those of weight 0)
+    with its end-of-turn token.
 
-    `render(count, prompt)` gives the text of the first turns, with a generation prompt or without. White space that the template writes
+    `render(count, prompt)` gives the text of the first turns, with a generation prompt or without. White space that the
+    template writes
     after the end token is not learned.
     Errors: ModelError when rendering a longer conversation changes the text of a shorter one.
     """
@@ -231,7 +228,10 @@ def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) ->
             continue
         prompt, full = render(i, True), render(i + 1, False)
         if not prompt.startswith(done) or not full.startswith(prompt):
-            raise ModelError("the chat template rewrites earlier turns when the conversation goes on, so no loss mask can be made for it")
+            raise ModelError(
+                "the chat template rewrites earlier turns when the conversation goes on, so no loss mask can be made"
+                " for it"
+            )
         answer = full[len(prompt) :]
         end = len(answer.rstrip())
         found += [(prompt[len(done) :], 0), (answer[:end], message.weight), (answer[end:], 0)]
@@ -242,15 +242,24 @@ def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) ->
     return [segment for segment in found if segment[0]]
 
 
-def render_masked(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = (), frozen: bool = False) -> Rendered:
-    """Token ids of a whole conversation, with mask 1 on every assistant turn (but those of weight 0) including its end-of-turn token.
+def render_masked(
+    tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Json] = (), frozen: bool = False
+) -> Rendered:
+    """Token ids of a whole conversation, with mask 1 on every assistant turn (but those of weight 0) including its
+    end-of-turn token.
 
-    Each assistant turn is encoded apart from what precedes it, exactly as generation will see it, so no token straddles the border.
+    Each assistant turn is encoded apart from what precedes it, exactly as generation will see it, so no token straddles
+    the border.
     Errors: ModelError when rendering a longer conversation changes the text of a shorter one.
     """
     ids: list[int] = []
     mask: list[int] = []
-    for text, learned in segments(lambda count, prompt: render_text(tokenizer, messages[:count], tools=tools, generation_prompt=prompt, frozen=frozen), messages):
+    for text, learned in segments(
+        lambda count, prompt: render_text(
+            tokenizer, messages[:count], tools=tools, generation_prompt=prompt, frozen=frozen
+        ),
+        messages,
+    ):
         new = encode(tokenizer, text)
         ids.extend(new)
         mask.extend([learned] * len(new))

@@ -1,6 +1,8 @@
-"""A decoder in pieces: each process has a run of its blocks, and the parts of a step go through them in the order 1F1B (Narayanan et al. 2019, arXiv:1806.03377).
+"""A decoder in pieces: each process has a run of its blocks, and the parts of a step go through them in the order 1F1B
+(Narayanan et al. 2019, arXiv:1806.03377).
 
-torch's `PipelineStage` and `Schedule1F1B` do it. The first process embeds, the last has the head; where both are one matrix, each keeps a copy and their
+torch's `PipelineStage` and `Schedule1F1B` do it. The first process embeds, the last has the head; where both are one
+matrix, each keeps a copy and their
 gradients are summed. Knows no loop and no optimizer.
 """
 
@@ -48,7 +50,9 @@ class Piece(nn.Module):
 class Pipelined:
     """A piece that this process can call, beside others. `parameters` as in `Placed`."""
 
-    def __init__(self, network: Any, parallel: Parallel, world: World, *, precision: str = "fp32", compiled: bool = False) -> None:
+    def __init__(
+        self, network: Any, parallel: Parallel, world: World, *, precision: str = "fp32", compiled: bool = False
+    ) -> None:
         shape, pieces, at = network.shape, world.count("pipeline"), world.at("pipeline")
         if shape.layers < pieces:
             raise UserError(f"parallel.pipeline {pieces} is more than the model's {shape.layers} layers")
@@ -86,12 +90,23 @@ class Pipelined:
         self._labels = labels
         if self.schedule is None:
             if len(batches) < self.world.count("pipeline"):
-                raise UserError(f"a step has {len(batches)} parts in each process, the pipeline {self.world.count('pipeline')} pieces; make accumulation larger")
+                raise UserError(
+                    f"a step has {len(batches)} parts in each process, the pipeline {self.world.count('pipeline')}"
+                    " pieces; make accumulation larger"
+                )
             self.schedule = Schedule1F1B(self.stage, len(batches), loss_fn=scored, scale_grads=False)
-        ids, positions, segments, label_ids = (torch.cat([getattr(b, name) for b in batches]) for name in ("ids", "positions", "segments", "label_ids"))
+        ids, positions, segments, label_ids = (
+            torch.cat([getattr(b, name) for b in batches]) for name in ("ids", "positions", "segments", "label_ids")
+        )
         losses: list[Tensor] = []
         with cast(self.world.device, precision):
-            self.schedule.step(*((ids,) if self.first else ()), position_ids=positions, segment_ids=segments, target=label_ids if self.last else None, losses=losses if self.last else None)
+            self.schedule.step(
+                *((ids,) if self.first else ()),
+                position_ids=positions,
+                segment_ids=segments,
+                target=label_ids if self.last else None,
+                losses=losses if self.last else None,
+            )
         add_partial(self.parameters, self.world)
         if self.replicated:
             average([p.grad for p in self.parameters.values() if p.grad is not None], self.world.group("data"), shares)
@@ -104,7 +119,12 @@ class Pipelined:
 
     def clip(self, most: float) -> float:
         """As in `Placed`."""
-        return clip(self.parameters.values(), most, self.world, twice=[self.twin] if self.twin is not None and not self.first else [])
+        return clip(
+            self.parameters.values(),
+            most,
+            self.world,
+            twice=[self.twin] if self.twin is not None and not self.first else [],
+        )
 
     def gather(self, into: nn.Module | None) -> None:
         """As in `Placed`: every piece sends what the first has not."""
@@ -126,7 +146,10 @@ class Pipelined:
 
 
 def average(gradients: Sequence[Tensor], group: Any, shares: int) -> None:
-    """Each gradient becomes its mean over a group, in one exchange. DDP does not go with a pipeline: it counts each part of a step as a step."""
+    """Each gradient becomes its mean over a group, in one exchange.
+
+    DDP does not go with a pipeline: it counts each part of a step as a step.
+    """
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat, group=group)
     flat /= shares

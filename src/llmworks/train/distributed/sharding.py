@@ -1,4 +1,5 @@
-"""A model as one process holds it: whole, replicated (DDP), or sharded (FSDP2) with matrices shared out (tensor parallel); how its gradients come about.
+"""A model as one process holds it: whole, replicated (DDP), or sharded (FSDP2) with matrices shared out (tensor
+parallel); how its gradients come about.
 
 torch's own modules do it. `pipeline.py` holds one that has some of the blocks. Knows no loop and no optimizer.
 """
@@ -22,7 +23,10 @@ WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolved(precision: str, device: torch.device, *, spread: bool = False) -> str:
-    """What `auto` is: bf16 on a GPU that computes it (8.0 and newer), fp16 on an older one, fp32 on a CPU. `spread`: weights are sharded, so that nothing can be scaled for fp16."""
+    """What `auto` is: bf16 on a GPU that computes it (8.0 and newer), fp16 on an older one, fp32 on a CPU.
+
+    `spread`: weights are sharded, so that nothing can be scaled for fp16.
+    """
     if precision != "auto":
         return precision
     if device.type != "cuda":
@@ -43,7 +47,10 @@ class Placed:
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
 
     def backward(self, batches: Sequence[Any], loss: Loss, labels: float, scaler: Any, precision: str) -> float:
-        """Add up the gradients of all parts; returns this process's share of the mean loss. `labels`: of the step, in all processes."""
+        """Add up the gradients of all parts; returns this process's share of the mean loss.
+
+        `labels`: of the step, in all processes.
+        """
         shares, total = self.world.count("data"), 0.0
         for number, batch in enumerate(batches):
             with self._in_step(last=number + 1 == len(batches)):
@@ -86,7 +93,9 @@ class Placed:
         yield
 
 
-def place(network: nn.Module, parallel: Parallel, world: World, *, precision: str = "fp32", compiled: bool = False) -> Placed:
+def place(
+    network: nn.Module, parallel: Parallel, world: World, *, precision: str = "fp32", compiled: bool = False
+) -> Placed:
     """The model as this process holds it. Errors: UserError for one that cannot be spread so."""
     blocks: Any = blocks_of(network)
     spread = parallel.data == "shard" or parallel.tensor > 1
@@ -94,10 +103,18 @@ def place(network: nn.Module, parallel: Parallel, world: World, *, precision: st
         forward: Any = torch.compile(network) if compiled else network
         if world.size > 1:
             experts = bool(getattr(getattr(network, "shape", None), "experts", None))
-            forward = nn.parallel.DistributedDataParallel(forward, process_group=world.group("data"), forward_sync_buffers=False, find_unused_parameters=experts, gradient_as_bucket_view=True)
+            forward = nn.parallel.DistributedDataParallel(
+                forward,
+                process_group=world.group("data"),
+                forward_sync_buffers=False,
+                find_unused_parameters=experts,
+                gradient_as_bucket_view=True,
+            )
         return Placed(network, world, forward)
     if blocks is None:
-        raise UserError("parallel: only decoders can be sharded or share matrices; set parallel.data to replicate, and tensor to 1")
+        raise UserError(
+            "parallel: only decoders can be sharded or share matrices; set parallel.data to replicate, and tensor to 1"
+        )
     if precision == "fp16":
         raise UserError("precision fp16 is scaled in one piece; take bf16 with parallel.data shard or parallel.tensor")
     if parallel.tensor > 1:
@@ -108,7 +125,11 @@ def place(network: nn.Module, parallel: Parallel, world: World, *, precision: st
     if parallel.data == "shard":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        policy = MixedPrecisionPolicy(param_dtype=WIDTHS[precision], reduce_dtype=torch.float32) if precision != "fp32" else MixedPrecisionPolicy()
+        policy = (
+            MixedPrecisionPolicy(param_dtype=WIDTHS[precision], reduce_dtype=torch.float32)
+            if precision != "fp32"
+            else MixedPrecisionPolicy()
+        )
         for module in (*blocks, network):
             fully_shard(module, mesh=world.mesh["data"], mp_policy=policy)
     return Placed(network, world)
@@ -121,7 +142,9 @@ def blocks_of(network: nn.Module) -> Any:
 
 
 def add_partial(parameters: Mapping[str, nn.Parameter], world: World) -> None:
-    """Norms of queries and keys are whole in processes that share heads, and their gradients are of their own heads: they are summed."""
+    """Norms of queries and keys are whole in processes that share heads, and their gradients are of their own heads:
+    they are summed.
+    """
     if world.count("tensor") > 1:
         for name, p in parameters.items():
             if p.grad is not None and ("query_norm" in name or "key_norm" in name):
@@ -129,7 +152,8 @@ def add_partial(parameters: Mapping[str, nn.Parameter], world: World) -> None:
 
 
 def share_matrices(network: Any, blocks: Any, world: World) -> None:
-    """Heads and inner numbers of each block are divided among the processes along `tensor`; embedding, head and norms are whole in each.
+    """Heads and inner numbers of each block are divided among the processes along `tensor`; embedding, head and norms
+    are whole in each.
 
     Errors: UserError for a shape that cannot be divided.
     """
@@ -140,10 +164,17 @@ def share_matrices(network: Any, blocks: Any, world: World) -> None:
         if number % ways:
             raise UserError(f"parallel.tensor {ways} does not divide the model's {name} {number}")
     if shape.experts or shape.position == "alibi":
-        raise UserError(f"parallel.tensor: a model with {'experts' if shape.experts else 'ALiBi'} cannot share its matrices; set it to 1")
+        raise UserError(
+            f"parallel.tensor: a model with {'experts' if shape.experts else 'ALiBi'} cannot share its matrices; set it"
+            " to 1"
+        )
     for block in blocks:
         plan: dict[str, ParallelStyle] = {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
-        plan |= {"attention.out": RowwiseParallel(), "feed_forward.up": ColwiseParallel(), "feed_forward.down": RowwiseParallel()}
+        plan |= {
+            "attention.out": RowwiseParallel(),
+            "feed_forward.up": ColwiseParallel(),
+            "feed_forward.down": RowwiseParallel(),
+        }
         if shape.gated:
             plan["feed_forward.gate"] = ColwiseParallel()
         parallelize_module(block, world.mesh["tensor"], plan)
@@ -161,13 +192,26 @@ def full(x: Any) -> Tensor:
 
 
 def clip(parameters: Any, most: float, world: World, *, twice: Sequence[nn.Parameter] = ()) -> float:
-    """The norm of gradients that are spread over processes, which are scaled down to `most`. `twice`: those that another process counts, too."""
+    """The norm of gradients that are spread over processes, which are scaled down to `most`.
+
+    `twice`: those that another process counts, too.
+    """
     squares: dict[tuple[str, ...], Tensor] = {}
     found = [p for p in parameters if p.grad is not None]
     for p in found:
         if not any(p is other for other in twice):
-            axes = tuple(name for name, placement in zip(p.grad.device_mesh.mesh_dim_names, p.grad.placements, strict=True) if not placement.is_replicate()) if hasattr(p.grad, "placements") else ()
-            squares[axes] = squares.get(axes, torch.zeros((), device=world.device)) + local(p.grad).float().square().sum()
+            axes = (
+                tuple(
+                    name
+                    for name, placement in zip(p.grad.device_mesh.mesh_dim_names, p.grad.placements, strict=True)
+                    if not placement.is_replicate()
+                )
+                if hasattr(p.grad, "placements")
+                else ()
+            )
+            squares[axes] = (
+                squares.get(axes, torch.zeros((), device=world.device)) + local(p.grad).float().square().sum()
+            )
     total = torch.zeros((), device=world.device)
     for axes in sorted({*squares, (), ("data",), ("tensor",), ("data", "tensor")}):  # the same in all processes
         here = squares.get(axes, torch.zeros((), device=world.device))
@@ -181,4 +225,3 @@ def clip(parameters: Any, most: float, world: World, *, twice: Sequence[nn.Param
         for p in found:
             local(p.grad).mul_(most / (norm + 1e-6))
     return norm
-

@@ -1,4 +1,7 @@
-"""The processes of a training: who each is, how they add up, agree and wait. One process alone is a world, too. Knows no model."""
+"""The processes of a training: who each is, how they add up, agree and wait.
+
+One process alone is a world, too. Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,11 @@ class World:
 
 def own_device() -> torch.device:
     """Where this process trains: its GPU, if there is one."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def processes() -> int:
@@ -95,13 +102,21 @@ def opened(parallel: Parallel) -> Iterator[World]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        mesh = init_device_mesh(device.type, (parallel.pipeline, parallel.over(size), parallel.tensor), mesh_dim_names=AXES)
+        mesh = init_device_mesh(
+            device.type, (parallel.pipeline, parallel.over(size), parallel.tensor), mesh_dim_names=AXES
+        )
         yield World(device, rank, size, mesh)
     except LlmworksError:
         raise
     except RuntimeError as error:  # gloo and nccl raise nothing more precise
-        if any(word in str(error) for word in ("Connection", "connection", "timed out", "Timed out", "peer", "NCCL", "Gloo", "gloo")):
-            raise WorkerLost(f"process {rank} of {size} lost another one of the training; the same command goes on from the last checkpoint") from error
+        if any(
+            word in str(error)
+            for word in ("Connection", "connection", "timed out", "Timed out", "peer", "NCCL", "Gloo", "gloo")
+        ):
+            raise WorkerLost(
+                f"process {rank} of {size} lost another one of the training; the same command goes on from the last"
+                " checkpoint"
+            ) from error
         raise
     finally:
         with contextlib.suppress(Exception):

@@ -1,4 +1,7 @@
-"""What a fine-tuning will take, before it starts. Lengths are guessed by letters until a trial has encoded the conversations. Knows no recipe."""
+"""What a fine-tuning will take, before it starts.
+
+Lengths are guessed by letters until a trial has encoded the conversations. Knows no recipe.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,22 @@ IN_BITS = 4.127 / 8  # bytes of a weight in nf4, its scales in 8 bits
 CHUNK = 2.0 * NUMBER * (1 << 25)  # bytes of logits that exist at once, and their chances
 TURN = 20  # letters of what a template puts around a turn, about
 LOOKED = 4096  # conversations whose letters are counted
-ADAPTED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj", "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+ADAPTED = {
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "out": "o_proj",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+}
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations, or other rows: how many there are, and letters of one: in the mean, of the longest, and the share of them that is learned."""
+    """Conversations, or other rows: how many there are, and letters of one: in the mean, of the longest, and the share
+    of them that is learned.
+    """
 
     count: int
     letters: float
@@ -35,14 +48,22 @@ class Conversations:
 
 
 def conversations_of(data: Dataset) -> Conversations:
-    """What is known of a data set without its tokens; the first rows stand for all. Errors: DataError for rows that cannot be learned."""
+    """What is known of a data set without its tokens; the first rows stand for all.
+
+    Errors: DataError for rows that cannot be learned.
+    """
     from llmworks.data.conversations.training_rows import training_rows
     from llmworks.data.store.rows import open_rows, row_files, row_tables, schema_of, table_rows
 
     if schema_of(data) != "chat":
-        texts = [(len(str(row.get("prompt", ""))), len(str(row.get("text", row.get("completion", ""))))) for row in training_rows(data)]
+        texts = [
+            (len(str(row.get("prompt", ""))), len(str(row.get("text", row.get("completion", "")))))
+            for row in training_rows(data)
+        ]
         sizes = [sum(pair) for pair in texts]
-        return Conversations(len(sizes), sum(sizes) / len(sizes), max(sizes), sum(said for _, said in texts) / max(1, sum(sizes)))
+        return Conversations(
+            len(sizes), sum(sizes) / len(sizes), max(sizes), sum(said for _, said in texts) / max(1, sum(sizes))
+        )
     files = row_files(data, "chat")
     count = 0
     for file in files:
@@ -51,15 +72,22 @@ def conversations_of(data: Dataset) -> Conversations:
     lengths, learned = [], 0
     for table in row_tables(files[0], "chat", 0, 1):
         for row in list(table_rows(table, "chat"))[:LOOKED]:
-            turns = [(turn["role"], TURN + len(str(turn.get("content") or "")) + len(str(turn.get("tool_calls") or ""))) for turn in row["messages"]]
+            turns = [
+                (turn["role"], TURN + len(str(turn.get("content") or "")) + len(str(turn.get("tool_calls") or "")))
+                for turn in row["messages"]
+            ]
             lengths.append(sum(size for _, size in turns) + len(str(row.get("tools") or "")))
             learned += sum(size for role, size in turns if role == "assistant")
-    return Conversations(count, sum(lengths) / max(1, len(lengths)), max(lengths, default=0), learned / max(1, sum(lengths)))
+    return Conversations(
+        count, sum(lengths) / max(1, len(lengths)), max(lengths, default=0), learned / max(1, sum(lengths))
+    )
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A fine-tuning as far as it is known; `conversations` where its data are made, `teacher` and its shape `guide` where it learns a teacher's chances."""
+    """A fine-tuning as far as it is known; `conversations` where its data are made, `teacher` and its shape `guide`
+    where it learns a teacher's chances.
+    """
 
     config: SftConfig
     model: Path
@@ -77,14 +105,24 @@ class Tuning:
 
     @cached_property
     def learned(self) -> int:
-        """Numbers that are trained: of the adapter rank times the inputs and outputs of each layer that it stands beside; or all, whatever is frozen of them."""
+        """Numbers that are trained: of the adapter rank times the inputs and outputs of each layer that it stands
+        beside; or all, whatever is frozen of them.
+        """
         if self.config.method == "full":
             return self.parameters
         if self.config.method in ("prompt", "prefix"):
-            each = self.shape.width if self.config.method == "prompt" else 2 * self.shape.layers * self.shape.groups * self.shape.per_head
+            each = (
+                self.shape.width
+                if self.config.method == "prompt"
+                else 2 * self.shape.layers * self.shape.groups * self.shape.per_head
+            )
             return self.config.soft.tokens * each
         targets = self.config.lora.targets
-        sizes = [part.tensors["weight"] for part in parts_of(self.shape, 1) if part.where and part.name in ADAPTED and (targets == "all-linear" or ADAPTED[part.name] in targets)]
+        sizes = [
+            part.tensors["weight"]
+            for part in parts_of(self.shape, 1)
+            if part.where and part.name in ADAPTED and (targets == "all-linear" or ADAPTED[part.name] in targets)
+        ]
         return self.config.lora.rank * sum(sum(size) for size in sizes)
 
     @property
@@ -109,13 +147,31 @@ class Tuning:
         """Refuse what the training would refuse at its beginning, as far as it is known. Errors: UserError."""
         targets = self.config.lora.targets
         if self.config.method == "lora" and isinstance(targets, list):
-            known = sorted({name.split(".")[-2] for file in self.model.glob("*.safetensors") for name in read_header(file) if name.endswith(".weight") and name.count(".") > 1})
+            known = sorted(
+                {
+                    name.split(".")[-2]
+                    for file in self.model.glob("*.safetensors")
+                    for name in read_header(file)
+                    if name.endswith(".weight") and name.count(".") > 1
+                }
+            )
             unknown = next((name for name in targets if name not in known), None)
             if known and unknown is not None:
                 near = difflib.get_close_matches(unknown, known, n=1)
-                raise UserError(f"lora.targets: the model has no layer {unknown!r}" + (f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"))
-        if isinstance(self.config, DistillConfig) and self.teacher is None and self.config.source != "text" and (self.config.mix or self.config.direction != "forward" or self.config.temperature != 1.0):
-            raise UserError("temperature, mix and direction are of logits, and this teacher teaches by its text (an adapter is to be merged first; or other vocabularies)")
+                raise UserError(
+                    f"lora.targets: the model has no layer {unknown!r}"
+                    + (f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}")
+                )
+        if (
+            isinstance(self.config, DistillConfig)
+            and self.teacher is None
+            and self.config.source != "text"
+            and (self.config.mix or self.config.direction != "forward" or self.config.temperature != 1.0)
+        ):
+            raise UserError(
+                "temperature, mix and direction are of logits, and this teacher teaches by its text (an adapter is to"
+                " be merged first; or other vocabularies)"
+            )
 
     @property
     def steps(self) -> int:
@@ -128,38 +184,71 @@ class Tuning:
     @property
     def read(self) -> int:
         """Tokens that are read in all steps, about."""
-        return round(self.config.epochs * self.conversations.count * self._tokens(self.conversations.letters)) if self.conversations else 0
+        return (
+            round(self.config.epochs * self.conversations.count * self._tokens(self.conversations.letters))
+            if self.conversations
+            else 0
+        )
 
     def _tokens(self, letters: float) -> float:
         return min(self.config.max_tokens, letters / LETTERS)
 
     @property
     def work(self) -> float:
-        """Operations of all steps: forward, and back through frozen layers once; thrice for the adapter. The head is for learned tokens only."""
+        """Operations of all steps: forward, and back through frozen layers once; thrice for the adapter.
+
+        The head is for learned tokens only.
+        """
         if self.conversations is None:
             return 0.0
         parts = parts_of(self.shape, round(self._tokens(self.conversations.letters) / 2))
-        layers, head = sum(part.work for part in parts if part.name != "head"), sum(part.work for part in parts if part.name == "head")
+        layers, head = (
+            sum(part.work for part in parts if part.name != "head"),
+            sum(part.work for part in parts if part.name == "head"),
+        )
         forward = layers + head * self.conversations.share
-        guide = sum(part.work for part in parts_of(self.guide, round(self._tokens(self.conversations.letters) / 2))) if self.guide else 0.0
-        return ((3.0 * forward if self.config.method == "full" else 2.0 * forward + 6.0 * self.learned) + guide) * self.read
+        guide = (
+            sum(part.work for part in parts_of(self.guide, round(self._tokens(self.conversations.letters) / 2)))
+            if self.guide
+            else 0.0
+        )
+        return (
+            (3.0 * forward if self.config.method == "full" else 2.0 * forward + 6.0 * self.learned) + guide
+        ) * self.read
 
     @property
     def memory(self) -> float:
-        """Bytes of one process: frozen weights, the adapter with gradients and moments, and what the longest batch leaves for the way back."""
+        """Bytes of one process: frozen weights, the adapter with gradients and moments, and what the longest batch
+        leaves for the way back.
+        """
         longest = self._tokens(self.conversations.longest) if self.conversations else self.config.max_tokens
         tokens = longest * self.config.batch_size
-        held = self.learned * NUMBER * 3 if self.config.method == "full" else self.learned * NUMBER * 4  # gradients and moments, and the adapter itself
+        held = (
+            self.learned * NUMBER * 3 if self.config.method == "full" else self.learned * NUMBER * 4
+        )  # gradients and moments, and the adapter itself
         guide = sum(part.parameters for part in parts_of(self.guide, 1)) * NUMBER if self.guide else 0
         read = 2.0 * self.parameters * NUMBER  # for a moment, in fp32, before anything is kept in fewer bits
-        return PROCESS + max(read, self.frozen + guide + held + tokens * NUMBER * kept_of(self.shape) * self.shape.layers + CHUNK)
+        return PROCESS + max(
+            read, self.frozen + guide + held + tokens * NUMBER * kept_of(self.shape) * self.shape.layers + CHUNK
+        )
 
     def attempt(self) -> Trial:
         """Run a few steps of it here, of its own model and conversations. Errors: LlmworksError when that fails."""
         has_room(PROCESS + self.frozen + NUMBER * 4 * self.learned)
-        return run_trial("sft", {"config": self.config.model_dump(mode="json"), "model": str(self.model), "data": str(self.data or ""), "held_out": str(self.held_out or ""), "teacher": str(self.teacher or "")})
+        return run_trial(
+            "sft",
+            {
+                "config": self.config.model_dump(mode="json"),
+                "model": str(self.model),
+                "data": str(self.data or ""),
+                "held_out": str(self.held_out or ""),
+                "teacher": str(self.teacher or ""),
+            },
+        )
 
     def seconds(self, trial: Trial) -> float:
-        """Of the whole stage, from what was tried here: steps, and the held-out questions answered before and after; `row` is what encoding one conversation took."""
+        """Of the whole stage, from what was tried here: steps, and the held-out questions answered before and after;
+        `row` is what encoding one conversation took.
+        """
         count = self.conversations.count if self.conversations else 0
         return trial.around + self.steps * trial.step + 2 * trial.samples + count * trial.row

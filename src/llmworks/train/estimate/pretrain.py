@@ -1,6 +1,8 @@
-"""What a training will take, before it starts: parameters, operations, memory of a process, and time where a few steps were tried here.
+"""What a training will take, before it starts: parameters, operations, memory of a process, and time where a few steps
+were tried here.
 
-Counting needs no weights and no torch; `trial.py` runs the steps in a process of its own. Here pre-training, in `finetune.py` fine-tuning. Knows no recipe.
+Counting needs no weights and no torch; `trial.py` runs the steps in a process of its own. Here pre-training, in
+`finetune.py` fine-tuning. Knows no recipe.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ LAYERS, WHOLE = 8, 60_000_000  # decoders of more layers, or parameters, are tri
 
 @dataclass(frozen=True)
 class Trial:
-    """What a few steps took: seconds of a step and of a held-out row, of all samples, and of what comes before and after; the most bytes of the process."""
+    """What a few steps took: seconds of a step and of a held-out row, of all samples, and of what comes before and
+    after; the most bytes of the process.
+    """
 
     step: float
     row: float
@@ -37,8 +41,15 @@ class Trial:
     memory: float
 
     def deeper(self, other: Trial, times: int) -> Trial:
-        """`self` with one layer and `other` with two give what it is with `times` more than one; no layer takes less than nothing, whatever else the machine did."""
-        return Trial(*(one + max(0.0, two - one) * times for one, two in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+        """`self` with one layer and `other` with two give what it is with `times` more than one; no layer takes less
+        than nothing, whatever else the machine did.
+        """
+        return Trial(
+            *(
+                one + max(0.0, two - one) * times
+                for one, two in zip(asdict(self).values(), asdict(other).values(), strict=True)
+            )
+        )
 
 
 class Estimate(Protocol):
@@ -98,14 +109,18 @@ class Estimate(Protocol):
 
 
 def kept_of(shape: Shape) -> int:
-    """Numbers that a token leaves in a layer for the way back: the inputs of each product and bend (Korthikanti et al. 2022, arXiv:2205.05198, section 4, with our blocks)."""
+    """Numbers that a token leaves in a layer for the way back: the inputs of each product and bend (Korthikanti et al.
+    2022, arXiv:2205.05198, section 4, with our blocks).
+    """
     inner = shape.inner * (shape.experts.chosen if shape.experts else 1)
     return shape.width * 6 + (shape.heads * 4 + shape.groups * 4) * shape.per_head + inner * (4 if shape.gated else 2)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A pre-training as far as it is known: `rows` and `tokens` of its data, `held_out` rows; 0 where they are not made yet."""
+    """A pre-training as far as it is known: `rows` and `tokens` of its data, `held_out` rows; 0 where they are not made
+    yet.
+    """
 
     config: PretrainConfig
     shape: Shape | RecurrentShape
@@ -140,14 +155,24 @@ class Training:
         """Refuse what the training would refuse at its beginning, as far as it is known. Errors: UserError."""
         parallel, shape = self.config.parallel, self.shape
         if self.rows and self.rows < self.per_step:
-            raise UserError(f"the data has {self.rows:,} rows, a step takes {self.per_step:,} (batch {self.config.batch}, accumulation {self.config.accumulation}); give more data, or make the step smaller")
+            raise UserError(
+                f"the data has {self.rows:,} rows, a step takes {self.per_step:,} (batch {self.config.batch},"
+                f" accumulation {self.config.accumulation}); give more data, or make the step smaller"
+            )
         if self.length > shape.context:
-            raise UserError(f"rows have {self.length:,} tokens, the model reads {shape.context:,}; pack shorter rows, or make a model with more context")
-        if parallel.pipeline > 1 and (isinstance(shape, RecurrentShape) or shape.experts or self.config.precision == "fp16"):
+            raise UserError(
+                f"rows have {self.length:,} tokens, the model reads {shape.context:,}; pack shorter rows, or make a"
+                " model with more context"
+            )
+        if parallel.pipeline > 1 and (
+            isinstance(shape, RecurrentShape) or shape.experts or self.config.precision == "fp16"
+        ):
             raise UserError("parallel.pipeline: not with experts, precision fp16, or models other than the decoder")
         if parallel.pipeline > 1 and shape.layers < parallel.pipeline:
             raise UserError(f"parallel.pipeline {parallel.pipeline} is more than the model's {shape.layers} layers")
-        if parallel.tensor > 1 and (isinstance(shape, RecurrentShape) or shape.heads % parallel.tensor or shape.groups % parallel.tensor):
+        if parallel.tensor > 1 and (
+            isinstance(shape, RecurrentShape) or shape.heads % parallel.tensor or shape.groups % parallel.tensor
+        ):
             raise UserError(f"parallel.tensor {parallel.tensor} does not divide the model's heads")
 
     @property
@@ -170,15 +195,23 @@ class Training:
 
     @property
     def work(self) -> float:
-        """Operations of all steps: matrix products forward, twice as much backward; once more forward where blocks are computed again."""
+        """Operations of all steps: matrix products forward, twice as much backward; once more forward where blocks are
+        computed again.
+        """
         each = sum(part.work for part in parts_of(self.shape, self.length // 2))
         return (4.0 if self.config.recompute else 3.0) * each * self.read
 
     @property
     def memory(self) -> float:
-        """Bytes of one process: weights, gradients, moments and average of its share, and activations of one part of a step."""
+        """Bytes of one process: weights, gradients, moments and average of its share, and activations of one part of a
+        step.
+        """
         parallel = self.config.parallel
-        share = parallel.pipeline * parallel.tensor * (self.processes // (parallel.pipeline * parallel.tensor) if parallel.data == "shard" else 1)
+        share = (
+            parallel.pipeline
+            * parallel.tensor
+            * (self.processes // (parallel.pipeline * parallel.tensor) if parallel.data == "shard" else 1)
+        )
         moments = {"adamw": 2.0, "lion": 1.0, "muon": 1.0, "adamw-8bit": 0.5}[self.config.optimizer.name]
         states = self.parameters * NUMBER * (2 + moments + (1 if self.config.average else 0)) / share
         return PROCESS + states + self.activations()
@@ -186,12 +219,17 @@ class Training:
     def activations(self) -> float:
         """Bytes that a part of a step keeps for the way back."""
         shape, parallel = self.shape, self.config.parallel
-        rows = share_of(self.per_step, max(1, self.processes // (parallel.tensor * parallel.pipeline)), self.config.batch)
+        rows = share_of(
+            self.per_step, max(1, self.processes // (parallel.tensor * parallel.pipeline)), self.config.batch
+        )
         tokens, number = rows * self.length, 2 if self.config.precision in ("bf16", "fp16") else NUMBER
         logits = min(tokens, 512) * shape.vocabulary * NUMBER * 2
         if isinstance(shape, RecurrentShape):
             gates = {"mlp": 1, "rnn": 2, "gru": 6, "lstm": 8}[shape.kind]
-            return tokens * NUMBER * (4 * shape.width + gates * shape.inner * (shape.layers if shape.kind != "mlp" else 1)) + logits
+            return (
+                tokens * NUMBER * (4 * shape.width + gates * shape.inner * (shape.layers if shape.kind != "mlp" else 1))
+                + logits
+            )
         layer = kept_of(shape)
         layers = -(-shape.layers // parallel.pipeline)
         kept = shape.width * layers + layer if self.config.recompute else layer * layers
@@ -204,7 +242,9 @@ class Training:
         return trial.around + self.steps * trial.step + (looks + 2) * trial.samples + rows * trial.row
 
     def attempt(self) -> Trial:
-        """Run a few steps of it here, of one process, on its own first rows where they are made, else on ids by chance; large models with one layer and with two."""
+        """Run a few steps of it here, of one process, on its own first rows where they are made, else on ids by chance;
+        large models with one layer and with two.
+        """
         if isinstance(self.shape, RecurrentShape) or (self.shape.layers <= LAYERS and self.parameters <= WHOLE):
             return self._tried(self.shape)
         one, two = (self._tried(self.shape.model_copy(update={"layers": n})) for n in (1, 2))
@@ -213,16 +253,33 @@ class Training:
     def _tried(self, shape: Shape | RecurrentShape) -> Trial:
         recurrent = isinstance(shape, RecurrentShape)
         has_room(replace(self, shape=shape, processes=1).memory)
-        return run_trial("pretrain", {"shape": shape.model_dump(), "recurrent": recurrent, "config": self.config.model_dump(mode="json"), "length": self.length, "data": str(self.data or "")})
+        return run_trial(
+            "pretrain",
+            {
+                "shape": shape.model_dump(),
+                "recurrent": recurrent,
+                "config": self.config.model_dump(mode="json"),
+                "length": self.length,
+                "data": str(self.data or ""),
+            },
+        )
 
 
 def run_trial(kind: str, given: dict[str, Any]) -> Trial:
     """Try a training in a process of its own. Errors: LlmworksError when that fails."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     asked = {"threads": int(os.environ.get("LLMWORKS_THREADS") or os.cpu_count() or 1), **given}
-    done = subprocess.run([sys.executable, "-m", "llmworks.train.estimate.trial", kind], input=json.dumps(asked), capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmworks.train.estimate.trial", kind],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     if done.returncode:
-        raise LlmworksError(f"a few steps of the training cannot be tried here ({(done.stderr.strip().splitlines() or ['killed'])[-1]})")
+        raise LlmworksError(
+            f"a few steps of the training cannot be tried here ({(done.stderr.strip().splitlines() or ['killed'])[-1]})"
+        )
     found = json.loads(done.stdout.splitlines()[-1])
     if "error" in found:
         raise getattr(errors, found["kind"], LlmworksError)(found["error"])
@@ -231,6 +288,20 @@ def run_trial(kind: str, given: dict[str, Any]) -> Trial:
 
 def has_room(needed: float) -> None:
     """Refuse a trial that this machine's memory cannot hold. Errors: UserError."""
-    free = next((int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")), 0) if Path("/proc/meminfo").exists() else 0
+    free = (
+        next(
+            (
+                int(line.split()[1]) * 1024
+                for line in Path("/proc/meminfo").read_text().splitlines()
+                if line.startswith("MemAvailable")
+            ),
+            0,
+        )
+        if Path("/proc/meminfo").exists()
+        else 0
+    )
     if 0 < free < needed:
-        raise UserError(f"a few steps of the training need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free here; leave out --try, or make batch smaller")
+        raise UserError(
+            f"a few steps of the training need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free here; leave out"
+            " --try, or make batch smaller"
+        )

@@ -1,4 +1,6 @@
-"""A few steps of a training in a process of its own, so that its memory is its own: `python -m llmworks.train.estimate.trial KIND`, its question on standard input."""
+"""A few steps of a training in a process of its own, so that its memory is its own: `python -m
+llmworks.train.estimate.trial KIND`, its question on standard input.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ if TYPE_CHECKING:
     from llmworks.train.loop.packed import PackedBatch
     from llmworks.train.pretrain import PretrainConfig
 
-STEPS, MOST, ENOUGH, LOOKS = 5, 60, 10.0, 4  # steps at least and at most, and seconds: the first quarter is slow, while memory is fresh; batches that are only looked at
+STEPS, MOST, ENOUGH, LOOKS = (
+    5,
+    60,
+    10.0,
+    4,
+    # steps at least and at most, and seconds: the first quarter is slow, while memory is fresh; batches that are only
+    # looked at
+)
 ENCODED = 1000  # conversations, of all parts of the data
 
 
@@ -84,11 +93,19 @@ def pretrain(given: dict[str, Any]) -> dict[str, float]:
             network.generate(ids[:1, :2], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, pad_token_id=0)
         samples = (time.perf_counter() - start) / max(1, tokens) * config.sample_tokens * len(config.prompts)
     # opening, golden tokens and saving take about as long as this began
-    return {"step": statistics.fmean(seconds[len(seconds) // 4 :]), "row": row, "samples": samples, "around": 2 * loading}
+    return {
+        "step": statistics.fmean(seconds[len(seconds) // 4 :]),
+        "row": row,
+        "samples": samples,
+        "around": 2 * loading,
+    }
 
 
 def sft(given: dict[str, Any]) -> dict[str, float]:
-    """A few steps of `train.sft`, of its own conversations; first the longest of those that are encoded here. given: {config, model, data, held_out}."""
+    """A few steps of `train.sft`, of its own conversations; first the longest of those that are encoded here.
+
+    given: {config, model, data, held_out}.
+    """
     began = time.perf_counter()
     import matplotlib.figure  # noqa: F401
     import torch
@@ -110,7 +127,10 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     from llmworks.train.loop.packed import packed_loss
     from llmworks.train.sft import SftConfig, make_examples
 
-    config, model = (DistillConfig if given.get("teacher") else SftConfig).model_validate(given["config"]), Path(given["model"])
+    config, model = (
+        (DistillConfig if given.get("teacher") else SftConfig).model_validate(given["config"]),
+        Path(given["model"]),
+    )
     tokenizer = load_tokenizer(model)
     stops = stop_ids(model, tokenizer)
     use_template(tokenizer, config.template)
@@ -136,8 +156,18 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     loss_of: Any = packed_loss if tuned.free else next_token_loss
     if isinstance(config, DistillConfig):
         guide = open_tuned(Path(given["teacher"])).network.requires_grad_(False).eval().to(device)
-        loss_of = taught(guide, beta=DIRECTIONS.get(config.direction, 0.5), temperature=config.temperature, mix=config.mix)
-    steps = Steps(examples, epochs=config.epochs, size=config.batch_size, accumulation=config.accumulation, seed=0, free=tuned.free, device=device)
+        loss_of = taught(
+            guide, beta=DIRECTIONS.get(config.direction, 0.5), temperature=config.temperature, mix=config.mix
+        )
+    steps = Steps(
+        examples,
+        epochs=config.epochs,
+        size=config.batch_size,
+        accumulation=config.accumulation,
+        seed=0,
+        free=tuned.free,
+        device=device,
+    )
     longest = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))[-config.batch_size :]
     seconds: list[float] = []
     padded: list[int] = []
@@ -154,7 +184,12 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
             break
     known = slice(1, None) if len(seconds) > 1 else slice(None)
     mean = statistics.fmean(sum(make().ids.numel() for make in parts) for parts in steps)
-    return {"step": sum(seconds[known]) / sum(padded[known]) * mean, "row": encoding / len(some), "samples": samples, "around": 2 * loading}
+    return {
+        "step": sum(seconds[known]) / sum(padded[known]) * mean,
+        "row": encoding / len(some),
+        "samples": samples,
+        "around": 2 * loading,
+    }
 
 
 def enough(seconds: list[float]) -> bool:
@@ -172,8 +207,14 @@ def update(network: Any, optimizers: list[Any]) -> None:
         optimizer.zero_grad()
 
 
-def batches_of(given: dict[str, Any], config: PretrainConfig, vocabulary: int, device: torch.device) -> list[PackedBatch]:
-    """Parts of the first steps, as the training will read them: a step's time depends on how its rows are parted into texts. Without data, ids by chance, two texts in every second row."""
+def batches_of(
+    given: dict[str, Any], config: PretrainConfig, vocabulary: int, device: torch.device
+) -> list[PackedBatch]:
+    """Parts of the first steps, as the training will read them: a step's time depends on how its rows are parted into
+    texts.
+
+    Without data, ids by chance, two texts in every second row.
+    """
     import torch
 
     from llmworks.core.artifact import Dataset
@@ -183,13 +224,27 @@ def batches_of(given: dict[str, Any], config: PretrainConfig, vocabulary: int, d
     length = int(given["length"])
     packed = Packed(Dataset(Path(given["data"]))) if given["data"] else None
     if packed is not None and len(packed) >= config.batch:
-        return [make() for parts in PackedSteps(packed, MOST, rows=config.batch, parts=1, length=length, seed=0, device=device) for make in parts]
+        return [
+            make()
+            for parts in PackedSteps(packed, MOST, rows=config.batch, parts=1, length=length, seed=0, device=device)
+            for make in parts
+        ]
     ids = torch.randint(0, vocabulary, (config.batch, length), device=device)
     places = torch.arange(length, device=device).expand(config.batch, -1)
     parted = torch.randint(1, length, (config.batch, 1), device=device)
     parted[::2] = length
     segments = (places >= parted).long()
-    return [PackedBatch(ids, places - segments * parted, segments, ids.clone(), config.batch * (length - 1), config.batch * length, "")]
+    return [
+        PackedBatch(
+            ids,
+            places - segments * parted,
+            segments,
+            ids.clone(),
+            config.batch * (length - 1),
+            config.batch * length,
+            "",
+        )
+    ]
 
 
 def model_of(given: dict[str, Any]) -> Any:

@@ -1,6 +1,8 @@
-"""How far a student's chances are from a teacher's: pure functions on logits, and the loss of a batch, some tokens at a time.
+"""How far a student's chances are from a teacher's: pure functions on logits, and the loss of a batch, some tokens at a
+time.
 
-Sources: Hinton et al. 2015 (arXiv:1503.02531): temperature, and gradients times its square; Gu et al. 2023, MiniLLM (arXiv:2306.08543): the reverse direction;
+Sources: Hinton et al. 2015 (arXiv:1503.02531): temperature, and gradients times its square; Gu et al. 2023, MiniLLM
+(arXiv:2306.08543): the reverse direction;
 Agarwal et al. 2023, GKD (arXiv:2306.13649): what lies between.
 """
 
@@ -24,8 +26,10 @@ DIRECTIONS = {"forward": 0.0, "reverse": 1.0}
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
-    """Of each row of logits [rows, vocabulary], in nats: KL(teacher || student) for beta 0, KL(student || teacher) for 1, between them the generalised
-    Jensen-Shannon divergence: beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student. -> [rows]
+    """Of each row of logits [rows, vocabulary], in nats: KL(teacher || student) for beta 0, KL(student || teacher) for
+    1, between them the generalised
+    Jensen-Shannon divergence: beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta)
+    student. -> [rows]
     """
     s, t = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
     if beta in (0.0, 1.0):
@@ -36,7 +40,11 @@ def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float
 
 
 def taught(teacher: Any, *, beta: float, temperature: float, mix: float) -> Callable[[Any, Any], Tensor]:
-    """The loss of a batch under a teacher of the same vocabulary: (1 - mix) T^2 divergence + mix cross-entropy, summed over the labels. Logits exist for some labels at once."""
+    """The loss of a batch under a teacher of the same vocabulary: (1 - mix) T^2 divergence + mix cross-entropy, summed
+    over the labels.
+
+    Logits exist for some labels at once.
+    """
 
     def loss(student: Any, batch: Batch | PackedBatch) -> Tensor:
         with torch.no_grad():
@@ -47,13 +55,33 @@ def taught(teacher: Any, *, beta: float, temperature: float, mix: float) -> Call
         step = chunk(student.config.vocab_size)
         for first in range(0, len(states), step):
             part = slice(first, first + step)
-            total = total + checkpoint(_part, states[part], guide[part], labels[part], head, guide_head, beta, temperature, mix, use_reentrant=False)
+            total = total + checkpoint(
+                _part,
+                states[part],
+                guide[part],
+                labels[part],
+                head,
+                guide_head,
+                beta,
+                temperature,
+                mix,
+                use_reentrant=False,
+            )
         return total
 
     return loss
 
 
-def _part(states: Tensor, guide: Tensor, labels: Tensor, head: Any, guide_head: Any, beta: float, temperature: float, mix: float) -> Tensor:
+def _part(
+    states: Tensor,
+    guide: Tensor,
+    labels: Tensor,
+    head: Any,
+    guide_head: Any,
+    beta: float,
+    temperature: float,
+    mix: float,
+) -> Tensor:
     logits = head(states).float()
     with torch.no_grad():
         wanted = guide_head(guide).float()

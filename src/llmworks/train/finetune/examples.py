@@ -1,4 +1,7 @@
-"""From conversations and texts to training examples and batches: ids, labels, and what is computed together. Knows no model."""
+"""From conversations and texts to training examples and batches: ids, labels, and what is computed together.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded examples. ids: [rows, length]; label positions as (row, column) of the token to be predicted; lengths: [rows]."""
+    """Right-padded examples.
+
+    ids: [rows, length]; label positions as (row, column) of the token to be predicted; lengths: [rows].
+    """
 
     ids: Tensor
     rows: Tensor
@@ -60,9 +66,11 @@ class Batch:
 
 
 def make_example(tokenizer: Any, row: Row, max_tokens: int, *, last: bool = False, cut: bool = False) -> Example | str:
-    """The example of one conversation, or of a row of `text`, or of `prompt` and `completion`; or the reason why it cannot be trained on.
+    """The example of one conversation, or of a row of `text`, or of `prompt` and `completion`; or the reason why it
+    cannot be trained on.
 
-    `last`: of several answers only the last is learned. `cut`: what is too long loses its end; else nothing is cut, since a cut answer teaches no end.
+    `last`: of several answers only the last is learned. `cut`: what is too long loses its end; else nothing is cut,
+    since a cut answer teaches no end.
     """
     try:
         ids, mask = ids_of(tokenizer, row)
@@ -105,7 +113,16 @@ def collate(examples: Sequence[Example]) -> Batch:
 def joined(examples: Sequence[Example], device: torch.device | str = "cpu") -> PackedBatch:
     """One after the other in one row, without padding; none sees another, and each begins at position 0."""
     ids = torch.tensor([[i for e in examples for i in e.ids]], device=device)
-    labels = torch.tensor([[i if m and place else IGNORED for e in examples for place, (i, m) in enumerate(zip(e.ids, e.mask, strict=True))]], device=device)
+    labels = torch.tensor(
+        [
+            [
+                i if m and place else IGNORED
+                for e in examples
+                for place, (i, m) in enumerate(zip(e.ids, e.mask, strict=True))
+            ]
+        ],
+        device=device,
+    )
     positions = torch.tensor([[place for e in examples for place in range(len(e.ids))]], device=device)
     segments = torch.tensor([[number for number, e in enumerate(examples) for _ in e.ids]], device=device)
     return PackedBatch(ids, positions, segments, labels, sum(e.labels for e in examples), ids.shape[1], where(examples))
@@ -118,13 +135,19 @@ def where(examples: Sequence[Any]) -> str:
 
 
 def plan_epoch(lengths: Sequence[int], size: int, seed: int, *, by_length: bool = True) -> list[list[int]]:
-    """Indices of one epoch's batches: shuffled; `by_length`: sorted by length within buckets of 16 batches, so that there is little padding, batches shuffled again."""
+    """Indices of one epoch's batches: shuffled; `by_length`: sorted by length within buckets of 16 batches, so that
+    there is little padding, batches shuffled again.
+    """
     rng = random.Random(seed)
     order = list(range(len(lengths)))
     rng.shuffle(order)
     if by_length:
         span = size * BUCKET
-        order = [i for start in range(0, len(order), span) for i in sorted(order[start : start + span], key=lambda j: lengths[j])]
+        order = [
+            i
+            for start in range(0, len(order), span)
+            for i in sorted(order[start : start + span], key=lambda j: lengths[j])
+        ]
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     if by_length:
         rng.shuffle(batches)
@@ -132,14 +155,38 @@ def plan_epoch(lengths: Sequence[int], size: int, seed: int, *, by_length: bool 
 
 
 class Steps(Sequence[list[Callable[[], Any]]]):
-    """The steps of a training over examples, the same for the same seed: each a list of makers of parts of `size` examples.
+    """The steps of a training over examples, the same for the same seed: each a list of makers of parts of `size`
+    examples.
 
-    `free`: parts are joined without padding, else padded; or as `join` has it, of a part's examples and the whole step's. `share` (number, of how many): the examples of each step that are this process's, `cut` of them at once; what
-    cannot be divided is left out, so that all processes have as many parts. Errors: UserError where no step has an example for each.
+    `free`: parts are joined without padding, else padded; or as `join` has it, of a part's examples and the whole
+    step's. `share` (number, of how many): the examples of each step that are this process's, `cut` of them at once;
+    what
+    cannot be divided is left out, so that all processes have as many parts. Errors: UserError where no step has an
+    example for each.
     """
 
-    def __init__(self, examples: Sequence[Any], *, epochs: float, size: int, accumulation: int, seed: int, free: bool, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1), cut: int = 0, join: Callable[[Sequence[Any], Sequence[Any]], Any] | None = None) -> None:
-        self.examples, self.size, self.free, self.device, self.share, self.join = examples, cut or size, free, device, share, join
+    def __init__(
+        self,
+        examples: Sequence[Any],
+        *,
+        epochs: float,
+        size: int,
+        accumulation: int,
+        seed: int,
+        free: bool,
+        device: torch.device | str = "cpu",
+        share: tuple[int, int] = (0, 1),
+        cut: int = 0,
+        join: Callable[[Sequence[Any], Sequence[Any]], Any] | None = None,
+    ) -> None:
+        self.examples, self.size, self.free, self.device, self.share, self.join = (
+            examples,
+            cut or size,
+            free,
+            device,
+            share,
+            join,
+        )
         lengths = [len(e.ids) for e in examples]
         wanted = max(1, round(epochs * -(-len(examples) // size)))
         parts: list[list[int]] = []
@@ -148,7 +195,9 @@ class Steps(Sequence[list[Callable[[], Any]]]):
             parts += plan_epoch(lengths, size, seed * 1000 + epoch, by_length=not free)
             epoch += 1
         parts = parts[:wanted]
-        self.steps = [[i for part in parts[at : at + accumulation] for i in part] for at in range(0, len(parts), accumulation)]
+        self.steps = [
+            [i for part in parts[at : at + accumulation] for i in part] for at in range(0, len(parts), accumulation)
+        ]
         self.steps = [step for whole in self.steps if (step := whole[: len(whole) // share[1] * share[1]])]
         if not self.steps:
             raise UserError(f"{len(examples)} rows cannot be divided among {share[1]} processes; start fewer")

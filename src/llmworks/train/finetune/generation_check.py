@@ -1,4 +1,8 @@
-"""Held-out questions answered before and after a fine-tuning, how well held-out answers are predicted on the way, and the report of it all. Knows no method of training."""
+"""Held-out questions answered before and after a fine-tuning, how well held-out answers are predicted on the way, and
+the report of it all.
+
+Knows no method of training.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,11 @@ TOKENS = 96  # of an answer
 
 def answerable(held_out: Dataset) -> list[Row]:
     """Conversations that end with an answer to something."""
-    return [row for row in training_rows(held_out) if "messages" in row and row["messages"][-1]["role"] == "assistant" and len(row["messages"]) > 1]
+    return [
+        row
+        for row in training_rows(held_out)
+        if "messages" in row and row["messages"][-1]["role"] == "assistant" and len(row["messages"]) > 1
+    ]
 
 
 def answers(engine: Engine, questions: Sequence[Row], kept: Path | None) -> list[str]:
@@ -44,7 +52,9 @@ def _asked(row: Row) -> tuple[Message, ...]:
 
 
 def predicted(network: Any, examples: Sequence[Example], *, free: bool, size: int, device: Any) -> dict[str, float]:
-    """How well the labels of examples are predicted: `held_out`, their mean cross-entropy in nats, `perplexity`, and `accuracy`, the share that is the most probable token."""
+    """How well the labels of examples are predicted: `held_out`, their mean cross-entropy in nats, `perplexity`, and
+    `accuracy`, the share that is the most probable token.
+    """
     import torch
 
     from llmworks.train.finetune.examples import collate, joined
@@ -75,7 +85,11 @@ def warnings_of(questions: Sequence[Row], before: Sequence[str], after: Sequence
     if after and any(len(text.split()) > 20 and len(set(text.split())) < len(text.split()) / 5 for text in after):
         found.append("a held-out answer repeats itself")
     for what, parses in (("a function call", _calls), ("JSON", _json)):
-        if questions and all(parses(flat_messages(row)[-1].content) for row in questions) and not any(parses(text) for text in after):
+        if (
+            questions
+            and all(parses(flat_messages(row)[-1].content) for row in questions)
+            and not any(parses(text) for text in after)
+        ):
             found.append(f"the data's answers are all {what}, and none of the model's is")
     return found
 
@@ -91,30 +105,62 @@ def _json(text: str) -> bool:
         return False
 
 
-def write_report(report: ReportBuilder, title: str, rows: Sequence[dict[str, Any]], metrics: Mapping[str, Any], config: Mapping[str, Any], set_aside: Sequence[tuple[str, str]]) -> None:
+def write_report(
+    report: ReportBuilder,
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    metrics: Mapping[str, Any],
+    config: Mapping[str, Any],
+    set_aside: Sequence[tuple[str, str]],
+) -> None:
     """Curves and figures; what was asked and answered is added by `write_samples`."""
     steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "held_out" in row]
     report.title = f"Fine-tuning of {title}"
-    report.lead = f"{len(steps):,} steps, {metrics['tokens']:,} tokens; from the first tenth of the steps to the last the loss went from {metrics['loss_first']:.3f} to {metrics['loss']:.3f} nats a learned token." if steps else ""
+    report.lead = (
+        f"{len(steps):,} steps, {metrics['tokens']:,} tokens; from the first tenth of the steps to the last the loss"
+        f" went from {metrics['loss_first']:.3f} to {metrics['loss']:.3f} nats a learned token."
+        if steps
+        else ""
+    )
     if looks:
         last = looks[-1]
         chosen = next((row for row in looks if row["step"] == metrics.get("best_step", -1)), last)
-        report.lead += f" Held-out answers: {chosen['held_out']:.3f} nats a token, {chosen['accuracy']:.1%} of their tokens foreseen" + (f" after step {chosen['step'] + 1}, whose weights these are." if chosen is not last else ".")
-    report.data = {"warnings": [], "config": dict(config), "steps": len(steps), "held_out": [{key: row[key] for key in ("step", "held_out", "accuracy")} for row in looks]}
+        report.lead += (
+            f" Held-out answers: {chosen['held_out']:.3f} nats a token, {chosen['accuracy']:.1%} of their tokens"
+            " foreseen" + (f" after step {chosen['step'] + 1}, whose weights these are." if chosen is not last else ".")
+        )
+    report.data = {
+        "warnings": [],
+        "config": dict(config),
+        "steps": len(steps),
+        "held_out": [{key: row[key] for key in ("step", "held_out", "accuracy")} for row in looks],
+    }
     for heading, series, y in plots(steps, rows) if steps else ():
         report.curves(heading, series, x="step", y=y)
     if set_aside:
-        report.table("Rows set aside", ("id", "reason"), set_aside[:50], f"{len(set_aside)} of them; all are in set_aside.jsonl." if len(set_aside) > 50 else "")
+        report.table(
+            "Rows set aside",
+            ("id", "reason"),
+            set_aside[:50],
+            f"{len(set_aside)} of them; all are in set_aside.jsonl." if len(set_aside) > 50 else "",
+        )
 
 
-def write_samples(report: ReportBuilder, questions: Sequence[Row], before: Sequence[str], after: Sequence[str]) -> list[str]:
+def write_samples(
+    report: ReportBuilder, questions: Sequence[Row], before: Sequence[str], after: Sequence[str]
+) -> list[str]:
     """What was asked and answered; returns warnings, which stand first."""
     warnings = warnings_of(questions, before, after)
     report.data["warnings"] = warnings
     if warnings:
         report.blocks.insert(0, Block("text", "Warnings", "\n\n".join(warnings)))
     items = [
-        {"": str(row["messages"][-2].get("content") or "")[:110], "before": b, "after": a, "reference": flat_messages(row)[-1].content}
+        {
+            "": str(row["messages"][-2].get("content") or "")[:110],
+            "before": b,
+            "after": a,
+            "reference": flat_messages(row)[-1].content,
+        }
         for row, b, a in zip(questions, before, after, strict=True)
     ]
     if items:

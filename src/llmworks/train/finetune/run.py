@@ -1,6 +1,10 @@
-"""What all methods that tune a model share: the fields of what is trained and how often, and the run from a model to an artifact. `Way` is what differs.
+"""What all methods that tune a model share: the fields of what is trained and how often, and the run from a model to an
+artifact.
 
-Ends by answering held-out questions as before and after, and says so when nothing changed or answers degenerate. Knows no data and no loss.
+`Way` is what differs.
+
+Ends by answering held-out questions as before and after, and says so when nothing changed or answers degenerate. Knows
+no data and no loss.
 """
 
 from __future__ import annotations
@@ -31,24 +35,63 @@ if TYPE_CHECKING:
 class TuneConfig(Config):
     """What is trained, and on how much."""
 
-    rates: ClassVar[Mapping[str, float]] = {"full": 5e-5}  # of methods where none is given: an adapter's would break all weights
+    rates: ClassVar[Mapping[str, float]] = {
+        "full": 5e-5
+    }  # of methods where none is given: an adapter's would break all weights
 
-    method: Literal["lora", "full"] = Field("lora", description="lora: an adapter, all else is frozen; full: the weights themselves, those that `freeze` leaves")
+    method: Literal["lora", "full"] = Field(
+        "lora",
+        description="lora: an adapter, all else is frozen; full: the weights themselves, those that `freeze` leaves",
+    )
     lora: LoraConfig = Field(LoraConfig(), description="the adapter")
-    freeze: list[str] = Field([], description="full: weights that stay as they are, by names in the model's files with * and [0-9], as model.embed_tokens.* or model.layers.[0-9].*")
+    freeze: list[str] = Field(
+        [],
+        description=(
+            "full: weights that stay as they are, by names in the model's files with * and [0-9], as"
+            " model.embed_tokens.* or model.layers.[0-9].*"
+        ),
+    )
     epochs: float = Field(2.0, gt=0, description="passes over the data; may be a fraction")
     batch_size: int = Field(4, gt=0, description="rows of data per part of a step")
     accumulation: int = Field(1, gt=0, description="parts per step; the step's loss is normalised over all of them")
     max_tokens: int = Field(2048, gt=1, description="the longest row that is read whole")
     template: Template = Field("keep", description=f"the chat template that is trained with and saved. {CHOICES}")
-    golden: str = Field("keep", pattern=r"^(keep|renew: .+)$", description="keep: the base's golden tokens must replay; 'renew: REASON' when the template or vocabulary changes")
+    golden: str = Field(
+        "keep",
+        pattern=r"^(keep|renew: .+)$",
+        description=(
+            "keep: the base's golden tokens must replay; 'renew: REASON' when the template or vocabulary changes"
+        ),
+    )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="learning rate schedule and optimizer")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of products, under autocast; weights that are trained stay fp32. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU, where the others are many times slower")
-    recompute: bool = Field(False, description="keep no activations of blocks, compute them again backward: less memory, a third more time")
-    parallel: Parallel = Field(Parallel(), description="what processes share, where several are started (--nproc, torchrun); a step is the same whatever their number")
-    look_every: int = Field(0, ge=0, description="steps between two looks at how well held-out rows are done; 0: at the end only")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description=(
+            "of products, under autocast; weights that are trained stay fp32. auto: bf16 on a GPU that has it, fp16 on"
+            " an older one, fp32 on a CPU, where the others are many times slower"
+        ),
+    )
+    recompute: bool = Field(
+        False, description="keep no activations of blocks, compute them again backward: less memory, a third more time"
+    )
+    parallel: Parallel = Field(
+        Parallel(),
+        description=(
+            "what processes share, where several are started (--nproc, torchrun); a step is the same whatever their"
+            " number"
+        ),
+    )
+    look_every: int = Field(
+        0, ge=0, description="steps between two looks at how well held-out rows are done; 0: at the end only"
+    )
     look_rows: int = Field(64, gt=0, description="held-out rows of a look")
-    best: Literal["", "held_out", "accuracy"] = Field("", description="which look's weights are saved: the one with the lowest loss (held_out), or with the most that is right (accuracy); empty: the last step's")
+    best: Literal["", "held_out", "accuracy"] = Field(
+        "",
+        description=(
+            "which look's weights are saved: the one with the lowest loss (held_out), or with the most that is right"
+            " (accuracy); empty: the last step's"
+        ),
+    )
     patience: int = Field(0, ge=0, description="end after so many looks that are no better than the best; 0: never")
     checkpoint_every: int = Field(20, gt=0, description="steps between two checkpoints")
     samples: int = Field(4, ge=0, description="held-out questions answered before and after")
@@ -57,8 +100,14 @@ class TuneConfig(Config):
     @classmethod
     def _rate(cls, values: Any) -> Any:
         given = values.get("optimizer", {}) if isinstance(values, dict) else None
-        rate = cls.rates.get(values.get("method", cls.model_fields["method"].default)) if isinstance(given, dict) else None
-        return {**values, "optimizer": {**given, "learning_rate": rate}} if isinstance(given, dict) and rate is not None and "learning_rate" not in given else values
+        rate = (
+            cls.rates.get(values.get("method", cls.model_fields["method"].default)) if isinstance(given, dict) else None
+        )
+        return (
+            {**values, "optimizer": {**given, "learning_rate": rate}}
+            if isinstance(given, dict) and rate is not None and "learning_rate" not in given
+            else values
+        )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -84,7 +133,9 @@ class TuneConfig(Config):
 
 @dataclass(frozen=True)
 class Material:
-    """What is learned from: the rows as examples, those set aside with the reason, the held-out rows that are looked at, and questions that are answered."""
+    """What is learned from: the rows as examples, those set aside with the reason, the held-out rows that are looked
+    at, and questions that are answered.
+    """
 
     tokenizer: Any
     stops: Sequence[int]
@@ -96,9 +147,13 @@ class Material:
 
 @dataclass(frozen=True)
 class Way:
-    """What differs between methods. `join`: some examples, of the step's, as one batch; `look`: figures of held-out examples, and `said` of them in words; `told`: of a step, beside its loss.
+    """What differs between methods.
 
-    `steps`: in place of batches of the material's examples; a step may be made when it is asked for. `again`: whether the weights that are saved have to be looked at once more, since what they were looked at for
+    `join`: some examples, of the step's, as one batch; `look`: figures of held-out examples, and `said` of them in
+    words; `told`: of a step, beside its loss.
+
+    `steps`: in place of batches of the material's examples; a step may be made when it is asked for. `again`: whether
+    the weights that are saved have to be looked at once more, since what they were looked at for
     is not known; `done`: is told when training ends, before anything is saved.
     """
 
@@ -112,13 +167,31 @@ class Way:
     done: Callable[[], None] | None = None
 
 
-Describe = Callable[[ReportBuilder, str, Sequence[dict[str, Any]], Mapping[str, Any], Mapping[str, Any], Sequence[tuple[str, str]]], None]
+Describe = Callable[
+    [ReportBuilder, str, Sequence[dict[str, Any]], Mapping[str, Any], Mapping[str, Any], Sequence[tuple[str, str]]],
+    None,
+]
 
 Finish = Callable[["Tuned", dict[str, Any]], Adapter | Model]
 
 
-def tune(config: Any, model: Model, ctx: Context, world: World, material: Material, way_of: Callable[[Tuned, Material], Way], describe: Describe, *, adapter: Adapter | None = None, finish: Finish | None = None) -> Adapter | Model:
-    """Train in one of the processes; the first looks, answers and saves. `way_of` is asked when what is trained was chosen; `adapter`: that the training begins with; `finish`: saves something else."""
+def tune(
+    config: Any,
+    model: Model,
+    ctx: Context,
+    world: World,
+    material: Material,
+    way_of: Callable[[Tuned, Material], Way],
+    describe: Describe,
+    *,
+    adapter: Adapter | None = None,
+    finish: Finish | None = None,
+) -> Adapter | Model:
+    """Train in one of the processes; the first looks, answers and saves.
+
+    `way_of` is asked when what is trained was chosen; `adapter`: that the training begins with; `finish`: saves
+    something else.
+    """
     import torch
 
     from llmworks.generate.engines.torch import TorchEngine
@@ -133,12 +206,18 @@ def tune(config: Any, model: Model, ctx: Context, world: World, material: Materi
     tuned = open_tuned(model.path)
     before: list[str] = []
     if material.questions and world.first:  # on the CPU, where the engine reads
-        engine = TorchEngine(tuned.network, material.tokenizer, material.stops, model.name) if adapter is None else TorchEngine.open(model.path, adapter=adapter.path)
+        engine = (
+            TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
+            if adapter is None
+            else TorchEngine.open(model.path, adapter=adapter.path)
+        )
         before = answers(engine, material.questions, ctx.scratch / "before.json")
     torch.manual_seed(ctx.seed)
     prepare(tuned, config, adapter)
     precision = resolved(config.precision, world.device, spread=config.parallel.data == "shard")
-    if precision != "fp32" and config.method == "lora" and config.parallel.data != "shard":  # whose pieces are of one format
+    if (
+        precision != "fp32" and config.method == "lora" and config.parallel.data != "shard"
+    ):  # whose pieces are of one format
         tuned.narrow(precision)
     network = tuned.network.to(world.device)
     if config.recompute:
@@ -149,7 +228,21 @@ def tune(config: Any, model: Model, ctx: Context, world: World, material: Materi
         way = way_of(tuned, material)
     each, shares = config.batch_size * config.accumulation, world.count("data")
     size = share_of(each, shares, config.batch_size)
-    steps = way.steps if way.steps is not None else Steps(material.examples, epochs=config.epochs, size=config.batch_size, accumulation=config.accumulation, seed=ctx.seed, free=tuned.free, join=way.join, share=(world.at("data"), shares), cut=size)
+    steps = (
+        way.steps
+        if way.steps is not None
+        else Steps(
+            material.examples,
+            epochs=config.epochs,
+            size=config.batch_size,
+            accumulation=config.accumulation,
+            seed=ctx.seed,
+            free=tuned.free,
+            join=way.join,
+            share=(world.at("data"), shares),
+            cut=size,
+        )
+    )
     placed = place(network, config.parallel, world, precision=precision)
     whole = tuned
     if not parallel_whole(config.parallel, world.size) and world.first:
@@ -167,8 +260,18 @@ def tune(config: Any, model: Model, ctx: Context, world: World, material: Materi
         return found
 
     best = Best(config.best, ctx.scratch, config.patience) if config.best else None
-    habits = Habits(config.checkpoint_every, precision=precision, look=look if material.unseen else None, look_every=config.look_every, best=best, faster={"b": config.lora.faster} if config.lora.faster > 1 else {}, told=way.told)
-    metrics: dict[str, Any] = dict(train(placed, steps, way.loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress))
+    habits = Habits(
+        config.checkpoint_every,
+        precision=precision,
+        look=look if material.unseen else None,
+        look_every=config.look_every,
+        best=best,
+        faster={"b": config.lora.faster} if config.lora.faster > 1 else {},
+        told=way.told,
+    )
+    metrics: dict[str, Any] = dict(
+        train(placed, steps, way.loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress)
+    )
     placed.gather(whole.network if world.first else None)
     if world.first and material.unseen and way.again is not None and way.again():
         with cast(world.device, precision):
@@ -191,10 +294,23 @@ def looked(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any
     if not looks:
         return {}
     chosen = next((row for row in looks if row["step"] == best), looks[-1])
-    return {"held_out": round(chosen["held_out"], 5), **({"accuracy": round(chosen["accuracy"], 5)} if "accuracy" in chosen else {}), "best_step": chosen["step"]}
+    return {
+        "held_out": round(chosen["held_out"], 5),
+        **({"accuracy": round(chosen["accuracy"], 5)} if "accuracy" in chosen else {}),
+        "best_step": chosen["step"],
+    }
 
 
-def _finish(config: Any, model: Model, material: Material, ctx: Context, tuned: Tuned, before: list[str], metrics: dict[str, Any], describe: Describe) -> Adapter | Model:
+def _finish(
+    config: Any,
+    model: Model,
+    material: Material,
+    ctx: Context,
+    tuned: Tuned,
+    before: list[str],
+    metrics: dict[str, Any],
+    describe: Describe,
+) -> Adapter | Model:
     """Save, answer again, report, and record golden tokens."""
     from llmworks.generate.engines.torch import TorchEngine
     from llmworks.model.golden import record as recorded
@@ -203,14 +319,27 @@ def _finish(config: Any, model: Model, material: Material, ctx: Context, tuned: 
     from llmworks.train.finetune.generation_check import answers, write_samples
 
     rows = ctx.progress.read_metrics()
-    metrics |= {"rows": len(material.examples), "set_aside": len(material.set_aside), "trained_parameters": tuned.trained}
+    metrics |= {
+        "rows": len(material.examples),
+        "set_aside": len(material.set_aside),
+        "trained_parameters": tuned.trained,
+    }
     tuned.save(ctx.out, model.ref or model.name)
     material.tokenizer.save_pretrained(ctx.out)
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
     if material.set_aside:
-        (ctx.out / "set_aside.jsonl").write_text("".join(json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in material.set_aside), encoding="utf-8")
-    engine = TorchEngine.open(model.path, adapter=ctx.out) if tuned.soft or tuned.narrowed else TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
+        (ctx.out / "set_aside.jsonl").write_text(
+            "".join(
+                json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in material.set_aside
+            ),
+            encoding="utf-8",
+        )
+    engine = (
+        TorchEngine.open(model.path, adapter=ctx.out)
+        if tuned.soft or tuned.narrowed
+        else TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
+    )
     after = answers(engine, material.questions, None) if material.questions else []
     describe(ctx.report, model.name, rows, metrics, config.model_dump(), material.set_aside)
     warnings = write_samples(ctx.report, material.questions, before, after)
@@ -218,9 +347,25 @@ def _finish(config: Any, model: Model, material: Material, ctx: Context, tuned: 
         ctx.progress.say(f"warning: {warning}")
     metrics["warnings"] = len(warnings)
     if config.method == "full":  # of what was written, in its number format
-        return Model(ctx.out, metrics=metrics, golden=recorded(ctx.out), about={"format": "hf", "architecture": str(model.about.get("architecture", ""))})
+        return Model(
+            ctx.out,
+            metrics=metrics,
+            golden=recorded(ctx.out),
+            about={"format": "hf", "architecture": str(model.about.get("architecture", ""))},
+        )
     golden = record(material.tokenizer, material.stops, torch_logits(engine.model))
-    return Adapter(ctx.out, metrics=metrics, golden=golden, about={"base": model.digest, "method": config.method, **({"rank": tuned.lora.rank} if tuned.lora is not None else {}), "template": config.template, "base_kept": "nf4" if tuned.kept else "as-is"})
+    return Adapter(
+        ctx.out,
+        metrics=metrics,
+        golden=golden,
+        about={
+            "base": model.digest,
+            "method": config.method,
+            **({"rank": tuned.lora.rank} if tuned.lora is not None else {}),
+            "template": config.template,
+            "base_kept": "nf4" if tuned.kept else "as-is",
+        },
+    )
 
 
 def prepare(tuned: Any, config: Any, adapter: Adapter | None = None) -> None:
@@ -239,13 +384,19 @@ def in_memory(error: RuntimeError) -> TrainingError | None:
     """What is to be said of a step that does not fit into memory; None for any other error."""
     if "allocate memory" not in str(error) and "out of memory" not in str(error):
         return None
-    return TrainingError("there is too little memory for a step; make batch_size smaller and accumulation larger, set recompute, or keep the base in fewer bits (lora.base)")
+    return TrainingError(
+        "there is too little memory for a step; make batch_size smaller and accumulation larger, set recompute, or keep"
+        " the base in fewer bits (lora.base)"
+    )
 
 
 def require_directory(model: Model) -> None:
     """Whether a model can be trained. ModelError for one file, or a server."""
     if model.format != "hf":
-        raise ModelError(f"{model.name}: training needs a Hugging Face directory, this is {model.format}; convert it with the stage model.from_gguf")
+        raise ModelError(
+            f"{model.name}: training needs a Hugging Face directory, this is {model.format}; convert it with the stage"
+            " model.from_gguf"
+        )
 
 
 def context_of(model: Model) -> int:
@@ -253,11 +404,15 @@ def context_of(model: Model) -> int:
     from llmworks.tokenize.load import read_json
 
     config = read_json(model.path / "config.json")
-    found = config.get("max_position_embeddings") or config.get("n_positions") or (config.get("shape") or {}).get("context")
+    found = (
+        config.get("max_position_embeddings") or config.get("n_positions") or (config.get("shape") or {}).get("context")
+    )
     return int(found) if isinstance(found, int) and found > 0 else 1 << 30
 
 
-def check_golden(config: Any, model: Model | Adapter, tokenizer: Any, stops: Sequence[int], stage: str = "train.sft") -> None:
+def check_golden(
+    config: Any, model: Model | Adapter, tokenizer: Any, stops: Sequence[int], stage: str = "train.sft"
+) -> None:
     """Whether the model's golden tokens replay, or may change. GoldenMismatch, with what to do, where neither is so."""
     from llmworks.tokenize.chat.golden import require
 
@@ -265,4 +420,6 @@ def check_golden(config: Any, model: Model | Adapter, tokenizer: Any, stops: Seq
         try:
             require(model.golden, tokenizer, stops, step=f"{stage} (golden: keep)")
         except GoldenMismatch as error:
-            raise GoldenMismatch(f"{error}; if the template is to change (template: {config.template}), set golden to 'renew: WHY'") from None
+            raise GoldenMismatch(
+                f"{error}; if the template is to change (template: {config.template}), set golden to 'renew: WHY'"
+            ) from None

@@ -1,4 +1,8 @@
-"""What of a model a fine-tuning trains, and how the result is written: an adapter beside frozen weights, perhaps in 4 bits, or the weights themselves. Knows no data and no loop."""
+"""What of a model a fine-tuning trains, and how the result is written: an adapter beside frozen weights, perhaps in 4
+bits, or the weights themselves.
+
+Knows no data and no loop.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +28,18 @@ from llmworks.model.lora.lora import Lora
 from llmworks.model.lowbit.nf4 import NF4Linear, keep_in_nf4
 from llmworks.train.finetune.lora_config import LoraConfig
 
-KEPT = """# An adapter beside weights in 4 bits
-
-It was trained on {base} with its linear layers in NF4 (blocks of 64, double quantization: {double}), and adds to what those bits say. Beside the weights in full precision it is another model.
-
-- llmworks reads `base.json` and does so; `llmworks merge adapter` folds it into what the bits say.
-- With peft load the base by `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={double})`.
-"""
+KEPT = Path(__file__).with_name("adapter_readme.md").read_text(encoding="utf-8")
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass
 class Tuned:
-    """A model in training. `rename`: the names of its layers in its files; `free`: whether it reads texts of one row apart, so that none needs padding."""
+    """A model in training.
+
+    `rename`: the names of its layers in its files; `free`: whether it reads texts of one row apart, so that none needs
+    padding.
+    """
 
     network: Any
     rename: Callable[[str], str]
@@ -58,16 +60,32 @@ class Tuned:
         lora.attach(self.network, config.targets, self.lora, self.rename)
 
     def go_on(self, path: Path) -> None:
-        """Freeze all and put an adapter beside the layers that it was trained for, as it is. Errors: ModelError for one that is no LoRA, or for other layers."""
+        """Freeze all and put an adapter beside the layers that it was trained for, as it is.
+
+        Errors: ModelError for one that is no LoRA, or for other layers.
+        """
         config, tensors = adapter.read_adapter(path)
         kept = adapter.base_of(path)
-        names = sorted({name.removeprefix(adapter.PREFIX).rpartition(".lora_A")[0] for name in tensors if ".lora_A" in name})
+        names = sorted(
+            {name.removeprefix(adapter.PREFIX).rpartition(".lora_A")[0] for name in tensors if ".lora_A" in name}
+        )
         here = {self.rename(name): name for name in lora.linear_layers(self.network)}
         if not names or any(name not in here for name in names):
-            raise ModelError(f"{path}: the adapter is for layers that this model does not have, as {next((n for n in names if n not in here), '(none)')}")
+            raise ModelError(
+                f"{path}: the adapter is for layers that this model does not have, as"
+                f" {next((n for n in names if n not in here), '(none)')}"
+            )
         if config.get("alpha_pattern") or config.get("rank_pattern"):
-            raise ModelError(f"{path}: its layers differ in rank or alpha; merge it first (llmworks merge adapter), and begin anew")
-        self.lora = Lora(int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora")), bool(config.get("use_dora")))
+            raise ModelError(
+                f"{path}: its layers differ in rank or alpha; merge it first (llmworks merge adapter), and begin anew"
+            )
+        self.lora = Lora(
+            int(config["r"]),
+            float(config["lora_alpha"]),
+            float(config.get("lora_dropout") or 0.0),
+            bool(config.get("use_rslora")),
+            bool(config.get("use_dora")),
+        )
         if kept:
             keep_in_nf4(self.network, [here[name] for name in kept["layers"]], double=bool(kept.get("double")))
             self.kept = kept
@@ -75,39 +93,67 @@ class Tuned:
         adapter.load_state(self.network, tensors, self.rename)
 
     def put_before(self, kind: str, tokens: int, text: str) -> None:
-        """Freeze all and put a soft prompt before every text: `kind` prompt or prefix, through peft. It begins as `text`, else as tokens that are drawn."""
+        """Freeze all and put a soft prompt before every text: `kind` prompt or prefix, through peft.
+
+        It begins as `text`, else as tokens that are drawn.
+        """
         try:
             from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
         except ImportError:
-            raise MissingDependency(f"method {kind} needs peft; install it with: pip install 'llmworks[soft]'") from None
+            raise MissingDependency(
+                f"method {kind} needs peft; install it with: pip install 'llmworks[soft]'"
+            ) from None
 
         from llmworks.model.io.load import load_model
 
         self.network, self.rename, self.free, self.soft = load_model(self.source), str, False, True
         config: Any = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
         if kind == "prompt":
-            begins: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.TEXT, "prompt_tuning_init_text": text, "tokenizer_name_or_path": str(self.source)} if text else {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
+            begins: dict[str, Any] = (
+                {
+                    "prompt_tuning_init": PromptTuningInit.TEXT,
+                    "prompt_tuning_init_text": text,
+                    "tokenizer_name_or_path": str(self.source),
+                }
+                if text
+                else {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
+            )
             config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, **begins)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # it reads a name that transformers renamed
             self.network = get_peft_model(self.network, config)
 
     def freeze(self, patterns: Sequence[str]) -> None:
-        """Train all weights but those whose names in the model's files fit a pattern. ModelError for a pattern that none fits, or where nothing is left."""
+        """Train all weights but those whose names in the model's files fit a pattern.
+
+        ModelError for a pattern that none fits, or where nothing is left.
+        """
         names = {name: self.rename(name) for name, _ in self.network.named_parameters()}
         for pattern in patterns:
             if not fnmatch.filter(names.values(), pattern):
-                some = [n for n in names.values() if n.startswith(pattern.split(".")[0].split("*")[0][:5])][:2] or list(names.values())[:2]
-                raise ModelError(f"freeze: no weight of the model fits {pattern!r}; names are such as {', '.join(some)}")
+                some = [n for n in names.values() if n.startswith(pattern.split(".")[0].split("*")[0][:5])][:2] or list(
+                    names.values()
+                )[:2]
+                raise ModelError(
+                    f"freeze: no weight of the model fits {pattern!r}; names are such as {', '.join(some)}"
+                )
         for name, p in self.network.named_parameters():
             p.requires_grad_(not any(fnmatch.fnmatch(names[name], pattern) for pattern in patterns))
         if not any(p.requires_grad for p in self.network.parameters()):
             raise ModelError("freeze: all weights are frozen, so that nothing is trained")
 
     def narrow(self, precision: str) -> None:
-        """Keep frozen matrices in the format that autocast makes of them for every product: the same numbers in half the memory. Embeddings and head stay."""
+        """Keep frozen matrices in the format that autocast makes of them for every product: the same numbers in half
+        the memory.
+
+        Embeddings and head stay.
+        """
         for layer in self.network.modules():
-            if isinstance(layer, nn.Linear) and layer is not self.network.get_output_embeddings() and not layer.weight.requires_grad:
+            if (
+                isinstance(layer, nn.Linear)
+                and layer is not self.network.get_output_embeddings()
+                and not layer.weight.requires_grad
+            ):
                 layer.weight.data = layer.weight.data.to(HALVES[precision])
                 self.narrowed = True
 
@@ -121,7 +167,9 @@ class Tuned:
         if self.lora is not None:
             adapter.save_adapter(self.network, out, self.lora, base_name=base_name, rename=self.rename, base=self.kept)
             if self.kept is not None:
-                (out / "README.md").write_text(KEPT.format(base=base_name, double=bool(self.kept["double"])), encoding="utf-8")
+                (out / "README.md").write_text(
+                    KEPT.format(base=base_name, double=bool(self.kept["double"])), encoding="utf-8"
+                )
             return
         if self.soft:
             config = self.network.peft_config["default"]
@@ -148,14 +196,23 @@ def save_like(network: nn.Module, source: Path, out: Path) -> None:
     from llmworks.model.nn.decoder import DecoderForCausalLM
     from llmworks.tokenize.load import read_json
 
-    formats = Counter(entry["dtype"] for file in sorted(source.glob("*.safetensors")) for name, entry in read_header(file).items() if name != "__metadata__")
+    formats = Counter(
+        entry["dtype"]
+        for file in sorted(source.glob("*.safetensors"))
+        for name, entry in read_header(file).items()
+        if name != "__metadata__"
+    )
     dtype = TYPES.get(formats.most_common(1)[0][0], torch.float32)
     if isinstance(network, DecoderForCausalLM):
         state = {name: tensor.detach().to(dtype) for name, tensor in network.state_dict().items()}
         if network.shape.tied:
             state.pop("head.weight", None)
         kind, _ = shape_of(read_json(source / "config.json"))
-        save_file({name: tensor.contiguous() for name, tensor in (to_standard(state, kind) if kind else state).items()}, out / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in (to_standard(state, kind) if kind else state).items()},
+            out / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         shutil.copyfile(source / "config.json", out / "config.json")
     else:
         whole: Any = network
@@ -169,5 +226,13 @@ def save_like(network: nn.Module, source: Path, out: Path) -> None:
 def packed_share(network: nn.Module) -> float:
     """Bits of a weight that is kept in 4 bits, scales included; 0 where none is."""
     found = [module for module in network.modules() if isinstance(module, NF4Linear)]
-    bits = sum(8 * (m.codes.numel() + m.scales.numel() * m.scales.element_size() + (0 if m.second is None else m.second.numel() * 4)) for m in found)
+    bits = sum(
+        8
+        * (
+            m.codes.numel()
+            + m.scales.numel() * m.scales.element_size()
+            + (0 if m.second is None else m.second.numel() * 4)
+        )
+        for m in found
+    )
     return bits / sum(m.in_features * m.out_features for m in found) if found else 0.0

@@ -1,6 +1,7 @@
 """Checkpoints: everything that decides the next step, written whole or not at all, the last few kept. Knows no loop.
 
-A folder in the form of torch's distributed checkpoints, so that any number of processes reads what another number wrote, and `state.json` beside it.
+A folder in the form of torch's distributed checkpoints, so that any number of processes reads what another number
+wrote, and `state.json` beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ STATE = "state.json"
 
 @dataclass
 class Running:
-    """What a run consists of, as far as this process has it. `average`: a running mean of the parameters, where one is kept; `scaler`: of losses in fp16."""
+    """What a run consists of, as far as this process has it.
+
+    `average`: a running mean of the parameters, where one is kept; `scaler`: of losses in fp16.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     optimizers: Sequence[torch.optim.Optimizer]
@@ -44,17 +48,28 @@ class Running:
         found: dict[str, Any] = {f"parameters.{name}": p.detach() for name, p in self.parameters.items()}
         found |= {f"average.{name}": mean for name, mean in self.average.items()}
         for name, (optimizer, p) in self._owners().items():
-            found |= {f"moments.{name}.{key}": value for key, value in optimizer.state.get(p, {}).items() if isinstance(value, Tensor)}
+            found |= {
+                f"moments.{name}.{key}": value
+                for key, value in optimizer.state.get(p, {}).items()
+                if isinstance(value, Tensor)
+            }
         return found
 
     def _owners(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
         """The optimizer of each parameter."""
         names = {id(p): name for name, p in self.parameters.items()}
-        return {names[id(p)]: (optimizer, p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        return {
+            names[id(p)]: (optimizer, p)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
 
 
 def save(running: Running, step: int, scratch: Path, keep: int) -> None:
-    """Write the checkpoint after `step` finished steps, and delete older ones than the last `keep`. All processes take part.
+    """Write the checkpoint after `step` finished steps, and delete older ones than the last `keep`.
+
+    All processes take part.
 
     Errors: OSError for a full disk; what was there stays.
     """
@@ -66,11 +81,18 @@ def save(running: Running, step: int, scratch: Path, keep: int) -> None:
         temporary.mkdir(parents=True)
     world.wait()
     try:
-        random = {f"random.{world.rank}": torch.get_rng_state()} | ({f"cuda.{world.rank}": torch.cuda.get_rng_state(world.device)} if world.device.type == "cuda" else {})
+        random = {f"random.{world.rank}": torch.get_rng_state()} | (
+            {f"cuda.{world.rank}": torch.cuda.get_rng_state(world.device)} if world.device.type == "cuda" else {}
+        )
         with _unwarned():
             write(running.tensors() | random, storage_writer=FileSystemWriter(temporary), no_dist=world.size == 1)
         if world.first:
-            state = {"step": step, "processes": world.size, "optimizers": [type(o).__name__ for o in running.optimizers], "scaler": running.scaler.state_dict() if running.scaler is not None else {}}
+            state = {
+                "step": step,
+                "processes": world.size,
+                "optimizers": [type(o).__name__ for o in running.optimizers],
+                "scaler": running.scaler.state_dict() if running.scaler is not None else {},
+            }
             with (temporary / STATE).open("w", encoding="utf-8") as stream:
                 json.dump(state, stream)
                 stream.flush()
@@ -79,7 +101,11 @@ def save(running: Running, step: int, scratch: Path, keep: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, CheckpointException):
             first = next(failure[0] for failure in error.failures.values())
-            raise (first if isinstance(first, OSError) else TrainingError(f"{temporary}: the checkpoint cannot be written ({type(first).__name__}: {first})")) from None
+            raise (
+                first
+                if isinstance(first, OSError)
+                else TrainingError(f"{temporary}: the checkpoint cannot be written ({type(first).__name__}: {first})")
+            ) from None
         raise
     if world.first:
         temporary.replace(target)
@@ -94,7 +120,9 @@ def found(scratch: Path) -> list[Path]:
 
 
 def resume(running: Running, scratch: Path) -> int:
-    """Load the newest checkpoint, if there is one; returns the number of finished steps. All processes take part, of whatever number wrote it.
+    """Load the newest checkpoint, if there is one; returns the number of finished steps.
+
+    All processes take part, of whatever number wrote it.
 
     Errors: TrainingError for one that cannot be read, or of another model or optimizer.
     """
@@ -105,9 +133,18 @@ def resume(running: Running, scratch: Path) -> int:
     folder = files[-1]
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        made_by, processes, finished, scaler = state["optimizers"], int(state["processes"]), int(state["step"]), state["scaler"]
+        made_by, processes, finished, scaler = (
+            state["optimizers"],
+            int(state["processes"]),
+            int(state["step"]),
+            state["scaler"],
+        )
         reader = FileSystemReader(folder)
-        sizes = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
+        sizes = {
+            name: tuple(entry.size)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if hasattr(entry, "size")
+        }
     except Exception as error:  # torch raises many kinds for a broken file
         raise TrainingError(_broken(folder, error)) from None
     wanted = running.tensors()
@@ -117,13 +154,24 @@ def resume(running: Running, scratch: Path) -> int:
         differs = next((name for name in sizes if name.startswith(("parameters.", "average.")) and name not in own), "")
     if differs or made_by != [type(o).__name__ for o in running.optimizers]:
         what = differs.removeprefix("parameters.") if differs else "the optimizer"
-        raise TrainingError(f"{folder}: is the checkpoint of another configuration ({what} differs); delete {folder.parent} to begin anew")
+        raise TrainingError(
+            f"{folder}: is the checkpoint of another configuration ({what} differs); delete {folder.parent} to begin"
+            " anew"
+        )
     for name, (optimizer, p) in running._owners().items():  # moments exist after the first step only
         for key in [k for k in sizes if k.startswith(f"moments.{name}.") and "." not in k[len(f"moments.{name}.") :]]:
-            made = torch.zeros_like(p.detach()) if sizes[key] == tuple(p.shape) else torch.zeros(sizes[key], device=p.device)
+            made = (
+                torch.zeros_like(p.detach())
+                if sizes[key] == tuple(p.shape)
+                else torch.zeros(sizes[key], device=p.device)
+            )
             optimizer.state[p][key.rpartition(".")[2]] = made
             wanted[key] = made
-    random = {name: torch.empty(sizes[name], dtype=torch.uint8) for name in (f"random.{world.rank}", f"cuda.{world.rank}") if name in sizes}
+    random = {
+        name: torch.empty(sizes[name], dtype=torch.uint8)
+        for name in (f"random.{world.rank}", f"cuda.{world.rank}")
+        if name in sizes
+    }
     try:
         with _unwarned():
             load(wanted | random, storage_reader=reader, no_dist=world.size == 1)

@@ -1,4 +1,7 @@
-"""How well a model predicts packed tokens that it did not see: nats per token, perplexity, bits per byte. Any model that gives a loss for labels."""
+"""How well a model predicts packed tokens that it did not see: nats per token, perplexity, bits per byte.
+
+Any model that gives a loss for labels.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ class HeldOut:
 
 
 def measure(model: Any, packed: Packed, tokenizer: Any, *, rows: int = 0, batch: int = 8) -> HeldOut:
-    """Read the first `rows` (0: all) of packed rows; texts of a row do not see one another. Bytes are those of the learned tokens."""
+    """Read the first `rows` (0: all) of packed rows; texts of a row do not see one another.
+
+    Bytes are those of the learned tokens.
+    """
     import torch
 
     from llmworks.model.loss.linear_cross_entropy import IGNORED
@@ -47,7 +53,9 @@ def measure(model: Any, packed: Packed, tokenizer: Any, *, rows: int = 0, batch:
         for start in range(0, count, batch):
             chosen = [packed[i] for i in range(start, min(start + batch, count))]
             arrays = stack(chosen, max(len(row.ids) for row in chosen))
-            given = {name: torch.from_numpy(arrays[name]).to(device) for name in ("input_ids", "position_ids", "segment_ids")}
+            given = {
+                name: torch.from_numpy(arrays[name]).to(device) for name in ("input_ids", "position_ids", "segment_ids")
+            }
             learned = torch.from_numpy(arrays["learned"]).to(device)
             labels = given["input_ids"].masked_fill(~learned, IGNORED)
             here = int(learned[:, 1:].sum())

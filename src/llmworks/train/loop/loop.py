@@ -1,6 +1,7 @@
 """The one training loop. What differs between methods is a list of batches and a loss function.
 
-An accumulated batch is one batch: its loss is normalised by the label tokens of all its parts. Checkpoints hold everything that
+An accumulated batch is one batch: its loss is normalised by the label tokens of all its parts. Checkpoints hold
+everything that
 decides the next step, so that a resumed run is the uninterrupted run, bit for bit.
 """
 
@@ -45,7 +46,11 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Habits:
-    """How the loop runs, beside what it optimizes. `look(step)` is asked every `look_every` steps and after the last; what the first process sees is written to the metrics."""
+    """How the loop runs, beside what it optimizes.
+
+    `look(step)` is asked every `look_every` steps and after the last; what the first process sees is written to the
+    metrics.
+    """
 
     checkpoint_every: int
     keep: int = 2
@@ -56,16 +61,30 @@ class Habits:
     look_every: int = 0
     rate: Callable[[int], float] | None = None  # of a step, in place of the schedule's
     best: Best | None = None  # which look is the best; its weights are what is left at the end
-    told: Callable[[], Mapping[str, float]] | None = None  # what the loss says of a step beside its value, for the metrics
-    faster: Mapping[str, float] = field(default_factory=dict)  # by the last name of a parameter, how many times the learning rate it has
+    told: Callable[[], Mapping[str, float]] | None = (
+        None  # what the loss says of a step beside its value, for the metrics
+    )
+    faster: Mapping[str, float] = field(
+        default_factory=dict
+    )  # by the last name of a parameter, how many times the learning rate it has
 
 
 def train(
-    model: nn.Module | Placed | Pipelined, steps: Sequence[Sequence[Callable[[], Any]]], loss: Callable[[Any, Any], Tensor], config: OptimizerConfig, habits: Habits, *, scratch: Path, progress: Progress,
-) -> dict[str, float]:  # fmt: skip
-    """Run all steps; each is a list of parts (batches, made when needed) whose gradients are accumulated. Of several processes each is given its own parts.
+    model: nn.Module | Placed | Pipelined,
+    steps: Sequence[Sequence[Callable[[], Any]]],
+    loss: Callable[[Any, Any], Tensor],
+    config: OptimizerConfig,
+    habits: Habits,
+    *,
+    scratch: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    """Run all steps; each is a list of parts (batches, made when needed) whose gradients are accumulated.
 
-    Trains the parameters that require gradients. Returns metrics. Errors: TrainingError when the loss is not finite, or jumps.
+    Of several processes each is given its own parts.
+
+    Trains the parameters that require gradients. Returns metrics. Errors: TrainingError when the loss is not finite, or
+    jumps.
     """
     placed = Placed(model, World(next(model.parameters()).device)) if isinstance(model, nn.Module) else model
     best = habits.best
@@ -89,7 +108,9 @@ def train(
                 group["lr"] = rate * group.get("times", 1.0)
             batches = [make() for make in steps[step]]
             loaded = time.monotonic() - began
-            labels, tokens = (int(n) for n in world.total([sum(b.labels for b in batches), sum(b.tokens for b in batches)]))
+            labels, tokens = (
+                int(n) for n in world.total([sum(b.labels for b in batches), sum(b.tokens for b in batches)])
+            )
             if not labels:
                 raise TrainingError("a step has no label: no token of its batches is learned")
             (total,) = world.total([placed.backward(batches, loss, labels, running.scaler, habits.precision)])
@@ -97,15 +118,35 @@ def train(
                 running.scaler.unscale_(optimizer)
             norm = placed.clip(config.clip)
             batch = "; ".join(filter(None, (getattr(b, "where", "") for b in batches)))
-            watch.look(step, len(steps), total, norm, batch + (f"; and those of {world.size - 1} other processes" if world.size > 1 else ""), scaled=habits.precision == "fp16")
+            watch.look(
+                step,
+                len(steps),
+                total,
+                norm,
+                batch + (f"; and those of {world.size - 1} other processes" if world.size > 1 else ""),
+                scaled=habits.precision == "fp16",
+            )
             for optimizer in running.optimizers:
                 running.scaler.step(optimizer)
                 optimizer.zero_grad()
             running.scaler.update()
             for name, mean in running.average.items():
-                mean.lerp_(running.parameters[name].detach(), 1 - min(habits.average, (1 + step) / (10 + step)))  # the untrained weights are soon forgotten
+                mean.lerp_(
+                    running.parameters[name].detach(), 1 - min(habits.average, (1 + step) / (10 + step))
+                )  # the untrained weights are soon forgotten
             seconds = time.monotonic() - began
-            progress.metric(step=step, loss=total, learning_rate=rate, gradient_norm=norm, tokens=tokens, labels=labels, seconds=seconds, loading=loaded, memory=memory(world.device), **(habits.told() if habits.told is not None else {}))
+            progress.metric(
+                step=step,
+                loss=total,
+                learning_rate=rate,
+                gradient_norm=norm,
+                tokens=tokens,
+                labels=labels,
+                seconds=seconds,
+                loading=loaded,
+                memory=memory(world.device),
+                **(habits.told() if habits.told is not None else {}),
+            )
             bar.advance(1, loss=total, tokens_per_s=tokens / seconds)
             last = step + 1 == len(steps)
             if habits.look is not None and (last or (habits.look_every and (step + 1) % habits.look_every == 0)):
@@ -115,7 +156,10 @@ def train(
                     enough = best is not None and best.heard(step, seen, placed.parameters, first=world.first)
                 network.train()
                 if enough:
-                    progress.say(f"step {step + 1}: {best.metric if best else ''} has not been better for {best.patience if best else 0} looks; this is enough")
+                    progress.say(
+                        f"step {step + 1}: {best.metric if best else ''} has not been better for"
+                        f" {best.patience if best else 0} looks; this is enough"
+                    )
                     break
             if (step + 1) % habits.checkpoint_every == 0 and not last:
                 checkpoints.save(running, step + 1, scratch, habits.keep)
@@ -135,7 +179,9 @@ def _running(placed: Placed | Pipelined, config: OptimizerConfig, habits: Habits
         raise TrainingError("no parameter of the model is trained")
     average = {name: p.detach().clone() for name, p in placed.parameters.items()} if habits.average else {}
     scaler = torch.amp.GradScaler(placed.world.device.type, enabled=habits.precision == "fp16")
-    return checkpoints.Running(placed.parameters, optimizers_of(placed.network, config, habits.faster), average, scaler, placed.world)
+    return checkpoints.Running(
+        placed.parameters, optimizers_of(placed.network, config, habits.faster), average, scaler, placed.world
+    )
 
 
 @contextlib.contextmanager
@@ -165,6 +211,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     tenth = max(1, len(rows) // 10)
     tokens, seconds = sum(r["tokens"] for r in rows), sum(r["seconds"] for r in rows)
     return {
-        "steps": len(rows), "loss_first": sum(r["loss"] for r in rows[:tenth]) / tenth, "loss": sum(r["loss"] for r in rows[-tenth:]) / tenth,
-        "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-    }  # fmt: skip
+        "steps": len(rows),
+        "loss_first": sum(r["loss"] for r in rows[:tenth]) / tenth,
+        "loss": sum(r["loss"] for r in rows[-tenth:]) / tenth,
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+    }

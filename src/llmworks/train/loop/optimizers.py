@@ -1,4 +1,7 @@
-"""Optimizers: AdamW, Lion, and Muon for matrices with AdamW for the rest. Weight decay is for matrices only. Knows no loop and no schedule."""
+"""Optimizers: AdamW, Lion, and Muon for matrices with AdamW for the rest.
+
+Weight decay is for matrices only. Knows no loop and no schedule.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,11 @@ class Lion(torch.optim.Optimizer):
                 momentum.mul_(b2).add_(p.grad, alpha=1 - b2)
 
 
-def optimizers_of(model: nn.Module, config: OptimizerConfig, faster: Mapping[str, float] | None = None) -> list[torch.optim.Optimizer]:
-    """The optimizers of all parameters that are trained; each group has `times`, what its learning rate is multiplied by: of parameters whose last name is in `faster`.
+def optimizers_of(
+    model: nn.Module, config: OptimizerConfig, faster: Mapping[str, float] | None = None
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of all parameters that are trained; each group has `times`, what its learning rate is multiplied
+    by: of parameters whose last name is in `faster`.
 
     Errors: MissingDependency for adamw-8bit without bitsandbytes or a GPU.
     """
@@ -45,7 +51,12 @@ def optimizers_of(model: nn.Module, config: OptimizerConfig, faster: Mapping[str
     betas, rate, decay = (config.beta1, config.beta2), config.learning_rate, config.weight_decay
 
     def groups(decayed: list[nn.Parameter], rest: list[nn.Parameter]) -> list[dict[str, Any]]:
-        return [{"params": same, "weight_decay": d, "times": times} for params, d in ((decayed, decay), (rest, 0.0)) for times, some in _by_speed(params) for same in _alike(some)]
+        return [
+            {"params": same, "weight_decay": d, "times": times}
+            for params, d in ((decayed, decay), (rest, 0.0))
+            for times, some in _by_speed(params)
+            for same in _alike(some)
+        ]
 
     speeds = {id(p): (faster or {}).get(name.rpartition(".")[2], 1.0) for name, p in trained.items()}
 
@@ -60,9 +71,19 @@ def optimizers_of(model: nn.Module, config: OptimizerConfig, faster: Mapping[str
         inner = inner_matrices(model)
         turned = [p for p in matrices if id(p) in inner]
         other = [p for p in matrices if id(p) not in inner]
-        # steps of the size that AdamW's have, so that one learning rate and one decay serve both (Liu et al. 2025, arXiv:2502.16982)
-        found: list[torch.optim.Optimizer] = [torch.optim.Muon(turned, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")] if turned else []
-        return [*found, *([torch.optim.AdamW(groups(other, vectors), lr=rate, betas=betas, fused=True)] if other or vectors else [])]
+        # steps of the size that AdamW's have, so that one learning rate and one decay serve both (Liu et al. 2025,
+        # arXiv:2502.16982)
+        found: list[torch.optim.Optimizer] = (
+            [torch.optim.Muon(turned, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")] if turned else []
+        )
+        return [
+            *found,
+            *(
+                [torch.optim.AdamW(groups(other, vectors), lr=rate, betas=betas, fused=True)]
+                if other or vectors
+                else []
+            ),
+        ]
     return [torch.optim.AdamW(groups(matrices, vectors), lr=rate, betas=betas, fused=True)]
 
 
@@ -84,7 +105,9 @@ def _eight_bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, attr-defined, unused-ignore]
     except ImportError:
-        raise MissingDependency("optimizer.name adamw-8bit needs a GPU and bitsandbytes; install it with: pip install bitsandbytes") from None
+        raise MissingDependency(
+            "optimizer.name adamw-8bit needs a GPU and bitsandbytes; install it with: pip install bitsandbytes"
+        ) from None
     if not torch.cuda.is_available():
         raise MissingDependency("optimizer.name adamw-8bit needs a GPU; take adamw or lion here")
     return AdamW8bit

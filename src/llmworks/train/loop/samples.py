@@ -1,4 +1,6 @@
-"""What a model writes on from given beginnings, while it trains: the same draws each time, so that what changes is the model."""
+"""What a model writes on from given beginnings, while it trains: the same draws each time, so that what changes is the
+model.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def continued(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, seed: int, temperature: float = 0.8) -> list[str]:
-    """The text that follows each beginning, at most so many tokens, drawn at a temperature; "" for each where `tokens` is 0."""
+def continued(
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, seed: int, temperature: float = 0.8
+) -> list[str]:
+    """The text that follows each beginning, at most so many tokens, drawn at a temperature; "" for each where `tokens`
+    is 0.
+    """
     import torch
 
     if not tokens:
@@ -26,7 +32,15 @@ def continued(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, s
             if room < 1:
                 texts.append("")
                 continue
-            made = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=room, do_sample=True, temperature=temperature, top_k=0, pad_token_id=tokenizer.pad_token_id or 0)
+            made = model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=room,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                pad_token_id=tokenizer.pad_token_id or 0,
+            )
             texts.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
     model.train(training)
     return texts

@@ -1,6 +1,10 @@
-"""Does this fine-tuning train? The user's own configuration, tokenizer, template and first rows, on a shrunken model of the same kind: `train.sft` itself runs, several times.
+"""Does this fine-tuning train?
 
-What is checked is what has gone wrong silently in training frameworks: a key that nothing reads, masks that cover a question, rows that see one another, parts
+The user's own configuration, tokenizer, template and first rows, on a shrunken model of the same kind: `train.sft`
+itself runs, several times.
+
+What is checked is what has gone wrong silently in training frameworks: a key that nothing reads, masks that cover a
+question, rows that see one another, parts
 that weigh alike, a resume that is not the run, an adapter that merges into something else. Knows no recipe.
 """
 
@@ -27,17 +31,44 @@ from llmworks.train.finetune.run import check_golden
 from llmworks.train.selftest.pretrain import EXACT, STEPS, Check, Reading, in_turn, keys_of, near_of, shrunken
 from llmworks.train.sft import SftConfig, sft
 
-HEART, LONGEST, LOUDER = 80, 512, 10.0  # steps to learn some rows by heart; tokens of a row; how much larger the first weights are than usual
+HEART, LONGEST, LOUDER = (
+    80,
+    512,
+    10.0,
+)  # steps to learn some rows by heart; tokens of a row; how much larger the first weights are than usual
 
 
 def reduced(config: SftConfig, longest: int) -> SftConfig:
-    """The same configuration for so few rows: parts of 4 or less, one process; what is too long is cut, since the rows are here for their masks."""
-    looks = {"look_every": 3 if config.look_every or config.best else 0, "look_rows": 4, "samples": 0, "checkpoint_every": 2}
-    return config.model_copy(update={"epochs": 1.0, "batch_size": min(4, config.batch_size), "accumulation": min(4, config.accumulation), "parallel": Parallel(), "golden": "renew: a shrunken model", "patience": 0, "longer": "cut", "max_tokens": min(config.max_tokens, longest), **looks})
+    """The same configuration for so few rows: parts of 4 or less, one process; what is too long is cut, since the rows
+    are here for their masks.
+    """
+    looks = {
+        "look_every": 3 if config.look_every or config.best else 0,
+        "look_rows": 4,
+        "samples": 0,
+        "checkpoint_every": 2,
+    }
+    return config.model_copy(
+        update={
+            "epochs": 1.0,
+            "batch_size": min(4, config.batch_size),
+            "accumulation": min(4, config.accumulation),
+            "parallel": Parallel(),
+            "golden": "renew: a shrunken model",
+            "patience": 0,
+            "longer": "cut",
+            "max_tokens": min(config.max_tokens, longest),
+            **looks,
+        }
+    )
 
 
-def selftest_sft(config: SftConfig, model: Path, data: Dataset, *, golden: Model | None = None, teacher: bool = False) -> Iterator[Check]:
-    """Every check, as it is done. `golden`: the model with its golden tokens, where it has some; `teacher`: whether a distillation learns its chances.
+def selftest_sft(
+    config: SftConfig, model: Path, data: Dataset, *, golden: Model | None = None, teacher: bool = False
+) -> Iterator[Check]:
+    """Every check, as it is done.
+
+    `golden`: the model with its golden tokens, where it has some; `teacher`: whether a distillation learns its chances.
 
     Errors: UserError for an architecture that cannot be shrunken.
     """
@@ -45,15 +76,23 @@ def selftest_sft(config: SftConfig, model: Path, data: Dataset, *, golden: Model
         bench = Bench(Path(folder), model, config, data, teacher=teacher)
         near = near_of(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-            ("every key is read", functools.partial(_keys, bench, config)), ("answers are learned, and nothing else", functools.partial(_labels, bench)), ("rows are apart", functools.partial(_apart, bench)),
-            ("parts of a step are the step", functools.partial(_parts, bench, near)), ("the seed replays", functools.partial(_seed, bench)), ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),
-            ("the model's golden tokens may change", functools.partial(_golden, bench, config, golden)), ("a few rows can be learned by heart", functools.partial(_heart, bench)), ("what is saved is what was trained", functools.partial(_saved, bench)),
-        ]  # fmt: skip
+            ("every key is read", functools.partial(_keys, bench, config)),
+            ("answers are learned, and nothing else", functools.partial(_labels, bench)),
+            ("rows are apart", functools.partial(_apart, bench)),
+            ("parts of a step are the step", functools.partial(_parts, bench, near)),
+            ("the seed replays", functools.partial(_seed, bench)),
+            ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),
+            ("the model's golden tokens may change", functools.partial(_golden, bench, config, golden)),
+            ("a few rows can be learned by heart", functools.partial(_heart, bench)),
+            ("what is saved is what was trained", functools.partial(_saved, bench)),
+        ]
         yield from in_turn(tests)
 
 
 class Bench:
-    """A small model with the user's tokenizer, the first rows, and runs of `sft` on them, or of `distill` under another small model."""
+    """A small model with the user's tokenizer, the first rows, and runs of `sft` on them, or of `distill` under another
+    small model.
+    """
 
     def __init__(self, folder: Path, model: Path, config: SftConfig, data: Dataset, *, teacher: bool = False) -> None:
         import torch
@@ -75,11 +114,15 @@ class Bench:
         small = shrunken(shape).model_copy(update={"vocabulary": shape.vocabulary, "context": longest})
         torch.manual_seed(0)
         network = DecoderForCausalLM(DecoderConfig(shape=small.model_dump()))
-        with torch.no_grad():  # so that tokens weigh on one another as they do in a trained model, and an adapter beside frozen weights has what to turn
+        # so that tokens weigh on one another as they do in a trained model, and an adapter beside frozen weights has
+        # what to turn
+        with torch.no_grad():
             for p in network.parameters():
                 p.mul_(LOUDER if p.dim() > 1 else 1.0)
         self.model = folder / "model"
-        ids: dict[str, Any] = {name: given[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in given}
+        ids: dict[str, Any] = {
+            name: given[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in given
+        }
         save_decoder(network, self.model, token_ids=ids)
         self.tokenizer = load_tokenizer(model)
         self.stops = stop_ids(model, self.tokenizer)
@@ -99,7 +142,22 @@ class Bench:
         self.data = self.kept("rows", self.rows)
         self.runs: dict[str, Path] = {}
         files = digest_files(self.model)
-        self.base = Model(self.model, manifest=Manifest(kind="model", digest=artifact_digest("model", "", files), key="", stage="", revision=0, derivation="declared", config={}, parents=[], files=files, about={"format": "hf"}), name="model")
+        self.base = Model(
+            self.model,
+            manifest=Manifest(
+                kind="model",
+                digest=artifact_digest("model", "", files),
+                key="",
+                stage="",
+                revision=0,
+                derivation="declared",
+                config={},
+                parents=[],
+                files=files,
+                about={"format": "hf"},
+            ),
+            name="model",
+        )
 
     def kept(self, name: str, rows: list[Row]) -> Dataset:
         """Rows as a data set of their own."""
@@ -115,7 +173,16 @@ class Bench:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return Dataset(file, name=name)
 
-    def run(self, name: str, config: Any, *, data: Dataset | None = None, seed: int = 0, stop: int | None = None, go_on: bool = False) -> list[dict[str, Any]]:
+    def run(
+        self,
+        name: str,
+        config: Any,
+        *,
+        data: Dataset | None = None,
+        seed: int = 0,
+        stop: int | None = None,
+        go_on: bool = False,
+    ) -> list[dict[str, Any]]:
         """One run; its steps' metrics. `stop`: it is interrupted before this step's metrics are kept."""
         out, scratch = self.folder / f"{name}-out", self.folder / f"{name}-scratch"
         for place in (out, scratch):
@@ -171,18 +238,40 @@ def _labels(bench: Bench) -> tuple[bool, str]:
         row = by_id[example.id]
         if "messages" not in row or len(example.ids) >= bench.config.max_tokens:
             continue
-        said = _plain(str(bench.tokenizer.decode([i for i, m in zip(example.ids, example.mask, strict=True) if m], skip_special_tokens=True)))
+        said = _plain(
+            str(
+                bench.tokenizer.decode(
+                    [i for i, m in zip(example.ids, example.mask, strict=True) if m], skip_special_tokens=True
+                )
+            )
+        )
         turns = [m for m in flat_messages(row) if m.content.strip()]
         answers = [m for m in turns if m.role == "assistant" and m.weight]
         for turn in answers[-1:] if bench.config.learn == "last" else answers:
             if not row["messages"][-1].get("tool_calls") and _plain(turn.content) not in said:
                 return False, f"row {example.id}: an answer is not learned: {turn.content[:50]!r}"
-        asked = next((m for m in turns if m.role in ("user", "system") and len(_plain(m.content)) > 12 and _plain(m.content) in said and not any(_plain(m.content) in _plain(a.content) for a in answers)), None)
+        asked = next(
+            (
+                m
+                for m in turns
+                if m.role in ("user", "system")
+                and len(_plain(m.content)) > 12
+                and _plain(m.content) in said
+                and not any(_plain(m.content) in _plain(a.content) for a in answers)
+            ),
+            None,
+        )
         if asked is not None:
             return False, f"row {example.id}: what is asked is learned, too: {asked.content[:50]!r}"
         checked += 1
     wanted, found = sum(example.labels for example in _examples(bench)), sum(row["labels"] for row in bench.usual)
-    return wanted == found, f"{found:,} labels in {len(bench.usual)} steps, {wanted:,} in the rows; the text of {checked} rows was compared"
+    return (
+        wanted == found,
+        (
+            f"{found:,} labels in {len(bench.usual)} steps, {wanted:,} in the rows; the text of {checked} rows was"
+            " compared"
+        ),
+    )
 
 
 def _plain(text: str) -> str:
@@ -198,7 +287,10 @@ def _apart(bench: Bench) -> tuple[bool, str]:
     some = _examples(bench)[:8]
     together = float(packed_loss(network, joined(some)).detach())
     apart = sum(float(packed_loss(network, joined([example])).detach()) for example in some)
-    return abs(together - apart) <= EXACT * abs(apart), f"{len(some)} rows: {together:.4f} nats together, {apart:.4f} each alone"
+    return (
+        abs(together - apart) <= EXACT * abs(apart),
+        f"{len(some)} rows: {together:.4f} nats together, {apart:.4f} each alone",
+    )
 
 
 def _parts(bench: Bench, near: float) -> tuple[bool, str]:
@@ -208,12 +300,25 @@ def _parts(bench: Bench, near: float) -> tuple[bool, str]:
     if bench.config.lora.dropout or bench.config.neftune:
         return True, "not compared: what dropout and noise do is drawn for each part"
     if bench.config.method in ("prompt", "prefix"):
-        return True, "not compared: rows of similar length are padded together, and which they are depends on their number"
+        return (
+            True,
+            "not compared: rows of similar length are padded together, and which they are depends on their number",
+        )
     size, parts = (each, 1) if bench.config.accumulation > 1 else (1, each)
     other = bench.run("parts", bench.config.model_copy(update={"batch_size": size, "accumulation": parts}))
-    pairs = [(one[key], two[key]) for one, two in zip(bench.usual[:2], other[:2], strict=True) for key in ("loss", "gradient_norm")]
+    pairs = [
+        (one[key], two[key])
+        for one, two in zip(bench.usual[:2], other[:2], strict=True)
+        for key in ("loss", "gradient_norm")
+    ]
     off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
-    return off <= near, f"{bench.config.accumulation} of {bench.config.batch_size} rows and {parts} of {size}: losses and gradients of two steps differ by {off:.1e}"
+    return (
+        off <= near,
+        (
+            f"{bench.config.accumulation} of {bench.config.batch_size} rows and {parts} of {size}: losses and gradients"
+            f" of two steps differ by {off:.1e}"
+        ),
+    )
 
 
 def _seed(bench: Bench) -> tuple[bool, str]:
@@ -221,15 +326,32 @@ def _seed(bench: Bench) -> tuple[bool, str]:
     bench.run("again", bench.config)
     bench.run("other", bench.config, seed=1)
     same, differs = bench.weights("usual") == bench.weights("again"), bench.weights("usual") != bench.weights("other")
-    return same and differs, "the same weights twice, others with another seed" if same and differs else "the same seed gave other weights" if not same else "another seed gave the same weights"
+    return (
+        same and differs,
+        (
+            "the same weights twice, others with another seed"
+            if same and differs
+            else "the same seed gave other weights"
+            if not same
+            else "another seed gave the same weights"
+        ),
+    )
 
 
 def _resume(bench: Bench) -> tuple[bool, str]:
     at = max(1, len(bench.usual) - 2)
     bench.run("resumed", bench.config, stop=at)
     rows = bench.run("resumed", bench.config, go_on=True)
-    same = bench.weights("usual") == bench.weights("resumed") and [r["loss"] for r in rows] == [r["loss"] for r in bench.usual]
-    return same, f"interrupted in step {at + 1} of {len(bench.usual)}, gone on from the checkpoint before: {'the same bytes' if same else 'other weights than the run that was left alone'}"
+    same = bench.weights("usual") == bench.weights("resumed") and [r["loss"] for r in rows] == [
+        r["loss"] for r in bench.usual
+    ]
+    return (
+        same,
+        (
+            f"interrupted in step {at + 1} of {len(bench.usual)}, gone on from the checkpoint before:"
+            f" {'the same bytes' if same else 'other weights than the run that was left alone'}"
+        ),
+    )
 
 
 def _golden(bench: Bench, config: SftConfig, model: Model | None) -> tuple[bool, str]:
@@ -245,15 +367,31 @@ def _golden(bench: Bench, config: SftConfig, model: Model | None) -> tuple[bool,
 def _heart(bench: Bench) -> tuple[bool, str]:
     config = bench.config
     rate = (0.003 if config.method == "full" else 0.03) / (5 if config.optimizer.name == "lion" else 1)
-    optimizer = config.optimizer.model_copy(update={"learning_rate": rate, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0})
+    optimizer = config.optimizer.model_copy(
+        update={"learning_rate": rate, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0}
+    )
     few = bench.kept("few", bench.rows[:2])
-    more = {"epochs": float(HEART), "batch_size": 2, "accumulation": 1, "optimizer": optimizer, "neftune": 0.0, "best": "", "look_every": 0, "checkpoint_every": HEART + 1}
+    more = {
+        "epochs": float(HEART),
+        "batch_size": 2,
+        "accumulation": 1,
+        "optimizer": optimizer,
+        "neftune": 0.0,
+        "best": "",
+        "look_every": 0,
+        "checkpoint_every": HEART + 1,
+    }
     losses = [row["loss"] for row in bench.run("heart", config.model_copy(update=more), data=few)]
-    return losses[-1] < 0.8 * losses[0], f"the loss of 2 rows went from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps"
+    return (
+        losses[-1] < 0.8 * losses[0],
+        f"the loss of 2 rows went from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps",
+    )
 
 
 def _saved(bench: Bench) -> tuple[bool, str]:
-    """The artifact of the run in an engine, against the loss that the last look or the weights themselves give: here logits of the merged model and of the adapter beside it."""
+    """The artifact of the run in an engine, against the loss that the last look or the weights themselves give: here
+    logits of the merged model and of the adapter beside it.
+    """
     import torch
 
     from llmworks.generate.engines.torch import TorchEngine
@@ -286,7 +424,10 @@ def _saved(bench: Bench) -> tuple[bool, str]:
             prepare(tuned, bench.config)
             tuned.network.eval()
             files.load_state(tuned.network, files.read_adapter(out)[1], tuned.rename)
-            one, other = tuned.network(input_ids=ids).logits, TorchEngine.open(bench.model, adapter=Adapter(out).path).model(input_ids=ids).logits
+            one, other = (
+                tuned.network(input_ids=ids).logits,
+                TorchEngine.open(bench.model, adapter=Adapter(out).path).model(input_ids=ids).logits,
+            )
             what = "beside the weights and folded into them"
         gap = float((one - other).abs().max() / one.abs().max().clamp(min=1e-6))
     return gap < 1e-3, f"logits {what} differ by {gap:.1e} of the largest"

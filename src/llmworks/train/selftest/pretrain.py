@@ -1,6 +1,9 @@
-"""Does this configuration train? The user's own, on a shrunken model and its first rows: `train.pretrain` itself runs, several times, in seconds.
+"""Does this configuration train?
 
-Each check is something that has gone wrong silently in training frameworks: a key that nothing reads, accumulation that weighs parts alike, texts of a row
+The user's own, on a shrunken model and its first rows: `train.pretrain` itself runs, several times, in seconds.
+
+Each check is something that has gone wrong silently in training frameworks: a key that nothing reads, accumulation that
+weighs parts alike, texts of a row
 that see one another, labels that are shifted, a resume that is not the run. Knows no recipe.
 """
 
@@ -54,10 +57,28 @@ class Reading:
 def shrunken(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
     """The same switches, few numbers."""
     if isinstance(shape, RecurrentShape):
-        return shape.model_copy(update={"vocabulary": VOCABULARY, "width": 32, "hidden": 48 if shape.hidden else 0, "layers": min(2, shape.layers), "context": LENGTH})
+        return shape.model_copy(
+            update={
+                "vocabulary": VOCABULARY,
+                "width": 32,
+                "hidden": 48 if shape.hidden else 0,
+                "layers": min(2, shape.layers),
+                "context": LENGTH,
+            }
+        )
     heads = 4
     groups = 4 if shape.groups == shape.heads else 1 if shape.groups == 1 else 2
-    more: dict[str, Any] = {"vocabulary": VOCABULARY, "width": 32, "head_width": 0, "hidden": 0, "heads": heads, "kv_heads": groups, "context": LENGTH, "layers": min(shape.layers, max(2, shape.full_every)), "window": min(shape.window, LENGTH // 2)}
+    more: dict[str, Any] = {
+        "vocabulary": VOCABULARY,
+        "width": 32,
+        "head_width": 0,
+        "hidden": 0,
+        "heads": heads,
+        "kv_heads": groups,
+        "context": LENGTH,
+        "layers": min(shape.layers, max(2, shape.full_every)),
+        "window": min(shape.window, LENGTH // 2),
+    }
     if shape.experts:
         more["experts"] = shape.experts.model_dump() | {"count": max(shape.experts.chosen, min(4, shape.experts.count))}
     return Shape.model_validate(shape.model_dump() | more)
@@ -67,7 +88,17 @@ def reduced(config: PretrainConfig) -> PretrainConfig:
     """The same configuration for so few rows: batch and accumulation of 4 or less, one process, not compiled."""
     accumulation, batch = min(4, config.accumulation), min(4, config.batch)
     looks = {"look_every": 3, "look_rows": 4, "sample_tokens": min(4, config.sample_tokens), "checkpoint_every": 2}
-    return config.model_copy(update={"epochs": 1.0, "tokens": 0, "batch": batch, "accumulation": accumulation, "parallel": Parallel(), "compile": False, **looks})
+    return config.model_copy(
+        update={
+            "epochs": 1.0,
+            "tokens": 0,
+            "batch": batch,
+            "accumulation": accumulation,
+            "parallel": Parallel(),
+            "compile": False,
+            **looks,
+        }
+    )
 
 
 def selftest(config: PretrainConfig, shape: Shape | RecurrentShape, data: Dataset | None = None) -> Iterator[Check]:
@@ -77,10 +108,14 @@ def selftest(config: PretrainConfig, shape: Shape | RecurrentShape, data: Datase
         bench = _Bench(Path(folder), shrunken(shape), small, data)
         near = near_of(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-            ("every key is read", functools.partial(_keys, bench, config)), ("labels are those of the rows", functools.partial(_labels, bench)), ("texts of a row are apart", functools.partial(_apart, bench)),
-            ("parts of a step are the step", functools.partial(_parts, bench, near)), ("the seed replays", functools.partial(_seed, bench)), ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),
+            ("every key is read", functools.partial(_keys, bench, config)),
+            ("labels are those of the rows", functools.partial(_labels, bench)),
+            ("texts of a row are apart", functools.partial(_apart, bench)),
+            ("parts of a step are the step", functools.partial(_parts, bench, near)),
+            ("the seed replays", functools.partial(_seed, bench)),
+            ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),
             ("one step's rows can be learned by heart", functools.partial(_overfit, bench)),
-        ]  # fmt: skip
+        ]
         yield from in_turn(tests)
 
 
@@ -107,7 +142,9 @@ def in_turn(tests: Sequence[tuple[str, Callable[[], tuple[bool, str]]]]) -> Iter
 class _Bench:
     """A small model with a tokenizer of bytes, few rows, and runs of `pretrain` on them."""
 
-    def __init__(self, folder: Path, shape: Shape | RecurrentShape, config: PretrainConfig, data: Dataset | None) -> None:
+    def __init__(
+        self, folder: Path, shape: Shape | RecurrentShape, config: PretrainConfig, data: Dataset | None
+    ) -> None:
         import torch
 
         from llmworks.tokenize.load import quiet_transformers
@@ -132,15 +169,27 @@ class _Bench:
             begin = pieces[-1]
             pieces += [begin + int(edge) for edge in (*(np.flatnonzero(np.diff(row.segments)) + 1), len(row.ids))]
         tensors: dict[str, Any] = {
-            "tokens": np.concatenate([row.ids for row in rows]).astype(np.uint16), "rows": np.cumsum([0, *(len(row.ids) for row in rows)]).astype(np.int64), "pieces": np.array(pieces, np.int64),
-            "origins": np.arange(len(pieces) - 1, dtype=np.int64), "learned": np.concatenate([row.learned for row in rows]).astype(np.uint8),
-        }  # fmt: skip
+            "tokens": np.concatenate([row.ids for row in rows]).astype(np.uint16),
+            "rows": np.cumsum([0, *(len(row.ids) for row in rows)]).astype(np.int64),
+            "pieces": np.array(pieces, np.int64),
+            "origins": np.arange(len(pieces) - 1, dtype=np.int64),
+            "learned": np.concatenate([row.learned for row in rows]).astype(np.uint8),
+        }
         target = self.folder / name
         target.mkdir()
         save_file(tensors, target / "shard-00000.safetensors")
         return Dataset(target, about={"schema": "tokens", "length": LENGTH})
 
-    def run(self, name: str, config: Any, *, data: Dataset | None = None, seed: int = 0, stop: int | None = None, go_on: bool = False) -> list[dict[str, Any]]:
+    def run(
+        self,
+        name: str,
+        config: Any,
+        *,
+        data: Dataset | None = None,
+        seed: int = 0,
+        stop: int | None = None,
+        go_on: bool = False,
+    ) -> list[dict[str, Any]]:
         """One run of `pretrain`; its steps' metrics. `stop`: it is interrupted before this step's metrics are kept."""
         out, scratch = self.folder / f"{name}-out", self.folder / f"{name}-scratch"
         for place in (out, scratch):
@@ -155,7 +204,13 @@ class _Bench:
             if stop is not None:
                 stack.enter_context(contextlib.suppress(KeyboardInterrupt))
             chosen = self.data if data is None else data
-            pretrain(config, Model(self.model, about={"format": "hf"}), chosen, Context(out, scratch, seed, progress, ReportBuilder(), _no_engine), self.data)
+            pretrain(
+                config,
+                Model(self.model, about={"format": "hf"}),
+                chosen,
+                Context(out, scratch, seed, progress, ReportBuilder(), _no_engine),
+                self.data,
+            )
         self.runs[name] = out
         return [row for row in progress.read_metrics() if "loss" in row]
 
@@ -184,7 +239,14 @@ def keys_of(config: Any, default: Any, read: set[str]) -> tuple[bool, str]:
     usual = dict(_flat(default))
     given = [name for name, value in _flat(config) if value != usual.get(name)]
     unread = [name for name in given if name not in read]
-    return not unread, f"set, and not read by this training: {', '.join(unread)}" if unread else f"{len(given)} that are not the default"
+    return (
+        not unread,
+        (
+            f"set, and not read by this training: {', '.join(unread)}"
+            if unread
+            else f"{len(given)} that are not the default"
+        ),
+    )
 
 
 def _flat(config: Any, before: str = "") -> list[tuple[str, Any]]:
@@ -199,7 +261,10 @@ def _labels(bench: _Bench) -> tuple[bool, str]:
     each = bench.config.batch * bench.config.accumulation
     wanted = sum(int(row.learned[1:].sum()) for row in bench.rows[: len(bench.rows) // each * each])
     found = sum(row["labels"] for row in bench.usual)
-    return found == wanted and len(bench.usual) == STEPS, f"{found:,} labels in {len(bench.usual)} steps, {wanted:,} in the rows"
+    return (
+        found == wanted and len(bench.usual) == STEPS,
+        f"{found:,} labels in {len(bench.usual)} steps, {wanted:,} in the rows",
+    )
 
 
 def _apart(bench: _Bench) -> tuple[bool, str]:
@@ -220,7 +285,10 @@ def _apart(bench: _Bench) -> tuple[bool, str]:
             if int((learned != -100).sum()):
                 apart += float(model(input_ids=own, labels=learned).loss.detach()) * int((learned != -100).sum())
     more = torch.tensor(apart)
-    return abs(together - apart) <= EXACT * float(more.abs()), f"{texts} texts in {len(batch.ids)} rows: {together:.4f} nats together, {apart:.4f} each alone"
+    return (
+        abs(together - apart) <= EXACT * float(more.abs()),
+        f"{texts} texts in {len(batch.ids)} rows: {together:.4f} nats together, {apart:.4f} each alone",
+    )
 
 
 def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
@@ -233,38 +301,83 @@ def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
         near = max(near, NEAR)  # how even the choice of experts is, is a matter of each part
     batch, parts = (each, 1) if bench.config.accumulation > 1 else (1, each)
     other = bench.run("parts", bench.config.model_copy(update={"batch": batch, "accumulation": parts}))
-    pairs = [(one[key], two[key]) for one, two in zip(bench.usual[:2], other[:2], strict=True) for key in ("loss", "gradient_norm")]
+    pairs = [
+        (one[key], two[key])
+        for one, two in zip(bench.usual[:2], other[:2], strict=True)
+        for key in ("loss", "gradient_norm")
+    ]
     off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
-    return off <= near, f"{bench.config.accumulation} of {bench.config.batch} rows and {parts} of {batch}: losses and gradients of two steps differ by {off:.1e}"
+    return (
+        off <= near,
+        (
+            f"{bench.config.accumulation} of {bench.config.batch} rows and {parts} of {batch}: losses and gradients of"
+            f" two steps differ by {off:.1e}"
+        ),
+    )
 
 
 def _seed(bench: _Bench) -> tuple[bool, str]:
     bench.run("again", bench.config)
     other = bench.run("other", bench.config, seed=1)
-    same, differs = bench.usual and bench.weights("usual") == bench.weights("again"), other[0]["loss"] != bench.usual[0]["loss"]
-    return bool(same and differs), "the same weights twice, another order of rows with another seed" if same and differs else "the same seed gave other weights" if not same else "another seed gave the same rows"
+    same, differs = (
+        bench.usual and bench.weights("usual") == bench.weights("again"),
+        other[0]["loss"] != bench.usual[0]["loss"],
+    )
+    return (
+        bool(same and differs),
+        (
+            "the same weights twice, another order of rows with another seed"
+            if same and differs
+            else "the same seed gave other weights"
+            if not same
+            else "another seed gave the same rows"
+        ),
+    )
 
 
 def _resume(bench: _Bench) -> tuple[bool, str]:
     assert bench.usual
     bench.run("resumed", bench.config, stop=STEPS - 2)
     rows = bench.run("resumed", bench.config, go_on=True)
-    same = bench.weights("usual") == bench.weights("resumed") and [r["loss"] for r in rows] == [r["loss"] for r in bench.usual]
-    return same, f"interrupted in step {STEPS - 1} of {STEPS}, gone on from the checkpoint before: {'the same bytes' if same else 'other weights than the run that was left alone'}"
+    same = bench.weights("usual") == bench.weights("resumed") and [r["loss"] for r in rows] == [
+        r["loss"] for r in bench.usual
+    ]
+    return (
+        same,
+        (
+            f"interrupted in step {STEPS - 1} of {STEPS}, gone on from the checkpoint before:"
+            f" {'the same bytes' if same else 'other weights than the run that was left alone'}"
+        ),
+    )
 
 
 def _overfit(bench: _Bench) -> tuple[bool, str]:
     config, each = bench.config, bench.config.batch * bench.config.accumulation
     rate = {"lion": 0.002}.get(config.optimizer.name, 0.01)
-    optimizer = config.optimizer.model_copy(update={"learning_rate": rate, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0})
+    optimizer = config.optimizer.model_copy(
+        update={"learning_rate": rate, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0}
+    )
     few = bench.packed("few", bench.rows[:each])
-    more = {"epochs": float(OVERFIT), "optimizer": optimizer, "spike": 0.0, "average": 0.0, "look_every": OVERFIT + 1, "checkpoint_every": OVERFIT + 1, "sample_tokens": 0}
+    more = {
+        "epochs": float(OVERFIT),
+        "optimizer": optimizer,
+        "spike": 0.0,
+        "average": 0.0,
+        "look_every": OVERFIT + 1,
+        "checkpoint_every": OVERFIT + 1,
+        "sample_tokens": 0,
+    }
     losses = [row["loss"] for row in bench.run("heart", config.model_copy(update=more), data=few)]
-    return losses[-1] < 0.6 * losses[0], f"the loss of {each} rows went from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps"
+    return (
+        losses[-1] < 0.6 * losses[0],
+        f"the loss of {each} rows went from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps",
+    )
 
 
 def _rows(data: Dataset | None, count: int) -> list[Any]:
-    """The first rows, cut to LENGTH, ids folded into VOCABULARY; or such that are drawn, of unequal length and of one to three texts."""
+    """The first rows, cut to LENGTH, ids folded into VOCABULARY; or such that are drawn, of unequal length and of one
+    to three texts.
+    """
     import numpy as np
 
     from llmworks.data.store.packed_tokens import Packed, PackedRow
@@ -272,13 +385,26 @@ def _rows(data: Dataset | None, count: int) -> list[Any]:
     if data is not None:
         packed = Packed(data)
         found = [packed[i % len(packed)] for i in range(count)]
-        return [PackedRow(r.ids[:LENGTH] % VOCABULARY, r.learned[:LENGTH], r.positions[:LENGTH], r.segments[:LENGTH], r.origins[: int(r.segments[:LENGTH].max()) + 1]) for r in found]
+        return [
+            PackedRow(
+                r.ids[:LENGTH] % VOCABULARY,
+                r.learned[:LENGTH],
+                r.positions[:LENGTH],
+                r.segments[:LENGTH],
+                r.origins[: int(r.segments[:LENGTH].max()) + 1],
+            )
+            for r in found
+        ]
     rng, rows = np.random.default_rng(0), []
     for _ in range(count):
         lengths = rng.integers(8, LENGTH // 3 + 1, rng.integers(1, 4))
         positions = np.concatenate([np.arange(n) for n in lengths])
         ids = np.minimum(rng.geometric(0.02, len(positions)), VOCABULARY - 1).astype(np.int64)
-        rows.append(PackedRow(ids, positions > 0, positions, np.repeat(np.arange(len(lengths)), lengths), np.arange(len(lengths))))
+        rows.append(
+            PackedRow(
+                ids, positions > 0, positions, np.repeat(np.arange(len(lengths)), lengths), np.arange(len(lengths))
+            )
+        )
     return rows
 
 
@@ -304,4 +430,3 @@ def _tokenizer() -> Any:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|end|>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
-

@@ -1,6 +1,11 @@
-"""CMA-ES over numbers between bounds, with a journal: a search that was killed goes on, and is the search that it would have been. Knows no merge and no model.
+"""CMA-ES over numbers between bounds, with a journal: a search that was killed goes on, and is the search that it would
+have been.
 
-Hansen and Ostermeier 2001; the package cma (Hansen), whose bounds are kept by a transformation. What is told is kept line by line; a search that begins anew with the same seed asks for the same values, and those that are in the journal are told at once.
+Knows no merge and no model.
+
+Hansen and Ostermeier 2001; the package cma (Hansen), whose bounds are kept by a transformation. What is told is kept
+line by line; a search that begins anew with the same seed asks for the same values, and those that are in the journal
+are told at once.
 """
 
 from __future__ import annotations
@@ -33,8 +38,20 @@ class Attempt:
 Judge = Callable[[Sequence[float]], tuple[float, dict[str, float]]]
 
 
-def evolve(genes: Sequence[Gene], judge: Judge, journal: Path, *, attempts: int, population: int, seed: int, told: Callable[[Attempt, bool], None] = lambda one, known: None) -> list[Attempt]:
-    """Look for the values of the largest score; at least as many attempts as asked for, in whole generations. The first is what the genes begin as. MissingDependency without cma."""
+def evolve(
+    genes: Sequence[Gene],
+    judge: Judge,
+    journal: Path,
+    *,
+    attempts: int,
+    population: int,
+    seed: int,
+    told: Callable[[Attempt, bool], None] = lambda one, known: None,
+) -> list[Attempt]:
+    """Look for the values of the largest score; at least as many attempts as asked for, in whole generations.
+
+    The first is what the genes begin as. MissingDependency without cma.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -43,11 +60,19 @@ def evolve(genes: Sequence[Gene], judge: Judge, journal: Path, *, attempts: int,
         raise MissingDependency("evolving a merge needs cma; install it with: pip install 'llmworks[tune]'") from None
     known = _read(journal)
     begin = [(gene.start - gene.low) / (gene.high - gene.low) for gene in genes]
-    options: dict[str, Any] = {"bounds": [0, 1], "seed": seed + 1, "popsize": population, "verbose": -9, "verb_log": 0}  # 0 would be the clock's
+    options: dict[str, Any] = {
+        "bounds": [0, 1],
+        "seed": seed + 1,
+        "popsize": population,
+        "verbose": -9,
+        "verb_log": 0,
+    }  # 0 would be the clock's
     found: list[Attempt] = []
 
     def attempt(point: Sequence[float], generation: int) -> Attempt:
-        values = tuple(round(gene.low + float(share) * (gene.high - gene.low), 6) for gene, share in zip(genes, point, strict=True))
+        values = tuple(
+            round(gene.low + float(share) * (gene.high - gene.low), 6) for gene, share in zip(genes, point, strict=True)
+        )
         before = known.get(values)
         score, parts = before or judge(values)
         score = score if math.isfinite(score) else min((one.score for one in found), default=0.0)
@@ -71,7 +96,9 @@ def evolve(genes: Sequence[Gene], judge: Judge, journal: Path, *, attempts: int,
         warnings.simplefilter("ignore")
         search = cma.CMAEvolutionStrategy(begin, STEP, options)
         generation = 1
-        while len(found) < attempts:  # its own rules to stop are for smooth functions: scores of few samples are often the same
+        while (
+            len(found) < attempts
+        ):  # its own rules to stop are for smooth functions: scores of few samples are often the same
             points = search.ask()
             search.tell(points, [-attempt(point, generation).score for point in points])
             generation += 1

@@ -1,4 +1,8 @@
-"""The numbers of a merge that can be searched: its methods' parameters, each between two bounds, each once or once for a part of the layers. Knows no optimizer and no model."""
+"""The numbers of a merge that can be searched: its methods' parameters, each between two bounds, each once or once for
+a part of the layers.
+
+Knows no optimizer and no model.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,16 @@ from typing import Any
 
 from llmworks.core.errors import UserError
 
-BOUNDS = {"weight": (0.0, 1.0), "t": (0.0, 1.0), "density": (0.05, 1.0), "lambda": (0.0, 2.0), "gamma": (0.0, 0.2), "epsilon": (0.01, 0.3), "select_topk": (0.05, 1.0), "scale": (0.0, 2.0)}
+BOUNDS = {
+    "weight": (0.0, 1.0),
+    "t": (0.0, 1.0),
+    "density": (0.05, 1.0),
+    "lambda": (0.0, 2.0),
+    "gamma": (0.0, 0.2),
+    "epsilon": (0.01, 0.3),
+    "select_topk": (0.05, 1.0),
+    "scale": (0.0, 2.0),
+}
 Path = tuple[str | int, ...]
 
 
@@ -30,7 +43,8 @@ class Gene:
 
 
 def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = False) -> list[Gene]:
-    """The parameters of a merge's configuration (as plain JSON) that are numbers; `gradient`: weights and t once for each of so many points over the layers, gradients among them anew; `negative`: weights may be below 0.
+    """The parameters of a merge's configuration (as plain JSON) that are numbers; `gradient`: weights and t once for
+    each of so many points over the layers, gradients among them anew; `negative`: weights may be below 0.
 
     UserError for a merge without such numbers.
     """
@@ -40,7 +54,9 @@ def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = F
         if isinstance(value, dict):
             for key, inside in value.items():
                 walk(inside, (*path, key), key if path and path[-1] == "parameters" else name if key == "value" else "")
-        elif gradient > 1 and name in ("weight", "t") and not isinstance(path[-1], int) and (numbers := _numbers(value)):
+        elif (
+            gradient > 1 and name in ("weight", "t") and not isinstance(path[-1], int) and (numbers := _numbers(value))
+        ):
             found.extend(gene((*path, at), name, start) for at, start in enumerate(_points(numbers, gradient)))
         elif isinstance(value, list):
             for at, inside in enumerate(value):
@@ -54,7 +70,9 @@ def genes_of(config: Mapping[str, Any], *, gradient: int = 1, negative: bool = F
 
     walk(config, (), "")
     if not found:
-        raise UserError(f"the merge has no number to search; give its parameters ({', '.join(BOUNDS)}) values to begin with")
+        raise UserError(
+            f"the merge has no number to search; give its parameters ({', '.join(BOUNDS)}) values to begin with"
+        )
     return found
 
 
@@ -77,7 +95,10 @@ def _points(numbers: Sequence[float], count: int) -> list[float]:
     last = len(numbers) - 1
     places = [at * last / (count - 1) for at in range(count)]
     lows = [min(int(place), max(0, last - 1)) for place in places]
-    return [numbers[low] + (numbers[min(low + 1, last)] - numbers[low]) * (place - low) for place, low in zip(places, lows, strict=True)]
+    return [
+        numbers[low] + (numbers[min(low + 1, last)] - numbers[low]) * (place - low)
+        for place, low in zip(places, lows, strict=True)
+    ]
 
 
 def with_values(config: Mapping[str, Any], genes: Sequence[Gene], values: Sequence[float]) -> dict[str, Any]:
@@ -88,7 +109,9 @@ def with_values(config: Mapping[str, Any], genes: Sequence[Gene], values: Sequen
         place: Any = made
         for number, key in enumerate(above):
             points = sum(other.path[:-1] == gene.path[:-1] for other in genes)
-            if isinstance(last, int) and number == len(above) - 1 and len(_numbers(place[key])) not in (0, points):  # a number becomes a gradient, or a gradient one of other points
+            if (
+                isinstance(last, int) and number == len(above) - 1 and len(_numbers(place[key])) not in (0, points)
+            ):  # a number becomes a gradient, or a gradient one of other points
                 place[key] = [0.0] * points
             place = place[key]
         place[last] = round(float(value), 6)

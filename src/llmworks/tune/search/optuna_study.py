@@ -1,4 +1,7 @@
-"""The optimizer of a sweep: Optuna's TPE over a journal on disk, which a sweep that was killed goes on from. Knows no recipe."""
+"""The optimizer of a sweep: Optuna's TPE over a journal on disk, which a sweep that was killed goes on from.
+
+Knows no recipe.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ class Trial:
 
 
 class Study:
-    """Ask for values, tell what came of them. A trial that was under way when a sweep was killed is tried again, with the same values."""
+    """Ask for values, tell what came of them.
+
+    A trial that was under way when a sweep was killed is tried again, with the same values.
+    """
 
     def __init__(self, search: Search, file: Path) -> None:
         try:
@@ -37,9 +43,13 @@ class Study:
         self.search, self._states = search, optuna.trial.TrialState
         file.parent.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(file)))
-        self._study = optuna.create_study(study_name="sweep", storage=storage, direction=search.direction, load_if_exists=True)
+        self._study = optuna.create_study(
+            study_name="sweep", storage=storage, direction=search.direction, load_if_exists=True
+        )
         done = len(self._study.trials)
-        self._study.sampler = optuna.samplers.TPESampler(n_startup_trials=search.random, seed=search.seed + done)  # a seed gives its draws once
+        self._study.sampler = optuna.samplers.TPESampler(
+            n_startup_trials=search.random, seed=search.seed + done
+        )  # a seed gives its draws once
         waiting = [t for t in self._study.trials if t.state == self._states.WAITING]
         for trial in self._study.trials:
             if trial.state == self._states.RUNNING:
@@ -67,8 +77,21 @@ class Study:
     @property
     def trials(self) -> list[Trial]:
         """All that ended, in their order; those that were interrupted are left out."""
-        ended = [t for t in self._study.trials if t.state == self._states.COMPLETE or (t.state == self._states.FAIL and t.user_attrs.get("why"))]
-        return [Trial(t.number, {name: _value(space, t.params[name]) for name, space in self.search.fields.items()}, t.value, str(t.user_attrs.get("why", "")), float(t.user_attrs.get("seconds", 0))) for t in ended]
+        ended = [
+            t
+            for t in self._study.trials
+            if t.state == self._states.COMPLETE or (t.state == self._states.FAIL and t.user_attrs.get("why"))
+        ]
+        return [
+            Trial(
+                t.number,
+                {name: _value(space, t.params[name]) for name, space in self.search.fields.items()},
+                t.value,
+                str(t.user_attrs.get("why", "")),
+                float(t.user_attrs.get("seconds", 0)),
+            )
+            for t in ended
+        ]
 
     @property
     def best(self) -> Trial | None:
@@ -78,7 +101,9 @@ class Study:
         return max(scored, key=lambda t: sign * (t.score or 0.0), default=None)
 
     def importance(self) -> dict[str, float]:
-        """How much of what scores differ by goes with each field, where enough was tried (PED-ANOVA: Watanabe et al. 2023, arXiv:2304.10255)."""
+        """How much of what scores differ by goes with each field, where enough was tried (PED-ANOVA: Watanabe et al.
+        2023, arXiv:2304.10255).
+        """
         import warnings
 
         from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -88,7 +113,12 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return {name: float(share) for name, share in get_param_importances(self._study, evaluator=PedAnovaImportanceEvaluator()).items()}
+                return {
+                    name: float(share)
+                    for name, share in get_param_importances(
+                        self._study, evaluator=PedAnovaImportanceEvaluator()
+                    ).items()
+                }
             except (ValueError, RuntimeError):  # all scores alike
                 return {}
 

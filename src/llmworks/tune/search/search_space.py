@@ -43,7 +43,11 @@ class Search(Config):
     direction: Literal["maximize", "minimize"] = Field("maximize", description="whether more is better")
     fields: dict[str, Space] = Field(min_length=1, description="STEP.FIELD, as --set has it, to its values")
     trials: int = Field(20, gt=0, description="how many are tried in all")
-    random: int = Field(8, gt=0, description="trials drawn at random, before those that follow what was found (TPE: Bergstra et al. 2011)")
+    random: int = Field(
+        8,
+        gt=0,
+        description="trials drawn at random, before those that follow what was found (TPE: Bergstra et al. 2011)",
+    )
     seed: int = Field(0, ge=0, description="seed of the draws")
 
     @property
@@ -71,7 +75,9 @@ def load_search(path: Path) -> Search:
         return Search.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'search'}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(
+            f"{path}: {'.'.join(map(str, first['loc'])) or 'search'}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:

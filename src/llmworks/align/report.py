@@ -200,25 +200,7 @@ def describe_online(
     )
     figures = {"reward_first": round(first, 5), "reward": round(last, 5)}
     both = [(a, b) for a, b in zip(began, ended, strict=False) if a == a and b == b]
-    if both:
-        won, lost = sum(b > a + 1e-9 for a, b in both), sum(b < a - 1e-9 for a, b in both)
-        share, low, high = wilson(won + (len(both) - won - lost) / 2, len(both))
-        figures |= {
-            "held_out_reward_first": round(sum(a for a, _ in both) / len(both), 5),
-            "win_rate": round(share, 5),
-            "win_rate_low": round(low, 5),
-            "win_rate_high": round(high, 5),
-        }
-        report.lead += (
-            f" Greedy answers to {len(both):,} held-out prompts: {figures['held_out_reward_first']:.3f} before,"
-            f" {sum(b for _, b in both) / len(both):.3f} after; "
-            + (
-                f"the policy beats its beginning in {share:.1%} ({low:.1%} to {high:.1%}; {won} better, {lost} worse, a"
-                " tie is half)."
-                if won or lost
-                else "all are worth what they were."
-            )
-        )
+    figures = _describe_wins(both, figures, report)
     warnings = alarms(steps)
     if failed.exists():
         rows_failed = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
@@ -245,6 +227,38 @@ def describe_online(
     }
     for heading, series, y in online_curves(steps, looks, both):
         report.curves(heading, series, x="step", y=y)
+    _describe_draws(samples, report)
+    if set_aside:
+        report.table("Rows set aside", ("id", "reason"), set_aside[:50])
+    return figures
+
+
+def _describe_wins(both: list[tuple[float, float]], figures: dict[str, Any], report: ReportBuilder) -> dict[str, Any]:
+    """Add to lead and figures how often the trained policy beats its beginning on held-out prompts."""
+    if both:
+        won, lost = sum(b > a + 1e-9 for a, b in both), sum(b < a - 1e-9 for a, b in both)
+        share, low, high = wilson(won + (len(both) - won - lost) / 2, len(both))
+        figures |= {
+            "held_out_reward_first": round(sum(a for a, _ in both) / len(both), 5),
+            "win_rate": round(share, 5),
+            "win_rate_low": round(low, 5),
+            "win_rate_high": round(high, 5),
+        }
+        report.lead += (
+            f" Greedy answers to {len(both):,} held-out prompts: {figures['held_out_reward_first']:.3f} before,"
+            f" {sum(b for _, b in both) / len(both):.3f} after; "
+            + (
+                f"the policy beats its beginning in {share:.1%} ({low:.1%} to {high:.1%}; {won} better, {lost} worse, a"
+                " tie is half)."
+                if won or lost
+                else "all are worth what they were."
+            )
+        )
+    return figures
+
+
+def _describe_draws(samples: Path, report: ReportBuilder) -> None:
+    """Show what the policy wrote at a few draws; `samples` is the file that they were kept in."""
     kept = json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else {}
     numbers = sorted(kept, key=int)
     shown = (
@@ -266,9 +280,6 @@ def describe_online(
     ]
     if items:
         report.samples("What it wrote on the way", items, note="Drawn at the temperature of the training.")
-    if set_aside:
-        report.table("Rows set aside", ("id", "reason"), set_aside[:50])
-    return figures
 
 
 def online_curves(

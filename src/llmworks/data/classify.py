@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,11 @@ from llmworks.core.errors import DataError, MissingDependency
 from llmworks.core.types import Json
 from llmworks.data.card import finish
 from llmworks.data.store.parts import Done, Span, spans, work
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmworks.core.report import ReportBuilder
 
 MODEL, SCORES = "model.npz", "scores.npy"
 PIECE = 2000  # characters: examples are cut alike, so that length teaches nothing
@@ -97,7 +102,7 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
     """
     import numpy as np
     import pyarrow as pa
-    from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
+    from sklearn.metrics import roc_auc_score
 
     from llmworks.data.text.features import chances, features, fit, telling
 
@@ -125,6 +130,26 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
         "precision": round(precision, 4),
         "recall": round(recall, 4),
     }
+    report = _describe_figures(truth, scores, ctx, precision, recall, figures, test)
+    plus, minus = telling(model, every[:: max(1, len(every) // 4000)], 15)
+    rows = [(a, x, b, y) for (a, x), (b, y) in zip(plus, minus, strict=False)]
+    report.table("What tells them apart", ("for good", "weight", "for bad", "weight"), rows)
+    report.data = figures
+    return figures
+
+
+def _describe_figures(
+    truth: NDArray[Any],
+    scores: NDArray[Any],
+    ctx: Context,
+    precision: float,
+    recall: float,
+    figures: dict[str, float],
+    test: NDArray[Any],
+) -> ReportBuilder:
+    """Draw the curves of the examples that were measured, and the table of figures."""
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
     false, true, _ = roc_curve(truth, scores)
     p, r, _ = precision_recall_curve(truth, scores)
     report = ctx.report
@@ -147,11 +172,7 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
         y="good texts that pass",
     )
     report.curves("Precision and recall", {"classifier": _thin(r, p)}, x="recall", y="precision")
-    plus, minus = telling(model, every[:: max(1, len(every) // 4000)], 15)
-    rows = [(a, x, b, y) for (a, x), (b, y) in zip(plus, minus, strict=False)]
-    report.table("What tells them apart", ("for good", "weight", "for bad", "weight"), rows)
-    report.data = figures
-    return figures
+    return report
 
 
 def examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:

@@ -197,14 +197,8 @@ def judge_batch(
         changed = [i for i in left if counted.get(i, ("", 0))[0] is not documents[i].text]
         again = words.encode([documents[i].text for i in changed]).counts.tolist()
         counted |= {i: (documents[i].text, count) for i, count in zip(changed, again, strict=True)}
-        apply(
-            (
-                "fineweb",
-                fineweb.fineweb(
-                    config.fineweb, [documents[i].text for i in left], np.array([counted[i][1] for i in left])
-                ),
-            )
-        )
+        counts = np.array([counted[i][1] for i in left])
+        apply(("fineweb", fineweb.fineweb(config.fineweb, [documents[i].text for i in left], counts)))
     if config.instruction and left:
         apply(("instruction", instruction.instruction(config.instruction, [documents[i].text for i in left])))
     for before, document, reason in zip(batch, documents, reasons, strict=True):

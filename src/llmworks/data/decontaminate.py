@@ -262,15 +262,7 @@ def _compare_part(
                     writer.add(document)
                     continue
                 for item in items:
-                    name, id = names[item.row]
-                    row = {
-                        "test": name,
-                        "row": id,
-                        "document": document.id,
-                        "kind": item.kind,
-                        "share": item.share,
-                        "text": excerpt(document, item),
-                    }
+                    row = _row_of(names, item, document)
                     side.write(json.dumps(row, ensure_ascii=False) + "\n")
                     touched[str(item.row)] = touched.get(str(item.row), 0) + 1
                     kinds[item.kind] += 1
@@ -291,6 +283,20 @@ def _compare_part(
         "kinds": kinds,
         "shown": shown,
     }
+
+
+def _row_of(names: list[tuple[str, str]], item: Overlap, document: Document) -> dict[str, object]:
+    """What is written of one overlap."""
+    name, id = names[item.row]
+    row = {
+        "test": name,
+        "row": id,
+        "document": document.id,
+        "kind": item.kind,
+        "share": item.share,
+        "text": excerpt(document, item),
+    }
+    return row
 
 
 def excerpt(document: Document, item: Overlap) -> str:

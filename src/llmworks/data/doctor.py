@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,9 @@ from llmworks.tokenize.chat.named import CHOICES, Template, tokenizer_of
 from llmworks.tokenize.chat.template_faults import Finding, Uses, probe
 from llmworks.tokenize.chat.templates import Rendered, encode, for_template, render_masked
 from llmworks.tokenize.load import read_json, stop_ids
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 LEVELS = ("error", "warning", "note")
 FIRST, SHOWN = 2, 5  # rows drawn from the beginning; rows named for each finding, and drawn because of one
@@ -390,6 +393,28 @@ def write_report(
             for c in found
         ],
     }
+    _describe_findings(found, report)
+    page = view.STYLE + "".join(
+        f"<p class=note>{html.escape(id)}</p>{view.as_html(tokenizer, r.ids, r.mask)}" for id, r in drawn
+    )
+    plain = "\n\n".join(f"{id}\n{view.as_plain(tokenizer, r.ids, r.mask)}" for id, r in drawn)
+    if drawn:
+        report.drawing(
+            "What is learned",
+            page,
+            text=(
+                "The first rows, and some with findings. Green is learned, grey is only read; control tokens are red."
+                " The ids are tooltips."
+            ),
+            plain=plain,
+        )
+    _write_terminal(report, found, drawn, tokenizer)
+    about = {"failed": f"{_count(errors, 'error')}: this data would damage the model"} if errors else {}
+    return Report(ctx.out, metrics={"errors": errors, "warnings": warnings, **counts}, about=about)
+
+
+def _describe_findings(found: list[Case], report: ReportBuilder) -> None:
+    """The table of findings, or that there are none."""
     if found:
         rows = [
             (
@@ -409,20 +434,12 @@ def write_report(
             "None: the template renders what the rows hold, every answer ends with a learned token that generation"
             " stops at.",
         )
-    page = view.STYLE + "".join(
-        f"<p class=note>{html.escape(id)}</p>{view.as_html(tokenizer, r.ids, r.mask)}" for id, r in drawn
-    )
-    plain = "\n\n".join(f"{id}\n{view.as_plain(tokenizer, r.ids, r.mask)}" for id, r in drawn)
-    if drawn:
-        report.drawing(
-            "What is learned",
-            page,
-            text=(
-                "The first rows, and some with findings. Green is learned, grey is only read; control tokens are red."
-                " The ids are tooltips."
-            ),
-            plain=plain,
-        )
+
+
+def _write_terminal(
+    report: ReportBuilder, found: list[Case], drawn: list[tuple[str, Rendered]], tokenizer: Any
+) -> None:
+    """The findings as coloured text for a terminal."""
     colours = {"error": "\x1b[31m", "warning": "\x1b[33m", "note": "\x1b[36m"}
     lines = [report.lead]
     lines += [
@@ -433,8 +450,6 @@ def write_report(
     ]
     lines += [f"\n{id}, learned on green:\n{view.as_ansi(tokenizer, r.ids, r.mask)}" for id, r in drawn[:FIRST]]
     report.terminal = "\n".join(lines)
-    about = {"failed": f"{_count(errors, 'error')}: this data would damage the model"} if errors else {}
-    return Report(ctx.out, metrics={"errors": errors, "warnings": warnings, **counts}, about=about)
 
 
 def _count(number: int, what: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -102,24 +103,7 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
     done = work(ctx, "shuffle", partial(_shuffle_bucket, config.seed, dealt.folders), list(range(buckets)))
     done.gather(ctx.out)
     taken = dealt.total("characters")
-    rows = []
-    for share in shares:
-        got = taken[share.name]
-        rows.append(
-            (
-                share.name,
-                share.available,
-                got,
-                f"{got / max(1, sum(taken.values())):.1%}",
-                f"{share.wanted / max(1, sum(s.wanted for s in shares)):.1%}",
-                round(share.repeats, 3),
-            )
-        )
-        if share.wanted > 1.01 * share.available * config.max_repeats:
-            ctx.progress.say(
-                f"{share.name}: {share.wanted:,} characters are wanted, {config.max_repeats:g} times all it has are"
-                f" {int(share.available * config.max_repeats):,}"
-            )
+    rows = _rows_of(shares, taken, config, ctx)
     report = ctx.report
     report.title = "A mixture of " + ", ".join(data)
     report.lead = f"{dealt.sum('documents'):,} documents, {sum(taken.values()):,} characters."
@@ -138,6 +122,31 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
         metrics={f"share_{r[0]}": round(r[2] / max(1, sum(taken.values())), 4) for r in rows},
         note=note,
     )
+
+
+def _rows_of(
+    shares: list[Share], taken: Counter[str], config: MixConfig, ctx: Context
+) -> list[tuple[str, int, int, str, str, float]]:
+    """A row of the report for each input; says where an input has less than is wanted."""
+    rows = []
+    for share in shares:
+        got = taken[share.name]
+        rows.append(
+            (
+                share.name,
+                share.available,
+                got,
+                f"{got / max(1, sum(taken.values())):.1%}",
+                f"{share.wanted / max(1, sum(s.wanted for s in shares)):.1%}",
+                round(share.repeats, 3),
+            )
+        )
+        if share.wanted > 1.01 * share.available * config.max_repeats:
+            ctx.progress.say(
+                f"{share.name}: {share.wanted:,} characters are wanted, {config.max_repeats:g} times all it has are"
+                f" {int(share.available * config.max_repeats):,}"
+            )
+    return rows
 
 
 def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, str], ctx: Context) -> Dataset:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ from llmworks.core.errors import DataError
 from llmworks.data.store.jsonl import Rejected
 from llmworks.data.store.raw_rows import raw_rows
 from llmworks.evaluate.statistics.ratings import Vote, bradley_terry, elo, intervals, resampled, style_of
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 WON = {"A": 1.0, "B": 0.0, "C": 0.5}
 
@@ -55,21 +58,7 @@ def arena(
     `votes`: files that `llmworks arena` wrote, or rows of {question, a, b, vote, voter}; either input may be left out.
     Errors: DataError for votes of another form, or too few.
     """
-    ballots = [b for data in votes or [] for b in read_votes(data)] + [
-        b for report in judged or [] for b in of_judges(report)
-    ]
-    counted = [b for b in ballots if config.voters == "all" or b.person == (config.voters == "people")]
-    names = sorted({name for b in counted for name in (b.a, b.b)})
-    if len(names) < 2 or len(counted) < 10:
-        raise DataError(
-            f"{len(counted)} votes on {len(names)} models are too few for ratings; ten on two are the least"
-        )
-    apart = _apart(counted, names)
-    if apart:
-        raise DataError(
-            f"no vote joins {', '.join(apart[0][:3])} with {', '.join(apart[1][:3])}, so their ratings cannot be"
-            " compared; let some of them meet"
-        )
+    ballots, counted, names = _count_ballots(votes, judged, config)
     rated = [Vote(names.index(b.a), names.index(b.b), WON[b.vote], style_of(*b.lengths), b.question) for b in counted]
     plain, _ = bradley_terry(rated, len(names))
     drawn, questions = resampled(rated, len(names), seed=config.seed, resamples=config.resamples)
@@ -87,38 +76,8 @@ def arena(
         f"{len(counted)} votes on {len(names)} models; {best} leads with {plain[order[0]]:.0f} (95% interval"
         f" {low[order[0]]:.0f} to {high[order[0]]:.0f}){told}."
     )
-    rank_styled = sorted(range(len(names)), key=lambda i: -styled[i])
-    rows = [
-        (
-            place,
-            names[i],
-            f"{plain[i]:.0f}",
-            f"{low[i]:.0f} to {high[i]:.0f}",
-            f"{styled[i]:.0f}",
-            rank_styled.index(i) + 1,
-            f"{online[i]:.0f}",
-            tallies[names[i]],
-        )
-        for place, i in enumerate(order, 1)
-    ]
-    page.table(
-        "Ratings",
-        ("", "model", "Bradley-Terry", "95% interval", "at equal length", "place at equal length", "Elo", "votes"),
-        rows,
-        f"A difference of 100 is 64% of wins. At equal length: the votes' liking for longer answers ({weight:+.2f} nats"
-        " for one many times as long) is taken out. Elo depends on the order of votes.",
-    )
-    page.intervals(
-        "Bradley-Terry ratings", [(names[i], float(plain[i]), float(low[i]), float(high[i])) for i in order], x="rating"
-    )
-    page.table(
-        "Wins",
-        ("model", *(names[i] for i in order)),
-        [(names[i], *(_wins(counted, names[i], names[j]) if i != j else "" for j in order)) for i in order],
-        "Of the row against the column, ties half.",
-    )
-    voters = Counter(b.voter for b in counted)
-    page.table("Voters", ("voter", "votes"), voters.most_common(40))
+    _describe_ratings(names, order, page, weight, styled, plain, low, high, online, tallies)
+    _describe_wins(page, order, counted, names, plain, low, high)
     metrics: dict[str, Any] = {
         "votes": len(counted),
         "models": len(names),
@@ -144,6 +103,81 @@ def arena(
         "metrics": metrics,
     }
     return Report(ctx.out, metrics=metrics)
+
+
+def _count_ballots(
+    votes: list[Dataset] | None, judged: list[Report] | None, config: ArenaConfig
+) -> tuple[list[Ballot], list[Ballot], list[str]]:
+    """All ballots, those that are counted, and the names on them. DataError where they cannot be rated together."""
+    ballots = [b for data in votes or [] for b in read_votes(data)] + [
+        b for report in judged or [] for b in of_judges(report)
+    ]
+    counted = [b for b in ballots if config.voters == "all" or b.person == (config.voters == "people")]
+    names = sorted({name for b in counted for name in (b.a, b.b)})
+    if len(names) < 2 or len(counted) < 10:
+        raise DataError(
+            f"{len(counted)} votes on {len(names)} models are too few for ratings; ten on two are the least"
+        )
+    apart = _apart(counted, names)
+    if apart:
+        raise DataError(
+            f"no vote joins {', '.join(apart[0][:3])} with {', '.join(apart[1][:3])}, so their ratings cannot be"
+            " compared; let some of them meet"
+        )
+    return ballots, counted, names
+
+
+def _describe_ratings(
+    names: list[str],
+    order: list[int],
+    page: ReportBuilder,
+    weight: float,
+    styled: Any,
+    plain: Any,
+    low: Any,
+    high: Any,
+    online: list[float],
+    tallies: Counter[str],
+) -> None:
+    """The table of ratings."""
+    rank_styled = sorted(range(len(names)), key=lambda i: -styled[i])
+    rows = [
+        (
+            place,
+            names[i],
+            f"{plain[i]:.0f}",
+            f"{low[i]:.0f} to {high[i]:.0f}",
+            f"{styled[i]:.0f}",
+            rank_styled.index(i) + 1,
+            f"{online[i]:.0f}",
+            tallies[names[i]],
+        )
+        for place, i in enumerate(order, 1)
+    ]
+    page.table(
+        "Ratings",
+        ("", "model", "Bradley-Terry", "95% interval", "at equal length", "place at equal length", "Elo", "votes"),
+        rows,
+        f"A difference of 100 is 64% of wins. At equal length: the votes' liking for longer answers ({weight:+.2f} nats"
+        " for one many times as long) is taken out. Elo depends on the order of votes.",
+    )
+
+
+def _describe_wins(
+    page: ReportBuilder, order: list[int], counted: list[Ballot], names: list[str], plain: Any, low: Any, high: Any
+) -> None:
+    """Intervals of ratings, wins of each against each, and voters."""
+    page.intervals(
+        "Bradley-Terry ratings", [(names[i], float(plain[i]), float(low[i]), float(high[i])) for i in order], x="rating"
+    )
+    page.table(
+        "Wins",
+        ("model", *(names[i] for i in order)),
+        [(names[i], *(_wins(counted, names[i], names[j]) if i != j else "" for j in order)) for i in order],
+        "Of the row against the column, ties half.",
+    )
+    voters = Counter(b.voter for b in counted)
+    page.table("Voters", ("voter", "votes"), voters.most_common(40))
 
 
 def read_votes(data: Dataset) -> list[Ballot]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -18,6 +18,9 @@ from llmworks.core.context import Context
 from llmworks.core.report import counted
 from llmworks.evaluate.statistics.bootstrap import holm, paired_difference, sign_flip
 from llmworks.evaluate.statistics.stored import WHOLE, read_evaluation
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 CARD = "model-card.md"
 
@@ -84,41 +87,10 @@ def board(
         "Scores with their 95% intervals; ↓: lower is better. Mean rank and mean score (of those in percent) are over"
         f" {', '.join(shared) or 'no task'}: what all were asked that were asked half of the tasks or more.",
     )
-    percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
-    if percent:
-        page.bars(
-            "Scores",
-            {c: {name: cells[name, c].score for name, _ in order if (name, c) in cells} for c in percent},
-            "Lines are 95% intervals.",
-        )
-    spokes = [c for c in shared if c in percent]
-    if len(spokes) >= 3:
-        page.radar(
-            "Profile", spokes, {name: [cells[name, c].score[0] for c in spokes] for name in (placed or [best])[:6]}
-        )
+    _draw_scores(columns, page, shared, placed, best, entries, order, cells)
     about = names.get(config.model, best)
-    tests = differences(cells, about, [name for name, _ in order if name != about], columns)
-    if tests:
-        rows = [
-            (other, column, f"{d:+.1%}", f"{low:+.1%} to {high:+.1%}", small(p), small(adjusted), verdict(d, adjusted))
-            for other, column, d, low, high, p, adjusted in tests
-        ]
-        page.table(
-            f"{about} against the others",
-            ("against", "task", "difference", "95% interval", "p", "p of all", "verdict"),
-            rows,
-            f"Paired over the same samples. {len(tests)} tests are made at once: by chance alone"
-            f" {0.05 * len(tests):.1f} of them would be below 5%, so that the verdict goes by `p of all` (Holm).",
-        )
-    seen = [seen_row(c) for c in sorted(contaminations or [], key=lambda c: (str(c.about.get("task")), c.digest))]
-    if seen:
-        page.table(
-            "Rows that models may have seen in training",
-            ("model", "task", "samples", "touched", "too short to compare", "score of clean", "score of touched"),
-            seen,
-            "Touched: 13 words in a row stand in what the model or its ancestors were trained on in this workspace."
-            " What a foreign model was trained on is not known.",
-        )
+    _describe_differences(cells, about, order, columns, page)
+    _describe_seen(contaminations, page)
     page.table(
         "What was asked",
         ("task", "metric", "shots", "prompt", "samples", "models"),
@@ -135,6 +107,67 @@ def board(
     (ctx.out / CARD).write_text(card(about, cells, columns), encoding="utf-8")
     metrics = {"models": len(order), "tasks": len(columns), "best": best}
     return Report(ctx.out, metrics=metrics, about={"model": config.model})
+
+
+def _draw_scores(
+    columns: list[str],
+    page: ReportBuilder,
+    shared: list[str],
+    placed: list[str],
+    best: str,
+    entries: list[Entry],
+    order: list[tuple[str, float | None]],
+    cells: dict[tuple[str, str], Entry],
+) -> None:
+    """Bars of scores in percent, and a profile where three tasks or more are shared."""
+    percent = [c for c in columns if all(e.data["percent"] for e in entries if e.column == c)]
+    if percent:
+        page.bars(
+            "Scores",
+            {c: {name: cells[name, c].score for name, _ in order if (name, c) in cells} for c in percent},
+            "Lines are 95% intervals.",
+        )
+    spokes = [c for c in shared if c in percent]
+    if len(spokes) >= 3:
+        page.radar(
+            "Profile", spokes, {name: [cells[name, c].score[0] for c in spokes] for name in (placed or [best])[:6]}
+        )
+
+
+def _describe_differences(
+    cells: dict[tuple[str, str], Entry],
+    about: str,
+    order: list[tuple[str, float | None]],
+    columns: list[str],
+    page: ReportBuilder,
+) -> None:
+    """The table of paired tests of one model against the others."""
+    tests = differences(cells, about, [name for name, _ in order if name != about], columns)
+    if tests:
+        rows = [
+            (other, column, f"{d:+.1%}", f"{low:+.1%} to {high:+.1%}", small(p), small(adjusted), verdict(d, adjusted))
+            for other, column, d, low, high, p, adjusted in tests
+        ]
+        page.table(
+            f"{about} against the others",
+            ("against", "task", "difference", "95% interval", "p", "p of all", "verdict"),
+            rows,
+            f"Paired over the same samples. {len(tests)} tests are made at once: by chance alone"
+            f" {0.05 * len(tests):.1f} of them would be below 5%, so that the verdict goes by `p of all` (Holm).",
+        )
+
+
+def _describe_seen(contaminations: list[Report] | None, page: ReportBuilder) -> None:
+    """The table of samples that models may have seen in training."""
+    seen = [seen_row(c) for c in sorted(contaminations or [], key=lambda c: (str(c.about.get("task")), c.digest))]
+    if seen:
+        page.table(
+            "Rows that models may have seen in training",
+            ("model", "task", "samples", "touched", "too short to compare", "score of clean", "score of touched"),
+            seen,
+            "Touched: 13 words in a row stand in what the model or its ancestors were trained on in this workspace."
+            " What a foreign model was trained on is not known.",
+        )
 
 
 def entry_of(report: Report) -> Entry:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -22,6 +22,9 @@ from llmworks.evaluate.statistics.causes import CAUSES, cause, changes, settings
 from llmworks.evaluate.statistics.metrics import WRITTEN
 from llmworks.evaluate.statistics.stored import read_evaluation
 from llmworks.tokenize.chat.templates import parse_calls
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 SHOWN = 400
 
@@ -78,6 +81,33 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     )
     page.table("Paired bootstrap", ("what", "value"), list(metrics.items()))
     _other_metrics(config, left, right, ids, groups, page)
+    causes = _describe_causes(a, b, changed, page, metrics, before, after, left, right)
+    _describe_samples(changed, page, left, right, sign, causes, before, after)
+    page.data = {
+        "before": before.name,
+        "after": after.name,
+        "verdict": verdict,
+        "metrics": metrics,
+        "differing": [
+            {"id": i, "cause": causes.get(i, ""), "before": left[i]["score"], "after": right[i]["score"]}
+            for i in changed
+        ],
+    }
+    return Report(ctx.out, metrics=metrics, about={"verdict": verdict})
+
+
+def _describe_causes(
+    a: dict[str, Any],
+    b: dict[str, Any],
+    changed: list[Any],
+    page: ReportBuilder,
+    metrics: dict[str, Any],
+    before: Report,
+    after: Report,
+    left: dict[Any, Any],
+    right: dict[Any, Any],
+) -> dict[Any, str]:
+    """The cause of each sample that differs, and tables of causes and of settings that differ."""
     causes = {i: cause(a, b, left[i], right[i]) for i in changed} if "definition" in a and "definition" in b else {}
     if causes:
         counted = Counter(causes.values()).most_common()
@@ -102,6 +132,20 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
             ("what", before.name, after.name),
             differing or [("nothing", "", "")],
         )
+    return causes
+
+
+def _describe_samples(
+    changed: list[Any],
+    page: ReportBuilder,
+    left: dict[Any, Any],
+    right: dict[Any, Any],
+    sign: int,
+    causes: dict[Any, str],
+    before: Report,
+    after: Report,
+) -> None:
+    """The samples that differ, side by side."""
     items = [
         (
             _line(left[i], right[i], sign, causes.get(i, "")),
@@ -114,17 +158,6 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     page.pairs(
         "Samples that differ", items, f"The first {SHOWN} of {len(changed)}." if len(changed) > SHOWN else "", tags
     )
-    page.data = {
-        "before": before.name,
-        "after": after.name,
-        "verdict": verdict,
-        "metrics": metrics,
-        "differing": [
-            {"id": i, "cause": causes.get(i, ""), "before": left[i]["score"], "after": right[i]["score"]}
-            for i in changed
-        ],
-    }
-    return Report(ctx.out, metrics=metrics, about={"verdict": verdict})
 
 
 def _check(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, MissingDependency
 from llmworks.evaluate.statistics.bootstrap import holm
 from llmworks.evaluate.statistics.stored import read_evaluation
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 EXAMPLES, LEAST = 6, 5
 
@@ -78,6 +81,37 @@ def errors(config: ErrorsConfig, evaluation: Report, ctx: Context) -> Report:
     }
     parts = [p for facet, names in facets.items() for p in divided(facet, names, failed, len(samples))]
     adjusted = holm([p.chance for p in parts])
+    _describe_parts(parts, adjusted, page, kinds, failed, samples)
+    page.data = {
+        "failed": sorted(failed),
+        "kinds": kinds,
+        "parts": [
+            {"facet": p.facet, "name": p.name, "samples": len(p.ids), "failed": p.failed, "p": p.chance, "p_of_all": a}
+            for p, a in zip(parts, adjusted, strict=True)
+        ],
+        "topics": facets["topic"],
+    }
+    worst = min(zip(adjusted, parts, strict=True), key=lambda item: (item[0], -item[1].rate), default=None)
+    metrics = {
+        "samples": len(samples),
+        "failed": len(failed),
+        "clusters": len(set(facets["topic"].values())),
+        "parts_more_than_chance": sum(a < 0.05 for a in adjusted),
+    }
+    if worst is not None and worst[0] < 0.05:
+        page.lead += f" Most of all: {worst[1].facet} {worst[1].name!r}, {worst[1].failed} of {len(worst[1].ids)}."
+    return Report(ctx.out, metrics=metrics, about={"model": evaluation.about.get("model", "")})
+
+
+def _describe_parts(
+    parts: list[Part],
+    adjusted: list[float],
+    page: ReportBuilder,
+    kinds: dict[str, list[str]],
+    failed: set[Any],
+    samples: dict[Any, Any],
+) -> None:
+    """The table of parts with their rates, and samples of those that fail more than chance."""
     rows = [
         (
             p.facet,
@@ -102,25 +136,6 @@ def errors(config: ErrorsConfig, evaluation: Report, ctx: Context) -> Report:
         page.samples(f"{part.facet}: {part.name}", [_shown(samples[i]) for i in part.ids if i in failed][:EXAMPLES])
     for kind, ids in sorted(kinds.items(), key=lambda item: -len(item[1]))[:6]:
         page.samples(f"Error: {kind}", [_shown(samples[i]) for i in ids[:EXAMPLES]])
-    page.data = {
-        "failed": sorted(failed),
-        "kinds": kinds,
-        "parts": [
-            {"facet": p.facet, "name": p.name, "samples": len(p.ids), "failed": p.failed, "p": p.chance, "p_of_all": a}
-            for p, a in zip(parts, adjusted, strict=True)
-        ],
-        "topics": facets["topic"],
-    }
-    worst = min(zip(adjusted, parts, strict=True), key=lambda item: (item[0], -item[1].rate), default=None)
-    metrics = {
-        "samples": len(samples),
-        "failed": len(failed),
-        "clusters": len(set(facets["topic"].values())),
-        "parts_more_than_chance": sum(a < 0.05 for a in adjusted),
-    }
-    if worst is not None and worst[0] < 0.05:
-        page.lead += f" Most of all: {worst[1].facet} {worst[1].name!r}, {worst[1].failed} of {len(worst[1].ids)}."
-    return Report(ctx.out, metrics=metrics, about={"model": evaluation.about.get("model", "")})
 
 
 def kind_of(sample: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,10 @@ from llmworks.evaluate.statistics.reward import Reward, is_reward
 from llmworks.evaluate.statistics.stored import read_evaluation
 from llmworks.generate.remote.journal import Journal, Record
 from llmworks.score.judge import BEST, comparing, grading, read_choice, read_grade
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
+    from llmworks.evaluate.statistics.bootstrap import Interval
 
 SHOWN = 60
 
@@ -75,23 +79,10 @@ def judge(
     verdict at all.
     """
     samples = _samples(answers, config.limit)
-    others = None if against is None else _samples(against, config.limit)
-    if others is not None and {i: s["question"] for i, s in samples.items()} != {
-        i: s["question"] for i, s in others.items()
-    }:
-        raise DataError(
-            f"{answers.name} and {against.name if against else ''} do not answer the same questions, so their answers"
-            " cannot be compared"
-        )
+    others = _others_of(against, config, samples, answers)
     people = None if labels is None else read_labels(labels, set(samples), pairs=others is not None)
     found = [_ask(config, name, model, samples, others, ctx) for name, model in judges.items()]
-    if not any(one.verdicts for one in found):
-        example = next((text for one in found for text in one.said.values()), "")
-        form = "[[A]], [[B]] or [[C]]" if others is not None else "a grade in double brackets, as [[7]]"
-        raise DataError(
-            f"no judge gave a verdict; the first said {' '.join(example.split())[:100]!r}; wanted is {form}; take a"
-            " stronger judge"
-        )
+    _require_verdicts(found, others)
     page = ctx.report
     jury = _jury(found, samples, pairs=others is not None)
     if not jury:
@@ -106,20 +97,7 @@ def judge(
         "judged": len(values),
         "unread": sum(one.unread for one in found),
     }
-    if others is None:
-        page.title = f"{answers.name}, graded by {', '.join(judges)}"
-        page.lead = (
-            f"Mean grade {1 + score.value * (BEST - 1):.2f} of {BEST} (95% interval {1 + score.low * (BEST - 1):.2f} to"
-            f" {1 + score.high * (BEST - 1):.2f}) over {len(values)} answers."
-        )
-    else:
-        wins = [sum(v == letter for v in jury.values()) for letter in "ABC"]
-        metrics |= {"wins": wins[0], "losses": wins[1], "ties": wins[2]}
-        page.title = f"{answers.name} against {against.name if against else ''}, judged by {', '.join(judges)}"
-        page.lead = (
-            f"{answers.name} wins {score.value:.1%} (95% interval {score.low:.1%} to {score.high:.1%}), ties counted"
-            f" half: {wins[0]} won, {wins[1]} lost, {wins[2]} ties or undecided, of {len(values)}."
-        )
+    metrics |= _describe_score(others, page, answers, judges, score, values, against, jury)
     page.table(
         "Judges",
         ("judge", "verdicts", "unread", "mean"),
@@ -139,6 +117,73 @@ def judge(
         "jury": jury,
         "said": {one.name: one.said for one in found},
     }
+    _keep_pairs(others, against, page, answers, jury, samples, found)
+    return Report(ctx.out, metrics=metrics, about={"model": answers.about.get("model", "")})
+
+
+def _others_of(
+    against: Report | None, config: JudgeConfig, samples: dict[str, dict[str, Any]], answers: Report
+) -> dict[str, dict[str, Any]] | None:
+    """The samples of the second evaluation. DataError where they are of other questions."""
+    others = None if against is None else _samples(against, config.limit)
+    if others is not None and {i: s["question"] for i, s in samples.items()} != {
+        i: s["question"] for i, s in others.items()
+    }:
+        raise DataError(
+            f"{answers.name} and {against.name if against else ''} do not answer the same questions, so their answers"
+            " cannot be compared"
+        )
+    return others
+
+
+def _require_verdicts(found: list[Judged], others: dict[str, dict[str, Any]] | None) -> None:
+    """DataError where no judge gave a verdict."""
+    if not any(one.verdicts for one in found):
+        example = next((text for one in found for text in one.said.values()), "")
+        form = "[[A]], [[B]] or [[C]]" if others is not None else "a grade in double brackets, as [[7]]"
+        raise DataError(
+            f"no judge gave a verdict; the first said {' '.join(example.split())[:100]!r}; wanted is {form}; take a"
+            " stronger judge"
+        )
+
+
+def _describe_score(
+    others: dict[str, dict[str, Any]] | None,
+    page: ReportBuilder,
+    answers: Report,
+    judges: dict[str, Model],
+    score: Interval,
+    values: dict[str, float | Any],
+    against: Report | None,
+    jury: dict[str, Any],
+) -> dict[str, int]:
+    """Title and lead; of comparisons also wins, losses and ties."""
+    if others is None:
+        page.title = f"{answers.name}, graded by {', '.join(judges)}"
+        page.lead = (
+            f"Mean grade {1 + score.value * (BEST - 1):.2f} of {BEST} (95% interval {1 + score.low * (BEST - 1):.2f} to"
+            f" {1 + score.high * (BEST - 1):.2f}) over {len(values)} answers."
+        )
+        return {}
+    wins = [sum(v == letter for v in jury.values()) for letter in "ABC"]
+    page.title = f"{answers.name} against {against.name if against else ''}, judged by {', '.join(judges)}"
+    page.lead = (
+        f"{answers.name} wins {score.value:.1%} (95% interval {score.low:.1%} to {score.high:.1%}), ties counted"
+        f" half: {wins[0]} won, {wins[1]} lost, {wins[2]} ties or undecided, of {len(values)}."
+    )
+    return {"wins": wins[0], "losses": wins[1], "ties": wins[2]}
+
+
+def _keep_pairs(
+    others: dict[str, dict[str, Any]] | None,
+    against: Report | None,
+    page: ReportBuilder,
+    answers: Report,
+    jury: dict[str, Any],
+    samples: dict[str, dict[str, Any]],
+    found: list[Judged],
+) -> None:
+    """Keep what an arena needs of each compared pair."""
     if others is not None and against is not None:
         page.data["models"] = [answers.read().get("model", answers.name), against.read().get("model", against.name)]
         page.data["pairs"] = [
@@ -150,7 +195,6 @@ def judge(
             }
             for i in jury
         ]
-    return Report(ctx.out, metrics=metrics, about={"model": answers.about.get("model", "")})
 
 
 def _samples(report: Report, limit: int | None) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -16,6 +16,9 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.evaluate.statistics.bootstrap import paired_difference
 from llmworks.evaluate.statistics.stored import read_evaluation
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 
 class KeepConfig(Config):
@@ -63,6 +66,36 @@ def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report]
         if lost
         else "at no task is it worse than the best by more than chance."
     )
+    _describe_models(page, tasks, models, means, chosen, config, score, found)
+    page.table(
+        "What it keeps",
+        ("task", chosen, "best at it", "score", "beside it"),
+        rows,
+        "Paired over the same samples; the best of several is somewhat too good by chance.",
+    )
+    page.data = {"kept": chosen, "scores": score, "means": means, "verdicts": dict(zip(tasks, kept, strict=True))}
+    model = models[chosen]
+    _link_files(model, ctx)
+    ctx.progress.say(page.lead)
+    return Model(
+        ctx.out,
+        golden=model.golden,
+        metrics={"mean_score": means[chosen], "kept": chosen, "lost_skills": len(lost)},
+        about={**model.about, "kept": chosen},
+    )
+
+
+def _describe_models(
+    page: ReportBuilder,
+    tasks: list[str],
+    models: dict[str, Model],
+    means: dict[str, float],
+    chosen: str,
+    config: KeepConfig,
+    score: dict[str, dict[str, float]],
+    found: dict[str, dict[str, tuple[Report, dict[str, Any]]]],
+) -> None:
+    """The table of all models with their scores."""
     page.table(
         "All models",
         ("model", *tasks, "mean", ""),
@@ -81,14 +114,10 @@ def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report]
         ],
         "In brackets 95% intervals.",
     )
-    page.table(
-        "What it keeps",
-        ("task", chosen, "best at it", "score", "beside it"),
-        rows,
-        "Paired over the same samples; the best of several is somewhat too good by chance.",
-    )
-    page.data = {"kept": chosen, "scores": score, "means": means, "verdicts": dict(zip(tasks, kept, strict=True))}
-    model = models[chosen]
+
+
+def _link_files(model: Model, ctx: Context) -> None:
+    """Put the model's files into `out`, as hard links where the disk has them; its report stays out."""
     for file in files_of(model.path):
         if "report" not in file.relative_to(model.path).parts:
             target = ctx.out / file.relative_to(model.path)
@@ -97,13 +126,6 @@ def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report]
                 os.link(file.resolve(), target)
             except OSError:
                 shutil.copyfile(file, target)
-    ctx.progress.say(page.lead)
-    return Model(
-        ctx.out,
-        golden=model.golden,
-        metrics={"mean_score": means[chosen], "kept": chosen, "lost_skills": len(lost)},
-        about={**model.about, "kept": chosen},
-    )
 
 
 def _verdict(best: Mapping[str, Any], own: Mapping[str, Any]) -> str:

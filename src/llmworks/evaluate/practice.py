@@ -7,7 +7,7 @@ into training by this way. Knows no model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ from llmworks.data.store.rows import Row
 from llmworks.evaluate.protocol.questions import kept, one_side, questions, read_rows
 from llmworks.evaluate.protocol.task import Task
 from llmworks.evaluate.statistics.stored import read_evaluation
+
+if TYPE_CHECKING:
+    from llmworks.evaluate.protocol.questions import Question
 
 
 class PracticeConfig(Config):
@@ -71,6 +74,28 @@ def practice(config: PracticeConfig, evaluation: Report, data: Dataset, ctx: Con
         [],
         same_pool=False,
     )
+    made, dropped = _conversations(asked, samples, found)
+    if not made:
+        raise DataError(
+            f"{evaluation.name}:"
+            f" {'nothing failed' if not taken else 'none of the failed rows has a right answer as text'}, so there is"
+            " nothing to practise"
+        )
+    return finish_rows(
+        ctx,
+        "evaluate.practice",
+        [data],
+        made,
+        dropped=dropped,
+        metrics={"failed": len(failed), "right": len(made) - len(failed) + sum(dropped.values())},
+        note=f"failures of {found['model']} on {found['task']}, practice side",
+    )
+
+
+def _conversations(
+    asked: list[Question], samples: dict[Any, Any], found: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """A row of each question that has a right answer as text, and why others were dropped."""
     made: list[Row] = []
     dropped: dict[str, int] = {}
     for question in asked:
@@ -90,21 +115,7 @@ def practice(config: PracticeConfig, evaluation: Report, data: Dataset, ctx: Con
                 "extra": {"fields": {"failed_on": found["task"], "score": score}},
             }
         )
-    if not made:
-        raise DataError(
-            f"{evaluation.name}:"
-            f" {'nothing failed' if not taken else 'none of the failed rows has a right answer as text'}, so there is"
-            " nothing to practise"
-        )
-    return finish_rows(
-        ctx,
-        "evaluate.practice",
-        [data],
-        made,
-        dropped=dropped,
-        metrics={"failed": len(failed), "right": len(made) - len(failed) + sum(dropped.values())},
-        note=f"failures of {found['model']} on {found['task']}, practice side",
-    )
+    return made, dropped
 
 
 def _written(answer: Any) -> str:

@@ -215,20 +215,7 @@ def _sources(keys: Keys, key: str, folder: Path, named: str, templates: list[str
         base = base.partition(".")[0]
         if base not in SHAPES:
             raise UserError(f"{TOOL}: {key}[{number}].type: {kind!r} is not translated; {', '.join(SHAPES)} are")
-        if path in ("json", "parquet", "csv", "text") or files:
-            files = [files] if isinstance(files, str) else files or []
-            if len(files) != 1:
-                raise UserError(f"{TOOL}: {key}[{number}].data_files: name one file; several are several data sets")
-            ref = training.source(
-                str(files[0]) if path in ("json", "parquet", "csv", "text") else path, folder, dataset=True
-            )
-            if ref.startswith("hf:"):
-                one.otherwise("data_files", f"{files[0]}: all files of its folder are read")
-                ref = f"{ref}/{Path(str(files[0])).parent}".removesuffix("/.")
-            elif path not in ("json", "parquet", "csv", "text"):
-                ref = f"{ref}/{files[0]}"
-        else:
-            ref = training.source(path, folder, dataset=True)
+        ref = _reference(path, files, key, number, folder, one)
         one.take("ds_type")
         part = one.take("split", "train")
         if part != "train":
@@ -256,6 +243,25 @@ def _sources(keys: Keys, key: str, folder: Path, named: str, templates: list[str
         )
         one.finish()
     return found
+
+
+def _reference(path: str, files: Any, key: str, number: int, folder: Path, one: Keys) -> str:
+    """The reference of a data set that a path and files name."""
+    if path in ("json", "parquet", "csv", "text") or files:
+        files = [files] if isinstance(files, str) else files or []
+        if len(files) != 1:
+            raise UserError(f"{TOOL}: {key}[{number}].data_files: name one file; several are several data sets")
+        ref = training.source(
+            str(files[0]) if path in ("json", "parquet", "csv", "text") else path, folder, dataset=True
+        )
+        if ref.startswith("hf:"):
+            one.otherwise("data_files", f"{files[0]}: all files of its folder are read")
+            ref = f"{ref}/{Path(str(files[0])).parent}".removesuffix("/.")
+        elif path not in ("json", "parquet", "csv", "text"):
+            ref = f"{ref}/{files[0]}"
+    else:
+        ref = training.source(path, folder, dataset=True)
+    return ref
 
 
 def _conversation(one: Keys) -> None:

@@ -109,13 +109,7 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
         config["neftune"] = float(noise)
     if keys.flag("gradient_checkpointing"):
         config["recompute"] = True
-    packing, neat = keys.take("packing", stage == "pt"), keys.take("neat_packing")
-    if packing or neat:
-        keys.otherwise(
-            "packing",
-            f"a row is of {config['max_tokens']} tokens there{'' if neat else ', whose texts see one another'}; here a"
-            " row is one text, so that a step learns less: raise batch_size to what fills as many tokens",
-        )
+    _packing(keys, stage, config)
     training.precision(keys)
     config |= training.loop(keys, held_out is not None, config.get("lora", {}).get("base") == "nf4")
     config["optimizer"] = training.optimizer(
@@ -131,6 +125,17 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
         "config": config,
     }
     return steps, seed, keys
+
+
+def _packing(keys: Keys, stage: str, config: dict[str, Any]) -> None:
+    """Say what becomes of packed rows."""
+    packing, neat = keys.take("packing", stage == "pt"), keys.take("neat_packing")
+    if packing or neat:
+        keys.otherwise(
+            "packing",
+            f"a row is of {config['max_tokens']} tokens there{'' if neat else ', whose texts see one another'}; here a"
+            " row is one text, so that a step learns less: raise batch_size to what fills as many tokens",
+        )
 
 
 def _adapter(keys: Keys) -> dict[str, Any]:

@@ -97,17 +97,7 @@ def optimizer(
         found["schedule"] = ours
     if ours != "constant":
         found["final_fraction"] = float(keys.number("cosine_min_lr_ratio", 0.0))
-    ratio, steps = keys.number("warmup_ratio"), keys.number("warmup_steps")
-    if steps and steps < 1 and not ratio:  # transformers takes a fraction there, too
-        ratio, steps = steps, None
-    if told == "constant":
-        found["warmup"] = 0.0
-    elif ratio is not None:
-        found["warmup"] = float(ratio)
-    elif steps:
-        keys.otherwise("warmup_steps", f"{steps} steps; here warmup is a share of all steps, and 0.05 is taken")
-    else:
-        found["warmup"] = 0.0 if steps == 0 else warmup
+    _warmup(keys, told, found, warmup)
     for theirs, name in (
         ("weight_decay", "weight_decay"),
         ("adam_beta1", "beta1"),
@@ -128,6 +118,21 @@ def optimizer(
         harmless=(1e-8,),
     )
     return found
+
+
+def _warmup(keys: Keys, told: str, found: dict[str, Any], warmup: float) -> None:
+    """Set the share of warmup steps."""
+    ratio, steps = keys.number("warmup_ratio"), keys.number("warmup_steps")
+    if steps and steps < 1 and not ratio:  # transformers takes a fraction there, too
+        ratio, steps = steps, None
+    if told == "constant":
+        found["warmup"] = 0.0
+    elif ratio is not None:
+        found["warmup"] = float(ratio)
+    elif steps:
+        keys.otherwise("warmup_steps", f"{steps} steps; here warmup is a share of all steps, and 0.05 is taken")
+    else:
+        found["warmup"] = 0.0 if steps == 0 else warmup
 
 
 def precision(keys: Keys) -> None:

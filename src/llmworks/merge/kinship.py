@@ -4,10 +4,16 @@ was merged into it and by which shares, whose layers it has.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from llmworks.core.artifact import Config, Model, Report
 from llmworks.core.context import Context
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
+    from llmworks.merge.ancestry import Kinship
 
 
 class KinshipConfig(Config):
@@ -51,22 +57,7 @@ def kinship(config: KinshipConfig, child: Model, among: list[Model], ctx: Contex
         [(name, f"{share:.3f}", digests[name][:12]) for name, share in found.parents.items()],
         "Of a merge: the weight by which the model is in it, on average over layers, by least squares.",
     )
-    rows = [
-        (
-            str(layer.number),
-            ", ".join(f"{name} {at}: {share:.3f}" for (name, at), share in layer.shares.items()) or "none",
-            f"{layer.cosine:.4f}",
-            "equal" if layer.equal else f"{layer.left:.2%}",
-        )
-        for layer in found.layers[: config.shown]
-    ]
-    page.table(
-        "Layers",
-        ("layer", "model and layer: share", "cosine with the nearest", "in none of them"),
-        rows,
-        f"{found.numbers:,} numbers of the model were read. Layers of models that were not trained from one another"
-        " have cosines of some hundredths.",
-    )
+    _describe_layers(found, config, page)
     page.data = {
         "child": child.digest,
         "relation": found.relation,
@@ -90,3 +81,23 @@ def kinship(config: KinshipConfig, child: Model, among: list[Model], ctx: Contex
         layout.shards.close()
     ctx.progress.say(page.lead)
     return Report(ctx.out, metrics={"relation": found.relation, "parents": len(found.parents), "models": len(among)})
+
+
+def _describe_layers(found: Kinship, config: KinshipConfig, page: ReportBuilder) -> None:
+    """The table of layers with their shares."""
+    rows = [
+        (
+            str(layer.number),
+            ", ".join(f"{name} {at}: {share:.3f}" for (name, at), share in layer.shares.items()) or "none",
+            f"{layer.cosine:.4f}",
+            "equal" if layer.equal else f"{layer.left:.2%}",
+        )
+        for layer in found.layers[: config.shown]
+    ]
+    page.table(
+        "Layers",
+        ("layer", "model and layer: share", "cosine with the nearest", "in none of them"),
+        rows,
+        f"{found.numbers:,} numbers of the model were read. Layers of models that were not trained from one another"
+        " have cosines of some hundredths.",
+    )

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import regex
 from pydantic import Field, model_validator
@@ -25,6 +25,9 @@ from llmworks.core.context import Context
 from llmworks.core.documents import count_characters, read_documents
 from llmworks.core.errors import DataError, MissingDependency, TrainingError, UserError
 from llmworks.embed.word_similarity import Analogies, Found, Vector, likeness, read, solve
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 WORD = r"[\p{L}\p{M}]+(?:['’][\p{L}\p{M}]+)*|\p{N}+"  # the saved tokenizer reads the same
 LINE = 10_000  # words that gensim reads at once
@@ -134,6 +137,26 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
     report.lead = f"Vectors of {config.dimensions} numbers, learned from {sum(counts.values()):,} words." + (
         f" {'; '.join(lines)}." if lines else ""
     )
+    _describe_scores(made, metrics, report, ctx, rows, kinds)
+    _look(made, counts, ctx)
+    report.data |= {**metrics, "method": config.method}
+    ctx.progress.say(report.lead)
+    return Model(
+        ctx.out,
+        metrics=metrics,
+        about={"format": "static-vectors", "architecture": config.method, "dimensions": config.dimensions},
+    )
+
+
+def _describe_scores(
+    made: Made,
+    metrics: dict[str, float],
+    report: ReportBuilder,
+    ctx: Context,
+    rows: list[tuple[Any, ...]],
+    kinds: dict[str, dict[str, Found]],
+) -> None:
+    """Tables of scores, and a warning where all vectors point the same way."""
     alike = collapsed(made.table)
     metrics["warnings"] = int(alike > ALIKE)
     if alike > ALIKE:
@@ -160,14 +183,6 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
             [_row(kind, one) for kind, one in found.items() if kind != "all"],
             note="The answer must be the nearest of all words; 95 % intervals.",
         )
-    _look(made, counts, ctx)
-    report.data |= {**metrics, "method": config.method}
-    ctx.progress.say(report.lead)
-    return Model(
-        ctx.out,
-        metrics=metrics,
-        about={"format": "static-vectors", "architecture": config.method, "dimensions": config.dimensions},
-    )
 
 
 def collapsed(table: Any) -> float:

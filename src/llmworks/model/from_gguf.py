@@ -127,6 +127,33 @@ def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
     hidden = int(own["embedding_length"])
     width = int(own.get("attention.key_length", hidden // heads))
     theta = float(own.get("rope.freq_base", 10000.0))
+    every = _own_fields(own, width, theta)
+    more = every[kind]
+    return {
+        "architectures": [LAYOUTS[kind].model],
+        "model_type": kind,
+        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
+        "hidden_size": hidden,
+        "intermediate_size": int(own["feed_forward_length"]),
+        "num_hidden_layers": int(own["block_count"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(own.get("attention.head_count_kv", heads)),
+        **({} if kind == "phi3" else {"head_dim": width}),
+        "max_position_embeddings": int(own["context_length"]),
+        "rms_norm_eps": round(float(own["attention.layer_norm_rms_epsilon"]), 12),
+        **({} if "rope_parameters" in more else {"rope_theta": theta}),
+        **({} if "hidden_activation" in more else {"hidden_act": "silu"}),
+        **more,
+        "tie_word_embeddings": tied,
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
+        "torch_dtype": dtype,
+    }
+
+
+def _own_fields(own: dict[str, Any], width: int, theta: float) -> dict[str, dict[str, Any]]:
+    """Fields that each architecture has besides the common ones."""
     every: dict[str, dict[str, Any]] = {
         "llama": {"attention_bias": False, "mlp_bias": False},
         "qwen2": {"use_sliding_window": False},
@@ -153,28 +180,7 @@ def hf_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
             },
         },
     }
-    more = every[kind]
-    return {
-        "architectures": [LAYOUTS[kind].model],
-        "model_type": kind,
-        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
-        "hidden_size": hidden,
-        "intermediate_size": int(own["feed_forward_length"]),
-        "num_hidden_layers": int(own["block_count"]),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(own.get("attention.head_count_kv", heads)),
-        **({} if kind == "phi3" else {"head_dim": width}),
-        "max_position_embeddings": int(own["context_length"]),
-        "rms_norm_eps": round(float(own["attention.layer_norm_rms_epsilon"]), 12),
-        **({} if "rope_parameters" in more else {"rope_theta": theta}),
-        **({} if "hidden_activation" in more else {"hidden_act": "silu"}),
-        **more,
-        "tie_word_embeddings": tied,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
-        "torch_dtype": dtype,
-    }
+    return every
 
 
 def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: str) -> None:

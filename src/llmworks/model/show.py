@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmworks.model.shape import RecurrentShape, Shape
 
     Any_Shape = Shape | RecurrentShape
+    from llmworks.core.report import ReportBuilder
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -42,7 +43,7 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
     Errors: ModelError for an architecture that is not known; UserError for a context beyond learned positions.
     """
     from llmworks.model.anatomy.drawing import draw
-    from llmworks.model.anatomy.parts import cached, parts_of, state_of
+    from llmworks.model.anatomy.parts import parts_of
     from llmworks.model.shape import Shape
 
     names = [model.name or model.path.name]
@@ -57,40 +58,11 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
             raise UserError(f"config.context is {context:,}, {name} has positions for {shape.context:,}")
     width = BYTES[config.cache]
     found = {name: parts_of(shape, context) for name, shape in shapes.items()}
-    rows = []
-    for what, values in (
-        ("parameters", [sum(p.parameters for p in parts) for parts in found.values()]),
-        ("parameters that a token meets", [sum(p.active for p in parts) for parts in found.values()]),
-        (
-            "parameters without embeddings",
-            [
-                sum(p.parameters for p in parts if p.name not in ("embedding", "position", "head"))
-                for parts in found.values()
-            ],
-        ),
-        ("operations of a token", [sum(p.work for p in parts) for parts in found.values()]),
-        ("of them attention's", [sum(p.work for p in parts if p.name == "attention") for parts in found.values()]),
-        ("cache of a token, bytes", [sum(p.cache for p in parts) * width for parts in found.values()]),
-        (f"cache of {context:,} tokens, bytes", [cached(shape, context) * width for shape in shapes.values()]),
-        ("state of any text, bytes", [state_of(shape) * width for shape in shapes.values()]),
-    ):
-        if any(values):
-            rows.append((what, *values))
+    rows = _figures(found, context, shapes, width)
     report = ctx.report
     report.title = " beside ".join(names)
     report.lead = "; ".join(_line(name, parts) for name, parts in found.items()) + "."
-    report.data = {
-        "context": context,
-        "models": {
-            name: {
-                "parameters": sum(p.parameters for p in parts),
-                "active": sum(p.active for p in parts),
-                "work": sum(p.work for p in parts),
-                "cache_bytes": sum(p.cache for p in parts) * width,
-            }
-            for name, parts in found.items()
-        },
-    }
+    _keep_figures(report, context, found, width)
     note = (
         f"Operations are those of matrix products, a multiply-add as two, of a token that sees {context:,}, itself"
         f" included; a training step takes about three times as many. The cache is in {config.cache}."
@@ -123,6 +95,50 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
             "work": sum(p.work for p in found[names[0]]),
         },
     )
+
+
+def _figures(
+    found: dict[str, list[Part]], context: int, shapes: dict[str, Shape | RecurrentShape], width: int
+) -> list[tuple[object, ...]]:
+    """Rows of figures: parameters, operations, cache."""
+    from llmworks.model.anatomy.parts import cached, state_of
+
+    rows = []
+    for what, values in (
+        ("parameters", [sum(p.parameters for p in parts) for parts in found.values()]),
+        ("parameters that a token meets", [sum(p.active for p in parts) for parts in found.values()]),
+        (
+            "parameters without embeddings",
+            [
+                sum(p.parameters for p in parts if p.name not in ("embedding", "position", "head"))
+                for parts in found.values()
+            ],
+        ),
+        ("operations of a token", [sum(p.work for p in parts) for parts in found.values()]),
+        ("of them attention's", [sum(p.work for p in parts if p.name == "attention") for parts in found.values()]),
+        ("cache of a token, bytes", [sum(p.cache for p in parts) * width for parts in found.values()]),
+        (f"cache of {context:,} tokens, bytes", [cached(shape, context) * width for shape in shapes.values()]),
+        ("state of any text, bytes", [state_of(shape) * width for shape in shapes.values()]),
+    ):
+        if any(values):
+            rows.append((what, *values))
+    return rows
+
+
+def _keep_figures(report: ReportBuilder, context: int, found: dict[str, list[Part]], width: int) -> None:
+    """Keep the figures for programs."""
+    report.data = {
+        "context": context,
+        "models": {
+            name: {
+                "parameters": sum(p.parameters for p in parts),
+                "active": sum(p.active for p in parts),
+                "work": sum(p.work for p in parts),
+                "cache_bytes": sum(p.cache for p in parts) * width,
+            }
+            for name, parts in found.items()
+        },
+    }
 
 
 def _line(name: str, parts: Sequence[Part]) -> str:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ from llmworks.quantize.config import KeptConfig, allowed
 from llmworks.quantize.report.card import hub_name, write_card
 from llmworks.tokenize.chat.golden import record, require
 from llmworks.tokenize.load import load_tokenizer, stop_ids
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    from llmworks.core.artifact import Golden
+    from llmworks.tokenize.chat.golden import LogitGap
 
 HALF = 65504.0  # the largest number of float16
 BINS = 121  # of a histogram of weights
@@ -89,11 +95,7 @@ def run(
             "this method has to see what layers read; give `data`: conversations or texts of what the model is for"
         )
     tokenizer = load_tokenizer(model.path)
-    if data is not None:
-        check_length(config.length, source.shape.context)
-        ids, held = calibration(tokenizer, data, method.texts, config.held, config.length, ctx.seed)
-    else:
-        ids = held = torch.zeros(0, config.length, dtype=torch.long)
+    held, ids = _texts_of(data, config, source, tokenizer, method, ctx)
     stored = "float16" if form in ("gptq", "awq", "hqq") else stored_of(source, config.rest)
     grid, others = (
         replace(grid, stored=stored),
@@ -114,6 +116,36 @@ def run(
         getattr(torch, stored),
     )
     chosen = {one["name"]: others.get(one["name"], grid) for one in told}
+    left = _left_out(source, skip)
+    _write(source, ctx, stored, FORMS[form].config_of(chosen, left))
+    gap = _replay(ctx, golden, tokenizer, chosen, grid, about)
+    size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
+    weights, metrics = _metrics_of(told, size, damage, gap)
+    _write_card(told, weights, grid, about, ctx, model, form, metrics, data, chosen)
+    _describe(ctx, model, about, told, metrics)
+    ctx.progress.say(ctx.report.lead)
+    return _model_of(ctx, golden, metrics, stored, model, grid, about, data)
+
+
+def _texts_of(
+    data: Dataset | None,
+    config: KeptConfig,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    ctx: Context,
+) -> tuple[Tensor, Tensor]:
+    """Token ids to calibrate by, and others to measure on; none without data."""
+    if data is not None:
+        check_length(config.length, source.shape.context)
+        ids, held = calibration(tokenizer, data, method.texts, config.held, config.length, ctx.seed)
+    else:
+        ids = held = torch.zeros(0, config.length, dtype=torch.long)
+    return held, ids
+
+
+def _left_out(source: Source, skip: Callable[[str], bool]) -> list[str]:
+    """Layers that stay as they are."""
     left = [
         "lm_head",
         *(
@@ -122,7 +154,18 @@ def run(
             if source.number_of(name) >= 0 and len(shape) == 2 and skip(name)
         ),
     ]
-    _write(source, ctx, stored, FORMS[form].config_of(chosen, left))
+    return left
+
+
+def _replay(
+    ctx: Context,
+    golden: Golden,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: dict[Any, Any],
+    grid: Any,
+    about: Mapping[str, Any],
+) -> LogitGap:
+    """Replay the golden tokens on what was written. GoldenMismatch when it computes something else."""
     made = Source(ctx.out, quantized=True)
     texts = [list(one.ids) for one in golden.conversations]
     known = dict(zip(map(tuple, texts), logits_of(made, texts), strict=True))
@@ -135,7 +178,13 @@ def run(
         step=f"quantize.{about['method']}",
     )
     assert gap is not None
-    size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
+    return gap
+
+
+def _metrics_of(
+    told: list[dict[str, Any]], size: int, damage: dict[str, float], gap: LogitGap
+) -> tuple[Any, dict[str, Any]]:
+    """Figures: size, bits, damage, golden tokens."""
     weights = sum(one["weights"] for one in told)
     metrics = {
         "bytes": size,
@@ -146,6 +195,22 @@ def run(
         "golden_gap_largest": round(gap.largest, 5),
         "golden_same_greedy": round(gap.same_greedy, 5),
     }
+    return weights, metrics
+
+
+def _write_card(
+    told: list[dict[str, Any]],
+    weights: Any,
+    grid: Any,
+    about: Mapping[str, Any],
+    ctx: Context,
+    model: Model,
+    form: str,
+    metrics: dict[str, Any],
+    data: Dataset | None,
+    chosen: dict[Any, Any],
+) -> None:
+    """Write the card beside the weights."""
     bits, inputs = (
         round(sum(chosen[one["name"]].bits * one["weights"] for one in told) / weights, 2),
         grid.inputs.bits if grid.inputs else 16,
@@ -167,6 +232,12 @@ def run(
         metrics=metrics,
         data=data,
     )
+
+
+def _describe(
+    ctx: Context, model: Model, about: Mapping[str, Any], told: list[dict[str, Any]], metrics: dict[str, Any]
+) -> None:
+    """Write the page."""
     from llmworks.quantize.report.page import describe
 
     describe(
@@ -177,7 +248,19 @@ def run(
         metrics,
         sum(file.stat().st_size for file in model.path.glob("*.safetensors")),
     )
-    ctx.progress.say(ctx.report.lead)
+
+
+def _model_of(
+    ctx: Context,
+    golden: Golden,
+    metrics: dict[str, Any],
+    stored: str | Any,
+    model: Model,
+    grid: Any,
+    about: Mapping[str, Any],
+    data: Dataset | None,
+) -> Model:
+    """The artifact, with how it was made."""
     return Model(
         ctx.out,
         golden=golden,
@@ -256,7 +339,6 @@ def _walked(
     stored: torch.dtype,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """(what became of each layer, the damage). Each block is written to scratch when it is done."""
-    from safetensors.torch import save_file
 
     folder = ctx.scratch / "blocks"
     folder.mkdir(exist_ok=True)
@@ -296,16 +378,31 @@ def _walked(
                             }
                         )
                 passing.finish()
-                rest = to_standard(plain, source.kind) if source.kind else plain
-                save_file(
-                    {name: tensor.to(stored).contiguous() for name, tensor in rest.items()} | tensors,
-                    folder / f"{passing.number:05}.safetensors",
-                )
-                (folder / f"{passing.number:05}.json").write_text(json.dumps(told))
+                _save_block(source, plain, tensors, folder, passing, told, stored)
                 passing.done()
                 bar.advance()
         damage = walk.damage() if len(held) else {}
     return [one for file in sorted(folder.glob("*.json")) for one in json.loads(file.read_text())], damage
+
+
+def _save_block(
+    source: Source,
+    plain: dict[str, Any],
+    tensors: dict[str, Tensor],
+    folder: Path,
+    passing: Passing,
+    told: list[dict[str, Any]],
+    stored: torch.dtype,
+) -> None:
+    """Write a finished block to scratch, with what is told of its layers."""
+    from safetensors.torch import save_file
+
+    rest = to_standard(plain, source.kind) if source.kind else plain
+    save_file(
+        {name: tensor.to(stored).contiguous() for name, tensor in rest.items()} | tensors,
+        folder / f"{passing.number:05}.safetensors",
+    )
+    (folder / f"{passing.number:05}.json").write_text(json.dumps(told))
 
 
 def shape_of(before: Tensor, after: Tensor) -> dict[str, Any]:

@@ -11,32 +11,7 @@ from llmworks.runtime.stages import resolve, table
 def recipe_schema() -> dict[str, Any]:
     """A JSON schema of recipes, so that editors complete and check them."""
     names = {"type": "string", "description": "name of another step"}
-    variants: list[dict[str, Any]] = [
-        {
-            "type": "object",
-            "required": ["use"],
-            "additionalProperties": False,
-            "properties": {
-                "use": {
-                    "type": "string",
-                    "description": (
-                        "asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL"
-                    ),
-                }
-            },
-        },
-        {
-            "type": "object",
-            "required": ["gate", "metric"],
-            "additionalProperties": False,
-            "properties": {
-                "gate": names,
-                "metric": {"type": "string"},
-                "because": {"type": "string"},
-                **{b: {"type": "number"} for b in BOUNDS},
-            },
-        },
-    ]
+    variants = _other_steps(names)
     definitions: dict[str, Any] = {}
     for name in table():
         stage = resolve(name)
@@ -83,3 +58,34 @@ def recipe_schema() -> dict[str, Any]:
         "properties": top,
         "$defs": definitions,
     }
+
+
+def _other_steps(names: dict[str, str]) -> list[dict[str, Any]]:
+    """Schemas of steps that are no stage: what is used from outside, and gates."""
+    variants: list[dict[str, Any]] = [
+        {
+            "type": "object",
+            "required": ["use"],
+            "additionalProperties": False,
+            "properties": {
+                "use": {
+                    "type": "string",
+                    "description": (
+                        "asset:NAME, hf:ORG/NAME, path:DIR, gguf:FILE, url:URL#sha256=HEX or http://HOST/v1#MODEL"
+                    ),
+                }
+            },
+        },
+        {
+            "type": "object",
+            "required": ["gate", "metric"],
+            "additionalProperties": False,
+            "properties": {
+                "gate": names,
+                "metric": {"type": "string"},
+                "because": {"type": "string"},
+                **{b: {"type": "number"} for b in BOUNDS},
+            },
+        },
+    ]
+    return variants

@@ -112,6 +112,12 @@ async def until_error(lines: AsyncIterator[str]) -> AsyncIterator[str]:
         yield f"data: {json.dumps(error_body(str(error), 'server_error'))}\n\n"
 
 
+def unknown_model(asked: str, name: str) -> JSONResponse:
+    """The API's answer to a request for a model that is not served."""
+    message = f"The model {asked!r} does not exist; this server has {name!r}"
+    return JSONResponse(error_body(message, code="model_not_found", param="model"), 404)
+
+
 def build_app(engine: Engine, name: str) -> FastAPI:
     """The application. `name` is the model's name in the API."""
     app = FastAPI(title="llmworks", docs_url=None, redoc_url=None, openapi_url=None)
@@ -129,18 +135,7 @@ def build_app(engine: Engine, name: str) -> FastAPI:
 
     @app.get("/v1/models/{model_id:path}")
     def one_model(model_id: str) -> Any:
-        return (
-            model
-            if model_id == name
-            else JSONResponse(
-                error_body(
-                    f"The model {model_id!r} does not exist; this server has {name!r}",
-                    code="model_not_found",
-                    param="model",
-                ),
-                404,
-            )
-        )
+        return model if model_id == name else unknown_model(model_id, name)
 
     @app.post("/v1/chat/completions")
     async def completions(http: Request) -> Any:
@@ -153,14 +148,7 @@ def build_app(engine: Engine, name: str) -> FastAPI:
         except ValueError as error:
             return JSONResponse(error_body(f"the body is not JSON: {error}"), 400)
         if body.model != name:
-            return JSONResponse(
-                error_body(
-                    f"The model {body.model!r} does not exist; this server has {name!r}",
-                    code="model_not_found",
-                    param="model",
-                ),
-                404,
-            )
+            return unknown_model(body.model, name)
         request = body.request(DEFAULT_MAX_TOKENS)
         identity, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if not body.stream:

@@ -20,7 +20,7 @@ from llmworks.core.documents import read_documents
 from llmworks.core.errors import DataError
 from llmworks.core.types import Document, Message
 from llmworks.score.rouge import words
-from llmworks.synthesize.asking import Decoding, Maker
+from llmworks.synthesize.asking import Answer, Decoding, Maker
 from llmworks.synthesize.text.diversity import Pool
 from llmworks.synthesize.text.parse import bare, numbered, refuses
 
@@ -200,17 +200,7 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
         )
         for (passage, id, prompt, question), ask, answer in zip(found, asks, answers, strict=True):
             share, missing = support_of(answer.text, passage.text, question)
-            reason = (
-                answer.problem
-                or unsupported(answer.text)
-                or (
-                    f"not in the passage ({missing})"
-                    if missing
-                    else f"not in the passage (telling words: {share:.0%})"
-                    if share < config.support
-                    else ""
-                )
-            )
+            reason = _reason_against(answer, missing, share, config)
             if reason:
                 maker.drop(id, reason, f"{question}\n\n{answer.text}")
                 continue
@@ -225,6 +215,22 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
                 support=round(share, 3),
             )
         return maker.finish([data], note=f"{len(chosen):,} of {len(every):,} passages")
+
+
+def _reason_against(answer: Answer, missing: str, share: float, config: GroundedConfig) -> str:
+    """Why an answer is dropped; empty for one that is kept."""
+    reason = (
+        answer.problem
+        or unsupported(answer.text)
+        or (
+            f"not in the passage ({missing})"
+            if missing
+            else f"not in the passage (telling words: {share:.0%})"
+            if share < config.support
+            else ""
+        )
+    )
+    return reason
 
 
 def passages_of(document: Document, config: GroundedConfig) -> list[Passage]:

@@ -8,7 +8,7 @@ aligned wrote both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -80,18 +80,7 @@ def pairs(
     no ratings, or when no
     question has answers far enough apart.
     """
-    if (config.by == "judge") != (judge is not None):
-        raise UserError(
-            "by: judge needs the input `judge`"
-            if judge is None
-            else f"the input `judge` is for by: judge, this is by: {config.by}"
-        )
-    if (config.by == "ratings") == (model is not None):
-        raise UserError(
-            f"by: {config.by} needs the input `model`"
-            if model is None
-            else "by: ratings pairs the answers that the rows have; leave the input `model` out"
-        )
+    _check_inputs(config, judge, model)
     asked = questions(data, config.limit)
     with Maker(ctx, model, config.decoding, "synthesize.pairs") as maker:
         if config.by == "ratings":
@@ -114,30 +103,7 @@ def pairs(
                     else f"no margin (the best scores {best:.2g})"
                 )
                 maker.drop(row["id"], told, "\n\n".join(s.text for s in scored[row["id"]]))
-            for number, (good, bad) in enumerate(found, 1):
-                origin: Json = {
-                    "by": config.by,
-                    "scores": [round(good.score, 4), round(bad.score, 4)],
-                    "why": bad.why,
-                    "answers": len(scored[row["id"]]),
-                }
-                id = row["id"] if config.choose == "widest" else f"{row['id']}~{number}"
-                sides: Json = {
-                    name: messages_to_json([Message("assistant", s.text)])
-                    for name, s in (("chosen", good), ("rejected", bad))
-                }
-                maker.rows.append(
-                    maker.row(
-                        id,
-                        [s.prompt for s in (good, bad) if s.prompt],
-                        group=row["group"],
-                        answer=row["answer"],
-                        source=row,
-                        prompt=messages_to_json(turns),
-                        **sides,
-                        **origin,
-                    )
-                )
+            _keep_pairs(found, config, scored, row, maker, turns)
         longer = sum(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in maker.rows)
         share = longer / len(maker.rows) if maker.rows else 0.0
         return maker.finish(
@@ -148,6 +114,56 @@ def pairs(
             ),
             metrics={"chosen_longer": round(share, 4)},
             note=f"by {config.by}",
+        )
+
+
+def _check_inputs(config: PairsConfig, judge: Model | Adapter | None, model: Model | Adapter | None) -> None:
+    """UserError for inputs that do not go with `by`."""
+    if (config.by == "judge") != (judge is not None):
+        raise UserError(
+            "by: judge needs the input `judge`"
+            if judge is None
+            else f"the input `judge` is for by: judge, this is by: {config.by}"
+        )
+    if (config.by == "ratings") == (model is not None):
+        raise UserError(
+            f"by: {config.by} needs the input `model`"
+            if model is None
+            else "by: ratings pairs the answers that the rows have; leave the input `model` out"
+        )
+
+
+def _keep_pairs(
+    found: list[tuple[Scored, Scored]],
+    config: PairsConfig,
+    scored: dict[Any, list[Scored]],
+    row: dict[str, Any],
+    maker: Maker,
+    turns: tuple[Message, ...],
+) -> None:
+    """Keep the pairs that were chosen of a question's answers."""
+    for number, (good, bad) in enumerate(found, 1):
+        origin: Json = {
+            "by": config.by,
+            "scores": [round(good.score, 4), round(bad.score, 4)],
+            "why": bad.why,
+            "answers": len(scored[row["id"]]),
+        }
+        id = row["id"] if config.choose == "widest" else f"{row['id']}~{number}"
+        sides: Json = {
+            name: messages_to_json([Message("assistant", s.text)]) for name, s in (("chosen", good), ("rejected", bad))
+        }
+        maker.rows.append(
+            maker.row(
+                id,
+                [s.prompt for s in (good, bad) if s.prompt],
+                group=row["group"],
+                answer=row["answer"],
+                source=row,
+                prompt=messages_to_json(turns),
+                **sides,
+                **origin,
+            )
         )
 
 

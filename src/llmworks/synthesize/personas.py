@@ -87,45 +87,56 @@ def personas(config: PersonasConfig, model: Model | Adapter, data: Dataset, ctx:
             for _, who in people
             for n in range(1, config.questions + 1)
         ]
-        owners = [person for person in people for _ in range(config.questions)]
-        found: list[tuple[str, str, str, str]] = []  # (id, who, prompt, question)
-        for number, ((id, who), prompt, answer) in enumerate(
-            zip(owners, prompts, maker.ask("questions", prompts), strict=True)
-        ):
-            question = labelled(answer.text, "question") or bare(answer.text)
-            reason = answer.problem or (
-                "refuses"
-                if refuses(question)
-                else (
-                    "too short" if len(question.split()) < 4 else "" if asked.add(question) else "like another question"
-                )
-            )
-            if reason:
-                maker.drop(id, reason, question)
-            else:
-                found.append((f"{id}?{number % config.questions + 1}", who, prompt, question))
-        for (id, who, prompt, question), answer in zip(
-            found,
-            maker.ask(
-                "answers",
-                [q for *_, q in found],
-                max_tokens=config.answers.max_tokens,
-                temperature=config.answers.temperature,
-            ),
-            strict=True,
-        ):
-            if reason := answer.problem or ("refuses to answer" if refuses(answer.text) else ""):
-                maker.drop(id, reason, f"{question}\n\n{answer.text}")
-                continue
-            system = (Message("system", f"You are talking with this person: {who}"),) if config.in_system else ()
-            maker.keep(
-                id,
-                (*system, Message("user", question), Message("assistant", answer.text)),
-                [prompt, question],
-                group=id.partition("?")[0].partition("+")[0],
-                persona=who,
-            )
+        found = _ask(people, prompts, maker, asked, config)
+        _answer(found, maker, config)
         return maker.finish([data], note=f"{len(people):,} people")
+
+
+def _ask(
+    people: list[tuple[str, str]], prompts: list[str], maker: Maker, asked: Pool, config: PersonasConfig
+) -> list[tuple[str, str, str, str]]:
+    """A question or more of each person; what is no question, or like another, is dropped."""
+    owners = [person for person in people for _ in range(config.questions)]
+    found: list[tuple[str, str, str, str]] = []  # (id, who, prompt, question)
+    for number, ((id, who), prompt, answer) in enumerate(
+        zip(owners, prompts, maker.ask("questions", prompts), strict=True)
+    ):
+        question = labelled(answer.text, "question") or bare(answer.text)
+        reason = answer.problem or (
+            "refuses"
+            if refuses(question)
+            else ("too short" if len(question.split()) < 4 else "" if asked.add(question) else "like another question")
+        )
+        if reason:
+            maker.drop(id, reason, question)
+        else:
+            found.append((f"{id}?{number % config.questions + 1}", who, prompt, question))
+    return found
+
+
+def _answer(found: list[tuple[str, str, str, str]], maker: Maker, config: PersonasConfig) -> None:
+    """Answer each question, and keep what is an answer."""
+    for (id, who, prompt, question), answer in zip(
+        found,
+        maker.ask(
+            "answers",
+            [q for *_, q in found],
+            max_tokens=config.answers.max_tokens,
+            temperature=config.answers.temperature,
+        ),
+        strict=True,
+    ):
+        if reason := answer.problem or ("refuses to answer" if refuses(answer.text) else ""):
+            maker.drop(id, reason, f"{question}\n\n{answer.text}")
+            continue
+        system = (Message("system", f"You are talking with this person: {who}"),) if config.in_system else ()
+        maker.keep(
+            id,
+            (*system, Message("user", question), Message("assistant", answer.text)),
+            [prompt, question],
+            group=id.partition("?")[0].partition("+")[0],
+            persona=who,
+        )
 
 
 def _take(maker: Maker, known: Pool, people: list[tuple[str, str]], id: str, problem: str, who: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -98,6 +99,22 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
     rejected.write(ctx.out, ctx.progress.say)
     kinds = Counter(name for row in rows for name in row["answer"]["constraints"])
     asked = Counter(len(row["answer"]["constraints"]) for row in rows)
+    _describe(ctx, data, rows, kinds, asked)
+    return finish_rows(
+        ctx,
+        "synthesize.verifiable",
+        [data],
+        rows,
+        dropped=Counter(row["reason"] for row in rejected.rows),
+        metrics={"instructions": sum(kinds.values())},
+        note="answers made by rule",
+    )
+
+
+def _describe(
+    ctx: Context, data: Dataset, rows: list[dict[str, Any]], kinds: Counter[Any], asked: Counter[int]
+) -> None:
+    """Write the page: how often each instruction stands, and examples."""
     ctx.report.title = f"Verifiable instructions about {data.name}"
     ctx.report.lead = (
         f"{len(rows):,} rows, {sum(kinds.values()):,} instructions; every answer was made by rule and passes its"
@@ -110,15 +127,6 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
         "Examples",
         ("question", "answer"),
         [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows[:8]],
-    )
-    return finish_rows(
-        ctx,
-        "synthesize.verifiable",
-        [data],
-        rows,
-        dropped=Counter(row["reason"] for row in rejected.rows),
-        metrics={"instructions": sum(kinds.values())},
-        note="answers made by rule",
     )
 
 

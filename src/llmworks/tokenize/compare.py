@@ -4,6 +4,8 @@ lose, and where they divide, in colour.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from pydantic import Field
 
 from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
@@ -13,6 +15,9 @@ from llmworks.core.errors import UserError
 from llmworks.tokenize import view
 from llmworks.tokenize.chat.named import tokenizer_of
 from llmworks.tokenize.statistics import Usage, group_of, measure
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 SAMPLE, SHORT, SAMPLED = 400, 160, 6  # characters of a text that are drawn, in the terminal, and texts
 SAMPLES = {
@@ -51,6 +56,30 @@ def compare(
     best = max(
         usages, key=lambda name: (-usages[name].whole.lost, usages[name].whole.bytes_per_token)
     )  # what loses text is short for nothing
+    rows, metrics = _rows_of(loaded, usages, best)
+    report = ctx.report
+    report.title = (
+        f"{len(loaded)} tokenizers on {data.name if data else 'a text' if config.text else 'six short texts'}"
+    )
+    losing = [name for name, usage in usages.items() if usage.whole.lost]
+    report.lead = f"{best} makes the fewest tokens: {usages[best].whole.bytes_per_token:.2f} bytes in each." + (
+        f" {' and '.join(losing)} {'does' if len(losing) == 1 else 'do'} not give every text back." if losing else ""
+    )
+    _describe_figures(report, texts, usages, best, rows)
+    groups = sorted(usages[best].groups, key=lambda g: -usages[best].groups[g].bytes)[:20]
+    report.table(
+        "Bytes per token",
+        ("texts of", *loaded),
+        [(group, *(usages[name].groups[group].bytes_per_token for name in loaded)) for group in groups],
+    )
+    _draw_divisions(report, texts, groups, loaded)
+    return Report(ctx.out, metrics=metrics)
+
+
+def _rows_of(
+    loaded: dict[str, Any], usages: dict[str, Usage], best: str
+) -> tuple[list[tuple[str, int, int, float, float, float, int]], dict[str, float]]:
+    """A row of figures for each tokenizer, and metrics."""
     metrics: dict[str, float] = {}
     rows = []
     for name, tokenizer in loaded.items():
@@ -67,14 +96,17 @@ def compare(
                 whole.lost,
             )
         )
-    report = ctx.report
-    report.title = (
-        f"{len(loaded)} tokenizers on {data.name if data else 'a text' if config.text else 'six short texts'}"
-    )
-    losing = [name for name, usage in usages.items() if usage.whole.lost]
-    report.lead = f"{best} makes the fewest tokens: {usages[best].whole.bytes_per_token:.2f} bytes in each." + (
-        f" {' and '.join(losing)} {'does' if len(losing) == 1 else 'do'} not give every text back." if losing else ""
-    )
+    return rows, metrics
+
+
+def _describe_figures(
+    report: ReportBuilder,
+    texts: list[tuple[str, str]],
+    usages: dict[str, Usage],
+    best: str,
+    rows: list[tuple[str, int, int, float, float, float, int]],
+) -> None:
+    """The table of figures."""
     report.data = {
         "texts": len(texts),
         "bytes": usages[best].whole.bytes,
@@ -99,12 +131,12 @@ def compare(
         "texts not given back",
     )
     report.table("Figures", columns, rows)
-    groups = sorted(usages[best].groups, key=lambda g: -usages[best].groups[g].bytes)[:20]
-    report.table(
-        "Bytes per token",
-        ("texts of", *loaded),
-        [(group, *(usages[name].groups[group].bytes_per_token for name in loaded)) for group in groups],
-    )
+
+
+def _draw_divisions(
+    report: ReportBuilder, texts: list[tuple[str, str]], groups: list[str], loaded: dict[str, Any]
+) -> None:
+    """Draw where each tokenizer divides some of the texts, for the page and for a terminal."""
     lines = [report.lead]
     firsts = (
         texts
@@ -133,7 +165,6 @@ def compare(
             *(f"{name:<16} {len(ids):>5}  {view.striped_ansi(loaded[name], ids)}" for name, ids in short.items()),
         ]
     report.terminal = "\n".join(lines)
-    return Report(ctx.out, metrics=metrics)
 
 
 def _texts(config: CompareConfig, data: Dataset | None) -> list[tuple[str, str]]:

@@ -11,12 +11,16 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from llmworks.core.artifact import Config, Model, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 Points = Sequence[tuple[float, float]]
 
@@ -65,6 +69,37 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
         min((points[-1][0] for points in (getattr(run, kind) for run in trained.values())), default=0.0)
         for kind in ("by_tokens", "by_seconds")
     )
+    rows = _rows_of(runs, trained, tokens, seconds)
+    report = ctx.report
+    report.title = f"{len(runs)} trainings side by side"
+    best = min(runs, key=lambda name: runs[name].bits_per_byte)
+    report.lead = f"At the end {best} is best: {runs[best].bits_per_byte:.4f} bits per byte." + crossing(first, trained)
+    _describe_figures(report, tokens, seconds, rows)
+    _draw_curves(trained, runs, report)
+    report.data = {
+        "models": {
+            name: {"bits_per_byte": run.bits_per_byte, "parameters": run.parameters, "tokens": run.tokens}
+            for name, run in runs.items()
+        },
+        "equal_tokens": tokens,
+        "equal_seconds": seconds,
+    }
+    others = [run.bits_per_byte for name, run in runs.items() if name != first]
+    ctx.progress.say(report.lead)
+    return Report(
+        ctx.out,
+        metrics={
+            "bits_per_byte": runs[first].bits_per_byte,
+            "best_other": min(others),
+            "ahead": round(min(others) - runs[first].bits_per_byte, 5),
+        },
+    )
+
+
+def _rows_of(
+    runs: dict[str, Run], trained: dict[str, Run], tokens: Any | float, seconds: Any | float
+) -> list[tuple[str, int | None, int, float | None, float | None, float | None, float, float]]:
+    """A row of figures for each run."""
     rows = []
     for name, run in runs.items():
         equal = (at(run.by_tokens, tokens), at(run.by_seconds, seconds)) if name in trained else (None, None)
@@ -79,10 +114,16 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
                 run.perplexity,
             )
         )
-    report = ctx.report
-    report.title = f"{len(runs)} trainings side by side"
-    best = min(runs, key=lambda name: runs[name].bits_per_byte)
-    report.lead = f"At the end {best} is best: {runs[best].bits_per_byte:.4f} bits per byte." + crossing(first, trained)
+    return rows
+
+
+def _describe_figures(
+    report: ReportBuilder,
+    tokens: Any | float,
+    seconds: Any | float,
+    rows: list[tuple[str, int | None, int, float | None, float | None, float | None, float, float]],
+) -> None:
+    """The table of figures."""
     report.table(
         "Figures",
         (
@@ -101,6 +142,10 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
             " on the way; between two looks the value is taken on a line."
         ),
     )
+
+
+def _draw_curves(trained: dict[str, Run], runs: dict[str, Run], report: ReportBuilder) -> None:
+    """Curves of bits per byte by tokens and by time."""
     for heading, kind, x in (
         ("Bits per byte by tokens", "by_tokens", "tokens"),
         ("Bits per byte by time", "by_seconds", "seconds of training"),
@@ -125,24 +170,6 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
                     else ""
                 ),
             )
-    report.data = {
-        "models": {
-            name: {"bits_per_byte": run.bits_per_byte, "parameters": run.parameters, "tokens": run.tokens}
-            for name, run in runs.items()
-        },
-        "equal_tokens": tokens,
-        "equal_seconds": seconds,
-    }
-    others = [run.bits_per_byte for name, run in runs.items() if name != first]
-    ctx.progress.say(report.lead)
-    return Report(
-        ctx.out,
-        metrics={
-            "bits_per_byte": runs[first].bits_per_byte,
-            "best_other": min(others),
-            "ahead": round(min(others) - runs[first].bits_per_byte, 5),
-        },
-    )
 
 
 def read(name: str, model: Model) -> Run:

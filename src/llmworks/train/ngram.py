@@ -7,7 +7,7 @@ Interpolated Kneser-Ney (`model/ngram/kneser_ney.py`). It answers and is measure
 from __future__ import annotations
 
 import json
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,13 @@ from llmworks.core.artifact import Adapter, Config, Dataset, Model, Tokenizer
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError
 from llmworks.data.store.packed_tokens import Packed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmworks.core.report import ReportBuilder
+    from llmworks.model.ngram.kneser_ney import Order
+    from llmworks.model.ngram.ngram import NgramForCausalLM
 
 
 class NgramConfig(Config):
@@ -49,14 +56,11 @@ def ngram(
 
     Errors: DataError for data that are not packed tokens; ModelError for tokens of another tokenizer.
     """
-    import numpy as np
 
     from llmworks.model.golden import record
     from llmworks.model.ngram.kneser_ney import count, estimated
-    from llmworks.model.ngram.ngram import NgramForCausalLM
     from llmworks.tokenize.chat.named import tokenizer_of
-    from llmworks.tokenize.load import ids_of, quiet_transformers
-    from llmworks.train.loop.heldout import measure
+    from llmworks.tokenize.load import ids_of
     from llmworks.train.loop.packed import same_tokenizer
 
     loaded = tokenizer_of(tokenizer)
@@ -65,6 +69,39 @@ def ngram(
     for one in (data, held_out):
         if one is not None:
             same_tokenizer(one, loaded, tokenizer.name)
+    tokens, begins = _concatenate(packed, data, vocabulary, tokenizer)
+    with ctx.progress.bar("count", 1, "passes") as bar:
+        orders = count(tokens, begins, vocabulary, config.order)
+        bar.advance()
+    discounts, fallen = estimated(orders)
+    if config.discount:
+        discounts, fallen = [(config.discount,) * 3] * config.order, []
+    model = _save(orders, discounts, ctx, loaded)
+    report = ctx.report
+    report.title = f"{config.order}-grams of {data.name}"
+    report.lead = f"{sum(len(o.keys) for o in orders):,} n-grams of {len(tokens):,} tokens."
+    metrics: dict[str, float] = {"tokens": len(tokens), "ngrams": sum(len(o.keys) for o in orders)}
+    metrics = _measure(held_out, model, loaded, config, report, metrics)
+    _describe(report, orders, discounts, fallen)
+    report.data |= {**metrics, "order": config.order}
+    ctx.progress.say(report.lead)
+    return Model(
+        ctx.out,
+        golden=record(ctx.out),
+        metrics=metrics,
+        about={"format": "hf", "dtype": "float32", "architecture": "ngram"},
+    )
+
+
+def _concatenate(
+    packed: Packed, data: Dataset, vocabulary: int, tokenizer: Model | Tokenizer | Adapter
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """All tokens, and where pieces begin.
+
+    Errors: DataError where there are none; ModelError for tokens of another tokenizer.
+    """
+    import numpy as np
+
     tokens = np.concatenate([shard["tokens"] for shard in packed.shards]).astype(np.int64)
     if not len(tokens):
         raise DataError(f"{data.name}: has no tokens")
@@ -75,12 +112,16 @@ def ngram(
         )
     ends = np.cumsum([0, *(len(shard["tokens"]) for shard in packed.shards)])
     begins = np.concatenate([shard["pieces"][:-1] + end for shard, end in zip(packed.shards, ends, strict=False)])
-    with ctx.progress.bar("count", 1, "passes") as bar:
-        orders = count(tokens, begins, vocabulary, config.order)
-        bar.advance()
-    discounts, fallen = estimated(orders)
-    if config.discount:
-        discounts, fallen = [(config.discount,) * 3] * config.order, []
+    return tokens, begins
+
+
+def _save(
+    orders: list[Order], discounts: list[tuple[float, float, float]], ctx: Context, loaded: Any
+) -> NgramForCausalLM:
+    """Save the model beside its tokenizer."""
+    from llmworks.model.ngram.ngram import NgramForCausalLM
+    from llmworks.tokenize.load import quiet_transformers
+
     ids = {
         name: getattr(loaded, name)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -91,10 +132,20 @@ def ngram(
     model.save_pretrained(ctx.out)
     loaded.save_pretrained(ctx.out)
     (ctx.out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-    report = ctx.report
-    report.title = f"{config.order}-grams of {data.name}"
-    report.lead = f"{sum(len(o.keys) for o in orders):,} n-grams of {len(tokens):,} tokens."
-    metrics: dict[str, float] = {"tokens": len(tokens), "ngrams": sum(len(o.keys) for o in orders)}
+    return model
+
+
+def _measure(
+    held_out: Dataset | None,
+    model: NgramForCausalLM,
+    loaded: Any,
+    config: NgramConfig,
+    report: ReportBuilder,
+    metrics: dict[str, float],
+) -> dict[str, float]:
+    """Measure on held-out tokens."""
+    from llmworks.train.loop.heldout import measure
+
     if held_out is not None:
         found = measure(model, Packed(held_out), loaded, rows=config.rows)
         if not found.tokens:
@@ -107,6 +158,13 @@ def ngram(
         report.lead += (
             f" On {held_out.name} its perplexity is {found.perplexity:,.1f}: {found.bits_per_byte:.3f} bits per byte."
         )
+    return metrics
+
+
+def _describe(
+    report: ReportBuilder, orders: list[Order], discounts: list[tuple[float, float, float]], fallen: list[int]
+) -> None:
+    """The tables of n-grams and discounts."""
     report.table(
         "n-grams",
         ("length", "different ones", "that stand once", "taken from 1", "from 2", "from more"),
@@ -121,11 +179,3 @@ def ngram(
             f"The text is too small to estimate those of length {', '.join(map(str, fallen))}; 0.5, 1 and 1.5 were"
             " taken.",
         )
-    report.data |= {**metrics, "order": config.order}
-    ctx.progress.say(report.lead)
-    return Model(
-        ctx.out,
-        golden=record(ctx.out),
-        metrics=metrics,
-        about={"format": "hf", "dtype": "float32", "architecture": "ngram"},
-    )

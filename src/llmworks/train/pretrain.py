@@ -20,7 +20,11 @@ from llmworks.train.distributed.config import Parallel, share_of
 from llmworks.train.loop.schedule import OptimizerConfig
 
 if TYPE_CHECKING:
+    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.train.distributed.pipeline import Pipelined
+    from llmworks.train.distributed.sharding import Placed
     from llmworks.train.distributed.world import World
+    from llmworks.train.loop.packed import PackedSteps
 
 
 class PretrainOptimizer(OptimizerConfig):
@@ -124,71 +128,20 @@ def _pretrain(
     config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None, world: World
 ) -> Model:
     """`pretrain` in one of the processes; the first looks, draws and saves."""
-    import torch
 
-    from llmworks.data.store.packed_tokens import Packed
     from llmworks.model.golden import record
-    from llmworks.model.io.load import open_trainable
     from llmworks.tokenize.chat.named import tokenizer_of
-    from llmworks.train.distributed.pipeline import Pipelined
-    from llmworks.train.distributed.sharding import place, resolved
     from llmworks.train.loop.heldout import measure
     from llmworks.train.loop.loop import Habits, train
-    from llmworks.train.loop.packed import PackedSteps, packed_loss
-    from llmworks.train.loop.report import draw, picture
+    from llmworks.train.loop.packed import packed_loss
     from llmworks.train.loop.samples import continued
 
-    if (
-        config.compile
-        and world.device.type == "cpu"
-        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    ):
-        raise MissingDependency(
-            "compile: there is no C++ compiler here; install one, such as g++, or leave compile out"
-        )
+    _require_compiler(config, world)
     tokenizer = tokenizer_of(model)
-    torch.manual_seed(ctx.seed)
-    network = open_trainable(model.path)
-    if not any(True for _ in network.parameters()):
-        raise ModelError(f"{model.name}: has no weights to train (an n-gram model is counted, by train.ngram)")
-    packed, unseen = Packed(data), Packed(held_out) if held_out is not None else None
-    length = check(model, network, tokenizer, data, packed)
-    if held_out is not None and unseen is not None:
-        check(model, network, tokenizer, held_out, unseen)
-    network.to(world.device)
-    if config.recompute:
-        if not network.supports_gradient_checkpointing:
-            raise UserError("config.recompute: this architecture does not have it")
-        network.activation_checkpointing_enable({"use_reentrant": False})
-    share = share_of(config.batch * config.accumulation, world.count("data"), config.batch)
-    own = config.batch * config.accumulation // world.count("data")
-    if config.parallel.pipeline > 1 and own % share:
-        raise UserError(
-            f"a step has {own} rows in each process, which are no parts of {share}; with parallel.pipeline the parts"
-            " must be alike: make batch divide it"
-        )
-    steps = PackedSteps(
-        packed,
-        steps_of(config, packed, data, length),
-        rows=share,
-        parts=config.batch * config.accumulation // share,
-        length=length,
-        seed=ctx.seed,
-        device=world.device,
-        share=(world.at("data"), world.count("data")),
-    )
+    network, packed, unseen, length = _open(ctx, model, data, held_out, tokenizer, world, config)
+    steps = _steps(config, world, packed, data, length, ctx)
     parameters = sum(p.numel() for p in network.parameters())
-    whole = (
-        network
-        if parallel_whole(config.parallel, world.size)
-        else open_trainable(model.path).to(world.device)
-        if world.first
-        else None
-    )
-    precision = resolved(config.precision, world.device, spread=config.parallel != Parallel())
-    placed = (Pipelined if config.parallel.pipeline > 1 else place)(
-        network, config.parallel, world, precision=precision, compiled=config.compile
-    )
+    precision, placed, whole = _place(config, world, network, model)
     begun = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed) if world.first else []
     kept: dict[int, list[str]] = {}
 
@@ -221,6 +174,124 @@ def _pretrain(
     if not world.first or whole is None:
         return Model(ctx.out)
     save(whole.to("cpu"), tokenizer, model, ctx.out)
+    metrics = _describe(ctx, metrics, parameters, unseen, whole, tokenizer, config, model, data, begun, network)
+    return Model(
+        ctx.out,
+        golden=record(ctx.out),
+        metrics=metrics,
+        about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))},
+    )
+
+
+def _require_compiler(config: PretrainConfig, world: World) -> None:
+    """MissingDependency where `compile` needs a C++ compiler that is not here."""
+    if (
+        config.compile
+        and world.device.type == "cpu"
+        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    ):
+        raise MissingDependency(
+            "compile: there is no C++ compiler here; install one, such as g++, or leave compile out"
+        )
+
+
+def _open(
+    ctx: Context,
+    model: Model,
+    data: Dataset,
+    held_out: Dataset | None,
+    tokenizer: Any,
+    world: World,
+    config: PretrainConfig,
+) -> tuple[Any, Packed, Packed | None, int]:
+    """The model to train and the tokens to train on."""
+    import torch
+
+    from llmworks.data.store.packed_tokens import Packed
+    from llmworks.model.io.load import open_trainable
+
+    torch.manual_seed(ctx.seed)
+    network = open_trainable(model.path)
+    if not any(True for _ in network.parameters()):
+        raise ModelError(f"{model.name}: has no weights to train (an n-gram model is counted, by train.ngram)")
+    packed, unseen = Packed(data), Packed(held_out) if held_out is not None else None
+    length = check(model, network, tokenizer, data, packed)
+    if held_out is not None and unseen is not None:
+        check(model, network, tokenizer, held_out, unseen)
+    network.to(world.device)
+    if config.recompute:
+        if not network.supports_gradient_checkpointing:
+            raise UserError("config.recompute: this architecture does not have it")
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    return network, packed, unseen, length
+
+
+def _steps(
+    config: PretrainConfig, world: World, packed: Packed, data: Dataset, length: int, ctx: Context
+) -> PackedSteps:
+    """The steps of packed rows, shared between processes."""
+    from llmworks.train.loop.packed import PackedSteps
+
+    share = share_of(config.batch * config.accumulation, world.count("data"), config.batch)
+    own = config.batch * config.accumulation // world.count("data")
+    if config.parallel.pipeline > 1 and own % share:
+        raise UserError(
+            f"a step has {own} rows in each process, which are no parts of {share}; with parallel.pipeline the parts"
+            " must be alike: make batch divide it"
+        )
+    steps = PackedSteps(
+        packed,
+        steps_of(config, packed, data, length),
+        rows=share,
+        parts=config.batch * config.accumulation // share,
+        length=length,
+        seed=ctx.seed,
+        device=world.device,
+        share=(world.at("data"), world.count("data")),
+    )
+    return steps
+
+
+def _place(
+    config: PretrainConfig, world: World, network: Any, model: Model
+) -> tuple[str, Pipelined | Placed, Any | None]:
+    """The model spread over processes, and the whole one that the first process looks at."""
+    from llmworks.model.io.load import open_trainable
+    from llmworks.train.distributed.pipeline import Pipelined
+    from llmworks.train.distributed.sharding import place, resolved
+
+    whole = (
+        network
+        if parallel_whole(config.parallel, world.size)
+        else open_trainable(model.path).to(world.device)
+        if world.first
+        else None
+    )
+    precision = resolved(config.precision, world.device, spread=config.parallel != Parallel())
+    placed = (Pipelined if config.parallel.pipeline > 1 else place)(
+        network, config.parallel, world, precision=precision, compiled=config.compile
+    )
+    return precision, placed, whole
+
+
+def _describe(
+    ctx: Context,
+    metrics: dict[str, Any],
+    parameters: Any,
+    unseen: Packed | None,
+    whole: Any,
+    tokenizer: Any,
+    config: PretrainConfig,
+    model: Model,
+    data: Dataset,
+    begun: list[str],
+    network: Any,
+) -> dict[str, Any]:
+    """Measure the result, write the page, and say what is wrong with it."""
+    from llmworks.train.loop.heldout import measure
+    from llmworks.train.loop.report import draw, picture
+    from llmworks.train.loop.samples import continued
+
     rows = ctx.progress.read_metrics()
     if ctx.progress.metrics is not None:
         shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
@@ -244,12 +315,7 @@ def _pretrain(
     for warning in warnings:
         ctx.progress.say(f"warning: {warning}")
     metrics["warnings"] = len(warnings)
-    return Model(
-        ctx.out,
-        golden=record(ctx.out),
-        metrics=metrics,
-        about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))},
-    )
+    return metrics
 
 
 def parallel_whole(parallel: Parallel, processes: int) -> bool:

@@ -6,8 +6,8 @@ A short run whose rate rises from far too low to far too high (Smith 2015, arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,10 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, TrainingError
 from llmworks.train.finetune.run import prepare
 from llmworks.train.sft import SftConfig, read
+
+if TYPE_CHECKING:
+    from llmworks.train.finetune.run import Material
+    from llmworks.train.finetune.trainable import Tuned
 
 SMOOTH, WORSE = 0.8, 2.0  # weight of earlier losses in the running mean; how many times the lowest loss ends the run
 
@@ -51,11 +55,8 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
     import torch
 
     from llmworks.train.distributed.sharding import resolved
-    from llmworks.train.finetune.examples import Steps
     from llmworks.train.finetune.trainable import open_tuned
     from llmworks.train.loop.loop import Habits, train
-    from llmworks.train.loop.losses import Noise, next_token_loss
-    from llmworks.train.loop.packed import packed_loss
 
     training = config.training
     material = read(training, model, data, None)
@@ -68,17 +69,7 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
     tuned = open_tuned(model.path)
     torch.manual_seed(ctx.seed)
     prepare(tuned, training)
-    steps = Steps(
-        material.examples,
-        epochs=math.ceil(config.steps * each / len(material.examples)) + 1,
-        size=training.batch_size,
-        accumulation=training.accumulation,
-        seed=ctx.seed,
-        free=tuned.free,
-    )[: config.steps]
-    loss: Any = packed_loss if tuned.free else next_token_loss
-    if training.neftune:
-        loss = Noise(tuned.network, training.neftune).around(loss)
+    loss, steps = _steps_and_loss(material, config, each, training, ctx, tuned)
     rising: list[float] = [
         config.lowest * (config.highest / config.lowest) ** (i / (config.steps - 1)) for i in range(config.steps)
     ]
@@ -108,6 +99,33 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
         pass
     except TrainingError as error:  # a loss that is no number ends the search, too
         ctx.progress.say(str(error))
+    return _describe(ctx, rising, model, data)
+
+
+def _steps_and_loss(
+    material: Material, config: RatesConfig, each: int, training: SftConfig, ctx: Context, tuned: Tuned
+) -> tuple[Any, Sequence[list[Callable[[], Any]]]]:
+    """Steps enough for the search, and the loss."""
+    from llmworks.train.finetune.examples import Steps
+    from llmworks.train.loop.losses import Noise, next_token_loss
+    from llmworks.train.loop.packed import packed_loss
+
+    steps = Steps(
+        material.examples,
+        epochs=math.ceil(config.steps * each / len(material.examples)) + 1,
+        size=training.batch_size,
+        accumulation=training.accumulation,
+        seed=ctx.seed,
+        free=tuned.free,
+    )[: config.steps]
+    loss: Any = packed_loss if tuned.free else next_token_loss
+    if training.neftune:
+        loss = Noise(tuned.network, training.neftune).around(loss)
+    return loss, steps
+
+
+def _describe(ctx: Context, rising: list[float], model: Model, data: Dataset) -> Report:
+    """The page, and the rate that is proposed. TrainingError where the first steps already diverge."""
     losses = [row["loss"] for row in ctx.progress.read_metrics()]
     if len(losses) < 10:
         raise TrainingError(

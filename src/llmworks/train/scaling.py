@@ -22,6 +22,7 @@ from llmworks.model.shape import Shape
 from llmworks.train.pretrain import PretrainOptimizer
 
 if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
     from llmworks.train.scaling_law import Interval, Law, Run
 
 LEAST = 8  # runs: five coefficients, and enough left over for intervals that hold what they should
@@ -166,6 +167,11 @@ def scaling(
         config, replace(target, name=f"target-{target.name}"), packed, unseen, loaded, ctx, "the target"
     )
     tell(ctx, config, plans, runs, left_out, law, laws.valleys(runs, config.draws, ctx.seed), target, expected, reached)
+    return _report_of(runs, law, expected, ctx, reached)
+
+
+def _report_of(runs: list[Run], law: Law, expected: Interval, ctx: Context, reached: Run) -> Report:
+    """The report with its figures."""
     metrics = {
         "runs": len(runs),
         "alpha": law.alpha,
@@ -315,6 +321,37 @@ def tell(
         f" {most / best:,.0f} for each parameter. The target has {target.parameters:,} parameters and {target.tokens:,}"
         " tokens.",
     )
+    _describe_runs(report, plans, target, runs, reached, law, config)
+    _describe_valleys(valleys, report, runs, law)
+    ends = sorted((r.loss, law.at(r.parameters, r.tokens)) for r in [*runs, reached])
+    report.curves(
+        "Measured and of the law",
+        {"runs": [(a, b) for a, b in ends], "equal": [(ends[0][0], ends[0][0]), (ends[-1][0], ends[-1][0])]},
+        x="measured, nats per token",
+        y="of the law",
+    )
+    if left_out:
+        report.table("Left out", ("run", "why"), left_out)
+    report.data = {
+        "law": {name: asdict(law.of(name)) for name in ("floor", "a", "alpha", "b", "beta")},
+        "runs": [asdict(r) for r in runs],
+        "target": asdict(reached),
+        "predicted": asdict(expected),
+        "within": inside,
+        "best": {"parameters": best, "tokens": most},
+    }
+
+
+def _describe_runs(
+    report: ReportBuilder,
+    plans: list[Plan],
+    target: Plan,
+    runs: list[Run],
+    reached: Run,
+    law: Law,
+    config: ScalingConfig,
+) -> None:
+    """Tables of the law's coefficients and of all runs."""
     report.table(
         "The law",
         ("coefficient", "value", "low", "high"),
@@ -334,6 +371,10 @@ def tell(
         rows,
         note="The last is the target, which the law has not seen.",
     )
+
+
+def _describe_valleys(valleys: list[Any], report: ReportBuilder, runs: list[Run], law: Law) -> None:
+    """Curves of equal work with their parabolas, and the best size for each."""
     series = {
         f"{v.work:.2g} operations": sorted(
             (math.log10(r.parameters), r.loss) for r in runs if r.work / v.work - 1 < 0.1 and v.work / r.work - 1 < 0.1
@@ -374,20 +415,3 @@ def tell(
             f"The best number of parameters grows as {factor:.3g} times operations to the {exponent:.2f} (Hoffmann et"
             " al. found 0.49).",
         )
-    ends = sorted((r.loss, law.at(r.parameters, r.tokens)) for r in [*runs, reached])
-    report.curves(
-        "Measured and of the law",
-        {"runs": [(a, b) for a, b in ends], "equal": [(ends[0][0], ends[0][0]), (ends[-1][0], ends[-1][0])]},
-        x="measured, nats per token",
-        y="of the law",
-    )
-    if left_out:
-        report.table("Left out", ("run", "why"), left_out)
-    report.data = {
-        "law": {name: asdict(law.of(name)) for name in ("floor", "a", "alpha", "b", "beta")},
-        "runs": [asdict(r) for r in runs],
-        "target": asdict(reached),
-        "predicted": asdict(expected),
-        "within": inside,
-        "best": {"parameters": best, "tokens": most},
-    }

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from llmworks.core.artifact import Adapter, Config, Dataset, Model
 from llmworks.core.context import Context
-from llmworks.core.errors import DataError, UserError
+from llmworks.core.errors import DataError
 from llmworks.data.conversations.training_rows import training_rows
 from llmworks.data.doctor import require_template, uses_of
 from llmworks.data.store.rows import Row
@@ -26,6 +26,7 @@ from llmworks.train.finetune.run import (
     context_of,
     in_memory,
     require_directory,
+    require_held_out,
 )
 from llmworks.train.finetune.run import tune as tuned_by
 from llmworks.train.loop.schedule import OptimizerConfig
@@ -118,10 +119,7 @@ def sft(
     from llmworks.train.distributed import world
 
     require_directory(model)
-    if (config.best or config.look_every) and held_out is None:
-        raise UserError(
-            f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out"
-        )
+    require_held_out(config, given=held_out is not None)
     with world.opened(config.parallel) as here:
         try:
             return tune(config, model, data, ctx, held_out, here)

@@ -20,6 +20,9 @@ from llmworks.core.errors import DataError, ModelError, UserError
 from llmworks.data.conversations.training_rows import training_rows
 
 if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    from llmworks.model.nn.decoder import DecoderForCausalLM
     from llmworks.train.finetune.examples import Example
 
 
@@ -66,19 +69,7 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
         raise UserError(f"{model.name} has {count} blocks, from 0 to {count - 1}; fewer, but one at least, can stay")
     tokenizer = load_tokenizer(model.path)
     found: list[float] = []
-    if data is not None:
-        from llmworks.train.finetune.examples import make_example
-
-        examples = [
-            example
-            for row in training_rows(data)[: config.rows]
-            if not isinstance(example := make_example(tokenizer, row, config.max_tokens, cut=True), str)
-        ]
-        if not examples:
-            raise DataError(f"{data.name}: none of its first {config.rows} rows can be read by {model.name}")
-        found = influence(whole, examples)
-    elif config.layers:
-        raise UserError("which blocks change their input least is seen on `data`; give it, or name them in config.drop")
+    found = _influence(data, config, model, whole, tokenizer)
     drop = sorted(config.drop or sorted(range(count), key=lambda number: found[number])[: count - config.layers])
     stay = [number for number in range(count) if number not in drop]
     small = DecoderForCausalLM(DecoderConfig(shape=whole.shape.model_copy(update={"layers": len(stay)}).model_dump()))
@@ -93,6 +84,50 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
     tokenizer.save_pretrained(ctx.out)
     if (model.path / "generation_config.json").exists():
         shutil.copyfile(model.path / "generation_config.json", ctx.out / "generation_config.json")
+    after = _describe(whole, small, ctx, model, stay, count, drop, found)
+    return Model(
+        ctx.out,
+        golden=record(ctx.out),
+        metrics={"blocks": len(stay), "parameters": after},
+        about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))},
+    )
+
+
+def _influence(
+    data: Dataset | None,
+    config: ShortenConfig,
+    model: Model,
+    whole: DecoderForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[float]:
+    """How much each block changes its input; empty where blocks are named. UserError where nothing says which."""
+    if data is not None:
+        from llmworks.train.finetune.examples import make_example
+
+        examples = [
+            example
+            for row in training_rows(data)[: config.rows]
+            if not isinstance(example := make_example(tokenizer, row, config.max_tokens, cut=True), str)
+        ]
+        if not examples:
+            raise DataError(f"{data.name}: none of its first {config.rows} rows can be read by {model.name}")
+        found = influence(whole, examples)
+    elif config.layers:
+        raise UserError("which blocks change their input least is seen on `data`; give it, or name them in config.drop")
+    return found
+
+
+def _describe(
+    whole: DecoderForCausalLM,
+    small: DecoderForCausalLM,
+    ctx: Context,
+    model: Model,
+    stay: list[int],
+    count: int,
+    drop: list[int],
+    found: list[float],
+) -> int:
+    """Write the page."""
     before, after = (sum(p.numel() for p in m.parameters()) for m in (whole, small))
     ctx.report.title = f"{model.name} with {len(stay)} of {count} blocks"
     ctx.report.lead = (
@@ -107,12 +142,7 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
             [(number, round(value, 4), number in stay) for number, value in enumerate(found)],
             note="One less the cosine between a token's state before and after the block, the mean over tokens.",
         )
-    return Model(
-        ctx.out,
-        golden=record(ctx.out),
-        metrics={"blocks": len(stay), "parameters": after},
-        about={"format": "hf", "dtype": "float32", "architecture": str(model.about.get("architecture", ""))},
-    )
+    return after
 
 
 def renumbered(state: Mapping[str, Any], stay: Sequence[int]) -> dict[str, Any]:

@@ -6,10 +6,15 @@ Knows no optimizer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from llmworks.core.artifact import Config, Model, Report
 from llmworks.core.context import Context
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 
 class Attempted(Config):
@@ -71,6 +76,18 @@ def evolution(
         ("parameter", "in the file", "best"),
         [(name, f"{first.values[name]:g}", f"{value:g}") for name, value in best.values.items()],
     )
+    _describe_scores(config, page)
+    page.data = {
+        "best": best.model_dump(),
+        "attempts": [one.model_dump() for one in config.attempts],
+        "scores": config.scores,
+        "searched": config.searched,
+    }
+    return Report(ctx.out, metrics={"score": best.score, "first": first.score, "attempts": len(config.attempts)})
+
+
+def _describe_scores(config: EvolutionConfig, page: ReportBuilder) -> None:
+    """Scores of parents and child, task by task."""
     tasks = list(dict.fromkeys(task for found in config.scores.values() for task in found))
     for task in tasks:
         rows = [
@@ -91,10 +108,3 @@ def evolution(
             for model, found in config.scores.items()
         ],
     )
-    page.data = {
-        "best": best.model_dump(),
-        "attempts": [one.model_dump() for one in config.attempts],
-        "scores": config.scores,
-        "searched": config.searched,
-    }
-    return Report(ctx.out, metrics={"score": best.score, "first": first.score, "attempts": len(config.attempts)})

@@ -7,13 +7,16 @@ Knows no method.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from llmworks.core.artifact import Config, Model, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 
 class Skill(Config):
@@ -77,6 +80,32 @@ def tradeoff(
         f" from the model as it was, its best guess the same for {chosen.same_top or 0:.1%} of tokens."
     )
     page.text("Which to take", _advice(best, chosen, config.budget))
+    _draw_sizes(made, page, best)
+    _describe_all(original, made, page, best)
+    _describe_skills(original, page, made)
+    _describe_answers(original, page, made)
+    failed = [v for v in config.variants if v.why]
+    if failed:
+        page.table("What did not come to a result", ("way", "why"), [(v.name, v.why) for v in failed])
+    metrics: dict[str, Any] = {
+        "variants": len(made),
+        "failed": len(failed),
+        "worth_having": len(best),
+        "recommended_bytes": chosen.bytes,
+        "recommended_kl": chosen.kl,
+    }
+    page.data = {
+        "metrics": metrics,
+        "recommended": chosen.model_dump(),
+        "worth_having": [v.name for v in best],
+        "original": original.model_dump(),
+        "variants": [v.model_dump() for v in config.variants],
+    }
+    return Report(ctx.out, metrics=metrics)
+
+
+def _draw_sizes(made: list[Variant], page: ReportBuilder, best: list[Variant]) -> None:
+    """Sizes against damage."""
     groups: dict[str, list[tuple[str, float, float]]] = {}
     for v in made:
         groups.setdefault(v.form, []).append((v.name, v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)))
@@ -89,6 +118,10 @@ def tradeoff(
         log=True,
         note="The line goes through those that nothing smaller beats.",
     )
+
+
+def _describe_all(original: Variant, made: list[Variant], page: ReportBuilder, best: list[Variant]) -> None:
+    """The table of all quantizations."""
     rows = [
         (
             v.name,
@@ -124,6 +157,10 @@ def tradeoff(
         "Divergence, agreement and perplexity are on the same texts apart. Bits are of what was quantized; GGUF files"
         " quantize the embedding, too. Speeds are of one run on this machine.",
     )
+
+
+def _describe_skills(original: Variant, page: ReportBuilder, made: list[Variant]) -> None:
+    """The table of skills, and what perplexity hides of them."""
     tasks = list(original.skills)
     if tasks:
         page.table(
@@ -136,6 +173,10 @@ def tradeoff(
             "Scores with the half of their 95% intervals; what is beyond the original's interval is marked.",
         )
         page.text("What the perplexity hides", hidden(original, made))
+
+
+def _describe_answers(original: Variant, page: ReportBuilder, made: list[Variant]) -> None:
+    """Answers side by side."""
     prompts = list(original.answers)
     page_answers = [
         {
@@ -147,24 +188,6 @@ def tradeoff(
     ]
     if prompts:
         page.samples("What they say", page_answers)
-    failed = [v for v in config.variants if v.why]
-    if failed:
-        page.table("What did not come to a result", ("way", "why"), [(v.name, v.why) for v in failed])
-    metrics: dict[str, Any] = {
-        "variants": len(made),
-        "failed": len(failed),
-        "worth_having": len(best),
-        "recommended_bytes": chosen.bytes,
-        "recommended_kl": chosen.kl,
-    }
-    page.data = {
-        "metrics": metrics,
-        "recommended": chosen.model_dump(),
-        "worth_having": [v.name for v in best],
-        "original": original.model_dump(),
-        "variants": [v.model_dump() for v in config.variants],
-    }
-    return Report(ctx.out, metrics=metrics)
 
 
 def worth_having(made: Sequence[Variant]) -> list[Variant]:

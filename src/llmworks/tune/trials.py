@@ -5,13 +5,16 @@ Knows no recipe and no optimizer.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from llmworks.core.artifact import Adapter, Config, Model, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
+
+if TYPE_CHECKING:
+    from llmworks.core.report import ReportBuilder
 
 
 class Tried(Config):
@@ -59,16 +62,7 @@ def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Ad
         " rows that no trial has seen.",
     )
     page.table("What to set", ("field", "value"), [(field, _told(value)) for field, value in best.values.items()])
-    so_far, curve = None, []
-    for t in scored:
-        so_far = t.score if so_far is None or sign * (t.score or 0) > sign * so_far else so_far
-        curve.append((float(t.number + 1), float(so_far or 0.0)))
-    page.curves(
-        "Best so far",
-        {"best so far": curve, "each trial": [(float(t.number + 1), float(t.score or 0.0)) for t in scored]},
-        x="trial",
-        y=config.metric,
-    )
+    _draw_best(scored, sign, page, config)
     if config.importance:
         page.table(
             "Which fields mattered",
@@ -76,26 +70,8 @@ def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Ad
             sorted(config.importance.items(), key=lambda item: -item[1]),
             "Of few trials this is a rough guess.",
         )
-    for field in best.values:
-        numbers = sorted(
-            (float(t.values[field]), float(t.score or 0.0))
-            for t in scored
-            if isinstance(t.values.get(field), (int, float)) and not isinstance(t.values.get(field), bool)
-        )
-        if len({x for x, _ in numbers}) > 2:
-            page.curves(f"{field}", {"trials": numbers}, x=field, y=config.metric)
-    fields = list(best.values)
-    rows = [
-        (
-            t.number + 1,
-            "–" if t.score is None else f"{t.score:.4g}",
-            *(_told(t.values.get(f)) for f in fields),
-            f"{t.seconds:.0f}",
-            t.why[:160],
-        )
-        for t in sorted(config.trials, key=lambda t: -sign * t.score if t.score is not None else float("inf"))
-    ]
-    page.table("All trials", ("trial", config.metric, *fields, "seconds", "why not"), rows)
+    _draw_fields(best, scored, page, config)
+    _describe_trials(best, config, page, sign)
     metrics: dict[str, Any] = {
         "score": best.score,
         "trials": len(config.trials),
@@ -108,6 +84,48 @@ def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Ad
         "importance": config.importance,
     }
     return Report(ctx.out, metrics=metrics)
+
+
+def _draw_best(scored: list[Tried], sign: int, page: ReportBuilder, config: TrialsConfig) -> None:
+    """The best score over trials."""
+    so_far, curve = None, []
+    for t in scored:
+        so_far = t.score if so_far is None or sign * (t.score or 0) > sign * so_far else so_far
+        curve.append((float(t.number + 1), float(so_far or 0.0)))
+    page.curves(
+        "Best so far",
+        {"best so far": curve, "each trial": [(float(t.number + 1), float(t.score or 0.0)) for t in scored]},
+        x="trial",
+        y=config.metric,
+    )
+
+
+def _draw_fields(best: Tried, scored: list[Tried], page: ReportBuilder, config: TrialsConfig) -> None:
+    """Each field against the score."""
+    for field in best.values:
+        numbers = sorted(
+            (float(t.values[field]), float(t.score or 0.0))
+            for t in scored
+            if isinstance(t.values.get(field), (int, float)) and not isinstance(t.values.get(field), bool)
+        )
+        if len({x for x, _ in numbers}) > 2:
+            page.curves(f"{field}", {"trials": numbers}, x=field, y=config.metric)
+
+
+def _describe_trials(best: Tried, config: TrialsConfig, page: ReportBuilder, sign: int) -> None:
+    """The table of all trials."""
+    fields = list(best.values)
+    rows = [
+        (
+            t.number + 1,
+            "–" if t.score is None else f"{t.score:.4g}",
+            *(_told(t.values.get(f)) for f in fields),
+            f"{t.seconds:.0f}",
+            t.why[:160],
+        )
+        for t in sorted(config.trials, key=lambda t: -sign * t.score if t.score is not None else float("inf"))
+    ]
+    page.table("All trials", ("trial", config.metric, *fields, "seconds", "why not"), rows)
 
 
 def _told(value: Any) -> str:

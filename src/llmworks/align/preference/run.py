@@ -28,6 +28,7 @@ from llmworks.train.finetune.run import (
     context_of,
     in_memory,
     require_directory,
+    require_held_out,
     tune,
 )
 
@@ -191,12 +192,7 @@ def prefer(
     from llmworks.align.report import describe
     from llmworks.train.distributed import world
 
-    if (config.best or config.look_every) and held_out is None:
-        raise UserError(
-            f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out"
-        )
-    if world.processes() > 1:
-        raise UserError("an alignment runs in one process; start one")
+    check_run(config, held_out=held_out is not None)
     material = read(config, policy, data, held_out, stage, singles=singles)
     if reference is not None:
         same_vocabulary(reference, policy)
@@ -216,6 +212,15 @@ def prefer(
             return tune(config, policy.model, ctx, here, material, way, describe, adapter=policy.adapter)
         except RuntimeError as error:
             raise (in_memory(error) or error) from error
+
+
+def check_run(config: TuneConfig, *, held_out: bool) -> None:
+    """What every alignment needs before it opens a model. `held_out`: whether rows for it are given. UserError."""
+    from llmworks.train.distributed import world
+
+    require_held_out(config, given=held_out)
+    if world.processes() > 1:
+        raise UserError("an alignment runs in one process; start one")
 
 
 def shared_prompts(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmworks.align.preference.run import Policy
+from llmworks.align.preference.run import Policy, check_run
 from llmworks.core.artifact import Model
 from llmworks.core.context import Context
-from llmworks.core.errors import UserError
-from llmworks.train.finetune.run import Material, Way, in_memory, tune
+from llmworks.train.finetune.run import Material, Way, in_memory, save_records, tune
 
 if TYPE_CHECKING:
     from llmworks.train.finetune.trainable import Tuned
@@ -34,12 +31,7 @@ def train_scorer(
     from llmworks.align.reward_model.run import Ranking, Steps, saver
     from llmworks.train.distributed import world
 
-    if (config.best or config.look_every) and not material.unseen:
-        raise UserError(
-            f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out"
-        )
-    if world.processes() > 1:
-        raise UserError("an alignment runs in one process; start one")
+    check_run(config, held_out=bool(material.unseen))
     kept_by: list[Any] = []
 
     def way(tuned: Tuned, material: Material) -> Way:
@@ -57,16 +49,7 @@ def train_scorer(
         learner = kept_by[0]
         saver(policy.model, ctx.out, ctx.scratch, kind, pad=pad_of(material))(tuned)
         material.tokenizer.save_pretrained(ctx.out)
-        if ctx.progress.metrics is not None:
-            shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
-        if material.set_aside:
-            (ctx.out / "set_aside.jsonl").write_text(
-                "".join(
-                    json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n"
-                    for id, reason in material.set_aside
-                ),
-                encoding="utf-8",
-            )
+        save_records(ctx, material.set_aside)
         metrics |= {
             "rows": len(material.examples),
             "set_aside": len(material.set_aside),

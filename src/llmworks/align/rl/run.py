@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmworks.align.preference.run import Policy, shared_prompts
+from llmworks.align.preference.run import Policy, check_run, shared_prompts
 from llmworks.align.rl.rewards import Rewards, check_names
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
-from llmworks.core.errors import DataError, RequestError, UserError
+from llmworks.core.errors import DataError, RequestError
 from llmworks.core.types import Message
 from llmworks.data.store.rows import Row, flat_messages, read_chat
 from llmworks.tokenize.chat.templates import render_prompt
@@ -27,7 +28,7 @@ from llmworks.train.finetune.run import Material, TuneConfig, context_of, in_mem
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
     from llmworks.align.rl.objective import Groups
-    from llmworks.align.rl.rollouts import Asked, Drawing
+    from llmworks.align.rl.rollouts import Asked, Drawing, Habit
     from llmworks.train.finetune.run import Way
     from llmworks.train.finetune.trainable import Tuned
 
@@ -193,28 +194,12 @@ def run(
     TrainingError when the loss stops being a number, or an answer has no reward and on_error is stop.
     """
     from llmworks.align.preference.objective import Given
-    from llmworks.align.report import describe_online
-    from llmworks.align.rl.rollouts import Drawing, Habit
+    from llmworks.align.rl.rollouts import Drawing
     from llmworks.train.distributed import world
 
-    if (config.best or config.look_every) and held_out is None:
-        raise UserError(
-            f"config.{'best' if config.best else 'look_every'} looks at held-out rows; give them as held_out"
-        )
-    if world.processes() > 1:
-        raise UserError("an alignment runs in one process; start one")
+    check_run(config, held_out=held_out is not None)
     aside = ctx.scratch / "failed_rewards.jsonl"
-    rewards = Rewards(
-        config.rewards,
-        most=config.max_answer,
-        soft=config.soft,
-        seconds=config.reward_seconds,
-        reward=reward,
-        judge=None if judge is None else lambda: ctx.open_engine(judge),
-        criteria=config.criteria,
-        aside=aside,
-        stop=config.on_error == "stop",
-    )
+    rewards = _open_rewards(config, reward, judge, aside, ctx)
     tokenizer, stops = policy.open(config, stage)
     most = min(config.max_tokens, context_of(policy.model))
     asked, lost = prompts_of(config, tokenizer, data, most)
@@ -222,29 +207,14 @@ def run(
     shared_prompts(asked, unseen, lambda one: one.ids, ctx.progress.say)
     for one in (*asked, *unseen):
         rewards.check(one.row, one.prompt)
-    each = config.batch_size * config.accumulation * config.updates
-    if len(asked) < each:
-        raise DataError(
-            f"{data.name}: {len(asked)} prompts, a draw takes {each} (batch_size {config.batch_size}, accumulation"
-            f" {config.accumulation}, updates {config.updates}); give more, or make it smaller"
-        )
+    each = _prompts_of_draw(config, asked, data)
     questions = [{**one.row, "messages": _with_answer(one)} for one in unseen[: config.samples]]
     ctx.progress.say(
         f"{len(asked)} prompts, {config.answers} answers to each of {each} a draw, worth by"
         f" {', '.join(f'{weight:g} x {name}' for name, weight in config.rewards.items())}"
         + (f"; {len(lost)} rows set aside" if lost else "")
     )
-    habit = Habit(
-        config.answers,
-        config.temperature,
-        config.max_answer,
-        each,
-        config.batch_size,
-        config.updates,
-        config.passes,
-        compared,
-        config.fresh,
-    )
+    habit = _habit_of(config, each, compared)
     made: list[Groups] = []
     with world.opened(config.parallel) as here:
 
@@ -254,24 +224,7 @@ def run(
             return made[0].way()
 
         def describe(report: Any, title: str, rows: Any, metrics: Any, fields: Any, set_aside: Any) -> None:
-            if aside.exists():
-                shutil.copyfile(aside, ctx.out / aside.name)
-            if "accuracy" in metrics:  # as looks have it, whatever they look at
-                metrics["held_out_reward"] = metrics.pop("accuracy")
-                metrics.pop("held_out")
-            metrics |= describe_online(
-                report,
-                title,
-                rows,
-                metrics,
-                fields,
-                set_aside,
-                made[0].began,
-                made[0].seen,
-                ctx.scratch / "samples.json",
-                aside,
-                ctx.progress.say,
-            )
+            _describe(aside, ctx, metrics, report, title, rows, fields, set_aside, made)
 
         try:
             return tune(
@@ -286,6 +239,87 @@ def run(
             )
         except RuntimeError as error:
             raise (in_memory(error) or error) from error
+
+
+def _open_rewards(
+    config: OnlineConfig, reward: Model | None, judge: Model | Adapter | None, aside: Path, ctx: Context
+) -> Rewards:
+    """The reward functions of a configuration."""
+    rewards = Rewards(
+        config.rewards,
+        most=config.max_answer,
+        soft=config.soft,
+        seconds=config.reward_seconds,
+        reward=reward,
+        judge=None if judge is None else lambda: ctx.open_engine(judge),
+        criteria=config.criteria,
+        aside=aside,
+        stop=config.on_error == "stop",
+    )
+    return rewards
+
+
+def _prompts_of_draw(config: OnlineConfig, asked: list[Asked], data: Dataset) -> int:
+    """Prompts that one draw takes. DataError where there are fewer."""
+    each = config.batch_size * config.accumulation * config.updates
+    if len(asked) < each:
+        raise DataError(
+            f"{data.name}: {len(asked)} prompts, a draw takes {each} (batch_size {config.batch_size}, accumulation"
+            f" {config.accumulation}, updates {config.updates}); give more, or make it smaller"
+        )
+    return each
+
+
+def _habit_of(config: OnlineConfig, each: int, compared: bool) -> Habit:
+    """How answers are drawn and learned."""
+    from llmworks.align.rl.rollouts import Habit
+
+    habit = Habit(
+        config.answers,
+        config.temperature,
+        config.max_answer,
+        each,
+        config.batch_size,
+        config.updates,
+        config.passes,
+        compared,
+        config.fresh,
+    )
+    return habit
+
+
+def _describe(
+    aside: Path,
+    ctx: Context,
+    metrics: Any,
+    report: Any,
+    title: str,
+    rows: Any,
+    fields: Any,
+    set_aside: Any,
+    made: list[Groups],
+) -> None:
+    """Write the page, with rewards of held-out prompts under names of their own."""
+    from llmworks.align.report import describe_online
+
+    if aside.exists():
+        shutil.copyfile(aside, ctx.out / aside.name)
+    if "accuracy" in metrics:  # as looks have it, whatever they look at
+        metrics["held_out_reward"] = metrics.pop("accuracy")
+        metrics.pop("held_out")
+    metrics |= describe_online(
+        report,
+        title,
+        rows,
+        metrics,
+        fields,
+        set_aside,
+        made[0].began,
+        made[0].seen,
+        ctx.scratch / "samples.json",
+        aside,
+        ctx.progress.say,
+    )
 
 
 def _with_answer(one: Asked) -> list[dict[str, Any]]:

@@ -114,26 +114,7 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
     """
     c = config
     total = np.array([len(text) for text in batch.texts], dtype=float)
-    parts = [_repeated_parts(text) for text in batch.texts]
-    paragraphs, paragraph_characters, lines, line_characters = (np.array(column) for column in zip(*parts, strict=True))
-    bounds = [
-        Bound("gopher: repeated paragraphs", "repeated paragraphs", paragraphs, 1, high=c.paragraphs),
-        Bound(
-            "gopher: characters in repeated paragraphs",
-            "characters in repeated paragraphs",
-            paragraph_characters,
-            1,
-            high=c.paragraph_characters,
-        ),
-        Bound("gopher: repeated lines", "repeated lines", lines, 1, high=c.lines),
-        Bound(
-            "gopher: characters in repeated lines",
-            "characters in repeated lines",
-            line_characters,
-            1,
-            high=c.line_characters,
-        ),
-    ]
+    bounds = _line_bounds(batch, c)
     for n, limit in ((2, c.top_2_gram), (3, c.top_3_gram), (4, c.top_4_gram)):
         value = share(top_characters(batch, words, n), total)
         bounds.append(
@@ -170,6 +151,31 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
         "gopher: empty" if not text else reason for text, reason in zip(batch.texts, judged.reasons, strict=True)
     ]
     return judged
+
+
+def _line_bounds(batch: Batch, c: GopherRepetition) -> list[Bound]:
+    """Bounds on repeated paragraphs and lines."""
+    parts = [_repeated_parts(text) for text in batch.texts]
+    paragraphs, paragraph_characters, lines, line_characters = (np.array(column) for column in zip(*parts, strict=True))
+    bounds = [
+        Bound("gopher: repeated paragraphs", "repeated paragraphs", paragraphs, 1, high=c.paragraphs),
+        Bound(
+            "gopher: characters in repeated paragraphs",
+            "characters in repeated paragraphs",
+            paragraph_characters,
+            1,
+            high=c.paragraph_characters,
+        ),
+        Bound("gopher: repeated lines", "repeated lines", lines, 1, high=c.lines),
+        Bound(
+            "gopher: characters in repeated lines",
+            "characters in repeated lines",
+            line_characters,
+            1,
+            high=c.line_characters,
+        ),
+    ]
+    return bounds
 
 
 def _repeated_parts(text: str) -> tuple[float, float, float, float]:

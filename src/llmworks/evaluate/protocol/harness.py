@@ -268,19 +268,7 @@ def _data(values: Mapping[str, Any], path: Path) -> dict[str, str]:
 
 def to_harness(task: Task) -> dict[str, Any]:
     """A task as the harness's YAML has it. UserError for what it cannot say."""
-    if task.rows == "chat" or task.contexts or isinstance(task.answer, dict) or task.group:
-        what = (
-            "conversations"
-            if task.rows == "chat"
-            else (
-                "`contexts`"
-                if task.contexts
-                else "an `answer` of fields"
-                if isinstance(task.answer, dict)
-                else "`group`"
-            )
-        )
-        raise UserError(f"{task.name}: {what} cannot be written for the lm-evaluation-harness without code")
+    _refuse_unwritable(task)
     unknown = [m.name for m in task.metrics if m.name not in METRICS]
     if unknown:
         raise UserError(
@@ -335,6 +323,23 @@ def to_harness(task: Task) -> dict[str, Any]:
                 for name, steps in task.extract.items()
             ]
     return out
+
+
+def _refuse_unwritable(task: Task) -> None:
+    """UserError for what a file of the harness cannot say."""
+    if task.rows == "chat" or task.contexts or isinstance(task.answer, dict) or task.group:
+        what = (
+            "conversations"
+            if task.rows == "chat"
+            else (
+                "`contexts`"
+                if task.contexts
+                else "an `answer` of fields"
+                if isinstance(task.answer, dict)
+                else "`group`"
+            )
+        )
+        raise UserError(f"{task.name}: {what} cannot be written for the lm-evaluation-harness without code")
 
 
 def _metric(measure: Mapping[str, Any]) -> dict[str, Any]:

@@ -257,6 +257,14 @@ def describe(
         "layers": {stack: list(map(list, origins)) for stack, origins in plan.layers.items()},
         **metrics,
     }
+    _write_card(models, config, donor, text, names, ctx)
+    ctx.progress.say(lead)
+
+
+def _write_card(
+    models: Mapping[str, Model], config: MergeConfig, donor: str, text: str, names: list[str], ctx: Context
+) -> None:
+    """Write README.md: licence, parents, tags, and the configuration."""
     fronts = [front_of(model) for model in models.values()]
     licences = {str(front.get("license", "")) for front in fronts}
     front = {
@@ -294,4 +302,3 @@ def describe(
         "",
     ]
     write(ctx.out, front, lines)
-    ctx.progress.say(lead)

@@ -51,6 +51,42 @@ def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) ->
             " adapter of such is written here"
         )
     _alike(tuned, first)
+    pairs, told, rest, total, lost = _extract_factors(first, tuned, ctx, config)
+    for layout in (tuned, first):
+        layout.shards.close()
+    if not pairs:
+        raise ModelError(f"{model.name} and {base.name} do not differ in any matrix of a layer that is looked at")
+    write_adapter(ctx.out, pairs, base)
+    for file in TOKENIZER_FILES:
+        if (model.path / file).exists():
+            shutil.copyfile(model.path / file, ctx.out / file)
+    missed = (lost / total) ** 0.5
+    metrics: dict[str, Any] = {
+        "missed": round(missed, 6),
+        "rank": max(len(a) for a, _ in pairs.values()),
+        "layers": len(pairs),
+        "left_out": len(rest),
+    }
+    recorded, gap = _golden(ctx, base, model.golden)
+    if gap is not None:
+        metrics |= {"golden_gap_mean": round(gap.mean, 5), "golden_same_greedy": round(gap.same_greedy, 5)}
+    _describe_extracted(ctx, model, base, metrics, pairs, missed, rest, told)
+    return Adapter(
+        ctx.out,
+        metrics=metrics,
+        golden=recorded,
+        about={"base": base.digest, "method": "extract", "rank": metrics["rank"], "base_kept": "as-is"},
+    )
+
+
+def _extract_factors(
+    first: Layout, tuned: Layout, ctx: Context, config: ExtractConfig
+) -> tuple[
+    dict[str, tuple[Tensor, Tensor]], list[tuple[str, int, float, float]], list[tuple[str, float]], float, float
+]:
+    """Factors of each changed matrix, what is told of them, other tensors that differ; squares of all changes and of
+    those missed.
+    """
     pairs: Pairs = {}
     told: list[tuple[str, int, float, float]] = []
     rest: list[tuple[str, float]] = []
@@ -81,24 +117,20 @@ def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) ->
                 rest.append((name, (size / float(before.square().sum().clamp(min=1e-30))) ** 0.5))
             total += size
             bar.advance()
-    for layout in (tuned, first):
-        layout.shards.close()
-    if not pairs:
-        raise ModelError(f"{model.name} and {base.name} do not differ in any matrix of a layer that is looked at")
-    write_adapter(ctx.out, pairs, base)
-    for file in TOKENIZER_FILES:
-        if (model.path / file).exists():
-            shutil.copyfile(model.path / file, ctx.out / file)
-    missed = (lost / total) ** 0.5
-    metrics: dict[str, Any] = {
-        "missed": round(missed, 6),
-        "rank": max(len(a) for a, _ in pairs.values()),
-        "layers": len(pairs),
-        "left_out": len(rest),
-    }
-    recorded, gap = _golden(ctx, base, model.golden)
-    if gap is not None:
-        metrics |= {"golden_gap_mean": round(gap.mean, 5), "golden_same_greedy": round(gap.same_greedy, 5)}
+    return pairs, told, rest, total, lost
+
+
+def _describe_extracted(
+    ctx: Context,
+    model: Model,
+    base: Model,
+    metrics: dict[str, Any],
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    missed: Any,
+    rest: list[tuple[str, float]],
+    told: list[tuple[str, int, float, float]],
+) -> None:
+    """The page: ranks of matrices, and what differs without a place in the adapter."""
     page = ctx.report
     page.title, page.lead = (
         f"{model.name} as an adapter of {base.name}",
@@ -130,12 +162,6 @@ def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) ->
         **metrics,
     }
     ctx.progress.say(page.lead)
-    return Adapter(
-        ctx.out,
-        metrics=metrics,
-        golden=recorded,
-        about={"base": base.digest, "method": "extract", "rank": metrics["rank"], "base_kept": "as-is"},
-    )
 
 
 def _alike(tuned: Layout, base: Layout) -> None:
@@ -184,28 +210,7 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
             )
         weights = {name: weight / total for name, weight in weights.items()}
     rank = config.rank or max(len(one.a) for pairs in found.values() for one in pairs.values())
-    made: Pairs = {}
-    lost = whole = 0.0
-    for layer in dict.fromkeys(layer for pairs in found.values() for layer in pairs):
-        given = {name: pairs[layer] for name, pairs in found.items() if layer in pairs}
-        shapes = {name: (len(one.b), one.a.shape[1]) for name, one in given.items()}
-        if len(set(shapes.values())) > 1:
-            raise ModelError(
-                f"{layer}: its shapes differ: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())};"
-                " the adapters are of different models"
-            )
-        if config.method == "cat":
-            made[layer] = (
-                torch.cat([one.a * (weights[name] * one.scale) for name, one in given.items()]),
-                torch.cat([one.b for one in given.values()], dim=1),
-            )
-        elif config.method == "linear":
-            made[layer] = _mean(layer, given, weights)
-        else:
-            change = _change(config, layer, given, weights, ctx.seed)
-            a, b, miss = factors(change, rank)
-            size = float(change.square().sum())
-            lost, whole, made[layer] = lost + miss**2 * size, whole + size, (a, b)
+    made, lost, whole = _merge_layers(found, config, weights, ctx, rank)
     write_adapter(ctx.out, made, model)
     source = next(
         (adapter.path for adapter in adapters.values() if (adapter.path / "tokenizer.json").exists()), model.path
@@ -242,6 +247,35 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
         golden=recorded,
         about={"base": model.digest, "method": config.method, "rank": metrics["rank"], "base_kept": "as-is"},
     )
+
+
+def _merge_layers(
+    found: dict[str, dict[str, Factors]], config: AdaptersConfig, weights: dict[str, float], ctx: Context, rank: int
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float, float]:
+    """The factors of each layer, and how much of the squares of changes they miss, of how much."""
+    made: Pairs = {}
+    lost = whole = 0.0
+    for layer in dict.fromkeys(layer for pairs in found.values() for layer in pairs):
+        given = {name: pairs[layer] for name, pairs in found.items() if layer in pairs}
+        shapes = {name: (len(one.b), one.a.shape[1]) for name, one in given.items()}
+        if len(set(shapes.values())) > 1:
+            raise ModelError(
+                f"{layer}: its shapes differ: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())};"
+                " the adapters are of different models"
+            )
+        if config.method == "cat":
+            made[layer] = (
+                torch.cat([one.a * (weights[name] * one.scale) for name, one in given.items()]),
+                torch.cat([one.b for one in given.values()], dim=1),
+            )
+        elif config.method == "linear":
+            made[layer] = _mean(layer, given, weights)
+        else:
+            change = _change(config, layer, given, weights, ctx.seed)
+            a, b, miss = factors(change, rank)
+            size = float(change.square().sum())
+            lost, whole, made[layer] = lost + miss**2 * size, whole + size, (a, b)
+    return made, lost, whole
 
 
 def _factors(adapter: Adapter, model: Model, ctx: Context) -> dict[str, Factors]:

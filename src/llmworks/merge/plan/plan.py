@@ -303,17 +303,7 @@ class Planner:
                 f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which is copied (merge_method: passthrough, no"
                 " dtype) and neither computed with nor converted; convert the model first"
             )
-        shared = {p.name: value_of(p, settings, name, t, where) for p in self.method.parameters if p.of == "tensor"}
-        each = []
-        for index, (model, tensor) in enumerate(sources):
-            own = [source.parameters for source in one.sources if source.model == model]
-            each.append(
-                {
-                    p.name: value_of(p, (*own, *settings), tensor, t, f"{where}: {model}")
-                    for p in self.method.parameters
-                    if p.of == "input" or (p.of == "other" and index != base)
-                }
-            )
+        each, shared = self._parameters(sources, one, settings, name, t, where, base)
         if dtype.startswith("F8") and any(value is not None for value in each[0].values()):
             raise ModelError(
                 f"{models[0]}: {sources[0][1]} is in {TORCH[dtype]}, which nothing can be multiplied by; convert the"
@@ -333,6 +323,30 @@ class Planner:
             tokens,
             sum(place.size for place in places),
         )
+
+    def _parameters(
+        self,
+        sources: list[tuple[str, str]],
+        one: OutputSlice,
+        settings: Sequence[Mapping[str, Setting]],
+        name: str,
+        t: float,
+        where: str,
+        base: int | None,
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Parameters of the tensor, and of each source."""
+        shared = {p.name: value_of(p, settings, name, t, where) for p in self.method.parameters if p.of == "tensor"}
+        each = []
+        for index, (model, tensor) in enumerate(sources):
+            own = [source.parameters for source in one.sources if source.model == model]
+            each.append(
+                {
+                    p.name: value_of(p, (*own, *settings), tensor, t, f"{where}: {model}")
+                    for p in self.method.parameters
+                    if p.of == "input" or (p.of == "other" and index != base)
+                }
+            )
+        return each, shared
 
     def base(self, models: Sequence[str], base: str | None, name: str) -> int | None:
         """The base's place among the sources.

@@ -143,16 +143,7 @@ def run(
     strange = next((row for row in take.tolist() if row >= layout.vocabulary), None)
     if strange is not None:
         raise ModelError(f"{model.name}: its tokenizer has an id {strange}, its embedding {layout.vocabulary} rows")
-    spare = (
-        {at: tuple((OWN, part) for part in parts) for at, parts in found.pieces.items()}
-        if config.new == "pieces"
-        else {}
-    )
-    fresh = [*found.lost, *(found.pieces if config.new != "pieces" else ())]
-    if config.new != "zero" and fresh:
-        spare |= dict.fromkeys(
-            fresh, tuple((OWN, row) for row in sorted(set(found.same.values()))[:: max(1, len(found.same) // 256)])
-        )  # the mean of some hundreds of rows, evenly taken
+    spare = _fresh_rows(config, found)
     vocabulary = Vocabulary(count, count, {OWN: take}, spare, tokenizer.path)
     merge = MergeConfig.model_validate(
         {"merge_method": "passthrough", "models": [{"model": OWN}], "shard_bytes": config.shard_bytes}
@@ -187,6 +178,21 @@ def run(
         metrics=metrics,
         about={"format": "hf", "method": "transplant", "dtype": TORCH[plan.jobs[0].out_dtype]},
     )
+
+
+def _fresh_rows(config: TransplantConfig, found: Mapped) -> dict[int, tuple[tuple[str, int], ...]]:
+    """Rows of the old embedding whose mean a new token begins as."""
+    spare = (
+        {at: tuple((OWN, part) for part in parts) for at, parts in found.pieces.items()}
+        if config.new == "pieces"
+        else {}
+    )
+    fresh = [*found.lost, *(found.pieces if config.new != "pieces" else ())]
+    if config.new != "zero" and fresh:
+        spare |= dict.fromkeys(
+            fresh, tuple((OWN, row) for row in sorted(set(found.same.values()))[:: max(1, len(found.same) // 256)])
+        )  # the mean of some hundreds of rows, evenly taken
+    return spare
 
 
 def _definition(path: Path) -> dict[str, Any]:

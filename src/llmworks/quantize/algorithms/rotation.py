@@ -7,6 +7,7 @@ See `rotate.py`.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from llmworks.tokenize.chat.golden import record, require
 from llmworks.tokenize.load import load_tokenizer, stop_ids
 
 if TYPE_CHECKING:
+    from llmworks.model.shape import Shape
     from llmworks.quantize.algorithms.config import RotateConfig
 
 BOUND = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}  # how far golden logits may move on average
@@ -31,51 +33,13 @@ BOUND = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.3}  # how far golden log
 
 def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
     """See `rotate.rotate`."""
-    from safetensors.torch import save_file
 
-    if model.format != "hf":
-        raise ModelError(
-            f"{model.name}: a Hugging Face directory is rotated, this is {model.format}; convert it with the stage"
-            " model.from_gguf"
-        )
-    source = Source(model.path)
-    shape = source.shape
-    if (
-        shape.norm != "rms"
-        or shape.norm_place == "post"
-        or shape.position in ("learned", "sinusoidal")
-        or shape.experts
-    ):
-        raise ModelError(
-            f"{model.name}: cannot be rotated: its norms must only scale (RMSNorm, before each part), its positions be"
-            " rotary, and its experts be none"
-        )
-    if shape.norm_place == "around":
-        raise ModelError(
-            f"{model.name}: cannot be rotated: it norms what a block gives, too, before it is added to the state (as"
-            " Gemma does), and those weights cannot be folded"
-        )
+    source, shape = _open_rotatable(model)
     tokenizer = load_tokenizer(model.path)
     golden = model.golden or record(
         tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0]
     )
-    turn = rotation(shape.width, ctx.seed)
-    number = getattr(torch, config.dtype)
-    files = []
-    with torch.inference_mode(), ctx.progress.bar("rotate", shape.layers + 1, "blocks") as bar:
-        for block in range(-1, shape.layers):
-            tensors = {name: tensor.double() for name, tensor in source.ours(block).items()}
-            made = (
-                _outside(tensors, turn, shape)
-                if block < 0
-                else _block(
-                    tensors, block, turn, shape, rotation(shape.per_head, ctx.seed + 1) if config.values else None
-                )
-            )
-            files.append(ctx.scratch / f"{block + 1:05}.safetensors")
-            named = {name: tensor.to(torch.float32).to(number).contiguous() for name, tensor in made.items()}
-            save_file(to_standard(named, source.kind) if source.kind else named, files[-1])
-            bar.advance()
+    files = _rotate_blocks(shape, ctx, config, source)
     join_files(files, ctx.out / "model.safetensors")
     settings = {key: value for key, value in source.config.items() if key != "torch_dtype"} | {
         "dtype": config.dtype,
@@ -117,6 +81,57 @@ def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
         metrics=metrics,
         about={"format": "hf", "dtype": config.dtype, "architecture": str(model.about.get("architecture", ""))},
     )
+
+
+def _open_rotatable(model: Model) -> tuple[Source, Shape]:
+    """The directory, piece by piece, and its shape. ModelError for one that cannot be rotated."""
+    if model.format != "hf":
+        raise ModelError(
+            f"{model.name}: a Hugging Face directory is rotated, this is {model.format}; convert it with the stage"
+            " model.from_gguf"
+        )
+    source = Source(model.path)
+    shape = source.shape
+    if (
+        shape.norm != "rms"
+        or shape.norm_place == "post"
+        or shape.position in ("learned", "sinusoidal")
+        or shape.experts
+    ):
+        raise ModelError(
+            f"{model.name}: cannot be rotated: its norms must only scale (RMSNorm, before each part), its positions be"
+            " rotary, and its experts be none"
+        )
+    if shape.norm_place == "around":
+        raise ModelError(
+            f"{model.name}: cannot be rotated: it norms what a block gives, too, before it is added to the state (as"
+            " Gemma does), and those weights cannot be folded"
+        )
+    return source, shape
+
+
+def _rotate_blocks(shape: Shape, ctx: Context, config: RotateConfig, source: Source) -> list[Path]:
+    """Rotate each block into a file of its own."""
+    from safetensors.torch import save_file
+
+    turn = rotation(shape.width, ctx.seed)
+    number = getattr(torch, config.dtype)
+    files = []
+    with torch.inference_mode(), ctx.progress.bar("rotate", shape.layers + 1, "blocks") as bar:
+        for block in range(-1, shape.layers):
+            tensors = {name: tensor.double() for name, tensor in source.ours(block).items()}
+            made = (
+                _outside(tensors, turn, shape)
+                if block < 0
+                else _block(
+                    tensors, block, turn, shape, rotation(shape.per_head, ctx.seed + 1) if config.values else None
+                )
+            )
+            files.append(ctx.scratch / f"{block + 1:05}.safetensors")
+            named = {name: tensor.to(torch.float32).to(number).contiguous() for name, tensor in made.items()}
+            save_file(to_standard(named, source.kind) if source.kind else named, files[-1])
+            bar.advance()
+    return files
 
 
 def _largest(source: Source, block: int) -> float:

@@ -60,23 +60,7 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
         if config.allocate and sensed is None:
             table = table_of(source, ids[: config.sensed], ctx, found)
     seen = seen if wanted or config.allocate else None
-    given, expected = dict(config.tensors), None
-    if config.allocate:
-        if not table:
-            raise DataError(
-                "config.allocate needs the costs of formats, which `sense` has not: make it with sensed above 0"
-            )
-        tensors = Tensors(model.path, read_config(model.path))
-        kinds, expected = allocated(
-            table,
-            tensors.shapes,
-            types_of(tensors.shapes, config.type, tensors.layout(seen is not None), config.tensors),
-        )
-        given |= {
-            f"^{re.escape(name)}$": kind
-            for name, kind in kinds.items()
-            if not any(re.search(pattern, name) for pattern in config.tensors)
-        }
+    given, expected = _choose_formats(config, table, model, seen)
     target = ctx.out / "model.gguf"
     written = write_gguf(model.path, target, config.type, ctx.progress, seen, given)
     engine = LlamaCppEngine(target, name="model.gguf")
@@ -100,6 +84,51 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
         "golden_gap_largest": round(gap.largest, 5),
         "golden_same_greedy": round(gap.same_greedy, 5),
     }
+    _write_card(config, seen, ctx, model, metrics, data)
+    _describe(ctx, model, config.type, written, metrics)
+    about = {
+        "format": "gguf",
+        "type": config.type,
+        "importance": seen is not None,
+        "allocated": config.allocate,
+        **({"calibration": data.name} if data is not None else {}),
+    }
+    return Model(ctx.out, golden=golden, metrics=metrics, about=about)
+
+
+def _choose_formats(
+    config: GgufConfig, table: Mapping[str, Mapping[str, float]] | None, model: Model, seen: Mapping[str, Any] | None
+) -> tuple[dict[str, str], float | None]:
+    """Formats of tensors by their names, and the divergence that is expected of them."""
+    given, expected = dict(config.tensors), None
+    if config.allocate:
+        if not table:
+            raise DataError(
+                "config.allocate needs the costs of formats, which `sense` has not: make it with sensed above 0"
+            )
+        tensors = Tensors(model.path, read_config(model.path))
+        kinds, expected = allocated(
+            table,
+            tensors.shapes,
+            types_of(tensors.shapes, config.type, tensors.layout(seen is not None), config.tensors),
+        )
+        given |= {
+            f"^{re.escape(name)}$": kind
+            for name, kind in kinds.items()
+            if not any(re.search(pattern, name) for pattern in config.tensors)
+        }
+    return given, expected
+
+
+def _write_card(
+    config: GgufConfig,
+    seen: Mapping[str, Any] | None,
+    ctx: Context,
+    model: Model,
+    metrics: dict[str, Any],
+    data: Dataset | None,
+) -> None:
+    """Write the card of the file."""
     said = (
         f"as llama.cpp reads it, {config.type}"
         + (", formats by what each matrix bears" if config.allocate else "")
@@ -117,15 +146,6 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
         data=data,
         file=gguf_name(model.name, config.type),
     )
-    _describe(ctx, model, config.type, written, metrics)
-    about = {
-        "format": "gguf",
-        "type": config.type,
-        "importance": seen is not None,
-        "allocated": config.allocate,
-        **({"calibration": data.name} if data is not None else {}),
-    }
-    return Model(ctx.out, golden=golden, metrics=metrics, about=about)
 
 
 def check(model: Model) -> None:

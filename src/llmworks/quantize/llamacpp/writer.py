@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.gguf_writer import GGUFWriter
 
 from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
@@ -75,6 +76,22 @@ def write_gguf(
     add_hyperparameters(writer, config)
     add_vocabulary(writer, source, config)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_tensors(tensors, types, writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with progress.bar(f"write {kind}", len(tensors.shapes), "tensors") as bar:
+        for name in tensors.shapes:
+            writer.write_tensor_data(encoded(tensors.read(name), types[name], (importance or {}).get(name)))
+            bar.advance()
+    writer.close()
+    return Written(types, dict(tensors.shapes), tuple(name for name, found in types.items() if found != wide[name]))
+
+
+def _add_tensors(tensors: Tensors, types: dict[str, str], writer: GGUFWriter) -> None:
+    """Announce every tensor with its shape and format."""
+    import gguf
+
     for name, shape in tensors.shapes.items():
         number = gguf.GGMLQuantizationType[types[name]]
         size, each = gguf.GGML_QUANT_SIZES[number]
@@ -90,15 +107,6 @@ def write_gguf(
             count // size * each,
             raw_dtype=number,
         )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    with progress.bar(f"write {kind}", len(tensors.shapes), "tensors") as bar:
-        for name in tensors.shapes:
-            writer.write_tensor_data(encoded(tensors.read(name), types[name], (importance or {}).get(name)))
-            bar.advance()
-    writer.close()
-    return Written(types, dict(tensors.shapes), tuple(name for name, found in types.items() if found != wide[name]))
 
 
 def encoded(weight: Any, kind: str, importance: Any = None) -> Any:

@@ -95,19 +95,7 @@ def write_card(
         f"| bits of a weight, scales included | {metrics['bits_a_weight']:.2f} |",
     ]
     lines += [f"| {what} | {metrics[key]:.4g} |" for key, what in FIGURES.items() if key in metrics]
-    where = (
-        f" on {metrics['held_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by"
-        if data is not None and "held_tokens" in metrics
-        else ""
-    )
-    lines += [
-        "",
-        (
-            f"Divergence, agreement and perplexity are measured{where}; they say little about a skill."
-            if where
-            else "The damage was not measured on texts."
-        ),
-    ]
+    lines = _add_damage(data, metrics, lines)
     lines += [
         "The golden tokens of the original (ids, stop tokens, logits) were replayed on these files.",
         "",
@@ -121,3 +109,21 @@ def write_card(
         "",
     ]
     write(out, front, lines)
+
+
+def _add_damage(data: Dataset | None, metrics: Mapping[str, Any], lines: list[str]) -> list[str]:
+    """Add where the damage was measured."""
+    where = (
+        f" on {metrics['held_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by"
+        if data is not None and "held_tokens" in metrics
+        else ""
+    )
+    lines += [
+        "",
+        (
+            f"Divergence, agreement and perplexity are measured{where}; they say little about a skill."
+            if where
+            else "The damage was not measured on texts."
+        ),
+    ]
+    return lines

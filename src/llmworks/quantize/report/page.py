@@ -69,6 +69,30 @@ def describe(
         "metrics": dict(metrics),
         "layers": [{key: one[key] for key in ("name", "lost", "bits")} for one in told],
     }
+    _draw_curves(told, report)
+    worst = sorted(told, key=lambda one: -float(one["lost"]))
+    _draw_extremes(worst, report)
+    if len({round(float(one["bits"]), 1) for one in told}) > 1:
+        bits: dict[str, list[tuple[float, float]]] = {}
+        for one in told:
+            bits.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["bits"])))
+        report.curves(
+            "Bits of a weight",
+            bits,
+            x="block",
+            y="bits, scales included",
+            note="More where a rounding would change the model's chances of tokens most.",
+        )
+    figures(report, metrics)
+    report.table(
+        "Layers that lost most",
+        ("layer", "share lost", "bits a weight"),
+        [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst[:12]],
+    )
+
+
+def _draw_curves(told: Sequence[Mapping[str, Any]], report: ReportBuilder) -> None:
+    """Curves over the blocks: what rounding takes, and outliers of inputs."""
     series: dict[str, list[tuple[float, float]]] = {}
     for one in told:
         series.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["lost"])))
@@ -94,7 +118,10 @@ def describe(
                 " look at."
             ),
         )
-    worst = sorted(told, key=lambda one: -float(one["lost"]))
+
+
+def _draw_extremes(worst: list[Mapping[str, Any]], report: ReportBuilder) -> None:
+    """Histograms of the layers that lost most and least."""
     for one in (worst[0], worst[-1]) if worst else ():
         shape = one["shape"]
         step = (shape["high"] - shape["low"]) / len(shape["before"])
@@ -112,20 +139,3 @@ def describe(
                 " where groups have scales of their own the steps blur."
             ),
         )
-    if len({round(float(one["bits"]), 1) for one in told}) > 1:
-        bits: dict[str, list[tuple[float, float]]] = {}
-        for one in told:
-            bits.setdefault(str(one["layer"]), []).append((float(one["block"]), float(one["bits"])))
-        report.curves(
-            "Bits of a weight",
-            bits,
-            x="block",
-            y="bits, scales included",
-            note="More where a rounding would change the model's chances of tokens most.",
-        )
-    figures(report, metrics)
-    report.table(
-        "Layers that lost most",
-        ("layer", "share lost", "bits a weight"),
-        [(one["name"], round(float(one["lost"]), 5), round(float(one["bits"]), 3)) for one in worst[:12]],
-    )

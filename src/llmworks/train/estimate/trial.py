@@ -17,9 +17,14 @@ from llmworks.core.errors import LlmworksError
 
 if TYPE_CHECKING:
     import torch
+    from torch._C import device
+    from torch.optim.optimizer import Optimizer
 
+    from llmworks.train.finetune.examples import Example, Steps
+    from llmworks.train.finetune.trainable import Tuned
     from llmworks.train.loop.packed import PackedBatch
     from llmworks.train.pretrain import PretrainConfig
+    from llmworks.train.sft import SftConfig
 
 STEPS, MOST, ENOUGH, LOOKS = (
     5,
@@ -108,7 +113,6 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     """
     began = time.perf_counter()
     import matplotlib.figure  # noqa: F401
-    import torch
 
     from llmworks.core.artifact import Dataset
     from llmworks.data.conversations.training_rows import training_rows
@@ -116,15 +120,9 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     from llmworks.tokenize.chat.named import use_template
     from llmworks.tokenize.load import load_tokenizer, stop_ids
     from llmworks.train.distill import DistillConfig
-    from llmworks.train.distributed.sharding import cast, resolved
-    from llmworks.train.finetune.distillation_loss import DIRECTIONS, taught
     from llmworks.train.finetune.examples import Steps
     from llmworks.train.finetune.generation_check import answerable, answers
-    from llmworks.train.finetune.run import prepare
     from llmworks.train.finetune.trainable import open_tuned
-    from llmworks.train.loop.losses import next_token_loss
-    from llmworks.train.loop.optimizers import optimizers_of
-    from llmworks.train.loop.packed import packed_loss
     from llmworks.train.sft import SftConfig, make_examples
 
     config, model = (
@@ -146,6 +144,39 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     start = time.perf_counter()
     answers(TorchEngine(network, tokenizer, stops, ""), questions[:1], None)
     samples = (time.perf_counter() - start) * len(questions)
+    network, device, loss_of, optimizers = _prepare(tuned, config, given)
+    steps = Steps(
+        examples,
+        epochs=config.epochs,
+        size=config.batch_size,
+        accumulation=config.accumulation,
+        seed=0,
+        free=tuned.free,
+        device=device,
+    )
+    seconds, padded = _time_steps(examples, config, steps, device, loss_of, network, optimizers)
+    known = slice(1, None) if len(seconds) > 1 else slice(None)
+    mean = statistics.fmean(sum(make().ids.numel() for make in parts) for parts in steps)
+    return {
+        "step": sum(seconds[known]) / sum(padded[known]) * mean,
+        "row": encoding / len(some),
+        "samples": samples,
+        "around": 2 * loading,
+    }
+
+
+def _prepare(tuned: Tuned, config: SftConfig, given: dict[str, Any]) -> tuple[Any, device, Any, list[Optimizer]]:
+    """What is trained, its device, optimizers and loss."""
+    import torch
+
+    from llmworks.train.distill import DistillConfig
+    from llmworks.train.finetune.distillation_loss import DIRECTIONS, taught
+    from llmworks.train.finetune.run import prepare
+    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.loop.losses import next_token_loss
+    from llmworks.train.loop.optimizers import optimizers_of
+    from llmworks.train.loop.packed import packed_loss
+
     prepare(tuned, config)
     network = tuned.network
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,15 +190,21 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
         loss_of = taught(
             guide, beta=DIRECTIONS.get(config.direction, 0.5), temperature=config.temperature, mix=config.mix
         )
-    steps = Steps(
-        examples,
-        epochs=config.epochs,
-        size=config.batch_size,
-        accumulation=config.accumulation,
-        seed=0,
-        free=tuned.free,
-        device=device,
-    )
+    return network, device, loss_of, optimizers
+
+
+def _time_steps(
+    examples: list[Example],
+    config: SftConfig,
+    steps: Steps,
+    device: device,
+    loss_of: Any,
+    network: Any,
+    optimizers: list[Optimizer],
+) -> tuple[list[float], list[int]]:
+    """Seconds of some steps, the longest rows first, and tokens of each."""
+    from llmworks.train.distributed.sharding import cast, resolved
+
     longest = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))[-config.batch_size :]
     seconds: list[float] = []
     padded: list[int] = []
@@ -182,14 +219,7 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
         padded.append(sum(batch.ids.numel() for batch in batches))
         if enough(seconds):
             break
-    known = slice(1, None) if len(seconds) > 1 else slice(None)
-    mean = statistics.fmean(sum(make().ids.numel() for make in parts) for parts in steps)
-    return {
-        "step": sum(seconds[known]) / sum(padded[known]) * mean,
-        "row": encoding / len(some),
-        "samples": samples,
-        "around": 2 * loading,
-    }
+    return seconds, padded
 
 
 def enough(seconds: list[float]) -> bool:

@@ -29,7 +29,10 @@ from llmworks.train.loop.schedule import OptimizerConfig
 
 if TYPE_CHECKING:
     from llmworks.train.distributed.world import World
+    from llmworks.train.finetune.examples import Steps
     from llmworks.train.finetune.trainable import Tuned
+    from llmworks.train.loop.early_stopping import Best
+    from llmworks.train.loop.loop import Habits
 
 
 class TuneConfig(Config):
@@ -175,6 +178,13 @@ Describe = Callable[
 Finish = Callable[["Tuned", dict[str, Any]], Adapter | Model]
 
 
+def require_held_out(config: TuneConfig, *, given: bool) -> None:
+    """UserError where a configuration evaluates on held-out rows that are not given."""
+    if (config.best or config.look_every) and not given:
+        field = "best" if config.best else "look_every"
+        raise UserError(f"config.{field} looks at held-out rows; give them as held_out")
+
+
 def tune(
     config: Any,
     model: Model,
@@ -194,61 +204,19 @@ def tune(
     """
     import torch
 
-    from llmworks.generate.engines.torch import TorchEngine
-    from llmworks.train.distributed.sharding import cast, place, resolved
-    from llmworks.train.finetune.examples import Steps
-    from llmworks.train.finetune.generation_check import answers
+    from llmworks.train.distributed.sharding import cast, place
     from llmworks.train.finetune.trainable import open_tuned
-    from llmworks.train.loop.early_stopping import Best
-    from llmworks.train.loop.loop import Habits, train
-    from llmworks.train.pretrain import parallel_whole
+    from llmworks.train.loop.loop import train
 
     tuned = open_tuned(model.path)
-    before: list[str] = []
-    if material.questions and world.first:  # on the CPU, where the engine reads
-        engine = (
-            TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
-            if adapter is None
-            else TorchEngine.open(model.path, adapter=adapter.path)
-        )
-        before = answers(engine, material.questions, ctx.scratch / "before.json")
+    before = _answers_before(material, world, adapter, tuned, model, ctx)
     torch.manual_seed(ctx.seed)
-    prepare(tuned, config, adapter)
-    precision = resolved(config.precision, world.device, spread=config.parallel.data == "shard")
-    if (
-        precision != "fp32" and config.method == "lora" and config.parallel.data != "shard"
-    ):  # whose pieces are of one format
-        tuned.narrow(precision)
-    network = tuned.network.to(world.device)
-    if config.recompute:
-        if not network.supports_gradient_checkpointing:
-            raise UserError("config.recompute: this architecture does not have it")
-        network.activation_checkpointing_enable({"use_reentrant": False})
+    precision, network = _prepare_network(tuned, config, adapter, world)
     with cast(world.device, precision):  # a reference that is computed here computes as the policy will
         way = way_of(tuned, material)
-    each, shares = config.batch_size * config.accumulation, world.count("data")
-    size = share_of(each, shares, config.batch_size)
-    steps = (
-        way.steps
-        if way.steps is not None
-        else Steps(
-            material.examples,
-            epochs=config.epochs,
-            size=config.batch_size,
-            accumulation=config.accumulation,
-            seed=ctx.seed,
-            free=tuned.free,
-            join=way.join,
-            share=(world.at("data"), shares),
-            cut=size,
-        )
-    )
+    steps = _steps_of(config, world, way, material, ctx, tuned)
     placed = place(network, config.parallel, world, precision=precision)
-    whole = tuned
-    if not parallel_whole(config.parallel, world.size) and world.first:
-        whole = open_tuned(model.path)
-        prepare(whole, config, adapter)
-        whole.network.to(world.device)
+    whole = _whole_of(tuned, config, world, model, adapter)
 
     def look(step: int) -> dict[str, float]:
         placed.gather(whole.network if world.first else None)
@@ -259,16 +227,7 @@ def tune(
         ctx.progress.say(f"step {step + 1}: {way.said(found)}")
         return found
 
-    best = Best(config.best, ctx.scratch, config.patience) if config.best else None
-    habits = Habits(
-        config.checkpoint_every,
-        precision=precision,
-        look=look if material.unseen else None,
-        look_every=config.look_every,
-        best=best,
-        faster={"b": config.lora.faster} if config.lora.faster > 1 else {},
-        told=way.told,
-    )
+    best, habits = _habits_of(config, ctx, precision, material, look, way)
     metrics: dict[str, Any] = dict(
         train(placed, steps, way.loss, config.optimizer, habits, scratch=ctx.scratch, progress=ctx.progress)
     )
@@ -288,6 +247,101 @@ def tune(
     return _finish(config, model, material, ctx, whole, before, metrics, describe)
 
 
+def _answers_before(
+    material: Material, world: World, adapter: Adapter | None, tuned: Tuned, model: Model, ctx: Context
+) -> list[str]:
+    """What the model answers before it is trained."""
+    from llmworks.generate.engines.torch import TorchEngine
+    from llmworks.train.finetune.generation_check import answers
+
+    before: list[str] = []
+    if material.questions and world.first:  # on the CPU, where the engine reads
+        engine = (
+            TorchEngine(tuned.network, material.tokenizer, material.stops, model.name)
+            if adapter is None
+            else TorchEngine.open(model.path, adapter=adapter.path)
+        )
+        before = answers(engine, material.questions, ctx.scratch / "before.json")
+    return before
+
+
+def _prepare_network(tuned: Tuned, config: Any, adapter: Adapter | None, world: World) -> tuple[str, Any]:
+    """Choose what is trained, its number format and device."""
+    from llmworks.train.distributed.sharding import resolved
+
+    prepare(tuned, config, adapter)
+    precision = resolved(config.precision, world.device, spread=config.parallel.data == "shard")
+    if (
+        precision != "fp32" and config.method == "lora" and config.parallel.data != "shard"
+    ):  # whose pieces are of one format
+        tuned.narrow(precision)
+    network = tuned.network.to(world.device)
+    if config.recompute:
+        if not network.supports_gradient_checkpointing:
+            raise UserError("config.recompute: this architecture does not have it")
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    return precision, network
+
+
+def _steps_of(
+    config: Any, world: World, way: Way, material: Material, ctx: Context, tuned: Tuned
+) -> Sequence[Any] | Steps:
+    """The steps: those of the method, else batches of the examples."""
+    from llmworks.train.finetune.examples import Steps
+
+    each, shares = config.batch_size * config.accumulation, world.count("data")
+    size = share_of(each, shares, config.batch_size)
+    steps = (
+        way.steps
+        if way.steps is not None
+        else Steps(
+            material.examples,
+            epochs=config.epochs,
+            size=config.batch_size,
+            accumulation=config.accumulation,
+            seed=ctx.seed,
+            free=tuned.free,
+            join=way.join,
+            share=(world.at("data"), shares),
+            cut=size,
+        )
+    )
+    return steps
+
+
+def _whole_of(tuned: Tuned, config: Any, world: World, model: Model, adapter: Adapter | None) -> Tuned:
+    """The model that the first process looks at and saves: another one where weights are spread."""
+    from llmworks.train.finetune.trainable import open_tuned
+    from llmworks.train.pretrain import parallel_whole
+
+    whole = tuned
+    if not parallel_whole(config.parallel, world.size) and world.first:
+        whole = open_tuned(model.path)
+        prepare(whole, config, adapter)
+        whole.network.to(world.device)
+    return whole
+
+
+def _habits_of(
+    config: Any, ctx: Context, precision: str, material: Material, look: Callable[[int], dict[str, float]], way: Way
+) -> tuple[Best | None, Habits]:
+    """How the loop runs: when it looks, saves and stops."""
+    from llmworks.train.loop.early_stopping import Best
+    from llmworks.train.loop.loop import Habits
+
+    best = Best(config.best, ctx.scratch, config.patience) if config.best else None
+    habits = Habits(
+        config.checkpoint_every,
+        precision=precision,
+        look=look if material.unseen else None,
+        look_every=config.look_every,
+        best=best,
+        faster={"b": config.lora.faster} if config.lora.faster > 1 else {},
+        told=way.told,
+    )
+    return best, habits
+
+
 def looked(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any]:
     """Figures of the look at the weights that are saved."""
     looks = [row for row in rows if "held_out" in row]
@@ -299,6 +353,15 @@ def looked(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any
         **({"accuracy": round(chosen["accuracy"], 5)} if "accuracy" in chosen else {}),
         "best_step": chosen["step"],
     }
+
+
+def save_records(ctx: Context, set_aside: Sequence[tuple[str, str]]) -> None:
+    """Keep beside the result what its steps measured, and the rows that were set aside with their reasons."""
+    if ctx.progress.metrics is not None:
+        shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
+    if set_aside:
+        lines = [json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in set_aside]
+        (ctx.out / "set_aside.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _finish(
@@ -326,15 +389,7 @@ def _finish(
     }
     tuned.save(ctx.out, model.ref or model.name)
     material.tokenizer.save_pretrained(ctx.out)
-    if ctx.progress.metrics is not None:
-        shutil.copyfile(ctx.progress.metrics, ctx.out / "metrics.jsonl")
-    if material.set_aside:
-        (ctx.out / "set_aside.jsonl").write_text(
-            "".join(
-                json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n" for id, reason in material.set_aside
-            ),
-            encoding="utf-8",
-        )
+    save_records(ctx, material.set_aside)
     engine = (
         TorchEngine.open(model.path, adapter=ctx.out)
         if tuned.soft or tuned.narrowed

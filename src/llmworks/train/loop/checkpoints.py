@@ -147,17 +147,7 @@ def resume(running: Running, scratch: Path) -> int:
         }
     except Exception as error:  # torch raises many kinds for a broken file
         raise TrainingError(_broken(folder, error)) from None
-    wanted = running.tensors()
-    own = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    differs = next((name for name, size in own.items() if sizes.get(name) != size), "")
-    if not differs and world.count("pipeline") == 1:
-        differs = next((name for name in sizes if name.startswith(("parameters.", "average.")) and name not in own), "")
-    if differs or made_by != [type(o).__name__ for o in running.optimizers]:
-        what = differs.removeprefix("parameters.") if differs else "the optimizer"
-        raise TrainingError(
-            f"{folder}: is the checkpoint of another configuration ({what} differs); delete {folder.parent} to begin"
-            " anew"
-        )
+    wanted = _require_same(running, world, sizes, made_by, folder)
     for name, (optimizer, p) in running._owners().items():  # moments exist after the first step only
         for key in [k for k in sizes if k.startswith(f"moments.{name}.") and "." not in k[len(f"moments.{name}.") :]]:
             made = (
@@ -184,6 +174,24 @@ def resume(running: Running, scratch: Path) -> int:
         if f"cuda.{world.rank}" in random and world.device.type == "cuda":
             torch.cuda.set_rng_state(random[f"cuda.{world.rank}"], world.device)
     return finished
+
+
+def _require_same(
+    running: Running, world: World, sizes: dict[str, tuple[Any, ...]], made_by: Any, folder: Path
+) -> dict[str, Any]:
+    """TrainingError for a checkpoint of another model or optimizer."""
+    wanted = running.tensors()
+    own = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    differs = next((name for name, size in own.items() if sizes.get(name) != size), "")
+    if not differs and world.count("pipeline") == 1:
+        differs = next((name for name in sizes if name.startswith(("parameters.", "average.")) and name not in own), "")
+    if differs or made_by != [type(o).__name__ for o in running.optimizers]:
+        what = differs.removeprefix("parameters.") if differs else "the optimizer"
+        raise TrainingError(
+            f"{folder}: is the checkpoint of another configuration ({what} differs); delete {folder.parent} to begin"
+            " anew"
+        )
+    return wanted
 
 
 @contextlib.contextmanager

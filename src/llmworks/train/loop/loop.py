@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ from llmworks.train.loop.early_stopping import Best
 from llmworks.train.loop.loss_guard import Watch
 from llmworks.train.loop.optimizers import optimizers_of
 from llmworks.train.loop.schedule import OptimizerConfig, learning_rate
+
+if TYPE_CHECKING:
+    from llmworks.core.progress import Bar
+    from llmworks.train.loop.checkpoints import Running
 
 
 class Batch(Protocol):
@@ -102,52 +106,7 @@ def train(
         if start:
             progress.say(f"going on from step {start} of {len(steps)}")
         for step in range(start, len(steps)):
-            began = time.monotonic()
-            rate = habits.rate(step) if habits.rate is not None else learning_rate(step, len(steps), config)
-            for group in (group for optimizer in running.optimizers for group in optimizer.param_groups):
-                group["lr"] = rate * group.get("times", 1.0)
-            batches = [make() for make in steps[step]]
-            loaded = time.monotonic() - began
-            labels, tokens = (
-                int(n) for n in world.total([sum(b.labels for b in batches), sum(b.tokens for b in batches)])
-            )
-            if not labels:
-                raise TrainingError("a step has no label: no token of its batches is learned")
-            (total,) = world.total([placed.backward(batches, loss, labels, running.scaler, habits.precision)])
-            for optimizer in running.optimizers:
-                running.scaler.unscale_(optimizer)
-            norm = placed.clip(config.clip)
-            batch = "; ".join(filter(None, (getattr(b, "where", "") for b in batches)))
-            watch.look(
-                step,
-                len(steps),
-                total,
-                norm,
-                batch + (f"; and those of {world.size - 1} other processes" if world.size > 1 else ""),
-                scaled=habits.precision == "fp16",
-            )
-            for optimizer in running.optimizers:
-                running.scaler.step(optimizer)
-                optimizer.zero_grad()
-            running.scaler.update()
-            for name, mean in running.average.items():
-                mean.lerp_(
-                    running.parameters[name].detach(), 1 - min(habits.average, (1 + step) / (10 + step))
-                )  # the untrained weights are soon forgotten
-            seconds = time.monotonic() - began
-            progress.metric(
-                step=step,
-                loss=total,
-                learning_rate=rate,
-                gradient_norm=norm,
-                tokens=tokens,
-                labels=labels,
-                seconds=seconds,
-                loading=loaded,
-                memory=memory(world.device),
-                **(habits.told() if habits.told is not None else {}),
-            )
-            bar.advance(1, loss=total, tokens_per_s=tokens / seconds)
+            name, mean = _take_step(habits, step, steps, config, running, world, placed, loss, watch, progress, bar)
             last = step + 1 == len(steps)
             if habits.look is not None and (last or (habits.look_every and (step + 1) % habits.look_every == 0)):
                 with averaged(running), torch.random.fork_rng(enabled=True):
@@ -172,6 +131,67 @@ def train(
                 running.parameters[name].copy_(mean)
     network.eval()
     return summary([row for row in progress.read_metrics() if "loss" in row])
+
+
+def _take_step(
+    habits: Habits,
+    step: int,
+    steps: Sequence[Sequence[Callable[[], Any]]],
+    config: OptimizerConfig,
+    running: Running,
+    world: World,
+    placed: Placed | Pipelined,
+    loss: Callable[[Any, Any], Tensor],
+    watch: Watch,
+    progress: Progress,
+    bar: Bar,
+) -> tuple[str, Tensor]:
+    """One step: forward and backward over its parts, clip, update, average, and note its figures."""
+    began = time.monotonic()
+    rate = habits.rate(step) if habits.rate is not None else learning_rate(step, len(steps), config)
+    for group in (group for optimizer in running.optimizers for group in optimizer.param_groups):
+        group["lr"] = rate * group.get("times", 1.0)
+    batches = [make() for make in steps[step]]
+    loaded = time.monotonic() - began
+    labels, tokens = (int(n) for n in world.total([sum(b.labels for b in batches), sum(b.tokens for b in batches)]))
+    if not labels:
+        raise TrainingError("a step has no label: no token of its batches is learned")
+    (total,) = world.total([placed.backward(batches, loss, labels, running.scaler, habits.precision)])
+    for optimizer in running.optimizers:
+        running.scaler.unscale_(optimizer)
+    norm = placed.clip(config.clip)
+    batch = "; ".join(filter(None, (getattr(b, "where", "") for b in batches)))
+    watch.look(
+        step,
+        len(steps),
+        total,
+        norm,
+        batch + (f"; and those of {world.size - 1} other processes" if world.size > 1 else ""),
+        scaled=habits.precision == "fp16",
+    )
+    for optimizer in running.optimizers:
+        running.scaler.step(optimizer)
+        optimizer.zero_grad()
+    running.scaler.update()
+    for name, mean in running.average.items():
+        mean.lerp_(
+            running.parameters[name].detach(), 1 - min(habits.average, (1 + step) / (10 + step))
+        )  # the untrained weights are soon forgotten
+    seconds = time.monotonic() - began
+    progress.metric(
+        step=step,
+        loss=total,
+        learning_rate=rate,
+        gradient_norm=norm,
+        tokens=tokens,
+        labels=labels,
+        seconds=seconds,
+        loading=loaded,
+        memory=memory(world.device),
+        **(habits.told() if habits.told is not None else {}),
+    )
+    bar.advance(1, loss=total, tokens_per_s=tokens / seconds)
+    return name, mean
 
 
 def _running(placed: Placed | Pipelined, config: OptimizerConfig, habits: Habits) -> checkpoints.Running:

@@ -141,6 +141,10 @@ class Bench:
         self.rows = training_rows(data)[: each * STEPS]
         self.data = self.kept("rows", self.rows)
         self.runs: dict[str, Path] = {}
+        self._base_of()
+
+    def _base_of(self) -> None:
+        """The shrunken model as an artifact."""
         files = digest_files(self.model)
         self.base = Model(
             self.model,

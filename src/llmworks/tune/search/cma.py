@@ -60,13 +60,7 @@ def evolve(
         raise MissingDependency("evolving a merge needs cma; install it with: pip install 'llmworks[tune]'") from None
     known = _read(journal)
     begin = [(gene.start - gene.low) / (gene.high - gene.low) for gene in genes]
-    options: dict[str, Any] = {
-        "bounds": [0, 1],
-        "seed": seed + 1,
-        "popsize": population,
-        "verbose": -9,
-        "verb_log": 0,
-    }  # 0 would be the clock's
+    options = _options(seed, population)
     found: list[Attempt] = []
 
     def attempt(point: Sequence[float], generation: int) -> Attempt:
@@ -103,6 +97,18 @@ def evolve(
             search.tell(points, [-attempt(point, generation).score for point in points])
             generation += 1
     return found
+
+
+def _options(seed: int, population: int) -> dict[str, Any]:
+    """What the search is told."""
+    options: dict[str, Any] = {
+        "bounds": [0, 1],
+        "seed": seed + 1,
+        "popsize": population,
+        "verbose": -9,
+        "verb_log": 0,
+    }  # 0 would be the clock's
+    return options
 
 
 def _read(journal: Path) -> dict[tuple[float, ...], tuple[float, dict[str, float]]]:

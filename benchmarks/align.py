@@ -7,10 +7,9 @@ Speed and memory.
     python benchmarks/align.py --what dpo --rounds 1
 
 The same model, texts, batches, adapter (LoRA r16 on all linear layers), fused AdamW and fp32. DPO: 8 pairs a step; our
-reference is computed once before the first step, and that
-time is counted; TRL computes it beside every step, its default. GRPO: 4 prompts and 8 answers to each of at most 64
-tokens a step, at temperature 1; tokens of answers a second, since answers
-differ in length. Each is a process of its own, in turns.
+reference is computed once before the first step, and that time is counted; TRL computes it beside every step, its
+default. GRPO: 4 prompts and 8 answers to each of at most 64 tokens a step, at temperature 1; tokens of answers a
+second, since answers differ in length. Each is a process of its own, in turns.
 """
 
 from __future__ import annotations
@@ -72,9 +71,10 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
     from llmworks.align.losses.policy import group_advantages
     from llmworks.align.preference.examples import Answered, pair_of
     from llmworks.align.preference.objective import Given
+    from llmworks.align.rl.experience import Asked
     from llmworks.align.rl.objective import Groups, Objective
     from llmworks.align.rl.rewards import Rewards
-    from llmworks.align.rl.rollouts import Asked, Drawing, Habit
+    from llmworks.align.rl.rollouts import Drawing, Habit
     from llmworks.core.context import Context
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
@@ -84,7 +84,7 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
     from llmworks.tokenize.load import load_tokenizer, stop_ids
     from llmworks.train.finetune.examples import Steps
     from llmworks.train.finetune.lora_config import LoraConfig
-    from llmworks.train.finetune.run import Material
+    from llmworks.train.finetune.method import Material
     from llmworks.train.finetune.trainable import open_tuned
     from llmworks.train.loop.loop import Habits, train
 
@@ -256,7 +256,7 @@ def prepared(folder: Path) -> None:
     from llmworks.core.workspace import Workspace
     from llmworks.runtime.execute import execute
     from llmworks.runtime.references import open_engine, resolve
-    from llmworks.runtime.stages import resolve as stage
+    from llmworks.runtime.resolve import resolve as stage
 
     workspace = Workspace(folder / "ws")
     last: Any = resolve("asset:sarcasm-headlines")

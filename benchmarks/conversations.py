@@ -5,12 +5,10 @@
 Takes about 15 minutes on two cores, and 2 GB of disk.
 
 The conversations are paragraphs of manuals of Debian 12, fetched with apt-get: a paragraph asks, the ones after it
-answer. PYTHON is an
-environment with trl==1.16.0; FOLDER an unpacked wheel of axolotl==0.19.0 (its environment also needs addict and
-colorama). Every tool is a
-process of its own with one worker; reading the JSONL (for us `data chat`, which also checks every turn) is told apart,
-all else counts, the
-start of the process too. What TRL and Axolotl make is compared with ours, piece by piece.
+answer. PYTHON is an environment with trl==1.16.0; FOLDER an unpacked wheel of axolotl==0.19.0 (its environment also
+needs addict and colorama). Every tool is a process of its own with one worker; reading the JSONL (for us `data chat`,
+which also checks every turn) is told apart, all else counts, the start of the process too. What TRL and Axolotl make is
+compared with ours, piece by piece.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
     python benchmarks/data.py [--datatrove PYTHON]      (about 12 minutes on two cores, 5 GB of disk)
 
 The documents are manuals, man pages and the kernel's sources of Debian 12, fetched with apt-get. Peers are installed
-beside llmworks: rensa, datasketch; datatrove
-lives in an environment of its own whose Python is named by --datatrove. Every measurement is a process of its own, so
-that CPU seconds and
-peak memory are those of the tool alone. Throughput is megabytes of UTF-8 text per CPU second.
+beside llmworks: rensa, datasketch; datatrove lives in an environment of its own whose Python is named by --datatrove.
+Every measurement is a process of its own, so that CPU seconds and peak memory are those of the tool alone. Throughput
+is megabytes of UTF-8 text per CPU second.
 """
 
 from __future__ import annotations

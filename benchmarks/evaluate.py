@@ -279,7 +279,7 @@ def engines(size: float, ref: str, only: str) -> None:
     from llmworks.quantize.llamacpp.writer import write_gguf
     from llmworks.runtime.default_inputs import default_inputs
     from llmworks.runtime.references import open_engine, resolve
-    from llmworks.runtime.stages import resolve as resolve_stage
+    from llmworks.runtime.resolve import resolve as resolve_stage
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

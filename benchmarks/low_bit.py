@@ -70,7 +70,7 @@ def models() -> None:
     from llmworks.core.workspace import Workspace
     from llmworks.runtime.execute import execute
     from llmworks.runtime.references import open_engine, resolve
-    from llmworks.runtime.stages import resolve as stage
+    from llmworks.runtime.resolve import resolve as stage
 
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder) / "ws")

@@ -5,8 +5,8 @@ memory.
     python benchmarks/model.py --attention                                   (attention alone, half a minute)
 
 Each is a process of its own, fp32, eager PyTorch, the same threads, the same ids, loss on every token. transformers'
-Llama runs with both of its
-kinds of attention: `eager` (written out) and `sdpa` (PyTorch's fused one, which ours uses too).
+Llama runs with both of its kinds of attention: `eager` (written out) and `sdpa` (PyTorch's fused one, which ours uses
+too).
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@ matrix products, and of loading.
     python benchmarks/pretrain.py --plan WORKSPACE    what `llmworks plan --try` says of the recipe, and its run
 
 Ours is the decoder in the loop of `train.pretrain`; theirs is transformers' Llama of the same shape in a plain loop,
-and in transformers' Trainer. Each is
-a process of its own, in turns: fp32, eager PyTorch, fused AdamW, clipping, the same threads, the same packed rows of
-texts that do not see one another.
+and in transformers' Trainer. Each is a process of its own, in turns: fp32, eager PyTorch, fused AdamW, clipping, the
+same threads, the same packed rows of texts that do not see one another.
 """
 
 from __future__ import annotations
@@ -207,7 +206,7 @@ KINDS = {"llmworks": ours, "transformers, a plain loop": plain, "transformers, T
 def compare_plan(workspace: Path) -> None:
     """What is expected of each training of the recipe, after its data were made, against its manifest."""
     from llmworks.core.workspace import Workspace
-    from llmworks.runtime.recipe import load_recipe
+    from llmworks.runtime.read_recipe import load_recipe
     from llmworks.runtime.runner import Run
     from llmworks.workflows.estimate import training_of
 

@@ -51,7 +51,7 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     from llmworks.core.report import ReportBuilder
     from llmworks.quantize import run as rounding
     from llmworks.runtime.references import resolve
-    from llmworks.runtime.stages import resolve as stage
+    from llmworks.runtime.resolve import resolve as stage
     from llmworks.tokenize.load import load_tokenizer
 
     method, config = OURS[name]
@@ -83,7 +83,7 @@ def damage(path: Path, tokens: Path) -> dict[str, float]:
     import torch
     from torch.nn import functional as F
 
-    from llmworks.model.io.families import load_decoder
+    from llmworks.model.io.decoder_files import load_decoder
     from llmworks.runtime.references import resolve
 
     held = torch.from_numpy(np.load(tokens)["held"].astype("int64"))
@@ -109,7 +109,7 @@ def depths(place: Path) -> None:
     """What GPTQ and AWQ hold of models of 4 and of 16 blocks, which are alike otherwise, beyond libraries."""
     import torch
 
-    from llmworks.model.io.families import save_decoder
+    from llmworks.model.io.decoder_files import save_decoder
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.quantize.run import copy_rest
     from llmworks.runtime.references import resolve
@@ -157,7 +157,7 @@ def deep(path: Path, method: str) -> dict[str, float]:
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
     from llmworks.quantize import run as rounding
-    from llmworks.runtime.stages import resolve as stage
+    from llmworks.runtime.resolve import resolve as stage
 
     texts = torch.from_numpy(np.random.default_rng(0).integers(100, 49000, (16, 128)))
     rounding.calibration = lambda *_: (texts, texts[:0])  # type: ignore[assignment]
@@ -185,7 +185,7 @@ def prepared(texts: int, file: Path) -> None:
     from llmworks.quantize.calibrate.texts import calibration
     from llmworks.runtime.execute import execute
     from llmworks.runtime.references import open_engine, resolve
-    from llmworks.runtime.stages import resolve as stage
+    from llmworks.runtime.resolve import resolve as stage
     from llmworks.tokenize.load import load_tokenizer
 
     workspace = Workspace(file.parent / "ws")

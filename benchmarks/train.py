@@ -5,11 +5,9 @@ weights.
     python benchmarks/train.py --method lora --data calls --rounds 1
 
 Ours is the loop of `train.sft`; theirs is TRL's SFTTrainer, unpacked (each batch padded to its longest row) and packed
-(`packing=True`, best fit). The same
-model, token ids, labels, batches of as many rows (packed: as many tokens), fused AdamW, fp32 and no checkpointing,
-which are right on a CPU. Each is a
-process of its own, in turns. `calls`: function calls, short answers to long prompts; `texts`: beginnings of articles,
-of which every token is learned.
+(`packing=True`, best fit). The same model, token ids, labels, batches of as many rows (packed: as many tokens), fused
+AdamW, fp32 and no checkpointing, which are right on a CPU. Each is a process of its own, in turns. `calls`: function
+calls, short answers to long prompts; `texts`: beginnings of articles, of which every token is learned.
 """
 
 from __future__ import annotations
@@ -179,7 +177,7 @@ def prepared(folder: Path) -> None:
     from llmworks.core.workspace import Workspace
     from llmworks.runtime.execute import execute
     from llmworks.runtime.references import open_engine, resolve
-    from llmworks.runtime.stages import resolve as stage
+    from llmworks.runtime.resolve import resolve as stage
 
     chat = stage("data.chat")
     workspace = Workspace(folder / "ws")

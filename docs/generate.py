@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmworks.core.artifact import Config
-from llmworks.runtime.stages import STAGES, config_help, resolve
+from llmworks.runtime.config_help import config_help
+from llmworks.runtime.resolve import resolve
+from llmworks.runtime.stages import STAGES
 
 COMMANDS = {"merge": "merge FILE"}  # stages that a command of their own is for
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llmworks.runtime.stages import STAGES, config_help, resolve
+from llmworks.runtime.config_help import config_help
+from llmworks.runtime.resolve import resolve
+from llmworks.runtime.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "llmworks"

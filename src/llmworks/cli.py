@@ -142,7 +142,9 @@ def _stage_command(words: list[str]) -> int:
     import difflib
 
     from llmworks.commands import making
-    from llmworks.runtime.stages import config_help, resolve, table
+    from llmworks.runtime.config_help import config_help
+    from llmworks.runtime.resolve import resolve
+    from llmworks.runtime.stages import table
 
     known = table()
     name, rest = (".".join(words[:2]), words[2:]) if ".".join(words[:2]) in known else (words[0], words[1:])

@@ -23,15 +23,16 @@ from llmworks.align.ppo import PpoConfig
 from llmworks.align.preference.examples import Answer, Answered, pair_of
 from llmworks.align.preference.objective import crossed
 from llmworks.align.reward_model.calibration import wilson
+from llmworks.align.rl.experience import Drawn, Rollout
 from llmworks.align.rl.objective import Actor, Objective
 from llmworks.align.rl.rewards import Rewards
-from llmworks.align.rl.rollouts import Drawing, Drawn, Rollout
+from llmworks.align.rl.rollouts import Drawing
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import TrainingError
 from llmworks.core.progress import Progress
 from llmworks.data.store.rows import write_chat
 from llmworks.runtime.execute import step_key
-from llmworks.runtime.stages import resolve
+from llmworks.runtime.resolve import resolve
 from llmworks.tokenize.load import load_tokenizer
 
 SLOWLY = {"optimizer": {"learning_rate": 1e-8}}

@@ -27,7 +27,7 @@ from llmworks.model.io.load import load_model
 from llmworks.model.lora import lora
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.train.finetune.lora_config import LoraConfig
-from llmworks.train.finetune.run import Material
+from llmworks.train.finetune.method import Material
 from llmworks.train.finetune.trainable import Tuned, open_tuned
 
 WITHOUT_BREAK = TEMPLATE.replace(

@@ -25,9 +25,10 @@ from llmworks.align.losses.policy import (
 )
 from llmworks.align.losses.ppo import gae, token_rewards, value_loss, whitened
 from llmworks.align.preference.objective import Given
+from llmworks.align.rl.experience import Asked, Drawn, Rollout
 from llmworks.align.rl.objective import Groups, Objective
 from llmworks.align.rl.rewards import Rewards
-from llmworks.align.rl.rollouts import Asked, Drawing, Drawn, Habit, Rollout
+from llmworks.align.rl.rollouts import Drawing, Habit
 from llmworks.align.rloo import advantages_of
 from llmworks.core.context import Context
 from llmworks.core.progress import Progress
@@ -35,7 +36,7 @@ from llmworks.core.report import ReportBuilder
 from llmworks.model.io.load import load_model
 from llmworks.model.lora import lora
 from llmworks.tokenize.load import load_tokenizer
-from llmworks.train.finetune.run import Material
+from llmworks.train.finetune.method import Material
 
 PROMPTS, EACH, LONGEST = 2, 3, 12
 LENGTHS = (5, 12, 3, 7, 1, 9)

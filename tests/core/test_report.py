@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from llmworks.core.report import LABEL, NONE, ReportBuilder, beside
+from llmworks.core.plots import LABEL, beside
+from llmworks.core.report import NONE, ReportBuilder
 
 
 def overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:

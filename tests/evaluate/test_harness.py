@@ -22,8 +22,8 @@ from llmworks.core.errors import UserError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-from llmworks.evaluate.protocol.harness import to_harness
 from llmworks.evaluate.protocol.load_task import load_task
+from llmworks.evaluate.protocol.write_harness import to_harness
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.load import load_model
 from llmworks.runtime.references import resolve

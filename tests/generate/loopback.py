@@ -1,9 +1,8 @@
 """A loopback server that speaks the APIs of four providers as they document them, and misbehaves when told to.
 
 It reads requests strictly, as the provider's own service would, and refuses what the documentation does not allow. Its
-answers come from a
-function over the project's own nouns. `tests/generate/test_providers.py` shows that the providers' own clients
-understand it.
+answers come from a function over the project's own nouns. `tests/generate/test_providers.py` shows that the providers'
+own clients understand it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from llmworks.core.errors import UserError
 from llmworks.importers import axolotl, llamafactory
 from llmworks.importers.keys import Keys
 from llmworks.importers.translate import Translated, translate
-from llmworks.runtime.recipe import StageStep, load_recipe
+from llmworks.runtime.read_recipe import load_recipe
+from llmworks.runtime.recipe import StageStep
 
 TRACKERS = {
     "wandb_project": None,

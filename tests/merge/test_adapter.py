@@ -14,10 +14,10 @@ from llmworks.core.artifact import Adapter, Model
 from llmworks.core.errors import ArtifactError, GoldenMismatch
 from llmworks.core.workspace import Workspace
 from llmworks.runtime.execute import Outcome, execute
-from llmworks.runtime.recipe import load_recipe
+from llmworks.runtime.read_recipe import load_recipe
 from llmworks.runtime.references import open_engine, resolve
+from llmworks.runtime.resolve import resolve as resolve_stage
 from llmworks.runtime.runner import Run
-from llmworks.runtime.stages import resolve as resolve_stage
 
 
 @pytest.fixture

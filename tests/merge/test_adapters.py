@@ -22,8 +22,9 @@ from llmworks.core.report import ReportBuilder
 from llmworks.merge.adapter import AdapterConfig
 from llmworks.merge.adapter import adapter as fold
 from llmworks.merge.lora.config import AdaptersConfig, ExtractConfig
+from llmworks.merge.lora.extract_lora import extracted
 from llmworks.merge.lora.low_rank import factors
-from llmworks.merge.lora.merge_lora import extracted, merged
+from llmworks.merge.lora.merge_lora import merged
 from llmworks.model.io.load import load_model
 from llmworks.model.lora.fold import fold_into, weights_of
 from llmworks.runtime.references import resolve

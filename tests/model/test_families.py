@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from llmworks.core.errors import ModelError
-from llmworks.model.io.families import load_decoder, save_decoder, shape_of, standard_of
+from llmworks.model.io.decoder_files import load_decoder, save_decoder
+from llmworks.model.io.families import shape_of, standard_of
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
 

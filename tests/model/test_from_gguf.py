@@ -14,9 +14,9 @@ from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.from_gguf import metadata, open_reader, write_hf_directory
+from llmworks.model.gguf.layout import deinterleave_rows, interleave_rows
+from llmworks.model.gguf.tokenizer import tokenizer_of
 from llmworks.model.golden import torch_logits
-from llmworks.model.io.gguf_layout import deinterleave_rows, interleave_rows
-from llmworks.model.io.gguf_tokenizer import tokenizer_of
 from llmworks.model.io.load import load_model
 from llmworks.quantize.llamacpp.writer import write_gguf
 from llmworks.tokenize.load import load_tokenizer

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llmworks.core.errors import ModelError
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.load import load_model, open_adaptable
 from llmworks.model.io.weights import check_weights
 from llmworks.model.lora import adapter_io as adapter

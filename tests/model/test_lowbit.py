@@ -20,7 +20,7 @@ from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Message, Request, Sampling
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.golden import record
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.load import load_model
 from llmworks.model.io.weights import Stored
 from llmworks.model.lowbit import linear as low_bit

@@ -2,9 +2,8 @@
 short rows.
 
 RoPE breaks, stretched it does not, without any training (position interpolation: Chen et al. 2023, arXiv:2306.15595;
-NTK-aware and YaRN: Peng et al. 2023,
-arXiv:2309.00071, section 3); ALiBi goes on as it was, learned positions do not (Press et al. 2021, arXiv:2108.12409,
-figure 1).
+NTK-aware and YaRN: Peng et al. 2023, arXiv:2309.00071, section 3); ALiBi goes on as it was, learned positions do not
+(Press et al. 2021, arXiv:2108.12409, figure 1).
 """
 
 from __future__ import annotations

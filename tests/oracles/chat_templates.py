@@ -1,7 +1,6 @@
 """Make tests/fixtures/chat_templates.json: what Axolotl's and Unsloth's templates make of some conversations.
 
-    pip download --no-deps axolotl==0.19.0 unsloth==2026.10.9 -d WHEELS
-    python tests/oracles/chat_templates.py WHEELS
+    pip download --no-deps axolotl==0.19.0 unsloth==2026.10.9 -d WHEELS python tests/oracles/chat_templates.py WHEELS
 
 Templates are read from the wheels (Apache-2.0) and rendered by transformers; only renderings are kept.
 """

@@ -4,8 +4,7 @@
     PYTHONPATH=ORACLE:. python tests/oracles/constraints.py > tests/fixtures/constraints.json
 
 Both divide words by nltk's word_tokenize, whose data cannot be fetched everywhere: its rules for one sentence
-(TreebankWordTokenizer) stand in.
-What needs more (sentences by punkt, languages) is left out.
+(TreebankWordTokenizer) stand in. What needs more (sentences by punkt, languages) is left out.
 """
 
 from __future__ import annotations

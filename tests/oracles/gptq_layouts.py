@@ -3,8 +3,7 @@ takes them for.
 
 Writes tests/fixtures/gptq_layouts.json.gz.
 
-python -m venv ENV; ENV/bin/pip install torch==2.13.0
-ENV/bin/pip install --no-build-isolation gptqmodel==7.6.0
+python -m venv ENV; ENV/bin/pip install torch==2.13.0 ENV/bin/pip install --no-build-isolation gptqmodel==7.6.0
 CUDA_VISIBLE_DEVICES= GPTQMODEL_CPU_WORKERS=2 ENV/bin/python tests/oracles/gptq_layouts.py
 """
 

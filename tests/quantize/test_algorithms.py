@@ -109,7 +109,7 @@ def test_awq_finds_a_power_that_keeps_outputs_and_clipping_keeps_more() -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "mistral"])
 def test_scaled_inputs_change_nothing(name: str, tmp_path: Path) -> None:
     """Norms that count from 0 or from 1, biases, grouped heads."""
-    from llmworks.model.io.families import load_decoder
+    from llmworks.model.io.decoder_files import load_decoder
 
     made(THEIRS[name], tmp_path / name)
     model: Any = load_decoder(tmp_path / name)

@@ -19,8 +19,8 @@ from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.model.from_gguf import write_hf_directory
-from llmworks.model.io.gguf_layout import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-from llmworks.model.io.gguf_tokenizer import build_tokenizer, pre_tokenizer_of
+from llmworks.model.gguf.layout import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from llmworks.model.gguf.tokenizer import build_tokenizer, pre_tokenizer_of
 from llmworks.quantize.llamacpp.vocabulary import scores_of
 from llmworks.quantize.llamacpp.writer import write_gguf
 from tests.conftest import make_tokenizer

@@ -210,7 +210,7 @@ def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, te
 
 def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """At the same type, and the numbers are those of hooks on the model."""
-    from llmworks.model.io.families import load_decoder
+    from llmworks.model.io.decoder_files import load_decoder
     from llmworks.model.io.layer_reader import Source
     from llmworks.quantize.calibrate.imatrix import importance
     from llmworks.quantize.calibrate.texts import calibration

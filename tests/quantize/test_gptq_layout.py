@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import ModelError
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.lowbit.checkpoint import dense
 from llmworks.model.lowbit.gptq_awq import Awq, Gptq
 from llmworks.model.lowbit.integer import Grid, Scales, Whole, whole

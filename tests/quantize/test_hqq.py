@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmworks.core.artifact import Dataset
 from llmworks.core.errors import ModelError
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.lowbit import hqq as hqq_layout
 from llmworks.model.lowbit.checkpoint import dense
 from llmworks.model.lowbit.integer import Grid, Whole, fit, grouped, restored, rounded, whole

@@ -21,7 +21,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.layer_reader import Source
 from llmworks.quantize.algorithms.config import MixedConfig
 from llmworks.quantize.algorithms.knapsack import allocate

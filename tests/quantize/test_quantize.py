@@ -26,7 +26,7 @@ from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Message, Request, Sampling
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.golden import record
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.layer_reader import Source
 from llmworks.model.lowbit.activations import Reading, round_tokens
 from llmworks.model.lowbit.integer import Grid

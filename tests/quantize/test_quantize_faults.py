@@ -18,7 +18,7 @@ from torch import Tensor
 from llmworks.cli import main
 from llmworks.core.artifact import Dataset, Model
 from llmworks.core.errors import DataError, GoldenMismatch, ModelError
-from llmworks.model.io.families import load_decoder, save_decoder
+from llmworks.model.io.decoder_files import load_decoder, save_decoder
 from llmworks.model.io.layer_reader import Source
 from llmworks.model.io.load import load_model
 from llmworks.quantize.algorithms.calibrated import Awq, Smooth

@@ -16,7 +16,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.quantize.algorithms.config import RotateConfig
 from llmworks.quantize.algorithms.hadamard import hadamard, rotation
 from llmworks.quantize.rotate import rotate
@@ -95,7 +95,7 @@ def test_a_rotated_model_computes_the_same(values: bool, pico: Path, tmp_path: P
 
 
 def test_norms_that_cannot_be_folded_are_refused(tmp_path: Path) -> None:
-    from llmworks.model.io.families import save_decoder
+    from llmworks.model.io.decoder_files import save_decoder
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.model.shape import Shape
 

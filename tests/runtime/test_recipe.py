@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llmworks.core.errors import RecipeError
-from llmworks.runtime.recipe import StageStep, load_recipe
+from llmworks.runtime.read_recipe import load_recipe
+from llmworks.runtime.recipe import StageStep
 from llmworks.runtime.recipe_schema import recipe_schema
 
 GOOD = """\

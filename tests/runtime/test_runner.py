@@ -18,7 +18,7 @@ import pytest
 
 from llmworks.core.errors import GateFailed
 from llmworks.core.workspace import Workspace
-from llmworks.runtime.recipe import load_recipe
+from llmworks.runtime.read_recipe import load_recipe
 from llmworks.runtime.runner import Judgement, Run
 from llmworks.train.loop import checkpoints
 

@@ -314,7 +314,7 @@ def test_tokens_of_real_models_are_those_of_transformers(name: str, monkeypatch:
     """With the model's own template, and with the named ones."""
     from llmworks import assets
     from llmworks.model.from_gguf import metadata, open_reader
-    from llmworks.model.io.gguf_tokenizer import tokenizer_of
+    from llmworks.model.gguf.tokenizer import tokenizer_of
 
     monkeypatch.setenv("LLMWORKS_ACCEPT", name)
     tokenizer = tokenizer_of(metadata(open_reader(next(assets.fetch(name).glob("*.gguf")))))

@@ -23,7 +23,7 @@ from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Completion, Engine
 from llmworks.data.store.rows import read_chat
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.runtime.references import resolve
 from llmworks.train.distill import DistillConfig, distill
 from llmworks.train.finetune import distillation_loss as room

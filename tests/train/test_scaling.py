@@ -11,7 +11,7 @@ import pytest
 from llmworks.cli import main
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.train import scaling
-from llmworks.train.scaling import ScalingConfig, Size, planned
+from llmworks.train.scaling_plan import ScalingConfig, Size, planned
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 SMALL = (

@@ -28,7 +28,7 @@ from llmworks.generate.engines.torch import TorchEngine
 from llmworks.merge.adapter import AdapterConfig
 from llmworks.merge.adapter import adapter as merged
 from llmworks.model.golden import require
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.load import load_model, open_adaptable
 from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.lora import lora

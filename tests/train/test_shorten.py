@@ -18,7 +18,7 @@ from llmworks.core.errors import LlmworksError, UserError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.data.store.rows import write_chat
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.load import load_model
 from llmworks.tokenize.chat.golden import require
 from llmworks.train.finetune.examples import Example

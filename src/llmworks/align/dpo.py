@@ -17,7 +17,7 @@ from llmworks.core.errors import UserError
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
-    from llmworks.train.finetune.run import Way
+    from llmworks.train.finetune.method import Way
 
 SMOOTH = ("sigmoid", "robust", "exo", "aot", "aot-unpaired")  # which know that labels may be wrong
 PLAIN = ("nca", "bco", "apo-zero", "apo-down", "sppo", "aot", "aot-unpaired")  # which take log-ratios as they are

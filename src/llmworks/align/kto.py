@@ -17,7 +17,7 @@ from llmworks.core.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
-    from llmworks.train.finetune.run import Way
+    from llmworks.train.finetune.method import Way
 
 SHARES = (1.0, 4 / 3)  # of the weights times the counts of good and bad answers, as the paper has it
 

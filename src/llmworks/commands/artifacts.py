@@ -110,7 +110,7 @@ def _look(args: argparse.Namespace, chosen: Artifact | None) -> None:
     from llmworks.core.artifact import Model
     from llmworks.runtime.execute import execute
     from llmworks.runtime.references import open_engine, resolve
-    from llmworks.runtime.stages import resolve as resolve_stage
+    from llmworks.runtime.resolve import resolve as resolve_stage
 
     workspace = workspace_of(args)
     among = [resolve(ref, workspace=workspace) for ref in args.among]

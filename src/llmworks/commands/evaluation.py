@@ -26,7 +26,7 @@ def autoeval(args: argparse.Namespace) -> None:
     from llmworks.evaluate.suites import items_of
     from llmworks.runtime.execute import execute
     from llmworks.runtime.references import open_engine, resolve
-    from llmworks.runtime.stages import resolve as resolve_stage
+    from llmworks.runtime.resolve import resolve as resolve_stage
 
     if args.out is not None:
         check_out(args.out)
@@ -92,8 +92,8 @@ def _one(model: Model | Adapter, item: Item, workspace: Workspace, quiet: bool) 
     from llmworks.runtime.default_inputs import default_inputs
     from llmworks.runtime.execute import execute
     from llmworks.runtime.references import open_engine
+    from llmworks.runtime.resolve import resolve as resolve_stage
     from llmworks.runtime.runner import facts
-    from llmworks.runtime.stages import resolve as resolve_stage
 
     stage = resolve_stage("evaluate")
     config = stage.config.model_validate({"task": item.task, "limit": item.limit})
@@ -119,7 +119,7 @@ def _seen(made: list[Report], workspace: Workspace) -> list[Report]:
     from llmworks.core.errors import DataError
     from llmworks.runtime.execute import execute
     from llmworks.runtime.references import open_engine
-    from llmworks.runtime.stages import resolve as resolve_stage
+    from llmworks.runtime.resolve import resolve as resolve_stage
     from llmworks.workflows.family import family_with
 
     family, stage = family_with(workspace), resolve_stage("evaluate.contamination")
@@ -218,8 +218,8 @@ def tasks(args: argparse.Namespace) -> None:
     import yaml
 
     from llmworks.commands.output import table
-    from llmworks.evaluate.protocol.harness import to_harness
     from llmworks.evaluate.protocol.load_task import load_task, task_names
+    from llmworks.evaluate.protocol.write_harness import to_harness
     from llmworks.evaluate.suites import suites
 
     if args.name:

@@ -84,8 +84,7 @@ def _first_to_fail(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """The number of the process that is to blame; None when all end well.
 
     One that was killed, else the first that found something wrong itself; those that miss another one come last. The
-    failure of one is that of
-    others within moments, and they may end before it.
+    failure of one is that of others within moments, and they may end before it.
     """
 
     def codes(patience: float, enough: Callable[[Sequence[int | None]], bool]) -> list[int | None]:

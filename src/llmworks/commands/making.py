@@ -34,7 +34,7 @@ def pool_of(args: argparse.Namespace) -> Pool:
 
 def run(args: argparse.Namespace) -> None:
     """`llmworks run RECIPE`."""
-    from llmworks.runtime.recipe import load_recipe
+    from llmworks.runtime.read_recipe import load_recipe
     from llmworks.runtime.runner import Run
 
     recipe = load_recipe(args.recipe, args.set)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """`llmworks plan RECIPE`."""
-    from llmworks.runtime.recipe import load_recipe
+    from llmworks.runtime.read_recipe import load_recipe
     from llmworks.runtime.runner import Run
 
     recipe = load_recipe(args.recipe, args.set)
@@ -223,7 +223,8 @@ def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None
 
 def stages(args: argparse.Namespace) -> None:
     """`llmworks stages [NAME] [--schema]`."""
-    from llmworks.runtime.stages import config_help, resolve
+    from llmworks.runtime.config_help import config_help
+    from llmworks.runtime.resolve import resolve
     from llmworks.runtime.stages import table as stage_table
 
     if args.schema:
@@ -262,7 +263,7 @@ def stage(args: argparse.Namespace) -> None:
 
     from llmworks.runtime.default_inputs import default_inputs
     from llmworks.runtime.execute import execute, missing_inputs
-    from llmworks.runtime.recipe import assign, config_problem
+    from llmworks.runtime.overrides import assign, config_problem
     from llmworks.runtime.references import open_engine
 
     stage, workspace = args.stage, workspace_of(args)

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from llmworks.core.artifact import Dataset
     from llmworks.train.estimate.finetune import Tuning
     from llmworks.train.estimate.pretrain import Training
-    from llmworks.train.selftest.pretrain import Check
+    from llmworks.train.selftest.check import Check
 
 
 def selftest(args: argparse.Namespace) -> None:
     """`llmworks train selftest RECIPE [STEP]`."""
     from llmworks.core.artifact import Dataset
     from llmworks.runtime.execute import threads, use_threads
-    from llmworks.runtime.recipe import load_recipe
+    from llmworks.runtime.read_recipe import load_recipe
     from llmworks.runtime.runner import Run
     from llmworks.train.estimate.pretrain import Training
     from llmworks.train.selftest.pretrain import selftest as checks_of

@@ -15,7 +15,7 @@ def translate(args: argparse.Namespace) -> None:
     """`llmworks import FILE`."""
     from llmworks.importers.keys import HEADINGS
     from llmworks.importers.translate import translate as translated
-    from llmworks.runtime.recipe import load_recipe
+    from llmworks.runtime.read_recipe import load_recipe
 
     if args.out is not None and args.out.exists():
         raise UserError(f"{args.out}: is there already; give --out another name")

@@ -1,8 +1,7 @@
 """Stage `data.classify`: learn from good and bad texts what good text looks like, score a corpus, keep the better part.
 
 A linear model over hashed words and word pairs, as the quality filters of GPT-3 (Brown et al. 2020, appendix A) and
-DCLM are. Its quality
-is measured on texts that it did not learn from.
+DCLM are. Its quality is measured on texts that it did not learn from.
 """
 
 from __future__ import annotations

@@ -9,11 +9,8 @@ weights.
 from __future__ import annotations
 
 import functools
-import html
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -21,12 +18,14 @@ from pydantic import Field
 from llmworks.core.artifact import Adapter, Config, Dataset, Model, Report, Tokenizer
 from llmworks.core.context import Context
 from llmworks.core.errors import ModelError, RequestError
-from llmworks.core.types import Json, Message
+from llmworks.core.types import Message
 from llmworks.data.chat import conversations
 from llmworks.data.conversations.turns import problems
+from llmworks.data.faults.case import LEVELS, Case, _add
+from llmworks.data.faults.pairs import OTHER_TURN, among, of_pairs
+from llmworks.data.faults.report import FIRST, SHOWN, write_report
 from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
 from llmworks.data.text.statistics import question_of
-from llmworks.tokenize import view
 from llmworks.tokenize.chat.control_tokens import ControlTokens
 from llmworks.tokenize.chat.named import CHOICES, Template, tokenizer_of
 from llmworks.tokenize.chat.template_faults import Finding, Uses, probe
@@ -34,15 +33,7 @@ from llmworks.tokenize.chat.templates import Rendered, encode, for_template, ren
 from llmworks.tokenize.load import read_json, stop_ids
 
 if TYPE_CHECKING:
-    from llmworks.core.report import ReportBuilder
-
-LEVELS = ("error", "warning", "note")
-FIRST, SHOWN = 2, 5  # rows drawn from the beginning; rows named for each finding, and drawn because of one
-LEAKED = 20  # characters of an answer that may stand in its prompt by chance
-FEWEST, BIASED = 20, 0.7  # pairs from which on a preference for length is told, and from which share on
-OTHER_TURN = re.compile(
-    r"\n\s*(?:(?:Human|User|USER|Assistant|System): |### (?:Instruction|Response|Human|Assistant)\b)"
-)
+    pass
 
 
 class DoctorConfig(Config):
@@ -53,14 +44,6 @@ class DoctorConfig(Config):
         None, gt=1, description="the longest conversation that training takes; default: what the model reads"
     )
     limit: int | None = Field(None, gt=0, description="only the first rows")
-
-
-@dataclass
-class Case:
-    """A finding about rows, and the ids of the rows that it is about."""
-
-    finding: Finding
-    rows: list[str] = field(default_factory=list)
 
 
 def doctor(
@@ -246,102 +229,6 @@ def _lost(tokenizer: Any, messages: Sequence[Message]) -> str | None:
     return None
 
 
-def _add(cases: dict[str, Case], row: Row, finding: Finding) -> None:
-    case = cases.setdefault(finding.code, Case(finding))
-    if not case.rows or case.rows[-1] != row["id"]:
-        case.rows.append(row["id"])
-
-
-def among(rows: Sequence[Row], pairs: bool, cases: dict[str, Case]) -> None:
-    """Faults that show only among rows: the same conversation twice, one question with several answers, pairs of equal
-    sides.
-    """
-    seen: dict[str, str] = {}
-    answers: dict[str, tuple[str, str]] = {}
-    for row in rows:
-        if pairs and row["chosen"] == row["rejected"]:
-            _add(
-                cases,
-                row,
-                Finding(
-                    "equal-sides",
-                    "error",
-                    "chosen and rejected are the same",
-                    "such a pair teaches nothing: take it out",
-                ),
-            )
-        turns = row.get("messages") or [*row["prompt"], *row["chosen"]]
-        whole = json.dumps([turns, row.get("rejected"), row.get("tools")], sort_keys=True)
-        if whole in seen:
-            _add(
-                cases,
-                row,
-                Finding(
-                    "twice",
-                    "warning",
-                    "the same row stands more than once",
-                    "data.chat with repeated=drop sets them aside",
-                ),
-            )
-            continue
-        seen[whole] = row["id"]
-        asked, said = json.dumps([turns[:-1], row.get("tools")], sort_keys=True), json.dumps(turns[-1], sort_keys=True)
-        if not pairs and answers.setdefault(asked, (said, row["id"]))[0] != said:
-            _add(cases, row, Finding("contradiction", "note", "the same question has different answers", ""))
-
-
-def of_pairs(rows: Sequence[Row], cases: dict[str, Case]) -> None:
-    """Faults of preference pairs: one that another turns round, an answer that stands in its question, a preference for
-    length.
-    """
-    preferred: dict[str, str] = {}
-    longer = [row for row in rows if _length(row["chosen"]) > _length(row["rejected"])]
-    for row in rows:
-        prompt, good, bad = (
-            json.dumps([row[side], row.get("tools")], sort_keys=True) for side in ("prompt", "chosen", "rejected")
-        )
-        if good != bad and preferred.get(f"{prompt}{bad}{good}"):
-            _add(
-                cases,
-                row,
-                Finding(
-                    "contradictory-pairs",
-                    "error",
-                    "another pair prefers the same two answers the other way round",
-                    "keep one of the two, or neither",
-                ),
-            )
-        preferred[f"{prompt}{good}{bad}"] = row["id"]
-        asked = "\n".join(m["content"] or "" for m in row["prompt"])
-        said = "\n".join(m["content"] or "" for m in row["chosen"]).strip()
-        if len(said) >= LEAKED and said in asked:
-            _add(
-                cases,
-                row,
-                Finding(
-                    "answer-in-prompt",
-                    "warning",
-                    "the chosen answer stands in the prompt",
-                    "the model learns to copy: take the answer out of the prompt",
-                ),
-            )
-    share = len(longer) / max(1, len(rows))
-    if len(rows) >= FEWEST and share > BIASED:
-        ratio = sum(_length(row["chosen"]) for row in rows) / max(1, sum(_length(row["rejected"]) for row in rows))
-        finding = Finding(
-            "length-bias",
-            "warning",
-            f"the chosen answer is the longer one in {share:.0%} of the pairs, {ratio:.1f} times as long on average",
-            "the model learns to be long: balance the pairs by length",
-        )
-        for row in longer:
-            _add(cases, row, finding)
-
-
-def _length(turns: Sequence[Json]) -> int:
-    return sum(len(m.get("content") or "") for m in turns)
-
-
 def shared(rows: Sequence[Row], held_out: Dataset, cases: dict[str, Case]) -> None:
     """Questions that are in the held-out data too."""
     other = read_preference(held_out) if schema_of(held_out) == "preference" else read_chat(held_out)
@@ -358,99 +245,3 @@ def shared(rows: Sequence[Row], held_out: Dataset, cases: dict[str, Case]) -> No
                     "what is measured there was learned: split by question (data.split keeps groups together)",
                 ),
             )
-
-
-def write_report(
-    ctx: Context,
-    model: Model | Adapter | Tokenizer,
-    data: Dataset,
-    tokenizer: Any,
-    found: list[Case],
-    drawn: list[tuple[str, Rendered]],
-    counts: dict[str, int],
-) -> Report:
-    """The findings as page, terminal text and metrics."""
-    errors, warnings = (sum(case.finding.level == level for case in found) for level in ("error", "warning"))
-    report = ctx.report
-    report.title = f"{data.name} for {model.name}"
-    report.lead = (
-        f"{_count(errors, 'error')}, {_count(warnings, 'warning')} in {_count(counts['rows'], 'row')};"
-        f" {counts['learned']:,} of {counts['tokens']:,} tokens are learned."
-    )
-    report.data = {
-        "errors": errors,
-        "warnings": warnings,
-        **counts,
-        "findings": [
-            {
-                "code": c.finding.code,
-                "level": c.finding.level,
-                "what": c.finding.what,
-                "fix": c.finding.fix,
-                "rows": len(c.rows),
-                "examples": c.rows[:SHOWN],
-            }
-            for c in found
-        ],
-    }
-    _describe_findings(found, report)
-    page = view.STYLE + "".join(
-        f"<p class=note>{html.escape(id)}</p>{view.as_html(tokenizer, r.ids, r.mask)}" for id, r in drawn
-    )
-    plain = "\n\n".join(f"{id}\n{view.as_plain(tokenizer, r.ids, r.mask)}" for id, r in drawn)
-    if drawn:
-        report.drawing(
-            "What is learned",
-            page,
-            text=(
-                "The first rows, and some with findings. Green is learned, grey is only read; control tokens are red."
-                " The ids are tooltips."
-            ),
-            plain=plain,
-        )
-    _write_terminal(report, found, drawn, tokenizer)
-    about = {"failed": f"{_count(errors, 'error')}: this data would damage the model"} if errors else {}
-    return Report(ctx.out, metrics={"errors": errors, "warnings": warnings, **counts}, about=about)
-
-
-def _describe_findings(found: list[Case], report: ReportBuilder) -> None:
-    """The table of findings, or that there are none."""
-    if found:
-        rows = [
-            (
-                c.finding.level,
-                c.finding.code,
-                c.finding.what,
-                len(c.rows) or "template",
-                ", ".join(c.rows[:SHOWN]),
-                c.finding.fix,
-            )
-            for c in found
-        ]
-        report.table("Findings", ("level", "code", "what is wrong", "rows", "for example", "what to do"), rows)
-    else:
-        report.text(
-            "Findings",
-            "None: the template renders what the rows hold, every answer ends with a learned token that generation"
-            " stops at.",
-        )
-
-
-def _write_terminal(
-    report: ReportBuilder, found: list[Case], drawn: list[tuple[str, Rendered]], tokenizer: Any
-) -> None:
-    """The findings as coloured text for a terminal."""
-    colours = {"error": "\x1b[31m", "warning": "\x1b[33m", "note": "\x1b[36m"}
-    lines = [report.lead]
-    lines += [
-        f"{colours[c.finding.level]}{c.finding.level:<7}\x1b[0m {c.finding.code}: {c.finding.what}"
-        + (f" [{_count(len(c.rows), 'row')}: {', '.join(c.rows[:3])}]" if c.rows else "")
-        + (f"\n        → {c.finding.fix}" if c.finding.fix else "")
-        for c in found
-    ]
-    lines += [f"\n{id}, learned on green:\n{view.as_ansi(tokenizer, r.ids, r.mask)}" for id, r in drawn[:FIRST]]
-    report.terminal = "\n".join(lines)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -2,8 +2,7 @@
 running into another.
 
 Text becomes tokens in parts, `packing.fit` says which pieces share a row, and the rows are written as shards that
-training maps
-(`data.tokens`). A conversation is never cut; one that is too long is set aside.
+training maps (`data.tokens`). A conversation is never cut; one that is too long is set aside.
 """
 
 from __future__ import annotations

@@ -46,8 +46,7 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     """One page, `report.html`, with statistics and rows; `model` adds tokens and what is learned.
 
     Errors: DataError for data that are no conversations, pairs or packed tokens, or when no row fits; UserError for
-    packed tokens without a model;
-    ModelError for a model without a chat template.
+    packed tokens without a model; ModelError for a model without a chat template.
     """
     tokenizer = tokenizer_of(model, config.template) if model is not None else None
     if any(data.path.glob("*.safetensors")) if data.path.is_dir() else False:

@@ -1,8 +1,7 @@
 """Stage `evaluate.compare`: is one evaluation better than another, sample by sample, and what made the difference?
 
 Two models on one task, or one model on two engines or with two prompts. A paired bootstrap over the same samples;
-samples that differ are put down to
-their first cause.
+samples that differ are put down to their first cause.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 without them.
 
 A sample is touched when a training row shares a run of its words: 13, as in GPT-3 (Brown et al. 2020, appendix C), or
-all of it where it has fewer, but 8
-at least. Runs that many samples share are the task's own words and do not count.
+all of it where it has fewer, but 8 at least. Runs that many samples share are the task's own words and do not count.
 """
 
 from __future__ import annotations

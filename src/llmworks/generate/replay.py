@@ -2,8 +2,7 @@
 record is of?
 
 What an engine lets one see is compared: ids, mask, stop tokens and logits where it runs here; how many tokens it read,
-and its greedy answers,
-where it is a server.
+and its greedy answers, where it is a server.
 """
 
 from __future__ import annotations

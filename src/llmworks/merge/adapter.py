@@ -2,8 +2,7 @@
 directory.
 
 The merged model must replay the adapter's golden tokens: folding preserves the function. Everything but the adapted
-weights is
-copied as it is; tokenizer and template come from the adapter, which was trained with them.
+weights is copied as it is; tokenizer and template come from the adapter, which was trained with them.
 """
 
 from __future__ import annotations

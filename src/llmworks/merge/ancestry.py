@@ -4,9 +4,9 @@ they can be had.
 Reads some thousands of numbers of each tensor.
 
 Layers of models that were not trained from one another are as good as orthogonal; a tuned layer is nearly its parent's,
-a merged one a sum of its parents', so that a least-squares fit of a layer by the same layer of
-all near candidates has their weights as its solution (task vectors: Ilharco et al. 2023, arXiv:2212.04089). What is
-near, and what a share has to be, stands below. Direction cannot be seen: candidates are asked about.
+a merged one a sum of its parents', so that a least-squares fit of a layer by the same layer of all near candidates has
+their weights as its solution (task vectors: Ilharco et al. 2023, arXiv:2212.04089). What is near, and what a share has
+to be, stands below. Direction cannot be seen: candidates are asked about.
 """
 
 from __future__ import annotations

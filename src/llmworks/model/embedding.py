@@ -2,9 +2,8 @@
 and drawn as a map.
 
 Word2Vec and FastText are gensim's, GloVe is `glove.py`. The result opens as any embedder of texts does (a text is the
-mean of its words), and
-lies beside in the format of its kind: `vectors.bin` of word2vec, or `fasttext.bin`, which knows words that it never saw
-by their parts.
+mean of its words), and lies beside in the format of its kind: `vectors.bin` of word2vec, or `fasttext.bin`, which knows
+words that it never saw by their parts.
 """
 
 from __future__ import annotations

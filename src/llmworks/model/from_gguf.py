@@ -16,7 +16,7 @@ from pydantic import Field
 from llmworks.core.artifact import Config, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import ModelError
-from llmworks.model.io.gguf_layout import KINDS, LAYOUTS
+from llmworks.model.gguf.layout import KINDS, LAYOUTS
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -73,7 +73,7 @@ def write_hf_directory(path: Path, out: Path, dtype: str = "float32") -> None:
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
     }
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    from llmworks.model.io.gguf_tokenizer import write_tokenizer
+    from llmworks.model.gguf.tokenizer import write_tokenizer
 
     write_tokenizer(meta, out)
     write_weights(reader, meta, out, dtype)
@@ -190,7 +190,7 @@ def write_weights(reader: GGUFReader, meta: dict[str, Any], out: Path, dtype: st
     from gguf.quants import dequantize
     from safetensors.torch import save_file
 
-    from llmworks.model.io.gguf_layout import deinterleave_rows, heads_of, to_hf_name
+    from llmworks.model.gguf.layout import deinterleave_rows, heads_of, to_hf_name
 
     architecture = meta["general.architecture"]
     layout = LAYOUTS[KINDS[architecture]]

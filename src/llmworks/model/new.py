@@ -30,7 +30,7 @@ def new(config: NewConfig, tokenizer: Tokenizer | Model | Adapter, ctx: Context)
     """
 
     def draw(vocabulary: int, ids: Ids) -> tuple[Any, str]:
-        from llmworks.model.io.families import save_decoder
+        from llmworks.model.io.decoder_files import save_decoder
         from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 
         model = DecoderForCausalLM(DecoderConfig(shape=config.model_dump() | {"vocabulary": vocabulary}))

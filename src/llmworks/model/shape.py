@@ -3,8 +3,7 @@
 Torch-free; knows no weights.
 
 The defaults are today's usual decoder: RMSNorm before each part, rotary positions, grouped queries, SwiGLU, tied
-embeddings. `RecurrentShape`
-is that of what came before.
+embeddings. `RecurrentShape` is that of what came before.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 tokens.
 
 Weights, metadata and row order are llama.cpp's own (tested byte for byte against its converter's rules); norms stay
-fp32. Before
-anything is published llama.cpp itself replays the golden tokens on the file.
+fp32. Before anything is published llama.cpp itself replays the golden tokens on the file.
 """
 
 from __future__ import annotations

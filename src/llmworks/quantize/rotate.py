@@ -2,8 +2,8 @@
 much larger than others; to be quantized next, by any method.
 
 Ashkboos et al. 2024, QuaRot (arXiv:2404.00456), section 4: the state by one rotation, folded into all that reads and
-writes it; values by another, folded into the matrix after them. What would have to be computed
-anew at every token is left out, so that every engine runs the result.
+writes it; values by another, folded into the matrix after them. What would have to be computed anew at every token is
+left out, so that every engine runs the result.
 """
 
 from __future__ import annotations

@@ -5,13 +5,12 @@ What a matrix becomes is each method's own.
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,13 +18,10 @@ from torch import Tensor
 from llmworks.core.artifact import Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError
-from llmworks.core.memory import keep_freed
-from llmworks.model.io.families import to_standard
 from llmworks.model.io.layer_forward import logits_of
 from llmworks.model.io.layer_reader import Source, join_files
-from llmworks.model.lowbit.activations import read_rounded
 from llmworks.model.lowbit.checkpoint import FORMS
-from llmworks.quantize.calibrate.layerwise import Part, Passing, Walk, layer_of
+from llmworks.quantize.calibrate.blocks import Method, _walked
 from llmworks.quantize.calibrate.texts import calibration, check_length
 from llmworks.quantize.config import KeptConfig, allowed
 from llmworks.quantize.report.card import hub_name, write_card
@@ -39,36 +35,7 @@ if TYPE_CHECKING:
     from llmworks.tokenize.chat.golden import LogitGap
 
 HALF = 65504.0  # the largest number of float16
-BINS = 121  # of a histogram of weights
-SEEN = 1 << 17  # of a matrix, for its histogram
 STAYS = ("model.safetensors.index.json", "config.json", "manifest.json", "README.md")
-
-
-class Matrix(Protocol):
-    """What a matrix became: `grid.Whole`, or `four_bits.Matrix`."""
-
-    @property
-    def grid(self) -> Any:
-        """Which numbers it may have."""
-
-    @property
-    def bits(self) -> float:
-        """Bits of a weight, scales included."""
-
-    def weight(self) -> Tensor:
-        """[rows, columns]."""
-
-
-class Method(Protocol):
-    """What a matrix becomes."""
-
-    texts: int  # to calibrate by
-
-    def prepare(self, passing: Passing, grids: Callable[[str], Any]) -> None:
-        """What is done to a block before its parts are asked for."""
-
-    def part(self, passing: Passing, part: Part, grids: Callable[[str], Any]) -> Mapping[str, Matrix]:
-        """The matrices of layers that read the same, by name; those whose grid is None stay."""
 
 
 def run(
@@ -326,103 +293,6 @@ def skipping(source: Source, skip: Sequence[str]) -> Callable[[str], bool]:
             f"config.skip: all {len(matrices)} matrices of blocks are skipped; nothing is left to quantize"
         )
     return lambda name: any(part in name for part in skip)
-
-
-def _walked(
-    source: Source,
-    ids: Tensor,
-    held: Tensor,
-    ctx: Context,
-    method: Method,
-    grid_of: Callable[[str], Any],
-    form: Any,
-    stored: torch.dtype,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """(what became of each layer, the damage). Each block is written to scratch when it is done."""
-
-    folder = ctx.scratch / "blocks"
-    folder.mkdir(exist_ok=True)
-    keep_freed()
-    with torch.inference_mode():
-        walk = Walk(source, ids, held, ctx.scratch / "walk", stored)
-        with ctx.progress.bar("quantize", source.shape.layers, "blocks") as bar:
-            bar.advance(walk.done)
-            for passing in walk.blocks():
-                head, told = f"decoder.blocks.{passing.number}.", []
-                grids = functools.partial(_grid_of, source, grid_of, head)
-                method.prepare(passing, grids)
-                for name, tensor in passing.block.state_dict().items():
-                    if tensor.ndim < 2 or grids(name.removesuffix(".weight")) is None:
-                        tensor.copy_(tensor.to(stored))
-                plain = {f"{head}{name}": tensor for name, tensor in passing.block.state_dict().items()}
-                tensors: dict[str, Tensor] = {}
-                for part in passing.parts:
-                    for name, matrix in method.part(passing, part, grids).items():
-                        layer, before = layer_of(passing.block, name), plain.pop(f"{head}{name}.weight")
-                        after = matrix.weight()
-                        lost = float((after - before).square().sum() / before.square().sum().clamp(min=1e-30))
-                        layer.weight = torch.nn.Parameter(after, requires_grad=False)
-                        if matrix.grid.inputs:
-                            read_rounded(layer, matrix.grid.inputs)
-                        tensors |= form.tensors_of(source.rename(f"{head}{name}"), matrix)
-                        told.append(
-                            {
-                                "name": source.rename(f"{head}{name}"),
-                                "layer": name,
-                                "block": passing.number,
-                                "lost": lost,
-                                "bits": matrix.bits,
-                                "weights": before.numel(),
-                                "shape": shape_of(before, after),
-                                "apart": passing.apart.get(name),
-                            }
-                        )
-                passing.finish()
-                _save_block(source, plain, tensors, folder, passing, told, stored)
-                passing.done()
-                bar.advance()
-        damage = walk.damage() if len(held) else {}
-    return [one for file in sorted(folder.glob("*.json")) for one in json.loads(file.read_text())], damage
-
-
-def _save_block(
-    source: Source,
-    plain: dict[str, Any],
-    tensors: dict[str, Tensor],
-    folder: Path,
-    passing: Passing,
-    told: list[dict[str, Any]],
-    stored: torch.dtype,
-) -> None:
-    """Write a finished block to scratch, with what is told of its layers."""
-    from safetensors.torch import save_file
-
-    rest = to_standard(plain, source.kind) if source.kind else plain
-    save_file(
-        {name: tensor.to(stored).contiguous() for name, tensor in rest.items()} | tensors,
-        folder / f"{passing.number:05}.safetensors",
-    )
-    (folder / f"{passing.number:05}.json").write_text(json.dumps(told))
-
-
-def shape_of(before: Tensor, after: Tensor) -> dict[str, Any]:
-    """How many weights there are of each size, before and after, in rows evenly taken (SEEN weights about): counts of
-    BINS equal bins within five times their root mean square; what is beyond is in the last.
-    """
-    step = max(1, before.numel() // SEEN)
-    before, after = before[::step], after[::step]
-    high = 5 * float(before.square().mean().sqrt()) or 1.0
-    low = -high
-    return {
-        "low": low,
-        "high": high,
-        "before": torch.histc(before.clamp(low, high), BINS, low, high).int().tolist(),
-        "after": torch.histc(after.clamp(low, high), BINS, low, high).int().tolist(),
-    }
-
-
-def _grid_of(source: Source, grid_of: Callable[[str], Any], head: str, name: str) -> Any:
-    return grid_of(source.rename(f"{head}{name}"))
 
 
 def _write(source: Source, ctx: Context, stored: str, quantization: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ from llmworks.evaluate.protocol.load_task import checked, load_task
 from llmworks.evaluate.protocol.task import Task
 from llmworks.runtime.execute import execute
 from llmworks.runtime.references import open_engine, resolve
-from llmworks.runtime.stages import ResolvedStage
-from llmworks.runtime.stages import resolve as resolve_stage
+from llmworks.runtime.resolve import ResolvedStage
+from llmworks.runtime.resolve import resolve as resolve_stage
 
 
 def default_inputs(stage: ResolvedStage, config: Config, given: dict[str, Any], workspace: Workspace) -> dict[str, Any]:

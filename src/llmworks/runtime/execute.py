@@ -42,7 +42,8 @@ from llmworks.core.types import Engine
 from llmworks.core.workers import Pool
 from llmworks.core.workspace import Workspace
 from llmworks.model.card import complete
-from llmworks.runtime.stages import ResolvedStage, code_digest
+from llmworks.runtime.code_digest import code_digest
+from llmworks.runtime.resolve import ResolvedStage
 
 Inputs = Mapping[str, "Artifact | Sequence[Artifact] | Mapping[str, Artifact]"]
 OpenEngine = Callable[[Artifact], Engine]

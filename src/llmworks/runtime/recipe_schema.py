@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmworks.runtime.recipe import BOUNDS, Expect
-from llmworks.runtime.stages import resolve, table
+from llmworks.runtime.resolve import resolve
+from llmworks.runtime.stages import table
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -35,7 +35,7 @@ from llmworks.core.types import Engine
 from llmworks.core.workspace import Workspace, cache_directory
 from llmworks.generate.remote.endpoint import identity, parse_remote
 from llmworks.runtime.execute import execute, step_key
-from llmworks.runtime.stages import resolve as resolve_stage
+from llmworks.runtime.resolve import resolve as resolve_stage
 
 
 def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> Artifact:

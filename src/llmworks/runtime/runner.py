@@ -18,9 +18,9 @@ from llmworks.core.errors import ArtifactError, GateFailed, UserError
 from llmworks.core.workers import Pool
 from llmworks.core.workspace import Workspace, size_of
 from llmworks.runtime import references
+from llmworks.runtime.code_digest import code_digest
 from llmworks.runtime.execute import Inputs, execute, flat_inputs, step_key
 from llmworks.runtime.recipe import Expect, GateStep, Recipe, StageStep, UseStep, check_gate, referenced
-from llmworks.runtime.stages import code_digest
 
 State = Literal["up to date", "to run", "waits", "from outside", "gate holds", "gate fails", "made"]
 

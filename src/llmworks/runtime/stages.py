@@ -2,28 +2,17 @@
 makes.
 
 Entries are strings, so that listing stages imports nothing. Third parties add stages by the entry point group
-`llmworks.runtime.stages`.
+`llmworks.stages`.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import types
-import typing
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from llmworks.core.errors import UserError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
-    from llmworks.core.artifact import Artifact, Config, Derivation
+    from llmworks.core.artifact import Derivation
 
 
 @dataclass(frozen=True)
@@ -406,46 +395,6 @@ STAGES: dict[str, Stage] = {
 }
 
 
-@dataclass(frozen=True)
-class Input:
-    """One input of a stage: the kinds it accepts, whether it takes one, a list or a mapping, and whether it may be left
-    out.
-    """
-
-    name: str
-    kinds: tuple[type[Artifact], ...]
-    shape: str  # "one", "list", "dict"
-    required: bool
-
-    def describe(self) -> str:
-        """For help: `model or adapter`, `list of report`."""
-        kinds = " or ".join(k.kind for k in self.kinds)
-        text = kinds if self.shape == "one" else f"{self.shape} of {kinds}"
-        return text if self.required else f"{text}, optional"
-
-
-@dataclass(frozen=True)
-class ResolvedStage:
-    """A stage with its function imported and its signature read."""
-
-    name: str
-    stage: Stage
-    function: Callable[..., Artifact]
-    config: type[Config]
-    inputs: dict[str, Input]
-    output: type[Artifact]
-
-    def output_of(self, config: Config | None) -> type[Artifact]:
-        """The kind that is made with a configuration, where that decides it (`makes`)."""
-        made: type[Artifact] = getattr(config, "makes", self.output)
-        return made
-
-    @property
-    def help(self) -> str:
-        """The function's docstring."""
-        return inspect.getdoc(self.function) or ""
-
-
 @functools.cache
 def table() -> dict[str, Stage]:
     """The built-in stages and those of installed packages.
@@ -454,116 +403,4 @@ def table() -> dict[str, Stage]:
     """
     from importlib.metadata import entry_points
 
-    return {**{point.name: point.load() for point in entry_points(group="llmworks.runtime.stages")}, **STAGES}
-
-
-@functools.cache
-def resolve(name: str) -> ResolvedStage:
-    """Import a stage and read its signature. UserError for an unknown name, with the nearest one."""
-    import difflib
-
-    from llmworks.core.context import Context
-
-    if name not in table():
-        near = difflib.get_close_matches(name, table(), n=1)
-        raise UserError(
-            f"unknown stage {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks stages` lists them"
-        )
-    stage = table()[name]
-    module, _, attribute = stage.target.partition(":")
-    function = getattr(importlib.import_module(module), attribute)
-    hints = typing.get_type_hints(function)
-    inputs: dict[str, Input] = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if hints[parameter.name] is Context or parameter.name == "config":
-            continue
-        inputs[parameter.name] = _input(
-            parameter.name, hints[parameter.name], parameter.default is inspect.Parameter.empty
-        )
-    made = typing.get_args(hints["return"])  # of several kinds the first is what the default configuration makes
-    return ResolvedStage(name, stage, function, hints["config"], inputs, made[0] if made else hints["return"])
-
-
-def _input(name: str, hint: Any, required: bool) -> Input:
-    shape = "one"
-    some = [part for part in typing.get_args(hint) if part is not type(None)]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(some) == 1:  # one that may be left out
-        hint = some[0]
-    if typing.get_origin(hint) in (list, dict):
-        shape = typing.get_origin(hint).__name__
-        hint = typing.get_args(hint)[-1]
-    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    kinds = tuple(k for k in typing.get_args(hint) if k is not type(None)) if union else (hint,)
-    return Input(name, kinds, shape, required)
-
-
-def config_help(
-    config: type[Config], prefix: str = "", rates: Mapping[str, float] | None = None
-) -> list[tuple[str, str, str]]:
-    """(field, type and default, description) of every field of a config class, those of configs within it as
-    `optimizer.learning_rate`.
-
-    `rates`: learning rates by method, where they are other than the field's.
-    """
-    rates = rates or getattr(config, "rates", None)
-    rows: list[tuple[str, str, str]] = []
-    for name, field in config.model_fields.items():
-        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
-            rows += config_help(field.annotation, f"{prefix}{name}.", rates)
-            continue
-        hint = told_type(field.annotation)
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        if rates and name == "learning_rate":
-            own = {**({} if "lora" in rates else {"else": field.default}), **rates}
-            default = "default " + ", ".join(
-                f"{rate:g} ({method})" if method != "else" else f"{rate:g}" for method, rate in own.items()
-            )
-        rows.append((f"{prefix}{name}", f"{hint}, {default}", field.description or ""))
-    return rows
-
-
-def told_type(hint: Any) -> str:
-    """A field's type as people write it: of what is annotated the type alone."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return told_type(parts[0])
-    if origin in (types.UnionType, typing.Union):
-        return " | ".join(told_type(part) for part in parts)
-    if origin in (list, dict, tuple):
-        return f"{origin.__name__}[{', '.join(told_type(part) if part is not ... else '...' for part in parts)}]"
-    return (
-        "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    )
-
-
-@functools.cache
-def code_digest(name: str) -> str:
-    """Digest of the source of a stage's module and of every llmworks module that it imports, directly or not."""
-    todo = [table()[name].target.partition(":")[0]]
-    seen: dict[str, str] = {}
-    while todo:
-        module = todo.pop()
-        if module in seen:
-            continue
-        file = _source(module)
-        if file is None:
-            continue
-        text = file.read_text(encoding="utf-8")
-        for data in sorted(file.parent.glob("tasks/*.yaml")):  # tasks decide what a stage does, as code does
-            seen[data.name] = hashlib.sha256(data.read_bytes()).hexdigest()
-        seen[module] = hashlib.sha256(text.encode()).hexdigest()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmworks"):
-                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                todo += [alias.name for alias in node.names if alias.name.startswith("llmworks")]
-    return hashlib.sha256("".join(f"{m}{d}" for m, d in sorted(seen.items())).encode()).hexdigest()
-
-
-def _source(module: str) -> Path | None:
-    """The file of a module, found without importing its package."""
-    if module.split(".")[0] != "llmworks":  # a stage of another package
-        spec = importlib.util.find_spec(module)
-        return Path(spec.origin) if spec is not None and spec.origin else None
-    path = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
-    return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None)
+    return {**{point.name: point.load() for point in entry_points(group="llmworks.stages")}, **STAGES}

@@ -1,8 +1,8 @@
 """Run a command under bubblewrap: what it sees of the host, what it may use up, and how it ended.
 
 It sees the system's programs and libraries, read-only; `/box`, its own directory in memory; and nothing else: no
-network, no home, no
-environment, no other process. Time, memory and processes are counted over everything it starts, by a watcher outside.
+network, no home, no environment, no other process. Time, memory and processes are counted over everything it starts, by
+a watcher outside.
 """
 
 from __future__ import annotations

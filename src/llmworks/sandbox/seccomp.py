@@ -1,8 +1,8 @@
 """The system calls that sandboxed code may not make, as a filter program for the kernel (seccomp, classic BPF).
 
 A denied call fails with EPERM. What is denied: mounting, other namespaces, other processes' memory, keys, modules,
-clocks, and the
-interfaces in which most kernel holes were found (io_uring, bpf, userfaultfd, perf). Numbers are those of Linux's
+clocks, and the interfaces in which most kernel holes were found (io_uring, bpf, userfaultfd, perf). Numbers are those
+of Linux's
 `unistd` tables.
 """
 

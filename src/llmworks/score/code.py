@@ -21,8 +21,7 @@ def code(prompt: Sequence[Message], completion: str, row: Mapping[str, Any]) -> 
     `answer.setup` stands in front of both.
 
     A program that ends before the tests are through has not passed. Errors: DataError for a row without tests;
-    MissingDependency without
-    bubblewrap.
+    MissingDependency without bubblewrap.
     """
     answer = row.get("answer")
     tests = answer.get("tests") if isinstance(answer, Mapping) else None

@@ -2,10 +2,8 @@
 check, Python).
 
 One call, the right name, all required arguments, none unknown; every value of the declared type and among the accepted
-ones. Text
-is compared without case, spaces and the punctuation `, . / - _ * ^`. An integer is accepted for a number, never the
-reverse.
-Its decisions agree with BFCL's own checker on the recorded cases in the tests.
+ones. Text is compared without case, spaces and the punctuation `, . / - _ * ^`. An integer is accepted for a number,
+never the reverse. Its decisions agree with BFCL's own checker on the recorded cases in the tests.
 """
 
 from __future__ import annotations

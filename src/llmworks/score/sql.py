@@ -1,8 +1,8 @@
 """Score a SQL query by what it gives: the same rows as the reference query on the same database, in SQLite in memory.
 
 Queries can only read; time and the number of rows are bounded. Rows are compared as a bag, in their order where the
-reference orders them
-(the execution accuracy of Spider, Yu et al. 2018). Without any data every query gives the same, so rows need
+reference orders them (the execution accuracy of Spider, Yu et al. 2018). Without any data every query gives the same,
+so rows need
 `answer.setup`.
 """
 

@@ -2,8 +2,7 @@
 al. 2023).
 
 In depth: one more condition, a deeper question, the concrete for the general, more steps of thought, richer input. In
-breadth: another
-instruction of the same field. What fails is set aside and its parent stays for the next round.
+breadth: another instruction of the same field. What fails is set aside and its parent stays for the next round.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 aside.
 
 A passage is asked about, each question is answered from the passage alone, and an answer is kept when the words that it
-adds, and all its
-numbers and names, are in the passage. So a small model cannot put its own knowledge, or its errors, into the set.
+adds, and all its numbers and names, are in the passage. So a small model cannot put its own knowledge, or its errors,
+into the set.
 """
 
 from __future__ import annotations

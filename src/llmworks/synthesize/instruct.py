@@ -2,8 +2,7 @@
 al. 2023).
 
 Every round shows tasks drawn from the seeds and from what was made, asks for more, and takes those that are unlike all
-others and can be
-answered in text alone.
+others and can be answered in text alone.
 """
 
 from __future__ import annotations

@@ -77,8 +77,7 @@ def pairs(
 
     `model` answers (by ratings nobody does), `judge` grades.
     Errors: UserError without the model or the judge that `by` needs; DataError for rows that cannot be verified or hold
-    no ratings, or when no
-    question has answers far enough apart.
+    no ratings, or when no question has answers far enough apart.
     """
     _check_inputs(config, judge, model)
     asked = questions(data, config.limit)

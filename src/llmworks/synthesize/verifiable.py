@@ -3,8 +3,8 @@
 No model is asked.
 
 Each row says which of IFEval's and IFBench's checks its answer has to pass, so that any answer to it can be scored: by
-the task `instructions`, by rejection
-sampling, as a reward. Rows about one text are one group, so that a split keeps them together.
+the task `instructions`, by rejection sampling, as a reward. Rows about one text are one group, so that a split keeps
+them together.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from llmworks.core.types import Request, Sampling
 from llmworks.data.conversations.training_rows import training_rows
 from llmworks.data.store.rows import Row, flat_messages, write_chat
 from llmworks.generate.remote.journal import Journal, Record
-from llmworks.train.finetune.run import Material
+from llmworks.train.finetune.method import Material
 from llmworks.train.sft import SftConfig, sft, tune
 
 if TYPE_CHECKING:

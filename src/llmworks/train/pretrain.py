@@ -108,8 +108,7 @@ def pretrain(
     """Train all weights of the model on the rows of `data`, whose tokens must be its tokenizer's.
 
     Errors: DataError for data that are no packed tokens, of another tokenizer, or fewer than a step; ModelError for
-    rows that are longer than the model reads;
-    TrainingError when the loss is no number or jumps.
+    rows that are longer than the model reads; TrainingError when the loss is no number or jumps.
     """
     from llmworks.train.distributed import world
 
@@ -355,7 +354,7 @@ def steps_of(config: PretrainConfig, packed: Any, data: Dataset, length: int) ->
 
 def save(network: Any, tokenizer: Any, model: Model, out: Path) -> None:
     """Write the model as what it was, its tokenizer beside it."""
-    from llmworks.model.io.families import save_decoder
+    from llmworks.model.io.decoder_files import save_decoder
     from llmworks.model.nn.decoder import DecoderForCausalLM
     from llmworks.tokenize.load import read_json
 

@@ -18,7 +18,7 @@ from llmworks.train.finetune.run import prepare
 from llmworks.train.sft import SftConfig, read
 
 if TYPE_CHECKING:
-    from llmworks.train.finetune.run import Material
+    from llmworks.train.finetune.method import Material
     from llmworks.train.finetune.trainable import Tuned
 
 SMOOTH, WORSE = 0.8, 2.0  # weight of earlier losses in the running mean; how many times the lowest loss ends the run

@@ -3,9 +3,8 @@
 Knows no model and no training.
 
 Hoffmann et al. 2022 (arXiv:2203.15556): the parametric form is approach 3 (section 3.3, eq. 10), the parabolas are
-approach 2 (section 3.2).
-Intervals are those of Besiroglu et al. 2024 (arXiv:2404.10102): runs are drawn again with replacement, and the fit is
-made anew.
+approach 2 (section 3.2). Intervals are those of Besiroglu et al. 2024 (arXiv:2404.10102): runs are drawn again with
+replacement, and the fit is made anew.
 """
 
 from __future__ import annotations

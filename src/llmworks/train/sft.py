@@ -18,16 +18,9 @@ from llmworks.data.conversations.training_rows import training_rows
 from llmworks.data.doctor import require_template, uses_of
 from llmworks.data.store.rows import Row
 from llmworks.tokenize.chat.named import use_template
-from llmworks.train.finetune.run import (
-    Material,
-    TuneConfig,
-    Way,
-    check_golden,
-    context_of,
-    in_memory,
-    require_directory,
-    require_held_out,
-)
+from llmworks.train.finetune.config import TuneConfig
+from llmworks.train.finetune.method import Material, Way
+from llmworks.train.finetune.run import check_golden, context_of, in_memory, require_directory, require_held_out
 from llmworks.train.finetune.run import tune as tuned_by
 from llmworks.train.loop.schedule import OptimizerConfig
 

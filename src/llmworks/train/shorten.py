@@ -2,8 +2,7 @@
 (train.distill).
 
 Those are left out that change their input least: one less the cosine between what goes into a block and what comes out,
-over tokens of `data`
-(block influence: Men et al. 2024, ShortGPT, arXiv:2403.03853, equation 1).
+over tokens of `data` (block influence: Men et al. 2024, ShortGPT, arXiv:2403.03853, equation 1).
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
     turn; UserError for blocks that it has not.
     """
     from llmworks.model.golden import record
-    from llmworks.model.io.families import load_decoder, save_decoder
+    from llmworks.model.io.decoder_files import load_decoder, save_decoder
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.tokenize.load import load_tokenizer, read_json
 

@@ -20,7 +20,7 @@ from llmworks.evaluate.suites import Item
 from llmworks.runtime.default_inputs import default_inputs
 from llmworks.runtime.execute import execute
 from llmworks.runtime.references import open_engine
-from llmworks.runtime.stages import resolve
+from llmworks.runtime.resolve import resolve
 from llmworks.tokenize.load import read_json
 
 

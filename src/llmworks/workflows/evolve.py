@@ -23,7 +23,7 @@ from llmworks.merge.plan.config import MergeConfig
 from llmworks.runtime.default_inputs import default_inputs
 from llmworks.runtime.execute import execute
 from llmworks.runtime.references import open_engine
-from llmworks.runtime.stages import resolve
+from llmworks.runtime.resolve import resolve
 from llmworks.tune.search.cma import Attempt, evolve
 from llmworks.tune.search.genome import genes_of, with_values
 

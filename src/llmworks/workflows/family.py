@@ -22,8 +22,8 @@ from llmworks.lineage.claims import claims, licence
 from llmworks.lineage.family import Family, Kin, family_of
 from llmworks.runtime.execute import derive_again, machine, versions
 from llmworks.runtime.references import asset_files, find_digest, open_engine, resolve
-from llmworks.runtime.stages import ResolvedStage
-from llmworks.runtime.stages import resolve as resolve_stage
+from llmworks.runtime.resolve import ResolvedStage
+from llmworks.runtime.resolve import resolve as resolve_stage
 
 
 def family_with(workspace: Workspace, *more: Artifact) -> Family:

@@ -27,7 +27,7 @@ from llmworks.model.card import write
 from llmworks.runtime.default_inputs import default_inputs
 from llmworks.runtime.execute import execute
 from llmworks.runtime.references import open_engine
-from llmworks.runtime.stages import resolve
+from llmworks.runtime.resolve import resolve
 
 DENSITY = 0.5
 

@@ -24,9 +24,9 @@ from llmworks.merge.plan.config import Condition, MergeConfig
 from llmworks.merge.plan.layout import layout_of
 from llmworks.merge.plan.plan import Plan
 from llmworks.runtime.execute import Outcome, execute
-from llmworks.runtime.recipe import assign, config_problem, unknown
+from llmworks.runtime.overrides import assign, config_problem, unknown
 from llmworks.runtime.references import open_engine, resolve
-from llmworks.runtime.stages import resolve as resolve_stage
+from llmworks.runtime.resolve import resolve as resolve_stage
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from llmworks.core.errors import GateFailed, LlmworksError, UserError
 from llmworks.core.workers import Pool
 from llmworks.core.workspace import Workspace
 from llmworks.runtime.execute import execute
-from llmworks.runtime.recipe import Recipe, StageStep, load_recipe
+from llmworks.runtime.read_recipe import load_recipe
+from llmworks.runtime.recipe import Recipe, StageStep
 from llmworks.runtime.references import open_engine
+from llmworks.runtime.resolve import resolve
 from llmworks.runtime.runner import Run
-from llmworks.runtime.stages import resolve
 from llmworks.tune.search.optuna_study import Study, Trial
 from llmworks.tune.search.search_space import Search, overrides
 

@@ -2,8 +2,7 @@
 summed over the tokens of an answer.
 
 Rafailov et al. 2023 (arXiv:2305.18290). Each kind says what it does with the difference of the two rewards, or with
-each of them. `ipo` and `sigmoid-mean` take
-means over tokens. TRL's `DPOTrainer` computes the same numbers.
+each of them. `ipo` and `sigmoid-mean` take means over tokens. TRL's `DPOTrainer` computes the same numbers.
 """
 
 from __future__ import annotations

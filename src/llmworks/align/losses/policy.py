@@ -4,8 +4,8 @@ in a step, and what a step is the mean of.
 Pure functions.
 
 GRPO: Shao et al. 2024 (arXiv:2402.03300); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740); clipping: Schulman et al. 2017
-(arXiv:1707.06347). TRL's `GRPOTrainer` and `RLOOTrainer`
-compute the same numbers. Tokens are those that are weighed, [n]; `owner` is the number of each one's answer.
+(arXiv:1707.06347). TRL's `GRPOTrainer` and `RLOOTrainer` compute the same numbers. Tokens are those that are weighed,
+[n]; `owner` is the number of each one's answer.
 """
 
 from __future__ import annotations
@@ -99,9 +99,8 @@ def weighed(
     """The loss of each token, before the distance to the reference. advantages: of each token [n].
 
     clip: PPO's, between 1 - low and 1 + high (DAPO: high above low); `ceiling`: the most that a ratio may be at all (0:
-    none). cispo: REINFORCE with ratios up to `high` (MiniMax 2025,
-    arXiv:2506.13585). sapo: a soft gate (arXiv:2511.20347). vespo: a gamma-shaped weight of whole answers
-    (arXiv:2602.10693).
+    none). cispo: REINFORCE with ratios up to `high` (MiniMax 2025, arXiv:2506.13585). sapo: a soft gate
+    (arXiv:2511.20347). vespo: a gamma-shaped weight of whole answers (arXiv:2602.10693).
     """
     ratio = log_ratio.exp()
     never = torch.zeros_like(ratio, dtype=torch.bool)

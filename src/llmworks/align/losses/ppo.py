@@ -4,8 +4,8 @@ learned at the same time.
 Pure functions.
 
 Schulman et al. 2017 (arXiv:1707.06347); estimates of advantages: Schulman et al. 2016 (arXiv:1506.02438), equation 16;
-for language models: Ziegler et al. 2019 (arXiv:1909.08593), and
-Huang et al. 2024 (arXiv:2403.17031), whose details these are.
+for language models: Ziegler et al. 2019 (arXiv:1909.08593), and Huang et al. 2024 (arXiv:2403.17031), whose details
+these are.
 """
 
 from __future__ import annotations

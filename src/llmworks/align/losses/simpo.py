@@ -4,8 +4,7 @@ margin.
 No reference.
 
 Meng et al. 2024 (arXiv:2405.14734, equation 6). With `alpha` the reward is bent: AlphaPO (Gupta et al. 2025,
-arXiv:2501.03884). TRL's `CPOTrainer` computes the same numbers
-(loss_type simpo).
+arXiv:2501.03884). TRL's `CPOTrainer` computes the same numbers (loss_type simpo).
 """
 
 from __future__ import annotations

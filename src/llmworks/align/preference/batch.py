@@ -26,9 +26,8 @@ class Branches:
 
     `lasts` [answers]: the place of each answer's last token. `positions`, `segments`, `branches` [1, length]: of the
     one row in which prompts branch; None where answers are padded rows. `spoken` [prompt tokens, 2]: places and ids of
-    prompts' own tokens,
-    where they are asked for. `tokens`: that are read, padding left out; `labels`: what a step's loss is divided by,
-    here examples; `given`: what a method puts beside it.
+    prompts' own tokens, where they are asked for. `tokens`: that are read, padding left out; `labels`: what a step's
+    loss is divided by, here examples; `given`: what a method puts beside it.
     """
 
     ids: Tensor

@@ -24,7 +24,7 @@ from llmworks.align.preference.reference import Start, cached, sums
 from llmworks.core.artifact import Model
 from llmworks.core.context import Context
 from llmworks.train.distributed.sharding import cast, resolved
-from llmworks.train.finetune.run import Material, Way
+from llmworks.train.finetune.method import Material, Way
 from llmworks.train.finetune.trainable import Tuned, open_tuned
 
 OTHER = "#other"  # of an example's id: its prompt with another's answer

@@ -20,17 +20,9 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
 from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
 from llmworks.tokenize.chat.named import use_template
-from llmworks.train.finetune.run import (
-    Material,
-    TuneConfig,
-    Way,
-    check_golden,
-    context_of,
-    in_memory,
-    require_directory,
-    require_held_out,
-    tune,
-)
+from llmworks.train.finetune.config import TuneConfig
+from llmworks.train.finetune.method import Material, Way
+from llmworks.train.finetune.run import check_golden, context_of, in_memory, require_directory, require_held_out, tune
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given

@@ -20,11 +20,11 @@ from llmworks.align.preference.logprobs import states
 from llmworks.align.preference.objective import Given, Told
 from llmworks.core.artifact import Model
 from llmworks.core.errors import ModelError
-from llmworks.model.io.families import load_decoder
+from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.reward_head import Kind, new_head, save_scorer
 from llmworks.model.lora.fold import fold_into
 from llmworks.model.nn.decoder import DecoderForCausalLM
-from llmworks.train.finetune.run import Way
+from llmworks.train.finetune.method import Way
 from llmworks.train.finetune.trainable import Tuned
 
 

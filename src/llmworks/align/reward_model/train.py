@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from llmworks.align.preference.run import Policy, check_run
 from llmworks.core.artifact import Model
 from llmworks.core.context import Context
-from llmworks.train.finetune.run import Material, Way, in_memory, save_records, tune
+from llmworks.train.finetune.method import Material, Way
+from llmworks.train.finetune.run import in_memory, save_records, tune
 
 if TYPE_CHECKING:
     from llmworks.train.finetune.trainable import Tuned

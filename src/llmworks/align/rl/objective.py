@@ -21,10 +21,11 @@ from llmworks.align.losses.sides import Sides
 from llmworks.align.preference.batch import Branches
 from llmworks.align.preference.logprobs import logprobs, states, still
 from llmworks.align.preference.objective import Given, Told
-from llmworks.align.rl.rollouts import Asked, Drawing, Rollout, Rollouts, joined
+from llmworks.align.rl.experience import Asked, Rollout
+from llmworks.align.rl.rollouts import Drawing, Rollouts, joined
 from llmworks.core.progress import write_whole
 from llmworks.model.io.reward_head import new_head
-from llmworks.train.finetune.run import Way
+from llmworks.train.finetune.method import Way
 
 SHOWN, WIDE = 2, 600  # texts of a rollout that are kept to be shown, and letters of each
 

@@ -23,13 +23,16 @@ from llmworks.core.errors import DataError, RequestError
 from llmworks.core.types import Message
 from llmworks.data.store.rows import Row, flat_messages, read_chat
 from llmworks.tokenize.chat.templates import render_prompt
-from llmworks.train.finetune.run import Material, TuneConfig, context_of, in_memory, tune
+from llmworks.train.finetune.config import TuneConfig
+from llmworks.train.finetune.method import Material
+from llmworks.train.finetune.run import context_of, in_memory, tune
 
 if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
+    from llmworks.align.rl.experience import Asked
     from llmworks.align.rl.objective import Groups
-    from llmworks.align.rl.rollouts import Asked, Drawing, Habit
-    from llmworks.train.finetune.run import Way
+    from llmworks.align.rl.rollouts import Drawing, Habit
+    from llmworks.train.finetune.method import Way
     from llmworks.train.finetune.trainable import Tuned
 
 
@@ -145,7 +148,7 @@ def prompts_of(
     config: OnlineConfig, tokenizer: Any, data: Dataset, most: int, limit: int = 0
 ) -> tuple[list[Asked], list[tuple[str, str]]]:
     """(prompts, rows set aside with the reason). DataError when none is left."""
-    from llmworks.align.rl.rollouts import Asked
+    from llmworks.align.rl.experience import Asked
 
     found: list[Asked] = []
     lost: list[tuple[str, str]] = []

@@ -2,8 +2,8 @@ r"""Preference pairs: `chosen` and `rejected`, with the prompt beside them, in b
 them.
 
 Known: prompt and two texts; prompt and two lists of turns; two lists that begin alike (the prompt is what they share);
-Anthropic's
-"\n\nHuman: ... \n\nAssistant: ..." texts; LLaMA-Factory's `conversations` with a chosen and a rejected turn.
+Anthropic's "\n\nHuman: ... \n\nAssistant: ..." texts; LLaMA-Factory's `conversations` with a chosen and a rejected
+turn.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 similarity.
 
 One permutation gives all minima (Li, Owen and Zhang 2012); empty places are filled from full ones chosen by a fixed
-hash (Shrivastava 2017).
-Shingles stay on disk, in memory are one band's numbers at a time; so memory grows with the documents, not with their
-text.
+hash (Shrivastava 2017). Shingles stay on disk, in memory are one band's numbers at a time; so memory grows with the
+documents, not with their text.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The quality and repetition rules of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A1.1 and table A1).
 
 Decisions are those of datatrove's GopherQualityFilter and GopherRepetitionFilter. Repetition is first bounded from
-above for a whole batch
-with sorted n-gram hashes; only the texts that come near a threshold are counted n-gram by n-gram.
+above for a whole batch with sorted n-gram hashes; only the texts that come near a threshold are counted n-gram by
+n-gram.
 """
 
 from __future__ import annotations

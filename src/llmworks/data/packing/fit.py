@@ -15,8 +15,7 @@ def best_fit(lengths: Sequence[int] | Any, capacity: int, seed: int) -> tuple[An
     Rows, and equal lengths, are shuffled by the seed.
 
     Every length is from 1 to `capacity`. Each piece, the longest first, goes where it leaves least free: a row is found
-    by the lowest set
-    bit of an integer in which bit n says that some row has n free.
+    by the lowest set bit of an integer in which bit n says that some row has n free.
     """
     import numpy as np
 

@@ -2,9 +2,8 @@
 run queries on.
 
 The set comes without databases, so each question gets one: rows of small numbers and of the words that the query names,
-drawn until the query
-gives something (the idea of distilled test suites, Zhong et al. 2020). So two queries that differ in meaning mostly
-differ in what they give.
+drawn until the query gives something (the idea of distilled test suites, Zhong et al. 2020). So two queries that differ
+in meaning mostly differ in what they give.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ Streams; unpacks nothing to disk but what
 must be read from its end.
 
 A member's name is its file's with `!` between: `books.zip!austen/emma.txt`. Everything that is expanded is metered, so
-that an archive
-bomb ends with a reason. Knows no document format.
+that an archive bomb ends with a reason. Knows no document format.
 """
 
 from __future__ import annotations

@@ -88,8 +88,7 @@ def read(
     """Rows in an order shuffled by seed and epoch, each with the place to start from to read what comes after it.
 
     One of several readers gets every `readers`-th row; rows that are left over at the end of an epoch are read by
-    nobody, so that all get
-    as many. A place holds for any number of readers that divides its row.
+    nobody, so that all get as many. A place holds for any number of readers that divides its row.
     """
     import numpy as np
 

@@ -1,8 +1,7 @@
 """Work in parts: planned from the input alone, each done once, put together in order.
 
 A part writes into a folder of its own in scratch and leaves a summary last, so that a killed run goes on with the parts
-that are missing,
-and the bytes of the result do not depend on how many workers there were.
+that are missing, and the bytes of the result do not depend on how many workers there were.
 """
 
 from __future__ import annotations

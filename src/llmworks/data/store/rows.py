@@ -1,8 +1,8 @@
 """Rows of a Dataset artifact: written as Parquet with a fixed schema, read back as plain dictionaries.
 
 A chat row is {id, group, messages, tools, answer, extra}; a preference row has prompt, chosen and rejected instead of
-messages. tools,
-answer and extra are kept as JSON text, since every row has its own shape; extra is what the row had besides.
+messages. tools, answer and extra are kept as JSON text, since every row has its own shape; extra is what the row had
+besides.
 """
 
 from __future__ import annotations

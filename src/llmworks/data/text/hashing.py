@@ -1,9 +1,8 @@
 """Words as 64-bit numbers, for whole columns of text at once: what duplicates, overlaps and the classifier count with.
 
 A word is a run of ASCII letters, digits or characters beyond ASCII; case is folded. Its number is a polynomial of its
-bytes modulo 2**64,
-so that one running sum over a column gives every word's number as a difference (Karp and Rabin 1987), then mixed. The
-same everywhere.
+bytes modulo 2**64, so that one running sum over a column gives every word's number as a difference (Karp and Rabin
+1987), then mixed. The same everywhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """How probable an engine finds given texts: encoding, windows, and asking with everything written down as it comes.
 
 Context and continuation are encoded together and then divided, white space at the end of the context moved over, as the
-lm-evaluation-harness does:
-so that a word is the tokens that it is in running text. Knows no task.
+lm-evaluation-harness does: so that a word is the tokens that it is in running text. Knows no task.
 """
 
 from __future__ import annotations
@@ -92,8 +91,7 @@ def windows(ids: Sequence[int], beginning: int, window: int, stride: int = 0) ->
     """A whole text in windows of at most `window` tokens of context, every token scored once.
 
     The first window begins with the beginning-of-text token. Each later one scores `stride` tokens (0: `window`), the
-    last one what is left, with as
-    many before them as fit: the lm-evaluation-harness's rolling windows.
+    last one what is left, with as many before them as fit: the lm-evaluation-harness's rolling windows.
     """
     out = [Given((beginning, *ids[:window]), 1)] if ids else []
     done = min(window, len(ids))

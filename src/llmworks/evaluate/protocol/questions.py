@@ -33,8 +33,7 @@ class Question:
     what is right.
 
     `options`: what is scored after the prompt, `choices`: the same as the task names them; `gold`: places of the right
-    choices; `references`: right
-    answers as text; `row`: what score functions read.
+    choices; `references`: right answers as text; `row`: what score functions read.
     """
 
     id: str

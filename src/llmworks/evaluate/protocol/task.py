@@ -3,8 +3,7 @@
 One definition runs on every engine. Knows no model.
 
 `question`, `choices`, `answer` and `group` are Jinja templates over a row, or the name of one of its fields. Files of
-the lm-evaluation-harness
-are read as well (`harness.py`).
+the lm-evaluation-harness are read as well (`harness.py`).
 """
 
 from __future__ import annotations

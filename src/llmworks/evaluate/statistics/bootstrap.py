@@ -1,11 +1,9 @@
 """Confidence intervals and paired tests by resampling. Pure functions on numbers.
 
 A metric's value is a function of sums over samples, so a resample is a weighted sum: samples are drawn with
-replacement, or whole groups of them
-where rows belong together (the clustered bootstrap). Source: Efron & Tibshirani, An Introduction to the Bootstrap
-(1993), chapters 13 and 16;
-Davison & Hinkley 1997, section 3.8 for groups; Koehn 2004 for the paired form; Hesterberg 2015 (arXiv:1411.5279),
-section 5.3 for small samples.
+replacement, or whole groups of them where rows belong together (the clustered bootstrap). Source: Efron & Tibshirani,
+An Introduction to the Bootstrap (1993), chapters 13 and 16; Davison & Hinkley 1997, section 3.8 for groups; Koehn 2004
+for the paired form; Hesterberg 2015 (arXiv:1411.5279), section 5.3 for small samples.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 Pure functions on numbers.
 
 Sources: Bradley & Terry 1952; Elo 1978; Chiang et al. 2024, Chatbot Arena (arXiv:2403.04132), section 5, and its style
-control: the difference of the
-answers' lengths as a further term of the logistic regression.
+control: the difference of the answers' lengths as a further term of the logistic regression.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 tokens, read branch by branch.
 
 Worked examples in front of every question are read once for all questions, a question once for all its choices.
-Branches that fit are read in one row,
-under a mask by which a token sees its own ancestors only (tree attention: SpecInfer, Miao et al. 2023,
-arXiv:2305.09781, section 4.2); nothing is padded and
-no cache is copied. Knows no request and no tokenizer.
+Branches that fit are read in one row, under a mask by which a token sees its own ancestors only (tree attention:
+SpecInfer, Miao et al. 2023, arXiv:2305.09781, section 4.2); nothing is padded and no cache is copied. Knows no request
+and no tokenizer.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 xllamacpp generates (parallel slots, continuous batching), cyllama scores given text.
 
 Prompts are rendered by the file's own template and tokenizer, read from its metadata, and passed as ids: the same path
-as the
-torch engine, so that the same conversation is the same ids in both.
+as the torch engine, so that the same conversation is the same ids in both.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from llmworks.generate.decode.scoring import check_score, scored
 from llmworks.generate.decode.stopping import cut_at_stop
 from llmworks.generate.remote.parallel import Answered, each_in_threads, in_order
 from llmworks.model.from_gguf import metadata, open_reader
-from llmworks.model.io.gguf_tokenizer import tokenizer_of
+from llmworks.model.gguf.tokenizer import tokenizer_of
 from llmworks.tokenize.chat.templates import renders_tools
 
 SLOTS = 4

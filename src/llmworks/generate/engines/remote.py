@@ -3,8 +3,8 @@
 Knows no model file and no provider's format.
 
 Asks several at once, keeps to the limits of its reference, sends again what failed for a reason that may pass, and
-keeps an account. A
-remote engine tells no ids, and scores given text only where the server can and its tokenizer is at hand.
+keeps an account. A remote engine tells no ids, and scores given text only where the server can and its tokenizer is at
+hand.
 """
 
 from __future__ import annotations

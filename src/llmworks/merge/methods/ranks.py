@@ -2,9 +2,8 @@
 the k-th is known.
 
 The patterns of |x| of a float are in the order of their values, so that the k-th largest of 16 bits is found by one
-count of 32,768 patterns, that of 32 bits by one of their upper and one of their lower halves.
-Of sizes that are equal to the last one that is kept, the first in the tensor's order are kept; a sort that is not
-stable may keep others.
+count of 32,768 patterns, that of 32 bits by one of their upper and one of their lower halves. Of sizes that are equal
+to the last one that is kept, the first in the tensor's order are kept; a sort that is not stable may keep others.
 """
 
 from __future__ import annotations

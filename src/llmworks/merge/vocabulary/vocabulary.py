@@ -4,8 +4,8 @@
 Knows no weights.
 
 Other models' plain tokens are in the result's vocabulary without merges: they can be decoded and have rows, while texts
-are split as the base splits them. mergekit adds them as texts to be found before any merge,
-which changes how other texts are split.
+are split as the base splits them. mergekit adds them as texts to be found before any merge, which changes how other
+texts are split.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ cache.
 Torch-free; knows no weights.
 
 Work is counted as matrix products only, a multiply-add as two operations (Kaplan et al. 2020, section 2.1), of one
-token that sees `context` tokens,
-itself included.
+token that sees `context` tokens, itself included.
 """
 
 from __future__ import annotations

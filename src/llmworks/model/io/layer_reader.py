@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llmworks.core.errors import ModelError
-from llmworks.model.io.families import check_tied, from_standard, rename_of, shape_of
+from llmworks.model.io.decoder_files import check_tied, from_standard, rename_of
+from llmworks.model.io.families import shape_of
 from llmworks.model.io.weights import check_weights, read_header, refuse_scorer, weight_files
 from llmworks.model.lowbit.checkpoint import plain, round_inputs, weights
 from llmworks.model.nn.decoder import Block, DecoderConfig, DecoderForCausalLM

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmworks.core.errors import ModelError
-from llmworks.model.io.families import load_decoder, rename_of, shape_of
+from llmworks.model.io.decoder_files import load_decoder, rename_of
+from llmworks.model.io.families import shape_of
 from llmworks.model.io.weights import check_weights, refuse_scorer
 from llmworks.tokenize.load import first_line, quiet_transformers, read_json
 

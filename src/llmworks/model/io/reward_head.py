@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llmworks.core.errors import ModelError
-from llmworks.model.io.families import from_standard, shape_of, to_standard
+from llmworks.model.io.decoder_files import from_standard, to_standard
+from llmworks.model.io.families import shape_of
 from llmworks.model.io.weights import check_weights
 from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.tokenize.load import read_json

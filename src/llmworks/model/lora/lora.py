@@ -1,8 +1,8 @@
 """LoRA: y = W x + s B A x, with A random and B zero, so that training starts from the model itself.
 
 s is alpha / r (Hu et al. 2021, arXiv:2106.09685), or alpha / sqrt(r), rank-stabilised (Kalajdzievski 2023,
-arXiv:2312.03732). DoRA (Liu et al. 2024,
-arXiv:2402.09353) learns the length of each row of W + s B A beside it. Initialisation as in peft's
+arXiv:2312.03732). DoRA (Liu et al. 2024, arXiv:2402.09353) learns the length of each row of W + s B A beside it.
+Initialisation as in peft's
 `LoraLayer.reset_lora_parameters`. Files are
 `adapter.py`'s, folding into the weights is `fold.py`'s; knows no other adapter.
 """

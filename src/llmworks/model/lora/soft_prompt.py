@@ -1,7 +1,6 @@
 """Soft prompts: trained vectors that stand before every text, as tokens that nobody can write (prompt tuning: Lester et
-al. 2021, arXiv:2104.08691), or as keys
-and values of every layer (prefix tuning: Li & Liang 2021, arXiv:2101.00190). Trained by peft, read from its files.
-Knows no training and no request.
+al. 2021, arXiv:2104.08691), or as keys and values of every layer (prefix tuning: Li & Liang 2021, arXiv:2101.00190).
+Trained by peft, read from its files. Knows no training and no request.
 """
 
 from __future__ import annotations

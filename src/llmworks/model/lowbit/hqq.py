@@ -4,9 +4,9 @@ vLLM reads.
 Knows no method.
 
 Each group of a row is a row of its own: `W_q` [rows * groups / parts, size], the numbers of so many parts of all groups
-in one byte (3 bits: of ten parts in 32); `scale` and `zero` [rows * groups, 1], a weight being
-(number - zero) * scale, numbers from 0. What else hqq wants to know of a layer stands beside them as tensors. Read and
-written are groups along rows (its axis 1).
+in one byte (3 bits: of ten parts in 32); `scale` and `zero` [rows * groups, 1], a weight being (number - zero) * scale,
+numbers from 0. What else hqq wants to know of a layer stands beside them as tensors. Read and written are groups along
+rows (its axis 1).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 CPUs: less memory to read for each token that is written.
 
 Few rows go through a kernel; for many the weights are made anew in bfloat16, whose products are twice as fast as those
-of fp32. Both read inputs, scales and zero points in
-bfloat16 and give bfloat16, so that logits differ from those of the plain weights in the third digit. Where a CPU has no
-instructions for bfloat16, plain weights are faster and stay. Inference only.
+of fp32. Both read inputs, scales and zero points in bfloat16 and give bfloat16, so that logits differ from those of the
+plain weights in the third digit. Where a CPU has no instructions for bfloat16, plain weights are faster and stay.
+Inference only.
 """
 
 from __future__ import annotations

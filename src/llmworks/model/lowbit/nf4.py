@@ -2,9 +2,8 @@
 distribution; or FP4, the nearest of floats of two exponent bits and one of a fraction.
 
 Dettmers et al. 2023, QLoRA (arXiv:2305.14314), sections 2 and 3; the values, and those of double quantization (the
-blocks' scales in 8 bits, Dettmers et
-al. 2022, arXiv:2110.02861), are those of bitsandbytes. Pure tensor functions, and the frozen layer that computes with
-them. Knows no training.
+blocks' scales in 8 bits, Dettmers et al. 2022, arXiv:2110.02861), are those of bitsandbytes. Pure tensor functions, and
+the frozen layer that computes with them. Knows no training.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 Torch-free; knows no model.
 
 Kneser & Ney 1995; modified, with three discounts, by Chen & Goodman 1998 (TR-10-98, section 3); counts as KenLM's lmplz
-takes them
-(Heafield et al. 2013). A text begins with a symbol of its own, whose id is the vocabulary's size, and which is never
-predicted.
+takes them (Heafield et al. 2013). A text begins with a symbol of its own, whose id is the vocabulary's size, and which
+is never predicted.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class Order:
     """All n-grams of one length, numbered in the order of `keys`.
 
     A key is (number of the n-gram's first n - 1 tokens in the order below) * (vocabulary + 1) + (its last token); keys
-    rise. `counts`: the
-    highest order's are how often each stands in the text; a lower one's, after how many different tokens (what begins a
+    rise. `counts`: the highest order's are how often each stands in the text; a lower one's, after how many different
+    tokens (what begins a
     text: how often).
     """
 

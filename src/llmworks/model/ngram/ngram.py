@@ -4,8 +4,7 @@
     p(w | h) = max(c(h w) - D, 0) / c(h) + (what was taken) / c(h) * p(w | h without its first token)
 
 down to single tokens, below which all are equally likely. `kneser_ney.py` counts; the interface is the decoder's:
-logits are log-probabilities.
-Knows no training.
+logits are log-probabilities. Knows no training.
 """
 
 from __future__ import annotations

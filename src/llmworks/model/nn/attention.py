@@ -2,8 +2,8 @@
 how well they fit.
 
 Vaswani et al. 2017 (arXiv:1706.03762). Several query heads may share a key and value head: grouped-query attention
-(Ainslie et al. 2023,
-arXiv:2305.13245), one for all: multi-query (Shazeer 2019, arXiv:1911.02150). Knows no block and no feed-forward layer.
+(Ainslie et al. 2023, arXiv:2305.13245), one for all: multi-query (Shazeer 2019, arXiv:1911.02150). Knows no block and
+no feed-forward layer.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def seen(
     own segment, and no padding.
 
     queries, keys: positions [batch, length]; padding [batch, keys], 1 where there is a token; segments: of queries and
-    keys; alibi: slopes [heads]; `block`: queries that are computed at once.
-    branches [batch, length]: of a segment's tokens 0 where it is still one text, then the number of the one that goes
-    on from it; those do not see one another, and positions are of each by itself.
+    keys; alibi: slopes [heads]; `block`: queries that are computed at once. branches [batch, length]: of a segment's
+    tokens 0 where it is still one text, then the number of the one that goes on from it; those do not see one another,
+    and positions are of each by itself.
     """
     same = causal and queries.shape[1] == keys.shape[1] > 1
     in_blocks = same and keys.device.type == "cpu"

@@ -2,11 +2,10 @@
 computed, and nothing is kept of it.
 
 The same numbers as `scaled_dot_product_attention`. Queries are taken in blocks and keys are not, so a block's weights
-stand whole (32 or 64 rows of them
-for each head), and there is no running softmax; backward computes them again, as FlashAttention does (Dao et al. 2022,
-arXiv:2205.14135). Only for speed:
-forward and backward with PyTorch's own CPU kernel take 1.0 to 1.4 times as long, with a mask for packed texts 2.7 to
-5.3 (`python benchmarks/model.py --attention`). Knows no model.
+stand whole (32 or 64 rows of them for each head), and there is no running softmax; backward computes them again, as
+FlashAttention does (Dao et al. 2022, arXiv:2205.14135). Only for speed: forward and backward with PyTorch's own CPU
+kernel take 1.0 to 1.4 times as long, with a mask for packed texts 2.7 to 5.3 (`python benchmarks/model.py
+--attention`). Knows no model.
 """
 
 from __future__ import annotations

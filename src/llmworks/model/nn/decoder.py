@@ -1,8 +1,8 @@
 """The decoder, whole: tokens become states, blocks let them look back and think, a head says what comes next.
 
 `Stack` is the mathematics; `DecoderForCausalLM` gives it what transformers asks of a model, so that saving, adapters
-and `generate` work. Knows no
-tokenizer, no training, no sampling. Loading and saving as Llama, Mistral, Qwen, Gemma or GPT-2 is in `families.py`;
+and `generate` work. Knows no tokenizer, no training, no sampling. Loading and saving as Llama, Mistral, Qwen, Gemma or
+GPT-2 is in `families.py`;
 `encoder.py` builds other models of the same blocks.
 """
 

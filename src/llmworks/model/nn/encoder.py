@@ -2,8 +2,7 @@
 was hidden.
 
 BERT-like (Devlin et al. 2019) and T5-like (Raffel et al. 2020) in what they do, with the shape's norms, positions and
-feed-forward layers. What is
-hidden is chosen in `masking.py`; knows no other architecture.
+feed-forward layers. What is hidden is chosen in `masking.py`; knows no other architecture.
 """
 
 from __future__ import annotations

@@ -115,8 +115,7 @@ class MixtureOfExperts(nn.Module):
     softmax over those chosen (Mixtral).
 
     `balance` after a forward pass is the load-balancing loss of Switch (section 2.2, eq. 4): count * sum over experts
-    of
-    (share of tokens) * (mean router probability); 1 when even.
+    of (share of tokens) * (mean router probability); 1 when even.
     """
 
     def __init__(self, shape: Shape) -> None:

@@ -18,11 +18,9 @@ def frequencies(rope: Rope, width: int, context: int) -> tuple[Tensor, float]:
     positions.
 
     linear: position interpolation (Chen et al. 2023, arXiv:2306.15595). ntk: the base grown so that the longest wave is
-    stretched by `factor` and the
-    shortest kept. yarn: Peng et al. 2023 (arXiv:2309.00071), section 3: waves that turn more than `fast` times within
-    the trained context are
-    kept, those of less than `slow` divided by `factor`, a ramp between; and attention is made sharper by 0.1 ln(factor)
-    + 1. llama-3: Llama 3.1's.
+    stretched by `factor` and the shortest kept. yarn: Peng et al. 2023 (arXiv:2309.00071), section 3: waves that turn
+    more than `fast` times within the trained context are kept, those of less than `slow` divided by `factor`, a ramp
+    between; and attention is made sharper by 0.1 ln(factor) + 1. llama-3: Llama 3.1's.
     """
     theta = rope.theta
     powers = torch.arange(0, width, 2, dtype=torch.float32) / width

@@ -2,8 +2,7 @@
 token.
 
 The same interface as the decoder: loss by labels, logits, a cache (here the state, of one size however long the text),
-texts packed in a row
-that do not see one another. Knows no attention and no training.
+texts packed in a row that do not see one another. Knows no attention and no training.
 """
 
 from __future__ import annotations
@@ -52,11 +51,10 @@ class Recurrence(nn.Module):
 
     rnn: h' = tanh(W x + U h + b) (Elman 1990; as a language model Mikolov et al. 2010).
     lstm: c' = f * c + i * tanh(W x + U h + b), h' = o * tanh(c'), with gates i, f, o = s(W_. x + U_. h + b_.)
-    (Hochreiter & Schmidhuber 1997; forget gate
-    Gers et al. 2000): c is scaled by f and added to, so that with f near one a gradient reaches far back.
+    (Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000): c is scaled by f and added to, so that with f near
+    one a gradient reaches far back.
     gru: h' = (1 - z) * n + z * h, n = tanh(W x + r * (U h + b)), with gates r, z: the same with one state (Cho et al.
-    2014; r behind U, as cuDNN has it).
-    PyTorch's kernels compute them.
+    2014; r behind U, as cuDNN has it). PyTorch's kernels compute them.
     """
 
     def __init__(self, shape: RecurrentShape) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmworks.core.artifact import Model
 from llmworks.core.context import Context
 from llmworks.core.errors import ModelError
-from llmworks.model.io.families import to_standard
+from llmworks.model.io.decoder_files import to_standard
 from llmworks.model.io.layer_forward import logits_of
 from llmworks.model.io.layer_reader import Source, join_files
 from llmworks.quantize.algorithms.hadamard import rotation

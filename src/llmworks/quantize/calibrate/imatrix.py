@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
-from llmworks.model.io.gguf_layout import to_gguf_name
+from llmworks.model.gguf.layout import to_gguf_name
 from llmworks.model.io.layer_reader import Source
 from llmworks.quantize.calibrate.layerwise import Walk
 

@@ -19,8 +19,8 @@ from llmworks.core.context import Context
 from llmworks.core.errors import GoldenMismatch, ModelError
 from llmworks.core.progress import Progress
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
+from llmworks.model.gguf.layout import LAYOUTS, heads_of, interleave_rows, to_gguf_name
 from llmworks.model.golden import record
-from llmworks.model.io.gguf_layout import LAYOUTS, heads_of, interleave_rows, to_gguf_name
 from llmworks.model.io.load import load_model
 from llmworks.model.lora.adapter_io import PREFIX, base_of, read_adapter, scale_of
 from llmworks.model.lora.fold import fold_into, weights_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmworks.core.context import Context
-from llmworks.model.io.gguf_layout import to_gguf_name
+from llmworks.model.gguf.layout import to_gguf_name
 from llmworks.model.io.layer_reader import Source
 from llmworks.quantize.algorithms.knapsack import allocate
 from llmworks.quantize.calibrate.sensitivity import costs

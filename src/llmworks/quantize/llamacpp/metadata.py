@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmworks.core.errors import ModelError
-from llmworks.model.io.gguf_layout import LAYOUTS
+from llmworks.model.gguf.layout import LAYOUTS
 from llmworks.tokenize.load import read_json
 
 NEEDED = (

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llmworks.core.errors import ModelError
-from llmworks.model.io.gguf_layout import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from llmworks.model.io.gguf_tokenizer import LLAMA_WORDS, QWEN_WORDS
+from llmworks.model.gguf.layout import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from llmworks.model.gguf.tokenizer import LLAMA_WORDS, QWEN_WORDS
 from llmworks.tokenize.load import load_tokenizer, stop_ids
 
 NEVER = -1e6  # score of a token that no merge makes

@@ -17,8 +17,8 @@ from gguf.gguf_writer import GGUFWriter
 
 from llmworks.core.errors import ModelError
 from llmworks.core.progress import Progress
-from llmworks.model.io.families import check_tied
-from llmworks.model.io.gguf_layout import LAYOUTS, heads_of, interleave_rows, to_gguf_name
+from llmworks.model.gguf.layout import LAYOUTS, heads_of, interleave_rows, to_gguf_name
+from llmworks.model.io.decoder_files import check_tied
 from llmworks.model.io.weights import Stored, check_weights, read_header
 from llmworks.quantize.llamacpp.metadata import add_hyperparameters, frequencies, read_config
 from llmworks.quantize.llamacpp.types import SEEING, Layout, types_of

@@ -5,8 +5,8 @@ IFEval's (Zhou et al. 2023, arXiv:2311.07911) and IFBench's
 (Pyatkin et al. 2025, arXiv:2507.02833), by their names and arguments.
 
 Verdicts agree with the published checkers on the cases in the tests, but where those call a language model's tools:
-sentences and languages are told
-by simpler means here. Some of IFBench's need word lists or taggers and are not checked at all (`UNCHECKED`).
+sentences and languages are told by simpler means here. Some of IFBench's need word lists or taggers and are not checked
+at all (`UNCHECKED`).
 """
 
 from __future__ import annotations

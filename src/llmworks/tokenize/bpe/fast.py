@@ -2,8 +2,7 @@
 ids.
 
 Works for tokenizers whose pre-tokenizer is byte-level with a pattern that is known; `bulk_encoder` checks ids on a
-probe before it is
-trusted, and gives None for all others, which are encoded by `tokenizers` itself.
+probe before it is trusted, and gives None for all others, which are encoded by `tokenizers` itself.
 """
 
 from __future__ import annotations

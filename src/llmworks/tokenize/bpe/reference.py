@@ -1,8 +1,7 @@
 """Byte-pair encoding, whole and readable: join the two neighbours that stand together most often, again and again.
 
 Sennrich et al. 2016 (arXiv:1508.07909), over bytes as in GPT-2 (Radford et al. 2019). The reference that the fast
-library is tested against:
-the same merges and the same ids. Slow on purpose; knows no special tokens and no files.
+library is tested against: the same merges and the same ids. Slow on purpose; knows no special tokens and no files.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 every step.
 
 Ids, mask and stop ids are compared exactly; logits within a bound that the step declares. Where logits come from is
-passed in, so
-that one record serves torch, llama.cpp and any other engine. Knows no model weights.
+passed in, so that one record serves torch, llama.cpp and any other engine. Knows no model weights.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 anew in `named/`.
 
 A model's own template comes first; a name is given on purpose. Where a template has no place for a system turn, it
-stands before the first
-user turn's text; a role or an order that a template cannot show is refused, never dropped.
+stands before the first user turn's text; a role or an order that a template cannot show is refused, never dropped.
 """
 
 from __future__ import annotations

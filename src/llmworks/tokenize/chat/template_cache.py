@@ -2,8 +2,8 @@
 their texts.
 
 The template is run on opaque contents, which can only be written, joined to other text, trimmed, and asked whether they
-are there; one that
-does anything else with them has no skeleton and has to be run for every conversation. Knows no tokenizer's ids.
+are there; one that does anything else with them has no skeleton and has to be run for every conversation. Knows no
+tokenizer's ids.
 """
 
 from __future__ import annotations

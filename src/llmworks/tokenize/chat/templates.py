@@ -2,8 +2,7 @@
 tool-aware.
 
 Renders with the model's own Jinja template, always; never guesses a format. The mask is found by rendering prefixes, so
-it
-holds for every template that only appends, and a template that does not is refused. Knows no model weights.
+it holds for every template that only appends, and a template that does not is refused. Knows no model weights.
 """
 
 from __future__ import annotations
@@ -217,8 +216,7 @@ def segments(render: Callable[[int, bool], str], messages: Sequence[Message]) ->
     with its end-of-turn token.
 
     `render(count, prompt)` gives the text of the first turns, with a generation prompt or without. White space that the
-    template writes
-    after the end token is not learned.
+    template writes after the end token is not learned.
     Errors: ModelError when rendering a longer conversation changes the text of a shorter one.
     """
     found: list[Segment] = []

@@ -2,8 +2,7 @@
 (Narayanan et al. 2019, arXiv:1806.03377).
 
 torch's `PipelineStage` and `Schedule1F1B` do it. The first process embeds, the last has the head; where both are one
-matrix, each keeps a copy and their
-gradients are summed. Knows no loop and no optimizer.
+matrix, each keeps a copy and their gradients are summed. Knows no loop and no optimizer.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 time.
 
 Sources: Hinton et al. 2015 (arXiv:1503.02531): temperature, and gradients times its square; Gu et al. 2023, MiniLLM
-(arXiv:2306.08543): the reverse direction;
-Agarwal et al. 2023, GKD (arXiv:2306.13649): what lies between.
+(arXiv:2306.08543): the reverse direction; Agarwal et al. 2023, GKD (arXiv:2306.13649): what lies between.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ DIRECTIONS = {"forward": 0.0, "reverse": 1.0}
 
 def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
     """Of each row of logits [rows, vocabulary], in nats: KL(teacher || student) for beta 0, KL(student || teacher) for
-    1, between them the generalised
-    Jensen-Shannon divergence: beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta)
-    student. -> [rows]
+    1, between them the generalised Jensen-Shannon divergence: beta KL(teacher || m) + (1 - beta) KL(student || m), m =
+    beta teacher + (1 - beta) student. -> [rows]
     """
     s, t = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
     if beta in (0.0, 1.0):

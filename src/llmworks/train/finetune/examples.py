@@ -160,8 +160,7 @@ class Steps(Sequence[list[Callable[[], Any]]]):
 
     `free`: parts are joined without padding, else padded; or as `join` has it, of a part's examples and the whole
     step's. `share` (number, of how many): the examples of each step that are this process's, `cut` of them at once;
-    what
-    cannot be divided is left out, so that all processes have as many parts. Errors: UserError where no step has an
+    what cannot be divided is left out, so that all processes have as many parts. Errors: UserError where no step has an
     example for each.
     """
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from llmworks.core.errors import MissingDependency, ModelError
-from llmworks.model.io.families import to_standard
+from llmworks.model.io.decoder_files import to_standard
 from llmworks.model.io.load import open_adaptable
 from llmworks.model.io.weights import read_header
 from llmworks.model.lora import adapter_io as adapter

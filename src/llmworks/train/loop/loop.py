@@ -1,8 +1,7 @@
 """The one training loop. What differs between methods is a list of batches and a loss function.
 
 An accumulated batch is one batch: its loss is normalised by the label tokens of all its parts. Checkpoints hold
-everything that
-decides the next step, so that a resumed run is the uninterrupted run, bit for bit.
+everything that decides the next step, so that a resumed run is the uninterrupted run, bit for bit.
 """
 
 from __future__ import annotations

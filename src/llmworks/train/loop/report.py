@@ -7,7 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from llmworks.core.report import ReportBuilder, write_curves
+from llmworks.core.plots import write_curves
+from llmworks.core.report import ReportBuilder
 
 POINTS = 600  # of a curve
 

@@ -4,8 +4,8 @@ The user's own configuration, tokenizer, template and first rows, on a shrunken 
 itself runs, several times.
 
 What is checked is what has gone wrong silently in training frameworks: a key that nothing reads, masks that cover a
-question, rows that see one another, parts
-that weigh alike, a resume that is not the run, an adapter that merges into something else. Knows no recipe.
+question, rows that see one another, parts that weigh alike, a resume that is not the run, an adapter that merges into
+something else. Knows no recipe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from llmworks.data.store.rows import Row, flat_messages
 from llmworks.train.distill import distill
 from llmworks.train.distributed.config import Parallel
 from llmworks.train.finetune.run import check_golden
-from llmworks.train.selftest.pretrain import EXACT, STEPS, Check, Reading, in_turn, keys_of, near_of, shrunken
+from llmworks.train.selftest.check import EXACT, Check, Reading, in_turn, keys_of, near_of, shrunken
+from llmworks.train.selftest.pretrain import STEPS
 from llmworks.train.sft import SftConfig, sft
 
 HEART, LONGEST, LOUDER = (
@@ -97,7 +98,8 @@ class Bench:
     def __init__(self, folder: Path, model: Path, config: SftConfig, data: Dataset, *, teacher: bool = False) -> None:
         import torch
 
-        from llmworks.model.io.families import save_decoder, shape_of
+        from llmworks.model.io.decoder_files import save_decoder
+        from llmworks.model.io.families import shape_of
         from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
         from llmworks.tokenize.chat.named import use_template
         from llmworks.tokenize.load import load_tokenizer, quiet_transformers, read_json, stop_ids
@@ -407,7 +409,7 @@ def _saved(bench: Bench) -> tuple[bool, str]:
     ids = torch.tensor([list(_examples(bench)[0].ids[:32])])
     with torch.no_grad():
         if bench.config.method == "full":
-            from llmworks.model.io.families import load_decoder
+            from llmworks.model.io.decoder_files import load_decoder
             from llmworks.model.io.load import load_model
 
             one, other = load_model(out)(input_ids=ids).logits, load_decoder(out)(input_ids=ids).logits

@@ -3,8 +3,8 @@
 The user's own, on a shrunken model and its first rows: `train.pretrain` itself runs, several times, in seconds.
 
 Each check is something that has gone wrong silently in training frameworks: a key that nothing reads, accumulation that
-weighs parts alike, texts of a row
-that see one another, labels that are shifted, a resume that is not the run. Knows no recipe.
+weighs parts alike, texts of a row that see one another, labels that are shifted, a resume that is not the run. Knows no
+recipe.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,63 +24,20 @@ from llmworks.core.report import ReportBuilder
 from llmworks.model.shape import RecurrentShape, Shape
 from llmworks.train.distributed.config import Parallel
 from llmworks.train.pretrain import PretrainConfig, pretrain
+from llmworks.train.selftest.check import (
+    EXACT,
+    LENGTH,
+    NEAR,
+    VOCABULARY,
+    Check,
+    Reading,
+    in_turn,
+    keys_of,
+    near_of,
+    shrunken,
+)
 
-LENGTH, VOCABULARY, STEPS, OVERFIT = 64, 512, 6, 60
-EXACT, NEAR = 1e-4, 0.03  # how far a loss may be off in fp32, and under autocast
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was tried, whether it holds, and the figures."""
-
-    what: str
-    holds: bool
-    detail: str
-
-
-class Reading:
-    """A configuration that remembers which of its fields were read."""
-
-    def __init__(self, config: Any, read: set[str], before: str = "") -> None:
-        self.__dict__.update(_config=config, _read=read, _before=before)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._config, name)
-        if name in type(self._config).model_fields:
-            self._read.add(self._before + name)
-            if hasattr(type(value), "model_fields"):
-                return Reading(value, self._read, f"{self._before}{name}.")
-        return value
-
-
-def shrunken(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
-    """The same switches, few numbers."""
-    if isinstance(shape, RecurrentShape):
-        return shape.model_copy(
-            update={
-                "vocabulary": VOCABULARY,
-                "width": 32,
-                "hidden": 48 if shape.hidden else 0,
-                "layers": min(2, shape.layers),
-                "context": LENGTH,
-            }
-        )
-    heads = 4
-    groups = 4 if shape.groups == shape.heads else 1 if shape.groups == 1 else 2
-    more: dict[str, Any] = {
-        "vocabulary": VOCABULARY,
-        "width": 32,
-        "head_width": 0,
-        "hidden": 0,
-        "heads": heads,
-        "kv_heads": groups,
-        "context": LENGTH,
-        "layers": min(shape.layers, max(2, shape.full_every)),
-        "window": min(shape.window, LENGTH // 2),
-    }
-    if shape.experts:
-        more["experts"] = shape.experts.model_dump() | {"count": max(shape.experts.chosen, min(4, shape.experts.count))}
-    return Shape.model_validate(shape.model_dump() | more)
+STEPS, OVERFIT = 6, 60
 
 
 def reduced(config: PretrainConfig) -> PretrainConfig:
@@ -117,26 +73,6 @@ def selftest(config: PretrainConfig, shape: Shape | RecurrentShape, data: Datase
             ("one step's rows can be learned by heart", functools.partial(_overfit, bench)),
         ]
         yield from in_turn(tests)
-
-
-def near_of(precision: str) -> float:
-    """How near numbers are that should be the same, in the format that products are computed in here."""
-    from llmworks.train.distributed.sharding import resolved
-    from llmworks.train.distributed.world import own_device
-
-    return EXACT if resolved(precision, own_device()) == "fp32" else NEAR
-
-
-def in_turn(tests: Sequence[tuple[str, Callable[[], tuple[bool, str]]]]) -> Iterator[Check]:
-    """Every test, as it is done; after one whose training does not run there is nothing to check."""
-    for number, (what, test) in enumerate(tests):
-        try:
-            holds, detail = test()
-        except LlmworksError as error:
-            yield Check(what, False, str(error))
-            yield from (Check(other, False, "not tried") for other, _ in tests[number + 1 :])
-            return
-        yield Check(what, holds, detail)
 
 
 class _Bench:
@@ -232,29 +168,6 @@ def _keys(bench: _Bench, config: PretrainConfig) -> tuple[bool, str]:
     read: set[str] = set()
     bench.run("keys", Reading(bench.config, read))
     return keys_of(config, PretrainConfig(), read)
-
-
-def keys_of(config: Any, default: Any, read: set[str]) -> tuple[bool, str]:
-    """Whether every field that is not the default was read."""
-    usual = dict(_flat(default))
-    given = [name for name, value in _flat(config) if value != usual.get(name)]
-    unread = [name for name in given if name not in read]
-    return (
-        not unread,
-        (
-            f"set, and not read by this training: {', '.join(unread)}"
-            if unread
-            else f"{len(given)} that are not the default"
-        ),
-    )
-
-
-def _flat(config: Any, before: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        found += _flat(value, f"{before}{name}.") if hasattr(type(value), "model_fields") else [(before + name, value)]
-    return found
 
 
 def _labels(bench: _Bench) -> tuple[bool, str]:

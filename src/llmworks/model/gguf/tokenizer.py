@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from llmworks.core.errors import ModelError
-from llmworks.model.io.gguf_layout import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from llmworks.model.gguf.layout import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

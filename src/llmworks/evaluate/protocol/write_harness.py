@@ -1,0 +1,146 @@
+"""Write a task as the lm-evaluation-harness's YAML has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmworks.core.errors import UserError
+from llmworks.evaluate.protocol.harness import FILTERS, IGNORES, KINDS, METRICS
+from llmworks.evaluate.protocol.task import Task
+
+
+def to_harness(task: Task) -> dict[str, Any]:
+    """A task as the harness's YAML has it. UserError for what it cannot say."""
+    _refuse_unwritable(task)
+    unknown = [m.name for m in task.metrics if m.name not in METRICS]
+    if unknown:
+        raise UserError(
+            f"{task.name}: the metric {unknown[0]!r} cannot be written for the lm-evaluation-harness without code"
+        )
+    choose = {"each": "default", "first": "first_n"}.get(task.shots.choose)
+    if task.shots.count and choose is None:
+        raise UserError(
+            f"{task.name}: the lm-evaluation-harness draws other examples for every question; set shots.choose to each,"
+            " or first"
+        )
+    out: dict[str, Any] = {
+        "task": task.name,
+        "output_type": {ours: theirs for theirs, ours in KINDS.items()}[task.kind],
+        "doc_to_text": task.question,
+        "doc_to_target": task.answer,
+        "target_delimiter": task.before_answer,
+        "fewshot_delimiter": task.between,
+        "num_fewshot": task.shots.count,
+        "metric_list": [_metric(m.model_dump()) for m in task.metrics],
+        "metadata": {"version": 1.0},
+        **_source(task),
+    }
+    if task.kind == "perplexity":
+        out |= {"doc_to_text": "", "doc_to_target": task.question}
+    if task.choices:
+        out["doc_to_choice"] = task.choices
+    if task.description:
+        out["description"] = task.description
+    if task.prefix:
+        out["gen_prefix"] = task.prefix
+    if task.shots.count:
+        out["fewshot_config"] = {"sampler": choose, **({"samples": task.shots.rows} if task.shots.rows else {})}
+    if task.kind == "likelihood":
+        out["doc_to_target"] = f"{task.before_answer}{task.answer}"
+    if task.kind == "generate":
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": task.temperature, "top_p": task.top_p}
+            if task.temperature
+            else {"do_sample": False}
+        )
+        out |= {
+            "generation_kwargs": {"until": task.stop, "max_gen_toks": task.max_tokens, **sampling},
+            "repeats": task.samples,
+        }
+        if task.extract != {"": []}:
+            out["filter_list"] = [
+                {
+                    "name": name or "none",
+                    "filter": [*map(_filter, (s.model_dump() for s in steps)), {"function": "take_first"}],
+                }
+                for name, steps in task.extract.items()
+            ]
+    return out
+
+
+def _refuse_unwritable(task: Task) -> None:
+    """UserError for what a file of the harness cannot say."""
+    if task.rows == "chat" or task.contexts or isinstance(task.answer, dict) or task.group:
+        what = (
+            "conversations"
+            if task.rows == "chat"
+            else (
+                "`contexts`"
+                if task.contexts
+                else "an `answer` of fields"
+                if isinstance(task.answer, dict)
+                else "`group`"
+            )
+        )
+        raise UserError(f"{task.name}: {what} cannot be written for the lm-evaluation-harness without code")
+
+
+def _metric(measure: Mapping[str, Any]) -> dict[str, Any]:
+    lower = measure["name"] in (
+        "perplexity",
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+        "brier_score",
+        "ter",
+    )
+    plain = {
+        "perplexity": "perplexity",
+        "word_perplexity": "weighted_perplexity",
+        "byte_perplexity": "weighted_perplexity",
+        "bits_per_byte": "bits_per_byte",
+        "brier_score": "brier_score",
+    }
+    aggregation = plain.get(
+        measure["name"], measure["name"] if measure["name"] in ("bleu", "chrf", "chrf++", "ter") else "mean"
+    )
+    return {
+        "metric": measure["name"],
+        "aggregation": aggregation,
+        "higher_is_better": not lower,
+        **{theirs: measure[ours] for theirs, ours in IGNORES.items() if measure[ours]},
+    }
+
+
+def _filter(step: Mapping[str, Any]) -> dict[str, Any]:
+    if step["how"] == "regex":
+        return {
+            "function": "regex",
+            "regex_pattern": step["pattern"],
+            "group_select": step["pick"],
+            "fallback": step["fallback"],
+        }
+    names = {ours: theirs for theirs, ours in FILTERS.items()}
+    if step["how"] not in names:
+        raise UserError(f"extract: {step['how']!r} cannot be written for the lm-evaluation-harness without code")
+    return {"function": names[step["how"]]}
+
+
+def _source(task: Task) -> dict[str, Any]:
+    if task.data.startswith("hf:datasets/"):
+        owner, _, rest = task.data.removeprefix("hf:datasets/").partition("/")
+        name, _, config = rest.partition("/")
+        return {
+            "dataset_path": f"{owner}/{name}",
+            **({"dataset_name": config} if config else {}),
+            "test_split": task.split or "test",
+            **({"fewshot_split": task.examples_split} if task.examples_split else {}),
+        }
+    files = {"test": task.data or f"{task.name}.jsonl", **({"fewshot": task.examples} if task.examples else {})}
+    return {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "test_split": "test",
+        **({"fewshot_split": "fewshot" if task.examples else "test"} if task.shots.count else {}),
+    }

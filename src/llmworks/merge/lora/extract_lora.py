@@ -1,0 +1,178 @@
+"""A LoRA adapter of what a model differs by from its base: the largest singular values of each matrix's change."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmworks.core.artifact import Adapter, Model
+from llmworks.core.context import Context
+from llmworks.core.errors import ModelError
+from llmworks.merge.adapter import TOKENIZER_FILES
+from llmworks.merge.execute.blocks import bytes_of
+from llmworks.merge.lora.config import ExtractConfig
+from llmworks.merge.lora.low_rank import factors
+from llmworks.merge.lora.merge_lora import Pairs, _golden, write_adapter
+from llmworks.merge.plan.layout import LAYER, Layout, layout_of
+from llmworks.model.io.safetensors_io import FLOATS, TORCH
+
+TURNED = ("gpt2", "openai-gpt")  # kinds of models with Conv1D
+
+
+def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) -> Adapter:
+    """The stage's work."""
+    for one in (model, base):
+        if one.format != "hf":
+            raise ModelError(
+                f"{one.name}: is a {one.format} file; an adapter is extracted from Hugging Face directories"
+            )
+    tuned, first = layout_of(model.name, model.path), layout_of(base.name, base.path)
+    if str(first.config.get("model_type")) in TURNED:
+        raise ModelError(
+            f"{base.name}: is a {first.config['model_type']}, whose matrices stand in its files the other way round; no"
+            " adapter of such is written here"
+        )
+    _alike(tuned, first)
+    pairs, told, rest, total, lost = _extract_factors(first, tuned, ctx, config)
+    for layout in (tuned, first):
+        layout.shards.close()
+    if not pairs:
+        raise ModelError(f"{model.name} and {base.name} do not differ in any matrix of a layer that is looked at")
+    write_adapter(ctx.out, pairs, base)
+    for file in TOKENIZER_FILES:
+        if (model.path / file).exists():
+            shutil.copyfile(model.path / file, ctx.out / file)
+    missed = (lost / total) ** 0.5
+    metrics: dict[str, Any] = {
+        "missed": round(missed, 6),
+        "rank": max(len(a) for a, _ in pairs.values()),
+        "layers": len(pairs),
+        "left_out": len(rest),
+    }
+    recorded, gap = _golden(ctx, base, model.golden)
+    if gap is not None:
+        metrics |= {"golden_gap_mean": round(gap.mean, 5), "golden_same_greedy": round(gap.same_greedy, 5)}
+    _describe_extracted(ctx, model, base, metrics, pairs, missed, rest, told)
+    return Adapter(
+        ctx.out,
+        metrics=metrics,
+        golden=recorded,
+        about={"base": base.digest, "method": "extract", "rank": metrics["rank"], "base_kept": "as-is"},
+    )
+
+
+def _extract_factors(
+    first: Layout, tuned: Layout, ctx: Context, config: ExtractConfig
+) -> tuple[
+    dict[str, tuple[Tensor, Tensor]], list[tuple[str, int, float, float]], list[tuple[str, float]], float, float
+]:
+    """Factors of each changed matrix, what is told of them, other tensors that differ; squares of all changes and of
+    those missed.
+    """
+    pairs: Pairs = {}
+    told: list[tuple[str, int, float, float]] = []
+    rest: list[tuple[str, float]] = []
+    total = lost = 0.0
+    names = [
+        name
+        for name in {**first.places, **tuned.places}
+        if (first.places.get(name) or tuned.places[name]).dtype in FLOATS
+    ]
+    with ctx.progress.bar("extract", len(names), "tensors") as bar:
+        for name in names:
+            before, after = (_tensor(layout, layout.tied(name) or name) for layout in (first, tuned))
+            change, layer = after - before, name.removesuffix(".weight")
+            size = float(change.square().sum())
+            if (
+                LAYER.match(name)
+                and change.ndim == 2
+                and name.endswith(".weight")
+                and not any(part in name for part in config.skip)
+            ):
+                if size:
+                    a, b, miss = factors(change, config.rank, config.kept)
+                    pairs[layer] = (a, b)
+                    told.append((layer, len(a), (size / float(before.square().sum().clamp(min=1e-30))) ** 0.5, miss))
+                    lost += miss**2 * size
+            elif size:
+                lost += size
+                rest.append((name, (size / float(before.square().sum().clamp(min=1e-30))) ** 0.5))
+            total += size
+            bar.advance()
+    return pairs, told, rest, total, lost
+
+
+def _describe_extracted(
+    ctx: Context,
+    model: Model,
+    base: Model,
+    metrics: dict[str, Any],
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    missed: Any,
+    rest: list[tuple[str, float]],
+    told: list[tuple[str, int, float, float]],
+) -> None:
+    """The page: ranks of matrices, and what differs without a place in the adapter."""
+    page = ctx.report
+    page.title, page.lead = (
+        f"{model.name} as an adapter of {base.name}",
+        f"Ranks up to {metrics['rank']} of {len(pairs)} matrices miss {missed:.1%} of what {model.name} differs by from"
+        f" {base.name}" + (f", what {len(rest)} other tensors differ by among it." if rest else "."),
+    )
+    page.table(
+        "Matrices",
+        ("layer", "rank", "change, of the weights", "missed, of the change"),
+        [
+            (layer, rank, f"{size:.2%}", f"{miss:.2%}")
+            for layer, rank, size, miss in sorted(told, key=lambda one: -one[3])
+        ],
+        "Root of sums of squares.",
+    )
+    if rest:
+        page.table(
+            "Changed, and not in the adapter",
+            ("tensor", "change, of the weights"),
+            [(name, f"{size:.3%}") for name, size in sorted(rest, key=lambda one: -one[1])],
+            "Embeddings, heads, norms and biases have no place in this LoRA, nor has what is skipped.",
+        )
+        ctx.progress.say(
+            f"{len(rest)} tensors differ that have no place in the adapter (embeddings, heads, norms, biases, what is"
+            f" skipped); the most: {max(rest, key=lambda one: one[1])[0]}"
+        )
+    page.data = {
+        "layers": {layer: {"rank": rank, "change": size, "missed": miss} for layer, rank, size, miss in told},
+        **metrics,
+    }
+    ctx.progress.say(page.lead)
+
+
+def _alike(tuned: Layout, base: Layout) -> None:
+    for name in {**base.places, **tuned.places}:
+        one, other = tuned.places.get(name), base.places.get(name)
+        if one is None or other is None:
+            if name.endswith("lm_head.weight"):
+                continue
+            raise ModelError(
+                f"{(base if other is None else tuned).name}: has no tensor {name}, which"
+                f" {(tuned if other is None else base).name} has"
+            )
+        if one.shape != other.shape:
+            raise ModelError(
+                f"{name}: its shapes differ: {tuned.name} {list(one.shape)}, {base.name} {list(other.shape)}; an"
+                " adapter keeps shapes"
+            )
+
+
+def _tensor(layout: Layout, name: str) -> Tensor:
+    """A tensor in fp32. ModelError for values that are no numbers."""
+    place = layout.places[name]
+    made = torch.empty(place.count, dtype=getattr(torch, TORCH[place.dtype]))
+    if place.count:
+        layout.shards.read(name, 0, bytes_of(made))
+    found = made.float().view(place.shape)
+    if not torch.isfinite(found).all():
+        raise ModelError(f"{layout.name}: {name} holds values that are no numbers (NaN or infinite)")
+    return found

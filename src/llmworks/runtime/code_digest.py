@@ -1,0 +1,49 @@
+"""Digest the code that a stage imports, without importing it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmworks.runtime.stages import table
+
+if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
+    pass
+
+
+@functools.cache
+def code_digest(name: str) -> str:
+    """Digest of the source of a stage's module and of every llmworks module that it imports, directly or not."""
+    todo = [table()[name].target.partition(":")[0]]
+    seen: dict[str, str] = {}
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        file = _source(module)
+        if file is None:
+            continue
+        text = file.read_text(encoding="utf-8")
+        for data in sorted(file.parent.glob("tasks/*.yaml")):  # tasks decide what a stage does, as code does
+            seen[data.name] = hashlib.sha256(data.read_bytes()).hexdigest()
+        seen[module] = hashlib.sha256(text.encode()).hexdigest()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmworks"):
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names if alias.name.startswith("llmworks")]
+    return hashlib.sha256("".join(f"{m}{d}" for m, d in sorted(seen.items())).encode()).hexdigest()
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module, found without importing its package."""
+    if module.split(".")[0] != "llmworks":  # a stage of another package
+        spec = importlib.util.find_spec(module)
+        return Path(spec.origin) if spec is not None and spec.origin else None
+    path = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
+    return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None)

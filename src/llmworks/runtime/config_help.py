@@ -1,0 +1,50 @@
+"""The fields of a config class as help shows them: name, type, default, description."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
+    from llmworks.core.artifact import Config
+
+
+def config_help(
+    config: type[Config], prefix: str = "", rates: Mapping[str, float] | None = None
+) -> list[tuple[str, str, str]]:
+    """(field, type and default, description) of every field of a config class, those of configs within it as
+    `optimizer.learning_rate`.
+
+    `rates`: learning rates by method, where they are other than the field's.
+    """
+    rates = rates or getattr(config, "rates", None)
+    rows: list[tuple[str, str, str]] = []
+    for name, field in config.model_fields.items():
+        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+            rows += config_help(field.annotation, f"{prefix}{name}.", rates)
+            continue
+        hint = told_type(field.annotation)
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        if rates and name == "learning_rate":
+            own = {**({} if "lora" in rates else {"else": field.default}), **rates}
+            default = "default " + ", ".join(
+                f"{rate:g} ({method})" if method != "else" else f"{rate:g}" for method, rate in own.items()
+            )
+        rows.append((f"{prefix}{name}", f"{hint}, {default}", field.description or ""))
+    return rows
+
+
+def told_type(hint: Any) -> str:
+    """A field's type as people write it: of what is annotated the type alone."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return told_type(parts[0])
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(told_type(part) for part in parts)
+    if origin in (list, dict, tuple):
+        return f"{origin.__name__}[{', '.join(told_type(part) if part is not ... else '...' for part in parts)}]"
+    return (
+        "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    )

@@ -1,0 +1,99 @@
+"""Resolve a row of the stage table: its function, its config class, the inputs it takes and what it makes."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmworks.core.errors import UserError
+from llmworks.runtime.stages import Stage, table
+
+if TYPE_CHECKING:  # listing stages, as help does, must not cost the import of pydantic
+    from llmworks.core.artifact import Artifact, Config
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a stage: the kinds it accepts, whether it takes one, a list or a mapping, and whether it may be left
+    out.
+    """
+
+    name: str
+    kinds: tuple[type[Artifact], ...]
+    shape: str  # "one", "list", "dict"
+    required: bool
+
+    def describe(self) -> str:
+        """For help: `model or adapter`, `list of report`."""
+        kinds = " or ".join(k.kind for k in self.kinds)
+        text = kinds if self.shape == "one" else f"{self.shape} of {kinds}"
+        return text if self.required else f"{text}, optional"
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage with its function imported and its signature read."""
+
+    name: str
+    stage: Stage
+    function: Callable[..., Artifact]
+    config: type[Config]
+    inputs: dict[str, Input]
+    output: type[Artifact]
+
+    def output_of(self, config: Config | None) -> type[Artifact]:
+        """The kind that is made with a configuration, where that decides it (`makes`)."""
+        made: type[Artifact] = getattr(config, "makes", self.output)
+        return made
+
+    @property
+    def help(self) -> str:
+        """The function's docstring."""
+        return inspect.getdoc(self.function) or ""
+
+
+@functools.cache
+def resolve(name: str) -> ResolvedStage:
+    """Import a stage and read its signature. UserError for an unknown name, with the nearest one."""
+    import difflib
+
+    from llmworks.core.context import Context
+
+    if name not in table():
+        near = difflib.get_close_matches(name, table(), n=1)
+        raise UserError(
+            f"unknown stage {name!r}{f', did you mean {near[0]!r}?' if near else ''}; `llmworks stages` lists them"
+        )
+    stage = table()[name]
+    module, _, attribute = stage.target.partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    hints = typing.get_type_hints(function)
+    inputs: dict[str, Input] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if hints[parameter.name] is Context or parameter.name == "config":
+            continue
+        inputs[parameter.name] = _input(
+            parameter.name, hints[parameter.name], parameter.default is inspect.Parameter.empty
+        )
+    made = typing.get_args(hints["return"])  # of several kinds the first is what the default configuration makes
+    return ResolvedStage(name, stage, function, hints["config"], inputs, made[0] if made else hints["return"])
+
+
+def _input(name: str, hint: Any, required: bool) -> Input:
+    shape = "one"
+    some = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(some) == 1:  # one that may be left out
+        hint = some[0]
+    if typing.get_origin(hint) in (list, dict):
+        shape = typing.get_origin(hint).__name__
+        hint = typing.get_args(hint)[-1]
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = tuple(k for k in typing.get_args(hint) if k is not type(None)) if union else (hint,)
+    return Input(name, kinds, shape, required)

@@ -1,0 +1,116 @@
+"""Fields that all fine-tunings and alignments share. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmworks.core.artifact import Adapter, Config, Model
+from llmworks.tokenize.chat.named import CHOICES, Template
+from llmworks.train.distributed.config import Parallel
+from llmworks.train.finetune.lora_config import LoraConfig
+from llmworks.train.loop.schedule import OptimizerConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+class TuneConfig(Config):
+    """What is trained, and on how much."""
+
+    rates: ClassVar[Mapping[str, float]] = {
+        "full": 5e-5
+    }  # of methods where none is given: an adapter's would break all weights
+
+    method: Literal["lora", "full"] = Field(
+        "lora",
+        description="lora: an adapter, all else is frozen; full: the weights themselves, those that `freeze` leaves",
+    )
+    lora: LoraConfig = Field(LoraConfig(), description="the adapter")
+    freeze: list[str] = Field(
+        [],
+        description=(
+            "full: weights that stay as they are, by names in the model's files with * and [0-9], as"
+            " model.embed_tokens.* or model.layers.[0-9].*"
+        ),
+    )
+    epochs: float = Field(2.0, gt=0, description="passes over the data; may be a fraction")
+    batch_size: int = Field(4, gt=0, description="rows of data per part of a step")
+    accumulation: int = Field(1, gt=0, description="parts per step; the step's loss is normalised over all of them")
+    max_tokens: int = Field(2048, gt=1, description="the longest row that is read whole")
+    template: Template = Field("keep", description=f"the chat template that is trained with and saved. {CHOICES}")
+    golden: str = Field(
+        "keep",
+        pattern=r"^(keep|renew: .+)$",
+        description=(
+            "keep: the base's golden tokens must replay; 'renew: REASON' when the template or vocabulary changes"
+        ),
+    )
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="learning rate schedule and optimizer")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description=(
+            "of products, under autocast; weights that are trained stay fp32. auto: bf16 on a GPU that has it, fp16 on"
+            " an older one, fp32 on a CPU, where the others are many times slower"
+        ),
+    )
+    recompute: bool = Field(
+        False, description="keep no activations of blocks, compute them again backward: less memory, a third more time"
+    )
+    parallel: Parallel = Field(
+        Parallel(),
+        description=(
+            "what processes share, where several are started (--nproc, torchrun); a step is the same whatever their"
+            " number"
+        ),
+    )
+    look_every: int = Field(
+        0, ge=0, description="steps between two looks at how well held-out rows are done; 0: at the end only"
+    )
+    look_rows: int = Field(64, gt=0, description="held-out rows of a look")
+    best: Literal["", "held_out", "accuracy"] = Field(
+        "",
+        description=(
+            "which look's weights are saved: the one with the lowest loss (held_out), or with the most that is right"
+            " (accuracy); empty: the last step's"
+        ),
+    )
+    patience: int = Field(0, ge=0, description="end after so many looks that are no better than the best; 0: never")
+    checkpoint_every: int = Field(20, gt=0, description="steps between two checkpoints")
+    samples: int = Field(4, ge=0, description="held-out questions answered before and after")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate(cls, values: Any) -> Any:
+        given = values.get("optimizer", {}) if isinstance(values, dict) else None
+        rate = (
+            cls.rates.get(values.get("method", cls.model_fields["method"].default)) if isinstance(given, dict) else None
+        )
+        return (
+            {**values, "optimizer": {**given, "learning_rate": rate}}
+            if isinstance(given, dict) and rate is not None and "learning_rate" not in given
+            else values
+        )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.freeze and self.method != "full":
+            raise ValueError("freeze is for method full; an adapter freezes all weights")
+        if self.method != "lora" and self.lora != LoraConfig():
+            raise ValueError(f"lora is for method lora; with {self.method} there is no adapter")
+        if self.patience and not self.best:
+            raise ValueError("patience needs `best`, the metric that is to get better")
+        if self.best and self.parallel.data == "shard":
+            raise ValueError("best keeps whole weights; set parallel.data to replicate")
+        if self.lora.base != "as-is" and self.parallel.data == "shard":
+            raise ValueError("lora.base nf4 cannot be sharded; set parallel.data to replicate")
+        if self.parallel.tensor > 1 or self.parallel.pipeline > 1:
+            raise ValueError("parallel: a fine-tuning divides rows and weights (data), not matrices or blocks")
+        return self
+
+    @property
+    def makes(self) -> type[Adapter] | type[Model]:
+        """The kind of artifact that is made."""
+        return Model if self.method == "full" else Adapter

@@ -1,0 +1,110 @@
+"""What both self-tests need: a check, a config that notes which of its fields are read, a shrunken shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmworks.core.errors import LlmworksError
+from llmworks.model.shape import RecurrentShape, Shape
+
+LENGTH, VOCABULARY = 64, 512
+EXACT, NEAR = 1e-4, 0.03  # how far a loss may be off in fp32, and under autocast
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was tried, whether it holds, and the figures."""
+
+    what: str
+    holds: bool
+    detail: str
+
+
+class Reading:
+    """A configuration that remembers which of its fields were read."""
+
+    def __init__(self, config: Any, read: set[str], before: str = "") -> None:
+        self.__dict__.update(_config=config, _read=read, _before=before)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name)
+        if name in type(self._config).model_fields:
+            self._read.add(self._before + name)
+            if hasattr(type(value), "model_fields"):
+                return Reading(value, self._read, f"{self._before}{name}.")
+        return value
+
+
+def shrunken(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
+    """The same switches, few numbers."""
+    if isinstance(shape, RecurrentShape):
+        return shape.model_copy(
+            update={
+                "vocabulary": VOCABULARY,
+                "width": 32,
+                "hidden": 48 if shape.hidden else 0,
+                "layers": min(2, shape.layers),
+                "context": LENGTH,
+            }
+        )
+    heads = 4
+    groups = 4 if shape.groups == shape.heads else 1 if shape.groups == 1 else 2
+    more: dict[str, Any] = {
+        "vocabulary": VOCABULARY,
+        "width": 32,
+        "head_width": 0,
+        "hidden": 0,
+        "heads": heads,
+        "kv_heads": groups,
+        "context": LENGTH,
+        "layers": min(shape.layers, max(2, shape.full_every)),
+        "window": min(shape.window, LENGTH // 2),
+    }
+    if shape.experts:
+        more["experts"] = shape.experts.model_dump() | {"count": max(shape.experts.chosen, min(4, shape.experts.count))}
+    return Shape.model_validate(shape.model_dump() | more)
+
+
+def near_of(precision: str) -> float:
+    """How near numbers are that should be the same, in the format that products are computed in here."""
+    from llmworks.train.distributed.sharding import resolved
+    from llmworks.train.distributed.world import own_device
+
+    return EXACT if resolved(precision, own_device()) == "fp32" else NEAR
+
+
+def in_turn(tests: Sequence[tuple[str, Callable[[], tuple[bool, str]]]]) -> Iterator[Check]:
+    """Every test, as it is done; after one whose training does not run there is nothing to check."""
+    for number, (what, test) in enumerate(tests):
+        try:
+            holds, detail = test()
+        except LlmworksError as error:
+            yield Check(what, False, str(error))
+            yield from (Check(other, False, "not tried") for other, _ in tests[number + 1 :])
+            return
+        yield Check(what, holds, detail)
+
+
+def keys_of(config: Any, default: Any, read: set[str]) -> tuple[bool, str]:
+    """Whether every field that is not the default was read."""
+    usual = dict(_flat(default))
+    given = [name for name, value in _flat(config) if value != usual.get(name)]
+    unread = [name for name in given if name not in read]
+    return (
+        not unread,
+        (
+            f"set, and not read by this training: {', '.join(unread)}"
+            if unread
+            else f"{len(given)} that are not the default"
+        ),
+    )
+
+
+def _flat(config: Any, before: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        found += _flat(value, f"{before}{name}.") if hasattr(type(value), "model_fields") else [(before + name, value)]
+    return found

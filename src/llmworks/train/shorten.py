@@ -67,7 +67,6 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
     if config.layers >= count or len(config.drop) >= count or max(config.drop, default=0) >= count:
         raise UserError(f"{model.name} has {count} blocks, from 0 to {count - 1}; fewer, but one at least, can stay")
     tokenizer = load_tokenizer(model.path)
-    found: list[float] = []
     found = _influence(data, config, model, whole, tokenizer)
     drop = sorted(config.drop or sorted(range(count), key=lambda number: found[number])[: count - config.layers])
     stay = [number for number in range(count) if number not in drop]
@@ -100,20 +99,22 @@ def _influence(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[float]:
     """How much each block changes its input; empty where blocks are named. UserError where nothing says which."""
-    if data is not None:
-        from llmworks.train.finetune.examples import make_example
+    if data is None:
+        if config.layers:
+            raise UserError(
+                "which blocks change their input least is seen on `data`; give it, or name them in config.drop"
+            )
+        return []
+    from llmworks.train.finetune.examples import make_example
 
-        examples = [
-            example
-            for row in training_rows(data)[: config.rows]
-            if not isinstance(example := make_example(tokenizer, row, config.max_tokens, cut=True), str)
-        ]
-        if not examples:
-            raise DataError(f"{data.name}: none of its first {config.rows} rows can be read by {model.name}")
-        found = influence(whole, examples)
-    elif config.layers:
-        raise UserError("which blocks change their input least is seen on `data`; give it, or name them in config.drop")
-    return found
+    examples = [
+        example
+        for row in training_rows(data)[: config.rows]
+        if not isinstance(example := make_example(tokenizer, row, config.max_tokens, cut=True), str)
+    ]
+    if not examples:
+        raise DataError(f"{data.name}: none of its first {config.rows} rows can be read by {model.name}")
+    return influence(whole, examples)
 
 
 def _describe(

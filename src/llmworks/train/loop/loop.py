@@ -105,7 +105,7 @@ def train(
         if start:
             progress.say(f"going on from step {start} of {len(steps)}")
         for step in range(start, len(steps)):
-            name, mean = _take_step(habits, step, steps, config, running, world, placed, loss, watch, progress, bar)
+            _take_step(habits, step, steps, config, running, world, placed, loss, watch, progress, bar)
             last = step + 1 == len(steps)
             if habits.look is not None and (last or (habits.look_every and (step + 1) % habits.look_every == 0)):
                 with averaged(running), torch.random.fork_rng(enabled=True):
@@ -144,7 +144,7 @@ def _take_step(
     watch: Watch,
     progress: Progress,
     bar: Bar,
-) -> tuple[str, Tensor]:
+) -> None:
     """One step: forward and backward over its parts, clip, update, average, and note its figures."""
     began = time.monotonic()
     rate = habits.rate(step) if habits.rate is not None else learning_rate(step, len(steps), config)
@@ -190,7 +190,6 @@ def _take_step(
         **(habits.told() if habits.told is not None else {}),
     )
     bar.advance(1, loss=total, tokens_per_s=tokens / seconds)
-    return name, mean
 
 
 def _running(placed: Placed | Pipelined, config: OptimizerConfig, habits: Habits) -> checkpoints.Running:

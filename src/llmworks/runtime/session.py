@@ -1,0 +1,250 @@
+"""Make artifacts: a workspace, and with what its stages run. The one caller of `execute`.
+
+`Session(...).make("train.sft", model=..., data=...)` is what the command line, recipes and workflows do. Knows no stage.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
+
+from llmworks.core import artifact as artifacts
+from llmworks.core.artifact import Adapter, Artifact, Config, Dataset, Model
+from llmworks.core.errors import ArtifactError, UserError
+from llmworks.core.workers import Pool
+from llmworks.core.workspace import Workspace, cache_directory, check_out, default_workspace
+from llmworks.runtime import references
+from llmworks.runtime.execute import Inputs, Outcome, execute, missing_inputs, step_key
+from llmworks.runtime.overrides import config_problem
+from llmworks.runtime.resolve import ResolvedStage, conversion, resolve
+
+if TYPE_CHECKING:
+    from llmworks.core.types import Engine
+
+A = TypeVar("A", bound=Artifact)
+Input = Artifact | str | Path | Sequence[Artifact | str | Path] | Mapping[str, Artifact | str | Path]
+
+
+class Session:
+    """A workspace to make artifacts in, with the seed, the workers and the trackers of its stages.
+
+    Args:
+        workspace: a `Workspace` or its directory; default: `$LLMWORKS_WORKSPACE`, else `./workspace`.
+        seed: of every stage that draws.
+        quiet: show no progress.
+        pool: processes for stages that work in parts; changes no result.
+        track: tools that metrics are sent to as well (tensorboard, wandb, mlflow, trackio).
+        say: gets lines for people, as that another run made a step meanwhile.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace | Path | str | None = None,
+        *,
+        seed: int = 0,
+        quiet: bool = False,
+        pool: Pool | None = None,
+        track: Sequence[str] = (),
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.workspace = workspace if isinstance(workspace, Workspace) else Workspace(Path(workspace or default_workspace()))
+        self.seed = seed
+        self.quiet = quiet
+        self.pool = pool or Pool()
+        self.track = tuple(track)
+        self.say = say
+
+    def make(
+        self,
+        stage: str,
+        *,
+        kind: type[A] = Artifact,  # type: ignore[assignment]
+        config: Mapping[str, Any] | Config | None = None,
+        out: Path | str | None = None,
+        **inputs: Input,
+    ) -> A:
+        """Make the artifact of a stage, or find it in the workspace.
+
+        Args:
+            stage: its name, as `train.sft`; `llmworks stages` lists them.
+            kind: the class that the result is checked against, and typed as.
+            config: fields of the stage; `llmworks stages NAME` describes them.
+            out: a name for the result: a link to it.
+            inputs: artifacts, or references that `load` resolves, by the names of the stage's inputs.
+
+        Errors: UserError for an unknown stage, field or input, or an input of the wrong kind; those of the stage.
+        """
+        resolved = resolve(stage)
+        if out is not None:
+            check_out(Path(out))
+        made = self.run_stage(resolved, checked(resolved, config), self.inputs(resolved, inputs)).artifact
+        if not isinstance(made, kind):
+            raise ArtifactError(f"{stage} makes {made.kind}, not {kind.kind}")
+        if out is not None:
+            self.workspace.link_out(Path(out), made)
+        return made
+
+    def run_stage(self, stage: ResolvedStage, config: Config, inputs: Inputs) -> Outcome:
+        """Run one stage: reuse what is there, else make it. Inputs that are left out come from what the stage names."""
+        given = self.with_defaults(stage, config, inputs)
+        missing = missing_inputs(stage, given)
+        if missing:
+            raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")
+        return execute(
+            stage,
+            config,
+            given,
+            self.workspace,
+            seed=self.seed,
+            open_engine=self.open_engine,
+            quiet=self.quiet,
+            pool=self.pool,
+            track=self.track,
+            announce=self.say,
+        )
+
+    def with_defaults(self, stage: ResolvedStage, config: Config, inputs: Inputs) -> Inputs:
+        """Inputs with those that a stage takes by itself where none are given, as the rows that a task names."""
+        fill = stage.attribute(stage.stage.inputs)
+        found: Inputs = inputs if fill is None else fill(config, dict(inputs), self.load)
+        return found
+
+    def inputs(self, stage: ResolvedStage, given: Mapping[str, Input]) -> dict[str, Any]:
+        """The artifacts behind inputs. UserError for a name that the stage has not, and for a wrong kind or shape."""
+        found: dict[str, Any] = {}
+        for name, value in given.items():
+            wanted = stage.inputs.get(name)
+            if wanted is None:
+                raise UserError(f"{stage.name} has no input {name!r}; inputs: {', '.join(stage.inputs)}")
+            shape = "dict" if isinstance(value, Mapping) else "one" if isinstance(value, (Artifact, str, Path)) else "list"
+            if shape != wanted.shape:
+                raise UserError(f"{stage.name}: {name} takes {wanted.describe()}, a {shape} is given")
+            if isinstance(value, Mapping):
+                found[name] = {key: self.load(item, name=key) for key, item in value.items()}
+            elif isinstance(value, (Artifact, str, Path)):
+                found[name] = self.load(value)
+            else:
+                found[name] = [self.load(item) for item in value]
+            every = found[name].values() if shape == "dict" else found[name] if shape == "list" else [found[name]]
+            for item in every:
+                require_kind(stage, name, item)
+        return found
+
+    def load(
+        self, ref: Artifact | str | Path, *, name: str = "", schema: str = "", format: str = ""
+    ) -> Artifact:
+        """The artifact behind a reference: a path, a name in the workspace, `asset:NAME`, `hf:ORG/NAME`, `gguf:FILE`,
+        `http://HOST/v1#MODEL`.
+
+        Args:
+            ref: the reference; an artifact is given back as it is.
+            name: what it is called here; default: by the reference.
+            schema: what a data set is converted to where it is something else (`chat`); `format`: how it is read then.
+
+        Errors: UserError or ArtifactError, in one line, where there is none.
+        """
+        if isinstance(ref, Artifact):
+            return ref
+        found = references.resolve(str(ref), name=name, workspace=self.workspace, convert=self.converted)
+        if schema and isinstance(found, Dataset) and not references.is_converted(found, schema):
+            found = self.converted(found, schema, {"format": format} if format else {})
+        return found
+
+    def converted(self, artifact: Artifact, to: str, config: Mapping[str, Any] | None = None) -> Artifact:
+        """An artifact from outside as something that stages take, made once, in the cache's own workspace."""
+        stage = conversion(to)
+        outcome = execute(
+            stage,
+            checked(stage, config),
+            {next(iter(stage.inputs)): artifact},
+            references.conversions(),
+            seed=0,
+            open_engine=self.open_engine,
+            quiet=self.quiet or to != "model",
+        )
+        return artifacts.load(outcome.artifact.path, name=artifact.name, ref=artifact.ref)
+
+    def is_here(self, ref: str) -> bool:
+        """Whether a reference can be resolved without fetching or converting anything."""
+        if not references.is_here(ref):
+            return False
+        source = references.unconverted(ref)
+        if source is None:
+            return True
+        stage = conversion("model")
+        key = step_key(stage, stage.config(), {next(iter(stage.inputs)): source}, 0)
+        return references.conversions().find(key) is not None
+
+    def open_engine(self, model: Artifact | str | Path) -> Engine:
+        """An engine that answers: over a Hugging Face directory, a GGUF file, a server, or an adapter with its base.
+
+        Close it when it is done: it holds a model in memory, or a connection.
+        """
+        found = self.load(model)
+        if isinstance(found, Adapter):
+            from llmworks.generate.engines.torch import TorchEngine
+
+            return TorchEngine.open(self.base_of(found).path, adapter=found.path, name=found.name)
+        if not isinstance(found, Model):
+            raise UserError(f"{found.path}: is a {found.kind}, not a model")
+        return references.open_model(found)
+
+    def base_of(self, adapter: Adapter) -> Model:
+        """The model that an adapter was trained on, found by digest, else by the reference that was recorded."""
+        base = str(adapter.about.get("base", ""))
+        found = references.find_digest(base, self.workspace) if base else None
+        if found is None:
+            ref = references.base_reference(adapter)
+            found = self.load(ref) if ref else None
+        if not isinstance(found, Model) or (base and found.digest != base):
+            raise ArtifactError(
+                f"{adapter.path}: the model {base[:12] or '(not named)'} that this adapter belongs to is not here; merge"
+                " it first, or run in its workspace"
+            )
+        return found
+
+    def aside(self, root: Path) -> Session:
+        """The same session in another workspace, for what is not to stay."""
+        other = copy.copy(self)
+        other.workspace = Workspace(root)
+        return other
+
+
+def checked(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) -> Config:
+    """The configuration of a stage. UserError that names each wrong field."""
+    if isinstance(config, Config):
+        return config
+    try:
+        return stage.config.model_validate(dict(config or {}))
+    except ValidationError as error:
+        problems = [config_problem(stage.config, dict(e), f"{stage.name}.config") for e in error.errors()]
+        raise UserError("; ".join(problems)) from None
+
+
+def require_kind(stage: ResolvedStage, name: str, item: Artifact) -> None:
+    """UserError for an input of another kind than the stage takes."""
+    wanted = stage.inputs[name]
+    if isinstance(item, wanted.kinds):
+        return
+    hint = (
+        "; give the model that it was trained on here and it as --adapter, or fold it into that model (llmworks merge"
+        " adapter)"
+        if item.kind == "adapter" and "adapter" in stage.inputs
+        else ""
+    )
+    article = "an" if item.kind[0] in "aei" else "a"
+    raise UserError(f"--{name}: {item.name} is {article} {item.kind}, wanted is {wanted.describe()}{hint}")
+
+
+def load(ref: str | Path, *, name: str = "", workspace: Workspace | Path | str | None = None) -> Artifact:
+    """The artifact behind a reference, see `Session.load`."""
+    return Session(workspace).load(ref, name=name)
+
+
+def open_engine(model: Artifact | str | Path, workspace: Workspace | Path | str | None = None) -> Engine:
+    """An engine over a model, see `Session.open_engine`."""
+    return Session(workspace).open_engine(model)

@@ -79,7 +79,7 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
     from llmworks.core.types import messages_from_json
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
     from llmworks.tokenize.chat.templates import render_prompt
     from llmworks.tokenize.load import load_tokenizer, stop_ids
     from llmworks.train.finetune.examples import Steps
@@ -88,7 +88,7 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
     from llmworks.train.finetune.trainable import open_tuned
     from llmworks.train.loop.loop import Habits, train
 
-    path = resolve(MODEL).path
+    path = load(MODEL).path
     tokenizer, tuned = load_tokenizer(path), open_tuned(path)
     torch.manual_seed(0)
     tuned.adapt(LoraConfig())
@@ -160,9 +160,9 @@ def theirs(what: str, steps: int, scratch: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
-    path = resolve(MODEL).path
+    path = load(MODEL).path
     tokenizer = AutoTokenizer.from_pretrained(path)
     usual: dict[str, Any] = {
         "output_dir": str(scratch),
@@ -255,11 +255,11 @@ def prepared(folder: Path) -> None:
 
     from llmworks.core.workspace import Workspace
     from llmworks.runtime.execute import execute
-    from llmworks.runtime.references import open_engine, resolve
     from llmworks.runtime.resolve import resolve as stage
+    from llmworks.runtime.session import load, open_engine
 
     workspace = Workspace(folder / "ws")
-    last: Any = resolve("asset:sarcasm-headlines")
+    last: Any = load("asset:sarcasm-headlines")
     for name, config in (("data.chat", {"repeated": "drop"}), ("synthesize.verifiable", {"rows": 400})):
         step = stage(name)
         last = execute(

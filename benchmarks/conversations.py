@@ -203,7 +203,7 @@ def main() -> None:
         return
     from data import fetch
     from llmworks.runtime.execute import machine
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load as load_artifact
 
     if not (folder / "chats.jsonl").exists():
         write_chats(
@@ -220,7 +220,7 @@ def main() -> None:
                 ),
             ),
         )
-    model = resolve(MODEL).path
+    model = load_artifact(MODEL).path
     size = (folder / "chats.jsonl").stat().st_size
     print(f"{machine()}\n\n{ROWS:,} conversations, {size / 1e6:.0f} MB\n", flush=True)
     program = [str(Path(sys.executable).with_name("llmworks")), "data"]

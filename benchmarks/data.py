@@ -388,11 +388,11 @@ def encode(folder: Path) -> dict[str, Any]:
     """Both encoders on the same documents."""
     from tokenizers import Tokenizer
 
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
     from llmworks.tokenize.bpe.fast import bulk_encoder
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_file(str(resolve("asset:smollm2-135m-instruct").path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(load("asset:smollm2-135m-instruct").path / "tokenizer.json"))
     encoder = bulk_encoder(tokenizer)
     assert encoder is not None
     some = [row["text"] for row in rows_of(folder / "corpus.jsonl")[:5000]]

@@ -18,7 +18,8 @@ from llmworks.data.store.jsonl import Rejected
 from llmworks.generate.engines.llamacpp import LlamaCppEngine
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.runtime.execute import machine, threads
-from llmworks.runtime.references import asset_files, resolve
+from llmworks.runtime.references import asset_files
+from llmworks.runtime.session import load
 
 ROWS, NEW = 16, 48
 
@@ -32,7 +33,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def decode(rows: list[dict[str, Any]]) -> list[tuple[str, float]]:
     """Answer tokens per second over a batch of prompts."""
-    model = resolve("asset:smollm2-135m-instruct")
+    model = load("asset:smollm2-135m-instruct")
     engine = TorchEngine.open(model.path)
     requests = [Request(messages_from_json(r["messages"])[:-1], sampling=Sampling(max_tokens=NEW)) for r in rows[:ROWS]]
     prompts = [engine.prompt_ids(r) for r in requests]

@@ -133,9 +133,9 @@ def tasks(size: float) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]], 
 
 def path(ref: str) -> Path:
     """Where a reference lies."""
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
-    return resolve(ref).path
+    return load(ref).path
 
 
 def ours(task: Path, rows: Path) -> dict[str, Any]:
@@ -144,9 +144,9 @@ def ours(task: Path, rows: Path) -> dict[str, Any]:
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
     from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-    from llmworks.runtime.references import open_engine, resolve
+    from llmworks.runtime.session import load, open_engine
 
-    model, data = resolve(MODEL), resolve(str(rows))
+    model, data = load(MODEL), load(str(rows))
     with tempfile.TemporaryDirectory() as place:
         report = ReportBuilder()
         (Path(place) / "out").mkdir()
@@ -268,6 +268,8 @@ def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: li
 
 def engines(size: float, ref: str, only: str) -> None:
     """One model in transformers and, as F16 and Q8_0, in llama.cpp: how often the answer is the same, and why not."""
+    from llmworks.runtime.default_inputs import default_inputs
+
     from llmworks.core.artifact import Report
     from llmworks.core.context import Context
     from llmworks.core.progress import Progress
@@ -277,15 +279,14 @@ def engines(size: float, ref: str, only: str) -> None:
     from llmworks.evaluate.compare import compare as compared
     from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
     from llmworks.quantize.llamacpp.writer import write_gguf
-    from llmworks.runtime.default_inputs import default_inputs
-    from llmworks.runtime.references import open_engine, resolve
     from llmworks.runtime.resolve import resolve as resolve_stage
+    from llmworks.runtime.session import load, open_engine
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for kind in ("f16", "q8_0"):
             write_gguf(path(ref), place / f"{kind}.gguf", kind, Progress(quiet=True))
-        models = {"fp32": resolve(ref), **{kind: resolve(str(place / f"{kind}.gguf")) for kind in ("f16", "q8_0")}}
+        models = {"fp32": load(ref), **{kind: load(str(place / f"{kind}.gguf")) for kind in ("f16", "q8_0")}}
         print(
             "| task | samples | F16: same answer | why not | Q8_0: same answer | why not |\n|---|---|---|---|---|---|"
         )

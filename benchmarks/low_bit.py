@@ -69,8 +69,8 @@ def models() -> None:
     """The model as it was, and quantized."""
     from llmworks.core.workspace import Workspace
     from llmworks.runtime.execute import execute
-    from llmworks.runtime.references import open_engine, resolve
     from llmworks.runtime.resolve import resolve as stage
+    from llmworks.runtime.session import load, open_engine
 
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder) / "ws")
@@ -93,7 +93,7 @@ def models() -> None:
         )
         base: Any = None
         for name, config in (("fp32", None), ("4 bits", {"bits": 4, "group": 64}), ("8 bits", {"bits": 8, "group": 0})):
-            model = resolve(MODEL) if config is None else step("quantize.absmax", config, {"model": resolve(MODEL)})
+            model = load(MODEL) if config is None else step("quantize.absmax", config, {"model": load(MODEL)})
             ran = step("tune.running", {}, {"model": model}).metrics
             base = base or ran
             size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))

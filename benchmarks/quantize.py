@@ -50,8 +50,8 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
     from llmworks.quantize import run as rounding
-    from llmworks.runtime.references import resolve
     from llmworks.runtime.resolve import resolve as stage
+    from llmworks.runtime.session import load
     from llmworks.tokenize.load import load_tokenizer
 
     method, config = OURS[name]
@@ -59,7 +59,7 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
     texts, held = (torch.from_numpy(found[which].astype("int64")) for which in ("texts", "held"))
     looks = method in ("gptq", "awq")
     rounding.calibration = lambda *_: (texts if looks else texts[:0], held[:0])  # type: ignore[assignment]
-    model: Any = resolve(MODEL)
+    model: Any = load(MODEL)
     step = stage(f"quantize.{method}")
     out.mkdir()
     load_tokenizer(model.path)  # and with it transformers
@@ -84,10 +84,10 @@ def damage(path: Path, tokens: Path) -> dict[str, float]:
     from torch.nn import functional as F
 
     from llmworks.model.io.decoder_files import load_decoder
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
     held = torch.from_numpy(np.load(tokens)["held"].astype("int64"))
-    before, after = load_decoder(resolve(MODEL).path), load_decoder(path)
+    before, after = load_decoder(load(MODEL).path), load_decoder(path)
     kl = same = old_loss = new_loss = 0.0
     with torch.inference_mode():
         for ids in held:
@@ -112,7 +112,7 @@ def depths(place: Path) -> None:
     from llmworks.model.io.decoder_files import save_decoder
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.quantize.run import copy_rest
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
     print("| model | in fp32 MB | a block MB | gptq MB | awq MB |\n|---|---|---|---|---|")
     for layers in (4, 16):
@@ -132,7 +132,7 @@ def depths(place: Path) -> None:
         )
         path = place / str(layers)
         save_decoder(model, path)
-        copy_rest(resolve(MODEL).path, path)
+        copy_rest(load(MODEL).path, path)
         whole, block = (
             sum(weight.numel() for weight in some.parameters()) * 4e-6 for some in (model, model.decoder.blocks[0])
         )
@@ -184,8 +184,8 @@ def prepared(texts: int, file: Path) -> None:
     from llmworks.core.workspace import Workspace
     from llmworks.quantize.calibrate.texts import calibration
     from llmworks.runtime.execute import execute
-    from llmworks.runtime.references import open_engine, resolve
     from llmworks.runtime.resolve import resolve as stage
+    from llmworks.runtime.session import load, open_engine
     from llmworks.tokenize.load import load_tokenizer
 
     workspace = Workspace(file.parent / "ws")
@@ -193,13 +193,13 @@ def prepared(texts: int, file: Path) -> None:
     read: Any = execute(
         step,
         step.config.model_validate({"text_field": "0", "keep_fields": []}),
-        {"data": resolve("asset:wikipedia-sample")},
+        {"data": load("asset:wikipedia-sample")},
         workspace,
         seed=0,
         open_engine=partial(open_engine, workspace=workspace),
         quiet=True,
     ).artifact
-    ids, held = calibration(load_tokenizer(resolve(MODEL).path), read, texts, HELD, LENGTH, 0)
+    ids, held = calibration(load_tokenizer(load(MODEL).path), read, texts, HELD, LENGTH, 0)
     np.savez(file, texts=ids.numpy(), held=held.numpy())
 
 
@@ -262,7 +262,7 @@ def main() -> None:
     if args.damage:
         print(json.dumps(damage(Path(args.damage[0]), Path(args.damage[1]))))
         return
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
     peers = {
         f"{name} (peer)" if name in OURS else name: (python, name)
@@ -289,7 +289,7 @@ def main() -> None:
                         peers[name][0],
                         str(Path(__file__).with_name("quantize_peers.py")),
                         peers[name][1],
-                        str(resolve(MODEL).path),
+                        str(load(MODEL).path),
                         str(place / "tokens.npz"),
                         str(out),
                         str(args.threads),

@@ -55,7 +55,7 @@ def ours(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path) -> 
     import torch
 
     from llmworks.core.progress import Progress
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
     from llmworks.train.finetune.examples import Example, Steps
     from llmworks.train.finetune.run import prepare
     from llmworks.train.finetune.trainable import open_tuned
@@ -64,7 +64,7 @@ def ours(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path) -> 
     from llmworks.train.sft import SftConfig
 
     config = SftConfig.model_validate({"method": method, "batch_size": ROWS})
-    tuned = open_tuned(resolve(MODEL).path)
+    tuned = open_tuned(load(MODEL).path)
     torch.manual_seed(0)
     prepare(tuned, config)
     plan = Steps(
@@ -95,9 +95,9 @@ def theirs(method: str, rows: list[dict[str, Any]], steps: int, scratch: Path, *
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
-    path = resolve(MODEL).path
+    path = load(MODEL).path
     mean = sum(len(r["ids"]) for r in rows) / len(rows)
     room = max(max(len(r["ids"]) for r in rows), int(ROWS * mean))
     arguments = SFTConfig(
@@ -176,15 +176,15 @@ def prepared(folder: Path) -> None:
 
     from llmworks.core.workspace import Workspace
     from llmworks.runtime.execute import execute
-    from llmworks.runtime.references import open_engine, resolve
     from llmworks.runtime.resolve import resolve as stage
+    from llmworks.runtime.session import load, open_engine
 
     chat = stage("data.chat")
     workspace = Workspace(folder / "ws")
     made = execute(
         chat,
         chat.config.model_validate({"format": "bfcl"}),
-        {"data": resolve("asset:bfcl-simple")},
+        {"data": load("asset:bfcl-simple")},
         workspace,
         seed=0,
         open_engine=partial(open_engine, workspace=workspace),
@@ -203,10 +203,10 @@ def main() -> None:
     parser.add_argument("--one", nargs=4, metavar=("WAY", "METHOD", "DATA", "STEPS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        from llmworks.runtime.references import resolve
+        from llmworks.runtime.session import load
 
         way, method, data, steps = args.one
-        rows = examples(data, resolve(MODEL).path, int(steps) * ROWS)
+        rows = examples(data, load(MODEL).path, int(steps) * ROWS)
         with tempfile.TemporaryDirectory() as scratch:
             found = (
                 ours(method, rows, int(steps), Path(scratch))

@@ -41,9 +41,9 @@ def ours(source: str, kind: str, target: str) -> dict[str, float]:
     """One file by `write_gguf`."""
     from llmworks.core.progress import Progress
     from llmworks.quantize.llamacpp.writer import write_gguf
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
-    path = resolve(source).path
+    path = load(source).path
     import gguf  # noqa: F401
     import libgguf  # noqa: F401
     import torch

@@ -10,29 +10,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
+from llmworks.commands.table import COMMANDS, Command
 from llmworks.runtime.config_help import config_help
 from llmworks.runtime.resolve import resolve
 from llmworks.runtime.stages import STAGES
+from tests.rows import ROWS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "llmworks"
 
-# Rows from the bottom up. Rooms of one row do not know one another, except in rows 1 and 9, where the order of the list
-# holds.
-ROWS: list[list[str]] = [
-    ["core", "assets", "lineage"],
-    ["tokenize", "embed", "guard", "sandbox", "observe", "importers"],
-    ["data", "model", "score"],
-    ["generate"],
-    ["train", "merge", "quantize", "interpret"],
-    ["align", "evaluate", "retrieve", "synthesize"],
-    ["rag", "agent", "tune"],
-    ["serve", "studio", "deploy"],
-    ["runtime", "workflows", "commands", "cli"],
-]
-ORDERED = (0, 8)
+ORDERED = (0, 8)  # rows in which the order of the list holds
+FILES, SHARED, LINES, STATEMENTS = 12, 3, 400, 60  # of machinery in a folder, beside stages, of a file, of a function
+FAMILIES = ("merge/methods", "commands")  # one method, one command a file
+NOUNS_OF_RECIPES = ("workflows", "commands", "importers")  # who may name stages besides the table
 
 
 def room(module: str) -> str:
@@ -45,7 +38,7 @@ def place(name: str) -> tuple[int, int]:
     """(row, position) of a room."""
     for row, rooms in enumerate(ROWS):
         if name in rooms:
-            return row, rooms.index(name)
+            return row, list(rooms).index(name)
     raise AssertionError(f"{name} has no row in the house")
 
 
@@ -96,7 +89,7 @@ def test_the_import_rule_finds_a_violation(tmp_path: Path) -> None:
 def test_stage_files_are_torch_free() -> None:
     names = list(STAGES)
     code = (
-        f"import sys, warnings\nfrom llmworks.runtime.stages import resolve\nfor name in {names!r}:\n   "
+        f"import sys, warnings\nfrom llmworks.runtime.resolve import resolve\nfor name in {names!r}:\n   "
         " resolve(name)\n    assert 'torch' not in sys.modules and 'transformers' not in sys.modules, name"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -120,8 +113,10 @@ def test_help_is_instant_and_light() -> None:
     before = cpu()
     done = subprocess.run([sys.executable, "-m", "llmworks.cli", "--help"], capture_output=True, text=True, check=True)
     assert cpu() - before < 0.3
-    for name in STAGES:
-        assert name.replace(".", " ") in done.stdout
+    for name, stage in STAGES.items():
+        assert (f"  {name.replace('.', ' ')} " in done.stdout) is not stage.internal, name
+    for name in COMMANDS:
+        assert f"\n  {name} " in done.stdout, name
     code = (
         "import sys\nfrom llmworks.cli import main\nmain(['--help'])\nassert not {'torch', 'pydantic', 'rich'} &"
         " set(sys.modules)"
@@ -137,24 +132,177 @@ def test_command_help(words: list[str]) -> None:
     assert "usage: llmworks" in done.stdout
 
 
-def test_docs_are_those_of_the_stages() -> None:
+def test_docs_are_those_of_the_code() -> None:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    text = (ROOT / "docs" / "stages.md").read_text()
-    assert text.count("\n## ") == len(STAGES)
-    assert text == generate.stages_page(), "docs/stages.md is stale; run make docs"
+    assert generate.stages_page().count("\n## ") == sum(not stage.internal for stage in STAGES.values())
+    for path, text in generate.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale; run make docs"
 
 
-def test_rooms_are_small() -> None:
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name."""
+    named = {".".join(("llmworks", *f.relative_to(SOURCE).with_suffix("").parts)): f for f in SOURCE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): file for name, file in named.items()}
+
+
+def graph(source: dict[str, Path]) -> nx.DiGraph:
+    """Imports from file to file, anywhere in them; a name that is a module itself counts as that."""
+    found = nx.DiGraph()
+    for name, file in source.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                to = [f"{node.module}.{alias.name}" for alias in node.names]
+                found.add_edges_from((name, one if one in source else node.module) for one in to)
+            elif isinstance(node, ast.Import):
+                found.add_edges_from((name, alias.name) for alias in node.names)
+    found.remove_nodes_from([node for node in found if node not in source])
+    found.remove_edges_from([(a, b) for a, b in found.edges if a == b or a == "llmworks" or b == "llmworks"])
+    return found
+
+
+def test_no_files_import_one_another_in_a_circle(tmp_path: Path) -> None:
+    assert [sorted(c) for c in nx.strongly_connected_components(graph(modules())) if len(c) > 1] == []
+    (tmp_path / "a.py").write_text("def f():\n    from llmworks.b import g\n")
+    (tmp_path / "b.py").write_text("import llmworks.a\n")
+    planted = graph({"llmworks.a": tmp_path / "a.py", "llmworks.b": tmp_path / "b.py"})
+    assert any(len(c) > 1 for c in nx.strongly_connected_components(planted))
+
+
+def stage_file(name: str) -> str:
+    """`data.dedup` -> `data/dedup.py`; of a stage that is a group's own name `merge/merge.py`."""
+    group, _, stage = name.partition(".")
+    return f"{group}/{(stage or group).replace('-', '_')}.py"
+
+
+def test_a_stage_is_in_the_file_of_its_name() -> None:
+    for name, stage in STAGES.items():
+        module, _, function = stage.target.partition(":")
+        file = stage_file(name)
+        assert module == "llmworks." + file.removesuffix(".py").replace("/", "."), f"{name} belongs into {file}"
+        assert function == file.rpartition("/")[2].removesuffix(".py"), f"{name}: its function is called {function}"
+        assert (SOURCE / file).exists()
+
+
+def test_a_command_is_in_the_file_of_its_name() -> None:
+    shared = {"__init__", "parsers", "output", "session", "launch", "table", "stage"}
+    files = {file.stem for file in (SOURCE / "commands").glob("*.py")} - shared
+    assert files == {Command.module(name) for name in COMMANDS}
+    for name in COMMANDS:
+        names = {node.name for node in ast.parse((SOURCE / "commands" / f"{Command.module(name)}.py").read_text()).body
+                 if isinstance(node, ast.FunctionDef)}  # fmt: skip
+        assert "build_parser" in names, name
+
+
+def crowded(source: Path) -> list[str]:
+    """Folders with more files than a newcomer can look through."""
+    own = {stage_file(name) for name in STAGES}
+    typed = {Command.module(name) for name in COMMANDS}  # `lineage/diff.py` is what `llmworks diff` computes
+    found = []
+    for folder in (source, *(d for d in source.rglob("*") if d.is_dir())):
+        where = folder.relative_to(source).as_posix()
+        files = [f for f in folder.glob("*.py") if f.name != "__init__.py"]
+        machinery = [f for f in files if f"{where}/{f.name}" not in own and f.stem not in typed]
+        bound = SHARED if any(f"{where}/{f.name}" in own for f in files) else FILES
+        if where == ".":
+            machinery, bound = [f for f in files if f.name not in ("cli.py", "__main__.py")], 0
+        if where not in FAMILIES and len(machinery) > bound:
+            found.append(f"{where}: {len(machinery)} files that are no stages, at most {bound}; make a folder by noun")
+    return found
+
+
+def test_rooms_are_not_crowded(tmp_path: Path) -> None:
+    assert crowded(SOURCE) == []
+    (tmp_path / "model").mkdir()
+    for name in ("new", "a", "b", "c", "d"):
+        (tmp_path / "model" / f"{name}.py").touch()
+    (tmp_path / "loose.py").touch()
+    assert len(crowded(tmp_path)) == 2
+
+
+def large(file: Path) -> list[str]:
+    """What is too long in a file."""
+    text = file.read_text(encoding="utf-8")
+    found = [f"{file}: {text.count(chr(10))} lines, split it by noun"] if text.count("\n") > LINES else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            size = (node.end_lineno or 0) - node.lineno + 1
+            found += (
+                [f"{file}:{node.lineno}: {node.name} has {size} lines, name its steps"] if size > STATEMENTS else []
+            )
+    return found + [f"{file}:{at}: wide" for at, line in enumerate(text.split("\n"), 1) if len(line) > 120]
+
+
+def test_files_and_functions_are_small(tmp_path: Path) -> None:
+    assert [line for file in SOURCE.rglob("*.py") for line in large(file)] == []
+    planted = tmp_path / "planted.py"
+    planted.write_text("def f():\n" + "    x = 1\n" * 400 + "y = '" + "z" * 120 + "'\n")
+    assert len(large(planted)) == 3
+
+
+def named_stages(file: Path, room: str) -> list[str]:
+    """Names of other rooms' stages that stand in a file as texts of their own."""
+    names = {name for name in STAGES if name.partition(".")[2] and name.partition(".")[0] != room}
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return [f"{file}:{n.lineno}: {n.value}" for n in nodes if isinstance(n, ast.Constant) and n.value in names]
+
+
+def test_stages_are_named_in_the_table_and_where_several_run(tmp_path: Path) -> None:
+    """Elsewhere a room says only the names of its own stages, for cards and messages."""
+    found = []
     for file in SOURCE.rglob("*.py"):
-        tree = ast.parse(file.read_text())
-        assert file.read_text().count("\n") <= 620, f"{file} is crowded; split it by noun"
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                assert (node.end_lineno or 0) - node.lineno <= 130, f"{file}: {node.name} is long"
+        first = file.relative_to(SOURCE).parts[0]
+        if first not in NOUNS_OF_RECIPES and file != SOURCE / "runtime" / "stages.py":
+            found += named_stages(file, first)
+    assert found == []
+    (tmp_path / "a.py").write_text("def f(name):\n    return name == 'train.sft'\n")
+    assert len(named_stages(tmp_path / "a.py", "runtime")) == 1
+
+
+def test_only_the_session_executes() -> None:
+    callers = [
+        file.relative_to(SOURCE).as_posix()
+        for file in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "execute"
+    ]
+    assert set(callers) == {"runtime/session.py"}
+
+
+def test_the_session_reserves_no_input() -> None:
+    """Inputs are given to `make` by name, beside its own words."""
+    for name in STAGES:
+        assert not {"kind", "config", "out", "stage", "self"} & set(resolve(name).inputs), name
+
+
+def test_tests_are_found_by_the_name_of_their_file() -> None:
+    """`tests/ROOM/test_NAME.py`: NAME is a file or folder of the room, or the room; more may follow behind a `_`."""
+    lost = []
+    for test in (ROOT / "tests").glob("*/test_*.py"):
+        room = test.parent.name
+        known = {room, *(path.stem for path in (SOURCE / room).rglob("*") if path.stem != "__init__")}
+        known |= {name.partition(".")[2].replace("-", "_") for name in STAGES if name.startswith(f"{room}.")}
+        stem = test.stem.removeprefix("test_")
+        if not any(stem == name or stem.startswith(f"{name}_") for name in known):
+            lost.append(str(test.relative_to(ROOT)))
+    assert lost == []
+
+
+@pytest.mark.parametrize(
+    ("file", "holds"),
+    [
+        ("quantize/algorithms/gptq.py", "def _update_columns("),  # where GPTQ updates its columns
+        ("commands/merge.py", "workflows.merge_file"),  # what `llmworks merge` runs
+        ("tokenize/chat/encode.py", "mask"),  # where a chat row becomes a loss mask
+        ("align/losses/policy.py", "cispo"),  # where a loss is added to GRPO
+        ("generate/engines/torch.py", "class TorchEngine"),  # beside which an engine is added
+    ],
+)
+def test_a_newcomer_finds(file: str, holds: str) -> None:
+    assert holds in (SOURCE / file).read_text(encoding="utf-8")
 
 
 def test_project_names_no_place_or_host() -> None:

@@ -1,1 +1,87 @@
-"""llmworks: one workshop for the whole life of a language model."""
+"""One workshop for the whole life of a language model.
+
+`run` runs a recipe, `Session.make` one stage, `load` finds an artifact, `open_engine` answers with a model. Importing
+this package costs no torch: each name is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmworks.core.errors import (
+    AccessError,
+    ArtifactError,
+    AssetError,
+    DataError,
+    EngineError,
+    GateFailed,
+    GoldenMismatch,
+    LlmworksError,
+    MissingDependency,
+    ModelError,
+    RecipeError,
+    RequestError,
+    TrainingError,
+    UserError,
+    WorkerLost,
+)
+
+if TYPE_CHECKING:
+    from llmworks.core.artifact import Adapter, Artifact, Dataset, Model, Report, Tokenizer
+    from llmworks.core.types import Completion, Message, Request, Sampling
+    from llmworks.runtime.runner import run
+    from llmworks.runtime.session import Session, load, open_engine
+
+_LAZY = {
+    "run": "llmworks.runtime.runner",
+    "Session": "llmworks.runtime.session",
+    "load": "llmworks.runtime.session",
+    "open_engine": "llmworks.runtime.session",
+    **dict.fromkeys(("Adapter", "Artifact", "Dataset", "Model", "Report", "Tokenizer"), "llmworks.core.artifact"),
+    **dict.fromkeys(("Completion", "Message", "Request", "Sampling"), "llmworks.core.types"),
+}
+
+__all__ = [
+    "AccessError",
+    "Adapter",
+    "Artifact",
+    "ArtifactError",
+    "AssetError",
+    "Completion",
+    "DataError",
+    "Dataset",
+    "EngineError",
+    "GateFailed",
+    "GoldenMismatch",
+    "LlmworksError",
+    "Message",
+    "MissingDependency",
+    "Model",
+    "ModelError",
+    "RecipeError",
+    "Report",
+    "Request",
+    "RequestError",
+    "Sampling",
+    "Session",
+    "Tokenizer",
+    "TrainingError",
+    "UserError",
+    "WorkerLost",
+    "load",
+    "open_engine",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'llmworks' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

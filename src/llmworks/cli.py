@@ -5,51 +5,27 @@ Parsers are built only for the command that was typed; nothing heavy is imported
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from llmworks.commands.parsers import COMMANDS, Parser, workers
+from llmworks.commands.table import COMMANDS, STAGE_USAGE, Command, lines
+
+if TYPE_CHECKING:
+    from llmworks.runtime.stages import Stage
 
 HELP = """\
 llmworks: one workshop for the whole life of a language model
 
 usage: llmworks COMMAND ...
 
-recipes
-  run RECIPE          run a recipe; what is up to date is skipped, what was interrupted goes on
-  plan RECIPE         what would run, why, and its time, memory and disk
-  tune sweep RECIPE SEARCH      the best values of a recipe's fields, by trials
-  tune frontier MODEL           its quantizations: sizes, damage, speeds, skills (autoquant; autogguf: GGUF files only)
-  tune evolve FILE              the numbers of a merge, by evaluation
-  train selftest RECIPE [STEP]   does the configuration of its trainings hold? in seconds, on a shrunken model
-  import FILE         a configuration of Axolotl or LLaMA-Factory as a recipe
-  stages [NAME]       the stage table, or one stage with its inputs and fields
+{commands}
 
-artifacts
-  show ARTIFACT       where an artifact came from and what was measured
-  tree [ARTIFACT]     the family tree of the workspace, or of one artifact
-  verify ARTIFACT     check its files and its ancestors', derive exact steps again, byte for byte
-                      --golden MODEL [ENGINE]: does it, or the engine, read and say what was recorded?
-  diff A B            which fields, parents and metrics differ
-  gc                  remove what no name and no descendant needs
-  assets list|fetch|path   named real models and data
-
-models
-  merge FILE          models as one, by mergekit's YAML
-  lazymerge --models A B   the YAML, the merge, scores of parents and child, a card
-  autoeval MODEL ...  a suite of tasks on models, and the leaderboard of the workspace
-  tasks [NAME]        the tasks and suites that models are asked
-  arena REPORT ...    vote for the better of two answers, without knowing whose they are
-  chat MODEL          talk to a model in the terminal
-  serve MODEL         answer the OpenAI API over HTTP
-
-single stages: llmworks GROUP STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out DIR
+single stages: llmworks {usage}
 {stages}
 
 A MODEL or ARTIFACT is a path, a name in the workspace (quickstart/merged), asset:NAME, hf:ORG/NAME, gguf:FILE,
@@ -104,7 +80,7 @@ def _interrupt(number: int, frame: object) -> None:
 def dispatch(words: list[str]) -> int:
     """Find the command and call it."""
     if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP.format(stages=_stage_lines()))
+        print(help_text())
         return 0
     if words[0] == "--version":
         from importlib.metadata import version
@@ -112,133 +88,79 @@ def dispatch(words: list[str]) -> int:
         print(f"llmworks {version('llmworks')}")
         return 0
     name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), "")
-    if name and not (name == "merge" and _is_stage(words)):
-        parser, words = COMMANDS[name](), words[len(name.split()) - 1 :]
-        # options may stand between words; argparse does not allow that together with subcommands
-        args = parser.parse_args(words[1:]) if words[0] == "assets" else parser.parse_intermixed_args(words[1:])
-        import importlib
-
-        room, _, handler = args.handler.partition(".")
-        getattr(importlib.import_module(f"llmworks.commands.{room}"), handler)(args)
-        return 0
-    return _stage_command(words)
+    if not name or (name == words[0] and ".".join(words[:2]) in _stages()):  # as `merge adapter` beside `merge`
+        return _run_stage(words)
+    command = importlib.import_module(f"llmworks.commands.{Command.module(name)}")
+    parser, rest = command.build_parser(), words[len(name.split()) :]
+    # options may stand between words; argparse does not allow that together with subcommands
+    args = parser.parse_args(rest) if name == "assets" else parser.parse_intermixed_args(rest)
+    command.handle(args)
+    return 0
 
 
-def _is_stage(words: list[str]) -> bool:
-    """Whether the first two words name a stage, as `merge adapter` does, beside a command of the first."""
+def help_text() -> str:
+    """What `llmworks --help` prints: commands by group, then all stages that are run by hand."""
+    groups = dict.fromkeys(command.group for command in COMMANDS.values())
+    stages = "\n".join(
+        f"  {name.replace('.', ' '):<23} {stage.summary}"
+        for name, stage in sorted(_stages().items())
+        if not stage.internal
+    )
+    commands = "\n\n".join(f"{group}\n{lines(group)}" for group in groups)
+    return HELP.format(commands=commands, usage=STAGE_USAGE, stages=stages)
+
+
+def _stages() -> dict[str, Stage]:
     from llmworks.runtime.stages import STAGES
 
-    return len(words) > 1 and ".".join(words[:2]) in STAGES
+    return STAGES
 
 
-def _stage_lines() -> str:
-    from llmworks.runtime.stages import STAGES
-
-    return "\n".join(f"  {name.replace('.', ' '):<23} {stage.summary}" for name, stage in sorted(STAGES.items()))
-
-
-def _stage_command(words: list[str]) -> int:
+def _run_stage(words: list[str]) -> int:
     """`llmworks GROUP STAGE ...`: the stage named by the first two words, or by the first alone."""
-    import difflib
-
-    from llmworks.commands import making
-    from llmworks.runtime.config_help import config_help
     from llmworks.runtime.resolve import resolve
     from llmworks.runtime.stages import table
 
     known = table()
     name, rest = (".".join(words[:2]), words[2:]) if ".".join(words[:2]) in known else (words[0], words[1:])
     if name not in known:
-        group = sorted(s for s in known if s.split(".")[0] == words[0])
-        if group and words[1:] in ([], ["-h"], ["--help"]):
-            lines = "\n".join(f"  {s.replace('.', ' '):<20} {known[s].summary}" for s in group)
-            print(
-                f"usage: llmworks {words[0]} STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out"
-                f" DIR\n\n{lines}\n\n`llmworks {words[0]} STAGE --help` tells more."
-            )
-            return 0
-        typed = " ".join(words[:2] if group else [w for w in words[:2] if not w.startswith("-")])
-        near = difflib.get_close_matches(typed, [s.replace(".", " ") for s in known], n=1, cutoff=0.75)
-        if not near and not group:
-            typed = words[0]
-            near = difflib.get_close_matches(typed, list(COMMANDS), n=1)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"the group has {', '.join(s.replace('.', ' ') for s in group)}"
-            if group
-            else "see llmworks --help"
-        )
-        print(f"llmworks: unknown command {typed!r}, {hint}", file=sys.stderr)
-        return 2
-    stage = resolve(name)
-    known_fields = config_help(stage.config)
-    wide = max((len(field) for field, _, _ in known_fields), default=0)
-    fields = "\n".join(f"  {field:<{wide}} {what} ({kind})" for field, kind, what in known_fields)
-    inputs = " ".join(_asked(item) for item in stage.inputs.values())
-    parser = Parser(
-        prog=f"llmworks {name.replace('.', ' ')}",
-        usage=(
-            f"%(prog)s {inputs} [--set KEY=VALUE ...]"
-            f" {'[--out NAME]' if stage.output.kind == 'report' else '--out NAME'} [other options]"
-        ),
-        description=stage.help,
-        epilog=f"config fields (--set or --config):\n{fields}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.fields = frozenset(stage.config.model_fields)
-    for item in stage.inputs.values():
-        parser.add_argument(
-            f"--{item.name.replace('_', '-')}",
-            dest=f"input_{item.name}",
-            action="append",
-            default=[],
-            metavar="KEY=REF" if item.shape == "dict" else "REF",
-            help=item.describe(),
-        )
-    parser.add_argument("refs", nargs="*", metavar="REF", help="the inputs in their order, in place of their names")
-    parser.add_argument("--config", type=Path, help="YAML file of config fields")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config field")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="NAME",
-        help="name of the result: a link to it in the workspace's store; a report needs none",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    workers(parser)
-    parser.add_argument("--workspace", type=Path, help="default: $LLMWORKS_WORKSPACE, else ./workspace")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument("--json", action="store_true", help="print the result for programs")
-    args = parser.parse_intermixed_args(rest)
-    args.stage = stage
-    free = [
-        f"input_{item.name}"
-        for item in stage.inputs.values()
-        if item.shape == "one" and not getattr(args, f"input_{item.name}")
-    ]
-    if len(args.refs) > len(free):
-        many = next(
-            (f"; --{name} is given again for each" for name, item in stage.inputs.items() if item.shape != "one"), ""
-        )
-        parser.error(
-            f"{args.refs[len(free)]!r} is one word too many; inputs:"
-            f" {', '.join(f'--{name}' for name in stage.inputs)}{many}"
-        )
-    for name, ref in zip(free, args.refs, strict=False):
-        setattr(args, name, [ref])
-    making.stage(args)
+        return _unknown(words)
+    from llmworks.commands import stage
+
+    found = resolve(name)
+    stage.handle(found, stage.parse(found, rest))
     return 0
 
 
-def _asked(item: Any) -> str:
-    """An input in a line of usage: in brackets where it may be left out, with dots where it may be given again."""
-    text = (
-        f"--{item.name.replace('_', '-')}"
-        f" {'KEY=REF' if item.shape == 'dict' else 'REF'}{'' if item.shape == 'one' else ' ...'}"
+def _unknown(words: list[str]) -> int:
+    """Help on a group of stages; or what a command that is not known may have meant."""
+    import difflib
+
+    from llmworks.runtime.stages import table
+
+    known = {name: row for name, row in table().items() if not row.internal}
+    group = sorted(s for s in known if s.split(".")[0] == words[0])
+    if group and words[1:] in ([], ["-h"], ["--help"]):
+        rows = "\n".join(f"  {s.replace('.', ' '):<20} {known[s].summary}" for s in group)
+        print(
+            f"usage: llmworks {words[0]} STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out"
+            f" DIR\n\n{rows}\n\n`llmworks {words[0]} STAGE --help` tells more."
+        )
+        return 0
+    typed = " ".join(words[:2] if group else [w for w in words[:2] if not w.startswith("-")])
+    near = difflib.get_close_matches(typed, [s.replace(".", " ") for s in known], n=1, cutoff=0.75)
+    if not near and not group:
+        typed = words[0]
+        near = difflib.get_close_matches(typed, list(COMMANDS), n=1)
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"the group has {', '.join(s.replace('.', ' ') for s in group)}"
+        if group
+        else "see llmworks --help"
     )
-    return text if item.required else f"[{text}]"
+    print(f"llmworks: unknown command {typed!r}, {hint}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.load import load_model
 from llmworks.model.io.reward_head import Scorer, head_of
 from llmworks.model.lora import lora
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from llmworks.tokenize.chat.templates import encode
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.train.finetune.trainable import open_tuned
@@ -95,7 +95,7 @@ class Bench:
 
     def __init__(self, tmp_path: Path, pico: Path) -> None:
         self.tmp_path, self.pico = tmp_path, pico
-        self.base = resolve(str(pico))
+        self.base = load(str(pico))
         self.said: list[str] = []
         self.report = ReportBuilder()
 
@@ -291,13 +291,13 @@ def test_the_adapter_that_goes_on_is_of_the_model_and_keeps_its_shape(bench: Ben
         bench.run("dpo", "a", {**SMALL, "samples": 0}, pairs, adapter=adapter)
     with pytest.raises(UserError, match="merge it first"):
         bench.run("dpo", "b", {"method": "full"}, pairs, adapter=adapter)
-    other = resolve(str(make_pico(bench.tmp_path / "other", seed=5)))
+    other = load(str(make_pico(bench.tmp_path / "other", seed=5)))
     with pytest.raises(ArtifactError, match="was trained on the model"):
         bench.run("dpo", "c", {}, pairs, adapter=adapter, base=other)
 
 
 def test_a_reference_with_another_vocabulary_is_refused(bench: Bench, pairs: Dataset, tmp_path: Path) -> None:
-    other = resolve(str(make_pico(tmp_path / "other", seed=3)))
+    other = load(str(make_pico(tmp_path / "other", seed=3)))
     _, steps = bench.run(
         "dpo", "a", {**SMALL}, pairs, reference=other
     )  # of the same vocabulary: another model's chances

@@ -300,10 +300,10 @@ def test_packed_rows_give_the_logits_of_unpacked_ones(tmp_path: Path, pico: Path
 def test_packed_rows_give_the_logits_of_unpacked_ones_with_real_models(
     asset: str, tmp_path: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
     monkeypatch.setenv("LLMWORKS_ACCEPT", asset)
-    apart, leak = gaps(resolve(f"asset:{asset}").path, chats, tmp_path / "p", 2)
+    apart, leak = gaps(load(f"asset:{asset}").path, chats, tmp_path / "p", 2)
     assert apart < 1e-4
     assert leak > 0.1
 

@@ -20,7 +20,7 @@ from llmworks.core.report import ReportBuilder
 from llmworks.evaluate.arena import ArenaConfig, arena, of_judges
 from llmworks.evaluate.statistics.ratings import SCALE, Vote, bradley_terry, elo, intervals, resampled, style_of
 from llmworks.evaluate.voting import matches, vote
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 
 
 def simulated(strengths: list[float], count: int, seed: int, taste: float = 0.0) -> list[Vote]:
@@ -150,7 +150,7 @@ def run(
     def never(artifact: Artifact) -> Any:
         raise AssertionError
 
-    data = resolve(str(tmp_path / "votes.jsonl"))
+    data = load(str(tmp_path / "votes.jsonl"))
     assert isinstance(data, Dataset)
     made = arena(
         ArenaConfig(resamples=60, **config),

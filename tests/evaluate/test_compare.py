@@ -32,7 +32,7 @@ from llmworks.evaluate.protocol.load_task import task_names
 from llmworks.evaluate.statistics.bootstrap import holm
 from llmworks.evaluate.suites import items_of, suites
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 
 CHOICE: dict[str, Any] = {
     "name": "t",
@@ -86,7 +86,7 @@ def run(tmp_path: Path, pico: Path) -> Run:
         task, data = tmp_path / f"{name}.yaml", tmp_path / "rows.jsonl"
         task.write_text(yaml.safe_dump(fields))
         data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count)))
-        model, dataset = resolve(str(pico)), resolve(str(data))
+        model, dataset = load(str(pico)), load(str(data))
         assert isinstance(model, Model)
         assert isinstance(dataset, Dataset)
         page = ReportBuilder()

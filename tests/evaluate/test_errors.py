@@ -23,7 +23,7 @@ from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
 from llmworks.evaluate.practice import PracticeConfig, practice
 from llmworks.evaluate.protocol.questions import side_of
 from llmworks.generate.engines.torch import TorchEngine
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 
 TOPICS = {
     "ships": "harbour sails anchor captain voyage deck",
@@ -157,7 +157,7 @@ def asked(tmp_path: Path, pico: Path) -> Callable[..., tuple[Report, Dataset, li
         task, data, here = tmp_path / f"{place}.yaml", tmp_path / f"{place}.jsonl", tmp_path / place
         task.write_text(yaml.safe_dump(fields))
         data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        model, dataset = resolve(str(pico)), resolve(str(data))
+        model, dataset = load(str(pico)), load(str(data))
         assert isinstance(model, Model)
         assert isinstance(dataset, Dataset)
         page = ReportBuilder()
@@ -222,7 +222,7 @@ def test_only_the_practice_side_is_taken(
         + "\n"
         + "".join(json.dumps({"q": f"z{i}", "a": "y", "id": f"p{i}"}) + "\n" for i in range(9))
     )
-    other = resolve(str(tmp_path / "other.jsonl"))
+    other = load(str(tmp_path / "other.jsonl"))
     assert isinstance(other, Dataset)
     with pytest.raises(DataError, match="is not among its practice rows"):
         practice(PracticeConfig(), report, other, context(tmp_path / "q"))

@@ -18,7 +18,7 @@ from llmworks.core.types import Completion, Delta, Request
 from llmworks.data.store.rows import flat_messages, read_chat, write_chat
 from llmworks.evaluate.compare import CompareConfig, compare
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 
 
 class Parrot:
@@ -69,14 +69,14 @@ def context(tmp_path: Path, name: str, engine: Parrot) -> Context:
 @pytest.fixture
 def data(tmp_path: Path, bfcl_rows: list[dict[str, Any]]) -> Dataset:
     write_chat(tmp_path / "data", bfcl_rows[:150])
-    found = resolve(str(tmp_path / "data"))
+    found = load(str(tmp_path / "data"))
     assert isinstance(found, Dataset)
     return found
 
 
 @pytest.fixture
 def model(pico: Path) -> Model:
-    found = resolve(str(pico))
+    found = load(str(pico))
     assert isinstance(found, Model)
     return found
 

@@ -26,7 +26,7 @@ from llmworks.evaluate.protocol.load_task import load_task
 from llmworks.evaluate.protocol.write_harness import to_harness
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.load import load_model
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from llmworks.tokenize.load import load_tokenizer
 
 with warnings.catch_warnings():
@@ -199,7 +199,7 @@ def ours(tmp_path: Path, pico: Path) -> Callable[..., dict[str, Any]]:
         def open_engine(artifact: Artifact) -> TorchEngine:
             return TorchEngine.open(pico)
 
-        model, data = resolve(str(pico)), resolve(str(rows))
+        model, data = load(str(pico)), load(str(rows))
         assert isinstance(model, Model)
         assert isinstance(data, Dataset)
         made = evaluate(

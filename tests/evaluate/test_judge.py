@@ -19,7 +19,7 @@ from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Completion, Request
 from llmworks.evaluate.judge import JudgeConfig, judge
 from llmworks.evaluate.statistics import agreement
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 
 
 def test_kappa_is_that_of_scikit_learn() -> None:
@@ -231,7 +231,7 @@ def test_grades_and_people(tmp_path: Path, world: dict[str, Any]) -> None:
             for r in ("ann", "ben")
         )
     )
-    labels = resolve(str(tmp_path / "labels.jsonl"))
+    labels = load(str(tmp_path / "labels.jsonl"))
     assert isinstance(labels, Dataset)
     made, tables, _ = ask(tmp_path, world, {"j": "grader"}, pairs=False, labels=labels)
     assert made.metrics["score"] == pytest.approx(sum(world["quality"]["x"]) / 40 / 9)
@@ -246,7 +246,7 @@ def test_people_who_disagree_with_a_judge(tmp_path: Path, world: dict[str, Any])
     (tmp_path / "labels.jsonl").write_text(
         "".join(json.dumps({"id": str(i), "label": v}) + "\n" for i, v in enumerate(right))
     )
-    labels = resolve(str(tmp_path / "labels.jsonl"))
+    labels = load(str(tmp_path / "labels.jsonl"))
     assert isinstance(labels, Dataset)
     good_one, _, _ = ask(tmp_path, world, {"j": "good"}, labels=labels, place="a")
     long_one, _, _ = ask(tmp_path, world, {"j": "longest"}, labels=labels, place="b")
@@ -280,7 +280,7 @@ BAD = {
 def test_labels_that_cannot_be_used(what: str, tmp_path: Path, world: dict[str, Any]) -> None:
     rows, message = BAD[what]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labels = resolve(str(tmp_path / "labels.jsonl"))
+    labels = load(str(tmp_path / "labels.jsonl"))
     assert isinstance(labels, Dataset)
     with pytest.raises(DataError, match=message):
         ask(tmp_path, world, {"j": "good"}, labels=labels)
@@ -317,7 +317,7 @@ def test_a_reward_model_is_a_judge(tmp_path: Path, world: dict[str, Any], pico: 
     config.num_labels = 1
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
     load_tokenizer(pico).save_pretrained(tmp_path / "reward")
-    model = resolve(str(tmp_path / "reward"))
+    model = load(str(tmp_path / "reward"))
     assert isinstance(model, Model)
     assert is_reward(model)
     reward = Reward(model.path)

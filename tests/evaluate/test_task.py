@@ -31,7 +31,7 @@ from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.generate.remote.endpoint import RemoteOptions
 from llmworks.model.io.load import load_model
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from llmworks.tokenize.load import load_tokenizer
 
 CHOICE: dict[str, Any] = {
@@ -96,7 +96,7 @@ def run(tmp_path: Path, pico: Path) -> Run:
         def open_engine(artifact: Artifact) -> Engine:
             return engine() if engine else TorchEngine.open(pico)
 
-        model, dataset = resolve(str(pico)), resolve(str(data))
+        model, dataset = load(str(pico)), load(str(data))
         assert isinstance(model, Model)
         assert isinstance(dataset, Dataset)
         evaluate(

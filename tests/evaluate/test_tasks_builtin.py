@@ -24,12 +24,12 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
 from llmworks.evaluate.protocol.extract import extract
+from llmworks.evaluate.protocol.inputs import rows_of
 from llmworks.evaluate.protocol.load_task import load_task, task_names
 from llmworks.evaluate.protocol.questions import kept, questions, read_rows
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.load import load_model
-from llmworks.runtime.default_inputs import rows_of
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import Session, load
 from llmworks.score.code import code
 from llmworks.tokenize.load import load_tokenizer
 
@@ -85,7 +85,7 @@ def open_pico(pico: Path, tmp_path: Path, name: str, data: Dataset, **config: An
     def open_engine(artifact: Artifact) -> TorchEngine:
         return TorchEngine.open(pico)
 
-    model = resolve(str(pico))
+    model = load(str(pico))
     assert isinstance(model, Model)
     evaluate(
         EvaluateConfig(task=name, **config),
@@ -100,7 +100,7 @@ def open_pico(pico: Path, tmp_path: Path, name: str, data: Dataset, **config: An
 def test_tasks_of_assets_run(name: str, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchEngine, "context", 4096)  # rotations have no end
     task = load_task(name)
-    data = rows_of(task, task.data)
+    data = rows_of(task, task.data, Session().load)
     rows = kept(task, read_rows(task, data, task.split), data.name)
     assert abs(len(rows) - ROWS[name]) <= (45 if name == "ifbench" else 2)
     if task.kind != "perplexity":
@@ -283,7 +283,7 @@ def test_a_task_of_an_asset_goes_out_to_the_harness(
     assert main(["tasks", "logiqa", "--harness"]) == 0
     config = yaml.safe_load(capsys.readouterr().out)
     task = load_task("logiqa")
-    made = open_pico(pico, tmp_path, "logiqa", rows_of(task, task.data), limit=4)
+    made = open_pico(pico, tmp_path, "logiqa", rows_of(task, task.data, Session().load), limit=4)
     lm = HFLM(pretrained=load_model(pico), tokenizer=load_tokenizer(pico), batch_size=4, device="cpu", max_length=4096)
     found = lm_eval.simple_evaluate(
         lm, tasks=[config], limit=4, log_samples=True, bootstrap_iters=0, apply_chat_template=task.prompt == "chat"
@@ -320,7 +320,7 @@ def test_tasks_of_the_hub_are_those_of_the_harness(
             (tmp_path / "data" / f"{split}-00000-of-00001.jsonl").write_text(
                 "".join(json.dumps(row) + "\n" for row in part)
             )
-    data = resolve(str(tmp_path / "data"))
+    data = load(str(tmp_path / "data"))
     assert isinstance(data, Dataset)
     (tmp_path / "out").mkdir()
     (tmp_path / "scratch").mkdir()
@@ -329,7 +329,7 @@ def test_tasks_of_the_hub_are_those_of_the_harness(
     def open_engine(artifact: Artifact) -> TorchEngine:
         return TorchEngine.open(pico)
 
-    model = resolve(str(pico))
+    model = load(str(pico))
     assert isinstance(model, Model)
     evaluate(
         EvaluateConfig(task=name, max_tokens=12),

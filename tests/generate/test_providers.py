@@ -21,7 +21,7 @@ from llmworks.core.errors import AccessError, EngineError, RequestError, UserErr
 from llmworks.core.types import Completion, Message, Request, Sampling, ToolCall
 from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.remote.endpoint import RemoteOptions, api_of, parse_remote
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from llmworks.tokenize.chat.templates import parse_calls, render_call
 
 CALL = ToolCall("add", {"a": 1, "b": [2, 3]}, "c1")
@@ -358,7 +358,7 @@ def test_the_host_says_the_api() -> None:
         assert api_of(url, options) == api
     with pytest.raises(UserError, match="option 'api': Input should be '', 'openai', 'anthropic'"):
         parse_remote("http://h/v1#m?api=claude")
-    assert resolve("http://h/v1#m?sampling=default").digest != resolve("http://h/v1#m").digest  # it answers otherwise
+    assert load("http://h/v1#m?sampling=default").digest != load("http://h/v1#m").digest  # it answers otherwise
 
 
 FINAL = {

@@ -23,7 +23,7 @@ from llmworks.core.types import Completion, Message, Request, Sampling
 from llmworks.generate.engines.remote import RemoteEngine
 from llmworks.generate.remote.endpoint import RemoteOptions, api_key, parse_remote
 from llmworks.generate.remote.rate_limit import Pace, back_off
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from llmworks.tokenize.chat.templates import parse_calls
 
 
@@ -418,9 +418,9 @@ def test_options_stand_behind_the_model() -> None:
     )
     assert (url, model) == ("https://api.groq.com/openai/v1", "meta/llama-3:70b")
     assert options == RemoteOptions(key="GROQ_API_KEY", concurrency=16, requests_per_minute=30, input_price=0.5)
-    same = [resolve(f"http://h/v1#m{rest}").digest for rest in ("", "?concurrency=2", "?key=A")]
+    same = [load(f"http://h/v1#m{rest}").digest for rest in ("", "?concurrency=2", "?key=A")]
     assert len(set(same)) == 1  # how fast a model is asked makes it no other model
-    assert resolve("http://h/v1#n").digest != same[0]
+    assert load("http://h/v1#n").digest != same[0]
 
 
 @pytest.mark.parametrize(

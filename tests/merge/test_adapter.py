@@ -13,11 +13,9 @@ from safetensors.torch import load_file, save_file
 from llmworks.core.artifact import Adapter, Model
 from llmworks.core.errors import ArtifactError, GoldenMismatch
 from llmworks.core.workspace import Workspace
-from llmworks.runtime.execute import Outcome, execute
 from llmworks.runtime.read_recipe import load_recipe
-from llmworks.runtime.references import open_engine, resolve
-from llmworks.runtime.resolve import resolve as resolve_stage
 from llmworks.runtime.runner import Run
+from llmworks.runtime.session import Session, load
 
 
 @pytest.fixture
@@ -35,22 +33,13 @@ def tuned(recipe_file: Callable[..., Path], tmp_path: Path) -> tuple[Adapter, Mo
     return adapter, model, workspace
 
 
-def merge(adapter: Adapter, model: Model, workspace: Workspace) -> Outcome:
-    stage = resolve_stage("merge.adapter")
-    return execute(
-        stage,
-        stage.config(),
-        {"adapter": adapter, "model": model},
-        workspace,
-        seed=0,
-        open_engine=open_engine,
-        quiet=True,
-    )
+def merge(adapter: Adapter, model: Model, workspace: Workspace) -> Model:
+    return Session(workspace, quiet=True).make("merge.adapter", kind=Model, adapter=adapter, model=model)
 
 
 def test_merged_model_carries_the_adapters_template_and_golden_tokens(tuned: tuple[Adapter, Model, Workspace]) -> None:
     adapter, model, workspace = tuned
-    merged = merge(adapter, model, workspace).artifact
+    merged = merge(adapter, model, workspace)
     assert merged.golden == adapter.golden
     assert merged.golden is not None
     assert any(c.tools for c in merged.golden.conversations)  # the tool-aware template is part of what replays
@@ -96,7 +85,7 @@ def test_adapter_of_another_model_is_refused(tuned: tuple[Adapter, Model, Worksp
     from tests.conftest import make_pico
 
     adapter, _, workspace = tuned
-    other = resolve(str(make_pico(tmp_path / "other", seed=5)))
+    other = load(str(make_pico(tmp_path / "other", seed=5)))
     assert isinstance(other, Model)
     with pytest.raises(ArtifactError, match="was trained on the model"):
         merge(adapter, other, workspace)

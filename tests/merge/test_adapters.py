@@ -27,7 +27,7 @@ from llmworks.merge.lora.low_rank import factors
 from llmworks.merge.lora.merge_lora import merged
 from llmworks.model.io.load import load_model
 from llmworks.model.lora.fold import fold_into, weights_of
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from tests.conftest import make_pico
 
 IDS = torch.arange(3, 40)[None]
@@ -63,8 +63,8 @@ def context(out: Path) -> Context:
 
 
 def together(names: list[str], family: Path, out: Path, **given: Any) -> Adapter:
-    found: dict[str, Artifact] = {name: resolve(str(family / name)) for name in names}
-    model: Any = resolve(str(family / "pico"))
+    found: dict[str, Artifact] = {name: load(str(family / name)) for name in names}
+    model: Any = load(str(family / "pico"))
     return merged(AdaptersConfig.model_validate(given), found, model, context(out))  # type: ignore[arg-type]
 
 
@@ -170,7 +170,7 @@ def test_what_was_folded_is_extracted(family: Path, tmp_path: Path) -> None:
     fold_into(weights_of(tuned), family / "a")
     make_pico(tmp_path / "tuned")
     tuned.save_pretrained(tmp_path / "tuned")
-    base, other = (resolve(str(path)) for path in (family / "pico", tmp_path / "tuned"))
+    base, other = (load(str(path)) for path in (family / "pico", tmp_path / "tuned"))
     made = extracted(ExtractConfig(rank=4), other, base, context(tmp_path / "out"))  # type: ignore[arg-type]
     assert made.metrics["missed"] < 1e-4
     assert made.metrics["left_out"] == 0
@@ -184,7 +184,7 @@ def test_what_was_folded_is_extracted(family: Path, tmp_path: Path) -> None:
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
     third = extracted(
-        ExtractConfig(rank=4, skip=["v_proj"]), resolve(str(tmp_path / "tuned")), base, context(tmp_path / "third")
+        ExtractConfig(rank=4, skip=["v_proj"]), load(str(tmp_path / "tuned")), base, context(tmp_path / "third")
     )  # type: ignore[arg-type]
     assert third.metrics["left_out"] >= 2
     assert third.metrics["missed"] > 0.1  # of all that differs, what is skipped among it
@@ -202,7 +202,7 @@ def test_bad_input_is_one_line(family: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(LlmworksError, match=said):
             together(names, family, tmp_path / str(number), **given)
-    base: Any = resolve(str(family / "pico"))
+    base: Any = load(str(family / "pico"))
     with pytest.raises(LlmworksError, match="do not differ in any matrix"):
         extracted(ExtractConfig(), base, base, context(tmp_path / "same"))
     save_file(
@@ -215,7 +215,7 @@ def test_bad_input_is_one_line(family: Path, tmp_path: Path) -> None:
         if file.is_file():
             (broken / file.name).write_bytes(file.read_bytes())
     (tmp_path / "nan.safetensors").replace(broken / "adapter_model.safetensors")
-    found: Any = {"broken": resolve(str(broken)), "b": resolve(str(family / "b"))}
+    found: Any = {"broken": load(str(broken)), "b": load(str(family / "b"))}
     with pytest.raises(LlmworksError, match="holds values that are no numbers"):
         merged(AdaptersConfig(), found, base, context(tmp_path / "nan"))
 
@@ -275,7 +275,7 @@ def test_odd_adapters(what: str, family: Path, tmp_path: Path) -> None:
     change(tensors, config)
     save_file(tensors, odd / "adapter_model.safetensors")
     (odd / "adapter_config.json").write_text(json.dumps(config))
-    given, base = {"odd": resolve(str(odd)), "b": resolve(str(family / "b"))}, resolve(str(family / "pico"))
+    given, base = {"odd": load(str(odd)), "b": load(str(family / "b"))}, load(str(family / "pico"))
     with pytest.raises(ModelError, match=said):
         merged(AdaptersConfig(), given, base, context(tmp_path / "merged"))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=said):
@@ -299,8 +299,8 @@ def test_what_a_number_format_cannot_hold(family: Path, tmp_path: Path) -> None:
     ):
         fold(
             AdapterConfig(),
-            resolve(str(tmp_path / "large")),
-            resolve(str(tmp_path / "half")),
+            load(str(tmp_path / "large")),
+            load(str(tmp_path / "half")),
             context(tmp_path / "out"),
         )  # type: ignore[arg-type]
 
@@ -318,7 +318,7 @@ def test_a_file_that_the_index_does_not_name_is_none_of_the_model(family: Path, 
     )
     save_file(tensors, stray / "weights_old.safetensors", metadata={"format": "pt"})
     for name, given in (("stray", stray), ("plain", family / "pico")):
-        fold(AdapterConfig(), resolve(str(family / "a")), resolve(str(given)), context(tmp_path / f"{name}-out"))  # type: ignore[arg-type]
+        fold(AdapterConfig(), load(str(family / "a")), load(str(given)), context(tmp_path / f"{name}-out"))  # type: ignore[arg-type]
     assert sorted(file.name for file in (tmp_path / "stray-out").glob("*.safetensors")) == sorted(parts)
     made = {name: one for file in parts for name, one in load_file(tmp_path / "stray-out" / file).items()}
     assert all(
@@ -327,7 +327,7 @@ def test_a_file_that_the_index_does_not_name_is_none_of_the_model(family: Path, 
 
 
 def test_extract_tells_of_heads_and_refuses_turned_matrices(family: Path, tmp_path: Path) -> None:
-    base: Any = resolve(str(family / "pico"))
+    base: Any = load(str(family / "pico"))
     untied = tmp_path / "untied"
     shutil.copytree(family / "pico", untied)
     tensors = load_file(untied / "model.safetensors")
@@ -336,10 +336,10 @@ def test_extract_tells_of_heads_and_refuses_turned_matrices(family: Path, tmp_pa
     )
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.5
     save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
-    made = extracted(ExtractConfig(rank=500), resolve(str(untied)), base, context(tmp_path / "out"))  # type: ignore[arg-type]
+    made = extracted(ExtractConfig(rank=500), load(str(untied)), base, context(tmp_path / "out"))  # type: ignore[arg-type]
     assert made.metrics["left_out"] == 1
     assert made.metrics["missed"] > 0.9  # the head differs most
     config = json.loads((untied / "config.json").read_text())
     (untied / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(ModelError, match="the other way round"):
-        extracted(ExtractConfig(), resolve(str(family / "pico")), resolve(str(untied)), context(tmp_path / "turned"))  # type: ignore[arg-type]
+        extracted(ExtractConfig(), load(str(family / "pico")), load(str(untied)), context(tmp_path / "turned"))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from llmworks.merge.experts import experts
 from llmworks.merge.moe.config import ExpertsConfig
 from llmworks.merge.moe.router import gates
 from llmworks.model.io.load import load_model
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from tests.oracles.gates import PROMPTS
 from tests.oracles.merge_models import save
 from tests.oracles.merges import models
@@ -39,7 +39,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mixed(given: dict[str, Any], family: Path, out: Path) -> Model:
     config = ExpertsConfig.model_validate(given)
-    found: dict[str, Artifact] = {name: resolve(str(family / name)) for name in config.named()}
+    found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.named()}
     for folder in (out, out.parent / f"{out.name}-scratch"):
         folder.mkdir(parents=True)
     made: Any = experts(

@@ -31,7 +31,7 @@ from llmworks.merge.plan.catalogue import METHODS
 from llmworks.merge.plan.config import MergeConfig
 from llmworks.model.io.load import load_model
 from llmworks.model.io.safetensors_io import TORCH
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from tests.conftest import make_pico
 from tests.merge.test_methods_conformance import merged
 from tests.oracles.merge_models import save
@@ -335,7 +335,7 @@ def test_della_keeps_large_changes_oftener() -> None:
 def test_a_killed_merge_goes_on_at_its_file(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are whole are not read or written again; the bytes are those of a merge that was not killed."""
     given = MergeConfig.model_validate(CASES["linear"]).model_copy(update={"shard_bytes": 8000})
-    found: dict[str, Artifact] = {name: resolve(str(family / name)) for name in given.named()}
+    found: dict[str, Artifact] = {name: load(str(family / name)) for name in given.named()}
     from llmworks.merge.merge import merge
 
     def attempt(name: str, scratch: str) -> Model:
@@ -574,7 +574,7 @@ def test_the_tokenizer_is_looked_at(
     pico, other = make_pico(tmp_path / "pico"), make_pico(tmp_path / "other")
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
     config = MergeConfig.model_validate({"merge_method": "linear", "models": of("pico", "other", weight=1)})
-    found = {"pico": resolve(str(pico)), "other": resolve(str(other))}
+    found = {"pico": load(str(pico)), "other": load(str(other))}
 
     def attempt(name: str) -> Model:
         for folder in (tmp_path / name, tmp_path / f"{name}-scratch"):
@@ -719,7 +719,7 @@ def test_a_model_that_is_not_named_is_refused(family: Path, tmp_path: Path) -> N
     from llmworks.merge.merge import merge
 
     config = MergeConfig.model_validate(CASES["linear"])
-    found: dict[str, Any] = {name: resolve(str(family / name)) for name in ("a", "b", "c", "far")}
+    found: dict[str, Any] = {name: load(str(family / name)) for name in ("a", "b", "c", "far")}
     context = Context(tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(UserError, match="the model 'far' is given"):
         merge(config, found, context)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from llmworks.cli import main
 from llmworks.core.errors import LlmworksError, ModelError, UserError
 from llmworks.core.progress import Progress
-from llmworks.core.workspace import Workspace
 from llmworks.lineage.claims import claims
 from llmworks.lineage.licence import kind_of
 from llmworks.merge.ancestry import Kinship, kinship
@@ -27,9 +26,7 @@ from llmworks.model.io.layer_reader import Source
 from llmworks.model.io.load import load_model
 from llmworks.model.io.safetensors_io import Shards
 from llmworks.model.io.weights import Stored
-from llmworks.runtime import stages
-from llmworks.runtime.execute import execute
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import Session, load
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.tune.search.cma import evolve
 from llmworks.tune.search.genome import Gene, genes_of
@@ -409,7 +406,7 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, pico: Path, monkeypatch
         if file.is_file():
             shutil.copyfile(file, tmp_path / "child" / file.name)
     (tmp_path / "child" / "README.md").write_text("---\nlicense: mit\n---\n# child\n")
-    child: Any = resolve(str(tmp_path / "child"))
+    child: Any = load(str(tmp_path / "child"))
     real = shutil.copyfile
 
     def full(source: Any, target: Any) -> Any:
@@ -432,8 +429,8 @@ def test_digests_that_cannot_be_kept_are_computed_again(
 ) -> None:
     (tmp_path / "taken").write_text("")  # where the cache's directory would be
     monkeypatch.setenv("LLMWORKS_CACHE", str(tmp_path / "taken"))
-    found = resolve(str(pico))
-    assert found.digest == resolve(str(pico)).digest
+    found = load(str(pico))
+    assert found.digest == load(str(pico)).digest
 
 
 def test_a_parameter_that_no_method_has(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,30 +501,21 @@ def test_a_merge_of_an_asset_is_derived_again(family: Path, tmp_path: Path) -> N
     """An asset is used as what it was converted to, which the workspace knows by another name; its licence is on the
     card both times.
     """
-    workspace = Workspace(tmp_path / "ws")
+    session = Session(tmp_path / "ws", quiet=True)
 
     def made(given: dict[str, Any], models: dict[str, Any]) -> Any:
-        stage = stages.resolve("merge")
-        return execute(
-            stage,
-            stage.config.model_validate(given),
-            {"models": models},
-            workspace,
-            seed=0,
-            open_engine=lambda _: pytest.fail("no engine is needed"),
-            quiet=True,
-        ).artifact
+        return session.make("merge", config=given, models=models)
 
-    base = copy.copy(made({"merge_method": "passthrough", "models": of("a")}, {"a": resolve(str(family / "a"))}))
+    base = copy.copy(made({"merge_method": "passthrough", "models": of("a")}, {"a": load(str(family / "a"))}))
     base.name = base.ref = "asset:smollm2-135m-instruct"
     child = made(
         {"merge_method": "ties", "base_model": base.name, "models": of("b", weight=1, density=0.5)},
-        {base.name: base, "b": resolve(str(family / "b"))},
+        {base.name: base, "b": load(str(family / "b"))},
     )
     card = (child.path / "README.md").read_text()
     assert "asset:smollm2-135m-instruct: apache-2.0" in card
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
     assert "# smollm2-135m-instruct-ties" in card
-    found = workspace.find_digest(child.digest)
+    found = session.workspace.find_digest(child.digest)
     assert found is not None
-    assert derive(workspace, family_with(workspace), found) == child.manifest.files
+    assert derive(session, family_with(session.workspace), found) == child.manifest.files

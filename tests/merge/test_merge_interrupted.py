@@ -20,7 +20,7 @@ from llmworks.merge.execute import run as runs
 from llmworks.merge.merge import merge
 from llmworks.merge.plan.config import MergeConfig
 from llmworks.model.io.safetensors_io import ShardWriter
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from tests.conftest import make_pico
 from tests.oracles.merge_models import save
 from tests.oracles.merges import vectors
@@ -41,7 +41,7 @@ def attempt(given: dict[str, Any], family: Path, place: Path, *, small: bool = T
     """The stage with a scratch directory that outlives it, in files of 3,000 bytes."""
     config = MergeConfig.model_validate(given)
     config = config.model_copy(update={"shard_bytes": 3000}) if small else config
-    found: dict[str, Artifact] = {name: resolve(str(family / name)) for name in config.named()}
+    found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.named()}
     out = place / "out"
     for old in out.glob("*") if out.exists() else ():
         old.unlink()

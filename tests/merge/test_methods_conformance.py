@@ -23,7 +23,7 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.merge.merge import merge
 from llmworks.merge.plan.config import MergeConfig
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from tests.oracles.merges import CASES, TOKENS, models
 
 SAID: dict[str, Any] = json.loads(
@@ -46,7 +46,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(given: dict[str, Any], family: Path, out: Path, *, seed: int = 0, threads: int = 1) -> Model:
     """The stage, called as `execute` calls it."""
     config = MergeConfig.model_validate(given)
-    found: dict[str, Artifact] = {name: resolve(str(family / name)) for name in config.named()}
+    found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.named()}
     for folder in (out, out.parent / f"{out.name}-scratch"):
         folder.mkdir(parents=True)
     torch.set_num_threads(threads)

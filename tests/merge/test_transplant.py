@@ -23,7 +23,7 @@ from llmworks.merge.transplant import transplant
 from llmworks.merge.vocabulary.config import TransplantConfig
 from llmworks.merge.vocabulary.transplant import token_bytes
 from llmworks.model.io.load import load_model
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from llmworks.tokenize.load import load_tokenizer, read_json
 from tests.conftest import make_pico
 from tests.oracles.merge_models import save, tokenizer
@@ -34,8 +34,8 @@ EMBEDDING = "model.embed_tokens.weight"
 def moved(model: Path, donor: Path, out: Path, data: Path | None = None, **given: Any) -> Model:
     for folder in (out, out.parent / f"{out.name}-scratch"):
         folder.mkdir(parents=True)
-    found: Any = [resolve(str(path)) for path in (model, donor)]
-    rows: Any = resolve(str(data)) if data else None
+    found: Any = [load(str(path)) for path in (model, donor)]
+    rows: Any = load(str(data)) if data else None
     return transplant(
         TransplantConfig.model_validate(given),
         *found,

@@ -13,7 +13,7 @@ from tests.conftest import make_pico
 from llmworks.cli import main
 from llmworks.core.artifact import Adapter, Manifest, Model, Parent
 from llmworks.model.card import bases_of, complete, hub_names
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 
 
 def head(path: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_a_head_is_put_before_a_card_without_one(tmp_path: Path, pico: Path) -> 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").hardlink_to(tmp_path / "first" / "README.md")
     (tmp_path / "out" / "adapter_config.json").write_text("{}")
-    base: Any = resolve(str(pico))
+    base: Any = load(str(pico))
     complete(tmp_path / "out", Adapter(tmp_path / "out"), {"model": base}, "train.sft")
     made = (tmp_path / "out" / "README.md").read_text()
     assert head(tmp_path / "out")["library_name"] == "peft"

@@ -270,7 +270,7 @@ def test_broken_directories_are_told(tmp_path: Path) -> None:
 def test_real_weights(asset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmworks import assets
     from llmworks.core.workspace import Workspace
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
     monkeypatch.setenv("LLMWORKS_ACCEPT", asset)
     if asset == "gemma3-270m":  # read by transformers, since the stage model.from_gguf does not know its layout
@@ -280,7 +280,7 @@ def test_real_weights(asset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         ).save_pretrained(path)
     else:
-        path = resolve(f"asset:{asset}", workspace=Workspace(tmp_path / "ws")).path
+        path = load(f"asset:{asset}", workspace=Workspace(tmp_path / "ws")).path
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     ours = load_decoder(path)
     ids = torch.randint(0, 40_000, (1, 200), generator=torch.Generator().manual_seed(1))

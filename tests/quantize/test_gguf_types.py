@@ -249,12 +249,12 @@ def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_p
     from llmworks.quantize.gguf import gguf
     from llmworks.quantize.llamacpp.config import GgufConfig, SenseConfig
     from llmworks.quantize.sense import sense
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
     from tests.quantize.test_mixed import context
 
     alone = quantized("gguf", pico, texts, tmp_path / "alone", type="q4_0", allocate=True, sensed=4)
-    model: Any = resolve(str(pico))
-    other: Any = resolve(str(make_wide(tmp_path / "other", kv_heads=4, tied=True, layers=1)))
+    model: Any = load(str(pico))
+    other: Any = load(str(make_wide(tmp_path / "other", kv_heads=4, tied=True, layers=1)))
     look = context(tmp_path / "sense")
     sense(SenseConfig(texts=12, sensed=4, length=48), model, look, texts)
     look.report.write(tmp_path / "sense")

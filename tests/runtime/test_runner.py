@@ -140,9 +140,9 @@ def test_verify_lets_a_page_be_drawn_otherwise(finished: tuple[Path, Path]) -> N
     from llmworks.core.artifact import FileEntry
     from llmworks.lineage.family import family_of
     from llmworks.lineage.verify import verify
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
-    chats = resolve(str((finished[1] / "small" / "chats").resolve()))
+    chats = load(str((finished[1] / "small" / "chats").resolve()))
     assert chats.manifest is not None
     files, other = chats.manifest.files, FileEntry(sha256="0" * 64, bytes=1)
     assert "report/report.html" in files

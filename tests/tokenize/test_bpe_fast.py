@@ -154,10 +154,10 @@ def test_endless_white_space_and_new_digits(kind: str) -> None:
 def test_a_real_tokenizer_on_real_text() -> None:
     from tests.data.real_documents import real_documents
 
-    from llmworks.runtime.references import resolve
+    from llmworks.runtime.session import load
 
     assert assets.get("smollm2-135m-instruct").convert
-    tokenizer = Tokenizer.from_file(str(resolve("asset:smollm2-135m-instruct").path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(load("asset:smollm2-135m-instruct").path / "tokenizer.json"))
     encoder = bulk_encoder(tokenizer)
     assert encoder is not None
     texts = [text for _, text in real_documents()]

@@ -24,7 +24,7 @@ from llmworks.core.types import Completion, Engine
 from llmworks.data.store.rows import read_chat
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.model.io.decoder_files import load_decoder
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from llmworks.train.distill import DistillConfig, distill
 from llmworks.train.finetune import distillation_loss as room
 from llmworks.train.finetune.distillation_loss import divergence, taught
@@ -110,7 +110,7 @@ def run(tmp_path: Path, pico: Path) -> Run:
                 raise LlmworksError("none is needed")
             return engine
 
-        one, other = resolve(str(teacher), name="teacher"), resolve(str(pico), name="student")
+        one, other = load(str(teacher), name="teacher"), load(str(pico), name="student")
         assert isinstance(one, Model)
         assert isinstance(other, Model)
         rows = data or (

@@ -33,7 +33,7 @@ from llmworks.model.io.load import load_model, open_adaptable
 from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.lora import lora
 from llmworks.model.lora.fold import fold_into, weights_of
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from llmworks.tokenize.load import load_tokenizer
 from llmworks.train.distributed.sharding import resolved
 from llmworks.train.finetune.examples import Example, Steps, collate, joined, make_example
@@ -99,7 +99,7 @@ def run(tmp_path: Path, pico: Path) -> Run:
             raise LlmworksError("none is needed")
 
         page = ReportBuilder()
-        base = resolve(str(model or pico))
+        base = load(str(model or pico))
         assert isinstance(base, Model)
         data = data or (
             Dataset(tmp_path / "chats", name="chats") if (tmp_path / "chats").exists() else chats(tmp_path / "chats")
@@ -426,7 +426,7 @@ def test_all_weights_make_a_model(run: Run, pico: Path) -> None:
 
 def test_an_adapter_beside_four_bits_is_merged_into_what_they_say(run: Run, tmp_path: Path, pico: Path) -> None:
     made, _ = run("a", lora={"base": "nf4", "rank": 4}, optimizer={"learning_rate": 0.01})
-    base = resolve(str(pico))
+    base = load(str(pico))
     assert isinstance(base, Model)
     assert made.golden is not None
     (tmp_path / "m").mkdir()
@@ -505,7 +505,7 @@ def test_weights_in_fewer_bits_stay_in_them(kind: str, run: Run, pico: Path, tmp
     gap = require(whole.golden, whole.path, mean_within=1e-4, step="again")
     assert gap is not None
     made, _ = run("adapter", model=tmp_path / "half", optimizer={"learning_rate": 0.01})
-    base = resolve(str(tmp_path / "half"))
+    base = load(str(tmp_path / "half"))
     assert isinstance(base, Model)
     (tmp_path / "m").mkdir()
 
@@ -682,7 +682,7 @@ def test_the_rate_that_is_found_trains_best(pico: Path, tmp_path: Path, run: Run
         raise LlmworksError("none is needed")
 
     data = chats(tmp_path / "chats", 40)
-    base = resolve(str(pico))
+    base = load(str(pico))
     assert isinstance(base, Model)
     for name in ("out", "scratch"):
         (tmp_path / name).mkdir()

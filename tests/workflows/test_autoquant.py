@@ -14,7 +14,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, ModelError, UserError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import load
 from llmworks.tune.running import RunningConfig, running
 from llmworks.tune.tradeoff import Skill, TradeoffConfig, Variant, hidden, recommended, tradeoff, worth_having
 from llmworks.workflows.autoquant import WAYS, ways_of
@@ -99,7 +99,7 @@ def test_memory_is_that_of_the_model_alone(pico: Path, tmp_path: Path) -> None:
     ballast = b"1" * (1 << 30)
     made = running(
         RunningConfig(tokens=2, read=8, repeats=1, prompts=["Hello"]),
-        resolve(str(pico)),
+        load(str(pico)),
         Context(
             tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
         ),
@@ -111,7 +111,7 @@ def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> Non
     """In both engines, by what they say: the same greedy answers of the same weights."""
     found = []
     for number, ref in enumerate((str(pico), f"gguf:{pico_gguf}")):
-        model: Any = resolve(ref)
+        model: Any = load(ref)
         out = tmp_path / str(number)
         out.mkdir()
         made = running(

@@ -24,7 +24,7 @@ from llmworks.core.errors import ModelError, UserError
 from llmworks.core.workspace import Workspace
 from llmworks.evaluate.suites import Item
 from llmworks.merge.plan.config import MergeConfig
-from llmworks.runtime.references import resolve
+from llmworks.runtime.session import Session, load
 from llmworks.tune.search.cma import evolve
 from llmworks.tune.search.genome import Gene, genes_of, with_values
 from llmworks.workflows import evolve as evolutions
@@ -128,20 +128,20 @@ def test_weights_of_a_known_child_are_found(tmp_path: Path, monkeypatch: pytest.
         def __init__(self, score: float) -> None:
             self.metrics = {"score": score, "low": score, "high": score, "samples": 1}
 
-    def asked(self: Evolution, model: Model, item: Item, workspace: Workspace) -> Any:
+    def evaluate(self: Evolution, model: Model, item: Item, session: Session) -> Any:
         tensors = load_file(model.path / "model.safetensors")
         return Scored(1 / (1 + sum(float((tensors[name] - one).square().sum()) for name, one in wanted.items())))
 
-    monkeypatch.setattr(Evolution, "asked", asked)
+    monkeypatch.setattr(Evolution, "evaluate", evaluate)
     pages: list[Any] = []
     monkeypatch.setattr(evolutions, "_page", lambda job, found, names, child: pages.append((found, names)))
-    found: dict[str, Any] = {name: resolve(str(family / name)) for name in ("base", "a", "b")}
+    found: dict[str, Any] = {name: load(str(family / name)) for name in ("base", "a", "b")}
     workspace = Workspace(tmp_path / "ws")
     job = Evolution(
         "merge",
         MergeConfig.model_validate(FILE),
         found,
-        workspace,
+        Session(workspace),
         [Item(task="x")],
         attempts=36,
         population=7,
@@ -160,18 +160,18 @@ def test_a_fault_of_a_file_is_no_score(tmp_path: Path, monkeypatch: pytest.Monke
     """Numbers that a method refuses count 0; a broken model ends the search, and nothing of it is kept."""
     family = tmp_path / "family"
     models(family)
-    found: dict[str, Any] = {name: resolve(str(family / name)) for name in ("base", "a", "b")}
+    found: dict[str, Any] = {name: load(str(family / name)) for name in ("base", "a", "b")}
 
     def job(error: Exception) -> Evolution:
-        def made(self: Evolution, *_: Any) -> Any:
+        def merge(self: Evolution, *_: Any) -> Any:
             raise error
 
-        monkeypatch.setattr(Evolution, "made", made)
+        monkeypatch.setattr(Evolution, "merge", merge)
         return Evolution(
             "merge",
             MergeConfig.model_validate(FILE),
             found,
-            Workspace(tmp_path / "ws"),
+            Session(tmp_path / "ws"),
             [Item(task="x")],
             attempts=2,
             population=2,
@@ -193,7 +193,7 @@ def test_the_same_search_twice_at_once_waits(tmp_path: Path, monkeypatch: pytest
     """Two processes would throw away one another's attempts."""
     family = tmp_path / "family"
     models(family)
-    found: dict[str, Any] = {name: resolve(str(family / name)) for name in ("base", "a", "b")}
+    found: dict[str, Any] = {name: load(str(family / name)) for name in ("base", "a", "b")}
     inside = most = 0
 
     def judged(*_: Any, **__: Any) -> Any:
@@ -210,7 +210,7 @@ def test_the_same_search_twice_at_once_waits(tmp_path: Path, monkeypatch: pytest
             "merge",
             MergeConfig.model_validate(FILE),
             found,
-            Workspace(tmp_path / "ws"),
+            Session(tmp_path / "ws"),
             [Item(task="x")],
             say=lambda line: None,
         )

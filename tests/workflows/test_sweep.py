@@ -15,7 +15,7 @@ from llmworks.cli import main
 from llmworks.core.artifact import Report
 from llmworks.core.errors import DataError, RecipeError, UserError
 from llmworks.core.workers import Pool
-from llmworks.core.workspace import Workspace
+from llmworks.runtime.session import Session
 from llmworks.tune.search.optuna_study import Study, Trial
 from llmworks.tune.search.search_space import Search, load_search, overrides
 from llmworks.workflows import sweep as sweeping
@@ -146,7 +146,7 @@ def test_a_trial_that_fails_is_told_and_others_go_on(
     search = Search.model_validate(
         {**SEARCH, "trials": 4, "random": 4, "fields": {"tuned.optimizer.learning_rate": {"choices": [1e-3, 1e30]}}}
     )
-    found = sweep(recipe, search, Workspace(tmp_path / "ws"))
+    found = sweep(recipe, search, Session(tmp_path / "ws"))
     trials = found.read()["trials"]
     assert {t["values"]["tuned.optimizer.learning_rate"] for t in trials if t["score"] is not None} == {1e-3}
     assert all("the loss is" in t["why"] for t in trials if t["score"] is None)
@@ -164,7 +164,7 @@ def test_a_trial_that_fails_is_told_and_others_go_on(
     assert outcome.why.startswith("tuned has no metric 'beauty'; it has accuracy")
     with pytest.raises(DataError, match="no trial of tiny has a score; the first: tuned has no metric"):
         sweep(
-            recipe, Search.model_validate({**SEARCH, "metric": "tuned.beauty", "trials": 1}), Workspace(tmp_path / "ws")
+            recipe, Search.model_validate({**SEARCH, "metric": "tuned.beauty", "trials": 1}), Session(tmp_path / "ws")
         )
 
 
@@ -174,7 +174,7 @@ def test_trials_run_beside_one_another(tmp_path: Path, pico: Path) -> None:
     chats(tmp_path / "rows", 8)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
-    found = sweep(recipe, Search.model_validate({**SEARCH, "trials": 3}), Workspace(tmp_path / "ws"), pool=Pool(2))
+    found = sweep(recipe, Search.model_validate({**SEARCH, "trials": 3}), Session(tmp_path / "ws", pool=Pool(2)))
     assert [t["number"] for t in found.read()["trials"]] == [0, 1, 2]
     assert found.metrics["failed"] == 0
 
@@ -184,9 +184,7 @@ def test_trials_run_on_ray(tmp_path: Path, pico: Path) -> None:
     chats(tmp_path / "rows", 8)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=pico, data=tmp_path / "rows"))
-    found = sweep(
-        recipe, Search.model_validate({**SEARCH, "trials": 2}), Workspace(tmp_path / "ws"), pool=Pool(2, "ray")
-    )
+    found = sweep(recipe, Search.model_validate({**SEARCH, "trials": 2}), Session(tmp_path / "ws", pool=Pool(2, "ray")))
     assert (found.metrics["trials"], found.metrics["failed"]) == (2, 0)
 
 
@@ -206,8 +204,8 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, pico: Path, monkeypatch: pytest.
     monkeypatch.setattr(sweeping, "run_trial", trial)
     search = Search.model_validate(SEARCH)
     with pytest.raises(KeyboardInterrupt):
-        sweep(recipe, search, Workspace(tmp_path / "ws"))
-    found = sweep(recipe, search, Workspace(tmp_path / "ws"))
+        sweep(recipe, search, Session(tmp_path / "ws"))
+    found = sweep(recipe, search, Session(tmp_path / "ws"))
     assert asked[3] == asked[2]
     assert len(asked) == 5
     assert found.metrics["trials"] == 4
@@ -246,7 +244,7 @@ def test_searches_that_do_not_fit_the_recipe(tmp_path: Path, pico: Path) -> None
         ({"fields": {"tuned.lora.rank": {"low": -4, "high": 4, "whole": True}}}, RecipeError, "rank"),
     ):
         with pytest.raises(kind, match=message):
-            sweep(recipe, Search.model_validate({**SEARCH, **change}), Workspace(tmp_path / "ws"))
+            sweep(recipe, Search.model_validate({**SEARCH, **change}), Session(tmp_path / "ws"))
     with pytest.raises(UserError, match="no such file"):
         load_search(tmp_path / "none.yaml")
     (tmp_path / "odd.yaml").write_bytes(b"\xff\xfe")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmworks.core.workspace import Workspace, default_workspace
+if TYPE_CHECKING:
+    from llmworks.runtime.execute import Outcome
 
 
 def out(text: str = "") -> None:
@@ -20,11 +20,6 @@ def out(text: str = "") -> None:
 def as_json(value: Any) -> None:
     """Print a result for programs."""
     print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
-
-
-def workspace_of(args: argparse.Namespace) -> Workspace:
-    """The workspace that the command works in."""
-    return Workspace(args.workspace or default_workspace())
 
 
 def table(columns: tuple[str, ...], rows: list[Any]) -> None:
@@ -54,3 +49,31 @@ def brief(value: Any) -> str:
 def amount(value: float, unit: str) -> str:
     """A figure with its unit; nothing for zero."""
     return f"{value:.0f} {unit}" if value else ""
+
+
+def outcome_json(outcome: Outcome) -> dict[str, Any]:
+    """What a stage made, for programs."""
+    artifact = outcome.artifact
+    return {"path": str(artifact.path), "digest": artifact.digest, "made": outcome.made, "metrics": artifact.metrics}
+
+
+def print_outcome(stage: str, name: Path | None, outcome: Outcome) -> None:
+    """Print what a stage made, where it is, and what a report wants to be seen at once."""
+    from llmworks.core.report import TERMINAL
+    from llmworks.runtime.runner import facts
+    from llmworks.tokenize.view import without_colours
+
+    artifact = outcome.artifact
+    terminal = artifact.path / TERMINAL
+    if terminal.exists():
+        text = terminal.read_text(encoding="utf-8")
+        out((text if sys.stdout.isatty() else without_colours(text)).rstrip("\n") + "\n")
+    out(
+        f"✓ {stage}  {artifact.kind} {artifact.digest[:12]} "
+        f" {'up to date' if not outcome.made else f'{outcome.seconds:.1f} s'}  {facts(artifact.metrics)}"
+    )
+    if name is None:
+        out(f"Report: {short(artifact.path / 'report.html')}")
+    else:
+        chat = f'  llmworks chat {name} "Hello"\n' if artifact.kind == "model" else ""
+        out(f"Result: {name}\nNext:\n{chat}  llmworks show {name}\n  llmworks tree {name}")

@@ -8,7 +8,7 @@ Topics are clusters of all questions, so that each has a rate of failures. Knows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -223,7 +223,10 @@ def at_least(seen: int, drawn: int, marked: int, total: int) -> float:
     """Chance that of `drawn` of `total` items, of which some are marked, at least `seen` are: the hypergeometric tail
     (Fisher's exact test, one-sided).
     """
-    logs: Callable[[int, int], float] = lambda n, k: math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)  # noqa: E731
+
+    def logs(n: int, k: int) -> float:
+        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
     chances = [
         math.exp(logs(marked, k) + logs(total - marked, drawn - k) - logs(total, drawn))
         for k in range(max(seen, drawn - (total - marked)), min(drawn, marked) + 1)

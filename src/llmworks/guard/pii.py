@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from llmworks.guard import Finding
 
 EMAIL = re.compile(
-    r"(?<![\w.+%-])[A-Za-z0-9](?:[\w.+%-]|'(?=\w)){0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.)+([A-Za-z]{2,24})(?![\w@-])"
+    r"(?<![\w.+%-])[A-Za-z0-9](?:[\w.+%-]|'(?=\w)){0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.)+([A-Za-z]{2,24})"
+    r"(?![\w@-])"
 )
 # what stands behind the last full stop of pictures, units and files, and is no top-level domain
 NO_DOMAIN = frozenset(

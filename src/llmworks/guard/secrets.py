@@ -60,7 +60,8 @@ TYPED = re.compile(r"""(?<![A-Za-z0-9])([A-Za-z]\w{1,40}):[ ]?[\w\[\]|]{1,20}[ \
 ATTRIBUTE = re.compile(r"""\b(?:key|name)=["']([\w.-]{2,60})["']\s+value=["']([^"'\s]{8,200})["']""")
 BEARER = re.compile(r"\b[Bb]earer\s+([A-Za-z0-9._~+/-]{16,}=*)")
 PLACEHOLDER = re.compile(
-    r"(?i)x{4,}|\*{3,}|\.{3,}|your|example|changeme|change_me|placeholder|dummy|redacted|insert|<|os\.environ|getenv|process\.env|None|null|true|false|password|secret"
+    r"(?i)x{4,}|\*{3,}|\.{3,}|your|example|changeme|change_me|placeholder|dummy|redacted|insert|<|os\.environ"
+    r"|getenv|process\.env|None|null|true|false|password|secret"
 )
 MIN_ENTROPY = 3.2  # bits per character; English words are below, random letters and digits above
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,29 @@ from llmworks.core.artifact import (
     load,
     sha256_file,
 )
-from llmworks.core.errors import ArtifactError, UserError
+from llmworks.core.errors import UserError
 from llmworks.core.types import Engine
 from llmworks.core.workspace import Workspace, cache_directory
 from llmworks.generate.remote.endpoint import identity, parse_remote
-from llmworks.runtime.execute import execute, step_key
-from llmworks.runtime.resolve import resolve as resolve_stage
+
+Convert = Callable[[Artifact, str], Artifact]
 
 
-def resolve(ref: str, *, name: str = "", workspace: Workspace | None = None) -> Artifact:
-    """The artifact behind a reference. UserError or ArtifactError in one line when there is none."""
+def resolve(
+    ref: str, *, name: str = "", workspace: Workspace | None = None, convert: Convert | None = None
+) -> Artifact:
+    """The artifact behind a reference.
+
+    `convert`: makes a directory (`model`) of an asset that is kept as a GGUF file; without it the file is given.
+
+    Errors: UserError or ArtifactError in one line when there is none.
+    """
     if not ref.strip():
         raise UserError("an empty reference; give a path, a name in the workspace, asset:NAME or hf:ORG/NAME")
     scheme, _, rest = ref.partition(":")
     if scheme == "asset":
-        return _asset(rest, name or rest)
+        artifact = asset_files(rest, name or rest)
+        return convert(artifact, "model") if convert is not None and assets.get(rest).convert else artifact
     if scheme == "hf":
         return _foreign(_hub(rest), name or rest, ref)
     if scheme in ("http", "https"):
@@ -75,37 +84,24 @@ def _near(ref: str, workspace: Workspace | None) -> str:
 
 
 def is_here(ref: str) -> bool:
-    """Whether a reference can be resolved without fetching or converting anything."""
+    """Whether a reference can be resolved without fetching anything."""
     scheme, _, rest = ref.partition(":")
     if scheme == "asset":
-        asset = assets.get(rest)
-        return assets.is_cached(asset) and (not asset.convert or _conversion(asset_files(rest, rest)) is not None)
+        return assets.is_cached(assets.get(rest))
     if scheme == "url":
         return assets.cached_url(rest.partition("#")[0], rest.partition("#sha256=")[2]).exists()
     return scheme != "hf"
 
 
-def _conversion(source: Artifact) -> Artifact | None:
-    """The converted form of a GGUF asset, if it was made already."""
-    stage = resolve_stage("model.from_gguf")
-    return Workspace(cache_directory() / "converted").find(step_key(stage, stage.config(), {"source": source}, 0))
+def unconverted(ref: str) -> Artifact | None:
+    """The files of an asset that is converted before it is used; None for every other reference."""
+    scheme, _, rest = ref.partition(":")
+    return asset_files(rest, rest) if scheme == "asset" and assets.get(rest).convert else None
 
 
-def _asset(asset_name: str, name: str) -> Artifact:
-    """A catalogue entry; a GGUF model that is used as a directory is converted once, in the cache's own workspace."""
-    artifact = asset_files(asset_name, name)
-    if assets.get(asset_name).convert:
-        stage = resolve_stage("model.from_gguf")
-        done = execute(
-            stage,
-            stage.config(),
-            {"source": artifact},
-            Workspace(cache_directory() / "converted"),
-            seed=0,
-            open_engine=open_engine,
-        )
-        return load(done.artifact.path, name=name, ref=f"asset:{asset_name}")
-    return artifact
+def conversions() -> Workspace:
+    """The workspace in the cache that holds what assets and rows from outside were converted to."""
+    return Workspace(cache_directory() / "converted")
 
 
 def _hub(repository: str) -> Path:
@@ -221,53 +217,39 @@ def _remember(store: Path, known: dict[str, str]) -> None:
 
 def find_digest(digest: str, workspace: Workspace | None) -> Artifact | None:
     """An artifact by digest: in the workspace, behind its names, or among converted assets."""
-    for place in (workspace, Workspace(cache_directory() / "converted")):
+    for place in (workspace, conversions()):
         found = place.find_digest(digest) if place is not None else None
         if found is not None:
             return found
     return None
 
 
-def base_of(adapter: Adapter, workspace: Workspace | None) -> Model:
-    """The model that an adapter was trained on, found by digest, else by the reference that was recorded."""
+def base_reference(adapter: Adapter) -> str:
+    """How an adapter names the model that it was trained on: in its manifest, else in peft's own file; empty if not."""
     base = str(adapter.about.get("base", ""))
-    found = find_digest(base, workspace) if base else None
-    if found is None and adapter.manifest is not None:
+    if adapter.manifest is not None:
         ref = next((p.ref for p in adapter.manifest.parents if p.digest == base and p.ref), "")
-        found = resolve(ref) if ref else None
-    if found is None:
-        from llmworks.tokenize.load import read_json
+        if ref:
+            return ref
+    from llmworks.tokenize.load import read_json
 
-        config = read_json(adapter.path / "adapter_config.json")
-        named = str(config.get("base_model_name_or_path", ""))
-        found = resolve(named if ":" in named or Path(named).exists() else f"hf:{named}") if named else None
-    if not isinstance(found, Model) or (base and found.digest != base):
-        raise ArtifactError(
-            f"{adapter.path}: the model {base[:12] or '(not named)'} that this adapter belongs to is not here; merge it"
-            " first, or run in its workspace"
-        )
-    return found
+    named = str(read_json(adapter.path / "adapter_config.json").get("base_model_name_or_path", ""))
+    return named if not named or ":" in named or Path(named).exists() else f"hf:{named}"
 
 
-def open_engine(artifact: Artifact, workspace: Workspace | None = None) -> Engine:
-    """An engine over a model (Hugging Face directory, GGUF file, HTTP) or over an adapter with its base."""
-    if isinstance(artifact, Adapter):
-        from llmworks.generate.engines.torch import TorchEngine
-
-        return TorchEngine.open(base_of(artifact, workspace).path, adapter=artifact.path, name=artifact.name)
-    if not isinstance(artifact, Model):
-        raise UserError(f"{artifact.path}: is a {artifact.kind}, not a model")
-    if artifact.format == "http":
+def open_model(model: Model) -> Engine:
+    """An engine over a Hugging Face directory, a GGUF file or a server."""
+    if model.format == "http":
         from llmworks.generate.engines.remote import RemoteEngine
 
-        return RemoteEngine(*parse_remote(artifact.ref))
-    if artifact.format == "gguf":
+        return RemoteEngine(*parse_remote(model.ref))
+    if model.format == "gguf":
         from llmworks.generate.engines.llamacpp import LlamaCppEngine
 
-        return LlamaCppEngine(artifact.gguf_path, name=artifact.name)
+        return LlamaCppEngine(model.gguf_path, name=model.name)
     from llmworks.generate.engines.torch import TorchEngine
 
-    return TorchEngine.open(artifact.path, name=artifact.name)
+    return TorchEngine.open(model.path, name=model.name)
 
 
 def asset_files(asset_name: str, name: str) -> Artifact:

@@ -53,6 +53,12 @@ class ResolvedStage:
         made: type[Artifact] = getattr(config, "makes", self.output)
         return made
 
+    @staticmethod
+    def attribute(path: str) -> Any:
+        """What a row names as `module:attribute`; None where it names nothing."""
+        module, _, attribute = path.partition(":")
+        return getattr(importlib.import_module(module), attribute) if path else None
+
     @property
     def help(self) -> str:
         """The function's docstring."""
@@ -97,3 +103,8 @@ def _input(name: str, hint: Any, required: bool) -> Input:
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = tuple(k for k in typing.get_args(hint) if k is not type(None)) if union else (hint,)
     return Input(name, kinds, shape, required)
+
+
+def conversion(to: str) -> ResolvedStage:
+    """The stage that makes such artifacts of what comes from outside (`converts` in its row)."""
+    return resolve(next(name for name, stage in table().items() if stage.converts == to))

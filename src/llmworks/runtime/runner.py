@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +16,11 @@ from llmworks.core.artifact import Artifact, load
 from llmworks.core.errors import ArtifactError, GateFailed, UserError
 from llmworks.core.workers import Pool
 from llmworks.core.workspace import Workspace, size_of
-from llmworks.runtime import references
 from llmworks.runtime.code_digest import code_digest
-from llmworks.runtime.execute import Inputs, execute, flat_inputs, step_key
+from llmworks.runtime.execute import Inputs, flat_inputs, step_key
+from llmworks.runtime.read_recipe import load_recipe
 from llmworks.runtime.recipe import Expect, GateStep, Recipe, StageStep, UseStep, check_gate, referenced
+from llmworks.runtime.session import Session
 
 State = Literal["up to date", "to run", "waits", "from outside", "gate holds", "gate fails", "made"]
 
@@ -48,6 +48,18 @@ class Run:
     pool: Pool = field(default_factory=Pool)
     track: Sequence[str] = ()
     found: dict[str, Artifact] = field(default_factory=dict)
+
+    @property
+    def session(self) -> Session:
+        """What makes its artifacts."""
+        return Session(
+            self.workspace,
+            seed=self.recipe.seed,
+            quiet=self.quiet,
+            pool=self.pool,
+            track=self.track,
+            say=lambda line: self.say(f"  {line}"),
+        )
 
     def bound(self, name: str) -> Artifact | None:
         """What the step's name points to now."""
@@ -117,7 +129,7 @@ class Run:
                 expect=Expect(disk_mb=asset.bytes / 1e6),
                 expect_from="catalogue",
             )
-        if not references.is_here(step.ref):
+        if not self.session.is_here(step.ref):
             return Judgement(step.name, "to run", f"{step.ref} has to be fetched or converted")
         return Judgement(step.name, "from outside", step.ref)
 
@@ -177,7 +189,7 @@ class Run:
         return out
 
     def _use(self, step: UseStep) -> Artifact:
-        return references.resolve(step.ref, name=step.name, workspace=self.workspace)
+        return self.session.load(step.ref, name=step.name)
 
     @staticmethod
     def _named(artifact: Artifact, name: str) -> Artifact:
@@ -227,19 +239,7 @@ class Run:
         self.say(f"▸ {label}  {step.stage.name}  ({judgement.why})")
         inputs = self.inputs(step)
         assert inputs is not None
-        engine = partial(references.open_engine, workspace=self.workspace)
-        outcome = execute(
-            step.stage,
-            step.config,
-            inputs,
-            self.workspace,
-            seed=self.recipe.seed,
-            open_engine=engine,
-            quiet=self.quiet,
-            pool=self.pool,
-            track=self.track,
-            announce=lambda line: self.say(f"  {line}"),
-        )
+        outcome = self.session.run_stage(step.stage, step.config, inputs)
         self._bind(step.name, outcome.artifact)
         self.say(
             f"✓ {label}  {outcome.artifact.kind} {outcome.artifact.digest[:12]}  {outcome.seconds:.1f} s "
@@ -256,6 +256,32 @@ class Run:
         """The page of the last report that the recipe makes."""
         reports = [a for a in self.found.values() if a.kind == "report"]
         return self.workspace.root / self.recipe.name / reports[-1].name / "report.html" if reports else None
+
+
+def run(
+    recipe: Path | str,
+    workspace: Workspace | Path | str | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Artifact]:
+    """Run a recipe; what is up to date is not made again, what was interrupted goes on from its checkpoint.
+
+    Args:
+        recipe: its YAML file.
+        workspace: where artifacts are kept; default: `$LLMWORKS_WORKSPACE`, else `./workspace`.
+        overrides: `step.field=value`, as `--set` takes them.
+        quiet: show no progress.
+        say: gets a line for each step.
+
+    Returns: what each step made, by its name.
+
+    Errors: RecipeError before anything runs; GateFailed where a gate does not hold; those of the stages.
+    """
+    job = Run(load_recipe(Path(recipe), overrides), Session(workspace).workspace, say=say, quiet=quiet)
+    job.run()
+    return job.found
 
 
 def facts(metrics: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Make artifacts: a workspace, and with what its stages run. The one caller of `execute`.
 
-`Session(...).make("train.sft", model=..., data=...)` is what the command line, recipes and workflows do. Knows no stage.
+The command line, recipes and workflows do `Session(...).make("train.sft", model=..., data=...)`. Knows no stage.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from llmworks.core import artifact as artifacts
-from llmworks.core.artifact import Adapter, Artifact, Config, Dataset, Model
+from llmworks.core.artifact import Adapter, Artifact, Config, Model
 from llmworks.core.errors import ArtifactError, UserError
 from llmworks.core.workers import Pool
-from llmworks.core.workspace import Workspace, cache_directory, check_out, default_workspace
+from llmworks.core.workspace import Workspace, check_out, default_workspace
 from llmworks.runtime import references
 from llmworks.runtime.execute import Inputs, Outcome, execute, missing_inputs, step_key
 from llmworks.runtime.overrides import config_problem
@@ -51,7 +51,10 @@ class Session:
         track: Sequence[str] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.workspace = workspace if isinstance(workspace, Workspace) else Workspace(Path(workspace or default_workspace()))
+        self.workspace = (
+            workspace if isinstance(workspace, Workspace) else Workspace(Path(workspace or default_workspace()))
+        )
+        self._names = self.workspace  # where references are looked up; `at` leaves it
         self.seed = seed
         self.quiet = quiet
         self.pool = pool or Pool()
@@ -81,9 +84,11 @@ class Session:
         resolved = resolve(stage)
         if out is not None:
             check_out(Path(out))
-        made = self.run_stage(resolved, checked(resolved, config), self.inputs(resolved, inputs)).artifact
-        if not isinstance(made, kind):
-            raise ArtifactError(f"{stage} makes {made.kind}, not {kind.kind}")
+        fields = validate(resolved, config)
+        if not issubclass(resolved.output_of(fields), kind):
+            raise UserError(f"{stage} makes a {resolved.output_of(fields).kind}, kind is {kind.kind}")
+        made = self.run_stage(resolved, fields, self.inputs(resolved, inputs)).artifact
+        assert isinstance(made, kind)
         if out is not None:
             self.workspace.link_out(Path(out), made)
         return made
@@ -91,9 +96,7 @@ class Session:
     def run_stage(self, stage: ResolvedStage, config: Config, inputs: Inputs) -> Outcome:
         """Run one stage: reuse what is there, else make it. Inputs that are left out come from what the stage names."""
         given = self.with_defaults(stage, config, inputs)
-        missing = missing_inputs(stage, given)
-        if missing:
-            raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")
+        require_inputs(stage, given)
         return execute(
             stage,
             config,
@@ -120,7 +123,9 @@ class Session:
             wanted = stage.inputs.get(name)
             if wanted is None:
                 raise UserError(f"{stage.name} has no input {name!r}; inputs: {', '.join(stage.inputs)}")
-            shape = "dict" if isinstance(value, Mapping) else "one" if isinstance(value, (Artifact, str, Path)) else "list"
+            shape = (
+                "dict" if isinstance(value, Mapping) else "one" if isinstance(value, (Artifact, str, Path)) else "list"
+            )
             if shape != wanted.shape:
                 raise UserError(f"{stage.name}: {name} takes {wanted.describe()}, a {shape} is given")
             if isinstance(value, Mapping):
@@ -134,32 +139,29 @@ class Session:
                 require_kind(stage, name, item)
         return found
 
-    def load(
-        self, ref: Artifact | str | Path, *, name: str = "", schema: str = "", format: str = ""
-    ) -> Artifact:
+    def load(self, ref: Artifact | str | Path, *, name: str = "", schema: str = "", format: str = "") -> Artifact:
         """The artifact behind a reference: a path, a name in the workspace, `asset:NAME`, `hf:ORG/NAME`, `gguf:FILE`,
         `http://HOST/v1#MODEL`.
 
         Args:
             ref: the reference; an artifact is given back as it is.
             name: what it is called here; default: by the reference.
-            schema: what a data set is converted to where it is something else (`chat`); `format`: how it is read then.
+            schema: what it is converted to (`chat`: conversations); `format`: how its rows are read then.
 
         Errors: UserError or ArtifactError, in one line, where there is none.
         """
         if isinstance(ref, Artifact):
-            return ref
-        found = references.resolve(str(ref), name=name, workspace=self.workspace, convert=self.converted)
-        if schema and isinstance(found, Dataset) and not references.is_converted(found, schema):
-            found = self.converted(found, schema, {"format": format} if format else {})
-        return found
+            found = ref
+        else:
+            found = references.resolve(str(ref), name=name, workspace=self._names, convert=self.converted)
+        return self.converted(found, schema, {"format": format} if format else {}) if schema else found
 
     def converted(self, artifact: Artifact, to: str, config: Mapping[str, Any] | None = None) -> Artifact:
         """An artifact from outside as something that stages take, made once, in the cache's own workspace."""
         stage = conversion(to)
         outcome = execute(
             stage,
-            checked(stage, config),
+            validate(stage, config),
             {next(iter(stage.inputs)): artifact},
             references.conversions(),
             seed=0,
@@ -202,19 +204,19 @@ class Session:
             found = self.load(ref) if ref else None
         if not isinstance(found, Model) or (base and found.digest != base):
             raise ArtifactError(
-                f"{adapter.path}: the model {base[:12] or '(not named)'} that this adapter belongs to is not here; merge"
-                " it first, or run in its workspace"
+                f"{adapter.path}: the model {base[:12] or '(not named)'} that this adapter belongs to is not here;"
+                " merge it first, or run in its workspace"
             )
         return found
 
-    def aside(self, root: Path) -> Session:
-        """The same session in another workspace, for what is not to stay."""
+    def at(self, root: Path) -> Session:
+        """The same session, whose results go to another workspace; references mean what they mean here."""
         other = copy.copy(self)
         other.workspace = Workspace(root)
         return other
 
 
-def checked(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) -> Config:
+def validate(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) -> Config:
     """The configuration of a stage. UserError that names each wrong field."""
     if isinstance(config, Config):
         return config
@@ -223,6 +225,13 @@ def checked(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) -> 
     except ValidationError as error:
         problems = [config_problem(stage.config, dict(e), f"{stage.name}.config") for e in error.errors()]
         raise UserError("; ".join(problems)) from None
+
+
+def require_inputs(stage: ResolvedStage, given: Inputs) -> None:
+    """UserError for an input that is needed and not given."""
+    missing = missing_inputs(stage, given)
+    if missing:
+        raise UserError(f"--{missing[0]} ({stage.inputs[missing[0]].describe()}) is missing")
 
 
 def require_kind(stage: ResolvedStage, name: str, item: Artifact) -> None:

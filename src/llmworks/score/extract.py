@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 FINAL = re.compile(
-    r"(?:\\boxed\{((?:[^{}]|\{[^{}]*\})*)\})|(?:####|(?:final\s+)?answer\s*(?:is)?\s*[:=]|(?:the\s+)?(?:final\s+|correct\s+)?answer\s+is)\s*:?["
+    r"(?:\\boxed\{((?:[^{}]|\{[^{}]*\})*)\})|(?:####|(?:final\s+)?answer\s*(?:is)?\s*[:=]|(?:the\s+)?(?:final\s+"
+    r"|correct\s+)?answer\s+is)\s*:?["
     r" \t]*([^\n]*)",
     re.IGNORECASE,
 )

@@ -10,17 +10,12 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from llmworks.core.artifact import Dataset, Model, Report
 from llmworks.core.errors import LlmworksError, ModelError, UserError
-from llmworks.core.workspace import Workspace
 from llmworks.evaluate.suites import Item
-from llmworks.runtime.default_inputs import default_inputs
-from llmworks.runtime.execute import execute
-from llmworks.runtime.references import open_engine
-from llmworks.runtime.resolve import resolve
+from llmworks.runtime.session import Session
 from llmworks.tokenize.load import read_json
 
 
@@ -88,62 +83,40 @@ class Frontier:
 
     model: Model
     data: Dataset
-    workspace: Workspace
+    session: Session
     items: Sequence[Item] = ()
     texts: int = 128
     held: int = 16
     length: int = 512
     say: Callable[[str], None] = print
-    quiet: bool = False
     costs: bool = True  # whether a way gives formats by what they cost, which takes most of the time of looking
-
-    def step(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
-        """One stage's artifact, made or found."""
-        stage = resolve(name)
-        checked = stage.config.model_validate(dict(config))
-        return execute(
-            stage,
-            checked,
-            default_inputs(stage, checked, dict(inputs), self.workspace),
-            self.workspace,
-            seed=0,
-            open_engine=partial(open_engine, workspace=self.workspace),
-            quiet=self.quiet,
-        ).artifact
 
     def quantized(self, way: Way) -> Model:
         """The model in this way."""
-        base = self.step(f"quantize.{way.before}", {}, {"model": self.model}) if way.before else self.model
+        make = self.session.make
+        base = make(f"quantize.{way.before}", kind=Model, model=self.model) if way.before else self.model
         config = {
             "held": self.held,
             "length": self.length,
             **({"texts": self.texts} if way.stage in CALIBRATED else {}),
             **way.config,
         }
-        more = (
-            {
-                "sense": self.step(
-                    "quantize.sense",
-                    {"texts": self.texts, "length": self.length, **({} if self.costs else {"sensed": 0})},
-                    {"model": base, "data": self.data},
-                )
-            }
-            if way.stage == "gguf" and way.config["type"] != "q8_0"
-            else {}
-        )
-        made = self.step(f"quantize.{way.stage}", config, {"model": base, "data": self.data, **more})
-        assert isinstance(made, Model)
-        return made
+        inputs: dict[str, Any] = {"model": base, "data": self.data}
+        if way.stage == "gguf" and way.config["type"] != "q8_0":
+            sensed = {"texts": self.texts, "length": self.length, **({} if self.costs else {"sensed": 0})}
+            inputs["sense"] = make("quantize.sense", config=sensed, model=base, data=self.data)
+        return make(f"quantize.{way.stage}", kind=Model, config=config, **inputs)
 
     def measured(
         self, name: str, model: Model, form: str, figures: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[Report]]:
         """(a variant's figures, the reports that they are of)."""
-        ran = self.step("tune.running", {}, {"model": model})
+        ran = self.session.make("tune.running", kind=Report, model=model)
         reports, skills = [ran], dict[str, dict[str, float]]()
         for item in self.items:
             try:
-                asked = self.step("evaluate", {"task": item.task, "limit": item.limit}, {"model": model})
+                config = {"task": item.task, "limit": item.limit}
+                asked = self.session.make("evaluate", kind=Report, config=config, model=model)
             except LlmworksError as error:
                 self.say(f"  not asked: {name} on {item.task}: {error}")
                 continue
@@ -218,8 +191,7 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
     )
     config = {"model": job.model.name, "original": original, "variants": variants, "budget": budget}
     inputs: dict[str, Any] = {"reports": [*seen, *reports], **({"models": list(models.values())} if models else {})}
-    page = job.step("tune.tradeoff", config, inputs)
-    assert isinstance(page, Report)
+    page = job.session.make("tune.tradeoff", kind=Report, config=config, **inputs)
     return page, models.get(page.read()["recommended"]["digest"])
 
 

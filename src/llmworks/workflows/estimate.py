@@ -11,16 +11,19 @@ from typing import Any
 
 from llmworks.core.artifact import Artifact, Dataset, Model
 from llmworks.core.errors import DataError, LlmworksError, UserError
+from llmworks.data.pack import PackConfig
+from llmworks.model.io.untrained import ROUND
+from llmworks.model.new import NewConfig
+from llmworks.model.recurrent import RecurrentConfig
 from llmworks.model.shape import RecurrentShape, Shape
 from llmworks.runtime.recipe import Recipe, StageStep
+from llmworks.tokenize.bpe.config import TrainConfig
 from llmworks.tokenize.load import read_json
-from llmworks.train.distill import cannot_give_logits
+from llmworks.train.distill import DistillConfig, cannot_give_logits
 from llmworks.train.estimate.finetune import Tuning, conversations_of
 from llmworks.train.estimate.pretrain import Training
 from llmworks.train.pretrain import PretrainConfig
 from llmworks.train.sft import SftConfig
-
-ROUND = 64  # as model.new has it
 
 
 def estimate_of(
@@ -30,7 +33,7 @@ def estimate_of(
 
     Errors: UserError for processes that cannot share it.
     """
-    training = training_of(recipe, found, name, processes) or tuning_of(recipe, found, name)
+    training = training_of(recipe, found, name, processes)
     if training is None:
         return None
     training.config.parallel.over(processes)
@@ -41,19 +44,24 @@ def estimate_of(
     return training
 
 
-def tuning_of(recipe: Recipe, found: Mapping[str, Artifact], name: str) -> Tuning | None:
-    """The fine-tuning that a step is; None where it is none, or its model is not there yet.
+def training_of(
+    recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1
+) -> Training | Tuning | None:
+    """The same, unchecked."""
+    step = recipe.steps[name]
+    if not isinstance(step, StageStep) or not step.stage.stage.estimate:
+        return None
+    training: Training | Tuning | None = step.stage.attribute(step.stage.stage.estimate)(recipe, found, step, processes)
+    return training
+
+
+def finetuning_of(recipe: Recipe, found: Mapping[str, Artifact], step: StageStep, processes: int) -> Tuning | None:
+    """The fine-tuning that a step is; None where its model is not there yet.
 
     Errors: DataError for data that are no conversations.
     """
-    step = recipe.steps[name]
-    if (
-        not isinstance(step, StageStep)
-        or not isinstance(step.config, SftConfig)
-        or step.stage.name not in ("train.sft", "train.distill")
-    ):
-        return None
-    learner = "student" if step.stage.name == "train.distill" else "model"
+    assert isinstance(step.config, SftConfig)
+    learner = "student" if isinstance(step.config, DistillConfig) else "model"
     model, data, held_out, teacher = (
         found.get(str(step.inputs.get(role))) for role in (learner, "data", "held_out", "teacher")
     )
@@ -79,17 +87,9 @@ def tuning_of(recipe: Recipe, found: Mapping[str, Artifact], name: str) -> Tunin
     )
 
 
-def training_of(recipe: Recipe, found: Mapping[str, Artifact], name: str, processes: int = 1) -> Training | None:
-    """The pre-training that a step is, with what is known of it; None where it is none, or its model's shape is not
-    known yet.
-    """
-    step = recipe.steps[name]
-    if (
-        not isinstance(step, StageStep)
-        or not isinstance(step.config, PretrainConfig)
-        or step.stage.name != "train.pretrain"
-    ):
-        return None
+def pretraining_of(recipe: Recipe, found: Mapping[str, Artifact], step: StageStep, processes: int) -> Training | None:
+    """The pre-training that a step is, with what is known of it; None where its model's shape is not known yet."""
+    assert isinstance(step.config, PretrainConfig)
     shape = shape_of_step(recipe, found, step.inputs["model"])
     if shape is None:
         return None
@@ -121,13 +121,11 @@ def shape_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> S
     step = recipe.steps.get(name)
     if not isinstance(step, StageStep):
         return None
-    if step.stage.name in ("model.new", "model.recurrent"):
-        vocabulary = getattr(step.config, "vocabulary", 0) or vocabulary_of_step(
-            recipe, found, step.inputs["tokenizer"]
-        )
-        kind = Shape if step.stage.name == "model.new" else RecurrentShape
+    if isinstance(step.config, (NewConfig, RecurrentConfig)):
+        vocabulary = step.config.vocabulary or vocabulary_of_step(recipe, found, step.inputs["tokenizer"])
+        kind = Shape if isinstance(step.config, NewConfig) else RecurrentShape
         return kind.model_validate(step.config.model_dump() | {"vocabulary": vocabulary}) if vocabulary else None
-    return shape_of_step(recipe, found, step.inputs["model"]) if step.stage.name == "train.pretrain" else None
+    return shape_of_step(recipe, found, step.inputs["model"]) if isinstance(step.config, PretrainConfig) else None
 
 
 def vocabulary_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> int:
@@ -141,8 +139,8 @@ def vocabulary_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any)
             else set(range(len(tokens["model"].get("vocab", []))))
         )
         return -(-(max(known | {t["id"] for t in tokens.get("added_tokens", [])}) + 1) // ROUND) * ROUND
-    if isinstance(step, StageStep) and step.stage.name == "tokenize.train":
-        return -(-int(getattr(step.config, "vocabulary", 0)) // ROUND) * ROUND
+    if isinstance(step, StageStep) and isinstance(step.config, TrainConfig):
+        return -(-step.config.vocabulary // ROUND) * ROUND
     return 0
 
 
@@ -156,6 +154,6 @@ def data_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> tu
                 f"{made.name}: holds {about['schema']}, no packed tokens; make them with the stage data.pack"
             )
         return int(about.get("length") or 0), int(about.get("rows") or 0), int(about.get("tokens") or 0)
-    if isinstance(step, StageStep) and step.stage.name == "data.pack":
-        return int(getattr(step.config, "length", 0)), 0, 0
+    if isinstance(step, StageStep) and isinstance(step.config, PackConfig):
+        return step.config.length, 0, 0
     return 0, 0, 0

@@ -12,18 +12,14 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llmworks.core.artifact import Model, Report, canonical_json
 from llmworks.core.errors import LlmworksError, UserError
-from llmworks.core.workspace import Workspace
 from llmworks.evaluate.suites import Item
 from llmworks.merge.plan.config import MergeConfig
-from llmworks.runtime.default_inputs import default_inputs
-from llmworks.runtime.execute import execute
-from llmworks.runtime.references import open_engine
-from llmworks.runtime.resolve import resolve
+from llmworks.runtime.session import Session
 from llmworks.tune.search.cma import Attempt, evolve
 from llmworks.tune.search.genome import genes_of, with_values
 
@@ -35,36 +31,22 @@ class Evolution:
     name: str
     config: MergeConfig
     models: Mapping[str, Model]
-    workspace: Workspace
+    session: Session
     items: Sequence[Item]
     held: Sequence[Item] = ()
     attempts: int = 40
     population: int = 8
     gradient: int = 1
     negative: bool = False
-    seed: int = 0
     say: Callable[[str], None] = print
-    quiet: bool = True
 
-    def made(self, stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any], workspace: Workspace) -> Any:
-        """One stage's artifact."""
-        found = resolve(stage)
-        checked = found.config.model_validate(dict(config))
-        return execute(
-            found,
-            checked,
-            default_inputs(found, checked, dict(inputs), self.workspace),
-            workspace,
-            seed=self.seed,
-            open_engine=partial(open_engine, workspace=workspace),
-            quiet=self.quiet,
-        ).artifact
+    def evaluate(self, model: Model, item: Item, session: Session) -> Report:
+        """Evaluate a model on one task."""
+        return session.make("evaluate", kind=Report, config={"task": item.task, "limit": item.limit}, model=model)
 
-    def asked(self, model: Model, item: Item, workspace: Workspace) -> Report:
-        """One evaluation."""
-        report = self.made("evaluate", {"task": item.task, "limit": item.limit}, {"model": model}, workspace)
-        assert isinstance(report, Report)
-        return report
+    def merge(self, plain: Mapping[str, Any], session: Session) -> Model:
+        """Merge the models by a configuration."""
+        return session.make("merge", kind=Model, config=plain, models=dict(self.models))
 
     def key(self, plain: Mapping[str, Any]) -> str:
         """What a journal is of."""
@@ -75,7 +57,7 @@ class Evolution:
             self.population,
             self.gradient,
             self.negative,
-            self.seed,
+            self.session.seed,
         ]
         return hashlib.sha256(canonical_json(said).encode()).hexdigest()[:12]
 
@@ -91,56 +73,55 @@ def evolution(job: Evolution) -> tuple[Report, Model]:
         raise UserError("--attempts and --population must be 2 or more")
     plain = job.config.model_dump(mode="json", exclude_defaults=True)
     genes = genes_of(plain, gradient=job.gradient, negative=job.negative)
-    with (
-        job.workspace.in_use(),
-        job.workspace.lock(job.key(plain)),
-    ):  # the same search in another process waits, and finds its attempts
-        place = job.workspace.root / "scratch" / f"evolve-{job.key(plain)}"
+    workspace = job.session.workspace
+    # the same search in another process waits, and finds its attempts
+    with workspace.in_use(), workspace.lock(job.key(plain)):
+        place = workspace.root / "scratch" / f"evolve-{job.key(plain)}"
         place.mkdir(parents=True, exist_ok=True)
         job.say(
             f"{len(genes)} numbers, {job.attempts} attempts, {len(job.items)} tasks each; what was tried before is not"
             " tried again"
         )
 
-        def judge(values: Sequence[float]) -> tuple[float, dict[str, float]]:
-            aside = Workspace(place / "attempt")
-            shutil.rmtree(aside.root, ignore_errors=True)
-            try:
-                try:
-                    child = job.made("merge", with_values(plain, genes, values), {"models": dict(job.models)}, aside)
-                except UserError as error:  # numbers that a method refuses, as weights that sum to zero
-                    if type(error) is not UserError:  # a model or a file is at fault, which says nothing of the numbers
-                        raise
-                    job.say(f"  no merge: {error}")
-                    return 0.0, dict.fromkeys((item.task for item in job.items), 0.0)
-                parts = {item.task: float(job.asked(child, item, aside).metrics["score"]) for item in job.items}
-                return sum(parts.values()) / len(parts), parts
-            finally:
-                shutil.rmtree(aside.root, ignore_errors=True)
-
         def told(one: Attempt, known: bool) -> None:
+            values = zip(genes, one.values, strict=True)
             job.say(
                 f"{'·' if known else '✓'} {one.number + 1:>3}  {one.score:.4f}  "
-                + "  ".join(
-                    f"{gene.name.removesuffix('.parameters')} {value:g}"
-                    for gene, value in zip(genes, one.values, strict=True)
-                )
+                + "  ".join(f"{gene.name.removesuffix('.parameters')} {value:g}" for gene, value in values)
             )
 
         found = evolve(
             genes,
-            judge,
+            lambda values: _judge(job, with_values(plain, genes, values), place / "attempt"),
             place / "journal.jsonl",
             attempts=job.attempts,
             population=job.population,
-            seed=job.seed,
+            seed=job.session.seed,
             told=told,
         )
         best = max(found, key=lambda one: one.score)
-        child = job.made("merge", with_values(plain, genes, best.values), {"models": dict(job.models)}, job.workspace)
+        child = job.merge(with_values(plain, genes, best.values), job.session)
         child.name = "best"
         page = _page(job, found, [gene.name for gene in genes], child)
         return page, child
+
+
+def _judge(job: Evolution, plain: Mapping[str, Any], place: Path) -> tuple[float, dict[str, float]]:
+    """The mean score of one attempt, and its score on each task; what it made is removed."""
+    aside = job.session.at(place)
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        try:
+            child = job.merge(plain, aside)
+        except UserError as error:  # numbers that a method refuses, as weights that sum to zero
+            if type(error) is not UserError:  # a model or a file is at fault, which says nothing of the numbers
+                raise
+            job.say(f"  no merge: {error}")
+            return 0.0, dict.fromkeys((item.task for item in job.items), 0.0)
+        parts = {item.task: float(job.evaluate(child, item, aside).metrics["score"]) for item in job.items}
+        return sum(parts.values()) / len(parts), parts
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _page(job: Evolution, found: Sequence[Attempt], names: Sequence[str], child: Model) -> Report:
@@ -151,7 +132,7 @@ def _page(job: Evolution, found: Sequence[Attempt], names: Sequence[str], child:
     for name, model in {"best": child, **job.models}.items():
         for item in [*job.items, *job.held]:
             try:
-                report = job.asked(model, item, job.workspace)
+                report = job.evaluate(model, item, job.session)
             except LlmworksError as error:
                 job.say(f"  not asked: {name} on {item.task}: {error}")
                 continue
@@ -173,8 +154,6 @@ def _page(job: Evolution, found: Sequence[Attempt], names: Sequence[str], child:
             for one in found
         ],
     }
-    page = job.made(
-        "tune.evolution", config, {"models": [child, *job.models.values()], "reports": reports}, job.workspace
+    return job.session.make(
+        "tune.evolution", kind=Report, config=config, models=[child, *job.models.values()], reports=reports
     )
-    assert isinstance(page, Report)
-    return page

@@ -10,7 +10,6 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from llmworks.core.workspace import Workspace
 from llmworks.lineage.claims import claims, licence
 from llmworks.lineage.family import Family, Kin, family_of
 from llmworks.runtime.execute import derive_again, machine, versions
-from llmworks.runtime.references import asset_files, find_digest, open_engine, resolve
+from llmworks.runtime.references import asset_files, find_digest, resolve
 from llmworks.runtime.resolve import ResolvedStage
 from llmworks.runtime.resolve import resolve as resolve_stage
+from llmworks.runtime.session import Session
 
 
 def family_with(workspace: Workspace, *more: Artifact) -> Family:
@@ -131,7 +131,7 @@ def _from_outside(parent: Parent) -> Artifact | None:
     return found if found is not None and found.digest == parent.digest else None
 
 
-def derive(workspace: Workspace, family: Family, artifact: Artifact) -> dict[str, FileEntry] | str:
+def derive(session: Session, family: Family, artifact: Artifact) -> dict[str, FileEntry] | str:
     """The files of an artifact made again in a temporary place; or a text that says why a comparison would say
     nothing.
     """
@@ -143,12 +143,13 @@ def derive(workspace: Workspace, family: Family, artifact: Artifact) -> dict[str
     inputs = _parents(stage, family, artifact)
     if isinstance(inputs, str):
         return inputs
-    temporary = Path(tempfile.mkdtemp(prefix=".verify-", dir=workspace.root if workspace.root.is_dir() else None))
+    root = session.workspace.root
+    temporary = Path(tempfile.mkdtemp(prefix=".verify-", dir=root if root.is_dir() else None))
     try:
         out, scratch = temporary / "out", temporary / "scratch"
         out.mkdir()
         scratch.mkdir()
-        files = derive_again(stage, artifact, inputs, out, scratch, partial(open_engine, workspace=workspace))
+        files = derive_again(stage, artifact, inputs, out, scratch, session.open_engine)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if files != m.files:

@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,7 @@ from llmworks.lineage.claims import front_of
 from llmworks.merge.plan.catalogue import METHODS
 from llmworks.merge.plan.config import MergeConfig
 from llmworks.model.card import write
-from llmworks.runtime.default_inputs import default_inputs
-from llmworks.runtime.execute import execute
-from llmworks.runtime.references import open_engine
-from llmworks.runtime.resolve import resolve
+from llmworks.runtime.session import Session
 
 DENSITY = 0.5
 
@@ -94,39 +90,24 @@ class Lazy:
     config: MergeConfig
     models: Mapping[str, Model]
     items: Sequence[Item]
-    workspace: Workspace
-    seed: int = 0
+    session: Session
     say: Callable[[str], None] = print
-    quiet: bool = False
     scores: dict[str, dict[str, str]] = field(default_factory=dict)  # what came of it: by model and task
-
-    def made(self, stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
-        """One stage's artifact."""
-        found = resolve(stage)
-        checked = found.config.model_validate(dict(config))
-        return execute(
-            found,
-            checked,
-            default_inputs(found, checked, dict(inputs), self.workspace),
-            self.workspace,
-            seed=self.seed,
-            open_engine=partial(open_engine, workspace=self.workspace),
-            quiet=self.quiet,
-        ).artifact
 
 
 def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
     """(the child, the leaderboard of all; None where nothing could be asked)."""
     job.say(told(job.config))
-    child = job.made("merge", job.config.model_dump(mode="json", exclude_defaults=True), {"models": dict(job.models)})
-    assert isinstance(child, Model)
+    plain = job.config.model_dump(mode="json", exclude_defaults=True)
+    child = job.session.make("merge", kind=Model, config=plain, models=dict(job.models))
     child.name = name
     reports: list[Report] = []
     for who, model in {name: child, **job.models}.items():
         model.name = who
         for item in job.items:
             try:
-                report = job.made("evaluate", {"task": item.task, "limit": item.limit}, {"model": model})
+                asked = {"task": item.task, "limit": item.limit}
+                report = job.session.make("evaluate", kind=Report, config=asked, model=model)
             except LlmworksError as error:
                 job.say(f"  not asked: {who} on {item.task}: {error}")
                 continue
@@ -140,13 +121,13 @@ def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
             reports.append(report)
     if not reports:
         return child, None
-    reports = list({report.digest: report for report in reports}.values())
-    board = job.made(
+    different = {report.digest: report for report in reports}
+    board = job.session.make(
         "evaluate.board",
-        {"model": child.digest, "title": f"{name} and its parents"},
-        {"reports": sorted(reports, key=lambda report: report.digest)},
+        kind=Report,
+        config={"model": child.digest, "title": f"{name} and its parents"},
+        reports=[different[digest] for digest in sorted(different)],
     )
-    assert isinstance(board, Report)
     return child, board
 
 

@@ -7,26 +7,24 @@ What a merge does is in `merge/`; this knows files, references and the workspace
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from llmworks.core.artifact import Adapter, Model, load
+from llmworks.core.artifact import Adapter, Model
 from llmworks.core.errors import ArtifactError, UserError
-from llmworks.core.workspace import Workspace
 from llmworks.merge.moe.config import ExpertsConfig
 from llmworks.merge.plan.config import Condition, MergeConfig
 from llmworks.merge.plan.layout import layout_of
 from llmworks.merge.plan.plan import Plan
-from llmworks.runtime.execute import Outcome, execute
+from llmworks.runtime.execute import Outcome
 from llmworks.runtime.overrides import assign, config_problem, unknown
-from llmworks.runtime.references import open_engine, resolve
-from llmworks.runtime.resolve import resolve as resolve_stage
+from llmworks.runtime.resolve import resolve
+from llmworks.runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -152,21 +150,19 @@ def unnamed(documents: Sequence[Document], given: Mapping[str, Model]) -> str:
     return next((name for name in given if name not in named), "")
 
 
-def found_models(
-    config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], workspace: Workspace
-) -> dict[str, Model]:
+def found_models(config: MergeConfig | ExpertsConfig, given: Mapping[str, Model], session: Session) -> dict[str, Model]:
     """The models that a merge names: those given, else by reference.
 
     An adapter behind + is folded into its model first.
     """
-    return {name: given[name] if name in given else _model(name, given, workspace) for name in config.named()}
+    return {name: given[name] if name in given else _model(name, given, session) for name in config.named()}
 
 
-def _model(name: str, given: Mapping[str, Model], workspace: Workspace) -> Model:
+def _model(name: str, given: Mapping[str, Model], session: Session) -> Model:
     base, plus, adapter = name.partition("+")
     if not base or (plus and not adapter):
         raise UserError(f"{name!r} names no model; write MODEL, or MODEL+ADAPTER")
-    found = given[base] if base in given else _reference(base, workspace)
+    found = given[base] if base in given else _reference(base, session)
     if not isinstance(found, Model):
         raise UserError(
             f"{base}: is {'an' if found.kind[0] in 'aei' else 'a'} {found.kind}, and models are merged"
@@ -174,65 +170,39 @@ def _model(name: str, given: Mapping[str, Model], workspace: Workspace) -> Model
         )
     if not plus:
         return found
-    folded = _reference(adapter, workspace)
-    stage = resolve_stage("merge.adapter")
-    made = execute(
-        stage,
-        stage.config(),
-        {"adapter": folded, "model": found},
-        workspace,
-        seed=0,
-        open_engine=partial(open_engine, workspace=workspace),
-    ).artifact
-    named = load(made.path, name=name)
-    assert isinstance(named, Model)
-    return named
+    folded = _reference(adapter, session)
+    made = session.make("merge.adapter", kind=Model, adapter=folded, model=found)
+    made.name = name
+    return made
 
 
-def _reference(name: str, workspace: Workspace) -> Any:
+def _reference(name: str, session: Session) -> Any:
     """A path, a name in the workspace, a reference; or a model of the Hub, as mergekit writes it."""
     try:
-        return resolve(name, name=name, workspace=workspace)
+        return session.load(name, name=name)
     except UserError:
         if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not name.startswith((".", "/")):
-            return resolve(f"hf:{name}", name=name, workspace=workspace)
+            return session.load(f"hf:{name}", name=name)
         raise
 
 
-def merge_file(
-    documents: Sequence[Document],
-    workspace: Workspace,
-    *,
-    given: Mapping[str, Model],
-    seed: int,
-    quiet: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> Outcome:
+def merge_file(documents: Sequence[Document], session: Session, *, given: Mapping[str, Model]) -> Outcome:
     """Carry out all merges of a file; the last one's result."""
     known, outcome = dict(given), None
     for document in documents:
-        models = found_models(document.config, known, workspace)
+        models = found_models(document.config, known, session)
         if document.name:
-            say(f"merge {document.name}")
-        outcome = execute(
-            resolve_stage(document.stage),
-            document.config,
-            {"models": models},
-            workspace,
-            seed=seed,
-            open_engine=partial(open_engine, workspace=workspace),
-            quiet=quiet,
-            announce=say,
-        )
+            session.say(f"merge {document.name}")
+        outcome = session.run_stage(resolve(document.stage), document.config, {"models": models})
         if document.name:
-            named = load(outcome.artifact.path, name=document.name)
-            assert isinstance(named, Model)
-            known[document.name] = named
+            assert isinstance(outcome.artifact, Model)
+            outcome.artifact.name = document.name
+            known[document.name] = outcome.artifact
     assert outcome is not None
     return outcome
 
 
-def plan_file(documents: Sequence[Document], workspace: Workspace, given: Mapping[str, Model]) -> Plan:
+def plan_file(documents: Sequence[Document], session: Session, given: Mapping[str, Model]) -> Plan:
     """What a file's only merge would read and write; nothing is read but headers. UserError for a file of several."""
     from llmworks.merge.plan.prepare import prepared
 
@@ -247,16 +217,16 @@ def plan_file(documents: Sequence[Document], workspace: Workspace, given: Mappin
             "--plan: experts are copied as they are; what is written is as large as the base and each expert's"
             " feed-forward layers"
         )
-    paths = {name: given[name].path if name in given else _path(name, workspace) for name in config.named()}
+    paths = {name: given[name].path if name in given else _path(name, session) for name in config.named()}
     return prepared(config, {name: layout_of(name, path) for name, path in paths.items()})[2]
 
 
-def _path(name: str, workspace: Workspace) -> Path:
+def _path(name: str, session: Session) -> Path:
     """Where a model is, without a look at its bytes where it is a directory here."""
-    for path in (Path(name.removeprefix("path:")).expanduser(), workspace.root / name):
+    for path in (Path(name.removeprefix("path:")).expanduser(), session.workspace.root / name):
         if path.is_dir():
             return path.resolve()
-    found = _model(name, {}, workspace)
+    found = _model(name, {}, session)
     if found.format != "hf":
         raise ArtifactError(f"{name}: is a {found.format} file; Hugging Face directories are merged")
     return found.path

@@ -7,22 +7,18 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmworks.core.artifact import Report
 from llmworks.core.errors import GateFailed, LlmworksError, UserError
-from llmworks.core.workers import Pool
 from llmworks.core.workspace import Workspace
-from llmworks.runtime.execute import execute
 from llmworks.runtime.read_recipe import load_recipe
 from llmworks.runtime.recipe import Recipe, StageStep
-from llmworks.runtime.references import open_engine
-from llmworks.runtime.resolve import resolve
 from llmworks.runtime.runner import Run
+from llmworks.runtime.session import Session
 from llmworks.tune.search.optuna_study import Study, Trial
 from llmworks.tune.search.search_space import Search, overrides
 
@@ -84,10 +80,8 @@ def check(search: Search, recipe: Recipe, path: Path, sets: Sequence[str]) -> No
 def sweep(
     path: Path,
     search: Search,
-    workspace: Workspace,
+    session: Session,
     sets: Sequence[str] = (),
-    pool: Pool | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Try until there are as many trials as wanted; returns the page.
 
@@ -96,7 +90,7 @@ def sweep(
     Errors: UserError for a search that does not fit the recipe; DataError when no trial comes to a score;
     MissingDependency without optuna.
     """
-    pool = pool or Pool()
+    pool, workspace, say = session.pool, session.workspace, session.say
     recipe = load_recipe(path, sets)
     check(search, recipe, path, sets)
     key = hashlib.sha256(
@@ -105,7 +99,6 @@ def sweep(
     study = Study(search, workspace.root / "scratch" / f"sweep-{key}" / "journal.log")
     if study.trials:
         say(f"going on after {len(study.trials)} trials")
-    made: list[str] = []
     while (left := search.trials - len(study.trials)) > 0:
         asked = [study.ask() for _ in range(min(left, pool.workers))]
         units = [
@@ -114,49 +107,40 @@ def sweep(
         for place, outcome in pool.map(run_trial, units):
             trial = asked[place]
             study.tell(Trial(trial.number, trial.values, outcome.score, outcome.why, outcome.seconds))
-            told = ", ".join(
-                f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}"
-                for field, value in trial.values.items()
-            )
-            say(
-                f"{'·' if outcome.score is None else '✓'} trial {trial.number + 1}  {told} "
-                f" {f'{search.metric} {outcome.score:.4g}' if outcome.score is not None else outcome.why} "
-                f" {outcome.seconds:.0f} s"
-            )
-            made += [outcome.digest] if outcome.digest else []
+            say(_line(trial, outcome, search.metric))
     best = study.best
     results: list[Any] = []
     if best is not None:
         job = Run(load_recipe(path, [*sets, *overrides(best.values)]), workspace, quiet=True)
         job.run()
         results = [job.found[search.step]]
-    page = resolve("tune.trials")
-    config = page.config.model_validate(
-        {
-            "recipe": recipe.name,
-            "metric": search.metric,
-            "direction": search.direction,
-            "importance": study.importance(),
-            "trials": [
-                {
-                    "number": t.number,
-                    "values": dict(t.values),
-                    "score": t.score,
-                    "why": t.why,
-                    "seconds": round(t.seconds, 1),
-                }
-                for t in study.trials
-            ],
-        }
+    config = {
+        "recipe": recipe.name,
+        "metric": search.metric,
+        "direction": search.direction,
+        "importance": study.importance(),
+        "trials": [
+            {
+                "number": t.number,
+                "values": dict(t.values),
+                "score": t.score,
+                "why": t.why,
+                "seconds": round(t.seconds, 1),
+            }
+            for t in study.trials
+        ],
+    }
+    inputs: dict[str, Any] = {"results": results} if results else {}
+    return session.make("tune.trials", kind=Report, config=config, **inputs)
+
+
+def _line(trial: Trial, outcome: Outcome, metric: str) -> str:
+    """What is said of a trial."""
+    values = ", ".join(
+        f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}"
+        for field, value in trial.values.items()
     )
-    done = execute(
-        page,
-        config,
-        {"results": results} if results else {},
-        workspace,
-        seed=0,
-        open_engine=partial(open_engine, workspace=workspace),
-        quiet=True,
+    score = outcome.why if outcome.score is None else f"{metric} {outcome.score:.4g}"
+    return (
+        f"{'·' if outcome.score is None else '✓'} trial {trial.number + 1}  {values}  {score}  {outcome.seconds:.0f} s"
     )
-    assert isinstance(done.artifact, Report)
-    return done.artifact

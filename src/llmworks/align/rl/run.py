@@ -212,11 +212,7 @@ def run(
         rewards.check(one.row, one.prompt)
     each = _prompts_of_draw(config, asked, data)
     questions = [{**one.row, "messages": _with_answer(one)} for one in unseen[: config.samples]]
-    ctx.progress.say(
-        f"{len(asked)} prompts, {config.answers} answers to each of {each} a draw, worth by"
-        f" {', '.join(f'{weight:g} x {name}' for name, weight in config.rewards.items())}"
-        + (f"; {len(lost)} rows set aside" if lost else "")
-    )
+    _announce(ctx, asked, config, each, lost)
     habit = _habit_of(config, each, compared)
     made: list[Groups] = []
     with world.opened(config.parallel) as here:
@@ -242,6 +238,15 @@ def run(
             )
         except RuntimeError as error:
             raise (in_memory(error) or error) from error
+
+
+def _announce(ctx: Context, asked: list[Asked], config: OnlineConfig, each: int, lost: list[tuple[str, str]]) -> None:
+    """Say how many prompts there are, and what answers are worth by."""
+    ctx.progress.say(
+        f"{len(asked)} prompts, {config.answers} answers to each of {each} a draw, worth by"
+        f" {', '.join(f'{weight:g} x {name}' for name, weight in config.rewards.items())}"
+        + (f"; {len(lost)} rows set aside" if lost else "")
+    )
 
 
 def _open_rewards(

@@ -142,17 +142,21 @@ def suffix(text: str) -> int:
 DIGITS = "0123456789"
 AFTER_NUMBER = frozenset((*UNITS, *CURRENCY, *DOLLARS))
 ADDRESS = (
-    r"(?!(?:10|127)(?:\.\d{1,3}){3})(?!(?:169\.254|192\.168)(?:\.\d{1,3}){2})(?!172\.(?:1[6-9]|2\d|3[01])(?:\.\d{1,3}){2})"
+    r"(?!(?:10|127)(?:\.\d{1,3}){3})(?!(?:169\.254|192\.168)(?:\.\d{1,3}){2})(?!172\.(?:1[6-9]|2\d|3[01])"
+    r"(?:\.\d{1,3}){2})"
     r"(?:[1-9]\d?|1\d\d|2[01]\d|22[0-3])(?:\.(?:1?\d{1,2}|2[0-4]\d|25[0-5])){2}\.(?:[1-9]\d?|1\d\d|2[0-4]\d|25[0-4])"
 )
 HOST = r"(?:(?:[A-Za-z0-9\u00a1-\uffff][A-Za-z0-9\u00a1-\uffff_-]{0,62})?[A-Za-z0-9\u00a1-\uffff]\.)+"
 URL = re.compile(
-    rf"(?:[\w+\-.]{{2,}}://)?(?:\S+(?::\S*)?@)?(?:{ADDRESS}|{HOST}(?P<top>[^\W\d_]{{2,63}}))(?::\d{{2,5}})?(?:[/?#]\S*)?"
+    rf"(?:[\w+\-.]{{2,}}://)?(?:\S+(?::\S*)?@)?(?:{ADDRESS}|{HOST}(?P<top>[^\W\d_]{{2,63}}))(?::\d{{2,5}})?(?:"
+    rf"[/?#]\S*)?"
 )
 LETTER = r"(?:[^\W\d_]|[\u3000-\u303f])"  # CJK marks are letters to it
 INFIX = re.compile(
-    rf"(?P<dots>\.\.+|…)|(?<=[0-9])[+\-*^](?=[0-9-])|(?P<stop>(?<={LETTER}|[{re.escape(QUOTES)}])\.(?={LETTER}|[{re.escape(QUOTES)}]))"
-    rf"|(?<={LETTER}),(?={LETTER})|(?<=[^\W_]|[\u3000-\u303f])(?:---|--|——|[-–—~])(?={LETTER})|(?<=[^\W_]|[\u3000-\u303f])[:<>=/](?={LETTER})|(?P<icon>[^\w\x00-\x7f])"
+    rf"(?P<dots>\.\.+|…)|(?<=[0-9])[+\-*^](?=[0-9-])|(?P<stop>(?<={LETTER}|[{re.escape(QUOTES)}])\.(?={LETTER}|"
+    rf"[{re.escape(QUOTES)}]))"
+    rf"|(?<={LETTER}),(?={LETTER})|(?<=[^\W_]|[\u3000-\u303f])(?:---|--|——|[-–—~])(?={LETTER})|(?<=[^\W_]|"
+    rf"[\u3000-\u303f])[:<>=/](?={LETTER})|(?P<icon>[^\w\x00-\x7f])"
 )
 
 
@@ -163,7 +167,8 @@ PLAIN = re.compile(r"[A-Za-z]+[,;:!?]?|[A-Za-z]*[a-z]{2}\.")
 # brackets, quotes and marks, each a word of its own, around what begins and ends with an ASCII letter or digit that no
 # rule takes away
 WRAPPED = re.compile(
-    r"([(\[{<\"'`*_#&]*)((?!US\$|[CA]\$)[A-Za-z0-9](?:\S*[A-Za-z0-9])?)(?<!['’][sS])(?<![0-9][A-Za-z])(?<![0-9][A-Za-z]{2})(?<![0-9][A-Za-z]{3})(?<!/[sh])"
+    r"([(\[{<\"'`*_#&]*)((?!US\$|[CA]\$)[A-Za-z0-9](?:\S*[A-Za-z0-9])?)(?<!['’][sS])(?<![0-9][A-Za-z])(?<![0-9]"
+    r"[A-Za-z]{2})(?<![0-9][A-Za-z]{3})(?<!/[sh])"
     r"([)\]}>\"'`*,;:!?_#&]*)((?<=[a-z0-9)\]}>\"'`*,;:!?_#&])\.)?"
 )
 WHOLE = re.compile(r"[\w()\[\]{}&#$%!?;'\"`@|\\]+", re.ASCII)  # holds nothing that divides

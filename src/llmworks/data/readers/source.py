@@ -209,7 +209,8 @@ def _tar_members(source: Source, meter: Meter) -> Iterator[Source | Unusable]:
                 continue
             member = archive.extractfile(info)
             if member is not None:
-                yield Source(f"{source.name}!{info.name}", lambda member=member: _buffered(meter, member))  # type: ignore[misc]
+                name = f"{source.name}!{info.name}"
+                yield Source(name, lambda member=member: _buffered(meter, member))  # type: ignore[misc]
 
 
 def _hidden(name: str) -> bool:

@@ -93,7 +93,8 @@ def linear_logprobs(states: Tensor, head: nn.Module, tokens: Tensor, temperature
         return states.sum(-1).float(), states.new_zeros(0, dtype=torch.float32)
     if is_plain(head):
         weight: Any = head.weight
-        found: tuple[Tensor, Tensor] = _LinearLogProbs.apply(states, weight, tokens, 1 / temperature)  # type: ignore[no-untyped-call]
+        apply: Any = _LinearLogProbs.apply
+        found: tuple[Tensor, Tensor] = apply(states, weight, tokens, 1 / temperature)
         return found
     step = chunk(int(getattr(head, "out_features", 1 << 16)))
     parts = [slice(start, start + step) for start in range(0, len(states), step)]

@@ -264,7 +264,8 @@ class NgramForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
             if flat
             else self.chances([]).log().float().expand(rows, -1)
         )
-        return CausalLMOutputWithPast(logits=logits.view(batch, -1, self.vocabulary), past_key_values=cache)  # type: ignore[arg-type]
+        logits = logits.view(batch, -1, self.vocabulary)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
 
 AutoConfig.register(NgramConfig.model_type, NgramConfig)

@@ -56,7 +56,7 @@ def solve(
         known = clipped(weight.float(), hessian.to(torch.float32), grid)
     elif order is not None or grid.group <= 0:
         known = fit(grouped(weight.float(), grid), grid)
-    codes, scale, zero = _columns(rest, upper, grid, size, known, order)
+    codes, scale, zero = _update_columns(rest, upper, grid, size, known, order)
     made = torch.empty_like(codes)
     made[:, torch.arange(columns) if order is None else order] = codes
     return Whole(made, Scales(scale, zero), grid)
@@ -106,7 +106,7 @@ def inverse_of_upper(matrix: Tensor) -> Tensor:
     return whole
 
 
-def _columns(
+def _update_columns(
     rest: Tensor, upper: Tensor, grid: Grid, size: int, known: Scales | None, order: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scales, zero points), columns in their order of work."""

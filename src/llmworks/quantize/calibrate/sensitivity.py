@@ -114,7 +114,11 @@ def _back(block: Block, state: Tensor, gradient: Tensor, places: Tensor, stack: 
 
             def look(_: Any, given: tuple[Tensor, ...], made: Tensor, name: str = name) -> None:
                 read = given[0].detach().flatten(0, 1)[::stride]
-                made.register_hook(lambda back: seen.setdefault(name, []).append((read, back.flatten(0, 1)[::stride])))  # type: ignore[no-untyped-call]
+
+                def note(back: Tensor) -> None:
+                    seen.setdefault(name, []).append((read, back.flatten(0, 1)[::stride]))
+
+                made.register_hook(note)  # type: ignore[no-untyped-call]
 
             hooks.append(layer_of(block, name).register_forward_hook(look))
     for parameter in block.parameters():

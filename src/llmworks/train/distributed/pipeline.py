@@ -84,7 +84,8 @@ class Pipelined:
 
         def scored(state: Tensor, label_ids: Tensor) -> Tensor:
             learned = (label_ids[:, 1:] != -100).sum()
-            return head_loss(state[:, :-1], head, label_ids[:, 1:]) * (learned * shares / self._labels)  # type: ignore[arg-type]
+            loss = head_loss(state[:, :-1], head, label_ids[:, 1:])  # type: ignore[arg-type]
+            return loss * (learned * shares / self._labels)
 
         self._labels = labels
         if self.schedule is None:

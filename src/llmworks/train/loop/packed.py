@@ -97,7 +97,9 @@ class PackedSteps(Sequence[list[Callable[[], PackedBatch]]]):
         """
         each = self.rows * self.parts
         epoch, place = divmod(step, len(self.packed) // each)
-        return _order(len(self.packed), self.seed, epoch)[place * each : (place + 1) * each].tolist()  # type: ignore[no-any-return]
+        order = _order(len(self.packed), self.seed, epoch)
+        found: list[int] = order[place * each : (place + 1) * each].tolist()
+        return found
 
     def batch(self, numbers: Sequence[int]) -> PackedBatch:
         """These rows."""

@@ -1,4 +1,4 @@
-"""What `import` does with its arguments. All logic is in the rooms below."""
+"""`llmworks import`: make a recipe of a configuration of another tool."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ import tempfile
 from pathlib import Path
 
 from llmworks.commands.output import as_json, out
+from llmworks.commands.parsers import Parser, new_parser
 from llmworks.core.errors import RecipeError, UserError
 
 
-def translate(args: argparse.Namespace) -> None:
+def build_parser() -> Parser:
+    """The arguments of `llmworks import`."""
+    parser = new_parser(
+        "import",
+        "Make a recipe of a configuration of Axolotl or LLaMA-Factory, and say what became of each of its keys.",
+        workspace=False,
+    )
+    parser.add_argument("file", type=Path, help="its YAML file")
+    parser.add_argument("--out", type=Path, help="the recipe's file; default: it is printed")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
     """`llmworks import FILE`."""
     from llmworks.importers.keys import HEADINGS
     from llmworks.importers.translate import translate as translated

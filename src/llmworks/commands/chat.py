@@ -1,4 +1,4 @@
-"""What `chat` and `serve` do with their arguments. All logic is in the rooms below."""
+"""`llmworks chat`: talk to a model."""
 
 from __future__ import annotations
 
@@ -7,21 +7,37 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmworks.commands.output import workspace_of
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.commands.session import session_of
 from llmworks.core.errors import UserError
 
 
-def chat(args: argparse.Namespace) -> None:
+def build_parser() -> Parser:
+    """The arguments of `llmworks chat`."""
+    parser = new_parser(
+        "chat",
+        "Talk to a model. Without a message, a conversation; with one, a single answer.",
+        json=False,
+    )
+    parser.add_argument("model")
+    parser.add_argument("message", nargs="?", help="ask once and print the answer")
+    parser.add_argument("--system", default="", help="system message")
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of functions shown to the model")
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=None)
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
     """`llmworks chat MODEL`."""
     from llmworks.core.types import Sampling
     from llmworks.generate.chat import Conversation, converse
-    from llmworks.runtime.references import open_engine, resolve
 
-    workspace = workspace_of(args)
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     tools = _read_tools(args.tools) if args.tools else ()
-    artifact = resolve(args.model, workspace=workspace)
-    engine = open_engine(artifact, workspace)
+    engine = session_of(args).open_engine(args.model)
     try:
         converse(Conversation(engine, sampling, args.system, tools), args.message)
     finally:
@@ -36,18 +52,3 @@ def _read_tools(path: Path) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not all(isinstance(t, dict) and "name" in t.get("function", t) for t in value):
         raise UserError(f"{path}: must be a JSON list of functions, each with a name and parameters")
     return tuple(value)
-
-
-def serve(args: argparse.Namespace) -> None:
-    """`llmworks serve MODEL`."""
-    from llmworks.runtime.references import open_engine, resolve
-    from llmworks.serve.server import check_port, serve_forever
-
-    check_port(args.host, args.port)
-    workspace = workspace_of(args)
-    artifact = resolve(args.model, workspace=workspace)
-    engine = open_engine(artifact, workspace)
-    try:
-        serve_forever(engine, args.name or artifact.name, args.host, args.port)
-    finally:
-        engine.close()

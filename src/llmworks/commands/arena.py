@@ -1,0 +1,50 @@
+"""`llmworks arena`: vote for the better of two answers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmworks.commands.output import out
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.commands.session import session_of
+from llmworks.core.errors import UserError
+
+if TYPE_CHECKING:
+    from llmworks.core.artifact import Report
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks arena`."""
+    parser = new_parser(
+        "arena",
+        "Vote in the terminal for the better of two answers, without knowing whose they are.",
+        json=False,
+    )
+    parser.add_argument(
+        "reports", nargs="+", metavar="REPORT", help="evaluations of one task that models answered in writing"
+    )
+    parser.add_argument("--votes", type=Path, required=True, metavar="FILE", help="JSONL file that votes are added to")
+    parser.add_argument("--voter", default="", help="who votes; default: the user's name")
+    parser.add_argument("--seed", type=int, default=0, help="order and sides of the pairs")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks arena REPORT REPORT ... --votes FILE`."""
+    import getpass
+
+    from llmworks.core.artifact import Report
+    from llmworks.evaluate.voting import vote
+
+    session = session_of(args)
+    reports: list[Report] = []
+    for ref in args.reports:
+        found = session.load(ref)
+        if not isinstance(found, Report):
+            raise UserError(f"{ref}: is a {found.kind}, wanted is an evaluation (`llmworks evaluate`)")
+        reports.append(found)
+    count = vote(reports, args.votes, args.voter or getpass.getuser(), args.seed, sys.stdin, sys.stdout)
+    out(f"\n{count} votes in {args.votes}. Ratings: llmworks evaluate arena --votes {args.votes}")

@@ -1,0 +1,90 @@
+"""`llmworks assets`: list, fetch and find named models and data."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from llmworks.commands.output import as_json, out, table
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.core.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks assets`."""
+    parser = new_parser("assets", "Named real models and data.", workspace=False, json=False)
+    below = parser.add_subparsers(required=True, metavar="list|fetch|path")
+    listing = below.add_parser("list", help="all assets, with licence and source")
+    listing.add_argument("--json", action="store_true", help="print the result for programs")
+    listing.set_defaults(action=list_assets)
+    fetch = below.add_parser("fetch", help="download and verify")
+    fetch.add_argument("names", nargs="+", metavar="NAME")
+    fetch.set_defaults(action=fetch_assets)
+    path = below.add_parser("path", help="where a fetched asset lies")
+    path.add_argument("name", metavar="NAME")
+    path.set_defaults(action=print_path)
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks assets list|fetch|path`."""
+    args.action(args)
+
+
+def list_assets(args: argparse.Namespace) -> None:
+    """`llmworks assets list`."""
+    from llmworks import assets
+    from llmworks.assets.catalogue import CATALOGUE
+
+    if args.json:
+        as_json(
+            {
+                a.name: {
+                    "kind": a.kind,
+                    "what": a.what,
+                    "licence": a.licence,
+                    "bytes": a.bytes,
+                    "cached": assets.is_cached(a),
+                    "source": [w.requirement for w in a.packages],
+                    "sha256": [w.sha256 for w in a.packages],
+                }
+                for a in CATALOGUE.values()
+            }
+        )
+        return
+    table(
+        ("asset", "kind", "MB", "licence", "here", "source", "what"),
+        [
+            (
+                a.name,
+                a.kind,
+                f"{a.bytes / 1e6:.0f}",
+                a.licence,
+                "yes" if assets.is_cached(a) else "no",
+                ", ".join(w.requirement for w in a.packages),
+                a.what,
+            )
+            for a in CATALOGUE.values()
+        ],
+    )
+
+
+def fetch_assets(args: argparse.Namespace) -> None:
+    """`llmworks assets fetch NAME`."""
+    from llmworks import assets
+
+    for name in args.names:
+        out(f"{name}  {assets.fetch(name)}")
+
+
+def print_path(args: argparse.Namespace) -> None:
+    """`llmworks assets path NAME`."""
+    from llmworks import assets
+
+    asset = assets.get(args.name)
+    if not assets.is_cached(asset):
+        raise UserError(f"{args.name} is not in the cache; fetch it with: llmworks assets fetch {args.name}")
+    out(str(assets.directory(asset)))

@@ -1,0 +1,84 @@
+"""`llmworks autoeval`: evaluate models on a suite of tasks, and make a leaderboard."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmworks.commands.output import as_json, out, short
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.commands.session import session_of, tell
+from llmworks.core.errors import UserError
+
+if TYPE_CHECKING:
+    from llmworks.core.artifact import Adapter, Model, Report
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks autoeval`."""
+    from llmworks.evaluate.suites import suites
+
+    told = "; ".join(f"{name}: {suite.what}" for name, suite in suites().items())
+    parser = new_parser(
+        "autoeval",
+        "Ask models a suite of tasks, and make the leaderboard of all evaluations in the workspace.",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument(
+        "--suite",
+        default="quick",
+        metavar="NAMES",
+        help=f"suites or tasks with commas between; {told}".replace("%", "%%"),
+    )
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
+    parser.add_argument("--out", type=Path, help="name of the leaderboard: a link to it in the workspace's store")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks autoeval MODEL ... [--suite NAMES]`."""
+    from llmworks.core.artifact import Adapter, Model
+    from llmworks.core.workspace import check_out
+    from llmworks.evaluate.suites import items_of
+    from llmworks.workflows.autoeval import autoeval
+
+    if args.out is not None:
+        check_out(args.out)
+    session, items = session_of(args), items_of(args.suite, args.limit)
+    models: list[Model | Adapter] = []
+    for ref in args.models:
+        model = session.load(ref)
+        if not isinstance(model, (Model, Adapter)):
+            raise UserError(f"{model.name}: is a {model.kind}, not a model")
+        models.append(model)
+    found = autoeval(models, items, session, tell)
+    board = found.board
+    if args.out is not None:
+        session.workspace.link_out(args.out, board)
+    if args.json:
+        as_json(
+            {
+                "board": str(board.path),
+                "digest": board.digest,
+                "scores": [_score(r) for r in found.made],
+                "not_asked": [{"model": m, "task": t, "why": w} for m, t, w in found.missed],
+            }
+        )
+        return
+    for name, task, why in found.missed:
+        tell(f"  not asked: {name} on {task}: {why}")
+    out(
+        f"\nLeaderboard: {short(board.path / 'report.html')}\nModel card section: {short(board.path / 'model-card.md')}"
+    )
+
+
+def _score(report: Report) -> dict[str, Any]:
+    """An evaluation, for programs."""
+    return {
+        "task": report.about.get("task"),
+        "model": report.about.get("model"),
+        "path": str(report.path),
+        **{k: report.metrics[k] for k in ("metric", "score", "low", "high", "samples")},
+    }

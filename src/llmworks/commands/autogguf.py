@@ -1,0 +1,14 @@
+"""`llmworks autogguf`: `tune frontier` with GGUF files only."""
+
+from __future__ import annotations
+
+from llmworks.commands import tune_frontier
+from llmworks.commands.parsers import Parser
+from llmworks.commands.tune_frontier import handle
+
+__all__ = ["build_parser", "handle"]
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks autogguf`."""
+    return tune_frontier.build_parser("autogguf", ways="gguf-")

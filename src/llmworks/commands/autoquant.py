@@ -1,0 +1,14 @@
+"""`llmworks autoquant`: `tune frontier` under the name that its users know."""
+
+from __future__ import annotations
+
+from llmworks.commands import tune_frontier
+from llmworks.commands.parsers import Parser
+from llmworks.commands.tune_frontier import handle
+
+__all__ = ["build_parser", "handle"]
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks autoquant`."""
+    return tune_frontier.build_parser("autoquant")

@@ -1,0 +1,36 @@
+"""`llmworks diff`: compare two artifacts."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from llmworks.commands.output import as_json, brief, out, table
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.commands.session import session_of
+
+if TYPE_CHECKING:
+    pass
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks diff`."""
+    parser = new_parser("diff", "Which config fields, parents, files and metrics differ.")
+    parser.add_argument("a")
+    parser.add_argument("b")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks diff A B`."""
+    from llmworks.lineage.diff import diff as compare
+
+    session = session_of(args)
+    a, b = session.load(args.a), session.load(args.b)
+    rows = compare(a, b)
+    if args.json:
+        as_json([{"section": s, "field": f, "a": x, "b": y} for s, f, x, y in rows])
+    elif not rows:
+        out(f"{a.name} and {b.name} are the same")
+    else:
+        table(("", "field", a.name, b.name), [(s, f, brief(x), brief(y)) for s, f, x, y in rows])

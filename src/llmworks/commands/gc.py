@@ -1,0 +1,36 @@
+"""`llmworks gc`: remove what nothing needs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from llmworks.commands.output import as_json, out, short
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.commands.session import workspace_of
+from llmworks.core.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks gc`."""
+    parser = new_parser("gc", "Remove artifacts that no name and no descendant of a name needs.")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would go")
+    parser.add_argument("--scratch", action="store_true", help="also remove checkpoints of interrupted steps")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks gc`."""
+    workspace = workspace_of(args)
+    if not workspace.store.is_dir():
+        raise UserError(f"{workspace.root}: no workspace there; name one with --workspace")
+    removed = workspace.collect(scratch=args.scratch, dry_run=args.dry_run)
+    if args.json:
+        as_json([{"path": str(p), "bytes": n} for p, n in removed])
+        return
+    for path, size in removed:
+        out(f"{'would remove' if args.dry_run else 'removed'}  {short(path)}  {size / 1e6:.1f} MB")
+    out(f"{len(removed)} items, {sum(n for _, n in removed) / 1e6:.1f} MB")

@@ -1,0 +1,155 @@
+"""`llmworks merge FILE`: merge models by mergekit's YAML."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmworks.commands.output import as_json, out, outcome_json, print_outcome, table
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.commands.session import session_of
+from llmworks.core.errors import UserError
+
+if TYPE_CHECKING:
+    from llmworks.core.artifact import Model
+    from llmworks.merge.plan.plan import Plan
+    from llmworks.runtime.session import Session
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks merge`."""
+    parser = new_parser(
+        "merge",
+        "Merge models by mergekit's YAML. `llmworks stages merge` lists its keys; `llmworks merge STAGE --help` tells"
+        " of the stages of the group.",
+    )
+    parser.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        help=(
+            "YAML: merge_method, models or slices, base_model, parameters ...; models are paths, names in the"
+            " workspace, asset:NAME, ORG/NAME of the Hub, MODEL+ADAPTER"
+        ),
+    )
+    parser.add_argument(
+        "--models",
+        action="append",
+        default=[],
+        metavar="NAME=REF",
+        help="what a name in the file stands for, where it is no reference itself",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="one key of the file, as parameters.t=0.4"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="only say what would be read and written; looks at headers alone"
+    )
+    parser.add_argument("--methods", action="store_true", help="only list the methods with their parameters")
+    parser.add_argument(
+        "--out", type=Path, metavar="NAME", help="name of the result: a link to it in the workspace's store"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the methods that drop at random")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks merge FILE --out NAME`."""
+    from llmworks.core.workspace import check_out
+    from llmworks.workflows.merge_file import merge_file, plan_file, read, unnamed
+
+    if args.methods:
+        _methods()
+        return
+    if args.file is None:
+        raise UserError("a file is missing: mergekit's YAML (llmworks merge FILE --out NAME)")
+    documents, session = read(args.file, args.set), session_of(args)
+    given = _given(args, session)
+    spare = unnamed(documents, given)
+    if spare:
+        raise UserError(
+            f"--models {spare}=...: {args.file} names no model {spare!r}; it names"
+            f" {', '.join(dict.fromkeys(name for document in documents for name in document.config.named()))}"
+        )
+    if args.plan:
+        _print_plan(plan_file(documents, session, given), args.json)
+        return
+    if args.out is None:
+        raise UserError("--out is missing: the name of the result")
+    check_out(args.out)
+    outcome = merge_file(documents, session, given=given)
+    session.workspace.link_out(args.out, outcome.artifact)
+    if args.json:
+        as_json(outcome_json(outcome))
+        return
+    print_outcome("merge", args.out, outcome)
+
+
+def _given(args: argparse.Namespace, session: Session) -> dict[str, Model]:
+    """The models that `--models NAME=REF` gives."""
+    from llmworks.core.artifact import Model
+
+    given: dict[str, Model] = {}
+    for text in args.models:
+        name, equals, ref = text.partition("=")
+        if not (equals and name and ref):
+            raise UserError(f"--models {text}: write it as NAME=REF, NAME as the file has it")
+        found = session.load(ref, name=name)
+        if not isinstance(found, Model):
+            raise UserError(f"--models {text}: is a {found.kind}, not a model")
+        given[name] = found
+    return given
+
+
+def _print_plan(plan: Plan, json: bool) -> None:
+    """Print what a merge would read and write."""
+    from llmworks.merge.plan.plan import spans
+
+    read_bytes, written = plan.sizes()
+    if json:
+        as_json(
+            {
+                "tensors": len(plan.jobs),
+                "read_bytes": read_bytes,
+                "written_bytes": written,
+                "seconds": round(plan.seconds(), 1),
+                "unused": list(plan.unused),
+            }
+        )
+        return
+    names = list(dict.fromkeys(name for job in plan.jobs for name, _ in job.sources))
+    out(f"{plan.method.name} of {', '.join(names)}\n")
+    table(
+        ("stack", "layers", "each layer's first source"),
+        [(stack, len(origins), ", ".join(spans(origins))) for stack, origins in plan.layers.items()],
+    )
+    out(
+        f"\n{len(plan.jobs)} tensors; {read_bytes / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write; about"
+        f" {max(1, round(plan.seconds())):,} s on one core, and what the disk takes."
+        + (f"\nThe method has no parameter {', '.join(plan.unused)}, which the file gives." if plan.unused else "")
+    )
+
+
+def _methods() -> None:
+    """All methods with their parameters: of the tensor, or of each model, with what they are where none is given."""
+    from llmworks.merge.plan.catalogue import METHODS
+    from llmworks.merge.plan.parameters import REQUIRED, Parameter
+
+    def said(one: Parameter) -> str:
+        default = "none" if one.default is None else str(one.default).lower()
+        of = "" if one.of == "tensor" else ", of each model"
+        return f"{one.name} ({'needed' if one.default is REQUIRED else default}{of})"
+
+    table(
+        ("merge_method", "base_model", "parameters (default)"),
+        [
+            (
+                name,
+                {"required": "needed", "optional": "may be", "none": "any model"}[how.base],
+                ", ".join(map(said, how.parameters)) or "none",
+            )
+            for name, how in METHODS.items()
+        ],
+    )

@@ -1,0 +1,73 @@
+"""`llmworks run`: run a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmworks.commands.output import as_json, out, short
+from llmworks.commands.parsers import Parser, add_workers, new_parser
+from llmworks.commands.session import pool_of, workspace_of
+from llmworks.core.trackers import check as check_trackers
+
+if TYPE_CHECKING:
+    pass
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks run`."""
+    parser = new_parser("run", "Run a recipe: skip what is up to date, go on from what was interrupted.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="change a config field of a step"
+    )
+    add_workers(parser)
+    parser.add_argument("--explain", action="store_true", help="say why each step runs or is skipped")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks run RECIPE`."""
+    from llmworks.runtime.read_recipe import load_recipe
+    from llmworks.runtime.runner import Run
+
+    recipe = load_recipe(args.recipe, args.set)
+    workspace = workspace_of(args)
+    target = sys.stderr if args.json else sys.stdout
+
+    def say(line: str) -> None:
+        print(line, file=target, flush=True)
+
+    say(f"{recipe.name}: {len(recipe.steps)} steps in {short(workspace.root)}")
+    check_trackers(args.track)
+    job = Run(recipe, workspace, say=say, quiet=args.quiet, pool=pool_of(args), track=args.track)
+    done = job.run(explain=args.explain)
+    made = sum(j.state == "made" for j in done)
+    if args.json:
+        as_json(
+            [
+                {
+                    "step": j.name,
+                    "state": j.state,
+                    "why": j.why,
+                    "digest": j.artifact.digest if j.artifact else None,
+                    "path": str(j.artifact.path) if j.artifact else None,
+                }
+                for j in done
+            ]
+        )
+        return
+    out(
+        f"\n{made} steps made, {sum(j.state == 'up to date' for j in done)} up to date."
+        if made
+        else "\nEverything is up to date."
+    )
+    if page := job.report_path():
+        out(f"Report: {short(page)}")
+    if recipe.next:
+        out("Next:")
+        for line in recipe.next:
+            out(f"  {line.replace('{workspace}', str(short(workspace.root)))}")

@@ -1,0 +1,55 @@
+"""`llmworks stages`: the stage table, or one stage with its inputs and fields."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from llmworks.commands.output import as_json, out, table
+from llmworks.commands.parsers import Parser, new_parser
+
+if TYPE_CHECKING:
+    pass
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks stages`."""
+    parser = new_parser("stages", "The stage table, or one stage with its inputs and fields.", workspace=False)
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--schema", action="store_true", help="a JSON schema of recipes, for editors")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks stages [NAME] [--schema]`."""
+    from llmworks.runtime.config_help import config_help
+    from llmworks.runtime.resolve import resolve
+    from llmworks.runtime.stages import table as stage_table
+
+    if args.schema:
+        from llmworks.runtime.recipe_schema import recipe_schema
+
+        as_json(recipe_schema())
+        return
+    if args.name:
+        stage = resolve(args.name)
+        out(
+            f"{stage.name}  revision {stage.stage.revision}, {stage.stage.derivation}, makes"
+            f" {'an' if stage.output.kind[0] in 'aeiou' else 'a'} {stage.output.kind}\n\n{stage.help}\n"
+        )
+        table(("input", "takes"), [(i.name, i.describe()) for i in stage.inputs.values()])
+        out()
+        table(("config", "type", "what"), config_help(stage.config))
+        return
+    if args.json:
+        as_json(
+            {
+                name: {"summary": s.summary, "revision": s.revision, "derivation": s.derivation}
+                for name, s in stage_table().items()
+            }
+        )
+        return
+    table(
+        ("stage", "revision", "derivation", "what"),
+        [(name, s.revision, s.derivation, s.summary) for name, s in sorted(stage_table().items())],
+    )

@@ -1,0 +1,70 @@
+"""`llmworks tasks`: the built-in tasks and suites."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from llmworks.commands.output import as_json, out
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.core.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks tasks`."""
+    parser = new_parser("tasks", "The built-in tasks and suites, or one task as YAML.", workspace=False)
+    parser.add_argument("name", nargs="?", help="a task, or a YAML file of one")
+    parser.add_argument("--harness", action="store_true", help="the task as the lm-evaluation-harness has it")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks tasks [NAME] [--harness]`."""
+    import yaml
+
+    from llmworks.commands.output import table
+    from llmworks.evaluate.protocol.load_task import load_task, task_names
+    from llmworks.evaluate.protocol.write_harness import to_harness
+    from llmworks.evaluate.suites import suites
+
+    if args.name:
+        task = load_task(args.name)
+        fields = _on_disk(to_harness(task)) if args.harness else task.model_dump(exclude_defaults=True)
+        if args.json:
+            as_json(fields)
+        else:
+            out(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=140).rstrip())
+        return
+    if args.harness:
+        raise UserError("name the task that is to be written for the lm-evaluation-harness")
+    found = {name: load_task(name) for name in task_names()}
+    if args.json:
+        as_json(
+            {
+                "tasks": {n: t.model_dump(exclude_defaults=True) for n, t in found.items()},
+                "suites": {n: s.model_dump() for n, s in suites().items()},
+            }
+        )
+        return
+    table(
+        ("task", "kind", "score", "data", "what"),
+        [(n, t.kind, t.metrics[0].name, t.data, t.what) for n, t in found.items()],
+    )
+    out()
+    table(("suite", "tasks"), [(n, ", ".join(i.task for i in s.tasks)) for n, s in suites().items()])
+
+
+def _on_disk(fields: dict[str, Any]) -> dict[str, Any]:
+    """A task of the harness whose files are paths: it knows none of our references."""
+    from llmworks.data.readers.source import find_files
+    from llmworks.runtime.session import load
+
+    files = fields.get("dataset_kwargs", {}).get("data_files", {})
+    for split, ref in files.items():
+        if ref.startswith("asset:"):
+            found = find_files(load(ref).path)
+            files[split] = str(found[0]) if len(found) == 1 else list(map(str, found))
+    return fields

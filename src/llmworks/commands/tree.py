@@ -1,0 +1,107 @@
+"""`llmworks tree`: the family tree."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmworks.commands.output import as_json, out
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.commands.session import session_of
+from llmworks.core.errors import UserError
+
+if TYPE_CHECKING:
+    from llmworks.core.artifact import Artifact
+    from llmworks.runtime.session import Session
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks tree`."""
+    parser = new_parser("tree", "The family tree of the workspace, or of one artifact and its ancestors.")
+    parser.add_argument("artifact", nargs="?")
+    parser.add_argument(
+        "--among",
+        action="append",
+        default=[],
+        metavar="REF",
+        help="models that the artifact, a model, may be made of: its weights are asked",
+    )
+    parser.add_argument(
+        "--models",
+        action="store_true",
+        help="only models, adapters and tokenizers; what stood between them is passed over",
+    )
+    for kind, what in (
+        ("html", "a page to zoom and search"),
+        ("svg", "a drawing"),
+        ("png", "a picture"),
+        ("mermaid", "Mermaid, for Markdown"),
+    ):
+        parser.add_argument(f"--{kind}", metavar="FILE", help=f"also write it as {what}")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks tree [ARTIFACT]`."""
+    from llmworks.lineage.drawing.formats import draw_mermaid, draw_png, draw_svg, draw_text
+    from llmworks.lineage.drawing.page import draw_page
+    from llmworks.lineage.licence import conflicts
+    from llmworks.workflows.family import family_with, licences_of
+
+    session = session_of(args)
+    workspace = session.workspace
+    chosen = session.load(args.artifact) if args.artifact else None
+    among = [session.load(ref) for ref in args.among]
+    if among:
+        _find_parents(session, chosen, among)
+    family = family_with(workspace, *([chosen] if chosen is not None else []), *among)
+    if chosen is not None:
+        family = family.restricted([chosen.digest])
+    if args.models:
+        family = family.of_kinds("model", "adapter", "tokenizer")
+    if not family.nodes:
+        raise UserError(
+            f"{workspace.root}: no artifacts here yet; run a recipe first (llmworks run recipes/quickstart.yaml)"
+        )
+    licences = licences_of(family)
+    warnings = conflicts(family, licences)
+    if args.json:
+        nodes = [
+            {
+                "digest": n.digest,
+                "kind": n.kind,
+                "name": n.label,
+                "stage": n.stage,
+                "licence": licences.get(n.digest, ""),
+                "parents": [{"role": r, "digest": d} for r, d in n.parents],
+            }
+            for n in family.nodes.values()
+        ]
+        as_json({"nodes": nodes, "warnings": warnings})
+        return
+    title = f"Family of {chosen.name}" if chosen is not None else "Family tree"
+    for file, write in (
+        (args.svg, lambda file: file.write_text(draw_svg(family), encoding="utf-8")),
+        (args.png, lambda file: draw_png(family, file)),
+        (args.mermaid, lambda file: file.write_text(draw_mermaid(family), encoding="utf-8")),
+        (args.html, lambda file: file.write_text(draw_page(family, title, licences, warnings), encoding="utf-8")),
+    ):
+        if file:
+            write(Path(file))
+    out(draw_text(family))
+    for line in warnings:
+        out(f"licences: {line}")
+
+
+def _find_parents(session: Session, chosen: Artifact | None, among: Sequence[Artifact]) -> None:
+    """Compare a model's weights with those of models that it may be made of; the tree shows what is found."""
+    from llmworks.core.artifact import Model
+
+    strange = next((one for one in [chosen, *among] if not isinstance(one, Model)), None)
+    if chosen is None:
+        raise UserError("--among: give the model whose parents are looked for first: llmworks tree MODEL --among REF")
+    if strange is not None:
+        raise UserError(f"--among: {strange.name} is no model")
+    session.make("merge.kinship", child=chosen, among=among)

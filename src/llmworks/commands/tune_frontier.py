@@ -1,0 +1,112 @@
+"""`llmworks tune frontier`: quantize a model in many ways, and compare them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llmworks.commands.output import as_json, out, short
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.commands.session import session_of, tell
+
+
+def build_parser(name: str = "tune frontier", ways: str = "", suite: str = "") -> Parser:
+    """The arguments of `llmworks tune frontier`, and of commands that are the same with other defaults."""
+    parser = new_parser(
+        name,
+        "Quantize a model in many ways, and say what each takes and what it costs. What was killed goes on.",
+    )
+    parser.add_argument("model")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="REF",
+        help="conversations or texts of what the model is for: to calibrate by, and others to measure on",
+    )
+    parser.add_argument(
+        "--ways",
+        default=ways,
+        metavar="NAMES",
+        help=(
+            "ways with commas between, or how their names begin (gptq, gguf-q4 ...); default: all"
+            if not ways
+            else "which GGUF files; default: all"
+        ),
+    )
+    parser.set_defaults(only=ways)
+    parser.add_argument(
+        "--suite",
+        default=suite,
+        metavar="NAMES",
+        help="suites or tasks with commas between, that all are asked; default: none",
+    )
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=None,
+        metavar="MB",
+        help="megabytes that the files may have: the nearest to the model within it is recommended",
+    )
+    parser.add_argument(
+        "--texts", type=int, default=128, metavar="N", help="texts of 512 tokens to calibrate by (default 128)"
+    )
+    parser.add_argument(
+        "--held", type=int, default=16, metavar="N", help="texts of 512 tokens to measure on (default 16)"
+    )
+    parser.add_argument("--out", type=Path, help="name of the page: a link to it in the workspace's store")
+    parser.add_argument("--pick", type=Path, metavar="NAME", help="name of the model that is recommended: a link to it")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks tune frontier MODEL --data REF`, and `autogguf`."""
+    from llmworks.core.artifact import Dataset, Model
+    from llmworks.core.errors import UserError
+    from llmworks.core.workspace import check_out
+    from llmworks.evaluate.suites import items_of
+    from llmworks.workflows.autoquant import Frontier, ways_of
+    from llmworks.workflows.autoquant import frontier as run
+
+    for name in (args.out, args.pick):
+        if name is not None:
+            check_out(name)
+    session, ways = session_of(args), ways_of([name for name in args.ways.split(",") if name])
+    strange = next((name for name in ways if not name.startswith(args.only)), None)
+    if strange is not None:
+        raise UserError(f"autogguf tries GGUF files only, not {strange}; take tune frontier")
+    model, data = session.load(args.model), session.load(args.data)
+    if not isinstance(model, Model):
+        raise UserError(f"{args.model}: is a {model.kind}, not a model")
+    if not isinstance(data, Dataset):
+        raise UserError(f"{args.data}: is a {data.kind}; --data wants conversations or texts of what the model is for")
+    if args.texts < 1 or args.held < 1:
+        raise UserError("--texts and --held must be above 0")
+    if args.limit is not None and args.limit < 1:
+        raise UserError("--limit must be above 0")
+    if args.budget is not None and not 0 < args.budget < float("inf"):
+        raise UserError(f"--budget {args.budget:g}: must be a number of megabytes above 0")
+    items = items_of(args.suite, args.limit) if args.suite else ()
+    job = Frontier(model, data, session, items, args.texts, args.held, say=tell)
+    page, chosen = run(job, ways, None if args.budget is None else args.budget * 1e6)
+    for name, artifact in ((args.out, page), (args.pick, chosen)):
+        if name is not None and artifact is not None:
+            session.workspace.link_out(name, artifact)
+    told = page.read()
+    if args.json:
+        as_json(
+            {
+                "report": str(page.path),
+                "recommended": told["recommended"]["name"],
+                "model": str(chosen.path) if chosen else None,
+                **told["metrics"],
+            }
+        )
+        return
+    best = told["recommended"]
+    out(
+        f"\n{best['name']}: {best['bytes'] / 1e6:,.1f} MB, {best['kl']:.4f} nats a token away"
+        + (f"\nModel: {short(args.pick if args.pick is not None else chosen.path)}" if chosen else "")
+        + f"\nReport: {short(page.path / 'report.html')}"
+    )

@@ -1,0 +1,145 @@
+"""`llmworks verify`: check files, derive exact steps again, replay golden tokens."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from llmworks.commands.output import as_json, out
+from llmworks.commands.parsers import Parser, new_parser
+from llmworks.commands.session import session_of
+from llmworks.core.errors import GateFailed, UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def build_parser() -> Parser:
+    """The arguments of `llmworks verify`."""
+    parser = new_parser(
+        "verify",
+        "Check files of an artifact and its ancestors, and derive exact steps again; or replay golden tokens.",
+    )
+    parser.add_argument("artifact")
+    parser.add_argument(
+        "engine", nargs="?", help="with --golden: a GGUF file, a server or another model that must agree with the first"
+    )
+    parser.add_argument(
+        "--golden", action="store_true", help="replay the model's golden tokens instead, on itself or on another engine"
+    )
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=None,
+        help=(
+            "with --golden: how far logits may be away on average (default: by the type of a GGUF file, 0.3 where it is"
+            " not known; else 0.05)"
+        ),
+    )
+    return parser
+
+
+def handle(args: argparse.Namespace) -> None:
+    """`llmworks verify ARTIFACT`."""
+    from llmworks.lineage.verify import verify as check
+    from llmworks.workflows.family import derive, family_with
+
+    if args.golden:
+        golden(args)
+        return
+    if args.engine:
+        raise UserError(f"{args.engine!r} is one word too many; an engine is given with --golden")
+    session = session_of(args)
+    chosen = session.load(args.artifact)
+    family = family_with(session.workspace, chosen)
+    findings = check(family, chosen.digest, partial(derive, session, family))
+    if args.json:
+        as_json(
+            [
+                {
+                    "name": f.node.label,
+                    "kind": f.node.kind,
+                    "digest": f.node.digest,
+                    "verdict": f.verdict,
+                    "detail": f.detail,
+                }
+                for f in findings
+            ]
+        )
+    else:
+        width = max(len(f.node.label) for f in findings)
+        for f in findings:
+            out(
+                f"{'✓' if f.ok else '✗'} {f.node.label.ljust(width)}  {f.node.kind:<8} {f.node.digest[:12]} "
+                f" {f.verdict}{f': {f.detail}' if f.detail else ''}"
+            )
+    wrong = [f for f in findings if not f.ok]
+    if wrong:
+        raise GateFailed(
+            f"{len(wrong)} of {len(findings)} artifacts do not verify; the first is {wrong[0].node.label}:"
+            f" {wrong[0].detail}"
+        )
+
+
+def golden(args: argparse.Namespace) -> None:
+    """`llmworks verify --golden MODEL [ENGINE]`."""
+    from llmworks.core.artifact import Adapter, Model
+    from llmworks.generate.replay import replay
+    from llmworks.model.golden import record
+
+    session = session_of(args)
+    model = session.load(args.artifact)
+    other = session.load(args.engine) if args.engine else model
+    for artifact in (model, other):
+        if not isinstance(artifact, (Model, Adapter)):
+            raise UserError(f"{artifact.name}: is a {artifact.kind}; golden tokens are those of a model")
+    recorded = model.golden
+    if recorded is None:
+        if other is model or not isinstance(model, Model) or model.format != "hf":
+            raise UserError(
+                f"{model.name}: has no golden tokens recorded; name the model that it should agree with first: llmworks"
+                f" verify --golden MODEL {args.artifact}"
+            )
+        recorded = record(model.path)
+    bound = args.within if args.within is not None else _bound(other)
+    engine = session.open_engine(other)
+    reference = (
+        session.open_engine(model)
+        if other is not model and not model.ref.startswith(("http://", "https://")) and "logits" not in engine.can
+        else None
+    )
+    try:
+        checks = replay(recorded, engine, bound, reference)
+    finally:
+        engine.close()
+        if reference is not None:
+            reference.close()
+    if args.json:
+        as_json([{"what": c.what, "ok": c.ok, "detail": c.detail} for c in checks])
+    else:
+        for c in checks:
+            out(f"{ {True: '✓', False: '✗', None: '·'}[c.ok] } {c.what:<15} {c.detail}")
+    if wrong := [c for c in checks if c.ok is False]:
+        raise GateFailed(
+            f"{other.name} does not replay the golden tokens of {model.name}: {wrong[0].what}: {wrong[0].detail}"
+        )
+
+
+def _bound(other: Any) -> float:
+    """How far golden logits may be away on average: by what its kind of quantization may move them; of a GGUF file of
+    an unknown type 0.3.
+    """
+    from llmworks.model.from_gguf import type_of
+    from llmworks.quantize.config import allowed
+    from llmworks.quantize.llamacpp.config import bound_of
+
+    gguf = getattr(other, "format", "") == "gguf"
+    kind = other.about.get("type") or (type_of(other.gguf_path) if gguf else "")
+    if kind:
+        return bound_of(str(kind))
+    if other.about.get("bits"):
+        return allowed(
+            int(other.about["bits"]), inputs=other.about.get("method") in ("smoothquant", "int8", "zeroquant")
+        )
+    return 0.3 if gguf else 0.05

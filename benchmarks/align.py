@@ -251,27 +251,12 @@ def run(*words: str) -> dict[str, Any]:
 
 def prepared(folder: Path) -> None:
     """Instructions about headlines."""
-    from functools import partial
+    from llmworks import Session
 
-    from llmworks.core.workspace import Workspace
-    from llmworks.runtime.execute import execute
-    from llmworks.runtime.resolve import resolve as stage
-    from llmworks.runtime.session import load, open_engine
-
-    workspace = Workspace(folder / "ws")
-    last: Any = load("asset:sarcasm-headlines")
-    for name, config in (("data.chat", {"repeated": "drop"}), ("synthesize.verifiable", {"rows": 400})):
-        step = stage(name)
-        last = execute(
-            step,
-            step.config.model_validate(config),
-            {"data": last},
-            workspace,
-            seed=0,
-            open_engine=partial(open_engine, workspace=workspace),
-            quiet=True,
-        ).artifact
-    os.environ["BENCHMARK_ROWS"] = str(last.path)
+    session = Session(folder / "ws", quiet=True)
+    chats = session.make("data.chat", data="asset:sarcasm-headlines", config={"repeated": "drop"})
+    rows = session.make("synthesize.verifiable", data=chats, config={"rows": 400})
+    os.environ["BENCHMARK_ROWS"] = str(rows.path)
 
 
 def main() -> None:

@@ -268,19 +268,16 @@ def compare(name: str, mine: dict[str, Any], other: dict[str, Any], problems: li
 
 def engines(size: float, ref: str, only: str) -> None:
     """One model in transformers and, as F16 and Q8_0, in llama.cpp: how often the answer is the same, and why not."""
-    from llmworks.runtime.default_inputs import default_inputs
-
     from llmworks.core.artifact import Report
     from llmworks.core.context import Context
     from llmworks.core.progress import Progress
     from llmworks.core.report import ReportBuilder
-    from llmworks.core.workspace import Workspace
     from llmworks.evaluate.compare import CompareConfig
     from llmworks.evaluate.compare import compare as compared
     from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
+    from llmworks.evaluate.protocol.inputs import task_inputs
     from llmworks.quantize.llamacpp.writer import write_gguf
-    from llmworks.runtime.resolve import resolve as resolve_stage
-    from llmworks.runtime.session import load, open_engine
+    from llmworks.runtime.session import Session, load, open_engine
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -304,7 +301,7 @@ def engines(size: float, ref: str, only: str) -> None:
             config = EvaluateConfig(task=task, limit=max(10, int(limit * size)))
             reports = {}
             for name, model in models.items():
-                inputs = default_inputs(resolve_stage("evaluate"), config, {"model": model}, Workspace(place / "ws"))
+                inputs = task_inputs(config, {"model": model}, Session(place / "ws").load)
                 out, scratch, page = place / f"{task}-{name}", place / f"scratch-{task}-{name}", ReportBuilder()
                 out.mkdir()
                 scratch.mkdir()

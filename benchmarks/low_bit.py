@@ -67,34 +67,18 @@ def layers() -> None:
 
 def models() -> None:
     """The model as it was, and quantized."""
-    from llmworks.core.workspace import Workspace
-    from llmworks.runtime.execute import execute
-    from llmworks.runtime.resolve import resolve as stage
-    from llmworks.runtime.session import load, open_engine
+    from llmworks import Session
 
     with tempfile.TemporaryDirectory() as folder:
-        workspace = Workspace(Path(folder) / "ws")
-
-        def step(name: str, config: dict[str, Any], inputs: dict[str, Any]) -> Any:
-            found = stage(name)
-            return execute(
-                found,
-                found.config.model_validate(config),
-                inputs,
-                workspace,
-                seed=0,
-                open_engine=partial(open_engine, workspace=workspace),
-                quiet=True,
-            ).artifact
-
+        session = Session(Path(folder) / "ws", quiet=True)
         print(
             "| model | files MB | memory MB | reads tokens/s | of fp32 | writes tokens/s | of fp32"
             " |\n|---|---|---|---|---|---|---|"
         )
         base: Any = None
         for name, config in (("fp32", None), ("4 bits", {"bits": 4, "group": 64}), ("8 bits", {"bits": 8, "group": 0})):
-            model = load(MODEL) if config is None else step("quantize.absmax", config, {"model": load(MODEL)})
-            ran = step("tune.running", {}, {"model": model}).metrics
+            model = session.load(MODEL) if config is None else session.make("quantize.rtn", model=MODEL, config=config)
+            ran = session.make("tune.running", model=model).metrics
             base = base or ran
             size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
             print(

@@ -31,8 +31,8 @@ from quantize_peers import WAYS as PEERS
 
 MODEL, LENGTH, HELD = "asset:smollm2-135m-instruct", 512, 32
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "zeropoint": ("zeropoint", {}),
-    "absmax": ("absmax", {}),
+    "zeropoint": ("rtn", {"symmetric": False}),
+    "absmax": ("rtn", {}),
     "gptq": ("gptq", {}),
     "gptq, zero points": ("gptq", {"symmetric": False}),
     "awq": ("awq", {}),
@@ -177,28 +177,15 @@ def deep(path: Path, method: str) -> dict[str, float]:
 
 def prepared(texts: int, file: Path) -> None:
     """Tokens to calibrate by, and others."""
-    from functools import partial
-
     import numpy as np
 
-    from llmworks.core.workspace import Workspace
+    from llmworks import Dataset, Session, load
     from llmworks.quantize.calibrate.texts import calibration
-    from llmworks.runtime.execute import execute
-    from llmworks.runtime.resolve import resolve as stage
-    from llmworks.runtime.session import load, open_engine
     from llmworks.tokenize.load import load_tokenizer
 
-    workspace = Workspace(file.parent / "ws")
-    step = stage("data.read")
-    read: Any = execute(
-        step,
-        step.config.model_validate({"text_field": "0", "keep_fields": []}),
-        {"data": load("asset:wikipedia-sample")},
-        workspace,
-        seed=0,
-        open_engine=partial(open_engine, workspace=workspace),
-        quiet=True,
-    ).artifact
+    session = Session(file.parent / "ws", quiet=True)
+    fields = {"text_field": "0", "keep_fields": []}
+    read = session.make("data.read", kind=Dataset, data="asset:wikipedia-sample", config=fields)
     ids, held = calibration(load_tokenizer(load(MODEL).path), read, texts, HELD, LENGTH, 0)
     np.savez(file, texts=ids.numpy(), held=held.numpy())
 

@@ -172,25 +172,10 @@ def run(*words: str) -> dict[str, Any]:
 
 def prepared(folder: Path) -> None:
     """The conversations of function calls, converted."""
-    from functools import partial
+    from llmworks import Session
 
-    from llmworks.core.workspace import Workspace
-    from llmworks.runtime.execute import execute
-    from llmworks.runtime.resolve import resolve as stage
-    from llmworks.runtime.session import load, open_engine
-
-    chat = stage("data.chat")
-    workspace = Workspace(folder / "ws")
-    made = execute(
-        chat,
-        chat.config.model_validate({"format": "bfcl"}),
-        {"data": load("asset:bfcl-simple")},
-        workspace,
-        seed=0,
-        open_engine=partial(open_engine, workspace=workspace),
-        quiet=True,
-    )
-    os.environ["BENCHMARK_CHATS"] = str(made.artifact.path)
+    made = Session(folder / "ws", quiet=True).make("data.chat", data="asset:bfcl-simple", config={"format": "bfcl"})
+    os.environ["BENCHMARK_CHATS"] = str(made.path)
 
 
 def main() -> None:

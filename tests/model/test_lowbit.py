@@ -26,9 +26,8 @@ from llmworks.model.io.weights import Stored
 from llmworks.model.lowbit import linear as low_bit
 from llmworks.model.lowbit.integer import Grid, whole
 from llmworks.model.lowbit.linear import Int4Linear, Int8Linear, LowBitLinear, low_bit_layer
-from llmworks.quantize.absmax import AbsmaxConfig, absmax
 from llmworks.quantize.int8 import Int8Config, int8
-from llmworks.quantize.zeropoint import ZeropointConfig, zeropoint
+from llmworks.quantize.rtn import RtnConfig, rtn
 
 runs = pytest.mark.skipif(
     not low_bit.available(), reason="this CPU has no instructions for bfloat16, so that such layers are not used on it"
@@ -149,9 +148,9 @@ def test_what_has_no_kernel_has_no_layer(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("stage", "config"),
     [
-        (absmax, AbsmaxConfig(bits=4, group=32)),
-        (zeropoint, ZeropointConfig(bits=4, group=32)),
-        (absmax, AbsmaxConfig(bits=8, group=0)),
+        (rtn, RtnConfig(bits=4, group=32)),
+        (rtn, RtnConfig(bits=4, group=32, symmetric=False)),
+        (rtn, RtnConfig(bits=8, group=0)),
         (int8, Int8Config(bits=8, group=0)),
     ],
     ids=["absmax-4", "zeropoint-4", "absmax-8", "int8"],

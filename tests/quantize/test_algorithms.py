@@ -13,8 +13,14 @@ from llmworks.core.errors import ModelError
 from llmworks.model.lowbit.integer import Grid, fit, grouped, whole
 from llmworks.quantize.algorithms.awq import change, clipped, input_scales
 from llmworks.quantize.algorithms.calibrated import scale_inputs
-from llmworks.quantize.algorithms.gptq import harm, solve
+from llmworks.quantize.algorithms.gptq import solve
 from tests.model.test_families import THEIRS, made
+
+
+def harm(before: Tensor, after: Tensor, hessian: Tensor) -> float:
+    """The mean squared change of a layer's outputs, over its rows: of inputs with these second moments."""
+    apart = (after - before).double()
+    return float(((apart @ hessian.double()) * apart).sum() / len(before))
 
 
 def layer(seed: int, rows: int = 12, columns: int = 64, tokens: int = 512) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.layer_reader import Source
 from llmworks.model.lowbit.activations import Reading, round_tokens
 from llmworks.model.lowbit.integer import Grid
-from llmworks.quantize import absmax, awq, gguf, gptq, hqq, int8, mixed, nf4, smoothquant, zeropoint, zeroquant
+from llmworks.quantize import awq, gguf, gptq, hqq, int8, mixed, nf4, rtn, smoothquant, zeroquant
 from llmworks.quantize.algorithms.calibrated import Awq, Gptq
 from llmworks.quantize.algorithms.smoothquant import smoothing
 from llmworks.quantize.calibrate.layerwise import Walk
@@ -39,8 +40,8 @@ from llmworks.tokenize.load import load_tokenizer
 from tests.conftest import make_pico
 
 STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
-    "absmax": (absmax.absmax, absmax.AbsmaxConfig),
-    "zeropoint": (zeropoint.zeropoint, zeropoint.ZeropointConfig),
+    "absmax": (rtn.rtn, rtn.RtnConfig),
+    "zeropoint": (rtn.rtn, partial(rtn.RtnConfig, symmetric=False)),
     "gptq": (gptq.gptq, gptq.GptqConfig),
     "awq": (awq.awq, awq.AwqConfig),
     "smoothquant": (smoothquant.smoothquant, smoothquant.SmoothquantConfig),

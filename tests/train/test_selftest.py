@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.train.planted import wrong_learning, wrong_parts, wrong_resume
 
 from llmworks.cli import main
 from llmworks.data.store.packed_tokens import PackedRow
 from llmworks.model.nn import decoder
 from llmworks.model.shape import Experts, RecurrentShape, Shape
-from llmworks.train.distributed.sharding import Placed
-from llmworks.train.loop import checkpoints, loop, packed
+from llmworks.train.loop import packed
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
 from llmworks.train.selftest import pretrain as selftest
 
@@ -91,18 +91,6 @@ def wrong_segments(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(decoder, "seen", lambda *a, **k: real(*a, **{**k, "segments": None}))
 
 
-def wrong_parts(patch: pytest.MonkeyPatch) -> None:
-    def backward(self: Placed, batches: Any, loss: Any, labels: float, scaler: Any, precision: str) -> float:
-        total = 0.0
-        for batch in batches:  # the mean of means, as many frameworks had it until 2024
-            part = loss(self.forward, batch) / batch.labels / len(batches)
-            part.backward()
-            total += float(part.detach())
-        return total
-
-    patch.setattr(Placed, "backward", backward)
-
-
 def wrong_labels(patch: pytest.MonkeyPatch) -> None:
     real = packed.stack
 
@@ -119,28 +107,12 @@ def wrong_seed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(packed, "_order", lambda rows, seed, epoch: real(rows, 0, epoch))
 
 
-def wrong_resume(patch: pytest.MonkeyPatch) -> None:
-    real = checkpoints.resume
-
-    def without_moments(running: Any, scratch: Path) -> int:
-        step = real(running, scratch)
-        for optimizer in running.optimizers:
-            optimizer.state.clear()
-        return step
-
-    patch.setattr(checkpoints, "resume", without_moments)
-
-
-def wrong_learning(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(loop, "learning_rate", lambda *a: 0.0)
-
-
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tuple[bool, str]]]] = {
     "texts see one another": (wrong_segments, selftest._apart),
     "parts weigh alike": (wrong_parts, lambda b: selftest._parts(b, selftest.EXACT)),
     "labels are lost": (wrong_labels, selftest._labels),
-    "the seed is not used": (wrong_seed, selftest._seed),
-    "moments are lost": (wrong_resume, selftest._resume),
+    "the seed is not used": (wrong_seed, selftest.seed_replays),
+    "moments are lost": (wrong_resume, selftest.resumes),
     "nothing is learned": (wrong_learning, selftest._overfit),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.train.planted import wrong_learning, wrong_parts, wrong_resume
 from tests.train.test_sft import chats, rows_of
 
 from llmworks.core.artifact import Dataset, Model
@@ -19,8 +20,6 @@ from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.nn import attention
 from llmworks.tokenize.chat.templates import Rendered
 from llmworks.train.distill import DistillConfig
-from llmworks.train.distributed.sharding import Placed
-from llmworks.train.loop import checkpoints, loop
 from llmworks.train.selftest import finetune as selftest_sft
 from llmworks.train.sft import SftConfig
 
@@ -52,9 +51,9 @@ def test_what_is_right_passes(what: str, pico: Path, tmp_path: Path) -> None:
     assert all(check.holds for check in checks), [check for check in checks if not check.holds]
 
 
-def bench(pico: Path, tmp_path: Path, config: SftConfig | None = None) -> selftest_sft.Bench:
+def bench(pico: Path, tmp_path: Path, config: SftConfig | None = None) -> selftest_sft._Bench:
     (tmp_path / "bench").mkdir()
-    return selftest_sft.Bench(
+    return selftest_sft._Bench(
         tmp_path / "bench", pico, config or SftConfig.model_validate(CONFIG), chats(tmp_path / "chats", 30, turns=2)
     )
 
@@ -83,47 +82,19 @@ def wrong_segments(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "parts_of", lambda segments: ((0, len(segments)),))
 
 
-def wrong_parts(patch: pytest.MonkeyPatch) -> None:
-    def backward(self: Placed, batches: Any, loss: Any, labels: float, scaler: Any, precision: str) -> float:
-        total = 0.0
-        for batch in batches:
-            part = loss(self.forward, batch) / batch.labels / len(batches)
-            part.backward()
-            total += float(part.detach())
-        return total
-
-    patch.setattr(Placed, "backward", backward)
-
-
 def wrong_seed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "manual_seed", lambda seed: torch.default_generator)
-
-
-def wrong_resume(patch: pytest.MonkeyPatch) -> None:
-    real = checkpoints.resume
-
-    def without_moments(running: Any, scratch: Path) -> int:
-        step = real(running, scratch)
-        for optimizer in running.optimizers:
-            optimizer.state.clear()
-        return step
-
-    patch.setattr(checkpoints, "resume", without_moments)
-
-
-def wrong_learning(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(loop, "learning_rate", lambda *a: 0.0)
 
 
 def wrong_fold(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(adapter, "scale_of", lambda *a: 1.0)
 
 
-def _parts(b: selftest_sft.Bench) -> tuple[bool, str]:
+def _parts(b: selftest_sft._Bench) -> tuple[bool, str]:
     return selftest_sft._parts(b, selftest_sft.EXACT)
 
 
-def _saved(b: selftest_sft.Bench) -> tuple[bool, str]:
+def _saved(b: selftest_sft._Bench) -> tuple[bool, str]:
     assert b.usual
     return selftest_sft._saved(b)
 
@@ -133,8 +104,8 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., tupl
     "answers are not learned": (lost_mask, selftest_sft._labels),
     "rows see one another": (wrong_segments, selftest_sft._apart),
     "parts weigh alike": (wrong_parts, _parts),
-    "the adapter is drawn before the seed": (wrong_seed, selftest_sft._seed),
-    "moments are lost": (wrong_resume, selftest_sft._resume),
+    "the adapter is drawn before the seed": (wrong_seed, selftest_sft.seed_replays),
+    "moments are lost": (wrong_resume, selftest_sft.resumes),
     "nothing is learned": (wrong_learning, selftest_sft._heart),
     "another scale is merged": (wrong_fold, _saved),
 }

@@ -631,7 +631,7 @@ CONTRADICTIONS = {
     "a noisy prompt": ({"method": "prompt", "neftune": 5}, "has no neftune"),
     "no targets": ({"lora": {"targets": []}}, "targets is empty"),
     "a shared best": ({"best": "held_out", "parallel": {"data": "shard"}}, "set parallel.data to replicate"),
-    "matrices": ({"parallel": {"tensor": 2}}, "not matrices or blocks"),
+    "matrices": ({"parallel": {"tensor": 2}}, "Extra inputs are not permitted"),
 }
 
 

@@ -27,17 +27,15 @@ from llmworks.train.finetune.run import context_of
 if TYPE_CHECKING:
     pass
 
-from llmworks.align.reward_model.config import RewardConfig
+from llmworks.align.reward_model.config import ScorerConfig
 from llmworks.align.reward_model.train import train_scorer
 
 BREAK = "\n"  # between steps
 
 
-class ProcessConfig(RewardConfig):
+class ProcessConfig(ScorerConfig):
     """What is trained."""
 
-    margin: float = Field(0.0, ge=0, le=0, description="not of steps")
-    center: float = Field(0.0, ge=0, le=0, description="not of steps")
     batch_size: int = Field(8, gt=0, description="answers per part of a step")
 
 

@@ -123,14 +123,3 @@ def fetch_url(url: str, sha256: str) -> Path:
             raise AssetError(f"{url}: sha256 is {found}, wanted is {sha256}; nothing was kept")
         draft.rename(target)
     return target
-
-
-def check_cached(name: str) -> list[str]:
-    """Files of a cached asset whose bytes are not those that were fetched, one line each."""
-    asset = get(name)
-    recorded = json.loads((directory(asset) / COMPLETE).read_text())["files"]
-    return [
-        f"{file}: changed in the cache"
-        for file, digest in recorded.items()
-        if not (directory(asset) / file).exists() or sha256_file(directory(asset) / file) != digest
-    ]

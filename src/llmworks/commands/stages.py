@@ -41,15 +41,16 @@ def handle(args: argparse.Namespace) -> None:
         out()
         table(("config", "type", "what"), config_help(stage.config))
         return
+    known = {name: stage for name, stage in stage_table().items() if not stage.internal}
     if args.json:
         as_json(
             {
                 name: {"summary": s.summary, "revision": s.revision, "derivation": s.derivation}
-                for name, s in stage_table().items()
+                for name, s in known.items()
             }
         )
         return
     table(
         ("stage", "revision", "derivation", "what"),
-        [(name, s.revision, s.derivation, s.summary) for name, s in sorted(stage_table().items())],
+        [(name, s.revision, s.derivation, s.summary) for name, s in sorted(known.items())],
     )

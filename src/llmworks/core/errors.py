@@ -81,9 +81,3 @@ class MissingDependency(LlmworksError):
     """The machine lacks something; the message says what to install. Exit code 3."""
 
     exit_code = 3
-
-
-class Interrupted(LlmworksError):
-    """Stopped by the user; running the same command again resumes. Exit code 130."""
-
-    exit_code = 130

@@ -22,6 +22,10 @@ def config_help(
     rates = rates or getattr(config, "rates", None)
     rows: list[tuple[str, str, str]] = []
     for name, field in config.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and "fields_of" in extra:  # the configuration of another stage, described there
+            rows.append((f"{prefix}{name}", f"fields of {extra['fields_of']}", field.description or ""))
+            continue
         if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
             rows += config_help(field.annotation, f"{prefix}{name}.", rates)
             continue

@@ -14,7 +14,7 @@ def recipe_schema() -> dict[str, Any]:
     names = {"type": "string", "description": "name of another step"}
     variants = _other_steps(names)
     definitions: dict[str, Any] = {}
-    for name in table():
+    for name in (name for name, stage in table().items() if not stage.internal):
         stage = resolve(name)
         shapes: dict[str, dict[str, Any]] = {
             "one": names,

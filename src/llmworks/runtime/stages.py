@@ -163,14 +163,8 @@ STAGES: dict[str, Stage] = {
         PLATFORM,
         "the same model, its states turned so that no column is large; to be quantized next",
     ),
-    "quantize.absmax": Stage(
-        "llmworks.quantize.absmax:absmax", 3, PLATFORM, "weights as whole numbers around 0, each the nearest"
-    ),
-    "quantize.zeropoint": Stage(
-        "llmworks.quantize.zeropoint:zeropoint",
-        3,
-        PLATFORM,
-        "weights as whole numbers from the smallest to the largest, each the nearest",
+    "quantize.rtn": Stage(
+        "llmworks.quantize.rtn:rtn", 1, PLATFORM, "weights as whole numbers, each the nearest (absmax, zero point)"
     ),
     "quantize.gptq": Stage(
         "llmworks.quantize.gptq:gptq",

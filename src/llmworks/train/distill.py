@@ -101,7 +101,7 @@ def distill(
         made = sft(config, student, written(config, teacher, data, ctx), ctx, held_out)
         ctx.report.lead = f"{teacher.name} wrote the answers{f', since {why}' if why else ''}. {ctx.report.lead}"
         return made
-    with world.opened(config.parallel) as here:
+    with world.opened(config.spread) as here:
         if here.size > 1:
             raise UserError("a training with a teacher's logits runs in one process; set source to text, or start one")
         made = tune(

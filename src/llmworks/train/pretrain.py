@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from llmworks.core.artifact import Config, Dataset, Model
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError, MissingDependency, ModelError, TrainingError, UserError
-from llmworks.train.distributed.config import Parallel, share_of
+from llmworks.train.distributed.config import DataParallel, Parallel, share_of
 from llmworks.train.loop.schedule import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ def _describe(
     return metrics
 
 
-def parallel_whole(parallel: Parallel, processes: int) -> bool:
+def parallel_whole(parallel: Parallel | DataParallel, processes: int) -> bool:
     """Whether each process has all weights."""
     return processes == 1 or (parallel.data == "replicate" and parallel.tensor == parallel.pipeline == 1)
 

@@ -30,6 +30,7 @@ class RatesConfig(Config):
     training: SftConfig = Field(
         SftConfig(),
         description="the fine-tuning whose learning rate is looked for; its own rate, schedule and length are not read",
+        json_schema_extra={"fields_of": "train.sft"},
     )
     lowest: float = Field(1e-6, gt=0, description="the first learning rate")
     highest: float = Field(1.0, gt=0, description="the last one, if the loss lets it come so far")

@@ -18,7 +18,8 @@ from llmworks.data.conversations.training_rows import training_rows
 from llmworks.data.doctor import require_template, uses_of
 from llmworks.data.store.rows import Row
 from llmworks.tokenize.chat.named import use_template
-from llmworks.train.finetune.config import TuneConfig
+from llmworks.train.distributed.config import DataParallel
+from llmworks.train.finetune.config import WriterConfig
 from llmworks.train.finetune.method import Material, Way
 from llmworks.train.finetune.run import check_golden, context_of, in_memory, require_directory, require_held_out
 from llmworks.train.finetune.run import tune as tuned_by
@@ -45,7 +46,7 @@ class SoftConfig(Config):
     )
 
 
-class SftConfig(TuneConfig):
+class SftConfig(WriterConfig):
     """What is trained, on how much, and what the tuned model's template can do."""
 
     rates: ClassVar[Mapping[str, float]] = RATES
@@ -79,6 +80,13 @@ class SftConfig(TuneConfig):
             f" {RATES['full']:g}, prompt {RATES['prompt']:g}, prefix {RATES['prefix']:g}"
         ),
     )
+    parallel: DataParallel = Field(
+        DataParallel(),
+        description=(
+            "what processes share, where several are started (--nproc, torchrun); a step is the same whatever their"
+            " number"
+        ),
+    )
     look_every: int = Field(
         0, ge=0, description="steps between two looks at how well held-out answers are predicted; 0: at the end only"
     )
@@ -92,6 +100,10 @@ class SftConfig(TuneConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.best and self.parallel.data == "shard":
+            raise ValueError("best keeps whole weights; set parallel.data to replicate")
+        if self.lora.base != "as-is" and self.parallel.data == "shard":
+            raise ValueError("lora.base nf4 cannot be sharded; set parallel.data to replicate")
         if self.method not in ("prompt", "prefix") and self.soft != SoftConfig():
             raise ValueError(f"soft is for methods prompt and prefix, not for {self.method}")
         if self.method == "prefix" and self.soft.text:
@@ -99,6 +111,11 @@ class SftConfig(TuneConfig):
         if self.method in ("prompt", "prefix") and (self.neftune or self.recompute or self.parallel.data == "shard"):
             raise ValueError(f"method {self.method} has no neftune, no recompute, and is not sharded")
         return self
+
+    @property
+    def spread(self) -> DataParallel:
+        """How the training is spread over processes."""
+        return self.parallel
 
 
 def sft(
@@ -113,7 +130,7 @@ def sft(
 
     require_directory(model)
     require_held_out(config, given=held_out is not None)
-    with world.opened(config.parallel) as here:
+    with world.opened(config.spread) as here:
         try:
             return tune(config, model, data, ctx, held_out, here)
         except RuntimeError as error:

@@ -30,11 +30,11 @@ class Way:
 
 GGUF = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs", "q3_k_m", "iq3_xs", "q2_k", "iq2_xs")
 WAYS: dict[str, Way] = {
-    "absmax-8": Way("absmax", {"bits": 8, "group": 0}),
+    "absmax-8": Way("rtn", {"bits": 8, "group": 0}),
     "int8": Way("int8"),
     "smoothquant-8": Way("smoothquant", {"bits": 8, "group": 0}),
-    "absmax-4": Way("absmax"),
-    "zeropoint-4": Way("zeropoint"),
+    "absmax-4": Way("rtn"),
+    "zeropoint-4": Way("rtn", {"symmetric": False}),
     "hqq-4": Way("hqq"),
     "nf4": Way("nf4"),
     "fp4": Way("nf4", {"levels": "fp4"}),

@@ -24,6 +24,7 @@ from llmworks.runtime.references import asset_files, find_digest, resolve
 from llmworks.runtime.resolve import ResolvedStage
 from llmworks.runtime.resolve import resolve as resolve_stage
 from llmworks.runtime.session import Session
+from llmworks.runtime.stages import table
 
 
 def family_with(workspace: Workspace, *more: Artifact) -> Family:
@@ -137,6 +138,8 @@ def derive(session: Session, family: Family, artifact: Artifact) -> dict[str, Fi
     """
     m = artifact.manifest
     assert m is not None
+    if m.stage not in table():
+        return f"made by the stage {m.stage}, which this version has not"
     stage = resolve_stage(m.stage)
     if stage.stage.revision != m.revision:
         return f"made by revision {m.revision} of {m.stage}, this is revision {stage.stage.revision}"

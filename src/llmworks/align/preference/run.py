@@ -20,7 +20,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError, UserError
 from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
 from llmworks.tokenize.chat.named import use_template
-from llmworks.train.finetune.config import TuneConfig
+from llmworks.train.finetune.config import TuneConfig, WriterConfig
 from llmworks.train.finetune.method import Material, Way
 from llmworks.train.finetune.run import check_golden, context_of, in_memory, require_directory, require_held_out, tune
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HELD = " (held out)"  # behind the ids of held-out examples, which may be those of others
 
 
-class PreferenceConfig(TuneConfig):
+class GivenConfig(TuneConfig):
     """What is trained by given answers."""
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 5e-6}
@@ -52,9 +52,11 @@ class PreferenceConfig(TuneConfig):
             raise ValueError(
                 "lora.dropout: chances of two models are compared here, and dropout would be a difference; leave it 0"
             )
-        if self.parallel.data == "shard":
-            raise ValueError("parallel: an alignment runs in one process")
         return self
+
+
+class PreferenceConfig(GivenConfig, WriterConfig):
+    """Fields of alignments by given answers, of a model that writes."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def read(
 
 
 def examples_of(
-    config: PreferenceConfig, tokenizer: Any, rows: Sequence[Row], name: str, most: int, *, singles: bool
+    config: GivenConfig, tokenizer: Any, rows: Sequence[Row], name: str, most: int, *, singles: bool
 ) -> tuple[list[Answered], list[tuple[str, str]]]:
     """(examples, rows set aside with the reason).
 
@@ -194,7 +196,7 @@ def prefer(
         f"{len(material.examples)} {'answers' if singles else 'pairs'}, {weighed:,} tokens of answers"
         + (f"; {len(material.set_aside)} rows set aside" if material.set_aside else "")
     )
-    with world.opened(config.parallel) as here:
+    with world.opened(config.spread) as here:
         from llmworks.align.preference.objective import Given
 
         def way(tuned: Tuned, _: Material) -> Way:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from llmworks.align.preference.run import PreferenceConfig
+from llmworks.align.preference.run import GivenConfig
 from llmworks.core.artifact import Model
 
 if TYPE_CHECKING:
     pass
 
 
-class RewardConfig(PreferenceConfig):
-    """What is trained, and how far apart answers should score."""
+class ScorerConfig(GivenConfig):
+    """What is trained of a model that scores: it writes nothing."""
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 5e-4, "full": 2e-5}
+
+    look_rows: int = Field(
+        512, gt=0, description="held-out pairs of a look; accuracy and calibration are of the last one"
+    )
+
+    @property
+    def makes(self) -> type[Model]:
+        """A model, also where an adapter was trained: it is folded."""
+        return Model
+
+
+class RewardConfig(ScorerConfig):
+    """What is trained, and how far apart answers should score."""
 
     margin: float = Field(
         0.0,
@@ -34,17 +47,3 @@ class RewardConfig(PreferenceConfig):
             "weight of the square of both scores' sum, which keeps scores around 0; 0.01 is usual (arXiv:2312.09244)"
         ),
     )
-    look_rows: int = Field(
-        512, gt=0, description="held-out pairs of a look; accuracy and calibration are of the last one"
-    )
-
-    @model_validator(mode="after")
-    def _scores(self) -> Self:
-        if self.samples != type(self).model_fields["samples"].default:
-            raise ValueError("samples: a model that scores writes nothing; leave it out")
-        return self
-
-    @property
-    def makes(self) -> type[Model]:
-        """A model, also where an adapter was trained: it is folded."""
-        return Model

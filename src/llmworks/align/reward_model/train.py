@@ -14,11 +14,11 @@ from llmworks.train.finetune.run import in_memory, save_records, tune
 if TYPE_CHECKING:
     from llmworks.train.finetune.trainable import Tuned
 
-from llmworks.align.reward_model.config import RewardConfig
+from llmworks.align.reward_model.config import RewardConfig, ScorerConfig
 
 
 def train_scorer(
-    config: RewardConfig,
+    config: ScorerConfig,
     policy: Policy,
     material: Material,
     ctx: Context,
@@ -40,7 +40,9 @@ def train_scorer(
 
         given = Given(config, tuned, material, ctx, here.device)
         kept_by.append(
-            Ranking(given, margin=config.margin, center=config.center) if kind == "whole" else Steps(given, labels)
+            Ranking(given, margin=config.margin, center=config.center)
+            if isinstance(config, RewardConfig)
+            else Steps(given, labels)
         )
         made: Way = kept_by[0].way()
         return made
@@ -67,7 +69,7 @@ def train_scorer(
             about={"format": "hf", "head": kind, "architecture": str(policy.model.about.get("architecture", ""))},
         )
 
-    with world.opened(config.parallel) as here:
+    with world.opened(config.spread) as here:
         try:
             made = tune(config, policy.model, ctx, here, material, way, _no_page, adapter=policy.adapter, finish=finish)
         except RuntimeError as error:

@@ -23,7 +23,7 @@ from llmworks.core.errors import DataError, RequestError
 from llmworks.core.types import Message
 from llmworks.data.store.rows import Row, flat_messages, read_chat
 from llmworks.tokenize.chat.templates import render_prompt
-from llmworks.train.finetune.config import TuneConfig
+from llmworks.train.finetune.config import WriterConfig
 from llmworks.train.finetune.method import Material
 from llmworks.train.finetune.run import context_of, in_memory, tune
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llmworks.train.finetune.trainable import Tuned
 
 
-class OnlineConfig(TuneConfig):
+class OnlineConfig(WriterConfig):
     """What is drawn, what it is worth, and how often it is learned from."""
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 1e-6}
@@ -131,8 +131,6 @@ class OnlineConfig(TuneConfig):
             raise ValueError(
                 f"max_answer {self.max_answer} leaves no token for a prompt: max_tokens is {self.max_tokens}"
             )
-        if self.parallel.data == "shard":
-            raise ValueError("parallel: an alignment runs in one process")
         return self
 
 
@@ -215,7 +213,7 @@ def run(
     _announce(ctx, asked, config, each, lost)
     habit = _habit_of(config, each, compared)
     made: list[Groups] = []
-    with world.opened(config.parallel) as here:
+    with world.opened(config.spread) as here:
 
         def way(tuned: Tuned, material: Material) -> Way:
             given = Given(config, tuned, material, ctx, here.device)

@@ -34,21 +34,6 @@ def weighted_kappa(a: Sequence[float], b: Sequence[float]) -> float:
     return 1 - observed / chance if chance else float("nan")
 
 
-def fleiss(rows: Sequence[Sequence[Hashable]]) -> float:
-    """Fleiss' kappa of items that each have the same number of labels, two or more.
-
-    NaN where all labels are the same.
-    """
-    count, raters = len(rows), len(rows[0])
-    tallies = [Counter(row) for row in rows]
-    within = sum((sum(v * v for v in tally.values()) - raters) / (raters * (raters - 1)) for tally in tallies) / count
-    total: Counter[Hashable] = Counter()
-    for tally in tallies:
-        total.update(tally)
-    chance = sum((v / (count * raters)) ** 2 for v in total.values())
-    return (within - chance) / (1 - chance) if chance < 1 else float("nan")
-
-
 def merged(first: str, swapped: str) -> str:
     """One verdict of two, the answers being shown in both orders: "A", "B" or "C" for a tie; a judge that changes with
     the order has none: a tie.

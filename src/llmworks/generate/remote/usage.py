@@ -9,7 +9,6 @@ import threading
 from dataclasses import dataclass, field
 
 from llmworks.core.errors import EngineError
-from llmworks.core.types import Json
 
 MILLION = 1_000_000
 
@@ -55,13 +54,3 @@ class Account:
                 f"the budget of {self.budget:g} is spent ({self.cost:.4g}); raise `budget` in the model's reference to"
                 " go on"
             )
-
-    def to_json(self) -> Json:
-        """The counts, and the cost where prices are known."""
-        counts = {
-            "requests": self.requests,
-            "retries": self.retries,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-        }
-        return {**counts, **({"cost": round(self.cost, 6)} if self.input_price or self.output_price else {})}

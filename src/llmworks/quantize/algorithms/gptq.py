@@ -158,9 +158,3 @@ def _update_columns(
         if end < columns:
             turned[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     return codes.T.to(torch.int8).contiguous(), scale.T.contiguous(), zero.T.contiguous()
-
-
-def harm(before: Tensor, after: Tensor, hessian: Tensor) -> float:
-    """The mean squared change of a layer's outputs, over its rows: of inputs with these second moments."""
-    apart = (after - before).double()
-    return float(((apart @ hessian.double()) * apart).sum() / len(before))

@@ -140,10 +140,6 @@ class BulkEncoder:
             raise _Absent
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of every text."""
-        return [self.encode(text) for text in texts]
-
 
 def bulk_encoder(tokenizer: Any) -> BulkEncoder | None:
     """The fast form of a `tokenizers.Tokenizer`, or None when it is of another kind.

@@ -12,6 +12,31 @@ from pydantic import Field
 from llmworks.core.artifact import Config
 from llmworks.core.errors import UserError
 
+DATA = "over rows: every process has all weights (DDP), or a share of weights, gradients and moments (FSDP2, ZeRO-3)"
+
+
+class DataParallel(Config):
+    """What processes share that each read their own rows.
+
+    How many there are is said when it is started (`--nproc`, torchrun).
+    """
+
+    data: Literal["replicate", "shard"] = Field("replicate", description=DATA)
+
+    @property
+    def tensor(self) -> int:
+        """Processes that share a matrix."""
+        return 1
+
+    @property
+    def pipeline(self) -> int:
+        """Processes that share the blocks."""
+        return 1
+
+    def over(self, processes: int) -> int:
+        """How many shares the rows of a step have."""
+        return processes
+
 
 class Parallel(Config):
     """What processes share.
@@ -20,13 +45,7 @@ class Parallel(Config):
     of a step.
     """
 
-    data: Literal["replicate", "shard"] = Field(
-        "replicate",
-        description=(
-            "over rows: every process has all weights (DDP), or a share of weights, gradients and moments (FSDP2,"
-            " ZeRO-3)"
-        ),
-    )
+    data: Literal["replicate", "shard"] = Field("replicate", description=DATA)
     tensor: int = Field(
         1,
         gt=0,

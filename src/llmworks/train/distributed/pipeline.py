@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmworks.core.errors import UserError
 from llmworks.model.loss.linear_cross_entropy import head_loss
-from llmworks.train.distributed.config import Parallel
+from llmworks.train.distributed.config import DataParallel, Parallel
 from llmworks.train.distributed.sharding import Loss, add_partial, cast, clip, full, local, place
 from llmworks.train.distributed.world import World
 
@@ -50,7 +50,13 @@ class Pipelined:
     """A piece that this process can call, beside others. `parameters` as in `Placed`."""
 
     def __init__(
-        self, network: Any, parallel: Parallel, world: World, *, precision: str = "fp32", compiled: bool = False
+        self,
+        network: Any,
+        parallel: Parallel | DataParallel,
+        world: World,
+        *,
+        precision: str = "fp32",
+        compiled: bool = False,
     ) -> None:
         shape, pieces, at = network.shape, world.count("pipeline"), world.at("pipeline")
         if shape.layers < pieces:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmworks.core.errors import UserError
-from llmworks.train.distributed.config import Parallel
+from llmworks.train.distributed.config import DataParallel, Parallel
 from llmworks.train.distributed.world import World
 
 Loss = Callable[[Any, Any], Tensor]
@@ -94,7 +94,12 @@ class Placed:
 
 
 def place(
-    network: nn.Module, parallel: Parallel, world: World, *, precision: str = "fp32", compiled: bool = False
+    network: nn.Module,
+    parallel: Parallel | DataParallel,
+    world: World,
+    *,
+    precision: str = "fp32",
+    compiled: bool = False,
 ) -> Placed:
     """The model as this process holds it. Errors: UserError for one that cannot be spread so."""
     blocks: Any = blocks_of(network)

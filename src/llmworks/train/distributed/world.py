@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from llmworks.core.errors import LlmworksError, WorkerLost
-from llmworks.train.distributed.config import Parallel
+from llmworks.train.distributed.config import DataParallel, Parallel
 
 AXES = ("pipeline", "data", "tensor")  # the last are neighbours, which have the fastest wires
 PATIENCE = timedelta(hours=1)  # the others wait while the first looks, samples and saves
@@ -87,7 +87,7 @@ def processes() -> int:
 
 
 @contextlib.contextmanager
-def opened(parallel: Parallel) -> Iterator[World]:
+def opened(parallel: Parallel | DataParallel) -> Iterator[World]:
     """The world that this process was started in.
 
     Errors: UserError for a number of processes that cannot be divided so; WorkerLost where another process is gone.

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from llmworks.core.artifact import Adapter, Config, Model
 from llmworks.tokenize.chat.named import CHOICES, Template
-from llmworks.train.distributed.config import Parallel
+from llmworks.train.distributed.config import DataParallel
 from llmworks.train.finetune.lora_config import LoraConfig
 from llmworks.train.loop.schedule import OptimizerConfig
 
@@ -59,13 +59,6 @@ class TuneConfig(Config):
     recompute: bool = Field(
         False, description="keep no activations of blocks, compute them again backward: less memory, a third more time"
     )
-    parallel: Parallel = Field(
-        Parallel(),
-        description=(
-            "what processes share, where several are started (--nproc, torchrun); a step is the same whatever their"
-            " number"
-        ),
-    )
     look_every: int = Field(
         0, ge=0, description="steps between two looks at how well held-out rows are done; 0: at the end only"
     )
@@ -79,7 +72,6 @@ class TuneConfig(Config):
     )
     patience: int = Field(0, ge=0, description="end after so many looks that are no better than the best; 0: never")
     checkpoint_every: int = Field(20, gt=0, description="steps between two checkpoints")
-    samples: int = Field(4, ge=0, description="held-out questions answered before and after")
 
     @model_validator(mode="before")
     @classmethod
@@ -102,15 +94,20 @@ class TuneConfig(Config):
             raise ValueError(f"lora is for method lora; with {self.method} there is no adapter")
         if self.patience and not self.best:
             raise ValueError("patience needs `best`, the metric that is to get better")
-        if self.best and self.parallel.data == "shard":
-            raise ValueError("best keeps whole weights; set parallel.data to replicate")
-        if self.lora.base != "as-is" and self.parallel.data == "shard":
-            raise ValueError("lora.base nf4 cannot be sharded; set parallel.data to replicate")
-        if self.parallel.tensor > 1 or self.parallel.pipeline > 1:
-            raise ValueError("parallel: a fine-tuning divides rows and weights (data), not matrices or blocks")
         return self
+
+    @property
+    def spread(self) -> DataParallel:
+        """How the training is spread over processes; here it is not."""
+        return DataParallel()
 
     @property
     def makes(self) -> type[Adapter] | type[Model]:
         """The kind of artifact that is made."""
         return Model if self.method == "full" else Adapter
+
+
+class WriterConfig(TuneConfig):
+    """Fields of trainings of a model that writes answers."""
+
+    samples: int = Field(4, ge=0, description="held-out questions answered before and after")

@@ -75,7 +75,7 @@ def tune(
     with cast(world.device, precision):  # a reference that is computed here computes as the policy will
         way = way_of(tuned, material)
     steps = _steps_of(config, world, way, material, ctx, tuned)
-    placed = place(network, config.parallel, world, precision=precision)
+    placed = place(network, config.spread, world, precision=precision)
     whole = _whole_of(tuned, config, world, model, adapter)
 
     def look(step: int) -> dict[str, float]:
@@ -130,9 +130,9 @@ def _prepare_network(tuned: Tuned, config: Any, adapter: Adapter | None, world: 
     from llmworks.train.distributed.sharding import resolved
 
     prepare(tuned, config, adapter)
-    precision = resolved(config.precision, world.device, spread=config.parallel.data == "shard")
+    precision = resolved(config.precision, world.device, spread=config.spread.data == "shard")
     if (
-        precision != "fp32" and config.method == "lora" and config.parallel.data != "shard"
+        precision != "fp32" and config.method == "lora" and config.spread.data != "shard"
     ):  # whose pieces are of one format
         tuned.narrow(precision)
     network = tuned.network.to(world.device)
@@ -175,7 +175,7 @@ def _whole_of(tuned: Tuned, config: Any, world: World, model: Model, adapter: Ad
     from llmworks.train.pretrain import parallel_whole
 
     whole = tuned
-    if not parallel_whole(config.parallel, world.size) and world.first:
+    if not parallel_whole(config.spread, world.size) and world.first:
         whole = open_tuned(model.path)
         prepare(whole, config, adapter)
         whole.network.to(world.device)

@@ -25,7 +25,7 @@ from llmworks.model.io.weights import read_header
 from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.lora import lora
 from llmworks.model.lora.lora import Lora
-from llmworks.model.lowbit.nf4 import NF4Linear, keep_in_nf4
+from llmworks.model.lowbit.nf4 import keep_in_nf4
 from llmworks.train.finetune.lora_config import LoraConfig
 
 KEPT = Path(__file__).with_name("adapter_readme.md").read_text(encoding="utf-8")
@@ -221,18 +221,3 @@ def save_like(network: nn.Module, source: Path, out: Path) -> None:
     generation = source / "generation_config.json"
     if generation.exists():
         shutil.copyfile(generation, out / "generation_config.json")
-
-
-def packed_share(network: nn.Module) -> float:
-    """Bits of a weight that is kept in 4 bits, scales included; 0 where none is."""
-    found = [module for module in network.modules() if isinstance(module, NF4Linear)]
-    bits = sum(
-        8
-        * (
-            m.codes.numel()
-            + m.scales.numel() * m.scales.element_size()
-            + (0 if m.second is None else m.second.numel() * 4)
-        )
-        for m in found
-    )
-    return bits / sum(m.in_features * m.out_features for m in found) if found else 0.0

@@ -10,7 +10,6 @@ something else. Knows no recipe.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import tempfile
 import warnings
@@ -21,22 +20,18 @@ from typing import Any
 from llmworks.core.artifact import Adapter, Dataset, Manifest, Model, artifact_digest, digest_files
 from llmworks.core.context import Context
 from llmworks.core.errors import GoldenMismatch, LlmworksError, UserError
-from llmworks.core.progress import Progress
-from llmworks.core.report import ReportBuilder
 from llmworks.data.conversations.training_rows import training_rows
 from llmworks.data.store.rows import Row, flat_messages
 from llmworks.train.distill import distill
-from llmworks.train.distributed.config import Parallel
+from llmworks.train.distributed.config import DataParallel
 from llmworks.train.finetune.run import check_golden
+from llmworks.train.selftest.bench import Bench, parts_are_the_step, resumes, seed_replays
 from llmworks.train.selftest.check import EXACT, Check, Reading, in_turn, keys_of, near_of, shrunken
 from llmworks.train.selftest.pretrain import STEPS
 from llmworks.train.sft import SftConfig, sft
 
-HEART, LONGEST, LOUDER = (
-    80,
-    512,
-    10.0,
-)  # steps to learn some rows by heart; tokens of a row; how much larger the first weights are than usual
+HEART, LONGEST = 80, 512  # steps to learn some rows by heart; tokens of a row
+LOUDER = 10.0  # how much larger the first weights are than usual
 
 
 def reduced(config: SftConfig, longest: int) -> SftConfig:
@@ -54,7 +49,7 @@ def reduced(config: SftConfig, longest: int) -> SftConfig:
             "epochs": 1.0,
             "batch_size": min(4, config.batch_size),
             "accumulation": min(4, config.accumulation),
-            "parallel": Parallel(),
+            "parallel": DataParallel(),
             "golden": "renew: a shrunken model",
             "patience": 0,
             "longer": "cut",
@@ -74,15 +69,15 @@ def selftest_sft(
     Errors: UserError for an architecture that cannot be shrunken.
     """
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), model, config, data, teacher=teacher)
+        bench = _Bench(Path(folder), model, config, data, teacher=teacher)
         near = near_of(config.precision)
         tests: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
             ("every key is read", functools.partial(_keys, bench, config)),
             ("answers are learned, and nothing else", functools.partial(_labels, bench)),
             ("rows are apart", functools.partial(_apart, bench)),
             ("parts of a step are the step", functools.partial(_parts, bench, near)),
-            ("the seed replays", functools.partial(_seed, bench)),
-            ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),
+            ("the seed replays", functools.partial(seed_replays, bench)),
+            ("a stopped run goes on, bit for bit", functools.partial(resumes, bench)),
             ("the model's golden tokens may change", functools.partial(_golden, bench, config, golden)),
             ("a few rows can be learned by heart", functools.partial(_heart, bench)),
             ("what is saved is what was trained", functools.partial(_saved, bench)),
@@ -90,7 +85,7 @@ def selftest_sft(
         yield from in_turn(tests)
 
 
-class Bench:
+class _Bench(Bench):
     """A small model with the user's tokenizer, the first rows, and runs of `sft` on them, or of `distill` under another
     small model.
     """
@@ -112,7 +107,6 @@ class Bench:
         except LlmworksError as error:
             raise UserError(f"the self-test shrinks models of known architectures: {error}") from None
         longest = min(LONGEST, shape.context)
-        self.config = reduced(config, longest)
         small = shrunken(shape).model_copy(update={"vocabulary": shape.vocabulary, "context": longest})
         torch.manual_seed(0)
         network = DecoderForCausalLM(DecoderConfig(shape=small.model_dump()))
@@ -139,11 +133,15 @@ class Bench:
         if generation.exists():
             (self.model / generation.name).write_bytes(generation.read_bytes())
         use_template(self.tokenizer, config.template)
-        each = self.config.batch_size * self.config.accumulation
-        self.rows = training_rows(data)[: each * STEPS]
-        self.data = self.kept("rows", self.rows)
-        self.runs: dict[str, Path] = {}
+        small_config = reduced(config, longest)
+        self.rows = training_rows(data)[: small_config.batch_size * small_config.accumulation * STEPS]
         self._base_of()
+        super().__init__(folder, small_config, self.kept("rows", self.rows), self._train)
+
+    def _train(self, config: Any, data: Dataset, ctx: Context) -> object:
+        if self.teacher is None:  # what a teacher wrote is learned as any answer
+            return sft(config, self.base, data, ctx, self.data)
+        return distill(config, self.teacher, self.base, data, ctx, self.data)
 
     def _base_of(self) -> None:
         """The shrunken model as an artifact."""
@@ -179,64 +177,20 @@ class Bench:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return Dataset(file, name=name)
 
-    def run(
-        self,
-        name: str,
-        config: Any,
-        *,
-        data: Dataset | None = None,
-        seed: int = 0,
-        stop: int | None = None,
-        go_on: bool = False,
-    ) -> list[dict[str, Any]]:
-        """One run; its steps' metrics. `stop`: it is interrupted before this step's metrics are kept."""
-        out, scratch = self.folder / f"{name}-out", self.folder / f"{name}-scratch"
-        for place in (out, scratch):
-            place.mkdir(exist_ok=go_on or place is out)
 
-        def listener(row: dict[str, Any]) -> None:
-            if stop is not None and row.get("step") == stop:
-                raise KeyboardInterrupt
-
-        progress = Progress(scratch / "metrics.jsonl", quiet=True, listener=listener)
-        with contextlib.ExitStack() as stack:
-            if stop is not None:
-                stack.enter_context(contextlib.suppress(KeyboardInterrupt))
-            ctx = Context(out, scratch, seed, progress, ReportBuilder(), _no_engine)
-            if self.teacher is None:  # what a teacher wrote is learned as any answer
-                sft(config, self.base, data or self.data, ctx, self.data)
-            else:
-                distill(config, self.teacher, self.base, data or self.data, ctx, self.data)
-        self.runs[name] = out
-        return [row for row in progress.read_metrics() if "loss" in row]
-
-    @functools.cached_property
-    def usual(self) -> list[dict[str, Any]]:
-        """The run that others are held against."""
-        return self.run("usual", self.config)
-
-    def weights(self, name: str) -> bytes:
-        """The saved weights of a run."""
-        return next(iter(sorted(self.runs[name].glob("*model.safetensors")))).read_bytes()
-
-
-def _no_engine(artifact: Any) -> Any:
-    raise LlmworksError("no engine is needed here")
-
-
-def _keys(bench: Bench, config: SftConfig) -> tuple[bool, str]:
+def _keys(bench: _Bench, config: SftConfig) -> tuple[bool, str]:
     read: set[str] = {"golden"}  # of a model that has golden tokens, which the shrunken one has not
     bench.run("keys", Reading(bench.config, read))
     return keys_of(config, type(config)(), read)
 
 
-def _examples(bench: Bench) -> list[Any]:
+def _examples(bench: _Bench) -> list[Any]:
     from llmworks.train.sft import make_examples
 
     return make_examples(bench.tokenizer, bench.rows, bench.config)[0]
 
 
-def _labels(bench: Bench) -> tuple[bool, str]:
+def _labels(bench: _Bench) -> tuple[bool, str]:
     """By the text of what is learned, and by the number of labels in the steps."""
     by_id = {row["id"]: row for row in bench.rows}
     checked = 0
@@ -284,7 +238,7 @@ def _plain(text: str) -> str:
     return "".join(text.split())
 
 
-def _apart(bench: Bench) -> tuple[bool, str]:
+def _apart(bench: _Bench) -> tuple[bool, str]:
     from llmworks.train.finetune.examples import joined
     from llmworks.train.finetune.trainable import open_tuned
     from llmworks.train.loop.packed import packed_loss
@@ -299,10 +253,7 @@ def _apart(bench: Bench) -> tuple[bool, str]:
     )
 
 
-def _parts(bench: Bench, near: float) -> tuple[bool, str]:
-    each = bench.config.batch_size * bench.config.accumulation
-    if each == 1:
-        return True, "a step has one row"
+def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
     if bench.config.lora.dropout or bench.config.neftune:
         return True, "not compared: what dropout and noise do is drawn for each part"
     if bench.config.method in ("prompt", "prefix"):
@@ -310,57 +261,10 @@ def _parts(bench: Bench, near: float) -> tuple[bool, str]:
             True,
             "not compared: rows of similar length are padded together, and which they are depends on their number",
         )
-    size, parts = (each, 1) if bench.config.accumulation > 1 else (1, each)
-    other = bench.run("parts", bench.config.model_copy(update={"batch_size": size, "accumulation": parts}))
-    pairs = [
-        (one[key], two[key])
-        for one, two in zip(bench.usual[:2], other[:2], strict=True)
-        for key in ("loss", "gradient_norm")
-    ]
-    off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
-    return (
-        off <= near,
-        (
-            f"{bench.config.accumulation} of {bench.config.batch_size} rows and {parts} of {size}: losses and gradients"
-            f" of two steps differ by {off:.1e}"
-        ),
-    )
+    return parts_are_the_step(bench, "batch_size", near)
 
 
-def _seed(bench: Bench) -> tuple[bool, str]:
-    assert bench.usual
-    bench.run("again", bench.config)
-    bench.run("other", bench.config, seed=1)
-    same, differs = bench.weights("usual") == bench.weights("again"), bench.weights("usual") != bench.weights("other")
-    return (
-        same and differs,
-        (
-            "the same weights twice, others with another seed"
-            if same and differs
-            else "the same seed gave other weights"
-            if not same
-            else "another seed gave the same weights"
-        ),
-    )
-
-
-def _resume(bench: Bench) -> tuple[bool, str]:
-    at = max(1, len(bench.usual) - 2)
-    bench.run("resumed", bench.config, stop=at)
-    rows = bench.run("resumed", bench.config, go_on=True)
-    same = bench.weights("usual") == bench.weights("resumed") and [r["loss"] for r in rows] == [
-        r["loss"] for r in bench.usual
-    ]
-    return (
-        same,
-        (
-            f"interrupted in step {at + 1} of {len(bench.usual)}, gone on from the checkpoint before:"
-            f" {'the same bytes' if same else 'other weights than the run that was left alone'}"
-        ),
-    )
-
-
-def _golden(bench: Bench, config: SftConfig, model: Model | None) -> tuple[bool, str]:
+def _golden(bench: _Bench, config: SftConfig, model: Model | None) -> tuple[bool, str]:
     if model is None or model.golden is None:
         return True, "it has none"
     try:
@@ -370,7 +274,7 @@ def _golden(bench: Bench, config: SftConfig, model: Model | None) -> tuple[bool,
     return True, "they replay" if config.golden == "keep" else config.golden
 
 
-def _heart(bench: Bench) -> tuple[bool, str]:
+def _heart(bench: _Bench) -> tuple[bool, str]:
     config = bench.config
     rate = (0.003 if config.method == "full" else 0.03) / (5 if config.optimizer.name == "lion" else 1)
     optimizer = config.optimizer.model_copy(
@@ -394,7 +298,7 @@ def _heart(bench: Bench) -> tuple[bool, str]:
     )
 
 
-def _saved(bench: Bench) -> tuple[bool, str]:
+def _saved(bench: _Bench) -> tuple[bool, str]:
     """The artifact of the run in an engine, against the loss that the last look or the weights themselves give: here
     logits of the merged model and of the adapter beside it.
     """

@@ -9,7 +9,6 @@ recipe.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,10 @@ from typing import Any
 
 from llmworks.core.artifact import Dataset, Model
 from llmworks.core.context import Context
-from llmworks.core.errors import LlmworksError
-from llmworks.core.progress import Progress
-from llmworks.core.report import ReportBuilder
 from llmworks.model.shape import RecurrentShape, Shape
 from llmworks.train.distributed.config import Parallel
 from llmworks.train.pretrain import PretrainConfig, pretrain
+from llmworks.train.selftest.bench import Bench, parts_are_the_step, resumes, seed_replays
 from llmworks.train.selftest.check import (
     EXACT,
     LENGTH,
@@ -68,14 +65,14 @@ def selftest(config: PretrainConfig, shape: Shape | RecurrentShape, data: Datase
             ("labels are those of the rows", functools.partial(_labels, bench)),
             ("texts of a row are apart", functools.partial(_apart, bench)),
             ("parts of a step are the step", functools.partial(_parts, bench, near)),
-            ("the seed replays", functools.partial(_seed, bench)),
-            ("a stopped run goes on, bit for bit", functools.partial(_resume, bench)),
+            ("the seed replays", functools.partial(seed_replays, bench)),
+            ("a stopped run goes on, bit for bit", functools.partial(resumes, bench)),
             ("one step's rows can be learned by heart", functools.partial(_overfit, bench)),
         ]
         yield from in_turn(tests)
 
 
-class _Bench:
+class _Bench(Bench):
     """A small model with a tokenizer of bytes, few rows, and runs of `pretrain` on them."""
 
     def __init__(
@@ -86,14 +83,16 @@ class _Bench:
         from llmworks.tokenize.load import quiet_transformers
 
         quiet_transformers()
-        self.folder, self.shape, self.config = folder, shape, config
+        self.folder, self.shape = folder, shape
         self.rows = _rows(data, config.batch * config.accumulation * STEPS)
-        self.data = self.packed("rows", self.rows)
         self.model = folder / "model"
         torch.manual_seed(0)
         _network(shape).save_pretrained(self.model)
         _tokenizer().save_pretrained(self.model)
-        self.runs: dict[str, Path] = {}
+        super().__init__(folder, config, self.packed("rows", self.rows), self._pretrain)
+
+    def _pretrain(self, config: Any, data: Dataset, ctx: Context) -> Model:
+        return pretrain(config, Model(self.model, about={"format": "hf"}), data, ctx, self.data)
 
     def packed(self, name: str, rows: Sequence[Any]) -> Dataset:
         """Rows as a data set of packed tokens."""
@@ -115,53 +114,6 @@ class _Bench:
         target.mkdir()
         save_file(tensors, target / "shard-00000.safetensors")
         return Dataset(target, about={"schema": "tokens", "length": LENGTH})
-
-    def run(
-        self,
-        name: str,
-        config: Any,
-        *,
-        data: Dataset | None = None,
-        seed: int = 0,
-        stop: int | None = None,
-        go_on: bool = False,
-    ) -> list[dict[str, Any]]:
-        """One run of `pretrain`; its steps' metrics. `stop`: it is interrupted before this step's metrics are kept."""
-        out, scratch = self.folder / f"{name}-out", self.folder / f"{name}-scratch"
-        for place in (out, scratch):
-            place.mkdir(exist_ok=go_on or place is out)
-
-        def listener(row: dict[str, Any]) -> None:
-            if stop is not None and row.get("step") == stop:
-                raise KeyboardInterrupt
-
-        progress = Progress(scratch / "metrics.jsonl", quiet=True, listener=listener)
-        with contextlib.ExitStack() as stack:
-            if stop is not None:
-                stack.enter_context(contextlib.suppress(KeyboardInterrupt))
-            chosen = self.data if data is None else data
-            pretrain(
-                config,
-                Model(self.model, about={"format": "hf"}),
-                chosen,
-                Context(out, scratch, seed, progress, ReportBuilder(), _no_engine),
-                self.data,
-            )
-        self.runs[name] = out
-        return [row for row in progress.read_metrics() if "loss" in row]
-
-    @functools.cached_property
-    def usual(self) -> list[dict[str, Any]]:
-        """The run that others are held against."""
-        return self.run("usual", self.config)
-
-    def weights(self, name: str) -> bytes:
-        """The saved weights of a run."""
-        return (self.runs[name] / "model.safetensors").read_bytes()
-
-
-def _no_engine(artifact: Any) -> Any:
-    raise LlmworksError("no engine is needed here")
 
 
 def _keys(bench: _Bench, config: PretrainConfig) -> tuple[bool, str]:
@@ -205,63 +157,11 @@ def _apart(bench: _Bench) -> tuple[bool, str]:
 
 
 def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
-    each = bench.config.batch * bench.config.accumulation
-    if each == 1:
-        return True, "a step has one row"
     if getattr(bench.shape, "dropout", 0):
         return True, "not compared: what dropout takes away is drawn for each part"
     if getattr(bench.shape, "experts", None):
         near = max(near, NEAR)  # how even the choice of experts is, is a matter of each part
-    batch, parts = (each, 1) if bench.config.accumulation > 1 else (1, each)
-    other = bench.run("parts", bench.config.model_copy(update={"batch": batch, "accumulation": parts}))
-    pairs = [
-        (one[key], two[key])
-        for one, two in zip(bench.usual[:2], other[:2], strict=True)
-        for key in ("loss", "gradient_norm")
-    ]
-    off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
-    return (
-        off <= near,
-        (
-            f"{bench.config.accumulation} of {bench.config.batch} rows and {parts} of {batch}: losses and gradients of"
-            f" two steps differ by {off:.1e}"
-        ),
-    )
-
-
-def _seed(bench: _Bench) -> tuple[bool, str]:
-    bench.run("again", bench.config)
-    other = bench.run("other", bench.config, seed=1)
-    same, differs = (
-        bench.usual and bench.weights("usual") == bench.weights("again"),
-        other[0]["loss"] != bench.usual[0]["loss"],
-    )
-    return (
-        bool(same and differs),
-        (
-            "the same weights twice, another order of rows with another seed"
-            if same and differs
-            else "the same seed gave other weights"
-            if not same
-            else "another seed gave the same rows"
-        ),
-    )
-
-
-def _resume(bench: _Bench) -> tuple[bool, str]:
-    assert bench.usual
-    bench.run("resumed", bench.config, stop=STEPS - 2)
-    rows = bench.run("resumed", bench.config, go_on=True)
-    same = bench.weights("usual") == bench.weights("resumed") and [r["loss"] for r in rows] == [
-        r["loss"] for r in bench.usual
-    ]
-    return (
-        same,
-        (
-            f"interrupted in step {STEPS - 1} of {STEPS}, gone on from the checkpoint before:"
-            f" {'the same bytes' if same else 'other weights than the run that was left alone'}"
-        ),
-    )
+    return parts_are_the_step(bench, "batch", near)
 
 
 def _overfit(bench: _Bench) -> tuple[bool, str]:

@@ -1,5 +1,7 @@
-"""Stage `quantize.zeropoint`: weights as whole numbers between the smallest and the largest of a group, 0 lying on one
-of them, each rounded to the nearest.
+"""Stage `quantize.rtn`: round-to-nearest (RTN): each weight becomes the nearest of a range of whole numbers.
+
+Absmax: around 0, the largest weight of a group at the end of the range. Zero point: from the smallest to the largest
+weight of a group, 0 lying on one of them.
 """
 
 from __future__ import annotations
@@ -11,15 +13,16 @@ from llmworks.core.context import Context
 from llmworks.quantize.config import WholeConfig
 
 
-class ZeropointConfig(WholeConfig):
-    """Where the range ends."""
+class RtnConfig(WholeConfig):
+    """Where the range lies."""
 
+    symmetric: bool = Field(True, description="absmax: whole numbers around 0; else with a zero point for each group")
     search: bool = Field(
         False, description="ranges of least squared error in place of those of the smallest and largest weights"
     )
 
 
-def zeropoint(config: ZeropointConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
+def rtn(config: RtnConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
     """Write a directory in the form of compressed-tensors; `data`: what the damage is measured on.
 
     Errors: ModelError for a model that cannot be quantized, DataError for too little text, GoldenMismatch when the
@@ -35,7 +38,7 @@ def zeropoint(config: ZeropointConfig, model: Model, ctx: Context, data: Dataset
         ctx,
         data,
         Nearest(best_ranges if config.search else whole),
-        Grid(config.bits, config.group, symmetric=False),
-        {"method": "zeropoint"},
+        Grid(config.bits, config.group, symmetric=config.symmetric),
+        {"method": "absmax" if config.symmetric else "zeropoint"},
         config.form,
     )

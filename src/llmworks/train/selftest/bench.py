@@ -1,0 +1,103 @@
+"""Runs of one training on a small model and few rows, and the checks that every training has to pass."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmworks.core.artifact import Dataset
+from llmworks.core.context import Context
+from llmworks.core.errors import LlmworksError
+from llmworks.core.progress import Progress
+from llmworks.core.report import ReportBuilder
+
+Train = Callable[[Any, Dataset, Context], object]  # config, data, context
+
+
+class Bench:
+    """Runs of `train` in a folder, each by its name, with its metrics and weights."""
+
+    def __init__(self, folder: Path, config: Any, data: Dataset, train: Train) -> None:
+        self.folder, self.config, self.data, self.train = folder, config, data, train
+        self.runs: dict[str, Path] = {}
+
+    def run(
+        self,
+        name: str,
+        config: Any,
+        *,
+        data: Dataset | None = None,
+        seed: int = 0,
+        stop: int | None = None,
+        go_on: bool = False,
+    ) -> list[dict[str, Any]]:
+        """One run; its steps' metrics. `stop`: it is interrupted before this step's metrics are kept."""
+        out, scratch = self.folder / f"{name}-out", self.folder / f"{name}-scratch"
+        for place in (out, scratch):
+            place.mkdir(exist_ok=go_on or place is out)
+
+        def listener(row: dict[str, Any]) -> None:
+            if stop is not None and row.get("step") == stop:
+                raise KeyboardInterrupt
+
+        progress = Progress(scratch / "metrics.jsonl", quiet=True, listener=listener)
+        with contextlib.suppress(KeyboardInterrupt) if stop is not None else contextlib.nullcontext():
+            self.train(config, data or self.data, Context(out, scratch, seed, progress, ReportBuilder(), _no_engine))
+        self.runs[name] = out
+        return [row for row in progress.read_metrics() if "loss" in row]
+
+    @functools.cached_property
+    def usual(self) -> list[dict[str, Any]]:
+        """The run that others are held against."""
+        return self.run("usual", self.config)
+
+    def weights(self, name: str) -> bytes:
+        """The saved weights of a run."""
+        return next(iter(sorted(self.runs[name].glob("*model.safetensors")))).read_bytes()
+
+
+def _no_engine(artifact: Any) -> Any:
+    raise LlmworksError("no engine is needed here")
+
+
+def parts_are_the_step(bench: Bench, size: str, near: float) -> tuple[bool, str]:
+    """Losses and gradients of a step do not depend on how its rows are divided. `size`: the field of rows in a part."""
+    rows, accumulation = getattr(bench.config, size), bench.config.accumulation
+    if rows * accumulation == 1:
+        return True, "a step has one row"
+    batch, parts = (rows * accumulation, 1) if accumulation > 1 else (1, rows * accumulation)
+    other = bench.run("parts", bench.config.model_copy(update={size: batch, "accumulation": parts}))
+    pairs = [
+        (one[key], two[key])
+        for one, two in zip(bench.usual[:2], other[:2], strict=True)
+        for key in ("loss", "gradient_norm")
+    ]
+    off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
+    divided = f"{accumulation} of {rows} rows and {parts} of {batch}"
+    return off <= near, f"{divided}: losses and gradients of two steps differ by {off:.1e}"
+
+
+def seed_replays(bench: Bench) -> tuple[bool, str]:
+    """The same seed gives the same weights, another one others."""
+    assert bench.usual
+    bench.run("again", bench.config)
+    bench.run("other", bench.config, seed=1)
+    if bench.weights("usual") != bench.weights("again"):
+        return False, "the same seed gave other weights"
+    if bench.weights("usual") == bench.weights("other"):
+        return False, "another seed gave the same weights"
+    return True, "the same weights twice, others with another seed"
+
+
+def resumes(bench: Bench) -> tuple[bool, str]:
+    """A run that is interrupted and goes on gives the weights and losses of the run that was left alone."""
+    at = max(1, len(bench.usual) - 2)
+    bench.run("resumed", bench.config, stop=at)
+    rows = bench.run("resumed", bench.config, go_on=True)
+    same = bench.weights("usual") == bench.weights("resumed")
+    same = same and [r["loss"] for r in rows] == [r["loss"] for r in bench.usual]
+    outcome = "the same bytes" if same else "other weights than the run that was left alone"
+    return same, f"interrupted in step {at + 1} of {len(bench.usual)}, gone on from the checkpoint before: {outcome}"

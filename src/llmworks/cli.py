@@ -88,7 +88,8 @@ def dispatch(words: list[str]) -> int:
         print(f"llmworks {version('llmworks')}")
         return 0
     name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), "")
-    if not name or (name == words[0] and ".".join(words[:2]) in _stages()):  # as `merge adapter` beside `merge`
+    beside = len(words) > 1 and name == words[0] and ".".join(words[:2]) in _stages()  # `merge adapter` beside `merge`
+    if not name or beside:
         return _run_stage(words)
     command = importlib.import_module(f"llmworks.commands.{Command.module(name)}")
     parser, rest = command.build_parser(), words[len(name.split()) :]

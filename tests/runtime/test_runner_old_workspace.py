@@ -1,5 +1,5 @@
-"""A workspace of 0.1.0, as that version left it (tests/fixtures/workspace-0.1.0.tar.gz): what is whole is read, what was
-made otherwise is made again and says why.
+"""A workspace of 0.1.0, as that version left it: what is whole is read, what was made otherwise is made again and says
+why.
 """
 
 from __future__ import annotations

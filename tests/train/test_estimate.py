@@ -27,7 +27,7 @@ from llmworks.train.finetune.lora_config import LoraConfig
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
 from llmworks.train.sft import SftConfig
 
-RECIPE = """
+STEPS = """
 name: tiny
 steps:
   text: {use: "path:FOLDER"}
@@ -36,16 +36,15 @@ steps:
   packed: {stage: data.pack, inputs: {model: tokenizer, data: read}, config: {length: 32}}
   new: {stage: model.new, inputs: {tokenizer: tokenizer}, config: {width: 64, layers: 2, heads: 2, context: 32}}
   old: {stage: model.recurrent, inputs: {tokenizer: tokenizer}, config: {kind: gru, width: 32, context: 32}}
-  trained:
-    stage: train.pretrain
-    inputs: {model: new, data: packed, held_out: packed}
-    config: {batch: 2, epochs: 2, sample_tokens: 4, look_rows: 4}
-  more:
-    stage: train.pretrain
-    inputs: {model: trained, data: packed}
-    config: {batch: 4, tokens: 500, sample_tokens: 0}
-  gru: {stage: train.pretrain, inputs: {model: old, data: packed}, config: {batch: 2, sample_tokens: 0}}
 """
+TRAININGS = (  # a line each
+    "  trained: {stage: train.pretrain, inputs: {model: new, data: packed, held_out: packed},"
+    " config: {batch: 2, epochs: 2, sample_tokens: 4, look_rows: 4}}\n"
+    "  more: {stage: train.pretrain, inputs: {model: trained, data: packed},"
+    " config: {batch: 4, tokens: 500, sample_tokens: 0}}\n"
+    "  gru: {stage: train.pretrain, inputs: {model: old, data: packed}, config: {batch: 2, sample_tokens: 0}}\n"
+)
+RECIPE = STEPS + TRAININGS
 
 
 @pytest.mark.slow

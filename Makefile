@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CORPUS := $(VENV)/.corpus
 DEVELOPED := $(VENV)/.developed
 
-.PHONY: quickstart install corpus instructions pretrain test slow check bench bench-data bench-conversations bench-pretrain docs clean
+.PHONY: quickstart install corpus instructions pretrain test faults slow check bench bench-data bench-conversations bench-pretrain docs clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/llmworks run recipes/quickstart.yaml
@@ -23,9 +23,13 @@ instructions: $(CORPUS)
 pretrain: $(CORPUS)
 	$(BIN)/llmworks run recipes/pretrain.yaml --workers 2
 
-# processes of one thread each: threads that wait for one another are slow where others work beside them
+# ROOM=merge: one room alone. Processes of one thread each: threads that wait for one another are slow where others work beside them
 test: $(DEVELOPED)
-	OMP_NUM_THREADS=1 LLMWORKS_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 LLMWORKS_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 $(if $(ROOM),tests/$(ROOM))
+
+# each fault of tests/faults.md in a copy of the source: its test has to fail
+faults: $(DEVELOPED)
+	$(BIN)/python tests/plant_faults.py
 
 slow: $(DEVELOPED)
 	$(BIN)/python -m pytest -m slow

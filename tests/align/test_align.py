@@ -180,10 +180,12 @@ def test_pairs_are_learned(stage: str, config: dict[str, Any], bench: Bench, pai
 
 
 @pytest.mark.parametrize(
-    ("stage", "config"), [("dpo", {}), ("dpo", {"reference": "live"}), ("kto", {}), ("reward", {"samples": 4})]
+    ("stage", "config"), [("dpo", {}), ("dpo", {"reference": "live"}), ("kto", {}), ("reward", {})]
 )
 def test_a_stopped_run_goes_on_bit_for_bit(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset) -> None:
     config = {**SMALL, "epochs": 2, **config}
+    if stage == "reward":
+        del config["samples"]
     bench.run(stage, "whole", config, pairs, held_out=pairs)
     with pytest.raises(KeyboardInterrupt):
         bench.run(stage, "stopped", config, pairs, held_out=pairs, stop=2)
@@ -346,7 +348,7 @@ def test_what_a_configuration_refuses() -> None:
         (grpo.GrpoConfig, {"answers": 1}, "greater than or equal to 2"),
         (grpo.GrpoConfig, {"unbiased": True}, "set kl above 0"),
         (grpo.GrpoConfig, {"max_answer": 4000}, "leaves no token"),
-        (reward.RewardConfig, {"samples": 2}, "writes nothing"),
+        (reward.RewardConfig, {"samples": 2}, "Extra inputs are not permitted"),
     ):
         with pytest.raises(ValidationError, match=told):
             kind.model_validate(fields)

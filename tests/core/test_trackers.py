@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def histories(data: bytes, kind_of: Any) -> list[dict[str, Any]]:
 def test_each_tool_reads_what_was_sent(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "TRACKIO_DIR"):
         monkeypatch.delenv(name, raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:  # it reads TRACKIO_DIR once
+        monkeypatch.delitem(sys.modules, name)
     said: list[str] = []
     tracking = Tracking([tool], tmp_path, "run-a", {"width": 8}, said.append)
     progress = Progress(tmp_path / "metrics.jsonl", quiet=True, listener=tracking.log)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import platform
@@ -309,7 +310,8 @@ def use_threads(count: int) -> None:
         sys.modules["torch"].set_num_threads(count)
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Versions of the libraries that decide results, of those that are installed."""
     found: dict[str, str] = {"python": platform.python_version()}
     for name in LIBRARIES:

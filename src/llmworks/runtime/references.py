@@ -38,6 +38,8 @@ from llmworks.generate.remote.endpoint import identity, parse_remote
 
 Convert = Callable[[Artifact, str], Artifact]
 
+REMEMBERED = 10_000  # digests of foreign files: 1 MB of JSON, read for every reference
+
 
 def resolve(
     ref: str, *, name: str = "", workspace: Workspace | None = None, convert: Convert | None = None
@@ -202,13 +204,13 @@ def digest_cached(path: Path) -> dict[str, FileEntry]:
 
 
 def _remember(store: Path, known: dict[str, str]) -> None:
-    """Keep digests; where there is no room, or nothing may be written, they are computed again."""
+    """Keep the newest digests; where there is no room, or nothing may be written, they are computed again."""
     with contextlib.suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=store.parent, prefix=".digests-", delete=False) as stream:
             draft = Path(stream.name)
             try:
-                json.dump(known, stream)
+                stream.write(json.dumps(dict(list(known.items())[-REMEMBERED:])))
                 stream.flush()
                 draft.replace(store)
             finally:

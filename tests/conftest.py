@@ -33,6 +33,26 @@ TEMPLATE = (
 )
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the seconds of each room beside its budget (tests/budgets.py), when whole rooms ran."""
+    from tests.budgets import BUDGETS
+
+    spent: dict[str, float] = {}
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    for report in reports:
+        if hasattr(report, "duration"):
+            words = report.nodeid.split("/")
+            room = words[1] if len(words) > 2 else ""
+            spent[room] = spent.get(room, 0.0) + report.duration
+    if sum(spent.values()) < 60:  # a file, a test
+        return
+    terminalreporter.section("seconds of rooms (budget)")
+    for room, seconds in sorted(spent.items(), key=lambda found: -found[1]):
+        budget = BUDGETS.get(room, 0)
+        over = "  OVER ITS BUDGET" if seconds > budget else ""
+        terminalreporter.write_line(f"{seconds:7.1f} ({budget:3}) {room or 'tests/*.py'}{over}")
+
+
 def make_tokenizer(template: str | None = TEMPLATE) -> Any:
     """A small byte-level BPE with SmolLM's pre-tokenizer."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
@@ -136,8 +156,7 @@ def bfcl_rows() -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.fixture
-def chat_file(tmp_path: Path) -> Path:
+def write_chats(folder: Path) -> Path:
     """JSONL of twelve small conversations in six groups."""
     cities = ["Oslo", "Rome", "Lima", "Bern", "Kyiv", "Cairo"]
     rows = [
@@ -151,22 +170,19 @@ def chat_file(tmp_path: Path) -> Path:
         }
         for i in range(12)
     ]
-    file = tmp_path / "chats.jsonl"
+    file = folder / "chats.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return file
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path, pico: Path, chat_file: Path) -> Callable[..., Path]:
-    """Write a recipe that trains the pico model on the small conversations; `sft` are its config fields."""
-
-    def write(**sft: Any) -> Path:
-        config = {"epochs": 4, "batch_size": 2, "checkpoint_every": 1, "samples": 1, **sft}
-        text = f"""\
+def write_recipe(folder: Path, pico: Path, chats: Path, **sft: Any) -> Path:
+    """A recipe that trains the pico model on the small conversations; `sft` are its config fields."""
+    config = {"epochs": 2, "batch_size": 2, "checkpoint_every": 1, "samples": 1, **sft}
+    text = f"""\
 name: small
 steps:
   base: {{use: "path:{pico}"}}
-  raw: {{use: "path:{chat_file}"}}
+  raw: {{use: "path:{chats}"}}
   chats: {{stage: data.chat, inputs: {{data: raw}}}}
   train: {{stage: data.split, inputs: {{data: chats}}, config: {{part: train, folds: 3}}}}
   test: {{stage: data.split, inputs: {{data: chats}}, config: {{part: test, folds: 3}}}}
@@ -177,8 +193,18 @@ steps:
   merged: {{stage: merge.adapter, inputs: {{adapter: tuned, model: base}}}}
   small: {{stage: quantize.gguf, inputs: {{model: merged}}, config: {{type: f16}}}}
 """
-        file = tmp_path / "small.yaml"
-        file.write_text(text, encoding="utf-8")
-        return file
+    file = folder / "small.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
 
-    return write
+
+@pytest.fixture
+def chat_file(tmp_path: Path) -> Path:
+    """A file of `write_chats` of the test's own."""
+    return write_chats(tmp_path)
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, pico: Path, chat_file: Path) -> Callable[..., Path]:
+    """`write_recipe` into the test's folder."""
+    return lambda **sft: write_recipe(tmp_path, pico, chat_file, **sft)

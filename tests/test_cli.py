@@ -9,11 +9,7 @@ from pathlib import Path
 
 import pytest
 
-
-def call(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llmworks.cli", *map(str, words)], capture_output=True, text=True, check=False, cwd=cwd
-    )
+from tests.command_line import call
 
 
 @pytest.mark.parametrize(
@@ -141,6 +137,16 @@ def test_usage_says_what_must_be_given(tmp_path: Path) -> None:
         == "usage: llmworks quantize gguf --model REF [--data REF] [--sense REF] [--set KEY=VALUE ...] --out NAME"
         " [other options]"
     )
+
+
+def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """As all the others, which are called in this one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "llmworks.cli", "rnu"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("llmworks: unknown command 'rnu', did you mean 'run'")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_listings(tmp_path: Path) -> None:

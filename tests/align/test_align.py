@@ -57,7 +57,7 @@ STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
     "online": (online_dpo.online_dpo, online_dpo.OnlineDpoConfig),
     "sft": (sft, SftConfig),
 }
-SMALL = {"batch_size": 4, "samples": 1, "checkpoint_every": 1, "lora": {"rank": 4, "alpha": 8.0}}
+SMALL = {"batch_size": 4, "samples": 1, "lora": {"rank": 4, "alpha": 8.0}}
 DRAWN = {
     **SMALL,
     "batch_size": 2,
@@ -183,7 +183,7 @@ def test_pairs_are_learned(stage: str, config: dict[str, Any], bench: Bench, pai
     ("stage", "config"), [("dpo", {}), ("dpo", {"reference": "live"}), ("kto", {}), ("reward", {})]
 )
 def test_a_stopped_run_goes_on_bit_for_bit(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset) -> None:
-    config = {**SMALL, "epochs": 2, **config}
+    config = {**SMALL, "epochs": 2, "checkpoint_every": 1, **config}
     if stage == "reward":
         del config["samples"]
     bench.run(stage, "whole", config, pairs, held_out=pairs)
@@ -525,7 +525,7 @@ def test_a_policy_learns_what_is_rewarded(stage: str, config: dict[str, Any], be
 def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(
     stage: str, config: dict[str, Any], stop: int, bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {**DRAWN, "epochs": 2, **config}
+    config = {**DRAWN, "epochs": 2, "checkpoint_every": 1, **config}
     bench.run(stage, "whole", config, prompts)
     with pytest.raises(KeyboardInterrupt):
         bench.run(stage, "stopped", config, prompts, stop=stop)

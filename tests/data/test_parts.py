@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.command_line import call
 
 from llmworks.cli import main
 from llmworks.core.artifact import Dataset
@@ -167,11 +168,12 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     kept = list(tmp_path.glob("ws/scratch/*/read-*/*/summary.json"))
     assert 0 < len(kept) < 12
     assert not (tmp_path / "out").exists()
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = call(*command[3:])
+    assert again.returncode == 0
     assert f"goes on, {len(kept)} of 12 parts were done before" in again.stderr
-    whole = [*command[:-1], str(tmp_path / "ws2")]
+    whole = [*command[3:-1], str(tmp_path / "ws2")]
     whole[whole.index(str(tmp_path / "out"))] = str(tmp_path / "out2")
-    subprocess.run(whole, capture_output=True, check=True)
+    assert call(*whole).returncode == 0
     first, second = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("out", "out2"))
     assert first["files"] == second["files"]
 

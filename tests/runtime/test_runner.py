@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.command_line import call
 
 from llmworks.core.errors import GateFailed
 from llmworks.core.workspace import Workspace
@@ -118,21 +119,23 @@ def test_a_gate_that_fails_stops_the_run(finished: tuple[Path, Path], tmp_path: 
 def test_show_tree_verify_diff_on_the_workspace(finished: tuple[Path, Path]) -> None:
     _, workspace = finished
 
-    def call(*words: str) -> str:
-        return subprocess.run(command(*words, workspace=workspace), capture_output=True, text=True, check=True).stdout
+    def read(*words: str) -> str:
+        done = call(*words, "--workspace", workspace)
+        assert done.returncode == 0
+        return done.stdout
 
-    shown = call("show", "small/merged")
+    shown = read("show", "small/merged")
     assert "merge.adapter" in shown
     assert "adapter: tuned" in shown
     assert "golden" in shown
-    drawn = call("tree")
+    drawn = read("tree")
     assert all(name in drawn for name in ("base", "tuned", "merged", "small"))
-    found = json.loads(call("verify", "small/small", "--json"))
+    found = json.loads(read("verify", "small/small", "--json"))
     verdicts = {f["name"]: f["verdict"] for f in found}
     assert verdicts["small"] == verdicts["merged"] == verdicts["chats"] == "derived again, same bytes"
     assert verdicts["tuned"] == "declared"
     assert verdicts["raw"] == "from outside"
-    assert "config" in call("diff", "small/train", "small/test")
+    assert "config" in read("diff", "small/train", "small/test")
 
 
 def test_verify_lets_a_page_be_drawn_otherwise(finished: tuple[Path, Path]) -> None:
@@ -168,9 +171,7 @@ def test_verify_names_the_file_after_one_byte_is_flipped(finished: tuple[Path, P
         data = bytearray(path.read_bytes())
         data[-7] ^= 1
         path.write_bytes(data)
-        done = subprocess.run(
-            command("verify", f"small/{name}", workspace=copy), capture_output=True, text=True, check=False
-        )
+        done = call("verify", f"small/{name}", "--workspace", copy)
         assert done.returncode == 1
         assert file in done.stderr
         assert "Traceback" not in done.stderr
@@ -288,11 +289,10 @@ def test_two_runs_at_once_share_the_work(recipe_file: WriteRecipe, tmp_path: Pat
 
 
 def test_stage_command_links_its_result(chat_file: Path, tmp_path: Path) -> None:
-    words = command("data", "chat", "--data", chat_file, "--out", tmp_path / "chats", workspace=tmp_path / "w")
-    first = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert "rows 12" in first
-    assert "up to date" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    split = command(
+    words = ("data", "chat", "--data", chat_file, "--out", tmp_path / "chats", "--workspace", tmp_path / "w")
+    assert "rows 12" in call(*words).stdout
+    assert "up to date" in call(*words).stdout
+    split = call(
         "data",
         "split",
         "--data",
@@ -304,10 +304,8 @@ def test_stage_command_links_its_result(chat_file: Path, tmp_path: Path) -> None
         "--out",
         tmp_path / "test",
         "--json",
-        workspace=tmp_path / "w",
+        "--workspace",
+        tmp_path / "w",
     )
-    assert json.loads(subprocess.run(split, capture_output=True, text=True, check=True).stdout)["metrics"]["rows"] == 4
-    shown = subprocess.run(
-        command("show", tmp_path / "test", workspace=tmp_path / "w"), capture_output=True, text=True, check=True
-    ).stdout
-    assert "data.split" in shown
+    assert json.loads(split.stdout)["metrics"]["rows"] == 4
+    assert "data.split" in call("show", tmp_path / "test", "--workspace", tmp_path / "w").stdout

@@ -193,7 +193,7 @@ BOMBS = {
 @pytest.mark.parametrize("what", BOMBS)
 def test_what_is_used_up_ends(what: str) -> None:
     program, ends = BOMBS[what]
-    outcome, mark = marked(program, Limits(seconds=3, memory_mb=256, processes=16))
+    outcome, mark = marked(program, Limits(seconds=2, memory_mb=256, processes=16))
     assert outcome.ended in ends
     assert not outcome.ok
     assert outcome.seconds < 8

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import jsonschema
@@ -85,11 +87,12 @@ def test_shapes() -> None:
     assert score("schema", "none", {"schema": schema}) == (0.0, "no JSON in the answer")
 
 
-def test_patterns_that_never_end() -> None:
+def test_patterns_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backtracking takes 2^40 steps here; the verifier says no instead."""
+    monkeypatch.setattr(import_module("llmworks.score.shape"), "SECONDS", 0.5)
     began = time.monotonic()
     slow = "^(a|b|ab)*(?=d)$"
-    assert score("regex", "ab" * 40 + "!", {"regex": slow}) == (0.0, f"takes longer than 2 s to match {slow!r}")
+    assert score("regex", "ab" * 40 + "!", {"regex": slow}) == (0.0, f"takes longer than 0.5 s to match {slow!r}")
     value, reason = score("schema", json.dumps("ab" * 40 + "!"), {"schema": {"type": "string", "pattern": slow}})
     assert (value, "backtracking" in reason) == (0.0, True)
     assert time.monotonic() - began < 20
@@ -142,7 +145,9 @@ def test_schemas_agree_with_the_reference(schema: dict[str, Any]) -> None:
 TESTS = {"tests": "assert add(1, 2) == 3\nassert add(-1, 1) == 0"}
 
 
-def test_code() -> None:
+def test_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = import_module("llmworks.score.code")
+    monkeypatch.setattr(code, "LIMITS", replace(code.LIMITS, seconds=2))
     good = "Here:\n```python\ndef add(a, b):\n    return a + b\n```\n"
     assert score("verified", good, TESTS) == (1.0, "")
     assert score("code", good.replace("+", "-"), TESTS)[0] == 0.0
@@ -153,7 +158,8 @@ def test_code() -> None:
     assert score("code", "while True: pass", {**TESTS, "tests": TESTS["tests"]})[1] == "reached the limit of time"
 
 
-def test_sql() -> None:
+def test_sql(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("llmworks.score.sql"), "SECONDS", 1.0)
     answer = {"sql": "SELECT b, count(*) FROM t GROUP BY b", "setup": SETUP}
     assert score("verified", "```sql\nSELECT b, COUNT(a) AS n FROM t GROUP BY 1 ORDER BY n DESC;\n```", answer) == (
         1.0,

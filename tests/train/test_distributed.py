@@ -307,8 +307,8 @@ def test_a_killed_process_ends_all_with_one_message(victim: int, made: Path, tmp
 FAULT = """
 import os
 if os.environ.get("RANK") == "1":
-    from llmworks.errors import DataError
-    from llmworks.train import packed
+    from llmworks.core.errors import DataError
+    from llmworks.train.loop import packed
 
     def broken(model, batch):
         raise DataError("shard-00003: cannot be read here")

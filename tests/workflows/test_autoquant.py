@@ -94,22 +94,12 @@ def test_ways_by_name_and_by_beginning() -> None:
         ways_of(["exl9"])
 
 
-def test_memory_is_that_of_the_model_alone(pico: Path, tmp_path: Path) -> None:
-    """Not of the process that has it measured, which the system counts until the other has started."""
-    ballast = b"1" * (1 << 30)
-    made = running(
-        RunningConfig(tokens=2, read=8, repeats=1, prompts=["Hello"]),
-        load(str(pico)),
-        Context(
-            tmp_path, tmp_path, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
-        ),
-    )
-    assert 1e8 < made.metrics["memory"] < len(ballast)
-
-
 def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> None:
-    """In both engines, by what they say: the same greedy answers of the same weights."""
-    found = []
+    """In both engines, by what they say: the same greedy answers of the same weights.
+
+    The memory is not that of the process that has it measured, which the system counts until the other has started.
+    """
+    found, ballast = [], b"1" * (1 << 30)
     for number, ref in enumerate((str(pico), f"gguf:{pico_gguf}")):
         model: Any = load(ref)
         out = tmp_path / str(number)
@@ -126,7 +116,7 @@ def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> Non
                 lambda _: pytest.fail("no engine is needed"),
             ),
         )
-        assert made.metrics["memory"] > 1e7
+        assert 1e7 < made.metrics["memory"] < len(ballast)
         assert made.metrics["read_speed"] > 0 < made.metrics["write_speed"]
         found.append(report.data["answers"])
     assert found[0] == found[1]

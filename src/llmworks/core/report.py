@@ -11,8 +11,9 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,11 @@ FILTER = Path(__file__).with_name("report_filter.js").read_text(encoding="utf-8"
 
 @dataclass(frozen=True)
 class Block:
-    """One part of a report. `kind` decides which of the other fields are read."""
+    """One part of a report. `kind` decides which of the other fields are read.
+
+    `draw` gives the SVG of a plot when the page is written, and not before: it takes half of the time of a small training,
+    and a self-test writes no page.
+    """
 
     kind: str
     heading: str = ""
@@ -48,6 +53,7 @@ class Block:
     rows: tuple[tuple[Any, ...], ...] = ()
     svg: str = ""
     data: Any = None
+    draw: Callable[[], str] = str
 
 
 @dataclass
@@ -70,51 +76,39 @@ class ReportBuilder:
 
     def curves(self, heading: str, series: Series, *, x: str, y: str, note: str = "") -> None:
         """Lines over a shared axis; each series is (x, y) points."""
-        self.blocks.append(
-            Block("plot", heading, note, svg=draw_curves(series, x, y), data={k: list(v) for k, v in series.items()})
-        )
+        data = {k: list(v) for k, v in series.items()}
+        self.blocks.append(Block("plot", heading, note, data=data, draw=partial(draw_curves, data, x, y)))
 
     def intervals(
         self, heading: str, rows: Sequence[tuple[str, float, float, float]], *, x: str, note: str = ""
     ) -> None:
         """Values with confidence intervals: (name, value, low, high), drawn one below the other."""
-        self.blocks.append(Block("plot", heading, note, svg=draw_intervals(rows, x), data=[list(r) for r in rows]))
+        draw = partial(draw_intervals, list(rows), x)
+        self.blocks.append(Block("plot", heading, note, data=[list(r) for r in rows], draw=draw))
 
     def bars(self, heading: str, items: Mapping[str, Mapping[str, tuple[float, float, float]]], note: str = "") -> None:
         """Bars with error bars, in groups: group -> name -> (value, low, high), values between 0 and 1."""
-        self.blocks.append(
-            Block(
-                "plot",
-                heading,
-                note,
-                svg=draw_bars(items),
-                data={k: {n: list(v) for n, v in g.items()} for k, g in items.items()},
-            )
-        )
+        data = {k: {n: list(v) for n, v in g.items()} for k, g in items.items()}
+        drawn = {k: dict(g) for k, g in items.items()}
+        self.blocks.append(Block("plot", heading, note, data=data, draw=partial(draw_bars, drawn)))
 
     def radar(self, heading: str, axes: Sequence[str], items: Mapping[str, Sequence[float]], note: str = "") -> None:
         """A closed line for each name over axes that stand like spokes, values between 0 and 1."""
-        self.blocks.append(
-            Block(
-                "plot",
-                heading,
-                note,
-                svg=draw_radar(axes, items),
-                data={"axes": list(axes), **{k: list(v) for k, v in items.items()}},
-            )
-        )
+        values = {k: list(v) for k, v in items.items()}
+        draw = partial(draw_radar, list(axes), values)
+        self.blocks.append(Block("plot", heading, note, data={"axes": list(axes), **values}, draw=draw))
 
     def histograms(self, heading: str, items: Mapping[str, Mapping[str, Any]], note: str = "") -> None:
         """Small histograms side by side; each has `counts` in equal bins from 0 to `top`, and may have the bounds `low`
         and `high`.
         """
-        self.blocks.append(
-            Block("plot", heading, note, svg=draw_histograms(items), data={k: dict(v) for k, v in items.items()})
-        )
+        data = {k: dict(v) for k, v in items.items()}
+        self.blocks.append(Block("plot", heading, note, data=data, draw=partial(draw_histograms, data)))
 
     def points(self, heading: str, items: Sequence[tuple[str, float, float, int]], note: str = "") -> None:
         """Named points in a plane: (name, x, y, group); groups differ in colour."""
-        self.blocks.append(Block("plot", heading, note, svg=draw_points(items), data=[list(i) for i in items]))
+        draw = partial(draw_points, list(items))
+        self.blocks.append(Block("plot", heading, note, data=[list(i) for i in items], draw=draw))
 
     def scatter(
         self,
@@ -133,7 +127,7 @@ class ReportBuilder:
                 "plot",
                 heading,
                 note,
-                svg=draw_scatter(groups, line, x, y, log),
+                draw=partial(draw_scatter, {k: list(v) for k, v in groups.items()}, list(line), x, y, log),
                 data={
                     "groups": {name: [list(point) for point in points] for name, points in groups.items()},
                     "line": [list(place) for place in line],
@@ -279,7 +273,7 @@ def _block_html(block: Block) -> str:
             for number, (title, left, right) in enumerate(block.data)
         )
         return f"{out}{note}{_filter_html(block.rows)}<div>{pairs}</div>"
-    return f"{out}{note}<figure>{block.svg}</figure>"
+    return f"{out}{note}<figure>{block.svg or block.draw()}</figure>"
 
 
 def _filter_html(tags: Sequence[Sequence[Any]]) -> str:

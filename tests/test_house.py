@@ -17,6 +17,7 @@ from llmworks.commands.table import COMMANDS, Command
 from llmworks.runtime.config_help import config_help
 from llmworks.runtime.resolve import resolve
 from llmworks.runtime.stages import STAGES
+from tests.budgets import BUDGETS, NEW_ROOM, TOTAL
 from tests.rows import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -289,6 +290,14 @@ def test_tests_are_found_by_the_name_of_their_file() -> None:
         if not any(stem == name or stem.startswith(f"{name}_") for name in known):
             lost.append(str(test.relative_to(ROOT)))
     assert lost == []
+
+
+def test_the_suite_stays_short() -> None:
+    """Every folder of tests has a budget; all of them, and the rooms without tests, are within the total."""
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert set(BUDGETS) == {"", *folders}
+    to_come = {name for row in ROWS for name in row} - folders - {"commands", "cli", "__main__"}
+    assert sum(BUDGETS.values()) + NEW_ROOM * len(to_come) <= TOTAL
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ FILTER = Path(__file__).with_name("report_filter.js").read_text(encoding="utf-8"
 class Block:
     """One part of a report. `kind` decides which of the other fields are read.
 
-    `draw` gives the SVG of a plot when the page is written, and not before: it takes half of the time of a small training,
-    and a self-test writes no page.
+    `draw` gives the SVG of a plot when the page is written, and not before: it takes half of the time of a small
+    training, and a self-test writes no page.
     """
 
     kind: str

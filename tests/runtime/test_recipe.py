@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from llmworks.core.errors import RecipeError
+from llmworks.core.artifact import Dataset
+from llmworks.core.errors import RecipeError, UserError
 from llmworks.runtime.read_recipe import load_recipe
-from llmworks.runtime.recipe import StageStep
+from llmworks.runtime.recipe import GateStep, StageStep, check_gate
 from llmworks.runtime.recipe_schema import recipe_schema
 
 GOOD = """\
@@ -140,3 +141,21 @@ def test_shipped_recipes_are_valid_and_fit_the_schema() -> None:
     broken = yaml.safe_load(GOOD.replace("format: bfcl", "frmat: bfcl"))
     with pytest.raises(jsonschema_rs.ValidationError):
         validator.validate(broken)
+
+
+@pytest.mark.parametrize(
+    ("bound", "below", "equal", "above"),
+    [
+        ("above", False, False, True),
+        ("below", True, False, False),
+        ("at_least", False, True, True),
+        ("at_most", True, True, False),
+    ],
+)
+def test_what_a_gate_lets_through(bound: str, below: bool, equal: bool, above: bool, tmp_path: Path) -> None:
+    gate = GateStep("g", "step", "loss", {bound: 0.5}, "")
+    found = [check_gate(gate, Dataset(tmp_path, metrics={"loss": value})) for value in (0.4, 0.5, 0.6)]
+    assert [holds for holds, _ in found] == [below, equal, above]
+    assert found[0][1] == f"step.loss is 0.4, wanted {bound.replace('_', ' ')} 0.5"
+    with pytest.raises(UserError, match="gate g: step has no metric 'loss'; it has rows"):
+        check_gate(gate, Dataset(tmp_path, metrics={"rows": 1, "loss": True}))

@@ -18,6 +18,8 @@ from llmworks.core.progress import Progress
 from llmworks.model.io.load import load_model
 from llmworks.model.lora import adapter_io as adapter
 from llmworks.model.lora import lora
+from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
+from llmworks.model.shape import Shape
 from llmworks.train.finetune.examples import Batch, Example, collate, plan_epoch
 from llmworks.train.loop.loop import Habits, train
 from llmworks.train.loop.losses import next_token_loss
@@ -51,6 +53,15 @@ def run(
     progress = Progress(scratch / "metrics.jsonl", quiet=True)
     train(model, steps_of(groups), next_token_loss, config, Habits(every), scratch=scratch, progress=progress)
     return adapter.state(model), progress.read_metrics()
+
+
+def test_loss_of_an_own_model_is_the_sum_over_its_labels() -> None:
+    torch.manual_seed(0)
+    model = DecoderForCausalLM(DecoderConfig(shape=Shape(vocabulary=320, width=32, heads=2, layers=1).model_dump()))
+    batch = collate(EXAMPLES)
+    logits = model(input_ids=batch.ids).logits[batch.rows, batch.columns - 1].float()
+    wanted = torch.nn.functional.cross_entropy(logits, batch.ids[batch.rows, batch.columns], reduction="sum")
+    torch.testing.assert_close(next_token_loss(model, batch), wanted)
 
 
 def test_loss_is_that_of_transformers(pico: Path) -> None:

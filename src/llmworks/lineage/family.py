@@ -95,10 +95,6 @@ class Family:
                 found[digest] = replace(node, parents=tuple((role, parent) for parent, role in kept.items()))
         return Family(_sorted(found))
 
-    def roots(self) -> list[Node]:
-        """Nodes without parents."""
-        return [node for node in self.nodes.values() if not node.parents]
-
     def restricted(self, digests: Iterable[str]) -> Family:
         """The family of the given nodes and their ancestors."""
         keep = {node.digest for digest in digests for node in self.ancestors(digest)}

@@ -46,10 +46,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             spent[room] = spent.get(room, 0.0) + report.duration
     if sum(spent.values()) < 60:  # a file, a test
         return
+    default = "not slow" in terminalreporter.config.option.markexpr
     terminalreporter.section("seconds of rooms (budget)")
     for room, seconds in sorted(spent.items(), key=lambda found: -found[1]):
         budget = BUDGETS.get(room, 0)
-        over = "  OVER ITS BUDGET" if seconds > budget else ""
+        over = "  OVER ITS BUDGET" if default and seconds > budget else ""
         terminalreporter.write_line(f"{seconds:7.1f} ({budget:3}) {room or 'tests/*.py'}{over}")
 
 

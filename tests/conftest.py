@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [report for found in terminalreporter.stats.values() for report in found]
     for report in reports:
         if hasattr(report, "duration"):
-            words = report.nodeid.split("/")
+            words = report.nodeid.partition("::")[0].split("/")
             room = words[1] if len(words) > 2 else ""
             spent[room] = spent.get(room, 0.0) + report.duration
     if sum(spent.values()) < 60:  # a file, a test

@@ -76,6 +76,10 @@ from tests.command_line import call
         (["quantize", "gguf", "--model", "cut", "--out", "o"], "truncated"),
         (["merge"], "a file is missing: mergekit's YAML"),
         (["merge", "none.yml", "--out", "o"], "none.yml: no such file; give mergekit's YAML"),
+        (
+            ["merge", "two.yml", "--set", "merge_method=slrp", "--out", "o"],
+            "two.yml: merge_method: 'slrp' is not known",
+        ),
         (["merge", "two.yml", "--set", "models.2.parameters.weight=1", "--out", "o"], "'2' is no place in a list of 1"),
         (
             ["merge", "two.yml", "--set", "models.0.parameters.weight=much", "--out", "o"],

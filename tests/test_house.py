@@ -305,7 +305,7 @@ def test_the_suite_stays_short() -> None:
     [
         ("quantize/algorithms/gptq.py", "def _update_columns("),  # where GPTQ updates its columns
         ("commands/merge.py", "workflows.merge_file"),  # what `llmworks merge` runs
-        ("tokenize/chat/encode.py", "mask"),  # where a chat row becomes a loss mask
+        ("tokenize/chat/templates.py", "def render_masked("),  # where a chat row becomes a loss mask
         ("align/losses/policy.py", "cispo"),  # where a loss is added to GRPO
         ("generate/engines/torch.py", "class TorchEngine"),  # beside which an engine is added
     ],

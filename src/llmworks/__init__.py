@@ -77,6 +77,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is used."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("llmworks")
     if name not in _LAZY:
         raise AttributeError(f"module 'llmworks' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from tests.align.test_losses import RANK, Both, no_engine
 
 from llmworks.align.grpo import GrpoConfig
 from llmworks.align.losses.policy import (
+    Form,
     deviation,
     distance,
     group_advantages,
@@ -270,6 +271,15 @@ def test_an_answer_that_was_cut_off_is_left_out_where_that_is_wanted(grpos: Case
 
 
 # pure functions
+
+
+def test_forms_are_those_of_the_stage() -> None:
+    """A name that the stage takes and the loss does not know would be trained as something else."""
+    forms = get_args(GrpoConfig.model_fields["form"].annotation)
+    assert forms == get_args(Form)
+    one = torch.zeros(1)
+    with pytest.raises(ValueError, match="no loss is called 'gspo'"):
+        weighed(one, one, one, torch.zeros(1, dtype=torch.long), torch.ones(1), form="gspo")  # type: ignore[arg-type]
 
 
 def test_advantages() -> None:

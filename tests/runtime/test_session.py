@@ -15,7 +15,20 @@ import pytest
 from tests.conftest import make_pico
 
 import llmworks
-from llmworks import Adapter, ArtifactError, Dataset, Model, Report, Session, UserError, assets
+from llmworks import (
+    Adapter,
+    ArtifactError,
+    Dataset,
+    Message,
+    Model,
+    Report,
+    Request,
+    RequestError,
+    Session,
+    UserError,
+    assets,
+)
+from llmworks.data.chat import ChatConfig
 
 PART = {"part": "test", "folds": 3}
 DOCS = Path(__file__).parents[2] / "docs"
@@ -55,6 +68,7 @@ def test_the_page_runs(
     for block in blocks:
         exec(
             block.replace("recipes/quickstart.yaml", str(recipe))
+            .replace("recipes/weather.json", str(DOCS.parent / "recipes" / "weather.json"))
             .replace("asset:smollm2-135m-instruct", str(wide))
             .replace("asset:bfcl-simple", str(few_questions(tmp_path / f"q{len(names)}")))
             .replace('"epochs": 1', '"epochs": 1, "samples": 1'),
@@ -78,6 +92,16 @@ def test_the_page_runs(
         ("data.split", {"data": "rows", "config": {"prat": "test"}}, "did you mean 'part'"),
         ("data.split", {"config": PART}, "--data (dataset) is missing"),
         ("data.split", {"date": "rows", "config": PART}, "data.split has no input 'date'; inputs: data"),
+        ("data.chat", {"data": "rows", "format": "bfcl"}, "no input 'format'; it is a field: config={'format': ...}"),
+        ("data.split", {"data": None, "config": PART}, "data.split: data is None; it takes dataset"),
+        (
+            "data.split",
+            {"data": "rows", "config": "test"},
+            "config takes a mapping of fields or SplitConfig, not 'test'",
+        ),
+        ("data.split", {"data": "rows", "config": ChatConfig()}, "or SplitConfig, not ChatConfig("),
+        ("train.sft", {"config": {"lr": 1}}, "unknown key 'lr', did you mean 'optimizer.learning_rate'?"),
+        ("train.sft", {"config": {"learning_rte": 1}}, "did you mean 'optimizer.learning_rate'?"),
         ("data.split", {"data": ["rows"], "config": PART}, "data.split: data takes dataset, a list is given"),
         ("data.split", {"data": "pico", "config": PART}, "--data: pico is a model, wanted is dataset"),
         ("data.split", {"data": "nowhere", "config": PART}, "nowhere: no such file or directory"),
@@ -100,6 +124,12 @@ def test_what_is_given_wrongly(
         session.make(stage, **words)
 
 
+@pytest.mark.parametrize("messages", ["hi", Message("user", "hi"), ("hi",), ({"role": "user", "content": "hi"},)])
+def test_a_request_takes_messages(messages: Any) -> None:
+    with pytest.raises(RequestError, match="messages takes a tuple of Message, not "):
+        Request(messages)
+
+
 def test_inputs_of_every_shape(tmp_path: Path, chat_file: Path) -> None:
     """Artifacts, paths and references; lists and mappings; `at` makes elsewhere and finds names here."""
     session = Session(tmp_path / "ws", quiet=True)
@@ -115,6 +145,7 @@ def test_inputs_of_every_shape(tmp_path: Path, chat_file: Path) -> None:
 def test_the_public_face() -> None:
     """Every public name is there, documented, and imports no torch before it is used."""
     assert set(llmworks.__all__) <= set(dir(llmworks))
+    assert llmworks.__version__.count(".") == 2
     for name in llmworks.__all__:
         assert getattr(llmworks, name).__doc__, name
     code = (

@@ -89,6 +89,11 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     schema: Json | None = None
 
+    def __post_init__(self) -> None:
+        """RequestError for messages that are none: a text, or one message without its tuple."""
+        if isinstance(self.messages, (str, Message)) or not all(isinstance(one, Message) for one in self.messages):
+            raise RequestError(f"messages takes a tuple of Message, not {self.messages!r:.80}")
+
 
 @dataclass(frozen=True)
 class Completion:

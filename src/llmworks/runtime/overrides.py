@@ -13,6 +13,8 @@ from llmworks.core.artifact import Config
 from llmworks.core.errors import UserError
 from llmworks.runtime.config_help import config_help
 
+ALIASES = {"lr": "learning_rate"}  # what other tools call a field
+
 
 def assign(config: dict[str, Any], names: Sequence[str], text: str) -> None:
     """Put the YAML value `text` at a dotted place of a config; in a list a place is a number, from 0.
@@ -47,11 +49,9 @@ def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> 
     """One validation error of a config class as a line; `label` is where the config stands."""
     if item["type"] == "extra_forbidden":
         inner, last = item["loc"][:-1], str(item["loc"][-1])
-        within = next(
-            (f"{name}.{last}" for name in _fields(model, inner) if last in _fields(model, (*inner, name))), ""
-        )
+        near = _nearest(model, inner, last)
         return f"{'.'.join([label, *map(str, inner)])}: " + (
-            f"unknown key {last!r}, did you mean {within!r}?" if within else unknown("key", last, _fields(model, inner))
+            f"unknown key {last!r}, did you mean {near!r}?" if near else unknown("key", last, _fields(model, inner))
         )
     if item["type"] == "missing":
         asked = next(
@@ -65,6 +65,16 @@ def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> 
         return f"{'.'.join([label, *map(str, item['loc'])])} is missing{asked}"
     told = f" (is {item['input']!r}" + ("; put it in quotes)" if item["type"] == "string_type" else ")")
     return f"{'.'.join([label, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}{told}"
+
+
+def _nearest(model: type[Config], inner: Sequence[str | int], given: str) -> str:
+    """The field that a wrong name means, here or one level deeper: by its name, as others call it, by its likeness."""
+    here = _fields(model, inner)
+    known = {leaf: f"{name}.{leaf}" for name in reversed(here) for leaf in _fields(model, (*inner, name))}
+    known |= {name: name for name in here}
+    given = ALIASES.get(given, given)
+    alike = difflib.get_close_matches(given, known, n=1)
+    return known.get(given) or (known[alike[0]] if alike else "")
 
 
 def _fields(model: type[Config], path: Sequence[str | int]) -> list[str]:

@@ -122,7 +122,11 @@ class Session:
         for name, value in given.items():
             wanted = stage.inputs.get(name)
             if wanted is None:
-                raise UserError(f"{stage.name} has no input {name!r}; inputs: {', '.join(stage.inputs)}")
+                field = f"it is a field: config={{{name!r}: ...}}" if name in stage.config.model_fields else ""
+                inputs = f"inputs: {', '.join(stage.inputs)}"
+                raise UserError(f"{stage.name} has no input {name!r}; {field or inputs}")
+            if value is None:
+                raise UserError(f"{stage.name}: {name} is None; it takes {wanted.describe()}")
             shape = (
                 "dict" if isinstance(value, Mapping) else "one" if isinstance(value, (Artifact, str, Path)) else "list"
             )
@@ -218,8 +222,11 @@ class Session:
 
 def validate(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) -> Config:
     """The configuration of a stage. UserError that names each wrong field."""
-    if isinstance(config, Config):
+    if isinstance(config, stage.config):
         return config
+    if config is not None and not isinstance(config, Mapping):
+        kind = stage.config.__name__
+        raise UserError(f"{stage.name}: config takes a mapping of fields or {kind}, not {config!r:.80}")
     try:
         return stage.config.model_validate(dict(config or {}))
     except ValidationError as error:

@@ -1,5 +1,4 @@
-"""The only stage table, and how an entry is resolved: its function, its config class, the inputs it takes and what it
-makes.
+"""The only stage table. `resolve.py` finds an entry's function, its config class, its inputs and what it makes.
 
 Entries are strings, so that listing stages imports nothing. Third parties add stages by the entry point group
 `llmworks.stages`.

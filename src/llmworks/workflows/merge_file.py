@@ -20,7 +20,7 @@ from llmworks.core.errors import ArtifactError, UserError
 from llmworks.merge.moe.config import ExpertsConfig
 from llmworks.merge.plan.config import Condition, MergeConfig
 from llmworks.merge.plan.layout import layout_of
-from llmworks.merge.plan.plan import Plan
+from llmworks.merge.plan.plan import Plan, method_of
 from llmworks.runtime.execute import Outcome
 from llmworks.runtime.overrides import assign, config_problem, unknown
 from llmworks.runtime.resolve import resolve
@@ -85,9 +85,14 @@ def _checked(values: dict[str, Any], where: str) -> MergeConfig | ExpertsConfig:
         ExpertsConfig if "experts" in values and "merge_method" not in values else MergeConfig
     )
     try:
-        return kind.model_validate(values)
+        config = kind.model_validate(values)
+        if isinstance(config, MergeConfig):
+            method_of(config.merge_method)  # before models are looked for
     except ValidationError as error:
         raise UserError("; ".join(dict.fromkeys(_problem(kind, error, where)))) from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return config
 
 
 def _problem(kind: type[MergeConfig | ExpertsConfig], error: ValidationError, where: str) -> list[str]:

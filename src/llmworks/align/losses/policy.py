@@ -111,6 +111,8 @@ def weighed(
         return Weighed(-torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages, never)
     if form == "vespo":
         return Weighed(-_gamma(log_ratio.detach(), advantages, owner, counts) * advantages * logprobs, never)
+    if form != "clip":
+        raise ValueError(f"no loss is called {form!r}")
     held = ratio.clamp(1 - low, 1 + high)
     clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
     if ceiling:

@@ -102,15 +102,20 @@ def plan_of(config: MergeConfig, models: Mapping[str, Layout], rows: int = 0) ->
     return Plan(method, jobs, planner.layers, tuple(unused), tuple(idle))
 
 
-def check(config: MergeConfig, models: Mapping[str, Layout]) -> Method:
-    """The method. UserError for one that is not known, and for models that are named and not given."""
-    method = METHODS.get(config.merge_method)
-    if method is None:
-        near = difflib.get_close_matches(config.merge_method, METHODS, n=1)
+def method_of(name: str) -> Method:
+    """The method of a name. UserError for one that is not known."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
         raise UserError(
-            f"merge_method: {config.merge_method!r} is not known{f', did you mean {near[0]!r}?' if near else ''};"
+            f"merge_method: {name!r} is not known{f', did you mean {near[0]!r}?' if near else ''};"
             f" known: {', '.join(METHODS)}"
         )
+    return METHODS[name]
+
+
+def check(config: MergeConfig, models: Mapping[str, Layout]) -> Method:
+    """The method. UserError for one that is not known, and for models that are named and not given."""
+    method = method_of(config.merge_method)
     missing = [name for name in config.named() if name not in models]
     if missing:
         raise UserError(f"the model {missing[0]!r} is not given; given: {', '.join(models)}")

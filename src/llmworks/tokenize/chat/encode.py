@@ -1,6 +1,9 @@
 """Conversations to token ids with a loss mask, many of them: what `templates.render_masked` gives, faster where the
 template allows it.
 
+Packed rows and pages of chats are made with it; `train.sft`, whose rows are fewer, calls `render_masked` itself
+(`data/conversations/training_rows.py`).
+
 A template that only writes the contents is not run for every conversation, and a tokenizer that `bulk` knows encodes
 only the contents.
 """

@@ -17,6 +17,10 @@ from tests.command_line import call
     [
         (["rnu"], "did you mean 'run'"),
         (["data", "caht", "--out", "x"], "did you mean 'data chat'"),
+        (["sft"], "unknown command 'sft', did you mean 'train sft'?"),
+        (["--verison"], "unknown command '--verison', did you mean '--version'?"),
+        (["tune", "sweeep"], "did you mean 'tune sweep'?"),
+        (["dat"], "unknown command 'dat', did you mean 'data'?"),
         (["run"], "recipe"),
         (["run", "none.yaml"], "no such recipe file"),
         (["show", "nothing"], "no such file or directory"),
@@ -151,6 +155,13 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("llmworks: unknown command 'rnu', did you mean 'run'")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_group_lists_its_stages_and_commands(tmp_path: Path) -> None:
+    listed = call("tune", cwd=tmp_path).stdout
+    assert listed.startswith("usage: llmworks tune STAGE [--INPUT] REF ...")
+    assert all(f"  {name} " in listed for name in ("tune evolve", "tune frontier", "tune running", "tune sweep"))
+    assert "train selftest" in call("train", "--help", cwd=tmp_path).stdout
 
 
 def test_listings(tmp_path: Path) -> None:

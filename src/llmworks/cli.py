@@ -134,29 +134,30 @@ def _run_stage(words: list[str]) -> int:
 
 
 def _unknown(words: list[str]) -> int:
-    """Help on a group of stages; or what a command that is not known may have meant."""
+    """Help on a group of stages and commands; or what a command that is not known may have meant."""
     import difflib
 
     from llmworks.runtime.stages import table
 
-    known = {name: row for name, row in table().items() if not row.internal}
-    group = sorted(s for s in known if s.split(".")[0] == words[0])
+    known = {name.replace(".", " "): row.summary for name, row in table().items() if not row.internal}
+    known |= {name: command.what for name, command in COMMANDS.items() if " " in name}
+    group = sorted(name for name in known if name.split()[0] == words[0])
     if group and words[1:] in ([], ["-h"], ["--help"]):
-        rows = "\n".join(f"  {s.replace('.', ' '):<20} {known[s].summary}" for s in group)
-        print(
-            f"usage: llmworks {words[0]} STAGE [--INPUT] REF ... [--config FILE] [--set key=value] --out"
-            f" DIR\n\n{rows}\n\n`llmworks {words[0]} STAGE --help` tells more."
-        )
+        rows = "\n".join(f"  {name:<20} {known[name]}" for name in group)
+        usage = STAGE_USAGE.removeprefix("GROUP ")
+        print(f"usage: llmworks {words[0]} {usage}\n\n{rows}\n\n`llmworks {group[0]} --help` tells more.")
         return 0
     typed = " ".join(words[:2] if group else [w for w in words[:2] if not w.startswith("-")])
-    near = difflib.get_close_matches(typed, [s.replace(".", " ") for s in known], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(typed, known, n=1, cutoff=0.75)
     if not near and not group:
         typed = words[0]
-        near = difflib.get_close_matches(typed, list(COMMANDS), n=1)
+        groups = {name.split()[0] for name in known}
+        near = difflib.get_close_matches(typed, [*COMMANDS, *groups, "--version", "--help"], n=1)
+        near = [name for name in known if name.split()[-1] == typed] or near  # `sft`, without its group
     hint = (
         f"did you mean {near[0]!r}?"
         if near
-        else f"the group has {', '.join(s.replace('.', ' ') for s in group)}"
+        else f"the group has {', '.join(group)}"
         if group
         else "see llmworks --help"
     )

@@ -97,7 +97,9 @@ def ours(what: str, steps: int, scratch: Path) -> dict[str, float]:
     config: Any = (
         DpoConfig(batch_size=PAIRS)
         if what == "dpo"
-        else GrpoConfig(batch_size=PROMPTS, answers=ANSWERS, max_answer=LONGEST, rewards={"length": 1.0})
+        else GrpoConfig(
+            batch_size=PROMPTS, num_generations=ANSWERS, max_completion_length=LONGEST, reward_funcs={"length": 1.0}
+        )
     )
     began = time.perf_counter()
     if what == "dpo":
@@ -254,8 +256,8 @@ def prepared(folder: Path) -> None:
     from llmworks import Session
 
     session = Session(folder / "ws", quiet=True)
-    chats = session.make("data.chat", data="asset:sarcasm-headlines", config={"repeated": "drop"})
-    rows = session.make("synthesize.verifiable", data=chats, config={"rows": 400})
+    chats = session.make("data.chat", data="asset:sarcasm-headlines", config={"duplicates": "drop"})
+    rows = session.make("synthesize.verifiable", data=chats, config={"num_rows": 400})
     os.environ["BENCHMARK_ROWS"] = str(rows.path)
 
 

@@ -138,7 +138,7 @@ def distinct(folder: Path, documents: list[tuple[str, str]]) -> list[tuple[str, 
     from llmworks.data.duplicates.clusters import Clusters
     from llmworks.data.store.parts import spans
 
-    config = DedupConfig(exact=None, near=near.Near(threshold=NATURAL, rows=2))
+    config = DedupConfig(exact=None, near=near.Near(threshold=NATURAL, hashes_per_bucket=2))
     clusters = Clusters(len(documents))
     with tempfile.TemporaryDirectory() as scratch:
         places = []

@@ -316,7 +316,7 @@ def engines(size: float, ref: str, only: str) -> None:
             cells = []
             for kind in ("f16", "q8_0"):
                 made = compared(
-                    CompareConfig(resamples=200),
+                    CompareConfig(bootstrap_iters=200),
                     reports["fp32"],
                     reports[kind],
                     Context(place, place, 0, Progress(quiet=True), ReportBuilder(), open_engine),

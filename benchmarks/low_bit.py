@@ -4,7 +4,7 @@
     python benchmarks/low_bit.py --layers
 
 Milliseconds are the best of five; a model (SmolLM2-135M-Instruct, to the nearest in 4 bits, groups of 64, and in 8
-bits, a scale a row) is measured by `tune.running`, the original as transformers loads it.
+bits, a scale a row) is measured by `tune.benchmark`, the original as transformers loads it.
 """
 
 from __future__ import annotations
@@ -76,15 +76,19 @@ def models() -> None:
             " |\n|---|---|---|---|---|---|---|"
         )
         base: Any = None
-        for name, config in (("fp32", None), ("4 bits", {"bits": 4, "group": 64}), ("8 bits", {"bits": 8, "group": 0})):
+        for name, config in (
+            ("fp32", None),
+            ("4 bits", {"bits": 4, "group_size": 64}),
+            ("8 bits", {"bits": 8, "group_size": 0}),
+        ):
             model = session.load(MODEL) if config is None else session.make("quantize.rtn", model=MODEL, config=config)
-            ran = session.make("tune.running", model=model).metrics
+            ran = session.make("tune.benchmark", model=model).metrics
             base = base or ran
             size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
             print(
-                f"| {name} | {size / 1e6:.0f} | {ran['memory'] / 1e6:.0f} | {ran['read_speed']:.0f} |"
-                f" {ran['read_speed'] / base['read_speed']:.2f} | {ran['write_speed']:.1f} |"
-                f" {ran['write_speed'] / base['write_speed']:.2f} |",
+                f"| {name} | {size / 1e6:.0f} | {ran['memory'] / 1e6:.0f} | {ran['prefill_speed']:.0f} |"
+                f" {ran['prefill_speed'] / base['prefill_speed']:.2f} | {ran['decode_speed']:.1f} |"
+                f" {ran['decode_speed'] / base['decode_speed']:.2f} |",
                 flush=True,
             )
 

@@ -31,13 +31,13 @@ def model(kind: str, layers: int, length: int) -> Any:
         from llmworks.model.shape import Shape
 
         shape = Shape(
-            vocabulary=VOCABULARY,
-            width=WIDTH,
-            layers=layers,
-            heads=HEADS,
-            kv_heads=GROUPS,
-            hidden=HIDDEN,
-            context=length,
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            num_hidden_layers=layers,
+            num_attention_heads=HEADS,
+            num_key_value_heads=GROUPS,
+            intermediate_size=HIDDEN,
+            max_position_embeddings=length,
         )
         return DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -3,7 +3,7 @@ matrix products, and of loading.
 
     python benchmarks/pretrain.py                     the recipe's decoder, and one twice as wide (15 minutes)
     python benchmarks/pretrain.py --width 192         one of them
-    python benchmarks/pretrain.py --plan WORKSPACE    what `llmworks plan --try` says of the recipe, and its run
+    python benchmarks/pretrain.py --plan WORKSPACE    what `llmworks plan --measure` says of the recipe, and its run
 
 Ours is the decoder in the loop of `train.pretrain`; theirs is transformers' Llama of the same shape in a plain loop,
 and in transformers' Trainer. Each is a process of its own, in turns: fp32, eager PyTorch, fused AdamW, clipping, the
@@ -83,7 +83,13 @@ def ours(data: Any, batch: int, steps: int, scratch: Path) -> dict[str, float]:
     from llmworks.train.loop.schedule import OptimizerConfig
 
     shape = Shape(
-        vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=GROUPS, hidden=HIDDEN, context=LENGTH
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        intermediate_size=HIDDEN,
+        max_position_embeddings=LENGTH,
     )
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     progress = Progress(scratch / "metrics.jsonl", quiet=True)

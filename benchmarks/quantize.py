@@ -74,7 +74,7 @@ def ours(name: str, tokens: Path, out: Path) -> dict[str, float]:
         )
         seconds = time.perf_counter() - began
     assert isinstance(made, Model)
-    return {"seconds": seconds, "bits": made.metrics["bits_a_weight"]}
+    return {"seconds": seconds, "bits": made.metrics["bits_per_weight"]}
 
 
 def damage(path: Path, tokens: Path) -> dict[str, float]:

@@ -178,18 +178,18 @@ def write_chats(folder: Path) -> Path:
 
 def write_recipe(folder: Path, pico: Path, chats: Path, **sft: Any) -> Path:
     """A recipe that trains the pico model on the small conversations; `sft` are its config fields."""
-    config = {"epochs": 2, "batch_size": 2, "checkpoint_every": 1, "samples": 1, **sft}
+    config = {"num_train_epochs": 2, "batch_size": 2, "save_steps": 1, "num_sample_prompts": 1, **sft}
     text = f"""\
 name: small
 steps:
   base: {{use: "path:{pico}"}}
   raw: {{use: "path:{chats}"}}
   chats: {{stage: data.chat, inputs: {{data: raw}}}}
-  train: {{stage: data.split, inputs: {{data: chats}}, config: {{part: train, folds: 3}}}}
-  test: {{stage: data.split, inputs: {{data: chats}}, config: {{part: test, folds: 3}}}}
+  train: {{stage: data.split, inputs: {{data: chats}}, config: {{split: train, n_splits: 3}}}}
+  test: {{stage: data.split, inputs: {{data: chats}}, config: {{split: test, n_splits: 3}}}}
   tuned:
     stage: train.sft
-    inputs: {{model: base, data: train, held_out: test}}
+    inputs: {{model: base, data: train, eval_data: test}}
     config: {json.dumps(config)}
   merged: {{stage: merge.adapter, inputs: {{adapter: tuned, model: base}}}}
   small: {{stage: quantize.gguf, inputs: {{model: merged}}, config: {{type: f16}}}}

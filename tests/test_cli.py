@@ -40,7 +40,7 @@ from tests.command_line import call
         (["data", "chat", "--data", "good.jsonl", "--set", "format=bfcl", "--out", "o"], "takes a directory"),
         (
             ["data", "clean", "--data", "good.jsonl", "--set", "gopher_quality.nofield=1", "--out", "o"],
-            "known: min_words",
+            "known: min_doc_words",
         ),
         (
             ["data", "mix", "--data", "good.jsonl", "--out", "o"],
@@ -58,7 +58,7 @@ from tests.command_line import call
         (["show", "quickstart/nothing"], "no such file or directory, here or in"),
         (["gc"], "no workspace there"),
         (["data", "--hlp"], "unknown command 'data --hlp', the group has data chat"),
-        (["data", "split", "--data", "good.jsonl", "--out", "o"], "config.part is missing (Literal['train', 'test'"),
+        (["data", "split", "--data", "good.jsonl", "--out", "o"], "config.split is missing (Literal['train', 'test'"),
         (["data", "chat", "--data", "good.jsonl", "--config", "bad.yaml", "--out", "o"], "bad.yaml:2: not YAML"),
         (["chat", "http://127.0.0.1:1/v1#m?retires=1", "hi"], "unknown option 'retires', did you mean 'retries'?"),
         (["chat", "cut", "hi", "--max-tokens", "-4"], "max_tokens is -4"),
@@ -67,7 +67,7 @@ from tests.command_line import call
         (["data", "chat", "--data", "good.jsonl", "--config", "none.yaml", "--out", "o"], "none.yaml: no such file"),
         (["data", "chat", "--data", "good.jsonl", "--out", "mine"], "exists already"),
         (["data", "chat", "--data", "notes.txt", "--out", "o"], "conversations are read from .jsonl"),
-        (["data", "split", "--data", "good.jsonl", "--set", "part=test", "--out", "o"], "has no Parquet files"),
+        (["data", "split", "--data", "good.jsonl", "--set", "split=test", "--out", "o"], "has no Parquet files"),
         (
             ["train", "sft", "--model", "good.jsonl", "--data", "good.jsonl", "--out", "o"],
             "is a dataset, wanted is model",
@@ -142,7 +142,7 @@ def test_a_name_that_was_of_another_kind_is_told(tmp_path: Path, chat_file: Path
 def test_usage_says_what_must_be_given(tmp_path: Path) -> None:
     assert (
         call("quantize", "gguf", "--help", cwd=tmp_path).stdout.splitlines()[0]
-        == "usage: llmworks quantize gguf --model REF [--data REF] [--sense REF] [--set KEY=VALUE ...] --out NAME"
+        == "usage: llmworks quantize gguf --model REF [--data REF] [--imatrix REF] [--set KEY=VALUE ...] --out NAME"
         " [other options]"
     )
 
@@ -160,7 +160,7 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_a_group_lists_its_stages_and_commands(tmp_path: Path) -> None:
     listed = call("tune", cwd=tmp_path).stdout
     assert listed.startswith("usage: llmworks tune STAGE [--INPUT] REF ...")
-    assert all(f"  {name} " in listed for name in ("tune evolve", "tune frontier", "tune running", "tune sweep"))
+    assert all(f"  {name} " in listed for name in ("tune evolve", "tune frontier", "tune benchmark", "tune sweep"))
     assert "train selftest" in call("train", "--help", cwd=tmp_path).stdout
 
 

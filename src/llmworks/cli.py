@@ -123,7 +123,8 @@ def _run_stage(words: list[str]) -> int:
     from llmworks.runtime.stages import table
 
     known = table()
-    name, rest = (".".join(words[:2]), words[2:]) if ".".join(words[:2]) in known else (words[0], words[1:])
+    both = ".".join(words[:2]).replace("-", "_")
+    name, rest = (both, words[2:]) if both in known else (words[0], words[1:])
     if name not in known:
         return _unknown(words)
     from llmworks.commands import stage
@@ -137,6 +138,7 @@ def _unknown(words: list[str]) -> int:
     """Help on a group of stages and commands; or what a command that is not known may have meant."""
     import difflib
 
+    from llmworks.runtime.names import find_stage
     from llmworks.runtime.stages import table
 
     known = {name.replace(".", " "): row.summary for name, row in table().items() if not row.internal}
@@ -148,7 +150,8 @@ def _unknown(words: list[str]) -> int:
         print(f"usage: llmworks {words[0]} {usage}\n\n{rows}\n\n`llmworks {group[0]} --help` tells more.")
         return 0
     typed = " ".join(words[:2] if group else [w for w in words[:2] if not w.startswith("-")])
-    near = difflib.get_close_matches(typed, known, n=1, cutoff=0.75)
+    renamed = find_stage(typed.replace(" ", "."), table()).replace(".", " ")
+    near = [renamed] if renamed else difflib.get_close_matches(typed, known, n=1, cutoff=0.75)
     if not near and not group:
         typed = words[0]
         groups = {name.split()[0] for name in known}

@@ -57,14 +57,14 @@ STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
     "online": (online_dpo.online_dpo, online_dpo.OnlineDpoConfig),
     "sft": (sft, SftConfig),
 }
-SMALL = {"batch_size": 4, "samples": 1, "lora": {"rank": 4, "alpha": 8.0}}
+SMALL = {"batch_size": 4, "num_sample_prompts": 1, "lora": {"r": 4, "lora_alpha": 8.0}}
 DRAWN = {
     **SMALL,
     "batch_size": 2,
-    "answers": 3,
-    "max_answer": 8,
-    "max_tokens": 200,
-    "rewards": {"regex": 1.0, "length": -0.1},
+    "num_generations": 3,
+    "max_completion_length": 8,
+    "max_length": 200,
+    "reward_funcs": {"regex": 1.0, "length": -0.1},
     "optimizer": {"learning_rate": 0.01},
 }
 
@@ -141,7 +141,7 @@ class Bench:
     def tuned(self, name: str = "sft") -> Adapter:
         """An adapter that was fine-tuned before."""
         made, _ = self.run(
-            "sft", name, {**SMALL, "epochs": 3, "optimizer": {"learning_rate": 0.02}}, _chats(self.tmp_path)
+            "sft", name, {**SMALL, "num_train_epochs": 3, "optimizer": {"learning_rate": 0.02}}, _chats(self.tmp_path)
         )
         assert isinstance(made, Adapter)
         return Adapter(made.path, name=name, manifest=None, about=made.about)
@@ -161,35 +161,39 @@ def bench(tmp_path: Path, pico: Path) -> Bench:
         ("dpo", {}),
         ("cpo", {}),
         ("simpo", {}),
-        ("orpo", {"weight": 1.0}),
+        ("orpo", {"orpo_lambda": 1.0}),
         ("kto", {}),
         ("dpo", {"method": "full", "lora": {}, "optimizer": {"learning_rate": 0.003}}),
     ],
 )
 def test_pairs_are_learned(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset) -> None:
     made, steps = bench.run(
-        stage, "a", {**SMALL, "epochs": 12, "optimizer": {"learning_rate": 0.02}, **config}, pairs, held_out=pairs
+        stage,
+        "a",
+        {**SMALL, "num_train_epochs": 12, "optimizer": {"learning_rate": 0.02}, **config},
+        pairs,
+        eval_data=pairs,
     )
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert made.metrics["accuracy"] > 0.9  # of what it was trained on
     assert isinstance(made, Model if config.get("method") == "full" else Adapter)
-    assert bench.report.data["held_out"][-1]["held_out_margin"] > 0
+    assert bench.report.data["evaluations"][-1]["eval_margin"] > 0
     assert "ranked right" in bench.report.lead
     headings = [block.heading for block in bench.report.blocks]
     assert {"Loss", "Rewards", "Ranked right", "Held-out questions, before and after"} <= set(headings)
 
 
 @pytest.mark.parametrize(
-    ("stage", "config"), [("dpo", {}), ("dpo", {"reference": "live"}), ("kto", {}), ("reward", {})]
+    ("stage", "config"), [("dpo", {}), ("dpo", {"precompute_ref_log_probs": False}), ("kto", {}), ("reward", {})]
 )
 def test_a_stopped_run_goes_on_bit_for_bit(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset) -> None:
-    config = {**SMALL, "epochs": 2, "checkpoint_every": 1, **config}
+    config = {**SMALL, "num_train_epochs": 2, "save_steps": 1, **config}
     if stage == "reward":
-        del config["samples"]
-    bench.run(stage, "whole", config, pairs, held_out=pairs)
+        del config["num_sample_prompts"]
+    bench.run(stage, "whole", config, pairs, eval_data=pairs)
     with pytest.raises(KeyboardInterrupt):
-        bench.run(stage, "stopped", config, pairs, held_out=pairs, stop=2)
-    bench.run(stage, "stopped", config, pairs, held_out=pairs)
+        bench.run(stage, "stopped", config, pairs, eval_data=pairs, stop=2)
+    bench.run(stage, "stopped", config, pairs, eval_data=pairs)
     assert bench.weights("whole") == bench.weights("stopped")
     bench.run(stage, "other", config, pairs, seed=1)
     assert bench.weights("whole") != bench.weights("other")
@@ -203,14 +207,14 @@ def test_the_reference_of_a_tuned_policy_is_the_tuned_policy(bench: Bench, pairs
     """
     adapter = bench.tuned()
     found = {}
-    for way in ("cached", "live"):
+    for way in (True, False):
         made, found[way] = bench.run(
             "dpo",
-            way,
+            f"cached-{way}",
             {
                 **{k: v for k, v in SMALL.items() if k != "lora"},
-                "epochs": 2,
-                "reference": way,
+                "num_train_epochs": 2,
+                "precompute_ref_log_probs": way,
                 "optimizer": {"learning_rate": 0.01},
             },
             pairs,
@@ -219,9 +223,9 @@ def test_the_reference_of_a_tuned_policy_is_the_tuned_policy(bench: Bench, pairs
         assert found[way][0]["loss"] == pytest.approx(0.693147, abs=1e-4)
         assert abs(found[way][0]["margin"]) < 1e-4
         assert made.about["rank"] == 4  # the shape that it had
-    for one, other in zip(found["cached"], found["live"], strict=True):
+    for one, other in zip(found[True], found[False], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    assert found["live"][-1]["loss"] < 0.69
+    assert found[False][-1]["loss"] < 0.69
     network = open_tuned(bench.pico)
     network.go_on(adapter.path)
     start = Start(network.network)
@@ -241,11 +245,11 @@ def test_the_reference_of_a_tuned_policy_is_the_tuned_policy(bench: Bench, pairs
 def test_a_separate_reference_that_is_the_same_model_changes_nothing(bench: Bench, pairs: Dataset) -> None:
     """The adapter switched off, chances that were kept, and the model itself as another: the same steps."""
     found = [
-        bench.run("dpo", name, {**SMALL, "epochs": 2, **config}, pairs, **more)[1]
+        bench.run("dpo", name, {**SMALL, "num_train_epochs": 2, **config}, pairs, **more)[1]
         for name, config, more in (
             ("a", {}, {}),
-            ("b", {"reference": "live"}, {}),
-            ("c", {}, {"reference": bench.base}),
+            ("b", {"precompute_ref_log_probs": False}, {}),
+            ("c", {}, {"ref_model": bench.base}),
         )
     ]
     for rows in zip(*found, strict=True):
@@ -260,15 +264,15 @@ def test_held_out_rows_with_the_ids_of_others_are_apart(bench: Bench, tmp_path: 
     write_preference(tmp_path / "others", rows[4:])
     data, held = (Dataset(tmp_path / name, name=name) for name in ("some", "others"))
     looks = []
-    for stage, way in (("dpo", "cached"), ("dpo", "live"), ("kto", "cached"), ("kto", "live")):
+    for stage, way in (("dpo", True), ("dpo", False), ("kto", True), ("kto", False)):
         made, steps = bench.run(
             stage,
             f"{stage}-{way}",
-            {**SMALL, "epochs": 3, "reference": way, "optimizer": {"learning_rate": 0.01}},
+            {**SMALL, "num_train_epochs": 3, "precompute_ref_log_probs": way, "optimizer": {"learning_rate": 0.01}},
             data,
-            held_out=held,
+            eval_data=held,
         )
-        looks.append([*(row["loss"] for row in steps), made.metrics["held_out"]])
+        looks.append([*(row["loss"] for row in steps), made.metrics["eval_loss"]])
     assert looks[0] == pytest.approx(looks[1], rel=1e-4)
     assert looks[2] == pytest.approx(looks[3], rel=1e-4)
 
@@ -278,19 +282,25 @@ def test_dropout_is_off_in_both(bench: Bench, pairs: Dataset) -> None:
     made, _ = bench.run(
         "sft",
         "sft",
-        {**SMALL, "samples": 0, "epochs": 3, "lora": {"rank": 4, "dropout": 0.5}, "optimizer": {"learning_rate": 0.02}},
+        {
+            **SMALL,
+            "num_sample_prompts": 0,
+            "num_train_epochs": 3,
+            "lora": {"r": 4, "lora_dropout": 0.5},
+            "optimizer": {"learning_rate": 0.02},
+        },
         _chats(bench.tmp_path),
     )
     adapter = Adapter(made.path, name="sft", about=made.about)
     assert json.loads((made.path / "adapter_config.json").read_text())["lora_dropout"] == 0.5
-    _, steps = bench.run("dpo", "a", {"batch_size": 4, "samples": 0}, pairs, adapter=adapter)
+    _, steps = bench.run("dpo", "a", {"batch_size": 4, "num_sample_prompts": 0}, pairs, adapter=adapter)
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
 def test_the_adapter_that_goes_on_is_of_the_model_and_keeps_its_shape(bench: Bench, pairs: Dataset) -> None:
     adapter = bench.tuned()
     with pytest.raises(UserError, match="whose shape is not changed"):
-        bench.run("dpo", "a", {**SMALL, "samples": 0}, pairs, adapter=adapter)
+        bench.run("dpo", "a", {**SMALL, "num_sample_prompts": 0}, pairs, adapter=adapter)
     with pytest.raises(UserError, match="merge it first"):
         bench.run("dpo", "b", {"method": "full"}, pairs, adapter=adapter)
     other = load(str(make_pico(bench.tmp_path / "other", seed=5)))
@@ -301,16 +311,16 @@ def test_the_adapter_that_goes_on_is_of_the_model_and_keeps_its_shape(bench: Ben
 def test_a_reference_with_another_vocabulary_is_refused(bench: Bench, pairs: Dataset, tmp_path: Path) -> None:
     other = load(str(make_pico(tmp_path / "other", seed=3)))
     _, steps = bench.run(
-        "dpo", "a", {**SMALL}, pairs, reference=other
+        "dpo", "a", {**SMALL}, pairs, ref_model=other
     )  # of the same vocabulary: another model's chances
     assert abs(steps[0]["margin"]) > 1e-3
     tokenizer = load_tokenizer(other.path)
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(other.path)
     with pytest.raises(UserError, match="another vocabulary"):
-        bench.run("dpo", "b", {**SMALL}, pairs, reference=other)
+        bench.run("dpo", "b", {**SMALL}, pairs, ref_model=other)
     with pytest.raises(UserError, match="cached"):
-        bench.run("dpo", "c", {**SMALL, "reference": "live"}, pairs, reference=other)
+        bench.run("dpo", "c", {**SMALL, "precompute_ref_log_probs": False}, pairs, ref_model=other)
 
 
 def test_pairs_that_cannot_be_used_are_set_aside(bench: Bench, tmp_path: Path) -> None:
@@ -319,13 +329,15 @@ def test_pairs_that_cannot_be_used_are_set_aside(bench: Bench, tmp_path: Path) -
     rows[2] = {**rows[2], "rejected": rows[2]["chosen"]}
     rows[3] = {**rows[3], "chosen": [{"role": "assistant", "content": "fox " * 300}]}
     write_preference(tmp_path / "some", rows)
-    made, _ = bench.run("dpo", "a", {**SMALL, "max_tokens": 100}, Dataset(tmp_path / "some", name="some"))
+    made, _ = bench.run("dpo", "a", {**SMALL, "max_length": 100}, Dataset(tmp_path / "some", name="some"))
     reasons = [json.loads(line)["reason"] for line in (made.path / "set_aside.jsonl").read_text().splitlines()]
     assert reasons == ["the rejected side is empty", "both sides are the same", reasons[2]]
     assert "longer than max_tokens 100" in reasons[2]
     assert made.metrics["rows"] == 1
     with pytest.raises(DataError, match="longer to set-aside or cut"):
-        bench.run("dpo", "b", {**SMALL, "max_tokens": 100, "longer": "refuse"}, Dataset(tmp_path / "some", name="some"))
+        bench.run(
+            "dpo", "b", {**SMALL, "max_length": 100, "overlong": "error"}, Dataset(tmp_path / "some", name="some")
+        )
     write_preference(tmp_path / "none", rows[1:2])
     with pytest.raises(DataError, match="none of 1 rows can be used; the first: the rejected side is empty"):
         bench.run("dpo", "c", {**SMALL}, Dataset(tmp_path / "none", name="none"))
@@ -336,19 +348,19 @@ def test_pairs_that_cannot_be_used_are_set_aside(bench: Bench, tmp_path: Path) -
 
 def test_what_a_configuration_refuses() -> None:
     for kind, fields, told in (
-        (dpo.DpoConfig, {"lora": {"dropout": 0.1}}, "dropout"),
-        (dpo.DpoConfig, {"loss": "hinge", "smoothing": 0.1}, "smoothing is for loss"),
-        (dpo.DpoConfig, {"loss": "exo"}, "needs smoothing"),
-        (dpo.DpoConfig, {"loss": "nca", "divergence": "forward"}, "log-ratios as they are"),
-        (dpo.DpoConfig, {"loss": "aot", "accumulation": 2}, "accumulation to 1"),
-        (dpo.DpoConfig, {"method": "full", "reference": "live"}, "cached"),
-        (grpo.GrpoConfig, {"rewards": {"nosuch": 1}}, "is none of"),
-        (grpo.GrpoConfig, {"rewards": {}}, "is empty"),
-        (grpo.GrpoConfig, {"rewards": {"overlong": 1}}, "needs soft"),
-        (grpo.GrpoConfig, {"answers": 1}, "greater than or equal to 2"),
-        (grpo.GrpoConfig, {"unbiased": True}, "set kl above 0"),
-        (grpo.GrpoConfig, {"max_answer": 4000}, "leaves no token"),
-        (reward.RewardConfig, {"samples": 2}, "Extra inputs are not permitted"),
+        (dpo.DpoConfig, {"lora": {"lora_dropout": 0.1}}, "dropout"),
+        (dpo.DpoConfig, {"loss_type": "hinge", "label_smoothing": 0.1}, "smoothing is for loss"),
+        (dpo.DpoConfig, {"loss_type": "exo_pair"}, "needs smoothing"),
+        (dpo.DpoConfig, {"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "log-ratios as they are"),
+        (dpo.DpoConfig, {"loss_type": "aot", "gradient_accumulation_steps": 2}, "accumulation to 1"),
+        (dpo.DpoConfig, {"method": "full", "precompute_ref_log_probs": False}, "cached"),
+        (grpo.GrpoConfig, {"reward_funcs": {"nosuch": 1}}, "is none of"),
+        (grpo.GrpoConfig, {"reward_funcs": {}}, "is empty"),
+        (grpo.GrpoConfig, {"reward_funcs": {"overlong": 1}}, "needs soft"),
+        (grpo.GrpoConfig, {"num_generations": 1}, "greater than or equal to 2"),
+        (grpo.GrpoConfig, {"use_bias_correction_kl": True}, "set kl above 0"),
+        (grpo.GrpoConfig, {"max_completion_length": 4000}, "leaves no token"),
+        (reward.RewardConfig, {"num_sample_prompts": 2}, "Extra inputs are not permitted"),
     ):
         with pytest.raises(ValidationError, match=told):
             kind.model_validate(fields)
@@ -399,9 +411,13 @@ def test_a_reward_model_ranks_scores_as_transformers_does_and_writes_nothing(ben
     made, _ = bench.run(
         "reward",
         "a",
-        {**{k: v for k, v in SMALL.items() if k != "samples"}, "epochs": 30, "optimizer": {"learning_rate": 0.02}},
+        {
+            **{k: v for k, v in SMALL.items() if k != "num_sample_prompts"},
+            "num_train_epochs": 30,
+            "optimizer": {"learning_rate": 0.02},
+        },
         pairs,
-        held_out=pairs,
+        eval_data=pairs,
     )
     assert isinstance(made, Model)
     assert made.metrics["accuracy"] == 1.0
@@ -450,12 +466,16 @@ def test_steps_are_told_right_from_wrong(bench: Bench, tmp_path: Path) -> None:
     made, _ = bench.run(
         "process",
         "a",
-        {**{k: v for k, v in SMALL.items() if k != "samples"}, "epochs": 30, "optimizer": {"learning_rate": 0.02}},
+        {
+            **{k: v for k, v in SMALL.items() if k != "num_sample_prompts"},
+            "num_train_epochs": 30,
+            "optimizer": {"learning_rate": 0.02},
+        },
         Dataset(file, name="steps"),
-        held_out=Dataset(file, name="steps"),
+        eval_data=Dataset(file, name="steps"),
     )
     assert made.metrics["accuracy"] > 0.95
-    assert made.metrics["set_aside"] == 1
+    assert made.metrics["dropped"] == 1
     values = scores_of(made)
     good, bad = (
         values([Case({}, (Message("user", said(i, 3)),), text, 0, False)])[0]
@@ -495,16 +515,16 @@ def test_calibration_is_that_of_its_definition() -> None:
 @pytest.mark.parametrize(
     ("stage", "config"),
     [
-        ("grpo", {"kl": 0.01, "epochs": 30}),
-        ("grpo", {"updates": 3, "passes": 2, "batch_size": 2, "fresh": 1}),
+        ("grpo", {"beta": 0.01, "num_train_epochs": 30}),
+        ("grpo", {"num_minibatches": 3, "num_iterations": 2, "batch_size": 2, "dynamic_sampling_rounds": 1}),
         ("rloo", {}),
-        ("ppo", {"passes": 2, "batch_size": 6, "epochs": 40}),
-        ("online", {"answers": 4, "epochs": 24}),
+        ("ppo", {"num_iterations": 2, "batch_size": 6, "num_train_epochs": 40}),
+        ("online", {"num_generations": 4, "num_train_epochs": 24}),
     ],
 )
 def test_a_policy_learns_what_is_rewarded(stage: str, config: dict[str, Any], bench: Bench, prompts: Dataset) -> None:
     """More of its answers have an `o` in the end than at first, drawn ones and greedy ones."""
-    made, steps = bench.run(stage, "a", {**DRAWN, "epochs": 16, **config}, prompts, held_out=prompts)
+    made, steps = bench.run(stage, "a", {**DRAWN, "num_train_epochs": 16, **config}, prompts, eval_data=prompts)
     third = len(steps) // 3
     assert sum(row["reward_regex"] for row in steps[-third:]) > sum(row["reward_regex"] for row in steps[:third])
     assert made.metrics["reward"] > made.metrics["reward_first"]
@@ -520,12 +540,16 @@ def test_a_policy_learns_what_is_rewarded(stage: str, config: dict[str, Any], be
 
 @pytest.mark.parametrize(
     ("stage", "config", "stop"),
-    [("grpo", {"updates": 3, "kl": 0.1, "passes": 2}, 3), ("ppo", {"passes": 2, "batch_size": 3}, 2), ("grpo", {}, 1)],
+    [
+        ("grpo", {"num_minibatches": 3, "beta": 0.1, "num_iterations": 2}, 3),
+        ("ppo", {"num_iterations": 2, "batch_size": 3}, 2),
+        ("grpo", {}, 1),
+    ],
 )
 def test_a_run_that_is_killed_in_a_rollout_goes_on_bit_for_bit(
     stage: str, config: dict[str, Any], stop: int, bench: Bench, prompts: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {**DRAWN, "epochs": 2, "checkpoint_every": 1, **config}
+    config = {**DRAWN, "num_train_epochs": 2, "save_steps": 1, **config}
     bench.run(stage, "whole", config, prompts)
     with pytest.raises(KeyboardInterrupt):
         bench.run(stage, "stopped", config, prompts, stop=stop)
@@ -580,7 +604,7 @@ def test_tokens_are_learned_as_they_were_drawn(bench: Bench, prompts: Dataset, m
 
     monkeypatch.setattr(TorchEngine, "generate", generate)
     monkeypatch.setattr(Drawing, "examples", noted)
-    bench.run("grpo", "a", {**DRAWN, "rewards": {"length": 1.0}}, prompts)
+    bench.run("grpo", "a", {**DRAWN, "reward_funcs": {"length": 1.0}}, prompts)
     answers = [answer.ids for example in seen for answer in example.answers]
     assert set(answers) == {strange, (*strange, stop)}
 
@@ -591,7 +615,7 @@ def test_old_chances_are_at_the_temperature_of_the_draws(bench: Bench, prompts: 
         _, steps = bench.run(
             "grpo",
             f"t{temperature}",
-            {**DRAWN, "temperature": temperature, "updates": 3, "optimizer": {"learning_rate": 1e-8}},
+            {**DRAWN, "temperature": temperature, "num_minibatches": 3, "optimizer": {"learning_rate": 1e-8}},
             prompts,
         )
         assert all(row["ratio"] == pytest.approx(1.0, abs=1e-4) for row in steps)
@@ -599,7 +623,7 @@ def test_old_chances_are_at_the_temperature_of_the_draws(bench: Bench, prompts: 
 
 
 def test_answers_that_are_all_worth_the_same_are_told(bench: Bench, prompts: Dataset) -> None:
-    _, steps = bench.run("grpo", "a", {**DRAWN, "epochs": 2, "rewards": {"regex": 1e-12}}, prompts)
+    _, steps = bench.run("grpo", "a", {**DRAWN, "num_train_epochs": 2, "reward_funcs": {"regex": 1e-12}}, prompts)
     assert steps[-1]["alike"] == 1.0
     assert any("nothing is learned" in line for line in bench.said)
     assert any("little is learned" in alarm for alarm in bench.report.data["alarms"])
@@ -618,17 +642,17 @@ def test_alarms() -> None:
 
 def test_mistakes_of_online_runs(bench: Bench, prompts: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model needs the input `reward`"):
-        bench.run("grpo", "a", {**DRAWN, "rewards": {"model": 1.0}}, prompts)
+        bench.run("grpo", "a", {**DRAWN, "reward_funcs": {"model": 1.0}}, prompts)
     with pytest.raises(UserError, match="the input `reward` is for the reward `model`"):
-        bench.run("grpo", "b", DRAWN, prompts, reward=bench.base)
+        bench.run("grpo", "b", DRAWN, prompts, reward_model=bench.base)
     with pytest.raises(DataError, match="answer"):
-        bench.run("grpo", "c", {**DRAWN, "rewards": {"code": 1.0}}, prompts)
+        bench.run("grpo", "c", {**DRAWN, "reward_funcs": {"code": 1.0}}, prompts)
     with pytest.raises(DataError, match="6 prompts, a draw takes 16"):
         bench.run("grpo", "d", {**DRAWN, "batch_size": 16}, prompts)
     with pytest.raises(DataError, match="leaves no room"):
-        bench.run("grpo", "e", {**DRAWN, "max_answer": 190}, prompts)
+        bench.run("grpo", "e", {**DRAWN, "max_completion_length": 190}, prompts)
     with pytest.raises(UserError, match="cannot be read"):
-        bench.run("grpo", "f", {**DRAWN, "rewards": {f"{tmp_path}/no.py:f": 1.0}}, prompts)
+        bench.run("grpo", "f", {**DRAWN, "reward_funcs": {f"{tmp_path}/no.py:f": 1.0}}, prompts)
     assert not list((tmp_path / "f-out").iterdir())
 
 
@@ -741,17 +765,17 @@ def test_an_answer_without_a_reward_is_not_learned(bench: Bench, prompts: Datase
     file.write_text(
         "def f(prompt, completion, row):\n    if 'e' in completion: raise ValueError('e')\n    return len(completion)\n"
     )
-    made, steps = bench.run("grpo", "a", {**DRAWN, "epochs": 1, "rewards": {f"{file}:f": 1.0}}, prompts)
+    made, steps = bench.run("grpo", "a", {**DRAWN, "num_train_epochs": 1, "reward_funcs": {f"{file}:f": 1.0}}, prompts)
     assert 0 < sum(row["failed"] for row in steps) < len(steps)
     assert all(row["loss"] == row["loss"] for row in steps)
     kept = [json.loads(line) for line in (made.path / "failed_rewards.jsonl").read_text().splitlines()]
     assert any(f"{len(kept)} answers that were drawn have no reward" in alarm for alarm in bench.report.data["alarms"])
-    assert not any(row["held_out"] for row in kept)
+    assert not any(row["evaluation"] for row in kept)
     assert made.metrics["steps"] == 3
 
 
 def test_a_judge_and_a_model_are_rewards(bench: Bench, pairs: Dataset, tmp_path: Path) -> None:
-    scorer, _ = bench.run("reward", "r", {**{k: v for k, v in SMALL.items() if k != "samples"}}, pairs)
+    scorer, _ = bench.run("reward", "r", {**{k: v for k, v in SMALL.items() if k != "num_sample_prompts"}}, pairs)
 
     class Judge:
         def each(self, requests: Any) -> Any:

@@ -44,8 +44,8 @@ SLOWLY = {"optimizer": {"learning_rate": 1e-8}}
         ("dpo", {}),
         ("dpo", {"method": "full", "lora": {}}),
         ("kto", {}),
-        ("grpo", {"kl": 0.1, "updates": 2}),
-        ("ppo", {"passes": 2, "batch_size": 3}),
+        ("grpo", {"beta": 0.1, "num_minibatches": 2}),
+        ("ppo", {"num_iterations": 2, "batch_size": 3}),
     ],
 )
 def test_in_half_formats_the_policy_begins_as_its_reference(
@@ -55,7 +55,7 @@ def test_in_half_formats_the_policy_begins_as_its_reference(
     _, steps = bench.run(
         stage,
         "a",
-        {**(DRAWN if online else SMALL), "epochs": 1, "precision": "bf16", **config, **SLOWLY},
+        {**(DRAWN if online else SMALL), "num_train_epochs": 1, "precision": "bf16", **config, **SLOWLY},
         prompts if online else pairs,
     )
     if online:
@@ -70,7 +70,7 @@ def test_what_is_in_a_reward_file_decides_what_is_made(tmp_path: Path) -> None:
     stage, keys = resolve("align.grpo"), []
     for text in ("def f(p, c, r): return 1\n", "def f(p, c, r): return 2\n", "def f(p, c, r): return 1\n"):
         file.write_text(text)
-        keys.append(step_key(stage, GrpoConfig(rewards={f"{file}:f": 1.0}), {}, 0))
+        keys.append(step_key(stage, GrpoConfig(reward_funcs={f"{file}:f": 1.0}), {}, 0))
     assert keys[0] == keys[2] != keys[1]
 
 
@@ -86,7 +86,7 @@ def test_ppo_does_not_reckon_with_answers_that_count_for_nothing(
     actors: list[Actor] = []
     monkeypatch.setattr(Actor, "keep", lambda self, number, made: actors.append(self))
     with pytest.raises(Exception):  # noqa: B017 (the run has no figures then)
-        bench.run("ppo", "a", {**DRAWN, "epochs": 1, "cut": "leave"}, prompts)
+        bench.run("ppo", "a", {**DRAWN, "num_train_epochs": 1, "mask_truncated_completions": True}, prompts)
     actor = actors[0]
     assert actor.objective == Objective(mean=actor.objective.mean, whole=False)
     without = Rollout([0], [[drawn(10.0), drawn(11.0)]], {})
@@ -104,35 +104,41 @@ def test_figures_are_those_of_the_weights_that_are_saved(
     bench: Bench, prompts: Dataset, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best look is not the last; what is said of the result is said of the best."""
-    config = {**DRAWN, "epochs": 4, "look_every": 1, "best": "accuracy", "optimizer": {"learning_rate": 0.05}}
-    made, _ = bench.run("grpo", "a", config, prompts, held_out=prompts)
+    config = {
+        **DRAWN,
+        "num_train_epochs": 4,
+        "eval_steps": 1,
+        "metric_for_best_model": "accuracy",
+        "optimizer": {"learning_rate": 0.05},
+    }
+    made, _ = bench.run("grpo", "a", config, prompts, eval_data=prompts)
     looks = [
         row
         for row in Progress(bench.tmp_path / "a-scratch" / "metrics.jsonl", quiet=True).read_metrics()
-        if "held_out" in row
+        if "eval_loss" in row
     ]
     best = max(row["accuracy"] for row in looks)
-    assert made.metrics["held_out_reward"] == pytest.approx(best, abs=1e-4)
+    assert made.metrics["eval_reward"] == pytest.approx(best, abs=1e-4)
     assert f"{best:.3f} after" in bench.report.lead
     made, _ = bench.run(
         "reward",
         "r",
         {
-            **{k: v for k, v in SMALL.items() if k != "samples"},
-            "epochs": 10,
-            "look_every": 1,
-            "best": "held_out",
+            **{k: v for k, v in SMALL.items() if k != "num_sample_prompts"},
+            "num_train_epochs": 10,
+            "eval_steps": 1,
+            "metric_for_best_model": "eval_loss",
             "optimizer": {"learning_rate": 0.05},
         },
         pairs,
-        held_out=pairs,
+        eval_data=pairs,
     )
     looks = [
         row
         for row in Progress(bench.tmp_path / "r-scratch" / "metrics.jsonl", quiet=True).read_metrics()
-        if "held_out" in row
+        if "eval_loss" in row
     ]
-    least = min(looks, key=lambda row: row["held_out"])
+    least = min(looks, key=lambda row: row["eval_loss"])
     assert made.metrics["best_step"] == least["step"]
     assert made.metrics["accuracy"] == pytest.approx(least["accuracy"], abs=1e-4)
 
@@ -141,13 +147,19 @@ def test_single_answers_raise_no_alarm(bench: Bench, prompts: Dataset) -> None:
     _, steps = bench.run(
         "ppo",
         "a",
-        {**DRAWN, "answers": 1, "batch_size": 6, "epochs": 6, "rewards": {"length": 1.0, "regex": 1.0}},
+        {
+            **DRAWN,
+            "num_generations": 1,
+            "batch_size": 6,
+            "num_train_epochs": 6,
+            "reward_funcs": {"length": 1.0, "regex": 1.0},
+        },
         prompts,
     )
     assert any(row["alike"] == 0.0 for row in steps if row["reward_deviation"] > 0)
     assert all(row["alike"] == 0.0 for row in steps if row["reward_deviation"] > 1e-6)
     with pytest.raises(ValidationError, match="with one answer each that says nothing"):
-        PpoConfig(fresh=1, answers=1)
+        PpoConfig(dynamic_sampling_rounds=1, num_generations=1)
 
 
 def test_answers_that_are_cut_off_are_in_no_pair(
@@ -161,11 +173,19 @@ def test_answers_that_are_cut_off_are_in_no_pair(
         ]
 
     monkeypatch.setattr(Drawing, "answers", cut)
-    for way in ("leave", "learn"):
+    for way in (True, False):
         _, steps = bench.run(
-            "online", way, {**DRAWN, "epochs": 2, "cut": way, "rewards": {"length": 1.0, "regex": 0.7}}, prompts
+            "online",
+            f"masked-{way}",
+            {
+                **DRAWN,
+                "num_train_epochs": 2,
+                "mask_truncated_completions": way,
+                "reward_funcs": {"length": 1.0, "regex": 0.7},
+            },
+            prompts,
         )
-        assert any(row["gradient_norm"] > 0 for row in steps) is (way == "learn")
+        assert any(row["grad_norm"] > 0 for row in steps) is (not way)
 
 
 def test_where_no_answer_has_a_reward_the_run_ends(bench: Bench, prompts: Dataset, tmp_path: Path) -> None:
@@ -174,7 +194,7 @@ def test_where_no_answer_has_a_reward_the_run_ends(bench: Bench, prompts: Datase
     with pytest.raises(
         TrainingError, match=r"none of 6 answers has a reward; the first: .*mine.py:f: ValueError: never"
     ):
-        bench.run("grpo", "a", {**DRAWN, "rewards": {f"{file}:f": 1.0}}, prompts)
+        bench.run("grpo", "a", {**DRAWN, "reward_funcs": {f"{file}:f": 1.0}}, prompts)
     file.write_text("def f(p, c, r): return 1e300\n")
     made = Rewards({f"{file}:f": 1.0}, most=6, soft=0, seconds=1.0)
     from tests.align.test_align import case
@@ -235,16 +255,17 @@ def test_losses_have_gradients_far_away() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "config"), [("orpo", {}), ("cpo", {}), ("dpo", {"learn": 1.0}), ("reward", {"center": 0.5})]
+    ("stage", "config"),
+    [("orpo", {}), ("cpo", {}), ("dpo", {"rpo_alpha": 1.0}), ("reward", {"center_rewards_coefficient": 0.5})],
 )
 def test_held_out_is_the_loss_that_is_trained(stage: str, config: dict[str, Any], bench: Bench, pairs: Dataset) -> None:
     """All pairs in one step, at a rate of nearly nothing: both are the same number."""
-    small = {k: v for k, v in SMALL.items() if k != "samples" or stage != "reward"}
+    small = {k: v for k, v in SMALL.items() if k != "num_sample_prompts" or stage != "reward"}
     _, steps = bench.run(
-        stage, "a", {**small, "batch_size": 64, "epochs": 1, **config, **SLOWLY}, pairs, held_out=pairs
+        stage, "a", {**small, "batch_size": 64, "num_train_epochs": 1, **config, **SLOWLY}, pairs, eval_data=pairs
     )
     rows = Progress(bench.tmp_path / "a-scratch" / "metrics.jsonl", quiet=True).read_metrics()
-    assert next(row["held_out"] for row in rows if "held_out" in row) == pytest.approx(steps[-1]["loss"], rel=1e-4)
+    assert next(row["eval_loss"] for row in rows if "eval_loss" in row) == pytest.approx(steps[-1]["loss"], rel=1e-4)
 
 
 def test_the_same_prompt_twice_in_a_draw_has_other_answers(
@@ -261,7 +282,16 @@ def test_the_same_prompt_twice_in_a_draw_has_other_answers(
 
     monkeypatch.setattr(Drawing, "answers", noted)
     bench.run(
-        "grpo", "a", {**DRAWN, "batch_size": 4, "epochs": 2, "fresh": 2, "rewards": {"regex": 1e-12}}, prompts
+        "grpo",
+        "a",
+        {
+            **DRAWN,
+            "batch_size": 4,
+            "num_train_epochs": 2,
+            "dynamic_sampling_rounds": 2,
+            "reward_funcs": {"regex": 1e-12},
+        },
+        prompts,
     )  # of four prompts each, of six
     assert len(seen) == 3 * 2  # the second round has no prompts left
     assert len({seed for some in seen for seed in some}) == sum(map(len, seen))
@@ -279,7 +309,9 @@ def test_held_out_answers_of_one_kind_are_not_ranked(bench: Bench, pairs: Datase
         for i in range(4)
     ]
     write_chat(tmp_path / "good", rows)
-    made, _ = bench.run("kto", "a", {**SMALL, "epochs": 1}, pairs, held_out=Dataset(tmp_path / "good", name="good"))
+    made, _ = bench.run(
+        "kto", "a", {**SMALL, "num_train_epochs": 1}, pairs, eval_data=Dataset(tmp_path / "good", name="good")
+    )
     assert "accuracy" not in made.metrics
     assert "of one kind, so that none can be ranked above another" in bench.report.lead
 
@@ -295,15 +327,15 @@ def test_rows_of_steps_that_cannot_be_read_are_set_aside(bench: Bench, tmp_path:
     made, _ = bench.run(
         "process",
         "a",
-        {k: v for k, v in SMALL.items() if k != "samples"},
+        {k: v for k, v in SMALL.items() if k != "num_sample_prompts"},
         Dataset(tmp_path / "steps.jsonl", name="steps"),
     )
     assert made.metrics["rows"] == 6
-    assert made.metrics["set_aside"] == 3
+    assert made.metrics["dropped"] == 3
 
 
 def test_the_largest_ratio_of_cispo_is_above_one() -> None:
     with pytest.raises(ValidationError, match="clip_high is the largest ratio of cispo"):
-        GrpoConfig(form="cispo")
+        GrpoConfig(loss_type="cispo")
     with pytest.raises(ValidationError, match="temperature"):
         GrpoConfig(temperature=1e-40)

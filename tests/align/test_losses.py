@@ -76,7 +76,7 @@ class Both:
     def fresh(self) -> Tuned:
         """A policy at its beginning."""
         tuned = open_tuned(self.pico)
-        tuned.adapt(LoraConfig(rank=4, alpha=8.0))
+        tuned.adapt(LoraConfig(r=4, lora_alpha=8.0))
         return tuned
 
     def moved(self, tuned: Tuned) -> Tuned:
@@ -183,31 +183,31 @@ def dpos(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
 DPO: list[tuple[dict[str, Any], dict[str, Any]]] = [  # ours, and what TRL's trainer is set to
     ({}, {}),
     ({"beta": 0.5}, {"beta": 0.5}),
-    ({"loss": "hinge"}, {"loss_types": ["hinge"]}),
-    ({"loss": "ipo"}, {"loss_types": ["ipo"]}),
-    ({"loss": "sigmoid-mean"}, {"loss_types": ["sigmoid_norm"]}),
-    ({"loss": "robust", "smoothing": 0.1}, {"loss_types": ["robust"], "label_smoothing": 0.1}),
-    ({"loss": "exo", "smoothing": 0.01}, {"loss_types": ["exo_pair"], "label_smoothing": 0.01}),
-    ({"loss": "nca"}, {"loss_types": ["nca_pair"]}),
-    ({"loss": "bco"}, {"loss_types": ["bco_pair"]}),
-    ({"loss": "sppo"}, {"loss_types": ["sppo_hard"]}),
-    ({"loss": "apo-zero"}, {"loss_types": ["apo_zero"]}),
-    ({"loss": "apo-down"}, {"loss_types": ["apo_down"]}),
-    ({"loss": "discopop"}, {"loss_types": ["discopop"]}),
-    ({"loss": "aot", "smoothing": 0.1}, {"loss_types": ["aot"], "label_smoothing": 0.1}),
-    ({"loss": "aot-unpaired"}, {"loss_types": ["aot_unpaired"]}),
-    ({"divergence": "forward"}, {"f_divergence_type": "forward_kl"}),
+    ({"loss_type": "hinge"}, {"loss_types": ["hinge"]}),
+    ({"loss_type": "ipo"}, {"loss_types": ["ipo"]}),
+    ({"loss_type": "sigmoid_norm"}, {"loss_types": ["sigmoid_norm"]}),
+    ({"loss_type": "robust", "label_smoothing": 0.1}, {"loss_types": ["robust"], "label_smoothing": 0.1}),
+    ({"loss_type": "exo_pair", "label_smoothing": 0.01}, {"loss_types": ["exo_pair"], "label_smoothing": 0.01}),
+    ({"loss_type": "nca_pair"}, {"loss_types": ["nca_pair"]}),
+    ({"loss_type": "bco_pair"}, {"loss_types": ["bco_pair"]}),
+    ({"loss_type": "sppo_hard"}, {"loss_types": ["sppo_hard"]}),
+    ({"loss_type": "apo_zero"}, {"loss_types": ["apo_zero"]}),
+    ({"loss_type": "apo_down"}, {"loss_types": ["apo_down"]}),
+    ({"loss_type": "discopop"}, {"loss_types": ["discopop"]}),
+    ({"loss_type": "aot", "label_smoothing": 0.1}, {"loss_types": ["aot"], "label_smoothing": 0.1}),
+    ({"loss_type": "aot_unpaired"}, {"loss_types": ["aot_unpaired"]}),
+    ({"f_divergence_type": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
     (
-        {"divergence": "jensen-shannon", "loss": "hinge"},
+        {"f_divergence_type": "js_divergence", "loss_type": "hinge"},
         {"f_divergence_type": "js_divergence", "loss_types": ["hinge"]},
     ),
     (
-        {"divergence": "alpha", "divergence_alpha": 0.3},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
     ),
-    ({"tail": 0.4}, {"ld_alpha": 0.4}),
-    ({"reference": "live", "beta": 0.2}, {"beta": 0.2}),
-    ({"learn": 0.7}, {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}),
+    ({"ld_alpha": 0.4}, {"ld_alpha": 0.4}),
+    ({"precompute_ref_log_probs": False, "beta": 0.2}, {"beta": 0.2}),
+    ({"rpo_alpha": 0.7}, {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}),
 ]
 PLAIN: dict[str, Any] = {
     "loss_types": ["sigmoid"],
@@ -255,10 +255,10 @@ def test_pairs_are_read_as_trl_reads_them(dpos: Both) -> None:
     [
         ({}, {"loss_type": "kto"}),
         (
-            {"good_weight": 0.7, "bad_weight": 1.3, "beta": 0.4},
+            {"desirable_weight": 0.7, "undesirable_weight": 1.3, "beta": 0.4},
             {"loss_type": "kto", "desirable_weight": 0.7, "undesirable_weight": 1.3, "beta": 0.4},
         ),
-        ({"loss": "apo-zero"}, {"loss_type": "apo_zero_unpaired"}),
+        ({"loss_type": "apo_zero_unpaired"}, {"loss_type": "apo_zero_unpaired"}),
     ],
 )
 def test_kto_is_trl_s(ours: dict[str, Any], theirs: dict[str, Any], pico: Path, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_orpo_is_trl_s(weight: float, pico: Path, tmp_path: Path) -> None:
         pico,
     )
     examples = labelled(both.batch)
-    config = orpo.OrpoConfig(weight=weight, prompts=True)
+    config = orpo.OrpoConfig(orpo_lambda=weight, train_on_prompts=True)
     given = both.given(config, examples, tmp_path)
     both.compare(
         both.trainer.get_batch_loss_metrics(both.trainer.model.train(), both.batch)[0],
@@ -330,12 +330,12 @@ def test_orpo_is_trl_s(weight: float, pico: Path, tmp_path: Path) -> None:
     ("config", "theirs"),
     [
         (cpo.CpoConfig(), {}),
-        (cpo.CpoConfig(loss="hinge", learn=0.3), {"loss_type": "hinge", "cpo_alpha": 0.3}),
-        (cpo.CpoConfig(loss="ipo"), {"loss_type": "ipo"}),
-        (cpo.CpoConfig(smoothing=0.1, beta=0.4), {"label_smoothing": 0.1, "beta": 0.4}),
-        (simpo.SimpoConfig(margin=0.7), {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0}),
+        (cpo.CpoConfig(loss_type="hinge", cpo_alpha=0.3), {"loss_type": "hinge", "cpo_alpha": 0.3}),
+        (cpo.CpoConfig(loss_type="ipo"), {"loss_type": "ipo"}),
+        (cpo.CpoConfig(label_smoothing=0.1, beta=0.4), {"label_smoothing": 0.1, "beta": 0.4}),
+        (simpo.SimpoConfig(simpo_gamma=0.7), {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0}),
         (
-            simpo.SimpoConfig(alpha=0.2, learn=0.5),
+            simpo.SimpoConfig(alpha=0.2, cpo_alpha=0.5),
             {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "alpha": 0.2, "cpo_alpha": 0.5},
         ),
     ],
@@ -431,7 +431,8 @@ def test_an_answer_weighs_its_own_tokens_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: dpo.DpoConfig(learn=0.5, tail=0.5), lambda: orpo.OrpoConfig(prompts=True), kto.KtoConfig]
+    "make",
+    [lambda: dpo.DpoConfig(rpo_alpha=0.5, ld_alpha=0.5), lambda: orpo.OrpoConfig(train_on_prompts=True), kto.KtoConfig],
 )
 def test_parts_of_a_step_are_the_step(make: Callable[[], Any], pico: Path, tmp_path: Path, dpos: Both) -> None:
     """Means over tokens, and the distance from the reference, are of the whole step."""

@@ -179,14 +179,17 @@ PLAIN: dict[str, Any] = {
 }
 GRPO: list[tuple[Objective, dict[str, Any]]] = [
     (Objective(), {}),
-    (Objective(mean="tokens", high=0.28), {"loss_type": "dapo", "epsilon_high": 0.28}),
-    (Objective(mean="tokens"), {"loss_type": "bnpo"}),
-    (Objective(mean="length"), {"loss_type": "dr_grpo"}),
-    (Objective(level="answer"), {"importance_sampling_level": "sequence"}),
-    (Objective(mean="sum", level="answer"), {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
-    (Objective(form="cispo", mean="tokens", high=1.1), {"loss_type": "cispo", "epsilon_high": 1.1}),
+    (Objective(mean="token-mean", high=0.28), {"loss_type": "dapo", "epsilon_high": 0.28}),
+    (Objective(mean="token-mean"), {"loss_type": "bnpo"}),
+    (Objective(mean="seq-mean-token-sum-norm"), {"loss_type": "dr_grpo"}),
+    (Objective(level="sequence"), {"importance_sampling_level": "sequence"}),
+    (
+        Objective(mean="seq-mean-token-sum", level="sequence"),
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    ),
+    (Objective(form="cispo", mean="token-mean", high=1.1), {"loss_type": "cispo", "epsilon_high": 1.1}),
     (Objective(form="sapo"), {"loss_type": "sapo"}),
-    (Objective(form="vespo", mean="tokens"), {"loss_type": "vespo"}),
+    (Objective(form="vespo", mean="token-mean"), {"loss_type": "vespo"}),
     (Objective(kl=0.04), {"beta": 0.04}),
     (Objective(kl=0.3, unbiased=True), {"beta": 0.3, "use_bias_correction_kl": True}),
     (Objective(ceiling=1.05), {"delta": 1.05}),
@@ -248,7 +251,11 @@ def test_rloo_is_trl_s(pico: Path, tmp_path: Path) -> None:
     )
     inputs = {**case.inputs, "advantages": advantages.flatten(), "old_logps": (case.old * mask).sum(1)}
     loss = case.trainer._compute_loss(case.trainer.model.train(), inputs)
-    case.held(loss, case.groups(Objective("clip", "answer", "answer", True), lambda _: advantages, tmp_path), made)
+    case.held(
+        loss,
+        case.groups(Objective("clip", "seq-mean-token-mean", "sequence", True), lambda _: advantages, tmp_path),
+        made,
+    )
 
 
 def test_an_answer_that_was_cut_off_is_left_out_where_that_is_wanted(grpos: Case, tmp_path: Path) -> None:
@@ -258,7 +265,7 @@ def test_an_answer_that_was_cut_off_is_left_out_where_that_is_wanted(grpos: Case
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, -0.3]])
     found = {}
     for whole in (True, False):
-        groups = grpos.groups(Objective(mean="tokens", whole=whole), lambda _: advantages, tmp_path)
+        groups = grpos.groups(Objective(mean="token-mean", whole=whole), lambda _: advantages, tmp_path)
         made = grpos.rollout()
         groups.heard(0, made)
         batch = groups.join(made, [0, 1], [0, 1])
@@ -275,7 +282,7 @@ def test_an_answer_that_was_cut_off_is_left_out_where_that_is_wanted(grpos: Case
 
 def test_forms_are_those_of_the_stage() -> None:
     """A name that the stage takes and the loss does not know would be trained as something else."""
-    forms = get_args(GrpoConfig.model_fields["form"].annotation)
+    forms = get_args(GrpoConfig.model_fields["loss_type"].annotation)
     assert forms == get_args(Form)
     one = torch.zeros(1)
     with pytest.raises(ValueError, match="no loss is called 'gspo'"):
@@ -331,7 +338,7 @@ def test_two_tokens_by_hand() -> None:
         [0.5 * max((1.5 - 0.912) ** 2, (0.7 - 0.912) ** 2), 0.5 * (0.45 - 0.96) ** 2]
     )
     assert (
-        shares(owner, torch.tensor([2]), "answer", answers=1, tokens=2, longest=8) * found.loss
+        shares(owner, torch.tensor([2]), "seq-mean-token-mean", answers=1, tokens=2, longest=8) * found.loss
     ).sum().item() == pytest.approx(found.loss.mean().item())
 
 

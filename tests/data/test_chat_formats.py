@@ -417,7 +417,15 @@ def test_many_shapes_become_one_data_set_and_go_back(
     assert lost["row"]["messages"] == next(r for r in rows if any("weight" in m for m in r["messages"]))["messages"]
     assert len(aside) + len(holds) == len(rows)
     assert (
-        run("export", tmp_path / "chat", tmp_path / "dropped", "--set", "format=alpaca", "--set", "turn_fields=drop")
+        run(
+            "export",
+            tmp_path / "chat",
+            tmp_path / "dropped",
+            "--set",
+            "format=alpaca",
+            "--set",
+            "extra_turn_fields=drop_fields",
+        )
         == 0
     )
     assert len((tmp_path / "dropped/data.jsonl").read_text().splitlines()) == len(holds) + sum(
@@ -663,7 +671,7 @@ def test_questions_stay_together_and_pairs_are_split(
         assert run("chat", raw, tmp_path / name) == 0
         asked = {}
         for part in ("train", "test"):
-            assert run("split", tmp_path / name, tmp_path / f"{name}-{part}", "--set", f"part={part}") == 0
+            assert run("split", tmp_path / name, tmp_path / f"{name}-{part}", "--set", f"split={part}") == 0
             data = Dataset(tmp_path / f"{name}-{part}")
             rows = read_preference(data) if name == "pairs" else read_chat(data)
             asked[part] = {(row.get("prompt") or row["messages"])[0]["content"] for row in rows}

@@ -145,7 +145,7 @@ def test_quantile_and_workers(words: list[str], tmp_path: Path, monkeypatch: pyt
     [
         (["threshold=0.5", "quantile=0.5"], "choose one"),
         (["threshold=1"], "no document has a score of 1 or more"),
-        (["examples=3"], "greater than or equal to 20"),
+        (["max_examples=3"], "greater than or equal to 20"),
     ],
 )
 def test_mistakes(words: list[str], settings: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

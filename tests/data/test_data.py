@@ -63,7 +63,7 @@ def test_parquet_of_another_schema(tmp_path: Path) -> None:
 
 def test_folds_partition_the_groups(bfcl_rows: list[dict[str, Any]]) -> None:
     groups = [r["group"] for r in bfcl_rows]
-    folds = [held_out(groups, SplitConfig(part="test", folds=5, fold=i, seed=7)) for i in range(5)]  # type: ignore[call-arg]
+    folds = [held_out(groups, SplitConfig(split="test", n_splits=5, fold=i, seed=7)) for i in range(5)]  # type: ignore[call-arg]
     assert set().union(*folds) == set(groups)
     assert sum(map(len, folds)) == len(set(groups)) == 370
     assert max(map(len, folds)) - min(map(len, folds)) <= 1

@@ -82,11 +82,11 @@ def test_overlaps_are_those_of_plain_python(
             tests,
             tmp_path / "a",
             "--set",
-            f"n={n}",
+            f"ngram={n}",
             "--set",
             "near=null",
             "--set",
-            f"numbers={str(numbers).lower()}",
+            f"include_numeric_ngrams={str(numbers).lower()}",
         )
         == 0
     )
@@ -165,7 +165,7 @@ def test_conversations_and_documents_are_test_sets_too(inputs: tuple[Path, Path,
 def test_mistakes(inputs: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, tests, _ = inputs
     for setting, says in (
-        ("short_n=20", "short_n must not be larger"),
+        ("short_ngram=20", "short_n must not be larger"),
         ("action=remove", "Input should be 'drop' or 'flag'"),
     ):
         assert run(data, tests, tmp_path / "a", "--set", setting) == 2

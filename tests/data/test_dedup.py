@@ -119,7 +119,7 @@ def test_signatures_estimate_the_true_similarity() -> None:
 
 def test_bands_meet_as_often_as_the_formula_says() -> None:
     rng = random.Random(2)
-    config = Near(permutations=128)
+    config = Near(num_perm=128)
     assert (config.band_rows, config.bands) == (3, 42)
     pairs = [(text, edited(text, 0.1, rng)) for text in NOVELS for _ in range(4)]
     sets = sets_of([t for pair in pairs for t in pair])
@@ -233,7 +233,8 @@ def test_bytes_and_words(corpus: tuple[Path, dict[str, str]], tmp_path: Path) ->
     texts = [d.text for d in read_documents(Dataset(path))]
     for by, key in (("bytes", str), ("words", lambda text: tuple(words_of(text)))):
         assert (
-            run("--data", str(path), "--set", "near=null", "--set", f"exact.by={by}", "--out", str(tmp_path / by)) == 0
+            run("--data", str(path), "--set", "near=null", "--set", f"exact.match={by}", "--out", str(tmp_path / by))
+            == 0
         )
         assert len(pq.read_table(tmp_path / by / "dropped")) == len(texts) - len(set(map(key, texts))) >= 50
 
@@ -255,7 +256,7 @@ def test_repeated_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "--set",
         "near=null",
         "--set",
-        "lines.max_documents=3",
+        "lines.max_document_frequency=3",
     ]
     assert run(*words, "--out", str(tmp_path / "a")) == 0
     texts = {d.id: d.text for d in read_documents(Dataset(tmp_path / "a"))}
@@ -285,9 +286,9 @@ def test_workers_and_mistakes(
     assert len(digests) == 1
     capsys.readouterr()
     for setting, says in (
-        (["near.permutations=100"], "must be a power of two"),
+        (["near.num_perm=100"], "must be a power of two"),
         (["exact=null", "near=null"], "nothing is looked for"),
-        (["keep=highest", "by=stars"], "no number 'stars' in its metadata"),
+        (["keep=highest", "score_field=stars"], "no number 'stars' in its metadata"),
     ):
         words = [word for s in setting for word in ("--set", s)]
         assert run("--data", str(path), *words, "--out", str(tmp_path / "bad")) == 2

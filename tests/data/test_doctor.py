@@ -107,7 +107,7 @@ def test_good_data_are_left_in_peace(diagnose: Diagnose) -> None:
 
 
 def test_good_tool_data(diagnose: Diagnose) -> None:
-    assert set(diagnose([WITH_TOOLS], words=("--set", "template=tools"))) == {"pad-is-eos"}
+    assert set(diagnose([WITH_TOOLS], words=("--set", "chat_template=tools"))) == {"pad-is-eos"}
     assert diagnose([WITH_TOOLS])["tools-dropped"]["level"] == "warning"
 
 
@@ -245,7 +245,8 @@ def test_faults_of_templates(fault: str, diagnose: Diagnose) -> None:
 def test_no_template(diagnose: Diagnose) -> None:
     assert "no-template" in diagnose(change=lambda t: setattr(t, "chat_template", None))
     assert (
-        set(diagnose(change=lambda t: setattr(t, "chat_template", None), words=("--set", "template=chatml"))) == NOTES
+        set(diagnose(change=lambda t: setattr(t, "chat_template", None), words=("--set", "chat_template=chatml")))
+        == NOTES
     )
 
 
@@ -471,5 +472,5 @@ def test_questions_that_are_in_the_held_out_data(
         )
     )
     assert main(["data", "chat", str(held), "--out", str(tmp_path / "held"), "--quiet"]) == 0
-    found = diagnose(PAIRS, words=("--held-out", str(tmp_path / "held")))
+    found = diagnose(PAIRS, words=("--eval-data", str(tmp_path / "held")))
     assert {code: finding["examples"] for code, finding in found.items() if code not in NOTES} == {"in-held-out": ["3"]}

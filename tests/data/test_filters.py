@@ -80,7 +80,7 @@ def decisions(texts: list[str], batch_size: int = 1000) -> dict[str, list[str]]:
         out["gopher_repetition"] += gopher_repetition(GopherRepetition(), batch, words).reasons
         out["fineweb"] += fineweb(FineWeb(), some, batch.counts).reasons
         for name, terminal in (("c4", True), ("c4_without_terminal_punctuation", False)):
-            kept, judged, _ = c4(C4(terminal_punctuation=terminal), some, words)
+            kept, judged, _ = c4(C4(filter_no_terminal_punct=terminal), some, words)
             out[name] += [reason or short(text) for text, reason in zip(kept, judged.reasons, strict=True)]
     return out
 
@@ -122,7 +122,10 @@ RARE = {"list_ratio", "duplicated_6_n_grams", "dup_para_char_frac", "gopher_long
 def test_rules_that_no_document_of_the_oracle_breaks() -> None:
     words = Words()
     batch = words.encode(["", "the of and a text that is long enough here"])
-    assert gopher_quality(GopherQuality(min_words=0, max_words=5), batch, words).reasons[1] == "gopher: too many words"
+    assert (
+        gopher_quality(GopherQuality(min_doc_words=0, max_doc_words=5), batch, words).reasons[1]
+        == "gopher: too many words"
+    )
     assert gopher_repetition(GopherRepetition(), batch, words).reasons[0] == "gopher: empty"
 
 

@@ -46,7 +46,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         str(tmp_path / "out"),
         "--quiet",
         "--set",
-        "clusters=3",
+        "n_clusters=3",
     ]
 
 
@@ -75,7 +75,7 @@ def test_a_sample_and_the_same_again(words: list[str], tmp_path: Path, monkeypat
     digests = []
     for name in ("a", "b"):
         monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / name))
-        assert main([*words, "--set", "documents=60", "--set", "perplexity=5"]) == 0
+        assert main([*words, "--set", "max_documents=60", "--set", "perplexity=5"]) == 0
         digests.append(
             {k: v["sha256"] for k, v in json.loads((tmp_path / "out/manifest.json").read_text())["files"].items()}
         )

@@ -84,7 +84,7 @@ def test_weights_and_caps(sets: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_plan_by_hand() -> None:
-    shares = plan(MixConfig(weights={"a": 3, "b": 1}, characters=800), {"a": 300, "b": 1000, "c": 50})
+    shares = plan(MixConfig(weights={"a": 3, "b": 1}, total_characters=800), {"a": 300, "b": 1000, "c": 50})
     assert [(s.name, s.wanted, s.repeats) for s in shares] == [("a", 600, 2.0), ("b", 200, 0.2), ("c", 0, 0.0)]
 
 
@@ -133,7 +133,7 @@ def split(data: Path, out: Path, *settings: str) -> int:
 def test_no_group_is_in_two_splits(sets: dict[str, Path], tmp_path: Path, group: str) -> None:
     sides = {}
     for part in ("train", "test"):
-        assert split(sets["web"], tmp_path / part, f"part={part}", "folds=5", f"group_by={group}") == 0
+        assert split(sets["web"], tmp_path / part, f"split={part}", "n_splits=5", f"group_by={group}") == 0
         sides[part] = list(read_documents(Dataset(tmp_path / part)))
     assert len(sides["train"]) + len(sides["test"]) == 400
     key = (
@@ -154,7 +154,7 @@ def test_folds_hold_everything_once_and_strata_evenly(sets: dict[str, Path], tmp
     seen = Counter[str]()
     for fold in range(4):
         assert (
-            split(sets["web"], tmp_path / str(fold), "part=test", "folds=4", f"fold={fold}", "stratify_by=language")
+            split(sets["web"], tmp_path / str(fold), "split=test", "n_splits=4", f"fold={fold}", "stratify_by=language")
             == 0
         )
         documents = list(read_documents(Dataset(tmp_path / str(fold))))
@@ -165,9 +165,9 @@ def test_folds_hold_everything_once_and_strata_evenly(sets: dict[str, Path], tmp
 
 
 def test_split_mistakes(sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert split(sets["web"], tmp_path / "a", "part=test", "stratify_by=topic") == 2
+    assert split(sets["web"], tmp_path / "a", "split=test", "stratify_by=topic") == 2
     assert "has no 'topic' in its metadata (it has " in capsys.readouterr().err
-    assert split(sets["notes"], tmp_path / "a", "part=test", "folds=500", "fold=400") == 2
+    assert split(sets["notes"], tmp_path / "a", "split=test", "n_splits=500", "fold=400") == 2
     assert "is empty; 20 groups are too few" in capsys.readouterr().err
 
 
@@ -191,9 +191,9 @@ def test_the_card_tells_the_whole_way(tmp_path: Path, monkeypatch: pytest.Monkey
             "--data",
             str(tmp_path / "dedup"),
             "--set",
-            "part=train",
+            "split=train",
             "--set",
-            "folds=2",
+            "n_splits=2",
             "--out",
             str(tmp_path / "train"),
             "--quiet",
@@ -215,7 +215,7 @@ def test_the_card_tells_the_whole_way(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_copies_stay_on_one_side(sets: dict[str, Path], tmp_path: Path) -> None:
-    assert mix(sets, tmp_path / "m", "characters=150000", "max_repeats=4") == 0
+    assert mix(sets, tmp_path / "m", "total_characters=150000", "max_repeats=4") == 0
     sides = []
     for part in ("train", "test"):
         assert (
@@ -229,9 +229,9 @@ def test_copies_stay_on_one_side(sets: dict[str, Path], tmp_path: Path) -> None:
                     str(tmp_path / part),
                     "--quiet",
                     "--set",
-                    f"part={part}",
+                    f"split={part}",
                     "--set",
-                    "folds=4",
+                    "n_splits=4",
                 ]
             )
             == 0

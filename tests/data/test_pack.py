@@ -78,7 +78,7 @@ def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 def packed(folder: Path, model: Path, data: Dataset, workers: int = 1, **config: Any) -> Dataset:
     ctx = context(folder, Pool(workers))
-    return pack(PackConfig(**{"length": 256, **config}), Model(model), data, ctx)
+    return pack(PackConfig(**{"max_length": 256, **config}), Model(model), data, ctx)
 
 
 def pieces(row: PackedRow) -> list[tuple[int, list[int], list[int]]]:
@@ -209,7 +209,7 @@ def test_an_interrupted_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            pack(PackConfig(length=256), Model(pico), chats, ctx)
+            pack(PackConfig(max_length=256), Model(pico), chats, ctx)
     monkeypatch.setattr(stage, "encode_chats", lambda *_: pytest.fail("done before"))
     packed(tmp_path / "cut", pico, chats)
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
@@ -342,7 +342,7 @@ def documents(folder: Path, texts: list[str]) -> Dataset:
 def test_documents_end_and_are_divided(tmp_path: Path, pico: Path) -> None:
     tokenizer = make_tokenizer(TEMPLATE)
     texts = ["the quick brown fox " * 40, "weather", "", "a <|im_end|> b <|endoftext|>"]
-    result = packed(tmp_path / "p", pico, documents(tmp_path / "d", texts), length=50)
+    result = packed(tmp_path / "p", pico, documents(tmp_path / "d", texts), max_length=50)
     rows = Packed(result)
     found = [p for i in range(len(rows)) for p in pieces(rows[i])]
     by_origin: dict[int, list[list[int]]] = {}
@@ -360,7 +360,7 @@ def test_documents_end_and_are_divided(tmp_path: Path, pico: Path) -> None:
     assert by_origin[3][0].count(2) == 1
     assert tokenizer.decode(by_origin[3][0]) == texts[3] + "<|im_end|>"
     assert result.metrics["learned"] == sum(len(ids) - 1 for _, ids, _ in found)
-    other = packed(tmp_path / "q", pico, documents(tmp_path / "e", texts), length=50, document_end="<|endoftext|>")
+    other = packed(tmp_path / "q", pico, documents(tmp_path / "e", texts), max_length=50, eos_token="<|endoftext|>")
     assert sum(int((Packed(other)[i].ids == 0).sum()) for i in range(len(Packed(other)))) == 3
 
 
@@ -396,8 +396,8 @@ def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: p
     table = pq.read_table(part)
     pq.write_table(table.set_column(table.column_names.index("tools"), "tools", pa.array(["[{"])), part)
     told("row 'r': tools, answer or extra is no JSON", DataError, Dataset(tmp_path / "broken"))
-    told("is no token of this tokenizer", ModelError, documents(tmp_path / "d", ["a"]), document_end="<end>")
-    told("all 200 rows were set aside .longer than length", DataError, chats, length=8)
+    told("is no token of this tokenizer", ModelError, documents(tmp_path / "d", ["a"]), eos_token="<end>")
+    told("all 200 rows were set aside .longer than length", DataError, chats, max_length=8)
     endless = make_pico(tmp_path / "endless", template=TEMPLATE.replace("<|im_end|>", ""))
     told("without an end token|ends without", ModelError, chats, model=endless)
     result = packed(tmp_path / "fine", pico, chats)
@@ -418,7 +418,7 @@ def test_mistakes_are_told(tmp_path: Path, pico: Path, chats: Dataset, capsys: p
 
 
 def test_the_example_of_the_docs(tmp_path: Path, pico: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed(tmp_path, pico, chats, length=2048)
+    packed(tmp_path, pico, chats, max_length=2048)
     (tmp_path / "packed").symlink_to(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(

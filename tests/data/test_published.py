@@ -120,7 +120,7 @@ def test_the_real_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
                 "--out",
                 str(tmp_path / "h"),
                 "--set",
-                "repeated=drop",
+                "duplicates=drop",
                 "--quiet",
             ]
         )

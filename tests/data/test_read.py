@@ -478,7 +478,7 @@ def test_documents_of_another_maker(
         tmp_path / "d" / "x.parquet",
     )
     for stage in ("clean", "redact", "dedup", "split", "map"):
-        words = ["--set", "part=train"] if stage == "split" else []
+        words = ["--set", "split=train"] if stage == "split" else []
         code = main(["data", stage, str(tmp_path / "d"), "--out", str(tmp_path / stage), "--quiet", *words])
         error = capsys.readouterr().err
         if code or columns.get("metadata") != ["not JSON"]:  # map reads texts alone

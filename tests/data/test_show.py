@@ -118,7 +118,7 @@ def test_choosing_rows(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
                 "--set",
                 "contains=SAME QUESTION",
                 "--set",
-                "first=1",
+                "offset=1",
             ]
         )
         == 0
@@ -129,7 +129,7 @@ def test_choosing_rows(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "user\n  Same question" in capsys.readouterr().out
     for words, says in (
         (["--set", "contains=nowhere"], "no row holds 'nowhere'"),
-        (["--set", "first=9"], "no row comes after the first 9"),
+        (["--set", "offset=9"], "no row comes after the first 9"),
     ):
         assert main(["data", "show", str(chats), *words]) == 2
         assert says in capsys.readouterr().err
@@ -147,7 +147,17 @@ def test_pairs(chats: Path, tmp_path: Path, pico: Path) -> None:
 def test_packed_tokens(chats: Path, tmp_path: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(
-            ["data", "pack", str(pico), str(chats), "--out", str(tmp_path / "packed"), "--quiet", "--set", "length=300"]
+            [
+                "data",
+                "pack",
+                str(pico),
+                str(chats),
+                "--out",
+                str(tmp_path / "packed"),
+                "--quiet",
+                "--set",
+                "max_length=300",
+            ]
         )
         == 0
     )

@@ -153,7 +153,7 @@ def run(
     data = load(str(tmp_path / "votes.jsonl"))
     assert isinstance(data, Dataset)
     made = arena(
-        ArenaConfig(resamples=60, **config),
+        ArenaConfig(bootstrap_iters=60, **config),
         Context(tmp_path / "out", tmp_path, 0, Progress(quiet=True), page, never),
         [data],
         judged,
@@ -195,7 +195,7 @@ def test_the_stage_joins_people_and_judges(tmp_path: Path) -> None:
 def test_a_leader_by_chance_is_not_told_apart(tmp_path: Path) -> None:
     for share, beside in ((0.55, 1), (0.9, 0)):
         made, _ = run(tmp_path, votes(40, "x", "y", share))
-        assert made.metrics["not_told_apart"] == beside
+        assert made.metrics["not_significant"] == beside
         assert ("not told apart from y" in (tmp_path / "out" / "report.md").read_text()) == bool(beside)
 
 

@@ -25,9 +25,9 @@ from llmworks.core.errors import ArtifactError, DataError, UserError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.core.types import Engine
-from llmworks.evaluate.board import BoardConfig, Entry, ahead, board, ranked
 from llmworks.evaluate.compare import CompareConfig, compare
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
+from llmworks.evaluate.leaderboard import Entry, LeaderboardConfig, ahead, leaderboard, ranked
 from llmworks.evaluate.protocol.load_task import task_names
 from llmworks.evaluate.statistics.bootstrap import holm
 from llmworks.evaluate.suites import items_of, suites
@@ -187,7 +187,7 @@ def test_the_cause_is_named(what: str, run: Run, tmp_path: Path, pico: Path) -> 
     wanted, left, right, change = PLANTED[what]
     a = run("a", left)
     b = run("b", right, other(tmp_path, pico, change) if change else None)
-    made = compare(CompareConfig(resamples=200), a, b, context(tmp_path / "compared"))
+    made = compare(CompareConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
     causes = made.metrics["causes"]
     assert max(causes, key=causes.get) == wanted, causes
     if wanted not in ("normalisation", "numbers", "answer cut off", "stop string", "end token"):
@@ -200,7 +200,7 @@ def test_rounding_is_a_close_call(run: Run, tmp_path: Path, pico: Path) -> None:
         run("a", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}),
         run("b", {**CHOICE, "choices": ["fox", "the"], "answer": "0"}, other(tmp_path, pico, hair)),
     )
-    made = compare(CompareConfig(resamples=200), a, b, context(tmp_path / "compared"))
+    made = compare(CompareConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
     left, right = ({s["id"]: s for s in r.read()["samples"]} for r in (a, b))
     for found in json.loads(json.dumps(_page(tmp_path / "compared", a, b)))["differing"]:
         close = min(abs(s["logprobs"][0] - s["logprobs"][1]) for s in (left[found["id"]], right[found["id"]])) < 0.1
@@ -210,13 +210,15 @@ def test_rounding_is_a_close_call(run: Run, tmp_path: Path, pico: Path) -> None:
 
 def _page(place: Path, a: Report, b: Report) -> dict[str, Any]:
     page = ReportBuilder()
-    compare(CompareConfig(resamples=200), a, b, context(place, report=page))
+    compare(CompareConfig(bootstrap_iters=200), a, b, context(place, report=page))
     page.write(place / "out")
     return page.data
 
 
 def test_the_same_run_twice_differs_in_nothing(run: Run, tmp_path: Path) -> None:
-    made = compare(CompareConfig(resamples=200), run("a", CHOICE), run("b", CHOICE), context(tmp_path / "compared"))
+    made = compare(
+        CompareConfig(bootstrap_iters=200), run("a", CHOICE), run("b", CHOICE), context(tmp_path / "compared")
+    )
     assert (made.metrics["differ"], made.metrics["same_answer"], made.metrics["difference"]) == (0, 1.0, 0.0)
     assert "causes" not in made.metrics
 
@@ -224,8 +226,8 @@ def test_the_same_run_twice_differs_in_nothing(run: Run, tmp_path: Path) -> None
 def test_lower_is_better_where_it_is(run: Run, tmp_path: Path, pico: Path) -> None:
     fields = {"name": "p", "kind": "perplexity", "question": "q", "metrics": ["bits_per_byte"]}
     a, b = run("a", fields), run("b", fields, other(tmp_path, pico, weights))
-    worse = compare(CompareConfig(resamples=500), a, b, context(tmp_path / "compared"))
-    back = compare(CompareConfig(resamples=500), b, a, context(tmp_path / "back"))
+    worse = compare(CompareConfig(bootstrap_iters=500), a, b, context(tmp_path / "compared"))
+    back = compare(CompareConfig(bootstrap_iters=500), b, a, context(tmp_path / "back"))
     sign = b.metrics["score"] > a.metrics["score"]
     assert {worse.about["verdict"], back.about["verdict"]} in ({"better", "worse"}, {"not told apart"})
     assert worse.about["verdict"] != ("better" if sign else "worse")
@@ -293,7 +295,7 @@ def test_another_wording_is_no_other_answer(run: Run, tmp_path: Path) -> None:
         for sample, text in zip(data["samples"], texts, strict=False):
             sample["text"] = text
         (report.path / "report.json").write_text(json.dumps(data))
-    made = compare(CompareConfig(resamples=200), a, b, context(tmp_path / "compared"))
+    made = compare(CompareConfig(bootstrap_iters=200), a, b, context(tmp_path / "compared"))
     assert (made.metrics["differ"], made.metrics["same_answer"]) == (1, pytest.approx(5 / 6))
 
 
@@ -309,7 +311,7 @@ def test_of_several_changes_none_is_blamed_alone(run: Run, tmp_path: Path) -> No
         ),
     ):
         page = ReportBuilder()
-        compare(CompareConfig(resamples=200), a, run(name, fields), context(tmp_path / f"to-{name}", report=page))
+        compare(CompareConfig(bootstrap_iters=200), a, run(name, fields), context(tmp_path / f"to-{name}", report=page))
         notes = " ".join(block.text for block in page.blocks)
         assert ("differ at once" in notes) == bool(said)
         assert said in notes
@@ -337,7 +339,7 @@ def test_reports_that_were_changed_by_hand(what: str, run: Run, tmp_path: Path) 
     with pytest.raises(DataError, match=message):
         compare(CompareConfig(), a, b, context(tmp_path / "x"))
     with pytest.raises(DataError, match=message):
-        board(BoardConfig(), [a, b], context(tmp_path / "y"))
+        leaderboard(LeaderboardConfig(), [a, b], context(tmp_path / "y"))
     for text, said in (("{", "cannot be read"), ("[]", "holds no report"), ("\udcff", "cannot be read")):
         (b.path / "report.json").write_text(text, errors="surrogateescape")
         with pytest.raises(ArtifactError, match=said):
@@ -368,7 +370,7 @@ def test_a_board_compares_only_what_was_asked_alike(run: Run, tmp_path: Path, pi
             (made.path / "report.json").write_text(json.dumps({**data, "model": "heavier"}))
         reports.append(made)
     page = ReportBuilder()
-    board(BoardConfig(model=reports[0].about["model"]), reports, context(tmp_path / "board", report=page))
+    leaderboard(LeaderboardConfig(model=reports[0].about["model"]), reports, context(tmp_path / "board", report=page))
     page.write(tmp_path / "board" / "out")
     assert sorted(page.data["models"]) == ["heavier", "model"]
     columns = page.data["columns"]
@@ -384,7 +386,7 @@ def test_a_board_compares_only_what_was_asked_alike(run: Run, tmp_path: Path, pi
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "report.json").write_text("{}")
     with pytest.raises(DataError, match="is no evaluation of a task"):
-        board(BoardConfig(), [Report(tmp_path / "z", name="z")], context(tmp_path / "y"))
+        leaderboard(LeaderboardConfig(), [Report(tmp_path / "z", name="z")], context(tmp_path / "y"))
 
 
 def test_ranks_share_places() -> None:

@@ -77,9 +77,9 @@ def test_planted_rows_are_found_and_the_score_is_split(tmp_path: Path) -> None:
         training.append(f"{words(draw, 20)} {part.upper().replace(' ', ', ')} {words(draw, 20)}")
     scores = [1.0 if i < 40 and i % 2 == 0 else 0.5 for i in range(100)]
     made, data = run(tmp_path, questions, training, scores)
-    assert set(data["touched"]) == {str(i) for i in range(0, 40, 2)}
-    assert (made.metrics["score_touched"], made.metrics["score_clean"]) == (1.0, 0.5)
-    assert (made.metrics["touched"], made.metrics["clean"], made.metrics["short"]) == (20, 80, 0)
+    assert set(data["contaminated"]) == {str(i) for i in range(0, 40, 2)}
+    assert (made.metrics["score_contaminated"], made.metrics["score_clean"]) == (1.0, 0.5)
+    assert (made.metrics["contaminated"], made.metrics["clean"], made.metrics["short"]) == (20, 80, 0)
 
 
 def test_twelve_words_are_not_thirteen(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_twelve_words_are_not_thirteen(tmp_path: Path) -> None:
             [question, words(draw, 30)],
             [f"{words(draw, 9)} {' '.join(question.split()[3 : 3 + count])} {words(draw, 9)}"],
         )
-        assert made.metrics["touched"] == touched
+        assert made.metrics["contaminated"] == touched
 
 
 def test_the_words_of_the_task_are_no_sign(tmp_path: Path) -> None:
@@ -100,14 +100,14 @@ def test_the_words_of_the_task_are_no_sign(tmp_path: Path) -> None:
     made, _ = run(
         tmp_path, [f"{frame} {words(draw, 20)}" for _ in range(60)], [f"{frame} {words(draw, 40)}" for _ in range(20)]
     )
-    assert made.metrics["touched"] == 0
+    assert made.metrics["contaminated"] == 0
 
 
 def test_short_samples_are_compared_whole_or_not_at_all(tmp_path: Path) -> None:
     draw = random.Random(3)
     nine, three = words(draw, 8), words(draw, 3)  # with the reference: nine and four words
     made, data = run(tmp_path, [nine, three, words(draw, 40)], [f"{nine} yes", three])
-    assert list(data["touched"]) == ["0"]
+    assert list(data["contaminated"]) == ["0"]
     assert data["short"] == ["1"]
     assert made.metrics["clean"] == 1
 

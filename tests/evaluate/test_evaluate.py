@@ -113,20 +113,20 @@ def test_shots_stand_in_front_and_need_examples(tmp_path: Path, data: Dataset, m
     write_chat(tmp_path / "few", read_chat(data)[:60])
     with pytest.raises(UserError, match="shots is 90, but there are 60 rows"):
         evaluate(
-            EvaluateConfig(task="function-call", shots=90),
+            EvaluateConfig(task="function-call", num_fewshot=90),
             model,
             data,
             context(tmp_path, "a", Parrot({})),
-            examples=Dataset(tmp_path / "few"),
+            fewshot=Dataset(tmp_path / "few"),
         )
     with pytest.raises(UserError, match="unknown task 'x'"):
         evaluate(EvaluateConfig(task="x"), model, data, context(tmp_path, "b", Parrot({})))
     made = evaluate(
-        EvaluateConfig(task="function-call", shots=1, limit=5),
+        EvaluateConfig(task="function-call", num_fewshot=1, limit=5),
         model,
         data,
         context(tmp_path, "c", Parrot(references(data, 5))),
-        examples=data,
+        fewshot=data,
     )
     assert made.metrics["score"] == 1.0
 

@@ -102,7 +102,7 @@ def test_the_same_file_as_examples_is_the_same_pool(
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     task, rows = write(tmp_path, {**CHOICE, "shots": {"count": 6}})
     assert (
-        main(["evaluate", str(pico), "--data", str(rows), "--examples", str(rows), "--set", f"task={task}", "--quiet"])
+        main(["evaluate", str(pico), "--data", str(rows), "--fewshot", str(rows), "--set", f"task={task}", "--quiet"])
         == 2
     )
     assert "there are 6 rows to take examples from, the one that is asked among them" in capsys.readouterr().err
@@ -283,7 +283,7 @@ def test_conversations_in_a_plain_prompt_are_refused(
     tmp_path: Path, pico: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
-    assert main(["evaluate", str(pico), "--set", "task=function-call", "--set", "prompt=plain", "--quiet"]) == 2
+    assert main(["evaluate", str(pico), "--set", "task=function-call", "--set", "prompt_format=plain", "--quiet"]) == 2
     assert "conversations are asked with kind generate and prompt chat" in capsys.readouterr().err
 
 

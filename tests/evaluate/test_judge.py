@@ -240,7 +240,7 @@ def test_a_judge_without_verdicts(tmp_path: Path, world: dict[str, Any]) -> None
         with pytest.raises(DataError, match="no judge gave a verdict; the first said"):
             ask(tmp_path, world, {"j": habit}, pairs=False, place=habit)
     made, _, _ = ask(tmp_path, world, {"s": "silent", "g": "good"}, place="both")
-    assert (made.metrics["unread"], made.metrics["judged"]) == (40, 40)
+    assert (made.metrics["unparsed"], made.metrics["judged"]) == (40, 40)
 
 
 BAD = {

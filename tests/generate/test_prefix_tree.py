@@ -117,6 +117,11 @@ def test_models_that_hide_more_are_read_alone() -> None:
     from llmworks.model.shape import RecurrentShape, Shape
 
     assert not tree.fits(
-        DecoderForCausalLM(DecoderConfig(shape=Shape(vocabulary=64, width=32, heads=2, layers=1).model_dump())), 8
+        DecoderForCausalLM(
+            DecoderConfig(
+                shape=Shape(vocab_size=64, hidden_size=32, num_attention_heads=2, num_hidden_layers=1).model_dump()
+            )
+        ),
+        8,
     )
-    assert not tree.fits(RecurrentForCausalLM(RecurrentConfig(shape=RecurrentShape(vocabulary=64).model_dump())), 8)
+    assert not tree.fits(RecurrentForCausalLM(RecurrentConfig(shape=RecurrentShape(vocab_size=64).model_dump())), 8)

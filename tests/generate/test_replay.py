@@ -53,7 +53,7 @@ def test_engines_that_run_here(check: Callable[..., Any], pico: Path, pico_gguf:
     )
     assert (code, found) == (1, {"tokens": False, "logits": True})
     assert "conversation 1: token 1 is 1, recorded" in said
-    assert check(str(pico), str(pico_gguf), "--within", "0")[0] == 1
+    assert check(str(pico), str(pico_gguf), "--tolerance", "0")[0] == 1
 
 
 def test_a_record_is_replayed_on_its_own_model(

@@ -273,20 +273,20 @@ def test_an_adapter_of_axolotl(made: Any) -> None:
     assert recipe["steps"]["base"] == {"use": "hf:NousResearch/Meta-Llama-3-8B"}
     assert recipe["steps"]["raw"] == {"use": "hf:datasets/mhenrichsen/alpaca_2k_test"}
     assert recipe["steps"]["chats"]["config"] == {"format": "alpaca"}
-    assert recipe["steps"]["train"]["config"] == {"part": "train", "folds": 20}
-    assert recipe["steps"]["tuned"]["inputs"] == {"model": "base", "data": "train", "held_out": "test"}
+    assert recipe["steps"]["train"]["config"] == {"split": "train", "n_splits": 20}
+    assert recipe["steps"]["tuned"]["inputs"] == {"model": "base", "data": "train", "eval_data": "test"}
     assert recipe["steps"]["tuned"]["config"] == {
         "method": "lora",
-        "lora": {"rank": 32, "alpha": 16.0, "dropout": 0.05},
-        "epochs": 4.0,
+        "lora": {"r": 32, "lora_alpha": 16.0, "lora_dropout": 0.05},
+        "num_train_epochs": 4.0,
         "batch_size": 2,
-        "max_tokens": 4096,
-        "accumulation": 4,
-        "template": "alpaca",
+        "max_length": 4096,
+        "gradient_accumulation_steps": 4,
+        "chat_template": "alpaca",
         "golden": "renew: Axolotl's configuration asks for alpaca",
-        "recompute": True,
-        "look_every": 50,
-        "optimizer": {"learning_rate": 0.0002, "final_fraction": 0.0, "warmup": 0.1, "weight_decay": 0.0},
+        "gradient_checkpointing": True,
+        "eval_steps": 50,
+        "optimizer": {"learning_rate": 0.0002, "min_lr_ratio": 0.0, "warmup_ratio": 0.1, "weight_decay": 0.0},
     }
     assert told(found, "lost") == {"lora_modules_to_save", "load_in_8bit"}
     assert told(found, "otherwise") == {"micro_batch_size", "evals_per_epoch", "optimizer", "datasets[0].type"}
@@ -298,20 +298,20 @@ def test_four_bits_of_axolotl(made: Any) -> None:
     found, recipe = made(AXOLOTL["qlora"])
     config = recipe["steps"]["tuned"]["config"]
     assert config["lora"] == {
-        "rank": 32,
-        "alpha": 16.0,
-        "faster": 16.0,
-        "targets": ["q_proj", "up_proj"],
-        "stabilised": True,
-        "base": "nf4",
+        "r": 32,
+        "lora_alpha": 16.0,
+        "loraplus_lr_ratio": 16.0,
+        "target_modules": ["q_proj", "up_proj"],
+        "use_rslora": True,
+        "load_in_4bit": True,
     }
-    assert config["template"] == "gemma"
+    assert config["chat_template"] == "gemma"
     assert config["optimizer"] == {
         "learning_rate": 0.0002,
-        "schedule": "constant",
+        "lr_scheduler_type": "constant",
     }  # 100 steps of warm-up are told, not guessed
     assert recipe["seed"] == 7
-    assert "held_out" not in recipe["steps"]["tuned"]["inputs"]
+    assert "eval_data" not in recipe["steps"]["tuned"]["inputs"]
     assert told(found, "otherwise") == {"micro_batch_size", "bf16", "warmup_steps", "optimizer"}
 
 
@@ -319,18 +319,23 @@ def test_all_weights_of_axolotl_from_two_sets(made: Any) -> None:
     found, recipe = made(AXOLOTL["full"])
     config = recipe["steps"]["tuned"]["config"]
     assert recipe["steps"]["rows"]["inputs"] == {"data": {"set-1": "chats-1", "set-2": "chats-2"}}
-    assert (config["method"], config["longer"], config["neftune"], config["best"]) == ("full", "cut", 5.0, "held_out")
+    assert (config["method"], config["overlong"], config["neftune_noise_alpha"], config["metric_for_best_model"]) == (
+        "full",
+        "truncate",
+        5.0,
+        "eval_loss",
+    )
     assert "parallel" not in config
     assert "the best weights are kept whole" in next(note.text for note in found.notes if note.key == "deepspeed")
-    assert (config["look_every"], config["checkpoint_every"], config["patience"]) == (20, 40, 3)
+    assert (config["eval_steps"], config["save_steps"], config["early_stopping_patience"]) == (20, 40, 3)
     assert config["optimizer"] == {
         "learning_rate": 2e-5,
-        "schedule": "linear",
-        "final_fraction": 0.0,
-        "warmup": 0.0,
+        "lr_scheduler_type": "linear",
+        "min_lr_ratio": 0.0,
+        "warmup_ratio": 0.0,
         "weight_decay": 0.1,
         "beta2": 0.95,
-        "clip": 0.5,
+        "max_grad_norm": 0.5,
     }
     assert {"adam_epsilon", "datasets"} <= told(found, "lost")
 
@@ -349,42 +354,42 @@ def test_adapters_of_llamafactory(made: Any, tmp_path: Path) -> None:
     assert recipe["steps"]["some-2"] == {
         "stage": "data.mix",
         "inputs": {"data": {"all": "chats-2"}},
-        "config": {"rows": 1000, "max_repeats": 1},
+        "config": {"total_rows": 1000, "max_repeats": 1},
     }
     assert recipe["steps"]["tuned"]["config"] == {
         "method": "lora",
-        "lora": {"rank": 16, "alpha": 32.0, "faster": 16.0},
-        "epochs": 3.0,
+        "lora": {"r": 16, "lora_alpha": 32.0, "loraplus_lr_ratio": 16.0},
+        "num_train_epochs": 3.0,
         "batch_size": 1,
-        "max_tokens": 2048,
-        "longer": "cut",
-        "accumulation": 8,
-        "template": "llama-3",
+        "max_length": 2048,
+        "overlong": "truncate",
+        "gradient_accumulation_steps": 8,
+        "chat_template": "llama-3",
         "golden": "renew: LLaMA-Factory's configuration asks for llama3",
-        "look_every": 500,
-        "checkpoint_every": 500,
-        "optimizer": {"learning_rate": 0.0001, "final_fraction": 0.0, "warmup": 0.1},
+        "eval_steps": 500,
+        "save_steps": 500,
+        "optimizer": {"learning_rate": 0.0001, "min_lr_ratio": 0.0, "warmup_ratio": 0.1},
     }
     assert told(found, "lost") == set()
     _, recipe = made(FACTORY["qlora"])
     assert recipe["steps"]["tuned"]["config"]["lora"] == {
-        "rank": 8,
-        "alpha": 16.0,
-        "targets": ["q_proj", "v_proj"],
-        "magnitudes": True,
-        "base": "nf4",
-        "double": False,
+        "r": 8,
+        "lora_alpha": 16.0,
+        "target_modules": ["q_proj", "v_proj"],
+        "use_dora": True,
+        "load_in_4bit": True,
+        "bnb_4bit_use_double_quant": False,
     }
-    assert recipe["steps"]["tuned"]["config"]["best"] == "held_out"
+    assert recipe["steps"]["tuned"]["config"]["metric_for_best_model"] == "eval_loss"
 
 
 def test_all_weights_and_texts_of_llamafactory(made: Any) -> None:
     found, recipe = made(FACTORY["full"])
     config = recipe["steps"]["tuned"]["config"]
-    assert (config["method"], config["learn"], config["parallel"], config["optimizer"]["schedule"]) == (
+    assert (config["method"], config["train_on"], config["parallel"], config["optimizer"]["lr_scheduler_type"]) == (
         "full",
-        "last",
-        {"data": "shard"},
+        "last_assistant",
+        {"data_parallel": "fsdp"},
         "linear",
     )
     assert "template" not in config
@@ -404,13 +409,18 @@ def test_what_stays_as_it_is_where_nothing_is_said(made: Any) -> None:
         }
     )
     config = recipe["steps"]["tuned"]["config"]
-    assert config["lora"] == {"rank": 8, "alpha": 16.0, "targets": ["q_proj", "v_proj"]}
-    assert (config["max_tokens"], config["optimizer"]["warmup"]) == (512, 0.03)
+    assert config["lora"] == {"r": 8, "lora_alpha": 16.0, "target_modules": ["q_proj", "v_proj"]}
+    assert (config["max_length"], config["optimizer"]["warmup_ratio"]) == (512, 0.03)
     _, recipe = made({"model_name_or_path": "a/b", "dataset": "identity"})
     config = recipe["steps"]["tuned"]["config"]
-    assert config["lora"] == {"rank": 8, "alpha": 16.0}
-    assert config["optimizer"] == {"learning_rate": 5e-5, "schedule": "linear", "final_fraction": 0.0, "warmup": 0.0}
-    assert (config["batch_size"], config["epochs"]) == (8, 3.0)
+    assert config["lora"] == {"r": 8, "lora_alpha": 16.0}
+    assert config["optimizer"] == {
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "linear",
+        "min_lr_ratio": 0.0,
+        "warmup_ratio": 0.0,
+    }
+    assert (config["batch_size"], config["num_train_epochs"]) == (8, 3.0)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -487,7 +497,7 @@ def test_what_would_be_another_training_is_told(made: Any) -> None:
         found, recipe = made(values)
         assert [note.fate for note in found.notes if note.key == key] == [fate], (key, fate)
     assert recipe["steps"]["base"] == {"use": "hf:meta-llama/Meta-Llama-3-8B-Instruct"}
-    assert made(USUAL | {"dataset": "few"})[1]["steps"]["some"]["config"]["rows"] == 5
+    assert made(USUAL | {"dataset": "few"})[1]["steps"]["some"]["config"]["total_rows"] == 5
     assert made(AXOLOTL["lora"] | {"base_model": "asset:smollm2-135m-instruct"})[1]["steps"]["base"] == {
         "use": "asset:smollm2-135m-instruct"
     }

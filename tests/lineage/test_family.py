@@ -102,7 +102,7 @@ def test_the_page_holds_what_it_shows_and_no_more() -> None:
         "evil", "model", '</script><img src=x onerror="alert(1)">', "", "declared", (("says", "base"),), None, "hf:a/b"
     )
     family = Family({"base": node("base"), "evil": evil})
-    page = draw_page(family, "<b>Tree</b>", {"base": "mit"}, ["a <line>"])
+    page = draw_page(family, "<b>Tree</b>", {"load_in_4bit": "mit"}, ["a <line>"])
     assert "<img" not in page
     assert "<b>Tree" not in page
     assert "a &lt;line&gt;" in page
@@ -243,7 +243,7 @@ def test_a_foreign_model_s_parents_by_files_and_by_weights(
     words = [
         "tree",
         str(tmp_path / "found"),
-        *(word for name in ("base", "a", "b", "c", str(tmp_path / "stranger")) for word in ("--among", name)),
+        *(word for name in ("base", "a", "b", "c", str(tmp_path / "stranger")) for word in ("--candidates", name)),
         "--workspace",
         str(tmp_path / "ws"),
     ]
@@ -263,7 +263,7 @@ def test_a_foreign_model_s_parents_by_files_and_by_weights(
     assert set(parents) == {"base", "a", "b", "some/where"}
     assert parents["some/where"] == "README.md says: finetune"
     assert parents["a"].startswith("by its weights: merged 0.6")
-    assert main(["tree", "--among", "base", "--workspace", str(tmp_path / "ws")]) == 2
+    assert main(["tree", "--candidates", "base", "--workspace", str(tmp_path / "ws")]) == 2
 
 
 def test_only_models(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.conftest import make_pico, write_chats, write_recipe
 def tuned(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Adapter, Model]:
     """A trained adapter and its model."""
     folder = tmp_path_factory.mktemp("tuned")
-    recipe = write_recipe(folder, pico, write_chats(folder), epochs=1, template="tools")
+    recipe = write_recipe(folder, pico, write_chats(folder), num_train_epochs=1, chat_template="tools")
     text = recipe.read_text()
     recipe.write_text(text[: text.index("  merged:")])
     job = Run(load_recipe(recipe), Workspace(folder / "w"), quiet=True)

@@ -334,7 +334,7 @@ def test_della_keeps_large_changes_oftener() -> None:
 
 def test_a_killed_merge_goes_on_at_its_file(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are whole are not read or written again; the bytes are those of a merge that was not killed."""
-    given = MergeConfig.model_validate(CASES["linear"]).model_copy(update={"shard_bytes": 8000})
+    given = MergeConfig.model_validate(CASES["linear"]).model_copy(update={"max_shard_size": 8000})
     found: dict[str, Artifact] = {name: load(str(family / name)) for name in given.named()}
     from llmworks.merge.merge import merge
 

@@ -25,7 +25,7 @@ from tests.conftest import make_pico
 from tests.oracles.merge_models import save
 from tests.oracles.merges import vectors
 
-TIES: dict[str, Any] = {**vectors("ties", density=0.5), "shard_bytes": 1_000_000}
+TIES: dict[str, Any] = {**vectors("ties", density=0.5), "max_shard_size": 1_000_000}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def attempt(given: dict[str, Any], family: Path, place: Path, *, small: bool = True) -> Model:
     """The stage with a scratch directory that outlives it, in files of 3,000 bytes."""
     config = MergeConfig.model_validate(given)
-    config = config.model_copy(update={"shard_bytes": 3000}) if small else config
+    config = config.model_copy(update={"max_shard_size": 3000}) if small else config
     found: dict[str, Artifact] = {name: load(str(family / name)) for name in config.named()}
     out = place / "out"
     for old in out.glob("*") if out.exists() else ():
@@ -103,7 +103,7 @@ def test_a_kill_after_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     given = {
         "merge_method": "linear",
         "models": [{"model": name, "parameters": {"weight": 0.5}} for name in "ab"],
-        "shard_bytes": 1_000_000,
+        "max_shard_size": 1_000_000,
     }
     recorded = runs.logits_at
 

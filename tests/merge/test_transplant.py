@@ -117,9 +117,9 @@ def test_new_tokens_are_the_mean_of_their_pieces(tmp_path: Path) -> None:
     assert read_json(made.path / "config.json")["vocab_size"] == len(new)
     assert made.golden is not None
     assert made.golden.stop_ids == [new["<end>"]]
-    assert made.metrics["bits_a_byte"] > 0
-    assert made.metrics["bits_a_byte_before"] > 0
-    zero = moved(model, other, tmp_path / "zero", new="zero")
+    assert made.metrics["bits_per_byte"] > 0
+    assert made.metrics["bits_per_byte_before"] > 0
+    zero = moved(model, other, tmp_path / "zero", approximation_method="zero")
     assert not load_file(zero.path / "model.safetensors")[EMBEDDING][new["the"]].any()
 
 

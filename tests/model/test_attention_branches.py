@@ -15,11 +15,11 @@ from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 from llmworks.model.shape import Shape
 
 SHAPES = [
-    Shape(kv_heads=2),
-    Shape(window=6, full_every=2),
-    Shape(position="alibi"),
-    Shape(position="learned", norm="layer", gated=False, bias="all"),
-    Shape(window=6, qk_norm=True),
+    Shape(num_key_value_heads=2),
+    Shape(sliding_window=6, global_attn_every_n_layers=2),
+    Shape(position_embedding_type="alibi"),
+    Shape(position_embedding_type="learned", norm="layer", gated_mlp=False, bias="all"),
+    Shape(sliding_window=6, use_qk_norm=True),
 ]
 TEXTS = [(70, (40, 50, 3)), (5, (9,)), (33, (80, 64))]  # tokens of what is shared, and of each rest
 
@@ -27,7 +27,14 @@ TEXTS = [(70, (40, 50, 3)), (5, (9,)), (33, (80, 64))]  # tokens of what is shar
 def made(shape: Shape) -> DecoderForCausalLM:
     torch.manual_seed(0)
     small = shape.model_copy(
-        update={"vocabulary": 100, "width": 32, "layers": 3, "heads": 4, "hidden": 48, "context": 256}
+        update={
+            "vocab_size": 100,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 256,
+        }
     )
     return DecoderForCausalLM(DecoderConfig(shape=small.model_dump()))
 
@@ -57,7 +64,7 @@ def one_row() -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, list[tu
 
 
 @pytest.mark.parametrize("kernels", ["blocks", "fused"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.position}-{s.window}")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.position_embedding_type}-{s.sliding_window}")
 def test_a_branch_is_computed_as_if_it_stood_alone(shape: Shape, kernels: str) -> None:
     """States, and gradients of all weights: of one row, and of a row for each text.
 

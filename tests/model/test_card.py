@@ -43,7 +43,7 @@ def test_every_step_has_a_card_and_verifies(licensed: Path, tmp_path: Path, caps
         ["quantize", "rotate", "once", "--out", "twice"],
         ["merge", "extract", str(other), "once", "--out", "difference"],
         ["merge", "adapter", "difference", "once", "--out", "folded"],
-        ["quantize", "rtn", "folded", "--set", "group=32", "--out", "small"],
+        ["quantize", "rtn", "folded", "--set", "group_size=32", "--out", "small"],
     ):
         assert main([*words, "--quiet"]) == 0, words
     for name, library, tag in (

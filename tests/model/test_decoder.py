@@ -24,39 +24,47 @@ from llmworks.model.nn.feed_forward import MixtureOfExperts
 from llmworks.model.nn.positions import frequencies, rotate, rotation, sinusoids, slopes
 from llmworks.model.shape import Rope, Shape
 
-USUAL: dict[str, Any] = {"vocabulary": 61, "width": 32, "layers": 2, "heads": 4, "context": 48}
+USUAL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+}
 IDS = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(1))
 SWITCHES: dict[str, dict[str, Any]] = {
     "norm": {"norm": "layer"},
-    "norm_place": {"norm_place": "post"},
-    "around": {"norm_place": "around"},
-    "norm_epsilon": {"norm_epsilon": 0.5},
-    "norm_from_zero": {"norm_from_zero": True},
-    "qk_norm": {"qk_norm": True},
-    "learned": {"position": "learned"},
-    "sinusoidal": {"position": "sinusoidal"},
-    "alibi": {"position": "alibi"},
-    "none": {"position": "none"},
-    "theta": {"rope": {"theta": 500.0}},
-    "linear": {"rope": {"scaling": "linear", "factor": 4}},
-    "ntk": {"rope": {"scaling": "ntk", "factor": 4}},
-    "yarn": {"rope": {"scaling": "yarn", "factor": 4, "trained": 400}},
-    "llama-3": {"rope": {"scaling": "llama-3", "factor": 4, "trained": 20, "fast": 4}},
-    "window": {"window": 5},
-    "full_every": {"window": 5, "full_every": 2},
-    "window_theta": {"window": 5, "full_every": 2, "window_theta": 77.0},
-    "gelu": {"activation": "gelu"},
-    "gelu-tanh": {"activation": "gelu-tanh"},
-    "gated": {"gated": False, "hidden": 64},
+    "norm_place": {"norm_position": "post"},
+    "around": {"norm_position": "sandwich"},
+    "norm_epsilon": {"norm_eps": 0.5},
+    "norm_from_zero": {"norm_unit_offset": True},
+    "qk_norm": {"use_qk_norm": True},
+    "learned": {"position_embedding_type": "learned"},
+    "sinusoidal": {"position_embedding_type": "sinusoidal"},
+    "alibi": {"position_embedding_type": "alibi"},
+    "none": {"position_embedding_type": "none"},
+    "theta": {"rope_parameters": {"rope_theta": 500.0}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4}},
+    "ntk": {"rope_parameters": {"rope_type": "ntk", "factor": 4}},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 400}},
+    "llama-3": {
+        "rope_parameters": {"rope_type": "llama3", "factor": 4, "original_max_position_embeddings": 20, "beta_fast": 4}
+    },
+    "window": {"sliding_window": 5},
+    "full_every": {"sliding_window": 5, "global_attn_every_n_layers": 2},
+    "window_theta": {"sliding_window": 5, "global_attn_every_n_layers": 2, "local_rope_theta": 77.0},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu-tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "gated": {"gated_mlp": False, "intermediate_size": 64},
     "qkv": {"bias": "qkv"},
     "bias": {"bias": "all"},
-    "tied": {"tied": False},
-    "embedding_scaled": {"embedding_scaled": True},
-    "attention_scale": {"attention_scale": 0.9},
-    "experts": {"experts": {"count": 4}},
-    "kv_heads": {"kv_heads": 2},
-    "head_width": {"head_width": 10},
-    "hidden": {"hidden": 64},
+    "tied": {"tie_word_embeddings": False},
+    "embedding_scaled": {"scale_embedding": True},
+    "attention_scale": {"attention_multiplier": 0.9},
+    "experts": {"experts": {"num_experts": 4}},
+    "kv_heads": {"num_key_value_heads": 2},
+    "head_width": {"head_dim": 10},
+    "hidden": {"intermediate_size": 64},
 }
 
 
@@ -81,7 +89,13 @@ def logits(made: DecoderForCausalLM, ids: torch.Tensor = IDS, **given: Any) -> t
 @pytest.mark.parametrize("name", SWITCHES)
 def test_no_switch_is_ignored(name: str) -> None:
     """The same weights (where both have them) under another switch give other logits."""
-    plain = {"window": 5} if name == "full_every" else {"window": 5, "full_every": 2} if name == "window_theta" else {}
+    plain = (
+        {"sliding_window": 5}
+        if name == "full_every"
+        else {"sliding_window": 5, "global_attn_every_n_layers": 2}
+        if name == "window_theta"
+        else {}
+    )
     assert (logits(model(**SWITCHES[name])) - logits(model(**plain))).abs().max() > 1e-3
 
 
@@ -120,7 +134,7 @@ def test_shared_heads_are_repeated_ones(groups: int) -> None:
     """Grouped- and multi-query attention is multi-head attention whose key and value matrices are repeated for every
     head of a group.
     """
-    few, many = (Attention(Shape.model_validate({**USUAL, "kv_heads": n}), 0) for n in (groups, 4))
+    few, many = (Attention(Shape.model_validate({**USUAL, "num_key_value_heads": n}), 0) for n in (groups, 4))
     with torch.no_grad():
         many.query.weight.copy_(few.query.weight)
         many.out.weight.copy_(few.out.weight)
@@ -159,16 +173,16 @@ def test_positions_are_those_of_the_papers() -> None:
     kept, factor = frequencies(Rope(), 8, 2048)
     assert factor == 1
     assert kept.tolist() == pytest.approx([1.0, 0.1, 0.01, 0.001])  # theta^(-2i/d)
-    assert frequencies(Rope(scaling="linear", factor=4), 8, 2048)[0].tolist() == pytest.approx(
+    assert frequencies(Rope(rope_type="linear", factor=4), 8, 2048)[0].tolist() == pytest.approx(
         [0.25, 0.025, 0.0025, 0.00025]
     )
     # NTK: the fastest wave is kept, the slowest is stretched by the factor
-    assert frequencies(Rope(scaling="ntk", factor=4), 8, 2048)[0].tolist() == pytest.approx(
+    assert frequencies(Rope(rope_type="ntk", factor=4), 8, 2048)[0].tolist() == pytest.approx(
         [1.0, 0.1 * 4 ** (-1 / 3), 0.01 * 4 ** (-2 / 3), 0.001 / 4]
     )
     # YaRN for d 128, base 10000, trained 4096, factor 8: by its equations, pair 20 turns 4096 / (2 pi 10000^(40/128)) =
     # 36.7 times, pair 46 0.87
-    yarn, factor = frequencies(Rope(scaling="yarn", factor=8, trained=4096), 128, 32768)
+    yarn, factor = frequencies(Rope(rope_type="yarn", factor=8, original_max_position_embeddings=4096), 128, 32768)
     plain = frequencies(Rope(), 128, 32768)[0]
     assert factor == pytest.approx(0.1 * math.log(8) + 1)
     assert torch.allclose(yarn[:21], plain[:21])
@@ -205,14 +219,14 @@ def test_experts() -> None:
     experts when all go to one.
     """
     torch.manual_seed(0)
-    layer = MixtureOfExperts(Shape.model_validate({**USUAL, "experts": {"count": 4, "chosen": 2}}))
+    layer = MixtureOfExperts(Shape.model_validate({**USUAL, "experts": {"num_experts": 4, "num_experts_per_tok": 2}}))
     x = torch.randn(3, 5, 32)
     chances = layer.router(x).softmax(-1)
     for b, t in ((0, 0), (2, 4)):
         weights, picked = chances[b, t].topk(2)
         expected = sum(w * layer.experts[int(e)](x[b, t]) for w, e in zip(weights / weights.sum(), picked, strict=True))
         assert (layer(x)[b, t] - expected).abs().max() < 1e-6
-    one = MixtureOfExperts(Shape.model_validate({**USUAL, "experts": {"count": 4, "chosen": 1}}))
+    one = MixtureOfExperts(Shape.model_validate({**USUAL, "experts": {"num_experts": 4, "num_experts_per_tok": 1}}))
     with torch.no_grad():
         one.router.weight.zero_()
         one.router.weight[2] = 100.0
@@ -222,8 +236,8 @@ def test_experts() -> None:
         one.router.weight.zero_()
     one(torch.randn(2, 8, 32))
     assert float(one.balance.detach()) == pytest.approx(1.0)
-    made = model(experts={"count": 4, "balance": 0.5})
-    plain = model(experts={"count": 4, "balance": 0.0})
+    made = model(experts={"num_experts": 4, "router_aux_loss_coef": 0.5})
+    plain = model(experts={"num_experts": 4, "router_aux_loss_coef": 0.0})
     assert float(made(input_ids=IDS, labels=IDS).loss.detach()) == float(
         plain(input_ids=IDS, labels=IDS).loss.detach()
     )  # asked, not trained
@@ -292,12 +306,12 @@ def test_it_learns_and_takes_adapters() -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"width": 30}, "width 30 is not divided by heads 4"),
-        ({"kv_heads": 3}, "heads 4 is not divided by kv_heads 3"),
-        ({"head_width": 7}, "a head of width 7 is odd"),
-        ({"full_every": 2}, "needs a window"),
-        ({"experts": {"count": 2, "chosen": 3}}, "more than experts.count"),
-        ({"position": "absolute"}, "Input should be"),
+        ({"hidden_size": 30}, "width 30 is not divided by heads 4"),
+        ({"num_key_value_heads": 3}, "heads 4 is not divided by kv_heads 3"),
+        ({"head_dim": 7}, "a head of width 7 is odd"),
+        ({"global_attn_every_n_layers": 2}, "needs a window"),
+        ({"experts": {"num_experts": 2, "num_experts_per_tok": 3}}, "more than experts.count"),
+        ({"position_embedding_type": "absolute"}, "Input should be"),
         ({"hiden": 3}, "Extra inputs"),
     ],
 )
@@ -309,13 +323,18 @@ def test_shapes_that_do_not_fit(more: dict[str, Any], says: str) -> None:
 def test_ids_and_lengths_beyond() -> None:
     with pytest.raises(ModelError, match="token id 61 is beyond the vocabulary of 61"):
         model()(input_ids=torch.tensor([[3, 61]]))
-    learned = model(position="learned")
+    learned = model(position_embedding_type="learned")
     with pytest.raises(ModelError, match="49 tokens, the model has positions for 48"):
         learned(input_ids=torch.zeros(1, 49, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
-    "more", [{"qk_norm": True}, {"qk_norm": True, "window": 5}, {"norm": "layer", "position": "learned"}]
+    "more",
+    [
+        {"use_qk_norm": True},
+        {"use_qk_norm": True, "sliding_window": 5},
+        {"norm": "layer", "position_embedding_type": "learned"},
+    ],
 )
 def test_narrow_products_train(more: dict[str, Any]) -> None:
     """Under autocast the loss and its gradients are near those of fp32, the head's too."""
@@ -385,7 +404,7 @@ def test_adapters_leave_the_head_alone() -> None:
 def test_an_adapter_on_the_head_is_in_the_loss(tied: bool) -> None:
     from peft import LoraConfig, get_peft_model
 
-    made: Any = model(tied=tied)
+    made: Any = model(tie_word_embeddings=tied)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(made, LoraConfig(target_modules=["head"], init_lora_weights=False))

@@ -158,7 +158,7 @@ def test_the_stage(
         "king\tqueen\t9\nking\tdog\t1\ncat\tdog\t8\ncat\tgarden\t1\nwalks\tsits\t7\nKingly\tking\t6\n"
     )
     (tmp_path / "why.txt").write_text(": people\nman king woman queen\nking his queen her\n")
-    words = ["--set", "dimensions=16", "--set", "sample=0", "--set", f"method={method}", "--set", "window=3"]
+    words = ["--set", "vector_size=16", "--set", "sample=0", "--set", f"method={method}", "--set", "window=3"]
     command = [
         "model",
         "embedding",
@@ -226,7 +226,7 @@ def test_words_of_every_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 "embedding",
                 str(tmp_path / "read"),
                 "--set",
-                "dimensions=8",
+                "vector_size=8",
                 "--out",
                 str(tmp_path / "v"),
                 "--quiet",
@@ -254,11 +254,11 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     (tmp_path / "p.tsv").write_text("king\tqueen\t1\nking\tman\t1\nman\tqueen\t1\nman\tman\t1\n")
     capsys.readouterr()
     for words, says in (
-        (["--set", "parts=[6,3]"], "parts is [6, 3]"),
-        (["--set", "parts=[-1,3]"], "parts is [-1, 3]"),
+        (["--set", "char_ngrams=[6,3]"], "parts is [6, 3]"),
+        (["--set", "char_ngrams=[-1,3]"], "parts is [-1, 3]"),
         (["--tests", f"words={tmp_path / 'p.tsv'}"], "cannot be called 'words'"),
-        (["--set", "least=1000"], "only 0 words"),
-        (["--set", "dimensions=8", "--set", "method=glove", "--set", "learning_rate=1e30"], "only 3 words"),
+        (["--set", "min_count=1000"], "only 0 words"),
+        (["--set", "vector_size=8", "--set", "method=glove", "--set", "learning_rate=1e30"], "only 3 words"),
     ):
         assert (
             main(["model", "embedding", str(tmp_path / "more"), *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2

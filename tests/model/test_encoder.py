@@ -19,7 +19,13 @@ from llmworks.model.nn.encoder import EncoderConfig, EncoderDecoderLM, EncoderFo
 from llmworks.model.shape import Shape
 from llmworks.tokenize.bpe.reference import BPE
 
-USUAL: dict[str, Any] = {"vocabulary": 61, "width": 32, "layers": 2, "heads": 4, "context": 48}
+USUAL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+}
 IDS = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -52,15 +58,15 @@ def both(**more: Any) -> EncoderDecoderLM:
     [
         {},
         {
-            "position": "learned",
+            "position_embedding_type": "learned",
             "norm": "layer",
-            "norm_place": "post",
-            "gated": False,
-            "activation": "gelu",
+            "norm_position": "post",
+            "gated_mlp": False,
+            "hidden_act": "gelu",
             "bias": "all",
         },
-        {"position": "alibi"},
-        {"window": 4},
+        {"position_embedding_type": "alibi"},
+        {"sliding_window": 4},
     ],
 )
 def test_an_encoder_sees_both_ways(more: dict[str, Any], tmp_path: Path) -> None:
@@ -73,7 +79,7 @@ def test_an_encoder_sees_both_ways(more: dict[str, Any], tmp_path: Path) -> None
         moved = (after - before).abs().amax((0, 2)) > 1e-6
         assert moved[11]
         assert moved[13]
-        assert bool(moved[2]) != ("window" in more)  # two layers of a window of four reach six tokens
+        assert bool(moved[2]) != ("sliding_window" in more)  # two layers of a window of four reach six tokens
         mask = torch.ones_like(IDS)
         mask[1, 15:] = 0
         padded = made(input_ids=IDS, attention_mask=mask).logits
@@ -196,7 +202,9 @@ def trained(model: Any, batch: Any, steps: int) -> float:
 
 def test_masked_tokens_of_real_text_are_learned(text: tuple[list[int], int]) -> None:
     ids, free = text
-    made = encoder(vocabulary=free + 1, width=64, heads=4, layers=2, context=64)
+    made = encoder(
+        vocab_size=free + 1, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=64
+    )
     draw = torch.Generator().manual_seed(0)
 
     def batch() -> dict[str, torch.Tensor]:
@@ -213,7 +221,7 @@ def test_masked_tokens_of_real_text_are_learned(text: tuple[list[int], int]) -> 
 def test_hidden_spans_of_real_text_are_learned(text: tuple[list[int], int]) -> None:
     ids, free = text
     end, start, pad, sentinels = free, free + 1, free + 2, list(range(free + 3, free + 11))
-    made = both(vocabulary=free + 11, width=64, context=64)
+    made = both(vocab_size=free + 11, hidden_size=64, max_position_embeddings=64)
     made.init_weights()
     made.config.decoder_start_token_id = start
     draw = torch.Generator().manual_seed(0)
@@ -241,7 +249,13 @@ def test_a_decoder_learns_to_look_at_what_it_translates() -> None:
     data, low = ([byte + 4 for byte in text.encode()] for text in (pages, pages.lower()))
     torch.manual_seed(0)
     shape = Shape.model_validate(
-        {**USUAL, "vocabulary": 260, "width": 64, "position": "sinusoidal", "embedding_scaled": True}
+        {
+            **USUAL,
+            "vocab_size": 260,
+            "hidden_size": 64,
+            "position_embedding_type": "sinusoidal",
+            "scale_embedding": True,
+        }
     )
     made = EncoderDecoderLM(Seq2SeqConfig(shape=shape.model_dump(), decoder_start_token_id=0, pad_token_id=2))
     draw = torch.Generator().manual_seed(0)

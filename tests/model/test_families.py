@@ -167,22 +167,34 @@ def test_generated_text_is_theirs(name: str, tmp_path: Path) -> None:
 
 
 def test_a_shape_is_saved_as_what_it_is() -> None:
-    usual = {"vocabulary": 97, "width": 48, "layers": 2, "heads": 4, "context": 64}
+    usual = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
     found = {
         "llama": {},
-        "mistral": {"window": 8},
+        "mistral": {"sliding_window": 8},
         "qwen2": {"bias": "qkv"},
-        "qwen3": {"qk_norm": True},
-        "": {"position": "alibi"},
-        "gpt2": {"norm": "layer", "position": "learned", "gated": False, "bias": "all", "activation": "gelu-tanh"},
+        "qwen3": {"use_qk_norm": True},
+        "": {"position_embedding_type": "alibi"},
+        "gpt2": {
+            "norm": "layer",
+            "position_embedding_type": "learned",
+            "gated_mlp": False,
+            "bias": "all",
+            "hidden_act": "gelu_pytorch_tanh",
+        },
         "gemma3_text": {
-            "norm_place": "around",
-            "norm_from_zero": True,
-            "qk_norm": True,
-            "embedding_scaled": True,
-            "window": 8,
-            "full_every": 2,
-            "activation": "gelu-tanh",
+            "norm_position": "sandwich",
+            "norm_unit_offset": True,
+            "use_qk_norm": True,
+            "scale_embedding": True,
+            "sliding_window": 8,
+            "global_attn_every_n_layers": 2,
+            "hidden_act": "gelu_pytorch_tanh",
         },
     }
     for kind, more in found.items():
@@ -190,13 +202,13 @@ def test_a_shape_is_saved_as_what_it_is() -> None:
         assert standard_of(shape) == kind
     for more in (
         {"experts": {}},
-        {"norm_place": "post"},
-        {"rope": {"scaling": "ntk", "factor": 2}},
-        {"position": "none"},
+        {"norm_position": "post"},
+        {"rope_parameters": {"rope_type": "ntk", "factor": 2}},
+        {"position_embedding_type": "none"},
         {"norm": "layer"},
-        {"window": 5, "window_theta": 77.0},
-        {**found["gemma3_text"], "attention_scale": 0.9},
-        {**found["gemma3_text"], "layers": 7, "full_every": 8},
+        {"sliding_window": 5, "local_rope_theta": 77.0},
+        {**found["gemma3_text"], "attention_multiplier": 0.9},
+        {**found["gemma3_text"], "num_hidden_layers": 7, "global_attn_every_n_layers": 8},
     ):
         assert standard_of(Shape.model_validate({**usual, **more})) == ""
 
@@ -204,14 +216,23 @@ def test_a_shape_is_saved_as_what_it_is() -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"position": "alibi"},
-        {"experts": {"count": 4}},
-        {"norm_place": "post", "position": "sinusoidal"},
-        {"rope": {"scaling": "ntk", "factor": 4}},
+        {"position_embedding_type": "alibi"},
+        {"experts": {"num_experts": 4}},
+        {"norm_position": "post", "position_embedding_type": "sinusoidal"},
+        {"rope_parameters": {"rope_type": "ntk", "factor": 4}},
     ],
 )
 def test_shapes_of_its_own_come_back(more: dict[str, Any], tmp_path: Path) -> None:
-    shape = Shape.model_validate({"vocabulary": 97, "width": 48, "layers": 2, "heads": 4, "context": 64, **more})
+    shape = Shape.model_validate(
+        {
+            "vocab_size": 97,
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            **more,
+        }
+    )
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump())).eval()
     assert save_decoder(model, tmp_path, token_ids={"eos_token_id": 5}) == ""
     assert torch.equal(logits(load_decoder(tmp_path)), logits(model))

@@ -130,7 +130,10 @@ def test_a_feed_forward_that_keeps_less_is_the_feed_forward(frozen: bool) -> Non
     goes the long way, to the same numbers.
     """
     torch.manual_seed(9)
-    layer, x = FeedForward(Shape(width=32, heads=4, hidden=48)), torch.randn(2, 5, 32, requires_grad=True)
+    layer, x = (
+        FeedForward(Shape(hidden_size=32, num_attention_heads=4, intermediate_size=48)),
+        torch.randn(2, 5, 32, requires_grad=True),
+    )
     layer.down.weight.requires_grad_(not frozen)
     assert layer.gate is not None
     way, weights = (

@@ -148,10 +148,10 @@ def test_what_has_no_kernel_has_no_layer(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("stage", "config"),
     [
-        (rtn, RtnConfig(bits=4, group=32)),
-        (rtn, RtnConfig(bits=4, group=32, symmetric=False)),
-        (rtn, RtnConfig(bits=8, group=0)),
-        (int8, Int8Config(bits=8, group=0)),
+        (rtn, RtnConfig(bits=4, group_size=32)),
+        (rtn, RtnConfig(bits=4, group_size=32, symmetric=False)),
+        (rtn, RtnConfig(bits=8, group_size=0)),
+        (int8, Int8Config(bits=8, group_size=0)),
     ],
     ids=["absmax-4", "zeropoint-4", "absmax-8", "int8"],
 )

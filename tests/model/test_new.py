@@ -21,7 +21,16 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-SMALL = ("--set", "width=32", "--set", "layers=2", "--set", "heads=4", "--set", "context=128")
+SMALL = (
+    "--set",
+    "hidden_size=32",
+    "--set",
+    "num_hidden_layers=2",
+    "--set",
+    "num_attention_heads=4",
+    "--set",
+    "max_position_embeddings=128",
+)
 
 
 def new(workspace: Path, pico: Path, name: str, *words: str) -> Path:
@@ -54,7 +63,7 @@ def test_the_seed_decides(workspace: Path, pico: Path) -> None:
 
 
 def test_a_shape_of_its_own_answers(workspace: Path, pico: Path) -> None:
-    made = new(workspace, pico, "m", "--set", "position=alibi", "--set", "experts={count: 4}")
+    made = new(workspace, pico, "m", "--set", "position_embedding_type=alibi", "--set", "experts={num_experts: 4}")
     engine = TorchEngine.open(made)
     (answer,) = engine.generate([Request((Message("user", "hi"),), sampling=Sampling(max_tokens=5))])
     assert answer.completion_tokens > 0
@@ -63,10 +72,10 @@ def test_a_shape_of_its_own_answers(workspace: Path, pico: Path) -> None:
 
 def test_mistakes(workspace: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, says in (
-        (["--set", "heads=5"], "width 32 is not divided by heads 5"),
-        (["--set", "vocabulary=10"], "the tokenizer has"),
-        (["--set", "hiden=3"], "did you mean 'hidden'"),
-        (["--set", "position=rotary"], "'rope'"),
+        (["--set", "num_attention_heads=5"], "width 32 is not divided by heads 5"),
+        (["--set", "vocab_size=10"], "the tokenizer has"),
+        (["--set", "hiden=3"], "did you mean 'hidden_size'"),
+        (["--set", "position_embedding_type=rotary"], "'rope'"),
     ):
         assert main(["model", "new", str(pico), *SMALL, *words, "--out", str(workspace / "o"), "--quiet"]) == 2
         told = capsys.readouterr().err.strip()

@@ -29,7 +29,16 @@ def library() -> Tensor:
 
 
 def shape(**more: Any) -> Shape:
-    return Shape.model_validate({"vocabulary": 256, "width": 96, "layers": 3, "heads": 3, "context": LONG, **more})
+    return Shape.model_validate(
+        {
+            "vocab_size": 256,
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "max_position_embeddings": LONG,
+            **more,
+        }
+    )
 
 
 def trained(given: Shape, text: Tensor) -> DecoderForCausalLM:
@@ -60,8 +69,8 @@ def losses(model: DecoderForCausalLM, text: Tensor) -> tuple[float, float]:
 
 def stretched(model: DecoderForCausalLM, scaling: str) -> DecoderForCausalLM:
     """The same weights, their rotary positions stretched to the long rows."""
-    rope = {"scaling": scaling, "factor": LONG / TRAINED, "trained": TRAINED}
-    other = DecoderForCausalLM(DecoderConfig(shape=shape(rope=rope).model_dump()))
+    rope = {"rope_type": scaling, "factor": LONG / TRAINED, "original_max_position_embeddings": TRAINED}
+    other = DecoderForCausalLM(DecoderConfig(shape=shape(rope_parameters=rope).model_dump()))
     other.load_state_dict(model.state_dict())
     return other.eval()
 
@@ -74,7 +83,7 @@ def test_positions_beyond_what_was_trained() -> None:
     found = {"none": losses(rope, unseen)} | {
         name: losses(stretched(rope, name), unseen) for name in ("linear", "ntk", "yarn")
     }
-    found |= {name: losses(trained(shape(position=name), text), unseen) for name in ("alibi", "learned")}
+    found |= {name: losses(trained(shape(position_embedding_type=name), text), unseen) for name in ("alibi", "learned")}
     print(found)
     within, beyond = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
     assert beyond["none"] > within["none"] + 0.5  # it breaks

@@ -28,11 +28,11 @@ IDS = torch.randint(0, 61, (3, 14), generator=torch.Generator().manual_seed(1))
 def made(kind: str, **more: Any) -> RecurrentForCausalLM:
     torch.manual_seed(0)
     shape = {
-        "kind": kind,
-        "vocabulary": 61,
-        "width": 16,
-        "hidden": 24,
-        **({"window": 4} if kind == "mlp" else {"layers": 2}),
+        "rnn_type": kind,
+        "vocab_size": 61,
+        "embedding_dim": 16,
+        "hidden_size": 24,
+        **({"window_size": 4} if kind == "mlp" else {"num_hidden_layers": 2}),
         **more,
     }
     model = RecurrentForCausalLM(RecurrentConfig(shape=shape))
@@ -47,19 +47,20 @@ def made(kind: str, **more: Any) -> RecurrentForCausalLM:
 def by_hand(model: RecurrentForCausalLM, ids: Tensor) -> Tensor:
     """Logits [length, vocabulary] of one text, by the papers' equations."""
     weights = dict(model.named_parameters())
-    kind, inner = model.shape.kind, model.shape.inner
+    kind, inner = model.shape.rnn_type, model.shape.inner
     xs = [model.embedding.weight[i] for i in ids]
     if kind == "mlp":
-        zeros = [torch.zeros(model.shape.width)] * (model.shape.window - 1)
+        zeros = [torch.zeros(model.shape.embedding_dim)] * (model.shape.window_size - 1)
         row = zeros + xs
         states = [
             torch.tanh(
-                weights["body.layer.weight"] @ torch.cat(row[i : i + model.shape.window]) + weights["body.layer.bias"]
+                weights["body.layer.weight"] @ torch.cat(row[i : i + model.shape.window_size])
+                + weights["body.layer.bias"]
             )
             for i in range(len(xs))
         ]
     else:
-        for layer in range(model.shape.layers):
+        for layer in range(model.shape.num_hidden_layers):
             w, u, b, d = (
                 weights[f"body.cells.{name}_l{layer}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             )
@@ -152,7 +153,14 @@ def test_learns_more_than_frequencies(kind: str) -> None:
     counts = Counter(train.flatten().tolist())
     entropy = -sum(math.log((counts[int(i)] + 1) / (train.numel() + len(letters))) for i in test) / len(test)
     torch.manual_seed(0)
-    shape = {"kind": kind, "vocabulary": len(letters), "width": 32, "hidden": 64, "tied": False, "dropout": 0.1}
+    shape = {
+        "rnn_type": kind,
+        "vocab_size": len(letters),
+        "embedding_dim": 32,
+        "hidden_size": 64,
+        "tie_word_embeddings": False,
+        "dropout": 0.1,
+    }
     model = RecurrentForCausalLM(RecurrentConfig(shape=shape)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(150):
@@ -206,9 +214,9 @@ def test_the_stage(kind: str, pico: Path, tmp_path: Path, monkeypatch: pytest.Mo
                 "recurrent",
                 str(pico),
                 "--set",
-                f"kind={kind}",
+                f"rnn_type={kind}",
                 "--set",
-                "width=32",
+                "embedding_dim=32",
                 "--out",
                 str(out),
                 "--quiet",
@@ -232,11 +240,11 @@ def test_mistakes(
 ) -> None:
     monkeypatch.setenv("LLMWORKS_WORKSPACE", str(tmp_path / "ws"))
     for words, says in (
-        (["kind=lstm", "heads=4"], "unknown key 'heads'"),
-        (["kind=gru", "window=4"], "window is mlp's"),
-        (["kind=mlp", "layers=2"], "kind mlp has one layer"),
-        (["vocabulary=10"], "the tokenizer has"),
-        (["kind=lstms"], "'lstm'"),
+        (["rnn_type=lstm", "heads=4"], "unknown key 'heads'"),
+        (["rnn_type=gru", "window_size=4"], "window_size is of rnn_type mlp"),
+        (["rnn_type=mlp", "num_hidden_layers=2"], "kind mlp has one layer"),
+        (["vocab_size=10"], "the tokenizer has"),
+        (["rnn_type=lstms"], "'lstm'"),
     ):
         assert (
             main(

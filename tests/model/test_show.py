@@ -23,11 +23,24 @@ from llmworks.model.nn.recurrent import RecurrentConfig, RecurrentForCausalLM
 from llmworks.model.shape import RecurrentShape, Shape
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "usual": {"kv_heads": 2},
-    "gpt-2": {"norm": "layer", "position": "learned", "gated": False, "bias": "all", "tied": False},
-    "gemma": {"norm_place": "around", "qk_norm": True, "window": 8, "full_every": 2, "head_width": 12, "kv_heads": 1},
-    "experts": {"experts": {"count": 4, "chosen": 4}, "bias": "qkv"},
-    "post": {"norm_place": "post", "position": "alibi"},
+    "usual": {"num_key_value_heads": 2},
+    "gpt-2": {
+        "norm": "layer",
+        "position_embedding_type": "learned",
+        "gated_mlp": False,
+        "bias": "all",
+        "tie_word_embeddings": False,
+    },
+    "gemma": {
+        "norm_position": "sandwich",
+        "use_qk_norm": True,
+        "sliding_window": 8,
+        "global_attn_every_n_layers": 2,
+        "head_dim": 12,
+        "num_key_value_heads": 1,
+    },
+    "experts": {"experts": {"num_experts": 4, "num_experts_per_tok": 4}, "bias": "qkv"},
+    "post": {"norm_position": "post", "position_embedding_type": "alibi"},
 }
 SEEN = 21
 
@@ -35,7 +48,14 @@ SEEN = 21
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_decoder_comes_to_what_it_is(name: str) -> None:
     shape = Shape.model_validate(
-        {"vocabulary": 61, "width": 32, "layers": 3, "heads": 4, "context": 48, **SHAPES[name]}
+        {
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 48,
+            **SHAPES[name],
+        }
     )
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     model.train(False)
@@ -55,14 +75,14 @@ def test_a_decoder_comes_to_what_it_is(name: str) -> None:
     assert sum(p.work for p in parts) == counter.get_total_flops() - windows
     kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert sum(p.cache for p in parts) * SEEN == kept
-    if not shape.window:
+    if not shape.sliding_window:
         assert cached(shape, SEEN) == kept
 
 
 def test_experts_that_are_not_chosen_cost_nothing() -> None:
-    usual = {"vocabulary": 61, "width": 32, "layers": 1, "heads": 4}
-    all_of = parts_of(Shape.model_validate({**usual, "experts": {"count": 4, "chosen": 4}}), 9)
-    half = parts_of(Shape.model_validate({**usual, "experts": {"count": 4, "chosen": 2}}), 9)
+    usual = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    all_of = parts_of(Shape.model_validate({**usual, "experts": {"num_experts": 4, "num_experts_per_tok": 4}}), 9)
+    half = parts_of(Shape.model_validate({**usual, "experts": {"num_experts": 4, "num_experts_per_tok": 2}}), 9)
     assert sum(p.parameters for p in half) == sum(p.parameters for p in all_of) == sum(p.active for p in all_of)
     routed = sum(p.parameters for p in all_of if "experts" in p.name)
     assert sum(p.active for p in half) == sum(p.active for p in all_of) - routed / 2
@@ -72,7 +92,13 @@ def test_experts_that_are_not_chosen_cost_nothing() -> None:
 @pytest.mark.parametrize("kind", ["mlp", "rnn", "lstm", "gru"])
 def test_a_recurrent_model_comes_to_what_it_is(kind: str) -> None:
     shape = RecurrentShape.model_validate(
-        {"kind": kind, "vocabulary": 61, "width": 16, "hidden": 24, "layers": 1 if kind == "mlp" else 2}
+        {
+            "rnn_type": kind,
+            "vocab_size": 61,
+            "embedding_dim": 16,
+            "hidden_size": 24,
+            "num_hidden_layers": 1 if kind == "mlp" else 2,
+        }
     )
     model = RecurrentForCausalLM(RecurrentConfig(shape=shape.model_dump()))
     model.train(False)
@@ -94,7 +120,9 @@ def test_drawings_hold_what_shapes_say() -> None:
         tree = ET.fromstring(draw({f"m{i}": shape for i, shape in enumerate(shapes)}))
         return [element.text or "" for element in tree.iter() if element.tag.endswith("text")]
 
-    usual = words(Shape.model_validate({"kv_heads": 2, "rope": {"scaling": "yarn", "factor": 4}}))
+    usual = words(
+        Shape.model_validate({"num_key_value_heads": 2, "rope_parameters": {"rope_type": "yarn", "factor": 4}})
+    )
     assert {
         "× 8",
         "RMSNorm",
@@ -103,10 +131,11 @@ def test_drawings_hold_what_shapes_say() -> None:
         "512 → 1,408 → 512, SwiGLU",
     } <= set(usual)
     assert usual.count("RMSNorm") == 3
-    assert words(Shape(norm_place="around")).count("RMSNorm") == 5
-    assert words(Shape(norm_place="post")).count("RMSNorm") == 2
+    assert words(Shape(norm_position="sandwich")).count("RMSNorm") == 5
+    assert words(Shape(norm_position="post")).count("RMSNorm") == 2
     two = words(
-        Shape(window=64, full_every=3, experts={"count": 8, "chosen": 2}), RecurrentShape(kind="lstm", layers=2)
+        Shape(sliding_window=64, global_attn_every_n_layers=3, experts={"num_experts": 8, "num_experts_per_tok": 2}),
+        RecurrentShape(rnn_type="lstm", num_hidden_layers=2),
     )  # type: ignore[arg-type]
     assert {"looks back 64 tokens, all in every 3th", "8 experts, 2 for each token", "LSTM"} <= set(two)
     assert two.count("LSTM") == 2
@@ -123,9 +152,9 @@ def test_the_stage(
                 "recurrent",
                 str(pico),
                 "--set",
-                "width=32",
+                "hidden_size=32",
                 "--set",
-                "kind=gru",
+                "rnn_type=gru",
                 "--out",
                 str(tmp_path / "gru"),
                 "--quiet",
@@ -142,7 +171,7 @@ def test_the_stage(
                 str(pico),
                 str(tmp_path / "gru"),
                 "--set",
-                "context=100",
+                "context_length=100",
                 "--out",
                 str(tmp_path / "two"),
                 "--quiet",
@@ -168,7 +197,7 @@ def test_the_stage(
     (tmp_path / "bert" / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
     for words, says in (
         ([str(tmp_path / "bert")], "'bert' is not known here; known: llama"),
-        ([str(pico), "--set", "cache=int8"], "cache"),
+        ([str(pico), "--set", "kv_cache_dtype=int8"], "cache"),
         ([str(tmp_path / "none")], "none"),
     ):
         assert main(["model", "show", *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2

@@ -119,15 +119,15 @@ def test_scaled_inputs_change_nothing(name: str, tmp_path: Path) -> None:
 
     made(THEIRS[name], tmp_path / name)
     model: Any = load_decoder(tmp_path / name)
-    ids = torch.randint(0, model.shape.vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, model.shape.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
     with torch.inference_mode():
         before = model(input_ids=ids).logits
         for block in model.decoder.blocks:
             attention = block.attention
             for layers, columns in (
-                (("attention.query", "attention.key", "attention.value"), model.shape.width),
-                (("feed_forward.gate", "feed_forward.up"), model.shape.width),
+                (("attention.query", "attention.key", "attention.value"), model.shape.hidden_size),
+                (("feed_forward.gate", "feed_forward.up"), model.shape.hidden_size),
                 (("feed_forward.down",), model.shape.inner),
             ):
                 scale_inputs(block, layers, torch.rand(columns, generator=draw) + 0.5)

@@ -39,7 +39,7 @@ def test_a_card_says_what_was_done(pico: Path, texts: Dataset, tmp_path: Path) -
     assert card.data.library_name == "transformers"
     assert card.text.lstrip().startswith(f"# {pico.name}-quantized.w4a16")
     assert f"| divergence from the original, nats a token | {made.metrics['kl']:.4g} |" in card.text
-    assert f"on {made.metrics['held_tokens']} tokens of texts that nothing was calibrated by" in card.text
+    assert f"on {made.metrics['eval_tokens']} tokens of texts that nothing was calibrated by" in card.text
     assert str(tmp_path) not in card.content
     two = quantized("gguf", pico, texts, tmp_path / "two", type="q8_0")
     card = ModelCard.load(two.path / "README.md")
@@ -53,7 +53,7 @@ def test_what_the_original_says_of_itself_is_carried(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\ntags: [x]\n---\n# Base\n")
-    metrics = {"bytes": 1e6, "bits_a_weight": 4.25}
+    metrics = {"bytes": 1e6, "bits_per_weight": 4.25}
     for ref, expected in (("hf:ORG/Base", "ORG/Base"), ("", None)):
         write_card(
             tmp_path,

@@ -192,10 +192,10 @@ def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, te
             texts,
             tmp_path / str(allocate),
             type="q4_0",
-            allocate=allocate,
+            allocate_bits=allocate,
             texts_=12,
-            sensed=8,
-            tensors={"token_embd": "f16"},
+            sensitivity_samples=8,
+            tensor_types={"token_embd": "f16"},
         )
         for allocate in (False, True)
     )
@@ -205,7 +205,7 @@ def test_formats_by_what_tensors_bear_are_no_larger_and_lose_less(pico: Path, te
     kinds = {tensor.tensor_type.name for tensor in open_reader(made.path / "model.gguf").tensors}
     assert len(kinds) > 3
     with pytest.raises(DataError, match=r"config.allocate has to see what the model is for; give `data`"):
-        quantized("gguf", pico, None, tmp_path / "none", allocate=True)
+        quantized("gguf", pico, None, tmp_path / "none", allocate_bits=True)
 
 
 def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
     from tests.quantize.test_mixed import context
 
     with_it, without = (
-        quantized("gguf", pico, texts, tmp_path / str(seen), type="q4_0", importance=seen, texts_=24)
+        quantized("gguf", pico, texts, tmp_path / str(seen), type="q4_0", use_imatrix=seen, texts_=24)
         for seen in (True, False)
     )
     assert with_it.metrics["kl"] < without.metrics["kl"]
@@ -241,26 +241,28 @@ def test_importance_lowers_the_divergence(pico: Path, texts: Dataset, tmp_path: 
 
 
 def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    """Files by `quantize.sense`'s result are those that look for themselves; its matrix is read by another reader;
+    """Files by `quantize.imatrix`'s result are those that look for themselves; its matrix is read by another reader;
     another model's is refused.
     """
     from llmworks.core.artifact import Report
     from llmworks.quantize.calibrate.imatrix import read_importance, write_importance
     from llmworks.quantize.gguf import gguf
-    from llmworks.quantize.llamacpp.config import GgufConfig, SenseConfig
-    from llmworks.quantize.sense import sense
+    from llmworks.quantize.imatrix import imatrix
+    from llmworks.quantize.llamacpp.config import GgufConfig, ImatrixConfig
     from llmworks.runtime.session import load
     from tests.quantize.test_mixed import context
 
-    alone = quantized("gguf", pico, texts, tmp_path / "alone", type="q4_0", allocate=True, sensed=4)
+    alone = quantized("gguf", pico, texts, tmp_path / "alone", type="q4_0", allocate_bits=True, sensitivity_samples=4)
     model: Any = load(str(pico))
     other: Any = load(str(make_wide(tmp_path / "other", kv_heads=4, tied=True, layers=1)))
     look = context(tmp_path / "sense")
-    sense(SenseConfig(texts=12, sensed=4, length=48), model, look, texts)
+    imatrix(ImatrixConfig(num_calibration_samples=12, sensitivity_samples=4, max_seq_length=48), model, look, texts)
     look.report.write(tmp_path / "sense")
     found = Report(tmp_path / "sense")
     by = context(tmp_path / "by")
-    with_it = gguf(GgufConfig(type="q4_0", allocate=True, held=0, length=48), model, by, None, found)
+    with_it = gguf(
+        GgufConfig(type="q4_0", allocate_bits=True, eval_samples=0, max_seq_length=48), model, by, None, found
+    )
     assert with_it.metrics["bytes"] == alone.metrics["bytes"]
     assert with_it.metrics["expected_kl"] == pytest.approx(
         alone.metrics["expected_kl"], rel=0.5
@@ -270,5 +272,5 @@ def test_what_was_found_once_serves_many_files(pico: Path, texts: Dataset, tmp_p
     assert np.allclose(read_importance(tmp_path / "i.gguf")["blk.0.ffn_up.weight"], given["blk.0.ffn_up.weight"])
     with pytest.raises(DataError, match="was made of another model"):
         gguf(GgufConfig(type="q4_0"), other, context(tmp_path / "no"), None, found)
-    with pytest.raises(DataError, match=r"is no result of quantize.sense \(no importance.gguf\)"):
+    with pytest.raises(DataError, match=r"is no result of quantize.imatrix \(no importance.gguf\)"):
         gguf(GgufConfig(type="q4_0"), model, context(tmp_path / "no2"), None, Report(tmp_path / "by"))

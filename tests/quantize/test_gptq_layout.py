@@ -98,7 +98,7 @@ def test_all_bits_come_back(bits: int, symmetric: bool) -> None:
 def test_the_form_changes_nothing(stage: str, form: str, pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """The same model as in compressed-tensors, to the bit."""
     one, other = (
-        quantized(stage, pico, texts, tmp_path / name, form=name, rest="float16")
+        quantized(stage, pico, texts, tmp_path / name, save_format=name, dtype="float16")
         for name in ("compressed-tensors", form)
     )
     assert json.loads((other.path / "config.json").read_text())["quantization_config"]["quant_method"] == form
@@ -107,10 +107,10 @@ def test_the_form_changes_nothing(stage: str, form: str, pico: Path, texts: Data
 
 
 def test_what_has_no_place_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="form: awq has no layout for 8 bits"):
-        GptqConfig(form="awq", bits=8)
-    with pytest.raises(ValidationError, match="rest: the form gptq keeps scales in float16"):
-        GptqConfig(form="gptq", rest="bfloat16")
+    with pytest.raises(ValidationError, match="save_format: awq has no layout for 8 bits"):
+        GptqConfig(save_format="awq", bits=8)
+    with pytest.raises(ValidationError, match="dtype: the form gptq keeps scales in float16"):
+        GptqConfig(save_format="gptq", dtype="bfloat16")
     with pytest.raises(ModelError, match="60 x 64 weights in 4 bits do not fill words of 32 bits"):
         Gptq.tensors_of("layer", whole(torch.randn(60, 64), Grid(4, 32)))
     with pytest.raises(ModelError, match="layer: its tensors do not belong together"):

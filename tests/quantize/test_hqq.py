@@ -107,7 +107,7 @@ def test_a_zero_point_by_hand() -> None:
 
 def test_a_directory(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """Written, read again, measured; its bits count zero points of 16."""
-    made = quantized("hqq", pico, texts, tmp_path, rest="float16")
+    made = quantized("hqq", pico, texts, tmp_path, dtype="float16")
     config = json.loads((made.path / "config.json").read_text())["quantization_config"]
     assert config["quant_config"]["weight_quant_params"]["group_size"] == 32
     assert config["skip_modules"] == ["lm_head"]
@@ -116,7 +116,7 @@ def test_a_directory(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     expected = solve(load_file(pico / "model.safetensors")[f"{name}.weight"], grid_of(4))
     assert torch.equal(load_decoder(made.path).decoder.blocks[1].feed_forward.up.weight, expected.weight())
     assert stored[f"{name}.W_q"].shape == (96, 32)
-    assert made.metrics["bits_a_weight"] == pytest.approx(4 + 32 / 32, abs=0.01)
+    assert made.metrics["bits_per_weight"] == pytest.approx(4 + 32 / 32, abs=0.01)
     assert made.metrics["kl"] < quantized("zeropoint", pico, texts, tmp_path / "plain").metrics["kl"] * 1.2
 
 

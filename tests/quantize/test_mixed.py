@@ -41,7 +41,7 @@ def test_costs_are_the_divergence_that_follows(pico: Path, tmp_path: Path) -> No
     others of the same order.
     """
     model = load_decoder(pico)
-    ids = torch.randint(3, model.shape.vocabulary, (60, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, model.shape.vocab_size, (60, 64), generator=torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
     changes = {
         name.removesuffix(".weight"): 0.02 * torch.randn(tensor.shape, generator=draw)
@@ -128,8 +128,16 @@ def test_budgets_are_kept_and_used_well(seed: int) -> None:
 def test_mixed_bits_lose_less_than_the_same_everywhere(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """At no more bits; the file is read by transformers as here."""
     same = quantized("gptq", pico, texts, tmp_path / "same", bits=3)
-    made = quantized("mixed", pico, texts, tmp_path / "mixed", bits=same.metrics["bits_a_weight"], group=32, sensed=8)
-    assert made.metrics["bits_a_weight"] <= same.metrics["bits_a_weight"]
+    made = quantized(
+        "mixed",
+        pico,
+        texts,
+        tmp_path / "mixed",
+        bits=same.metrics["bits_per_weight"],
+        group_size=32,
+        sensitivity_samples=8,
+    )
+    assert made.metrics["bits_per_weight"] <= same.metrics["bits_per_weight"]
     assert made.metrics["kl"] < same.metrics["kl"]
     config = json.loads((made.path / "config.json").read_text())["quantization_config"]
     bits = {
@@ -144,14 +152,14 @@ def test_mixed_bits_lose_less_than_the_same_everywhere(pico: Path, texts: Datase
 
 
 def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    more: dict[str, Any] = {"sensed": 2, "group": 32}
+    more: dict[str, Any] = {"sensitivity_samples": 2, "group_size": 32}
     with pytest.raises(
         ModelError,
         match=r"config.bits: 2.2 bits a weight are fewer than 2.5, the fewest of config.choices with their scales",
     ):
         quantized("mixed", pico, texts, tmp_path, bits=2.2, **more)
     with pytest.raises(ValidationError, match="each must be from 2 to 8, and there once"):
-        MixedConfig(choices=[4, 4])
+        MixedConfig(bit_choices=[4, 4])
 
 
 @pytest.mark.parametrize("form", ["exl2", "exl3"])
@@ -173,7 +181,7 @@ def test_what_needs_a_gpu_is_handed_over_or_refused(
             " budget"
         ),
     ):
-        exl2(Exl2Config(form=form), Model(pico), context(tmp_path / "a"))
+        exl2(Exl2Config(save_format=form), Model(pico), context(tmp_path / "a"))
     place = tmp_path / "packages" / package / "conversion"
     place.mkdir(parents=True)
     for folder in (place.parent, place):
@@ -198,11 +206,11 @@ def test_what_needs_a_gpu_is_handed_over_or_refused(
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     with pytest.raises(MissingDependency, match=f"{package} needs a CUDA GPU, and there is none here"):
-        exl2(Exl2Config(form=form), Model(pico), context(tmp_path / "b"))
+        exl2(Exl2Config(save_format=form), Model(pico), context(tmp_path / "b"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    made = exl2(Exl2Config(form=form, bits=3.5), Model(pico), context(tmp_path / "c"))
+    made = exl2(Exl2Config(save_format=form, bits=3.5), Model(pico), context(tmp_path / "c"))
     seen = json.loads((made.path / "config.json").read_text())
     assert (seen["i"], seen["b"], seen["hb"]) == (str(pico), "3.5", "6")
     if form == "exl3":
         with pytest.raises(ModelError, match="exllamav3 failed: seven is too many"):
-            exl2(Exl2Config(form=form, bits=7.0), Model(pico), context(tmp_path / "d"))
+            exl2(Exl2Config(save_format=form, bits=7.0), Model(pico), context(tmp_path / "d"))

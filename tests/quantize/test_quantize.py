@@ -52,7 +52,7 @@ STAGES: Mapping[str, tuple[Callable[..., Any], Any]] = {
     "gguf": (gguf.gguf, gguf.GgufConfig),
     "zeroquant": (zeroquant.zeroquant, zeroquant.ZeroquantConfig),
 }
-SMALL = {"bits": 4, "group": 32, "length": 48, "held": 3}
+SMALL = {"bits": 4, "group_size": 32, "max_seq_length": 48, "eval_samples": 3}
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +80,25 @@ def quantized(
         out, folder / "scratch", 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
     )
     more = (
-        {"texts": 12}
+        {"num_calibration_samples": 12}
         if stage in ("gptq", "awq", "zeroquant", "mixed")
         else (
-            {"group": 64}
+            {"group_size": 64}
             if stage == "nf4"
             else (
-                {"texts": 12, "bits": 8, "group": 0}
+                {"num_calibration_samples": 12, "bits": 8, "group_size": 0}
                 if stage == "smoothquant"
-                else {"bits": 8, "group": 0}
+                else {"bits": 8, "group_size": 0}
                 if stage == "int8"
                 else {}
             )
         )
     )
-    small = {"length": 48, "held": 3, "texts": given.pop("texts_", 12)} if stage == "gguf" else SMALL
+    small = (
+        {"max_seq_length": 48, "eval_samples": 3, "num_calibration_samples": given.pop("texts_", 12)}
+        if stage == "gguf"
+        else SMALL
+    )
     made: Model = function(
         config(**{**small, **more, **given}),
         Model(model, golden=record(golden or model)),
@@ -124,7 +128,7 @@ def _ours(name: str) -> str:
 def test_walking_changes_nothing_and_reads_what_layers_read(pico: Path, tmp_path: Path) -> None:
     """States are the model's; moments are those of a hook on each layer; the texts apart are not moved."""
     model = load_decoder(pico)
-    ids = torch.randint(0, model.shape.vocabulary, (10, 48), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, model.shape.vocab_size, (10, 48), generator=torch.Generator().manual_seed(0))
     seen: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "head":
@@ -142,7 +146,7 @@ def test_walking_changes_nothing_and_reads_what_layers_read(pico: Path, tmp_path
                     assert torch.equal(moments.most, x.abs().amax(0))
             passing.finish()
             passing.done()
-        assert torch.allclose(walk.stack.norm(walk.states(model.shape.layers)), expected, atol=1e-5)
+        assert torch.allclose(walk.stack.norm(walk.states(model.shape.num_hidden_layers)), expected, atol=1e-5)
         assert walk.damage()["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -150,7 +154,7 @@ def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: 
     """The weights of the last block, computed again by hand: hooks on a model whose earlier layers are those that were
     written.
     """
-    made = quantized("gptq", pico, texts, tmp_path, search=False, by_activation=False, rest="float32")
+    made = quantized("gptq", pico, texts, tmp_path, mse_scales=False, act_order=False, dtype="float32")
     done, model = load_decoder(made.path), load_decoder(pico)
     ids, _ = calibration(load_tokenizer(pico), texts, 12, 3, 48, 0)
     order = ["query", "key", "value", "out", "gate", "up", "down"]
@@ -176,7 +180,9 @@ def test_layers_are_calibrated_on_what_quantized_layers_give(pico: Path, texts: 
 
 
 @pytest.mark.parametrize("stage", ["absmax", "zeropoint", "gptq", "awq"])
-@pytest.mark.parametrize("more", [{}, {"bits": 8, "group": 0}, {"bits": 3}], ids=["4 bits", "8 bits a row", "3 bits"])
+@pytest.mark.parametrize(
+    "more", [{}, {"bits": 8, "group_size": 0}, {"bits": 3}], ids=["4 bits", "8 bits a row", "3 bits"]
+)
 def test_what_is_written_is_read(stage: str, more: dict[str, Any], pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """By compressed-tensors to the bit, by transformers, by our engine; figures are those of both models side by
     side.
@@ -205,7 +211,7 @@ def test_what_is_written_is_read(stage: str, more: dict[str, Any], pico: Path, t
     with torch.no_grad():
         old, new = (F.log_softmax(model(input_ids=held).logits, -1) for model in (before, ours))
         assert made.metrics["kl"] == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), rel=1e-3, abs=2e-5)
-        assert made.metrics["same_top"] == pytest.approx(
+        assert made.metrics["top1_agreement"] == pytest.approx(
             float((old.argmax(-1) == new.argmax(-1)).float().mean()), abs=0.02
         )  # a tie may fall either way
         assert made.metrics["perplexity"] == pytest.approx(
@@ -245,7 +251,7 @@ def test_llm_int8_is_that_of_bitsandbytes(pico: Path, texts: Dataset, tmp_path: 
     """A layer, one token at a time, where taking a large number out is taking its column out; bitsandbytes computes in
     fp16.
     """
-    made = quantized("int8", pico, texts, tmp_path, threshold=2.0)
+    made = quantized("int8", pico, texts, tmp_path, llm_int8_threshold=2.0)
     ours, before = (load_decoder(path).decoder.blocks[1].feed_forward.up for path in (made.path, pico))
     theirs = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float16).model.layers[1].mlp.up_proj
     assert type(theirs).__name__ == "Linear8bitLt"
@@ -273,7 +279,9 @@ def test_4_bits_are_those_of_bitsandbytes(
     """Codes and scales of its own function, its layers in transformers, and what is read here."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    made = quantized("nf4", pico, texts, tmp_path, levels=levels, double=double, rest="float32")
+    made = quantized(
+        "nf4", pico, texts, tmp_path, bnb_4bit_quant_type=levels, bnb_4bit_use_double_quant=double, dtype="float32"
+    )
     ours = load_decoder(made.path)
     model = AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)
     found = {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
@@ -297,13 +305,13 @@ def test_4_bits_are_those_of_bitsandbytes(
     assert torch.equal(*halves)
     theirs = state.absmax if not double else state.state2.absmax
     assert torch.allclose(theirs, tensors[f"{name}.nested_absmax" if double else f"{name}.absmax"], rtol=1e-5)
-    assert made.metrics["bits_a_weight"] == pytest.approx(4.126 if double else 4.5, abs=0.01)
+    assert made.metrics["bits_per_weight"] == pytest.approx(4.126 if double else 4.5, abs=0.01)
 
 
 def test_a_block_that_was_taught_answers_more_as_before(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     """Weights in 4 bits, inputs in 8: what transformers computes of it, and less damage than without lessons."""
     plain, taught = (
-        quantized("zeroquant", pico, texts, tmp_path / str(epochs), epochs=epochs, bits=3, learning_rate=0.01)
+        quantized("zeroquant", pico, texts, tmp_path / str(epochs), num_train_epochs=epochs, bits=3, learning_rate=0.01)
         for epochs in (0, 20)
     )
     assert taught.metrics["kl"] < 0.8 * plain.metrics["kl"]
@@ -382,7 +390,7 @@ def test_a_killed_run_goes_on_at_its_block(
 
 
 def test_layers_stay_as_they_are(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    made = quantized("gptq", pico, texts, tmp_path, skip=["v_proj", "layers.0.mlp"], rest="float32")
+    made = quantized("gptq", pico, texts, tmp_path, ignore=["v_proj", "layers.0.mlp"], dtype="float32")
     tensors, before = load_file(made.path / "model.safetensors"), load_file(pico / "model.safetensors")
     plain = {
         "model.layers.0.self_attn.v_proj",
@@ -432,16 +440,16 @@ def test_what_is_refused(pico: Path, texts: Dataset, tmp_path: Path) -> None:
         DataError,
         "gptq",
         pico,
-        length=400,
+        max_seq_length=400,
     )
     refused(
         "rows of 64 weights are not divided by groups of 48; they are by 16, 32, 64",
         ModelError,
         "absmax",
         pico,
-        group=48,
+        group_size=48,
     )
-    refused("no layer's name holds 'w_proj'; one is model.layers.0", ModelError, "absmax", pico, skip=["w_proj"])
+    refused("no layer's name holds 'w_proj'; one is model.layers.0", ModelError, "absmax", pico, ignore=["w_proj"])
     shutil.copytree(pico, tmp_path / "broken")
     tensors = load_file(pico / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")

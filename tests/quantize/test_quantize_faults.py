@@ -36,9 +36,9 @@ def forms(pico: Path, texts: Dataset, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("forms")
     ways: dict[str, tuple[str, dict[str, Any]]] = {
         "zeropoint": ("zeropoint", {}),
-        "gptq": ("absmax", {"form": "gptq", "rest": "float16"}),
-        "awq": ("zeropoint", {"form": "awq", "rest": "float16"}),
-        "hqq": ("hqq", {"rest": "float16"}),
+        "gptq": ("absmax", {"save_format": "gptq", "dtype": "float16"}),
+        "awq": ("zeropoint", {"save_format": "awq", "dtype": "float16"}),
+        "hqq": ("hqq", {"dtype": "float16"}),
         "nf4": ("nf4", {}),
         "int8": ("int8", {}),
         "w8a8": ("smoothquant", {}),
@@ -158,7 +158,7 @@ def test_patterns_name_layers(forms: dict[str, Path], pico: Path, texts: Dataset
     rounded inputs.
     """
     ids = torch.arange(3, 40)[None]
-    mixed = quantized("absmax", pico, texts, tmp_path / "mixed", skip=["down_proj"], bits=8, group=0).path
+    mixed = quantized("absmax", pico, texts, tmp_path / "mixed", ignore=["down_proj"], bits=8, group_size=0).path
     two = changed(
         mixed,
         tmp_path / "two",
@@ -172,13 +172,13 @@ def test_patterns_name_layers(forms: dict[str, Path], pico: Path, texts: Dataset
     )
     with pytest.raises(ModelError, match="its tensors do not belong together"):
         load_decoder(two)  # 8-bit words of a layer that the pattern says has 4
-    left = quantized("smoothquant", pico, texts, tmp_path / "left", skip=["down_proj"]).path
+    left = quantized("smoothquant", pico, texts, tmp_path / "left", ignore=["down_proj"]).path
     again = changed(left, tmp_path / "again", config=quantization(ignore=["lm_head", "re:.*down_proj$"]))
     none = changed(left, tmp_path / "none", config=quantization(ignore=["lm_head"]))
     with torch.no_grad():
         first, *others = (load_decoder(path)(input_ids=ids).logits for path in (left, again, none))
         assert all(torch.equal(first, other) for other in others)
-        int8 = quantized("int8", pico, texts, tmp_path / "int8", skip=["mlp"]).path
+        int8 = quantized("int8", pico, texts, tmp_path / "int8", ignore=["mlp"]).path
         whole = changed(
             int8, tmp_path / "prefix", config=quantization(llm_int8_skip_modules=["lm_head", "model.layers.0.mlp"])
         )
@@ -188,7 +188,12 @@ def test_patterns_name_layers(forms: dict[str, Path], pico: Path, texts: Dataset
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 @pytest.mark.parametrize(
     "shape",
-    [{"kv_heads": 2}, {"kv_heads": 1}, {"kv_heads": 4}, {"gated": False, "activation": "gelu", "kv_heads": 2}],
+    [
+        {"num_key_value_heads": 2},
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 4},
+        {"gated_mlp": False, "hidden_act": "gelu", "num_key_value_heads": 2},
+    ],
     ids=["two", "one", "four", "no gate"],
 )
 def test_scaling_what_layers_read_changes_nothing(
@@ -202,7 +207,15 @@ def test_scaling_what_layers_read_changes_nothing(
     torch.manual_seed(1)
     model = DecoderForCausalLM(
         DecoderConfig(
-            shape={"vocabulary": 300, "width": 64, "layers": 2, "heads": 4, "hidden": 96, "context": 128, **shape}
+            shape={
+                "vocab_size": 300,
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 96,
+                "max_position_embeddings": 128,
+                **shape,
+            }
         )
     )
     for weight in model.parameters():
@@ -257,18 +270,18 @@ def test_what_would_be_another_model_is_refused(pico: Path, texts: Dataset, tmp_
     with pytest.raises(ModelError, match="embedding, norm or head"):
         quantized("absmax", bare, None, tmp_path / "bare-out", golden=pico)
     with pytest.raises(ModelError, match="all 14 matrices of blocks are skipped; nothing is left to quantize"):
-        quantized("absmax", pico, None, tmp_path / "skipped", skip=["proj"])
+        quantized("absmax", pico, None, tmp_path / "skipped", ignore=["proj"])
 
 
 def test_without_texts_apart_nothing_is_measured(pico: Path, texts: Dataset, tmp_path: Path) -> None:
-    made = quantized("absmax", pico, texts, tmp_path, held=0)
+    made = quantized("absmax", pico, texts, tmp_path, eval_samples=0)
     assert "kl" not in made.metrics
 
 
 def test_texts_are_no_longer_than_the_model_reads(pico: Path, texts: Dataset, tmp_path: Path) -> None:
     for stage in ("absmax", "gguf"):
         with pytest.raises(DataError, match=r"config.length: texts of 600 tokens, the model reads 512 at most"):
-            quantized(stage, pico, texts, tmp_path / stage, length=600)
+            quantized(stage, pico, texts, tmp_path / stage, max_seq_length=600)
 
 
 def test_what_float16_cannot_hold_is_kept_in_float32(pico: Path, tmp_path: Path) -> None:
@@ -328,7 +341,7 @@ def test_a_strange_card_costs_nothing(tmp_path: Path) -> None:
             method="awq",
             bits=4,
             name="x-AWQ",
-            metrics={"bytes": 1, "bits_a_weight": 4},
+            metrics={"bytes": 1, "bits_per_weight": 4},
             data=None,
         )
         assert "a\\|b c, rounded." in (tmp_path / "README.md").read_text()
@@ -341,7 +354,7 @@ def test_a_strange_card_costs_nothing(tmp_path: Path) -> None:
         method="awq",
         bits=4,
         name="x-AWQ",
-        metrics={"bytes": 1, "bits_a_weight": 4},
+        metrics={"bytes": 1, "bits_per_weight": 4},
         data=None,
     )
     assert ModelCard.load(tmp_path / "README.md").data.language == "no"
@@ -360,7 +373,7 @@ def test_a_frontier_says_at_once_what_is_wrong(
             str(pico),
             "--data",
             str(texts.path),
-            "--ways",
+            "--methods",
             "absmax-4",
             "--workspace",
             str(tmp_path / "ws"),
@@ -384,7 +397,7 @@ def test_autogguf_makes_gguf_files(
                 str(pico),
                 "--data",
                 str(texts.path),
-                "--ways",
+                "--methods",
                 "absmax-8",
                 "--workspace",
                 str(tmp_path / "ws"),

@@ -69,7 +69,7 @@ def test_a_rotated_model_computes_the_same(values: bool, pico: Path, tmp_path: P
     large = tmp_path / "large"
     make_pico(large, seed=0)
     save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
-    made = rotated(large, tmp_path / "r", values=values)
+    made = rotated(large, tmp_path / "r", rotate_values=values)
     config = json.loads((made.path / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert "lm_head.weight" in load_file(made.path / "model.safetensors")
@@ -99,17 +99,17 @@ def test_norms_that_cannot_be_folded_are_refused(tmp_path: Path) -> None:
     from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
     from llmworks.model.shape import Shape
 
-    for norm, match in (({"norm": "layer"}, "norms must only scale"), ({"norm_place": "around"}, "as Gemma does")):
+    for norm, match in (({"norm": "layer"}, "norms must only scale"), ({"norm_position": "sandwich"}, "as Gemma does")):
         shape = Shape.model_validate(
             {
-                "vocabulary": 64,
-                "width": 32,
-                "layers": 1,
-                "heads": 2,
-                "kv_heads": 2,
-                "hidden": 48,
-                "context": 64,
-                "tied": True,
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "intermediate_size": 48,
+                "max_position_embeddings": 64,
+                "tie_word_embeddings": True,
                 **norm,
             }
         )

@@ -23,7 +23,7 @@ steps:
   train:
     stage: data.split
     inputs: {data: chats}
-    config: {part: train}
+    config: {split: train}
 """
 
 
@@ -59,8 +59,8 @@ def test_steps_are_ordered_by_need(tmp_path: Path) -> None:
         ("data.chat", "data.chta", 5, ["unknown stage 'data.chta'", "did you mean 'data.chat'"]),
         ("format: bfcl", "fromat: bfcl", 7, ["unknown key 'fromat'", "did you mean 'format'"]),
         ("format: bfcl", "format: 7", 7, ["chats.config.format", "is 7"]),
-        ("part: train", "part: train, fold: x", 11, ["train.config.fold", "valid integer"]),
-        ("part: train", "part: train, folds: 2, fold: 2", 11, ["fold must be smaller"]),
+        ("split: train", "split: train, fold: x", 11, ["train.config.fold", "valid integer"]),
+        ("split: train", "split: train, n_splits: 2, fold: 2", 11, ["fold must be smaller"]),
         ("{data: chats}", "{data: chast}", 10, ["unknown step 'chast'", "did you mean 'chats'"]),
         ("{data: chats}", "{date: chats}", 10, ["unknown key 'date'", "did you mean 'data'"]),
         ("{data: chats}", "{data: [chats]}", 10, ["must be a step name"]),
@@ -73,7 +73,7 @@ def test_steps_are_ordered_by_need(tmp_path: Path) -> None:
         ("name: try", "nmae: try", 1, ["unknown key 'nmae'", "did you mean 'name'"]),
         ("name: try", "name: store", 1, ["cannot name a folder"]),
         ("name: try", "seed: x", 1, ["seed"]),
-        ("part: train", "part: train, part: test", 11, ["stands here twice"]),
+        ("split: train", "split: train, split: test", 11, ["stands here twice"]),
         ("steps:", "steps: [", 2, ["not YAML"]),
         ("name: try", "name: ..", 1, ["cannot name a folder"]),
         ("stage: data.split", "stage: [a]", 9, ["unknown stage"]),
@@ -102,7 +102,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["train.fold", "fold=1", "trian.fold=1", "train.fodl=1", "train.part.x=1", "train.fold=[q"]
+    "override", ["train.fold", "fold=1", "trian.fold=1", "train.fodl=1", "train.split.x=1", "train.fold=[q"]
 )
 def test_bad_overrides(tmp_path: Path, override: str) -> None:
     assert len(problems(tmp_path, GOOD, (override,))) == 1

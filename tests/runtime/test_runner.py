@@ -62,14 +62,14 @@ steps:
   base: {{use: "path:{pico}"}}
   raw: {{use: "path:{folder}/chats.jsonl"}}
   chats: {{stage: data.chat, inputs: {{data: raw}}}}
-  train: {{stage: data.split, inputs: {{data: chats}}, config: {{part: train, folds: 3}}}}
-  test: {{stage: data.split, inputs: {{data: chats}}, config: {{part: test, folds: 3}}}}
+  train: {{stage: data.split, inputs: {{data: chats}}, config: {{split: train, n_splits: 3}}}}
+  test: {{stage: data.split, inputs: {{data: chats}}, config: {{split: test, n_splits: 3}}}}
   overlap: {{stage: data.overlap, inputs: {{left: train, right: test}}}}
   disjoint: {{gate: overlap, metric: shared_groups, at_most: 0}}
   tuned:
     stage: train.sft
-    inputs: {{model: base, data: train, held_out: test}}
-    config: {{epochs: 3, batch_size: 2, checkpoint_every: 1, samples: 1}}
+    inputs: {{model: base, data: train, eval_data: test}}
+    config: {{num_train_epochs: 3, batch_size: 2, save_steps: 1, num_sample_prompts: 1}}
   merged: {{stage: merge.adapter, inputs: {{adapter: tuned, model: base}}}}
   small: {{stage: quantize.gguf, inputs: {{model: merged}}, config: {{type: f16}}}}
   page: {{stage: lineage.report, inputs: {{artifacts: [base, chats, train, test, tuned, merged, small]}}}}
@@ -86,10 +86,10 @@ def test_second_run_makes_nothing(finished: tuple[Path, Path]) -> None:
 
 def test_changed_config_remakes_only_what_depends_on_it(finished: tuple[Path, Path]) -> None:
     recipe, workspace = finished
-    judged = {j.name: j for j in Run(load_recipe(recipe, ["tuned.epochs=1"]), Workspace(workspace)).plan()}
+    judged = {j.name: j for j in Run(load_recipe(recipe, ["tuned.num_train_epochs=1"]), Workspace(workspace)).plan()}
     assert judged["train"].state == "up to date"
     assert judged["tuned"].state == "to run"
-    assert "config.epochs was 3.0, is 1.0" in judged["tuned"].why
+    assert "config.num_train_epochs was 3.0, is 1.0" in judged["tuned"].why
     assert (judged["merged"].state, judged["merged"].why) == ("waits", "for tuned")
     assert judged["tuned"].expect is not None
     assert judged["tuned"].expect.seconds > 0
@@ -201,7 +201,7 @@ def kill_when(condition: Callable[[], bool], words: list[str]) -> None:
 
 @pytest.mark.slow
 def test_killed_while_training_goes_on_from_the_checkpoint(recipe_file: WriteRecipe, tmp_path: Path) -> None:
-    recipe, workspace = recipe_file(epochs=60), tmp_path / "w"
+    recipe, workspace = recipe_file(num_train_epochs=60), tmp_path / "w"
 
     def at_step(n: int) -> bool:
         return any(len(f.read_text().splitlines()) >= n for f in workspace.glob("scratch/*/metrics.jsonl"))
@@ -270,7 +270,7 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(
 
 
 def test_two_runs_at_once_share_the_work(recipe_file: WriteRecipe, tmp_path: Path) -> None:
-    recipe, workspace = recipe_file(epochs=10), tmp_path / "w"
+    recipe, workspace = recipe_file(num_train_epochs=10), tmp_path / "w"
     pair = [
         subprocess.Popen(
             command("run", recipe, "--json", workspace=workspace),
@@ -298,9 +298,9 @@ def test_stage_command_links_its_result(chat_file: Path, tmp_path: Path) -> None
         "--data",
         tmp_path / "chats",
         "--set",
-        "part=test",
+        "split=test",
         "--set",
-        "folds=3",
+        "n_splits=3",
         "--out",
         tmp_path / "test",
         "--json",

@@ -30,7 +30,7 @@ from llmworks import (
 )
 from llmworks.data.chat import ChatConfig
 
-PART = {"part": "test", "folds": 3}
+PART = {"split": "test", "n_splits": 3}
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -62,7 +62,7 @@ def test_the_page_runs(
 ) -> None:
     """All lines of docs/python.md, on a small model, few questions and a small recipe."""
     monkeypatch.chdir(tmp_path)
-    recipe = recipe_file(epochs=1)
+    recipe = recipe_file(num_train_epochs=1)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     for block in blocks:
@@ -71,7 +71,7 @@ def test_the_page_runs(
             .replace("recipes/weather.json", str(DOCS.parent / "recipes" / "weather.json"))
             .replace("asset:smollm2-135m-instruct", str(wide))
             .replace("asset:bfcl-simple", str(few_questions(tmp_path / f"q{len(names)}")))
-            .replace('"epochs": 1', '"epochs": 1, "samples": 1'),
+            .replace('"num_train_epochs": 1', '"num_train_epochs": 1, "num_sample_prompts": 1'),
             names,
         )
     said = capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_the_page_runs(
     assert isinstance(names["tuned"], Adapter)
     assert names["small"].gguf_path.exists()
     assert (tmp_path / "small").is_symlink()
-    assert "config.part: 'trian'" in said or "part" in said.splitlines()[-1]
+    assert "data.split.config.split: Input should be 'train' or 'test' (is 'trian')" in said
     again = names["session"].make("train.sft", kind=Adapter, model=names["base"], data=names["train"],
                                   held_out=names["test"], config={**names["fields"], "samples": 1})  # fmt: skip
     assert again.digest == names["tuned"].digest
@@ -89,7 +89,7 @@ def test_the_page_runs(
     ("stage", "given", "said"),
     [
         ("data.splt", {}, "unknown stage 'data.splt', did you mean 'data.split'"),
-        ("data.split", {"data": "rows", "config": {"prat": "test"}}, "did you mean 'part'"),
+        ("data.split", {"data": "rows", "config": {"prat": "test"}}, "did you mean 'split'"),
         ("data.split", {"config": PART}, "--data (dataset) is missing"),
         ("data.split", {"date": "rows", "config": PART}, "data.split has no input 'date'; inputs: data"),
         ("data.chat", {"data": "rows", "format": "bfcl"}, "no input 'format'; it is a field: config={'format': ...}"),
@@ -135,9 +135,9 @@ def test_inputs_of_every_shape(tmp_path: Path, chat_file: Path) -> None:
     session = Session(tmp_path / "ws", quiet=True)
     rows = session.make("data.chat", kind=Dataset, data=chat_file, out=tmp_path / "ws" / "named")
     mixed = session.make("data.mix", kind=Dataset, data={"a": rows, "b": "named"}, config={"weights": {"a": 1, "b": 1}})
-    page = session.make("lineage.report", kind=Report, artifacts=[rows, mixed], config={"title": "t", "lead": "l"})
+    page = session.make("lineage.report", kind=Report, artifacts=[rows, mixed], config={"title": "t", "subtitle": "l"})
     assert (page.path / "report.html").exists()
-    aside = session.at(tmp_path / "aside").make("data.split", data="named", config={"part": "test", "folds": 3})
+    aside = session.at(tmp_path / "aside").make("data.split", data="named", config={"split": "test", "n_splits": 3})
     assert aside.path.is_relative_to(tmp_path / "aside")
     assert session.load("named").digest == rows.digest
 

@@ -62,14 +62,14 @@ def test_by_verifier(tmp_path: Path) -> None:
     assert row["answer"] == SCHEMA
     assert dict(rejected(tmp_path)) == {"r1": "no margin (the best scores 0)", "r2": "fewer than two different answers"}
     every = pairs(
-        PairsConfig(choose="all"),
+        PairsConfig(pairing="all"),
         data,
         context(tmp_path / "all", Scripted(lambda text, before: drawn[text][before])),
         foreign(),
     )
     assert len(sides(every)) == 4
     short = pairs(
-        PairsConfig(choose="all", longest=1.0),
+        PairsConfig(pairing="all", max_length_ratio=1.0),
         data,
         context(tmp_path / "short", Scripted(lambda text, before: drawn[text][before])),
         foreign(),
@@ -94,14 +94,18 @@ def test_by_judge(tmp_path: Path) -> None:
     writer.name, judge.name = "writer", "judge"
     data = chats(tmp_path / "d", {"asks": "q", "says": "old"})
     result = pairs(
-        PairsConfig(by="judge"), data, context(tmp_path, writer, judge), foreign(name="writer"), foreign(name="judge")
+        PairsConfig(scorer="judge"),
+        data,
+        context(tmp_path, writer, judge),
+        foreign(name="writer"),
+        foreign(name="judge"),
     )
     assert sides(result) == [("q", "good", "bad")]
     assert read_preference(result)[0]["extra"]["fields"]["made_by"]["scores"] == [1.0, 0.0]
     assert rejected(tmp_path) == [("r0", "the judge gave no grade")]
     assert result.metrics["requests"] == 8
     with pytest.raises(UserError, match="by: judge needs the input `judge`"):
-        pairs(PairsConfig(by="judge"), data, context(tmp_path / "x", writer), foreign())
+        pairs(PairsConfig(scorer="judge"), data, context(tmp_path / "x", writer), foreign())
     with pytest.raises(UserError, match="by: verifier needs the input `model`"):
         pairs(PairsConfig(), data, context(tmp_path / "y", writer))
 
@@ -113,13 +117,13 @@ def test_by_ratings(tmp_path: Path) -> None:
         {"answers": ["x", "y"], "ratings": [7, 3]},
     ]
     data = chats(tmp_path / "d", *({"asks": f"q{i}", "fields": f} for i, f in enumerate(fields)))
-    result = pairs(PairsConfig(by="ratings"), data, context(tmp_path, Scripted(lambda text, before: "")))
+    result = pairs(PairsConfig(scorer="ratings"), data, context(tmp_path, Scripted(lambda text, before: "")))
     assert sides(result) == [("q0", "b", "a"), ("q2", "x", "y")]
     assert read_preference(result)[0]["extra"]["fields"]["made_by"]["why"] == "rated 1 of 1 to 5"
     assert "model" not in read_preference(result)[0]["extra"]["fields"]["made_by"]
     with pytest.raises(DataError, match="row 'r0': `ratings` must be a list"):
         pairs(
-            PairsConfig(by="ratings"),
+            PairsConfig(scorer="ratings"),
             chats(tmp_path / "e", {"asks": "q", "fields": {"ratings": [1]}}),
             context(tmp_path / "f", Scripted(lambda text, before: "")),
         )
@@ -297,11 +301,11 @@ def test_recipes_with_a_real_model(tmp_path: Path) -> None:
         capture_output=True,
     )
     for stage, options in {
-        "instruct": ["rows=4", "rounds=2", "requests=2", "answers.max_tokens=200"],
+        "instruct": ["rows=4", "rounds=2", "requests=2", "num_generations.max_tokens=200"],
         "evolve": ["rounds=1"],
         "branch": [],
-        "sample": ["answers=3"],
-        "pairs": ["answers=4"],
+        "sample": ["num_generations=3"],
+        "pairs": ["num_generations=4"],
     }.items():
         command = [
             *program,

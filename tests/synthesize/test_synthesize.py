@@ -63,7 +63,9 @@ def test_instruct(tmp_path: Path) -> None:
         tmp_path / "seeds",
         *({"asks": f"seed {w} task about {w} things", "says": "x"} for w in ("red", "green", "blue")),
     )
-    result = instruct(InstructConfig(rows=20, rounds=1, requests=3), foreign(), seeds, context(tmp_path, engine))
+    result = instruct(
+        InstructConfig(num_rows=20, max_rounds=1, requests_per_round=3), foreign(), seeds, context(tmp_path, engine)
+    )
     tasks = [
         "Name three rivers of Asia and where they end.",
         "Explain why bread rises in the oven.",
@@ -122,7 +124,7 @@ def test_evolve(tmp_path: Path) -> None:
             )
         ),
     )
-    result = evolve(EvolveConfig(rounds=2, operators=("deepen",)), foreign(), data, context(tmp_path, engine))
+    result = evolve(EvolveConfig(num_evolutions=2, operators=("deepen",)), foreign(), data, context(tmp_path, engine))
     rows = {row["id"]: row for row in read_chat(result)}
     assert set(rows) == {"r0", "r1", "r2", "r3", "r4", "r3~1", "r3~2"}
     assert rows["r3~2"]["messages"][0]["content"].count("Then explain number") == 2
@@ -162,7 +164,10 @@ def test_personas(tmp_path: Path) -> None:
 
     data = documents(tmp_path / "d", "Of roses", "Of pills", "Of bridges")
     result = personas(
-        PersonasConfig(texts=2, related=2, in_system=True), foreign(), data, context(tmp_path, Scripted(answer))
+        PersonasConfig(max_documents=2, num_related=2, persona_in_system=True),
+        foreign(),
+        data,
+        context(tmp_path, Scripted(answer)),
     )
     rows = read_chat(result)
     assert [row["id"] for row in rows] == ["d0?1"]
@@ -210,7 +215,12 @@ def test_grounded(tmp_path: Path) -> None:
         return answers[text.rpartition("Question: ")[2]]
 
     data = documents(tmp_path / "d", PASSAGE, "too short")
-    result = grounded(GroundedConfig(questions=10, least=100), foreign(), data, context(tmp_path, Scripted(answer)))
+    result = grounded(
+        GroundedConfig(questions_per_passage=10, min_characters=100),
+        foreign(),
+        data,
+        context(tmp_path, Scripted(answer)),
+    )
     assert [q for q, _ in said(result)] == ["What does parse_line return?", "When does parse_line raise ValueError?"]
     where = made_by(result)[0]["passage"]
     assert (where["document"], PASSAGE[where["start"] : where["end"]]) == ("d0", PASSAGE)
@@ -227,7 +237,7 @@ def test_grounded(tmp_path: Path) -> None:
 
 def test_passages_are_whole_paragraphs() -> None:
     text = "\n\na " + "x" * 100 + "\n\n\n" + "b\nb " + "y" * 100 + "\n \n" + "c" * 90 + "\n\n" + "d" * 500
-    found = passages_of(Document("d", text, "s"), GroundedConfig(characters=230, least=50))
+    found = passages_of(Document("d", text, "s"), GroundedConfig(max_characters=230, min_characters=50))
     assert [text[p.start : p.start + len(p.text)] == p.text for p in found] == [True] * len(found)
     assert [p.text[0] for p in found] == ["a", "c"]
     assert found[0].text.endswith("y")
@@ -271,7 +281,7 @@ def test_reason(tmp_path: Path) -> None:
     engine = Scripted(
         lambda text, before: "Answer: 30" if "3?" in text and "right answer" not in text else answer(text, before)
     )
-    result = reason(ReasonConfig(tries=2), foreign(), data, context(tmp_path, engine))
+    result = reason(ReasonConfig(max_attempts=2), foreign(), data, context(tmp_path, engine))
     rows = {row["id"]: row for row in read_chat(result)}
     assert set(rows) == {"r0", "r1"}
     assert rows["r0"]["messages"][0]["content"] == "Ten times 1?"
@@ -307,14 +317,16 @@ def test_sample(tmp_path: Path) -> None:
 
     data = chats(tmp_path / "d", {"asks": "square it", "answer": tests}, {"asks": "never", "answer": tests})
     engine = Scripted(answer)
-    result = sample(SampleConfig(answers=3), foreign(), data, context(tmp_path, engine))
+    result = sample(SampleConfig(num_generations=3), foreign(), data, context(tmp_path, engine))
     assert said(result) == [("square it", "def f(x): return x * x")]
     assert (made_by(result)[0]["drawn"], result.metrics["solved"], len(engine.asked)) == (2, 1, 5)
     assert rejected(tmp_path) == [("r1", "no answer accepted (AssertionError)")]
-    every = sample(SampleConfig(answers=4, keep="all"), foreign(), data, context(tmp_path / "all", Scripted(answer)))
+    every = sample(
+        SampleConfig(num_generations=4, keep="all"), foreign(), data, context(tmp_path / "all", Scripted(answer))
+    )
     assert [row["id"] for row in read_chat(every)] == ["r0~1", "r0~2"]
     shortest = sample(
-        SampleConfig(answers=4, keep="shortest"), foreign(), data, context(tmp_path / "short", Scripted(answer))
+        SampleConfig(num_generations=4, keep="shortest"), foreign(), data, context(tmp_path / "short", Scripted(answer))
     )
     assert said(shortest)[0][1] == "def f(x): return x * x"
 
@@ -327,7 +339,7 @@ def test_sample_calls(tmp_path: Path) -> None:
     }
     data = chats(tmp_path / "d", {"asks": "call f with 5", "answer": {"f": {"a": [5]}}, "tools": [tool]})
     result = sample(
-        SampleConfig(answers=2),
+        SampleConfig(num_generations=2),
         foreign(),
         data,
         context(
@@ -362,7 +374,7 @@ def test_branch(tmp_path: Path) -> None:
 
 def test_a_break_costs_nothing_twice(tmp_path: Path) -> None:
     data = documents(tmp_path / "d", *(f"{PASSAGE}\n\nNumber {i}." for i in range(80)))
-    config = GroundedConfig(questions=1, least=100, alike=1)
+    config = GroundedConfig(questions_per_passage=1, min_characters=100, max_similarity=1)
 
     def answer(text: str, before: int) -> str:
         number = re.search(r"Number (\d+)", text)
@@ -391,7 +403,7 @@ def test_a_break_costs_nothing_twice(tmp_path: Path) -> None:
 def test_nothing_kept_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing that m answered could be kept \(no question 1\)"):
         grounded(
-            GroundedConfig(least=100),
+            GroundedConfig(min_characters=100),
             foreign(),
             documents(tmp_path / "d", PASSAGE),
             context(tmp_path, Scripted(lambda text, before: "none")),

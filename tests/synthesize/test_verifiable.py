@@ -84,7 +84,7 @@ def made(tmp_path: Path) -> Any:
 
 
 def test_every_answer_passes_its_checks(made: Any) -> None:
-    rows, data = made(most=3)
+    rows, data = made(max_instructions=3)
     score = score_function("verified")
     for row in rows:
         assert score([], row["messages"][-1]["content"], row).value == 1.0, row
@@ -97,7 +97,7 @@ def test_a_text_that_follows_nothing_fails(made: Any) -> None:
     """An instruction that is followed by the text itself would teach and measure nothing: of each kind the text alone
     passes next to never, and no answer never.
     """
-    rows, _ = made(least=1, most=1)
+    rows, _ = made(min_instructions=1, max_instructions=1)
     passed, asked = Counter(), Counter()
     for row in rows:
         name = row["answer"]["constraints"][0]
@@ -123,7 +123,7 @@ def test_a_rule_makes_what_its_check_wants(rule: rules.Rule) -> None:
 
 
 def test_the_seed_says_which_rows(made: Any) -> None:
-    one, again, other = (made(name, seed=seed, rows=40)[0] for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    one, again, other = (made(name, seed=seed, num_rows=40)[0] for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert one == again
     assert one != other
     assert len(one) == 40
@@ -131,7 +131,7 @@ def test_the_seed_says_which_rows(made: Any) -> None:
 
 
 def test_only_some_kinds(made: Any) -> None:
-    rows, _ = made(kinds=["startend:quotation", "punctuation:no_comma"], most=2)
+    rows, _ = made(instruction_ids=["startend:quotation", "punctuation:no_comma"], max_instructions=2)
     assert {name for row in rows for name in row["answer"]["constraints"]} == {
         "startend:quotation",
         "punctuation:no_comma",
@@ -142,9 +142,9 @@ def test_what_is_refused(made: Any) -> None:
     with pytest.raises(DataError, match="none of 3 texts is of 6 to 24 words"):
         made(texts=["too short", "this, too", ""])
     for wrong, words in (
-        ({"kinds": ["startend:quote"]}, "is none of"),
-        ({"least": 3, "most": 2}, "more than most"),
-        ({"words": (9, 3)}, "the smaller first"),
+        ({"instruction_ids": ["startend:quote"]}, "is none of"),
+        ({"min_instructions": 3, "max_instructions": 2}, "more than most"),
+        ({"word_range": (9, 3)}, "the smaller first"),
     ):
         with pytest.raises(ValidationError, match=words):
             VerifiableConfig.model_validate(wrong)

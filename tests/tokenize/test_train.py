@@ -64,7 +64,9 @@ def trained(documents: Path, name: str, **config: object) -> Path:
 
 @pytest.mark.parametrize("divide", ["gpt2", "digits", "llama-3"])
 def test_bpe_gives_every_text_back(documents: Path, divide: str) -> None:
-    tokenizer = load_tokenizer(trained(documents, "t", vocabulary=1200, divide=divide, special_tokens=["<|tool|>"]))
+    tokenizer = load_tokenizer(
+        trained(documents, "t", vocab_size=1200, pre_tokenizer=divide, special_tokens=["<|tool|>"])
+    )
     assert len(tokenizer) == 1200
     for text in [*TEXTS[300:330], *ODD]:
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
@@ -77,7 +79,7 @@ def test_bpe_gives_every_text_back(documents: Path, divide: str) -> None:
 
 
 def test_unigram_gives_every_text_back_by_bytes(documents: Path) -> None:
-    tokenizer = load_tokenizer(trained(documents, "t", vocabulary=900, algorithm="unigram"))
+    tokenizer = load_tokenizer(trained(documents, "t", vocab_size=900, algorithm="unigram"))
     assert len(tokenizer) == 900
     for text in [*TEXTS[300:330], *ODD]:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -87,7 +89,7 @@ def test_unigram_gives_every_text_back_by_bytes(documents: Path) -> None:
 
 
 def test_wordpiece_is_that_of_bert(documents: Path) -> None:
-    tokenizer = load_tokenizer(trained(documents, "t", vocabulary=900, algorithm="wordpiece", lowercase=True))
+    tokenizer = load_tokenizer(trained(documents, "t", vocab_size=900, algorithm="wordpiece", lowercase=True))
     assert tokenizer.convert_ids_to_tokens(tokenizer("The THE")["input_ids"]) == ["[CLS]", "the", "the", "[SEP]"]
     assert tokenizer.tokenize("\U0001f9ff") == ["[UNK]"]
     assert {token.content for token in tokenizer.added_tokens_decoder.values()} == {
@@ -122,7 +124,7 @@ def test_the_bytes_are_the_same_in_every_run(documents: Path, algorithm: str) ->
             "--set",
             f"algorithm={algorithm}",
             "--set",
-            "vocabulary=900",
+            "vocab_size=900",
             "--out",
             str(documents.parent / f"r{run}"),
             "--quiet",
@@ -136,7 +138,7 @@ def test_the_bytes_are_the_same_in_every_run(documents: Path, algorithm: str) ->
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
 def test_templates_come_with_their_tokens(few: Path, template: str, algorithm: str) -> None:
     """The doctor of templates finds no error and no split mark in what was made."""
-    tokenizer = load_tokenizer(trained(few, "t", vocabulary=600, algorithm=algorithm, template=template))
+    tokenizer = load_tokenizer(trained(few, "t", vocab_size=600, algorithm=algorithm, chat_template=template))
     found = {
         f.code: f for f in probe(tokenizer, [tokenizer.eos_token_id], Uses(system=True, turns=True), len(tokenizer))
     }
@@ -145,11 +147,11 @@ def test_templates_come_with_their_tokens(few: Path, template: str, algorithm: s
 
 
 def test_control_tokens() -> None:
-    assert control_tokens(TrainConfig(template="chatml")) == (
+    assert control_tokens(TrainConfig(chat_template="chatml")) == (
         {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"},
         ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
     )
-    assert control_tokens(TrainConfig(template="llama-2")) == (
+    assert control_tokens(TrainConfig(chat_template="llama-2")) == (
         {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "bos_token": "<s>"},
         ["<|endoftext|>", "<|pad|>", "<s>"],
     )
@@ -162,7 +164,7 @@ def test_control_tokens() -> None:
 
 
 def test_the_report_counts(documents: Path, tmp_path: Path) -> None:
-    out = trained(documents, "t", vocabulary=700)
+    out = trained(documents, "t", vocab_size=700)
     report = json.loads((out / "report/report.json").read_text())
     tokenizer = load_tokenizer(out)
     texts = [*TEXTS[:300], *MORE * 20]
@@ -192,10 +194,10 @@ def test_the_report_counts(documents: Path, tmp_path: Path) -> None:
                 "tokenize",
                 "train",
                 str(documents),
-                "--held-out",
+                "--eval-data",
                 str(held),
                 "--set",
-                "vocabulary=700",
+                "vocab_size=700",
                 "--out",
                 str(tmp_path / "h"),
                 "--quiet",
@@ -209,7 +211,7 @@ def test_the_report_counts(documents: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compare(documents: Path, tmp_path: Path, pico: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small, large, lossy = (
-        trained(documents, name, vocabulary=n, algorithm=a)
+        trained(documents, name, vocab_size=n, algorithm=a)
         for name, n, a in (("s", 400, "bpe"), ("l", 1500, "bpe"), ("w", 1500, "wordpiece"))
     )
     capsys.readouterr()
@@ -234,10 +236,10 @@ def test_compare(documents: Path, tmp_path: Path, pico: Path, capsys: pytest.Cap
 
 
 def bad(documents: Path) -> Iterator[tuple[list[str], str]]:
-    yield ["--set", "vocabulary=258"], "258 are control tokens and bytes"
-    yield ["--set", "vocabulary=90000"], "give more text or ask for fewer"
-    yield ["--set", "algorithm=unigram", "--set", "vocabulary=90000"], "give more text or ask for fewer"
-    yield ["--set", "vocabulry=9"], "did you mean 'vocabulary'"
+    yield ["--set", "vocab_size=258"], "258 are control tokens and bytes"
+    yield ["--set", "vocab_size=90000"], "give more text or ask for fewer"
+    yield ["--set", "algorithm=unigram", "--set", "vocab_size=90000"], "give more text or ask for fewer"
+    yield ["--set", "vocabulry=9"], "did you mean 'vocab_size'"
 
 
 def test_mistakes_are_told(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

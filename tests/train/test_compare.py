@@ -77,14 +77,14 @@ def test_the_stage(
         words = [
             str(tmp_path / "gru"),
             str(tmp_path / "train"),
-            "--held-out",
+            "--eval-data",
             str(tmp_path / held_out),
             "--set",
-            "batch=16",
+            "batch_size=16",
             "--set",
-            "look_every=4",
+            "eval_steps=4",
             "--set",
-            "sample_tokens=0",
+            "sample_max_tokens=0",
             "--out",
             str(tmp_path / name),
             "--quiet",
@@ -97,7 +97,7 @@ def test_the_stage(
                 "ngram",
                 str(pico),
                 str(tmp_path / "train"),
-                "--held-out",
+                "--eval-data",
                 str(tmp_path / "test"),
                 "--out",
                 str(tmp_path / "n"),
@@ -139,7 +139,7 @@ def test_the_stage(
     for words, says in (
         (["--models", models["a"]], "needs two models"),
         (["--models", models["a"], "--models", models["b"]], "not measured on the same held-out tokens"),
-        (["--models", models["a"], "--models", models["n"], "--set", "first=x"], "config.first is 'x'"),
+        (["--models", models["a"], "--models", models["n"], "--set", "baseline=x"], "config.first is 'x'"),
         (["--models", models["gru"], "--models", models["gru"].replace("gru=", "g=")], "has no held-out figures"),
     ):
         assert main(["train", "compare", *words, "--out", str(tmp_path / "o"), "--quiet"]) == 2

@@ -116,7 +116,7 @@ def run(tmp_path: Path, pico: Path) -> Run:
         rows = data or (
             Dataset(tmp_path / "chats", name="chats") if (tmp_path / "chats").exists() else chats(tmp_path / "chats")
         )
-        settings = {"epochs": 8, "samples": 0, "optimizer": {"learning_rate": 0.01}, **config}
+        settings = {"num_train_epochs": 8, "num_sample_prompts": 0, "optimizer": {"learning_rate": 0.01}, **config}
         made = distill(
             DistillConfig.model_validate(settings),
             one,
@@ -129,10 +129,10 @@ def run(tmp_path: Path, pico: Path) -> Run:
     return go
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse", "between"])
+@pytest.mark.parametrize("direction", ["forward_kl", "reverse_kl", "js_divergence"])
 def test_a_student_comes_nearer_to_its_teacher(direction: str, run: Run, tmp_path: Path) -> None:
     teacher = make_pico(tmp_path / "teacher", seed=5)
-    made, told = run("a", teacher, method="full", direction=direction, optimizer={"learning_rate": 0.003})
+    made, told = run("a", teacher, method="full", divergence=direction, optimizer={"learning_rate": 0.003})
     assert isinstance(made, Model)
     losses = [row["loss"] for row in told["rows"]]
     assert losses[-1] < 0.6 * losses[0]
@@ -173,11 +173,15 @@ def test_what_a_teacher_writes_is_learned(run: Run, tmp_path: Path) -> None:
         (r["id"], f"fox {r['messages'][0]['content']}") for r in whole
     ]
     assert engine.asked == 24
-    assert (made.metrics["rows"], made.metrics["set_aside"]) == (len(whole), 24 - len(whole))
+    assert (made.metrics["rows"], made.metrics["dropped"]) == (len(whole), 24 - len(whole))
     aside = [json.loads(line) for line in (made.path / "set_aside.jsonl").read_text().splitlines()]
     assert {row["id"] for row in aside} == {row["id"] for row in given} - {row["id"] for row in whole}
     assert {row["reason"] for row in aside} == {"the teacher's answer is not finished within 512 tokens"}
-    for fields in ({"temperature": 2.0}, {"mix": 0.3}, {"direction": "reverse"}):  # which would be read by nobody
+    for fields in (
+        {"temperature": 2.0},
+        {"ce_weight": 0.3},
+        {"divergence": "reverse_kl"},
+    ):  # which would be read by nobody
         with pytest.raises(
             UserError, match=f"config.{next(iter(fields))} is of logits, but teacher has another vocabulary"
         ):
@@ -204,8 +208,8 @@ def test_what_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no conversations that a teacher could answer"):
         run("b", teacher, Silent(), data=Dataset(tmp_path / "texts.jsonl", name="texts"), source="text")
     for wrong, message in (
-        ({"source": "text", "mix": 0.5}, "mix, direction and temperature are of logits"),
-        ({"method": "prompt"}, "a soft prompt is not distilled"),
+        ({"source": "text", "ce_weight": 0.5}, "mix, direction and temperature are of logits"),
+        ({"method": "prompt_tuning"}, "a soft prompt is not distilled"),
     ):
         with pytest.raises(ValidationError, match=message):
             DistillConfig.model_validate(wrong)

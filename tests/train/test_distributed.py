@@ -30,15 +30,15 @@ from llmworks.train.distributed.world import World
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 STEPS = (
-    "batch=2",
-    "accumulation=4",
-    "epochs=2",
+    "batch_size=2",
+    "gradient_accumulation_steps=4",
+    "num_train_epochs=2",
     "optimizer.learning_rate=0.001",
-    "optimizer.warmup=0.2",
-    "look_every=8",
-    "look_rows=8",
-    "sample_tokens=4",
-    "checkpoint_every=5",
+    "optimizer.warmup_ratio=0.2",
+    "eval_steps=8",
+    "eval_samples=8",
+    "sample_max_tokens=4",
+    "save_steps=5",
 )
 
 
@@ -60,7 +60,7 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     str(pico),
                     str(folder / f"{name}-read"),
                     "--set",
-                    "length=64",
+                    "max_length=64",
                     "--out",
                     str(folder / f"{name}-packed"),
                     *workspace,
@@ -70,7 +70,14 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     sets = [
         word
-        for s in ("width=32", "heads=4", "kv_heads=2", "layers=3", "context=64", "qk_norm=true")
+        for s in (
+            "hidden_size=32",
+            "num_attention_heads=4",
+            "num_key_value_heads=2",
+            "num_hidden_layers=3",
+            "max_position_embeddings=64",
+            "use_qk_norm=true",
+        )
         for word in ("--set", s)
     ]
     assert main(["model", "new", str(pico), *sets, "--out", str(folder / "decoder"), *workspace]) == 0
@@ -81,11 +88,11 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "recurrent",
                 str(pico),
                 "--set",
-                "kind=gru",
+                "rnn_type=gru",
                 "--set",
-                "width=32",
+                "hidden_size=32",
                 "--set",
-                "context=64",
+                "max_position_embeddings=64",
                 "--out",
                 str(folder / "gru"),
                 *workspace,
@@ -104,7 +111,7 @@ def words(made: Path, out: Path, *more: str, model: str = "decoder") -> list[str
         "pretrain",
         str(made / model),
         str(made / "train-packed"),
-        "--held-out",
+        "--eval-data",
         str(made / "test-packed"),
         *sets,
         *rest,
@@ -133,20 +140,20 @@ def same(out: Path, alone: Path) -> None:
     Where gradients are nearly nothing, Adam makes a step of their rounding, so norms drift.
     """
     ours, theirs = rows(out), rows(alone)
-    assert [(r["step"], r.get("tokens"), r.get("labels")) for r in ours] == [
-        (r["step"], r.get("tokens"), r.get("labels")) for r in theirs
+    assert [(r["step"], r.get("tokens"), r.get("num_label_tokens")) for r in ours] == [
+        (r["step"], r.get("tokens"), r.get("num_label_tokens")) for r in theirs
     ]
     for name, within in (
         ("loss", 2e-4),
-        ("gradient_norm", 0.02),
+        ("grad_norm", 0.02),
         ("learning_rate", 1e-12),
-        ("held_out", 2e-4),
+        ("eval_loss", 2e-4),
         ("bits_per_byte", 2e-4),
     ):
         assert [r[name] for r in ours if name in r] == pytest.approx(
             [r[name] for r in theirs if name in r], rel=within
         ), name
-    assert [r["gradient_norm"] for r in ours[:2]] == pytest.approx([r["gradient_norm"] for r in theirs[:2]], rel=2e-5)
+    assert [r["grad_norm"] for r in ours[:2]] == pytest.approx([r["grad_norm"] for r in theirs[:2]], rel=2e-5)
     a, b = load_file(out / "model.safetensors"), load_file(alone / "model.safetensors")
     assert a.keys() == b.keys()
     for name in a:
@@ -155,12 +162,12 @@ def same(out: Path, alone: Path) -> None:
 
 LAYOUTS = {
     "replicated": ("2", ()),
-    "sharded": ("2", ("parallel.data=shard",)),
-    "tensor": ("2", ("parallel.tensor=2",)),
-    "pipeline": ("2", ("parallel.pipeline=2",)),
-    "sharded and tensor": ("4", ("parallel.data=shard", "parallel.tensor=2")),
-    "sharded and pipeline": ("4", ("parallel.data=shard", "parallel.pipeline=2")),
-    "replicated and pipeline": ("4", ("parallel.pipeline=2",)),
+    "sharded": ("2", ("parallel.data_parallel=fsdp",)),
+    "tensor": ("2", ("parallel.tensor_parallel_size=2",)),
+    "pipeline": ("2", ("parallel.pipeline_parallel_size=2",)),
+    "sharded and tensor": ("4", ("parallel.data_parallel=fsdp", "parallel.tensor_parallel_size=2")),
+    "sharded and pipeline": ("4", ("parallel.data_parallel=fsdp", "parallel.pipeline_parallel_size=2")),
+    "replicated and pipeline": ("4", ("parallel.pipeline_parallel_size=2",)),
 }
 
 
@@ -168,8 +175,8 @@ TUNED = {
     "adapter": ("lora.rank=4",),
     "adapter of four bits": ("lora.base=nf4", "lora.rank=4"),
     "all weights": ("method=full",),
-    "sharded adapter": ("lora.rank=4", "parallel.data=shard"),
-    "sharded weights": ("method=full", "parallel.data=shard"),
+    "sharded adapter": ("lora.rank=4", "parallel.data_parallel=fsdp"),
+    "sharded weights": ("method=full", "parallel.data_parallel=fsdp"),
 }
 
 
@@ -182,10 +189,10 @@ def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico:
     alone = [s for s in TUNED[what] if not s.startswith("parallel")]
     sets = (
         "batch_size=2",
-        "accumulation=2",
+        "gradient_accumulation_steps=2",
         "optimizer.learning_rate=0.005",
-        "checkpoint_every=4",
-        "look_every=4",
+        "save_steps=4",
+        "eval_steps=4",
         "samples=0",
     )
     for name, more in (("one", alone), ("two", [*TUNED[what], "--nproc", "2"])):
@@ -194,7 +201,7 @@ def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico:
             "sft",
             str(pico),
             str(tmp_path / "chats"),
-            "--held-out",
+            "--eval-data",
             str(tmp_path / "chats"),
             "--out",
             str(tmp_path / name),
@@ -213,12 +220,12 @@ def test_a_fine_tuning_is_the_same_in_two_processes(what: str, made: Path, pico:
             == 0
         )
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [(r["step"], r.get("tokens"), r.get("labels")) for r in one] == [
-        (r["step"], r.get("tokens"), r.get("labels")) for r in two
+    assert [(r["step"], r.get("tokens"), r.get("num_label_tokens")) for r in one] == [
+        (r["step"], r.get("tokens"), r.get("num_label_tokens")) for r in two
     ]
-    for name in ("loss", "held_out"):
+    for name in ("loss", "eval_loss"):
         assert [r[name] for r in one if name in r] == pytest.approx([r[name] for r in two if name in r], rel=2e-3), name
-    assert [r["gradient_norm"] for r in one[:2]] == pytest.approx([r["gradient_norm"] for r in two[:2]], rel=1e-3)
+    assert [r["grad_norm"] for r in one[:2]] == pytest.approx([r["grad_norm"] for r in two[:2]], rel=1e-3)
     file = (
         "adapter_model.safetensors"
         if (tmp_path / "one" / "adapter_model.safetensors").exists()
@@ -248,7 +255,7 @@ def test_checkpoints_are_read_by_another_number_of_processes(made: Path, alone: 
     configuration, two shards are not.
     """
     out = tmp_path / "out"
-    sets = words(made, out, "parallel.data=shard")
+    sets = words(made, out, "parallel.data_parallel=fsdp")
     seen = kill_when(sets, "2", out, "step-000000005", victim=None)
     assert seen == -signal.SIGKILL
     assert main(sets) == 0  # in one process
@@ -293,7 +300,7 @@ def ranks(launcher: int) -> dict[int, int]:
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_all_with_one_message(victim: int, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = words(made, out, "epochs=400")
+    command = words(made, out, "num_train_epochs=400")
     assert kill_when(command, "2", out, "step-000000005", victim) == 3
     told = (tmp_path / "stderr").read_text().strip()
     assert (
@@ -377,8 +384,8 @@ def test_torchrun_starts_it_too(made: Path, alone: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["lion", "muon"])
 def test_other_optimizers_shard(name: str, made: Path, tmp_path: Path) -> None:
     """One step: a sign, or an orthogonal matrix, of a gradient that is spread over processes; Muon finds it in bf16."""
-    more = (f"optimizer.name={name}", "tokens=512", "optimizer.learning_rate=0.0003", "epochs=1")
-    for at, layout in (("alone", ()), ("spread", ("parallel.data=shard", "--nproc", "2"))):
+    more = (f"optimizer.name={name}", "tokens=512", "optimizer.learning_rate=0.0003", "num_train_epochs=1")
+    for at, layout in (("alone", ()), ("spread", ("parallel.data_parallel=fsdp", "--nproc", "2"))):
         assert main(words(made, tmp_path / at, *more, *layout)) == 0
     a, b = (load_file(tmp_path / at / "model.safetensors") for at in ("alone", "spread"))
     start = load_file(made / "decoder" / "model.safetensors")
@@ -396,12 +403,15 @@ def test_a_recurrent_model_is_replicated(made: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_mistakes(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for more, says in (
-        (("parallel.tensor=2",), "does not divide 1 process; start it with --nproc 2 or a multiple"),
-        (("batch=8", "accumulation=1", "parallel.pipeline=2", "--nproc", "2"), "make accumulation larger"),
+        (("parallel.tensor_parallel_size=2",), "does not divide 1 process; start it with --nproc 2 or a multiple"),
+        (
+            ("batch_size=8", "gradient_accumulation_steps=1", "parallel.pipeline_parallel_size=2", "--nproc", "2"),
+            "make accumulation larger",
+        ),
         (("--nproc", "two"), "--nproc two: it must be a number"),
         (("--nproc", "²"), "--nproc ²: it must be a number"),
         (
-            ("batch=6", "accumulation=3", "parallel.pipeline=2", "--nproc", "4"),
+            ("batch_size=6", "gradient_accumulation_steps=3", "parallel.pipeline_parallel_size=2", "--nproc", "4"),
             "a step has 9 rows in each process, which are no parts of 6",
         ),
     ):
@@ -413,8 +423,8 @@ def test_mistakes(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="to shard"):
-        Parallel(tensor=2).over(4)
-    assert Parallel(tensor=2, data="shard", pipeline=2).over(8) == 2
+        Parallel(tensor_parallel_size=2).over(4)
+    assert Parallel(tensor_parallel_size=2, data_parallel="fsdp", pipeline_parallel_size=2).over(8) == 2
     with pytest.raises(UserError, match="cannot be divided among 3 processes"):
         share_of(8, 3, 4)
     assert [share_of(8, 2, batch) for batch in (8, 4, 2)] == [4, 4, 2]
@@ -422,18 +432,28 @@ def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(torch.device("cpu"), size=4)
     for shape, parallel, precision, says in (
         (
-            Shape(width=32, heads=4, kv_heads=2, layers=3),
-            Parallel(tensor=4),
+            Shape(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3),
+            Parallel(tensor_parallel_size=4),
             "fp32",
             "parallel.tensor 4 does not divide the model's kv_heads 2",
         ),
-        (Shape(width=32, heads=4, layers=3, position="alibi"), Parallel(tensor=4), "fp32", "ALiBi"),
-        (Shape(width=32, heads=4, layers=3), Parallel(data="shard"), "fp16", "take bf16"),
+        (
+            Shape(hidden_size=32, num_attention_heads=4, num_hidden_layers=3, position_embedding_type="alibi"),
+            Parallel(tensor_parallel_size=4),
+            "fp32",
+            "ALiBi",
+        ),
+        (
+            Shape(hidden_size=32, num_attention_heads=4, num_hidden_layers=3),
+            Parallel(data_parallel="fsdp"),
+            "fp16",
+            "take bf16",
+        ),
     ):
-        network = DecoderForCausalLM(DecoderConfig(shape=shape.model_copy(update={"vocabulary": 64}).model_dump()))
+        network = DecoderForCausalLM(DecoderConfig(shape=shape.model_copy(update={"vocab_size": 64}).model_dump()))
         with pytest.raises(UserError, match=says):
             place(network, parallel, world, precision=precision)
     with pytest.raises(UserError, match="only decoders can be sharded"):
-        place(torch.nn.Linear(2, 2), Parallel(data="shard"), world)
+        place(torch.nn.Linear(2, 2), Parallel(data_parallel="fsdp"), world)
     with pytest.raises(UserError, match="4 is more than the model's 3 layers"):
-        Pipelined(network, Parallel(pipeline=4), world)
+        Pipelined(network, Parallel(pipeline_parallel_size=4), world)

@@ -32,17 +32,17 @@ name: tiny
 steps:
   text: {use: "path:FOLDER"}
   read: {stage: data.read, inputs: {data: text}}
-  tokenizer: {stage: tokenize.train, inputs: {data: read}, config: {vocabulary: 300}}
-  packed: {stage: data.pack, inputs: {model: tokenizer, data: read}, config: {length: 32}}
-  new: {stage: model.new, inputs: {tokenizer: tokenizer}, config: {width: 64, layers: 2, heads: 2, context: 32}}
-  old: {stage: model.recurrent, inputs: {tokenizer: tokenizer}, config: {kind: gru, width: 32, context: 32}}
+  tokenizer: {stage: tokenize.train, inputs: {data: read}, config: {vocab_size: 300}}
+  packed: {stage: data.pack, inputs: {model: tokenizer, data: read}, config: {max_length: 32}}
+  new: {stage: model.new, inputs: {tokenizer: tokenizer}, config: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 32}}
+  old: {stage: model.recurrent, inputs: {tokenizer: tokenizer}, config: {rnn_type: gru, embedding_dim: 32, max_position_embeddings: 32}}
 """
 TRAININGS = (  # a line each
-    "  trained: {stage: train.pretrain, inputs: {model: new, data: packed, held_out: packed},"
-    " config: {batch: 2, epochs: 2, sample_tokens: 4, look_rows: 4}}\n"
+    "  trained: {stage: train.pretrain, inputs: {model: new, data: packed, eval_data: packed},"
+    " config: {batch_size: 2, num_train_epochs: 2, sample_max_tokens: 4, eval_samples: 4}}\n"
     "  more: {stage: train.pretrain, inputs: {model: trained, data: packed},"
-    " config: {batch: 4, tokens: 500, sample_tokens: 0}}\n"
-    "  gru: {stage: train.pretrain, inputs: {model: old, data: packed}, config: {batch: 2, sample_tokens: 0}}\n"
+    " config: {batch_size: 4, tokens: 500, sample_max_tokens: 0}}\n"
+    "  gru: {stage: train.pretrain, inputs: {model: old, data: packed}, config: {batch_size: 2, sample_max_tokens: 0}}\n"
 )
 RECIPE = STEPS + TRAININGS
 
@@ -81,32 +81,43 @@ def test_it_is_what_then_happens(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_operations_and_memory_by_hand() -> None:
-    shape = Shape(vocabulary=1024, width=64, heads=4, layers=4, hidden=128, context=64)
-    training = Training(PretrainConfig(batch=4), shape, 64, rows=100, tokens=6000)
+    shape = Shape(
+        vocab_size=1024,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=4,
+        intermediate_size=128,
+        max_position_embeddings=64,
+    )
+    training = Training(PretrainConfig(batch_size=4), shape, 64, rows=100, tokens=6000)
     network = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     numbers = sum(p.numel() for p in network.parameters())
     assert (training.parameters, training.steps, training.read) == (numbers, 25, 6000)
     matrices = sum(p.numel() for p in network.parameters() if p.dim() == 2)
     assert training.work == 3 * (2 * matrices + 4 * 4 * 64 * 32) * 6000
-    again = Training(PretrainConfig(batch=4, recompute=True), shape, 64, rows=100, tokens=6000)
+    again = Training(PretrainConfig(batch_size=4, gradient_checkpointing=True), shape, 64, rows=100, tokens=6000)
     assert again.work == training.work * 4 / 3
     assert again.activations() < training.activations()
 
     def states(processes: int = 1, **more: object) -> float:
         t = Training(
-            PretrainConfig.model_validate({"batch": 4, "accumulation": 2, **more}), shape, 64, processes=processes
+            PretrainConfig.model_validate({"batch_size": 4, "gradient_accumulation_steps": 2, **more}),
+            shape,
+            64,
+            processes=processes,
         )
         return t.memory - PROCESS - t.activations()
 
     assert states() == 16 * numbers  # weights, gradients, two moments
     assert states(optimizer=PretrainOptimizer(name="lion").model_dump()) == 12 * numbers
-    assert states(average=0.9) == 20 * numbers
-    assert states(8, parallel=Parallel(data="shard").model_dump()) == 2 * numbers
+    assert states(ema_decay=0.9) == 20 * numbers
+    assert states(8, parallel=Parallel(data_parallel="fsdp").model_dump()) == 2 * numbers
     assert states(2) == 16 * numbers  # replicated
-    assert states(4, parallel=Parallel(data="shard", tensor=2).model_dump()) == 4 * numbers
-    half = Training(PretrainConfig(batch=4, accumulation=2), shape, 64, processes=8)
+    assert states(4, parallel=Parallel(data_parallel="fsdp", tensor_parallel_size=2).model_dump()) == 4 * numbers
+    half = Training(PretrainConfig(batch_size=4, gradient_accumulation_steps=2), shape, 64, processes=8)
     assert (
-        half.activations() < Training(PretrainConfig(batch=4, accumulation=2), shape, 64).activations()
+        half.activations()
+        < Training(PretrainConfig(batch_size=4, gradient_accumulation_steps=2), shape, 64).activations()
     )  # one row each
 
 
@@ -114,9 +125,14 @@ def test_layers_that_were_not_tried() -> None:
     one, two = Trial(1.0, 0.1, 2.0, 5.0, 100.0), Trial(1.5, 0.15, 3.0, 5.0, 140.0)
     assert one.deeper(two, 9) == Trial(5.5, pytest.approx(0.55), 11.0, 5.0, 460.0)
     assert two.deeper(one, 9) == two  # a machine that had other work while one layer was tried
-    config = PretrainConfig(batch=4, look_every=10, look_rows=50)
+    config = PretrainConfig(batch_size=4, eval_steps=10, eval_samples=50)
     training = Training(
-        config, Shape(vocabulary=64, width=32, heads=2, layers=1), 64, rows=100, tokens=6400, held_out=20
+        config,
+        Shape(vocab_size=64, hidden_size=32, num_attention_heads=2, num_hidden_layers=1),
+        64,
+        rows=100,
+        tokens=6400,
+        held_out=20,
     )
     assert training.seconds(one) == pytest.approx(5.0 + 25 * 1.0 + (3 + 2) * 2.0 + (3 * 20 + 20) * 0.1)
 
@@ -124,7 +140,9 @@ def test_layers_that_were_not_tried() -> None:
 @pytest.mark.slow
 def test_a_trial_runs_what_is_asked() -> None:
     deep = Training(
-        PretrainConfig(batch=2, sample_tokens=2), Shape(vocabulary=512, width=32, heads=2, layers=12, context=32), 32
+        PretrainConfig(batch_size=2, sample_max_tokens=2),
+        Shape(vocab_size=512, hidden_size=32, num_attention_heads=2, num_hidden_layers=12, max_position_embeddings=32),
+        32,
     )
     trial = deep.attempt()
     assert min(trial.step, trial.row, trial.around) > 0
@@ -142,20 +160,20 @@ def test_a_fine_tuning_is_what_then_happens(
         (row,) = [row for row in json.loads(capsys.readouterr().out) if row["training"]]
         return dict(row)
 
-    before = planned("--try")  # there is nothing to try it with
+    before = planned("--measure")  # there is nothing to try it with
     assert before["training"]["steps"] == before["training"]["tokens"] == 0
     prepared = tmp_path / "prepared.yaml"
     prepared.write_text(recipe.read_text().partition("  tuned:")[0])
     assert main(["run", str(prepared), *workspace, "--quiet"]) == 0
     capsys.readouterr()
-    tried = planned("--try")
+    tried = planned("--measure")
     assert tried["expect"]["seconds"] > 0
     assert tried["training"]["memory_bytes"] > before["training"]["parameters"] * 4 + PROCESS
     assert main(["run", str(recipe), *workspace, "--quiet"]) == 0
     metrics = json.loads((tmp_path / "ws" / "small" / "tuned" / "manifest.json").read_text())["metrics"]
     assert (tried["training"]["steps"], tried["training"]["learned"]) == (
         metrics["steps"],
-        metrics["trained_parameters"],
+        metrics["trainable_parameters"],
     )
 
 
@@ -165,14 +183,14 @@ def test_an_adapter_is_counted_without_weights(targets: str | list[str], pico: P
     lora.attach(network, targets, lora.Lora(3, 6.0))
     shape = shape_of(json.loads((pico / "config.json").read_text()))[1]
     tuning = Tuning(
-        SftConfig(lora=LoraConfig(rank=3, targets=targets)), pico, shape, Conversations(8, 700.0, 1400, 0.25)
+        SftConfig(lora=LoraConfig(r=3, target_modules=targets)), pico, shape, Conversations(8, 700.0, 1400, 0.25)
     )
     assert tuning.learned == tuning.saved == sum(p.numel() for p in network.parameters() if p.requires_grad)
     assert tuning.parameters == sum(p.numel() for p in network.parameters() if not p.requires_grad)
     # by hand, of 2 passes over 8 conversations of 200 tokens: matrices of the layers and attention to half a text, a
     # quarter of the head, the adapter thrice
     layers = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
-    head, attention = shape.vocabulary * 64, 2 * 2 * 64 * 100
+    head, attention = shape.vocab_size * 64, 2 * 2 * 64 * 100
     assert tuning.work == pytest.approx((4 * (layers + attention + head / 4) + 6 * tuning.learned) * 3200)
 
 
@@ -189,16 +207,16 @@ def test_letters_of_conversations(chat_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("trained.batch=20000",), "trained: the data has "),
-        (("new.context=16",), "trained: rows have 32 tokens, the model reads 16"),
-        (("trained.epochs=.inf",), "finite"),
+        (("trained.batch_size=20000",), "trained: the data has "),
+        (("new.max_position_embeddings=16",), "trained: rows have 32 tokens, the model reads 16"),
+        (("trained.num_train_epochs=.inf",), "finite"),
         (
-            ("trained.parallel.pipeline=4", "--processes", "4"),
+            ("trained.parallel.pipeline_parallel_size=4", "--processes", "4"),
             "trained: parallel.pipeline 4 is more than the model's 2 layers",
         ),
         (("--processes", "0"), "--processes 0"),
-        (("--processes", "2", "--try"), "--try runs the steps in one process"),
-        (("new.width=16384", "new.heads=16", "new.layers=1000", "--try"), "GB, "),
+        (("--processes", "2", "--measure"), "--measure runs the steps in one process"),
+        (("new.hidden_size=16384", "new.num_attention_heads=16", "new.num_hidden_layers=1000", "--measure"), "GB, "),
     ],
 )
 def test_what_would_be_refused_is_told_before(
@@ -216,8 +234,8 @@ def test_what_a_trial_meets_is_told(planned: tuple[Path, list[str]], capsys: pyt
     recipe, workspace = planned
     tokenizer = next((recipe.parent / "ws" / "tiny" / "tokenizer").glob("tokenizer.json"))
     whole = tokenizer.read_bytes()
-    assert main(["plan", str(recipe), *workspace, "--set", "trained.optimizer.name=adamw-8bit", "--try"]) == 3
-    assert "adamw-8bit needs " in capsys.readouterr().err
+    assert main(["plan", str(recipe), *workspace, "--set", "trained.optimizer.name=adamw_8bit", "--measure"]) == 3
+    assert "adamw_8bit needs " in capsys.readouterr().err
     tokenizer.chmod(0o644)
     tokenizer.write_bytes(whole[:100])
     assert main(["plan", str(recipe), *workspace]) == 2
@@ -255,20 +273,28 @@ def test_texts_and_completions_are_counted(tmp_path: Path) -> None:
     assert (found.count, found.letters, found.longest, found.share) == (2, 50.0, 60, 0.4)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
 def test_a_soft_prompt_is_counted_without_weights(kind: str, pico: Path) -> None:
     from llmworks.train.finetune.trainable import open_tuned
 
-    config = SftConfig.model_validate({"method": kind, "soft": {"tokens": 5}})
+    config = SftConfig.model_validate({"method": kind, "soft_prompt": {"num_virtual_tokens": 5}})
     tuned = open_tuned(pico)
     tuned.put_before(kind, 5, "")
-    shape = Shape(vocabulary=328, width=64, hidden=96, layers=2, heads=4, kv_heads=2, context=512)
+    shape = Shape(
+        vocab_size=328,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
     assert Tuning(config, pico, shape).learned == tuned.trained
 
 
 def test_a_layer_that_is_not_there_is_told_before(pico: Path) -> None:
     shape = shape_of(json.loads((pico / "config.json").read_text()))[1]
-    tuning = Tuning(SftConfig.model_validate({"lora": {"targets": ["q_proj", "vproj"]}}), pico, shape)
+    tuning = Tuning(SftConfig.model_validate({"lora": {"target_modules": ["q_proj", "vproj"]}}), pico, shape)
     with pytest.raises(UserError, match="the model has no layer 'vproj', did you mean 'v_proj'"):
         tuning.check()
-    Tuning(SftConfig.model_validate({"lora": {"targets": ["q_proj", "down_proj"]}}), pico, shape).check()
+    Tuning(SftConfig.model_validate({"lora": {"target_modules": ["q_proj", "down_proj"]}}), pico, shape).check()

@@ -18,7 +18,7 @@ from llmworks.train.distributed.sharding import resolved
 __all__ = ["run"]
 WAYS: dict[str, dict[str, Any]] = {
     "an adapter": {},
-    "4 bits": {"lora": {"base": "nf4"}},
+    "4 bits": {"lora": {"load_in_4bit": True}},
     "magnitudes": {"lora": {"magnitudes": True}},
     "dropout": {"lora": {"dropout": 0.1}},
     "all weights": {"method": "full"},
@@ -44,12 +44,12 @@ def test_half_precision_is_near(what: str, run: Run, tmp_path: Path) -> None:
             precision,
             held_out=chats(tmp_path / "unseen", 6),
             precision=precision,
-            epochs=1.0,
-            look_every=3,
+            num_train_epochs=1.0,
+            eval_steps=3,
             **WAYS[what],
         )
         assert made.golden is not None
-        found[precision] = [(row["loss"], row.get("held_out", 0.0)) for row in data["rows"] if "loss" in row]
+        found[precision] = [(row["loss"], row.get("eval_loss", 0.0)) for row in data["rows"] if "loss" in row]
     for exact, half in zip(found["fp32"], found["bf16"], strict=True):
         assert half == pytest.approx(exact, rel=0.05)
 
@@ -60,14 +60,14 @@ def test_a_gpu_trains_what_a_cpu_trains(what: str, run: Run, tmp_path: Path, mon
     """The configuration without a word about the device; losses of a CPU in fp32 beside those of the GPU in what it
     has.
     """
-    config = WAYS.get(what, {"optimizer": {"name": "adamw-8bit"}})
+    config = WAYS.get(what, {"optimizer": {"name": "adamw_8bit"}})
     held_out = chats(tmp_path / "unseen", 6)
-    made, data = run("gpu", held_out=held_out, epochs=1.0, look_every=3, **config)
+    made, data = run("gpu", held_out=held_out, num_train_epochs=1.0, eval_steps=3, **config)
     assert resolved("auto", torch.device("cuda", 0)) != "fp32"
     assert made.golden is not None
     plain = config if what in WAYS else {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    _, exact = run("cpu", held_out=held_out, epochs=1.0, look_every=3, **plain)
+    _, exact = run("cpu", held_out=held_out, num_train_epochs=1.0, eval_steps=3, **plain)
     for here, there in zip(
         (row["loss"] for row in data["rows"] if "loss" in row),
         (row["loss"] for row in exact["rows"] if "loss" in row),
@@ -78,5 +78,5 @@ def test_a_gpu_trains_what_a_cpu_trains(what: str, run: Run, tmp_path: Path, mon
 
 @pytest.mark.gpu
 def test_the_result_is_where_an_engine_reads_it(run: Run) -> None:
-    made, _ = run("all", method="full", epochs=1.0)
+    made, _ = run("all", method="full", num_train_epochs=1.0)
     assert {p.device.type for p in load_model(made.path).parameters()} == {"cpu"}

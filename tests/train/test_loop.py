@@ -31,7 +31,7 @@ EXAMPLES = [
     )
     for i in range(8)
 ]
-CONFIG = OptimizerConfig(learning_rate=1e-2, warmup=0.1)
+CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.1)
 
 
 def prepared(pico: Path) -> torch.nn.Module:
@@ -57,7 +57,11 @@ def run(
 
 def test_loss_of_an_own_model_is_the_sum_over_its_labels() -> None:
     torch.manual_seed(0)
-    model = DecoderForCausalLM(DecoderConfig(shape=Shape(vocabulary=320, width=32, heads=2, layers=1).model_dump()))
+    model = DecoderForCausalLM(
+        DecoderConfig(
+            shape=Shape(vocab_size=320, hidden_size=32, num_attention_heads=2, num_hidden_layers=1).model_dump()
+        )
+    )
     batch = collate(EXAMPLES)
     logits = model(input_ids=batch.ids).logits[batch.rows, batch.columns - 1].float()
     wanted = torch.nn.functional.cross_entropy(logits, batch.ids[batch.rows, batch.columns], reduction="sum")
@@ -159,7 +163,7 @@ def test_loss_that_is_no_number_stops(pico: Path, tmp_path: Path) -> None:
 
 
 def test_learning_rate_schedule() -> None:
-    config = OptimizerConfig(learning_rate=1.0, warmup=0.1, final_fraction=0.1)
+    config = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
     rates = [learning_rate(s, 100, config) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == pytest.approx(1.0)
@@ -181,4 +185,4 @@ def test_metrics_file_is_json_lines(pico: Path, tmp_path: Path) -> None:
     run(pico, tmp_path / "s", [[[0, 1]]] * 2)
     rows = [json.loads(line) for line in (tmp_path / "s" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 1]
-    assert {"loss", "learning_rate", "gradient_norm", "tokens", "labels", "seconds"} <= set(rows[0])
+    assert {"loss", "learning_rate", "grad_norm", "tokens", "num_label_tokens", "seconds"} <= set(rows[0])

@@ -83,7 +83,7 @@ def test_muon_turns_inner_matrices_only() -> None:
 
     Embedding, head and gains are AdamW's.
     """
-    shape = Shape(vocabulary=61, width=32, layers=1, heads=4, tied=False)  # type: ignore[call-arg]
+    shape = Shape(vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, tie_word_embeddings=False)  # type: ignore[call-arg]
     model = DecoderForCausalLM(DecoderConfig(shape=shape.model_dump()))
     inner = inner_matrices(model)
     names = {name for name, p in model.named_parameters() if id(p) in inner}
@@ -114,25 +114,27 @@ def test_muon_turns_inner_matrices_only() -> None:
 
 
 def test_eight_bits_need_a_gpu() -> None:
-    with pytest.raises(MissingDependency, match="adamw-8bit needs"):
-        optimizers_of(Two(), OptimizerConfig(name="adamw-8bit"))
+    with pytest.raises(MissingDependency, match="adamw_8bit needs"):
+        optimizers_of(Two(), OptimizerConfig(name="adamw_8bit"))
 
 
 def test_schedules() -> None:
     def rates(**more: object) -> list[float]:
-        config = OptimizerConfig.model_validate({"learning_rate": 1.0, "warmup": 0.1, "final_fraction": 0.1, **more})
+        config = OptimizerConfig.model_validate(
+            {"learning_rate": 1.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.1, **more}
+        )
         return [learning_rate(step, 100, config) for step in range(100)]
 
-    wsd = rates(schedule="wsd", decay=0.2)
+    wsd = rates(lr_scheduler_type="wsd", decay_ratio=0.2)
     assert wsd[9:81] == [1.0] * 72
     assert wsd[90] == pytest.approx(0.55)
     assert wsd[99] == pytest.approx(0.1 + 0.9 / 20)
-    assert rates(schedule="constant")[10:] == [1.0] * 90
-    linear = rates(schedule="linear")
+    assert rates(lr_scheduler_type="constant")[10:] == [1.0] * 90
+    linear = rates(lr_scheduler_type="linear")
     assert linear[55] == pytest.approx(0.55)
     steps = {round(a - b, 9) for a, b in itertools.pairwise(linear[10:])}
     assert steps == {0.01}
-    for all_rates in (wsd, linear, rates(schedule="cosine")):
+    for all_rates in (wsd, linear, rates(lr_scheduler_type="cosine")):
         assert all_rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
 
 

@@ -46,7 +46,7 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     str(pico),
                     str(folder / f"{name}-read"),
                     "--set",
-                    "length=64",
+                    "max_length=64",
                     "--out",
                     str(folder / f"{name}-packed"),
                     *workspace,
@@ -55,19 +55,19 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             == 0
         )
     for name, words in (
-        ("decoder", ["model", "new", str(pico), "--set", "heads=4"]),
-        ("gru", ["model", "recurrent", str(pico), "--set", "kind=gru"]),
+        ("decoder", ["model", "new", str(pico), "--set", "num_attention_heads=4"]),
+        ("gru", ["model", "recurrent", str(pico), "--set", "rnn_type=gru"]),
     ):
         assert (
             main(
                 [
                     *words,
                     "--set",
-                    "width=32",
+                    "hidden_size=32",
                     "--set",
-                    "layers=2",
+                    "num_hidden_layers=2",
                     "--set",
-                    "context=64",
+                    "max_position_embeddings=64",
                     "--out",
                     str(folder / name),
                     *workspace,
@@ -84,7 +84,7 @@ def command(made: Path, model: str, out: Path, *sets: str) -> list[str]:
         "pretrain",
         str(made / model),
         str(made / "train-packed"),
-        "--held-out",
+        "--eval-data",
         str(made / "test-packed"),
         *(w for s in sets for w in ("--set", s)),
         "--out",
@@ -102,7 +102,7 @@ def run(made: Path, model: str, out: Path, *sets: str) -> tuple[dict[str, Any], 
     ]
 
 
-FAST = ("batch=4", "optimizer.learning_rate=0.01", "look_every=20", "sample_tokens=8")
+FAST = ("batch_size=4", "optimizer.learning_rate=0.01", "eval_steps=20", "sample_max_tokens=8")
 
 
 @pytest.mark.parametrize("model", ["decoder", pytest.param("gru", marks=pytest.mark.slow)])
@@ -112,7 +112,7 @@ def test_learns_and_is_saved_as_what_it_was(model: str, made: Path, tmp_path: Pa
         "ngram",
         str(made / "decoder"),
         str(made / "train-packed"),
-        "--held-out",
+        "--eval-data",
         str(made / "test-packed"),
         "--set",
         "order=1",
@@ -124,7 +124,7 @@ def test_learns_and_is_saved_as_what_it_was(model: str, made: Path, tmp_path: Pa
     ]
     assert main(counted) == 0
     by_frequency = json.loads((tmp_path / "one" / "manifest.json").read_text())["metrics"]["bits_per_byte"]
-    metrics, rows = run(made, model, tmp_path / "out", *FAST, "epochs=12")
+    metrics, rows = run(made, model, tmp_path / "out", *FAST, "num_train_epochs=12")
     held_out = [row["bits_per_byte"] for row in rows if "bits_per_byte" in row]
     assert held_out[-1] < by_frequency - 0.2, (held_out, by_frequency)
     assert held_out[-1] < held_out[0]
@@ -133,7 +133,7 @@ def test_learns_and_is_saved_as_what_it_was(model: str, made: Path, tmp_path: Pa
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(trained, LlamaForCausalLM) == (model == "decoder")
     steps = [row for row in rows if "loss" in row]
-    assert {"loss", "gradient_norm", "learning_rate", "tokens", "seconds", "loading", "memory"} <= set(steps[0])
+    assert {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "loading", "memory"} <= set(steps[0])
     assert main(["verify", "--golden", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -146,9 +146,9 @@ def test_a_large_step_is_its_parts(made: Path, tmp_path: Path) -> None:
             made,
             "decoder",
             tmp_path / f"p{parts}",
-            f"batch={8 // parts}",
-            f"accumulation={parts}",
-            "sample_tokens=0",
+            f"batch_size={8 // parts}",
+            f"gradient_accumulation_steps={parts}",
+            "sample_max_tokens=0",
             "optimizer.learning_rate=0.01",
         )
         files[parts] = load_file(tmp_path / f"p{parts}" / "model.safetensors")
@@ -190,7 +190,7 @@ def test_steps_follow_from_their_numbers(made: Path) -> None:
     ]
 
 
-EVERY = ("batch=4", "epochs=3", "checkpoint_every=7", "look_every=10", "average=0.9", "sample_tokens=4")
+EVERY = ("batch_size=4", "num_train_epochs=3", "save_steps=7", "eval_steps=10", "ema_decay=0.9", "sample_max_tokens=4")
 
 
 @pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "muon"))])
@@ -216,7 +216,7 @@ def test_killed_and_gone_on_is_not_interrupted(name: str, made: Path, tmp_path: 
     assert not out.exists()
     metrics, resumed = run(made, "decoder", out, *sets)
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
-    pick = ("step", "loss", "gradient_norm", "learning_rate", "bits_per_byte")
+    pick = ("step", "loss", "grad_norm", "learning_rate", "bits_per_byte")
     assert [[row.get(k) for k in pick] for row in rows] == [[row.get(k) for k in pick] for row in resumed]
     assert metrics["bits_per_byte"] == whole["bits_per_byte"]
 
@@ -227,9 +227,9 @@ def test_the_average_is_what_is_saved(decay: float, moved: float, made: Path, tm
     where it is more.
     """
     start = load_file(made / "decoder" / "model.safetensors")
-    one = ("batch=4", "tokens=1", "sample_tokens=0", "optimizer.warmup=0")
-    run(made, "decoder", tmp_path / "last", *one, "prompts=[]", "sample_tokens=5")
-    run(made, "decoder", tmp_path / "mean", *one, f"average={decay}")
+    one = ("batch_size=4", "num_train_tokens=1", "sample_max_tokens=0", "optimizer.warmup_ratio=0")
+    run(made, "decoder", tmp_path / "last", *one, "sample_prompts=[]", "sample_max_tokens=5")
+    run(made, "decoder", tmp_path / "mean", *one, f"ema_decay={decay}")
     last, mean = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "mean"))
     for name, weight in start.items():
         assert torch.allclose(mean[name] - weight, (last[name] - weight) * moved, atol=1e-6), name
@@ -237,8 +237,8 @@ def test_the_average_is_what_is_saved(decay: float, moved: float, made: Path, tm
 
 
 def test_recomputing_changes_nothing(made: Path, tmp_path: Path) -> None:
-    for name, sets in (("kept", ()), ("again", ("recompute=true",))):
-        run(made, "decoder", tmp_path / name, "batch=4", "sample_tokens=0", *sets)
+    for name, sets in (("kept", ()), ("again", ("gradient_checkpointing=true",))):
+        run(made, "decoder", tmp_path / name, "batch_size=4", "sample_max_tokens=0", *sets)
     kept, again = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "again"))
     for name in kept:
         assert torch.allclose(kept[name], again[name], atol=1e-5)
@@ -247,8 +247,8 @@ def test_recomputing_changes_nothing(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_near(precision: str, made: Path, tmp_path: Path) -> None:
     """fp16 scales its loss; the scale may skip a first step, whose gradients were infinite, and no other."""
-    _, full = run(made, "decoder", tmp_path / "full", "batch=4", "sample_tokens=0")
-    _, half = run(made, "decoder", tmp_path / "half", "batch=4", "sample_tokens=0", f"precision={precision}")
+    _, full = run(made, "decoder", tmp_path / "full", "batch_size=4", "sample_max_tokens=0")
+    _, half = run(made, "decoder", tmp_path / "half", "batch_size=4", "sample_max_tokens=0", f"precision={precision}")
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (full, half)]
     assert losses[0] != losses[1]
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.05
@@ -258,8 +258,8 @@ def test_half_precision_is_near(precision: str, made: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_is_the_same(made: Path, tmp_path: Path) -> None:
-    for name, sets in (("eager", ()), ("compiled", ("compile=true",))):
-        run(made, "decoder", tmp_path / name, "batch=4", "sample_tokens=0", *sets)
+    for name, sets in (("eager", ()), ("compiled", ("torch_compile=true",))):
+        run(made, "decoder", tmp_path / name, "batch_size=4", "sample_max_tokens=0", *sets)
     eager, compiled = (load_file(tmp_path / name / "model.safetensors") for name in ("eager", "compiled"))
     assert eager.keys() == compiled.keys()
     for name in eager:
@@ -275,13 +275,13 @@ def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.Capture
                 "new",
                 str(pico),
                 "--set",
-                "width=32",
+                "hidden_size=32",
                 "--set",
-                "heads=4",
+                "num_attention_heads=4",
                 "--set",
-                "layers=1",
+                "num_hidden_layers=1",
                 "--set",
-                "context=32",
+                "max_position_embeddings=32",
                 "--out",
                 str(tmp_path / "short"),
                 *workspace,
@@ -296,7 +296,7 @@ def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.Capture
                 "train",
                 str(made / "train-read"),
                 "--set",
-                "vocabulary=280",
+                "vocab_size=280",
                 "--out",
                 str(tmp_path / "other"),
                 *workspace,
@@ -312,7 +312,7 @@ def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.Capture
                 str(tmp_path / "other"),
                 str(made / "train-read"),
                 "--set",
-                "length=64",
+                "max_length=64",
                 "--out",
                 str(tmp_path / "others"),
                 *workspace,
@@ -327,14 +327,20 @@ def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     decoder, data = str(made / "decoder"), str(made / "train-packed")
     for words, says in (
-        ([decoder, data, "--set", "batch=5000"], "a step takes 5,000 (batch 5000, accumulation 1)"),
+        ([decoder, data, "--set", "batch_size=5000"], "a step takes 5,000 (batch 5000, accumulation 1)"),
         ([str(tmp_path / "short"), data], "has rows of 64 tokens"),
         ([decoder, str(tmp_path / "others")], "was packed with another tokenizer"),
         ([str(tmp_path / "ngram"), data], "has no weights to train"),
         ([decoder, str(made / "train-read")], "no shards of tokens"),
-        ([decoder, data, "--set", "tokens=100", "--set", "epochs=2"], "tokens and epochs are both given"),
-        ([decoder, data, "--set", "optimizer.schedule=wsd", "--set", "optimizer.decay=1"], "more than all steps"),
-        ([str(made / "gru"), data, "--set", "recompute=true"], "does not have it"),
+        (
+            [decoder, data, "--set", "num_train_tokens=100", "--set", "num_train_epochs=2"],
+            "tokens and epochs are both given",
+        ),
+        (
+            [decoder, data, "--set", "optimizer.lr_scheduler_type=wsd", "--set", "optimizer.decay_ratio=1"],
+            "more than all steps",
+        ),
+        ([str(made / "gru"), data, "--set", "gradient_checkpointing=true"], "does not have it"),
         ([decoder, data, "--set", "optimizer.name=adam"], "'adamw'"),
     ):
         assert main(["train", "pretrain", *words, "--out", str(tmp_path / "o"), *workspace]) == 2, words
@@ -345,7 +351,12 @@ def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.Capture
         main(
             [
                 *command(
-                    made, "decoder", tmp_path / "x" / "o", "batch=4", "optimizer.learning_rate=1e30", "sample_tokens=0"
+                    made,
+                    "decoder",
+                    tmp_path / "x" / "o",
+                    "batch_size=4",
+                    "optimizer.learning_rate=1e30",
+                    "sample_max_tokens=0",
                 )
             ]
         )
@@ -362,12 +373,12 @@ def test_worse_than_a_guess_is_told(made: Path, tmp_path: Path, capsys: pytest.C
         made,
         "decoder",
         tmp_path / "out",
-        "batch=4",
-        "epochs=1",
-        "sample_tokens=0",
-        "spike=0",
+        "batch_size=4",
+        "num_train_epochs=1",
+        "sample_max_tokens=0",
+        "loss_spike_threshold=0",
         "optimizer.learning_rate=5.0",
-        "optimizer.warmup=0",
+        "optimizer.warmup_ratio=0",
     )
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["metrics"]["warnings"]

@@ -15,16 +15,16 @@ from llmworks.train.scaling_plan import ScalingConfig, Size, planned
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 SMALL = (
-    "sizes=[{width: 16, layers: 1}, {width: 32, layers: 1}, {width: 48, layers: 2}, {width: 64, layers: 2}]",
+    "sizes=[{hidden_size: 16, num_hidden_layers: 1}, {hidden_size: 32, num_hidden_layers: 1}, {hidden_size: 48, num_hidden_layers: 2}, {hidden_size: 64, num_hidden_layers: 2}]",
     "flops=[1.0e+9, 2.0e+9]",
-    "target={width: 64, layers: 3}",
+    "target={hidden_size: 64, num_hidden_layers: 3}",
     "target_flops=5.0e+9",
-    "head_width=16",
-    "batch=2",
-    "passes=60",
-    "least_steps=5",
-    "look_rows=8",
-    "draws=20",
+    "head_dim=16",
+    "batch_size=2",
+    "max_epochs=60",
+    "min_steps=5",
+    "eval_samples=8",
+    "bootstrap_iters=20",
 )
 
 
@@ -45,7 +45,7 @@ def made(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     str(pico),
                     str(folder / f"{name}-read"),
                     "--set",
-                    "length=64",
+                    "max_length=64",
                     "--out",
                     str(folder / f"{name}-packed"),
                     *workspace,
@@ -74,8 +74,8 @@ def words(made: Path, pico: Path, out: Path, *sets: str) -> list[str]:
 
 def test_a_run_has_the_work_it_should() -> None:
     """Six operations for each parameter that multiplies and each token, and attention's."""
-    config = ScalingConfig(head_width=16)
-    plan, why = planned(config, Size(width=64, layers=2), 1e11, 512, 128, 1_000_000, 8000)
+    config = ScalingConfig(head_dim=16)
+    plan, why = planned(config, Size(hidden_size=64, num_hidden_layers=2), 1e11, 512, 128, 1_000_000, 8000)
     assert plan is not None, why
     network = DecoderForCausalLM(DecoderConfig(shape=plan.shape.model_dump()))
     assert plan.parameters == sum(p.numel() for p in network.parameters())
@@ -83,10 +83,13 @@ def test_a_run_has_the_work_it_should() -> None:
     attention = 3 * 2 * 4 * 64 * 64  # layers, products, width, half of 128 tokens
     assert plan.work == pytest.approx((6 * multiply + attention) * plan.tokens, rel=1e-3)
     assert plan.work == pytest.approx(1e11, rel=0.05)
-    assert planned(config, Size(width=64, layers=2), 1e8, 512, 128, 1_000_000, 8000)[1].endswith(
+    assert planned(config, Size(hidden_size=64, num_hidden_layers=2), 1e8, 512, 128, 1_000_000, 8000)[1].endswith(
         "fewer than least_steps 20"
     )
-    assert "more than passes 4" in planned(config, Size(width=32, layers=1), 1e13, 512, 128, 1_000_000, 8000)[1]
+    assert (
+        "more than passes 4"
+        in planned(config, Size(hidden_size=32, num_hidden_layers=1), 1e13, 512, 128, 1_000_000, 8000)[1]
+    )
 
 
 @pytest.mark.slow
@@ -127,19 +130,19 @@ def test_it_goes_on_and_tells(made: Path, pico: Path, tmp_path: Path, monkeypatc
 def test_mistakes(made: Path, pico: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, says in (
         (("target_flops=1.0e+9",), "target_flops 1e+09 is not more than those of the grid"),
-        (("head_width=24",), "width 16 is not divided by head_width 24"),
-        (("least_steps=100000",), "0 runs of 8 are left"),
+        (("head_dim=24",), "width 16 is not divided by head_width 24"),
+        (("min_steps=100000",), "0 runs of 8 are left"),
         (
             (
                 "flops=[1.0e+6, 1.0e+7, 1.0e+9]",
-                "sizes=[{width: 16, layers: 1}, {width: 32, layers: 1}, {width: 48, layers: 2}]",
+                "sizes=[{hidden_size: 16, num_hidden_layers: 1}, {hidden_size: 32, num_hidden_layers: 1}, {hidden_size: 48, num_hidden_layers: 2}]",
             ),
             "a law needs 8",
         ),
         (("flops=[1.0e+9, 1.0e+9]",), "hold one value twice"),
         (("flops=[.nan, 1.0e+9]",), "finite"),
         (("target_flops=.inf",), "finite"),
-        (("head_width=1",), "width 16, 1 layers: "),
+        (("head_dim=1",), "width 16, 1 layers: "),
     ):
         assert main(words(made, pico, tmp_path / "o", *more)) == 2
         told = capsys.readouterr().err.strip()

@@ -21,11 +21,16 @@ from llmworks.train.loop import packed
 from llmworks.train.pretrain import PretrainConfig, PretrainOptimizer
 from llmworks.train.selftest import pretrain as selftest
 
-CONFIG = PretrainConfig(batch=2, accumulation=2, optimizer=PretrainOptimizer(learning_rate=0.003))
-SHAPE = Shape(width=768, layers=12, heads=12, kv_heads=4, context=1024)
+CONFIG = PretrainConfig(batch_size=2, gradient_accumulation_steps=2, optimizer=PretrainOptimizer(learning_rate=0.003))
+SHAPE = Shape(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=1024
+)
 
 
-OTHERS = (Shape(norm="layer", position="learned", gated=False, bias="all"), RecurrentShape(kind="mlp", window=4))
+OTHERS = (
+    Shape(norm="layer", position_embedding_type="learned", gated_mlp=False, bias="all"),
+    RecurrentShape(rnn_type="mlp", window_size=4),
+)
 
 
 @pytest.mark.parametrize(
@@ -35,15 +40,15 @@ OTHERS = (Shape(norm="layer", position="learned", gated=False, bias="all"), Recu
         *(
             pytest.param(shape, marks=pytest.mark.slow)
             for shape in (
-                RecurrentShape(kind="lstm", layers=2),
+                RecurrentShape(rnn_type="lstm", num_hidden_layers=2),
                 Shape(
-                    width=64,
-                    heads=8,
-                    kv_heads=1,
-                    layers=4,
-                    position="alibi",
-                    window=512,
-                    full_every=2,
+                    hidden_size=64,
+                    num_attention_heads=8,
+                    num_key_value_heads=1,
+                    num_hidden_layers=4,
+                    position_embedding_type="alibi",
+                    sliding_window=512,
+                    global_attn_every_n_layers=2,
                     experts=Experts(),
                 ),
                 *OTHERS,
@@ -60,7 +65,11 @@ def test_what_is_right_passes(shape: Any) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"recompute": True, "average": 0.9, "optimizer": PretrainOptimizer(name="muon", schedule="wsd", decay=0.3)},
+        {
+            "gradient_checkpointing": True,
+            "ema_decay": 0.9,
+            "optimizer": PretrainOptimizer(name="muon", lr_scheduler_type="wsd", decay_ratio=0.3),
+        },
         *(
             pytest.param(more, marks=pytest.mark.slow)
             for more in ({"precision": "bf16"}, {"optimizer": PretrainOptimizer(name="lion", learning_rate=1e-4)})
@@ -126,14 +135,16 @@ def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_key_that_nothing_reads_is_named(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"optimizer": PretrainOptimizer(schedule="cosine", decay=0.5)})
+    config = CONFIG.model_copy(update={"optimizer": PretrainOptimizer(lr_scheduler_type="cosine", decay_ratio=0.5)})
     holds, detail = selftest._keys(bench(tmp_path, config), config)
     assert not holds
-    assert detail == "set, and not read by this training: optimizer.decay"
+    assert detail == "set, and not read by this training: optimizer.decay_ratio"
 
 
 def test_a_training_that_does_not_run_says_so_once() -> None:
-    found = list(selftest.selftest(CONFIG.model_copy(update={"recompute": True}), RecurrentShape(kind="lstm")))
+    found = list(
+        selftest.selftest(CONFIG.model_copy(update={"gradient_checkpointing": True}), RecurrentShape(rnn_type="lstm"))
+    )
     assert [check.holds for check in found] == [False] * 7
     assert "recompute" in found[0].detail
     assert {check.detail for check in found[1:]} == {"not tried"}
@@ -141,7 +152,7 @@ def test_a_training_that_does_not_run_says_so_once() -> None:
 
 @pytest.mark.slow
 def test_what_dropout_draws_is_not_compared() -> None:
-    assert all(check.holds for check in selftest.selftest(CONFIG, RecurrentShape(kind="lstm", dropout=0.3)))
+    assert all(check.holds for check in selftest.selftest(CONFIG, RecurrentShape(rnn_type="lstm", dropout=0.3)))
 
 
 def test_rows_of_the_data_are_taken(tmp_path: Path) -> None:
@@ -161,10 +172,10 @@ name: tiny
 steps:
   text: {use: "path:FOLDER"}
   read: {stage: data.read, inputs: {data: text}}
-  tokenizer: {stage: tokenize.train, inputs: {data: read}, config: {vocabulary: 300}}
-  packed: {stage: data.pack, inputs: {model: tokenizer, data: read}, config: {length: 32}}
-  new: {stage: model.new, inputs: {tokenizer: tokenizer}, config: {width: 64, layers: 2, heads: 2, context: 32}}
-  trained: {stage: train.pretrain, inputs: {model: new, data: packed}, config: {batch: 2, DECAYsample_tokens: 4}}
+  tokenizer: {stage: tokenize.train, inputs: {data: read}, config: {vocab_size: 300}}
+  packed: {stage: data.pack, inputs: {model: tokenizer, data: read}, config: {max_length: 32}}
+  new: {stage: model.new, inputs: {tokenizer: tokenizer}, config: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 32}}
+  trained: {stage: train.pretrain, inputs: {model: new, data: packed}, config: {batch_size: 2, DECAYsample_tokens: 4}}
 """
 
 
@@ -185,7 +196,7 @@ def test_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     recipe.write_text(RECIPE.replace("FOLDER", str(tmp_path / "text")).replace("DECAY", "optimizer: {decay: 0.4}, "))
     assert main(["train", "selftest", str(recipe), "--workspace", str(tmp_path / "ws")]) == 1
     assert (
-        "the first is trained: every key is read: set, and not read by this training: optimizer.decay"
+        "the first is trained: every key is read: set, and not read by this training: optimizer.decay_ratio"
         in capsys.readouterr().err
     )
     for words, says in ((["nothing"], "'nothing' is no training"), (["--set", "trained.batsch=3"], "batsch")):

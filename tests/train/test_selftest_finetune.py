@@ -25,17 +25,30 @@ from llmworks.train.sft import SftConfig
 
 CONFIG: dict[str, Any] = {
     "batch_size": 2,
-    "accumulation": 2,
-    "lora": {"rank": 4},
+    "gradient_accumulation_steps": 2,
+    "lora": {"r": 4},
     "optimizer": {"learning_rate": 0.003},
 }
 RIGHT: dict[str, dict[str, Any]] = {
     "an adapter": {},
-    "of four bits": {"lora": {"base": "nf4", "magnitudes": True}},
+    "of four bits": {"lora": {"load_in_4bit": True, "use_dora": True}},
     "all weights": {"method": "full", "lora": {}, "freeze": ["model.layers.0.*"]},
-    "with habits": {"neftune": 5, "recompute": True, "learn": "last", "look_every": 2, "best": "accuracy"},
-    "a soft prompt": {"method": "prompt", "lora": {}, "optimizer": {}},
-    "with dropout": {"lora": {"dropout": 0.1, "faster": 4, "stabilised": True, "targets": ["q_proj", "down_proj"]}},
+    "with habits": {
+        "neftune_noise_alpha": 5,
+        "gradient_checkpointing": True,
+        "train_on": "last_assistant",
+        "eval_steps": 2,
+        "metric_for_best_model": "accuracy",
+    },
+    "a soft prompt": {"method": "prompt_tuning", "lora": {}, "optimizer": {}},
+    "with dropout": {
+        "lora": {
+            "lora_dropout": 0.1,
+            "loraplus_lr_ratio": 4,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "down_proj"],
+        }
+    },
 }
 
 
@@ -120,10 +133,10 @@ def test_a_fault_is_found(name: str, pico: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_a_key_that_nothing_reads_is_named(pico: Path, tmp_path: Path) -> None:
-    config = SftConfig.model_validate(CONFIG | {"optimizer": {"schedule": "cosine", "decay": 0.5}})
+    config = SftConfig.model_validate(CONFIG | {"optimizer": {"lr_scheduler_type": "cosine", "decay_ratio": 0.5}})
     holds, detail = selftest_sft._keys(bench(pico, tmp_path, config), config)
     assert not holds
-    assert detail == "set, and not read by this training: optimizer.decay"
+    assert detail == "set, and not read by this training: optimizer.decay_ratio"
 
 
 def test_what_cannot_be_shrunken_is_said(pico: Path, tmp_path: Path) -> None:
@@ -140,7 +153,7 @@ def test_what_cannot_be_shrunken_is_said(pico: Path, tmp_path: Path) -> None:
 def test_a_distillation_is_tried_under_a_teacher(pico: Path, tmp_path: Path) -> None:
     """What only a teacher's chances have is read; of one that teaches by its text it is not, and that is found."""
     config = DistillConfig.model_validate(
-        {**CONFIG, "method": "full", "lora": {}, "temperature": 2.0, "mix": 0.2, "direction": "reverse"}
+        {**CONFIG, "method": "full", "lora": {}, "temperature": 2.0, "ce_weight": 0.2, "divergence": "reverse_kl"}
     )
     checks = list(selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), teacher=True))
     assert all(check.holds for check in checks), [check for check in checks if not check.holds]
@@ -153,7 +166,7 @@ def test_golden_tokens_that_do_not_replay_are_found(pico: Path, tmp_path: Path) 
     """Another template than the one that the model was recorded with."""
     base = recorded_model(pico)
     for golden, holds in (("keep", False), ("renew: another template", True)):
-        config = SftConfig.model_validate(CONFIG | {"template": "chatml", "golden": golden})
+        config = SftConfig.model_validate(CONFIG | {"chat_template": "chatml", "golden": golden})
         check = next(
             check
             for check in selftest_sft.selftest_sft(config, pico, chats(tmp_path / "chats", 30), golden=base)

@@ -104,7 +104,7 @@ def run(tmp_path: Path, pico: Path) -> Run:
         data = data or (
             Dataset(tmp_path / "chats", name="chats") if (tmp_path / "chats").exists() else chats(tmp_path / "chats")
         )
-        settings = {"epochs": 2, "batch_size": 4, "samples": 0, "checkpoint_every": 3, **config}
+        settings = {"num_train_epochs": 2, "batch_size": 4, "num_sample_prompts": 0, "save_steps": 3, **config}
         made = sft(
             SftConfig.model_validate(settings),
             base,
@@ -338,7 +338,7 @@ def test_an_adapter_of_the_decoder_loads_in_peft(run: Run, pico: Path) -> None:
     from peft import PeftModel
 
     made, data = run(
-        "a", lora={"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}, optimizer={"learning_rate": 0.01}
+        "a", lora={"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}, optimizer={"learning_rate": 0.01}
     )
     assert data["rows"][-1]["loss"] < data["rows"][0]["loss"]
     with warnings.catch_warnings():
@@ -353,19 +353,23 @@ def test_an_adapter_of_the_decoder_loads_in_peft(run: Run, pico: Path) -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "stabilised": {"lora": {"stabilised": True}},
-    "magnitudes": {"lora": {"magnitudes": True}},
-    "faster": {"lora": {"faster": 8}},
-    "nf4": {"lora": {"base": "nf4"}},
-    "noise": {"neftune": 5},
-    "dropout": {"lora": {"dropout": 0.1}},
+    "stabilised": {"lora": {"use_rslora": True}},
+    "magnitudes": {"lora": {"use_dora": True}},
+    "faster": {"lora": {"loraplus_lr_ratio": 8}},
+    "nf4": {"lora": {"load_in_4bit": True}},
+    "noise": {"neftune_noise_alpha": 5},
+    "dropout": {"lora": {"lora_dropout": 0.1}},
     "full": {"method": "full"},
     "some": {"method": "full", "freeze": ["model.embed_tokens.*", "model.layers.0.*"]},
-    "recompute": {"recompute": True},
-    "last": {"learn": "last"},
+    "recompute": {"gradient_checkpointing": True},
+    "last": {"train_on": "last_assistant"},
     "bf16": {"precision": "bf16"},
-    "prompt": {"method": "prompt", "epochs": 10, "soft": {"tokens": 8, "text": "the quick brown fox"}},
-    "prefix": {"method": "prefix", "epochs": 6},
+    "prompt": {
+        "method": "prompt_tuning",
+        "num_train_epochs": 10,
+        "soft_prompt": {"num_virtual_tokens": 8, "prompt_tuning_init_text": "the quick brown fox"},
+    },
+    "prefix": {"method": "prefix_tuning", "num_train_epochs": 6},
 }
 
 
@@ -382,7 +386,7 @@ def test_every_variant_learns_resumes_and_replays(what: str, run: Run, tmp_path:
     config = {"optimizer": {"learning_rate": 0.05 if what in ("prompt", "prefix") else 0.005}, **VARIANTS[what]}
     made, data = run("whole", **config)
     assert data["rows"][-1]["loss"] < data["rows"][0]["loss"]
-    assert made.metrics["trained_parameters"] > 0
+    assert made.metrics["trainable_parameters"] > 0
     with pytest.raises(KeyboardInterrupt):
         run("broken", stop=7, **config)
     again, more = run("broken", **config)
@@ -394,9 +398,9 @@ def test_every_variant_learns_resumes_and_replays(what: str, run: Run, tmp_path:
 
 
 def test_accumulation_is_the_batch(run: Run) -> None:
-    whole, one = run("whole", batch_size=8, lora={"rank": 4})
-    parts, other = run("parts", batch_size=2, accumulation=4, lora={"rank": 4})
-    assert [r["labels"] for r in one["rows"]] == [r["labels"] for r in other["rows"]]
+    whole, one = run("whole", batch_size=8, lora={"r": 4})
+    parts, other = run("parts", batch_size=2, gradient_accumulation_steps=4, lora={"r": 4})
+    assert [r["num_label_tokens"] for r in one["rows"]] == [r["num_label_tokens"] for r in other["rows"]]
     for a, b in zip(one["rows"], other["rows"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
     assert all(torch.allclose(a, tensors(parts)[name], atol=5e-4) for name, a in tensors(whole).items())
@@ -425,7 +429,7 @@ def test_all_weights_make_a_model(run: Run, pico: Path) -> None:
 
 
 def test_an_adapter_beside_four_bits_is_merged_into_what_they_say(run: Run, tmp_path: Path, pico: Path) -> None:
-    made, _ = run("a", lora={"base": "nf4", "rank": 4}, optimizer={"learning_rate": 0.01})
+    made, _ = run("a", lora={"load_in_4bit": True, "r": 4}, optimizer={"learning_rate": 0.01})
     base = load(str(pico))
     assert isinstance(base, Model)
     assert made.golden is not None
@@ -445,7 +449,7 @@ def test_an_adapter_beside_four_bits_is_merged_into_what_they_say(run: Run, tmp_
     assert whole.metrics["golden_gap_mean"] < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_soft_prompt_is_peft_s(kind: str, run: Run, pico: Path, tmp_path: Path) -> None:
     """What was trained loads in peft, and in the engine it gives peft's logits, peft's greedy answers, and scores by
@@ -453,7 +457,7 @@ def test_a_soft_prompt_is_peft_s(kind: str, run: Run, pico: Path, tmp_path: Path
     """
     from peft import PeftModel
 
-    made, _ = run("a", method=kind, soft={"tokens": 6}, epochs=4)
+    made, _ = run("a", method=kind, soft_prompt={"num_virtual_tokens": 6}, num_train_epochs=4)
     theirs = PeftModel.from_pretrained(load_model(pico), made.path).eval()
     engine = TorchEngine.open(pico, adapter=made.path)
     ids = torch.tensor([[1, 5, 9, 200, 17, 3]])
@@ -517,7 +521,7 @@ def test_weights_in_fewer_bits_stay_in_them(kind: str, run: Run, pico: Path, tmp
     done = merged(AdapterConfig(), adapted, base, place)
     assert 1e-4 < done.metrics["golden_gap_mean"] < {"bfloat16": 0.15, "float16": 0.02}[kind]
     with pytest.raises(GoldenMismatch):
-        merged(AdapterConfig(logits_within=1e-5), adapted, base, place)
+        merged(AdapterConfig(logits_atol=1e-5), adapted, base, place)
 
 
 def test_the_best_look_is_kept_and_patience_ends_the_training(run: Run, tmp_path: Path, pico: Path) -> None:
@@ -529,17 +533,17 @@ def test_the_best_look_is_kept_and_patience_ends_the_training(run: Run, tmp_path
         "a",
         None,
         unseen,
-        epochs=12,
-        look_every=4,
-        best="held_out",
-        patience=2,
-        optimizer={"learning_rate": 0.05, "schedule": "constant"},
+        num_train_epochs=12,
+        eval_steps=4,
+        metric_for_best_model="eval_loss",
+        early_stopping_patience=2,
+        optimizer={"learning_rate": 0.05, "lr_scheduler_type": "constant"},
     )
-    looks = [r for r in data["rows"] if "held_out" in r]
-    best = min(looks, key=lambda r: r["held_out"])
+    looks = [r for r in data["rows"] if "eval_loss" in r]
+    best = min(looks, key=lambda r: r["eval_loss"])
     assert made.metrics["best_step"] == best["step"]
     if len(looks) < 18:
-        assert [r["held_out"] < best["held_out"] for r in looks[-2:]] == [False, False]
+        assert [r["eval_loss"] < best["eval_loss"] for r in looks[-2:]] == [False, False]
     network, rename = open_adaptable(pico)
     torch.manual_seed(0)
     lora.attach(network, "all-linear", lora.Lora(16, 32.0), rename)
@@ -552,13 +556,18 @@ def test_the_best_look_is_kept_and_patience_ends_the_training(run: Run, tmp_path
             int((logits.argmax(-1) == labels).sum()) for logits, labels in label_logits(network, joined(examples))
         )
     count = sum(e.labels for e in examples)
-    assert total / count == pytest.approx(best["held_out"], rel=1e-3)
+    assert total / count == pytest.approx(best["eval_loss"], rel=1e-3)
     assert right / count == pytest.approx(best["accuracy"], abs=1e-3)
 
 
 def test_looks_of_a_resumed_run_are_those_of_the_whole(run: Run, tmp_path: Path) -> None:
     unseen = chats(tmp_path / "unseen", 10)
-    config = {"epochs": 4, "look_every": 2, "best": "accuracy", "optimizer": {"learning_rate": 0.02}}
+    config = {
+        "num_train_epochs": 4,
+        "eval_steps": 2,
+        "metric_for_best_model": "accuracy",
+        "optimizer": {"learning_rate": 0.02},
+    }
     made, data = run("whole", None, unseen, **config)
     with pytest.raises(KeyboardInterrupt):
         run("broken", None, unseen, stop=13, **config)
@@ -572,10 +581,10 @@ def test_looks_of_a_resumed_run_are_those_of_the_whole(run: Run, tmp_path: Path)
 
 def test_questions_are_answered_before_and_after(run: Run, tmp_path: Path) -> None:
     unseen = chats(tmp_path / "unseen", 4)
-    made, data = run("a", None, unseen, samples=2, epochs=10, optimizer={"learning_rate": 0.02})
+    made, data = run("a", None, unseen, num_sample_prompts=2, num_train_epochs=10, optimizer={"learning_rate": 0.02})
     assert "Held-out questions, before and after" in data["blocks"]
-    assert made.metrics["held_out"] > 0
-    still, idle = run("b", None, unseen, samples=2, epochs=0.2, optimizer={"learning_rate": 1e-9})
+    assert made.metrics["eval_loss"] > 0
+    still, idle = run("b", None, unseen, num_sample_prompts=2, num_train_epochs=0.2, optimizer={"learning_rate": 1e-9})
     assert idle["warnings"][0].startswith("nothing changed")
     assert still.metrics["warnings"] >= 1
     assert idle["blocks"][0] == "Warnings"
@@ -584,7 +593,7 @@ def test_questions_are_answered_before_and_after(run: Run, tmp_path: Path) -> No
 # what is refused
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "a target that is not there": ({"lora": {"targets": ["w1"]}}, ModelError, "no linear layer named 'w1'"),
+    "a target that is not there": ({"lora": {"target_modules": ["w1"]}}, ModelError, "no linear layer named 'w1'"),
     "a freeze that fits nothing": (
         {"method": "full", "freeze": ["model.layer.0.*"]},
         ModelError,
@@ -592,21 +601,26 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "a freeze of all": ({"method": "full", "freeze": ["*"]}, ModelError, "all weights are frozen"),
     "rows that are too long": (
-        {"max_tokens": 12, "longer": "refuse"},
+        {"max_length": 12, "overlong": "error"},
         DataError,
         r"row 'r\d+': \d+ tokens, longer than max_tokens 12; set max_tokens higher",
     ),
     "only rows that are too long": (
-        {"max_tokens": 3},
+        {"max_length": 3},
         DataError,
         r"chats: none of 24 rows can be learned; the first: .* longer than max_tokens 3",
     ),
     "rows that the model cannot read": (
-        {"longer": "refuse", "max_tokens": 4000, "soft": {"tokens": 505}, "method": "prefix"},
+        {
+            "overlong": "error",
+            "max_length": 4000,
+            "soft_prompt": {"num_virtual_tokens": 505},
+            "method": "prefix_tuning",
+        },
         DataError,
         r"row 'r\d+': \d+ tokens, longer than max_tokens 7",
     ),
-    "best of nothing": ({"best": "held_out"}, UserError, "give them as held_out"),
+    "best of nothing": ({"metric_for_best_model": "eval_loss"}, UserError, "give them as eval_data"),
     "a rate that breaks all": (
         {"optimizer": {"learning_rate": 1e30}},
         TrainingError,
@@ -624,13 +638,19 @@ def test_what_is_refused(what: str, run: Run) -> None:
 
 CONTRADICTIONS = {
     "a frozen adapter": ({"freeze": ["*"]}, "freeze is for method full"),
-    "an adapter of all": ({"method": "full", "lora": {"rank": 4}}, "lora is for method lora"),
-    "patience": ({"patience": 2}, "patience needs `best`"),
-    "a soft adapter": ({"soft": {"tokens": 4}}, "soft is for methods prompt and prefix"),
-    "a written prefix": ({"method": "prefix", "soft": {"text": "a"}}, "a prefix begins at random"),
-    "a noisy prompt": ({"method": "prompt", "neftune": 5}, "has no neftune"),
-    "no targets": ({"lora": {"targets": []}}, "targets is empty"),
-    "a shared best": ({"best": "held_out", "parallel": {"data": "shard"}}, "set parallel.data to replicate"),
+    "an adapter of all": ({"method": "full", "lora": {"r": 4}}, "lora is for method lora"),
+    "early_stopping_patience": ({"early_stopping_patience": 2}, "patience needs `best`"),
+    "a soft adapter": ({"soft_prompt": {"num_virtual_tokens": 4}}, "soft is for methods prompt and prefix"),
+    "a written prefix": (
+        {"method": "prefix_tuning", "soft_prompt": {"prompt_tuning_init_text": "a"}},
+        "a prefix begins at random",
+    ),
+    "a noisy prompt": ({"method": "prompt_tuning", "neftune_noise_alpha": 5}, "has no neftune"),
+    "no targets": ({"lora": {"target_modules": []}}, "targets is empty"),
+    "a shared best": (
+        {"metric_for_best_model": "eval_loss", "parallel": {"data_parallel": "fsdp"}},
+        "set parallel.data to replicate",
+    ),
     "matrices": ({"parallel": {"tensor": 2}}, "Extra inputs are not permitted"),
 }
 
@@ -644,9 +664,9 @@ def test_contradictions_are_refused_at_once(what: str) -> None:
 
 def test_a_checkpoint_of_another_adapter_is_refused(run: Run) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run("a", stop=8, lora={"rank": 4})
+        run("a", stop=8, lora={"r": 4})
     with pytest.raises(TrainingError, match="is the checkpoint of another configuration"):
-        run("a", lora={"rank": 8})
+        run("a", lora={"r": 8})
 
 
 def test_rows_that_are_set_aside_are_told(run: Run, tmp_path: Path) -> None:
@@ -654,7 +674,7 @@ def test_rows_that_are_set_aside_are_told(run: Run, tmp_path: Path) -> None:
     rows[3]["messages"] = rows[3]["messages"][:1]
     write_chat(tmp_path / "odd", rows)
     made, data = run("a", Dataset(tmp_path / "odd", name="odd"))
-    assert (made.metrics["rows"], made.metrics["set_aside"]) == (7, 1)
+    assert (made.metrics["rows"], made.metrics["dropped"]) == (7, 1)
     assert [json.loads(line) for line in (made.path / "set_aside.jsonl").read_text().splitlines()] == [
         {"id": "r3", "reason": "no assistant token to learn"}
     ]
@@ -665,9 +685,13 @@ def test_texts_are_learned_whole(run: Run, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"text": " ".join(WORDS[(i + j) % 11] for j in range(6))}) + "\n" for i in range(16))
     )
-    made, data = run("a", Dataset(tmp_path / "texts.jsonl", name="texts"), epochs=4, optimizer={"learning_rate": 0.01})
+    made, data = run(
+        "a", Dataset(tmp_path / "texts.jsonl", name="texts"), num_train_epochs=4, optimizer={"learning_rate": 0.01}
+    )
     assert data["rows"][-1]["loss"] < data["rows"][0]["loss"]
-    assert all(r["labels"] == r["tokens"] - 4 for r in data["rows"])  # of four texts a step all but their first tokens
+    assert all(
+        r["num_label_tokens"] == r["tokens"] - 4 for r in data["rows"]
+    )  # of four texts a step all but their first tokens
     assert made.metrics["rows"] == 16
 
 
@@ -676,7 +700,7 @@ def test_texts_are_learned_whole(run: Run, tmp_path: Path) -> None:
 
 def test_the_rate_that_is_found_trains_best(pico: Path, tmp_path: Path, run: Run) -> None:
     """Against thirty times less and thirty times more, in as many steps."""
-    from llmworks.train.rates import RatesConfig, rates
+    from llmworks.train.lr_finder import LrFinderConfig, lr_finder
 
     def engine(artifact: Artifact) -> Engine:
         raise LlmworksError("none is needed")
@@ -686,8 +710,8 @@ def test_the_rate_that_is_found_trains_best(pico: Path, tmp_path: Path, run: Run
     assert isinstance(base, Model)
     for name in ("out", "scratch"):
         (tmp_path / name).mkdir()
-    made = rates(
-        RatesConfig(training=SftConfig(lora={"rank": 4})),
+    made = lr_finder(
+        LrFinderConfig(training=SftConfig(lora={"r": 4})),
         base,
         data,
         Context(
@@ -706,9 +730,9 @@ def test_the_rate_that_is_found_trains_best(pico: Path, tmp_path: Path, run: Run
         _, told = run(
             f"at-{times}",
             data,
-            lora={"rank": 4},
-            epochs=4,
-            optimizer={"learning_rate": found * times, "schedule": "constant"},
+            lora={"r": 4},
+            num_train_epochs=4,
+            optimizer={"learning_rate": found * times, "lr_scheduler_type": "constant"},
         )
         ends[times] = sum(r["loss"] for r in told["rows"][-8:]) / 8
     assert ends[1] == min(ends.values()), (found, ends)
@@ -718,7 +742,7 @@ def test_where_a_curve_is_steepest_and_lowest() -> None:
     """By hand: a loss that falls between 1e-4 and 1e-2, and explodes after 1e-1."""
     import math
 
-    from llmworks.train.rates import chosen, smoothed
+    from llmworks.train.lr_finder import chosen, smoothed
 
     rising = [10 ** (-6 + i / 10) for i in range(61)]
     losses = [3 / (1 + math.exp(3 * (math.log10(r) + 3))) + (r / 0.2) ** 2 for r in rising]
@@ -739,9 +763,11 @@ def test_frozen_matrices_in_half_are_the_same_products(
     for name in ("kept", "whole"):
         if name == "whole":
             monkeypatch.setattr(Tuned, "narrow", lambda self, precision: None)
-        made, metrics = run(name, held_out=chats(tmp_path / "unseen", 6), precision="bf16", epochs=1.0, look_every=3)
+        made, metrics = run(
+            name, held_out=chats(tmp_path / "unseen", 6), precision="bf16", num_train_epochs=1.0, eval_steps=3
+        )
         found[name] = (
-            [(row.get("loss"), row.get("held_out")) for row in metrics["rows"]],
+            [(row.get("loss"), row.get("eval_loss")) for row in metrics["rows"]],
             {key: tensor.tolist() for key, tensor in tensors(made).items()},
         )
     assert found["kept"] == found["whole"]

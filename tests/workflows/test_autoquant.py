@@ -15,13 +15,13 @@ from llmworks.core.errors import DataError, ModelError, UserError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.runtime.session import load
-from llmworks.tune.running import RunningConfig, running
+from llmworks.tune.benchmark import BenchmarkConfig, benchmark
 from llmworks.tune.tradeoff import Skill, TradeoffConfig, Variant, hidden, recommended, tradeoff, worth_having
 from llmworks.workflows.autoquant import WAYS, ways_of
 
 
 def way(name: str, size: int, kl: float, same: float = 0.9, **more: Any) -> Variant:
-    return Variant(name=name, form="x", digest=name, bytes=size, kl=kl, same_top=same, **more)
+    return Variant(name=name, engine="x", digest=name, bytes=size, kl=kl, top1_agreement=same, **more)
 
 
 MADE = [
@@ -80,7 +80,7 @@ def test_a_page_without_results_is_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no quantization of m came to a result; the first: too little text"):
         tradeoff(
             TradeoffConfig(
-                model="m", original=Variant(name="as it was"), variants=[Variant(name="x", why="too little text")]
+                model="m", original=Variant(name="as it was"), variants=[Variant(name="x", error="too little text")]
             ),
             context,
         )
@@ -104,8 +104,8 @@ def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> Non
         model: Any = load(ref)
         out = tmp_path / str(number)
         out.mkdir()
-        made = running(
-            RunningConfig(tokens=6, read=32),
+        made = benchmark(
+            BenchmarkConfig(max_tokens=6, prompt_tokens=32),
             model,
             Context(
                 out,
@@ -116,16 +116,16 @@ def test_running_is_measured(pico: Path, pico_gguf: Path, tmp_path: Path) -> Non
                 lambda _: pytest.fail("no engine is needed"),
             ),
         )
-        assert 1e7 < made.metrics["memory"] < len(ballast)
-        assert made.metrics["read_speed"] > 0 < made.metrics["write_speed"]
-        found.append(report.data["answers"])
+        assert 1e7 < made.metrics["peak_memory"] < len(ballast)
+        assert made.metrics["prefill_speed"] > 0 < made.metrics["decode_speed"]
+        found.append(report.data["completions"])
     assert found[0] == found[1]
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be run"):
-        running(
-            RunningConfig(),
+        benchmark(
+            BenchmarkConfig(),
             Model(broken),
             Context(
                 broken, broken, 0, Progress(quiet=True), ReportBuilder(), lambda _: pytest.fail("no engine is needed")
@@ -150,17 +150,17 @@ def test_a_frontier_from_the_command_line(pico: Path, tmp_path: Path, capsys: py
         str(pico),
         "--data",
         str(rows),
-        "--ways",
+        "--methods",
         "gguf-q8_0,gguf-q4_0,int8",
-        "--texts",
+        "--num-calibration-samples",
         "2",
-        "--held",
+        "--eval-samples",
         "2",
         "--workspace",
         str(tmp_path / "ws"),
         "--quiet",
         "--json",
-        "--pick",
+        "--out-model",
         str(tmp_path / "best"),
     ]
     assert main(words) == 0
@@ -178,7 +178,17 @@ def test_a_frontier_from_the_command_line(pico: Path, tmp_path: Path, capsys: py
     assert "rows of 96 weights are not divided by groups of 64" in capsys.readouterr().err
     assert (
         main(
-            ["tune", "frontier", str(pico), "--data", str(rows), "--ways", "exl9", "--workspace", str(tmp_path / "ws")]
+            [
+                "tune",
+                "frontier",
+                str(pico),
+                "--data",
+                str(rows),
+                "--methods",
+                "exl9",
+                "--workspace",
+                str(tmp_path / "ws"),
+            ]
         )
         == 2
     )

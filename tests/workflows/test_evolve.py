@@ -263,7 +263,7 @@ def test_from_the_command_line(
         "2",
         "--out",
         "page",
-        "--pick",
+        "--out-model",
         "best",
         "--quiet",
         "--workspace",

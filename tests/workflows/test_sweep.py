@@ -29,8 +29,8 @@ steps:
   rows: {{use: "path:{data}"}}
   tuned:
     stage: train.sft
-    inputs: {{model: base, data: rows, held_out: rows}}
-    config: {{epochs: 2, samples: 0, lora: {{rank: 4}}}}
+    inputs: {{model: base, data: rows, eval_data: rows}}
+    config: {{num_train_epochs: 2, num_sample_prompts: 0, lora: {{r: 4}}}}
 """
 SEARCH: dict[str, Any] = {
     "metric": "tuned.held_out",
@@ -119,7 +119,7 @@ def test_a_sweep_of_a_recipe(tmp_path: Path, pico: Path, capsys: pytest.CaptureF
     assert (told["trials"], told["failed"]) == (4, 0)
     assert told["score"] == min(t["score"] for t in data["trials"])
     bound = json.loads((tmp_path / "ws" / "tiny" / "tuned" / "manifest.json").read_text())
-    assert bound["metrics"]["held_out"] == told["score"]
+    assert bound["metrics"]["eval_loss"] == told["score"]
     assert bound["config"]["optimizer"]["learning_rate"] == pytest.approx(told["best"]["tuned.optimizer.learning_rate"])
     assert main(words) == 0
     captured = capsys.readouterr()
@@ -149,7 +149,7 @@ def test_a_trial_that_fails_is_told_and_others_go_on(
     found = sweep(recipe, search, Session(tmp_path / "ws"))
     trials = found.read()["trials"]
     assert {t["values"]["tuned.optimizer.learning_rate"] for t in trials if t["score"] is not None} == {1e-3}
-    assert all("the loss is" in t["why"] for t in trials if t["score"] is None)
+    assert all("the loss is" in t["error"] for t in trials if t["score"] is None)
     assert found.metrics["failed"] == sum(t["score"] is None for t in trials) > 0
     monkeypatch.setattr(
         sweeping.Run, "run", lambda self: self.found.update(tuned=Report(tmp_path, metrics={"loss": float("nan")}))

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 class CpoConfig(PreferenceConfig):
     """Which loss, and how much is learned beside it."""
 
-    loss: Literal["sigmoid", "hinge", "ipo"] = Field(
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field(
         "sigmoid", description="what is done with the difference of log-probabilities, which are summed over tokens"
     )
     beta: float = Field(0.1, gt=0, description="what the difference is multiplied by (ipo: tau)")
-    smoothing: float = Field(0.0, ge=0, lt=0.5, description="sigmoid: chance that a label is wrong")
-    learn: float = Field(
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="sigmoid: chance that a label is wrong")
+    cpo_alpha: float = Field(
         1.0, ge=0, description="how much the chosen answers are learned beside it, in nats a token (alpha of the paper)"
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.smoothing and self.loss != "sigmoid":
-            raise ValueError(f"smoothing is for loss sigmoid, not for {self.loss}")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"smoothing is for loss sigmoid, not for {self.loss_type}")
         return self
 
 
@@ -44,14 +44,16 @@ def cpo(
     pairs: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    held_out: Dataset | None = None,
+    eval_data: Dataset | None = None,
 ) -> Adapter | Model:
     """Train the policy on preference pairs; `adapter`: that it goes on from.
 
     Errors: DataError when no pair can be used; ArtifactError for an adapter of another model; TrainingError when the
     loss stops being a number.
     """
-    return prefer(config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.cpo")
+    return prefer(
+        config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(way_of, config), "align.cpo"
+    )
 
 
 def way_of(config: CpoConfig, given: Given) -> Way:
@@ -61,7 +63,7 @@ def way_of(config: CpoConfig, given: Given) -> Way:
 
     return Pairs(
         given,
-        lambda sides: loss(sides, config.loss, beta=config.beta, smoothing=config.smoothing),
+        lambda sides: loss(sides, config.loss_type, beta=config.beta, smoothing=config.label_smoothing),
         compared=False,
-        learn=config.learn,
+        learn=config.cpo_alpha,
     ).way()

@@ -19,28 +19,36 @@ if TYPE_CHECKING:
     from llmworks.align.preference.objective import Given
     from llmworks.train.finetune.method import Way
 
-SMOOTH = ("sigmoid", "robust", "exo", "aot", "aot-unpaired")  # which know that labels may be wrong
-PLAIN = ("nca", "bco", "apo-zero", "apo-down", "sppo", "aot", "aot-unpaired")  # which take log-ratios as they are
+SMOOTH = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # which know that labels may be wrong
+PLAIN = (
+    "nca_pair",
+    "bco_pair",
+    "apo_zero",
+    "apo_down",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+)  # which take log-ratios as they are
 
 
 class DpoConfig(PreferenceConfig):
     """Which loss of the family, and how far the policy may go."""
 
-    loss: Literal[
+    loss_type: Literal[
         "sigmoid",
-        "sigmoid-mean",
+        "sigmoid_norm",
         "hinge",
         "ipo",
         "robust",
-        "exo",
-        "nca",
-        "bco",
-        "sppo",
-        "apo-zero",
-        "apo-down",
+        "exo_pair",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
         "discopop",
         "aot",
-        "aot-unpaired",
+        "aot_unpaired",
     ] = Field(
         "sigmoid",
         description=(
@@ -49,15 +57,17 @@ class DpoConfig(PreferenceConfig):
         ),
     )
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference (ipo: tau)")
-    smoothing: float = Field(0.0, ge=0, lt=0.5, description=f"chance that a label is wrong, for {', '.join(SMOOTH)}")
-    divergence: Literal["reverse", "forward", "jensen-shannon", "alpha"] = Field(
-        "reverse",
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description=f"chance that a label is wrong, for {', '.join(SMOOTH)}"
+    )
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        "reverse_kl",
         description=(
             "what the policy is held to the reference by: reverse KL is DPO; the others are f-DPO's (arXiv:2309.16240)"
         ),
     )
-    divergence_alpha: float = Field(0.5, description="of divergence alpha")
-    tail: float = Field(
+    f_alpha_divergence_coef: float = Field(0.5, description="of divergence alpha")
+    ld_alpha: float = Field(
         1.0,
         ge=0,
         le=1,
@@ -66,15 +76,15 @@ class DpoConfig(PreferenceConfig):
             " arXiv:2409.06411)"
         ),
     )
-    learn: float = Field(
+    rpo_alpha: float = Field(
         0.0,
         ge=0,
         description=(
             "how much the chosen answers are learned beside it, in nats a token; 1 is usual (RPO, arXiv:2404.19733)"
         ),
     )
-    reference: Literal["cached", "live"] = Field(
-        "cached",
+    precompute_ref_log_probs: bool = Field(
+        True,
         description=(
             "chances to the reference: computed once before training and kept, or beside every step with the adapter"
             " switched off"
@@ -83,20 +93,20 @@ class DpoConfig(PreferenceConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.smoothing and self.loss not in SMOOTH:
-            raise ValueError(f"smoothing is for loss {', '.join(SMOOTH)}, not for {self.loss}")
-        if self.loss in ("exo",) and not self.smoothing:
+        if self.label_smoothing and self.loss_type not in SMOOTH:
+            raise ValueError(f"smoothing is for loss {', '.join(SMOOTH)}, not for {self.loss_type}")
+        if self.loss_type in ("exo_pair",) and not self.label_smoothing:
             raise ValueError("loss exo needs smoothing above 0, as 0.001: the logarithm of it is in the formula")
-        if self.divergence != "reverse" and self.loss in PLAIN:
-            raise ValueError(f"divergence is not for loss {self.loss}, which takes log-ratios as they are")
-        if self.divergence != "alpha" and self.divergence_alpha != 0.5:
+        if self.f_divergence_type != "reverse_kl" and self.loss_type in PLAIN:
+            raise ValueError(f"divergence is not for loss {self.loss_type}, which takes log-ratios as they are")
+        if self.f_divergence_type != "alpha_divergence" and self.f_alpha_divergence_coef != 0.5:
             raise ValueError("divergence_alpha is for divergence alpha")
-        if self.loss.startswith("aot") and self.accumulation > 1:
+        if self.loss_type.startswith("aot") and self.gradient_accumulation_steps > 1:
             raise ValueError(
-                f"loss {self.loss} compares all pairs of a step; set accumulation to 1 and batch_size to what a"
+                f"loss {self.loss_type} compares all pairs of a step; set accumulation to 1 and batch_size to what a"
                 " step has"
             )
-        if self.reference == "live" and self.method != "lora":
+        if not self.precompute_ref_log_probs and self.method != "lora":
             raise ValueError(
                 "reference live needs an adapter that can be switched off (method lora); with method full the chances"
                 " are computed once: cached"
@@ -110,8 +120,8 @@ def dpo(
     pairs: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    reference: Model | None = None,
-    held_out: Dataset | None = None,
+    ref_model: Model | None = None,
+    eval_data: Dataset | None = None,
 ) -> Adapter | Model:
     """Train the policy on preference pairs.
 
@@ -121,7 +131,7 @@ def dpo(
     Errors: DataError when no pair can be used; UserError for a reference with another vocabulary; ArtifactError for an
     adapter of another model; TrainingError when the loss stops being a number.
     """
-    if reference is not None and config.reference == "live":
+    if ref_model is not None and not config.precompute_ref_log_probs:
         raise UserError(
             "config.reference live is the policy as it began; with the input `reference` its chances are computed once:"
             " cached"
@@ -131,10 +141,10 @@ def dpo(
         Policy(policy, adapter),
         pairs,
         ctx,
-        held_out,
+        eval_data,
         functools.partial(way_of, config),
         "align.dpo",
-        reference=reference,
+        reference=ref_model,
     )
 
 
@@ -145,15 +155,15 @@ def way_of(config: DpoConfig, given: Given) -> Way:
 
     options = {
         "beta": config.beta,
-        "smoothing": config.smoothing,
-        "divergence": config.divergence,
-        "alpha": config.divergence_alpha,
+        "smoothing": config.label_smoothing,
+        "divergence": config.f_divergence_type,
+        "alpha": config.f_alpha_divergence_coef,
     }
     return Pairs(
         given,
-        lambda sides: loss(sides, config.loss, **options),  # type: ignore[arg-type]
+        lambda sides: loss(sides, config.loss_type, **options),  # type: ignore[arg-type]
         compared=True,
-        live=config.reference == "live",
-        learn=config.learn,
-        tail=config.tail,
+        live=not config.precompute_ref_log_probs,
+        learn=config.rpo_alpha,
+        tail=config.ld_alpha,
     ).way()

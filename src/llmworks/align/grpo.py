@@ -28,48 +28,54 @@ class GrpoConfig(OnlineConfig):
     clip_high 0.28, fresh, soft, cut leave; GSPO: level answer.
     """
 
-    answers: int = Field(8, ge=2, le=256, description="answers that are drawn of each prompt, which are compared")
-    scale: Literal["group", "batch", "none"] = Field(
+    num_generations: int = Field(
+        8, ge=2, le=256, description="answers that are drawn of each prompt, which are compared"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
         description="what rewards are divided by: the deviation of their group, or of all of a draw; or not (Dr. GRPO)",
     )
-    mean: Literal["answer", "tokens", "length", "sum"] = Field(
-        "tokens",
-        description=(
-            "what counts alike: every answer (GRPO), every token (DAPO), every token of the longest possible answer"
-            " (Dr. GRPO); sum: an answer as often as it has tokens (LUSPO)"
-        ),
+    loss_aggregation: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm", "seq-mean-token-sum"] = (
+        Field(
+            "token-mean",
+            description=(
+                "what counts alike: every answer (GRPO), every token (DAPO), every token of the longest possible answer"
+                " (Dr. GRPO); sum: an answer as often as it has tokens (LUSPO)"
+            ),
+        )
     )
-    form: Literal["clip", "cispo", "sapo", "vespo"] = Field(
+    loss_type: Literal["clip", "cispo", "sapo", "vespo"] = Field(
         "clip",
         description=(
             "how ratios are bounded: clip (PPO's), cispo, sapo, vespo; each with its source in align/losses/policy.py"
         ),
     )
-    level: Literal["token", "answer"] = Field("token", description="ratios of each token, or of whole answers (GSPO)")
-    clip: float = Field(0.2, gt=0, description="how far a ratio may fall below 1")
-    clip_high: float = Field(
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        "token", description="ratios of each token, or of whole answers (GSPO)"
+    )
+    epsilon: float = Field(0.2, gt=0, description="how far a ratio may fall below 1")
+    epsilon_high: float = Field(
         0.2, gt=0, description="how far it may rise above 1 (DAPO: 0.28); of cispo the largest ratio"
     )
-    ceiling: float = Field(0.0, ge=0, description="the largest ratio at all, also of answers that are worse (0: none)")
-    kl: float = Field(
+    delta: float = Field(0.0, ge=0, description="the largest ratio at all, also of answers that are worse (0: none)")
+    beta: float = Field(
         0.0, ge=0, description="weight of the distance to the policy as it began, in the loss; 0: it is not computed"
     )
-    unbiased: bool = Field(
+    use_bias_correction_kl: bool = Field(
         False, description="the distance is weighed by the ratio, as what was drawn is (DeepSeek-V3.2)"
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.form == "cispo" and self.clip_high <= 1:
+        if self.loss_type == "cispo" and self.epsilon_high <= 1:
             raise ValueError(
-                f"clip_high is the largest ratio of cispo, and {self.clip_high:g} would cut off those of tokens that"
+                f"clip_high is the largest ratio of cispo, and {self.epsilon_high:g} would cut off those of tokens that"
                 " the policy has not moved; 5 is usual"
             )
-        if self.unbiased and not self.kl:
+        if self.use_bias_correction_kl and not self.beta:
             raise ValueError("unbiased is of the distance; set kl above 0")
-        if self.ceiling and self.form != "clip":
-            raise ValueError(f"ceiling is for form clip, not for {self.form}")
+        if self.delta and self.loss_type != "clip":
+            raise ValueError(f"ceiling is for form clip, not for {self.loss_type}")
         return self
 
 
@@ -79,8 +85,8 @@ def grpo(
     data: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    held_out: Dataset | None = None,
-    reward: Model | None = None,
+    eval_data: Dataset | None = None,
+    reward_model: Model | None = None,
     judge: Model | Adapter | None = None,
 ) -> Adapter | Model:
     """Train the policy on its own answers to the questions of conversations.
@@ -97,28 +103,28 @@ def grpo(
         from llmworks.align.rl.objective import Groups, Objective
 
         objective = Objective(
-            config.form,
-            config.mean,
-            config.level,
+            config.loss_type,
+            config.loss_aggregation,
+            config.importance_sampling_level,
             False,
-            config.clip,
-            config.clip_high,
-            config.ceiling,
-            config.kl,
-            config.unbiased,
-            config.cut == "learn",
+            config.epsilon,
+            config.epsilon_high,
+            config.delta,
+            config.beta,
+            config.use_bias_correction_kl,
+            not config.mask_truncated_completions,
         )
-        return Groups(given, drawing, objective, lambda made: group_advantages(made.rewards, config.scale))
+        return Groups(given, drawing, objective, lambda made: group_advantages(made.rewards, config.scale_rewards))
 
     return run(
         config,
         Policy(policy, adapter),
         data,
         ctx,
-        held_out,
+        eval_data,
         groups_of,
         "align.grpo",
-        compared=config.kl > 0,
-        reward=reward,
+        compared=config.beta > 0,
+        reward=reward_model,
         judge=judge,
     )

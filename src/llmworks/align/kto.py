@@ -25,19 +25,19 @@ SHARES = (1.0, 4 / 3)  # of the weights times the counts of good and bad answers
 class KtoConfig(PreferenceConfig):
     """How far the policy may go, and what good and bad answers weigh."""
 
-    loss: Literal["kto", "apo-zero"] = Field(
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
         "kto",
         description=(
             "kto: rewards are measured from the mean distance to the reference; apo-zero: from 0 (arXiv:2408.06266)"
         ),
     )
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
-    good_weight: float = Field(
+    desirable_weight: float = Field(
         1.0, gt=0, description="of good answers; with many more of one kind the other should weigh more"
     )
-    bad_weight: float = Field(1.0, gt=0, description="of bad answers")
-    reference: Literal["cached", "live"] = Field(
-        "cached",
+    undesirable_weight: float = Field(1.0, gt=0, description="of bad answers")
+    precompute_ref_log_probs: bool = Field(
+        True,
         description=(
             "chances to the reference: computed once before training and kept, or beside every step with the adapter"
             " switched off"
@@ -46,7 +46,7 @@ class KtoConfig(PreferenceConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.reference == "live" and self.method != "lora":
+        if not self.precompute_ref_log_probs and self.method != "lora":
             raise ValueError(
                 "reference live needs an adapter that can be switched off (method lora); with method full the chances"
                 " are computed once: cached"
@@ -60,8 +60,8 @@ def kto(
     data: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    reference: Model | None = None,
-    held_out: Dataset | None = None,
+    ref_model: Model | None = None,
+    eval_data: Dataset | None = None,
 ) -> Adapter | Model:
     """Train the policy on answers that are good or bad: conversations with a field `label`, or preference pairs, each
     of which is one of both.
@@ -71,7 +71,7 @@ def kto(
     Errors: DataError when no answer can be used, or all are of one kind; UserError for a reference with another
     vocabulary; TrainingError when the loss stops being a number.
     """
-    if reference is not None and config.reference == "live":
+    if ref_model is not None and not config.precompute_ref_log_probs:
         raise UserError(
             "config.reference live is the policy as it began; with the input `reference` its chances are computed once:"
             " cached"
@@ -81,10 +81,10 @@ def kto(
         Policy(policy, adapter),
         data,
         ctx,
-        held_out,
+        eval_data,
         functools.partial(way_of, config),
         "align.kto",
-        reference=reference,
+        reference=ref_model,
         singles=True,
     )
 
@@ -97,17 +97,17 @@ def way_of(config: KtoConfig, given: Given) -> Way:
     bad = len(given.material.examples) - good
     if not good or not bad:
         raise DataError(f"all {good or bad} answers are {'good' if good else 'bad'}; both kinds are needed")
-    share = config.good_weight * good / (config.bad_weight * bad)
+    share = config.desirable_weight * good / (config.undesirable_weight * bad)
     if not SHARES[0] - 0.1 <= share <= SHARES[1] + 0.1:
         given.ctx.progress.say(
             f"warning: good answers weigh {share:.2f} times what bad ones do ({good:,} and {bad:,}); 1 to 1.33 is"
-            f" advised: set good_weight to {config.good_weight / share:.2g}, or bad_weight"
+            f" advised: set good_weight to {config.desirable_weight / share:.2g}, or bad_weight"
         )
     return Singles(
         given,
         beta=config.beta,
-        good_weight=config.good_weight,
-        bad_weight=config.bad_weight,
-        measured=config.loss == "kto",
-        live=config.reference == "live",
+        good_weight=config.desirable_weight,
+        bad_weight=config.undesirable_weight,
+        measured=config.loss_type == "kto",
+        live=not config.precompute_ref_log_probs,
     ).way()

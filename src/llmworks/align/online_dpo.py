@@ -1,4 +1,4 @@
-"""Stage `align.online-dpo`: DPO on pairs that the policy has just written: of its answers to a prompt the best and the
+"""Stage `align.online_dpo`: DPO on pairs that the policy has just written: of its answers to a prompt the best and the
 worst.
 """
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 class OnlineDpoConfig(OnlineConfig):
     """Which loss, and how far the policy may go."""
 
-    answers: int = Field(
+    num_generations: int = Field(
         2, ge=2, le=256, description="answers that are drawn of each prompt; the best and the worst are a pair"
     )
-    loss: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the pair, as in align.dpo")
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the pair, as in align.dpo")
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to where it began")
 
 
@@ -35,8 +35,8 @@ def online_dpo(
     data: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    held_out: Dataset | None = None,
-    reward: Model | None = None,
+    eval_data: Dataset | None = None,
+    reward_model: Model | None = None,
     judge: Model | Adapter | None = None,
 ) -> Adapter | Model:
     """Train the policy on pairs of its own answers (Guo et al. 2024, arXiv:2402.04792).
@@ -47,17 +47,19 @@ def online_dpo(
     def groups_of(given: Given, drawing: Drawing) -> Groups:
         from llmworks.align.rl.objective import Contest
 
-        return Contest(given, drawing, kind=config.loss, beta=config.beta, whole=config.cut == "learn")
+        return Contest(
+            given, drawing, kind=config.loss_type, beta=config.beta, whole=not config.mask_truncated_completions
+        )
 
     return run(
         config,
         Policy(policy, adapter),
         data,
         ctx,
-        held_out,
+        eval_data,
         groups_of,
-        "align.online-dpo",
+        "align.online_dpo",
         compared=True,
-        reward=reward,
+        reward=reward_model,
         judge=judge,
     )

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class OrpoConfig(PreferenceConfig):
     """How much the odds weigh beside what is learned."""
 
-    weight: float = Field(0.1, ge=0, description="of the odds (lambda of the paper)")
-    prompts: bool = Field(
+    orpo_lambda: float = Field(0.1, ge=0, description="of the odds (lambda of the paper)")
+    train_on_prompts: bool = Field(
         False, description="learn the prompts, too, as the authors' code and TRL do; else the answers only"
     )
 
@@ -35,7 +35,7 @@ def orpo(
     pairs: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    held_out: Dataset | None = None,
+    eval_data: Dataset | None = None,
 ) -> Adapter | Model:
     """Train the policy on preference pairs; `adapter`: that it goes on from.
 
@@ -43,7 +43,7 @@ def orpo(
     loss stops being a number.
     """
     return prefer(
-        config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.orpo"
+        config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(way_of, config), "align.orpo"
     )
 
 
@@ -53,5 +53,9 @@ def way_of(config: OrpoConfig, given: Given) -> Way:
     from llmworks.align.preference.objective import Pairs
 
     return Pairs(
-        given, lambda sides: loss(sides, weight=config.weight), compared=False, learn=1.0, prompts=config.prompts
+        given,
+        lambda sides: loss(sides, weight=config.orpo_lambda),
+        compared=False,
+        learn=1.0,
+        prompts=config.train_on_prompts,
     ).way()

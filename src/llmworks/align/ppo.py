@@ -24,24 +24,26 @@ if TYPE_CHECKING:
 class PpoConfig(OnlineConfig):
     """How far a step may go, what holds the policy, and how values are learned."""
 
-    answers: int = Field(1, ge=1, le=256, description="answers that are drawn of each prompt")
+    num_generations: int = Field(1, ge=1, le=256, description="answers that are drawn of each prompt")
     batch_size: int = Field(16, gt=0, description="prompts, with all their answers, that are read at once")
-    passes: int = Field(4, gt=0, description="how often each draw is gone through")
-    clip: float = Field(0.2, gt=0, description="how far a token's ratio may go from 1")
-    kl: float = Field(
+    num_iterations: int = Field(4, gt=0, description="how often each draw is gone through")
+    cliprange: float = Field(0.2, gt=0, description="how far a token's ratio may go from 1")
+    kl_coef: float = Field(
         0.05,
         ge=0,
         description=(
             "what a nat's distance from the policy as it began takes from a token's reward; 0: it is not computed"
         ),
     )
-    discount: float = Field(1.0, gt=0, le=1, description="what a reward counts one token earlier (gamma)")
-    trace: float = Field(
+    gamma: float = Field(1.0, gt=0, le=1, description="what a reward counts one token earlier (gamma)")
+    gae_lambda: float = Field(
         0.95, ge=0, le=1, description="how far surprises are carried back (lambda): 0: one token; 1: to the beginning"
     )
-    value_weight: float = Field(0.1, ge=0, description="weight of the loss of values")
-    value_clip: float = Field(0.2, gt=0, description="how far a value may go from what it was when answers were drawn")
-    whiten: bool = Field(True, description="advantages of a draw are brought to mean 0 and deviation 1")
+    vf_coef: float = Field(0.1, ge=0, description="weight of the loss of values")
+    cliprange_value: float = Field(
+        0.2, gt=0, description="how far a value may go from what it was when answers were drawn"
+    )
+    normalize_advantages: bool = Field(True, description="advantages of a draw are brought to mean 0 and deviation 1")
 
 
 def ppo(
@@ -50,8 +52,8 @@ def ppo(
     data: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    held_out: Dataset | None = None,
-    reward: Model | None = None,
+    eval_data: Dataset | None = None,
+    reward_model: Model | None = None,
     judge: Model | Adapter | None = None,
 ) -> Adapter | Model:
     """Train the policy on its own answers to the questions of conversations. Inputs and errors as of align.grpo."""
@@ -59,17 +61,23 @@ def ppo(
     def groups_of(given: Given, drawing: Drawing) -> Groups:
         from llmworks.align.rl.objective import Actor, Objective
 
-        objective = Objective("clip", "tokens", low=config.clip, high=config.clip, whole=config.cut == "learn")
+        objective = Objective(
+            "clip",
+            "token-mean",
+            low=config.cliprange,
+            high=config.cliprange,
+            whole=not config.mask_truncated_completions,
+        )
         return Actor(
             given,
             drawing,
             objective,
-            reference_kl=config.kl,
-            discount=config.discount,
-            trace=config.trace,
-            worth=config.value_weight,
-            held=config.value_clip,
-            white=config.whiten,
+            reference_kl=config.kl_coef,
+            discount=config.gamma,
+            trace=config.gae_lambda,
+            worth=config.vf_coef,
+            held=config.cliprange_value,
+            white=config.normalize_advantages,
         )
 
     return run(
@@ -77,10 +85,10 @@ def ppo(
         Policy(policy, adapter),
         data,
         ctx,
-        held_out,
+        eval_data,
         groups_of,
         "align.ppo",
-        compared=config.kl > 0,
-        reward=reward,
+        compared=config.kl_coef > 0,
+        reward=reward_model,
         judge=judge,
     )

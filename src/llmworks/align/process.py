@@ -45,7 +45,7 @@ def process(
     data: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    held_out: Dataset | None = None,
+    eval_data: Dataset | None = None,
 ) -> Model:
     """Learn to score the steps of answers.
 
@@ -57,11 +57,11 @@ def process(
     """
     policy = Policy(model, adapter)
     tokenizer, stops = policy.open(config, "align.process")
-    most = min(config.max_tokens, context_of(model))
+    most = min(config.max_length, context_of(model))
     examples, labels, lost = steps_of(data, tokenizer, most)
     tests: list[Answered] = []
-    if held_out is not None:
-        tests, more, _ = steps_of(held_out, tokenizer, most, limit=config.look_rows, mark=HELD)
+    if eval_data is not None:
+        tests, more, _ = steps_of(eval_data, tokenizer, most, limit=config.eval_samples, mark=HELD)
         labels |= more
     right = sum(label for example in examples for label in labels[example.id])
     total = sum(len(labels[example.id]) for example in examples)

@@ -19,7 +19,7 @@ from llmworks.train.loop.report import smooth, thin
 
 TIMES = 6  # of a run whose texts are shown
 BOTH = (
-    ("Margin", "reward of the chosen less the rejected", "margin", "held_out_margin"),
+    ("Margin", "reward of the chosen less the rejected", "margin", "eval_margin"),
     ("Ranked right", "share of pairs", "ranked", "accuracy"),
 )  # heading, unit, name in steps, name in looks
 Curve = tuple[str, dict[str, list[tuple[float, float]]], str]
@@ -34,7 +34,7 @@ def describe(
     set_aside: Sequence[tuple[str, str]],
 ) -> None:
     """Curves and figures; what was asked and answered is added by the run."""
-    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "held_out" in row]
+    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     report.title = f"Alignment of {title}"
     report.lead = (
         f"{len(steps):,} steps; from the first tenth of them to the last the loss went from {metrics['loss_first']:.3f}"
@@ -46,26 +46,25 @@ def describe(
         last = looks[-1]
         chosen = next((row for row in looks if row["step"] == metrics.get("best_step", -1)), last)
         if "accuracy" in chosen:
-            count = chosen.get("held_out_rows", 0)
+            count = chosen.get("eval_rows", 0)
             share, low, high = wilson(chosen["accuracy"] * count, count) if count else (chosen["accuracy"], 0.0, 0.0)
             report.lead += (
                 f" Of {f'{count:,} ' if count else ''}held-out {'pairs' if count else 'answers'} {share:.1%} are ranked"
                 f" right{f' ({low:.1%} to {high:.1%})' if count else ''}, by a margin of"
-                f" {chosen['held_out_margin']:+.3f}"
+                f" {chosen['eval_margin']:+.3f}"
             )
         else:
             report.lead += (
                 " Held-out answers are of one kind, so that none can be ranked above another; their loss is"
-                f" {chosen['held_out']:.4f}"
+                f" {chosen['eval_loss']:.4f}"
             )
         report.lead += f" after step {chosen['step'] + 1}, whose weights these are." if chosen is not last else "."
     report.data = {
         "warnings": [],
         "config": dict(config),
         "steps": len(steps),
-        "held_out": [
-            {key: row[key] for key in ("step", "held_out", "accuracy", "held_out_margin") if key in row}
-            for row in looks
+        "evaluations": [
+            {key: row[key] for key in ("step", "eval_loss", "accuracy", "eval_margin") if key in row} for row in looks
         ],
     }
     for heading, series, y in curves(steps, looks) if steps else ():
@@ -190,7 +189,7 @@ def describe_online(
 
     `began`, `ended`: rewards of greedy answers to held-out prompts before and after. Returns figures.
     """
-    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "held_out" in row]
+    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     tenth = max(1, len(steps) // 10)
     first, last = (sum(row["reward"] for row in part) / len(part) for part in (steps[:tenth], steps[-tenth:]))
     report.title = f"Alignment of {title} by its own answers"
@@ -204,7 +203,7 @@ def describe_online(
     warnings = alarms(steps)
     if failed.exists():
         rows_failed = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
-        drawn = sum(not row["held_out"] for row in rows_failed)
+        drawn = sum(not row["evaluation"] for row in rows_failed)
         what = f"{drawn} answers that were drawn" + (
             f", and {len(rows_failed) - drawn} to held-out prompts," if len(rows_failed) > drawn else ""
         )
@@ -223,7 +222,7 @@ def describe_online(
         "steps": len(steps),
         **figures,
         "alarms": warnings,
-        "held_out": [{"step": row["step"], "reward": row["accuracy"]} for row in looks],
+        "evaluations": [{"step": row["step"], "reward": row["accuracy"]} for row in looks],
     }
     for heading, series, y in online_curves(steps, looks, both):
         report.curves(heading, series, x="step", y=y)
@@ -239,13 +238,13 @@ def _describe_wins(both: list[tuple[float, float]], figures: dict[str, Any], rep
         won, lost = sum(b > a + 1e-9 for a, b in both), sum(b < a - 1e-9 for a, b in both)
         share, low, high = wilson(won + (len(both) - won - lost) / 2, len(both))
         figures |= {
-            "held_out_reward_first": round(sum(a for a, _ in both) / len(both), 5),
+            "eval_reward_first": round(sum(a for a, _ in both) / len(both), 5),
             "win_rate": round(share, 5),
             "win_rate_low": round(low, 5),
             "win_rate_high": round(high, 5),
         }
         report.lead += (
-            f" Greedy answers to {len(both):,} held-out prompts: {figures['held_out_reward_first']:.3f} before,"
+            f" Greedy answers to {len(both):,} held-out prompts: {figures['eval_reward_first']:.3f} before,"
             f" {sum(b for _, b in both) / len(both):.3f} after; "
             + (
                 f"the policy beats its beginning in {share:.1%} ({low:.1%} to {high:.1%}; {won} better, {lost} worse, a"
@@ -318,7 +317,7 @@ def online_curves(
         ("Values explain", "explained", "share of the variance of returns"),
         ("Engine and trainer", "engine_gap", "nats a token that they differ by"),
         ("Loss", "loss", ""),
-        ("Gradient norm", "gradient_norm", "before clipping"),
+        ("Gradient norm", "grad_norm", "before clipping"),
         ("Learning rate", "learning_rate", ""),
     )
     found += [(heading, {heading.lower(): thin(of(name))}, y) for heading, name, y in one if of(name)]
@@ -339,7 +338,7 @@ def curves(steps: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> 
     loss = {
         "loss": thin(of("loss")),
         f"mean of {wide}": thin(smooth(of("loss"), wide)),
-        **({"held out": [(row["step"] + 1, row["held_out"]) for row in looks]} if looks else {}),
+        **({"held out": [(row["step"] + 1, row["eval_loss"]) for row in looks]} if looks else {}),
     }
     found: list[Curve] = [
         ("Loss", loss, "per example"),
@@ -359,7 +358,7 @@ def curves(steps: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> 
     for heading, name, y in (
         ("Distance from the reference", "distance", "nats an answer"),
         ("Entropy", "entropy", "nats a token of the answers"),
-        ("Gradient norm", "gradient_norm", "before clipping"),
+        ("Gradient norm", "grad_norm", "before clipping"),
         ("Learning rate", "learning_rate", ""),
     ):
         if of(name):

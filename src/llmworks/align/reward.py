@@ -28,7 +28,7 @@ def reward(
     pairs: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    held_out: Dataset | None = None,
+    eval_data: Dataset | None = None,
 ) -> Model:
     """Learn to score answers of preference pairs (Bradley-Terry).
 
@@ -39,15 +39,15 @@ def reward(
     """
     policy = Policy(model, adapter)
     tokenizer, stops = policy.open(config, "align.reward")
-    most = min(config.max_tokens, context_of(model))
+    most = min(config.max_length, context_of(model))
     rows, unseen = (
         rows_of(pairs, singles=False),
-        rows_of(held_out, singles=False)[: config.look_rows] if held_out is not None else [],
+        rows_of(eval_data, singles=False)[: config.eval_samples] if eval_data is not None else [],
     )
     examples, lost = examples_of(config, tokenizer, rows, pairs.name, most, singles=False)
     tests = (
-        apart(examples_of(config, tokenizer, unseen, held_out.name, most, singles=False)[0], HELD)
-        if held_out is not None
+        apart(examples_of(config, tokenizer, unseen, eval_data.name, most, singles=False)[0], HELD)
+        if eval_data is not None
         else []
     )
     ctx.progress.say(f"{len(examples)} pairs" + (f"; {len(lost)} rows set aside" if lost else ""))

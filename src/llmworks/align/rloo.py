@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 class RlooConfig(OnlineConfig):
     """How far a step may go, and what holds the policy."""
 
-    answers: int = Field(
+    num_generations: int = Field(
         4, ge=2, le=256, description="answers that are drawn of each prompt, each compared with the others"
     )
-    clip: float = Field(0.2, gt=0, description="how far the ratio of an answer may go from 1")
-    kl: float = Field(
+    epsilon: float = Field(0.2, gt=0, description="how far the ratio of an answer may go from 1")
+    beta: float = Field(
         0.05,
         ge=0,
         description=(
             "what a nat's distance from the policy as it began takes from an answer's reward; 0: it is not computed"
         ),
     )
-    whiten: bool = Field(False, description="advantages of a draw are brought to mean 0 and deviation 1")
+    normalize_advantages: bool = Field(False, description="advantages of a draw are brought to mean 0 and deviation 1")
 
 
 def rloo(
@@ -46,8 +46,8 @@ def rloo(
     data: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    held_out: Dataset | None = None,
-    reward: Model | None = None,
+    eval_data: Dataset | None = None,
+    reward_model: Model | None = None,
     judge: Model | Adapter | None = None,
 ) -> Adapter | Model:
     """Train the policy on its own answers to the questions of conversations. Inputs and errors as of align.grpo."""
@@ -55,9 +55,21 @@ def rloo(
     def groups_of(given: Given, drawing: Drawing) -> Groups:
         from llmworks.align.rl.objective import Groups, Objective
 
-        objective = Objective("clip", "answer", "answer", True, config.clip, config.clip, whole=config.cut == "learn")
+        objective = Objective(
+            "clip",
+            "seq-mean-token-mean",
+            "sequence",
+            True,
+            config.epsilon,
+            config.epsilon,
+            whole=not config.mask_truncated_completions,
+        )
         return Groups(
-            given, drawing, objective, lambda made: advantages_of(made, config.kl, whiten=config.whiten), old=True
+            given,
+            drawing,
+            objective,
+            lambda made: advantages_of(made, config.beta, whiten=config.normalize_advantages),
+            old=True,
         )
 
     return run(
@@ -65,11 +77,11 @@ def rloo(
         Policy(policy, adapter),
         data,
         ctx,
-        held_out,
+        eval_data,
         groups_of,
         "align.rloo",
-        compared=config.kl > 0,
-        reward=reward,
+        compared=config.beta > 0,
+        reward=reward_model,
         judge=judge,
     )
 

@@ -23,12 +23,14 @@ class SimpoConfig(PreferenceConfig):
     """How large the margin is, and in what."""
 
     beta: float = Field(2.0, gt=0, description="reward of a nat a token")
-    margin: float = Field(1.0, ge=0, description="how far rewards should be apart (gamma; of beta usually 0.3 to 0.7)")
+    simpo_gamma: float = Field(
+        1.0, ge=0, description="how far rewards should be apart (gamma; of beta usually 0.3 to 0.7)"
+    )
     alpha: float = Field(
         0.0, description="bends the reward: (1 - p^-alpha) / alpha (AlphaPO, arXiv:2501.03884); 0: log p"
     )
-    smoothing: float = Field(0.0, ge=0, lt=0.5, description="chance that a label is wrong")
-    learn: float = Field(
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="chance that a label is wrong")
+    cpo_alpha: float = Field(
         0.0, ge=0, description="how much the chosen answers are learned beside it, in nats a token (CPO-SimPO)"
     )
 
@@ -39,7 +41,7 @@ def simpo(
     pairs: Dataset,
     ctx: Context,
     adapter: Adapter | None = None,
-    held_out: Dataset | None = None,
+    eval_data: Dataset | None = None,
 ) -> Adapter | Model:
     """Train the policy on preference pairs; `adapter`: that it goes on from.
 
@@ -47,7 +49,7 @@ def simpo(
     loss stops being a number.
     """
     return prefer(
-        config, Policy(policy, adapter), pairs, ctx, held_out, functools.partial(way_of, config), "align.simpo"
+        config, Policy(policy, adapter), pairs, ctx, eval_data, functools.partial(way_of, config), "align.simpo"
     )
 
 
@@ -59,8 +61,8 @@ def way_of(config: SimpoConfig, given: Given) -> Way:
     return Pairs(
         given,
         lambda sides: loss(
-            sides, beta=config.beta, margin=config.margin, smoothing=config.smoothing, alpha=config.alpha
+            sides, beta=config.beta, margin=config.simpo_gamma, smoothing=config.label_smoothing, alpha=config.alpha
         ),
         compared=False,
-        learn=config.learn,
+        learn=config.cpo_alpha,
     ).way()

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse whose errors are one line. `fields`: names that are given by --set."""
+    """Argparse whose errors are one line. `fields`: config fields, set by --set; `inputs`: inputs of a stage."""
 
-    fields: frozenset[str] = frozenset()
+    fields: Mapping[str, str] = {}
+    inputs: tuple[str, ...] = ()
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and leave with exit code 2."""
-        field = next(
-            (
-                word[2:].split("=")[0].replace("-", "_")
-                for word in message.split()
-                if word.startswith("--") and word[2:].split("=")[0].replace("-", "_") in self.fields
-            ),
-            "",
-        )
-        hint = (
-            f"{field} is set with --set {field}=VALUE"
-            if field and message.startswith("unrecognized")
-            else f"see {self.prog} --help"
-        )
-        print(f"{self.prog}: {message} ({hint})", file=sys.stderr)
+        """Print one line and exit with code 2."""
+        flag = next((word.split("=")[0] for word in message.split() if word.startswith("--")), "")
+        hint = self._suggest(flag) if flag and message.startswith("unrecognized") else ""
+        print(f"{self.prog}: {message} ({hint or f'see {self.prog} --help'})", file=sys.stderr)
         raise SystemExit(2)
+
+    def _suggest(self, flag: str) -> str:
+        """Say what an unknown flag means: a config field, an input, or a flag that was renamed."""
+        from llmworks.runtime.names import find_field, find_flag, find_input
+
+        name = flag[2:].replace("-", "_")
+        if given := find_input(name, self.inputs):
+            return f"did you mean --{given.replace('_', '-')}?"
+        if field := self.fields.get(name) or find_field(name, self.fields):
+            return f"{name} is set with --set {field}=VALUE"
+        renamed = find_flag(self.prog.removeprefix("llmworks "), flag)
+        return f"did you mean {renamed}?" if renamed else ""
 
 
 def new_parser(name: str, what: str, *, workspace: bool = True, json: bool = True) -> Parser:

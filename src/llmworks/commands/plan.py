@@ -24,9 +24,9 @@ def build_parser() -> Parser:
     parser = new_parser("plan", "What would run, why, and its time, memory and disk. Runs and fetches nothing.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument(
-        "--try",
+        "--measure",
         action="store_true",
-        dest="attempt",
+        dest="measure",
         help="run a few steps of each training for its time and memory on this machine",
     )
     parser.add_argument(
@@ -138,8 +138,8 @@ def _trainings(
 
     if args.processes < 1:
         raise UserError(f"--processes {args.processes}: it must be a number of processes")
-    if args.attempt and args.processes > 1:
-        raise UserError("--try runs the steps in one process, here; leave out --processes, or --try")
+    if args.measure and args.processes > 1:
+        raise UserError("--measure runs the steps in one process, here; leave out --processes, or --measure")
     found: dict[str, tuple[Estimate, Expect | None]] = {}
     for j in judgements:
         training = (
@@ -151,7 +151,7 @@ def _trainings(
             )
             found[j.name] = (
                 training,
-                _tried(j.name, training, BEFORE if before else 0) if args.attempt and training.ready else None,
+                _tried(j.name, training, BEFORE if before else 0) if args.measure and training.ready else None,
             )
     return found
 
@@ -192,7 +192,7 @@ def _say_trainings(trainings: dict[str, tuple[Estimate, Expect | None]]) -> None
     out()
     table(("training", "parameters", "learned", "steps", "tokens", "operations", "memory of a process"), rows)
     if not any(tried for _, tried in trainings.values()):
-        out("Time and memory on this machine: the same command with --try.")
+        out("Time and memory on this machine: the same command with --measure.")
     if not all(t.steps for t, _ in trainings.values()):
         out(
             "Steps and time are known when the data of a training are made: `run` makes them first, and goes on when it"

@@ -35,7 +35,8 @@ def build_parser(stage: ResolvedStage) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.fields = frozenset(stage.config.model_fields)
+    made.fields = {name.rpartition(".")[2]: name for name, _, _ in reversed(known_fields)}
+    made.inputs = tuple(stage.inputs)
     for item in stage.inputs.values():
         made.add_argument(
             f"--{item.name.replace('_', '-')}",

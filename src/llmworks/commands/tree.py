@@ -22,7 +22,7 @@ def build_parser() -> Parser:
     parser = new_parser("tree", "The family tree of the workspace, or of one artifact and its ancestors.")
     parser.add_argument("artifact", nargs="?")
     parser.add_argument(
-        "--among",
+        "--candidates",
         action="append",
         default=[],
         metavar="REF",
@@ -53,7 +53,7 @@ def handle(args: argparse.Namespace) -> None:
     session = session_of(args)
     workspace = session.workspace
     chosen = session.load(args.artifact) if args.artifact else None
-    among = [session.load(ref) for ref in args.among]
+    among = [session.load(ref) for ref in args.candidates]
     if among:
         _find_parents(session, chosen, among)
     family = family_with(workspace, *([chosen] if chosen is not None else []), *among)
@@ -101,7 +101,9 @@ def _find_parents(session: Session, chosen: Artifact | None, among: Sequence[Art
 
     strange = next((one for one in [chosen, *among] if not isinstance(one, Model)), None)
     if chosen is None:
-        raise UserError("--among: give the model whose parents are looked for first: llmworks tree MODEL --among REF")
+        raise UserError(
+            "--candidates: give the model whose parents are looked for first: llmworks tree MODEL --candidates REF"
+        )
     if strange is not None:
-        raise UserError(f"--among: {strange.name} is no model")
-    session.make("merge.kinship", child=chosen, among=among)
+        raise UserError(f"--candidates: {strange.name} is no model")
+    session.make("merge.find_parents", child=chosen, candidates=among)

@@ -29,7 +29,7 @@ def build_parser() -> Parser:
         help="suites or tasks with commas between, by whose mean score it is searched",
     )
     parser.add_argument(
-        "--held", default="", metavar="NAMES", help="others that parents and child are asked at the end"
+        "--holdout-suite", default="", metavar="NAMES", help="others that parents and child are asked at the end"
     )
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="only the first rows of each task")
     parser.add_argument("--attempts", type=int, default=40, metavar="N", help="merges at least (default 40)")
@@ -45,7 +45,7 @@ def build_parser() -> Parser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one key of the file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="name of the page")
-    parser.add_argument("--pick", type=Path, metavar="NAME", help="name of the best merge")
+    parser.add_argument("--out-model", type=Path, metavar="NAME", help="name of the best merge")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
@@ -59,7 +59,7 @@ def handle(args: argparse.Namespace) -> None:
     from llmworks.workflows.evolve import Evolution, evolution
     from llmworks.workflows.merge_file import found_models, read
 
-    for name in (args.out, args.pick):
+    for name in (args.out, args.out_model):
         if name is not None:
             check_out(name)
     documents, session = read(args.file, args.set), session_of(args)
@@ -69,7 +69,7 @@ def handle(args: argparse.Namespace) -> None:
             f"{args.file}: one merge is evolved, this holds {'several' if len(documents) > 1 else 'experts'}"
         )
     models = found_models(config, {}, session)
-    held = items_of(args.held, args.limit) if args.held else ()
+    held = items_of(args.holdout_suite, args.limit) if args.holdout_suite else ()
     job = Evolution(
         args.file.stem,
         config,
@@ -84,7 +84,7 @@ def handle(args: argparse.Namespace) -> None:
         say=tell,
     )
     page, child = evolution(job)
-    for name, artifact in ((args.out, page), (args.pick, child)):
+    for name, artifact in ((args.out, page), (args.out_model, child)):
         if name is not None:
             session.workspace.link_out(name, artifact)
     told = page.read()
@@ -94,5 +94,5 @@ def handle(args: argparse.Namespace) -> None:
     out(
         f"\nBest: {told['best']['score']:.4g} "
         f" {'  '.join(f'{name} {value:g}' for name, value in told['best']['values'].items())}\nModel:"
-        f" {short(args.pick if args.pick is not None else child.path)}\nReport: {short(page.path / 'report.html')}"
+        f" {short(args.out_model if args.out_model is not None else child.path)}\nReport: {short(page.path / 'report.html')}"
     )

@@ -24,7 +24,7 @@ def build_parser(name: str = "tune frontier", ways: str = "", suite: str = "") -
         help="conversations or texts of what the model is for: to calibrate by, and others to measure on",
     )
     parser.add_argument(
-        "--ways",
+        "--methods",
         default=ways,
         metavar="NAMES",
         help=(
@@ -49,13 +49,19 @@ def build_parser(name: str = "tune frontier", ways: str = "", suite: str = "") -
         help="megabytes that the files may have: the nearest to the model within it is recommended",
     )
     parser.add_argument(
-        "--texts", type=int, default=128, metavar="N", help="texts of 512 tokens to calibrate by (default 128)"
+        "--num-calibration-samples",
+        type=int,
+        default=128,
+        metavar="N",
+        help="texts of 512 tokens to calibrate by (default 128)",
     )
     parser.add_argument(
-        "--held", type=int, default=16, metavar="N", help="texts of 512 tokens to measure on (default 16)"
+        "--eval-samples", type=int, default=16, metavar="N", help="texts of 512 tokens to measure on (default 16)"
     )
     parser.add_argument("--out", type=Path, help="name of the page: a link to it in the workspace's store")
-    parser.add_argument("--pick", type=Path, metavar="NAME", help="name of the model that is recommended: a link to it")
+    parser.add_argument(
+        "--out-model", type=Path, metavar="NAME", help="name of the model that is recommended: a link to it"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
@@ -69,10 +75,10 @@ def handle(args: argparse.Namespace) -> None:
     from llmworks.workflows.autoquant import Frontier, ways_of
     from llmworks.workflows.autoquant import frontier as run
 
-    for name in (args.out, args.pick):
+    for name in (args.out, args.out_model):
         if name is not None:
             check_out(name)
-    session, ways = session_of(args), ways_of([name for name in args.ways.split(",") if name])
+    session, ways = session_of(args), ways_of([name for name in args.methods.split(",") if name])
     strange = next((name for name in ways if not name.startswith(args.only)), None)
     if strange is not None:
         raise UserError(f"autogguf tries GGUF files only, not {strange}; take tune frontier")
@@ -81,16 +87,16 @@ def handle(args: argparse.Namespace) -> None:
         raise UserError(f"{args.model}: is a {model.kind}, not a model")
     if not isinstance(data, Dataset):
         raise UserError(f"{args.data}: is a {data.kind}; --data wants conversations or texts of what the model is for")
-    if args.texts < 1 or args.held < 1:
-        raise UserError("--texts and --held must be above 0")
+    if args.num_calibration_samples < 1 or args.eval_samples < 1:
+        raise UserError("--num-calibration-samples and --eval-samples must be above 0")
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit must be above 0")
     if args.budget is not None and not 0 < args.budget < float("inf"):
         raise UserError(f"--budget {args.budget:g}: must be a number of megabytes above 0")
     items = items_of(args.suite, args.limit) if args.suite else ()
-    job = Frontier(model, data, session, items, args.texts, args.held, say=tell)
+    job = Frontier(model, data, session, items, args.num_calibration_samples, args.eval_samples, say=tell)
     page, chosen = run(job, ways, None if args.budget is None else args.budget * 1e6)
-    for name, artifact in ((args.out, page), (args.pick, chosen)):
+    for name, artifact in ((args.out, page), (args.out_model, chosen)):
         if name is not None and artifact is not None:
             session.workspace.link_out(name, artifact)
     told = page.read()
@@ -107,6 +113,6 @@ def handle(args: argparse.Namespace) -> None:
     best = told["recommended"]
     out(
         f"\n{best['name']}: {best['bytes'] / 1e6:,.1f} MB, {best['kl']:.4f} nats a token away"
-        + (f"\nModel: {short(args.pick if args.pick is not None else chosen.path)}" if chosen else "")
+        + (f"\nModel: {short(args.out_model if args.out_model is not None else chosen.path)}" if chosen else "")
         + f"\nReport: {short(page.path / 'report.html')}"
     )

@@ -29,7 +29,7 @@ def build_parser() -> Parser:
         "--golden", action="store_true", help="replay the model's golden tokens instead, on itself or on another engine"
     )
     parser.add_argument(
-        "--within",
+        "--tolerance",
         type=float,
         default=None,
         help=(
@@ -102,7 +102,7 @@ def golden(args: argparse.Namespace) -> None:
                 f" verify --golden MODEL {args.artifact}"
             )
         recorded = record(model.path)
-    bound = args.within if args.within is not None else _bound(other)
+    bound = args.tolerance if args.tolerance is not None else _bound(other)
     engine = session.open_engine(other)
     reference = (
         session.open_engine(model)

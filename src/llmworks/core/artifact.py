@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,6 +28,12 @@ class Config(BaseModel):
     """Base of every stage's configuration: frozen, no unknown keys; a field's description is its help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy with some fields changed, unchecked but for their names: pydantic itself takes unknown ones silently."""
+        unknown = set(update or ()) - set(type(self).model_fields)
+        assert not unknown, f"{type(self).__name__} has no fields {sorted(unknown)}"
+        return super().model_copy(update=update, deep=deep)
 
     def reads(self) -> tuple[str, ...]:
         """Files that a stage reads because its config names them: what is in them decides what is made, too."""

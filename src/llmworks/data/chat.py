@@ -60,7 +60,7 @@ class ChatConfig(Config):
             "strict: rows with turns out of order, empty turns or broken tool calls are set aside; any: they stay"
         ),
     )
-    repeated: Literal["keep", "drop"] = Field(
+    duplicates: Literal["keep", "drop"] = Field(
         "keep", description="drop: rows whose turns and tools are those of an earlier row are set aside"
     )
     merge_turns: bool = Field(False, description="first join neighbouring turns of one role by an empty line")
@@ -79,7 +79,7 @@ def chat(config: ChatConfig, data: Dataset, ctx: Context) -> Dataset:
     rejected = Rejected()
     published = PUBLISHED.get(config.format)
     rows = published.rows(data.path, rejected) if published else list(_rows(config, data, rejected))
-    if config.repeated == "drop":
+    if config.duplicates == "drop":
         rows = without_repeated(rows, data.name, rejected)
     if not rows:
         first = (

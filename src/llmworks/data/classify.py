@@ -40,10 +40,10 @@ class ClassifyConfig(Config):
     quantile: float | None = Field(
         None, gt=0, lt=1, description="drop this share of the documents, those with the lowest scores"
     )
-    examples: int = Field(20_000, ge=20, description="examples of each kind, at most")
-    held_out: float = Field(0.2, gt=0, lt=1, description="share of the examples that measure and do not teach")
-    strength: float = Field(10.0, gt=0, description="inverse strength of the L2 penalty (scikit-learn's C)")
-    field: str = Field("quality", description="metadata field that receives the score")
+    max_examples: int = Field(20_000, ge=20, description="examples of each kind, at most")
+    test_size: float = Field(0.2, gt=0, lt=1, description="share of the examples that measure and do not teach")
+    C: float = Field(10.0, gt=0, description="inverse strength of the L2 penalty (scikit-learn's C)")
+    score_field: str = Field("quality", description="metadata field that receives the score")
     seed: int = Field(0, description="seed of the choice and split of examples")
 
     @model_validator(mode="after")
@@ -78,7 +78,9 @@ def classify(config: ClassifyConfig, good: list[Dataset], bad: list[Dataset], da
         if config.quantile
         else 0.0
     )
-    done = work(ctx, "write", partial(_write_part, config.field, bound), list(zip(parts, scored.folders, strict=True)))
+    done = work(
+        ctx, "write", partial(_write_part, config.score_field, bound), list(zip(parts, scored.folders, strict=True))
+    )
     if not done.sum("kept"):
         raise DataError(
             f"{data.name}: no document has a score of {bound:.3g} or more; the highest is {scores.max():.3g}"
@@ -115,9 +117,9 @@ def learn(config: ClassifyConfig, good: Sequence[Dataset], bad: Sequence[Dataset
     random = np.random.default_rng(config.seed)
     for kind in (0, 1):  # as many of each kind, proportionally
         places = np.flatnonzero(labels == kind)
-        test[random.permutation(places)[: max(2, round(len(places) * config.held_out))]] = True
+        test[random.permutation(places)[: max(2, round(len(places) * config.test_size))]] = True
     matrix = features(pa.array(every))
-    model = fit(matrix[~test], labels[~test], config.strength, config.seed)
+    model = fit(matrix[~test], labels[~test], config.C, config.seed)
     scores = chances(model, matrix[test])
     truth = labels[test]
     model.save(ctx.scratch / MODEL)
@@ -183,7 +185,7 @@ def examples(datasets: Sequence[Dataset], config: ClassifyConfig) -> list[str]:
     chosen: list[str] = []
     for number, dataset in enumerate(datasets):
         draw = random.Random(f"{config.seed}/{number}")
-        room = max(1, config.examples // len(datasets))
+        room = max(1, config.max_examples // len(datasets))
         kept: list[str] = []
         for seen, document in enumerate(read_documents(dataset)):
             place = seen if seen < room else draw.randrange(seen + 1)

@@ -53,7 +53,7 @@ class CleanConfig(Config):
     )
     gopher_quality: GopherQuality | None = Field(default_factory=GopherQuality, description="Gopher's quality rules")
     c4: C4 | None = Field(
-        default_factory=lambda: C4(terminal_punctuation=False),
+        default_factory=lambda: C4(filter_no_terminal_punct=False),
         description="C4's rules, as FineWeb uses them: without terminal_punctuation",
     )
     fineweb: FineWeb | None = Field(default_factory=FineWeb, description="FineWeb's own rules")
@@ -68,7 +68,7 @@ def clean(config: CleanConfig, data: Dataset, ctx: Context) -> Dataset:
     `corpus`.
     """
     if config.language:
-        check_codes(config.language.keep)
+        check_codes(config.language.languages)
     done = work(ctx, "clean", partial(_clean_part, config), spans(data))
     kept, dropped = done.sum("kept"), done.total("dropped")
     if not kept:
@@ -230,8 +230,8 @@ def _language(config: Language, documents: list[Document], left: list[int], reas
         documents[i] = replace(
             documents[i], metadata={**documents[i].metadata, "language": code, "language_score": round(score, 3)}
         )
-        if config.keep and not (code in config.keep and score >= config.min_score):
-            reasons[i] = f"language: {code or '?'}" if code not in config.keep else "language: not sure"
+        if config.languages and not (code in config.languages and score >= config.language_threshold):
+            reasons[i] = f"language: {code or '?'}" if code not in config.languages else "language: not sure"
 
 
 def _report(ctx: Context, data: Dataset, done: Done) -> None:

@@ -38,16 +38,16 @@ LETTER = re.compile(r"[A-Za-z\x80-\U0010ffff]")
 class DecontaminateConfig(Config):
     """What counts as an overlap, and what is done about it."""
 
-    n: int = Field(
+    ngram: int = Field(
         13, ge=3, le=50, description="words in a row that a document must share with a test row; 13 or 8 are usual"
     )
-    short_n: int = Field(
+    short_ngram: int = Field(
         8, ge=3, description="for test rows of fewer than n words; rows of fewer than this are too short to compare"
     )
     min_share: float = Field(
         0.0, ge=0, le=1, description="share of a test row's runs of words that a document must hold; 0: one run"
     )
-    numbers: bool = Field(
+    include_numeric_ngrams: bool = Field(
         False, description="also count runs of which half the words or more are bare numbers, such as 1 2 3 4 ..."
     )
     near: Near | None = Field(
@@ -59,8 +59,8 @@ class DecontaminateConfig(Config):
 
     @model_validator(mode="after")
     def _shorter(self) -> Self:
-        if self.short_n > self.n:
-            raise ValueError(f"short_n is {self.short_n}, n is {self.n}: short_n must not be larger")
+        if self.short_ngram > self.ngram:
+            raise ValueError(f"short_n is {self.short_ngram}, n is {self.ngram}: short_n must not be larger")
         return self
 
 
@@ -79,7 +79,7 @@ def decontaminate(config: DecontaminateConfig, data: Dataset, tests: dict[str, D
         "documents": done.sum("kept"),
         "dropped": done.sum("dropped"),
         "flagged": done.sum("flagged"),
-        "touched_test_rows": touched,
+        "contaminated_test_rows": touched,
         "test_rows": len(rows.names),
     }
     dropped = {"overlaps with a test": done.sum("dropped")} if done.sum("dropped") else {}
@@ -117,7 +117,7 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
             names.append((name, id))
             texts.append(text)
     sizes = Counter(name for name, _ in names)
-    runs: dict[int, list[tuple[Array, Array]]] = {config.n: [], config.short_n: []}
+    runs: dict[int, list[tuple[Array, Array]]] = {config.ngram: [], config.short_ngram: []}
     totals = np.zeros(len(names), dtype=np.int64)
     bands: list[Array] = []
     values: list[Array] = []
@@ -129,19 +129,19 @@ def _index(config: DecontaminateConfig, tests: Mapping[str, Dataset], path: Path
             bool(LETTER.search(word)) for text in texts[first : first + len(words)] for word in WORD.findall(text)
         ]
         telling = np.concatenate(([0], np.cumsum(lettered, dtype=np.int64)))
-        for n in {config.n, config.short_n}:
+        for n in {config.ngram, config.short_ngram}:
             grams = shingles(words, n)
-            fits = own >= config.n if n == config.n else (own >= n) & (own < config.n)
+            fits = own >= config.ngram if n == config.ngram else (own >= n) & (own < config.ngram)
             mask = fits[grams.owner]
-            if not config.numbers:
+            if not config.include_numeric_ngrams:
                 begin = np.arange(len(grams.values)) + (words.starts - grams.starts)[grams.owner]
                 mask &= (telling[np.minimum(begin + n, len(lettered))] - telling[begin]) * 2 > n
             runs[n].append((grams.values[mask], grams.owner[mask] + first))
         if config.near:
-            sets = unique(shingles(words, config.near.shingle))
+            sets = unique(shingles(words, config.near.ngram_size))
             values.append(sets.values)
             counts.append(sets.counts)
-            bands.append(near.bands(near.signatures(sets, config.near.permutations), config.near.band_rows))
+            bands.append(near.bands(near.signatures(sets, config.near.num_perm), config.near.band_rows))
         first += len(words)
     arrays: dict[str, Any] = {}
     for n, found in runs.items():
@@ -181,7 +181,7 @@ def overlaps(config: DecontaminateConfig, index: Mapping[str, Array], words: Has
     from llmworks.data.text.hashing import shingles
 
     found: dict[int, list[Overlap]] = {}
-    for n in sorted({config.n, config.short_n}, reverse=True):
+    for n in sorted({config.ngram, config.short_ngram}, reverse=True):
         keys, owners = index[f"keys{n}"], index[f"owners{n}"]
         if not len(keys):
             continue
@@ -214,8 +214,8 @@ def _near(config: Near, index: Mapping[str, Array], words: Hashed) -> Iterator[t
     from llmworks.data.duplicates import near
     from llmworks.data.text.hashing import shingles, unique
 
-    sets = unique(shingles(words, config.shingle))
-    bands = near.bands(near.signatures(sets, config.permutations), config.band_rows)
+    sets = unique(shingles(words, config.ngram_size))
+    bands = near.bands(near.signatures(sets, config.num_perm), config.band_rows)
     candidates: set[tuple[int, int]] = set()
     for own, theirs in zip(bands, index["bands"], strict=True):
         order = np.argsort(theirs, kind="stable")
@@ -334,8 +334,8 @@ def _report(config: DecontaminateConfig, ctx: Context, data: Dataset, rows: Test
             for name, size in rows.sizes.items()
         ],
         note=(
-            f"Touched: a document holds {config.n} words in a row of the test row ({config.short_n} for shorter rows;"
-            f" runs of {'numbers count too' if config.numbers else 'bare numbers do not count'})"
+            f"Touched: a document holds {config.ngram} words in a row of the test row ({config.short_ngram} for shorter rows;"
+            f" runs of {'numbers count too' if config.include_numeric_ngrams else 'bare numbers do not count'})"
         )
         + (f", or is a near-duplicate of it (Jaccard at least {config.near.threshold})." if config.near else "."),
     )

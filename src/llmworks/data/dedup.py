@@ -42,7 +42,7 @@ class DedupConfig(Config):
     keep: Literal["longest", "first", "highest"] = Field(
         "longest", description="which of a cluster stays; highest: by the metadata field `by`"
     )
-    by: str = Field("quality", description="metadata field with a number, for keep: highest")
+    score_field: str = Field("quality", description="metadata field with a number, for keep: highest")
 
     @model_validator(mode="after")
     def _something(self) -> Self:
@@ -98,7 +98,7 @@ def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
     scores: list[Array] = []
     signatures: list[Array] = []
     counts: list[Array] = []
-    by_words = config.exact is not None and config.exact.by == "words"
+    by_words = config.exact is not None and config.exact.match == "words"
     with (folder / near.SHINGLES).open("wb") as shingles:
         for table in part.tables(("text", "metadata") if config.keep == "highest" else ("text",)):
             scores.append(_scores(config, table, part))
@@ -110,12 +110,10 @@ def hash_part(config: DedupConfig, part: Span, folder: Path) -> Json:
                 if by_words:
                     numbers.append(exact.hash_sequences(words))
                 if config.near:
-                    sets = hashing.unique(hashing.shingles(words, config.near.shingle))
+                    sets = hashing.unique(hashing.shingles(words, config.near.ngram_size))
                     sets.values.tofile(shingles)
                     counts.append(sets.counts)
-                    signatures.append(
-                        near.bands(near.signatures(sets, config.near.permutations), config.near.band_rows)
-                    )
+                    signatures.append(near.bands(near.signatures(sets, config.near.num_perm), config.near.band_rows))
     np.save(folder / NUMBERS, np.concatenate(numbers) if numbers else np.zeros(part.rows, np.uint64))
     np.save(folder / SCORES, np.concatenate(scores))
     if config.near:
@@ -133,13 +131,13 @@ def _scores(config: DedupConfig, table: Any, part: Span) -> Array:
     if config.keep == "first":
         return np.zeros(table.num_rows)
     found = [
-        json.loads(metadata).get(config.by) if metadata.startswith("{") else None
+        json.loads(metadata).get(config.score_field) if metadata.startswith("{") else None
         for metadata in table["metadata"].to_pylist()
     ]
     wrong = next((i for i, value in enumerate(found) if not isinstance(value, (int, float))), None)
     if wrong is not None:
         raise DataError(
-            f"{part.file}: a document has no number {config.by!r} in its metadata, which keep: highest compares (by)"
+            f"{part.file}: a document has no number {config.score_field!r} in its metadata, which keep: highest compares (by)"
         )
     return np.array(found, dtype=np.float64)
 
@@ -219,7 +217,7 @@ def _report(
         near = config.near
         report.lead += (
             f" {facts['compared']:,} candidate pairs were compared, {facts['joined']:,} joined (Jaccard of"
-            f" {near.shingle}-word shingles at least {near.threshold})."
+            f" {near.ngram_size}-word shingles at least {near.threshold})."
         )
     report.data = {
         "kept": kept,

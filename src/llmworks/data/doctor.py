@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 class DoctorConfig(Config):
     """How the data will be trained on."""
 
-    template: Template = Field("keep", description=CHOICES)
-    max_tokens: int | None = Field(
+    chat_template: Template = Field("keep", description=CHOICES)
+    max_length: int | None = Field(
         None, gt=1, description="the longest conversation that training takes; default: what the model reads"
     )
     limit: int | None = Field(None, gt=0, description="only the first rows")
@@ -51,7 +51,7 @@ def doctor(
     model: Model | Adapter | Tokenizer,
     data: Dataset,
     ctx: Context,
-    held_out: Dataset | None = None,
+    eval_data: Dataset | None = None,
 ) -> Report:
     """Report every fault of the template and of the rows; `errors` and `warnings` are metrics for a gate.
 
@@ -68,7 +68,7 @@ def doctor(
     with ctx.progress.bar("look at", len(rows), "rows") as bar:
         for row in rows:
             for side, messages in zip((" chosen", " rejected") if pairs else ("",), conversations(row), strict=True):
-                rendered = None if broken else examine(tokenizer, row, messages, config.max_tokens or longest, cases)
+                rendered = None if broken else examine(tokenizer, row, messages, config.max_length or longest, cases)
                 if rendered is not None:
                     tokens, learned = tokens + len(rendered.ids), learned + sum(rendered.mask)
                     flagged = any(case.rows[-1:] == [row["id"]] for case in cases.values())
@@ -78,8 +78,8 @@ def doctor(
     among(rows, pairs, cases)
     if pairs:
         of_pairs(rows, cases)
-    if held_out is not None:
-        shared(rows, held_out, cases)
+    if eval_data is not None:
+        shared(rows, eval_data, cases)
     found = sorted(
         cases.values(), key=lambda case: (LEVELS.index(case.finding.level), -len(case.rows), case.finding.code)
     )
@@ -92,7 +92,7 @@ def load(config: DoctorConfig, model: Model | Adapter | Tokenizer) -> tuple[Any,
     """(tokenizer with the template that is asked for, stop ids, rows of the embedding, longest input) of a model
     directory.
     """
-    tokenizer = tokenizer_of(model, config.template)
+    tokenizer = tokenizer_of(model, config.chat_template)
     known = read_json(model.path / "config.json") if (model.path / "config.json").exists() else {}
     known = known.get("text_config") or known
     return tokenizer, stop_ids(model.path, tokenizer), known.get("vocab_size"), known.get("max_position_embeddings")

@@ -28,8 +28,8 @@ class ExportConfig(Config):
             "as-read: every row as it came, order of keys aside; else all rows in this shape, with the same keys"
         ),
     )
-    turn_fields: Literal["set-aside", "drop"] = Field(
-        "set-aside",
+    extra_turn_fields: Literal["drop_rows", "drop_fields"] = Field(
+        "drop_rows",
         description="rows whose turns have fields that no shape but their own has; drop: without these fields",
     )
 
@@ -44,7 +44,7 @@ def export(config: ExportConfig, data: Dataset, ctx: Context) -> Dataset:
     count = 0
     with (ctx.out / FILE).open("w", encoding="utf-8") as stream:
         for number, row in enumerate(rows, 1):
-            if config.turn_fields == "drop":
+            if config.extra_turn_fields == "drop_fields":
                 row["extra"].pop("lost", None)
             try:
                 raw = shapes.write(row, "" if config.format == "as-read" else config.format)

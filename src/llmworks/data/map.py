@@ -35,8 +35,8 @@ GROUPS = 12  # values of a field that have a colour of their own
 class MapConfig(Config):
     """What is drawn and how."""
 
-    documents: int = Field(3000, ge=LEAST, description="documents on the map, a random sample of larger sets")
-    clusters: int = Field(12, ge=2, le=60, description="k-means clusters")
+    max_documents: int = Field(3000, ge=LEAST, description="documents on the map, a random sample of larger sets")
+    n_clusters: int = Field(12, ge=2, le=60, description="k-means clusters")
     layout: Literal["tsne", "pca"] = Field(
         "tsne", description="tsne: neighbours stay together; pca: the two widest directions"
     )
@@ -65,7 +65,7 @@ def map(config: MapConfig, data: Dataset, ctx: Context, embedder: Model | None =
     texts = [document.text[:5000] for document in documents]
     matrix, words = tfidf(texts)
     vectors = embed(texts, embedder) if embedder else reduced(matrix, config.seed)
-    labels = cluster(vectors, min(config.clusters, len(documents) // 2), config.seed)
+    labels = cluster(vectors, min(config.n_clusters, len(documents) // 2), config.seed)
     terms = cluster_terms(matrix, words, labels)
     points = lay_out(vectors, config)
     groups = {
@@ -112,9 +112,9 @@ def sample(data: Dataset, config: MapConfig) -> tuple[list[Document], int]:
     total = 0
     for place, document in enumerate(read_documents(data)):
         total += 1
-        if place < config.documents:
+        if place < config.max_documents:
             kept.append((place, document))
-        elif (at := choose.randrange(place + 1)) < config.documents:
+        elif (at := choose.randrange(place + 1)) < config.max_documents:
             kept[at] = (place, document)
     return [document for _, document in sorted(kept, key=lambda item: item[0])], total
 

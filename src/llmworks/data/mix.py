@@ -41,10 +41,10 @@ class MixConfig(Config):
         default_factory=dict,
         description="share of the mixture by input name, any scale; empty: all of everything, once",
     )
-    characters: int = Field(
+    total_characters: int = Field(
         0, ge=0, description="size of a mixture of documents; 0: as many as the inputs have together"
     )
-    rows: int = Field(
+    total_rows: int = Field(
         0,
         ge=0,
         description="size of a mixture of conversations or of preference pairs; 0: as many as the inputs have together",
@@ -54,7 +54,7 @@ class MixConfig(Config):
         gt=0,
         description="how often a document may come at most; above 4 repeating teaches little (Muennighoff et al. 2023)",
     )
-    field: str = Field("mix", description="metadata field that receives the input's name")
+    source_field: str = Field("mix", description="metadata field that receives the input's name")
     seed: int = Field(0, description="seed of the choice and the order")
 
 
@@ -84,7 +84,7 @@ def mix(config: MixConfig, data: dict[str, Dataset], ctx: Context) -> Dataset:
         ctx.progress.say(f"{', '.join(absent)}: no weight, so nothing is taken")
     if any(kinds.values()):
         return _mix_rows(config, data, kinds, ctx)
-    if config.rows:
+    if config.total_rows:
         raise UserError(
             "rows is for conversations and preference pairs; the size of a mixture of documents is `characters`"
         )
@@ -155,11 +155,11 @@ def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, s
             "mixed can be sets of one kind only: "
             + ", ".join(f"{name} holds {WHAT.get(kind, 'documents')}" for name, kind in kinds.items())
         )
-    if config.characters:
+    if config.total_characters:
         raise UserError("characters is for documents; the size of a mixture of conversations or pairs is `rows`")
     read = read_preference if "preference" in kinds.values() else read_chat
     every = {name: read(dataset) for name, dataset in data.items()}
-    shares = plan(config, {name: len(rows) for name, rows in every.items()}, config.rows)
+    shares = plan(config, {name: len(rows) for name, rows in every.items()}, config.total_rows)
     found: list[Row] = []
     table = []
     for share in shares:
@@ -168,7 +168,7 @@ def _mix_rows(config: MixConfig, data: dict[str, Dataset], kinds: Mapping[str, s
         order = sorted(rows, key=lambda row: draw(config.seed, "rest", share.name, row["id"]))
         for number in range(wanted):
             row, turn = order[number % len(rows)], number // len(rows)
-            fields = {**row["extra"].get("fields", {}), config.field: share.name}
+            fields = {**row["extra"].get("fields", {}), config.source_field: share.name}
             found.append(
                 {
                     **row,
@@ -216,7 +216,7 @@ def plan(config: MixConfig, sizes: Mapping[str, int], total: int = 0) -> list[Sh
     )
     if min(weights.values()) < 0 or not sum(weights.values()) > 0:
         raise UserError("weights: must not be negative, and not all zero")
-    total = total or config.characters or sum(sizes.values())
+    total = total or config.total_characters or sum(sizes.values())
     shares = []
     for name, size in sizes.items():
         wanted = int(total * weights[name] / sum(weights.values()))
@@ -257,7 +257,7 @@ def copies(config: MixConfig, share: Share, document: Document) -> Iterator[Docu
     """A document as often as it comes."""
     whole = int(share.repeats)
     count = whole + (draw(config.seed, "rest", share.name, document.id) < share.limit)
-    marked = {**document.metadata, config.field: share.name}
+    marked = {**document.metadata, config.source_field: share.name}
     first = f"{share.name}/{document.id}"
     for number in range(1, count + 1):
         yield replace(

@@ -36,13 +36,13 @@ BINS = 40
 class PackConfig(Config):
     """The rows, and what text becomes."""
 
-    length: int = Field(
+    max_length: int = Field(
         2048, gt=1, description="tokens of a row; longer conversations are set aside, longer documents divided"
     )
-    template: Template = Field("keep", description=CHOICES)
-    document_end: str = Field("", description="the token that ends a document; default: the tokenizer's end token")
-    control_tokens: Literal["set-aside", "keep"] = Field(
-        "set-aside",
+    chat_template: Template = Field("keep", description=CHOICES)
+    eos_token: str = Field("", description="the token that ends a document; default: the tokenizer's end token")
+    control_tokens: Literal["drop", "keep"] = Field(
+        "drop",
         description="conversations with a control token in somebody's text; keep: it controls. In documents it is text",
     )
     seed: int = Field(0, description="seed of the order")
@@ -56,12 +56,12 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
     Errors: ModelError for a tokenizer or a template that would damage; DataError for data of another kind, or when
     nothing is left.
     """
-    tokenizer = tokenizer_of(model, config.template)
+    tokenizer = tokenizer_of(model, config.chat_template)
     chats = schema_of(data)
     if chats == "preference":
         raise DataError(f"{data.name}: holds preference pairs; what is packed are conversations or documents")
     if chats:
-        how = How(model.path, config.template, config.length, control=config.control_tokens == "keep")
+        how = How(model.path, config.chat_template, config.max_length, control=config.control_tokens == "keep")
         done = work(
             ctx,
             "tokens",
@@ -76,7 +76,7 @@ def pack(config: PackConfig, model: Model | Adapter | Tokenizer, data: Dataset, 
             Uses(**{name: uses[name] > 0 for name in ("system", "tools", "results", "turns")}),
         )
     else:
-        how = How(model.path, config.template, config.length, *_around(config, tokenizer))
+        how = How(model.path, config.chat_template, config.max_length, *_around(config, tokenizer))
         done = work(ctx, "tokens", partial(encode_documents, how), spans(data))
     if not done.sum("pieces"):
         raise DataError(
@@ -103,15 +103,15 @@ def _around(config: PackConfig, tokenizer: Any) -> tuple[tuple[int, ...], tuple[
     """(ids in front of a document: those that the tokenizer itself puts there, ids behind it)."""
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     before = whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
-    end = tokenizer.convert_tokens_to_ids(config.document_end) if config.document_end else tokenizer.eos_token_id
-    if config.document_end and (end is None or tokenizer.convert_ids_to_tokens(end) != config.document_end):
-        raise ModelError(f"config.document_end: {config.document_end!r} is no token of this tokenizer")
+    end = tokenizer.convert_tokens_to_ids(config.eos_token) if config.eos_token else tokenizer.eos_token_id
+    if config.eos_token and (end is None or tokenizer.convert_ids_to_tokens(end) != config.eos_token):
+        raise ModelError(f"config.document_end: {config.eos_token!r} is no token of this tokenizer")
     if end is None:
         raise ModelError(
             "the tokenizer has no end token, so documents would run into one another; name one (document_end)"
         )
-    if len(before) + 1 >= config.length:
-        raise ModelError(f"config.length is {config.length}, which leaves no room for text")
+    if len(before) + 1 >= config.max_length:
+        raise ModelError(f"config.length is {config.max_length}, which leaves no room for text")
     return tuple(before), (int(end),)
 
 
@@ -122,7 +122,7 @@ def _arrange(config: PackConfig, done: Done, scratch: Path) -> tuple[Any, Any, A
     import numpy as np
 
     lengths = np.concatenate([np.load(folder / "lengths.npy") for folder in done.folders])
-    order, ends = best_fit(lengths, config.length, config.seed)
+    order, ends = best_fit(lengths, config.max_length, config.seed)
     np.save(scratch / "order.npy", order)
     return lengths, order, ends
 
@@ -219,23 +219,21 @@ def _finish(
 
     rows, pieces, tokens = len(ends), len(lengths), int(lengths.sum())
     figures: Json = {
-        "rows": rows, "pieces": pieces, "tokens": tokens, "learned": learned, "set_aside": sum(reasons.values()),
-        "fill": round(tokens / (rows * config.length), 5), "pieces_per_row": round(pieces / rows, 2),
+        "rows": rows, "pieces": pieces, "tokens": tokens, "learned": learned, "dropped": sum(reasons.values()),
+        "fill": round(tokens / (rows * config.max_length), 5), "pieces_per_row": round(pieces / rows, 2),
     }  # fmt: skip
     report = ctx.report
     report.title = f"{data.name} packed for {model.name}"
-    report.lead = (
-        f"{pieces:,} pieces in {rows:,} rows of {config.length:,} tokens; {figures['fill']:.2%} of the room is filled."
-    )
-    report.data = {**figures, "length": config.length, "rejected": dict(reasons)}
+    report.lead = f"{pieces:,} pieces in {rows:,} rows of {config.max_length:,} tokens; {figures['fill']:.2%} of the room is filled."
+    report.data = {**figures, "length": config.max_length, "rejected": dict(reasons)}
     report.table("Figures", ("what", "value"), list(figures.items()))
-    counts = np.bincount(np.minimum((lengths * BINS) // (config.length + 1), BINS - 1), minlength=BINS)
+    counts = np.bincount(np.minimum((lengths * BINS) // (config.max_length + 1), BINS - 1), minlength=BINS)
     per_row = np.diff(np.concatenate([[0], ends]))
     most = int(per_row.max())
     report.histograms(
         "Sizes",
         {
-            "tokens of a piece": {"counts": counts.tolist(), "top": config.length},
+            "tokens of a piece": {"counts": counts.tolist(), "top": config.max_length},
             "pieces of a row": {
                 "counts": np.bincount(np.minimum(per_row * BINS // (most + 1), BINS - 1), minlength=BINS).tolist(),
                 "top": most,
@@ -245,11 +243,11 @@ def _finish(
     if reasons:
         report.table("Set aside", ("reason", "rows"), reasons.most_common(40), note="The rows are in rejected.jsonl.")
     ctx.progress.say(
-        report.lead + (f" {figures['set_aside']:,} rows were set aside (rejected.jsonl)." if reasons else "")
+        report.lead + (f" {figures['dropped']:,} rows were set aside (rejected.jsonl)." if reasons else "")
     )
     about = {
         "schema": "tokens",
-        "length": config.length,
+        "length": config.max_length,
         "vocabulary": vocabulary,
         "rows": rows,
         "tokens": tokens,

@@ -38,7 +38,7 @@ class RedactConfig(Config):
     )
     drop_above: int = Field(0, ge=0, description="drop: documents with more findings than this")
     placeholder: str = Field("[{kind}]", description="what stands for a finding; {kind} is EMAIL, PHONE ...")
-    examples: bool = Field(
+    include_reserved: bool = Field(
         False, description="also what is reserved for examples: example.com, private networks, 555-01xx, placeholders"
     )
 
@@ -105,7 +105,7 @@ def _redact_part(config: RedactConfig, part: Span, folder: Path) -> Json:
     touched = 0
     with DocumentWriter(folder) as writer, DocumentWriter(folder / "dropped", reasons=True) as dropped:
         for document in part.documents():
-            found = findings(document.text, config.kinds, config.examples)
+            found = findings(document.text, config.kinds, config.include_reserved)
             if not found:
                 writer.add(document)
                 continue

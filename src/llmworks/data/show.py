@@ -36,10 +36,10 @@ class ShowConfig(Config):
     """Which rows, and how."""
 
     rows: int = Field(300, gt=0, description="rows on the page")
-    terminal: int = Field(3, ge=0, description="rows in the terminal")
-    first: int = Field(0, ge=0, description="rows to pass over")
+    terminal_rows: int = Field(3, ge=0, description="rows in the terminal")
+    offset: int = Field(0, ge=0, description="rows to pass over")
     contains: str = Field("", description="only rows with these words, whatever their case")
-    template: Template = Field("keep", description=CHOICES)
+    chat_template: Template = Field("keep", description=CHOICES)
 
 
 def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter | Tokenizer | None = None) -> Report:
@@ -48,7 +48,7 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     Errors: DataError for data that are no conversations, pairs or packed tokens, or when no row fits; UserError for
     packed tokens without a model; ModelError for a model without a chat template.
     """
-    tokenizer = tokenizer_of(model, config.template) if model is not None else None
+    tokenizer = tokenizer_of(model, config.chat_template) if model is not None else None
     if any(data.path.glob("*.safetensors")) if data.path.is_dir() else False:
         if tokenizer is None:
             raise UserError("packed tokens are shown as text by the tokenizer that made them; give its --model")
@@ -64,11 +64,11 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     every = read_preference(data) if kind == "preference" else read_chat(data)
     wanted = config.contains.lower()
     fitting = [row for row in every if not wanted or wanted in json.dumps(turns_of(row), ensure_ascii=False).lower()]
-    rows = fitting[config.first : config.first + config.rows]
+    rows = fitting[config.offset : config.offset + config.rows]
     if not rows:
         raise DataError(
             f"{data.name}: no row "
-            + (f"holds {config.contains!r}" if not fitting else f"comes after the first {config.first}")
+            + (f"holds {config.contains!r}" if not fitting else f"comes after the first {config.offset}")
         )
     facts = describe(every, _identify())
     encoder = ConversationEncoder(tokenizer) if tokenizer is not None else None
@@ -86,7 +86,9 @@ def show(config: ShowConfig, data: Dataset, ctx: Context, model: Model | Adapter
     report.data = facts
     _statistics(ctx, facts)
     report.drawing("Rows", page(shown), plain="\n\n".join(_plain(item) for item in shown[:10]))
-    report.terminal = "\n".join([_summary(facts), *(as_terminal(item, tokenizer) for item in shown[: config.terminal])])
+    report.terminal = "\n".join(
+        [_summary(facts), *(as_terminal(item, tokenizer) for item in shown[: config.terminal_rows])]
+    )
     return Report(
         ctx.out,
         metrics={
@@ -179,9 +181,9 @@ def _drawn(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> Json:
 
 def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context) -> Report:
     packed = Packed(data)
-    chosen = range(min(config.first, len(packed)), min(config.first + min(config.rows, 50), len(packed)))
+    chosen = range(min(config.offset, len(packed)), min(config.offset + min(config.rows, 50), len(packed)))
     if not chosen:
-        raise DataError(f"{data.name}: no row comes after the first {config.first}")
+        raise DataError(f"{data.name}: no row comes after the first {config.offset}")
     shown: list[Json] = []
     for number in chosen:
         row = packed[number]
@@ -230,7 +232,9 @@ def _show_packed(config: ShowConfig, data: Dataset, tokenizer: Any, ctx: Context
     report.drawing(
         "Rows", page(shown), plain="\n\n".join(f"{item['id']}: {len(item['tokens'])} pieces" for item in shown)
     )
-    report.terminal = "\n".join([report.lead, *(as_terminal(item, tokenizer) for item in shown[: config.terminal])])
+    report.terminal = "\n".join(
+        [report.lead, *(as_terminal(item, tokenizer) for item in shown[: config.terminal_rows])]
+    )
     return Report(ctx.out, metrics=facts)
 
 

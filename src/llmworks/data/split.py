@@ -27,8 +27,8 @@ from llmworks.data.store.rows import Row, read_chat, read_preference, schema_of
 class SplitConfig(Config):
     """Which part of which fold. Two steps with the same fields but `part` give the two sides."""
 
-    part: Literal["train", "test"] = Field(description="which side to keep")
-    folds: int = Field(5, ge=2, description="number of folds; one of them is the test side")
+    split: Literal["train", "test"] = Field(description="which side to keep")
+    n_splits: int = Field(5, ge=2, description="number of folds; one of them is the test side")
     fold: int = Field(0, ge=0, description="index of the test fold")
     seed: int = Field(0, description="seed of the shuffle of groups")
     group_by: str = Field(
@@ -48,8 +48,8 @@ class SplitConfig(Config):
 
     @model_validator(mode="after")
     def _fold_exists(self) -> Self:
-        if self.fold >= self.folds:
-            raise ValueError(f"fold is {self.fold}, folds is {self.folds}: fold must be smaller")
+        if self.fold >= self.n_splits:
+            raise ValueError(f"fold is {self.fold}, folds is {self.n_splits}: fold must be smaller")
         return self
 
 
@@ -69,14 +69,16 @@ def split(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
         )
     rows = read_preference(data) if kind == "preference" else read_chat(data)
     held_out = test_groups([row["group"] for row in rows], config)
-    kept = [row for row in rows if (row["group"] in held_out) == (config.part == "test")]
+    kept = [row for row in rows if (row["group"] in held_out) == (config.split == "test")]
     if not kept:
         raise DataError(
-            f"{data.name}: the {config.part} side of {config.folds} folds is empty; {len({r['group'] for r in rows})}"
+            f"{data.name}: the {config.split} side of {config.n_splits} folds is empty; {len({r['group'] for r in rows})}"
             " groups are too few"
         )
     groups = len(_groups(kept))
-    note = f"{config.part} side of fold {config.fold} of {config.folds}, {groups:,} of {len(_groups(rows)):,} groups"
+    note = (
+        f"{config.split} side of fold {config.fold} of {config.n_splits}, {groups:,} of {len(_groups(rows)):,} groups"
+    )
     return finish_rows(ctx, "data.split", [data], kept, metrics={"groups": groups}, note=note)
 
 
@@ -86,7 +88,7 @@ def test_groups(groups: Sequence[str], config: SplitConfig) -> set[str]:
     """
     names = sorted(set(groups))
     random.Random(config.seed).shuffle(names)
-    return set(names[config.fold :: config.folds])
+    return set(names[config.fold :: config.n_splits])
 
 
 def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Dataset:
@@ -103,21 +105,21 @@ def _split_documents(config: SplitConfig, data: Dataset, ctx: Context) -> Datase
     for stratum in sorted(set(strata.values())):
         names = sorted(group for group, own in strata.items() if own == stratum)
         random.Random(f"{config.seed}/{stratum}").shuffle(names)
-        held_out.update(names[first :: config.folds])
+        held_out.update(names[first :: config.n_splits])
         first = (
             first - len(names)
-        ) % config.folds  # small strata begin at different folds, so that folds are of one size
+        ) % config.n_splits  # small strata begin at different folds, so that folds are of one size
     side = ctx.scratch / "test-groups.json"
     side.write_text(json.dumps(sorted(held_out)))
     done = work(ctx, "split", partial(_split_part, config, side), parts)
     kept = done.sum("documents")
     if not kept:
         raise DataError(
-            f"{data.name}: the {config.part} side of {config.folds} folds is empty; {len(strata)} groups are too few"
+            f"{data.name}: the {config.split} side of {config.n_splits} folds is empty; {len(strata)} groups are too few"
         )
     done.gather(ctx.out)
-    groups = len(held_out) if config.part == "test" else len(strata) - len(held_out)
-    note = f"{config.part} side of fold {config.fold} of {config.folds}, {groups:,} of {len(strata):,} groups"
+    groups = len(held_out) if config.split == "test" else len(strata) - len(held_out)
+    note = f"{config.split} side of fold {config.fold} of {config.n_splits}, {groups:,} of {len(strata):,} groups"
     return finish(ctx, "data.split", [data], metrics={"groups": groups}, note=note)
 
 
@@ -125,7 +127,7 @@ def _split_part(config: SplitConfig, side: Path, part: Span, folder: Path) -> Js
     held_out = set(json.loads(side.read_text()))
     with DocumentWriter(folder) as writer:
         for document in part.documents():
-            if (value_of(document, config.group_by or "id") in held_out) == (config.part == "test"):
+            if (value_of(document, config.group_by or "id") in held_out) == (config.split == "test"):
                 writer.add(document)
     return {"documents": writer.documents}
 

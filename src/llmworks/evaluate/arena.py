@@ -32,7 +32,7 @@ class ArenaConfig(Config):
     voters: Literal["all", "people", "judges"] = Field(
         "all", description="whose votes make the ratings; agreement of both is told where both voted"
     )
-    resamples: int = Field(500, ge=50, description="bootstrap resamples of the intervals")
+    bootstrap_iters: int = Field(500, ge=50, description="bootstrap resamples of the intervals")
     seed: int = Field(0, description="seed of the resampling")
 
 
@@ -50,7 +50,7 @@ class Ballot:
 
 
 def arena(
-    config: ArenaConfig, ctx: Context, votes: list[Dataset] | None = None, judged: list[Report] | None = None
+    config: ArenaConfig, ctx: Context, votes: list[Dataset] | None = None, judge_reports: list[Report] | None = None
 ) -> Report:
     """Bradley-Terry ratings with 95% intervals, with and without the length of answers taken into account; Elo; wins of
     every two.
@@ -58,10 +58,10 @@ def arena(
     `votes`: files that `llmworks arena` wrote, or rows of {question, a, b, vote, voter}; either input may be left out.
     Errors: DataError for votes of another form, or too few.
     """
-    ballots, counted, names = _count_ballots(votes, judged, config)
+    ballots, counted, names = _count_ballots(votes, judge_reports, config)
     rated = [Vote(names.index(b.a), names.index(b.b), WON[b.vote], style_of(*b.lengths), b.question) for b in counted]
     plain, _ = bradley_terry(rated, len(names))
-    drawn, questions = resampled(rated, len(names), seed=config.seed, resamples=config.resamples)
+    drawn, questions = resampled(rated, len(names), seed=config.seed, resamples=config.bootstrap_iters)
     low, high = intervals(drawn, questions)
     styled, weight = bradley_terry(rated, len(names), style=True)
     order = sorted(range(len(names)), key=lambda i: -plain[i])
@@ -82,7 +82,7 @@ def arena(
         "votes": len(counted),
         "models": len(names),
         "best": best,
-        "not_told_apart": len(beside),
+        "not_significant": len(beside),
         "style": weight,
     }
     agreement = _agreement(ballots)

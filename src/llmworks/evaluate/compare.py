@@ -15,7 +15,7 @@ from pydantic import Field
 from llmworks.core.artifact import Config, Report
 from llmworks.core.context import Context
 from llmworks.core.errors import DataError
-from llmworks.evaluate.board import small
+from llmworks.evaluate.leaderboard import small
 from llmworks.evaluate.statistics.bootstrap import RESAMPLES, holm, paired_difference, sign_flip
 from llmworks.evaluate.statistics.causes import CAUSES, cause, changes, settings
 from llmworks.evaluate.statistics.metrics import WRITTEN
@@ -31,7 +31,7 @@ SHOWN = 400
 class CompareConfig(Config):
     """How to resample."""
 
-    resamples: int = Field(RESAMPLES, ge=100, description="number of bootstrap resamples")
+    bootstrap_iters: int = Field(RESAMPLES, ge=100, description="number of bootstrap resamples")
     seed: int = Field(0, description="seed of the resampling")
 
 
@@ -48,7 +48,7 @@ def compare(config: CompareConfig, before: Report, after: Report, ctx: Context) 
     ids = sorted(left)
     groups = [str(left[i].get("group", "")) for i in ids]
     scores = [left[i]["score"] for i in ids], [right[i]["score"] for i in ids]
-    paired = paired_difference(*scores, groups=groups, seed=config.seed, resamples=config.resamples)
+    paired = paired_difference(*scores, groups=groups, seed=config.seed, resamples=config.bootstrap_iters)
     chance = sign_flip(*scores, groups=groups, seed=config.seed)
     d, sign = paired.difference, -1 if a.get("better") == "lower" else 1
     gained = sum(sign * right[i]["score"] > sign * left[i]["score"] for i in ids)
@@ -225,7 +225,7 @@ def _other_metrics(
             [right[i]["scores"][n] for i in ids],
             groups=groups,
             seed=config.seed,
-            resamples=config.resamples,
+            resamples=config.bootstrap_iters,
         )
         for n in names
     ]

@@ -26,16 +26,18 @@ COMMON = 0.02  # of all samples: a run that more of them have is no sign
 class ContaminationConfig(Config):
     """What counts as touched."""
 
-    n: int = Field(13, ge=3, le=50, description="words in a row that a training row must share with a sample")
-    least: int = Field(
+    ngram: int = Field(13, ge=3, le=50, description="words in a row that a training row must share with a sample")
+    min_words: int = Field(
         8, ge=3, description="samples of fewer words than n are compared whole, those of fewer than this not at all"
     )
 
 
-def contamination(config: ContaminationConfig, evaluation: Report, trained: list[Dataset], ctx: Context) -> Report:
+def contamination(
+    config: ContaminationConfig, evaluation: Report, training_data: list[Dataset], ctx: Context
+) -> Report:
     """The score of touched and of clean samples.
 
-    Metrics: touched, clean, short (not compared), score_clean, score_touched with their intervals.
+    Metrics: contaminated, clean, short (not compared), score_clean, score_contaminated with their intervals.
 
     Errors: DataError for a report that is no evaluation, or training sets that cannot be read as text.
     """
@@ -45,14 +47,14 @@ def contamination(config: ContaminationConfig, evaluation: Report, trained: list
     sizes = sorted({len(run) for run in runs})
     touched: dict[str, str] = {}
     rows = 0
-    for dataset in trained:
+    for dataset in training_data:
         for id, text in test_rows(dataset):
             rows += 1
             for run in _runs(WORD.findall(text.lower()), sizes):
                 for sample in runs.get(run, ()):
                     touched.setdefault(sample, f"{dataset.name}: {id}: {' '.join(run)}")
     clean = [i for i in samples if i not in touched and i not in short]
-    sides = {"clean": clean, "touched": list(touched), "short": short}
+    sides = {"clean": clean, "contaminated": list(touched), "short": short}
     metrics: dict[str, object] = {
         "samples": len(samples),
         "training_rows": rows,
@@ -70,19 +72,19 @@ def contamination(config: ContaminationConfig, evaluation: Report, trained: list
     page = ctx.report
     page.title = f"{data['task']} on {data['model']}: what it may have seen"
     page.lead = (
-        f"{len(touched)} of {len(samples)} samples share {config.n} words in a row with {rows:,} rows of"
-        f" {', '.join(d.name for d in trained)}; {len(short)} are too short to compare."
+        f"{len(touched)} of {len(samples)} samples share {config.ngram} words in a row with {rows:,} rows of"
+        f" {', '.join(d.name for d in training_data)}; {len(short)} are too short to compare."
     )
     page.table("Mean score", ("samples", "how many", "mean", "95% interval"), table)
     page.samples(
-        "Touched samples",
+        "Contaminated samples",
         [
             {"": samples[i]["question"][:120], "question": samples[i]["question"], "shares": why}
             for i, why in list(touched.items())[:60]
         ],
     )
     page.data = {
-        "touched": touched,
+        "contaminated": touched,
         "short": short,
         "metrics": metrics,
         "task": data["task"],
@@ -101,10 +103,10 @@ def _index(config: ContaminationConfig, texts: dict[str, str]) -> tuple[dict[tup
     count: Counter[tuple[str, ...]] = Counter()
     for id, text in texts.items():
         words = WORD.findall(text.lower())
-        if len(words) < config.least:
+        if len(words) < config.min_words:
             short.append(id)
             continue
-        here = set(_runs(words, [min(config.n, len(words))]))
+        here = set(_runs(words, [min(config.ngram, len(words))]))
         count.update(here)
         for run in here:
             found.setdefault(run, []).append(id)

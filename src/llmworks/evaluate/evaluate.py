@@ -30,17 +30,17 @@ class EvaluateConfig(Config):
     definition: dict[str, Any] = Field(
         {}, description="the task as it was read, so that another content is another evaluation; filled in from `task`"
     )
-    shots: int | None = Field(
+    num_fewshot: int | None = Field(
         None, ge=0, le=100, description="worked examples in front of every question, in place of the task's"
     )
-    prompt: Literal["", "plain", "chat"] = Field(
+    prompt_format: Literal["", "plain", "chat"] = Field(
         "", description="in place of the task's: `plain` text that the model goes on with, or `chat` turns"
     )
-    side: Literal["all", "practice", "test"] = Field(
+    split_half: Literal["all", "dev", "test"] = Field(
         "all",
         description=(
-            "half of the rows, always the same half: `practice` to find failures that the model may be trained on"
-            " (evaluate.practice), `test` to measure it afterwards"
+            "half of the rows, always the same half: `dev` to find failures that the model may be trained on"
+            " (evaluate.to_training), `test` to measure it afterwards"
         ),
     )
     limit: int | None = Field(None, gt=0, description="only the first rows")
@@ -55,7 +55,7 @@ class EvaluateConfig(Config):
 
 
 def evaluate(
-    config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx: Context, examples: Dataset | None = None
+    config: EvaluateConfig, model: Model | Adapter, data: Dataset, ctx: Context, fewshot: Dataset | None = None
 ) -> Report:
     """Ask every row and score what comes back; report each metric with its 95% interval, every sample, and what decided
     the prompts.
@@ -65,11 +65,11 @@ def evaluate(
     """
     task = with_config(checked(config.task, config.definition), config, ctx.seed)
     every = read_rows(task, data, task.split)
-    rows = one_side(kept(task, every, data.name), config.side, task)
-    alone = examples is None or (
-        examples.path.resolve() == data.path.resolve() and task.examples_split in ("", task.split)
+    rows = one_side(kept(task, every, data.name), config.split_half, task)
+    alone = fewshot is None or (
+        fewshot.path.resolve() == data.path.resolve() and task.examples_split in ("", task.split)
     )
-    pool = rows if examples is None else read_rows(task, examples, task.examples_split or task.split)
+    pool = rows if fewshot is None else read_rows(task, fewshot, task.examples_split or task.split)
     try:
         asked = questions(task, rows[: config.limit], pool, same_pool=alone)
     except DataError as error:
@@ -94,7 +94,7 @@ def evaluate(
             "rows": len(every),
             "left_out": len(every) - len(rows),
             "asked": len(asked),
-            "side": config.side,
+            "side": config.split_half,
         },
         ctx,
     )
@@ -103,10 +103,12 @@ def evaluate(
 def with_config(task: Task, config: EvaluateConfig, seed: int) -> Task:
     """The task with what a run changes. A run's seed draws the examples, unless the task's own draw has one."""
     changes: dict[str, Any] = {}
-    if config.shots is not None:
-        changes["shots"] = Shots(**{**task.shots.model_dump(), "count": config.shots, "seed": task.shots.seed + seed})
-    if config.prompt:
-        changes["prompt"] = config.prompt
+    if config.num_fewshot is not None:
+        changes["shots"] = Shots(
+            **{**task.shots.model_dump(), "count": config.num_fewshot, "seed": task.shots.seed + seed}
+        )
+    if config.prompt_format:
+        changes["prompt"] = config.prompt_format
     if config.max_tokens:
         changes["max_tokens"] = config.max_tokens
     return checked(task.name, {**task.model_dump(), **changes}) if changes else task

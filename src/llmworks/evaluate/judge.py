@@ -50,7 +50,7 @@ def judge(
     answers: Report,
     judges: dict[str, Model],
     ctx: Context,
-    against: Report | None = None,
+    baseline: Report | None = None,
     labels: Dataset | None = None,
 ) -> Report:
     """Grade the answers of an evaluation, or with `against` say which of two evaluations' answers is better (A:
@@ -64,7 +64,7 @@ def judge(
     verdict at all.
     """
     samples = _samples(answers, config.limit)
-    others = _others_of(against, config, samples, answers)
+    others = _others_of(baseline, config, samples, answers)
     people = None if labels is None else read_labels(labels, set(samples), pairs=others is not None)
     found = [_ask(config, name, model, samples, others, ctx) for name, model in judges.items()]
     _require_verdicts(found, others)
@@ -80,29 +80,29 @@ def judge(
         "high": score.high,
         "samples": len(samples),
         "judged": len(values),
-        "unread": sum(one.unread for one in found),
+        "unparsed": sum(one.unread for one in found),
     }
-    metrics |= _describe_score(others, page, answers, judges, score, values, against, jury)
+    metrics |= _describe_score(others, page, answers, judges, score, values, baseline, jury)
     page.table(
         "Judges",
-        ("judge", "verdicts", "unread", "mean"),
+        ("judge", "verdicts", "unparsed", "mean"),
         [(one.name, len(one.verdicts), one.unread, _mean(one, pairs=others is not None)) for one in found],
     )
     if others is not None:
-        _biases(found, judges, samples, others, answers, against, page)
+        _biases(found, judges, samples, others, answers, baseline, page)
     _among(found, page)
     if people is not None:
         metrics |= _with_people(found, jury, people, page, pairs=others is not None)
     page.samples("Verdicts", [_shown(i, samples[i], others, found) for i in list(values)[:SHOWN]])
     page.data = {
         "answers": answers.name,
-        "against": against.name if against else "",
+        "against": baseline.name if baseline else "",
         "metrics": metrics,
         "judges": {one.name: {"verdicts": one.verdicts, "orders": one.orders} for one in found},
         "jury": jury,
         "said": {one.name: one.said for one in found},
     }
-    _keep_pairs(others, against, page, answers, jury, samples, found)
+    _keep_pairs(others, baseline, page, answers, jury, samples, found)
     return Report(ctx.out, metrics=metrics, about={"model": answers.about.get("model", "")})
 
 

@@ -68,14 +68,14 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     train, held_out, template = _data(keys, folder, steps)
     config: dict[str, Any] = _method(keys)
     config |= {
-        "epochs": float(keys.number("num_epochs", 1)),
+        "num_train_epochs": float(keys.number("num_epochs", 1)),
         "batch_size": keys.whole("micro_batch_size", 1),
-        "max_tokens": keys.whole("sequence_len", 512),
+        "max_length": keys.whole("sequence_len", 512),
     }
     if keys.values.get("sample_packing"):
         keys.otherwise(
             "micro_batch_size",
-            f"counted packed sequences of {config['max_tokens']} tokens; here it counts rows, so that a step learns"
+            f"counted packed sequences of {config['max_length']} tokens; here it counts rows, so that a step learns"
             " less: raise batch_size to what fills as many tokens",
         )
     accumulation = keys.whole("gradient_accumulation_steps", 1)
@@ -83,21 +83,21 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     if total:
         accumulation = max(1, total // config["batch_size"])
     if accumulation > 1:
-        config["accumulation"] = int(accumulation)
+        config["gradient_accumulation_steps"] = int(accumulation)
     strategy = str(keys.take("excess_length_strategy", "drop"))
     if strategy != "drop":
-        config["longer"] = "cut" if strategy == "truncate" else "refuse"
+        config["overlong"] = "truncate" if strategy == "truncate" else "error"
     if template != "keep":
-        config |= {"template": template, "golden": f"renew: {TOOL}'s configuration asks for {template}"}
+        config |= {"chat_template": template, "golden": f"renew: {TOOL}'s configuration asks for {template}"}
     noise = keys.number("neftune_noise_alpha")
     if noise:
-        config["neftune"] = float(noise)
+        config["neftune_noise_alpha"] = float(noise)
     if keys.take("gradient_checkpointing") not in (None, False):
-        config["recompute"] = True
+        config["gradient_checkpointing"] = True
     training.precision(keys)
     if keys.flag("train_on_inputs"):
         keys.lost("train_on_inputs", "only answers are learned")
-    config |= training.loop(keys, held_out is not None, config.get("lora", {}).get("base") == "nf4")
+    config |= training.loop(keys, held_out is not None, config.get("lora", {}).get("load_in_4bit", False))
     config["optimizer"] = training.optimizer(
         keys, "optimizer", "lr_scheduler", rate=None, warmup=0.03, schedule="cosine"
     )
@@ -106,7 +106,7 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     seed = keys.whole("seed", 42)
     steps["tuned"] = {
         "stage": "train.sft",
-        "inputs": {"model": "base", "data": train, **({"held_out": held_out} if held_out else {})},
+        "inputs": {"model": "base", "data": train, **({"eval_data": held_out} if held_out else {})},
         "config": config,
     }
     return steps, seed, keys
@@ -149,17 +149,17 @@ def _method(keys: Keys) -> dict[str, Any]:
             keys.lost("lora_target_modules", f"{', '.join(heads)}: embeddings and head have no adapter here")
         if any(set(name) & set("^$*()[]\\") for name in targets):
             raise UserError(f"{TOOL}: lora_target_modules: a pattern is not translated; name the layers")
-        found["targets"] = [name.rpartition(".")[2] for name in targets if name not in heads]
+        found["target_modules"] = [name.rpartition(".")[2] for name in targets if name not in heads]
     if every and targets:
         keys.otherwise("lora_target_modules", "lora_target_linear is set, so all linear layers are adapted")
-    found |= ({"stabilised": True} if keys.flag("peft_use_rslora") else {}) | (
-        {"magnitudes": True} if keys.flag("peft_use_dora") else {}
+    found |= ({"use_rslora": True} if keys.flag("peft_use_rslora") else {}) | (
+        {"use_dora": True} if keys.flag("peft_use_dora") else {}
     )
     if kind == "qlora" or four:
-        found["base"] = "nf4"
+        found["load_in_4bit"] = True
         kwargs = keys.inner("bnb_config_kwargs")
         if kwargs.take("bnb_4bit_use_double_quant", True) is False:
-            found["double"] = False
+            found["bnb_4bit_use_double_quant"] = False
         if kwargs.take("bnb_4bit_quant_type", "nf4") != "nf4":
             kwargs.lost("bnb_4bit_quant_type", "the base is kept in nf4")
         for key in list(kwargs.values):

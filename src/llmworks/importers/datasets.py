@@ -54,7 +54,7 @@ def read(sources: Sequence[Source], steps: Steps, prefix: str = "") -> str:
             steps[some] = {
                 "stage": "data.mix",
                 "inputs": {"data": {"all": made}},
-                "config": {"rows": source.rows, "max_repeats": 1},
+                "config": {"total_rows": source.rows, "max_repeats": 1},
             }
             made = some
         names[f"set-{number}"] = made
@@ -82,5 +82,5 @@ def split(rows: str, share: float, steps: Steps, keys: Keys, key: str) -> tuple[
     if abs(1 / folds - share) > 0.01:
         keys.otherwise(key, f"{share}; one of {folds} parts is held out, {1 / folds:.0%} of the rows")
     for part in ("train", "test"):
-        steps[part] = {"stage": "data.split", "inputs": {"data": rows}, "config": {"part": part, "folds": folds}}
+        steps[part] = {"stage": "data.split", "inputs": {"data": rows}, "config": {"split": part, "n_splits": folds}}
     return "train", "test"

@@ -93,25 +93,25 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
             keys.take(key)
             keys.note(key, "meaningless", "there is no adapter")
     config |= {
-        "epochs": float(keys.number("num_train_epochs", 3)),
+        "num_train_epochs": float(keys.number("num_train_epochs", 3)),
         "batch_size": keys.whole("per_device_train_batch_size", 8),
-        "max_tokens": keys.whole("cutoff_len", 2048),
-        "longer": "cut",
+        "max_length": keys.whole("cutoff_len", 2048),
+        "overlong": "truncate",
     }
     accumulation = keys.whole("gradient_accumulation_steps", 1)
     if accumulation > 1:
-        config["accumulation"] = int(accumulation)
+        config["gradient_accumulation_steps"] = int(accumulation)
     if keys.flag("mask_history"):
-        config["learn"] = "last"
+        config["train_on"] = "last_assistant"
     _template(keys, config, stage)
     noise = keys.number("neftune_noise_alpha")
     if noise:
-        config["neftune"] = float(noise)
+        config["neftune_noise_alpha"] = float(noise)
     if keys.flag("gradient_checkpointing"):
-        config["recompute"] = True
+        config["gradient_checkpointing"] = True
     _packing(keys, stage, config)
     training.precision(keys)
-    config |= training.loop(keys, held_out is not None, config.get("lora", {}).get("base") == "nf4")
+    config |= training.loop(keys, held_out is not None, config.get("lora", {}).get("load_in_4bit", False))
     config["optimizer"] = training.optimizer(
         keys, "optim", "lr_scheduler_type", rate=5e-5, warmup=0.0, schedule="linear"
     )
@@ -121,7 +121,7 @@ def translate(values: dict[str, Any], folder: Path) -> tuple[Steps, int, Keys]:
     seed = keys.whole("seed", 42)
     steps["tuned"] = {
         "stage": "train.sft",
-        "inputs": {"model": "base", "data": train, **({"held_out": held_out} if held_out else {})},
+        "inputs": {"model": "base", "data": train, **({"eval_data": held_out} if held_out else {})},
         "config": config,
     }
     return steps, seed, keys
@@ -133,7 +133,7 @@ def _packing(keys: Keys, stage: str, config: dict[str, Any]) -> None:
     if packing or neat:
         keys.otherwise(
             "packing",
-            f"a row is of {config['max_tokens']} tokens there{'' if neat else ', whose texts see one another'}; here a"
+            f"a row is of {config['max_length']} tokens there{'' if neat else ', whose texts see one another'}; here a"
             " row is one text, so that a step learns less: raise batch_size to what fills as many tokens",
         )
 
@@ -142,19 +142,19 @@ def _adapter(keys: Keys) -> dict[str, Any]:
     found = training.adapter(keys, "lora_rank", default_rank=8, default_alpha=None, dropout=0.0)
     targets = keys.words("lora_target") or ["all"]
     if "all" not in targets:
-        found["targets"] = [name.rpartition(".")[2] for name in targets]
-    found |= ({"stabilised": True} if keys.flag("use_rslora") else {}) | (
-        {"magnitudes": True} if keys.flag("use_dora") else {}
+        found["target_modules"] = [name.rpartition(".")[2] for name in targets]
+    found |= ({"use_rslora": True} if keys.flag("use_rslora") else {}) | (
+        {"use_dora": True} if keys.flag("use_dora") else {}
     )
     bits, method = keys.number("quantization_bit"), keys.take("quantization_method", "bnb")
     if bits == 4:
-        found["base"] = "nf4"
+        found["load_in_4bit"] = True
         if method not in ("bitsandbytes", "bnb"):
             keys.lost("quantization_method", f"{method}; the base is kept in nf4")
         if keys.take("quantization_type", "nf4") != "nf4":
             keys.lost("quantization_type", "the base is kept in nf4")
         if keys.take("double_quantization", True) is False:
-            found["double"] = False
+            found["bnb_4bit_use_double_quant"] = False
     elif bits:
         keys.lost("quantization_bit", f"{bits} bits; the frozen base is kept as it is, in 4 bits with base: nf4")
     return found
@@ -173,7 +173,7 @@ def _template(keys: Keys, config: dict[str, Any], stage: str) -> None:
         return
     if str(name).startswith("qwen"):
         keys.otherwise("template", f"{name}: its default system turn is not added")
-    config |= {"template": ours, "golden": f"renew: {TOOL}'s configuration asks for {name}"}
+    config |= {"chat_template": ours, "golden": f"renew: {TOOL}'s configuration asks for {name}"}
 
 
 def _data(keys: Keys, folder: Path, steps: Steps, stage: str) -> tuple[str, str | None]:

@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "muon": "muon",
 }
 EIGHT_BIT = {
-    "adamw-8bit": "adamw_bnb_8bit adamw_8bit paged_adamw_8bit paged_adamw_32bit ao_adamw_8bit adamw_torch_8bit",
+    "adamw_8bit": "adamw_bnb_8bit adamw_8bit paged_adamw_8bit paged_adamw_32bit ao_adamw_8bit adamw_torch_8bit",
     "lion": "lion_8bit paged_lion_8bit paged_lion_32bit lion_bnb",
 }
 SCHEDULES = {
@@ -79,10 +79,10 @@ def optimizer(
     elif ours is None:
         keys.otherwise(
             name_key,
-            f"{name} is {str(eight).removesuffix('-8bit')} with moments kept whole"
-            + ("; set name to adamw-8bit on a GPU" if eight == "adamw-8bit" else ""),
+            f"{name} is {str(eight).removesuffix('_8bit')} with moments kept whole"
+            + ("; set name to adamw_8bit on a GPU" if eight == "adamw_8bit" else ""),
         )
-        ours = str(eight).removesuffix("-8bit")
+        ours = str(eight).removesuffix("_8bit")
     if (ours or "adamw") != "adamw":
         found["name"] = ours
     learning_rate = keys.number("learning_rate", rate)
@@ -94,18 +94,18 @@ def optimizer(
         keys.lost(schedule_key, f"{told}; cosine is used")
     ours = SCHEDULES.get(told, "cosine")
     if ours != "cosine":
-        found["schedule"] = ours
+        found["lr_scheduler_type"] = ours
     if ours != "constant":
-        found["final_fraction"] = float(keys.number("cosine_min_lr_ratio", 0.0))
+        found["min_lr_ratio"] = float(keys.number("cosine_min_lr_ratio", 0.0))
     _warmup(keys, told, found, warmup)
     for theirs, name in (
         ("weight_decay", "weight_decay"),
         ("adam_beta1", "beta1"),
         ("adam_beta2", "beta2"),
-        ("max_grad_norm", "clip"),
+        ("max_grad_norm", "max_grad_norm"),
     ):
         value = keys.number(theirs)
-        if value is not None and (name != "clip" or value > 0):
+        if value is not None and (name != "max_grad_norm" or value > 0):
             found[name] = float(value)
         elif value is not None:
             keys.lost(theirs, "gradients are always scaled down to a norm, of 1 where nothing is said")
@@ -126,13 +126,13 @@ def _warmup(keys: Keys, told: str, found: dict[str, Any], warmup: float) -> None
     if steps and steps < 1 and not ratio:  # transformers takes a fraction there, too
         ratio, steps = steps, None
     if told == "constant":
-        found["warmup"] = 0.0
+        found["warmup_ratio"] = 0.0
     elif ratio is not None:
-        found["warmup"] = float(ratio)
+        found["warmup_ratio"] = float(ratio)
     elif steps:
         keys.otherwise("warmup_steps", f"{steps} steps; here warmup is a share of all steps, and 0.05 is taken")
     else:
-        found["warmup"] = 0.0 if steps == 0 else warmup
+        found["warmup_ratio"] = 0.0 if steps == 0 else warmup
 
 
 def precision(keys: Keys) -> None:
@@ -164,7 +164,7 @@ def sharding(keys: Keys, whole: str) -> dict[str, Any]:
             f" {'sharded by FSDP2' if shards else 'replicated by DDP'}{f', since {whole}' if whole else ''}; offloading"
             " and other options there are not read",
         )
-    return {"parallel": {"data": "shard"}} if shards else {}
+    return {"parallel": {"data_parallel": "fsdp"}} if shards else {}
 
 
 def looks(keys: Keys, held_out: bool) -> dict[str, Any]:
@@ -176,16 +176,16 @@ def looks(keys: Keys, held_out: bool) -> dict[str, Any]:
             if value:
                 keys.note(key, "meaningless", "there are no held-out rows to look at")
     elif every and every >= 1:
-        found["look_every"] = int(every)
+        found["eval_steps"] = int(every)
     elif every or per_epoch:
         keys.otherwise(
             "eval_steps" if every else "evals_per_epoch",
-            "held-out rows are looked at every 50 steps; look_every changes it",
+            "held-out rows are looked at every 50 steps; eval_steps changes it",
         )
-        found["look_every"] = 50
+        found["eval_steps"] = 50
     saves = keys.number("save_steps")
     if saves and saves >= 1:
-        found["checkpoint_every"] = int(saves)
+        found["save_steps"] = int(saves)
     elif saves:
         keys.note(
             "save_steps", "meaningless", "a share of all steps; a checkpoint is written every checkpoint_every steps"
@@ -205,12 +205,14 @@ def looks(keys: Keys, held_out: bool) -> dict[str, Any]:
                 "there are no held-out rows to look at",
             )
             return found
-        found |= {"best": "held_out"} | ({"patience": int(patience)} if patience else {})
-        found.setdefault("look_every", 50)
+        found |= {"metric_for_best_model": "eval_loss"} | (
+            {"early_stopping_patience": int(patience)} if patience else {}
+        )
+        found.setdefault("eval_steps", 50)
     strategies = [keys.take(key) for key in ("eval_strategy", "evaluation_strategy")]
-    if held_out and "epoch" in strategies and "look_every" not in found:
-        keys.otherwise("eval_strategy", "held-out rows are looked at every 50 steps; look_every changes it")
-        found["look_every"] = 50
+    if held_out and "epoch" in strategies and "eval_steps" not in found:
+        keys.otherwise("eval_strategy", "held-out rows are looked at every 50 steps; eval_steps changes it")
+        found["eval_steps"] = 50
     return found
 
 
@@ -221,7 +223,7 @@ def loop(keys: Keys, held_out: bool, four_bits: bool) -> dict[str, Any]:
         keys,
         (
             "the best weights are kept whole"
-            if "best" in found
+            if "metric_for_best_model" in found
             else "a base in 4 bits is not sharded"
             if four_bits
             else ""
@@ -236,11 +238,11 @@ def adapter(keys: Keys, rank: str, *, default_rank: int, default_alpha: float | 
     """
     size = keys.whole(rank, default_rank)
     alpha = keys.number("lora_alpha", 2 * size if default_alpha is None else default_alpha)
-    found: dict[str, Any] = {"rank": size, "alpha": float(alpha)}
+    found: dict[str, Any] = {"r": size, "lora_alpha": float(alpha)}
     drop = keys.number("lora_dropout", dropout)
     if drop:
-        found["dropout"] = float(drop)
+        found["lora_dropout"] = float(drop)
     faster = keys.number("loraplus_lr_ratio")
     if faster:
-        found["faster"] = float(faster)
+        found["loraplus_lr_ratio"] = float(faster)
     return found

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 
 from llmworks.core.artifact import Artifact
 
-HELD_OUT = ("held_out", "validation", "test", "tests", "prompts")  # inputs of trainings that are not learned
+HELD_OUT = (
+    "eval_data",
+    "held_out",
+    "validation",
+    "test",
+    "tests",
+    "prompts",
+)  # inputs of trainings that are not learned
 
 
 @dataclass(frozen=True)

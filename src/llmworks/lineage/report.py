@@ -22,14 +22,14 @@ class StoryConfig(Config):
     """What stands on top of the page."""
 
     title: str = Field("Report", description="the page's title")
-    lead: str = Field("", description="one sentence below it")
-    samples: int = Field(12, ge=0, description="questions shown with every evaluation's answer")
+    subtitle: str = Field("", description="one sentence below it")
+    num_samples: int = Field(12, ge=0, description="questions shown with every evaluation's answer")
 
 
 def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Report], ctx: Context) -> Report:
     """The family tree, training curves, scores with intervals, comparisons, samples side by side, sizes and speeds."""
     page = ctx.report
-    page.title, page.lead = config.title, config.lead
+    page.title, page.lead = config.title, config.subtitle
     evaluations = [(a, a.read()) for a in artifacts if isinstance(a, Report) and "score" in a.metrics]
     comparisons = [(a, a.read()) for a in artifacts if isinstance(a, Report) and "difference" in a.metrics]
     scores(page, evaluations)
@@ -54,7 +54,7 @@ def report(config: StoryConfig, artifacts: list[Model | Adapter | Dataset | Repo
             "Paired bootstrap over the same samples.",
         )
     curves(page, artifacts)
-    side_by_side(page, evaluations, config.samples)
+    side_by_side(page, evaluations, config.num_samples)
     sizes(page, artifacts)
     family = family_of(artifacts, {a.name: a for a in artifacts})
     page.drawing(
@@ -89,7 +89,7 @@ def scores(page: ReportBuilder, evaluations: Sequence[tuple[Report, dict[str, An
             f"{a.metrics['score']:.1%}",
             f"{a.metrics['low']:.1%} to {a.metrics['high']:.1%}",
             a.metrics["samples"],
-            a.metrics["answer_tokens_per_second"],
+            a.metrics["completion_tokens_per_second"],
             f"{a.metrics['seconds']:.0f} s",
         )
         for a, d in evaluations

@@ -28,7 +28,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class AdapterConfig(Config):
     """Folding needs no choice; the bound says when to refuse."""
 
-    logits_within: float = Field(
+    logits_atol: float = Field(
         0.0,
         ge=0,
         description=(
@@ -76,7 +76,7 @@ def adapter(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context)
         golden = record(ctx.out)
         return Model(ctx.out, golden=golden, metrics=metrics, about={"format": "hf"})
     gap = require(
-        golden, ctx.out, mean_within=config.logits_within or BOUNDS.get(format_of(ctx.out), 1e-3), step="merge.adapter"
+        golden, ctx.out, mean_within=config.logits_atol or BOUNDS.get(format_of(ctx.out), 1e-3), step="merge.adapter"
     )
     assert gap is not None
     return Model(

@@ -45,12 +45,12 @@ class EmbeddingConfig(Config):
             " over parts of words (Bojanowski et al. 2017); glove: counts of neighbours (Pennington et al. 2014)"
         ),
     )
-    dimensions: int = Field(100, gt=1, description="numbers of a vector")
+    vector_size: int = Field(100, gt=1, description="numbers of a vector")
     window: int = Field(
         5, gt=0, description="words to each side that are neighbours; word2vec draws a smaller one each time"
     )
-    least: int = Field(5, gt=0, description="times that a word must stand to get a vector")
-    words: int = Field(100_000, gt=0, description="the most frequent words, at most")
+    min_count: int = Field(5, gt=0, description="times that a word must stand to get a vector")
+    max_final_vocab: int = Field(100_000, gt=0, description="the most frequent words, at most")
     lowercase: bool = Field(True, description="words without case")
     epochs: int = Field(0, ge=0, description="passes; 0: 5, and 15 for glove, whose passes go over pairs")
     learning_rate: float = Field(
@@ -60,16 +60,16 @@ class EmbeddingConfig(Config):
     sample: float = Field(
         1e-4, ge=0, description="frequent words are left out by this threshold (all but glove); 0: none is"
     )
-    parts: tuple[int, int] = Field((3, 6), description="letters of the parts of words, from and to (fasttext)")
+    char_ngrams: tuple[int, int] = Field((3, 6), description="letters of the parts of words, from and to (fasttext)")
     workers: int = Field(
         1, gt=0, description="threads (all but glove); more than one and the vectors differ from run to run"
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if not 1 <= self.parts[0] <= self.parts[1] <= 20:
+        if not 1 <= self.char_ngrams[0] <= self.char_ngrams[1] <= 20:
             raise ValueError(
-                f"parts is {list(self.parts)}: letters from and to, the first at least 1 and at most the second, which"
+                f"parts is {list(self.char_ngrams)}: letters from and to, the first at least 1 and at most the second, which"
                 " is at most 20"
             )
         return self
@@ -102,11 +102,13 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
     asked = {name: read(test.path, lowercase=config.lowercase) for name, test in (tests or {}).items()}
     counts = _count(config, data, ctx)
     words = [
-        word for word, times in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if times >= config.least
-    ][: config.words]
-    if len(words) < max(10, config.dimensions // 10):
+        word
+        for word, times in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        if times >= config.min_count
+    ][: config.max_final_vocab]
+    if len(words) < max(10, config.vector_size // 10):
         raise DataError(
-            f"{data.name}: only {len(words)} words stand {config.least} times or more; give more text, or lower"
+            f"{data.name}: only {len(words)} words stand {config.min_count} times or more; give more text, or lower"
             " config.least"
         )
     made = (_glove if config.method == "glove" else _gensim)(config, data, words, counts, ctx)
@@ -133,7 +135,7 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
         )
     report = ctx.report
     report.title = f"{len(words):,} words of {data.name} ({config.method})"
-    report.lead = f"Vectors of {config.dimensions} numbers, learned from {sum(counts.values()):,} words." + (
+    report.lead = f"Vectors of {config.vector_size} numbers, learned from {sum(counts.values()):,} words." + (
         f" {'; '.join(lines)}." if lines else ""
     )
     _describe_scores(made, metrics, report, ctx, rows, kinds)
@@ -143,7 +145,7 @@ def embedding(config: EmbeddingConfig, data: Dataset, ctx: Context, tests: dict[
     return Model(
         ctx.out,
         metrics=metrics,
-        about={"format": "static-vectors", "architecture": config.method, "dimensions": config.dimensions},
+        about={"format": "static-vectors", "architecture": config.method, "dimensions": config.vector_size},
     )
 
 
@@ -253,7 +255,7 @@ def _gensim(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Co
             bar.advance()
 
     usual: dict[str, Any] = {
-        "vector_size": config.dimensions,
+        "vector_size": config.vector_size,
         "window": config.window,
         "min_count": 1,
         "negative": config.negative,
@@ -264,7 +266,7 @@ def _gensim(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Co
         "alpha": config.learning_rate or (0.05 if config.method == "cbow" else 0.025),
     }
     model = (
-        FastText(min_n=config.parts[0], max_n=config.parts[1], **usual)
+        FastText(min_n=config.char_ngrams[0], max_n=config.char_ngrams[1], **usual)
         if config.method == "fasttext"
         else Word2Vec(**usual)
     )
@@ -301,7 +303,7 @@ def _glove(config: EmbeddingConfig, data: Dataset, words: list[str], counts: Cou
         vectors = glove(
             pairs,
             len(words),
-            config.dimensions,
+            config.vector_size,
             epochs=epochs,
             rate=config.learning_rate or 0.05,
             seed=ctx.seed,
@@ -335,13 +337,13 @@ def _save(made: Made, config: EmbeddingConfig, counts: Counter[str], out: Path) 
     )
     (out / "model.safetensors").chmod(0o644)
     (out / "embedding.json").write_text(
-        json.dumps({"method": config.method, "words": len(made.words), "dimensions": config.dimensions}) + "\n",
+        json.dumps({"method": config.method, "words": len(made.words), "dimensions": config.vector_size}) + "\n",
         encoding="utf-8",
     )
     if config.method != "fasttext":
         from gensim.models import KeyedVectors
 
-        vectors = KeyedVectors(config.dimensions)
+        vectors = KeyedVectors(config.vector_size)
         vectors.add_vectors(made.words, made.table)
         for word in made.words:
             vectors.set_vecattr(word, "count", counts[word])  # else gensim warns that it does not know an order

@@ -18,7 +18,7 @@ from llmworks.model.shape import Shape
 class NewConfig(Shape):
     """What a decoder is made of."""
 
-    vocabulary: int = Field(0, ge=0, description="rows of the embedding; 0: the tokenizer's tokens, rounded up to 64")
+    vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0: the tokenizer's tokens, rounded up to 64")
 
 
 def new(config: NewConfig, tokenizer: Tokenizer | Model | Adapter, ctx: Context) -> Model:
@@ -33,7 +33,7 @@ def new(config: NewConfig, tokenizer: Tokenizer | Model | Adapter, ctx: Context)
         from llmworks.model.io.decoder_files import save_decoder
         from llmworks.model.nn.decoder import DecoderConfig, DecoderForCausalLM
 
-        model = DecoderForCausalLM(DecoderConfig(shape=config.model_dump() | {"vocabulary": vocabulary}))
+        model = DecoderForCausalLM(DecoderConfig(shape=config.model_dump() | {"vocab_size": vocabulary}))
         return model, save_decoder(model, ctx.out, token_ids=ids) or "decoder"
 
     return save_untrained(config, tokenizer, ctx, draw)

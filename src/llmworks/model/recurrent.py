@@ -15,7 +15,7 @@ from llmworks.model.shape import RecurrentShape
 class RecurrentConfig(RecurrentShape):
     """What a model without attention is made of."""
 
-    vocabulary: int = Field(0, ge=0, description="rows of the embedding; 0: the tokenizer's tokens, rounded up to 64")
+    vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0: the tokenizer's tokens, rounded up to 64")
 
 
 def recurrent(config: RecurrentConfig, tokenizer: Tokenizer | Model | Adapter, ctx: Context) -> Model:
@@ -31,9 +31,9 @@ def recurrent(config: RecurrentConfig, tokenizer: Tokenizer | Model | Adapter, c
 
         quiet_transformers()
         model = recurrent.RecurrentForCausalLM(
-            recurrent.RecurrentConfig(shape=config.model_dump() | {"vocabulary": vocabulary}, **ids)
+            recurrent.RecurrentConfig(shape=config.model_dump() | {"vocab_size": vocabulary}, **ids)
         )
         model.save_pretrained(ctx.out)
-        return model, config.kind
+        return model, config.rnn_type
 
     return save_untrained(config, tokenizer, ctx, draw)

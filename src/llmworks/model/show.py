@@ -29,12 +29,14 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class ShowConfig(Config):
     """For which text work and cache are counted."""
 
-    context: int = Field(
+    context_length: int = Field(
         0,
         ge=0,
         description="tokens that the counted token sees, itself included; 0: as many as the model reads, at most 4,096",
     )
-    cache: str = Field("float32", pattern="^(float32|bfloat16|float16)$", description="number format of the cache")
+    kv_cache_dtype: str = Field(
+        "float32", pattern="^(float32|bfloat16|float16)$", description="number format of the cache"
+    )
 
 
 def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = None) -> Report:
@@ -52,11 +54,17 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
         if names[0] == names[1]:
             names = [f"{names[0]} (1)", f"{names[1]} (2)"]
     shapes = {name: shape_of_model(one) for name, one in zip(names, (model, other), strict=False) if one is not None}
-    context = config.context or min(4096, *(shape.context for shape in shapes.values()))
+    context = config.context_length or min(4096, *(shape.max_position_embeddings for shape in shapes.values()))
     for name, shape in shapes.items():
-        if isinstance(shape, Shape) and shape.position == "learned" and context > shape.context:
-            raise UserError(f"config.context is {context:,}, {name} has positions for {shape.context:,}")
-    width = BYTES[config.cache]
+        if (
+            isinstance(shape, Shape)
+            and shape.position_embedding_type == "learned"
+            and context > shape.max_position_embeddings
+        ):
+            raise UserError(
+                f"config.context is {context:,}, {name} has positions for {shape.max_position_embeddings:,}"
+            )
+    width = BYTES[config.kv_cache_dtype]
     found = {name: parts_of(shape, context) for name, shape in shapes.items()}
     rows = _figures(found, context, shapes, width)
     report = ctx.report
@@ -65,7 +73,7 @@ def show(config: ShowConfig, model: Model, ctx: Context, other: Model | None = N
     _keep_figures(report, context, found, width)
     note = (
         f"Operations are those of matrix products, a multiply-add as two, of a token that sees {context:,}, itself"
-        f" included; a training step takes about three times as many. The cache is in {config.cache}."
+        f" included; a training step takes about three times as many. The cache is in {config.kv_cache_dtype}."
     )
     report.table("Figures", ("what", *names), rows, note=note)
     report.drawing("The block" if len(shapes) == 1 else "The blocks", draw(shapes), plain="(drawing: see report.html)")
@@ -153,7 +161,7 @@ def shape_of_model(model: Model) -> Any_Shape:
     from pydantic import ValidationError
 
     from llmworks.model.io.families import shape_of
-    from llmworks.model.shape import RecurrentShape
+    from llmworks.model.shape import RecurrentShape, read_stored
     from llmworks.tokenize.load import read_json
 
     if model.format == "gguf":
@@ -170,7 +178,7 @@ def shape_of_model(model: Model) -> Any_Shape:
         if config.get("model_type") == "llmworks_ngram":
             raise ModelError("is an n-gram model, which has no layers; `llmworks show` says what was counted")
         if config.get("model_type") == "llmworks_recurrent":
-            return RecurrentShape.model_validate(config.get("shape"))
+            return RecurrentShape.model_validate(read_stored(config.get("shape") or {}))
         return shape_of(config)[1]
     except ValidationError as error:
         raise ModelError(f"{model.path}/config.json: {error.errors()[0]['msg']}") from None
@@ -187,11 +195,16 @@ def _differences(one: Any_Shape, two: Any_Shape) -> list[tuple[str, str, str]]:
         flat = {k: v for k, v in shape.model_dump().items() if not isinstance(v, dict)} | {
             f"{k}.{n}": w for k, v in shape.model_dump().items() if isinstance(v, dict) for n, w in v.items()
         }
-        flat |= {
-            "hidden": shape.inner,
-            **({} if isinstance(shape, RecurrentShape) else {"kv_heads": shape.groups, "head_width": shape.per_head}),
-        }
-        sides.append({"kind": "decoder", **flat})
+        flat |= (
+            {"hidden_size": shape.inner}
+            if isinstance(shape, RecurrentShape)
+            else {
+                "intermediate_size": shape.inner,
+                "num_key_value_heads": shape.groups,
+                "head_dim": shape.per_head,
+            }
+        )
+        sides.append({"architecture": getattr(shape, "rnn_type", "decoder"), **flat})
     return [
         (name, str(sides[0][name]), str(sides[1][name]))
         for name in sides[0]

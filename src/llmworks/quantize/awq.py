@@ -20,7 +20,7 @@ class AwqConfig(CalibratedConfig, WholeConfig):
     symmetric: bool = Field(
         False, description="whole numbers around 0; else with a zero point, of the same bits, for each group"
     )
-    clip: bool = Field(
+    apply_clip: bool = Field(
         True,
         description=(
             "ranges of groups by what their part of the outputs loses, in place of those of the largest weights"
@@ -43,8 +43,8 @@ def awq(config: AwqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
         model,
         ctx,
         data,
-        Awq(config.texts, clip=config.clip),
-        Grid(config.bits, config.group, symmetric=config.symmetric),
+        Awq(config.num_calibration_samples, clip=config.apply_clip),
+        Grid(config.bits, config.group_size, symmetric=config.symmetric),
         {"method": "awq"},
-        config.form,
+        config.save_format,
     )

@@ -28,7 +28,7 @@ THIRD = (
 class Exl2Config(Config):
     """Which form, and how many bits."""
 
-    form: Literal["exl2", "exl3"] = Field("exl3", description="of exllamav2, or of exllamav3")
+    save_format: Literal["exl2", "exl3"] = Field("exl3", description="of exllamav2, or of exllamav3")
     bits: float = Field(4.0, ge=1, le=8, description="of a weight on average")
     head_bits: int = Field(6, ge=1, le=8, description="of the head's weights")
 
@@ -38,11 +38,11 @@ def exl2(config: Exl2Config, model: Model, ctx: Context) -> Model:
 
     Errors: MissingDependency without the package or a GPU; ModelError when it fails, with its last line.
     """
-    package = {"exl2": "exllamav2", "exl3": "exllamav3"}[config.form]
+    package = {"exl2": "exllamav2", "exl3": "exllamav3"}[config.save_format]
     rest = "quantize.mixed gives bits within a budget in the same manner, without a GPU"
     if importlib.util.find_spec(package) is None:
         raise MissingDependency(
-            f"{config.form} files are written by {package}, which is not installed; on a machine with a CUDA GPU: pip"
+            f"{config.save_format} files are written by {package}, which is not installed; on a machine with a CUDA GPU: pip"
             f" install {package}. {rest}"
         )
     import torch
@@ -66,14 +66,14 @@ def exl2(config: Exl2Config, model: Model, ctx: Context) -> Model:
     size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
     return Model(
         ctx.out,
-        metrics={"bytes": size, "bits_a_weight": config.bits},
-        about={"format": config.form, "bits": config.bits},
+        metrics={"bytes": size, "bits_per_weight": config.bits},
+        about={"format": config.save_format, "bits": config.bits},
     )
 
 
 def command(config: Exl2Config, source: str, work: str, out: str, *, resume: bool) -> list[str]:
     """The package's own converter; it goes on where a stopped one was."""
-    if config.form == "exl2":
+    if config.save_format == "exl2":
         return [
             sys.executable,
             "-m",

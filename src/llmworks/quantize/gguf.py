@@ -16,14 +16,14 @@ from llmworks.quantize.llamacpp.config import GgufConfig
 
 
 def gguf(
-    config: GgufConfig, model: Model, ctx: Context, data: Dataset | None = None, sense: Report | None = None
+    config: GgufConfig, model: Model, ctx: Context, data: Dataset | None = None, imatrix: Report | None = None
 ) -> Model:
     """Write `model.gguf` and replay the model's golden tokens on it in llama.cpp; `data`: what the model is for, for
-    the importance matrix and the damage; `sense`: what `quantize.sense` found, so that it is not looked for again.
+    the importance matrix and the damage; `sense`: what `quantize.imatrix` found, so that it is not looked for again.
 
     Errors: ModelError for an architecture the layout does not cover, or a type that has to see data and does not;
     DataError for too little text; GoldenMismatch when the file computes something else.
     """
     from llmworks.quantize.llamacpp.run import run
 
-    return run(config, model, ctx, data, sense)
+    return run(config, model, ctx, data, imatrix)

@@ -20,23 +20,23 @@ class GptqConfig(CalibratedConfig, WholeConfig):
     symmetric: bool = Field(
         True, description="whole numbers around 0; else with a zero point, of the same bits, for each group"
     )
-    damping: float = Field(
+    dampening_frac: float = Field(
         0.01, gt=0, lt=1, description="share of the mean second moment of inputs that is added to all of them"
     )
-    by_activation: bool = Field(
+    act_order: bool = Field(
         True,
         description=(
             "columns with the largest inputs first (act-order), scales by the weights as they are, so that no g_idx is"
             " needed"
         ),
     )
-    search: bool = Field(
+    mse_scales: bool = Field(
         True,
         description=(
             "scales by which a group's part of the outputs changes least, in place of those of the largest weights"
         ),
     )
-    scale: bool = Field(False, description="columns that read large inputs made larger before, as AWQ does")
+    awq_scaling: bool = Field(False, description="columns that read large inputs made larger before, as AWQ does")
 
 
 def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model:
@@ -50,11 +50,11 @@ def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model
     from llmworks.quantize.run import run
 
     method = Gptq(
-        config.texts,
-        damping=config.damping,
-        by_activation=config.by_activation,
-        search=config.search,
-        scale=config.scale,
+        config.num_calibration_samples,
+        damping=config.dampening_frac,
+        by_activation=config.act_order,
+        search=config.mse_scales,
+        scale=config.awq_scaling,
     )
     return run(
         config,
@@ -62,7 +62,7 @@ def gptq(config: GptqConfig, model: Model, ctx: Context, data: Dataset) -> Model
         ctx,
         data,
         method,
-        Grid(config.bits, config.group, symmetric=config.symmetric),
+        Grid(config.bits, config.group_size, symmetric=config.symmetric),
         {"method": "gptq"},
-        config.form,
+        config.save_format,
     )

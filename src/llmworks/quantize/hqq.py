@@ -19,7 +19,7 @@ class HqqConfig(QuantizeConfig):
     """Which numbers the form has a place for."""
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="of a whole number")
-    rest: Literal["auto", "float16"] = Field(
+    dtype: Literal["auto", "float16"] = Field(
         "auto",
         description="number format of scales, zero points and of what is not quantized: float16, as the form has it",
     )
@@ -42,7 +42,7 @@ def hqq(config: HqqConfig, model: Model, ctx: Context, data: Dataset | None = No
         ctx,
         data,
         Nearest(solve),
-        Grid(config.bits, config.group, symmetric=False, real=True),
+        Grid(config.bits, config.group_size, symmetric=False, real=True),
         {"method": "hqq"},
         "hqq",
     )

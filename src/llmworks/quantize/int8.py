@@ -19,8 +19,8 @@ class Int8Config(QuantizeConfig):
     """What is large."""
 
     bits: Literal[8] = Field(8, description="of weights and of inputs")
-    group: Literal[0] = Field(0, description="one scale for each row")
-    threshold: float = Field(6.0, gt=0, description="inputs beyond it are multiplied in full precision")
+    group_size: Literal[0] = Field(0, description="one scale for each row")
+    llm_int8_threshold: float = Field(6.0, gt=0, description="inputs beyond it are multiplied in full precision")
 
 
 def int8(config: Int8Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
@@ -40,7 +40,7 @@ def int8(config: Int8Config, model: Model, ctx: Context, data: Dataset | None = 
         ctx,
         data,
         Nearest(),
-        Grid(8, 0, inputs=Reading(8, "last", config.threshold)),
+        Grid(8, 0, inputs=Reading(8, "last", config.llm_int8_threshold)),
         {"method": "int8"},
         "bitsandbytes-int8",
     )

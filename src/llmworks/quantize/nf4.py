@@ -20,11 +20,13 @@ class Nf4Config(QuantizeConfig):
     """Which numbers, and how their scales are kept."""
 
     bits: Literal[4] = Field(4, description="of a weight")
-    group: Literal[64] = Field(64, description="weights that share a scale")
-    levels: Literal["nf4", "fp4"] = Field(
+    group_size: Literal[64] = Field(64, description="weights that share a scale")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
         "nf4", description="quantiles of a normal distribution, or floats of two exponent bits and one of a fraction"
     )
-    double: bool = Field(True, description="scales in 8 bits, in blocks of 256 that share one (double quantization)")
+    bnb_4bit_use_double_quant: bool = Field(
+        True, description="scales in 8 bits, in blocks of 256 that share one (double quantization)"
+    )
 
 
 def nf4(config: Nf4Config, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
@@ -43,7 +45,7 @@ def nf4(config: Nf4Config, model: Model, ctx: Context, data: Dataset | None = No
         ctx,
         data,
         Nearest(matrix_of),
-        Levels(config.levels, config.double),
-        {"method": config.levels},
+        Levels(config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant),
+        {"method": config.bnb_4bit_quant_type},
         "bitsandbytes-4bit",
     )

@@ -17,7 +17,7 @@ class RtnConfig(WholeConfig):
     """Where the range lies."""
 
     symmetric: bool = Field(True, description="absmax: whole numbers around 0; else with a zero point for each group")
-    search: bool = Field(
+    mse_scales: bool = Field(
         False, description="ranges of least squared error in place of those of the smallest and largest weights"
     )
 
@@ -37,8 +37,8 @@ def rtn(config: RtnConfig, model: Model, ctx: Context, data: Dataset | None = No
         model,
         ctx,
         data,
-        Nearest(best_ranges if config.search else whole),
-        Grid(config.bits, config.group, symmetric=config.symmetric),
+        Nearest(best_ranges if config.mse_scales else whole),
+        Grid(config.bits, config.group_size, symmetric=config.symmetric),
         {"method": "absmax" if config.symmetric else "zeropoint"},
-        config.form,
+        config.save_format,
     )

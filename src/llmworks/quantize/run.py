@@ -63,12 +63,12 @@ def run(
         )
     tokenizer = load_tokenizer(model.path)
     held, ids = _texts_of(data, config, source, tokenizer, method, ctx)
-    stored = "float16" if form in ("gptq", "awq", "hqq") else stored_of(source, config.rest)
+    stored = "float16" if form in ("gptq", "awq", "hqq") else stored_of(source, config.dtype)
     grid, others = (
         replace(grid, stored=stored),
         {name: replace(one, stored=stored) for name, one in (grids or {}).items()},
     )
-    skip = skipping(source, config.skip)
+    skip = skipping(source, config.ignore)
     golden = model.golden or record(
         tokenizer, stop_ids(model.path, tokenizer), lambda some: logits_of(source, [some])[0]
     )
@@ -104,10 +104,10 @@ def _texts_of(
 ) -> tuple[Tensor, Tensor]:
     """Token ids to calibrate by, and others to measure on; none without data."""
     if data is not None:
-        check_length(config.length, source.shape.context)
-        ids, held = calibration(tokenizer, data, method.texts, config.held, config.length, ctx.seed)
+        check_length(config.max_seq_length, source.shape.max_position_embeddings)
+        ids, held = calibration(tokenizer, data, method.texts, config.eval_samples, config.max_seq_length, ctx.seed)
     else:
-        ids = held = torch.zeros(0, config.length, dtype=torch.long)
+        ids = held = torch.zeros(0, config.max_seq_length, dtype=torch.long)
     return held, ids
 
 
@@ -155,12 +155,12 @@ def _metrics_of(
     weights = sum(one["weights"] for one in told)
     metrics = {
         "bytes": size,
-        "bits_a_weight": round(sum(one["bits"] * one["weights"] for one in told) / weights, 4),
+        "bits_per_weight": round(sum(one["bits"] * one["weights"] for one in told) / weights, 4),
         "quantized_weights": weights,
         **{name: round(value, 6) for name, value in damage.items()},
         "golden_gap_mean": round(gap.mean, 5),
         "golden_gap_largest": round(gap.largest, 5),
-        "golden_same_greedy": round(gap.same_greedy, 5),
+        "golden_greedy_agreement": round(gap.same_greedy, 5),
     }
     return weights, metrics
 
@@ -267,7 +267,7 @@ def stored_of(source: Source, rest: str) -> Any:
     if rest != "auto":
         return rest
     found = "bfloat16"
-    for number in range(-1, source.shape.layers):
+    for number in range(-1, source.shape.num_hidden_layers):
         tensors = source.tensors(number).values()
         if any(float(tensor.abs().max()) > HALF for tensor in tensors if tensor.is_floating_point() and tensor.numel()):
             return "bfloat16" if all(_keeps(tensor) for tensor in tensors) else "float32"

@@ -19,8 +19,8 @@ class SmoothquantConfig(CalibratedConfig):
     """How much is moved."""
 
     bits: Literal[8] = Field(8, description="of weights and of inputs")
-    group: Literal[0] = Field(0, description="one scale for each row")
-    powers: list[float] = Field(
+    group_size: Literal[0] = Field(0, description="one scale for each row")
+    smoothing_strengths: list[float] = Field(
         [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
         min_length=1,
         description=(
@@ -45,7 +45,7 @@ def smoothquant(config: SmoothquantConfig, model: Model, ctx: Context, data: Dat
         model,
         ctx,
         data,
-        Smooth(config.texts, powers=config.powers),
+        Smooth(config.num_calibration_samples, powers=config.smoothing_strengths),
         Grid(8, 0, inputs=Reading()),
         {"method": "smoothquant"},
     )

@@ -16,9 +16,9 @@ from llmworks.quantize.config import CalibratedConfig
 class ZeroquantConfig(CalibratedConfig):
     """How a block is taught."""
 
-    inputs: int = Field(8, ge=4, le=8, description="bits of what layers read, each token by its own largest")
-    epochs: int = Field(2, ge=0, description="times that each block sees the texts; 0: no distillation")
-    batch: int = Field(4, gt=0, description="texts of a step")
+    activation_bits: int = Field(8, ge=4, le=8, description="bits of what layers read, each token by its own largest")
+    num_train_epochs: int = Field(2, ge=0, description="times that each block sees the texts; 0: no distillation")
+    batch_size: int = Field(4, gt=0, description="texts of a step")
     learning_rate: float = Field(1e-2, gt=0, description="of Adam, as a share of the mean size of a matrix's weights")
 
 
@@ -33,13 +33,19 @@ def zeroquant(config: ZeroquantConfig, model: Model, ctx: Context, data: Dataset
     from llmworks.quantize.algorithms.block_distillation import Distilled
     from llmworks.quantize.run import run
 
-    method = Distilled(config.texts, epochs=config.epochs, batch=config.batch, rate=config.learning_rate, seed=ctx.seed)
+    method = Distilled(
+        config.num_calibration_samples,
+        epochs=config.num_train_epochs,
+        batch=config.batch_size,
+        rate=config.learning_rate,
+        seed=ctx.seed,
+    )
     return run(
         config,
         model,
         ctx,
         data,
         method,
-        Grid(config.bits, config.group, inputs=Reading(config.inputs)),
+        Grid(config.bits, config.group_size, inputs=Reading(config.activation_bits)),
         {"method": "zeroquant"},
     )

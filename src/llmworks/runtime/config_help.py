@@ -29,15 +29,23 @@ def config_help(
         if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
             rows += config_help(field.annotation, f"{prefix}{name}.", rates)
             continue
-        hint = told_type(field.annotation)
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        if rates and name == "learning_rate":
-            own = {**({} if "lora" in rates else {"else": field.default}), **rates}
-            default = "default " + ", ".join(
-                f"{rate:g} ({method})" if method != "else" else f"{rate:g}" for method, rate in own.items()
-            )
-        rows.append((f"{prefix}{name}", f"{hint}, {default}", field.description or ""))
+        rows.append((f"{prefix}{name}", *field_help(config, name, rates)))
     return rows
+
+
+def field_help(config: type[Config], name: str, rates: Mapping[str, float] | None = None) -> tuple[str, str]:
+    """Return (type and default, description) of one field. rates: as of `config_help`."""
+    field = config.model_fields[name]
+    hint = told_type(field.annotation)
+    default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+    if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+        return "fields", field.description or ""
+    if rates and name == "learning_rate":
+        own = {**({} if "lora" in rates else {"else": field.default}), **rates}
+        default = "default " + ", ".join(
+            f"{rate:g} ({method})" if method != "else" else f"{rate:g}" for method, rate in own.items()
+        )
+    return f"{hint}, {default}", field.description or ""
 
 
 def told_type(hint: Any) -> str:

@@ -1,4 +1,4 @@
-"""`--set key=value` into a config, and what is said of a key or a value that is wrong."""
+"""Assign `--set key=value` to a config, and describe keys and values that are wrong."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import yaml
 from llmworks.core.artifact import Config
 from llmworks.core.errors import UserError
 from llmworks.runtime.config_help import config_help
-
-ALIASES = {"lr": "learning_rate"}  # what other tools call a field
+from llmworks.runtime.names import find_advice, find_field, find_value, other_names
 
 
 def assign(config: dict[str, Any], names: Sequence[str], text: str) -> None:
@@ -39,22 +38,32 @@ def _index(items: Sequence[Any], name: str) -> int:
     return int(name)
 
 
-def unknown(what: str, name: object, known: Sequence[str]) -> str:
-    """`unknown step 'sfy', did you mean 'sft'?`"""
-    near = difflib.get_close_matches(str(name), known, n=1)
+def unknown(what: str, name: object, known: Sequence[str], better: str = "") -> str:
+    """Describe an unknown name: `unknown step 'sfy', did you mean 'sft'?`; `better`: what it means, where that is
+    known.
+    """
+    near = [better] if better else difflib.get_close_matches(str(name), known, n=1)
     return f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
 
 
-def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> str:
-    """One validation error of a config class as a line; `label` is where the config stands."""
+def config_problem(model: type[Config], item: Mapping[str, Any], label: str, stage: str = "") -> str:
+    """Describe one validation error of a config class in a line.
+
+    label: where the config is. stage: whose config it is, for advice on other libraries' keys.
+    """
+    inner, last = item["loc"][:-1], str(item["loc"][-1]) if item["loc"] else ""
+    where = ".".join([label, *map(str, item["loc"])])
     if item["type"] == "extra_forbidden":
-        inner, last = item["loc"][:-1], str(item["loc"][-1])
-        near = _nearest(model, inner, last)
-        return f"{'.'.join([label, *map(str, inner)])}: " + (
-            f"unknown key {last!r}, did you mean {near!r}?" if near else unknown("key", last, _fields(model, inner))
+        place = ".".join([label, *map(str, inner)])
+        near = _nearest(model, inner, last, bool(find_advice(stage, last)))
+        if near:
+            return f"{place}: unknown key {last!r}, did you mean {near!r}?"
+        advice = find_advice(stage, last)
+        return f"{place}: " + (
+            f"unknown key {last!r}: {advice}" if advice else unknown("key", last, _fields(model, inner))
         )
     if item["type"] == "missing":
-        asked = next(
+        missing = next(
             (
                 f" ({kind.removesuffix(', required')}): {what}"
                 for name, kind, what in config_help(model)
@@ -62,24 +71,36 @@ def config_problem(model: type[Config], item: Mapping[str, Any], label: str) -> 
             ),
             "",
         )
-        return f"{'.'.join([label, *map(str, item['loc'])])} is missing{asked}"
-    told = f" (is {item['input']!r}" + ("; put it in quotes)" if item["type"] == "string_type" else ")")
-    return f"{'.'.join([label, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}{told}"
+        return f"{where} is missing{missing}"
+    ours = find_value(last, item["input"])
+    shown = f" (is {item['input']!r}" + ("; put it in quotes)" if item["type"] == "string_type" else ")")
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}" + (
+        f", did you mean {ours!r}?" if ours else ""
+    )
 
 
-def _nearest(model: type[Config], inner: Sequence[str | int], given: str) -> str:
-    """The field that a wrong name means, here or one level deeper: by its name, as others call it, by its likeness."""
+def _nearest(model: type[Config], inner: Sequence[str | int], given: str, advised: bool) -> str:
+    """The field that a wrong name means, here or one level deeper: as others call it, then by its likeness.
+
+    advised: there is other advice on this name; then no field is guessed by likeness.
+    """
     here = _fields(model, inner)
-    known = {leaf: f"{name}.{leaf}" for name in reversed(here) for leaf in _fields(model, (*inner, name))}
-    known |= {name: name for name in here}
-    given = ALIASES.get(given, given)
-    alike = difflib.get_close_matches(given, known, n=1)
-    return known.get(given) or (known[alike[0]] if alike else "")
+    known = {name: name for name in here}
+    for name in here:
+        for leaf in _fields(model, (*inner, name)):
+            known.setdefault(leaf, f"{name}.{leaf}")
+    if place := known.get(given) or find_field(given, known):
+        return place
+    spelled = {**{name: find_field(name, known) for name in other_names()}, **known}  # a misspelled old name, too
+    alike = [] if advised else difflib.get_close_matches(given, [name for name in spelled if spelled[name]], n=1)
+    return spelled[alike[0]] if alike else ""
 
 
 def _fields(model: type[Config], path: Sequence[str | int]) -> list[str]:
     """Field names of a nested config class."""
     for name in path:
+        if isinstance(name, int):  # an item of a list of configs
+            continue
         annotation = model.model_fields[str(name)].annotation if str(name) in model.model_fields else None
         kinds = [
             kind

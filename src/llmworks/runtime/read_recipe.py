@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from llmworks import assets
 from llmworks.core.artifact import Config
 from llmworks.core.errors import AssetError, RecipeError, UserError
 from llmworks.core.workspace import RESERVED
+from llmworks.runtime.names import find_input, find_stage
 from llmworks.runtime.overrides import assign, config_problem, unknown
 from llmworks.runtime.recipe import BOUNDS, Expect, GateStep, Position, Recipe, StageStep, Step, UseStep, referenced
 from llmworks.runtime.resolve import resolve
@@ -179,14 +180,18 @@ class _Checker:
             except UserError as error:
                 self.problem((), f"--set {override}: {error}")
 
-    def unknown_keys(self, at: Position, value: Mapping[Any, Any], known: Sequence[str]) -> None:
-        """A problem for every key that is not known."""
+    def unknown_keys(
+        self,
+        at: Position,
+        value: Mapping[Any, Any],
+        known: Sequence[str],
+        better: Callable[[str, Sequence[str]], str] | None = None,
+    ) -> None:
+        """Note a problem for every key that is not known. better: (name, known) -> the known name that it means."""
         for key in value:
             if key not in known:
-                self.problem(
-                    (*at, key),
-                    f"{'.'.join(map(str, at))}: {unknown('key', key, known)}" if at else unknown("key", key, known),
-                )
+                problem = unknown("key", key, known, better(str(key), known) if better else "")
+                self.problem((*at, key), f"{'.'.join(map(str, at))}: {problem}" if at else problem)
 
     def step(self, name: str, body: Any) -> Step | None:
         """One step, or None after noting what is wrong with it."""
@@ -230,16 +235,18 @@ class _Checker:
     def stage(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:
         """A `stage:` step: the stage exists, its config is valid, its inputs are named as the function has them."""
         if not isinstance(body["stage"], str) or body["stage"] not in table():
-            self.problem((*at, "stage"), f"{name}.stage: {unknown('stage', body['stage'], list(table()))}")
+            known = list(table())
+            better = find_stage(str(body["stage"]), known)
+            self.problem((*at, "stage"), f"{name}.stage: {unknown('stage', body['stage'], known, better)}")
             return None
         stage = resolve(body["stage"])
-        config = self.model(stage.config, body.get("config") or {}, (*at, "config"), f"{name}.config")
+        config = self.model(stage.config, body.get("config") or {}, (*at, "config"), f"{name}.config", stage.name)
         expect = self.model(Expect, body.get("expect") or {}, (*at, "expect"), f"{name}.expect")
         inputs = body.get("inputs") or {}
         if not isinstance(inputs, dict):
             self.problem((*at, "inputs"), f"{name}.inputs: must be a mapping of input names to step names")
             return None
-        self.unknown_keys((*at, "inputs"), inputs, list(stage.inputs))
+        self.unknown_keys((*at, "inputs"), inputs, list(stage.inputs), find_input)
         for wanted in stage.inputs.values():
             if wanted.required and wanted.name not in inputs:
                 self.problem((*at, "inputs"), f"{name}.inputs: {wanted.name} ({wanted.describe()}) is missing")
@@ -261,7 +268,7 @@ class _Checker:
             return None
         return StageStep(name, stage, config, {k: v for k, v in inputs.items() if k in stage.inputs}, expect)
 
-    def model(self, model: type[Config], value: Any, at: Position, label: str) -> Config | None:
+    def model(self, model: type[Config], value: Any, at: Position, label: str, stage: str = "") -> Config | None:
         """Validate a mapping against a config class; every error becomes a problem at its own line."""
         if not isinstance(value, dict):
             self.problem(at, f"{label}: must be a mapping")
@@ -270,7 +277,7 @@ class _Checker:
             return model.model_validate(value)
         except ValidationError as error:
             for item in error.errors():
-                self.problem((*at, *item["loc"]), config_problem(model, item, label))
+                self.problem((*at, *item["loc"]), config_problem(model, item, label, stage))
             return None
 
     def gate(self, name: str, at: Position, body: Mapping[str, Any]) -> Step | None:

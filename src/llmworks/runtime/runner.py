@@ -290,7 +290,7 @@ def facts(metrics: Mapping[str, Any]) -> str:
         "rows",
         "documents",
         "dropped",
-        "touched_test_rows",
+        "contaminated_test_rows",
         "auc",
         "rejected",
         "reward_first",

@@ -230,7 +230,7 @@ def validate(stage: ResolvedStage, config: Mapping[str, Any] | Config | None) ->
     try:
         return stage.config.model_validate(dict(config or {}))
     except ValidationError as error:
-        problems = [config_problem(stage.config, dict(e), f"{stage.name}.config") for e in error.errors()]
+        problems = [config_problem(stage.config, dict(e), f"{stage.name}.config", stage.name) for e in error.errors()]
         raise UserError("; ".join(problems)) from None
 
 

@@ -238,7 +238,7 @@ class Maker:
             sum(r.prompt_tokens for r in records),
             sum(r.completion_tokens for r in records),
         )
-        found: Json = {"requests": len(records), "prompt_tokens": prompt_tokens, "answer_tokens": completion_tokens}
+        found: Json = {"requests": len(records), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         if self.model and self._server:
             options = parse_remote(self.model.ref)[2]
             if options.input_price or options.output_price:

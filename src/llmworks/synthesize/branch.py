@@ -17,10 +17,12 @@ from llmworks.synthesize.text.parse import numbered, refuses
 class BranchConfig(Config):
     """How many parts."""
 
-    parts: int = Field(4, ge=2, le=12, description="most parts of a question")
+    max_parts: int = Field(4, ge=2, le=12, description="most parts of a question")
     limit: int | None = Field(None, gt=0, description="only the first rows")
     decoding: Decoding = Field(Decoding(), description="how parts are drawn and solved")
-    merging: Decoding = Field(Decoding(temperature=0.0, max_tokens=1024), description="how the answers are made one")
+    merge_decoding: Decoding = Field(
+        Decoding(temperature=0.0, max_tokens=1024), description="how the answers are made one"
+    )
 
 
 def branch(config: BranchConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
@@ -36,14 +38,14 @@ def branch(config: BranchConfig, model: Model | Adapter, data: Dataset, ctx: Con
     ]
     with Maker(ctx, model, config.decoding, "synthesize.branch") as maker:
         prompts = [
-            f"Task:\n{text}\n\nWhich parts must a good answer have? Name 2 to {config.parts} parts that can be worked"
+            f"Task:\n{text}\n\nWhich parts must a good answer have? Name 2 to {config.max_parts} parts that can be worked"
             " on apart from one another and that cover the task together. Write a numbered list, one short line a"
             " part, and nothing else. Do not answer the task."
             for _, text in asked
         ]
         divided: list[tuple[Row, str, str, list[str]]] = []
         for (row, text), prompt, answer in zip(asked, prompts, maker.ask("divide", prompts), strict=True):
-            parts = list(dict.fromkeys(numbered(answer.text)))[: config.parts] if not answer.problem else []
+            parts = list(dict.fromkeys(numbered(answer.text)))[: config.max_parts] if not answer.problem else []
             if len(parts) < 2:
                 maker.drop(row["id"], answer.problem or "not divided", answer.text)
             else:
@@ -54,7 +56,7 @@ def branch(config: BranchConfig, model: Model | Adapter, data: Dataset, ctx: Con
         ]
         whole = [item for item in divided if item[0]["id"] in solved]
         answers = maker.ask(
-            "merge", merges, max_tokens=config.merging.max_tokens, temperature=config.merging.temperature
+            "merge", merges, max_tokens=config.merge_decoding.max_tokens, temperature=config.merge_decoding.temperature
         )
         for (row, _, prompt, parts), merge, answer in zip(whole, merges, answers, strict=True):
             if reason := answer.problem or ("refuses to answer" if refuses(answer.text) else ""):

@@ -41,25 +41,25 @@ SAME = (
 class EvolveConfig(Config):
     """Which steps, and how often."""
 
-    rounds: int = Field(2, ge=1, le=8, description="steps from the first instruction")
+    num_evolutions: int = Field(2, ge=1, le=8, description="steps from the first instruction")
     operators: tuple[Operator, ...] = Field(
         ("constrain", "deepen", "concretize", "reason", "breadth"),
         min_length=1,
         description="one is drawn for each step",
     )
-    keep_first: bool = Field(True, description="keep the rows of the input too, unchanged")
+    include_original: bool = Field(True, description="keep the rows of the input too, unchanged")
     limit: int | None = Field(None, gt=0, description="only the first rows")
-    more_words: int = Field(
+    max_added_words: int = Field(
         25, ge=1, description="words that a step in depth may add; asked for, and twice as many are refused"
     )
-    alike: float = Field(
+    max_similarity: float = Field(
         0.9, gt=0, le=1, description="ROUGE-L with an instruction that is there from which on a new one is refused"
     )
-    check_same: bool = Field(
+    check_unchanged: bool = Field(
         True, description="ask the model whether a step changed anything, and set aside what it calls the same"
     )
     decoding: Decoding = Field(Decoding(), description="how instructions are drawn")
-    answers: Decoding = Field(Decoding(temperature=0.0), description="how they are answered")
+    answer_decoding: Decoding = Field(Decoding(temperature=0.0), description="how they are answered")
 
 
 def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
@@ -68,7 +68,7 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
     Errors: DataError when no row asks anything, or nothing can be kept.
     """
     draw = random.Random(ctx.seed)
-    pool = Pool(config.alike)
+    pool = Pool(config.max_similarity)
     rows = [row for row, turns in questions(data, config.limit) if len(turns) <= 2 and not row["tools"]]
     systems = {row["id"]: tuple(m for m in messages_from_json(row["messages"]) if m.role == "system") for row in rows}
     by_id = {row["id"]: row for row in rows}
@@ -76,9 +76,9 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
     for text in current.values():
         pool.add(text)
     with Maker(ctx, model, config.decoding, "synthesize.evolve") as maker:
-        if config.keep_first:
+        if config.include_original:
             maker.rows += [row for row in rows if row["messages"][-1]["role"] == "assistant"]
-        for step in range(1, config.rounds + 1):
+        for step in range(1, config.num_evolutions + 1):
             steps = [(id, draw.choice(config.operators)) for id in current]
             prompts = [_prompt(config, operator, current[id]) for id, operator in steps]
             found = {}  # id -> (operator, prompt, instruction)
@@ -99,8 +99,8 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
             answers = maker.ask(
                 f"answers {step}",
                 list(asked.values()),
-                max_tokens=config.answers.max_tokens,
-                temperature=config.answers.temperature,
+                max_tokens=config.answer_decoding.max_tokens,
+                temperature=config.answer_decoding.temperature,
             )
             for (id, (operator, prompt, instruction)), answer in zip(found.items(), answers, strict=True):
                 if reason := answer.problem or eliminated(answer.text):
@@ -118,7 +118,7 @@ def evolve(config: EvolveConfig, model: Model | Adapter, data: Dataset, ctx: Con
                     evolved_from=current[id],
                 )
                 current[id] = instruction
-        return maker.finish([data], note=f"{len(rows):,} instructions, {config.rounds} steps")
+        return maker.finish([data], note=f"{len(rows):,} instructions, {config.num_evolutions} steps")
 
 
 def _prompt(config: EvolveConfig, operator: Operator, instruction: str) -> str:
@@ -134,7 +134,7 @@ def _prompt(config: EvolveConfig, operator: Operator, instruction: str) -> str:
         "Read this instruction:\n\n"
         + instruction
         + "\n\nRewrite it so that it is harder to answer well, but still makes sense and can be answered by an"
-        f" assistant that reads and writes text. {ASKS[operator]} Add about {config.more_words} words at most, and"
+        f" assistant that reads and writes text. {ASKS[operator]} Add about {config.max_added_words} words at most, and"
         " leave out nothing that it gives. Do not answer it. Write the result behind the words `New instruction:`"
         " and nothing else."
     )
@@ -148,7 +148,7 @@ def problem_of(config: EvolveConfig, operator: Operator, before: str, after: str
         return "no instruction"
     if TELLS.search(after):
         return "speaks of the prompt"
-    if operator not in ("breadth", "enrich") and len(after.split()) > len(before.split()) + 2 * config.more_words:
+    if operator not in ("breadth", "enrich") and len(after.split()) > len(before.split()) + 2 * config.max_added_words:
         return "grew too long"
     return "refuses to answer" if refuses(after) else ""
 
@@ -163,7 +163,7 @@ def eliminated(answer: str) -> str:
 
 
 def _same(config: EvolveConfig, maker: Maker, before: dict[str, str], after: dict[str, str]) -> list[str]:
-    if not config.check_same or not after:
+    if not config.check_unchanged or not after:
         return []
     said = maker.ask(
         "compare", [SAME.format(before[id], text) for id, text in after.items()], max_tokens=8, temperature=0.0

@@ -138,11 +138,11 @@ class Passage(NamedTuple):
 class GroundedConfig(Config):
     """Passages, questions and what an answer needs."""
 
-    passages: int = Field(100, gt=0, description="passages asked about, drawn by the run's seed")
-    characters: int = Field(1500, ge=100, description="longest passage; cut between paragraphs")
-    least: int = Field(300, ge=20, description="shortest passage")
-    questions: int = Field(2, ge=1, le=10, description="questions of a passage")
-    support: float = Field(
+    num_passages: int = Field(100, gt=0, description="passages asked about, drawn by the run's seed")
+    max_characters: int = Field(1500, ge=100, description="longest passage; cut between paragraphs")
+    min_characters: int = Field(300, ge=20, description="shortest passage")
+    questions_per_passage: int = Field(2, ge=1, le=10, description="questions of a passage")
+    min_support: float = Field(
         0.8,
         ge=0,
         le=1,
@@ -151,14 +151,14 @@ class GroundedConfig(Config):
             " and names of code must all"
         ),
     )
-    alike: float = Field(
+    max_similarity: float = Field(
         0.8, gt=0, le=1, description="ROUGE-L from which on a question is refused as like one that is there"
     )
-    with_passage: bool = Field(
+    include_passage: bool = Field(
         False, description="show the passage in the user's turn, to train reading rather than knowing"
     )
     decoding: Decoding = Field(Decoding(max_tokens=256), description="how questions are drawn")
-    answers: Decoding = Field(Decoding(temperature=0.0, max_tokens=200), description="how they are answered")
+    answer_decoding: Decoding = Field(Decoding(temperature=0.0, max_tokens=200), description="how they are answered")
 
 
 def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
@@ -169,9 +169,9 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
     """
     every = [p for document in read_documents(data) for p in passages_of(document, config)]
     if not every:
-        raise DataError(f"{data.name}: has no passage of {config.least} to {config.characters} characters")
-    chosen = random.Random(ctx.seed).sample(every, min(config.passages, len(every)))
-    pool = Pool(config.alike)
+        raise DataError(f"{data.name}: has no passage of {config.min_characters} to {config.max_characters} characters")
+    chosen = random.Random(ctx.seed).sample(every, min(config.num_passages, len(every)))
+    pool = Pool(config.max_similarity)
     found: list[tuple[Passage, str, str, str]] = []  # (passage, id, prompt, question)
     with Maker(ctx, model, config.decoding, "synthesize.grounded") as maker:
         prompts = [_question_prompt(config, p) for p in chosen]
@@ -179,9 +179,9 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
             id = f"{passage.document}@{passage.start}"
             asked = numbered(answer.text) or [line.strip() for line in answer.text.splitlines() if "?" in line]
             asked = (
-                asked[: config.questions]
+                asked[: config.questions_per_passage]
                 if not answer.problem.startswith("cut off")
-                else asked[:-1][: config.questions]
+                else asked[:-1][: config.questions_per_passage]
             )
             if not asked:
                 maker.drop(id, answer.problem or "no question", answer.text)
@@ -196,7 +196,10 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
                     found.append((passage, f"{id}?{number}", prompt, question))
         asks = [_answer_prompt(passage, question) for passage, _, _, question in found]
         answers = maker.ask(
-            "answers", asks, max_tokens=config.answers.max_tokens, temperature=config.answers.temperature
+            "answers",
+            asks,
+            max_tokens=config.answer_decoding.max_tokens,
+            temperature=config.answer_decoding.temperature,
         )
         for (passage, id, prompt, question), ask, answer in zip(found, asks, answers, strict=True):
             share, missing = support_of(answer.text, passage.text, question)
@@ -204,7 +207,7 @@ def grounded(config: GroundedConfig, model: Model | Adapter, data: Dataset, ctx:
             if reason:
                 maker.drop(id, reason, f"{question}\n\n{answer.text}")
                 continue
-            shown = f"{passage.text}\n\n{question}" if config.with_passage else question
+            shown = f"{passage.text}\n\n{question}" if config.include_passage else question
             where = {"document": passage.document, "start": passage.start, "end": passage.start + len(passage.text)}
             maker.keep(
                 id,
@@ -226,7 +229,7 @@ def _reason_against(answer: Answer, missing: str, share: float, config: Grounded
             f"not in the passage ({missing})"
             if missing
             else f"not in the passage (telling words: {share:.0%})"
-            if share < config.support
+            if share < config.min_support
             else ""
         )
     )
@@ -238,17 +241,17 @@ def passages_of(document: Document, config: GroundedConfig) -> list[Passage]:
     found: list[Passage] = []
     start, text = 0, ""
     for match in PARAGRAPH.finditer(document.text):
-        if text and match.end() - start > config.characters:
+        if text and match.end() - start > config.max_characters:
             found.append(Passage(document.id, start, text))
             text = ""
         start = start if text else match.start()
         text = document.text[start : match.end()]
     found.append(Passage(document.id, start, text))
-    return [p for p in found if config.least <= len(p.text) <= config.characters]
+    return [p for p in found if config.min_characters <= len(p.text) <= config.max_characters]
 
 
 def _question_prompt(config: GroundedConfig, passage: Passage) -> str:
-    count = f"{config.questions} questions" if config.questions > 1 else "one question"
+    count = f"{config.questions_per_passage} questions" if config.questions_per_passage > 1 else "one question"
     return (
         f"{passage.text}\n\n---\nWrite {count} that the passage above answers. Each must make sense to somebody who"
         " does not see the passage, so name what it is about. Write a numbered list of questions, one a line, and"

@@ -32,19 +32,21 @@ OUT_OF_REACH = re.compile(
 class InstructConfig(Config):
     """How many tasks, and how they are asked for."""
 
-    rows: int = Field(100, gt=0, description="tasks to make")
-    rounds: int = Field(20, gt=0, description="stop after so many rounds, however many tasks there are")
-    requests: int = Field(16, gt=0, description="requests of a round")
-    shown: int = Field(8, ge=1, description="tasks shown as examples in a request")
-    made_shown: int = Field(2, ge=0, description="of them at most so many that were made, the rest are seeds")
-    asked: int = Field(5, ge=1, description="new tasks asked for in a request")
-    alike: float = Field(
+    num_rows: int = Field(100, gt=0, description="tasks to make")
+    max_rounds: int = Field(20, gt=0, description="stop after so many rounds, however many tasks there are")
+    requests_per_round: int = Field(16, gt=0, description="requests of a round")
+    num_examples: int = Field(8, ge=1, description="tasks shown as examples in a request")
+    num_generated_examples: int = Field(
+        2, ge=0, description="of them at most so many that were made, the rest are seeds"
+    )
+    tasks_per_request: int = Field(5, ge=1, description="new tasks asked for in a request")
+    max_similarity: float = Field(
         0.7, gt=0, le=1, description="ROUGE-L with a task that is there from which on a new one is refused"
     )
     min_words: int = Field(4, ge=1, description="shortest task")
     max_words: int = Field(150, ge=1, description="longest task")
     decoding: Decoding = Field(Decoding(temperature=0.9), description="how tasks are drawn")
-    answers: Decoding = Field(Decoding(temperature=0.0), description="how they are answered")
+    answer_decoding: Decoding = Field(Decoding(temperature=0.0), description="how they are answered")
 
 
 def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
@@ -53,7 +55,7 @@ def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx:
 
     Errors: DataError without seed tasks, or when nothing can be kept.
     """
-    pool = Pool(config.alike)
+    pool = Pool(config.max_similarity)
     seeds = [
         text for text in (" ".join(instruction_of(row).split()) for row in read_chat(data)) if text and pool.add(text)
     ]
@@ -62,12 +64,14 @@ def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx:
     draw = random.Random(ctx.seed)
     made: list[tuple[str, str]] = []  # (task, prompt)
     with Maker(ctx, model, config.decoding, "synthesize.instruct") as maker:
-        for turn in range(config.rounds):
-            if len(made) >= config.rows:
+        for turn in range(config.max_rounds):
+            if len(made) >= config.num_rows:
                 break
-            prompts = [_prompt(config, seeds, [task for task, _ in made], draw) for _ in range(config.requests)]
+            prompts = [
+                _prompt(config, seeds, [task for task, _ in made], draw) for _ in range(config.requests_per_round)
+            ]
             numbers = range(
-                turn * config.requests, (turn + 1) * config.requests
+                turn * config.requests_per_round, (turn + 1) * config.requests_per_round
             )  # two requests may show the same tasks
             asked = [
                 Prompt((Message("user", prompt),), number) for number, prompt in zip(numbers, prompts, strict=True)
@@ -81,13 +85,13 @@ def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx:
                     reason = problem_of(config, task) or ("" if pool.add(task) else "like another task")
                     if reason:
                         maker.drop(f"round {turn + 1}", reason, task)
-                    elif len(made) < config.rows:
+                    elif len(made) < config.num_rows:
                         made.append((task, prompt))
         answers = maker.ask(
             "answers",
             [task for task, _ in made],
-            max_tokens=config.answers.max_tokens,
-            temperature=config.answers.temperature,
+            max_tokens=config.answer_decoding.max_tokens,
+            temperature=config.answer_decoding.temperature,
         )
         for number, ((task, prompt), answer) in enumerate(zip(made, answers, strict=True), 1):
             reason = answer.problem or ("refuses to answer" if refuses(answer.text) else "")
@@ -101,13 +105,13 @@ def instruct(config: InstructConfig, model: Model | Adapter, data: Dataset, ctx:
 
 
 def _prompt(config: InstructConfig, seeds: list[str], made: list[str], draw: random.Random) -> str:
-    from_made = draw.sample(made, min(config.made_shown, len(made), config.shown - 1))
-    shown = [*draw.sample(seeds, min(config.shown - len(from_made), len(seeds))), *from_made]
+    from_made = draw.sample(made, min(config.num_generated_examples, len(made), config.num_examples - 1))
+    shown = [*draw.sample(seeds, min(config.num_examples - len(from_made), len(seeds))), *from_made]
     draw.shuffle(shown)
     examples = "\n".join(f"{i}. {task}" for i, task in enumerate(shown, 1))
     return (
         f"Here are {len(shown)} tasks that people give to an assistant that reads and writes"
-        f" text:\n\n{examples}\n\nWrite {config.asked} more tasks. They must differ from these and from one another in"
+        f" text:\n\n{examples}\n\nWrite {config.tasks_per_request} more tasks. They must differ from these and from one another in"
         " subject, in verb and in form; each must hold all that is needed to do it, without pictures, files or links."
         " Write a numbered list with one task a line and nothing else."
     )

@@ -24,27 +24,27 @@ from llmworks.synthesize.asking import Answer, Decoding, Maker, Prompt, question
 class PairsConfig(Config):
     """Where answers and scores come from, and which make a pair."""
 
-    by: Literal["verifier", "judge", "ratings"] = Field(
+    scorer: Literal["verifier", "judge", "ratings"] = Field(
         "verifier",
         description=(
             "verifier: of the row's answer; judge: a model's grades, needs the input `judge`; ratings: of the row's own"
             " answers"
         ),
     )
-    score: str = Field("verified", description="score function of the verifier")
-    answers: int = Field(4, ge=2, le=64, description="answers drawn of each question")
-    margin: float = Field(0.5, gt=0, le=1, description="least difference of the scores (0 to 1) of a pair")
-    choose: Literal["widest", "all"] = Field(
+    score_function: str = Field("verified", description="score function of the verifier")
+    num_generations: int = Field(4, ge=2, le=64, description="answers drawn of each question")
+    min_margin: float = Field(0.5, gt=0, le=1, description="least difference of the scores (0 to 1) of a pair")
+    pairing: Literal["widest", "all"] = Field(
         "widest", description="widest: the best and the worst answer of a question; all: every pair with the margin"
     )
-    longest: float = Field(
+    max_length_ratio: float = Field(
         0.0,
         ge=0,
         description=(
             "a chosen answer may be so many times as long as the rejected one; 0: no bound. Against rewards for length"
         ),
     )
-    field: str = Field(
+    ratings_field: str = Field(
         "ratings",
         description=(
             "by ratings: the field that holds a list of {text, rating}, or answers in `answers` and their ratings in"
@@ -54,7 +54,7 @@ class PairsConfig(Config):
     criteria: str = Field("", description="what the judge looks at, in words")
     limit: int | None = Field(None, gt=0, description="only the first rows")
     decoding: Decoding = Field(Decoding(temperature=1.0), description="how answers are drawn")
-    judging: Decoding = Field(Decoding(temperature=0.0, max_tokens=256), description="how the judge answers")
+    judge_decoding: Decoding = Field(Decoding(temperature=0.0, max_tokens=256), description="how the judge answers")
 
 
 class Scored(NamedTuple):
@@ -82,12 +82,12 @@ def pairs(
     _check_inputs(config, judge, model)
     asked = questions(data, config.limit)
     with Maker(ctx, model, config.decoding, "synthesize.pairs") as maker:
-        if config.by == "ratings":
-            scored = {row["id"]: rated(row, config.field) for row, _ in asked}
+        if config.scorer == "ratings":
+            scored = {row["id"]: rated(row, config.ratings_field) for row, _ in asked}
         else:
-            if config.by == "verifier":
+            if config.scorer == "verifier":
                 for row, turns in asked:
-                    score_function(config.score)(
+                    score_function(config.score_function)(
                         turns, "", row
                     )  # a row that cannot be judged is refused before anything is asked
             drawn = _drawn(config, maker, asked)
@@ -112,21 +112,21 @@ def pairs(
                 f" {share:.0%}."
             ),
             metrics={"chosen_longer": round(share, 4)},
-            note=f"by {config.by}",
+            note=f"by {config.scorer}",
         )
 
 
 def _check_inputs(config: PairsConfig, judge: Model | Adapter | None, model: Model | Adapter | None) -> None:
     """UserError for inputs that do not go with `by`."""
-    if (config.by == "judge") != (judge is not None):
+    if (config.scorer == "judge") != (judge is not None):
         raise UserError(
             "by: judge needs the input `judge`"
             if judge is None
-            else f"the input `judge` is for by: judge, this is by: {config.by}"
+            else f"the input `judge` is for by: judge, this is by: {config.scorer}"
         )
-    if (config.by == "ratings") == (model is not None):
+    if (config.scorer == "ratings") == (model is not None):
         raise UserError(
-            f"by: {config.by} needs the input `model`"
+            f"by: {config.scorer} needs the input `model`"
             if model is None
             else "by: ratings pairs the answers that the rows have; leave the input `model` out"
         )
@@ -143,12 +143,12 @@ def _keep_pairs(
     """Keep the pairs that were chosen of a question's answers."""
     for number, (good, bad) in enumerate(found, 1):
         origin: Json = {
-            "by": config.by,
+            "by": config.scorer,
             "scores": [round(good.score, 4), round(bad.score, 4)],
             "why": bad.why,
             "answers": len(scored[row["id"]]),
         }
-        id = row["id"] if config.choose == "widest" else f"{row['id']}~{number}"
+        id = row["id"] if config.pairing == "widest" else f"{row['id']}~{number}"
         sides: Json = {
             name: messages_to_json([Message("assistant", s.text)]) for name, s in (("chosen", good), ("rejected", bad))
         }
@@ -170,12 +170,12 @@ def _drawn(
     config: PairsConfig, maker: Maker, asked: Sequence[tuple[Row, tuple[Message, ...]]]
 ) -> dict[str, list[tuple[Prompt, Answer]]]:
     """The usable, different answers to each question."""
-    prompts = [Prompt(turns, turn) for _, turns in asked for turn in range(config.answers)]
+    prompts = [Prompt(turns, turn) for _, turns in asked for turn in range(config.num_generations)]
     answers = iter(zip(prompts, maker.ask("answers", prompts), strict=True))
     found: dict[str, list[tuple[Prompt, Answer]]] = {}
     for row, _ in asked:
         different: dict[str, tuple[Prompt, Answer]] = {}
-        for prompt, answer in (next(answers) for _ in range(config.answers)):
+        for prompt, answer in (next(answers) for _ in range(config.num_generations)):
             if answer.problem:
                 maker.drop(row["id"], answer.problem, answer.text)
             else:
@@ -187,7 +187,7 @@ def _drawn(
 def _verified(
     config: PairsConfig, asked: Sequence[tuple[Row, tuple[Message, ...]]], drawn: dict[str, list[tuple[Prompt, Answer]]]
 ) -> dict[str, list[Scored]]:
-    verify = score_function(config.score)
+    verify = score_function(config.score_function)
     found = {}
     for row, turns in asked:
         scores = [(prompt, answer.text, verify(turns, answer.text, row)) for prompt, answer in drawn[row["id"]]]
@@ -208,7 +208,7 @@ def _judged(
         for prompt, answer in drawn[row["id"]]
     ]
     found: dict[str, list[Scored]] = {row["id"]: [] for row, _ in asked}
-    with Maker(maker.ctx, by, config.judging, "synthesize.pairs", file="judged.jsonl") as judging:
+    with Maker(maker.ctx, by, config.judge_decoding, "synthesize.pairs", file="judged.jsonl") as judging:
         for (id, prompt, text, _), verdict in zip(todo, judging.ask("judge", [ask for *_, ask in todo]), strict=True):
             grade = None if verdict.problem else judge.read_grade(verdict.text)
             if grade is None:
@@ -256,10 +256,10 @@ def choose(config: PairsConfig, scored: Sequence[Scored]) -> list[tuple[Scored, 
         (good, bad)
         for good in scored
         for bad in scored
-        if good.score - bad.score >= config.margin - 1e-9
+        if good.score - bad.score >= config.min_margin - 1e-9
         and good.text != bad.text
-        and (not config.longest or len(good.text) <= config.longest * max(1, len(bad.text)))
+        and (not config.max_length_ratio or len(good.text) <= config.max_length_ratio * max(1, len(bad.text)))
     ]
     # of equally wide ones the pair whose sides are of like length
     found.sort(key=lambda p: (p[1].score - p[0].score, abs(len(p[0].text) - len(p[1].text)), p[0].text, p[1].text))
-    return found if config.choose == "all" else found[:1]
+    return found if config.pairing == "all" else found[:1]

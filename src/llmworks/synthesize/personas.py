@@ -29,22 +29,26 @@ WHO = {
 class PersonasConfig(Config):
     """Who is made up, and what they ask."""
 
-    texts: int = Field(100, gt=0, description="documents whose readers are made up, the first of the input")
-    characters: int = Field(1500, gt=0, description="of a document, its beginning is shown")
-    related: int = Field(
+    max_documents: int = Field(100, gt=0, description="documents whose readers are made up, the first of the input")
+    max_characters: int = Field(1500, gt=0, description="of a document, its beginning is shown")
+    num_related: int = Field(
         0,
         ge=0,
         le=10,
         description="for each person so many more of their surroundings (Persona Hub's persona-to-persona)",
     )
-    asks: Literal["instruction", "reasoning", "knowledge"] = Field("instruction", description="what each person asks")
-    questions: int = Field(1, ge=1, le=10, description="questions of each person")
-    alike: float = Field(
+    task_type: Literal["instruction", "reasoning", "knowledge"] = Field(
+        "instruction", description="what each person asks"
+    )
+    questions_per_persona: int = Field(1, ge=1, le=10, description="questions of each person")
+    max_similarity: float = Field(
         0.7, gt=0, le=1, description="ROUGE-L from which on a person or a question is refused as like one that is there"
     )
-    in_system: bool = Field(False, description="put the person into a system turn, so that the answers are for them")
+    persona_in_system: bool = Field(
+        False, description="put the person into a system turn, so that the answers are for them"
+    )
     decoding: Decoding = Field(Decoding(temperature=0.9), description="how people and questions are drawn")
-    answers: Decoding = Field(Decoding(temperature=0.0), description="how questions are answered")
+    answer_decoding: Decoding = Field(Decoding(temperature=0.0), description="how questions are answered")
 
 
 def personas(config: PersonasConfig, model: Model | Adapter, data: Dataset, ctx: Context) -> Dataset:
@@ -52,40 +56,42 @@ def personas(config: PersonasConfig, model: Model | Adapter, data: Dataset, ctx:
 
     Errors: DataError without documents, or when nothing can be kept.
     """
-    texts = [d for _, d in zip(range(config.texts), read_documents(data), strict=False) if d.text.strip()]
+    texts = [d for _, d in zip(range(config.max_documents), read_documents(data), strict=False) if d.text.strip()]
     if not texts:
         raise DataError(f"{data.name}: has no text")
     people: list[tuple[str, str]] = []  # (id, who)
-    known, asked = Pool(config.alike), Pool(config.alike)
+    known, asked = Pool(config.max_similarity), Pool(config.max_similarity)
     with Maker(ctx, model, config.decoding, "synthesize.personas") as maker:
         prompts = [
             "Who is likely to read or write the text below? Describe one such person in one or two sentences: what"
             ' they do, know and want. Begin with "A" or "An" and write nothing'
-            f" else.\n\nText:\n{d.text[: config.characters]}"
+            f" else.\n\nText:\n{d.text[: config.max_characters]}"
             for d in texts
         ]
         for document, answer in zip(texts, maker.ask("people", prompts, max_tokens=120), strict=True):
             _take(maker, known, people, document.id, answer.problem, bare(answer.text.split("\n\n")[0]))
-        if config.related:
+        if config.num_related:
             first = list(people)
             prompts = [
-                f"{who}\n\nWho are {config.related} people that this person often deals with, of other walks of life?"
+                f"{who}\n\nWho are {config.num_related} people that this person often deals with, of other walks of life?"
                 " Describe each in one sentence, as a numbered list and nothing else."
                 for _, who in first
             ]
             for (id, _), answer in zip(first, maker.ask("surroundings", prompts), strict=True):
-                for number, who in enumerate(numbered(answer.text)[: config.related] if not answer.problem else [], 1):
+                for number, who in enumerate(
+                    numbered(answer.text)[: config.num_related] if not answer.problem else [], 1
+                ):
                     _take(maker, known, people, f"{id}+{number}", "", who)
         prompts = [
-            f"Imagine this person:\n\n{who}\n\nNow {WHO[config.asks]}. Write it as they would say it, complete in"
+            f"Imagine this person:\n\n{who}\n\nNow {WHO[config.task_type]}. Write it as they would say it, complete in"
             " itself, behind the word `Question:` and nothing else."
             + (
-                f"\nThis is number {n} of {config.questions}; it must differ from what one thinks of first."
+                f"\nThis is number {n} of {config.questions_per_persona}; it must differ from what one thinks of first."
                 if n > 1
                 else ""
             )
             for _, who in people
-            for n in range(1, config.questions + 1)
+            for n in range(1, config.questions_per_persona + 1)
         ]
         found = _ask(people, prompts, maker, asked, config)
         _answer(found, maker, config)
@@ -96,7 +102,7 @@ def _ask(
     people: list[tuple[str, str]], prompts: list[str], maker: Maker, asked: Pool, config: PersonasConfig
 ) -> list[tuple[str, str, str, str]]:
     """A question or more of each person; what is no question, or like another, is dropped."""
-    owners = [person for person in people for _ in range(config.questions)]
+    owners = [person for person in people for _ in range(config.questions_per_persona)]
     found: list[tuple[str, str, str, str]] = []  # (id, who, prompt, question)
     for number, ((id, who), prompt, answer) in enumerate(
         zip(owners, prompts, maker.ask("questions", prompts), strict=True)
@@ -110,7 +116,7 @@ def _ask(
         if reason:
             maker.drop(id, reason, question)
         else:
-            found.append((f"{id}?{number % config.questions + 1}", who, prompt, question))
+            found.append((f"{id}?{number % config.questions_per_persona + 1}", who, prompt, question))
     return found
 
 
@@ -121,15 +127,15 @@ def _answer(found: list[tuple[str, str, str, str]], maker: Maker, config: Person
         maker.ask(
             "answers",
             [q for *_, q in found],
-            max_tokens=config.answers.max_tokens,
-            temperature=config.answers.temperature,
+            max_tokens=config.answer_decoding.max_tokens,
+            temperature=config.answer_decoding.temperature,
         ),
         strict=True,
     ):
         if reason := answer.problem or ("refuses to answer" if refuses(answer.text) else ""):
             maker.drop(id, reason, f"{question}\n\n{answer.text}")
             continue
-        system = (Message("system", f"You are talking with this person: {who}"),) if config.in_system else ()
+        system = (Message("system", f"You are talking with this person: {who}"),) if config.persona_in_system else ()
         maker.keep(
             id,
             (*system, Message("user", question), Message("assistant", answer.text)),

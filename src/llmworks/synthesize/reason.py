@@ -34,9 +34,9 @@ TOLD = re.compile(
 class ReasonConfig(Config):
     """How often each question is tried."""
 
-    tries: int = Field(2, ge=1, le=64, description="answers drawn of each question until one is right")
-    hint: bool = Field(True, description="after that once more with the answer as a hint")
-    least_words: int = Field(12, ge=0, description="shortest reasoning; shorter ones only name the answer")
+    max_attempts: int = Field(2, ge=1, le=64, description="answers drawn of each question until one is right")
+    use_hint: bool = Field(True, description="after that once more with the answer as a hint")
+    min_words: int = Field(12, ge=0, description="shortest reasoning; shorter ones only name the answer")
     limit: int | None = Field(None, gt=0, description="only the first rows")
     decoding: Decoding = Field(Decoding(), description="how answers are drawn")
 
@@ -53,10 +53,10 @@ def reason(config: ReasonConfig, model: Model | Adapter, data: Dataset, ctx: Con
         accepted_keys(row)
     last: dict[str, str] = {}
     with Maker(ctx, model, config.decoding, "synthesize.reason") as maker:
-        for turn in range(config.tries + config.hint):
+        for turn in range(config.max_attempts + config.use_hint):
             if not todo:
                 break
-            hinted = turn == config.tries
+            hinted = turn == config.max_attempts
             prompts = [
                 Prompt(_with(turns, HINT.format(accepted_keys(row)[0]) if hinted else HOW), turn) for row, turns in todo
             ]
@@ -101,6 +101,6 @@ def _with(turns: tuple[Message, ...], words: str) -> tuple[Message, ...]:
 
 def problem_of(config: ReasonConfig, text: str, hinted: bool) -> str:
     """Why a reasoning cannot be taken, or an empty string."""
-    if len(text.split()) < config.least_words:
+    if len(text.split()) < config.min_words:
         return "no reasoning"
     return "speaks of the hint" if hinted and TOLD.search(text) else ""

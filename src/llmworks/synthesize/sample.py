@@ -22,13 +22,15 @@ from llmworks.tokenize.chat.templates import parse_calls
 class SampleConfig(Config):
     """How many answers, by whom they are accepted, and which are kept."""
 
-    answers: int = Field(4, ge=1, le=256, description="answers drawn of each question")
-    score: str = Field("verified", description="score function; verified: by the kind of the row's answer")
-    accept: float = Field(1.0, gt=0, le=1, description="least score")
+    num_generations: int = Field(4, ge=1, le=256, description="answers drawn of each question")
+    score_function: str = Field("verified", description="score function; verified: by the kind of the row's answer")
+    min_score: float = Field(1.0, gt=0, le=1, description="least score")
     keep: Literal["first", "shortest", "all"] = Field(
         "first", description="of the accepted answers to one question; all: those that differ"
     )
-    stop: bool = Field(True, description="ask no more of a question once an answer is accepted (with keep: all, never)")
+    stop_on_accept: bool = Field(
+        True, description="ask no more of a question once an answer is accepted (with keep: all, never)"
+    )
     limit: int | None = Field(None, gt=0, description="only the first rows")
     decoding: Decoding = Field(Decoding(), description="how answers are drawn")
 
@@ -39,24 +41,24 @@ def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Con
     Errors: DataError for rows that cannot be verified, or when nothing is accepted; UserError for an unknown score
     function.
     """
-    judge = score_function(config.score)
+    judge = score_function(config.score_function)
     asked = questions(data, config.limit)
     for row, turns in asked:
         judge(turns, "", row)  # a row that cannot be judged is refused before anything is asked
     accepted: dict[str, list[tuple[Prompt, str, int]]] = {row["id"]: [] for row, _ in asked}
     why: dict[str, tuple[str, str]] = {}
     with Maker(ctx, model, config.decoding, "synthesize.sample") as maker:
-        for turn in range(config.answers):
+        for turn in range(config.num_generations):
             todo = [
                 (row, turns)
                 for row, turns in asked
-                if not (accepted[row["id"]] and config.stop and config.keep == "first")
+                if not (accepted[row["id"]] and config.stop_on_accept and config.keep == "first")
             ]
             prompts = [Prompt(turns, turn) for _, turns in todo]
             for (row, turns), prompt, answer in zip(
                 todo, prompts, maker.ask(f"answer {turn + 1}", prompts), strict=True
             ):
-                problem = answer.problem or _judged(judge(turns, answer.text, row), config.accept)
+                problem = answer.problem or _judged(judge(turns, answer.text, row), config.min_score)
                 if problem:
                     why[row["id"]] = (answer.problem or f"no answer accepted ({problem})", answer.text)
                 else:
@@ -83,7 +85,7 @@ def sample(config: SampleConfig, model: Model | Adapter, data: Dataset, ctx: Con
         return maker.finish(
             [data],
             metrics={"questions": len(asked), "solved": solved},
-            note=f"{solved:,} of {len(asked):,} questions solved, by {config.score}",
+            note=f"{solved:,} of {len(asked):,} questions solved, by {config.score_function}",
         )
 
 

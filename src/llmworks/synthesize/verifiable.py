@@ -36,21 +36,23 @@ OPENINGS = (
 class VerifiableConfig(Config):
     """How many rows, and how much each asks."""
 
-    rows: int = Field(0, ge=0, description="at most so many; 0: one of each text")
-    least: int = Field(1, ge=1, le=6, description="instructions of a row, at least")
-    most: int = Field(3, ge=1, le=6, description="instructions of a row, at most")
-    kinds: list[str] = Field([], description="which instructions, by their names, as startend:quotation; empty: all")
-    words: tuple[int, int] = Field((6, 24), description="how many words a text has; others are set aside")
+    num_rows: int = Field(0, ge=0, description="at most so many; 0: one of each text")
+    min_instructions: int = Field(1, ge=1, le=6, description="instructions of a row, at least")
+    max_instructions: int = Field(3, ge=1, le=6, description="instructions of a row, at most")
+    instruction_ids: list[str] = Field(
+        [], description="which instructions, by their names, as startend:quotation; empty: all"
+    )
+    word_range: tuple[int, int] = Field((6, 24), description="how many words a text has; others are set aside")
     seed: int = Field(0, ge=0, description="seed of the draws")
 
     @model_validator(mode="after")
     def _fits(self) -> VerifiableConfig:
-        if self.least > self.most:
-            raise ValueError(f"least ({self.least}) is more than most ({self.most})")
-        if self.words[0] < 1 or self.words[0] > self.words[1]:
+        if self.min_instructions > self.max_instructions:
+            raise ValueError(f"least ({self.min_instructions}) is more than most ({self.max_instructions})")
+        if self.word_range[0] < 1 or self.word_range[0] > self.word_range[1]:
             raise ValueError("words are two numbers, the smaller first")
         known = [rule.name for rule in rules.RULES]
-        unknown = next((name for name in self.kinds if name not in known), None)
+        unknown = next((name for name in self.instruction_ids if name not in known), None)
         if unknown is not None:
             raise ValueError(f"kinds: {unknown!r} is none of {', '.join(known)}")
         return self
@@ -61,20 +63,20 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
 
     Errors: DataError where no text has the wanted length.
     """
-    chosen = tuple(rule for rule in rules.RULES if not config.kinds or rule.name in config.kinds)
+    chosen = tuple(rule for rule in rules.RULES if not config.instruction_ids or rule.name in config.instruction_ids)
     rejected, seen = Rejected(), set[str]()
     rows: list[Row] = []
     texts = _texts(data)
     random = Random(config.seed)
     random.shuffle(texts)
     for id, text in texts:
-        if config.rows and len(rows) == config.rows:
+        if config.num_rows and len(rows) == config.num_rows:
             break
-        if not config.words[0] <= len(text.split()) <= config.words[1] or text in seen:
+        if not config.word_range[0] <= len(text.split()) <= config.word_range[1] or text in seen:
             rejected.add(
                 data.name,
                 0,
-                "stood before" if text in seen else f"not of {config.words[0]} to {config.words[1]} words",
+                "stood before" if text in seen else f"not of {config.word_range[0]} to {config.word_range[1]} words",
                 text,
             )
             continue
@@ -93,8 +95,8 @@ def verifiable(config: VerifiableConfig, data: Dataset, ctx: Context) -> Dataset
             rows.append(row)
     if not rows:
         raise DataError(
-            f"{data.name}: none of {len(texts)} texts is of {config.words[0]} to {config.words[1]} words and has room"
-            f" for {config.least} of the instructions{' of kinds' if config.kinds else ''}"
+            f"{data.name}: none of {len(texts)} texts is of {config.word_range[0]} to {config.word_range[1]} words and has room"
+            f" for {config.min_instructions} of the instructions{' of kinds' if config.instruction_ids else ''}"
         )
     rejected.write(ctx.out, ctx.progress.say)
     kinds = Counter(name for row in rows for name in row["answer"]["constraints"])
@@ -136,13 +138,13 @@ def _row(id: str, text: str, config: VerifiableConfig, kinds: tuple[rules.Rule, 
     """
     from llmworks.score.constraints import followed
 
-    found = rules.chosen(kinds, text, random.randint(config.least, config.most), random)
+    found = rules.chosen(kinds, text, random.randint(config.min_instructions, config.max_instructions), random)
     made = rules.answer(text, found)
     names, arguments = (
         [rule.name for rule, _ in found],
         [{key: value for key, value in given.items() if key not in rules.OURS} for _, given in found],
     )
-    if len(found) < config.least or not all(followed(made, names, arguments)):
+    if len(found) < config.min_instructions or not all(followed(made, names, arguments)):
         return None
     asked = [rules.said(rule, given, random) for rule, given in found]
     messages = [

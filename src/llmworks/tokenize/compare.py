@@ -34,7 +34,7 @@ class CompareConfig(Config):
     """What the tokenizers are shown."""
 
     text: str = Field("", description="a text to divide; without it and without documents, a few of several languages")
-    characters: int = Field(2_000_000, gt=0, description="of the documents, at most so many")
+    max_characters: int = Field(2_000_000, gt=0, description="of the documents, at most so many")
 
 
 def compare(
@@ -170,7 +170,7 @@ def _draw_divisions(
 def _texts(config: CompareConfig, data: Dataset | None) -> list[tuple[str, str]]:
     """(group, text) of what is compared on."""
     found = [("the text", config.text)] if config.text else []
-    left = config.characters
+    left = config.max_characters
     for document in read_documents(data) if data is not None else ():
         found.append((group_of(document), document.text[:left]))
         left -= len(document.text)

@@ -32,7 +32,7 @@ ROLES = {
 }
 
 
-def train(config: TrainConfig, data: Dataset, ctx: Context, held_out: Dataset | None = None) -> Tokenizer:
+def train(config: TrainConfig, data: Dataset, ctx: Context, eval_data: Dataset | None = None) -> Tokenizer:
     """Learn a tokenizer from documents; the report measures it on `held_out`, else on the beginning of the same
     documents.
 
@@ -42,41 +42,43 @@ def train(config: TrainConfig, data: Dataset, ctx: Context, held_out: Dataset | 
 
     roles, control = control_tokens(config)
     floor = len(control) + (0 if config.algorithm == "wordpiece" else 256)
-    if config.vocabulary <= floor:
+    if config.vocab_size <= floor:
         raise UserError(
-            f"config.vocabulary is {config.vocabulary:,}, of which {floor:,} are control tokens and bytes; ask for more"
+            f"config.vocabulary is {config.vocab_size:,}, of which {floor:,} are control tokens and bytes; ask for more"
         )
     documents, characters = count_characters(data)
-    share = min(1.0, config.characters / max(1, characters))
+    share = min(1.0, config.max_characters / max(1, characters))
     with ctx.progress.bar("read", documents, "documents") as bar:
         made = learn(config, control, lambda: _texts(data, share, bar))
-    if made.get_vocab_size() < config.vocabulary:
+    if made.get_vocab_size() < config.vocab_size:
         raise DataError(
             f"{data.name}: {int(characters * share):,} characters give {made.get_vocab_size():,} tokens,"
-            f" config.vocabulary asks for {config.vocabulary:,}; give more text or ask for fewer"
+            f" config.vocabulary asks for {config.vocab_size:,}; give more text or ask for fewer"
         )
-    tokenizer = as_transformers(made, roles, "" if config.template == "none" else named_template(config.template))
+    tokenizer = as_transformers(
+        made, roles, "" if config.chat_template == "none" else named_template(config.chat_template)
+    )
     tokenizer.save_pretrained(ctx.out)
-    usage = measure(tokenizer, _measured(held_out or data))
-    where = f"{held_out.name}, which it did not see" if held_out else f"{data.name}, from which it was learned"
-    ctx.report.title = f"{config.vocabulary:,} tokens ({config.algorithm}) of {data.name}"
+    usage = measure(tokenizer, _measured(eval_data or data))
+    where = f"{eval_data.name}, which it did not see" if eval_data else f"{data.name}, from which it was learned"
+    ctx.report.title = f"{config.vocab_size:,} tokens ({config.algorithm}) of {data.name}"
     ctx.report.lead = (
         f"A token holds {usage.whole.bytes_per_token:.2f} bytes of {where}; a word takes {usage.whole.fertility:.2f}"
         " tokens."
     )
-    figures = {"vocabulary": config.vocabulary, **report_usage(ctx.report, tokenizer, usage)}
+    figures = {"vocabulary": config.vocab_size, **report_usage(ctx.report, tokenizer, usage)}
     ctx.report.data |= {"characters": int(characters * share), "control": control}
     ctx.progress.say(ctx.report.lead)
-    return Tokenizer(ctx.out, metrics=figures, about={"vocabulary": config.vocabulary, "algorithm": config.algorithm})
+    return Tokenizer(ctx.out, metrics=figures, about={"vocabulary": config.vocab_size, "algorithm": config.algorithm})
 
 
 def control_tokens(config: TrainConfig) -> tuple[dict[str, str], list[str]]:
     """(control token of each role, all control tokens in the order of their ids)."""
     roles = dict(ROLES[config.algorithm])
     tokens = list(roles.values())
-    if config.template != "none":
-        named = NAMED[config.template]
-        if "bos_token" in named_template(config.template):
+    if config.chat_template != "none":
+        named = NAMED[config.chat_template]
+        if "bos_token" in named_template(config.chat_template):
             roles.setdefault("bos_token", "<s>")
         roles["eos_token"] = named.end or roles["eos_token"]
         tokens += [roles.get("bos_token", ""), *named.tokens]

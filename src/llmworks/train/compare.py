@@ -28,7 +28,7 @@ Points = Sequence[tuple[float, float]]
 class CompareConfig(Config):
     """Which of them the others are held against."""
 
-    first: str = Field("", description="the model that is held against the best of the others; default: the first")
+    baseline: str = Field("", description="the model that is held against the best of the others; default: the first")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,14 @@ def compare(config: CompareConfig, models: dict[str, Model], ctx: Context) -> Re
     """
     if len(models) < 2:
         raise UserError("compare needs two models or more; name each: --models NAME=REF")
-    first = config.first or next(iter(models))
+    first = config.baseline or next(iter(models))
     if first not in models:
         raise UserError(f"config.first is {first!r}; the models are {', '.join(models)}")
     runs = {name: read(name, model) for name, model in models.items()}
     seen = {
-        name: tuple(p.digest for p in model.manifest.parents if p.role == "held_out") if model.manifest else ()
+        name: tuple(p.digest for p in model.manifest.parents if p.role in ("eval_data", "held_out"))
+        if model.manifest
+        else ()
         for name, model in models.items()
     }
     other = next((name for name in models if seen[name] != seen[first]), None)
@@ -175,7 +177,7 @@ def _draw_curves(trained: dict[str, Run], runs: dict[str, Run], report: ReportBu
 def read(name: str, model: Model) -> Run:
     """What a training left. DataError without held-out figures."""
     if "bits_per_byte" not in model.metrics:
-        raise DataError(f"{name}: has no held-out figures; train it with held-out tokens (--held-out)")
+        raise DataError(f"{name}: has no held-out figures; train it with held-out tokens (--eval-data)")
     file = model.path / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     steps = [row for row in rows if "loss" in row]

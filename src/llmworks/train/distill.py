@@ -34,8 +34,8 @@ class DistillConfig(SftConfig):
             " writes (text); auto: logits where both have one vocabulary and the teacher is a directory"
         ),
     )
-    direction: Literal["forward", "reverse", "between"] = Field(
-        "forward",
+    divergence: Literal["forward_kl", "reverse_kl", "js_divergence"] = Field(
+        "forward_kl",
         description=(
             "logits: KL(teacher || student), which covers all that the teacher may say; the reverse, which keeps to"
             " what it says most; or the Jensen-Shannon divergence between them"
@@ -49,18 +49,18 @@ class DistillConfig(SftConfig):
             " its square"
         ),
     )
-    mix: float = Field(0.0, ge=0, lt=1, description="logits: share of the data's own answers in the loss")
-    answer_tokens: int = Field(512, gt=0, description="text: longest answer of the teacher")
-    answer_temperature: float = Field(0.0, ge=0, description="text: 0: the most probable answer")
+    ce_weight: float = Field(0.0, ge=0, lt=1, description="logits: share of the data's own answers in the loss")
+    max_new_tokens: int = Field(512, gt=0, description="text: longest answer of the teacher")
+    generation_temperature: float = Field(0.0, ge=0, description="text: 0: the most probable answer")
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if self.source == "text" and (self.mix or self.direction != "forward" or self.temperature != 1.0):
+        if self.source == "text" and (self.ce_weight or self.divergence != "forward_kl" or self.temperature != 1.0):
             raise ValueError(
                 "mix, direction and temperature are of logits; with source text the teacher's answers are learned as"
                 " they are"
             )
-        if self.method in ("prompt", "prefix"):
+        if self.method in ("prompt_tuning", "prefix_tuning"):
             raise ValueError("a soft prompt is not distilled; take method lora or full")
         return self
 
@@ -71,7 +71,7 @@ def distill(
     student: Model,
     data: Dataset,
     ctx: Context,
-    held_out: Dataset | None = None,
+    eval_data: Dataset | None = None,
 ) -> Adapter | Model:
     """Train the student on the rows of `data`: with the teacher's chances of their answers, or with answers that the
     teacher writes to their questions.
@@ -84,7 +84,7 @@ def distill(
     why = cannot_give_logits(teacher, student)
     of_logits = [
         name
-        for name, value in (("temperature", 1.0), ("mix", 0.0), ("direction", "forward"))
+        for name, value in (("temperature", 1.0), ("ce_weight", 0.0), ("divergence", "forward_kl"))
         if getattr(config, name) != value
     ]
     if why and (config.source == "logits" or of_logits):
@@ -98,7 +98,7 @@ def distill(
         ctx.progress.say(
             f"{teacher.name} writes the answers" + (f", since {why}" if why and config.source == "auto" else "")
         )
-        made = sft(config, student, written(config, teacher, data, ctx), ctx, held_out)
+        made = sft(config, student, written(config, teacher, data, ctx), ctx, eval_data)
         ctx.report.lead = f"{teacher.name} wrote the answers{f', since {why}' if why else ''}. {ctx.report.lead}"
         return made
     with world.opened(config.spread) as here:
@@ -109,7 +109,7 @@ def distill(
             student,
             data,
             ctx,
-            held_out,
+            eval_data,
             here,
             lambda tuned, material: _loss(config, teacher, tuned, material, ctx),
         )
@@ -159,9 +159,9 @@ def _loss(config: DistillConfig, teacher: Model | Adapter, tuned: Tuned, materia
     guide.network.to(next(tuned.network.parameters()).device)
     return taught(
         guide.network.requires_grad_(False).eval(),
-        beta=DIRECTIONS.get(config.direction, 0.5),
+        beta=DIRECTIONS.get(config.divergence, 0.5),
         temperature=config.temperature,
-        mix=config.mix,
+        mix=config.ce_weight,
     )
 
 
@@ -179,9 +179,9 @@ def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx:
     if not rows:
         raise DataError(f"{data.name}: has no conversations that a teacher could answer")
     sampling = Sampling(
-        max_tokens=config.answer_tokens,
-        temperature=config.answer_temperature,
-        seed=ctx.seed if config.answer_temperature else None,
+        max_tokens=config.max_new_tokens,
+        temperature=config.generation_temperature,
+        seed=ctx.seed if config.generation_temperature else None,
     )
     requests = {str(row["id"]): Request(flat_messages(row)[:-1], sampling=sampling) for row in rows}
     with (
@@ -203,14 +203,14 @@ def written(config: DistillConfig, teacher: Model | Adapter, data: Dataset, ctx:
                 if not isinstance(reply, Record)
                 else "is empty"
                 if not reply.text.strip()
-                else f"is not finished within {config.answer_tokens} tokens"
+                else f"is not finished within {config.max_new_tokens} tokens"
             )
             lost.append((str(row["id"]), f"the teacher's answer {why}"))
     ctx.progress.say(f"{len(made)} of {len(rows)} answers are whole and not empty")
     if not made:
         raise DataError(
-            f"{teacher.name} finished none of {len(rows)} answers within {config.answer_tokens} tokens; set"
-            " answer_tokens higher"
+            f"{teacher.name} finished none of {len(rows)} answers within {config.max_new_tokens} tokens; set"
+            " max_new_tokens higher"
         )
     write_chat(ctx.scratch / "written", made)
     return Dataset(

@@ -34,7 +34,7 @@ class NgramConfig(Config):
         lt=1,
         description="taken from every count; 0: three discounts for each order, estimated (modified Kneser-Ney)",
     )
-    rows: int = Field(0, ge=0, description="rows of held-out tokens that are measured; 0: all")
+    eval_samples: int = Field(0, ge=0, description="rows of held-out tokens that are measured; 0: all")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -48,7 +48,7 @@ def ngram(
     tokenizer: Model | Tokenizer | Adapter,
     data: Dataset,
     ctx: Context,
-    held_out: Dataset | None = None,
+    eval_data: Dataset | None = None,
 ) -> Model:
     """Count the n-grams of all pieces of packed rows; each piece is a text of its own.
 
@@ -66,7 +66,7 @@ def ngram(
     loaded = tokenizer_of(tokenizer)
     packed = Packed(data)
     vocabulary = ids_of(loaded)
-    for one in (data, held_out):
+    for one in (data, eval_data):
         if one is not None:
             same_tokenizer(one, loaded, tokenizer.name)
     tokens, begins = _concatenate(packed, data, vocabulary, tokenizer)
@@ -81,7 +81,7 @@ def ngram(
     report.title = f"{config.order}-grams of {data.name}"
     report.lead = f"{sum(len(o.keys) for o in orders):,} n-grams of {len(tokens):,} tokens."
     metrics: dict[str, float] = {"tokens": len(tokens), "ngrams": sum(len(o.keys) for o in orders)}
-    metrics = _measure(held_out, model, loaded, config, report, metrics)
+    metrics = _measure(eval_data, model, loaded, config, report, metrics)
     _describe(report, orders, discounts, fallen)
     report.data |= {**metrics, "order": config.order}
     ctx.progress.say(report.lead)
@@ -147,7 +147,7 @@ def _measure(
     from llmworks.train.loop.heldout import measure
 
     if held_out is not None:
-        found = measure(model, Packed(held_out), loaded, rows=config.rows)
+        found = measure(model, Packed(held_out), loaded, rows=config.eval_samples)
         if not found.tokens:
             raise DataError(f"{held_out.name}: has no token that is learned")
         metrics |= {

@@ -36,7 +36,7 @@ class PretrainOptimizer(OptimizerConfig):
     weight_decay: float = Field(
         0.1, ge=0, description="decoupled weight decay of matrices; vectors, as gains and biases, have none"
     )
-    warmup: float = Field(
+    warmup_ratio: float = Field(
         0.02, ge=0, lt=1, description="fraction of all steps over which the learning rate rises from zero"
     )
 
@@ -44,10 +44,10 @@ class PretrainOptimizer(OptimizerConfig):
 class PretrainConfig(Config):
     """How long, in what steps, and what is looked at on the way."""
 
-    epochs: float = Field(1.0, gt=0, le=100_000, description="passes over the data; may be a fraction")
-    tokens: int = Field(0, ge=0, description="tokens to read, in place of epochs; 0: by epochs")
-    batch: int = Field(8, gt=0, description="rows that are computed at once")
-    accumulation: int = Field(
+    num_train_epochs: float = Field(1.0, gt=0, le=100_000, description="passes over the data; may be a fraction")
+    num_train_tokens: int = Field(0, ge=0, description="tokens to read, in place of epochs; 0: by epochs")
+    batch_size: int = Field(8, gt=0, description="rows that are computed at once")
+    gradient_accumulation_steps: int = Field(
         1, gt=0, description="parts of a step; its loss is the mean over all their labels, as in one large batch"
     )
     optimizer: PretrainOptimizer = Field(PretrainOptimizer(), description="optimizer and learning rate")
@@ -58,10 +58,10 @@ class PretrainConfig(Config):
             " fp32 on a CPU, where the others are many times slower"
         ),
     )
-    recompute: bool = Field(
+    gradient_checkpointing: bool = Field(
         False, description="keep no activations of blocks, compute them again backward: less memory, a third more time"
     )
-    compile: bool = Field(False, description="torch.compile: the first step takes a minute or more")
+    torch_compile: bool = Field(False, description="torch.compile: the first step takes a minute or more")
     parallel: Parallel = Field(
         Parallel(),
         description=(
@@ -69,7 +69,7 @@ class PretrainConfig(Config):
             " number"
         ),
     )
-    average: float = Field(
+    ema_decay: float = Field(
         0.0,
         ge=0,
         lt=1,
@@ -78,7 +78,7 @@ class PretrainConfig(Config):
             " + step); 0: the last weights are"
         ),
     )
-    spike: float = Field(
+    loss_spike_threshold: float = Field(
         3.0,
         ge=0,
         description=(
@@ -86,24 +86,24 @@ class PretrainConfig(Config):
             " above the first; 0: never"
         ),
     )
-    look_every: int = Field(100, gt=0, description="steps between two looks at held-out tokens, with samples")
-    look_rows: int = Field(
+    eval_steps: int = Field(100, gt=0, description="steps between two looks at held-out tokens, with samples")
+    eval_samples: int = Field(
         64, gt=0, description="rows of held-out tokens at each look; at the end all of them are measured, too"
     )
-    prompts: list[str] = Field(["The", "In the", "def "], description="beginnings of the samples")
-    sample_tokens: int = Field(40, ge=0, description="tokens of a sample; 0: no samples")
-    checkpoint_every: int = Field(100, gt=0, description="steps between two checkpoints")
-    keep: int = Field(2, gt=0, description="checkpoints that are kept")
+    sample_prompts: list[str] = Field(["The", "In the", "def "], description="beginnings of the samples")
+    sample_max_tokens: int = Field(40, ge=0, description="tokens of a sample; 0: no samples")
+    save_steps: int = Field(100, gt=0, description="steps between two checkpoints")
+    save_total_limit: int = Field(2, gt=0, description="checkpoints that are kept")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.tokens and "epochs" in self.model_fields_set and self.epochs != 1.0:
+        if self.num_train_tokens and "num_train_epochs" in self.model_fields_set and self.num_train_epochs != 1.0:
             raise ValueError("tokens and epochs are both given; give one of them")
         return self
 
 
 def pretrain(
-    config: PretrainConfig, model: Model, data: Dataset, ctx: Context, held_out: Dataset | None = None
+    config: PretrainConfig, model: Model, data: Dataset, ctx: Context, eval_data: Dataset | None = None
 ) -> Model:
     """Train all weights of the model on the rows of `data`, whose tokens must be its tokenizer's.
 
@@ -114,7 +114,7 @@ def pretrain(
 
     with world.opened(config.parallel) as here:
         try:
-            return _pretrain(config, model, data, ctx, held_out, here)
+            return _pretrain(config, model, data, ctx, eval_data, here)
         except RuntimeError as error:
             if "allocate memory" not in str(error) and "out of memory" not in str(error):
                 raise
@@ -141,29 +141,37 @@ def _pretrain(
     steps = _steps(config, world, packed, data, length, ctx)
     parameters = sum(p.numel() for p in network.parameters())
     precision, placed, whole = _place(config, world, network, model)
-    begun = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed) if world.first else []
+    begun = (
+        continued(whole, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed) if world.first else []
+    )
     kept: dict[int, list[str]] = {}
 
     def look(step: int) -> dict[str, float]:
         placed.gather(whole)
         if not world.first:
             return {}
-        kept[step] = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
-        if config.sample_tokens and config.prompts:
-            ctx.progress.say(f"step {step + 1}: {config.prompts[0]}{kept[step][0]}".replace("\n", "⏎"))
+        kept[step] = continued(whole, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed)
+        if config.sample_max_tokens and config.sample_prompts:
+            ctx.progress.say(f"step {step + 1}: {config.sample_prompts[0]}{kept[step][0]}".replace("\n", "⏎"))
         if unseen is None:
             return {}
-        found = measure(whole, unseen, tokenizer, rows=config.look_rows, batch=config.batch)
+        found = measure(whole, unseen, tokenizer, rows=config.eval_samples, batch=config.batch_size)
         ctx.progress.say(
             f"step {step + 1}: held out {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:,.1f}"
         )
-        return {"held_out": found.per_token, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
+        return {"eval_loss": found.per_token, "bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
 
     habits = Habits(
-        config.checkpoint_every, config.keep, precision, config.average, config.spike, look, config.look_every
+        config.save_steps,
+        config.save_total_limit,
+        precision,
+        config.ema_decay,
+        config.loss_spike_threshold,
+        look,
+        config.eval_steps,
     )
     ctx.progress.say(
-        f"{parameters:,} parameters, {len(steps):,} steps of {config.batch * config.accumulation} rows"
+        f"{parameters:,} parameters, {len(steps):,} steps of {config.batch_size * config.gradient_accumulation_steps} rows"
         + (f", {world.size} processes" if world.size > 1 else "")
     )
     metrics: dict[str, Any] = dict(
@@ -185,7 +193,7 @@ def _pretrain(
 def _require_compiler(config: PretrainConfig, world: World) -> None:
     """MissingDependency where `compile` needs a C++ compiler that is not here."""
     if (
-        config.compile
+        config.torch_compile
         and world.device.type == "cpu"
         and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
     ):
@@ -218,7 +226,7 @@ def _open(
     if held_out is not None and unseen is not None:
         check(model, network, tokenizer, held_out, unseen)
     network.to(world.device)
-    if config.recompute:
+    if config.gradient_checkpointing:
         if not network.supports_gradient_checkpointing:
             raise UserError("config.recompute: this architecture does not have it")
         network.activation_checkpointing_enable({"use_reentrant": False})
@@ -231,9 +239,9 @@ def _steps(
     """The steps of packed rows, shared between processes."""
     from llmworks.train.loop.packed import PackedSteps
 
-    share = share_of(config.batch * config.accumulation, world.count("data"), config.batch)
-    own = config.batch * config.accumulation // world.count("data")
-    if config.parallel.pipeline > 1 and own % share:
+    share = share_of(config.batch_size * config.gradient_accumulation_steps, world.count("data"), config.batch_size)
+    own = config.batch_size * config.gradient_accumulation_steps // world.count("data")
+    if config.parallel.pipeline_parallel_size > 1 and own % share:
         raise UserError(
             f"a step has {own} rows in each process, which are no parts of {share}; with parallel.pipeline the parts"
             " must be alike: make batch divide it"
@@ -242,7 +250,7 @@ def _steps(
         packed,
         steps_of(config, packed, data, length),
         rows=share,
-        parts=config.batch * config.accumulation // share,
+        parts=config.batch_size * config.gradient_accumulation_steps // share,
         length=length,
         seed=ctx.seed,
         device=world.device,
@@ -267,8 +275,8 @@ def _place(
         else None
     )
     precision = resolved(config.precision, world.device, spread=config.parallel != Parallel())
-    placed = (Pipelined if config.parallel.pipeline > 1 else place)(
-        network, config.parallel, world, precision=precision, compiled=config.compile
+    placed = (Pipelined if config.parallel.pipeline_parallel_size > 1 else place)(
+        network, config.parallel, world, precision=precision, compiled=config.torch_compile
     )
     return precision, placed, whole
 
@@ -298,15 +306,15 @@ def _describe(
     picture(rows, ctx.out / "report" / "curves.png")
     metrics |= {"parameters": parameters}
     if unseen is not None:
-        found = measure(whole, unseen, tokenizer, batch=config.batch)
+        found = measure(whole, unseen, tokenizer, batch=config.batch_size)
         metrics |= {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 5)}
-    ended = continued(whole, tokenizer, config.prompts, config.sample_tokens, ctx.seed)
+    ended = continued(whole, tokenizer, config.sample_prompts, config.sample_max_tokens, ctx.seed)
     warnings = draw(
         ctx.report,
         f"{model.name} on {data.name}",
         rows,
         metrics,
-        config.prompts,
+        config.sample_prompts,
         begun,
         ended,
         network.config.vocab_size,
@@ -319,7 +327,9 @@ def _describe(
 
 def parallel_whole(parallel: Parallel | DataParallel, processes: int) -> bool:
     """Whether each process has all weights."""
-    return processes == 1 or (parallel.data == "replicate" and parallel.tensor == parallel.pipeline == 1)
+    return processes == 1 or (
+        parallel.data_parallel == "ddp" and parallel.tensor_parallel_size == parallel.pipeline_parallel_size == 1
+    )
 
 
 def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any) -> int:
@@ -345,11 +355,11 @@ def check(model: Model, network: Any, tokenizer: Any, data: Dataset, packed: Any
 
 def steps_of(config: PretrainConfig, packed: Any, data: Dataset, length: int) -> int:
     """How many steps there are."""
-    each = config.batch * config.accumulation
-    if not config.tokens:
-        return max(1, round(config.epochs * (len(packed) // each or 1)))
+    each = config.batch_size * config.gradient_accumulation_steps
+    if not config.num_train_tokens:
+        return max(1, round(config.num_train_epochs * (len(packed) // each or 1)))
     tokens = sum(len(shard["tokens"]) for shard in packed.shards)
-    return max(1, round(config.tokens / (tokens / len(packed) * each)))
+    return max(1, round(config.num_train_tokens / (tokens / len(packed) * each)))
 
 
 def save(network: Any, tokenizer: Any, model: Model, out: Path) -> None:

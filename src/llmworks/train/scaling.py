@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def scaling(
-    config: ScalingConfig, tokenizer: Tokenizer | Model | Adapter, data: Dataset, held_out: Dataset, ctx: Context
+    config: ScalingConfig, tokenizer: Tokenizer | Model | Adapter, data: Dataset, eval_data: Dataset, ctx: Context
 ) -> Report:
     """Train every size with every amount of work, fit L(N, D) and the parabolas, predict the target, run it, and
     compare.
@@ -38,9 +38,9 @@ def scaling(
     from llmworks.train.loop.packed import same_tokenizer
 
     loaded = tokenizer_of(tokenizer)
-    for given in (data, held_out):
+    for given in (data, eval_data):
         same_tokenizer(given, loaded, tokenizer.name)
-    packed, unseen = Packed(data), Packed(held_out)
+    packed, unseen = Packed(data), Packed(eval_data)
     vocabulary = -(-ids_of(loaded) // ROUND) * ROUND
     length = int(data.about.get("length") or max(int((s["rows"][1:] - s["rows"][:-1]).max()) for s in packed.shards))
     there = sum(len(s["tokens"]) for s in packed.shards)
@@ -56,7 +56,7 @@ def scaling(
     runs = [
         train_one(config, plan, packed, unseen, loaded, ctx, f"{i + 1} of {len(plans)}") for i, plan in enumerate(plans)
     ]
-    law = laws.fit(runs, config.draws, ctx.seed)
+    law = laws.fit(runs, config.bootstrap_iters, ctx.seed)
     expected = law.interval(target.parameters, target.tokens)
     ctx.progress.say(
         f"the target is expected at {expected.value:.4f} nats a token ({expected.low:.4f} to {expected.high:.4f})"
@@ -64,7 +64,18 @@ def scaling(
     reached = train_one(
         config, replace(target, name=f"target-{target.name}"), packed, unseen, loaded, ctx, "the target"
     )
-    tell(ctx, config, plans, runs, left_out, law, laws.valleys(runs, config.draws, ctx.seed), target, expected, reached)
+    tell(
+        ctx,
+        config,
+        plans,
+        runs,
+        left_out,
+        law,
+        laws.valleys(runs, config.bootstrap_iters, ctx.seed),
+        target,
+        expected,
+        reached,
+    )
     return _report_of(runs, law, expected, ctx, reached)
 
 
@@ -108,7 +119,7 @@ def train_one(
         return Run(**json.loads(done.read_text(encoding="utf-8")))
     folder.mkdir(exist_ok=True)
     ctx.progress.say(
-        f"{which}: width {plan.size.width}, {plan.size.layers} layers, {plan.parameters:,} parameters, {plan.tokens:,}"
+        f"{which}: width {plan.size.hidden_size}, {plan.size.num_hidden_layers} layers, {plan.parameters:,} parameters, {plan.tokens:,}"
         " tokens"
     )
     torch.manual_seed(ctx.seed)
@@ -116,12 +127,18 @@ def train_one(
     network: Any = DecoderForCausalLM(DecoderConfig(shape=plan.shape.model_dump()))
     network.to(device)
     steps = PackedSteps(
-        packed, plan.steps, rows=config.batch, parts=1, length=plan.shape.context, seed=ctx.seed, device=device
+        packed,
+        plan.steps,
+        rows=config.batch_size,
+        parts=1,
+        length=plan.shape.max_position_embeddings,
+        seed=ctx.seed,
+        device=device,
     )
     optimizer = config.optimizer.model_copy(update={"learning_rate": config.rate_of(plan.size)})
     progress = Progress(folder / "metrics.jsonl", stream=ctx.progress.stream, quiet=ctx.progress.quiet)
     train(network, steps, packed_loss, optimizer, Habits(checkpoint_every=200), scratch=folder, progress=progress)
-    loss = measure(network, unseen, tokenizer, rows=config.look_rows, batch=config.batch).per_token
+    loss = measure(network, unseen, tokenizer, rows=config.eval_samples, batch=config.batch_size).per_token
     run = Run(plan.parameters, plan.tokens, plan.work, loss)
     write_whole(done, json.dumps(asdict(run)))
     ctx.progress.metric(run=plan.name, **asdict(run))

@@ -31,7 +31,7 @@ class EvolutionConfig(Config):
 
     merge: str = Field(description="what was merged")
     attempts: list[Attempted] = Field(min_length=1, description="all attempts, in their order")
-    searched: list[str] = Field(description="tasks that were searched by")
+    search_tasks: list[str] = Field(description="tasks that were searched by")
     scores: dict[str, dict[str, list[float]]] = Field(
         {}, description="by model, by task: the score, and the ends of its interval"
     )
@@ -50,7 +50,7 @@ def evolution(
     page = ctx.report
     page.title = f"Evolution of {config.merge}"
     page.lead = (
-        f"Of {len(config.attempts)} attempts the best scores {best.score:.4g} on {', '.join(config.searched)}; the"
+        f"Of {len(config.attempts)} attempts the best scores {best.score:.4g} on {', '.join(config.search_tasks)}; the"
         f" numbers that the file had, {first.score:.4g}."
     )
     page.text(
@@ -81,7 +81,7 @@ def evolution(
         "best": best.model_dump(),
         "attempts": [one.model_dump() for one in config.attempts],
         "scores": config.scores,
-        "searched": config.searched,
+        "searched": config.search_tasks,
     }
     return Report(ctx.out, metrics={"score": best.score, "first": first.score, "attempts": len(config.attempts)})
 
@@ -96,7 +96,7 @@ def _describe_scores(config: EvolutionConfig, page: ReportBuilder) -> None:
             if task in found
         ]
         page.intervals(
-            f"{task}{'' if task in config.searched else ', not searched by'}",
+            f"{task}{'' if task in config.search_tasks else ', not searched by'}",
             rows,
             x=f"score, 95% interval, {config.samples.get(task, 0)} samples",
         )

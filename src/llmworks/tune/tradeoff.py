@@ -31,19 +31,19 @@ class Variant(Config):
     """One way to have the model, and what came of it."""
 
     name: str = Field(description="the way")
-    form: str = Field("", description="what loads it: transformers, llama.cpp ...")
+    engine: str = Field("", description="what loads it: transformers, llama.cpp ...")
     digest: str = Field("", description="of the model")
-    why: str = Field("", description="why there is none")
+    error: str = Field("", description="why there is none")
     bytes: int = Field(0, description="of the weights' files")
     bits: float = Field(0.0, description="bits of a weight of what was quantized, scales included")
     kl: float | None = Field(None, description="divergence from the model as it was, nats a token")
-    same_top: float | None = Field(None, description="share of tokens of the same best guess")
+    top1_agreement: float | None = Field(None, description="share of tokens of the same best guess")
     perplexity: float | None = Field(None, description="on the texts apart")
-    memory: float | None = Field(None, description="bytes at most while it runs")
-    read_speed: float | None = Field(None, description="tokens a second")
-    write_speed: float | None = Field(None, description="tokens a second")
+    peak_memory: float | None = Field(None, description="bytes at most while it runs")
+    prefill_speed: float | None = Field(None, description="tokens a second")
+    decode_speed: float | None = Field(None, description="tokens a second")
     skills: dict[str, Skill] = Field({}, description="scores by task")
-    answers: dict[str, str] = Field({}, description="what it says, by prompt")
+    completions: dict[str, str] = Field({}, description="what it says, by prompt")
 
 
 class TradeoffConfig(Config):
@@ -69,7 +69,7 @@ def tradeoff(
     if not made:
         raise DataError(
             f"no quantization of {config.model} came to a result; the first:"
-            f" {next((v.why for v in config.variants if v.why), 'none was tried')}"
+            f" {next((v.error for v in config.variants if v.error), 'none was tried')}"
         )
     best = worth_having(made)
     chosen = recommended(best, config.budget)
@@ -77,16 +77,16 @@ def tradeoff(
     page.title = f"{config.model}: what it costs to be smaller"
     page.lead = (
         f"{chosen.name}: {chosen.bytes / 1e6:,.1f} MB of {original.bytes / 1e6:,.1f}, {chosen.kl:.4f} nats a token away"
-        f" from the model as it was, its best guess the same for {chosen.same_top or 0:.1%} of tokens."
+        f" from the model as it was, its best guess the same for {chosen.top1_agreement or 0:.1%} of tokens."
     )
     page.text("Which to take", _advice(best, chosen, config.budget))
     _draw_sizes(made, page, best)
     _describe_all(original, made, page, best)
     _describe_skills(original, page, made)
     _describe_answers(original, page, made)
-    failed = [v for v in config.variants if v.why]
+    failed = [v for v in config.variants if v.error]
     if failed:
-        page.table("What did not come to a result", ("way", "why"), [(v.name, v.why) for v in failed])
+        page.table("What did not come to a result", ("way", "why"), [(v.name, v.error) for v in failed])
     metrics: dict[str, Any] = {
         "variants": len(made),
         "failed": len(failed),
@@ -108,7 +108,7 @@ def _draw_sizes(made: list[Variant], page: ReportBuilder, best: list[Variant]) -
     """Sizes against damage."""
     groups: dict[str, list[tuple[str, float, float]]] = {}
     for v in made:
-        groups.setdefault(v.form, []).append((v.name, v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)))
+        groups.setdefault(v.engine, []).append((v.name, v.bytes / 1e6, max(float(v.kl or 0.0), 1e-6)))
     page.scatter(
         "Size and damage",
         groups,
@@ -125,15 +125,15 @@ def _describe_all(original: Variant, made: list[Variant], page: ReportBuilder, b
     rows = [
         (
             v.name,
-            v.form,
+            v.engine,
             round(v.bytes / 1e6, 1),
             round(v.bits, 2),
             _figure(v.kl, 4),
-            _share(v.same_top),
+            _share(v.top1_agreement),
             _figure(v.perplexity, 3),
-            _figure(v.memory and v.memory / 1e6, 0),
-            _figure(v.read_speed, 0),
-            _figure(v.write_speed, 1),
+            _figure(v.peak_memory and v.peak_memory / 1e6, 0),
+            _figure(v.prefill_speed, 0),
+            _figure(v.decode_speed, 1),
             "yes" if v in best else "",
         )
         for v in (original, *made)
@@ -177,12 +177,12 @@ def _describe_skills(original: Variant, page: ReportBuilder, made: list[Variant]
 
 def _describe_answers(original: Variant, page: ReportBuilder, made: list[Variant]) -> None:
     """Answers side by side."""
-    prompts = list(original.answers)
+    prompts = list(original.completions)
     page_answers = [
         {
             "prompt": prompt,
-            "as it was": original.answers[prompt],
-            **{v.name: v.answers.get(prompt, "") for v in made if v.answers},
+            "as it was": original.completions[prompt],
+            **{v.name: v.completions.get(prompt, "") for v in made if v.completions},
         }
         for prompt in prompts
     ]
@@ -213,7 +213,7 @@ def recommended(best: Sequence[Variant], budget: float | None) -> Variant:
                 f" {best[0].bytes / 1e6:,.1f} MB"
             )
         return within[-1]
-    return next((v for v in best if (v.same_top or 0.0) >= 0.95), best[-1])
+    return next((v for v in best if (v.top1_agreement or 0.0) >= 0.95), best[-1])
 
 
 def _advice(best: Sequence[Variant], chosen: Variant, budget: float | None) -> str:
@@ -222,7 +222,7 @@ def _advice(best: Sequence[Variant], chosen: Variant, budget: float | None) -> s
         if budget is not None
         else (
             "is the smallest whose best guess is the same for 95 % of tokens"
-            if (chosen.same_top or 0.0) >= 0.95
+            if (chosen.top1_agreement or 0.0) >= 0.95
             else (
                 "is the nearest to the model of all that were tried; none has the same best guess for 95 % of tokens,"
                 " so try more bits (gguf-q6_k, gguf-q8_0, absmax-8)"

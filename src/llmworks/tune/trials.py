@@ -23,7 +23,7 @@ class Tried(Config):
     number: int = Field(description="its number")
     values: dict[str, Any] = Field(description="the fields that were set")
     score: float | None = Field(None, description="its metric, if it came so far")
-    why: str = Field("", description="why it has none")
+    error: str = Field("", description="why it has none")
     seconds: float = Field(0.0, description="how long it took")
 
 
@@ -46,7 +46,7 @@ def trials(config: TrialsConfig, ctx: Context, results: list[Report | Model | Ad
     """
     scored = [t for t in config.trials if t.score is not None]
     if not scored:
-        why = next((t.why for t in config.trials if t.why), "none was tried")
+        why = next((t.error for t in config.trials if t.error), "none was tried")
         raise DataError(f"no trial of {config.recipe} has a score; the first: {why}")
     sign = 1 if config.direction == "maximize" else -1
     best = max(scored, key=lambda t: sign * (t.score or 0.0))
@@ -121,7 +121,7 @@ def _describe_trials(best: Tried, config: TrialsConfig, page: ReportBuilder, sig
             "–" if t.score is None else f"{t.score:.4g}",
             *(_told(t.values.get(f)) for f in fields),
             f"{t.seconds:.0f}",
-            t.why[:160],
+            t.error[:160],
         )
         for t in sorted(config.trials, key=lambda t: -sign * t.score if t.score is not None else float("inf"))
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from llmworks.core.artifact import Adapter, Dataset, Model, Report
 from llmworks.core.errors import DataError, LlmworksError, UserError
 from llmworks.core.workspace import Workspace
-from llmworks.evaluate.board import entry_of
+from llmworks.evaluate.leaderboard import entry_of
 from llmworks.evaluate.suites import Item
 from llmworks.runtime.resolve import resolve
 from llmworks.runtime.runner import facts
@@ -48,7 +48,7 @@ def autoeval(
         **({"contaminations": sorted(seen, key=lambda r: r.digest)} if seen else {}),
     }
     config = {"model": models[0].digest, "title": f"{models[0].name} and others" if several else models[0].name}
-    return Evaluations(session.make("evaluate.board", kind=Report, config=config, **inputs), made, missed)
+    return Evaluations(session.make("evaluate.leaderboard", kind=Report, config=config, **inputs), made, missed)
 
 
 def _evaluate(model: Model | Adapter, item: Item, session: Session, say: Callable[[str], None]) -> Report:
@@ -97,6 +97,6 @@ def _earlier(workspace: Workspace) -> list[Report]:
                 entry = entry_of(artifact)
             except LlmworksError:  # of an older form
                 continue
-            if entry.data["protocol"].get("side") != "practice":  # whose rows a model may be trained on
+            if entry.data["protocol"].get("side") != "dev":  # whose rows a model may be trained on
                 found.append(artifact)
     return found

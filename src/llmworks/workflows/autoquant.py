@@ -30,16 +30,16 @@ class Way:
 
 GGUF = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs", "q3_k_m", "iq3_xs", "q2_k", "iq2_xs")
 WAYS: dict[str, Way] = {
-    "absmax-8": Way("rtn", {"bits": 8, "group": 0}),
+    "absmax-8": Way("rtn", {"bits": 8, "group_size": 0}),
     "int8": Way("int8"),
-    "smoothquant-8": Way("smoothquant", {"bits": 8, "group": 0}),
+    "smoothquant-8": Way("smoothquant", {"bits": 8, "group_size": 0}),
     "absmax-4": Way("rtn"),
     "zeropoint-4": Way("rtn", {"symmetric": False}),
     "hqq-4": Way("hqq"),
     "nf4": Way("nf4"),
-    "fp4": Way("nf4", {"levels": "fp4"}),
+    "fp4": Way("nf4", {"bnb_4bit_quant_type": "fp4"}),
     "gptq-4": Way("gptq"),
-    "gptq-4-zero": Way("gptq", {"symmetric": False, "scale": True}),
+    "gptq-4-zero": Way("gptq", {"symmetric": False, "awq_scaling": True}),
     "awq-4": Way("awq"),
     "zeroquant-4": Way("zeroquant"),
     "rotated-gptq-4": Way("gptq", before="rotate"),
@@ -48,7 +48,7 @@ WAYS: dict[str, Way] = {
     "mixed-3.25": Way("mixed", {"bits": 3.25}),
     **{f"gguf-{kind}": Way("gguf", {"type": kind}) for kind in GGUF},
     **{
-        f"gguf-{kind}-auto": Way("gguf", {"type": kind, "allocate": True})
+        f"gguf-{kind}-auto": Way("gguf", {"type": kind, "allocate_bits": True})
         for kind in ("q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
     },
 }
@@ -96,22 +96,26 @@ class Frontier:
         make = self.session.make
         base = make(f"quantize.{way.before}", kind=Model, model=self.model) if way.before else self.model
         config = {
-            "held": self.held,
-            "length": self.length,
-            **({"texts": self.texts} if way.stage in CALIBRATED else {}),
+            "eval_samples": self.held,
+            "max_seq_length": self.length,
+            **({"num_calibration_samples": self.texts} if way.stage in CALIBRATED else {}),
             **way.config,
         }
         inputs: dict[str, Any] = {"model": base, "data": self.data}
         if way.stage == "gguf" and way.config["type"] != "q8_0":
-            sensed = {"texts": self.texts, "length": self.length, **({} if self.costs else {"sensed": 0})}
-            inputs["sense"] = make("quantize.sense", config=sensed, model=base, data=self.data)
+            sensed = {
+                "num_calibration_samples": self.texts,
+                "max_seq_length": self.length,
+                **({} if self.costs else {"sensitivity_samples": 0}),
+            }
+            inputs["imatrix"] = make("quantize.imatrix", config=sensed, model=base, data=self.data)
         return make(f"quantize.{way.stage}", kind=Model, config=config, **inputs)
 
     def measured(
         self, name: str, model: Model, form: str, figures: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[Report]]:
         """(a variant's figures, the reports that they are of)."""
-        ran = self.session.make("tune.running", kind=Report, model=model)
+        ran = self.session.make("tune.benchmark", kind=Report, model=model)
         reports, skills = [ran], dict[str, dict[str, float]]()
         for item in self.items:
             try:
@@ -129,19 +133,23 @@ class Frontier:
         )
         told = {
             key: float(figures[key])
-            for key in ("kl", "same_top", "perplexity")
+            for key in ("kl", "top1_agreement", "perplexity")
             if math.isfinite(figures.get(key, math.nan))
         }
         return {
             "name": name,
-            "form": form,
+            "engine": form,
             "digest": model.digest,
             "bytes": size,
-            "bits": float(figures.get("bits_a_weight", 0.0)),
+            "bits": float(figures.get("bits_per_weight", 0.0)),
             **told,
-            **{key: float(ran.metrics[key]) for key in ("memory", "read_speed", "write_speed") if key in ran.metrics},
+            **{
+                key: float(ran.metrics[key])
+                for key in ("peak_memory", "prefill_speed", "decode_speed")
+                if key in ran.metrics
+            },
             "skills": skills,
-            "answers": ran.read()["answers"],
+            "completions": ran.read()["completions"],
         }, reports
 
 
@@ -153,7 +161,7 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
     """
     if job.model.format != "hf" or read_json(job.model.path / "config.json").get("quantization_config"):
         raise ModelError(f"{job.model.name}: is quantized already; give the model that it was made of")
-    job.costs = any(way.config.get("allocate") for way in ways.values())
+    job.costs = any(way.config.get("allocate_bits") for way in ways.values())
     job.say(
         f"{len(ways)} ways; each is made, measured and asked, which takes minutes; what is there already is found again"
     )
@@ -169,7 +177,7 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
         except LlmworksError as error:
             why = str(error).replace(str(job.model.path), job.model.name)[:300]
             job.say(f"· {name}: {why}")
-            variants.append({"name": name, "why": why})
+            variants.append({"name": name, "error": why})
             continue
         before = before or figures.get("perplexity_before")
         variants.append(found)
@@ -177,7 +185,7 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
         reports += seen
         job.say(
             f"✓ {name}  {found['bytes'] / 1e6:,.1f} MB  {found.get('kl', float('nan')):.4f} nats a token "
-            f" {found['write_speed'] if 'write_speed' in found else float('nan'):,.1f} tokens/s"
+            f" {found['decode_speed'] if 'decode_speed' in found else float('nan'):,.1f} tokens/s"
             + "".join(f"  {task} {skill['score']:.3f}" for task, skill in found["skills"].items())
         )
     original, seen = job.measured(
@@ -185,8 +193,8 @@ def frontier(job: Frontier, ways: Mapping[str, Way], budget: float | None = None
         job.model,
         "transformers",
         {
-            "bits_a_weight": 8 * _bytes_a_weight(job.model),
-            **({"perplexity": before, "same_top": 1.0, "kl": 0.0} if before else {}),
+            "bits_per_weight": 8 * _bytes_a_weight(job.model),
+            **({"perplexity": before, "top1_agreement": 1.0, "kl": 0.0} if before else {}),
         },
     )
     config = {"model": job.model.name, "original": original, "variants": variants, "budget": budget}

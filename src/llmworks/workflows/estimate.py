@@ -63,7 +63,7 @@ def finetuning_of(recipe: Recipe, found: Mapping[str, Artifact], step: StageStep
     assert isinstance(step.config, SftConfig)
     learner = "student" if isinstance(step.config, DistillConfig) else "model"
     model, data, held_out, teacher = (
-        found.get(str(step.inputs.get(role))) for role in (learner, "data", "held_out", "teacher")
+        found.get(str(step.inputs.get(role))) for role in (learner, "data", "eval_data", "teacher")
     )
     shape = shape_of_step(recipe, found, step.inputs[learner])
     if not isinstance(model, Model) or model.format != "hf" or not isinstance(shape, Shape):
@@ -94,12 +94,12 @@ def pretraining_of(recipe: Recipe, found: Mapping[str, Artifact], step: StageSte
     if shape is None:
         return None
     length, rows, tokens = data_of_step(recipe, found, step.inputs["data"])
-    held_out = data_of_step(recipe, found, step.inputs["held_out"])[1] if "held_out" in step.inputs else 0
+    held_out = data_of_step(recipe, found, step.inputs["eval_data"])[1] if "eval_data" in step.inputs else 0
     made = found.get(str(step.inputs["data"]))
     return Training(
         step.config,
         shape,
-        length or shape.context,
+        length or shape.max_position_embeddings,
         rows,
         tokens,
         held_out,
@@ -122,9 +122,9 @@ def shape_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> S
     if not isinstance(step, StageStep):
         return None
     if isinstance(step.config, (NewConfig, RecurrentConfig)):
-        vocabulary = step.config.vocabulary or vocabulary_of_step(recipe, found, step.inputs["tokenizer"])
+        vocabulary = step.config.vocab_size or vocabulary_of_step(recipe, found, step.inputs["tokenizer"])
         kind = Shape if isinstance(step.config, NewConfig) else RecurrentShape
-        return kind.model_validate(step.config.model_dump() | {"vocabulary": vocabulary}) if vocabulary else None
+        return kind.model_validate(step.config.model_dump() | {"vocab_size": vocabulary}) if vocabulary else None
     return shape_of_step(recipe, found, step.inputs["model"]) if isinstance(step.config, PretrainConfig) else None
 
 
@@ -140,7 +140,7 @@ def vocabulary_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any)
         )
         return -(-(max(known | {t["id"] for t in tokens.get("added_tokens", [])}) + 1) // ROUND) * ROUND
     if isinstance(step, StageStep) and isinstance(step.config, TrainConfig):
-        return -(-step.config.vocabulary // ROUND) * ROUND
+        return -(-step.config.vocab_size // ROUND) * ROUND
     return 0
 
 
@@ -155,5 +155,5 @@ def data_of_step(recipe: Recipe, found: Mapping[str, Artifact], name: Any) -> tu
             )
         return int(about.get("length") or 0), int(about.get("rows") or 0), int(about.get("tokens") or 0)
     if isinstance(step, StageStep) and isinstance(step.config, PackConfig):
-        return step.config.length, 0, 0
+        return step.config.max_length, 0, 0
     return 0, 0, 0

@@ -141,7 +141,7 @@ def _page(job: Evolution, found: Sequence[Attempt], names: Sequence[str], child:
             reports.append(report)
     config = {
         "merge": job.name,
-        "searched": [item.task for item in job.items],
+        "search_tasks": [item.task for item in job.items],
         "scores": scores,
         "samples": samples,
         "attempts": [

@@ -47,13 +47,13 @@ def family_with(workspace: Workspace, *more: Artifact) -> Family:
 
 
 def _deduced(artifacts: Sequence[Artifact]) -> Iterator[Kin]:
-    """Parents that `merge.kinship` found, of models that no stage made."""
+    """Parents that `merge.find_parents` found, of models that no stage made."""
     known = {artifact.digest: artifact for artifact in artifacts}
     for artifact in artifacts:
         if (
             isinstance(artifact, Report)
             and artifact.manifest is not None
-            and artifact.manifest.stage == "merge.kinship"
+            and artifact.manifest.stage == "merge.find_parents"
         ):
             data = artifact.read()
             child = known.get(str(data.get("child", "")))

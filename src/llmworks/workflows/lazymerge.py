@@ -123,7 +123,7 @@ def lazymerge(job: Lazy, name: str) -> tuple[Model, Report | None]:
         return child, None
     different = {report.digest: report for report in reports}
     board = job.session.make(
-        "evaluate.board",
+        "evaluate.leaderboard",
         kind=Report,
         config={"model": child.digest, "title": f"{name} and its parents"},
         reports=[different[digest] for digest in sorted(different)],

@@ -124,7 +124,7 @@ def sweep(
                 "number": t.number,
                 "values": dict(t.values),
                 "score": t.score,
-                "why": t.why,
+                "error": t.why,
                 "seconds": round(t.seconds, 1),
             }
             for t in study.trials

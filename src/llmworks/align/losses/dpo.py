@@ -23,11 +23,11 @@ def scores(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
     """Log-ratios as the f-divergence has them that holds the policy to the reference: f'(ratio) (Wang et al. 2023,
     arXiv:2309.16240).
     """
-    if divergence == "forward":
+    if divergence == "forward_kl":
         return 1 - torch.exp((-ratios).clamp(max=MOST))
-    if divergence == "jensen-shannon":
+    if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(ratios)
-    if divergence == "alpha" and abs(alpha - 1) > 1e-6:
+    if divergence == "alpha_divergence" and abs(alpha - 1) > 1e-6:
         return torch.expm1(((alpha - 1) * ratios).clamp(max=MOST)) / (alpha - 1)
     return ratios
 
@@ -82,17 +82,17 @@ def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 OF_DIFFERENCE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": sigmoid,
-    "sigmoid-mean": lambda d, _: -F.logsigmoid(d),
+    "sigmoid_norm": lambda d, _: -F.logsigmoid(d),
     "hinge": lambda d, _: torch.relu(1 - d),
     "robust": robust,
-    "exo": exo,
+    "exo_pair": exo,
     "discopop": lambda d, _: discopop(d),
 }
 OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "nca": nca,
-    "bco": bco,
-    "apo-zero": apo_zero,
-    "apo-down": apo_down,
+    "nca_pair": nca,
+    "bco_pair": bco,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
 }
 
 
@@ -102,7 +102,7 @@ def dpo(
     *,
     beta: float = 0.1,
     smoothing: float = 0.0,
-    divergence: str = "reverse",
+    divergence: str = "reverse_kl",
     alpha: float = 0.5,
 ) -> Judged:
     """The loss of each pair.
@@ -113,17 +113,17 @@ def dpo(
     ratios = sides.ratios
     chosen, rejected = (scores(ratio, divergence, alpha) for ratio in ratios)
     rewards = beta * ratios[0].detach(), beta * ratios[1].detach()
-    if kind in ("ipo", "sigmoid-mean"):
+    if kind in ("ipo", "sigmoid_norm"):
         chosen, rejected = chosen / sides.chosen_tokens, rejected / sides.rejected_tokens
     if (
         kind == "ipo"
     ):  # Azar et al. 2023, arXiv:2310.12036, equation 17; over mean log-probabilities, as its authors say
         loss = (chosen - rejected - 1 / (2 * beta)) ** 2
-    elif kind == "sppo":  # Wu et al. 2024, arXiv:2405.00675, equation 4.7 with chances 1 and 0
+    elif kind == "sppo_hard":  # Wu et al. 2024, arXiv:2405.00675, equation 4.7 with chances 1 and 0
         loss = (ratios[0] - 0.5 / beta) ** 2 + (ratios[1] + 0.5 / beta) ** 2
     elif kind in (
         "aot",
-        "aot-unpaired",
+        "aot_unpaired",
     ):  # Melnyk et al. 2024, arXiv:2406.05882: one distribution dominates the other, whichever answers belong together
         loss = sigmoid(beta * _sorted(sides, paired=kind == "aot"), smoothing)
     elif kind in OF_BOTH:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Form = Literal["clip", "cispo", "sapo", "vespo"]
-Mean = Literal["answer", "tokens", "length", "sum"]
+Mean = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm", "seq-mean-token-sum"]
 SMALL = 1e-4  # beside a deviation that is divided by
 
 
@@ -70,11 +70,11 @@ def ratios(
     old: Tensor,
     owner: Tensor,
     counts: Tensor,
-    level: Literal["token", "answer"],
+    level: Literal["token", "sequence"],
     *,
     summed: bool = False,
 ) -> Tensor:
-    """Log of how much more probable a token is than when it was drawn [n]; of level answer the mean over its answer
+    """Log of how much more probable a token is than when it was drawn [n]; of level sequence the mean over its answer
     (GSPO, Zheng et al. 2025, arXiv:2507.18071), or the sum (RLOO).
     """
     log = logprobs - old
@@ -147,8 +147,8 @@ def shares(owner: Tensor, counts: Tensor, mean: Mean, *, answers: int, tokens: i
     token, over the most there could be (Dr. GRPO: long wrong answers are not spared).
     sum: an answer is the sum of its tokens. answers, tokens: of the whole step.
     """
-    if mean == "answer":
+    if mean == "seq-mean-token-mean":
         return 1.0 / counts.clamp(min=1)[owner]
-    if mean == "tokens":
+    if mean == "token-mean":
         return torch.full_like(owner, answers / max(1, tokens), dtype=torch.float32)
-    return torch.full_like(owner, 1.0 / longest if mean == "length" else 1.0, dtype=torch.float32)
+    return torch.full_like(owner, 1.0 / longest if mean == "seq-mean-token-sum-norm" else 1.0, dtype=torch.float32)

@@ -24,6 +24,7 @@ from llmworks.align.preference.reference import Start, cached, sums
 from llmworks.core.artifact import Model
 from llmworks.core.context import Context
 from llmworks.train.distributed.sharding import cast, resolved
+from llmworks.train.finetune.config import TuneConfig
 from llmworks.train.finetune.method import Material, Way
 from llmworks.train.finetune.trainable import Tuned, open_tuned
 
@@ -34,7 +35,7 @@ OTHER = "#other"  # of an example's id: its prompt with another's answer
 class Given:
     """What a method is made of when the policy is there."""
 
-    config: Any
+    config: TuneConfig
     tuned: Tuned
     material: Material
     ctx: Context
@@ -213,13 +214,13 @@ class Pairs:
                 if self.learn:  # the share is of all of them together
                     learned += float(self._learned(batch, each, spoken))
                 found.add(
-                    held_out=judged.loss,
+                    eval_loss=judged.loss,
                     accuracy=(judged.chosen > judged.rejected).float(),
-                    held_out_margin=judged.chosen - judged.rejected,
+                    eval_margin=judged.chosen - judged.rejected,
                 )
         network.train(training)
         told = found.means()
-        return told | {"held_out": told["held_out"] + learned / max(1, len(unseen)), "held_out_rows": len(unseen)}
+        return told | {"eval_loss": told["eval_loss"] + learned / max(1, len(unseen)), "eval_rows": len(unseen)}
 
 
 class Singles:
@@ -239,7 +240,7 @@ class Singles:
             {
                 example.id: example
                 for some in (given.material.examples, given.material.unseen)
-                for example in crossed(some, given.config.max_tokens)
+                for example in crossed(some, given.config.max_length)
             }
             if measured
             else {}
@@ -322,11 +323,11 @@ class Singles:
         network.train(training)
         ratios, wanted = torch.cat(found), torch.tensor(good, device=self.given.device)
         ahead = ratios[wanted][:, None] - ratios[~wanted][None]
-        told = {"held_out": float(kto(ratios, wanted, away, **self.options).mean())}
+        told = {"eval_loss": float(kto(ratios, wanted, away, **self.options).mean())}
         if ahead.numel():  # else there is one kind only, and nothing to rank
             told |= {
                 "accuracy": float(((ahead > 0).float() + 0.5 * (ahead == 0).float()).mean()),
-                "held_out_margin": float(self.options["beta"] * ahead.mean()),
+                "eval_margin": float(self.options["beta"] * ahead.mean()),
             }
         return told
 
@@ -354,8 +355,8 @@ def crossed(examples: Sequence[Answered], most: int) -> list[Answered]:
 
 def said(found: Mapping[str, float]) -> str:
     """A look in words."""
-    return f"held-out answers: loss {found['held_out']:.4f}" + (
-        f", {found['accuracy']:.1%} ranked right, margin {found['held_out_margin']:+.3f}"
+    return f"held-out answers: loss {found['eval_loss']:.4f}" + (
+        f", {found['accuracy']:.1%} ranked right, margin {found['eval_margin']:+.3f}"
         if "accuracy" in found
         else ", all of one kind"
     )

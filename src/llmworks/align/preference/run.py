@@ -36,10 +36,10 @@ class GivenConfig(TuneConfig):
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 5e-6}
 
-    epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
     batch_size: int = Field(8, gt=0, description="pairs, or single answers, per part of a step")
-    longer: Literal["set-aside", "cut", "refuse"] = Field(
-        "set-aside",
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "drop",
         description=(
             "rows of which prompt and answer are longer than max_tokens: set aside and counted; cut at the end; or the"
             " training does not begin"
@@ -48,7 +48,7 @@ class GivenConfig(TuneConfig):
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
-        if self.lora.dropout:
+        if self.lora.lora_dropout:
             raise ValueError(
                 "lora.dropout: chances of two models are compared here, and dropout would be a difference; leave it 0"
             )
@@ -71,7 +71,7 @@ class Policy:
         """As it is called in messages."""
         return self.model.name if self.adapter is None else self.adapter.name
 
-    def open(self, config: Any, stage: str) -> tuple[Any, list[int]]:
+    def open(self, config: TuneConfig, stage: str) -> tuple[Any, list[int]]:
         """Its tokenizer, with the template of the configuration, and stop tokens.
 
         Errors: ModelError, ArtifactError, GoldenMismatch, UserError.
@@ -98,7 +98,7 @@ class Policy:
         )
         tokenizer = load_tokenizer(source)
         stops = list(stop_ids(self.model.path, tokenizer))
-        use_template(tokenizer, config.template)
+        use_template(tokenizer, config.chat_template)
         check_golden(config, self.adapter if self.adapter is not None else self.model, tokenizer, stops, stage)
         return tokenizer, stops
 
@@ -127,18 +127,18 @@ def read(
 ) -> Material:
     """Rows as the model is given them. Errors: as `Policy.open`; DataError where no row can be used."""
     tokenizer, stops = policy.open(config, stage)
-    most = min(config.max_tokens, context_of(policy.model))
+    most = min(config.max_length, context_of(policy.model))
     examples, lost = examples_of(config, tokenizer, rows_of(data, singles=singles), data.name, most, singles=singles)
     unseen: list[Answered] = []
     questions: list[Row] = []
     if held_out is not None:
         rows = rows_of(held_out, singles=singles)
         unseen = apart(
-            examples_of(config, tokenizer, rows[: config.look_rows], held_out.name, most, singles=singles)[0], HELD
+            examples_of(config, tokenizer, rows[: config.eval_samples], held_out.name, most, singles=singles)[0], HELD
         )
         questions = [
             {**row, "messages": row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]]}
-            for row in [row for row in rows if not singles or label_of(row) is not False][: config.samples]
+            for row in [row for row in rows if not singles or label_of(row) is not False][: config.num_sample_prompts]
         ]
     return Material(tokenizer, stops, examples, lost, unseen, questions)
 
@@ -153,12 +153,12 @@ def examples_of(
     made: list[tuple[str, Answered | str]] = []
     for row in rows:
         some: Sequence[Answered | str] = (
-            singles_of(tokenizer, row, most, cut=config.longer == "cut")
+            singles_of(tokenizer, row, most, cut=config.overlong == "truncate")
             if singles
-            else [pair_of(tokenizer, row, most, cut=config.longer == "cut")]
+            else [pair_of(tokenizer, row, most, cut=config.overlong == "truncate")]
         )
         for one in some:
-            if config.longer == "refuse" and isinstance(one, str) and "longer than max_tokens" in one:
+            if config.overlong == "error" and isinstance(one, str) and "longer than max_tokens" in one:
                 raise DataError(
                     f"{name}: row {row['id']!r}: {one}; set max_tokens higher, or longer to set-aside or cut"
                 )

@@ -19,7 +19,7 @@ class ScorerConfig(GivenConfig):
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 5e-4, "full": 2e-5}
 
-    look_rows: int = Field(
+    eval_samples: int = Field(
         512, gt=0, description="held-out pairs of a look; accuracy and calibration are of the last one"
     )
 
@@ -32,7 +32,7 @@ class ScorerConfig(GivenConfig):
 class RewardConfig(ScorerConfig):
     """What is trained, and how far apart answers should score."""
 
-    margin: float = Field(
+    margin_coefficient: float = Field(
         0.0,
         ge=0,
         description=(
@@ -40,7 +40,7 @@ class RewardConfig(ScorerConfig):
             " difference of its `scores`)"
         ),
     )
-    center: float = Field(
+    center_rewards_coefficient: float = Field(
         0.0,
         ge=0,
         description=(

@@ -48,7 +48,7 @@ class Ranking:
             self.look,
             said,
             self.told.means,
-            again=lambda: bool(self.given.config.best) or not self.seen,
+            again=lambda: bool(self.given.config.metric_for_best_model) or not self.seen,
         )
 
     def join(self, some: Sequence[Answered], _: Sequence[Answered]) -> Branches:
@@ -80,9 +80,9 @@ class Ranking:
                 batch = self.join(some, some)
                 chosen, rejected = self.scores(network, batch)
                 found.add(
-                    held_out=bradley_terry(chosen, rejected, self.margin * batch.given["margin"], center=self.center),
+                    eval_loss=bradley_terry(chosen, rejected, self.margin * batch.given["margin"], center=self.center),
                     accuracy=(chosen > rejected).float(),
-                    held_out_margin=chosen - rejected,
+                    eval_margin=chosen - rejected,
                 )
                 self.seen += list(zip(chosen.tolist(), rejected.tolist(), strict=True))
         network.train(training)
@@ -108,7 +108,7 @@ class Steps:
             self.look,
             said,
             self.told.means,
-            again=lambda: bool(self.given.config.best) or not self.seen,
+            again=lambda: bool(self.given.config.metric_for_best_model) or not self.seen,
         )
 
     def join(self, some: Sequence[Answered], step: Sequence[Answered]) -> Branches:
@@ -148,7 +148,7 @@ class Steps:
                 some = unseen[at : at + size]
                 batch = self.join(some, some)
                 scores, right = self.scores(network, batch), batch.given["right"]
-                found.add(held_out=right_steps(scores, right), accuracy=((scores > 0) == right).float())
+                found.add(eval_loss=right_steps(scores, right), accuracy=((scores > 0) == right).float())
                 self.seen += list(zip(scores.sigmoid().tolist(), right.tolist(), strict=True))
         network.train(training)
         sure = {kind: [score for score, right in self.seen if right is kind] for kind in (True, False)}
@@ -157,7 +157,7 @@ class Steps:
             if sure[True] and sure[False]
             else 0.0
         )
-        return {**found.means(), "held_out_margin": apart}
+        return {**found.means(), "eval_margin": apart}
 
 
 def put_head(given: Given, kind: Kind) -> nn.Linear:
@@ -168,7 +168,7 @@ def put_head(given: Given, kind: Kind) -> nn.Linear:
             "a model that scores is made of a decoder of a known architecture: Llama, Mistral, Qwen or Gemma"
         )
     torch.manual_seed(given.ctx.seed)
-    head = new_head(network.shape.width, kind).to(given.device)
+    head = new_head(network.shape.hidden_size, kind).to(given.device)
     network.score = head
     return head
 
@@ -198,6 +198,5 @@ def saver(model: Model, out: Path, scratch: Path, kind: Kind, *, pad: int) -> Ca
 def said(found: Mapping[str, float]) -> str:
     """A look in words."""
     return (
-        f"held out: loss {found['held_out']:.4f}, {found['accuracy']:.1%} right, apart by"
-        f" {found['held_out_margin']:+.3f}"
+        f"held out: loss {found['eval_loss']:.4f}, {found['accuracy']:.1%} right, apart by {found['eval_margin']:+.3f}"
     )

@@ -40,7 +40,7 @@ def train_scorer(
 
         given = Given(config, tuned, material, ctx, here.device)
         kept_by.append(
-            Ranking(given, margin=config.margin, center=config.center)
+            Ranking(given, margin=config.margin_coefficient, center=config.center_rewards_coefficient)
             if isinstance(config, RewardConfig)
             else Steps(given, labels)
         )
@@ -55,8 +55,8 @@ def train_scorer(
         save_records(ctx, material.set_aside)
         metrics |= {
             "rows": len(material.examples),
-            "set_aside": len(material.set_aside),
-            "trained_parameters": tuned.trained,
+            "dropped": len(material.set_aside),
+            "trainable_parameters": tuned.trained,
         }
         from llmworks.align.report import describe_scores
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class Objective:
     """
 
     form: Form = "clip"
-    mean: Mean = "answer"
-    level: str = "token"
+    mean: Mean = "seq-mean-token-mean"
+    level: Literal["token", "sequence"] = "token"
     summed: bool = False
     low: float = 0.2
     high: float = 0.2
@@ -88,7 +88,7 @@ class Groups:
         steps = Rollouts(
             self.drawing,
             scratch / "rollouts",
-            epochs=self.given.config.epochs,
+            epochs=self.given.config.num_train_epochs,
             seed=self.given.ctx.seed,
             join=self.join,
             heard=self.heard,
@@ -101,7 +101,7 @@ class Groups:
             said,
             self.tell,
             steps,
-            lambda: bool(self.given.config.best) or not self.seen,
+            lambda: bool(self.given.config.metric_for_best_model) or not self.seen,
             self.done,
         )
 
@@ -172,9 +172,7 @@ class Groups:
         """(the loss of each token, with what was clipped, log-probabilities when they were drawn)."""
         old = found.detach() if self.once or "old" not in batch.given else batch.given["old"]
         o = self.objective
-        log = ratios(
-            found, old, batch.owner, batch.counts, "answer" if o.level == "answer" else "token", summed=o.summed
-        )
+        log = ratios(found, old, batch.owner, batch.counts, o.level, summed=o.summed)
         worth = weighed(
             found,
             log,
@@ -228,7 +226,7 @@ class Groups:
         self.seen, self.texts = self._answered(unseen)
         known = [value for value in self.seen if value == value]
         mean = sum(known) / max(1, len(known))
-        return {"held_out": -mean, "accuracy": mean}
+        return {"eval_loss": -mean, "accuracy": mean}
 
 
 class Actor(Groups):

@@ -173,7 +173,7 @@ class Rewards:
                     json.dumps(
                         {
                             "id": str(case.row.get("id")),
-                            "held_out": held,
+                            "evaluation": held,
                             "reason": valued.why,
                             "completion": case.text,
                         },

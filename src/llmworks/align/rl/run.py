@@ -41,7 +41,7 @@ class OnlineConfig(WriterConfig):
 
     rates: ClassVar[Mapping[str, float]] = {"lora": 1e-4, "full": 1e-6}
 
-    rewards: dict[str, float] = Field(
+    reward_funcs: dict[str, float] = Field(
         {"verified": 1.0},
         description=(
             "functions of an answer and their weights: score functions (verified: by the row's `answer`),"
@@ -49,7 +49,7 @@ class OnlineConfig(WriterConfig):
             " of max_answer), overlong (0 to -1 over the last `soft` tokens)"
         ),
     )
-    answers: int = Field(8, ge=1, le=256, description="answers that are drawn of each prompt")
+    num_generations: int = Field(8, ge=1, le=256, description="answers that are drawn of each prompt")
     temperature: float = Field(
         1.0,
         ge=0.01,
@@ -57,31 +57,33 @@ class OnlineConfig(WriterConfig):
             "of the draws, and of the probabilities that are learned; nothing else of the distribution is cut off"
         ),
     )
-    max_answer: int = Field(256, gt=0, description="tokens of the longest answer; longer ones are cut off")
-    cut: Literal["learn", "leave"] = Field(
-        "learn",
+    max_completion_length: int = Field(256, gt=0, description="tokens of the longest answer; longer ones are cut off")
+    mask_truncated_completions: bool = Field(
+        False,
         description=(
             "answers that were cut off: learned by what they are worth, without an end; or left out of the loss (DAPO)"
         ),
     )
-    soft: int = Field(0, ge=0, description="tokens before max_answer over which the reward `overlong` falls to -1")
-    reward_seconds: float = Field(
+    overlong_buffer: int = Field(
+        0, ge=0, description="tokens before max_answer over which the reward `overlong` falls to -1"
+    )
+    reward_timeout: float = Field(
         5.0, gt=0, description="the longest that a reward function of a file may take for one answer"
     )
-    on_error: Literal["aside", "stop"] = Field(
-        "aside",
+    on_reward_error: Literal["drop", "raise"] = Field(
+        "drop",
         description=(
             "an answer that a reward function fails on, or says NaN of: kept aside with the reason and not learned; or"
             " the run stops"
         ),
     )
     criteria: str = Field("", description="what the judge looks at, in words")
-    epochs: float = Field(1.0, gt=0, description="passes over the prompts; may be a fraction")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the prompts; may be a fraction")
     batch_size: int = Field(4, gt=0, description="prompts, with all their answers, that are read at once")
-    accumulation: int = Field(1, gt=0, description="of these a step")
-    updates: int = Field(1, gt=0, description="steps that each draw of answers is divided into")
-    passes: int = Field(1, gt=0, description="how often each draw is gone through (mu of GRPO)")
-    fresh: int = Field(
+    gradient_accumulation_steps: int = Field(1, gt=0, description="of these a step")
+    num_minibatches: int = Field(1, gt=0, description="steps that each draw of answers is divided into")
+    num_iterations: int = Field(1, gt=0, description="how often each draw is gone through (mu of GRPO)")
+    dynamic_sampling_rounds: int = Field(
         0,
         ge=0,
         le=10,
@@ -90,10 +92,10 @@ class OnlineConfig(WriterConfig):
             " DAPO)"
         ),
     )
-    max_tokens: int = Field(
+    max_length: int = Field(
         2048, gt=1, description="tokens of the longest prompt and max_answer together; longer prompts are set aside"
     )
-    look_every: int = Field(
+    eval_steps: int = Field(
         0,
         ge=0,
         description=(
@@ -101,7 +103,7 @@ class OnlineConfig(WriterConfig):
             " the last step they are looked at anyway"
         ),
     )
-    best: Literal["", "accuracy"] = Field(
+    metric_for_best_model: Literal["", "accuracy"] = Field(
         "",
         description=(
             "which look's weights are saved: the one with the largest reward (accuracy); empty: the last step's"
@@ -110,26 +112,26 @@ class OnlineConfig(WriterConfig):
 
     def reads(self) -> tuple[str, ...]:
         """Of reward functions."""
-        return tuple(name.rpartition(":")[0] for name in self.rewards if ":" in name)
+        return tuple(name.rpartition(":")[0] for name in self.reward_funcs if ":" in name)
 
     @model_validator(mode="after")
     def _online(self) -> Self:
-        check_names(self.rewards)
-        if self.fresh and self.answers < 2:
+        check_names(self.reward_funcs)
+        if self.dynamic_sampling_rounds and self.num_generations < 2:
             raise ValueError(
                 "fresh replaces prompts whose answers are all worth the same; with one answer each that says nothing"
             )
-        if self.lora.dropout:
+        if self.lora.lora_dropout:
             raise ValueError(
                 "lora.dropout: what is learned is what was drawn, and dropout would be a difference; leave it 0"
             )
-        if ("overlong" in self.rewards) != bool(self.soft):
+        if ("overlong" in self.reward_funcs) != bool(self.overlong_buffer):
             raise ValueError(
                 "the reward `overlong` needs soft, the tokens over which it falls, and soft is of nothing else"
             )
-        if self.max_answer >= self.max_tokens:
+        if self.max_completion_length >= self.max_length:
             raise ValueError(
-                f"max_answer {self.max_answer} leaves no token for a prompt: max_tokens is {self.max_tokens}"
+                f"max_answer {self.max_completion_length} leaves no token for a prompt: max_tokens is {self.max_length}"
             )
         return self
 
@@ -160,11 +162,11 @@ def prompts_of(
             continue
         if not ids:
             lost.append((str(row["id"]), "asks nothing"))
-        elif len(ids) + config.max_answer > most:
+        elif len(ids) + config.max_completion_length > most:
             lost.append(
                 (
                     str(row["id"]),
-                    f"a prompt of {len(ids)} tokens leaves no room for max_answer {config.max_answer} in {most}",
+                    f"a prompt of {len(ids)} tokens leaves no room for max_answer {config.max_completion_length} in {most}",
                 )
             )
         else:
@@ -202,14 +204,14 @@ def run(
     aside = ctx.scratch / "failed_rewards.jsonl"
     rewards = _open_rewards(config, reward, judge, aside, ctx)
     tokenizer, stops = policy.open(config, stage)
-    most = min(config.max_tokens, context_of(policy.model))
+    most = min(config.max_length, context_of(policy.model))
     asked, lost = prompts_of(config, tokenizer, data, most)
-    unseen = prompts_of(config, tokenizer, held_out, most, config.look_rows)[0] if held_out is not None else []
+    unseen = prompts_of(config, tokenizer, held_out, most, config.eval_samples)[0] if held_out is not None else []
     shared_prompts(asked, unseen, lambda one: one.ids, ctx.progress.say)
     for one in (*asked, *unseen):
         rewards.check(one.row, one.prompt)
     each = _prompts_of_draw(config, asked, data)
-    questions = [{**one.row, "messages": _with_answer(one)} for one in unseen[: config.samples]]
+    questions = [{**one.row, "messages": _with_answer(one)} for one in unseen[: config.num_sample_prompts]]
     _announce(ctx, asked, config, each, lost)
     habit = _habit_of(config, each, compared)
     made: list[Groups] = []
@@ -241,8 +243,8 @@ def run(
 def _announce(ctx: Context, asked: list[Asked], config: OnlineConfig, each: int, lost: list[tuple[str, str]]) -> None:
     """Say how many prompts there are, and what answers are worth by."""
     ctx.progress.say(
-        f"{len(asked)} prompts, {config.answers} answers to each of {each} a draw, worth by"
-        f" {', '.join(f'{weight:g} x {name}' for name, weight in config.rewards.items())}"
+        f"{len(asked)} prompts, {config.num_generations} answers to each of {each} a draw, worth by"
+        f" {', '.join(f'{weight:g} x {name}' for name, weight in config.reward_funcs.items())}"
         + (f"; {len(lost)} rows set aside" if lost else "")
     )
 
@@ -252,26 +254,26 @@ def _open_rewards(
 ) -> Rewards:
     """The reward functions of a configuration."""
     rewards = Rewards(
-        config.rewards,
-        most=config.max_answer,
-        soft=config.soft,
-        seconds=config.reward_seconds,
+        config.reward_funcs,
+        most=config.max_completion_length,
+        soft=config.overlong_buffer,
+        seconds=config.reward_timeout,
         reward=reward,
         judge=None if judge is None else lambda: ctx.open_engine(judge),
         criteria=config.criteria,
         aside=aside,
-        stop=config.on_error == "stop",
+        stop=config.on_reward_error == "raise",
     )
     return rewards
 
 
 def _prompts_of_draw(config: OnlineConfig, asked: list[Asked], data: Dataset) -> int:
     """Prompts that one draw takes. DataError where there are fewer."""
-    each = config.batch_size * config.accumulation * config.updates
+    each = config.batch_size * config.gradient_accumulation_steps * config.num_minibatches
     if len(asked) < each:
         raise DataError(
             f"{data.name}: {len(asked)} prompts, a draw takes {each} (batch_size {config.batch_size}, accumulation"
-            f" {config.accumulation}, updates {config.updates}); give more, or make it smaller"
+            f" {config.gradient_accumulation_steps}, updates {config.num_minibatches}); give more, or make it smaller"
         )
     return each
 
@@ -281,15 +283,15 @@ def _habit_of(config: OnlineConfig, each: int, compared: bool) -> Habit:
     from llmworks.align.rl.rollouts import Habit
 
     habit = Habit(
-        config.answers,
+        config.num_generations,
         config.temperature,
-        config.max_answer,
+        config.max_completion_length,
         each,
         config.batch_size,
-        config.updates,
-        config.passes,
+        config.num_minibatches,
+        config.num_iterations,
         compared,
-        config.fresh,
+        config.dynamic_sampling_rounds,
     )
     return habit
 
@@ -311,8 +313,8 @@ def _describe(
     if aside.exists():
         shutil.copyfile(aside, ctx.out / aside.name)
     if "accuracy" in metrics:  # as looks have it, whatever they look at
-        metrics["held_out_reward"] = metrics.pop("accuracy")
-        metrics.pop("held_out")
+        metrics["eval_reward"] = metrics.pop("accuracy")
+        metrics.pop("eval_loss")
     metrics |= describe_online(
         report,
         title,

@@ -112,7 +112,7 @@ def _write_part(repeating: Lines | None, plan: Path, unit: tuple[int, Span], fol
                     )
                     taken += len(out)
                     shown.update(out)
-                    if out and len(text.strip()) < repeating.min_left:
+                    if out and len(text.strip()) < repeating.min_remaining_characters:
                         dropped.add(document, "only repeated lines")
                         reasons["only repeated lines"] += 1
                     else:

@@ -16,7 +16,7 @@ from llmworks.data.text.hashing import Array, Hashed, mix
 class Exact(Config):
     """What counts as an exact duplicate."""
 
-    by: Literal["words", "bytes"] = Field(
+    match: Literal["words", "bytes"] = Field(
         "words", description="words: case, white space and punctuation do not count; bytes: everything does"
     )
 

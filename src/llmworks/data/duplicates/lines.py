@@ -23,8 +23,12 @@ class Lines(Config):
 
     paragraphs: bool = Field(False, description="look at paragraphs (divided by empty lines) instead of lines")
     min_characters: int = Field(30, ge=1, description="shorter ones stay")
-    max_documents: int = Field(3, ge=1, description="a line that more documents have is kept in the first of them only")
-    min_left: int = Field(50, ge=0, description="documents of which fewer characters are left are dropped")
+    max_document_frequency: int = Field(
+        3, ge=1, description="a line that more documents have is kept in the first of them only"
+    )
+    min_remaining_characters: int = Field(
+        50, ge=0, description="documents of which fewer characters are left are dropped"
+    )
 
 
 def line_numbers(config: Lines, text: str) -> list[int]:
@@ -54,7 +58,7 @@ def repeated_lines(config: Lines, folders: Sequence[Path]) -> tuple[Array, Array
         pairs = np.concatenate([part[part["number"] % slices == piece] for part in parts])
         pairs.sort(order=("number", "row"))
         edges = np.flatnonzero(np.concatenate(([True], pairs["number"][1:] != pairs["number"][:-1], [True])))
-        often = edges[:-1][np.diff(edges) > config.max_documents]
+        often = edges[:-1][np.diff(edges) > config.max_document_frequency]
         numbers.append(pairs["number"][often])
         rows.append(pairs["row"][often])
     found, first = np.concatenate(numbers), np.concatenate(rows)

@@ -31,37 +31,39 @@ RECALL = 0.8  # wanted chance that a pair at the threshold becomes a candidate
 class Near(Config):
     """What counts as a near-duplicate."""
 
-    shingle: int = Field(5, ge=1, le=50, description="words of a shingle")
+    ngram_size: int = Field(5, ge=1, le=50, description="words of a shingle")
     threshold: float = Field(
         0.35,
         gt=0,
         le=1,
         description="Jaccard similarity of the shingle sets, at least; one word in ten changed gives about 0.42",
     )
-    permutations: int = Field(128, ge=16, le=1024, description="minima of a signature; a power of two")
-    rows: int = Field(
+    num_perm: int = Field(128, ge=16, le=1024, description="minima of a signature; a power of two")
+    hashes_per_bucket: int = Field(
         0, ge=0, description="minima of a band; 0: as many as find a pair at the threshold with a chance of 0.8"
     )
 
     @model_validator(mode="after")
     def _power_of_two(self) -> Self:
-        if self.permutations & (self.permutations - 1):
-            raise ValueError(f"permutations is {self.permutations}, it must be a power of two")
-        if self.rows > self.permutations:
-            raise ValueError(f"rows is {self.rows}, permutations is {self.permutations}: rows must not be more")
+        if self.num_perm & (self.num_perm - 1):
+            raise ValueError(f"permutations is {self.num_perm}, it must be a power of two")
+        if self.hashes_per_bucket > self.num_perm:
+            raise ValueError(
+                f"rows is {self.hashes_per_bucket}, permutations is {self.num_perm}: rows must not be more"
+            )
         return self
 
     @property
     def band_rows(self) -> int:
         """Minima of a band."""
-        return self.rows or max(
-            (r for r in range(1, 17) if found(self.threshold, r, self.permutations // r) >= RECALL), default=1
+        return self.hashes_per_bucket or max(
+            (r for r in range(1, 17) if found(self.threshold, r, self.num_perm // r) >= RECALL), default=1
         )
 
     @property
     def bands(self) -> int:
         """How many bands there are."""
-        return self.permutations // self.band_rows
+        return self.num_perm // self.band_rows
 
 
 def found(similarity: float, rows: int, bands: int) -> float:

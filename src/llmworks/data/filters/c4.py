@@ -24,17 +24,17 @@ POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "
 class C4(Config):
     """C4's rules. They also change a text: only its good lines stay."""
 
-    terminal_punctuation: bool = Field(
+    filter_no_terminal_punct: bool = Field(
         True, description="drop lines that do not end a sentence (FineWeb leaves this rule out)"
     )
     min_words_per_line: int = Field(3, ge=0, description="drop lines with fewer words")
     max_word_length: int = Field(1000, gt=0, description="drop lines with a longer word")
-    citations: bool = Field(True, description="take [1], [edit] and [citation needed] out")
-    javascript: bool = Field(True, description="drop lines that speak of Javascript")
-    policies: bool = Field(True, description="drop lines about cookies, privacy and terms of use")
-    lorem_ipsum: bool = Field(True, description="drop texts with lorem ipsum")
-    curly_brackets: bool = Field(True, description="drop texts with a curly bracket")
-    min_sentences: int = Field(5, ge=0, description="drop texts that have fewer sentences left")
+    remove_citations: bool = Field(True, description="take [1], [edit] and [citation needed] out")
+    filter_javascript: bool = Field(True, description="drop lines that speak of Javascript")
+    filter_policy: bool = Field(True, description="drop lines about cookies, privacy and terms of use")
+    filter_lorem_ipsum: bool = Field(True, description="drop texts with lorem ipsum")
+    filter_curly_bracket: bool = Field(True, description="drop texts with a curly bracket")
+    min_num_sentences: int = Field(5, ge=0, description="drop texts that have fewer sentences left")
 
 
 def c4(config: C4, texts: list[str], words: Words) -> tuple[list[str], Judgement, Counter[str]]:
@@ -54,7 +54,7 @@ def c4(config: C4, texts: list[str], words: Words) -> tuple[list[str], Judgement
                 "sentences (counted up to the bound)",
                 np.array(sentences),
                 12,
-                low=config.min_sentences,
+                low=config.min_num_sentences,
             )
         ],
     )
@@ -68,31 +68,31 @@ def _lines(config: C4, text: str, words: Words, dropped: Counter[str]) -> tuple[
     sentences = 0
     for raw in text.splitlines():
         line = raw.strip()
-        if not line and (config.terminal_punctuation or config.min_words_per_line):
+        if not line and (config.filter_no_terminal_punct or config.min_words_per_line):
             continue  # goes as well, but is no line to be counted
         if len(line) > config.max_word_length and any(len(chunk) > config.max_word_length for chunk in line.split()):
             dropped["c4: a word too long"] += 1
             continue
-        if config.citations and "[" in line:
+        if config.remove_citations and "[" in line:
             line = CITATIONS.sub("", line)
-        if config.terminal_punctuation and (not line.endswith(ENDS) or line.endswith("...")):
+        if config.filter_no_terminal_punct and (not line.endswith(ENDS) or line.endswith("...")):
             dropped["c4: no end of a sentence"] += 1
             continue
         if len(raw.split()) < config.min_words_per_line:
             dropped["c4: too few words"] += 1
             continue
         low = line.lower()
-        if config.lorem_ipsum and "lorem ipsum" in low:
+        if config.filter_lorem_ipsum and "lorem ipsum" in low:
             return [], "c4: lorem ipsum", sentences
-        if config.javascript and "javascript" in low:
+        if config.filter_javascript and "javascript" in low:
             dropped["c4: javascript"] += 1
             continue
-        if config.curly_brackets and "{" in line:
+        if config.filter_curly_bracket and "{" in line:
             return [], "c4: curly bracket", sentences
-        if config.policies and any(policy in low for policy in POLICIES):
+        if config.filter_policy and any(policy in low for policy in POLICIES):
             dropped["c4: policy"] += 1
             continue
-        if sentences < config.min_sentences:
+        if sentences < config.min_num_sentences:
             sentences += words.sentences(line)
         kept.append(line)
     return kept, "", sentences

@@ -20,18 +20,18 @@ TERMINALS = tuple(sorted(TERMINAL))
 class FineWeb(Config):
     """FineWeb's own rules."""
 
-    min_punctuated_lines: float = Field(0.12, ge=0, description="share of lines that end in punctuation, at least")
-    max_short_lines: float = Field(0.67, ge=0, description="share of short lines, at most")
-    short_line: int = Field(30, ge=0, description="characters of a short line, at most")
-    max_repeated_characters: float = Field(
+    line_punct_thr: float = Field(0.12, ge=0, description="share of lines that end in punctuation, at least")
+    short_line_thr: float = Field(0.67, ge=0, description="share of short lines, at most")
+    short_line_length: int = Field(30, ge=0, description="characters of a short line, at most")
+    char_duplicates_ratio: float = Field(
         0.01, ge=0, description="share of characters in lines that occurred before, at most"
     )
-    max_new_lines: float = Field(0.3, ge=0, description="line breaks per word, at most")
+    new_line_ratio: float = Field(0.3, ge=0, description="line breaks per word, at most")
 
 
 def fineweb(config: FineWeb, texts: list[str], counts: Array) -> Judgement:
     """Apply the rules to some texts, of which `counts` are the words."""
-    rows = [_line_shares(text, config.short_line) for text in texts]
+    rows = [_line_shares(text, config.short_line_length) for text in texts]
     punctuated, short, repeated, breaks = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
     judged = judge(
         len(texts),
@@ -41,17 +41,17 @@ def fineweb(config: FineWeb, texts: list[str], counts: Array) -> Judgement:
                 "lines that end in punctuation",
                 punctuated,
                 1,
-                low=config.min_punctuated_lines,
+                low=config.line_punct_thr,
             ),
-            Bound("fineweb: short lines", "short lines", short, 1, high=config.max_short_lines),
+            Bound("fineweb: short lines", "short lines", short, 1, high=config.short_line_thr),
             Bound(
                 "fineweb: repeated lines",
                 "characters in lines that occurred before",
                 repeated,
                 0.1,
-                high=config.max_repeated_characters,
+                high=config.char_duplicates_ratio,
             ),
-            Bound("fineweb: a list", "line breaks per word", share(breaks, counts), 0.6, high=config.max_new_lines),
+            Bound("fineweb: a list", "line breaks per word", share(breaks, counts), 0.6, high=config.new_line_ratio),
         ],
     )
     judged.reasons = [

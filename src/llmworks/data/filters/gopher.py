@@ -24,33 +24,33 @@ PARAGRAPHS = re.compile(r"\n{2,}")
 class GopherQuality(Config):
     """Gopher's quality rules."""
 
-    min_words: int = Field(50, ge=0, description="words that are not only symbols, at least")
-    max_words: int = Field(100_000, gt=0, description="words that are not only symbols, at most")
-    min_word_length: float = Field(3, ge=0, description="mean length of those words, at least")
-    max_word_length: float = Field(10, gt=0, description="mean length of those words, at most")
-    max_symbol_ratio: float = Field(0.1, ge=0, description="hash signs per word, and ellipses per word, at most")
-    max_bullet_lines: float = Field(0.9, ge=0, description="share of lines that begin with a bullet, at most")
-    max_ellipsis_lines: float = Field(0.3, ge=0, description="share of lines that end with an ellipsis, at most")
-    min_alpha_words: float = Field(0.8, ge=0, description="share of words with a letter, at least")
+    min_doc_words: int = Field(50, ge=0, description="words that are not only symbols, at least")
+    max_doc_words: int = Field(100_000, gt=0, description="words that are not only symbols, at most")
+    min_avg_word_length: float = Field(3, ge=0, description="mean length of those words, at least")
+    max_avg_word_length: float = Field(10, gt=0, description="mean length of those words, at most")
+    max_symbol_word_ratio: float = Field(0.1, ge=0, description="hash signs per word, and ellipses per word, at most")
+    max_bullet_lines_ratio: float = Field(0.9, ge=0, description="share of lines that begin with a bullet, at most")
+    max_ellipsis_lines_ratio: float = Field(0.3, ge=0, description="share of lines that end with an ellipsis, at most")
+    min_alpha_words_ratio: float = Field(0.8, ge=0, description="share of words with a letter, at least")
     min_stop_words: int = Field(2, ge=0, description="how many of the, be, to, of, and, that, have, with must occur")
 
 
 class GopherRepetition(Config):
     """Gopher's repetition rules: shares of the text's lines, paragraphs and characters, at most."""
 
-    lines: float = Field(0.3, ge=0, description="lines that occurred before")
-    paragraphs: float = Field(0.3, ge=0, description="paragraphs that occurred before")
-    line_characters: float = Field(0.2, ge=0, description="characters in lines that occurred before")
-    paragraph_characters: float = Field(0.2, ge=0, description="characters in paragraphs that occurred before")
-    top_2_gram: float = Field(0.2, ge=0, description="characters in the most frequent 2-gram of words")
-    top_3_gram: float = Field(0.18, ge=0, description="characters in the most frequent 3-gram")
-    top_4_gram: float = Field(0.16, ge=0, description="characters in the most frequent 4-gram")
-    repeated_5_grams: float = Field(0.15, ge=0, description="characters in 5-grams that occurred before")
-    repeated_6_grams: float = Field(0.14, ge=0, description="characters in 6-grams that occurred before")
-    repeated_7_grams: float = Field(0.13, ge=0, description="characters in 7-grams that occurred before")
-    repeated_8_grams: float = Field(0.12, ge=0, description="characters in 8-grams that occurred before")
-    repeated_9_grams: float = Field(0.11, ge=0, description="characters in 9-grams that occurred before")
-    repeated_10_grams: float = Field(0.1, ge=0, description="characters in 10-grams that occurred before")
+    dup_line_frac: float = Field(0.3, ge=0, description="lines that occurred before")
+    dup_para_frac: float = Field(0.3, ge=0, description="paragraphs that occurred before")
+    dup_line_char_frac: float = Field(0.2, ge=0, description="characters in lines that occurred before")
+    dup_para_char_frac: float = Field(0.2, ge=0, description="characters in paragraphs that occurred before")
+    top_2_grams: float = Field(0.2, ge=0, description="characters in the most frequent 2-gram of words")
+    top_3_grams: float = Field(0.18, ge=0, description="characters in the most frequent 3-gram")
+    top_4_grams: float = Field(0.16, ge=0, description="characters in the most frequent 4-gram")
+    dup_5_grams: float = Field(0.15, ge=0, description="characters in 5-grams that occurred before")
+    dup_6_grams: float = Field(0.14, ge=0, description="characters in 6-grams that occurred before")
+    dup_7_grams: float = Field(0.13, ge=0, description="characters in 7-grams that occurred before")
+    dup_8_grams: float = Field(0.12, ge=0, description="characters in 8-grams that occurred before")
+    dup_9_grams: float = Field(0.11, ge=0, description="characters in 9-grams that occurred before")
+    dup_10_grams: float = Field(0.1, ge=0, description="characters in 10-grams that occurred before")
 
 
 def gopher_quality(config: GopherQuality, batch: Batch, words: Words) -> Judgement:
@@ -70,26 +70,26 @@ def gopher_quality(config: GopherQuality, batch: Batch, words: Words) -> Judgeme
     return judge(
         len(batch.texts),
         [
-            Bound("gopher: too few words", "words", real_count, 2000, low=c.min_words),
-            Bound("gopher: too many words", "words", real_count, 2000, high=c.max_words),
-            Bound("gopher: words too short", "mean word length", length, 12, low=c.min_word_length),
-            Bound("gopher: words too long", "mean word length", length, 12, high=c.max_word_length),
-            Bound("gopher: hash signs", "hash signs per word", share(hashes, count), 0.2, high=c.max_symbol_ratio),
-            Bound("gopher: ellipses", "ellipses per word", share(ellipses, count), 0.2, high=c.max_symbol_ratio),
-            Bound("gopher: bullets", "lines that begin with a bullet", bullets, 1, high=c.max_bullet_lines),
+            Bound("gopher: too few words", "words", real_count, 2000, low=c.min_doc_words),
+            Bound("gopher: too many words", "words", real_count, 2000, high=c.max_doc_words),
+            Bound("gopher: words too short", "mean word length", length, 12, low=c.min_avg_word_length),
+            Bound("gopher: words too long", "mean word length", length, 12, high=c.max_avg_word_length),
+            Bound("gopher: hash signs", "hash signs per word", share(hashes, count), 0.2, high=c.max_symbol_word_ratio),
+            Bound("gopher: ellipses", "ellipses per word", share(ellipses, count), 0.2, high=c.max_symbol_word_ratio),
+            Bound("gopher: bullets", "lines that begin with a bullet", bullets, 1, high=c.max_bullet_lines_ratio),
             Bound(
                 "gopher: lines end in ellipses",
                 "lines that end with an ellipsis",
                 trailing,
                 1,
-                high=c.max_ellipsis_lines,
+                high=c.max_ellipsis_lines_ratio,
             ),
             Bound(
                 "gopher: words without letters",
                 "words with a letter",
                 share(batch.sums(words.alpha[ids]), count),
                 1,
-                low=c.min_alpha_words,
+                low=c.min_alpha_words_ratio,
             ),
             Bound("gopher: few stop words", "kinds of stop words", stops, 8, low=c.min_stop_words),
         ],
@@ -115,7 +115,7 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
     c = config
     total = np.array([len(text) for text in batch.texts], dtype=float)
     bounds = _line_bounds(batch, c)
-    for n, limit in ((2, c.top_2_gram), (3, c.top_3_gram), (4, c.top_4_gram)):
+    for n, limit in ((2, c.top_2_grams), (3, c.top_3_grams), (4, c.top_4_grams)):
         value = share(top_characters(batch, words, n), total)
         bounds.append(
             Bound(f"gopher: one {n}-gram repeated", f"characters in the top {n}-gram", value, 0.4, high=limit)
@@ -123,12 +123,12 @@ def gopher_repetition(config: GopherRepetition, batch: Batch, words: Words) -> J
     # what lies in repeated n-grams bounds their count from above, and what lies in longer ones; texts that are dropped
     # anyway are not counted
     limits = (
-        c.repeated_5_grams,
-        c.repeated_6_grams,
-        c.repeated_7_grams,
-        c.repeated_8_grams,
-        c.repeated_9_grams,
-        c.repeated_10_grams,
+        c.dup_5_grams,
+        c.dup_6_grams,
+        c.dup_7_grams,
+        c.dup_8_grams,
+        c.dup_9_grams,
+        c.dup_10_grams,
     )
     fine = ~np.any([bound.fails() for bound in bounds], axis=0)
     value = np.ones(len(batch.texts))
@@ -158,21 +158,21 @@ def _line_bounds(batch: Batch, c: GopherRepetition) -> list[Bound]:
     parts = [_repeated_parts(text) for text in batch.texts]
     paragraphs, paragraph_characters, lines, line_characters = (np.array(column) for column in zip(*parts, strict=True))
     bounds = [
-        Bound("gopher: repeated paragraphs", "repeated paragraphs", paragraphs, 1, high=c.paragraphs),
+        Bound("gopher: repeated paragraphs", "repeated paragraphs", paragraphs, 1, high=c.dup_para_frac),
         Bound(
             "gopher: characters in repeated paragraphs",
             "characters in repeated paragraphs",
             paragraph_characters,
             1,
-            high=c.paragraph_characters,
+            high=c.dup_para_char_frac,
         ),
-        Bound("gopher: repeated lines", "repeated lines", lines, 1, high=c.lines),
+        Bound("gopher: repeated lines", "repeated lines", lines, 1, high=c.dup_line_frac),
         Bound(
             "gopher: characters in repeated lines",
             "characters in repeated lines",
             line_characters,
             1,
-            high=c.line_characters,
+            high=c.dup_line_char_frac,
         ),
     ]
     return bounds

@@ -23,11 +23,11 @@ class Instruction(Config):
 
     min_characters: int = Field(10, ge=0, description="characters, at least")
     max_characters: int = Field(20_000, gt=0, description="characters, at most")
-    max_symbols: float = Field(
+    max_symbol_ratio: float = Field(
         0.25, ge=0, description="share of characters that are neither letters, digits nor white space, at most"
     )
-    max_digits: float = Field(0.3, ge=0, description="share of characters that are digits, at most")
-    max_run: int = Field(100, gt=0, description="the same character in a row, at most")
+    max_digit_ratio: float = Field(0.3, ge=0, description="share of characters that are digits, at most")
+    max_character_run: int = Field(100, gt=0, description="the same character in a row, at most")
 
 
 def instruction(config: Instruction, texts: list[str]) -> Judgement:
@@ -47,11 +47,15 @@ def instruction(config: Instruction, texts: list[str]) -> Judgement:
                 "share of symbols",
                 (inked - digits - letters) / inked,
                 1,
-                high=config.max_symbols,
+                high=config.max_symbol_ratio,
             ),
-            Bound("instruction: digits", "share of digits", digits / inked, 1, high=config.max_digits),
+            Bound("instruction: digits", "share of digits", digits / inked, 1, high=config.max_digit_ratio),
             Bound(
-                "instruction: one character repeated", "longest run of one character", runs, 200, high=config.max_run
+                "instruction: one character repeated",
+                "longest run of one character",
+                runs,
+                200,
+                high=config.max_character_run,
             ),
         ],
     )

@@ -200,10 +200,10 @@ CODES = frozenset(
 class Language(Config):
     """Which languages stay."""
 
-    keep: list[str] = Field(
+    languages: list[str] = Field(
         default_factory=list, description="codes such as en, de; empty: all, the language is only written down"
     )
-    min_score: float = Field(
+    language_threshold: float = Field(
         0.65, ge=0, le=1, description="how sure the identification must be of the languages to keep"
     )
 

@@ -24,7 +24,7 @@ def task_inputs(config: Config, given: dict[str, Any], load: Load) -> dict[str, 
     if "data" in given:
         return given
     task = load_task(str(getattr(config, "task", "")))
-    examples = {"examples": rows_of(task, task.examples, load)} if task.examples and "examples" not in given else {}
+    examples = {"fewshot": rows_of(task, task.examples, load)} if task.examples and "fewshot" not in given else {}
     return {**given, "data": rows_of(task, named_data(task), load), **examples}
 
 

@@ -114,9 +114,9 @@ def one_side(rows: Sequence[Row], side: str, task: Task) -> list[Row]:
 
 
 def side_of(row: Row, group: str) -> str:
-    """ "practice" or "test"."""
+    """ "dev" or "test"."""
     said = group or json.dumps({k: v for k, v in row.items() if k not in NAMES}, sort_keys=True, default=str)
-    return "practice" if hashlib.sha256(" ".join(said.lower().split()).encode()).digest()[0] % 2 else "test"
+    return "dev" if hashlib.sha256(" ".join(said.lower().split()).encode()).digest()[0] % 2 else "test"
 
 
 def questions(task: Task, rows: Sequence[Row], pool: Sequence[Row], *, same_pool: bool) -> list[Question]:

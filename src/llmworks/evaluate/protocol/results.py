@@ -239,9 +239,9 @@ def _costs(samples: Sequence[Mapping[str, Any]], seconds: float, model: Model | 
     tokens, read = sum(s["completion_tokens"] for s in samples), sum(s["prompt_tokens"] for s in samples)
     costs: dict[str, Any] = {
         "prompt_tokens": read,
-        "answer_tokens": tokens,
-        "answer_tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0,
-        "cut_off": sum(s["finish"] == "length" for s in samples),
+        "completion_tokens": tokens,
+        "completion_tokens_per_second": round(tokens / seconds, 2) if seconds else 0.0,
+        "truncated": sum(s["finish"] == "length" for s in samples),
     }
     if refused := sum(s["finish"] == "refused" for s in samples):
         costs["refused"] = refused

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Judged:
-    """What one judge said: by sample, a grade (0 to 1, or a reward) or a verdict A, B or C; `unread`: where it said
+    """What one judge said: by sample, a grade (0 to 1, or a reward) or a verdict A, B or C; `unparsed`: where it said
     neither.
     """
 

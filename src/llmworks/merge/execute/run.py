@@ -62,7 +62,7 @@ def run(config: MergeConfig, models: Mapping[str, Model], ctx: Context) -> Model
             " tokenizer.tokens with what stands for them, or another tokenizer_source"
         )
     stream = Stream(plan, layouts, vocabulary, ctx.seed)
-    size = written(stream, config.shard_bytes, layouts, ctx)
+    size = written(stream, config.max_shard_size, layouts, ctx)
     weights = sum(math.prod(job.shape) for job in plan.jobs)
     metrics: dict[str, Any] = {
         "bytes": size,

@@ -1,4 +1,4 @@
-"""Config fields of `merge.adapters` and `merge.extract`. Torch-free."""
+"""Config fields of `merge.combine_adapters` and `merge.extract`. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pydantic import Field
 from llmworks.core.artifact import Config
 
 
-class AdaptersConfig(Config):
+class CombineAdaptersConfig(Config):
     """How adapters become one."""
 
-    method: Literal[
+    combination_type: Literal[
         "cat",
         "linear",
         "svd",
@@ -36,7 +36,7 @@ class AdaptersConfig(Config):
         0.5, gt=0, le=1, description="share of each product's weights that is kept, of the methods that drop some"
     )
     normalize: bool = Field(False, description="divided by the sum of weights (ties: of those that agree)")
-    rank: int = Field(
+    svd_rank: int = Field(
         0, ge=0, description="rank of the result, of methods on products; 0: the largest of the adapters'"
     )
 
@@ -44,8 +44,8 @@ class AdaptersConfig(Config):
 class ExtractConfig(Config):
     """How much of the difference."""
 
-    rank: int = Field(32, gt=0, description="rank of the adapter at most")
-    kept: float = Field(
+    max_rank: int = Field(32, gt=0, description="rank of the adapter at most")
+    min_energy: float = Field(
         1.0,
         gt=0,
         le=1,
@@ -53,4 +53,4 @@ class ExtractConfig(Config):
             "share of each matrix's change (sum of squares) that is enough: fewer ranks where it is kept by fewer"
         ),
     )
-    skip: list[str] = Field([], description="layers that are left out, by a part of their names")
+    exclude_modules: list[str] = Field([], description="layers that are left out, by a part of their names")

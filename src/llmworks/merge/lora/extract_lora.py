@@ -54,7 +54,7 @@ def extracted(config: ExtractConfig, model: Model, base: Model, ctx: Context) ->
     }
     recorded, gap = _golden(ctx, base, model.golden)
     if gap is not None:
-        metrics |= {"golden_gap_mean": round(gap.mean, 5), "golden_same_greedy": round(gap.same_greedy, 5)}
+        metrics |= {"golden_gap_mean": round(gap.mean, 5), "golden_greedy_agreement": round(gap.same_greedy, 5)}
     _describe_extracted(ctx, model, base, metrics, pairs, missed, rest, told)
     return Adapter(
         ctx.out,
@@ -90,10 +90,10 @@ def _extract_factors(
                 LAYER.match(name)
                 and change.ndim == 2
                 and name.endswith(".weight")
-                and not any(part in name for part in config.skip)
+                and not any(part in name for part in config.exclude_modules)
             ):
                 if size:
-                    a, b, miss = factors(change, config.rank, config.kept)
+                    a, b, miss = factors(change, config.max_rank, config.min_energy)
                     pairs[layer] = (a, b)
                     told.append((layer, len(a), (size / float(before.square().sum().clamp(min=1e-30))) ** 0.5, miss))
                     lost += miss**2 * size

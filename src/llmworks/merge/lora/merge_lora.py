@@ -21,7 +21,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import ModelError, UserError
 from llmworks.merge.adapter import TOKENIZER_FILES, fold_files
 from llmworks.merge.execute.tensor_group import Group
-from llmworks.merge.lora.config import AdaptersConfig
+from llmworks.merge.lora.config import CombineAdaptersConfig
 from llmworks.merge.lora.low_rank import factors
 from llmworks.merge.plan.catalogue import METHODS
 from llmworks.merge.plan.plan import BLOCK
@@ -33,7 +33,7 @@ from llmworks.tokenize.load import load_tokenizer, stop_ids
 Pairs = dict[str, tuple[Tensor, Tensor]]  # by layer: A and B, whose product is the change
 
 
-def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model, ctx: Context) -> Adapter:
+def merged(config: CombineAdaptersConfig, adapters: Mapping[str, Adapter], model: Model, ctx: Context) -> Adapter:
     """The stage's work."""
     if len(adapters) < 2:
         raise UserError("one adapter is given; several are merged")
@@ -42,14 +42,14 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
         raise UserError(f"weights: no adapter is called {strange!r}; given: {', '.join(adapters)}")
     found = {name: _factors(adapter, model, ctx) for name, adapter in adapters.items()}
     weights = {name: float(config.weights.get(name, 1.0)) for name in adapters}
-    if config.normalize and config.method in ("cat", "linear", "svd"):
+    if config.normalize and config.combination_type in ("cat", "linear", "svd"):
         total = sum(weights.values())
         if abs(total) < 1e-9:
             raise UserError(
                 "the weights sum to zero, so that they cannot be normalized; change them, or set normalize=false"
             )
         weights = {name: weight / total for name, weight in weights.items()}
-    rank = config.rank or max(len(one.a) for pairs in found.values() for one in pairs.values())
+    rank = config.svd_rank or max(len(one.a) for pairs in found.values() for one in pairs.values())
     made, lost, whole = _merge_layers(found, config, weights, ctx, rank)
     write_adapter(ctx.out, made, model)
     source = next(
@@ -68,8 +68,10 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
     recorded, _ = _golden(ctx, model, None)
     page = ctx.report
     page.title = f"Adapters of {model.name} as one"
-    page.lead = f"{', '.join(adapters)} by {config.method}: rank {metrics['rank']}" + (
-        f", which misses {missed:.1%} of what the merge is." if config.method not in ("cat", "linear") else "."
+    page.lead = f"{', '.join(adapters)} by {config.combination_type}: rank {metrics['rank']}" + (
+        f", which misses {missed:.1%} of what the merge is."
+        if config.combination_type not in ("cat", "linear")
+        else "."
     )
     page.table(
         "Adapters",
@@ -85,12 +87,16 @@ def merged(config: AdaptersConfig, adapters: Mapping[str, Adapter], model: Model
         ctx.out,
         metrics=metrics,
         golden=recorded,
-        about={"base": model.digest, "method": config.method, "rank": metrics["rank"], "base_kept": "as-is"},
+        about={"base": model.digest, "method": config.combination_type, "rank": metrics["rank"], "base_kept": "as-is"},
     )
 
 
 def _merge_layers(
-    found: dict[str, dict[str, Factors]], config: AdaptersConfig, weights: dict[str, float], ctx: Context, rank: int
+    found: dict[str, dict[str, Factors]],
+    config: CombineAdaptersConfig,
+    weights: dict[str, float],
+    ctx: Context,
+    rank: int,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float, float]:
     """The factors of each layer, and how much of the squares of changes they miss, of how much."""
     made: Pairs = {}
@@ -103,12 +109,12 @@ def _merge_layers(
                 f"{layer}: its shapes differ: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())};"
                 " the adapters are of different models"
             )
-        if config.method == "cat":
+        if config.combination_type == "cat":
             made[layer] = (
                 torch.cat([one.a * (weights[name] * one.scale) for name, one in given.items()]),
                 torch.cat([one.b for one in given.values()], dim=1),
             )
-        elif config.method == "linear":
+        elif config.combination_type == "linear":
             made[layer] = _mean(layer, given, weights)
         else:
             change = _change(config, layer, given, weights, ctx.seed)
@@ -154,22 +160,22 @@ def _mean(layer: str, given: Mapping[str, Factors], weights: Mapping[str, float]
 
 
 def _change(
-    config: AdaptersConfig, layer: str, given: Mapping[str, Factors], weights: Mapping[str, float], seed: int
+    config: CombineAdaptersConfig, layer: str, given: Mapping[str, Factors], weights: Mapping[str, float], seed: int
 ) -> Tensor:
     """The products of a layer's factors, merged by a method of `merge` as changes of a base of zeros."""
     products = [(one.b @ one.a) * one.scale for one in given.values()]
     shape, flat = tuple(products[0].shape), [torch.zeros(products[0].numel()), *(one.flatten() for one in products)]
-    method = METHODS["task_arithmetic" if config.method == "svd" else config.method]
+    method = METHODS["task_arithmetic" if config.combination_type == "svd" else config.combination_type]
     own = {parameter.name: parameter.default for parameter in method.parameters if parameter.of == "other"}
     each = [
         {},
         *(
-            {**own, "weight": weights[name], "density": 1.0 if config.method == "svd" else config.density}
+            {**own, "weight": weights[name], "density": 1.0 if config.combination_type == "svd" else config.density}
             for name in given
         ),
     ]
     shared = {parameter.name: parameter.default for parameter in method.parameters if parameter.of == "tensor"} | {
-        "normalize": config.normalize and config.method != "svd"
+        "normalize": config.normalize and config.combination_type != "svd"
     }
     group = Group(
         layer,

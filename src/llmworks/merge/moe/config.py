@@ -48,7 +48,7 @@ class ExpertsConfig(Written):
     architecture: Literal["mixtral", "qwen", "qwen3"] | None = Field(
         None, description="layout: of Mixtral, Qwen2-MoE (with a shared expert), Qwen3-MoE; default: by the base"
     )
-    shard_bytes: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
+    max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
 
     @model_validator(mode="after")
     def _checked(self) -> ExpertsConfig:

@@ -81,7 +81,7 @@ def hidden(base: Path, prompts: Sequence[str], ids: Sequence[Sequence[int]], *, 
             stack.begin(stack.embedding(torch.tensor([list(tokens)])), where)
             for tokens, where in zip(ids, places, strict=True)
         ]
-        for number in range(source.shape.layers):
+        for number in range(source.shape.num_hidden_layers):
             for kept, state in zip(told, states, strict=True):
                 kept.append(state[0].mean(0) if mean else state[0, -1])
             with source.only(stack, source.block(number)):

@@ -75,7 +75,7 @@ def run(config: ExpertsConfig, models: Mapping[str, Model], ctx: Context) -> Mod
         if (ctx.out / "tokenizer.json").exists()
         else None
     )
-    size = written(stream, config.shard_bytes, layouts, ctx)
+    size = written(stream, config.max_shard_size, layouts, ctx)
     recorded = golden.record(*read, logits_at(ctx.out)) if read else None
     metrics = {
         "bytes": size,

@@ -207,7 +207,7 @@ class MergeConfig(Written):
     chat_template: str | None = Field(
         None, description="auto (that of most models), the name of one, or a Jinja template"
     )
-    shard_bytes: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
+    max_shard_size: int = Field(4_000_000_000, ge=1_000_000, description="bytes of a file at most")
 
     @model_validator(mode="after")
     def _checked(self) -> MergeConfig:

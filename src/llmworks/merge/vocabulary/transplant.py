@@ -146,10 +146,10 @@ def run(
     spare = _fresh_rows(config, found)
     vocabulary = Vocabulary(count, count, {OWN: take}, spare, tokenizer.path)
     merge = MergeConfig.model_validate(
-        {"merge_method": "passthrough", "models": [{"model": OWN}], "shard_bytes": config.shard_bytes}
+        {"merge_method": "passthrough", "models": [{"model": OWN}], "max_shard_size": config.max_shard_size}
     )
     plan = plan_of(merge, {OWN: layout}, count)
-    size = written(Stream(plan, {OWN: layout}, vocabulary, ctx.seed), config.shard_bytes, {OWN: layout}, ctx)
+    size = written(Stream(plan, {OWN: layout}, vocabulary, ctx.seed), config.max_shard_size, {OWN: layout}, ctx)
     write_config(merge, layout, plan, vocabulary, ctx.out)
     for name in TOKENIZER_FILES:
         (ctx.out / name).unlink(missing_ok=True)
@@ -164,10 +164,10 @@ def run(
         "lost": len(found.lost),
     }
     if data is not None:
-        rows = training_rows(data)[: config.texts]
+        rows = training_rows(data)[: config.eval_samples]
         metrics |= {
-            "bits_a_byte_before": round(bits_a_byte(model.path, old, rows), 5),
-            "bits_a_byte": round(bits_a_byte(ctx.out, new, rows), 5),
+            "bits_per_byte_before": round(bits_a_byte(model.path, old, rows), 5),
+            "bits_per_byte": round(bits_a_byte(ctx.out, new, rows), 5),
         }
     out_tokenizer = load_tokenizer(ctx.out)
     recorded = golden.record(out_tokenizer, stop_ids(ctx.out, out_tokenizer), logits_at(ctx.out))
@@ -184,11 +184,11 @@ def _fresh_rows(config: TransplantConfig, found: Mapped) -> dict[int, tuple[tupl
     """Rows of the old embedding whose mean a new token begins as."""
     spare = (
         {at: tuple((OWN, part) for part in parts) for at, parts in found.pieces.items()}
-        if config.new == "pieces"
+        if config.approximation_method == "subword"
         else {}
     )
-    fresh = [*found.lost, *(found.pieces if config.new != "pieces" else ())]
-    if config.new != "zero" and fresh:
+    fresh = [*found.lost, *(found.pieces if config.approximation_method != "subword" else ())]
+    if config.approximation_method != "zero" and fresh:
         spare |= dict.fromkeys(
             fresh, tuple((OWN, row) for row in sorted(set(found.same.values()))[:: max(1, len(found.same) // 256)])
         )  # the mean of some hundreds of rows, evenly taken
@@ -235,14 +235,14 @@ def _describe(
     page = ctx.report
     page.title = f"{model.name} with the tokenizer of {tokenizer.name}"
     told = (
-        f" Bits a byte were {metrics['bits_a_byte_before']:.3f}, are {metrics['bits_a_byte']:.3f}."
-        if "bits_a_byte" in metrics
+        f" Bits a byte were {metrics['bits_per_byte_before']:.3f}, are {metrics['bits_per_byte']:.3f}."
+        if "bits_per_byte" in metrics
         else ""
     )
     page.lead = (
         f"Of {metrics['vocabulary']:,} tokens {metrics['same']:,} are the model's own, {metrics['by_role']:,} are known"
         f" by their role, {metrics['by_pieces']:,} begin as"
-        f" {'the mean of their pieces' if config.new == 'pieces' else config.new}.{told}"
+        f" {'the mean of their pieces' if config.approximation_method == 'subword' else config.approximation_method}.{told}"
     )
     names, letters = (
         {at: token for token, at in new.get_vocab().items()},

@@ -77,41 +77,51 @@ class _Column:
 
 def _order(shape: Shape) -> list[str]:
     """How order is known."""
-    if shape.position != "rope":
+    if shape.position_embedding_type != "rope":
         return [
             {
-                "learned": f"learned positions, {shape.context:,}",
+                "learned": f"learned positions, {shape.max_position_embeddings:,}",
                 "sinusoidal": "sinusoidal positions",
                 "alibi": "ALiBi: nearer is heeded more",
                 "none": "no positions",
-            }[shape.position]
+            }[shape.position_embedding_type]
         ]
-    rope = shape.rope
-    base = f"{rope.theta:,.0f}" + (f", {shape.window_theta:,.0f} in windows" if shape.window_theta else "")
+    rope = shape.rope_parameters
+    base = f"{rope.rope_theta:,.0f}" + (f", {shape.local_rope_theta:,.0f} in windows" if shape.local_rope_theta else "")
     return [f"rotary positions, base {base}"] + (
-        [f"stretched {rope.factor:g} times ({rope.scaling})"] if rope.scaling != "none" else []
+        [f"stretched {rope.factor:g} times ({rope.rope_type})"] if rope.rope_type != "default" else []
     )
 
 
 def _attention(shape: Shape) -> list[str]:
-    kind = "multi-head" if shape.groups == shape.heads else "multi-query" if shape.groups == 1 else "grouped-query"
+    kind = (
+        "multi-head"
+        if shape.groups == shape.num_attention_heads
+        else "multi-query"
+        if shape.groups == 1
+        else "grouped-query"
+    )
     lines = [
-        f"{shape.heads} query heads of {shape.per_head}, {shape.groups} key-value ({kind})",
-        *(_order(shape) if shape.position in ("rope", "alibi") else []),
+        f"{shape.num_attention_heads} query heads of {shape.per_head}, {shape.groups} key-value ({kind})",
+        *(_order(shape) if shape.position_embedding_type in ("rope", "alibi") else []),
     ]
-    if shape.window:
+    if shape.sliding_window:
         lines.append(
-            f"looks back {shape.window:,} tokens" + (f", all in every {shape.full_every}th" if shape.full_every else "")
+            f"looks back {shape.sliding_window:,} tokens"
+            + (f", all in every {shape.global_attn_every_n_layers}th" if shape.global_attn_every_n_layers else "")
         )
-    return lines + (["queries and keys normed"] if shape.qk_norm else [])
+    return lines + (["queries and keys normed"] if shape.use_qk_norm else [])
 
 
 def _feed_forward(shape: Shape) -> tuple[str, list[str]]:
-    bend = {"silu": "SiLU", "gelu": "GELU", "gelu-tanh": "GELU (tanh)"}[shape.activation]
-    kind = {"silu": "SwiGLU"}.get(shape.activation, "GeGLU") if shape.gated else bend
-    lines = [f"{shape.width:,} → {shape.inner:,} → {shape.width:,}, {kind}"]
+    bend = {"silu": "SiLU", "gelu": "GELU", "gelu_pytorch_tanh": "GELU (tanh)"}[shape.hidden_act]
+    kind = {"silu": "SwiGLU"}.get(shape.hidden_act, "GeGLU") if shape.gated_mlp else bend
+    lines = [f"{shape.hidden_size:,} → {shape.inner:,} → {shape.hidden_size:,}, {kind}"]
     return (
-        ("Mixture of experts", [f"{shape.experts.count} experts, {shape.experts.chosen} for each token", *lines])
+        (
+            "Mixture of experts",
+            [f"{shape.experts.num_experts} experts, {shape.experts.num_experts_per_tok} for each token", *lines],
+        )
         if shape.experts
         else ("Feed-forward", lines)
     )
@@ -123,28 +133,33 @@ def _block(column: _Column, shape: Shape) -> None:
     for title, lines, tint in (("Attention", _attention(shape), "attention"), (*feed, "feed")):
         begin = column.y + 4
         column.arrow()
-        if shape.norm_place != "post":
+        if shape.norm_position != "post":
             column.box(norm, [], "norm")
             column.arrow()
         column.box(title, lines, tint)
-        if shape.norm_place == "around":
+        if shape.norm_position == "sandwich":
             column.arrow()
             column.box(norm, [], "norm")
         column.added(begin)
-        if shape.norm_place == "post":
+        if shape.norm_position == "post":
             column.arrow()
             column.box(norm, [], "norm")
 
 
 def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
+    width = shape.hidden_size if isinstance(shape, Shape) else shape.embedding_dim
     column = _Column(x, 6)
     column.text([name], bold=True)
     column.arrow()
     column.box(
         "Embedding",
         [
-            f"{shape.vocabulary:,} tokens → {shape.width:,} numbers",
-            *(_order(shape) if isinstance(shape, Shape) and shape.position not in ("rope", "alibi") else []),
+            f"{shape.vocab_size:,} tokens → {width:,} numbers",
+            *(
+                _order(shape)
+                if isinstance(shape, Shape) and shape.position_embedding_type not in ("rope", "alibi")
+                else []
+            ),
         ],
         "table",
     )
@@ -159,28 +174,33 @@ def _column(name: str, shape: Shape | RecurrentShape, x: float) -> _Column:
             ' stroke="#64748b" stroke-dasharray="5 4"/>',
         )
         column.parts.append(
-            f'<text x="{x + WIDTH - 52}" y="{top + 16}" font-size="13" font-weight="600">× {shape.layers}</text>'
+            f'<text x="{x + WIDTH - 52}" y="{top + 16}" font-size="13" font-weight="600">× {shape.num_hidden_layers}</text>'
         )
-        if shape.norm_place != "post":
+        if shape.norm_position != "post":
             column.arrow()
             column.box({"rms": "RMSNorm", "layer": "LayerNorm"}[shape.norm], [], "norm")
-    elif shape.kind == "mlp":
+    elif shape.rnn_type == "mlp":
         column.arrow()
         column.box(
-            "Window", [f"the last {shape.reach} tokens: {shape.reach * shape.width:,} → {shape.inner:,}, tanh"], "state"
+            "Window",
+            [f"the last {shape.reach} tokens: {shape.reach * shape.embedding_dim:,} → {shape.inner:,}, tanh"],
+            "state",
         )
     else:
-        for _ in range(shape.layers):
+        for _ in range(shape.num_hidden_layers):
             column.arrow()
             column.box(
-                shape.kind.upper(),
-                [f"{'two states' if shape.kind == 'lstm' else 'state'} of {shape.inner:,} numbers"],
+                shape.rnn_type.upper(),
+                [f"{'two states' if shape.rnn_type == 'lstm' else 'state'} of {shape.inner:,} numbers"],
                 "state",
             )
     column.arrow()
     column.box(
         "Head",
-        [f"{shape.width:,} → {shape.vocabulary:,} logits" + (", the embedding's matrix" if shape.tied else "")],
+        [
+            f"{width:,} → {shape.vocab_size:,} logits"
+            + (", the embedding's matrix" if shape.tie_word_embeddings else "")
+        ],
         "table",
     )
     return column

@@ -51,14 +51,14 @@ def parts_of(shape: Shape | RecurrentShape, context: int) -> list[Part]:
 
 
 def _decoder(shape: Shape, context: int) -> Iterator[Part]:
-    width = shape.width
-    yield Part("", "embedding", {"weight": (shape.vocabulary, width)})
-    if shape.position == "learned":
-        yield Part("", "position", {"weight": (shape.context, width)})
-    for layer in range(shape.layers):
+    width = shape.hidden_size
+    yield Part("", "embedding", {"weight": (shape.vocab_size, width)})
+    if shape.position_embedding_type == "learned":
+        yield Part("", "position", {"weight": (shape.max_position_embeddings, width)})
+    for layer in range(shape.num_hidden_layers):
         where = str(layer)
-        names = ("norm", "after norm") if shape.norm_place == "around" else ("norm", "")
-        first = shape.norm_place != "post"
+        names = ("norm", "after norm") if shape.norm_position == "sandwich" else ("norm", "")
+        first = shape.norm_position != "post"
         if first:
             yield _norm(shape, where, f"attention {names[0]}")
         yield from _attention(shape, where, min(context, shape.window_of(layer) or context))
@@ -73,19 +73,23 @@ def _decoder(shape: Shape, context: int) -> Iterator[Part]:
             yield _norm(shape, where, "feed-forward norm")
         if names[1]:
             yield _norm(shape, where, f"feed-forward {names[1]}")
-    if shape.norm_place != "post":
+    if shape.norm_position != "post":
         yield _norm(shape, "", "norm")
     yield Part(
         "",
         "head",
-        {"weight": (shape.vocabulary, width)},
-        2 * shape.vocabulary * width,
-        shares="embedding" if shape.tied else "",
+        {"weight": (shape.vocab_size, width)},
+        2 * shape.vocab_size * width,
+        shares="embedding" if shape.tie_word_embeddings else "",
     )
 
 
 def _norm(shape: Shape, where: str, name: str) -> Part:
-    return Part(where, name, {"weight": (shape.width,), **({"bias": (shape.width,)} if shape.norm == "layer" else {})})
+    return Part(
+        where,
+        name,
+        {"weight": (shape.hidden_size,), **({"bias": (shape.hidden_size,)} if shape.norm == "layer" else {})},
+    )
 
 
 def _linear(where: str, name: str, inputs: int, outputs: int, bias: bool, cache: int = 0) -> Part:
@@ -99,27 +103,27 @@ def _linear(where: str, name: str, inputs: int, outputs: int, bias: bool, cache:
 
 
 def _attention(shape: Shape, where: str, seen: int) -> Iterator[Part]:
-    queries, keys = shape.heads * shape.per_head, shape.groups * shape.per_head
+    queries, keys = shape.num_attention_heads * shape.per_head, shape.groups * shape.per_head
     biased = shape.bias != "none"
-    yield _linear(where, "query", shape.width, queries, biased)
-    yield _linear(where, "key", shape.width, keys, biased, cache=keys)
-    yield _linear(where, "value", shape.width, keys, biased, cache=keys)
-    if shape.qk_norm:
+    yield _linear(where, "query", shape.hidden_size, queries, biased)
+    yield _linear(where, "key", shape.hidden_size, keys, biased, cache=keys)
+    yield _linear(where, "value", shape.hidden_size, keys, biased, cache=keys)
+    if shape.use_qk_norm:
         yield Part(where, "query norm", {"weight": (shape.per_head,)})
         yield Part(where, "key norm", {"weight": (shape.per_head,)})
     yield Part(where, "attention", {}, 4 * queries * seen)  # queries times keys, and weights times values
-    yield _linear(where, "out", queries, shape.width, shape.bias == "all")
+    yield _linear(where, "out", queries, shape.hidden_size, shape.bias == "all")
 
 
 def _feed_forward(shape: Shape, where: str) -> Iterator[Part]:
-    bias, matrices = shape.bias == "all", [("gate", shape.width, shape.inner)] if shape.gated else []
-    matrices += [("up", shape.width, shape.inner), ("down", shape.inner, shape.width)]
+    bias, matrices = shape.bias == "all", [("gate", shape.hidden_size, shape.inner)] if shape.gated_mlp else []
+    matrices += [("up", shape.hidden_size, shape.inner), ("down", shape.inner, shape.hidden_size)]
     if not shape.experts:
         for name, inputs, outputs in matrices:
             yield _linear(where, name, inputs, outputs, bias)
         return
-    count, chosen = shape.experts.count, shape.experts.chosen
-    yield _linear(where, "router", shape.width, count, bias=False)
+    count, chosen = shape.experts.num_experts, shape.experts.num_experts_per_tok
+    yield _linear(where, "router", shape.hidden_size, count, bias=False)
     for name, inputs, outputs in matrices:
         yield Part(
             where,
@@ -131,13 +135,13 @@ def _feed_forward(shape: Shape, where: str) -> Iterator[Part]:
 
 
 def _recurrent(shape: RecurrentShape) -> Iterator[Part]:
-    width, inner = shape.width, shape.inner
-    yield Part("", "embedding", {"weight": (shape.vocabulary, width)})
-    if shape.kind == "mlp":
+    width, inner = shape.embedding_dim, shape.inner
+    yield Part("", "embedding", {"weight": (shape.vocab_size, width)})
+    if shape.rnn_type == "mlp":
         yield _linear("", "window", shape.reach * width, inner, bias=True)
     else:
-        gates = {"rnn": 1, "gru": 3, "lstm": 4}[shape.kind]
-        for layer in range(shape.layers):
+        gates = {"rnn": 1, "gru": 3, "lstm": 4}[shape.rnn_type]
+        for layer in range(shape.num_hidden_layers):
             inputs = width if layer == 0 else inner
             sizes: dict[str, Sizes] = {
                 "input": (gates * inner, inputs),
@@ -145,15 +149,15 @@ def _recurrent(shape: RecurrentShape) -> Iterator[Part]:
                 "input bias": (gates * inner,),
                 "state bias": (gates * inner,),
             }
-            yield Part(str(layer), shape.kind, sizes, 2 * gates * inner * (inputs + inner))
+            yield Part(str(layer), shape.rnn_type, sizes, 2 * gates * inner * (inputs + inner))
     if inner != width:
         yield _linear("", "to width", inner, width, bias=False)
     yield Part(
         "",
         "head",
-        {"weight": (shape.vocabulary, width)},
-        2 * shape.vocabulary * width,
-        shares="embedding" if shape.tied else "",
+        {"weight": (shape.vocab_size, width)},
+        2 * shape.vocab_size * width,
+        shares="embedding" if shape.tie_word_embeddings else "",
     )
 
 
@@ -162,9 +166,9 @@ def state_of(shape: Shape | RecurrentShape) -> int:
     if isinstance(shape, Shape):
         return 0
     return (
-        (shape.reach - 1) * shape.width
-        if shape.kind == "mlp"
-        else shape.layers * shape.inner * (2 if shape.kind == "lstm" else 1)
+        (shape.reach - 1) * shape.embedding_dim
+        if shape.rnn_type == "mlp"
+        else shape.num_hidden_layers * shape.inner * (2 if shape.rnn_type == "lstm" else 1)
     )
 
 
@@ -174,5 +178,5 @@ def cached(shape: Shape | RecurrentShape, tokens: int) -> int:
         return state_of(shape)
     return sum(
         2 * shape.groups * shape.per_head * min(tokens, shape.window_of(layer) or tokens)
-        for layer in range(shape.layers)
+        for layer in range(shape.num_hidden_layers)
     )

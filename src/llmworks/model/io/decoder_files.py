@@ -109,7 +109,7 @@ def load_decoder(path: Path, *, low_bit: bool = False) -> DecoderForCausalLM:
         found |= from_standard({name: one}, kind) if kind else {name: one}
         if not isinstance(what, Tensor):
             trim()  # else what unpacking leaves between the weights comes to as much as they are
-    if shape.tied and "decoder.embedding.weight" in found:
+    if shape.tie_word_embeddings and "decoder.embedding.weight" in found:
         check_tied(path, found)
         found["head.weight"] = found["decoder.embedding.weight"]
     _check_shapes(
@@ -120,7 +120,7 @@ def load_decoder(path: Path, *, low_bit: bool = False) -> DecoderForCausalLM:
     model.load_state_dict(
         {name: what for name, what in found.items() if isinstance(what, Tensor)}, assign=True, strict=False
     )
-    if shape.tied:
+    if shape.tie_word_embeddings:
         model.head.weight = model.decoder.embedding.weight
     for name, layer in found.items():
         if isinstance(layer, LowBitLinear):
@@ -173,7 +173,7 @@ def save_decoder(model: DecoderForCausalLM, out: Path, *, token_ids: Mapping[str
     tensors = {
         name: tensor.detach().contiguous()
         for name, tensor in model.state_dict().items()
-        if not (model.shape.tied and name == "head.weight")
+        if not (model.shape.tie_word_embeddings and name == "head.weight")
     }
     if kind:
         tensors = to_standard(tensors, kind)
@@ -187,7 +187,7 @@ def save_decoder(model: DecoderForCausalLM, out: Path, *, token_ids: Mapping[str
             "architectures": ["DecoderForCausalLM"],
             "model_type": DecoderConfig.model_type,
             "shape": model.shape.model_dump(),
-            "tie_word_embeddings": model.shape.tied,
+            "tie_word_embeddings": model.shape.tie_word_embeddings,
         }
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(

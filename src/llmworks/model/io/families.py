@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from llmworks.core.errors import ModelError
 from llmworks.model.nn.decoder import DecoderConfig
-from llmworks.model.shape import Rope, Shape
+from llmworks.model.shape import Rope, Shape, read_stored
 
 Json = dict[str, Any]
 LLAMA_NAMES = {
@@ -52,8 +52,14 @@ GPT2_NAMES = {
     ".feed_forward.up.": ".mlp.c_fc.",
     ".feed_forward.down.": ".mlp.c_proj.",
 }
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu-tanh": "gelu_pytorch_tanh"}
-OURS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh"}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+OURS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def _rope(config: Json, layers: str = "") -> Json:
     if not isinstance(given, dict):
         raise ModelError(f"config.json: rope_parameters must be an object, not {given!r}")
     kind = given.get("rope_type", given.get("type", "default"))
-    known = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama-3"}
+    known = {"default": "default", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
     if kind not in known:
         raise ModelError(f"config.json: rotary positions of the type {kind!r} are not known; known: {', '.join(known)}")
     if given.get("truncate") is False:
@@ -90,29 +96,32 @@ def _rope(config: Json, layers: str = "") -> Json:
             " not have"
         )
     rope: Json = {
-        "theta": float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        "scaling": known[kind],
+        "rope_theta": float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        "rope_type": known[kind],
     }
     if kind != "default":
-        rope |= {"factor": float(given["factor"]), "trained": int(given.get("original_max_position_embeddings") or 0)}
+        rope |= {
+            "factor": float(given["factor"]),
+            "original_max_position_embeddings": int(given.get("original_max_position_embeddings") or 0),
+        }
     if kind == "yarn":
-        rope |= {"fast": float(given.get("beta_fast") or 32), "slow": float(given.get("beta_slow") or 1)}
+        rope |= {"beta_fast": float(given.get("beta_fast") or 32), "beta_slow": float(given.get("beta_slow") or 1)}
     if kind == "llama3":
-        rope |= {"fast": float(given["high_freq_factor"]), "slow": float(given["low_freq_factor"])}
+        rope |= {"beta_fast": float(given["high_freq_factor"]), "beta_slow": float(given["low_freq_factor"])}
     return rope
 
 
 def _rope_out(rope: Rope, context: int) -> Json:
-    kinds = {"none": "default", "linear": "linear", "yarn": "yarn", "llama-3": "llama3"}
-    out: Json = {"rope_type": kinds[rope.scaling], "rope_theta": rope.theta}
-    if rope.scaling != "none":
+    kinds = {"default": "default", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
+    out: Json = {"rope_type": kinds[rope.rope_type], "rope_theta": rope.rope_theta}
+    if rope.rope_type != "default":
         out["factor"] = rope.factor
-    if rope.scaling in ("yarn", "llama-3"):
-        out["original_max_position_embeddings"] = rope.trained or int(context / rope.factor)
-    if rope.scaling == "yarn":
-        out |= {"beta_fast": rope.fast, "beta_slow": rope.slow}
-    if rope.scaling == "llama-3":
-        out |= {"high_freq_factor": rope.fast, "low_freq_factor": rope.slow}
+    if rope.rope_type in ("yarn", "llama3"):
+        out["original_max_position_embeddings"] = rope.original_max_position_embeddings or int(context / rope.factor)
+    if rope.rope_type == "yarn":
+        out |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+    if rope.rope_type == "llama3":
+        out |= {"high_freq_factor": rope.beta_fast, "low_freq_factor": rope.beta_slow}
     return out
 
 
@@ -123,34 +132,34 @@ def _common(config: Json) -> Json:
     if activation not in OURS:
         raise ModelError(f"config.json: the activation {activation!r} is not known; known: {', '.join(OURS)}")
     return {
-        "vocabulary": config["vocab_size"],
-        "width": width,
-        "layers": config["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_width": config.get("head_dim") or 0,
-        "hidden": config["intermediate_size"],
-        "context": config["max_position_embeddings"],
-        "norm_epsilon": config["rms_norm_eps"],
-        "activation": OURS[activation],
-        "tied": config.get("tie_word_embeddings", False),
+        "vocab_size": config["vocab_size"],
+        "hidden_size": width,
+        "num_hidden_layers": config["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or 0,
+        "intermediate_size": config["intermediate_size"],
+        "max_position_embeddings": config["max_position_embeddings"],
+        "norm_eps": config["rms_norm_eps"],
+        "hidden_act": OURS[activation],
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
 
 
 def _common_out(shape: Shape) -> Json:
     return {
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.groups,
         "head_dim": shape.per_head,
         "intermediate_size": shape.inner,
-        "max_position_embeddings": shape.context,
-        "rms_norm_eps": shape.norm_epsilon,
-        "hidden_act": ACTIVATIONS[shape.activation],
-        "tie_word_embeddings": shape.tied,
-        "rope_parameters": _rope_out(shape.rope, shape.context),
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rms_norm_eps": shape.norm_eps,
+        "hidden_act": ACTIVATIONS[shape.hidden_act],
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        "rope_parameters": _rope_out(shape.rope_parameters, shape.max_position_embeddings),
         "attention_dropout": 0.0,
     }
 
@@ -158,7 +167,7 @@ def _common_out(shape: Shape) -> Json:
 def _llama(config: Json) -> Json:
     if bool(config.get("attention_bias")) != bool(config.get("mlp_bias")):
         raise ModelError("config.json: attention_bias without mlp_bias (or the reverse) is no shape of the decoder")
-    return {"rope": _rope(config), "bias": "all" if config.get("attention_bias") else "none"}
+    return {"rope_parameters": _rope(config), "bias": "all" if config.get("attention_bias") else "none"}
 
 
 def _windowed(config: Json) -> Json:
@@ -170,7 +179,7 @@ def _windowed(config: Json) -> Json:
         return {}
     if config.get("max_window_layers", 0) > 0:
         raise ModelError("config.json: a window in the last layers only (max_window_layers) is no shape of the decoder")
-    return {"window": config.get("sliding_window") or 0}
+    return {"sliding_window": config.get("sliding_window") or 0}
 
 
 def _gemma(config: Json) -> Json:
@@ -190,16 +199,16 @@ def _gemma(config: Json) -> Json:
         )
     local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
     return {
-        "norm_place": "around",
-        "norm_from_zero": True,
-        "qk_norm": True,
-        "embedding_scaled": True,
-        "attention_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
-        "window": config["sliding_window"],
-        "full_every": pattern,
-        "rope": _rope(config, "full_attention"),
-        "window_theta": float(local.get("rope_theta") or config.get("rope_local_base_freq") or 10_000.0),
-        "tied": config.get("tie_word_embeddings", True),
+        "norm_position": "sandwich",
+        "norm_unit_offset": True,
+        "use_qk_norm": True,
+        "scale_embedding": True,
+        "attention_multiplier": float(config["query_pre_attn_scalar"]) ** -0.5,
+        "sliding_window": config["sliding_window"],
+        "global_attn_every_n_layers": pattern,
+        "rope_parameters": _rope(config, "full_attention"),
+        "local_rope_theta": float(local.get("rope_theta") or config.get("rope_local_base_freq") or 10_000.0),
+        "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
 
 
@@ -207,12 +216,19 @@ def _gemma_out(shape: Shape) -> Json:
     out = _common_out(shape)
     return out | {
         "hidden_activation": out.pop("hidden_act"),
-        "query_pre_attn_scalar": round(shape.attention_scale**-2) if shape.attention_scale else shape.per_head,
-        "sliding_window": shape.window,
-        "layer_types": ["sliding_attention" if shape.window_of(i) else "full_attention" for i in range(shape.layers)],
+        "query_pre_attn_scalar": round(shape.attention_multiplier**-2)
+        if shape.attention_multiplier
+        else shape.per_head,
+        "sliding_window": shape.sliding_window,
+        "layer_types": [
+            "sliding_attention" if shape.window_of(i) else "full_attention" for i in range(shape.num_hidden_layers)
+        ],
         "rope_parameters": {
-            "full_attention": _rope_out(shape.rope, shape.context),
-            "sliding_attention": {"rope_type": "default", "rope_theta": shape.window_theta or shape.rope.theta},
+            "full_attention": _rope_out(shape.rope_parameters, shape.max_position_embeddings),
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": shape.local_rope_theta or shape.rope_parameters.rope_theta,
+            },
         },
     }
 
@@ -225,33 +241,33 @@ def _gpt2(config: Json) -> Json:
     ):
         raise ModelError("config.json: attention scaled by layer, or not at all, is no shape of the decoder")
     return {
-        "vocabulary": config["vocab_size"],
-        "width": config["n_embd"],
-        "layers": config["n_layer"],
-        "heads": config["n_head"],
-        "hidden": config.get("n_inner") or 4 * config["n_embd"],
-        "context": config["n_positions"],
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["n_embd"],
+        "num_hidden_layers": config["n_layer"],
+        "num_attention_heads": config["n_head"],
+        "intermediate_size": config.get("n_inner") or 4 * config["n_embd"],
+        "max_position_embeddings": config["n_positions"],
         "norm": "layer",
-        "norm_epsilon": config["layer_norm_epsilon"],
-        "position": "learned",
-        "activation": OURS[config["activation_function"]],
-        "gated": False,
+        "norm_eps": config["layer_norm_epsilon"],
+        "position_embedding_type": "learned",
+        "hidden_act": OURS[config["activation_function"]],
+        "gated_mlp": False,
         "bias": "all",
-        "tied": config.get("tie_word_embeddings", True),
+        "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
 
 
 def _gpt2_out(shape: Shape) -> Json:
     return {
-        "vocab_size": shape.vocabulary,
-        "n_embd": shape.width,
-        "n_layer": shape.layers,
-        "n_head": shape.heads,
+        "vocab_size": shape.vocab_size,
+        "n_embd": shape.hidden_size,
+        "n_layer": shape.num_hidden_layers,
+        "n_head": shape.num_attention_heads,
         "n_inner": shape.inner,
-        "n_positions": shape.context,
-        "layer_norm_epsilon": shape.norm_epsilon,
-        "activation_function": {**ACTIVATIONS, "gelu-tanh": "gelu_new"}[shape.activation],
-        "tie_word_embeddings": shape.tied,
+        "n_positions": shape.max_position_embeddings,
+        "layer_norm_epsilon": shape.norm_eps,
+        "activation_function": {**ACTIVATIONS, "gelu_pytorch_tanh": "gelu_new"}[shape.hidden_act],
+        "tie_word_embeddings": shape.tie_word_embeddings,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
@@ -262,14 +278,16 @@ def _usual(shape: Shape) -> bool:
     """RMSNorm before each part, rotary positions, a gate, no experts: what Llama's kin share."""
     plain = (
         shape.norm == "rms"
-        and shape.norm_place == "pre"
-        and not shape.norm_from_zero
-        and shape.position == "rope"
-        and shape.gated
+        and shape.norm_position == "pre"
+        and not shape.norm_unit_offset
+        and shape.position_embedding_type == "rope"
+        and shape.gated_mlp
         and not shape.experts
-        and shape.rope.scaling != "ntk"
+        and shape.rope_parameters.rope_type != "ntk"
     )
-    return plain and not shape.embedding_scaled and not shape.attention_scale and not shape.full_every
+    return (
+        plain and not shape.scale_embedding and not shape.attention_multiplier and not shape.global_attn_every_n_layers
+    )
 
 
 STANDARDS: dict[str, Standard] = {
@@ -278,35 +296,35 @@ STANDARDS: dict[str, Standard] = {
         LLAMA_NAMES,
         _llama,
         lambda s: _common_out(s) | {"attention_bias": s.bias == "all", "mlp_bias": s.bias == "all"},
-        lambda s: _usual(s) and s.bias in ("none", "all") and not s.qk_norm and not s.window,
+        lambda s: _usual(s) and s.bias in ("none", "all") and not s.use_qk_norm and not s.sliding_window,
     ),
     "mistral": Standard(
         "MistralForCausalLM",
         LLAMA_NAMES,
-        lambda c: {"rope": _rope(c), "window": c.get("sliding_window") or 0},
-        lambda s: _common_out(s) | {"sliding_window": s.window or None},
-        lambda s: _usual(s) and s.bias == "none" and not s.qk_norm,
+        lambda c: {"rope_parameters": _rope(c), "sliding_window": c.get("sliding_window") or 0},
+        lambda s: _common_out(s) | {"sliding_window": s.sliding_window or None},
+        lambda s: _usual(s) and s.bias == "none" and not s.use_qk_norm,
     ),
     "qwen2": Standard(
         "Qwen2ForCausalLM",
         LLAMA_NAMES,
-        lambda c: {"rope": _rope(c), "bias": "qkv", **_windowed(c)},
+        lambda c: {"rope_parameters": _rope(c), "bias": "qkv", **_windowed(c)},
         lambda s: (
             _common_out(s)
             | {
-                "use_sliding_window": bool(s.window),
-                "sliding_window": s.window or None,
+                "use_sliding_window": bool(s.sliding_window),
+                "sliding_window": s.sliding_window or None,
                 "max_window_layers": 0,
             }
         ),
-        lambda s: _usual(s) and s.bias == "qkv" and not s.qk_norm,
+        lambda s: _usual(s) and s.bias == "qkv" and not s.use_qk_norm,
     ),
     "qwen3": Standard(
         "Qwen3ForCausalLM",
         LLAMA_NAMES,
         lambda c: {
-            "rope": _rope(c),
-            "qk_norm": True,
+            "rope_parameters": _rope(c),
+            "use_qk_norm": True,
             "bias": "qkv" if c.get("attention_bias") else "none",
             **_windowed(c),
         },
@@ -314,12 +332,12 @@ STANDARDS: dict[str, Standard] = {
             _common_out(s)
             | {
                 "attention_bias": False,
-                "use_sliding_window": bool(s.window),
-                "sliding_window": s.window or None,
+                "use_sliding_window": bool(s.sliding_window),
+                "sliding_window": s.sliding_window or None,
                 "max_window_layers": 0,
             }
         ),
-        lambda s: _usual(s) and s.bias == "none" and s.qk_norm,
+        lambda s: _usual(s) and s.bias == "none" and s.use_qk_norm,
     ),
     "gemma3_text": Standard(
         "Gemma3ForCausalLM",
@@ -328,16 +346,16 @@ STANDARDS: dict[str, Standard] = {
         _gemma_out,
         lambda s: (
             s.norm == "rms"
-            and s.norm_place == "around"
-            and s.norm_from_zero
-            and s.qk_norm
-            and s.embedding_scaled
-            and s.position == "rope"
-            and s.gated
+            and s.norm_position == "sandwich"
+            and s.norm_unit_offset
+            and s.use_qk_norm
+            and s.scale_embedding
+            and s.position_embedding_type == "rope"
+            and s.gated_mlp
             and s.bias == "none"
-            and bool(s.window and s.full_every)
+            and bool(s.sliding_window and s.global_attn_every_n_layers)
             and not s.experts
-            and s.rope.scaling != "ntk"
+            and s.rope_parameters.rope_type != "ntk"
         ),
     ),
     "gpt2": Standard(
@@ -347,13 +365,13 @@ STANDARDS: dict[str, Standard] = {
         _gpt2_out,
         lambda s: (
             s.norm == "layer"
-            and s.norm_place == "pre"
-            and s.position == "learned"
-            and not s.gated
+            and s.norm_position == "pre"
+            and s.position_embedding_type == "learned"
+            and not s.gated_mlp
             and s.bias == "all"
-            and s.groups == s.heads
-            and not s.head_width
-            and not (s.qk_norm or s.window or s.experts or s.embedding_scaled or s.attention_scale)
+            and s.groups == s.num_attention_heads
+            and not s.head_dim
+            and not (s.use_qk_norm or s.sliding_window or s.experts or s.scale_embedding or s.attention_multiplier)
         ),
     ),
 }
@@ -366,7 +384,7 @@ def shape_of(config: Json) -> tuple[str, Shape]:
     """
     kind = str(config.get("model_type"))
     if kind == DecoderConfig.model_type:
-        return "", Shape.model_validate(config["shape"])
+        return "", Shape.model_validate(read_stored(config["shape"]))
     if kind not in STANDARDS:
         raise ModelError(f"config.json: the architecture {kind!r} is not known here; known: {', '.join(STANDARDS)}")
     try:

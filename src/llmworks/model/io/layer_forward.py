@@ -19,7 +19,7 @@ def logits_of(source: Source, texts: Sequence[Sequence[int]]) -> list[Any]:
         states = [
             stack.begin(stack.embedding(torch.tensor([list(ids)])), at) for ids, at in zip(texts, places, strict=True)
         ]
-        for number in range(source.shape.layers):
+        for number in range(source.shape.num_hidden_layers):
             with source.only(stack, source.block(number)):
                 states = [stack.through(state, at) for state, at in zip(states, places, strict=True)]
         return [frame.head(stack.norm(state))[0].float().numpy() for state in states]

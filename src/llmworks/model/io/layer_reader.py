@@ -119,7 +119,7 @@ class Source:
             model = DecoderForCausalLM(DecoderConfig(shape=self.shape.model_dump()))
         model.decoder.blocks = torch.nn.ModuleList()
         outside = self.ours(-1)
-        if self.shape.tied and "decoder.embedding.weight" in outside:
+        if self.shape.tie_word_embeddings and "decoder.embedding.weight" in outside:
             check_tied(self.path, outside)
             outside["head.weight"] = outside["decoder.embedding.weight"]
         try:

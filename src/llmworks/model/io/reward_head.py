@@ -109,14 +109,16 @@ class Scorer:
         heads = {
             name.removeprefix("score."): tensors.pop(name) for name in sorted(tensors) if name.startswith("score.")
         }
-        if "weight" not in heads or heads["weight"].shape != (1, shape.width):
+        if "weight" not in heads or heads["weight"].shape != (1, shape.hidden_size):
             raise ModelError(
                 f"{path}: its head scores {len(heads['weight']) if 'weight' in heads else 'nothing'}; one number is"
                 " wanted (num_labels 1)"
             )
         tensors = from_standard(tensors, standard) if standard else tensors
         tensors["head.weight"] = tensors["decoder.embedding.weight"]
-        self.network = DecoderForCausalLM(DecoderConfig(shape=shape.model_copy(update={"tied": True}).model_dump()))
+        self.network = DecoderForCausalLM(
+            DecoderConfig(shape=shape.model_copy(update={"tie_word_embeddings": True}).model_dump())
+        )
         wanted = set(self.network.state_dict())
         if set(tensors) != wanted:
             raise ModelError(
@@ -125,9 +127,9 @@ class Scorer:
             )
         self.network.load_state_dict(tensors)
         self.network.train(False)
-        self.head = nn.Linear(shape.width, 1, bias="bias" in heads)
+        self.head = nn.Linear(shape.hidden_size, 1, bias="bias" in heads)
         self.head.load_state_dict(heads)
-        self.context = shape.context
+        self.context = shape.max_position_embeddings
 
     def scores(self, ids: Tensor, positions: Tensor, segments: Tensor, at: Tensor) -> Tensor:
         """The number at places [n] of texts in one row [1, length] that do not see one another."""

@@ -34,10 +34,10 @@ def save_untrained(
 
     loaded = tokenizer_of(tokenizer)
     needed = ids_of(loaded)
-    if config.vocabulary and config.vocabulary < needed:
-        raise UserError(f"config.vocabulary is {config.vocabulary:,}, the tokenizer has {needed:,} tokens")
-    vocabulary = config.vocabulary or -(-needed // ROUND) * ROUND
-    require_memory(config.model_copy(update={"vocabulary": vocabulary}))
+    if config.vocab_size and config.vocab_size < needed:
+        raise UserError(f"config.vocabulary is {config.vocab_size:,}, the tokenizer has {needed:,} tokens")
+    vocabulary = config.vocab_size or -(-needed // ROUND) * ROUND
+    require_memory(config.model_copy(update={"vocab_size": vocabulary}))
     torch.manual_seed(ctx.seed)
     ids = {
         name: getattr(loaded, name)
@@ -45,7 +45,7 @@ def save_untrained(
         if getattr(loaded, name) is not None
     }
     model, kind = draw(vocabulary, ids)
-    loaded.model_max_length = config.context
+    loaded.model_max_length = config.max_position_embeddings
     loaded.save_pretrained(ctx.out)
     (ctx.out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
     parameters = sum(p.numel() for p in model.parameters())

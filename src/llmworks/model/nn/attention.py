@@ -122,18 +122,23 @@ class Attention(nn.Module):
 
     def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
-        self.layer, self.heads, self.groups, self.per_head = layer, shape.heads, shape.groups, shape.per_head
-        self.scale = shape.attention_scale or shape.per_head**-0.5
+        self.layer, self.heads, self.groups, self.per_head = (
+            layer,
+            shape.num_attention_heads,
+            shape.groups,
+            shape.per_head,
+        )
+        self.scale = shape.attention_multiplier or shape.per_head**-0.5
         qkv, out = shape.bias != "none", shape.bias == "all"
-        self.query = nn.Linear(shape.width, self.heads * self.per_head, bias=qkv)
-        self.key = nn.Linear(shape.width, self.groups * self.per_head, bias=qkv)
-        self.value = nn.Linear(shape.width, self.groups * self.per_head, bias=qkv)
-        self.out = AddingLinear(self.heads * self.per_head, shape.width, bias=out)
+        self.query = nn.Linear(shape.hidden_size, self.heads * self.per_head, bias=qkv)
+        self.key = nn.Linear(shape.hidden_size, self.groups * self.per_head, bias=qkv)
+        self.value = nn.Linear(shape.hidden_size, self.groups * self.per_head, bias=qkv)
+        self.out = AddingLinear(self.heads * self.per_head, shape.hidden_size, bias=out)
         self.query_norm = (
-            RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
+            RMSNorm(self.per_head, shape.norm_eps, from_zero=shape.norm_unit_offset) if shape.use_qk_norm else None
         )
         self.key_norm = (
-            RMSNorm(self.per_head, shape.norm_epsilon, from_zero=shape.norm_from_zero) if shape.qk_norm else None
+            RMSNorm(self.per_head, shape.norm_eps, from_zero=shape.norm_unit_offset) if shape.use_qk_norm else None
         )
 
     def forward(
@@ -223,4 +228,4 @@ def repeated(x: Tensor, times: int) -> Tensor:
 
 def alibi_of(shape: Shape) -> Tensor | None:
     """The slopes of a shape that knows order by them."""
-    return slopes(shape.heads) if shape.position == "alibi" else None
+    return slopes(shape.num_attention_heads) if shape.position_embedding_type == "alibi" else None

@@ -33,7 +33,7 @@ from llmworks.model.nn.norm import norm_of
 from llmworks.model.nn.positions import frequencies, rotation, sinusoids
 from llmworks.model.nn.residual_linear import AddingLinear
 from llmworks.model.nn.segments import check_ids, segments_of
-from llmworks.model.shape import Rope, Shape
+from llmworks.model.shape import Rope, Shape, read_stored
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape, layer: int, *, crossing: bool = False) -> None:
         super().__init__()
-        self.place = shape.norm_place
+        self.place = shape.norm_position
         self.attention_norm, self.feed_forward_norm = norm_of(shape), norm_of(shape)
         self.after_attention_norm, self.after_feed_forward_norm = (
-            norm_of(shape) if self.place == "around" else None for _ in range(2)
+            norm_of(shape) if self.place == "sandwich" else None for _ in range(2)
         )
         self.attention = Attention(shape, layer)
         self.crossing = Attention(shape, layer) if crossing else None
@@ -104,10 +104,14 @@ class Stack(nn.Module):
     def __init__(self, shape: Shape, *, causal: bool = True, crossing: bool = False) -> None:
         super().__init__()
         self.shape, self.causal = shape, causal
-        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.position = nn.Embedding(shape.context, shape.width) if shape.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(shape, layer, crossing=crossing) for layer in range(shape.layers))
-        self.norm = norm_of(shape) if shape.norm_place != "post" else nn.Identity()
+        self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.position = (
+            nn.Embedding(shape.max_position_embeddings, shape.hidden_size)
+            if shape.position_embedding_type == "learned"
+            else None
+        )
+        self.blocks = nn.ModuleList(Block(shape, layer, crossing=crossing) for layer in range(shape.num_hidden_layers))
+        self.norm = norm_of(shape) if shape.norm_position != "post" else nn.Identity()
         self.gradient_checkpointing = False  # transformers sets both when it is told to compute blocks again backward
         self._gradient_checkpointing_func: Any = None
 
@@ -144,15 +148,19 @@ class Stack(nn.Module):
     def begin(self, embedded: Tensor, positions: Tensor) -> Tensor:
         """The state before the first block."""
         shape, x = self.shape, embedded
-        if shape.embedding_scaled:
-            x = x * torch.tensor(shape.width**0.5, dtype=x.dtype)
+        if shape.scale_embedding:
+            x = x * torch.tensor(shape.hidden_size**0.5, dtype=x.dtype)
         if self.position is not None:
-            if positions.numel() and int(positions.max()) >= shape.context:
+            if positions.numel() and int(positions.max()) >= shape.max_position_embeddings:
                 raise ModelError(
-                    f"the text has {int(positions.max()) + 1} tokens, the model has positions for {shape.context}"
+                    f"the text has {int(positions.max()) + 1} tokens, the model has positions for {shape.max_position_embeddings}"
                 )
             x = x + self.position(positions)
-        return x + sinusoids(positions, shape.width).to(x.dtype) if shape.position == "sinusoidal" else x
+        return (
+            x + sinusoids(positions, shape.hidden_size).to(x.dtype)
+            if shape.position_embedding_type == "sinusoidal"
+            else x
+        )
 
     def through(
         self,
@@ -213,12 +221,12 @@ class Stack(nn.Module):
                     branches=branches,
                     alibi=slopes,
                     dtype=x.dtype,
-                    block=block_of(x.shape[0] * shape.heads),
+                    block=block_of(x.shape[0] * shape.num_attention_heads),
                 )
             if rope not in rotations:
                 rotations[rope] = (
-                    rotation(positions, *frequencies(rope, shape.per_head, shape.context))
-                    if shape.position == "rope"
+                    rotation(positions, *frequencies(rope, shape.per_head, shape.max_position_embeddings))
+                    if shape.position_embedding_type == "rope"
                     else None
                 )
             yield block, looks[window], rotations[rope]
@@ -230,21 +238,21 @@ class DecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     model_type = "llmworks_decoder"
 
     def __init__(self, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        made = Shape.model_validate(shape or {})
+        made = Shape.model_validate(read_stored(shape or {}))
         self.shape = made.model_dump()
         self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads = (
-            made.vocabulary,
-            made.width,
-            made.layers,
-            made.heads,
+            made.vocab_size,
+            made.hidden_size,
+            made.num_hidden_layers,
+            made.num_attention_heads,
         )
         self.num_key_value_heads, self.head_dim, self.intermediate_size, self.max_position_embeddings = (
             made.groups,
             made.per_head,
             made.inner,
-            made.context,
+            made.max_position_embeddings,
         )
-        kwargs["tie_word_embeddings"] = made.tied
+        kwargs["tie_word_embeddings"] = made.tie_word_embeddings
         super().__init__(**kwargs)
 
 
@@ -261,7 +269,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         super().__init__(config)
         self.shape = Shape.model_validate(config.shape)
         self.decoder = Stack(self.shape)
-        self.head = nn.Linear(self.shape.width, self.shape.vocabulary, bias=False)
+        self.head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -303,7 +311,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         cache.
         Errors: ModelError for ids beyond the vocabulary, or a text beyond learned positions.
         """
-        check_ids(input_ids, self.shape.vocabulary)
+        check_ids(input_ids, self.shape.vocab_size)
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed(input_ids, labelled=labels is not None)
         assert inputs_embeds is not None
@@ -347,7 +355,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         loss = head_loss(state[:, :-1], self.head, labels[:, 1:])
         if self.shape.experts and self.training:
             mixtures = [m for m in self.modules() if isinstance(m, MixtureOfExperts)]
-            loss = loss + self.shape.experts.balance * torch.stack([m.balance for m in mixtures]).mean()
+            loss = loss + self.shape.experts.router_aux_loss_coef * torch.stack([m.balance for m in mixtures]).mean()
             for mixture in mixtures:
                 mixture.balance = mixture.balance.detach()  # else the graph lives on in the module
         return loss
@@ -359,7 +367,7 @@ def begin(module: nn.Module, shape: Shape) -> None:
     """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(
-            module.weight, std=0.02 / (2 * shape.layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02
+            module.weight, std=0.02 / (2 * shape.num_hidden_layers) ** 0.5 if isinstance(module, AddingLinear) else 0.02
         )
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

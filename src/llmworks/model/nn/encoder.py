@@ -61,7 +61,7 @@ class EncoderForMaskedLM(PreTrainedModel):  # type: ignore[no-untyped-call]
         super().__init__(config)
         self.shape = Shape.model_validate(config.shape)
         self.encoder = Stack(self.shape, causal=False)
-        self.head = nn.Linear(self.shape.width, self.shape.vocabulary, bias=False)
+        self.head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -121,7 +121,7 @@ class EncoderDecoderLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         super().__init__(config)
         self.shape = Shape.model_validate(config.shape)
         self.encoder, self.decoder = Reader(self.shape), Stack(self.shape, crossing=True)
-        self.head = nn.Linear(self.shape.width, self.shape.vocabulary, bias=False)
+        self.head = nn.Linear(self.shape.hidden_size, self.shape.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:

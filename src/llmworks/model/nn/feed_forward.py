@@ -22,7 +22,7 @@ from llmworks.model.shape import Shape
 BENDS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
 
@@ -70,10 +70,10 @@ class FeedForward(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         bias = shape.bias == "all"
-        self.bend = BENDS[shape.activation]
-        self.gate = nn.Linear(shape.width, shape.inner, bias=bias) if shape.gated else None
-        self.up = nn.Linear(shape.width, shape.inner, bias=bias)
-        self.down = AddingLinear(shape.inner, shape.width, bias=bias)
+        self.bend = BENDS[shape.hidden_act]
+        self.gate = nn.Linear(shape.hidden_size, shape.inner, bias=bias) if shape.gated_mlp else None
+        self.up = nn.Linear(shape.hidden_size, shape.inner, bias=bias)
+        self.down = AddingLinear(shape.inner, shape.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
@@ -121,9 +121,9 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         assert shape.experts is not None
-        self.chosen = shape.experts.chosen
-        self.router = nn.Linear(shape.width, shape.experts.count, bias=False)
-        self.experts = nn.ModuleList(FeedForward(shape) for _ in range(shape.experts.count))
+        self.chosen = shape.experts.num_experts_per_tok
+        self.router = nn.Linear(shape.hidden_size, shape.experts.num_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(shape) for _ in range(shape.experts.num_experts))
         self.balance: Tensor = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -67,5 +67,5 @@ def norm_of(shape: Shape) -> nn.Module:
     has a bias, or RMSNorm.
     """
     if shape.norm == "layer":
-        return nn.LayerNorm(shape.width, shape.norm_epsilon)
-    return RMSNorm(shape.width, shape.norm_epsilon, from_zero=shape.norm_from_zero)
+        return nn.LayerNorm(shape.hidden_size, shape.norm_eps)
+    return RMSNorm(shape.hidden_size, shape.norm_eps, from_zero=shape.norm_unit_offset)

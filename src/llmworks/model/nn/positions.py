@@ -22,23 +22,24 @@ def frequencies(rope: Rope, width: int, context: int) -> tuple[Tensor, float]:
     more than `fast` times within the trained context are kept, those of less than `slow` divided by `factor`, a ramp
     between; and attention is made sharper by 0.1 ln(factor) + 1. llama-3: Llama 3.1's.
     """
-    theta = rope.theta
+    theta = rope.rope_theta
     powers = torch.arange(0, width, 2, dtype=torch.float32) / width
-    if rope.scaling == "ntk":
+    if rope.rope_type == "ntk":
         theta *= rope.factor ** (width / (width - 2))
     kept: Tensor = 1.0 / theta**powers
-    if rope.scaling in ("none", "ntk") or rope.factor == 1:
+    if rope.rope_type in ("default", "ntk") or rope.factor == 1:
         return kept, 1.0
     divided = kept / rope.factor
-    if rope.scaling == "linear":
+    if rope.rope_type == "linear":
         return divided, 1.0
-    trained = rope.trained or context / rope.factor
-    if rope.scaling == "llama-3":
+    trained = rope.original_max_position_embeddings or context / rope.factor
+    if rope.rope_type == "llama3":
         turns = trained * kept / (2 * math.pi)
-        share = ((turns - rope.slow) / (rope.fast - rope.slow)).clamp(0, 1)
+        share = ((turns - rope.beta_slow) / (rope.beta_fast - rope.beta_slow)).clamp(0, 1)
         return divided * (1 - share) + kept * share, 1.0
     low, high = (
-        width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (rope.fast, rope.slow)
+        width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (rope.beta_fast, rope.beta_slow)
     )  # pairs that turn so often
     first, last = max(math.floor(low), 0), min(math.ceil(high), width - 1)
     share = ((torch.arange(width // 2, dtype=torch.float32) - first) / max(last - first, 0.001)).clamp(0, 1)

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llmworks.model.loss.linear_cross_entropy import head_loss
 from llmworks.model.nn.recurrent_state import State, StateCache
 from llmworks.model.nn.segments import check_ids, segments_of, texts_in
-from llmworks.model.shape import RecurrentShape
+from llmworks.model.shape import RecurrentShape, read_stored
 
 
 class Window(nn.Module):
@@ -32,7 +32,7 @@ class Window(nn.Module):
     def __init__(self, shape: RecurrentShape) -> None:
         super().__init__()
         self.window = shape.reach
-        self.layer = nn.Linear(self.window * shape.width, shape.inner)
+        self.layer = nn.Linear(self.window * shape.embedding_dim, shape.inner)
 
     def forward(self, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
         """x: [texts, length, width], of which `lengths` count -> ([texts, length, inner], state)."""
@@ -59,9 +59,13 @@ class Recurrence(nn.Module):
 
     def __init__(self, shape: RecurrentShape) -> None:
         super().__init__()
-        kind = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[shape.kind]
+        kind = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[shape.rnn_type]
         self.cells = kind(
-            shape.width, shape.inner, shape.layers, batch_first=True, dropout=shape.dropout if shape.layers > 1 else 0.0
+            shape.embedding_dim,
+            shape.inner,
+            shape.num_hidden_layers,
+            batch_first=True,
+            dropout=shape.dropout if shape.num_hidden_layers > 1 else 0.0,
         )
 
     def forward(self, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
@@ -83,15 +87,15 @@ class RecurrentConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     model_type = "llmworks_recurrent"
 
     def __init__(self, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        made = RecurrentShape.model_validate(shape or {})
+        made = RecurrentShape.model_validate(read_stored(shape or {}))
         self.shape = made.model_dump()
         self.vocab_size, self.hidden_size, self.num_hidden_layers, self.max_position_embeddings = (
-            made.vocabulary,
-            made.width,
-            made.layers,
-            made.context,
+            made.vocab_size,
+            made.embedding_dim,
+            made.num_hidden_layers,
+            made.max_position_embeddings,
         )
-        kwargs["tie_word_embeddings"] = made.tied
+        kwargs["tie_word_embeddings"] = made.tie_word_embeddings
         super().__init__(**kwargs)
 
 
@@ -105,10 +109,12 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
         self.shape = shape = RecurrentShape.model_validate(config.shape)
-        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.body = Window(shape) if shape.kind == "mlp" else Recurrence(shape)
-        self.to_width = nn.Linear(shape.inner, shape.width, bias=False) if shape.inner != shape.width else None
-        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
+        self.body = Window(shape) if shape.rnn_type == "mlp" else Recurrence(shape)
+        self.to_width = (
+            nn.Linear(shape.inner, shape.embedding_dim, bias=False) if shape.inner != shape.embedding_dim else None
+        )
+        self.head = nn.Linear(shape.embedding_dim, shape.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -141,7 +147,9 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         gate begins open (Jozefowicz et al. 2015).
         """
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.1 if not self.shape.tied else self.shape.width**-0.5)
+            nn.init.normal_(
+                module.weight, std=0.1 if not self.shape.tie_word_embeddings else self.shape.embedding_dim**-0.5
+            )
         elif isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -150,7 +158,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
             for name, weight in module.named_parameters():
                 if name.startswith("bias"):
                     nn.init.zeros_(weight)
-                    if self.shape.kind == "lstm" and name.startswith("bias_ih"):
+                    if self.shape.rnn_type == "lstm" and name.startswith("bias_ih"):
                         nn.init.ones_(weight[self.shape.inner : 2 * self.shape.inner])
                 else:
                     for gate in torch.split(weight, self.shape.inner):
@@ -175,7 +183,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         Position ids that begin anew part a row into texts that do not see one another; not where a cache is used.
         Errors: ModelError for ids beyond the vocabulary.
         """
-        check_ids(input_ids, self.shape.vocabulary)
+        check_ids(input_ids, self.shape.vocab_size)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if past_key_values is not None else StateCache() if use_cache else None
         valid = (

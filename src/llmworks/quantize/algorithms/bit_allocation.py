@@ -33,10 +33,17 @@ SHARES = (1.0, 0.9, 0.8, 0.7)  # of ranges, that a try looks at
 def run(config: MixedConfig, model: Model, ctx: Context, data: Dataset) -> Model:
     """See `mixed.mixed`."""
     source = rounding.open_source(model)
-    skip = rounding.skipping(source, config.skip)
-    stored = rounding.stored_of(source, config.rest)
-    grids = [Grid(bits, config.group, symmetric=config.symmetric, stored=stored) for bits in config.choices]
-    ids, _ = calibration(load_tokenizer(model.path), data, config.texts, config.held, config.length, ctx.seed)
+    skip = rounding.skipping(source, config.ignore)
+    stored = rounding.stored_of(source, config.dtype)
+    grids = [Grid(bits, config.group_size, symmetric=config.symmetric, stored=stored) for bits in config.bit_choices]
+    ids, _ = calibration(
+        load_tokenizer(model.path),
+        data,
+        config.num_calibration_samples,
+        config.eval_samples,
+        config.max_seq_length,
+        ctx.seed,
+    )
 
     def tries(name: str, weight: Tensor) -> Sequence[Tensor]:
         return (
@@ -45,10 +52,10 @@ def run(config: MixedConfig, model: Model, ctx: Context, data: Dataset) -> Model
             else [whole(weight, grid, searched(grouped(weight, grid), grid, shrink=SHARES)).weight() for grid in grids]
         )
 
-    found = {name: cost for name, cost in costs(source, ids[: config.sensed], ctx, tries).items() if cost}
+    found = {name: cost for name, cost in costs(source, ids[: config.sensitivity_samples], ctx, tries).items() if cost}
     chosen, expected = _chosen(source, found, grids, config.bits)
     base = replace(grids[0], bits=int(config.bits))
-    method = Gptq(config.texts, damping=0.01, by_activation=True, search=True)
+    method = Gptq(config.num_calibration_samples, damping=0.01, by_activation=True, search=True)
     return rounding.run(
         config,
         model,
@@ -67,7 +74,7 @@ def _chosen(
     """(each layer's grid, the divergence that is expected). Layers of a part have the same."""
     units: list[list[str]] = []
     sizes: dict[str, tuple[int, int]] = {}
-    for number in range(source.shape.layers):
+    for number in range(source.shape.num_hidden_layers):
         block = source.block(number)
         for part in parts_of(block):
             named = []

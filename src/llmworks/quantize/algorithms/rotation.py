@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from llmworks.core.errors import ModelError
 from llmworks.model.io.decoder_files import to_standard
 from llmworks.model.io.layer_forward import logits_of
 from llmworks.model.io.layer_reader import Source, join_files
+from llmworks.model.shape import Shape
 from llmworks.quantize.algorithms.hadamard import rotation
 from llmworks.quantize.run import copy_rest
 from llmworks.tokenize.chat.golden import record, require
@@ -61,10 +62,10 @@ def turned(config: RotateConfig, model: Model, ctx: Context) -> Model:
         step="quantize.rotate",
     )
     assert gap is not None
-    before, after = (max(_largest(one, block) for block in range(shape.layers)) for one in (source, written))
+    before, after = (max(_largest(one, block) for block in range(shape.num_hidden_layers)) for one in (source, written))
     metrics = {
         "golden_gap_mean": round(gap.mean, 6),
-        "golden_same_greedy": round(gap.same_greedy, 5),
+        "golden_greedy_agreement": round(gap.same_greedy, 5),
         "largest_before": round(before, 3),
         "largest": round(after, 3),
     }
@@ -94,15 +95,15 @@ def _open_rotatable(model: Model) -> tuple[Source, Shape]:
     shape = source.shape
     if (
         shape.norm != "rms"
-        or shape.norm_place == "post"
-        or shape.position in ("learned", "sinusoidal")
+        or shape.norm_position == "post"
+        or shape.position_embedding_type in ("learned", "sinusoidal")
         or shape.experts
     ):
         raise ModelError(
             f"{model.name}: cannot be rotated: its norms must only scale (RMSNorm, before each part), its positions be"
             " rotary, and its experts be none"
         )
-    if shape.norm_place == "around":
+    if shape.norm_position == "sandwich":
         raise ModelError(
             f"{model.name}: cannot be rotated: it norms what a block gives, too, before it is added to the state (as"
             " Gemma does), and those weights cannot be folded"
@@ -114,17 +115,21 @@ def _rotate_blocks(shape: Shape, ctx: Context, config: RotateConfig, source: Sou
     """Rotate each block into a file of its own."""
     from safetensors.torch import save_file
 
-    turn = rotation(shape.width, ctx.seed)
+    turn = rotation(shape.hidden_size, ctx.seed)
     number = getattr(torch, config.dtype)
     files = []
-    with torch.inference_mode(), ctx.progress.bar("rotate", shape.layers + 1, "blocks") as bar:
-        for block in range(-1, shape.layers):
+    with torch.inference_mode(), ctx.progress.bar("rotate", shape.num_hidden_layers + 1, "blocks") as bar:
+        for block in range(-1, shape.num_hidden_layers):
             tensors = {name: tensor.double() for name, tensor in source.ours(block).items()}
             made = (
                 _outside(tensors, turn, shape)
                 if block < 0
                 else _block(
-                    tensors, block, turn, shape, rotation(shape.per_head, ctx.seed + 1) if config.values else None
+                    tensors,
+                    block,
+                    turn,
+                    shape,
+                    rotation(shape.per_head, ctx.seed + 1) if config.rotate_values else None,
                 )
             )
             files.append(ctx.scratch / f"{block + 1:05}.safetensors")
@@ -142,15 +147,15 @@ def _largest(source: Source, block: int) -> float:
     )
 
 
-def _scale(tensors: dict[str, Tensor], name: str, shape: Any) -> Tensor:
+def _scale(tensors: dict[str, Tensor], name: str, shape: Shape) -> Tensor:
     """What a norm multiplies by; the norm itself becomes one that does not."""
     weight = tensors[name]
-    scale = weight + 1 if shape.norm_from_zero else weight
-    tensors[name] = torch.zeros_like(weight) if shape.norm_from_zero else torch.ones_like(weight)
+    scale = weight + 1 if shape.norm_unit_offset else weight
+    tensors[name] = torch.zeros_like(weight) if shape.norm_unit_offset else torch.ones_like(weight)
     return scale
 
 
-def _outside(tensors: dict[str, Tensor], turn: Tensor, shape: Any) -> dict[str, Tensor]:
+def _outside(tensors: dict[str, Tensor], turn: Tensor, shape: Shape) -> dict[str, Tensor]:
     """Embedding and head, which are no longer the same."""
     head = tensors.get("head.weight", tensors["decoder.embedding.weight"])
     made = {
@@ -161,7 +166,9 @@ def _outside(tensors: dict[str, Tensor], turn: Tensor, shape: Any) -> dict[str, 
     return {**tensors, **made}
 
 
-def _block(tensors: dict[str, Tensor], block: int, turn: Tensor, shape: Any, heads: Tensor | None) -> dict[str, Tensor]:
+def _block(
+    tensors: dict[str, Tensor], block: int, turn: Tensor, shape: Shape, heads: Tensor | None
+) -> dict[str, Tensor]:
     """One block: what reads the state, and what writes to it."""
     head = f"decoder.blocks.{block}."
     for norm, layers in (

@@ -74,7 +74,7 @@ def _walked(
     keep_freed()
     with torch.inference_mode():
         walk = Walk(source, ids, held, ctx.scratch / "walk", stored)
-        with ctx.progress.bar("quantize", source.shape.layers, "blocks") as bar:
+        with ctx.progress.bar("quantize", source.shape.num_hidden_layers, "blocks") as bar:
             bar.advance(walk.done)
             for passing in walk.blocks():
                 head, told = f"decoder.blocks.{passing.number}.", []

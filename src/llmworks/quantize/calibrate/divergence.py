@@ -30,8 +30,8 @@ class Damage:
         before, after = (float(torch.tensor(loss / self.tokens).exp()) for loss in (self.before, self.after))
         return {
             "kl": self.kl / self.guesses,
-            "same_top": self.same / self.guesses,
+            "top1_agreement": self.same / self.guesses,
             "perplexity_before": before,
             "perplexity": after,
-            "held_tokens": self.tokens,
+            "eval_tokens": self.tokens,
         }

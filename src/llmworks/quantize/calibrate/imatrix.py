@@ -30,7 +30,7 @@ def importance(source: Source, ids: Tensor, held: Tensor, ctx: Context) -> tuple
     kept.mkdir(exist_ok=True)
     with torch.inference_mode():
         walk = Walk(source, ids, held, ctx.scratch / "walk")
-        with ctx.progress.bar("look", source.shape.layers, "blocks") as bar:
+        with ctx.progress.bar("look", source.shape.num_hidden_layers, "blocks") as bar:
             bar.advance(walk.done)
             for passing in walk.blocks():
                 found: dict[str, Tensor] = {}
@@ -57,7 +57,7 @@ def importance(source: Source, ids: Tensor, held: Tensor, ctx: Context) -> tuple
 def _read_by_the_head(walk: Walk) -> Tensor:
     squares, tokens = torch.zeros(walk.width, dtype=torch.float64), 0
     for at, ids in walk.chunks():
-        state = walk.stack.norm(walk.states(walk.source.shape.layers)[at : at + len(ids)])
+        state = walk.stack.norm(walk.states(walk.source.shape.num_hidden_layers)[at : at + len(ids)])
         squares, tokens = squares + state.square().sum((0, 1), dtype=torch.float64), tokens + ids.numel()
     return (squares / tokens).float()
 

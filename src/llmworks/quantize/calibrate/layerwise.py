@@ -108,7 +108,7 @@ class Walk:
         self.source, self.ids, self.folder = source, ids, folder
         self.frame = source.frame()
         self.stack: Any = self.frame.decoder
-        self.count, self.length, self.width = len(ids), ids.shape[1], source.shape.width
+        self.count, self.length, self.width = len(ids), ids.shape[1], source.shape.hidden_size
         folder.mkdir(parents=True, exist_ok=True)
         self.done, self.held = 0, held  # blocks; one file says both how many, and what the texts apart are after them
         if (folder / "walk.pt").exists():
@@ -145,7 +145,7 @@ class Walk:
 
     def blocks(self) -> Iterator[Passing]:
         """The blocks that are still to be walked."""
-        for number in range(self.done, self.source.shape.layers):
+        for number in range(self.done, self.source.shape.num_hidden_layers):
             yield Passing(self, number)
 
     def through(self, block: Block, states: Tensor) -> Tensor:

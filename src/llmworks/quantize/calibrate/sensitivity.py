@@ -38,13 +38,13 @@ def costs(source: Source, ids: Tensor, ctx: Context, tries: Tries) -> dict[str, 
     """
     folder = ctx.scratch / "sensing"
     folder.mkdir(exist_ok=True)
-    layers, count, length = source.shape.layers, *ids.shape
+    layers, count, length = source.shape.num_hidden_layers, *ids.shape
     frame = source.frame()
     stack: Any = frame.decoder
     places = torch.arange(length)[None]
 
     def states(name: str) -> Tensor:
-        return mapped(folder / f"{name}.bin", (count, length, source.shape.width))
+        return mapped(folder / f"{name}.bin", (count, length, source.shape.hidden_size))
 
     mark = folder / "done.json"
     done: dict[str, Any] = (

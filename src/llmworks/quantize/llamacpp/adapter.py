@@ -56,7 +56,12 @@ def run(config: AdapterConfig, adapter: Adapter, model: Model, ctx: Context) -> 
     for file in sorted(adapter.path.iterdir()):
         if file.is_file() and file.name != "manifest.json":
             shutil.copyfile(file, ctx.out / file.name)
-    metrics = {"layers": layers, "bytes": target.stat().st_size, "gap": round(apart, 5), "same_greedy": round(same, 5)}
+    metrics = {
+        "layers": layers,
+        "bytes": target.stat().st_size,
+        "gap": round(apart, 5),
+        "greedy_agreement": round(same, 5),
+    }
     ctx.report.title = f"{adapter.name} as GGUF"
     ctx.report.lead = (
         f"{layers} layers, {metrics['bytes'] / 1e6:,.1f} MB. On golden tokens llama.cpp with it is {apart:.4f} nats"

@@ -1,4 +1,4 @@
-"""Config fields of `quantize.gguf`, `quantize.sense` and `quantize.adapter`. Torch-free."""
+"""Config fields of `quantize.gguf`, `quantize.imatrix` and `quantize.adapter`. Torch-free."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ class GgufConfig(Config):
             " iq3_xs ...)"
         ),
     )
-    tensors: dict[str, str] = Field(
+    tensor_types: dict[str, str] = Field(
         {},
         description=(
             'number formats of tensors by a pattern of their names, which go before the type\'s, as {"blk\\.0\\.":'
             ' "q8_0"}'
         ),
     )
-    importance: bool = Field(
+    use_imatrix: bool = Field(
         True, description="formats are told what is important, where `data` is given (llama.cpp's importance matrix)"
     )
-    allocate: bool = Field(
+    allocate_bits: bool = Field(
         False,
         description=(
             "number formats by what each matrix would cost the model, within the size that the type has by itself;"
             " needs `data`"
         ),
     )
-    sensed: int = Field(8, gt=0, description="texts of `data` by which such costs are found")
-    texts: int = Field(128, gt=0, description="texts of `data` that say what is important")
-    held: int = Field(8, ge=0, description="other texts of `data`, on which model and file are compared")
-    length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
+    sensitivity_samples: int = Field(8, gt=0, description="texts of `data` by which such costs are found")
+    num_calibration_samples: int = Field(128, gt=0, description="texts of `data` that say what is important")
+    eval_samples: int = Field(8, ge=0, description="other texts of `data`, on which model and file are compared")
+    max_seq_length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
 
     @field_validator("type", mode="before")
     @classmethod
     def _small(cls, kind: object) -> object:
         return kind.lower() if isinstance(kind, str) else kind
 
-    @field_validator("tensors")
+    @field_validator("tensor_types")
     @classmethod
     def _known(cls, tensors: dict[str, str]) -> dict[str, str]:
         for pattern, kind in tensors.items():
@@ -70,12 +70,14 @@ class GgufConfig(Config):
         return tensors
 
 
-class SenseConfig(Config):
+class ImatrixConfig(Config):
     """How much is looked at."""
 
-    texts: int = Field(128, gt=0, description="texts of `data` that say what is important")
-    sensed: int = Field(8, ge=0, description="of these, texts by which costs of formats are found; 0: costs are not")
-    length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
+    num_calibration_samples: int = Field(128, gt=0, description="texts of `data` that say what is important")
+    sensitivity_samples: int = Field(
+        8, ge=0, description="of these, texts by which costs of formats are found; 0: costs are not"
+    )
+    max_seq_length: int = Field(512, gt=1, le=2048, description="tokens of a text of `data`")
 
 
 class AdapterConfig(Config):

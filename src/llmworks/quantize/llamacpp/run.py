@@ -35,38 +35,40 @@ from llmworks.tokenize.load import load_tokenizer, read_json
 
 if TYPE_CHECKING:
     from llmworks.quantize.calibrate.layerwise import Walk
-    from llmworks.quantize.llamacpp.config import GgufConfig, SenseConfig
+    from llmworks.quantize.llamacpp.config import GgufConfig, ImatrixConfig
 
 
 def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, sensed: Report | None) -> Model:
     """See `gguf.gguf`."""
     check(model)
     golden = model.golden or record(model.path)
-    if config.allocate and data is None and sensed is None:
+    if config.allocate_bits and data is None and sensed is None:
         raise DataError("config.allocate has to see what the model is for; give `data`: conversations or texts")
     seen: Mapping[str, Any] | None = None
     table: Table | None = None
     walk: Walk | None = None
-    wanted = config.importance and base_of(config.type) not in (*PLAIN, "Q8_0")
+    wanted = config.use_imatrix and base_of(config.type) not in (*PLAIN, "Q8_0")
     if sensed is not None:
         seen, table = known(sensed, model)
     if data is not None:
         source = Source(model.path)
-        check_length(config.length, source.shape.context)
-        looks = 0 if sensed is not None else config.texts if wanted or config.allocate else 0
-        ids, held = calibration(load_tokenizer(model.path), data, looks, config.held, config.length, ctx.seed)
+        check_length(config.max_seq_length, source.shape.max_position_embeddings)
+        looks = 0 if sensed is not None else config.num_calibration_samples if wanted or config.allocate_bits else 0
+        ids, held = calibration(
+            load_tokenizer(model.path), data, looks, config.eval_samples, config.max_seq_length, ctx.seed
+        )
         found, walk = importance(source, ids, held, ctx)
         seen = found if sensed is None and looks else seen
-        if config.allocate and sensed is None:
-            table = table_of(source, ids[: config.sensed], ctx, found)
-    seen = seen if wanted or config.allocate else None
+        if config.allocate_bits and sensed is None:
+            table = table_of(source, ids[: config.sensitivity_samples], ctx, found)
+    seen = seen if wanted or config.allocate_bits else None
     given, expected = _choose_formats(config, table, model, seen)
     target = ctx.out / "model.gguf"
     written = write_gguf(model.path, target, config.type, ctx.progress, seen, given)
     engine = LlamaCppEngine(target, name="model.gguf")
     try:
         bound = bound_of(config.type)
-        bound = max(bound, BOUNDS["q8"]) if config.allocate else bound  # whose formats have 8 bits at most
+        bound = max(bound, BOUNDS["q8"]) if config.allocate_bits else bound  # whose formats have 8 bits at most
         gap = require(golden, engine.tokenizer, engine.stops, engine.logits, mean_within=bound, step="quantize.gguf")
         damage = _damage(walk, engine) if walk is not None and len(walk.held) else {}
     finally:
@@ -76,13 +78,13 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
     metrics: dict[str, Any] = {
         **({} if expected is None else {"expected_kl": round(expected, 5)}),
         "bytes": size,
-        "bits_a_weight": round(_bits(written), 4),
+        "bits_per_weight": round(_bits(written), 4),
         "weights": weights,
         "fallen": len(written.fallen),
         **{name: round(value, 6) for name, value in damage.items()},
         "golden_gap_mean": round(gap.mean, 5),
         "golden_gap_largest": round(gap.largest, 5),
-        "golden_same_greedy": round(gap.same_greedy, 5),
+        "golden_greedy_agreement": round(gap.same_greedy, 5),
     }
     _write_card(config, seen, ctx, model, metrics, data)
     _describe(ctx, model, config.type, written, metrics)
@@ -90,7 +92,7 @@ def run(config: GgufConfig, model: Model, ctx: Context, data: Dataset | None, se
         "format": "gguf",
         "type": config.type,
         "importance": seen is not None,
-        "allocated": config.allocate,
+        "allocated": config.allocate_bits,
         **({"calibration": data.name} if data is not None else {}),
     }
     return Model(ctx.out, golden=golden, metrics=metrics, about=about)
@@ -100,8 +102,8 @@ def _choose_formats(
     config: GgufConfig, table: Mapping[str, Mapping[str, float]] | None, model: Model, seen: Mapping[str, Any] | None
 ) -> tuple[dict[str, str], float | None]:
     """Formats of tensors by their names, and the divergence that is expected of them."""
-    given, expected = dict(config.tensors), None
-    if config.allocate:
+    given, expected = dict(config.tensor_types), None
+    if config.allocate_bits:
         if not table:
             raise DataError(
                 "config.allocate needs the costs of formats, which `sense` has not: make it with sensed above 0"
@@ -110,12 +112,12 @@ def _choose_formats(
         kinds, expected = allocated(
             table,
             tensors.shapes,
-            types_of(tensors.shapes, config.type, tensors.layout(seen is not None), config.tensors),
+            types_of(tensors.shapes, config.type, tensors.layout(seen is not None), config.tensor_types),
         )
         given |= {
             f"^{re.escape(name)}$": kind
             for name, kind in kinds.items()
-            if not any(re.search(pattern, name) for pattern in config.tensors)
+            if not any(re.search(pattern, name) for pattern in config.tensor_types)
         }
     return given, expected
 
@@ -131,7 +133,7 @@ def _write_card(
     """Write the card of the file."""
     said = (
         f"as llama.cpp reads it, {config.type}"
-        + (", formats by what each matrix bears" if config.allocate else "")
+        + (", formats by what each matrix bears" if config.allocate_bits else "")
         + (", with an importance matrix." if seen is not None else ".")
     )
     write_card(
@@ -159,25 +161,29 @@ def check(model: Model) -> None:
 
 
 def known(sensed: Report, model: Model) -> tuple[dict[str, Any], Table]:
-    """What `quantize.sense` found. DataError for another report, or one of another model."""
+    """What `quantize.imatrix` found. DataError for another report, or one of another model."""
     file = sensed.path / "importance.gguf"
     if not file.exists():
-        raise DataError(f"{sensed.name}: is no result of quantize.sense (no importance.gguf)")
+        raise DataError(f"{sensed.name}: is no result of quantize.imatrix (no importance.gguf)")
     told = sensed.read()
     if told["model"] != model.digest:
         raise DataError(f"{sensed.name}: was made of another model ({told['model'][:12]}), this is {model.digest[:12]}")
     return read_importance(file), told["costs"]
 
 
-def sense(config: SenseConfig, model: Model, ctx: Context, data: Dataset) -> Report:
+def sense(config: ImatrixConfig, model: Model, ctx: Context, data: Dataset) -> Report:
     """See `sense.sense`."""
     check(model)
     source = Source(model.path)
-    check_length(config.length, source.shape.context)
-    ids, held = calibration(load_tokenizer(model.path), data, config.texts, 0, config.length, ctx.seed)
+    check_length(config.max_seq_length, source.shape.max_position_embeddings)
+    ids, held = calibration(
+        load_tokenizer(model.path), data, config.num_calibration_samples, 0, config.max_seq_length, ctx.seed
+    )
     found, _ = importance(source, ids, held, ctx)
-    write_importance(ctx.out / "importance.gguf", found, data.name, config.texts, config.length)
-    table = table_of(source, ids[: config.sensed], ctx, found) if config.sensed else {}
+    write_importance(
+        ctx.out / "importance.gguf", found, data.name, config.num_calibration_samples, config.max_seq_length
+    )
+    table = table_of(source, ids[: config.sensitivity_samples], ctx, found) if config.sensitivity_samples else {}
     ctx.report.title = f"What quantizers have to know of {model.name}"
     ctx.report.lead = f"What {len(found)} matrices read, on {ids.numel():,} tokens of {data.name}."
     ctx.report.data = {"model": model.digest, "metrics": {"tokens": ids.numel(), "tensors": len(found)}, "costs": table}
@@ -223,7 +229,7 @@ def _describe(ctx: Context, model: Model, kind: str, written: Written, metrics: 
     report = ctx.report
     report.title = f"{model.name} as GGUF, {kind}"
     report.lead = (
-        f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['bits_a_weight']:.2f} bits a weight."
+        f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['bits_per_weight']:.2f} bits a weight."
     )
     if written.fallen:
         report.lead += (
@@ -232,8 +238,8 @@ def _describe(ctx: Context, model: Model, kind: str, written: Written, metrics: 
         )
     if "kl" in metrics:
         report.lead += (
-            f" In llama.cpp, on {metrics['held_tokens']:,.0f} tokens apart, it is {metrics['kl']:.4f} nats a token away"
-            f" from the model as it was; its best guess is the same for {metrics['same_top']:.1%} of them; perplexity"
+            f" In llama.cpp, on {metrics['eval_tokens']:,.0f} tokens apart, it is {metrics['kl']:.4f} nats a token away"
+            f" from the model as it was; its best guess is the same for {metrics['top1_agreement']:.1%} of them; perplexity"
             f" {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
         )
     report.data = {"metrics": dict(metrics), "types": written.types, "fallen": list(written.fallen)}

@@ -14,7 +14,7 @@ from llmworks.model.card import bases_of, front_of, plain, write
 
 FIGURES = {
     "kl": "divergence from the original, nats a token",
-    "same_top": "share of tokens of the same best guess",
+    "top1_agreement": "share of tokens of the same best guess",
     "perplexity_before": "perplexity of the original",
     "perplexity": "perplexity",
     "golden_gap_mean": "golden tokens' logits, moved by, on average",
@@ -92,7 +92,7 @@ def write_card(
         "| | |",
         "|---|---|",
         f"| weights | {metrics['bytes'] / 1e6:,.1f} MB |",
-        f"| bits of a weight, scales included | {metrics['bits_a_weight']:.2f} |",
+        f"| bits of a weight, scales included | {metrics['bits_per_weight']:.2f} |",
     ]
     lines += [f"| {what} | {metrics[key]:.4g} |" for key, what in FIGURES.items() if key in metrics]
     lines = _add_damage(data, metrics, lines)
@@ -114,8 +114,8 @@ def write_card(
 def _add_damage(data: Dataset | None, metrics: Mapping[str, Any], lines: list[str]) -> list[str]:
     """Add where the damage was measured."""
     where = (
-        f" on {metrics['held_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by"
-        if data is not None and "held_tokens" in metrics
+        f" on {metrics['eval_tokens']:,.0f} tokens of {data.name} that nothing was calibrated by"
+        if data is not None and "eval_tokens" in metrics
         else ""
     )
     lines += [

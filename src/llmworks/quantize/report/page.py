@@ -17,22 +17,22 @@ READ = {
 
 MEANS = {
     "bytes": "of the weights' files",
-    "bits_a_weight": "of what was quantized, scales included",
+    "bits_per_weight": "of what was quantized, scales included",
     "quantized_weights": "how many are whole numbers now",
     "weights": "how many there are",
     "fallen": "tensors in a neighbouring format, since blocks do not divide their rows",
     "kl": "divergence from the model as it was, nats a token, on texts apart",
     "expected_kl": "the same, as the allocation foresaw it",
-    "same_top": "share of tokens for which its best guess is the same",
+    "top1_agreement": "share of tokens for which its best guess is the same",
     "perplexity_before": "of the model as it was, on the same texts",
     "perplexity": "of this one",
-    "held_tokens": "of the texts apart",
+    "eval_tokens": "of the texts apart",
     "layers": "that the adapter changes",
     "gap": "how far what llama.cpp says is from the folded model, nats, on golden tokens",
-    "same_greedy": "share of golden tokens for which its best guess is the folded model's",
+    "greedy_agreement": "share of golden tokens for which its best guess is the folded model's",
     "golden_gap_mean": "how far the logits of the golden conversations moved, on average",
     "golden_gap_largest": "at most",
-    "golden_same_greedy": "share of golden tokens for which its best guess is the same",
+    "golden_greedy_agreement": "share of golden tokens for which its best guess is the same",
 }
 
 
@@ -57,12 +57,12 @@ def describe(
     report.title = f"{title} quantized by {method}"
     report.lead = (
         f"{metrics['bytes'] / 1e6:,.1f} MB of {before / 1e6:,.1f}; {metrics['quantized_weights']:,} weights in"
-        f" {metrics['bits_a_weight']:.2f} bits each."
+        f" {metrics['bits_per_weight']:.2f} bits each."
     )
     if "kl" in metrics:
         report.lead += (
-            f" On {metrics['held_tokens']:,.0f} tokens apart it is {metrics['kl']:.4f} nats a token away from the model"
-            f" as it was; its best guess is the same for {metrics['same_top']:.1%} of them; perplexity"
+            f" On {metrics['eval_tokens']:,.0f} tokens apart it is {metrics['kl']:.4f} nats a token away from the model"
+            f" as it was; its best guess is the same for {metrics['top1_agreement']:.1%} of them; perplexity"
             f" {metrics['perplexity_before']:.3f} before, {metrics['perplexity']:.3f} after."
         )
     report.data = {

@@ -39,7 +39,7 @@ def bpe(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterabl
     back as it was.
     """
     made = Tokenizer(models.BPE())
-    made.normalizer = normalizer(config.normalize)
+    made.normalizer = normalizer(config.normalizer)
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.pre_tokenizer = {
         "gpt2": whole,
@@ -50,16 +50,16 @@ def bpe(config: TrainConfig, control: Sequence[str], texts: Callable[[], Iterabl
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         ),
-    }[config.divide]
+    }[config.pre_tokenizer]
     made.decoder = decoders.ByteLevel()
     made.train_from_iterator(
         texts(),
         trainers.BpeTrainer(
-            vocab_size=config.vocabulary,
-            min_frequency=config.least,
+            vocab_size=config.vocab_size,
+            min_frequency=config.min_frequency,
             special_tokens=added(control),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            max_token_length=config.longest,
+            max_token_length=config.max_token_length,
             show_progress=False,
         ),
     )
@@ -73,7 +73,7 @@ def unigram(config: TrainConfig, control: Sequence[str], texts: Callable[[], Ite
     A text with "▁" in it comes back with a space there.
     """
     made = Tokenizer(models.Unigram())
-    made.normalizer = normalizer(config.normalize)
+    made.normalizer = normalizer(config.normalizer)
     # lines end words too: without that what is between two spaces may be a page
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"[\r\n\t]+"), "isolated"), pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")]
@@ -81,11 +81,11 @@ def unigram(config: TrainConfig, control: Sequence[str], texts: Callable[[], Ite
     made.train_from_iterator(
         texts(),
         trainers.UnigramTrainer(
-            vocab_size=config.vocabulary - len(BYTES),
+            vocab_size=config.vocab_size - len(BYTES),
             special_tokens=added(control),
             unk_token="<unk>",
             initial_alphabet=sorted("<0123456789ABCDEFx>"),
-            max_piece_length=min(config.longest, 16),
+            max_piece_length=min(config.max_token_length, 16),
             show_progress=False,
         ),
     )
@@ -118,22 +118,22 @@ def wordpiece(config: TrainConfig, control: Sequence[str], texts: Callable[[], I
     """
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     own = normalizers.BertNormalizer(lowercase=config.lowercase)
-    made.normalizer = own if config.normalize == "none" else normalizers.Sequence([normalizer(config.normalize), own])
+    made.normalizer = own if config.normalizer == "none" else normalizers.Sequence([normalizer(config.normalizer), own])
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
     letters = Counter(c for text in texts() for c in made.normalizer.normalize_str(text) if not c.isspace())
     alphabet = [
         c
         for c, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[
-            : min(LETTERS, (config.vocabulary - len(control)) // 4)
+            : min(LETTERS, (config.vocab_size - len(control)) // 4)
         ]
     ]
     inside = [f"##{c}" for c in sorted(alphabet)]  # given ids beforehand, which the library else gives in any order
     made.train_from_iterator(
         texts(),
         trainers.WordPieceTrainer(
-            vocab_size=config.vocabulary,
-            min_frequency=config.least,
+            vocab_size=config.vocab_size,
+            min_frequency=config.min_frequency,
             special_tokens=[*added(control), *inside],
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),

@@ -21,15 +21,15 @@ class DataParallel(Config):
     How many there are is said when it is started (`--nproc`, torchrun).
     """
 
-    data: Literal["replicate", "shard"] = Field("replicate", description=DATA)
+    data_parallel: Literal["ddp", "fsdp"] = Field("ddp", description=DATA)
 
     @property
-    def tensor(self) -> int:
+    def tensor_parallel_size(self) -> int:
         """Processes that share a matrix."""
         return 1
 
     @property
-    def pipeline(self) -> int:
+    def pipeline_parallel_size(self) -> int:
         """Processes that share the blocks."""
         return 1
 
@@ -45,15 +45,15 @@ class Parallel(Config):
     of a step.
     """
 
-    data: Literal["replicate", "shard"] = Field("replicate", description=DATA)
-    tensor: int = Field(
+    data_parallel: Literal["ddp", "fsdp"] = Field("ddp", description=DATA)
+    tensor_parallel_size: int = Field(
         1,
         gt=0,
         description=(
             "processes that share each matrix of attention and feed-forward (Shoeybi et al. 2019, arXiv:1909.08053)"
         ),
     )
-    pipeline: int = Field(
+    pipeline_parallel_size: int = Field(
         1,
         gt=0,
         description=(
@@ -67,16 +67,16 @@ class Parallel(Config):
 
         Errors: UserError for a number of processes that cannot be divided so.
         """
-        each = self.tensor * self.pipeline
+        each = self.tensor_parallel_size * self.pipeline_parallel_size
         if processes % each:
             raise UserError(
-                f"parallel.tensor {self.tensor} times parallel.pipeline {self.pipeline} is {each}, which does not"
+                f"parallel.tensor {self.tensor_parallel_size} times parallel.pipeline {self.pipeline_parallel_size} is {each}, which does not"
                 f" divide {processes} process{'es' if processes > 1 else ''}; start it with --nproc {each} or a"
                 " multiple"
             )
-        if self.tensor > 1 and self.data == "replicate" and processes > each:
+        if self.tensor_parallel_size > 1 and self.data_parallel == "ddp" and processes > each:
             raise UserError(
-                f"{processes} processes with parallel.tensor {self.tensor} also divide the rows; set parallel.data to"
+                f"{processes} processes with parallel.tensor {self.tensor_parallel_size} also divide the rows; set parallel.data to"
                 " shard"
             )
         return processes // each

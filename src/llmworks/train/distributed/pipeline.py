@@ -35,7 +35,7 @@ class Piece(nn.Module):
             self.decoder.norm = nn.Identity()
         if not first:
             self.decoder.position = None
-            if not (last and self.shape.tied):
+            if not (last and self.shape.tie_word_embeddings):
                 self.decoder.embedding = None
 
     def forward(self, x: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
@@ -59,17 +59,17 @@ class Pipelined:
         compiled: bool = False,
     ) -> None:
         shape, pieces, at = network.shape, world.count("pipeline"), world.at("pipeline")
-        if shape.layers < pieces:
-            raise UserError(f"parallel.pipeline {pieces} is more than the model's {shape.layers} layers")
+        if shape.num_hidden_layers < pieces:
+            raise UserError(f"parallel.pipeline {pieces} is more than the model's {shape.num_hidden_layers} layers")
         if shape.experts or precision == "fp16":
             raise UserError(f"parallel.pipeline: not with {'experts' if shape.experts else 'precision fp16'}")
         self.world, self.first, self.last = world, at == 0, at == pieces - 1
-        each, more = divmod(shape.layers, pieces)
+        each, more = divmod(shape.num_hidden_layers, pieces)
         begin = at * each + min(at, more)
         self.names = [name for name, _ in network.named_parameters()]
         piece = Piece(network, self.first, self.last, range(begin, begin + each + (at < more)))
-        self.replicated = parallel.data == "replicate" and world.count("data") > 1
-        alone = parallel.data == "replicate" and parallel.tensor == 1
+        self.replicated = parallel.data_parallel == "ddp" and world.count("data") > 1
+        alone = parallel.data_parallel == "ddp" and parallel.tensor_parallel_size == 1
         called: Any = piece if alone else place(piece, parallel, world, precision=precision, compiled=compiled).forward
         if alone and compiled:
             called.compile()
@@ -79,8 +79,8 @@ class Pipelined:
         self.stage = PipelineStage(called, at, pieces, world.device, group=world.group("pipeline"))
         self.schedule: Any = None
         self.parameters = {name: p for name, p in piece.named_parameters() if p.requires_grad}
-        self.twin = piece.decoder.embedding.weight if shape.tied and (self.first or self.last) else None
-        self.ends = _ends(world) if shape.tied else None
+        self.twin = piece.decoder.embedding.weight if shape.tie_word_embeddings and (self.first or self.last) else None
+        self.ends = _ends(world) if shape.tie_word_embeddings else None
 
     def backward(self, batches: Sequence[Any], loss: Loss, labels: float, scaler: Any, precision: str) -> float:
         """As in `Placed`; the parts are what flows. The last process knows the loss, and says it."""

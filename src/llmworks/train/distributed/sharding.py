@@ -103,7 +103,7 @@ def place(
 ) -> Placed:
     """The model as this process holds it. Errors: UserError for one that cannot be spread so."""
     blocks: Any = blocks_of(network)
-    spread = parallel.data == "shard" or parallel.tensor > 1
+    spread = parallel.data_parallel == "fsdp" or parallel.tensor_parallel_size > 1
     if world.size == 1 or not spread:
         forward: Any = torch.compile(network) if compiled else network
         if world.size > 1:
@@ -122,12 +122,12 @@ def place(
         )
     if precision == "fp16":
         raise UserError("precision fp16 is scaled in one piece; take bf16 with parallel.data shard or parallel.tensor")
-    if parallel.tensor > 1:
+    if parallel.tensor_parallel_size > 1:
         share_matrices(network, blocks, world)
     if compiled:
         for block in blocks:
             block.compile()
-    if parallel.data == "shard":
+    if parallel.data_parallel == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = (
@@ -165,10 +165,10 @@ def share_matrices(network: Any, blocks: Any, world: World) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
     shape, ways = network.shape, world.count("tensor")
-    for name, number in (("heads", shape.heads), ("kv_heads", shape.groups), ("hidden", shape.inner)):
+    for name, number in (("heads", shape.num_attention_heads), ("kv_heads", shape.groups), ("hidden", shape.inner)):
         if number % ways:
             raise UserError(f"parallel.tensor {ways} does not divide the model's {name} {number}")
-    if shape.experts or shape.position == "alibi":
+    if shape.experts or shape.position_embedding_type == "alibi":
         raise UserError(
             f"parallel.tensor: a model with {'experts' if shape.experts else 'ALiBi'} cannot share its matrices; set it"
             " to 1"
@@ -180,10 +180,10 @@ def share_matrices(network: Any, blocks: Any, world: World) -> None:
             "feed_forward.up": ColwiseParallel(),
             "feed_forward.down": RowwiseParallel(),
         }
-        if shape.gated:
+        if shape.gated_mlp:
             plan["feed_forward.gate"] = ColwiseParallel()
         parallelize_module(block, world.mesh["tensor"], plan)
-        block.attention.heads, block.attention.groups = shape.heads // ways, shape.groups // ways
+        block.attention.heads, block.attention.groups = shape.num_attention_heads // ways, shape.groups // ways
 
 
 def local(x: Any) -> Tensor:

@@ -103,7 +103,9 @@ def opened(parallel: Parallel | DataParallel) -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         mesh = init_device_mesh(
-            device.type, (parallel.pipeline, parallel.over(size), parallel.tensor), mesh_dim_names=AXES
+            device.type,
+            (parallel.pipeline_parallel_size, parallel.over(size), parallel.tensor_parallel_size),
+            mesh_dim_names=AXES,
         )
         yield World(device, rank, size, mesh)
     except LlmworksError:

@@ -110,20 +110,20 @@ class Tuning:
         """
         if self.config.method == "full":
             return self.parameters
-        if self.config.method in ("prompt", "prefix"):
+        if self.config.method in ("prompt_tuning", "prefix_tuning"):
             each = (
-                self.shape.width
-                if self.config.method == "prompt"
-                else 2 * self.shape.layers * self.shape.groups * self.shape.per_head
+                self.shape.hidden_size
+                if self.config.method == "prompt_tuning"
+                else 2 * self.shape.num_hidden_layers * self.shape.groups * self.shape.per_head
             )
-            return self.config.soft.tokens * each
-        targets = self.config.lora.targets
+            return self.config.soft_prompt.num_virtual_tokens * each
+        targets = self.config.lora.target_modules
         sizes = [
             part.tensors["weight"]
             for part in parts_of(self.shape, 1)
             if part.where and part.name in ADAPTED and (targets == "all-linear" or ADAPTED[part.name] in targets)
         ]
-        return self.config.lora.rank * sum(sum(size) for size in sizes)
+        return self.config.lora.r * sum(sum(size) for size in sizes)
 
     @property
     def saved(self) -> int:
@@ -133,7 +133,7 @@ class Tuning:
     @property
     def frozen(self) -> float:
         """Bytes of the model's weights: in 4 bits those of its layers, where they are kept so."""
-        if self.config.lora.base != "nf4":
+        if not self.config.lora.load_in_4bit:
             return float(self.parameters * NUMBER)
         inner = sum(part.parameters for part in parts_of(self.shape, 1) if part.where and part.name in ADAPTED)
         return (self.parameters - inner) * NUMBER + inner * IN_BITS
@@ -145,7 +145,7 @@ class Tuning:
 
     def check(self) -> None:
         """Refuse what the training would refuse at its beginning, as far as it is known. Errors: UserError."""
-        targets = self.config.lora.targets
+        targets = self.config.lora.target_modules
         if self.config.method == "lora" and isinstance(targets, list):
             known = sorted(
                 {
@@ -166,7 +166,7 @@ class Tuning:
             isinstance(self.config, DistillConfig)
             and self.teacher is None
             and self.config.source != "text"
-            and (self.config.mix or self.config.direction != "forward" or self.config.temperature != 1.0)
+            and (self.config.ce_weight or self.config.divergence != "forward_kl" or self.config.temperature != 1.0)
         ):
             raise UserError(
                 "temperature, mix and direction are of logits, and this teacher teaches by its text (an adapter is to"
@@ -178,20 +178,20 @@ class Tuning:
         """How many steps there are, if no conversation is set aside; as `examples.Steps` has it."""
         if self.conversations is None:
             return 0
-        parts = max(1, round(self.config.epochs * -(-self.conversations.count // self.config.batch_size)))
-        return -(-parts // self.config.accumulation)
+        parts = max(1, round(self.config.num_train_epochs * -(-self.conversations.count // self.config.batch_size)))
+        return -(-parts // self.config.gradient_accumulation_steps)
 
     @property
     def read(self) -> int:
         """Tokens that are read in all steps, about."""
         return (
-            round(self.config.epochs * self.conversations.count * self._tokens(self.conversations.letters))
+            round(self.config.num_train_epochs * self.conversations.count * self._tokens(self.conversations.letters))
             if self.conversations
             else 0
         )
 
     def _tokens(self, letters: float) -> float:
-        return min(self.config.max_tokens, letters / LETTERS)
+        return min(self.config.max_length, letters / LETTERS)
 
     @property
     def work(self) -> float:
@@ -221,7 +221,7 @@ class Tuning:
         """Bytes of one process: frozen weights, the adapter with gradients and moments, and what the longest batch
         leaves for the way back.
         """
-        longest = self._tokens(self.conversations.longest) if self.conversations else self.config.max_tokens
+        longest = self._tokens(self.conversations.longest) if self.conversations else self.config.max_length
         tokens = longest * self.config.batch_size
         held = (
             self.learned * NUMBER * 3 if self.config.method == "full" else self.learned * NUMBER * 4
@@ -229,7 +229,8 @@ class Tuning:
         guide = sum(part.parameters for part in parts_of(self.guide, 1)) * NUMBER if self.guide else 0
         read = 2.0 * self.parameters * NUMBER  # for a moment, in fp32, before anything is kept in fewer bits
         return PROCESS + max(
-            read, self.frozen + guide + held + tokens * NUMBER * kept_of(self.shape) * self.shape.layers + CHUNK
+            read,
+            self.frozen + guide + held + tokens * NUMBER * kept_of(self.shape) * self.shape.num_hidden_layers + CHUNK,
         )
 
     def attempt(self) -> Trial:
@@ -241,7 +242,7 @@ class Tuning:
                 "config": self.config.model_dump(mode="json"),
                 "model": str(self.model),
                 "data": str(self.data or ""),
-                "held_out": str(self.held_out or ""),
+                "eval_data": str(self.held_out or ""),
                 "teacher": str(self.teacher or ""),
             },
         )

@@ -112,8 +112,12 @@ def kept_of(shape: Shape) -> int:
     """Numbers that a token leaves in a layer for the way back: the inputs of each product and bend (Korthikanti et al.
     2022, arXiv:2205.05198, section 4, with our blocks).
     """
-    inner = shape.inner * (shape.experts.chosen if shape.experts else 1)
-    return shape.width * 6 + (shape.heads * 4 + shape.groups * 4) * shape.per_head + inner * (4 if shape.gated else 2)
+    inner = shape.inner * (shape.experts.num_experts_per_tok if shape.experts else 1)
+    return (
+        shape.hidden_size * 6
+        + (shape.num_attention_heads * 4 + shape.groups * 4) * shape.per_head
+        + inner * (4 if shape.gated_mlp else 2)
+    )
 
 
 @dataclass(frozen=True)
@@ -156,37 +160,41 @@ class Training:
         parallel, shape = self.config.parallel, self.shape
         if self.rows and self.rows < self.per_step:
             raise UserError(
-                f"the data has {self.rows:,} rows, a step takes {self.per_step:,} (batch {self.config.batch},"
-                f" accumulation {self.config.accumulation}); give more data, or make the step smaller"
+                f"the data has {self.rows:,} rows, a step takes {self.per_step:,} (batch {self.config.batch_size},"
+                f" accumulation {self.config.gradient_accumulation_steps}); give more data, or make the step smaller"
             )
-        if self.length > shape.context:
+        if self.length > shape.max_position_embeddings:
             raise UserError(
-                f"rows have {self.length:,} tokens, the model reads {shape.context:,}; pack shorter rows, or make a"
+                f"rows have {self.length:,} tokens, the model reads {shape.max_position_embeddings:,}; pack shorter rows, or make a"
                 " model with more context"
             )
-        if parallel.pipeline > 1 and (
+        if parallel.pipeline_parallel_size > 1 and (
             isinstance(shape, RecurrentShape) or shape.experts or self.config.precision == "fp16"
         ):
             raise UserError("parallel.pipeline: not with experts, precision fp16, or models other than the decoder")
-        if parallel.pipeline > 1 and shape.layers < parallel.pipeline:
-            raise UserError(f"parallel.pipeline {parallel.pipeline} is more than the model's {shape.layers} layers")
-        if parallel.tensor > 1 and (
-            isinstance(shape, RecurrentShape) or shape.heads % parallel.tensor or shape.groups % parallel.tensor
+        if parallel.pipeline_parallel_size > 1 and shape.num_hidden_layers < parallel.pipeline_parallel_size:
+            raise UserError(
+                f"parallel.pipeline {parallel.pipeline_parallel_size} is more than the model's {shape.num_hidden_layers} layers"
+            )
+        if parallel.tensor_parallel_size > 1 and (
+            isinstance(shape, RecurrentShape)
+            or shape.num_attention_heads % parallel.tensor_parallel_size
+            or shape.groups % parallel.tensor_parallel_size
         ):
-            raise UserError(f"parallel.tensor {parallel.tensor} does not divide the model's heads")
+            raise UserError(f"parallel.tensor {parallel.tensor_parallel_size} does not divide the model's heads")
 
     @property
     def per_step(self) -> int:
         """Rows of a step."""
-        return self.config.batch * self.config.accumulation
+        return self.config.batch_size * self.config.gradient_accumulation_steps
 
     @property
     def steps(self) -> int:
         """How many steps there are; 0 where the data are not known. As `pretrain.steps_of` has it."""
-        if self.config.tokens:
+        if self.config.num_train_tokens:
             each = self.tokens / self.rows if self.rows else self.length
-            return max(1, round(self.config.tokens / (each * self.per_step)))
-        return max(1, round(self.config.epochs * (self.rows // self.per_step or 1))) if self.rows else 0
+            return max(1, round(self.config.num_train_tokens / (each * self.per_step)))
+        return max(1, round(self.config.num_train_epochs * (self.rows // self.per_step or 1))) if self.rows else 0
 
     @property
     def read(self) -> int:
@@ -199,7 +207,7 @@ class Training:
         computed again.
         """
         each = sum(part.work for part in parts_of(self.shape, self.length // 2))
-        return (4.0 if self.config.recompute else 3.0) * each * self.read
+        return (4.0 if self.config.gradient_checkpointing else 3.0) * each * self.read
 
     @property
     def memory(self) -> float:
@@ -208,47 +216,60 @@ class Training:
         """
         parallel = self.config.parallel
         share = (
-            parallel.pipeline
-            * parallel.tensor
-            * (self.processes // (parallel.pipeline * parallel.tensor) if parallel.data == "shard" else 1)
+            parallel.pipeline_parallel_size
+            * parallel.tensor_parallel_size
+            * (
+                self.processes // (parallel.pipeline_parallel_size * parallel.tensor_parallel_size)
+                if parallel.data_parallel == "fsdp"
+                else 1
+            )
         )
-        moments = {"adamw": 2.0, "lion": 1.0, "muon": 1.0, "adamw-8bit": 0.5}[self.config.optimizer.name]
-        states = self.parameters * NUMBER * (2 + moments + (1 if self.config.average else 0)) / share
+        moments = {"adamw": 2.0, "lion": 1.0, "muon": 1.0, "adamw_8bit": 0.5}[self.config.optimizer.name]
+        states = self.parameters * NUMBER * (2 + moments + (1 if self.config.ema_decay else 0)) / share
         return PROCESS + states + self.activations()
 
     def activations(self) -> float:
         """Bytes that a part of a step keeps for the way back."""
         shape, parallel = self.shape, self.config.parallel
         rows = share_of(
-            self.per_step, max(1, self.processes // (parallel.tensor * parallel.pipeline)), self.config.batch
+            self.per_step,
+            max(1, self.processes // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)),
+            self.config.batch_size,
         )
         tokens, number = rows * self.length, 2 if self.config.precision in ("bf16", "fp16") else NUMBER
-        logits = min(tokens, 512) * shape.vocabulary * NUMBER * 2
+        logits = min(tokens, 512) * shape.vocab_size * NUMBER * 2
         if isinstance(shape, RecurrentShape):
-            gates = {"mlp": 1, "rnn": 2, "gru": 6, "lstm": 8}[shape.kind]
+            gates = {"mlp": 1, "rnn": 2, "gru": 6, "lstm": 8}[shape.rnn_type]
             return (
-                tokens * NUMBER * (4 * shape.width + gates * shape.inner * (shape.layers if shape.kind != "mlp" else 1))
+                tokens
+                * NUMBER
+                * (
+                    4 * shape.embedding_dim
+                    + gates * shape.inner * (shape.num_hidden_layers if shape.rnn_type != "mlp" else 1)
+                )
                 + logits
             )
         layer = kept_of(shape)
-        layers = -(-shape.layers // parallel.pipeline)
-        kept = shape.width * layers + layer if self.config.recompute else layer * layers
-        return tokens * number * kept / parallel.tensor + tokens * NUMBER * shape.width * 4 + logits
+        layers = -(-shape.num_hidden_layers // parallel.pipeline_parallel_size)
+        kept = shape.hidden_size * layers + layer if self.config.gradient_checkpointing else layer * layers
+        return tokens * number * kept / parallel.tensor_parallel_size + tokens * NUMBER * shape.hidden_size * 4 + logits
 
     def seconds(self, trial: Trial) -> float:
         """Of the whole stage, from what was tried here: steps, looks on the way, and the held-out rows at the end."""
-        looks = self.steps // self.config.look_every + 1
-        rows = looks * min(self.config.look_rows, self.held_out) + self.held_out
+        looks = self.steps // self.config.eval_steps + 1
+        rows = looks * min(self.config.eval_samples, self.held_out) + self.held_out
         return trial.around + self.steps * trial.step + (looks + 2) * trial.samples + rows * trial.row
 
     def attempt(self) -> Trial:
         """Run a few steps of it here, of one process, on its own first rows where they are made, else on ids by chance;
         large models with one layer and with two.
         """
-        if isinstance(self.shape, RecurrentShape) or (self.shape.layers <= LAYERS and self.parameters <= WHOLE):
+        if isinstance(self.shape, RecurrentShape) or (
+            self.shape.num_hidden_layers <= LAYERS and self.parameters <= WHOLE
+        ):
             return self._tried(self.shape)
-        one, two = (self._tried(self.shape.model_copy(update={"layers": n})) for n in (1, 2))
-        return one.deeper(two, self.shape.layers - 1)
+        one, two = (self._tried(self.shape.model_copy(update={"num_hidden_layers": n})) for n in (1, 2))
+        return one.deeper(two, self.shape.num_hidden_layers - 1)
 
     def _tried(self, shape: Shape | RecurrentShape) -> Trial:
         recurrent = isinstance(shape, RecurrentShape)
@@ -303,5 +324,5 @@ def has_room(needed: float) -> None:
     if 0 < free < needed:
         raise UserError(
             f"a few steps of the training need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free here; leave out"
-            " --try, or make batch smaller"
+            " --measure, or make batch smaller"
         )

@@ -67,17 +67,17 @@ def pretrain(given: dict[str, Any]) -> dict[str, float]:
     network = model_of(given).train()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
-    if config.recompute and network.supports_gradient_checkpointing:
+    if config.gradient_checkpointing and network.supports_gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
     optimizers = optimizers_of(network, config.optimizer)
-    average = [p.detach().clone() for p in network.parameters()] if config.average else []
+    average = [p.detach().clone() for p in network.parameters()] if config.ema_decay else []
     batches = batches_of(given, config, network.config.vocab_size, device)
     loading = time.perf_counter() - began
     seconds: list[float] = []
     while not enough(seconds):
         start = time.perf_counter()
         batch = batches[len(seconds) % len(batches)]
-        for _ in range(min(2, config.accumulation)):
+        for _ in range(min(2, config.gradient_accumulation_steps)):
             with cast(device, resolved(config.precision, device)):
                 loss = packed_loss(network, batch) / batch.labels
             loss.backward()  # type: ignore[no-untyped-call]
@@ -85,18 +85,22 @@ def pretrain(given: dict[str, Any]) -> dict[str, float]:
         update(network, optimizers)
         for mean, p in zip(average, network.parameters(), strict=False):
             mean.lerp_(p.detach(), 0.1)
-        seconds.append((part - start) / min(2, config.accumulation) * config.accumulation + time.perf_counter() - part)
+        seconds.append(
+            (part - start) / min(2, config.gradient_accumulation_steps) * config.gradient_accumulation_steps
+            + time.perf_counter()
+            - part
+        )
     network.eval()
     with torch.no_grad():
         start = time.perf_counter()
         for batch in batches[:LOOKS]:
             float(packed_loss(network, batch))
-        row = (time.perf_counter() - start) / config.batch / len(batches[:LOOKS])
+        row = (time.perf_counter() - start) / config.batch_size / len(batches[:LOOKS])
         ids, start = batches[0].ids, time.perf_counter()
-        tokens = min(config.sample_tokens, 8, ids.shape[1] - 2)
-        if tokens and config.prompts:
+        tokens = min(config.sample_max_tokens, 8, ids.shape[1] - 2)
+        if tokens and config.sample_prompts:
             network.generate(ids[:1, :2], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, pad_token_id=0)
-        samples = (time.perf_counter() - start) / max(1, tokens) * config.sample_tokens * len(config.prompts)
+        samples = (time.perf_counter() - start) / max(1, tokens) * config.sample_max_tokens * len(config.sample_prompts)
     # opening, golden tokens and saving take about as long as this began
     return {
         "step": statistics.fmean(seconds[len(seconds) // 4 :]),
@@ -131,7 +135,7 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     )
     tokenizer = load_tokenizer(model)
     stops = stop_ids(model, tokenizer)
-    use_template(tokenizer, config.template)
+    use_template(tokenizer, config.chat_template)
     rows = training_rows(Dataset(Path(given["data"])))
     some = rows[:: -(-len(rows) // ENCODED)]
     start = time.perf_counter()
@@ -139,7 +143,7 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     encoding = time.perf_counter() - start
     tuned = open_tuned(model)
     network = tuned.network
-    questions = answerable(Dataset(Path(given["held_out"])))[: config.samples] if given["held_out"] else []
+    questions = answerable(Dataset(Path(given["eval_data"])))[: config.num_sample_prompts] if given["eval_data"] else []
     loading = time.perf_counter() - began - encoding
     start = time.perf_counter()
     answers(TorchEngine(network, tokenizer, stops, ""), questions[:1], None)
@@ -147,9 +151,9 @@ def sft(given: dict[str, Any]) -> dict[str, float]:
     network, device, loss_of, optimizers = _prepare(tuned, config, given)
     steps = Steps(
         examples,
-        epochs=config.epochs,
+        epochs=config.num_train_epochs,
         size=config.batch_size,
-        accumulation=config.accumulation,
+        accumulation=config.gradient_accumulation_steps,
         seed=0,
         free=tuned.free,
         device=device,
@@ -181,14 +185,14 @@ def _prepare(tuned: Tuned, config: SftConfig, given: dict[str, Any]) -> tuple[An
     network = tuned.network
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).train()
-    if config.recompute and network.supports_gradient_checkpointing:
+    if config.gradient_checkpointing and network.supports_gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
     optimizers = optimizers_of(network, config.optimizer)
     loss_of: Any = packed_loss if tuned.free else next_token_loss
     if isinstance(config, DistillConfig):
         guide = open_tuned(Path(given["teacher"])).network.requires_grad_(False).eval().to(device)
         loss_of = taught(
-            guide, beta=DIRECTIONS.get(config.direction, 0.5), temperature=config.temperature, mix=config.mix
+            guide, beta=DIRECTIONS.get(config.divergence, 0.5), temperature=config.temperature, mix=config.ce_weight
         )
     return network, device, loss_of, optimizers
 
@@ -253,15 +257,17 @@ def batches_of(
 
     length = int(given["length"])
     packed = Packed(Dataset(Path(given["data"]))) if given["data"] else None
-    if packed is not None and len(packed) >= config.batch:
+    if packed is not None and len(packed) >= config.batch_size:
         return [
             make()
-            for parts in PackedSteps(packed, MOST, rows=config.batch, parts=1, length=length, seed=0, device=device)
+            for parts in PackedSteps(
+                packed, MOST, rows=config.batch_size, parts=1, length=length, seed=0, device=device
+            )
             for make in parts
         ]
-    ids = torch.randint(0, vocabulary, (config.batch, length), device=device)
-    places = torch.arange(length, device=device).expand(config.batch, -1)
-    parted = torch.randint(1, length, (config.batch, 1), device=device)
+    ids = torch.randint(0, vocabulary, (config.batch_size, length), device=device)
+    places = torch.arange(length, device=device).expand(config.batch_size, -1)
+    parted = torch.randint(1, length, (config.batch_size, 1), device=device)
     parted[::2] = length
     segments = (places >= parted).long()
     return [
@@ -270,8 +276,8 @@ def batches_of(
             places - segments * parted,
             segments,
             ids.clone(),
-            config.batch * (length - 1),
-            config.batch * length,
+            config.batch_size * (length - 1),
+            config.batch_size * length,
             "",
         )
     ]

@@ -36,11 +36,13 @@ class TuneConfig(Config):
             " model.embed_tokens.* or model.layers.[0-9].*"
         ),
     )
-    epochs: float = Field(2.0, gt=0, description="passes over the data; may be a fraction")
+    num_train_epochs: float = Field(2.0, gt=0, description="passes over the data; may be a fraction")
     batch_size: int = Field(4, gt=0, description="rows of data per part of a step")
-    accumulation: int = Field(1, gt=0, description="parts per step; the step's loss is normalised over all of them")
-    max_tokens: int = Field(2048, gt=1, description="the longest row that is read whole")
-    template: Template = Field("keep", description=f"the chat template that is trained with and saved. {CHOICES}")
+    gradient_accumulation_steps: int = Field(
+        1, gt=0, description="parts per step; the step's loss is normalised over all of them"
+    )
+    max_length: int = Field(2048, gt=1, description="the longest row that is read whole")
+    chat_template: Template = Field("keep", description=f"the chat template that is trained with and saved. {CHOICES}")
     golden: str = Field(
         "keep",
         pattern=r"^(keep|renew: .+)$",
@@ -56,22 +58,24 @@ class TuneConfig(Config):
             " an older one, fp32 on a CPU, where the others are many times slower"
         ),
     )
-    recompute: bool = Field(
+    gradient_checkpointing: bool = Field(
         False, description="keep no activations of blocks, compute them again backward: less memory, a third more time"
     )
-    look_every: int = Field(
+    eval_steps: int = Field(
         0, ge=0, description="steps between two looks at how well held-out rows are done; 0: at the end only"
     )
-    look_rows: int = Field(64, gt=0, description="held-out rows of a look")
-    best: Literal["", "held_out", "accuracy"] = Field(
+    eval_samples: int = Field(64, gt=0, description="held-out rows of a look")
+    metric_for_best_model: Literal["", "eval_loss", "accuracy"] = Field(
         "",
         description=(
             "which look's weights are saved: the one with the lowest loss (held_out), or with the most that is right"
             " (accuracy); empty: the last step's"
         ),
     )
-    patience: int = Field(0, ge=0, description="end after so many looks that are no better than the best; 0: never")
-    checkpoint_every: int = Field(20, gt=0, description="steps between two checkpoints")
+    early_stopping_patience: int = Field(
+        0, ge=0, description="end after so many looks that are no better than the best; 0: never"
+    )
+    save_steps: int = Field(20, gt=0, description="steps between two checkpoints")
 
     @model_validator(mode="before")
     @classmethod
@@ -92,7 +96,7 @@ class TuneConfig(Config):
             raise ValueError("freeze is for method full; an adapter freezes all weights")
         if self.method != "lora" and self.lora != LoraConfig():
             raise ValueError(f"lora is for method lora; with {self.method} there is no adapter")
-        if self.patience and not self.best:
+        if self.early_stopping_patience and not self.metric_for_best_model:
             raise ValueError("patience needs `best`, the metric that is to get better")
         return self
 
@@ -110,4 +114,4 @@ class TuneConfig(Config):
 class WriterConfig(TuneConfig):
     """Fields of trainings of a model that writes answers."""
 
-    samples: int = Field(4, ge=0, description="held-out questions answered before and after")
+    num_sample_prompts: int = Field(4, ge=0, description="held-out questions answered before and after")

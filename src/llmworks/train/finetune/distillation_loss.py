@@ -21,7 +21,7 @@ from llmworks.train.finetune.examples import Batch
 from llmworks.train.loop.losses import states_of
 from llmworks.train.loop.packed import PackedBatch
 
-DIRECTIONS = {"forward": 0.0, "reverse": 1.0}
+DIRECTIONS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:

@@ -72,7 +72,7 @@ def predicted(network: Any, examples: Sequence[Example], *, free: bool, size: in
                 count += len(labels)
     network.train(training)
     mean = nats / max(1, count)
-    return {"held_out": mean, "perplexity": math.exp(min(700.0, mean)), "accuracy": right / max(1, count)}
+    return {"eval_loss": mean, "perplexity": math.exp(min(700.0, mean)), "accuracy": right / max(1, count)}
 
 
 def warnings_of(questions: Sequence[Row], before: Sequence[str], after: Sequence[str]) -> list[str]:
@@ -114,7 +114,7 @@ def write_report(
     set_aside: Sequence[tuple[str, str]],
 ) -> None:
     """Curves and figures; what was asked and answered is added by `write_samples`."""
-    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "held_out" in row]
+    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     report.title = f"Fine-tuning of {title}"
     report.lead = (
         f"{len(steps):,} steps, {metrics['tokens']:,} tokens; from the first tenth of the steps to the last the loss"
@@ -126,14 +126,14 @@ def write_report(
         last = looks[-1]
         chosen = next((row for row in looks if row["step"] == metrics.get("best_step", -1)), last)
         report.lead += (
-            f" Held-out answers: {chosen['held_out']:.3f} nats a token, {chosen['accuracy']:.1%} of their tokens"
+            f" Held-out answers: {chosen['eval_loss']:.3f} nats a token, {chosen['accuracy']:.1%} of their tokens"
             " foreseen" + (f" after step {chosen['step'] + 1}, whose weights these are." if chosen is not last else ".")
         )
     report.data = {
         "warnings": [],
         "config": dict(config),
         "steps": len(steps),
-        "held_out": [{key: row[key] for key in ("step", "held_out", "accuracy")} for row in looks],
+        "evaluations": [{key: row[key] for key in ("step", "eval_loss", "accuracy")} for row in looks],
     }
     for heading, series, y in plots(steps, rows) if steps else ():
         report.curves(heading, series, x="step", y=y)

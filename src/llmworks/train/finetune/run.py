@@ -40,13 +40,13 @@ Finish = Callable[["Tuned", dict[str, Any]], Adapter | Model]
 
 def require_held_out(config: TuneConfig, *, given: bool) -> None:
     """UserError where a configuration evaluates on held-out rows that are not given."""
-    if (config.best or config.look_every) and not given:
-        field = "best" if config.best else "look_every"
-        raise UserError(f"config.{field} looks at held-out rows; give them as held_out")
+    if (config.metric_for_best_model or config.eval_steps) and not given:
+        field = "best" if config.metric_for_best_model else "look_every"
+        raise UserError(f"config.{field} looks at held-out rows; give them as eval_data")
 
 
 def tune(
-    config: Any,
+    config: TuneConfig,
     model: Model,
     ctx: Context,
     world: World,
@@ -125,40 +125,40 @@ def _answers_before(
     return before
 
 
-def _prepare_network(tuned: Tuned, config: Any, adapter: Adapter | None, world: World) -> tuple[str, Any]:
+def _prepare_network(tuned: Tuned, config: TuneConfig, adapter: Adapter | None, world: World) -> tuple[str, Any]:
     """Choose what is trained, its number format and device."""
     from llmworks.train.distributed.sharding import resolved
 
     prepare(tuned, config, adapter)
-    precision = resolved(config.precision, world.device, spread=config.spread.data == "shard")
+    precision = resolved(config.precision, world.device, spread=config.spread.data_parallel == "fsdp")
     if (
-        precision != "fp32" and config.method == "lora" and config.spread.data != "shard"
+        precision != "fp32" and config.method == "lora" and config.spread.data_parallel != "fsdp"
     ):  # whose pieces are of one format
         tuned.narrow(precision)
     network = tuned.network.to(world.device)
-    if config.recompute:
+    if config.gradient_checkpointing:
         if not network.supports_gradient_checkpointing:
-            raise UserError("config.recompute: this architecture does not have it")
+            raise UserError("config.gradient_checkpointing: this architecture does not have it")
         network.activation_checkpointing_enable({"use_reentrant": False})
     return precision, network
 
 
 def _steps_of(
-    config: Any, world: World, way: Way, material: Material, ctx: Context, tuned: Tuned
+    config: TuneConfig, world: World, way: Way, material: Material, ctx: Context, tuned: Tuned
 ) -> Sequence[Any] | Steps:
     """The steps: those of the method, else batches of the examples."""
     from llmworks.train.finetune.examples import Steps
 
-    each, shares = config.batch_size * config.accumulation, world.count("data")
+    each, shares = config.batch_size * config.gradient_accumulation_steps, world.count("data")
     size = share_of(each, shares, config.batch_size)
     steps = (
         way.steps
         if way.steps is not None
         else Steps(
             material.examples,
-            epochs=config.epochs,
+            epochs=config.num_train_epochs,
             size=config.batch_size,
-            accumulation=config.accumulation,
+            accumulation=config.gradient_accumulation_steps,
             seed=ctx.seed,
             free=tuned.free,
             join=way.join,
@@ -169,7 +169,7 @@ def _steps_of(
     return steps
 
 
-def _whole_of(tuned: Tuned, config: Any, world: World, model: Model, adapter: Adapter | None) -> Tuned:
+def _whole_of(tuned: Tuned, config: TuneConfig, world: World, model: Model, adapter: Adapter | None) -> Tuned:
     """The model that the first process looks at and saves: another one where weights are spread."""
     from llmworks.train.finetune.trainable import open_tuned
     from llmworks.train.pretrain import parallel_whole
@@ -183,20 +183,29 @@ def _whole_of(tuned: Tuned, config: Any, world: World, model: Model, adapter: Ad
 
 
 def _habits_of(
-    config: Any, ctx: Context, precision: str, material: Material, look: Callable[[int], dict[str, float]], way: Way
+    config: TuneConfig,
+    ctx: Context,
+    precision: str,
+    material: Material,
+    look: Callable[[int], dict[str, float]],
+    way: Way,
 ) -> tuple[Best | None, Habits]:
     """How the loop runs: when it looks, saves and stops."""
     from llmworks.train.loop.early_stopping import Best
     from llmworks.train.loop.loop import Habits
 
-    best = Best(config.best, ctx.scratch, config.patience) if config.best else None
+    best = (
+        Best(config.metric_for_best_model, ctx.scratch, config.early_stopping_patience)
+        if config.metric_for_best_model
+        else None
+    )
     habits = Habits(
-        config.checkpoint_every,
+        config.save_steps,
         precision=precision,
         look=look if material.unseen else None,
-        look_every=config.look_every,
+        look_every=config.eval_steps,
         best=best,
-        faster={"b": config.lora.faster} if config.lora.faster > 1 else {},
+        faster={"b": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio > 1 else {},
         told=way.told,
     )
     return best, habits
@@ -204,12 +213,12 @@ def _habits_of(
 
 def looked(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any]:
     """Figures of the look at the weights that are saved."""
-    looks = [row for row in rows if "held_out" in row]
+    looks = [row for row in rows if "eval_loss" in row]
     if not looks:
         return {}
     chosen = next((row for row in looks if row["step"] == best), looks[-1])
     return {
-        "held_out": round(chosen["held_out"], 5),
+        "eval_loss": round(chosen["eval_loss"], 5),
         **({"accuracy": round(chosen["accuracy"], 5)} if "accuracy" in chosen else {}),
         "best_step": chosen["step"],
     }
@@ -225,7 +234,7 @@ def save_records(ctx: Context, set_aside: Sequence[tuple[str, str]]) -> None:
 
 
 def _finish(
-    config: Any,
+    config: TuneConfig,
     model: Model,
     material: Material,
     ctx: Context,
@@ -244,8 +253,8 @@ def _finish(
     rows = ctx.progress.read_metrics()
     metrics |= {
         "rows": len(material.examples),
-        "set_aside": len(material.set_aside),
-        "trained_parameters": tuned.trained,
+        "dropped": len(material.set_aside),
+        "trainable_parameters": tuned.trained,
     }
     tuned.save(ctx.out, model.ref or model.name)
     material.tokenizer.save_pretrained(ctx.out)
@@ -277,7 +286,7 @@ def _finish(
             "base": model.digest,
             "method": config.method,
             **({"rank": tuned.lora.rank} if tuned.lora is not None else {}),
-            "template": config.template,
+            "template": config.chat_template,
             "base_kept": "nf4" if tuned.kept else "as-is",
         },
     )
@@ -289,8 +298,10 @@ def prepare(tuned: Any, config: Any, adapter: Adapter | None = None) -> None:
         tuned.go_on(adapter.path)
     elif config.method == "lora":
         tuned.adapt(config.lora)
-    elif config.method in ("prompt", "prefix"):
-        tuned.put_before(config.method, config.soft.tokens, config.soft.text)
+    elif config.method in ("prompt_tuning", "prefix_tuning"):
+        tuned.put_before(
+            config.method, config.soft_prompt.num_virtual_tokens, config.soft_prompt.prompt_tuning_init_text
+        )
     else:
         tuned.freeze(config.freeze)
 
@@ -326,7 +337,7 @@ def context_of(model: Model) -> int:
 
 
 def check_golden(
-    config: Any, model: Model | Adapter, tokenizer: Any, stops: Sequence[int], stage: str = "train.sft"
+    config: TuneConfig, model: Model | Adapter, tokenizer: Any, stops: Sequence[int], stage: str = "train.sft"
 ) -> None:
     """Whether the model's golden tokens replay, or may change. GoldenMismatch, with what to do, where neither is so."""
     from llmworks.tokenize.chat.golden import require
@@ -336,5 +347,5 @@ def check_golden(
             require(model.golden, tokenizer, stops, step=f"{stage} (golden: keep)")
         except GoldenMismatch as error:
             raise GoldenMismatch(
-                f"{error}; if the template is to change (template: {config.template}), set golden to 'renew: WHY'"
+                f"{error}; if the template is to change (template: {config.chat_template}), set golden to 'renew: WHY'"
             ) from None

@@ -52,12 +52,16 @@ class Tuned:
 
     def adapt(self, config: LoraConfig) -> None:
         """Freeze all and put an adapter beside the targets. Seed torch before."""
-        self.lora = Lora(config.rank, config.alpha, config.dropout, config.stabilised, config.magnitudes)
-        if config.base == "nf4":
+        self.lora = Lora(config.r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora)
+        if config.load_in_4bit:
             names = lora.linear_layers(self.network)
-            keep_in_nf4(self.network, names, double=config.double)
-            self.kept = {"kept": "nf4", "double": config.double, "layers": sorted(map(self.rename, names))}
-        lora.attach(self.network, config.targets, self.lora, self.rename)
+            keep_in_nf4(self.network, names, double=config.bnb_4bit_use_double_quant)
+            self.kept = {
+                "kept": "nf4",
+                "double": config.bnb_4bit_use_double_quant,
+                "layers": sorted(map(self.rename, names)),
+            }
+        lora.attach(self.network, config.target_modules, self.lora, self.rename)
 
     def go_on(self, path: Path) -> None:
         """Freeze all and put an adapter beside the layers that it was trained for, as it is.
@@ -108,7 +112,7 @@ class Tuned:
 
         self.network, self.rename, self.free, self.soft = load_model(self.source), str, False, True
         config: Any = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
-        if kind == "prompt":
+        if kind == "prompt_tuning":
             begins: dict[str, Any] = (
                 {
                     "prompt_tuning_init": PromptTuningInit.TEXT,
@@ -205,7 +209,7 @@ def save_like(network: nn.Module, source: Path, out: Path) -> None:
     dtype = TYPES.get(formats.most_common(1)[0][0], torch.float32)
     if isinstance(network, DecoderForCausalLM):
         state = {name: tensor.detach().to(dtype) for name, tensor in network.state_dict().items()}
-        if network.shape.tied:
+        if network.shape.tie_word_embeddings:
             state.pop("head.weight", None)
         kind, _ = shape_of(read_json(source / "config.json"))
         save_file(

@@ -158,7 +158,7 @@ def _take_step(
     (total,) = world.total([placed.backward(batches, loss, labels, running.scaler, habits.precision)])
     for optimizer in running.optimizers:
         running.scaler.unscale_(optimizer)
-    norm = placed.clip(config.clip)
+    norm = placed.clip(config.max_grad_norm)
     batch = "; ".join(filter(None, (getattr(b, "where", "") for b in batches)))
     watch.look(
         step,
@@ -181,9 +181,9 @@ def _take_step(
         step=step,
         loss=total,
         learning_rate=rate,
-        gradient_norm=norm,
+        grad_norm=norm,
         tokens=tokens,
-        labels=labels,
+        num_label_tokens=labels,
         seconds=seconds,
         loading=loaded,
         memory=memory(world.device),

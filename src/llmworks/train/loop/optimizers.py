@@ -44,7 +44,7 @@ def optimizers_of(
     """The optimizers of all parameters that are trained; each group has `times`, what its learning rate is multiplied
     by: of parameters whose last name is in `faster`.
 
-    Errors: MissingDependency for adamw-8bit without bitsandbytes or a GPU.
+    Errors: MissingDependency for adamw_8bit without bitsandbytes or a GPU.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices, vectors = [p for p in trained.values() if p.dim() >= 2], [p for p in trained.values() if p.dim() < 2]
@@ -65,7 +65,7 @@ def optimizers_of(
 
     if config.name == "lion":
         return [Lion(groups(matrices, vectors), rate, betas)]
-    if config.name == "adamw-8bit":
+    if config.name == "adamw_8bit":
         return [_eight_bit()(groups(matrices, vectors), lr=rate, betas=betas)]
     if config.name == "muon":
         inner = inner_matrices(model)
@@ -106,8 +106,8 @@ def _eight_bit() -> Any:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, attr-defined, unused-ignore]
     except ImportError:
         raise MissingDependency(
-            "optimizer.name adamw-8bit needs a GPU and bitsandbytes; install it with: pip install bitsandbytes"
+            "optimizer.name adamw_8bit needs a GPU and bitsandbytes; install it with: pip install bitsandbytes"
         ) from None
     if not torch.cuda.is_available():
-        raise MissingDependency("optimizer.name adamw-8bit needs a GPU; take adamw or lion here")
+        raise MissingDependency("optimizer.name adamw_8bit needs a GPU; take adamw or lion here")
     return AdamW8bit

@@ -43,11 +43,11 @@ def plots(
     steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
 ) -> list[tuple[str, dict[str, list[tuple[float, float]]], str]]:
     """(heading, series over steps, unit) of what is drawn."""
-    loss, looks = [(row["step"] + 1, row["loss"]) for row in steps], [row for row in rows if "held_out" in row]
+    loss, looks = [(row["step"] + 1, row["loss"]) for row in steps], [row for row in rows if "eval_loss" in row]
     wide = max(2, min(50, len(loss) // 10))
     series = {"loss": thin(loss), f"mean of {wide}": thin(smooth(loss, wide))}
     if looks:
-        series["held out"] = [(row["step"] + 1, row["held_out"]) for row in looks]
+        series["held out"] = [(row["step"] + 1, row["eval_loss"]) for row in looks]
     found = [("Loss", series, "nats per token")]
     for heading, name, y in (
         ("Bits per byte", "bits_per_byte", "bits"),
@@ -56,7 +56,7 @@ def plots(
         if len(looks) > 1 and name in looks[0]:
             found.append((heading, {"held out": [(row["step"] + 1, row[name]) for row in looks]}, y))
     for heading, name, y, factor in (
-        ("Gradient norm", "gradient_norm", "before clipping", 1.0),
+        ("Gradient norm", "grad_norm", "before clipping", 1.0),
         ("Learning rate", "learning_rate", "", 1.0),
         ("Memory", "memory", "most so far, GB", 1e-9),
     ):
@@ -95,7 +95,7 @@ def draw(
     vocabulary: int = 0,
 ) -> list[str]:
     """Fill the report from the metrics of all steps, and the figures of the whole; returns warnings."""
-    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "held_out" in row]
+    steps, looks = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     loss = [(row["step"] + 1, row["loss"]) for row in steps]
     warnings: list[str] = []
     if len(loss) >= 20 and smooth(loss)[-1][1] >= smooth(loss)[9][1]:
@@ -123,7 +123,7 @@ def draw(
         "steps": len(steps),
         "tokens": tokens,
         "warnings": warnings,
-        "held_out": [{"step": row["step"] + 1, "bits_per_byte": row["bits_per_byte"]} for row in looks],
+        "evaluations": [{"step": row["step"] + 1, "bits_per_byte": row["bits_per_byte"]} for row in looks],
     }
     if warnings:
         report.text("Warnings", "\n\n".join(warnings))

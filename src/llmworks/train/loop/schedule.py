@@ -13,27 +13,27 @@ from llmworks.core.artifact import Config
 class OptimizerConfig(Config):
     """How weights follow their gradients, and how fast over time."""
 
-    name: Literal["adamw", "lion", "muon", "adamw-8bit"] = Field(
+    name: Literal["adamw", "lion", "muon", "adamw_8bit"] = Field(
         "adamw",
         description=(
             "adamw (Loshchilov & Hutter 2019); lion: the sign of the momentum, wants a learning rate 3 to 10 times"
             " smaller (Chen et al. 2023); muon: orthogonal steps of matrices, adamw for the rest (Jordan et al. 2024);"
-            " adamw-8bit: moments in 8 bits, by bitsandbytes, on a GPU"
+            " adamw_8bit: moments in 8 bits, by bitsandbytes, on a GPU"
         ),
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
+    lr_scheduler_type: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "cosine",
         description=(
             "after warm-up: cosine or linear to the final fraction; wsd: constant, then linear in the last part (Hu et"
             " al. 2024); constant"
         ),
     )
-    final_fraction: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
-    warmup: float = Field(
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
+    warmup_ratio: float = Field(
         0.05, ge=0, lt=1, description="fraction of all steps over which the learning rate rises from zero"
     )
-    decay: float = Field(0.2, gt=0, le=1, description="wsd: fraction of all steps over which it falls")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: fraction of all steps over which it falls")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment; muon: of the momentum of the rest")
     beta2: float = Field(
         0.999, ge=0, lt=1, description="decay of the second moment; lion: of the momentum, 0.99 is usual"
@@ -41,12 +41,12 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(
         0.0, ge=0, description="decoupled weight decay of matrices; vectors, as gains and biases, have none"
     )
-    clip: float = Field(1.0, gt=0, description="largest gradient norm; larger gradients are scaled down")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest gradient norm; larger gradients are scaled down")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are more than all steps")
+        if self.lr_scheduler_type == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(f"warmup {self.warmup_ratio} and decay {self.decay_ratio} are more than all steps")
         return self
 
 
@@ -54,16 +54,16 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     """The learning rate of step `step` (0-based) of `steps`: linear warm-up, then by the schedule down to the final
     fraction.
     """
-    warm = max(1, round(config.warmup * steps))
+    warm = max(1, round(config.warmup_ratio * steps))
     if step < warm:
         return config.learning_rate * (step + 1) / warm
-    floor = config.final_fraction
-    if config.schedule == "constant":
+    floor = config.min_lr_ratio
+    if config.lr_scheduler_type == "constant":
         return config.learning_rate
-    if config.schedule == "wsd":
-        begin = max(warm, steps - max(1, round(config.decay * steps)))
+    if config.lr_scheduler_type == "wsd":
+        begin = max(warm, steps - max(1, round(config.decay_ratio * steps)))
         left = 1 - max(0, step - begin) / max(1, steps - begin)
         return config.learning_rate * (floor + (1 - floor) * left)
     progress = (step - warm) / max(1, steps - warm)
-    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (floor + (1 - floor) * left)

@@ -65,15 +65,15 @@ def _no_engine(artifact: Any) -> Any:
 
 def parts_are_the_step(bench: Bench, size: str, near: float) -> tuple[bool, str]:
     """Losses and gradients of a step do not depend on how its rows are divided. `size`: the field of rows in a part."""
-    rows, accumulation = getattr(bench.config, size), bench.config.accumulation
+    rows, accumulation = getattr(bench.config, size), bench.config.gradient_accumulation_steps
     if rows * accumulation == 1:
         return True, "a step has one row"
     batch, parts = (rows * accumulation, 1) if accumulation > 1 else (1, rows * accumulation)
-    other = bench.run("parts", bench.config.model_copy(update={size: batch, "accumulation": parts}))
+    other = bench.run("parts", bench.config.model_copy(update={size: batch, "gradient_accumulation_steps": parts}))
     pairs = [
         (one[key], two[key])
         for one, two in zip(bench.usual[:2], other[:2], strict=True)
-        for key in ("loss", "gradient_norm")
+        for key in ("loss", "grad_norm")
     ]
     off = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
     divided = f"{accumulation} of {rows} rows and {parts} of {batch}"

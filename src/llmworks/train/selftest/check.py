@@ -42,28 +42,30 @@ def shrunken(shape: Shape | RecurrentShape) -> Shape | RecurrentShape:
     if isinstance(shape, RecurrentShape):
         return shape.model_copy(
             update={
-                "vocabulary": VOCABULARY,
-                "width": 32,
-                "hidden": 48 if shape.hidden else 0,
-                "layers": min(2, shape.layers),
-                "context": LENGTH,
+                "vocab_size": VOCABULARY,
+                "embedding_dim": 32,
+                "hidden_size": 48 if shape.hidden_size else 0,
+                "num_hidden_layers": min(2, shape.num_hidden_layers),
+                "max_position_embeddings": LENGTH,
             }
         )
     heads = 4
-    groups = 4 if shape.groups == shape.heads else 1 if shape.groups == 1 else 2
+    groups = 4 if shape.groups == shape.num_attention_heads else 1 if shape.groups == 1 else 2
     more: dict[str, Any] = {
-        "vocabulary": VOCABULARY,
-        "width": 32,
-        "head_width": 0,
-        "hidden": 0,
-        "heads": heads,
-        "kv_heads": groups,
-        "context": LENGTH,
-        "layers": min(shape.layers, max(2, shape.full_every)),
-        "window": min(shape.window, LENGTH // 2),
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "head_dim": 0,
+        "intermediate_size": 0,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": LENGTH,
+        "num_hidden_layers": min(shape.num_hidden_layers, max(2, shape.global_attn_every_n_layers)),
+        "sliding_window": min(shape.sliding_window, LENGTH // 2),
     }
     if shape.experts:
-        more["experts"] = shape.experts.model_dump() | {"count": max(shape.experts.chosen, min(4, shape.experts.count))}
+        more["experts"] = shape.experts.model_dump() | {
+            "num_experts": max(shape.experts.num_experts_per_tok, min(4, shape.experts.num_experts))
+        }
     return Shape.model_validate(shape.model_dump() | more)
 
 

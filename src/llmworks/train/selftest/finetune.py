@@ -39,21 +39,21 @@ def reduced(config: SftConfig, longest: int) -> SftConfig:
     are here for their masks.
     """
     looks = {
-        "look_every": 3 if config.look_every or config.best else 0,
-        "look_rows": 4,
-        "samples": 0,
-        "checkpoint_every": 2,
+        "eval_steps": 3 if config.eval_steps or config.metric_for_best_model else 0,
+        "eval_samples": 4,
+        "num_sample_prompts": 0,
+        "save_steps": 2,
     }
     return config.model_copy(
         update={
-            "epochs": 1.0,
+            "num_train_epochs": 1.0,
             "batch_size": min(4, config.batch_size),
-            "accumulation": min(4, config.accumulation),
+            "gradient_accumulation_steps": min(4, config.gradient_accumulation_steps),
             "parallel": DataParallel(),
             "golden": "renew: a shrunken model",
-            "patience": 0,
-            "longer": "cut",
-            "max_tokens": min(config.max_tokens, longest),
+            "early_stopping_patience": 0,
+            "overlong": "truncate",
+            "max_length": min(config.max_length, longest),
             **looks,
         }
     )
@@ -106,8 +106,8 @@ class _Bench(Bench):
             _, shape = shape_of(given)
         except LlmworksError as error:
             raise UserError(f"the self-test shrinks models of known architectures: {error}") from None
-        longest = min(LONGEST, shape.context)
-        small = shrunken(shape).model_copy(update={"vocabulary": shape.vocabulary, "context": longest})
+        longest = min(LONGEST, shape.max_position_embeddings)
+        small = shrunken(shape).model_copy(update={"vocab_size": shape.vocab_size, "max_position_embeddings": longest})
         torch.manual_seed(0)
         network = DecoderForCausalLM(DecoderConfig(shape=small.model_dump()))
         # so that tokens weigh on one another as they do in a trained model, and an adapter beside frozen weights has
@@ -132,9 +132,9 @@ class _Bench(Bench):
         generation = model / "generation_config.json"
         if generation.exists():
             (self.model / generation.name).write_bytes(generation.read_bytes())
-        use_template(self.tokenizer, config.template)
+        use_template(self.tokenizer, config.chat_template)
         small_config = reduced(config, longest)
-        self.rows = training_rows(data)[: small_config.batch_size * small_config.accumulation * STEPS]
+        self.rows = training_rows(data)[: small_config.batch_size * small_config.gradient_accumulation_steps * STEPS]
         self._base_of()
         super().__init__(folder, small_config, self.kept("rows", self.rows), self._train)
 
@@ -196,7 +196,7 @@ def _labels(bench: _Bench) -> tuple[bool, str]:
     checked = 0
     for example in _examples(bench):
         row = by_id[example.id]
-        if "messages" not in row or len(example.ids) >= bench.config.max_tokens:
+        if "messages" not in row or len(example.ids) >= bench.config.max_length:
             continue
         said = _plain(
             str(
@@ -207,7 +207,7 @@ def _labels(bench: _Bench) -> tuple[bool, str]:
         )
         turns = [m for m in flat_messages(row) if m.content.strip()]
         answers = [m for m in turns if m.role == "assistant" and m.weight]
-        for turn in answers[-1:] if bench.config.learn == "last" else answers:
+        for turn in answers[-1:] if bench.config.train_on == "last_assistant" else answers:
             if not row["messages"][-1].get("tool_calls") and _plain(turn.content) not in said:
                 return False, f"row {example.id}: an answer is not learned: {turn.content[:50]!r}"
         asked = next(
@@ -224,7 +224,10 @@ def _labels(bench: _Bench) -> tuple[bool, str]:
         if asked is not None:
             return False, f"row {example.id}: what is asked is learned, too: {asked.content[:50]!r}"
         checked += 1
-    wanted, found = sum(example.labels for example in _examples(bench)), sum(row["labels"] for row in bench.usual)
+    wanted, found = (
+        sum(example.labels for example in _examples(bench)),
+        sum(row["num_label_tokens"] for row in bench.usual),
+    )
     return (
         wanted == found,
         (
@@ -254,9 +257,9 @@ def _apart(bench: _Bench) -> tuple[bool, str]:
 
 
 def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
-    if bench.config.lora.dropout or bench.config.neftune:
+    if bench.config.lora.lora_dropout or bench.config.neftune_noise_alpha:
         return True, "not compared: what dropout and noise do is drawn for each part"
-    if bench.config.method in ("prompt", "prefix"):
+    if bench.config.method in ("prompt_tuning", "prefix_tuning"):
         return (
             True,
             "not compared: rows of similar length are padded together, and which they are depends on their number",
@@ -278,18 +281,18 @@ def _heart(bench: _Bench) -> tuple[bool, str]:
     config = bench.config
     rate = (0.003 if config.method == "full" else 0.03) / (5 if config.optimizer.name == "lion" else 1)
     optimizer = config.optimizer.model_copy(
-        update={"learning_rate": rate, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0}
+        update={"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0}
     )
     few = bench.kept("few", bench.rows[:2])
     more = {
-        "epochs": float(HEART),
+        "num_train_epochs": float(HEART),
         "batch_size": 2,
-        "accumulation": 1,
+        "gradient_accumulation_steps": 1,
         "optimizer": optimizer,
-        "neftune": 0.0,
-        "best": "",
-        "look_every": 0,
-        "checkpoint_every": HEART + 1,
+        "neftune_noise_alpha": 0.0,
+        "metric_for_best_model": "",
+        "eval_steps": 0,
+        "save_steps": HEART + 1,
     }
     losses = [row["loss"] for row in bench.run("heart", config.model_copy(update=more), data=few)]
     return (
@@ -318,7 +321,7 @@ def _saved(bench: _Bench) -> tuple[bool, str]:
 
             one, other = load_model(out)(input_ids=ids).logits, load_decoder(out)(input_ids=ids).logits
             what = "in transformers and here"
-        elif bench.config.method in ("prompt", "prefix"):
+        elif bench.config.method in ("prompt_tuning", "prefix_tuning"):
             from peft import PeftModel
 
             from llmworks.model.io.load import load_model

@@ -39,16 +39,16 @@ STEPS, OVERFIT = 6, 60
 
 def reduced(config: PretrainConfig) -> PretrainConfig:
     """The same configuration for so few rows: batch and accumulation of 4 or less, one process, not compiled."""
-    accumulation, batch = min(4, config.accumulation), min(4, config.batch)
-    looks = {"look_every": 3, "look_rows": 4, "sample_tokens": min(4, config.sample_tokens), "checkpoint_every": 2}
+    accumulation, batch = min(4, config.gradient_accumulation_steps), min(4, config.batch_size)
+    looks = {"eval_steps": 3, "eval_samples": 4, "sample_max_tokens": min(4, config.sample_max_tokens), "save_steps": 2}
     return config.model_copy(
         update={
-            "epochs": 1.0,
-            "tokens": 0,
-            "batch": batch,
-            "accumulation": accumulation,
+            "num_train_epochs": 1.0,
+            "num_train_tokens": 0,
+            "batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
             "parallel": Parallel(),
-            "compile": False,
+            "torch_compile": False,
             **looks,
         }
     )
@@ -84,7 +84,7 @@ class _Bench(Bench):
 
         quiet_transformers()
         self.folder, self.shape = folder, shape
-        self.rows = _rows(data, config.batch * config.accumulation * STEPS)
+        self.rows = _rows(data, config.batch_size * config.gradient_accumulation_steps * STEPS)
         self.model = folder / "model"
         torch.manual_seed(0)
         _network(shape).save_pretrained(self.model)
@@ -123,9 +123,9 @@ def _keys(bench: _Bench, config: PretrainConfig) -> tuple[bool, str]:
 
 
 def _labels(bench: _Bench) -> tuple[bool, str]:
-    each = bench.config.batch * bench.config.accumulation
+    each = bench.config.batch_size * bench.config.gradient_accumulation_steps
     wanted = sum(int(row.learned[1:].sum()) for row in bench.rows[: len(bench.rows) // each * each])
-    found = sum(row["labels"] for row in bench.usual)
+    found = sum(row["num_label_tokens"] for row in bench.usual)
     return (
         found == wanted and len(bench.usual) == STEPS,
         f"{found:,} labels in {len(bench.usual)} steps, {wanted:,} in the rows",
@@ -161,24 +161,24 @@ def _parts(bench: _Bench, near: float) -> tuple[bool, str]:
         return True, "not compared: what dropout takes away is drawn for each part"
     if getattr(bench.shape, "experts", None):
         near = max(near, NEAR)  # how even the choice of experts is, is a matter of each part
-    return parts_are_the_step(bench, "batch", near)
+    return parts_are_the_step(bench, "batch_size", near)
 
 
 def _overfit(bench: _Bench) -> tuple[bool, str]:
-    config, each = bench.config, bench.config.batch * bench.config.accumulation
+    config, each = bench.config, bench.config.batch_size * bench.config.gradient_accumulation_steps
     rate = {"lion": 0.002}.get(config.optimizer.name, 0.01)
     optimizer = config.optimizer.model_copy(
-        update={"learning_rate": rate, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0}
+        update={"learning_rate": rate, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0}
     )
     few = bench.packed("few", bench.rows[:each])
     more = {
-        "epochs": float(OVERFIT),
+        "num_train_epochs": float(OVERFIT),
         "optimizer": optimizer,
-        "spike": 0.0,
-        "average": 0.0,
-        "look_every": OVERFIT + 1,
-        "checkpoint_every": OVERFIT + 1,
-        "sample_tokens": 0,
+        "loss_spike_threshold": 0.0,
+        "ema_decay": 0.0,
+        "eval_steps": OVERFIT + 1,
+        "save_steps": OVERFIT + 1,
+        "sample_max_tokens": 0,
     }
     losses = [row["loss"] for row in bench.run("heart", config.model_copy(update=more), data=few)]
     return (

@@ -21,7 +21,7 @@ from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.merge.adapter import AdapterConfig
 from llmworks.merge.adapter import adapter as fold
-from llmworks.merge.lora.config import AdaptersConfig, ExtractConfig
+from llmworks.merge.lora.config import CombineAdaptersConfig, ExtractConfig
 from llmworks.merge.lora.extract_lora import extracted
 from llmworks.merge.lora.low_rank import factors
 from llmworks.merge.lora.merge_lora import merged
@@ -65,7 +65,7 @@ def context(out: Path) -> Context:
 def together(names: list[str], family: Path, out: Path, **given: Any) -> Adapter:
     found: dict[str, Artifact] = {name: load(str(family / name)) for name in names}
     model: Any = load(str(family / "pico"))
-    return merged(AdaptersConfig.model_validate(given), found, model, context(out))  # type: ignore[arg-type]
+    return merged(CombineAdaptersConfig.model_validate(given), found, model, context(out))  # type: ignore[arg-type]
 
 
 def folded(family: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -98,9 +98,9 @@ def test_the_same_as_peft(method: str, first: float, family: Path, tmp_path: Pat
         names,
         family,
         tmp_path / "out",
-        method=method,
+        combination_type=method,
         weights={names[0]: first, names[1]: 1.3},
-        rank=3 if method == "svd" else 0,
+        svd_rank=3 if method == "svd" else 0,
     )
     model = load_model(family / "pico")
     ours = AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32)
@@ -113,7 +113,7 @@ def test_the_same_as_peft(method: str, first: float, family: Path, tmp_path: Pat
 
 def test_peft_reads_it(family: Path, tmp_path: Path) -> None:
     """Layers of different ranks, by rank_pattern and alpha_pattern."""
-    made = together(["a", "narrow"], family, tmp_path / "out", method="cat")
+    made = together(["a", "narrow"], family, tmp_path / "out", combination_type="cat")
     loaded = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(family / "pico", dtype=torch.float32), made.path
     )
@@ -129,7 +129,9 @@ def test_peft_reads_it(family: Path, tmp_path: Path) -> None:
 
 def test_methods_on_products_are_those_of_models(family: Path, tmp_path: Path) -> None:
     """TIES of two adapters, of full rank, is what `merge` makes of the two folded models' changes."""
-    made = together(["a", "b"], family, tmp_path / "out", method="ties", density=0.5, normalize=True, rank=500)
+    made = together(
+        ["a", "b"], family, tmp_path / "out", combination_type="ties", density=0.5, normalize=True, svd_rank=500
+    )
     changes = [folded(family, family / name) for name in ("a", "b")]
     name = next(one for one in changes[0] if "down_proj" in one)
     kept = []
@@ -142,7 +144,7 @@ def test_methods_on_products_are_those_of_models(family: Path, tmp_path: Path) -
     wanted = (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
     assert torch.allclose(folded(family, made.path)[name].flatten(), wanted, atol=2e-5)
     assert made.metrics["missed"] < 1e-3
-    few = together(["a", "b"], family, tmp_path / "few", method="ties", density=0.5, rank=3)
+    few = together(["a", "b"], family, tmp_path / "few", combination_type="ties", density=0.5, svd_rank=3)
     assert few.metrics["missed"] > 0.05
 
 
@@ -171,20 +173,23 @@ def test_what_was_folded_is_extracted(family: Path, tmp_path: Path) -> None:
     make_pico(tmp_path / "tuned")
     tuned.save_pretrained(tmp_path / "tuned")
     base, other = (load(str(path)) for path in (family / "pico", tmp_path / "tuned"))
-    made = extracted(ExtractConfig(rank=4), other, base, context(tmp_path / "out"))  # type: ignore[arg-type]
+    made = extracted(ExtractConfig(max_rank=4), other, base, context(tmp_path / "out"))  # type: ignore[arg-type]
     assert made.metrics["missed"] < 1e-4
     assert made.metrics["left_out"] == 0
     again = copy.deepcopy(model)
     fold_into(weights_of(again), made.path)
     with torch.no_grad():
         assert torch.allclose(again(input_ids=IDS).logits, tuned(input_ids=IDS).logits, atol=1e-4)
-    half = extracted(ExtractConfig(rank=2), other, base, context(tmp_path / "half"))  # type: ignore[arg-type]
+    half = extracted(ExtractConfig(max_rank=2), other, base, context(tmp_path / "half"))  # type: ignore[arg-type]
     assert 0.1 < half.metrics["missed"] < 0.9
     tensors = load_file(tmp_path / "tuned" / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
     third = extracted(
-        ExtractConfig(rank=4, skip=["v_proj"]), load(str(tmp_path / "tuned")), base, context(tmp_path / "third")
+        ExtractConfig(max_rank=4, exclude_modules=["v_proj"]),
+        load(str(tmp_path / "tuned")),
+        base,
+        context(tmp_path / "third"),
     )  # type: ignore[arg-type]
     assert third.metrics["left_out"] >= 2
     assert third.metrics["missed"] > 0.1  # of all that differs, what is skipped among it
@@ -196,7 +201,7 @@ def test_bad_input_is_one_line(family: Path, tmp_path: Path) -> None:
         (
             (["a"], {}, "one adapter is given"),
             (["a", "b"], {"weights": {"c": 1}}, "no adapter is called 'c'"),
-            (["a", "narrow"], {"method": "linear"}, "factors of different ranks have no mean"),
+            (["a", "narrow"], {"combination_type": "linear"}, "factors of different ranks have no mean"),
             (["a", "b"], {"normalize": True, "weights": {"a": 1, "b": -1}}, "sum to zero"),
         )
     ):
@@ -217,7 +222,7 @@ def test_bad_input_is_one_line(family: Path, tmp_path: Path) -> None:
     (tmp_path / "nan.safetensors").replace(broken / "adapter_model.safetensors")
     found: Any = {"broken": load(str(broken)), "b": load(str(family / "b"))}
     with pytest.raises(LlmworksError, match="holds values that are no numbers"):
-        merged(AdaptersConfig(), found, base, context(tmp_path / "nan"))
+        merged(CombineAdaptersConfig(), found, base, context(tmp_path / "nan"))
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -277,7 +282,7 @@ def test_odd_adapters(what: str, family: Path, tmp_path: Path) -> None:
     (odd / "adapter_config.json").write_text(json.dumps(config))
     given, base = {"odd": load(str(odd)), "b": load(str(family / "b"))}, load(str(family / "pico"))
     with pytest.raises(ModelError, match=said):
-        merged(AdaptersConfig(), given, base, context(tmp_path / "merged"))  # type: ignore[arg-type]
+        merged(CombineAdaptersConfig(), given, base, context(tmp_path / "merged"))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=said):
         fold(AdapterConfig(), given["odd"], base, context(tmp_path / "folded"))  # type: ignore[arg-type]
 
@@ -336,7 +341,7 @@ def test_extract_tells_of_heads_and_refuses_turned_matrices(family: Path, tmp_pa
     )
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.5
     save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
-    made = extracted(ExtractConfig(rank=500), load(str(untied)), base, context(tmp_path / "out"))  # type: ignore[arg-type]
+    made = extracted(ExtractConfig(max_rank=500), load(str(untied)), base, context(tmp_path / "out"))  # type: ignore[arg-type]
     assert made.metrics["left_out"] == 1
     assert made.metrics["missed"] > 0.9  # the head differs most
     config = json.loads((untied / "config.json").read_text())

@@ -26,7 +26,7 @@ def main() -> None:
             found = measured(engine, asked)
         finally:
             engine.close()
-    print(json.dumps({**found, "memory": memory.peak}))
+    print(json.dumps({**found, "peak_memory": memory.peak}))
 
 
 def opened(path: Path, form: str) -> Any:
@@ -54,11 +54,11 @@ def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
             else Request(ids=tuple(engine.tokenizer(prompt)["input_ids"]), sampling=Sampling(max_tokens=tokens))
         )
 
-    ids = engine.tokenizer(" ".join(["the weather is what it was before"] * asked["read"]))["input_ids"][
-        : asked["read"]
+    ids = engine.tokenizer(" ".join(["the weather is what it was before"] * asked["prompt_tokens"]))["input_ids"][
+        : asked["prompt_tokens"]
     ]
     best = 0.0
-    for turn in range(asked["repeats"] + 1):
+    for turn in range(asked["repetitions"] + 1):
         began = time.perf_counter()
         engine.generate(
             [Request(ids=(*ids[turn:], *ids[:turn]), sampling=Sampling(max_tokens=1))]
@@ -71,14 +71,14 @@ def measured(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
         engine.generate([request(prompt, 1)])
         first = time.perf_counter() - began
         began = time.perf_counter()
-        made = engine.generate([request(prompt, asked["tokens"])])[0]
+        made = engine.generate([request(prompt, asked["max_tokens"])])[0]
         seconds += max(1e-9, time.perf_counter() - began - first)
         tokens += max(0, len(made.ids) - 1)
         answers.append(made.text)
     return {
-        "read_speed": round(best, 2),
-        "write_speed": round(tokens / seconds, 2) if tokens else None,
-        "answers": answers,
+        "prefill_speed": round(best, 2),
+        "decode_speed": round(tokens / seconds, 2) if tokens else None,
+        "completions": answers,
     }  # None of a model that ends each answer at its first token
 
 

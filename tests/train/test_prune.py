@@ -22,7 +22,7 @@ from llmworks.model.io.decoder_files import load_decoder
 from llmworks.model.io.load import load_model
 from llmworks.tokenize.chat.golden import require
 from llmworks.train.finetune.examples import Example
-from llmworks.train.shorten import ShortenConfig, influence, shorten
+from llmworks.train.prune import PruneConfig, influence, prune
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def short(deep: Path, tmp_path: Path) -> Any:
 
         page = ReportBuilder()
         return (
-            shorten(
-                ShortenConfig.model_validate(config),
+            prune(
+                PruneConfig.model_validate(config),
                 Model(deep, about={"format": "hf"}, name="deep"),
                 Context(out, tmp_path, 0, Progress(quiet=True), page, engine),
                 data,
@@ -102,7 +102,7 @@ def talks(place: Path) -> Dataset:
 
 def test_what_is_left_is_those_blocks(deep: Path, short: Any) -> None:
     """The logits of a transformers model from which the same layers were taken by hand."""
-    made, _ = short(drop=[1, 3])
+    made, _ = short(drop_layers=[1, 3])
     theirs = load_model(deep)
     theirs.model.layers = torch.nn.ModuleList([theirs.model.layers[i] for i in (0, 2, 4)])
     for number, layer in enumerate(theirs.model.layers):
@@ -127,7 +127,7 @@ def _own(path: Path) -> tuple[Any, Any]:
 
 
 def test_the_block_that_changes_least_goes_first(short: Any, tmp_path: Path) -> None:
-    made, data = short(talks(tmp_path / "talks"), layers=4)
+    made, data = short(talks(tmp_path / "talks"), num_hidden_layers=4)
     assert data["drop"] == [2]
     assert min(range(5), key=lambda number: data["influence"][number]) == 2
     assert made.metrics["blocks"] == 4
@@ -152,13 +152,13 @@ def test_influence_is_one_less_the_cosine(deep: Path) -> None:
 
 def test_what_is_refused(short: Any) -> None:
     for config, words in (
-        ({"drop": [5]}, "has 5 blocks, from 0 to 4"),
-        ({"layers": 5}, "has 5 blocks"),
-        ({"layers": 3}, "give it, or name them in config.drop"),
-        ({"drop": [0, 1, 2, 3, 4]}, "one at least"),
+        ({"drop_layers": [5]}, "has 5 blocks, from 0 to 4"),
+        ({"num_hidden_layers": 5}, "has 5 blocks"),
+        ({"num_hidden_layers": 3}, "give it, or name them in config.drop"),
+        ({"drop_layers": [0, 1, 2, 3, 4]}, "one at least"),
     ):
         with pytest.raises(UserError, match=words):
             short(**config)
-    for wrong in ({}, {"layers": 2, "drop": [1]}, {"drop": [1, 1]}, {"drop": [-1]}):
+    for wrong in ({}, {"num_hidden_layers": 2, "drop_layers": [1]}, {"drop_layers": [1, 1]}, {"drop_layers": [-1]}):
         with pytest.raises(ValidationError, match="drop"):
-            ShortenConfig.model_validate(wrong)
+            PruneConfig.model_validate(wrong)

@@ -1,4 +1,4 @@
-"""Stage `evaluate.errors`: where does a model fail?
+"""Stage `evaluate.error_analysis`: where does a model fail?
 
 Failures by topic, length, group and kind of error, with what is more than chance.
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 EXAMPLES, LEAST = 6, 5
 
 
-class ErrorsConfig(Config):
+class ErrorAnalysisConfig(Config):
     """How failures are divided."""
 
-    topics: int = Field(8, ge=2, le=50, description="clusters of questions")
-    right: float = Field(1.0, gt=0, le=1, description="a sample with a lower score has failed")
+    n_clusters: int = Field(8, ge=2, le=50, description="clusters of questions")
+    pass_threshold: float = Field(1.0, gt=0, le=1, description="a sample with a lower score has failed")
     seed: int = Field(0, description="of the clustering")
 
 
@@ -50,7 +50,7 @@ class Part:
         return self.failed / len(self.ids)
 
 
-def errors(config: ErrorsConfig, evaluation: Report, ctx: Context) -> Report:
+def error_analysis(config: ErrorAnalysisConfig, evaluation: Report, ctx: Context) -> Report:
     """Rates of failure by topic, length, group and kind of error; parts that fail more than the rest are told from
     chance (Fisher's exact test, Holm).
 
@@ -61,7 +61,7 @@ def errors(config: ErrorsConfig, evaluation: Report, ctx: Context) -> Report:
     samples = {s["id"]: s for s in data["samples"]}
     if not data.get("percent", False) or data.get("better") == "lower":
         raise DataError(f"{evaluation.name}: has no right and wrong answers that could be divided")
-    failed = {i for i, s in samples.items() if s["score"] < config.right}
+    failed = {i for i, s in samples.items() if s["score"] < config.pass_threshold}
     page = ctx.report
     page.title = f"Where {data['model']} fails on {data['task']}"
     page.lead = f"{len(failed)} of {len(samples)} samples failed ({len(failed) / len(samples):.1%})."
@@ -160,14 +160,14 @@ def kind_of(sample: Mapping[str, Any]) -> str:
     return (reason or "another answer")[:60] + cut
 
 
-def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorsConfig) -> dict[str, str]:
+def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorAnalysisConfig) -> dict[str, str]:
     """A topic for every sample: k-means on TF-IDF of the questions, named by the words that stand out."""
     try:
         from sklearn.cluster import KMeans
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError:
         raise MissingDependency(
-            "evaluate.errors groups questions with scikit-learn; install it with: pip install 'llmworks[corpus]'"
+            "evaluate.error_analysis groups questions with scikit-learn; install it with: pip install 'llmworks[corpus]'"
         ) from None
     import numpy as np
 
@@ -179,7 +179,7 @@ def topics(samples: Mapping[str, Mapping[str, Any]], config: ErrorsConfig) -> di
         vectors = vectorizer.fit_transform([samples[i]["question"] for i in ids])
     except ValueError:  # no word in two questions
         return dict.fromkeys(ids, "all")
-    count = min(config.topics, max(2, len(ids) // LEAST))
+    count = min(config.n_clusters, max(2, len(ids) // LEAST))
     places = KMeans(count, random_state=config.seed, n_init=4).fit_predict(vectors)
     words = np.array(vectorizer.get_feature_names_out())
     everywhere = np.asarray(vectors.mean(axis=0)).ravel()

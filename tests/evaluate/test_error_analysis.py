@@ -18,10 +18,10 @@ from llmworks.core.errors import DataError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
 from llmworks.data.store.rows import read_chat
-from llmworks.evaluate.errors import ErrorsConfig, at_least, errors
+from llmworks.evaluate.error_analysis import ErrorAnalysisConfig, at_least, error_analysis
 from llmworks.evaluate.evaluate import EvaluateConfig, evaluate
-from llmworks.evaluate.practice import PracticeConfig, practice
 from llmworks.evaluate.protocol.questions import side_of
+from llmworks.evaluate.to_training import ToTrainingConfig, to_training
 from llmworks.generate.engines.torch import TorchEngine
 from llmworks.runtime.session import load
 
@@ -84,7 +84,7 @@ def test_a_topic_that_fails_is_found(tmp_path: Path) -> None:
         evaluation(tmp_path, lambda topic, size, draw: draw.random() < (0.7 if topic == "law" else 0.2)),
         ReportBuilder(),
     )
-    made = errors(ErrorsConfig(topics=4), report, context(tmp_path, page))
+    made = error_analysis(ErrorAnalysisConfig(n_clusters=4), report, context(tmp_path, page))
     page.write(tmp_path / "out")
     found = [p for p in page.data["parts"] if p["p_of_all"] < 0.05]
     assert [p["facet"] for p in found] == ["topic"]
@@ -99,8 +99,8 @@ def test_a_topic_that_fails_is_found(tmp_path: Path) -> None:
 
 def test_length_that_fails_is_found(tmp_path: Path) -> None:
     page = ReportBuilder()
-    errors(
-        ErrorsConfig(topics=4),
+    error_analysis(
+        ErrorAnalysisConfig(n_clusters=4),
         evaluation(tmp_path, lambda topic, size, draw: draw.random() < (0.8 if size > 24 else 0.2)),
         context(tmp_path, page),
     )
@@ -111,8 +111,8 @@ def test_chance_is_not_taken_for_a_cause(tmp_path: Path) -> None:
     found = 0
     for seed in range(12):
         page, draw = ReportBuilder(), random.Random(seed)
-        errors(
-            ErrorsConfig(topics=4),
+        error_analysis(
+            ErrorAnalysisConfig(n_clusters=4),
             evaluation(tmp_path, lambda topic, size, _, draw=draw: draw.random() < 0.3),
             context(tmp_path, page),
         )
@@ -122,7 +122,7 @@ def test_chance_is_not_taken_for_a_cause(tmp_path: Path) -> None:
 
 def test_nothing_failed_and_nothing_to_divide(tmp_path: Path) -> None:
     page = ReportBuilder()
-    made = errors(ErrorsConfig(), evaluation(tmp_path, lambda *_: False), context(tmp_path, page))
+    made = error_analysis(ErrorAnalysisConfig(), evaluation(tmp_path, lambda *_: False), context(tmp_path, page))
     assert (made.metrics["failed"], made.metrics["parts_more_than_chance"]) == (0, 0)
     page.write(tmp_path / "out")
     (tmp_path / "e" / "report.json").write_text(
@@ -131,7 +131,7 @@ def test_nothing_failed_and_nothing_to_divide(tmp_path: Path) -> None:
         )
     )
     with pytest.raises(DataError, match="no right and wrong answers"):
-        errors(ErrorsConfig(), Report(tmp_path / "e", name="e"), context(tmp_path))
+        error_analysis(ErrorAnalysisConfig(), Report(tmp_path / "e", name="e"), context(tmp_path))
 
 
 # practice
@@ -175,13 +175,13 @@ def asked(tmp_path: Path, pico: Path) -> Callable[..., tuple[Report, Dataset, li
 
 def test_sides_are_halves_that_never_meet(asked: Callable[..., tuple[Report, Dataset, list[str]]]) -> None:
     rows = rows_of(80)
-    _, _, left = asked(TASK, rows, "a", side="practice")
-    _, _, right = asked(TASK, list(reversed(rows)), "b", side="test")  # in another order
+    _, _, left = asked(TASK, rows, "a", split_half="dev")
+    _, _, right = asked(TASK, list(reversed(rows)), "b", split_half="test")  # in another order
     assert not set(left) & set(right)
     assert len(left) + len(right) == 80
     assert 20 < len(left) < 60
     _, _, again = asked(
-        TASK, [{**r, "id": f"other{i}"} for i, r in enumerate(rows)], "c", side="practice"
+        TASK, [{**r, "id": f"other{i}"} for i, r in enumerate(rows)], "c", split_half="dev"
     )  # under other ids
     assert set(again) == set(left)
 
@@ -197,9 +197,9 @@ def test_failed_rows_become_training_rows_and_no_test_row_does(
     tmp_path: Path, asked: Callable[..., tuple[Report, Dataset, list[str]]]
 ) -> None:
     rows = rows_of(80)
-    report, data, questions = asked(TASK, rows, "a", side="practice")
-    _, _, tested = asked(TASK, rows, "b", side="test")
-    made = practice(PracticeConfig(), report, data, context(tmp_path / "p"))
+    report, data, questions = asked(TASK, rows, "a", split_half="dev")
+    _, _, tested = asked(TASK, rows, "b", split_half="test")
+    made = to_training(ToTrainingConfig(), report, data, context(tmp_path / "p"))
     found = read_chat(Dataset(made.path))
     said = {r["messages"][0]["content"]: r["messages"][-1]["content"] for r in found}
     failed = {s["question"] for s in report.read()["samples"] if s["score"] < 1}
@@ -213,10 +213,10 @@ def test_only_the_practice_side_is_taken(
     tmp_path: Path, asked: Callable[..., tuple[Report, Dataset, list[str]]]
 ) -> None:
     for place, side, message in (("a", "all", "was made of all rows"), ("b", "test", "was made of the test side")):
-        report, data, _ = asked(TASK, rows_of(30), place, side=side)
+        report, data, _ = asked(TASK, rows_of(30), place, split_half=side)
         with pytest.raises(DataError, match=message):
-            practice(PracticeConfig(), report, data, context(tmp_path / place / "p"))
-    report, _, _ = asked(TASK, rows_of(30), "c", side="practice")
+            to_training(ToTrainingConfig(), report, data, context(tmp_path / place / "p"))
+    report, _, _ = asked(TASK, rows_of(30), "c", split_half="dev")
     (tmp_path / "other.jsonl").write_text(
         json.dumps({"q": "x", "a": "y", "id": "o"})
         + "\n"
@@ -224,8 +224,8 @@ def test_only_the_practice_side_is_taken(
     )
     other = load(str(tmp_path / "other.jsonl"))
     assert isinstance(other, Dataset)
-    with pytest.raises(DataError, match="is not among its practice rows"):
-        practice(PracticeConfig(), report, other, context(tmp_path / "q"))
+    with pytest.raises(DataError, match="is not among its dev rows"):
+        to_training(ToTrainingConfig(), report, other, context(tmp_path / "q"))
 
 
 def test_from_the_command_line(
@@ -241,7 +241,7 @@ def test_from_the_command_line(
                 "--set",
                 "task=medmcqa",
                 "--set",
-                "side=practice",
+                "split_half=dev",
                 "--set",
                 "limit=60",
                 "--out",
@@ -251,7 +251,7 @@ def test_from_the_command_line(
         )
         == 0
     )
-    assert main(["evaluate", "errors", "scored", "--quiet"]) == 0
+    assert main(["evaluate", "error_analysis", "scored", "--quiet"]) == 0
     assert "clusters" in capsys.readouterr().out
-    assert main(["evaluate", "practice", "scored", "--out", "next", "--quiet"]) == 0
+    assert main(["evaluate", "to_training", "scored", "--out", "next", "--quiet"]) == 0
     assert main(["data", "show", "next", "--quiet"]) == 0

@@ -1,4 +1,4 @@
-"""Stage `train.rates`: which learning rate does this fine-tuning want?
+"""Stage `train.lr_finder`: which learning rate does this fine-tuning want?
 
 A short run whose rate rises from far too low to far too high (Smith 2015, arXiv:1506.01186, section 3.3).
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SMOOTH, WORSE = 0.8, 2.0  # weight of earlier losses in the running mean; how many times the lowest loss ends the run
 
 
-class RatesConfig(Config):
+class LrFinderConfig(Config):
     """What is tried."""
 
     training: SftConfig = Field(
@@ -32,21 +32,21 @@ class RatesConfig(Config):
         description="the fine-tuning whose learning rate is looked for; its own rate, schedule and length are not read",
         json_schema_extra={"fields_of": "train.sft"},
     )
-    lowest: float = Field(1e-6, gt=0, description="the first learning rate")
-    highest: float = Field(1.0, gt=0, description="the last one, if the loss lets it come so far")
-    steps: int = Field(60, ge=20, description="steps between them")
+    min_lr: float = Field(1e-6, gt=0, description="the first learning rate")
+    max_lr: float = Field(1.0, gt=0, description="the last one, if the loss lets it come so far")
+    num_steps: int = Field(60, ge=20, description="steps between them")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.lowest * 10 > self.highest:
+        if self.min_lr * 10 > self.max_lr:
             raise ValueError(
-                f"lowest {self.lowest:g} and highest {self.highest:g} are too near; there should be a factor of 10"
+                f"lowest {self.min_lr:g} and highest {self.max_lr:g} are too near; there should be a factor of 10"
                 " between them at least"
             )
         return self
 
 
-def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Report:
+def lr_finder(config: LrFinderConfig, model: Model, data: Dataset, ctx: Context) -> Report:
     """The loss over rising learning rates, and a rate to train with: a tenth of that with the lowest smoothed loss, but
     no more than where it falls the fastest.
 
@@ -61,7 +61,7 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
 
     training = config.training
     material = read(training, model, data, None)
-    each = training.batch_size * training.accumulation
+    each = training.batch_size * training.gradient_accumulation_steps
     if len(material.examples) < 2 * each:
         raise DataError(
             f"{data.name}: has {len(material.examples)} rows to learn, a step takes {each}; there should be two steps"
@@ -72,7 +72,7 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
     prepare(tuned, training)
     loss, steps = _steps_and_loss(material, config, each, training, ctx, tuned)
     rising: list[float] = [
-        config.lowest * (config.highest / config.lowest) ** (i / (config.steps - 1)) for i in range(config.steps)
+        config.min_lr * (config.max_lr / config.min_lr) ** (i / (config.num_steps - 1)) for i in range(config.num_steps)
     ]
 
     def rate(step: int) -> float:
@@ -91,7 +91,7 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
                 10**9,
                 precision=resolved(training.precision, torch.device("cpu")),
                 rate=rate,
-                faster={"b": training.lora.faster} if training.lora.faster > 1 else {},
+                faster={"b": training.lora.loraplus_lr_ratio} if training.lora.loraplus_lr_ratio > 1 else {},
             ),
             scratch=ctx.scratch,
             progress=ctx.progress,
@@ -104,7 +104,7 @@ def rates(config: RatesConfig, model: Model, data: Dataset, ctx: Context) -> Rep
 
 
 def _steps_and_loss(
-    material: Material, config: RatesConfig, each: int, training: SftConfig, ctx: Context, tuned: Tuned
+    material: Material, config: LrFinderConfig, each: int, training: SftConfig, ctx: Context, tuned: Tuned
 ) -> tuple[Any, Sequence[list[Callable[[], Any]]]]:
     """Steps enough for the search, and the loss."""
     from llmworks.train.finetune.examples import Steps
@@ -113,15 +113,15 @@ def _steps_and_loss(
 
     steps = Steps(
         material.examples,
-        epochs=math.ceil(config.steps * each / len(material.examples)) + 1,
+        epochs=math.ceil(config.num_steps * each / len(material.examples)) + 1,
         size=training.batch_size,
-        accumulation=training.accumulation,
+        accumulation=training.gradient_accumulation_steps,
         seed=ctx.seed,
         free=tuned.free,
-    )[: config.steps]
+    )[: config.num_steps]
     loss: Any = packed_loss if tuned.free else next_token_loss
-    if training.neftune:
-        loss = Noise(tuned.network, training.neftune).around(loss)
+    if training.neftune_noise_alpha:
+        loss = Noise(tuned.network, training.neftune_noise_alpha).around(loss)
     return loss, steps
 
 

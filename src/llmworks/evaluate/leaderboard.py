@@ -1,4 +1,4 @@
-"""Stage `evaluate.board`: evaluations side by side: a leaderboard that compares only what was asked alike.
+"""Stage `evaluate.leaderboard`: evaluations side by side: a leaderboard that compares only what was asked alike.
 
 Two evaluations stand in one column when task, definition, prompts and rows are the same. Knows no model and no engine.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CARD = "model-card.md"
 
 
-class BoardConfig(Config):
+class LeaderboardConfig(Config):
     """What the page is for."""
 
     title: str = Field("Leaderboard", description="the page's title")
@@ -55,8 +55,8 @@ class Entry:
         return float(found["value"]), float(found["low"]), float(found["high"])
 
 
-def board(
-    config: BoardConfig, reports: list[Report], ctx: Context, contaminations: list[Report] | None = None
+def leaderboard(
+    config: LeaderboardConfig, reports: list[Report], ctx: Context, contaminations: list[Report] | None = None
 ) -> Report:
     """A table of models and tasks, plots, and differences that are more than noise; `model-card.md` has the section of
     one model.
@@ -353,9 +353,9 @@ def seen_row(report: Report) -> tuple[Any, ...]:
         data["model"],
         data["task"],
         m["samples"],
-        m["touched"],
+        m["contaminated"],
         m["short"],
-        *(f"{m[k]:.4g}" if k in m else "–" for k in ("score_clean", "score_touched")),
+        *(f"{m[k]:.4g}" if k in m else "–" for k in ("score_clean", "score_contaminated")),
     )
 
 

@@ -1,4 +1,4 @@
-"""Stage `tune.running`: what it takes to run a model here: its memory, how fast it reads and writes, and what it says.
+"""Stage `tune.benchmark`: what it takes to run a model here: its memory, how fast it reads and writes, and what it says.
 
 Measured in a process of its own.
 """
@@ -23,16 +23,16 @@ PROMPTS = (
 )
 
 
-class RunningConfig(Config):
+class BenchmarkConfig(Config):
     """What it is asked."""
 
     prompts: list[str] = Field(list(PROMPTS), min_length=1, description="what it is asked; it answers greedily")
-    tokens: int = Field(48, gt=0, description="longest answer")
-    read: int = Field(256, gt=1, description="tokens of the text by which reading is measured")
-    repeats: int = Field(3, gt=0, description="times that reading is measured; the fastest counts")
+    max_tokens: int = Field(48, gt=0, description="longest answer")
+    prompt_tokens: int = Field(256, gt=1, description="tokens of the text by which reading is measured")
+    repetitions: int = Field(3, gt=0, description="times that reading is measured; the fastest counts")
 
 
-def running(config: RunningConfig, model: Model, ctx: Context) -> Report:
+def benchmark(config: BenchmarkConfig, model: Model, ctx: Context) -> Report:
     """Memory in bytes, speeds in tokens a second, answers. Speeds are of this machine and of whatever else it does.
 
     Errors: ModelError when the model cannot be run.
@@ -45,7 +45,10 @@ def running(config: RunningConfig, model: Model, ctx: Context) -> Report:
         **config.model_dump(),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "llmworks.tune.running_worker"], input=json.dumps(asked), capture_output=True, text=True
+        [sys.executable, "-m", "llmworks.tune.benchmark_worker"],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise ModelError(
@@ -53,18 +56,19 @@ def running(config: RunningConfig, model: Model, ctx: Context) -> Report:
             f" ({(done.stderr.strip().splitlines() or ['it ended with ' + str(done.returncode)])[-1][:200]})"
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    metrics = {name: found[name] for name in ("memory", "read_speed", "write_speed") if found[name] is not None}
+    metrics = {
+        name: found[name] for name in ("peak_memory", "prefill_speed", "decode_speed") if found[name] is not None
+    }
     ctx.report.title = f"Running {model.name}"
     writes = (
-        f"writes {found['write_speed']:,.1f}"
-        if found["write_speed"] is not None
+        f"writes {found['decode_speed']:,.1f}"
+        if found["decode_speed"] is not None
         else "ends each answer at its first token"
     )
-    ctx.report.lead = (
-        f"{found['memory'] / 1e6:,.0f} MB at most; of tokens it reads {found['read_speed']:,.0f} a second and {writes}."
-    )
-    ctx.report.data = {"metrics": metrics, "answers": dict(zip(config.prompts, found["answers"], strict=True))}
+    ctx.report.lead = f"{found['peak_memory'] / 1e6:,.0f} MB at most; of tokens it reads {found['prefill_speed']:,.0f} a second and {writes}."
+    ctx.report.data = {"metrics": metrics, "completions": dict(zip(config.prompts, found["completions"], strict=True))}
     ctx.report.samples(
-        "What it says", [{"prompt": prompt, "answer": answer} for prompt, answer in ctx.report.data["answers"].items()]
+        "What it says",
+        [{"prompt": prompt, "answer": answer} for prompt, answer in ctx.report.data["completions"].items()],
     )
     return Report(ctx.out, metrics=metrics, about={"model": model.digest})

@@ -1,4 +1,4 @@
-"""Stage `merge.kinship`: which of some models a model was made of, told by its weights: what it was tuned from, what
+"""Stage `merge.find_parents`: which of some models a model was made of, told by its weights: what it was tuned from, what
 was merged into it and by which shares, whose layers it has.
 """
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from llmworks.merge.ancestry import Kinship
 
 
-class KinshipConfig(Config):
+class FindParentsConfig(Config):
     """What is shown."""
 
-    shown: int = Field(200, gt=0, description="layers in the table at most")
+    max_rows: int = Field(200, gt=0, description="layers in the table at most")
 
 
-def kinship(config: KinshipConfig, child: Model, among: list[Model], ctx: Context) -> Report:
+def find_parents(config: FindParentsConfig, child: Model, candidates: list[Model], ctx: Context) -> Report:
     """Look for the parents of `child` among models; reads some thousands of numbers of each matrix.
 
     The family tree shows what was found.
@@ -34,13 +34,13 @@ def kinship(config: KinshipConfig, child: Model, among: list[Model], ctx: Contex
     from llmworks.merge.plan.layout import layout_of
 
     names = [
-        model.name if [one.name for one in among].count(model.name) == 1 else f"{model.name} {model.digest[:8]}"
-        for model in among
+        model.name if [one.name for one in candidates].count(model.name) == 1 else f"{model.name} {model.digest[:8]}"
+        for model in candidates
     ]
-    layouts = {name: layout_of(name, model.path) for name, model in zip(names, among, strict=True)}
+    layouts = {name: layout_of(name, model.path) for name, model in zip(names, candidates, strict=True)}
     own = layout_of(child.name, child.path)
     found = found_in(own, layouts)
-    digests = {name: model.digest for name, model in zip(names, among, strict=True)}
+    digests = {name: model.digest for name, model in zip(names, candidates, strict=True)}
     page = ctx.report
     page.title = f"Of what {child.name} was made"
     page.lead = f"{child.name} {found.said}."
@@ -80,10 +80,12 @@ def kinship(config: KinshipConfig, child: Model, among: list[Model], ctx: Contex
     for layout in (own, *layouts.values()):
         layout.shards.close()
     ctx.progress.say(page.lead)
-    return Report(ctx.out, metrics={"relation": found.relation, "parents": len(found.parents), "models": len(among)})
+    return Report(
+        ctx.out, metrics={"relation": found.relation, "parents": len(found.parents), "models": len(candidates)}
+    )
 
 
-def _describe_layers(found: Kinship, config: KinshipConfig, page: ReportBuilder) -> None:
+def _describe_layers(found: Kinship, config: FindParentsConfig, page: ReportBuilder) -> None:
     """The table of layers with their shares."""
     rows = [
         (
@@ -92,7 +94,7 @@ def _describe_layers(found: Kinship, config: KinshipConfig, page: ReportBuilder)
             f"{layer.cosine:.4f}",
             "equal" if layer.equal else f"{layer.left:.2%}",
         )
-        for layer in found.layers[: config.shown]
+        for layer in found.layers[: config.max_rows]
     ]
     page.table(
         "Layers",

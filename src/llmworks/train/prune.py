@@ -1,4 +1,4 @@
-"""Stage `train.shorten`: a model without some of its blocks, the beginning of a smaller one that learns from the whole
+"""Stage `train.prune`: a model without some of its blocks, the beginning of a smaller one that learns from the whole
 (train.distill).
 
 Those are left out that change their input least: one less the cosine between what goes into a block and what comes out,
@@ -25,24 +25,26 @@ if TYPE_CHECKING:
     from llmworks.train.finetune.examples import Example
 
 
-class ShortenConfig(Config):
+class PruneConfig(Config):
     """Which blocks stay."""
 
-    layers: int = Field(0, ge=0, description="how many blocks stay: those that change their input most, on `data`")
-    drop: list[int] = Field([], description="or the blocks that are left out, by number from 0")
-    rows: int = Field(64, gt=0, description="rows of `data` that are read")
-    max_tokens: int = Field(512, gt=1, description="of a row, at most")
+    num_hidden_layers: int = Field(
+        0, ge=0, description="how many blocks stay: those that change their input most, on `data`"
+    )
+    drop_layers: list[int] = Field([], description="or the blocks that are left out, by number from 0")
+    num_calibration_samples: int = Field(64, gt=0, description="rows of `data` that are read")
+    max_length: int = Field(512, gt=1, description="of a row, at most")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if bool(self.layers) == bool(self.drop):
+        if bool(self.num_hidden_layers) == bool(self.drop_layers):
             raise ValueError("give either layers, how many stay, or drop, which go")
-        if len(set(self.drop)) < len(self.drop) or any(number < 0 for number in self.drop):
+        if len(set(self.drop_layers)) < len(self.drop_layers) or any(number < 0 for number in self.drop_layers):
             raise ValueError("drop: block numbers, each once, from 0")
         return self
 
 
-def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
+def prune(config: PruneConfig, model: Model, ctx: Context, data: Dataset | None = None) -> Model:
     """Leave blocks out.
 
     Errors: ModelError for a model that is not one of our decoder's architectures, or whose blocks are of two kinds in
@@ -59,18 +61,26 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
             " the stage model.from_gguf"
         )
     whole = load_decoder(model.path)
-    count = whole.shape.layers
-    if whole.shape.window and whole.shape.full_every:
+    count = whole.shape.num_hidden_layers
+    if whole.shape.sliding_window and whole.shape.global_attn_every_n_layers:
         raise ModelError(
             f"{model.name}: its blocks look back near and far in turn; without some of them the turns would change"
         )
-    if config.layers >= count or len(config.drop) >= count or max(config.drop, default=0) >= count:
+    if (
+        config.num_hidden_layers >= count
+        or len(config.drop_layers) >= count
+        or max(config.drop_layers, default=0) >= count
+    ):
         raise UserError(f"{model.name} has {count} blocks, from 0 to {count - 1}; fewer, but one at least, can stay")
     tokenizer = load_tokenizer(model.path)
     found = _influence(data, config, model, whole, tokenizer)
-    drop = sorted(config.drop or sorted(range(count), key=lambda number: found[number])[: count - config.layers])
+    drop = sorted(
+        config.drop_layers or sorted(range(count), key=lambda number: found[number])[: count - config.num_hidden_layers]
+    )
     stay = [number for number in range(count) if number not in drop]
-    small = DecoderForCausalLM(DecoderConfig(shape=whole.shape.model_copy(update={"layers": len(stay)}).model_dump()))
+    small = DecoderForCausalLM(
+        DecoderConfig(shape=whole.shape.model_copy(update={"num_hidden_layers": len(stay)}).model_dump())
+    )
     small.load_state_dict(renumbered(whole.state_dict(), stay))
     small.train(False)
     ids = {
@@ -93,14 +103,14 @@ def shorten(config: ShortenConfig, model: Model, ctx: Context, data: Dataset | N
 
 def _influence(
     data: Dataset | None,
-    config: ShortenConfig,
+    config: PruneConfig,
     model: Model,
     whole: DecoderForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[float]:
     """How much each block changes its input; empty where blocks are named. UserError where nothing says which."""
     if data is None:
-        if config.layers:
+        if config.num_hidden_layers:
             raise UserError(
                 "which blocks change their input least is seen on `data`; give it, or name them in config.drop"
             )
@@ -109,11 +119,13 @@ def _influence(
 
     examples = [
         example
-        for row in training_rows(data)[: config.rows]
-        if not isinstance(example := make_example(tokenizer, row, config.max_tokens, cut=True), str)
+        for row in training_rows(data)[: config.num_calibration_samples]
+        if not isinstance(example := make_example(tokenizer, row, config.max_length, cut=True), str)
     ]
     if not examples:
-        raise DataError(f"{data.name}: none of its first {config.rows} rows can be read by {model.name}")
+        raise DataError(
+            f"{data.name}: none of its first {config.num_calibration_samples} rows can be read by {model.name}"
+        )
     return influence(whole, examples)
 
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate.keep`: of several models the one of the best mean score, and an honest table: which skills it keeps
+"""Stage `evaluate.select`: of several models the one of the best mean score, and an honest table: which skills it keeps
 beside the model that is best at each.
 """
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from llmworks.core.report import ReportBuilder
 
 
-class KeepConfig(Config):
+class SelectConfig(Config):
     """Which may be kept."""
 
-    among: list[str] = Field(
+    candidates: list[str] = Field(
         [], description="names of models that may be kept; empty: all. Others stand in the table beside them"
     )
 
 
-def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report], ctx: Context) -> Model:
+def select(config: SelectConfig, models: dict[str, Model], evaluations: list[Report], ctx: Context) -> Model:
     """The files of the model whose mean over all tasks is largest; every model must have been asked the same tasks.
 
     Errors: DataError for evaluations that are missing, or of models that are not given.
     """
-    strange = [name for name in config.among if name not in models]
+    strange = [name for name in config.candidates if name not in models]
     if strange:
         raise DataError(f"config.among: no model is called {strange[0]!r}; given: {', '.join(models)}")
     names = {model.digest: name for name, model in models.items()}
@@ -51,7 +51,7 @@ def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report]
         raise DataError(f"{missing[0]} was not asked {missing[1]}" if missing else "no evaluation is given")
     score = {name: {task: float(found[name][task][0].metrics["score"]) for task in tasks} for name in models}
     means = {name: sum(score[name].values()) / len(tasks) for name in models}
-    chosen = max(config.among or list(models), key=lambda name: means[name])
+    chosen = max(config.candidates or list(models), key=lambda name: means[name])
     page = ctx.report
     rows, kept = [], []
     for task in tasks:
@@ -61,10 +61,13 @@ def keep(config: KeepConfig, models: dict[str, Model], evaluations: list[Report]
         rows.append((task, f"{score[chosen][task]:.3f}", first, f"{score[first][task]:.3f}", verdict))
     page.title = f"Kept: {chosen}"
     lost = [task for task, verdict in zip(tasks, kept, strict=True) if verdict.startswith("worse")]
-    page.lead = f"Of {len(config.among or models)} models {chosen} has the best mean score, {means[chosen]:.3f}; " + (
-        f"it is worse than the best at {', '.join(lost)}."
-        if lost
-        else "at no task is it worse than the best by more than chance."
+    page.lead = (
+        f"Of {len(config.candidates or models)} models {chosen} has the best mean score, {means[chosen]:.3f}; "
+        + (
+            f"it is worse than the best at {', '.join(lost)}."
+            if lost
+            else "at no task is it worse than the best by more than chance."
+        )
     )
     _describe_models(page, tasks, models, means, chosen, config, score, found)
     page.table(
@@ -91,7 +94,7 @@ def _describe_models(
     models: dict[str, Model],
     means: dict[str, float],
     chosen: str,
-    config: KeepConfig,
+    config: SelectConfig,
     score: dict[str, dict[str, float]],
     found: dict[str, dict[str, tuple[Report, dict[str, Any]]]],
 ) -> None:
@@ -108,7 +111,11 @@ def _describe_models(
                     for task in tasks
                 ),
                 f"{means[name]:.3f}",
-                "kept" if name == chosen else "" if not config.among or name in config.among else "not asked for",
+                "kept"
+                if name == chosen
+                else ""
+                if not config.candidates or name in config.candidates
+                else "not asked for",
             )
             for name in sorted(models, key=lambda name: -means[name])
         ],

@@ -1,4 +1,4 @@
-"""Stage `quantize.sense`: what a model's quantizer has to know of what it is for, once for many files: what each matrix
+"""Stage `quantize.imatrix`: what a model's quantizer has to know of what it is for, once for many files: what each matrix
 reads, and what each number format would cost it.
 
 `importance.gguf` is llama.cpp's importance matrix, for its own tools, too. `quantize.gguf` takes the result as `sense`.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from llmworks.core.artifact import Dataset, Model, Report
 from llmworks.core.context import Context
-from llmworks.quantize.llamacpp.config import SenseConfig
+from llmworks.quantize.llamacpp.config import ImatrixConfig
 
 
-def sense(config: SenseConfig, model: Model, ctx: Context, data: Dataset) -> Report:
+def imatrix(config: ImatrixConfig, model: Model, ctx: Context, data: Dataset) -> Report:
     """Mean squares of what each matrix reads, and costs in nats a token by tensor and format.
 
     Errors: ModelError for another architecture; DataError for too little text.

@@ -13,7 +13,7 @@ from llmworks.core.context import Context
 from llmworks.core.errors import DataError
 from llmworks.core.progress import Progress
 from llmworks.core.report import ReportBuilder
-from llmworks.evaluate.keep import KeepConfig, keep
+from llmworks.evaluate.select import SelectConfig, select
 
 
 def model(place: Path, name: str) -> Model:
@@ -75,8 +75,8 @@ def kept(place: Path, models: list[Model], reports: list[Report], **given: Any) 
     out, page = place / "out", ReportBuilder()
     out.mkdir()
     return (
-        keep(
-            KeepConfig.model_validate(given),
+        select(
+            SelectConfig.model_validate(given),
             {one.name: one for one in models},
             reports,
             Context(out, place, 0, Progress(quiet=True), page, lambda _: None),
@@ -114,7 +114,7 @@ def test_the_best_mean_is_kept_and_what_it_lost_is_said(tmp_path: Path) -> None:
 def test_only_some_may_be_kept(tmp_path: Path) -> None:
     a, b = (model(tmp_path, name) for name in ("a", "b"))
     reports = [evaluation(tmp_path, a, "x", [1.0] * 20), evaluation(tmp_path, b, "x", [0.0] * 20)]
-    made, _ = kept(tmp_path, [a, b], reports, among=["b"])
+    made, _ = kept(tmp_path, [a, b], reports, candidates=["b"])
     assert made.metrics["kept"] == "b"
 
 
@@ -124,7 +124,7 @@ def test_bad_input(tmp_path: Path) -> None:
     for number, (models, reports, given, said) in enumerate(
         (
             ([a, b], [one], {}, "b was not asked x"),
-            ([a], [one, two], {"among": ["c"]}, "no model is called 'c'"),
+            ([a], [one, two], {"candidates": ["c"]}, "no model is called 'c'"),
             ([b], [one], {}, "is of a model that is not given"),
             ([a], [], {}, "no evaluation is given"),
         )

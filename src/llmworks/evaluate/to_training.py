@@ -1,6 +1,6 @@
-"""Stage `evaluate.practice`: the rows that a model failed on, as conversations for its next training.
+"""Stage `evaluate.to_training`: the rows that a model failed on, as conversations for its next training.
 
-Only evaluations of the `practice` side of a set are taken: the `test` side, on which the model is measured, never gets
+Only evaluations of the `dev` half of a set are taken: the `test` side, on which the model is measured, never gets
 into training by this way. Knows no model.
 """
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from llmworks.evaluate.protocol.questions import Question
 
 
-class PracticeConfig(Config):
+class ToTrainingConfig(Config):
     """Which rows are taken."""
 
-    right: float = Field(1.0, gt=0, le=1, description="a sample with a lower score has failed")
-    also_right: float = Field(
+    pass_threshold: float = Field(1.0, gt=0, le=1, description="a sample with a lower score has failed")
+    replay_ratio: float = Field(
         0.0,
         ge=0,
         le=1,
@@ -39,35 +39,33 @@ class PracticeConfig(Config):
     )
 
 
-def practice(config: PracticeConfig, evaluation: Report, data: Dataset, ctx: Context) -> Dataset:
+def to_training(config: ToTrainingConfig, evaluation: Report, data: Dataset, ctx: Context) -> Dataset:
     """Conversations of the failed rows: what was asked, and the right answer.
 
     `data` is the set that the evaluation asked.
 
-    Errors: DataError for an evaluation that is not of the practice side, for other rows, or where no row has a right
+    Errors: DataError for an evaluation that is not of the dev half, for other rows, or where no row has a right
     answer as text.
     """
     found = read_evaluation(evaluation, "protocol", "definition", "task", "model", of_samples=("score",))
     side = found.get("protocol", {}).get("side")
-    if side != "practice":
+    if side != "dev":
         raise DataError(
             f"{evaluation.name}: was made of {'the test side' if side == 'test' else 'all rows'}; rows to train on are"
-            " taken from an evaluation with side: practice, and the model is then measured with side: test"
+            " taken from an evaluation with split_half: dev, and the model is then measured with split_half: test"
         )
     task = Task.model_validate(found["definition"])
-    rows = {
-        row["id"]: row for row in one_side(kept(task, read_rows(task, data, task.split), data.name), "practice", task)
-    }
+    rows = {row["id"]: row for row in one_side(kept(task, read_rows(task, data, task.split), data.name), "dev", task)}
     samples = {s["id"]: s for s in found["samples"]}
     unknown = next((i for i in samples if i not in rows), None)
     if unknown is not None:
         raise DataError(
-            f"{data.name}: the row {unknown!r} of the evaluation is not among its practice rows; give the data set that"
+            f"{data.name}: the row {unknown!r} of the evaluation is not among its dev rows; give the data set that"
             " was asked"
         )
-    failed = [i for i, s in samples.items() if s["score"] < config.right]
-    good = [i for i, s in samples.items() if s["score"] >= config.right]
-    taken = [*failed, *good[: round(config.also_right * len(good))]]
+    failed = [i for i, s in samples.items() if s["score"] < config.pass_threshold]
+    good = [i for i, s in samples.items() if s["score"] >= config.pass_threshold]
+    taken = [*failed, *good[: round(config.replay_ratio * len(good))]]
     asked = questions(
         task.model_copy(update={"shots": task.shots.model_copy(update={"count": 0})}),
         [rows[i] for i in taken],
@@ -83,12 +81,12 @@ def practice(config: PracticeConfig, evaluation: Report, data: Dataset, ctx: Con
         )
     return finish_rows(
         ctx,
-        "evaluate.practice",
+        "evaluate.to_training",
         [data],
         made,
         dropped=dropped,
         metrics={"failed": len(failed), "right": len(made) - len(failed) + sum(dropped.values())},
-        note=f"failures of {found['model']} on {found['task']}, practice side",
+        note=f"failures of {found['model']} on {found['task']}, dev half",
     )
 
 
